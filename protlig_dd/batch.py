@@ -1,0 +1,119 @@
+"""PackedBatch: sequences laid end to end, never padded.
+
+Three sequences of 5, 6 and 4 tokens make one batch of 15:
+
+    tokens       a a a a a b b b b b b c c c c        (total,) = (15,)
+    segment_ids  0 0 0 0 0 1 1 1 1 1 1 2 2 2 2
+    positions    0 1 2 3 4 0 1 2 3 4 5 0 1 2 3
+    cu_seqlens   0         5           11      15     (n + 1,) = (4,)
+    lengths      (5, 6, 4)       max_seqlen 6
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Int32, Int64
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """n sequences of `lengths` tokens in one 1-D tensor, with the geometry that attention and rotary need.
+
+    `lengths`, `max_seqlen` and `rows` live on the host, so that no kernel launch has to wait for the device.
+
+    Raises:
+        ValueError: fields that disagree in shape, dtype or device; the message names both sides.
+    """
+
+    tokens: Int64[Tensor, " total"]
+    cu_seqlens: Int32[Tensor, " n_plus_1"]
+    max_seqlen: int
+    lengths: tuple[int, ...]
+    segment_ids: Int64[Tensor, " total"]
+    positions: Int64[Tensor, " total"]
+    rows: Int64[Tensor, " n"]
+
+    def __post_init__(self) -> None:
+        check_tokens(self.tokens)
+        total, n = self.tokens.shape[0], len(self.lengths)
+        if not n or min(self.lengths) < 1:
+            raise ValueError(f"a pack holds sequences of at least one token, got lengths {self.lengths}")
+        if sum(self.lengths) != total:
+            raise ValueError(f"lengths sum to {sum(self.lengths)} but tokens has {total}")
+        if max(self.lengths) != self.max_seqlen:
+            raise ValueError(f"max_seqlen is {self.max_seqlen} but the longest sequence has {max(self.lengths)}")
+        for name, tensor, shape, dtype in (
+            ("cu_seqlens", self.cu_seqlens, (n + 1,), torch.int32),
+            ("segment_ids", self.segment_ids, (total,), torch.int64),
+            ("positions", self.positions, (total,), torch.int64),
+            ("rows", self.rows, (n,), torch.int64),
+        ):
+            if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+                raise ValueError(
+                    f"{name} must be {shape} {dtype}, got {tuple(tensor.shape)} {tensor.dtype} "
+                    f"({n} sequences, {total} tokens)"
+                )
+            if name != "rows" and tensor.device != self.tokens.device:
+                raise ValueError(f"{name} is on {tensor.device} but tokens is on {self.tokens.device}")
+
+    @classmethod
+    def pack(cls, sequences: Sequence[Tensor], rows: Sequence[int] | None = None) -> "PackedBatch":
+        """Concatenate 1-D integer tensors.
+
+        Args:
+            sequences: n tensors of shape (length_i,), any integer dtype.
+            rows: the n store rows they came from; -1 when left out.
+        """
+        if not sequences:
+            raise ValueError("a pack needs at least one sequence")
+        for i, sequence in enumerate(sequences):
+            if sequence.ndim != 1:
+                raise ValueError(f"sequence {i} of a pack must be 1-D, got shape {tuple(sequence.shape)}")
+        lengths = tuple(len(sequence) for sequence in sequences)
+        if rows is not None and len(rows) != len(lengths):
+            raise ValueError(f"{len(rows)} rows for {len(lengths)} sequences")
+        device = sequences[0].device
+        length_n = torch.tensor(lengths)
+        ends = length_n.cumsum(0)
+        segment_ids = torch.repeat_interleave(torch.arange(len(lengths)), length_n)
+        positions = torch.arange(int(ends[-1])) - (ends - length_n)[segment_ids]
+        return cls(
+            tokens=torch.cat([sequence.to(torch.int64) for sequence in sequences]),
+            cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), ends]).to(device, torch.int32),
+            max_seqlen=max(lengths),
+            lengths=lengths,
+            segment_ids=segment_ids.to(device),
+            positions=positions.to(device),
+            rows=torch.tensor([-1] * len(lengths) if rows is None else [int(row) for row in rows]),
+        )
+
+    def unpack(self, x: Tensor) -> list[Tensor]:
+        """Split any per-token tensor (total, ...) back into n tensors (length_i, ...)."""
+        if x.shape[0] != len(self.tokens):
+            raise ValueError(f"unpack wants {len(self.tokens)} tokens in the first dimension, got {x.shape[0]}")
+        return list(x.split(list(self.lengths)))
+
+    def to(self, device: torch.device | str) -> "PackedBatch":
+        """The same batch with its per-token tensors on `device`; `rows` stays on the host."""
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=True)
+            for name in ("tokens", "cu_seqlens", "segment_ids", "positions")
+        }
+        return replace(self, **moved)
+
+    def with_tokens(self, tokens: Int64[Tensor, " total"]) -> "PackedBatch":
+        """The same geometry around other tokens (a noised copy, say)."""
+        return replace(self, tokens=tokens)
+
+
+def check_tokens(tokens: Tensor) -> None:
+    """Raise unless `tokens` is what the model reads: 1-D int64."""
+    if tokens.ndim != 1:
+        raise ValueError(
+            f"tokens must be packed into one dimension, (total,), got shape {tuple(tokens.shape)}; "
+            "use PackedBatch.pack on a list of 1-D sequences"
+        )
+    if tokens.dtype != torch.int64:
+        raise ValueError(f"tokens must be torch.int64, got {tokens.dtype}")

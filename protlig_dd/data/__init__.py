@@ -1,0 +1,1 @@
+"""FASTA -> HDF5 store -> packs of whole sequences."""

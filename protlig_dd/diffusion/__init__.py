@@ -1,0 +1,1 @@
+"""Discrete diffusion: noise, graphs, scores, the loss, the likelihood bound and the samplers."""

@@ -1,0 +1,176 @@
+"""Upper bounds on -log p(x0), with standard errors.
+
+    -log p(x0) <= integral over t of the weighted loss            (estimated with stratified times)
+                + sum_l KL( P(sigma(1))[x0_l, .] || prior )        (closed form)
+                - E log p(x0 | x_{t_min})                          (the last, denoising step)
+
+For the absorbing graph the same bound can be written with k masked residues out of L (`exact_count`): k is uniform on
+1..L, the masked set uniform, and L/k times the masked cross-entropies has far less variance. It is exact for all t,
+so it has no prior or reconstruction term. With a time-conditioned network it is the bound of the decoder that is shown
+1 - e^-sigma = k/L.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float64, Int64
+from torch import Tensor
+
+from protlig_dd.batch import PackedBatch
+from protlig_dd.diffusion.graph import (
+    Absorbing,
+    Graph,
+    clamp_negative,
+    pick,
+    to_float64,
+    uniform_draws,
+)
+from protlig_dd.diffusion.noise import Noise
+from protlig_dd.diffusion.score import ScoreFn
+
+ESTIMATORS = ("integral", "exact_count")
+
+
+@dataclass(frozen=True)
+class NLLBound:
+    """Per-sequence bound in nats, float64 on the CPU."""
+
+    nats: Float64[Tensor, " n"]
+    standard_error: Float64[Tensor, " n"]
+    """Of the Monte-Carlo draws; NaN with a single draw."""
+    residues: Int64[Tensor, " n"]
+    estimator: str
+    draws: int
+    t_min: float
+
+
+@torch.no_grad()
+def nll_bound(
+    score_fn: ScoreFn,
+    batch: PackedBatch,
+    graph: Graph,
+    noise: Noise,
+    *,
+    generator: torch.Generator,
+    draws: int = 8,
+    estimator: str = "integral",
+) -> NLLBound:
+    """Bound -log p(x0) of each sequence of a pack; lengths and context letters are given, residues are scored.
+
+    Args:
+        draws: Monte-Carlo draws per sequence, stratified over t (or k).
+        estimator: `integral` for every graph, `exact_count` for the absorbing one.
+
+    Raises:
+        ValueError: an unknown estimator, exact_count with another graph, or no draws.
+    """
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"no estimator {estimator!r}; there are {', '.join(ESTIMATORS)}")
+    if estimator == "exact_count" and not isinstance(graph, Absorbing):
+        raise ValueError("estimator=exact_count is for the absorbing graph; use integral")
+    if draws < 1:
+        raise ValueError(f"draws must be at least 1, got {draws}")
+    n, device = len(batch.lengths), batch.tokens.device
+    offset_n = uniform_draws(n, generator)
+    nats_kn = []
+    for k in range(draws):
+        u_n = (k + offset_n) / draws  # draw k of each sequence lies in stratum k
+        if isinstance(graph, Absorbing) and estimator == "exact_count":
+            nats_kn.append(_exact_count_draw(score_fn, batch, graph, noise, u_n.to(device), generator))
+        else:
+            integral = _integral_draw(score_fn, batch, graph, noise, u_n.float().to(device), generator)
+            nats_kn.append(integral + _reconstruction_draw(score_fn, batch, graph, noise, generator))
+    nats = torch.stack(nats_kn)
+    total_n = nats.mean(0)
+    if estimator == "integral":
+        sigma_T = noise(torch.ones(len(batch.tokens), device=device))[0]
+        total_n = total_n + sum_by_sequence(graph.prior_kl(batch.tokens, sigma_T), batch)
+    return NLLBound(
+        nats=total_n.cpu(),
+        standard_error=(nats.std(0) / draws**0.5).cpu(),  # one draw: NaN
+        residues=sum_by_sequence((batch.tokens < graph.n_states).float(), batch).long().cpu(),
+        estimator=estimator,
+        draws=draws,
+        t_min=noise.t_min,
+    )
+
+
+def _integral_draw(
+    score_fn: ScoreFn, batch: PackedBatch, graph: Graph, noise: Noise, u_n: Tensor, generator: torch.Generator
+) -> Float64[Tensor, " n"]:
+    sigma, dsigma = noise(noise.t_min + (1 - noise.t_min) * u_n)
+    sigma_T = sigma.index_select(0, batch.segment_ids)
+    xt = graph.sample_transition(batch.tokens, sigma_T, generator)
+    log_score = score_fn(batch.with_tokens(xt), sigma)
+    loss_n = sum_by_sequence(graph.score_entropy(log_score, sigma_T, xt, batch.tokens), batch)
+    return (1 - noise.t_min) * to_float64(dsigma) * loss_n
+
+
+def _reconstruction_draw(
+    score_fn: ScoreFn, batch: PackedBatch, graph: Graph, noise: Noise, generator: torch.Generator
+) -> Float64[Tensor, " n"]:
+    """-log p(x0 | x_{t_min}) under the last denoising step."""
+    t = torch.full((len(batch.lengths),), noise.t_min, device=batch.tokens.device)
+    sigma = noise(t)[0]
+    sigma_T = sigma.index_select(0, batch.segment_ids)
+    xt = graph.sample_transition(batch.tokens, sigma_T, generator)
+    log_score = score_fn(batch.with_tokens(xt), sigma)
+    probs, _ = clamp_negative(graph.denoise_probs(log_score, xt, sigma_T)[batch.tokens < graph.n_states])
+    residues = batch.tokens[batch.tokens < graph.n_states].to(probs.device)
+    nats_T = torch.zeros(len(batch.tokens), dtype=torch.float64, device=probs.device)
+    nats_T[(batch.tokens < graph.n_states).to(probs.device)] = -pick(probs, residues).log()
+    return sum_by_sequence(nats_T, batch)
+
+
+def _exact_count_draw(
+    score_fn: ScoreFn, batch: PackedBatch, graph: Absorbing, noise: Noise, u_n: Tensor, generator: torch.Generator
+) -> Float64[Tensor, " n"]:
+    residue_T = batch.tokens < graph.n_states
+    length_n = sum_by_sequence(residue_T.float(), batch).clamp(min=1)
+    count_n = (u_n.to(length_n) * length_n).floor() + 1  # uniform on 1..L
+    masked_T = _random_subset(residue_T, count_n, batch, generator)
+    share_n = (count_n / length_n).float().to(batch.tokens.device)
+    last_sigma = noise(torch.ones(1, device=share_n.device))[0]
+    sigma = torch.minimum(-torch.log1p(-share_n), last_sigma)  # k = L would be infinite
+    log_score = score_fn(batch.with_tokens(torch.where(masked_T, graph.mask, batch.tokens)), sigma)
+    nats_T = torch.where(masked_T, -pick(F.log_softmax(log_score, -1), batch.tokens), 0.0)
+    return length_n / count_n * sum_by_sequence(nats_T, batch)
+
+
+def _random_subset(
+    residue_T: Bool[Tensor, " total"], count_n: Float64[Tensor, " n"], batch: PackedBatch, generator: torch.Generator
+) -> Bool[Tensor, " total"]:
+    """A uniform subset of count_n residues in each sequence."""
+    where = generator.device
+    segment = batch.segment_ids.to(where)
+    # sorted by sequence, then residues before context, then at random: a token's place is its random rank
+    key = 2 * segment + torch.where(residue_T.to(where), uniform_draws(len(segment), generator), 1.5)
+    rank = torch.empty_like(segment)
+    rank[key.argsort()] = batch.positions.to(where)
+    return (rank < count_n.to(where)[segment]).to(residue_T.device) & residue_T
+
+
+def sum_by_sequence(values_T: Tensor, batch: PackedBatch) -> Float64[Tensor, " n"]:
+    """Per-token values summed within each sequence, in float64."""
+    values = to_float64(values_T)
+    out = torch.zeros(len(batch.lengths), dtype=torch.float64, device=values.device)
+    return out.index_add_(0, batch.segment_ids.to(values.device), values)
+
+
+def per_residue(nats: np.ndarray, residues: np.ndarray) -> tuple[float, float]:
+    """Total nats / total residues and its standard error over sequences.
+
+    The error is that of a ratio estimator, sqrt( n/(n-1) sum (nats_i - r L_i)^2 ) / sum L; it holds the spread
+    between proteins and the Monte-Carlo noise alike. NaN for a single sequence.
+
+    Args:
+        nats, residues: (n,) per sequence; nats may be a difference of two models (a paired comparison).
+    """
+    if len(nats) != len(residues) or not residues.sum():
+        raise ValueError(f"cannot average {len(nats)} sequences over {residues.sum()} residues ({len(residues)} rows)")
+    ratio = nats.sum() / residues.sum()
+    n = len(nats)
+    spread = ((nats - ratio * residues) ** 2).sum() * n / (n - 1) if n > 1 else float("nan")
+    return float(ratio), float(np.sqrt(spread) / residues.sum())

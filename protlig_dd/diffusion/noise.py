@@ -1,0 +1,60 @@
+"""Noise schedules: t in [t_min, 1] -> total noise sigma(t) and its rate dsigma = d sigma / d t.
+
+Both are exact and float32; t is float32 too. `t_min` belongs to the schedule, so that training, evaluation and
+sampling use one range.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class LogLinearNoise:
+    """sigma(t) = -log(1 - (1 - eps) t), so that 1 - exp(-sigma) = (1 - eps) t (SEDD, arXiv 2310.16834, C.1)."""
+
+    def __init__(self, eps: float = 1e-3, t_min: float = 1e-3) -> None:
+        if not 0 < eps < 1:
+            raise ValueError(f"noise.eps must lie in (0, 1), got {eps}")
+        check_t_min(t_min)
+        self.eps, self.t_min = eps, t_min
+
+    def __call__(self, t: Float[Tensor, "*n"]) -> tuple[Float[Tensor, "*n"], Float[Tensor, "*n"]]:
+        kept = (1 - t) + self.eps * t  # = exp(-sigma), without the cancellation near t = 1
+        return -torch.log(kept), (1 - self.eps) / kept
+
+
+class GeometricNoise:
+    """sigma(t) = sigma_min^(1-t) sigma_max^t (SEDD, arXiv 2310.16834, C.1)."""
+
+    def __init__(self, sigma_min: float = 1e-4, sigma_max: float = 20.0, t_min: float = 1e-3) -> None:
+        if not 0 < sigma_min < sigma_max:
+            raise ValueError(f"noise needs 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
+        check_t_min(t_min)
+        self.sigma_min, self.sigma_max, self.t_min = sigma_min, sigma_max, t_min
+
+    def __call__(self, t: Float[Tensor, "*n"]) -> tuple[Float[Tensor, "*n"], Float[Tensor, "*n"]]:
+        log_ratio = math.log(self.sigma_max / self.sigma_min)
+        sigma = self.sigma_min * torch.exp(t * log_ratio)
+        return sigma, sigma * log_ratio
+
+
+Noise = LogLinearNoise | GeometricNoise
+
+NOISES: dict[str, type[Noise]] = {"loglinear": LogLinearNoise, "geometric": GeometricNoise}
+
+
+def stratified_times(
+    n: int, t_min: float, generator: torch.Generator, device: torch.device | str
+) -> Float[Tensor, " {n}"]:
+    """(n,) times on [t_min, 1], one in each of n equal strata, in random order: t_i = (u + i) / n, shuffled."""
+    where = generator.device
+    u = torch.rand((), generator=generator, device=where)
+    strata = torch.randperm(n, generator=generator, device=where)
+    return (t_min + (1 - t_min) * (u + strata) / n).to(device)
+
+
+def check_t_min(t_min: float) -> None:
+    if not 0 < t_min < 1:
+        raise ValueError(f"noise.t_min must lie in (0, 1), got {t_min}")

@@ -1,0 +1,60 @@
+"""From a network's logits to log-scores: the one place where precision and parametrisation meet."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
+from protlig_dd.batch import PackedBatch
+from protlig_dd.diffusion.graph import Absorbing, Graph
+
+PARAMETRISATIONS = ("log_score", "x0")
+
+ScoreFn = Callable[[PackedBatch, Tensor], Tensor]
+"""(batch at x_t, sigma (n,) float32) -> log_score (total, 20) float32, 0 at x_t."""
+
+
+def make_score_fn(
+    model: Callable[[PackedBatch, Tensor], Tensor],
+    graph: Graph,
+    parametrisation: str,
+    *,
+    time_conditioning: bool = True,
+    autocast: torch.dtype | None = None,
+) -> ScoreFn:
+    """Wrap a network (batch, sigma) -> logits as a score function.
+
+    Args:
+        parametrisation: `log_score`, SEDD's; or `x0`, a softmax over amino acids turned into scores by the graph's
+            exact posterior.
+        time_conditioning: False shows the network sigma = 0 always; valid where the posterior of x0 does not depend
+            on the time (absorbing with x0).
+        autocast: dtype the network computes in; None for that of its weights. Its logits leave as float32, and
+            everything after them is float32: sums of exponentials in bf16 are off by 0.2%.
+
+    Raises:
+        ValueError: a parametrisation that the graph does not have.
+    """
+    check_parametrisation(graph, parametrisation, time_conditioning)
+
+    def score_fn(batch: PackedBatch, sigma: Float32[Tensor, " n"]) -> Float32[Tensor, "total 20"]:
+        shown = sigma if time_conditioning else torch.zeros_like(sigma)
+        with torch.autocast(sigma.device.type, dtype=autocast, enabled=autocast is not None):
+            logits = model(batch, shown)
+        sigma_T = sigma.index_select(0, batch.segment_ids)
+        if parametrisation == "x0" and isinstance(graph, Absorbing):
+            return graph.log_score_from_x0(logits.float(), batch.tokens, sigma_T)
+        return graph.log_score(logits.float(), batch.tokens, sigma_T)
+
+    return score_fn
+
+
+def check_parametrisation(graph: Graph, parametrisation: str, time_conditioning: bool) -> None:
+    """Raise unless this graph can be used with this parametrisation."""
+    if parametrisation not in PARAMETRISATIONS:
+        raise ValueError(f"no parametrisation {parametrisation!r}; there are {', '.join(PARAMETRISATIONS)}")
+    if parametrisation == "x0" and not isinstance(graph, Absorbing):
+        raise ValueError("parametrisation=x0 is for the absorbing graph; use log_score with the others")
+    if not time_conditioning and parametrisation != "x0":
+        raise ValueError("time_conditioning=false is valid only with graph=absorbing and parametrisation=x0")

@@ -1,0 +1,44 @@
+"""Turn FASTA files into a store that training reads.
+
+python -m protlig_dd.prepare input=my.fasta output=data/my.h5
+python -m protlig_dd.prepare input=[a.fasta,b.fasta.gz] output=data/my.h5 test_fraction=0.05
+python -m protlig_dd.prepare 'input={train: a.fasta, validation: b.fasta, test: c.fasta}' output=data/my.h5
+"""
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from protlig_dd.data.build import build_store
+from protlig_dd.data.store import SPLITS
+from protlig_dd.runtime.cli import run_verb
+from protlig_dd.runtime.config import PrepareConfig, read_config
+from protlig_dd.runtime.metrics import console
+
+
+def prepare(cfg: DictConfig) -> None:
+    """Read the inputs, split them, write the store, and print what it holds."""
+    config = read_config(cfg, PrepareConfig)
+    if isinstance(config.input, str):
+        config.input = [config.input]
+    is_mapping = isinstance(config.input, dict)
+    inputs = (
+        {str(split): Path(file) for split, file in config.input.items()}
+        if is_mapping
+        else [Path(file) for file in config.input]
+    )
+    with console.status("reading"):
+        store = build_store(
+            inputs,
+            Path(config.output),
+            validation_fraction=0.0 if is_mapping else config.validation_fraction,
+            test_fraction=0.0 if is_mapping else config.test_fraction,
+        )
+    console.print(f"{store.path}: {len(store):,} sequences, {int(store.lengths.sum()):,} residues")
+    for split in SPLITS:
+        rows = store.split(split)
+        console.print(f"  {split:<10} {len(rows):,} sequences, {int(store.lengths[rows].sum()):,} residues")
+
+
+if __name__ == "__main__":
+    run_verb(prepare, "prepare", PrepareConfig)

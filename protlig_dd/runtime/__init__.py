@@ -1,0 +1,1 @@
+"""What every verb shares: configuration, environment, checkpoints, processes and metrics."""

@@ -1,0 +1,58 @@
+"""The command-line face that every verb shares: Hydra composes, one line reports a failure, the exit code tells.
+
+Exit codes: 0 done, 1 error, 130 interrupted. HYDRA_FULL_ERROR=1 adds the traceback.
+"""
+
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig
+
+from protlig_dd.runtime.config import config_folder, known_keys, unknown_key
+from protlig_dd.runtime.distributed import leave_group, processes_from_environment
+
+
+def run_verb(verb: Callable[[DictConfig], None], config_name: str, schema: type) -> None:
+    """Compose `config_name` with the command line's overrides, run the verb, and exit with its code.
+
+    Args:
+        schema: the config's dataclass, from which a misspelt key's nearest neighbour is suggested.
+    """
+    show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing its own report
+    # one search path for every launch: a config of the user's own may build on the shipped groups
+    main = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name)
+    try:
+        main(verb)()
+    except KeyboardInterrupt:
+        say("interrupted; the same command goes on from the last checkpoint")
+        sys.exit(130)
+    except Exception as error:
+        if show_traceback:
+            traceback.print_exc()
+        say(one_line(error, schema))
+        sys.exit(1)
+    finally:
+        leave_group()
+        GlobalHydra.instance().clear()
+
+
+def one_line(error: Exception, schema: type) -> str:
+    """What a user needs to know of an error, in one line."""
+    text = " ".join(str(error).split())
+    if (misspelt := re.search(r"Could not override '([^']+)'", text)) is not None:
+        return "error: " + unknown_key(misspelt.group(1), known_keys(schema))
+    if not isinstance(error, ValueError) and not type(error).__module__.startswith(("hydra", "omegaconf")):
+        text = f"{type(error).__name__}: {text}"  # not one of ours: the type says more than the text
+    return f"error: {text}"
+
+
+def say(message: str) -> None:
+    processes = processes_from_environment()
+    prefix = f"[rank {processes.rank}] " if processes.world_size > 1 else ""
+    print(prefix + message, file=sys.stderr, flush=True)

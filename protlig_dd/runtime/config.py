@@ -1,0 +1,264 @@
+"""The configuration's schema, its checks, and the registries that names are looked up in.
+
+Values, defaults and their one-line comments live in configs/*.yaml; here are the types. A key that is not here is an
+error, so a misspelt override can never be ignored. Components are chosen by name from a registry, never by an import
+path: a config that comes with a checkpoint cannot run code.
+"""
+
+import difflib
+import inspect
+import keyword
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from protlig_dd.diffusion.graph import GRAPHS, Graph
+from protlig_dd.diffusion.noise import NOISES, Noise
+from protlig_dd.model.dit import DiT
+
+T = TypeVar("T")
+
+
+@dataclass
+class RunConfig:
+    name: str
+    fresh: bool
+    resume: str
+
+
+@dataclass
+class DataConfig:
+    path: str
+    max_len: int
+    tokens_per_pack: int
+    workers: int
+
+
+@dataclass
+class ModelConfig:
+    hidden_size: int
+    n_heads: int
+    n_blocks: int
+    cond_dim: int
+    dropout: float
+    attention_backend: str
+
+
+@dataclass
+class OptimConfig:
+    name: str
+    lr: float
+    min_lr_ratio: float
+    warmup_steps: int
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    grad_clip: float
+    packs_per_step: int
+    ema_decay: float
+
+
+@dataclass
+class TrainerConfig:
+    max_steps: int | None
+    epochs: float | None
+    stop_at_step: int | None
+    device: str
+    precision: str
+    deterministic: bool
+    log_every: int
+    log_rows: bool
+    eval_every: int
+    eval_draws: int
+    eval_max_sequences: int
+    checkpoint_every: int
+    keep_last: int
+
+
+@dataclass
+class LoggerConfig:
+    tensorboard: bool
+    wandb_project: str | None
+    wandb_name: str | None
+
+
+@dataclass
+class ReportConfig:
+    split: str
+    max_sequences: int
+    draws: int
+    samples: int
+    steps: int
+    predictor: str
+    untrained: bool
+
+
+@dataclass
+class TrainConfig:
+    run: RunConfig
+    seed: int
+    data: DataConfig
+    model: ModelConfig
+    graph: dict[str, Any]
+    noise: dict[str, Any]
+    parametrisation: str
+    time_conditioning: bool
+    optim: OptimConfig
+    trainer: TrainerConfig
+    logger: LoggerConfig
+    report: ReportConfig
+
+
+@dataclass
+class PrepareConfig:
+    input: Any
+    output: str
+    validation_fraction: float
+    test_fraction: float
+
+
+@dataclass
+class SampleConfig:
+    from_: str  # `from` on the command line and in YAML
+    output: str
+    n: int
+    lengths: str
+    steps: int
+    predictor: str
+    seed: int
+    device: str
+    precision: str
+    tokens_per_pack: int
+
+
+# What may differ when a run is resumed: nothing here changes the steps themselves.
+RESUMABLE = frozenset(
+    {
+        "run.fresh",
+        "run.resume",
+        "data.path",  # the data's fingerprint is compared instead
+        "data.workers",
+        "trainer.max_steps",
+        "trainer.epochs",
+        "trainer.stop_at_step",
+        "trainer.device",
+        "trainer.precision",  # compared as resolved
+        "model.attention_backend",  # compared as resolved
+        "trainer.log_every",
+        "trainer.log_rows",
+        "trainer.eval_every",
+        "trainer.eval_draws",
+        "trainer.eval_max_sequences",
+        "trainer.checkpoint_every",
+        "trainer.keep_last",
+        "logger.tensorboard",
+        "logger.wandb_project",
+        "logger.wandb_name",
+        "report.split",
+        "report.max_sequences",
+        "report.draws",
+        "report.samples",
+        "report.steps",
+        "report.predictor",
+        "report.untrained",
+    }
+)
+
+
+def config_folder() -> Path:
+    """The shipped configs: inside an installed package, or beside the package in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def read_config(cfg: DictConfig, schema: type[T]) -> T:
+    """Check a composed config against its schema and return it as that dataclass.
+
+    Raises:
+        ValueError: an unknown key (with the nearest known one), a missing value, or a value of the wrong type.
+    """
+    values = {str(key): value for key, value in cfg.items_ex(resolve=False)}
+    fields = {f"{key}_" if keyword.iskeyword(key) else key: value for key, value in values.items()}
+    try:
+        typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), fields))
+    except ConfigKeyError as error:
+        raise ValueError(unknown_key(str(error.full_key), known_keys(schema))) from error
+    except MissingMandatoryValue as error:
+        key = str(error.full_key).removesuffix("_")
+        raise ValueError(f"{key} is required: give {key}=...") from error
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    assert isinstance(typed, schema)
+    return typed
+
+
+def known_keys(schema: type) -> list[str]:
+    return [key.removesuffix("_") for key in flatten(OmegaConf.structured(schema))]
+
+
+def unknown_key(key: str, known: list[str]) -> str:
+    """One line that names the key and the nearest known one."""
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+    return f"unknown config key {key!r}; did you mean {near[0]!r}?" if near else f"unknown config key {key!r}"
+
+
+def flatten(cfg: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested config -> {"optim.lr": 0.001, ...}; missing values are kept as `???`."""
+    content = OmegaConf.to_container(cfg, throw_on_missing=False) if OmegaConf.is_config(cfg) else cfg
+    if not isinstance(content, Mapping):
+        return {prefix: content}
+    if not content:
+        return {prefix: content} if prefix else {}
+    parts = [flatten(value, f"{prefix}.{key!s}" if prefix else str(key)) for key, value in content.items()]
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """`key: old -> new` for every key that differs and may not when a run is resumed."""
+    old_flat, new_flat = flatten(old), flatten(new)
+    keys = [key for key in sorted(old_flat | new_flat) if key not in RESUMABLE]
+    return [
+        f"{key}: {old_flat.get(key)} -> {new_flat.get(key)}" for key in keys if old_flat.get(key) != new_flat.get(key)
+    ]
+
+
+def build_graph(spec: Mapping[str, Any]) -> Graph:
+    return build("graph", GRAPHS, spec)
+
+
+def build_noise(spec: Mapping[str, Any]) -> Noise:
+    return build("noise", NOISES, spec)
+
+
+def build_model(config: ModelConfig, attention_backend: str) -> DiT:
+    """The network of a config, with the attention backend as resolved for this machine."""
+    return DiT(
+        hidden_size=config.hidden_size,
+        n_heads=config.n_heads,
+        n_blocks=config.n_blocks,
+        cond_dim=config.cond_dim,
+        dropout=config.dropout,
+        attention_backend=attention_backend,
+    )
+
+
+def build(kind: str, registry: Mapping[str, type[T]], spec: Mapping[str, Any]) -> T:
+    """Look `spec["name"]` up in a registry and construct it with the other keys.
+
+    Raises:
+        ValueError: no or an unknown name, or an option that this component does not take.
+    """
+    options = {key: value for key, value in spec.items() if key != "name"}
+    name = str(spec.get("name"))
+    if name not in registry:
+        raise ValueError(f"{kind}.name={name}: there are {', '.join(registry)}")
+    accepted = list(inspect.signature(registry[name]).parameters)
+    for key in options:
+        if key not in accepted:
+            raise ValueError(unknown_key(f"{kind}.{key}", [f"{kind}.{option}" for option in accepted]))
+    return registry[name](**options)

@@ -1,0 +1,85 @@
+"""What this machine can do, and the record of it that a run keeps."""
+
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+DEPENDENCIES = ("torch", "flash-attn", "numpy", "einops", "hydra-core", "omegaconf", "biopython", "h5py", "safetensors")
+PRECISIONS = ("auto", "bf16", "fp32")
+
+
+def resolve_device(name: str, local_rank: int = 0) -> torch.device:
+    """`auto` is this process's GPU where there is one, else the CPU; anything else must exist.
+
+    Args:
+        name: auto | cpu | cuda | cuda:N | mps. `cuda` is the local rank's GPU.
+
+    Raises:
+        ValueError: an unknown device, or one that this machine or torch build does not have.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"trainer.device={name}: not a device; use auto, cpu, cuda, cuda:N or mps") from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"trainer.device={name}, but CUDA is not available (torch {torch.__version__})")
+        index = local_rank if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise ValueError(f"trainer.device={name}: GPU {index} of {torch.cuda.device_count()}")
+        return torch.device("cuda", index)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"trainer.device={name}, but MPS is not available (torch {torch.__version__})")
+    if device.type not in ("cpu", "mps"):
+        raise ValueError(f"trainer.device={name}: use auto, cpu, cuda, cuda:N or mps")
+    return device
+
+
+def resolve_precision(name: str, device: torch.device) -> str:
+    """`auto` is bf16 where the hardware computes in it (CUDA, CPUs with AMX or AVX512-BF16), else fp32."""
+    if name not in PRECISIONS:
+        raise ValueError(f"trainer.precision={name}; there are {', '.join(PRECISIONS)}")
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    capabilities = torch.cpu.get_capabilities()
+    native = device.type == "cpu" and (capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+    return "bf16" if native else "fp32"
+
+
+def describe_environment(device: torch.device) -> dict[str, Any]:
+    """Versions, hardware and the source commit, for environment.json."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {name: version for name in DEPENDENCIES if (version := _version(name))},
+        "device_name": name,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "git_commit": _git_commit(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """The commit of the checkout this code runs from; None when it was installed."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or None

@@ -1,0 +1,120 @@
+"""Where a run's numbers go: metrics.jsonl, TensorBoard, Weights & Biases, and the terminal."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from protlig_dd.runtime.distributed import Processes
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def announce(message: str, processes: Processes) -> None:
+    """Print on rank 0."""
+    if processes.first:
+        console.print(message)
+
+
+class MetricsLog:
+    """Appends flat rows. Rank 0 alone makes one.
+
+    Raises:
+        ValueError: wandb was asked for and is not installed.
+    """
+
+    def __init__(
+        self, folder: Path, attempt: int, *, tensorboard: bool, wandb_project: str | None, wandb_name: str | None
+    ) -> None:
+        self.attempt = attempt
+        self.file = (folder / "metrics.jsonl").open("a")
+        self.tensorboard: Any = None
+        self.wandb: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(folder / "tensorboard")  # type: ignore[no-untyped-call]
+        if wandb_project:
+            self.wandb = import_wandb().init(
+                project=wandb_project, name=wandb_name, dir=folder, id=folder.name, resume="allow"
+            )
+
+    def write(self, rows: list[dict[str, float]]) -> None:
+        """Append rows, each with a `step`; a value that is no finite number is written as null."""
+        for row in rows:
+            finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
+            self.file.write(json.dumps(finite | {"attempt": self.attempt}) + "\n")
+            step = int(row["step"])
+            values = {key: value for key, value in row.items() if key != "step"}
+            if self.tensorboard is not None:
+                for key, value in values.items():
+                    self.tensorboard.add_scalar(key, value, step)
+            if self.wandb is not None:
+                self.wandb.log(values, step=step)
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def import_wandb() -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError(
+            "logger.wandb_project is set, but wandb is not installed: pip install 'protlig_dd[wandb]'"
+        ) from error
+    return wandb
+
+
+def read_metrics(path: Path) -> dict[int, dict[str, Any]]:
+    """metrics.jsonl as {step: row}; a later attempt's row replaces an earlier one's, key by key."""
+    rows: dict[int, dict[str, Any]] = {}
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        rows.setdefault(row["step"], {}).update(row)
+    return rows
+
+
+class ProgressBar:
+    """A live bar on a terminal; elsewhere one plain line each time the note changes, at most `lines` in all."""
+
+    def __init__(self, description: str, total: int, done: int = 0, *, shown: bool = True, lines: int = 10) -> None:
+        self.total, self.done, self.description = total, done, description
+        self.plain = shown and not console.is_terminal
+        self.every, self.next_line = max(1, total // lines), done
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not shown or self.plain,
+        )
+        self.task = self.bar.add_task(description, total=total, completed=done, note="")
+
+    def __enter__(self) -> "ProgressBar":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.stop()
+
+    def advance(self, steps: int = 1, note: str | None = None) -> None:
+        self.done += steps
+        self.bar.update(self.task, completed=self.done)
+        if note is not None:
+            self.bar.update(self.task, note=note)
+        if self.plain and (self.done >= self.total or self.done >= self.next_line):
+            self.next_line = self.done + self.every
+            left = self.bar.tasks[0].time_remaining
+            time_left = f"  {left:.0f} s left" if left else ""
+            console.print(f"{self.description} {self.done}/{self.total}  {self.bar.tasks[0].fields['note']}{time_left}")

@@ -1,0 +1,1 @@
+"""Training: `python -m protlig_dd.training`."""

@@ -1,0 +1,15 @@
+"""Train a model.
+
+python -m protlig_dd.training experiment=demo
+python -m protlig_dd.training experiment=demo trainer.max_steps=50 optim.lr=1e-3
+python -m protlig_dd.training -m optim.lr=3e-4,1e-3
+python -m protlig_dd.training data.path=my.h5 model=tiny run.name=mine
+torchrun --nproc-per-node=4 -m protlig_dd.training --config-name config_uniref50_stable
+"""
+
+from protlig_dd.runtime.cli import run_verb
+from protlig_dd.runtime.config import TrainConfig
+from protlig_dd.training.launch import run
+
+if __name__ == "__main__":
+    run_verb(run, "train", TrainConfig)

@@ -1,0 +1,271 @@
+"""One run, on every rank: build, go on from the checkpoint, fit, report."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+
+from protlig_dd.batch import PackedBatch
+from protlig_dd.data.loader import PackDataset
+from protlig_dd.data.store import SequenceStore
+from protlig_dd.diffusion.graph import Graph
+from protlig_dd.diffusion.noise import Noise
+from protlig_dd.diffusion.score import ScoreFn, make_score_fn
+from protlig_dd.model.dit import DiT
+from protlig_dd.runtime.checkpoint import read_state
+from protlig_dd.runtime.config import TrainConfig, build_graph, build_model, build_noise
+from protlig_dd.runtime.distributed import Processes, from_first
+from protlig_dd.runtime.files import write_atomic
+from protlig_dd.runtime.generate import designs_fasta, draw_lengths, generate
+from protlig_dd.runtime.metrics import MetricsLog, announce, console
+from protlig_dd.runtime.random import random_key
+from protlig_dd.tokenizer import ProteinTokenizer
+from protlig_dd.training.optim import make_optimizer
+from protlig_dd.training.report import (
+    composition_kl,
+    held_out_bound,
+    length_quantiles,
+    pick_estimator,
+    training_frequencies,
+)
+from protlig_dd.training.trainer import Trainer, fit, save
+
+SLOW_ON_CPU = 10_000_000  # parameters
+SHOWN_SAMPLES = 3
+
+
+def train(
+    config: TrainConfig,
+    store: SequenceStore,
+    *,
+    run_folder: Path,
+    attempt: int,
+    checkpoint: Path | None,
+    precision: str,
+    attention_backend: str,
+    device: torch.device,
+    processes: Processes,
+) -> None:
+    """Train `config` on `store` from `checkpoint` (or from nothing) and report once the last step is reached."""
+    graph, noise = build_graph(config.graph), build_noise(config.noise)
+    data, optim, control = config.data, config.optim, config.trainer
+    sizes = {"max_len": data.max_len, "tokens_per_pack": data.tokens_per_pack}
+    dataset = PackDataset(store, store.split("train"), seed=config.seed, **sizes)
+    held_out = {
+        split: PackDataset(store, subset(store, split, most, config.seed), seed=None, **sizes)
+        for split, most, wanted in (
+            ("validation", control.eval_max_sequences, control.eval_every > 0),
+            (config.report.split, config.report.max_sequences, True),
+        )
+        if wanted
+    }
+
+    def make_model() -> DiT:
+        torch.manual_seed(random_key(config.seed, "weights", 0))
+        with device:
+            return build_model(config.model, attention_backend)
+
+    def make_score(network: Callable[[PackedBatch, torch.Tensor], torch.Tensor]) -> ScoreFn:
+        return make_score_fn(
+            network,
+            graph,
+            config.parametrisation,
+            time_conditioning=config.time_conditioning,
+            autocast=torch.bfloat16 if precision == "bf16" else None,
+        )
+
+    model = make_model()
+    max_steps = count_steps(config, dataset)
+    trainer = Trainer(
+        model=model,
+        make_score=make_score,
+        graph=graph,
+        noise=noise,
+        optimizer=make_optimizer(
+            optim.name, model, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
+        ),
+        dataset=dataset,
+        device=device,
+        processes=processes,
+        seed=config.seed,
+        packs_per_step=optim.packs_per_step,
+        lr=optim.lr,
+        warmup_steps=optim.warmup_steps,
+        max_steps=max_steps,
+        min_lr_ratio=optim.min_lr_ratio,
+        grad_clip=optim.grad_clip,
+        ema_decay=optim.ema_decay,
+    )
+    first_step = 0
+    if checkpoint is not None:
+        state = read_state(checkpoint)
+        trainer.load(checkpoint, state)
+        first_step = state["step"]
+        announce(f"going on from {checkpoint}", processes)
+    last_step = min(max_steps, control.stop_at_step or max_steps)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    announce(
+        f"{run_folder}: {parameters / 1e6:.1f} M parameters on {device} in {precision}, attention {attention_backend}; "
+        f"{processes.world_size} process(es); {max_steps} steps of {optim.packs_per_step} x {data.tokens_per_pack} "
+        f"tokens = {max_steps * optim.packs_per_step / dataset.packs_per_epoch:.2f} epochs",
+        processes,
+    )
+    if device.type == "cpu" and parameters > SLOW_ON_CPU:
+        announce("this model is slow on a CPU: experiment=demo and model=tiny are sized for one", processes)
+
+    bound = partial(
+        held_out_bound,
+        graph=graph,
+        noise=noise,
+        unigram=training_frequencies(store),
+        estimator=pick_estimator(graph, config.parametrisation, config.time_conditioning),
+        seed=config.seed,
+        device=device,
+        processes=processes,
+    )
+
+    def evaluate() -> dict[str, Any]:
+        held = bound(
+            trainer.eval_score_fn, dataset=held_out["validation"], draws=control.eval_draws, description="validation"
+        )
+        return {f"val_{key}": value for key, value in held.summary().items() if key != "estimator"}
+
+    config_yaml = OmegaConf.to_yaml(OmegaConf.structured(config))
+    metrics = MetricsLog(run_folder, attempt, **vars(config.logger)) if processes.first else None
+    if first_step < last_step:
+        fit(
+            trainer,
+            first_step=first_step,
+            last_step=last_step,
+            workers=data.workers,
+            log_every=control.log_every,
+            rows_file=run_folder / "rows.jsonl" if control.log_rows else None,
+            evaluate=evaluate,
+            eval_every=control.eval_every,
+            checkpoint=partial(
+                save,
+                trainer,
+                run_folder,
+                config_yaml=config_yaml,
+                state={
+                    "data_fingerprint": store.fingerprint,
+                    "length_quantiles": length_quantiles(store, data.max_len),
+                },
+                keep_last=control.keep_last,
+            ),
+            checkpoint_every=control.checkpoint_every,
+            metrics=metrics,
+        )
+    if metrics is not None:
+        metrics.close()
+    if last_step < max_steps:
+        announce(f"stopped at step {last_step} of {max_steps}; without trainer.stop_at_step it goes on", processes)
+        return
+    with trainer.ema.swapped_in(model):
+        held = bound(
+            trainer.eval_score_fn,
+            dataset=held_out[config.report.split],
+            draws=config.report.draws,
+            description=f"{config.report.split} set",
+        )
+        report: dict[str, Any] = {"split": config.report.split, **held.summary()}
+        if processes.first and config.report.samples:
+            untrained = make_score(make_model().eval()) if config.report.untrained else None
+            report |= sample_report(
+                config, store, run_folder, max_steps, trainer.eval_score_fn, untrained, graph, noise, device
+            )
+    if processes.first:
+        write_atomic(run_folder / "report.json", json.dumps(report, indent=1) + "\n")
+        print_report(run_folder, max_steps, report)
+    from_first(None)
+
+
+def count_steps(config: TrainConfig, dataset: PackDataset) -> int:
+    """trainer.max_steps, or trainer.epochs turned into steps."""
+    if config.trainer.max_steps is not None:
+        return config.trainer.max_steps
+    assert config.trainer.epochs is not None  # one of the two, checked with the config
+    return max(1, round(config.trainer.epochs * dataset.packs_per_epoch / config.optim.packs_per_step))
+
+
+def subset(store: SequenceStore, split: str, most: int, seed: int) -> np.ndarray:
+    """At most `most` rows of a split, the same ones at every evaluation.
+
+    Raises:
+        ValueError: an empty split.
+    """
+    rows = store.split(split)
+    if not len(rows):
+        raise ValueError(f"{store.path} has no {split} sequences; prepare it with a larger {split}_fraction")
+    if len(rows) > most:
+        rows = np.sort(np.random.default_rng([seed, most]).permutation(rows)[:most])
+    return rows
+
+
+def sample_report(
+    config: TrainConfig,
+    store: SequenceStore,
+    run_folder: Path,
+    step: int,
+    score_fn: ScoreFn,
+    untrained: ScoreFn | None,
+    graph: Graph,
+    noise: Noise,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Sample, write samples/step_N.fasta, and compare the composition with the training split's."""
+    wanted, quantiles = config.report, length_quantiles(store, config.data.max_len)
+    frequencies = training_frequencies(store)
+    draw = partial(
+        generate,
+        graph=graph,
+        noise=noise,
+        lengths=draw_lengths(quantiles, wanted.samples, config.seed),
+        steps=wanted.steps,
+        predictor=wanted.predictor,
+        tokens_per_pack=config.data.tokens_per_pack,
+        seed=config.seed,
+        device=device,
+    )
+    samples, counts = draw(score_fn, description="sampling")
+    file = run_folder / "samples" / f"step_{step:08d}.fasta"
+    text = designs_fasta(
+        samples, run=run_folder.name, step=step, seed=config.seed, predictor=wanted.predictor, steps=wanted.steps
+    )
+    write_atomic(file, text)
+    decode = ProteinTokenizer().decode
+    result = {
+        "samples": str(file),
+        "shown": [decode(ids) for ids in samples[:SHOWN_SAMPLES]],
+        "clamped_draws": counts["clamped"] / counts["draws"],
+        "composition_kl": composition_kl(samples, frequencies),
+    }
+    if untrained is not None:
+        result["untrained_composition_kl"] = composition_kl(draw(untrained, description="untrained")[0], frequencies)
+    return result
+
+
+def print_report(run_folder: Path, step: int, report: dict[str, Any]) -> None:
+    """The run's last words: where it is, how good it is, what it makes."""
+    lines = [
+        "",
+        f"run folder             {run_folder}",
+        f"{report['split']} set, {report['sequences']} proteins, {report['residues']:,} residues, "
+        f"step {step}, averaged weights, {report['estimator']} estimator; nats/residue:",
+        f"  NLL bound            {report['nll']:.4f} ± {report['nll_se']:.4f}",
+        f"  unigram NLL          {report['unigram_nll']:.4f} ± {report['unigram_nll_se']:.4f}",
+        f"  paired difference    {report['difference']:+.4f} ± {report['difference_se']:.4f}",
+    ]
+    if "samples" in report:
+        lines.append("composition, KL to the training set in nats:")
+        lines.append(f"  samples              {report['composition_kl']:.4f}")
+        if "untrained_composition_kl" in report:
+            lines.append(f"  untrained model      {report['untrained_composition_kl']:.4f}")
+        lines.append(f"samples                {report['samples']}")
+        lines += [f"  {sequence}" for sequence in report["shown"]]
+    console.print("\n".join(lines), markup=False)

@@ -1,0 +1,119 @@
+"""What a run says of itself: held-out bounds beside the unigram model, and samples beside the training proteins."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from protlig_dd.batch import PackedBatch
+from protlig_dd.data.loader import PackDataset, pack_loader
+from protlig_dd.data.store import SPLITS, SequenceStore
+from protlig_dd.diffusion.graph import Absorbing, Graph
+from protlig_dd.diffusion.likelihood import nll_bound, per_residue
+from protlig_dd.diffusion.noise import Noise
+from protlig_dd.diffusion.score import ScoreFn
+from protlig_dd.runtime.distributed import Processes, gather_objects
+from protlig_dd.runtime.metrics import ProgressBar
+from protlig_dd.runtime.random import keyed_generator
+from protlig_dd.tokenizer import N_STATES
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Per-sequence bounds of one split, in row order, the same on every rank."""
+
+    rows: np.ndarray
+    nats: np.ndarray
+    residues: np.ndarray
+    unigram_nats: np.ndarray
+    """The unigram model's exact NLL of the same residues."""
+    estimator: str
+
+    def summary(self) -> dict[str, float | int | str]:
+        """Nats per residue with standard errors: the model's bound, the unigram NLL, their paired difference."""
+        nll, nll_se = per_residue(self.nats, self.residues)
+        unigram, unigram_se = per_residue(self.unigram_nats, self.residues)
+        difference, difference_se = per_residue(self.nats - self.unigram_nats, self.residues)
+        return {
+            "nll": nll,
+            "nll_se": nll_se,
+            "unigram_nll": unigram,
+            "unigram_nll_se": unigram_se,
+            "difference": difference,
+            "difference_se": difference_se,
+            "sequences": len(self.rows),
+            "residues": int(self.residues.sum()),
+            "estimator": self.estimator,
+        }
+
+
+def pick_estimator(graph: Graph, parametrisation: str, time_conditioning: bool) -> str:
+    """exact_count where it is the model's own bound (absorbing, x0, time-free); the integral elsewhere."""
+    exact = isinstance(graph, Absorbing) and parametrisation == "x0" and not time_conditioning
+    return "exact_count" if exact else "integral"
+
+
+def held_out_bound(
+    score_fn: ScoreFn,
+    graph: Graph,
+    noise: Noise,
+    dataset: PackDataset,
+    *,
+    unigram: np.ndarray,
+    estimator: str,
+    draws: int,
+    seed: int,
+    device: torch.device,
+    processes: Processes,
+    description: str,
+) -> HeldOut:
+    """Bound every sequence of the dataset once, spread over the ranks; the draws depend on (seed, pack) alone.
+
+    Args:
+        dataset: unshuffled (seed None); sequences beyond its max_len are scored on their first max_len residues.
+        unigram: (20,) frequencies.
+    """
+    log_unigram = torch.from_numpy(np.log(unigram))
+    packs = range(processes.rank, len(dataset), processes.world_size)
+    parts: list[tuple[np.ndarray, ...]] = []
+    with ProgressBar(description, len(packs), shown=processes.first) as bar:
+        for pack, batch in zip(packs, pack_loader(dataset, packs, workers=0, pin_memory=False), strict=True):
+            generator = keyed_generator(seed, "evaluation", pack, device)
+            bound = nll_bound(
+                score_fn, batch.to(device), graph, noise, generator=generator, draws=draws, estimator=estimator
+            )
+            expected = (-residue_counts(batch) @ log_unigram).numpy()
+            parts.append((batch.rows.numpy(), bound.nats.numpy(), bound.residues.numpy(), expected))
+            bar.advance()
+    gathered = [part for rank_parts in gather_objects(parts) for part in rank_parts]
+    rows, nats, residues, unigram_nats = (np.concatenate(column) for column in zip(*gathered, strict=True))
+    order = rows.argsort()
+    return HeldOut(rows[order], nats[order], residues[order], unigram_nats[order], estimator)
+
+
+def residue_counts(batch: PackedBatch) -> torch.Tensor:
+    """(n, 20) float64: how often each amino acid occurs in each sequence."""
+    counts = torch.zeros(len(batch.lengths), N_STATES, dtype=torch.float64)
+    inside = batch.tokens < N_STATES
+    flat = batch.segment_ids[inside] * N_STATES + batch.tokens[inside]
+    return counts.view(-1).index_add_(0, flat, torch.ones(len(flat), dtype=torch.float64)).view_as(counts)
+
+
+def training_frequencies(store: SequenceStore) -> np.ndarray:
+    """(20,) amino-acid frequencies of the training split, with one pseudo-count each."""
+    counts = store.token_counts[SPLITS.index("train")][:N_STATES] + 1
+    return counts / counts.sum()
+
+
+def composition_kl(samples: list[np.ndarray], frequencies: np.ndarray) -> float:
+    """KL( pooled composition of the samples || frequencies ) in nats."""
+    counts = np.bincount(np.concatenate(samples), minlength=N_STATES)[:N_STATES]
+    shares = counts / counts.sum()
+    used = shares > 0
+    return float((shares[used] * np.log(shares[used] / frequencies[used])).sum())
+
+
+def length_quantiles(store: SequenceStore, max_len: int) -> list[float]:
+    """101 quantiles of the training split's lengths, as far as the model saw them; kept in checkpoints for sampling."""
+    lengths = np.minimum(store.lengths[store.split("train")], max_len)
+    return [float(q) for q in np.quantile(lengths, np.linspace(0, 1, 101))]

@@ -1,0 +1,79 @@
+"""Training with classic flags, for launch scripts that have them; the same code as `python -m protlig_dd.training`.
+
+    python -m protlig_dd.training.run_train_uniref50_optimized --work_dir . \
+        --config configs/config_uniref50_stable.yaml --fresh --device auto --seed 1 --epochs 2
+
+Hydra overrides may follow the flags.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from protlig_dd.runtime.cli import run_verb, say
+from protlig_dd.runtime.config import TrainConfig, config_folder
+from protlig_dd.training.launch import run
+
+
+def main() -> None:
+    """Turn the flags into Hydra overrides and hand over."""
+    arguments = parse_arguments()
+    if not arguments.work_dir.is_dir():
+        fail(f"--work_dir {arguments.work_dir}: no such folder")
+    os.chdir(arguments.work_dir)
+    config = arguments.config.resolve()
+    if not config.is_file():
+        fail(f"--config {arguments.config}: no such file (looked in {Path.cwd()})")
+    for override in arguments.overrides:
+        if "=" not in override:
+            fail(f"unknown argument {override!r}; behind the flags only Hydra overrides (key=value) may follow")
+    overrides = [f"hydra.searchpath=[file://{config_folder()}]", "run.fresh=true"][: 2 if arguments.fresh else 1]
+    for key, value in (
+        ("data.path", arguments.datafile),
+        ("trainer.device", arguments.device),
+        ("seed", arguments.seed),
+        ("logger.wandb_project", arguments.wandb_project),
+        ("logger.wandb_name", arguments.wandb_name),
+    ):
+        if value is not None:
+            overrides.append(f"{key}='{value}'" if isinstance(value, str) else f"{key}={value}")
+    if arguments.epochs is not None:
+        overrides += [f"trainer.epochs={arguments.epochs}", "trainer.max_steps=null"]
+    path = ["--config-path", str(config.parent), "--config-name", config.stem]
+    sys.argv = [sys.argv[0], *path, *overrides, *arguments.overrides]
+    run_verb(run, config.stem, TrainConfig)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m protlig_dd.training.run_train_uniref50_optimized",
+        description="Train a protein language model by score-entropy discrete diffusion.",
+    )
+    parser.add_argument("--work_dir", type=Path, default=Path(), help="folder that holds runs/ and data/ (default: .)")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        required=True,
+        help="primary config, relative to --work_dir; it may use the shipped groups",
+    )
+    parser.add_argument("--datafile", help="store made by `python -m protlig_dd.prepare` (default: the config's)")
+    parser.add_argument("--fresh", action="store_true", help="move an existing run of this name aside and start anew")
+    parser.add_argument("--device", help="auto | cpu | cuda | cuda:1 | mps (default: the config's)")
+    parser.add_argument("--seed", type=int, help="seed of everything random (default: the config's)")
+    parser.add_argument(
+        "--epochs", type=float, help="passes over the training split, instead of the config's max_steps"
+    )
+    parser.add_argument("--wandb_project", help="log to this Weights & Biases project")
+    parser.add_argument("--wandb_name", help="the run's name there")
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides, such as optim.lr=1e-3")
+    return parser.parse_args()
+
+
+def fail(message: str) -> None:
+    say(f"error: {message}")
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

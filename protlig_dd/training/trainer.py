@@ -1,0 +1,256 @@
+"""The training loop. `Trainer.step` is the whole training step."""
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
+
+from protlig_dd.batch import PackedBatch
+from protlig_dd.data.loader import PackDataset, RankPacks, pack_loader
+from protlig_dd.diffusion.graph import Graph
+from protlig_dd.diffusion.loss import score_entropy_loss
+from protlig_dd.diffusion.noise import Noise
+from protlig_dd.diffusion.score import ScoreFn
+from protlig_dd.model.dit import DiT
+from protlig_dd.runtime.checkpoint import load_optimizer, load_weights, save_checkpoint
+from protlig_dd.runtime.distributed import Processes, all_reduce_sum, from_first, gather_objects
+from protlig_dd.runtime.metrics import MetricsLog, ProgressBar, console
+from protlig_dd.runtime.random import keyed_generator, random_key
+from protlig_dd.tokenizer import N_STATES
+from protlig_dd.training.ema import EMA
+from protlig_dd.training.optim import learning_rate
+
+
+class NonFiniteLossError(ValueError):
+    """The loss or the gradient stopped being a number; the weights were frozen before that step."""
+
+
+class Trainer:
+    """Steps, logs, evaluates and checkpoints one model on one dataset of packs.
+
+    Everything random in step k is keyed by (seed, purpose, k * packs_per_step + i), and the loss is normalised by the
+    residues of the whole step, so the split over ranks and accumulation changes nothing but the order of sums.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: DiT,
+        make_score: Callable[[Callable[[PackedBatch, Tensor], Tensor]], ScoreFn],
+        graph: Graph,
+        noise: Noise,
+        optimizer: torch.optim.Optimizer,
+        dataset: PackDataset,
+        device: torch.device,
+        processes: Processes,
+        seed: int,
+        packs_per_step: int,
+        lr: float,
+        warmup_steps: int,
+        max_steps: int,
+        min_lr_ratio: float,
+        grad_clip: float,
+        ema_decay: float,
+    ) -> None:
+        self.model, self.graph, self.noise, self.optimizer, self.dataset = model, graph, noise, optimizer, dataset
+        self.device, self.processes, self.seed = device, processes, seed
+        self.packs_per_step, self.grad_clip, self.max_steps = packs_per_step, grad_clip, max_steps
+        self.learning_rate = partial(
+            learning_rate, lr=lr, warmup_steps=warmup_steps, max_steps=max_steps, min_lr_ratio=min_lr_ratio
+        )
+        self.ema = EMA(model, ema_decay)
+        self.wrapped: nn.Module = DistributedDataParallel(model) if processes.world_size > 1 else model
+        self.score_fn: ScoreFn = make_score(self.wrapped)
+        self.eval_score_fn: ScoreFn = make_score(model)  # ranks evaluate different numbers of packs: no DDP there
+        self.frozen = torch.zeros((), device=device)  # 1 from the first non-finite loss or gradient on
+        optimizer.found_inf = self.frozen  # type: ignore[attr-defined]
+        self.residues_seen = 0
+
+    def step(self, step: int, packs: Iterator[PackedBatch]) -> dict[str, Any]:
+        """One optimizer step (counted from 0). Nothing here waits for the device."""
+        rank, world_size = self.processes.rank, self.processes.world_size
+        mine = range(rank, self.packs_per_step, world_size)
+        batches = [next(packs) for _ in mine]
+        residues = int(all_reduce_sum(torch.tensor(sum(count_residues(batch) for batch in batches))))
+        pack_loss = torch.zeros(self.packs_per_step, device=self.device)
+        for pack, batch in zip(mine, batches, strict=True):
+            index = step * self.packs_per_step + pack
+            torch.manual_seed(random_key(self.seed, "dropout", index))
+            generator = keyed_generator(self.seed, "noise", index, self.device)
+            with self.accumulate(last=pack == mine[-1]):
+                loss_sum, _ = score_entropy_loss(
+                    self.score_fn, batch.to(self.device), self.graph, self.noise, generator
+                )
+                # DDP averages over ranks; the objective is the sum over all packs / residues of all packs
+                (loss_sum * world_size / residues).backward()
+            pack_loss[pack] = loss_sum.detach() / residues
+        all_reduce_sum(pack_loss)
+        grad_norm = clip_grad_norm_(self.model.parameters(), self.grad_clip, error_if_nonfinite=False)
+        self.frozen.copy_(torch.maximum(self.frozen, (~torch.isfinite(pack_loss.sum() + grad_norm)).float()))
+        lr = self.learning_rate(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()  # changes nothing where self.frozen is 1
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.update(self.model, step + 1)
+        self.residues_seen += residues
+        rows = [row for batch in batches for row in batch.rows.tolist()]
+        return {"pack_loss": pack_loss, "grad_norm": grad_norm, "lr": lr, "residues": residues, "rows": rows}
+
+    def accumulate(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Gradients are exchanged in the backward pass of the step's last pack only."""
+        if last or not isinstance(self.wrapped, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self.wrapped.no_sync()  # type: ignore[no-any-return]
+
+    def load(self, checkpoint: Path, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint whose state was read and verified."""
+        load_weights(checkpoint / "ema.safetensors", self.model)
+        self.ema.weights = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        load_weights(checkpoint / "model.safetensors", self.model)
+        load_optimizer(checkpoint / "optimizer.safetensors", self.model, self.optimizer)
+        self.residues_seen = state["residues_seen"]
+
+
+def fit(
+    trainer: Trainer,
+    *,
+    first_step: int,
+    last_step: int,
+    workers: int,
+    log_every: int,
+    rows_file: Path | None,
+    evaluate: Callable[[], dict[str, float]],
+    eval_every: int,
+    checkpoint: Callable[[int], None],
+    checkpoint_every: int,
+    metrics: MetricsLog | None,
+) -> None:
+    """Run steps first_step .. last_step - 1.
+
+    Args:
+        evaluate: () -> {"val_nll": ..., ...}, on the averaged weights; called by every rank.
+        checkpoint: (step) -> None; called by every rank.
+        rows_file: where to log the store rows of every step; None not to.
+        metrics: rank 0's log, None on the others.
+
+    Raises:
+        NonFiniteLossError: naming the step, the pack and its sequence ids. No checkpoint is written after it.
+    """
+    device, processes = trainer.device, trainer.processes
+    sampler = RankPacks(first_step, last_step, trainer.packs_per_step, processes.rank, processes.world_size)
+    packs = iter(pack_loader(trainer.dataset, sampler, workers, pin_memory=device.type == "cuda"))
+    pending: list[dict[str, Any]] = []
+    since = time.perf_counter()
+    trainer.model.train()
+    with ProgressBar("training", trainer.max_steps, first_step, shown=processes.first) as bar:
+        for step in range(first_step, last_step):
+            record = trainer.step(step, packs)
+            pending.append(record | {"step": step + 1, "residues_seen": trainer.residues_seen})
+            done = step + 1
+            evaluating = eval_every > 0 and (done % eval_every == 0 or done == trainer.max_steps)
+            saving = done % checkpoint_every == 0 or done == last_step
+            if not (done % log_every == 0 or evaluating or saving):
+                bar.advance()
+                continue
+            rows = flush(trainer, pending, time.perf_counter() - since)
+            if rows_file is not None:
+                write_rows(rows_file, pending, processes)
+            bar.advance(note=f"loss {rows[-1]['loss']:.4f}  {rows[-1]['residues_per_s']:,.0f} residues/s")
+            pending = []
+            if evaluating:
+                trainer.model.eval()
+                with trainer.ema.swapped_in(trainer.model):
+                    values = evaluate()
+                trainer.model.train()
+                rows.append({"step": done, **values})
+                if processes.first:
+                    console.print(
+                        f"step {done}: validation {values['val_nll']:.4f} ± {values['val_nll_se']:.4f} nats/residue"
+                    )
+            if metrics is not None:
+                metrics.write(rows)
+            if saving:
+                checkpoint(done)
+            since = time.perf_counter()  # evaluation and checkpoints do not count as training time
+
+
+def flush(trainer: Trainer, pending: list[dict[str, Any]], seconds: float) -> list[dict[str, float]]:
+    """The steps since the last flush as rows of numbers: the one place where the host waits for the device."""
+    if trainer.frozen.item():
+        raise_non_finite(trainer, pending)
+    rate = sum(record["residues"] for record in pending) / seconds
+    return [
+        {
+            "step": record["step"],
+            "loss": float(record["pack_loss"].sum()),
+            "grad_norm": float(record["grad_norm"]),
+            "lr": record["lr"],
+            "residues": record["residues_seen"],
+            "residues_per_s": rate,
+        }
+        for record in pending
+    ]
+
+
+def raise_non_finite(trainer: Trainer, pending: list[dict[str, Any]]) -> None:
+    for record in pending:
+        losses = record["pack_loss"].tolist()
+        bad = [pack for pack, loss in enumerate(losses) if not math.isfinite(loss)]
+        if not bad and math.isfinite(float(record["grad_norm"])):
+            continue
+        what = "loss" if bad else "gradient"
+        first = (record["step"] - 1) * trainer.packs_per_step
+        dataset = trainer.dataset
+        ids = [
+            dataset.store.id(row)
+            for pack in (bad or range(trainer.packs_per_step))
+            for row in dataset.pack_rows(first + pack)
+        ]
+        raise NonFiniteLossError(
+            f"non-finite {what} in step {record['step']}, pack {', '.join(str(p) for p in bad) or 'unknown'} "
+            f"of {trainer.packs_per_step}; sequences {', '.join(ids)}; the weights are those before that step"
+        )
+
+
+def write_rows(path: Path, pending: list[dict[str, Any]], processes: Processes) -> None:
+    """Append the store rows of each step, all ranks' together and sorted, to rows.jsonl."""
+    gathered = gather_objects([record["rows"] for record in pending])
+    if not processes.first:
+        return
+    with path.open("a") as file:
+        for i, record in enumerate(pending):
+            rows = sorted(row for rank_rows in gathered for row in rank_rows[i])
+            file.write(json.dumps({"step": record["step"], "rows": rows}) + "\n")
+
+
+def count_residues(batch: PackedBatch) -> int:
+    """Residues of a pack that is still on the host."""
+    return int((batch.tokens < N_STATES).sum())
+
+
+def save(
+    trainer: Trainer, run_folder: Path, step: int, *, config_yaml: str, state: dict[str, Any], keep_last: int
+) -> None:
+    """Rank 0 writes the checkpoint while the others wait."""
+    if trainer.processes.first:
+        save_checkpoint(
+            run_folder,
+            step,
+            model=trainer.model,
+            ema=trainer.ema.weights,
+            optimizer=trainer.optimizer,
+            config_yaml=config_yaml,
+            state=state | {"residues_seen": trainer.residues_seen},
+            keep_last=keep_last,
+        )
+    from_first(None)

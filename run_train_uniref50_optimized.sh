@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Full UniRef50 training on all GPUs of this machine through torchrun, or in one process without a GPU.
+# The same command goes on with the same run.
+#
+#   ./run_train_uniref50_optimized.sh
+#   ./run_train_uniref50_optimized.sh model=medium run.name=medium    # any Hydra overrides
+set -euo pipefail
+case "${1:-}" in -h | --help) sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+"$root/scripts/setup.sh"
+cd "$root"
+bin=${PROTLIG_VENV:-.venv}/bin
+gpus=$("$bin/python" -c 'import torch; print(torch.cuda.device_count())')
+arguments=(-m protlig_dd.training --config-name config_uniref50_stable "$@")
+if [ "$gpus" -gt 1 ]; then
+    exec "$bin/python" -m torch.distributed.run --standalone --nproc-per-node="$gpus" "${arguments[@]}"
+fi
+exec "$bin/python" "${arguments[@]}"

@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Set up .venv with the pinned dependencies. Idempotent: a second run only compares a stamp.
+#
+#   scripts/setup.sh            what training and sampling need
+#   scripts/setup.sh --dev      and what the tests need
+#   scripts/setup.sh --system   and (as root, on Debian) the system programs that some tests use
+#
+# PROTLIG_VENV names another folder for the environment, PYTHON another interpreter (3.11 or newer).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+venv=${PROTLIG_VENV:-.venv}
+extras=""
+system=no
+for argument in "$@"; do
+    case "$argument" in
+        --dev) extras="[dev,wandb]" ;;
+        --system) system=yes ;;
+        -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        *) echo "error: unknown argument $argument; see scripts/setup.sh --help" >&2; exit 1 ;;
+    esac
+done
+
+if [ "$system" = yes ]; then
+    if ! command -v mmseqs > /dev/null; then
+        if [ "$(id -u)" != 0 ] || ! command -v apt-get > /dev/null; then
+            echo "error: --system needs root and apt-get; otherwise install mmseqs2 yourself" >&2
+            exit 1
+        fi
+        apt-get update -qq
+        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq mmseqs2
+    fi
+fi
+
+stamp="$venv/.protlig_setup"
+want=$(cat pyproject.toml constraints.txt | cksum; pwd)
+have=$(cat "$stamp" 2> /dev/null || true)
+if [ "$have" = "$want [dev,wandb]" ] || [ "$have" = "$want $extras" ]; then
+    exit 0
+fi
+
+python=""
+for candidate in "${PYTHON:-}" python3 python3.13 python3.12 python3.11; do
+    if [ -n "$candidate" ] && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then
+        python=$candidate
+        break
+    fi
+done
+if [ -z "$python" ]; then
+    echo "error: no Python 3.11 or newer found; set PYTHON to one" >&2
+    exit 1
+fi
+echo "setting up $venv with $("$python" --version) (the first time takes a few minutes)"
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".$extras"
+echo "$want $extras" > "$stamp"
