@@ -77,8 +77,9 @@ class PackedBatch:
         device = sequences[0].device
         length_n = torch.tensor(lengths)
         ends = length_n.cumsum(0)
-        segment_ids = torch.repeat_interleave(torch.arange(len(lengths)), length_n)
-        positions = torch.arange(int(ends[-1])) - (ends - length_n)[segment_ids]
+        total = sum(lengths)
+        segment_ids = torch.repeat_interleave(torch.arange(len(lengths)), length_n, output_size=total)
+        positions = torch.arange(total) - (ends - length_n)[segment_ids]
         return cls(
             tokens=torch.cat([sequence.to(torch.int64) for sequence in sequences]),
             cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), ends]).to(device, torch.int32),

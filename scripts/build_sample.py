@@ -34,11 +34,10 @@ CHECKS = (("validation", "train"), ("test", "train"), ("test", "validation"))  #
 HELD_OUT, LARGEST = 0.05, 0.01  # shares of the sequences: in validation and in test; in a component there
 CLUSTER = ["--min-seq-id", "0.5", "-c", "0.8", "--cov-mode", "1"]
 SEARCH = ["-s", "7.5", "-e", "1e-3", "--alignment-mode", "3"]  # mode 3 computes identities exactly
-Record = tuple[str, str]  # header without ">", sequence; below, a record goes by its number in the input
 
 
-def read_fasta(path: Path) -> list[Record]:
-    """Read and check the input; a problem ends the script with one line that names the record."""
+def read_fasta(path: Path) -> list[tuple[str, str]]:
+    """(header without ">", sequence) of each record, checked; a problem ends the script with one line that names the record."""
     try:
         with gzip.open(path, "rt", encoding="ascii") as lines:
             before, *blocks = f"\n{lines.read()}".split("\n>")
@@ -63,7 +62,7 @@ def read_fasta(path: Path) -> list[Record]:
 class Mmseqs:
     """Calls of the mmseqs binary in a scratch folder, with record numbers in place of headers."""
 
-    def __init__(self, scratch: str, records: list[Record]) -> None:
+    def __init__(self, scratch: str, records: list[tuple[str, str]]) -> None:
         self.scratch, self.records = Path(scratch), records
 
     def call(self, *arguments: str, result: str) -> list[list[str]]:
@@ -85,7 +84,7 @@ class Mmseqs:
         return [(int(query), int(target), float(identity)) for query, target, identity in rows]
 
 
-def in_hash_order(members: Iterable[int], records: list[Record], salt: str) -> list[int]:
+def in_hash_order(members: Iterable[int], records: list[tuple[str, str]], salt: str) -> list[int]:
     """A shuffle that depends on the ids and the salt alone."""
     return sorted(members, key=lambda i: sha256(f"{salt} {records[i][0].split()[0]}".encode()).digest())
 
@@ -120,7 +119,7 @@ def verify(splits: dict[str, set[int]], mmseqs: Mmseqs) -> list[str]:
     return table
 
 
-def write_fasta(path: Path, records: list[Record]) -> None:
+def write_fasta(path: Path, records: list[tuple[str, str]]) -> None:
     """Wrapped at 60 columns, sorted by id, gzipped without a name or a time."""
     with path.open("wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as out:
         for header, sequence in sorted(records, key=lambda record: record[0].split()[0]):
@@ -129,8 +128,8 @@ def write_fasta(path: Path, records: list[Record]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", type=Path, default=DEBIAN_INPUT, help="gzipped FASTA (%(default)s)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--input", type=Path, default=DEBIAN_INPUT, help="gzipped FASTA\n(%(default)s)")
     parser.add_argument("--output", type=Path, default="protlig_dd/data/sample", help="folder (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of step 3 (%(default)s)")
     args = parser.parse_args()
@@ -150,7 +149,6 @@ def main() -> None:
             short = [split for split in ("validation", "test") if len(splits[split]) < HELD_OUT * len(kept)]
             splits[short[0] if short and len(group) <= limit else "train"] |= group
         checks = verify(splits, mmseqs)
-
     out = set(in_hash_order(kept, records, f"leak {args.seed}")[: round(HELD_OUT * len(kept))])
     leaks = [(a, same) for i, j, same in hits for a, b in ((i, j), (j, i)) if a in out and b not in out]
     heads = "| split | sequences | residues | mean length | median | min | max | components |"
@@ -179,12 +177,12 @@ Real proteins for tests and short training runs, in splits that share no homolog
 **Origin.** UniProt, through `{DEBIAN_INPUT}` of the Debian package
 mmseqs2-examples {debian}, SHA-256 `{sha256(args.input.read_bytes()).hexdigest()}`.
 
-**Licence.** UniProt, by the UniProt Consortium (https://www.uniprot.org), is licensed under CC BY 4.0
-(https://creativecommons.org/licenses/by/4.0/). Changes: some records were taken, split and sorted by id;
-headers and sequences are those of the input, wrapped at 60 columns.
+**Licence.** UniProt, by the UniProt Consortium (https://www.uniprot.org), under CC BY 4.0
+(https://creativecommons.org/licenses/by/4.0/). Changes: a subset, split, sorted by id and wrapped.
 
-**Made by** `python scripts/build_sample.py --seed {args.seed}` with mmseqs {subprocess.getoutput("mmseqs version")}:
-`easy-cluster {" ".join(CLUSTER)}` in step 1, `easy-search {" ".join(SEARCH)}` in steps 2 and 4.
+**Made by** `python scripts/build_sample.py --seed {args.seed}` with mmseqs
+{subprocess.getoutput("mmseqs version")}: `easy-cluster {" ".join(CLUSTER)}` in step 1,
+`easy-search {" ".join(SEARCH)}` in steps 2 and 4.
 
 {__doc__[__doc__.index("1. ") :]}"""
     args.output.mkdir(parents=True, exist_ok=True)

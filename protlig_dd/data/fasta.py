@@ -4,7 +4,8 @@ import gzip
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from io import TextIOBase
+from typing import NamedTuple
 
 from Bio.SeqIO.FastaIO import SimpleFastaParser
 
@@ -17,6 +18,12 @@ class FastaRecord(NamedTuple):
     description: str
     """The rest of the header."""
     sequence: str
+    file: str = ""
+
+    @property
+    def name(self) -> str:
+        """What error messages call this record."""
+        return f"{self.file}: record {self.id}" if self.file else f"record {self.id}"
 
 
 def read_fasta(path: Path | str) -> Iterator[FastaRecord]:
@@ -38,20 +45,20 @@ def read_fasta(path: Path | str) -> Iterator[FastaRecord]:
                 if not id_:
                     raise ValueError(f"{path}: a record has no id in its header '>{header}' ({last})")
                 last = f"after record {id_}"
-                yield FastaRecord(id_, description.strip(), sequence)
+                yield FastaRecord(id_, description.strip(), sequence, str(path))
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path}: truncated or damaged gzip, {last}: {error}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text file, {last}: {error}") from error
 
 
-def _open_text(path: Path) -> TextIO:
+def _open_text(path: Path) -> TextIOBase:
     with path.open("rb") as handle:
         zipped = handle.read(2) == GZIP_MAGIC
     return gzip.open(path, "rt", encoding="utf-8") if zipped else path.open(encoding="utf-8")
 
 
-def _check_start(path: Path, handle: TextIO) -> None:
+def _check_start(path: Path, handle: TextIOBase) -> None:
     for number, line in enumerate(handle, start=1):
         if line.strip():
             if not line.startswith(">"):

@@ -145,13 +145,13 @@ def write_store(
         with (spool / "tokens").open("wb") as tokens, (spool / "ids").open("wb") as ids:
             for record, split in records:
                 if split not in SPLITS:
-                    raise ValueError(f"record {record.id}: no split {split!r}; the splits are {', '.join(SPLITS)}")
+                    raise ValueError(f"{record.name}: no split {split!r}; the splits are {', '.join(SPLITS)}")
                 id_ = record.id.encode()
                 digest = hashlib.blake2b(id_, digest_size=16).digest()
                 if digest in seen:
-                    raise ValueError(f"record {record.id}: this id occurs twice")
+                    raise ValueError(f"{record.name}: this id occurs twice")
                 seen.add(digest)
-                encoded = tokenizer.encode(record.sequence, f"record {record.id}")
+                encoded = tokenizer.encode(record.sequence, record.name)
                 tokens.write(encoded.tobytes())
                 ids.write(id_)
                 offsets.append(offsets[-1] + len(encoded))

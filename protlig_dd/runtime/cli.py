@@ -27,24 +27,36 @@ def run_verb(verb: Callable[[DictConfig], None], config_name: str, schema: type)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing its own report
     # one search path for every launch: a config of the user's own may build on the shipped groups
     main = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name)
+
+    def task(cfg: DictConfig) -> None:
+        try:
+            verb(cfg)
+        except Exception as error:
+            raise VerbFailed(error) from error
+
     try:
-        main(verb)()
+        main(task)()
     except KeyboardInterrupt:
         say("interrupted; the same command goes on from the last checkpoint")
         sys.exit(130)
-    except Exception as error:
+    except (Exception, VerbFailed) as error:
         if show_traceback:
             traceback.print_exc()
-        say(one_line(error, schema))
+        cause = error.__cause__ if isinstance(error, VerbFailed) else error
+        say(one_line(cause, schema))
         sys.exit(1)
     finally:
         leave_group()
         GlobalHydra.instance().clear()
 
 
-def one_line(error: Exception, schema: type) -> str:
+class VerbFailed(BaseException):
+    """Carries a verb's error past Hydra, which would print a report of its own for an Exception."""
+
+
+def one_line(error: BaseException | None, schema: type) -> str:
     """What a user needs to know of an error, in one line."""
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).partition("\nConfig search path")[0].split())
     if (misspelt := re.search(r"Could not override '([^']+)'", text)) is not None:
         return "error: " + unknown_key(misspelt.group(1), known_keys(schema))
     if not isinstance(error, ValueError) and not type(error).__module__.startswith(("hydra", "omegaconf")):

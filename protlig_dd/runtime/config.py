@@ -9,9 +9,9 @@ import difflib
 import inspect
 import keyword
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
@@ -197,8 +197,13 @@ def read_config(cfg: DictConfig, schema: type[T]) -> T:
     return typed
 
 
-def known_keys(schema: type) -> list[str]:
-    return [key.removesuffix("_") for key in flatten(OmegaConf.structured(schema))]
+def known_keys(schema: type, prefix: str = "") -> list[str]:
+    """Dotted keys of a schema, as they are spelt on the command line."""
+    keys: list[str] = []
+    for name, kind in get_type_hints(schema).items():
+        key = prefix + name.removesuffix("_")
+        keys += known_keys(kind, f"{key}.") if isinstance(kind, type) and is_dataclass(kind) else [key]
+    return keys
 
 
 def unknown_key(key: str, known: list[str]) -> str:

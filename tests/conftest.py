@@ -1,0 +1,119 @@
+"""Shared fixtures: real proteins, a small store of them, a small model, and the command line."""
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+from jaxtyping import TypeCheckError
+
+from protlig_dd.batch import PackedBatch
+from protlig_dd.data.build import SAMPLE_FOLDER, build_store
+from protlig_dd.data.fasta import FastaRecord, read_fasta
+from protlig_dd.data.store import SPLITS, SequenceStore
+from protlig_dd.model.dit import DiT
+
+ROOT = Path(__file__).resolve().parents[1]
+
+settings.register_profile("project", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("project")
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def proteins() -> list[FastaRecord]:
+    """The first 400 training proteins of the bundled sample."""
+    records = read_fasta(SAMPLE_FOLDER / "train.fasta.gz")
+    return [next(records) for _ in range(400)]
+
+
+@pytest.fixture(scope="session")
+def store(proteins: list[FastaRecord], tmp_path_factory: pytest.TempPathFactory) -> SequenceStore:
+    """A store of them: 360 to train on, 20 and 20 held out."""
+    folder = tmp_path_factory.mktemp("store")
+    bounds = {"train": (0, 360), "validation": (360, 380), "test": (380, 400)}
+    inputs = {}
+    for split in SPLITS:
+        inputs[split] = folder / f"{split}.fasta"
+        lines = [f">{r.id} {r.description}\n{r.sequence}\n" for r in proteins[slice(*bounds[split])]]
+        inputs[split].write_text("".join(lines))
+    return build_store(inputs, folder / "small.h5")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def make_model(*, dropout: float = 0.0, seed: int = 0, **dimensions: int) -> DiT:
+    """A small DiT with random weights everywhere (the zero-initialised layers too), so that every path matters."""
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "n_heads": 4, "n_blocks": 2, "cond_dim": 16} | dimensions
+    model = DiT(**sizes, dropout=dropout, attention_backend="sdpa")
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def random_batch(lengths: list[int], seed: int = 0) -> PackedBatch:
+    generator = torch.Generator().manual_seed(seed)
+    return PackedBatch.pack([torch.randint(0, 20, (length,), generator=generator) for length in lengths])
+
+
+@pytest.fixture
+def run_python(tmp_path: Path) -> Command:
+    """Run `python ARGUMENTS` in an empty folder, as a user would; returns the finished process."""
+
+    def run(*arguments: str, cwd: Path = tmp_path, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, *arguments],
+            cwd=cwd,
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+
+    return run
+
+
+def assert_one_line_error(process: subprocess.CompletedProcess[str], *parts: str) -> None:
+    """Exit code 1 and one line on stderr that names the parts."""
+    assert process.returncode == 1, process.stdout + process.stderr
+    lines = process.stderr.strip().splitlines()
+    assert len(lines) == 1, process.stderr
+    assert lines[0].startswith("error: ")
+    for part in parts:
+        assert part in lines[0]
+
+
+def require_program(name: str) -> None:
+    """Skip without a system program; fail where PROTLIG_REQUIRE_SYSTEM=1 promises it."""
+    if shutil.which(name) is None:
+        message = f"{name} is not installed (scripts/setup.sh --system)"
+        if os.environ.get("PROTLIG_REQUIRE_SYSTEM") == "1":
+            pytest.fail(message)
+        pytest.skip(message)
+
+
+@contextlib.contextmanager
+def refuses(message: str) -> Iterator[None]:
+    """Expect a ValueError that matches; with PROTLIG_TYPECHECK=1 jaxtyping may refuse the shape first.
+
+    test_typecheck.py runs these tests once more without PROTLIG_TYPECHECK, so both answers are seen.
+    """
+    checked = os.environ.get("PROTLIG_TYPECHECK") == "1"
+    with pytest.raises((ValueError, TypeCheckError) if checked else ValueError) as error:
+        yield
+    if not isinstance(error.value, TypeCheckError):
+        assert re.search(message, str(error.value)), error.value

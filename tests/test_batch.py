@@ -1,0 +1,70 @@
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protlig_dd.batch import PackedBatch
+
+from .conftest import random_batch, refuses
+
+lengths_strategy = st.lists(st.integers(1, 40), min_size=1, max_size=12)
+
+
+def test_the_example_of_the_docs() -> None:
+    batch = random_batch([5, 6, 4, 1])
+    assert batch.cu_seqlens.tolist() == [0, 5, 11, 15, 16]
+    assert batch.segment_ids.tolist() == [0] * 5 + [1] * 6 + [2] * 4 + [3]
+    assert batch.positions.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 0]
+    assert batch.lengths == (5, 6, 4, 1)
+    assert batch.max_seqlen == 6
+
+
+@given(lengths_strategy)
+def test_unpack_undoes_pack(lengths: list[int]) -> None:
+    batch = random_batch(lengths)
+    parts = batch.unpack(batch.tokens)
+    assert [len(part) for part in parts] == lengths
+    again = PackedBatch.pack(parts)
+    for field in dataclasses.fields(PackedBatch):
+        mine, theirs = getattr(batch, field.name), getattr(again, field.name)
+        assert torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs
+
+
+def test_rows_stay_on_the_host_and_default_to_minus_one() -> None:
+    batch = PackedBatch.pack([torch.tensor([1, 2])], rows=[7]).to("meta")
+    assert batch.tokens.device.type == "meta"
+    assert batch.rows.tolist() == [7]
+    assert random_batch([2, 3]).rows.tolist() == [-1, -1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": torch.zeros(32, 32, 512, dtype=torch.int64)}, r"\(total,\), got shape \(32, 32, 512\)"),
+        ({"tokens": torch.zeros(5, dtype=torch.int32)}, "torch.int64, got torch.int32"),
+        ({"tokens": torch.zeros(6, dtype=torch.int64)}, "sum to 5 but tokens has 6"),
+        ({"lengths": (2, 4)}, "sum to 6 but tokens has 5"),
+        ({"lengths": (5, 0)}, "at least one token"),
+        ({"max_seqlen": 7}, "max_seqlen is 7 but the longest sequence has 3"),
+        ({"cu_seqlens": torch.tensor([2, 5], dtype=torch.int32)}, r"cu_seqlens must be \(3,\)"),
+        ({"cu_seqlens": torch.tensor([0, 2, 5])}, "torch.int32, got .* torch.int64"),
+        ({"positions": torch.zeros(5, dtype=torch.int64, device="meta")}, "positions is on meta but tokens is on cpu"),
+    ],
+)
+def test_disagreeing_fields_are_refused(changes: dict[str, Any], message: str) -> None:
+    with refuses(message):
+        dataclasses.replace(random_batch([2, 3]), **changes)
+
+
+def test_nested_sequences_are_refused_by_pack() -> None:
+    with refuses(r"sequence 1 of a pack must be 1-D, got shape \(2, 3\)"):
+        PackedBatch.pack([torch.zeros(3), torch.zeros(2, 3)])
+    with refuses("at least one sequence"):
+        PackedBatch.pack([])
+    with refuses("1 rows for 2 sequences"):
+        PackedBatch.pack([torch.zeros(3), torch.zeros(3)], rows=[1])
+    with refuses(r"5 tokens .* got 4"):
+        random_batch([2, 3]).unpack(torch.zeros(4))

@@ -1,0 +1,132 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+
+from protlig_dd.batch import PackedBatch
+from protlig_dd.model.dit import DiT
+
+from .conftest import make_model, random_batch, refuses
+
+MODEL = make_model()
+
+
+def gradients(loss: torch.Tensor) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(loss, list(MODEL.parameters())))
+
+
+@settings(max_examples=25)
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=7), st.integers(0, 99))
+def test_packed_equals_one_at_a_time_in_output_and_gradient(lengths: list[int], seed: int) -> None:
+    batch = random_batch(lengths, seed)
+    sigma = torch.rand(len(lengths), generator=torch.Generator().manual_seed(seed)) * 5
+    target = torch.randint(0, 20, (sum(lengths),), generator=torch.Generator().manual_seed(seed + 1))
+    packed = MODEL(batch, sigma)
+    alone = torch.cat(
+        [MODEL(PackedBatch.pack([tokens]), sigma[i : i + 1]) for i, tokens in enumerate(batch.unpack(batch.tokens))]
+    )
+    assert torch.allclose(packed, alone, atol=1e-5, rtol=1e-5)
+    for mine, theirs in zip(
+        gradients(F.cross_entropy(packed, target)), gradients(F.cross_entropy(alone, target)), strict=True
+    ):
+        assert torch.allclose(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_order_in_the_pack_does_not_matter() -> None:
+    batch, sigma = random_batch([7, 12, 5]), torch.tensor([0.1, 1.0, 4.0])
+    parts = batch.unpack(batch.tokens)
+    forward = batch.unpack(MODEL(batch, sigma))
+    turned = PackedBatch.pack(parts[::-1])
+    backward = turned.unpack(MODEL(turned, sigma.flip(0)))
+    for mine, theirs in zip(forward, backward[::-1], strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-5)
+
+
+def test_a_new_model_returns_zeros_and_sees_its_inputs_once_trained() -> None:
+    torch.manual_seed(0)
+    fresh = DiT(hidden_size=32, n_heads=4, n_blocks=2, cond_dim=16, dropout=0.0, attention_backend="sdpa")
+    batch = random_batch([7, 12])
+    assert torch.equal(fresh(batch, torch.ones(2)), torch.zeros(19, 20))
+    out = MODEL(batch, torch.ones(2))
+    assert not torch.allclose(out, MODEL(batch, torch.tensor([1.0, 2.0])))  # sigma
+    changed = batch.tokens.clone()
+    changed[0] = (changed[0] + 1) % 20
+    difference = (out - MODEL(batch.with_tokens(changed), torch.ones(2))).abs().amax(-1)
+    assert (difference[:7] > 0).all()  # every token of the first sequence attends to the changed one
+    assert (difference[7:] == 0).all()  # no token of the second does
+
+
+def test_dropout_acts_in_training_only_and_follows_the_seed() -> None:
+    model, batch, sigma = make_model(dropout=0.5), random_batch([20]), torch.ones(1)
+    outs = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        outs.append(model(batch, sigma))
+    assert torch.equal(*outs)
+    assert not torch.equal(outs[0], model(batch, sigma))
+    assert torch.equal(model.eval()(batch, sigma), model(batch, sigma))
+
+
+def test_tokens_that_are_not_packed_are_refused() -> None:
+    nested = torch.zeros(32, 32, 512, dtype=torch.int64)
+    with refuses(r"one dimension, \(total,\), got shape \(32, 32, 512\)"):
+        MODEL(nested, torch.ones(32))
+
+
+def test_one_sigma_for_each_sequence() -> None:
+    with refuses(r"sigma has shape \(3,\) for 2 sequences"):
+        MODEL(random_batch([3, 4]), torch.ones(3))
+
+
+def test_a_tensor_on_another_device_is_refused() -> None:
+    batch = random_batch([3, 4])
+    with refuses("tokens is on meta but the model is on cpu"):
+        MODEL(batch.to("meta"), torch.ones(2))
+    with refuses("sigma is on meta but the model is on cpu"):
+        MODEL(batch, torch.ones(2, device="meta"))
+
+
+@pytest.mark.parametrize(
+    ("dimensions", "message"),
+    [
+        ({"hidden_size": 2560, "n_heads": 120}, r"hidden_size=2560 .*n_heads=120 \(2560 = 120 \* 21 \+ 40\)"),
+        ({"hidden_size": 36, "n_heads": 4}, "hidden_size=36 / model.n_heads=4 gives head_dim 9"),
+        ({"n_blocks": 0}, "n_blocks must be at least 1, got 0"),
+    ],
+)
+def test_dimensions_that_do_not_fit_are_refused(dimensions: dict[str, int], message: str) -> None:
+    with refuses(message):
+        make_model(**dimensions)
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("sdpa", None), ("sdpa", torch.bfloat16), ("torch_varlen", torch.bfloat16)]
+)
+def test_the_whole_model_runs_on_fake_cuda_tensors(backend: str, dtype: torch.dtype | None) -> None:
+    """Shapes, dtypes and devices of the CUDA path, without a GPU: nothing may be left on the CPU."""
+    with FakeTensorMode(), torch.no_grad():
+        # built on the fake CPU and moved by hand: initialisers and Module.to want a real CUDA build
+        model = DiT(hidden_size=64, n_heads=4, n_blocks=2, cond_dim=16, dropout=0.1, attention_backend=backend)
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, torch.nn.Parameter(parameter.to("cuda:0")))
+        sigma, batch = torch.ones(2).to("cuda:0"), random_batch([7, 12]).to("cuda:0")
+        with torch.autocast("cuda", dtype=dtype, enabled=dtype is not None):
+            out = model(batch, sigma)
+        assert out.device.type == "cuda"
+        assert out.shape == (19, 20)
+        with refuses("tokens is on cpu but the model is on cuda"):
+            model(random_batch([7, 12]), sigma)
+
+
+@pytest.mark.gpu
+def test_cuda_equals_cpu() -> None:
+    batch, sigma = random_batch([7, 120]), torch.ones(2)
+    expected = MODEL(batch, sigma)
+    try:
+        out = MODEL.to("cuda")(batch.to("cuda"), sigma.to("cuda"))
+    finally:
+        MODEL.to("cpu")
+    assert torch.allclose(out.cpu(), expected, atol=1e-4)
