@@ -112,7 +112,7 @@ def _sdpa(qkv: Tensor, batch: PackedBatch) -> Tensor:
     q, k, v = qkv.permute(1, 2, 0, 3)
     lengths = list(batch.lengths)
     parts = zip(q.split(lengths, 1), k.split(lengths, 1), v.split(lengths, 1), strict=True)
-    out = [F.scaled_dot_product_attention(q[None], k[None], v[None])[0] for q, k, v in parts]
+    out = [F.scaled_dot_product_attention(*(x.unsqueeze(0) for x in part)).squeeze(0) for part in parts]
     return torch.cat(out, dim=1).transpose(0, 1)
 
 

@@ -84,7 +84,7 @@ class SigmaEmbedding(nn.Module):
     def forward(self, sigma: Float32[Tensor, " n"]) -> Float[Tensor, "n cond_dim"]:
         half = SINUSOIDS // 2
         frequency = torch.exp(-math.log(10000.0) / half * torch.arange(half, device=sigma.device))
-        angle = sigma[:, None] * frequency
+        angle = torch.outer(sigma, frequency)
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1))
 
 
@@ -122,8 +122,8 @@ class Block(nn.Module):
         self, x_TH: Float[Tensor, "total hidden"], batch: PackedBatch, cos_sin: tuple[Tensor, Tensor]
     ) -> Float[Tensor, "total hidden"]:
         qkv = rearrange(self.qkv(x_TH), "t (three h d) -> 1 t three h d", three=3, h=self.n_heads)
-        qkv = apply_rotary_pos_emb(qkv, *cos_sin)
-        out = varlen_attention(qkv[0], batch, self.attention_backend)
+        qkv = apply_rotary_pos_emb(qkv, *cos_sin).squeeze(0)
+        out = varlen_attention(qkv, batch, self.attention_backend)
         return self.attention_out(rearrange(out, "t h d -> t (h d)"))
 
 

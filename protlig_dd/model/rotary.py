@@ -25,7 +25,7 @@ def rotary_cos_sin(
         raise ValueError(f"rotary tables need a length of at least 1, got {seq_len}")
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     angle = torch.outer(torch.arange(seq_len, dtype=torch.float32, device=device), base**-exponent)
-    angle = torch.cat([angle, angle], dim=-1)[None, :, None, None, :]
+    angle = torch.cat([angle, angle], dim=-1).view(1, seq_len, 1, 1, head_dim)
     return angle.cos(), angle.sin()
 
 
@@ -67,7 +67,7 @@ def apply_rotary_pos_emb(
                 f"length {table.shape[1] if table.ndim == 5 else '?'} against {qkv.shape[1]}, "
                 f"head_dim {table.shape[-1]} against {qkv.shape[4]}"
             )
-    qk, v = qkv[:, :, :2], qkv[:, :, 2:]
+    qk, v = qkv.split([2, 1], dim=2)
     first, second = qk.chunk(2, dim=-1)
     rotated = qk * cos + torch.cat([-second, first], dim=-1) * sin
     return torch.cat([rotated.to(qkv.dtype), v], dim=2)
