@@ -37,7 +37,7 @@ SEARCH = ["-s", "7.5", "-e", "1e-3", "--alignment-mode", "3"]  # mode 3 computes
 
 
 def read_fasta(path: Path) -> list[tuple[str, str]]:
-    """(header without ">", sequence) of each record, checked; a problem ends the script with one line that names the record."""
+    """(header, sequence) of each record; a problem ends the script with one line that names the record."""
     try:
         with gzip.open(path, "rt", encoding="ascii") as lines:
             before, *blocks = f"\n{lines.read()}".split("\n>")

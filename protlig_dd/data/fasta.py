@@ -3,8 +3,8 @@
 import gzip
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from io import TextIOBase
+from pathlib import Path
 from typing import NamedTuple
 
 from Bio.SeqIO.FastaIO import SimpleFastaParser
