@@ -22,7 +22,9 @@ class LogLinearNoise:
 
     def __call__(self, t: Float[Tensor, "*n"]) -> tuple[Float[Tensor, "*n"], Float[Tensor, "*n"]]:
         kept = (1 - t) + self.eps * t  # = exp(-sigma), without the cancellation near t = 1
-        return -torch.log(kept), (1 - self.eps) / kept
+        # log1p is exact for small t, where kept has lost digits; log(kept) is for t near 1
+        sigma = torch.where(t < 0.5, -torch.log1p(-(1 - self.eps) * t), -torch.log(kept))
+        return sigma, (1 - self.eps) / kept
 
 
 class GeometricNoise:

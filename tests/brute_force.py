@@ -1,0 +1,75 @@
+"""An independent reference: dense matrices, float64, enumeration. Nothing here uses protlig_dd.diffusion's formulas.
+
+A toy is a joint distribution p0 over a few sites of a few states. The absorbing state is the last index.
+"""
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def rate_matrix(graph: str, n: int) -> Tensor:
+    """(S, S) rates with the row convention."""
+    if graph == "uniform":
+        return torch.full((n, n), 1 / n, dtype=torch.float64) - torch.eye(n, dtype=torch.float64)
+    q = torch.zeros(n + 1, n + 1, dtype=torch.float64)
+    q[:n, :n] = -torch.eye(n, dtype=torch.float64)
+    q[:n, n] = 1.0
+    return q
+
+
+def transition(graph: str, n: int, sigma: float) -> Tensor:
+    """(S, S) P(sigma) = exp(sigma Q)."""
+    return torch.linalg.matrix_exp(sigma * rate_matrix(graph, n))
+
+
+def score_entropy(graph: str, n: int, sigma: float, log_score: Tensor, xt: int, x0: int) -> float:
+    """sum_{y != x} Q[y, x] ( s_y - r_y log s_y + K(r_y) ), r_y = P[x0, y] / P[x0, x]; log_score has n entries."""
+    q, p = rate_matrix(graph, n), transition(graph, n, sigma)
+    total = 0.0
+    for y in range(len(q)):
+        if y == xt or q[y, xt] == 0:
+            continue
+        r = float(p[x0, y] / p[x0, xt])
+        k = r * (torch.tensor(r).double().log().item() - 1) if r > 0 else 0.0
+        total += float(q[y, xt]) * (float(log_score[y].exp()) - r * float(log_score[y]) + k)
+    return total
+
+
+@dataclass
+class Toy:
+    """A random joint over `sites` sites of `n` states, and what diffusing it gives, by enumeration."""
+
+    graph: str
+    n: int
+    sites: int
+    p0: Tensor
+    """(n,) * sites, sums to 1."""
+
+    def marginal(self, sigma: float) -> Tensor:
+        """p_t over (S,) * sites: P applied along every site."""
+        p = transition(self.graph, self.n, sigma)[: self.n]
+        out = self.p0
+        for _ in range(self.sites):  # contract the first axis, append the noised one
+            out = torch.tensordot(out, p, dims=([0], [0]))
+        return out
+
+    def log_score(self, xt: Tensor, sigma: float) -> Tensor:
+        """(batch, sites) states -> (batch, sites, n) exact log p_t(x with site l set to y) / p_t(x); 0 at x_t."""
+        log_p = self.marginal(sigma).log()
+        here = log_p[tuple(xt.T)]
+        out = torch.empty(*xt.shape, self.n, dtype=torch.float64)
+        for site, y in itertools.product(range(self.sites), range(self.n)):
+            changed = xt.clone()
+            changed[:, site] = y
+            out[:, site, y] = log_p[tuple(changed.T)] - here
+        unmasked = xt < self.n if self.graph == "absorbing" else torch.zeros_like(xt, dtype=torch.bool)
+        return torch.where(unmasked[..., None], 0.0, out)
+
+
+def random_toy(graph: str, n: int = 3, sites: int = 2, seed: int = 0) -> Toy:
+    generator = torch.Generator().manual_seed(seed)
+    p0 = torch.rand((n,) * sites, generator=generator, dtype=torch.float64) ** 2 + 0.01
+    return Toy(graph, n, sites, p0 / p0.sum())

@@ -1,0 +1,192 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protlig_dd.diffusion.graph import Absorbing, Graph, Uniform, categorical, clamp_negative, log_expm1
+
+from . import brute_force
+
+SIGMAS = [1e-5, 1e-3, 0.1, 1.0, 5.0, 15.0]
+
+
+def make(name: str, n: int) -> Graph:
+    return Absorbing(n) if name == "absorbing" else Uniform(n)
+
+
+def states(name: str, n: int) -> int:
+    return n + 1 if name == "absorbing" else n
+
+
+def masked_score(name: str, n: int, xt: torch.Tensor, seed: int) -> torch.Tensor:
+    """Random log-scores, 0 at x_t as the score functions return them."""
+    log_score = torch.randn(len(xt), n, generator=torch.Generator().manual_seed(seed))
+    if name == "absorbing":
+        return torch.where((xt == n)[:, None], log_score, 0.0)
+    return log_score.scatter(1, xt[:, None], 0.0)
+
+
+@pytest.mark.parametrize("name", ["absorbing", "uniform"])
+@pytest.mark.parametrize("n", [4, 20])
+@pytest.mark.parametrize("sigma", SIGMAS)
+def test_score_entropy_equals_brute_force(name: str, n: int, sigma: float) -> None:
+    graph = make(name, n)
+    p = brute_force.transition(name, n, sigma)
+    pairs = [(x0, xt) for x0 in range(n) for xt in range(states(name, n)) if p[x0, xt] > 0][:60]
+    if name == "absorbing":
+        pairs = [(x0, xt) for x0, xt in pairs if xt in (x0, n)]
+    x0, xt = torch.tensor(pairs).T
+    log_score = masked_score(name, n, xt, 0)
+    loss = graph.score_entropy(log_score, torch.full((len(x0),), sigma), xt, x0).double()
+    assert loss.dtype == torch.float64
+    expected = torch.tensor(
+        [
+            brute_force.score_entropy(name, n, sigma, log_score[i].double(), int(xt[i]), int(x0[i]))
+            for i in range(len(x0))
+        ]
+    ).double()
+    largest = max(1.0, 1 / math.expm1(sigma) * (1 + abs(math.log(math.expm1(sigma)))))
+    assert (loss - expected).abs().max() < 1e-5 * largest
+
+
+@pytest.mark.parametrize("name", ["absorbing", "uniform"])
+@given(sigma=st.floats(1e-4, 8.0), seed=st.integers(0, 999))
+def test_score_entropy_is_never_negative_and_zero_at_the_true_ratios(name: str, sigma: float, seed: int) -> None:
+    n = 6
+    graph = make(name, n)
+    p = brute_force.transition(name, n, sigma)
+    x0 = torch.arange(n).repeat_interleave(states(name, n))
+    xt = torch.arange(states(name, n)).repeat(n)
+    possible = p[x0, xt] > 0
+    x0, xt = x0[possible], xt[possible]
+    sigma_T = torch.full((len(x0),), sigma)
+    largest = max(1.0, 1 / math.expm1(sigma) * (1 + abs(math.log(math.expm1(sigma)))))
+    loss = graph.score_entropy(masked_score(name, n, xt, seed), sigma_T, xt, x0)
+    assert float(loss.min()) > -1e-5 * largest
+    ratio = (p[x0, :n] / p[x0, xt][:, None]).clamp(min=1e-30).log().float()
+    exact = torch.where((xt == n)[:, None], ratio, 0.0) if name == "absorbing" else ratio
+    assert graph.score_entropy(exact, sigma_T, xt, x0).abs().max() < 1e-5 * largest
+
+
+@pytest.mark.parametrize("name", ["absorbing", "uniform"])
+@pytest.mark.parametrize("sigma", [0.05, 0.7, 3.0])
+def test_transitions_have_the_probabilities_of_the_matrix_exponential(name: str, sigma: float) -> None:
+    n, draws = 5, 40_000
+    graph = make(name, n)
+    x0 = torch.full((draws,), 2)
+    xt = graph.sample_transition(x0, torch.full((draws,), sigma), torch.Generator().manual_seed(1))
+    expected = brute_force.transition(name, n, sigma)[2]
+    seen = torch.bincount(xt, minlength=len(expected)).double() / draws
+    assert ((seen - expected).abs() <= 5 * (expected * (1 - expected) / draws).sqrt() + 1e-12).all()
+
+
+@pytest.mark.parametrize("graph", [Absorbing(), Uniform()], ids=["absorbing", "uniform"])
+def test_context_is_never_moved_and_never_in_the_loss(graph: Graph) -> None:
+    context = torch.arange(21, 30)
+    sigma = torch.full((9,), 9.0)
+    assert torch.equal(graph.sample_transition(context, sigma, torch.Generator().manual_seed(0)), context)
+    assert graph.score_entropy(torch.randn(9, 20), sigma, context, context).abs().max() == 0
+    assert graph.prior_kl(context, sigma).abs().max() == 0
+
+
+@pytest.mark.parametrize("name", ["absorbing", "uniform"])
+@pytest.mark.parametrize("sigma", [1e-3, 1.0, 6.9])
+def test_prior_and_its_divergence(name: str, sigma: float) -> None:
+    n, draws = 5, 40_000
+    graph = make(name, n)
+    p = brute_force.transition(name, n, sigma)[0]
+    if name == "absorbing":  # (1 - e^-sigma) mask + e^-sigma / n on each residue
+        prior = torch.full((n + 1,), math.exp(-sigma) / n, dtype=torch.float64)
+        prior[n] = -math.expm1(-sigma)
+    else:
+        prior = torch.full((n,), 1 / n, dtype=torch.float64)
+    kl = (p * (p / prior).clamp(min=1e-300).log()).sum()
+    assert graph.prior_kl(torch.tensor([0]), torch.tensor([sigma])).item() == pytest.approx(kl.item(), rel=1e-4)
+    limit = graph.sample_limit(draws, torch.Generator().manual_seed(0), sigma)
+    seen = torch.bincount(limit, minlength=len(prior)).double() / draws
+    assert ((seen - prior).abs() <= 5 * (prior * (1 - prior) / draws).sqrt() + 1e-12).all()
+
+
+@pytest.mark.parametrize("name", ["absorbing", "uniform"])
+@pytest.mark.parametrize(("sigma", "delta"), [(0.5, 0.1), (3.0, 1.5), (6.9, 1e-4), (1e-3, 1e-3)])
+def test_reverse_steps_equal_the_dense_formulas(name: str, sigma: float, delta: float) -> None:
+    """Analytic: [s^T exp(-delta Q)]_z P(delta)[z, x]; Euler: onehot(x) + step s_z Q[z, x]."""
+    n = 5
+    graph = make(name, n)
+    toy = brute_force.random_toy(name, n, sites=2, seed=3)
+    xt = torch.tensor([[n, 0], [n, n]]) if name == "absorbing" else torch.tensor([[1, 0], [4, 4]])
+    log_score = toy.log_score(xt, sigma).reshape(4, n)
+    flat = xt.reshape(4)
+    q, p = brute_force.rate_matrix(name, n), brute_force.transition(name, n, delta)
+    undo = brute_force.transition(name, n, -delta)
+    step = torch.full((4,), delta, dtype=torch.float64)
+    analytic = graph.analytic_probs(log_score, flat, step)
+    euler = graph.euler_probs(log_score, flat, step)
+    for i, x in enumerate(flat.tolist()):
+        s = torch.zeros(states(name, n), dtype=torch.float64)
+        if name == "absorbing" and x < n:
+            s[x] = 1.0  # an unmasked token has nowhere else to come from
+        else:
+            s[:n] = log_score[i].exp()
+            s[x] = 1.0
+        assert torch.allclose(analytic[i], (s @ undo) * p[:, x], atol=1e-9)
+        rate = s * q[:, x]
+        rate[x] = 0
+        expected = delta * rate
+        expected[x] = 1 - expected.sum()
+        assert torch.allclose(euler[i], expected, atol=1e-12)
+    assert torch.allclose(analytic.sum(-1), torch.ones(4, dtype=torch.float64), atol=1e-9)
+
+
+def test_absorbing_euler_and_analytic_coincide_for_loglinear_noise() -> None:
+    from protlig_dd.diffusion.noise import LogLinearNoise
+
+    t = torch.tensor([0.8, 0.7], dtype=torch.float64)
+    sigma, dsigma = LogLinearNoise()(t)
+    log_score = torch.randn(1, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) - 4
+    xt = torch.tensor([20])
+    analytic = Absorbing().analytic_probs(log_score, xt, (sigma[:1] - sigma[1:]))
+    euler = Absorbing().euler_probs(log_score, xt, dsigma[:1] * 0.1)
+    assert torch.allclose(analytic, euler, atol=1e-12)
+
+
+def test_the_last_step_never_leaves_a_mask() -> None:
+    log_score = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
+    probs = Absorbing().denoise_probs(log_score, torch.tensor([20, 20, 3]), torch.full((3,), 1e-3))
+    assert probs[:, 20].abs().max() == 0
+    assert torch.allclose(probs[0, :20], log_score[0].double().softmax(-1))
+    assert probs[2].argmax() == 3
+    assert torch.allclose(probs.sum(-1), torch.ones(3, dtype=torch.float64))
+
+
+def test_log_expm1_is_exact_at_both_ends() -> None:
+    sigma = torch.tensor([1e-6, 1e-3, 1.0, 20.0, 200.0])
+    expected = [math.log(math.expm1(float(s))) if s < 100 else float(s) for s in sigma]
+    assert torch.allclose(log_expm1(sigma), torch.tensor(expected), rtol=1e-6)
+
+
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=8).filter(lambda p: sum(p) > 1e-6), st.floats(0, 1))
+def test_categorical_is_the_inverse_cdf(weights: list[float], u: float) -> None:
+    u = min(u, math.nextafter(1.0, 0.0))
+    probs = torch.tensor([weights], dtype=torch.float64)
+    index = int(categorical(probs, torch.tensor([u], dtype=torch.float64)))
+    assert weights[index] > 0
+    cdf = (probs / probs.sum()).cumsum(-1)[0]
+    assert (float(cdf[index - 1]) if index else 0.0) <= u + 1e-9
+    assert u < float(cdf[index]) + 1e-9
+
+
+def test_rare_events_keep_their_probability() -> None:
+    """An event of probability 1e-9 comes for exactly the u that it owns; float32 would lose it."""
+    probs = torch.tensor([[1 - 1e-9, 1e-9]], dtype=torch.float64)
+    edges = torch.tensor([1 - 1.001e-9, 1 - 0.999e-9, 1 - 1e-12], dtype=torch.float64)
+    assert categorical(probs.expand(3, 2), edges).tolist() == [0, 1, 1]
+
+
+def test_negative_probabilities_are_clamped_and_counted() -> None:
+    probs, clamped = clamp_negative(torch.tensor([[0.5, 0.7, -0.2], [0.5, 0.25, 0.25]], dtype=torch.float64))
+    assert clamped.tolist() == [True, False]
+    assert probs[0].tolist() == pytest.approx([0.5 / 1.2, 0.7 / 1.2, 0.0])
+    assert probs[1].tolist() == [0.5, 0.25, 0.25]

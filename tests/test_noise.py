@@ -1,0 +1,62 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protlig_dd.diffusion.noise import GeometricNoise, LogLinearNoise, Noise, stratified_times
+
+SCHEDULES = [LogLinearNoise(), LogLinearNoise(eps=1e-5), GeometricNoise(), GeometricNoise(1e-3, 5.0)]
+
+
+@pytest.mark.parametrize("noise", SCHEDULES, ids=repr)
+def test_dsigma_is_the_derivative_of_sigma(noise: Noise) -> None:
+    t = torch.linspace(noise.t_min, 1, 101, dtype=torch.float64, requires_grad=True)
+    sigma, dsigma = noise(t)
+    (derivative,) = torch.autograd.grad(sigma.sum(), t)
+    assert torch.allclose(dsigma, derivative, rtol=1e-12)
+    assert (sigma.diff() > 0).all()
+    # float32 stays within rounding of float64, at both ends
+    sigma32, dsigma32 = noise(t.detach().float())
+    assert sigma32.dtype == torch.float32
+    again, dagain = noise(t.detach().float().double())
+    assert torch.allclose(sigma32.double(), again, rtol=1e-5)
+    assert torch.allclose(dsigma32.double(), dagain, rtol=1e-5)
+
+
+def test_closed_forms() -> None:
+    t = torch.tensor([0.25, 1.0], dtype=torch.float64)
+    assert torch.allclose(LogLinearNoise(1e-3)(t)[0], -torch.log(1 - 0.999 * t))
+    assert torch.allclose(GeometricNoise(1e-4, 20.0)(t)[0], 1e-4 ** (1 - t) * 20.0**t)
+
+
+@given(st.integers(1, 64), st.floats(1e-5, 0.5), st.integers(0, 999))
+def test_times_are_stratified(n: int, t_min: float, seed: int) -> None:
+    t = stratified_times(n, t_min, torch.Generator().manual_seed(seed), "cpu")
+    assert t_min <= float(t.min())
+    assert float(t.max()) <= 1
+    strata = ((t.sort().values.double() - t_min) / (1 - t_min) * n + 1e-4).floor()
+    assert (strata - torch.arange(n)).abs().max() <= 1  # one in each, bar rounding at the edges
+    assert (t.sort().values.diff() - (1 - t_min) / n).abs().max() < 1e-5 if n > 1 else True
+
+
+def test_times_are_uniform_over_draws() -> None:
+    generator = torch.Generator().manual_seed(0)
+    t = torch.stack([stratified_times(3, 1e-3, generator, "cpu") for _ in range(4000)])
+    expected = (1 + 1e-3) / 2
+    assert abs(float(t[:, 0].mean()) - expected) < 4 * math.sqrt(1 / 12 / 4000)
+    assert abs(float(t.mean()) - expected) < 4 * math.sqrt(1 / 12 / 9 / 4000)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LogLinearNoise(eps=0.0), r"eps must lie in \(0, 1\), got 0.0"),
+        (lambda: LogLinearNoise(t_min=1.0), r"t_min must lie in \(0, 1\), got 1.0"),
+        (lambda: GeometricNoise(2.0, 1.0), "got 2.0 and 1.0"),
+    ],
+)
+def test_schedules_that_cannot_be_are_refused(make: type, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()

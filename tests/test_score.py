@@ -1,0 +1,93 @@
+import pytest
+import torch
+
+from protlig_dd.batch import PackedBatch
+from protlig_dd.diffusion.graph import Absorbing, Graph, Uniform
+from protlig_dd.diffusion.loss import score_entropy_loss
+from protlig_dd.diffusion.noise import LogLinearNoise
+from protlig_dd.diffusion.score import make_score_fn
+
+from .conftest import make_model, random_batch
+
+
+def zeros(batch: PackedBatch, sigma: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(len(batch.tokens), 20)
+
+
+@pytest.mark.parametrize(
+    ("graph", "parametrisation"), [(Absorbing(), "log_score"), (Absorbing(), "x0"), (Uniform(), "log_score")]
+)
+def test_scores_are_float32_and_zero_at_xt(graph: Graph, parametrisation: str) -> None:
+    batch = random_batch([6, 9])
+    sigma = torch.tensor([0.3, 2.0])
+    xt = graph.sample_transition(batch.tokens, sigma[batch.segment_ids], torch.Generator().manual_seed(0))
+    for autocast in (None, torch.bfloat16):
+        score_fn = make_score_fn(make_model(), graph, parametrisation, autocast=autocast)
+        log_score = score_fn(batch.with_tokens(xt), sigma)
+        assert log_score.dtype == torch.float32
+        if isinstance(graph, Uniform):
+            assert log_score.gather(1, xt[:, None]).abs().max() == 0
+            continue
+        assert log_score[xt < 20].abs().max() == 0
+        if parametrisation == "x0":  # s_y = kappa p(y): the scores of a masked token sum to kappa
+            total = log_score.exp().sum(-1)
+            kappa = 1 / torch.expm1(sigma)[batch.segment_ids]
+            assert torch.allclose(total[xt == 20], kappa[xt == 20], rtol=1e-5)
+
+
+def test_autocast_is_active_inside_the_network_and_nowhere_else() -> None:
+    model, batch = make_model(), random_batch([6, 9])
+    seen: dict[str, torch.dtype] = {}
+    model.blocks[0].qkv.register_forward_hook(lambda module, inputs, out: seen.update(qkv=out.dtype))
+    make_score_fn(model, Absorbing(), "x0", autocast=torch.bfloat16)(batch, torch.ones(2))
+    assert seen["qkv"] == torch.bfloat16
+    make_score_fn(model, Absorbing(), "x0")(batch, torch.ones(2))
+    assert seen["qkv"] == torch.float32
+
+
+def test_a_time_free_network_sees_no_sigma() -> None:
+    batch = random_batch([6, 9])
+    masked = batch.with_tokens(torch.where(torch.arange(15) % 2 == 0, 20, batch.tokens))
+    free = make_score_fn(make_model(), Absorbing(), "x0", time_conditioning=False)
+    low, high = free(masked, torch.full((2,), 0.1)), free(masked, torch.full((2,), 3.0))
+    assert torch.allclose(low.log_softmax(-1), high.log_softmax(-1), atol=1e-6)
+    conditioned = make_score_fn(make_model(), Absorbing(), "x0")
+    low, high = conditioned(masked, torch.full((2,), 0.1)), conditioned(masked, torch.full((2,), 3.0))
+    assert not torch.allclose(low.log_softmax(-1), high.log_softmax(-1), atol=1e-3)
+
+
+@pytest.mark.parametrize("parametrisation", ["log_score", "x0"])
+def test_a_zero_network_on_the_absorbing_graph_costs_log_20_a_residue(parametrisation: str) -> None:
+    """Zero logits are the uniform guess, s = kappa / 20, so the loss is kappa log 20 on each masked residue.
+
+    For log-linear noise dsigma kappa = 1/t and a residue is masked with probability (1 - eps) t, so the expectation
+    is (1 - t_min)(1 - eps) log 20 nats per residue, which stratified times reach quickly.
+    """
+    noise, graph = LogLinearNoise(), Absorbing()
+    score_fn = make_score_fn(zeros, graph, parametrisation)
+    batch = random_batch([60] * 500)
+    generator = torch.Generator().manual_seed(0)
+    estimates = []
+    for _ in range(20):
+        loss_sum, n_residues = score_entropy_loss(score_fn, batch, graph, noise, generator)
+        assert int(n_residues) == 30_000
+        estimates.append(float(loss_sum) / 30_000)
+    mean, error = torch.tensor(estimates).mean(), torch.tensor(estimates).std() / 20**0.5
+    expected = (1 - 1e-3) * (1 - 1e-3) * torch.log(torch.tensor(20.0))
+    assert abs(mean - expected) < 4 * error
+    assert error < 0.02
+
+
+@pytest.mark.parametrize(
+    ("graph", "parametrisation", "time", "message"),
+    [
+        (Uniform(), "x0", True, "parametrisation=x0 is for the absorbing graph"),
+        (Absorbing(), "eps", True, "no parametrisation 'eps'"),
+        (Absorbing(), "log_score", False, "time_conditioning=false is valid only with"),
+    ],
+)
+def test_combinations_that_are_not_valid_are_refused(
+    graph: Graph, parametrisation: str, time: bool, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_score_fn(zeros, graph, parametrisation, time_conditioning=time)
