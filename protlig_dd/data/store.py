@@ -18,8 +18,9 @@ import tempfile
 from array import array
 from collections.abc import Iterable
 from functools import cached_property
+from operator import index
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, SupportsIndex
 
 import h5py
 import numpy as np
@@ -73,7 +74,8 @@ class SequenceStore:
     def __len__(self) -> int:
         return len(self._offsets) - 1
 
-    def __getitem__(self, row: int) -> np.ndarray:
+    def __getitem__(self, row: SupportsIndex) -> np.ndarray:
+        row = index(row)
         if not 0 <= row < len(self):
             raise IndexError(f"{self.path}: row {row} of {len(self)}")
         return self._tokens[self._offsets[row] : self._offsets[row + 1]]
@@ -83,7 +85,8 @@ class SequenceStore:
         """(n,) int64, residues of each sequence."""
         return np.diff(self._offsets) - 2
 
-    def id(self, row: int) -> str:
+    def id(self, row: SupportsIndex) -> str:
+        row = index(row)
         start, end = self._id_offsets[row], self._id_offsets[row + 1]
         return self._id_bytes[start:end].tobytes().decode()
 

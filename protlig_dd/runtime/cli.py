@@ -3,18 +3,22 @@
 Exit codes: 0 done, 1 error, 130 interrupted. HYDRA_FULL_ERROR=1 adds the traceback.
 """
 
+import hashlib
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import DictConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
 
 from protlig_dd.runtime.config import config_folder, known_keys, unknown_key
 from protlig_dd.runtime.distributed import leave_group, processes_from_environment
+
+LONGEST_NAME = 200
 
 
 def run_verb(verb: Callable[[DictConfig], None], config_name: str, schema: type) -> None:
@@ -26,6 +30,7 @@ def run_verb(verb: Callable[[DictConfig], None], config_name: str, schema: type)
     show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing its own report
     # one search path for every launch: a config of the user's own may build on the shipped groups
+    OmegaConf.register_new_resolver("swept", swept_name, replace=True)
     main = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name)
 
     def task(cfg: DictConfig) -> None:
@@ -56,12 +61,27 @@ class VerbFailed(BaseException):
 
 def one_line(error: BaseException | None, schema: type) -> str:
     """What a user needs to know of an error, in one line."""
-    text = " ".join(str(error).partition("\nConfig search path")[0].split())
+    text = str(error).partition("\nConfig search path")[0]
+    if "Original Traceback" in text:  # from a loader worker: its last line is the error
+        text = text.strip().splitlines()[-1]
+    text = " ".join(text.split())
     if (misspelt := re.search(r"Could not override '([^']+)'", text)) is not None:
         return "error: " + unknown_key(misspelt.group(1), known_keys(schema))
     if not isinstance(error, ValueError) and not type(error).__module__.startswith(("hydra", "omegaconf")):
         text = f"{type(error).__name__}: {text}"  # not one of ours: the type says more than the text
     return f"error: {text}"
+
+
+def swept_name(task_overrides: Sequence[str], job_number: int) -> str:
+    """A sweep job's folder name: the overrides that vary in this sweep, `optim.lr=0.001,model=tiny`."""
+    parser = OverridesParser.create()
+    given = [argument for argument in sys.argv[1:] if "=" in argument and not argument.startswith("-")]
+    swept = {override.key_or_group for override in parser.parse_overrides(given) if override.is_sweep_override()}
+    parts = [override for override in task_overrides if override.lstrip("+").partition("=")[0] in swept]
+    name = ",".join(parts).replace("/", "_")
+    if len(name) > LONGEST_NAME:
+        name = f"{name[:LONGEST_NAME]}-{hashlib.blake2b(name.encode(), digest_size=4).hexdigest()}"
+    return name or str(job_number)
 
 
 def say(message: str) -> None:

@@ -54,7 +54,7 @@ class OptimConfig:
     lr: float
     min_lr_ratio: float
     warmup_steps: int
-    betas: tuple[float, float]
+    betas: list[float]
     eps: float
     weight_decay: float
     grad_clip: float

@@ -19,6 +19,9 @@ def announce(message: str, processes: Processes) -> None:
         console.print(message)
 
 
+Row = dict[str, float | int]
+
+
 class MetricsLog:
     """Appends flat rows. Rank 0 alone makes one.
 
@@ -29,6 +32,7 @@ class MetricsLog:
     def __init__(
         self, folder: Path, attempt: int, *, tensorboard: bool, wandb_project: str | None, wandb_name: str | None
     ) -> None:
+        wandb = import_wandb() if wandb_project else None
         self.attempt = attempt
         self.file = (folder / "metrics.jsonl").open("a")
         self.tensorboard: Any = None
@@ -37,12 +41,10 @@ class MetricsLog:
             from torch.utils.tensorboard import SummaryWriter
 
             self.tensorboard = SummaryWriter(folder / "tensorboard")  # type: ignore[no-untyped-call]
-        if wandb_project:
-            self.wandb = import_wandb().init(
-                project=wandb_project, name=wandb_name, dir=folder, id=folder.name, resume="allow"
-            )
+        if wandb is not None:
+            self.wandb = wandb.init(project=wandb_project, name=wandb_name, dir=folder, id=folder.name, resume="allow")
 
-    def write(self, rows: list[dict[str, float]]) -> None:
+    def write(self, rows: list[Row]) -> None:
         """Append rows, each with a `step`; a value that is no finite number is written as null."""
         for row in rows:
             finite = {key: value if math.isfinite(value) else None for key, value in row.items()}

@@ -1,6 +1,7 @@
 """The optimizer and the learning-rate schedule."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ def make_optimizer(
     model: nn.Module,
     *,
     lr: float,
-    betas: tuple[float, float],
+    betas: Sequence[float],
     eps: float,
     weight_decay: float,
 ) -> torch.optim.Optimizer:
@@ -31,7 +32,7 @@ def make_optimizer(
         matrix = parameter.ndim >= 2 and not parameter_name.startswith("embedding.")
         (decayed if matrix else plain).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=True)
 
 
 def learning_rate(step: int, *, lr: float, warmup_steps: int, max_steps: int, min_lr_ratio: float) -> float:

@@ -1,6 +1,7 @@
 """What a run says of itself: held-out bounds beside the unigram model, and samples beside the training proteins."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ class HeldOut:
     """The unigram model's exact NLL of the same residues."""
     estimator: str
 
-    def summary(self) -> dict[str, float | int | str]:
+    def summary(self) -> dict[str, Any]:
         """Nats per residue with standard errors: the model's bound, the unigram NLL, their paired difference."""
         nll, nll_se = per_residue(self.nats, self.residues)
         unigram, unigram_se = per_residue(self.unigram_nats, self.residues)

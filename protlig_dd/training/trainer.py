@@ -23,7 +23,7 @@ from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.model.dit import DiT
 from protlig_dd.runtime.checkpoint import load_optimizer, load_weights, save_checkpoint
 from protlig_dd.runtime.distributed import Processes, all_reduce_sum, from_first, gather_objects
-from protlig_dd.runtime.metrics import MetricsLog, ProgressBar, console
+from protlig_dd.runtime.metrics import MetricsLog, ProgressBar, Row, console
 from protlig_dd.runtime.random import keyed_generator, random_key
 from protlig_dd.tokenizer import N_STATES
 from protlig_dd.training.ema import EMA
@@ -129,7 +129,7 @@ def fit(
     workers: int,
     log_every: int,
     rows_file: Path | None,
-    evaluate: Callable[[], dict[str, float]],
+    evaluate: Callable[[], Row],
     eval_every: int,
     checkpoint: Callable[[int], None],
     checkpoint_every: int,
@@ -184,7 +184,7 @@ def fit(
             since = time.perf_counter()  # evaluation and checkpoints do not count as training time
 
 
-def flush(trainer: Trainer, pending: list[dict[str, Any]], seconds: float) -> list[dict[str, float]]:
+def flush(trainer: Trainer, pending: list[dict[str, Any]], seconds: float) -> list[Row]:
     """The steps since the last flush as rows of numbers: the one place where the host waits for the device."""
     if trainer.frozen.item():
         raise_non_finite(trainer, pending)

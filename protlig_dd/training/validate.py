@@ -41,6 +41,8 @@ def check_train_config(config: TrainConfig) -> None:
     for key, number in (("optim.lr", optim.lr), ("optim.grad_clip", optim.grad_clip), ("optim.eps", optim.eps)):
         if not number > 0:
             raise ValueError(f"{key} must be above 0, got {number}")
+    if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
+        raise ValueError(f"optim.betas must be two numbers in [0, 1), got {list(optim.betas)}")
     if not 0 <= optim.ema_decay < 1:
         raise ValueError(f"optim.ema_decay must lie in [0, 1), got {optim.ema_decay}")
     if config.report.predictor not in PREDICTORS:

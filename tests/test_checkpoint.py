@@ -1,0 +1,159 @@
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from protlig_dd.runtime.checkpoint import (
+    COMPLETE,
+    complete_checkpoints,
+    find_checkpoint,
+    load_optimizer,
+    load_weights,
+    read_state,
+    save_checkpoint,
+)
+from protlig_dd.training.ema import EMA
+from protlig_dd.training.optim import make_optimizer
+
+from .conftest import make_model, random_batch
+
+
+def make_optimizer_for(model: torch.nn.Module) -> torch.optim.Optimizer:
+    return make_optimizer("adamw", model, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
+
+
+def train_a_little(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ema: EMA, steps: int) -> None:
+    for step in range(steps):
+        model(random_batch([9, 4], seed=step), torch.ones(2)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update(model, step + 1)
+
+
+def save(folder: Path, step: int, seed: int = 0, **dimensions: int) -> tuple[Path, torch.nn.Module, EMA]:
+    model = make_model(seed=seed, **dimensions)
+    optimizer, ema = make_optimizer_for(model), EMA(model, 0.9)
+    train_a_little(model, optimizer, ema, 3)
+    path = save_checkpoint(
+        folder,
+        step,
+        model=model,
+        ema=ema.weights,
+        optimizer=optimizer,
+        config_yaml="seed: 0\n",
+        state={"residues_seen": 5},
+        keep_last=2,
+    )
+    return path, model, ema
+
+
+def test_what_is_saved_is_loaded_by_name(tmp_path: Path) -> None:
+    path, model, ema = save(tmp_path, 7)
+    state = read_state(path)
+    assert (state["step"], state["residues_seen"]) == (7, 5)
+    other = make_model(seed=99)
+    load_weights(path / "model.safetensors", other)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, other.get_parameter(name))
+    load_weights(path / "ema.safetensors", other)
+    for name, weight in ema.weights.items():
+        assert torch.equal(weight, other.get_parameter(name))
+        assert not torch.equal(weight, model.get_parameter(name))
+
+
+def test_training_goes_on_exactly_after_a_load(tmp_path: Path) -> None:
+    path, _, _ = save(tmp_path, 3)
+    twin = make_model(seed=99)
+    load_weights(path / "model.safetensors", twin)
+    twin_optimizer = make_optimizer_for(twin)
+    load_optimizer(path / "optimizer.safetensors", twin, twin_optimizer)
+    undisturbed = make_model()
+    optimizer, ema = make_optimizer_for(undisturbed), EMA(undisturbed, 0.9)
+    train_a_little(undisturbed, optimizer, ema, 3)
+    for network, stepper in ((twin, twin_optimizer), (undisturbed, optimizer)):
+        train_a_little(network, stepper, EMA(network, 0.9), 2)
+    for name, parameter in undisturbed.named_parameters():
+        assert torch.equal(parameter, twin.get_parameter(name)), name
+
+
+def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step_00000002", "step_00000003"]
+    assert find_checkpoint(tmp_path).name == "step_00000003"
+    assert find_checkpoint(tmp_path / "checkpoints/step_00000002").name == "step_00000002"
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step_00000002", "step_00000003"}
+
+
+def test_another_width_is_refused_with_both(tmp_path: Path) -> None:
+    path, _, _ = save(tmp_path, 1, hidden_size=1024, n_heads=16, n_blocks=1)
+    with torch.device("meta"):
+        wide = make_model(hidden_size=4096, n_heads=16, n_blocks=1)
+    with pytest.raises(ValueError, match=r"embedding.weight has shape \(30, 1024\) .* and \(30, 4096\) in this model"):
+        load_weights(path / "model.safetensors", wide)
+
+
+def test_missing_and_extra_tensors_are_refused(tmp_path: Path) -> None:
+    path, _, _ = save(tmp_path, 1)
+    with pytest.raises(ValueError, match=r"blocks\.2\.\S+ is missing; the model has it with shape"):
+        load_weights(path / "model.safetensors", make_model(n_blocks=3))
+    with pytest.raises(ValueError, match=r"blocks\.1\.\S+ .* is not part of this model"):
+        load_weights(path / "model.safetensors", make_model(n_blocks=1))
+    with pytest.raises(ValueError, match=r"no optimizer state for blocks\.2"):
+        load_optimizer(path / "optimizer.safetensors", make_model(n_blocks=3), make_optimizer_for(make_model()))
+    fewer = make_model(n_blocks=1)
+    with pytest.raises(ValueError, match=r"optimizer state for blocks\.1\.\S+, which the model does not have"):
+        load_optimizer(path / "optimizer.safetensors", fewer, make_optimizer_for(fewer))
+
+
+def test_incomplete_and_damaged_checkpoints_are_not_taken(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    path, _, _ = save(tmp_path, 2)
+    (path / COMPLETE).rename(path / "away")
+    assert find_checkpoint(tmp_path).name == "step_00000001"
+    with pytest.raises(ValueError, match=r"not a complete checkpoint, complete\.json is missing"):
+        read_state(path)
+    (path / "away").rename(path / COMPLETE)
+    weights = bytearray((path / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (path / "model.safetensors").write_bytes(weights)
+    with pytest.raises(ValueError, match=r"model\.safetensors: damaged, SHA-256"):
+        read_state(path)
+    (path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model\.safetensors: missing from the checkpoint"):
+        read_state(path)
+    with pytest.raises(ValueError, match="neither a run folder with a complete checkpoint nor a checkpoint"):
+        find_checkpoint(tmp_path / "elsewhere")
+
+
+def test_an_incomplete_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
+    path, _, _ = save(tmp_path, 1)
+    (path / COMPLETE).unlink()
+    path, _, _ = save(tmp_path, 1, seed=3)
+    assert read_state(path)["step"] == 1
+
+
+def test_other_formats_are_refused(tmp_path: Path) -> None:
+    path, _, _ = save(tmp_path, 1)
+    state = json.loads((path / "state.json").read_text()) | {"format_version": 99}
+    (path / "state.json").write_text(json.dumps(state))
+    sums = json.loads((path / COMPLETE).read_text())
+    del sums["state.json"]
+    (path / COMPLETE).write_text(json.dumps(sums))
+    with pytest.raises(ValueError, match="format 99, this version reads 1"):
+        read_state(path)
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[type, tuple[str]]:
+        return RuntimeError, ("a pickle was executed",)
+
+
+def test_a_pickle_is_never_loaded(tmp_path: Path) -> None:
+    path, _, _ = save(tmp_path, 1)
+    for name in ("model.safetensors", "model.pt", "optimizer.pt"):
+        (path / name).write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(ValueError, match="cannot be read as safetensors"):
+        load_weights(path / "model.safetensors", make_model())

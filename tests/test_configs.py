@@ -1,0 +1,141 @@
+"""The shipped configs: all compose, fit the schema, and describe the models they say."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from protlig_dd.runtime.cli import run_verb
+from protlig_dd.runtime.config import (
+    RESUMABLE,
+    PrepareConfig,
+    SampleConfig,
+    TrainConfig,
+    build_model,
+    changed_keys,
+    config_folder,
+    flatten,
+    known_keys,
+    read_config,
+)
+from protlig_dd.training.launch import run
+from protlig_dd.training.validate import check_train_config
+
+from .conftest import Command, assert_one_line_error
+
+
+def composed(*overrides: str, name: str = "train") -> DictConfig:
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        return compose(name, list(overrides))
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (config_folder() / group).glob("*.yaml"))
+
+
+def test_every_option_of_every_group_is_valid() -> None:
+    for group in ("model", "graph", "noise", "optim", "data", "experiment"):
+        assert options(group)
+        for option in options(group):
+            check_train_config(read_config(composed(f"{group}={option}"), TrainConfig))
+    check_train_config(read_config(composed(name="config_uniref50_stable"), TrainConfig))
+    read_config(composed("input=a.fasta", name="prepare"), PrepareConfig)
+    read_config(composed("from=runs/demo", name="sample"), SampleConfig)
+
+
+def test_every_key_has_a_default_and_resumable_keys_exist() -> None:
+    keys = set(flatten(composed()))
+    schema = {key for key in known_keys(TrainConfig) if key not in ("graph", "noise")}
+    assert schema <= keys
+    assert keys >= RESUMABLE
+
+
+def test_every_default_is_explained() -> None:
+    for path in config_folder().rglob("*.yaml"):
+        if path.stem in ("verb", "config_uniref50_stable") or path.parent.name == "experiment":
+            continue
+        for line in path.read_text().split("\nhydra:")[0].splitlines():
+            key, colon, value = line.partition(":")
+            if colon and value.strip() and not key.strip().startswith(("#", "-")) and key.strip() != "name":
+                assert "#" in line or key.strip() in ("dropout", "n_blocks", "eps", "seed", "betas", "test_fraction"), (
+                    f"{path.name}: {line}"
+                )
+
+
+@pytest.mark.parametrize(("preset", "millions"), [("tiny", 2), ("small", 35), ("medium", 150), ("large", 650)])
+def test_presets_have_the_size_they_say(preset: str, millions: float) -> None:
+    config = read_config(composed(f"model={preset}"), TrainConfig)
+    with torch.device("meta"):
+        model = build_model(config.model, "sdpa")
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert count == pytest.approx(millions * 1e6, rel=0.07)
+    stated = (config_folder() / "model" / f"{preset}.yaml").read_text().splitlines()[0]
+    assert stated.startswith(f"# {count / 1e6:.1f} M" if count < 1e7 else f"# {count / 1e6:.0f} M")
+
+
+def test_changed_keys_name_both_values_and_leave_out_what_may_change() -> None:
+    old = OmegaConf.to_container(composed())
+    new = OmegaConf.to_container(composed("optim.lr=1", "trainer.max_steps=5", "graph=uniform"))
+    assert isinstance(old, dict)
+    assert isinstance(new, dict)
+    assert changed_keys(old, new) == ["graph.name: absorbing -> uniform", "optim.lr: 0.0003 -> 1.0"] or changed_keys(
+        old, new
+    ) == ["graph.name: absorbing -> uniform", "optim.lr: 0.0003 -> 1"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["optim.lrx=3"], ["'optim.lrx'", "'optim.lr'"]),
+        (["+noise.sigma=3"], ["'noise.sigma'", "'noise.eps'"]),
+        (["optim.lr=fast"], ["optim.lr", "'fast'", "Float"]),
+        (["experiment=dmeo"], ["experiment/dmeo", "demo"]),
+        (["model.hidden_size=2560", "model.n_heads=120"], ["hidden_size=2560", "n_heads=120"]),
+        (["model.hidden_size=36", "model.n_heads=4"], ["hidden_size=36", "n_heads=4", "head_dim 9"]),
+        (["data.path=none.h5"], ["none.h5", "no such data file"]),
+        (["data.tokens_per_pack=500"], ["tokens_per_pack=500", "max_len=1024"]),
+        (["model.attention_backend=flash_attn"], ["flash-attn is not installed", "pip install"]),
+        (["graph=uniform", "parametrisation=x0"], ["parametrisation=x0"]),
+        (["graph.name=gamma"], ["graph.name=gamma", "absorbing, uniform"]),
+        (["trainer.epochs=2"], ["trainer.max_steps=400000", "trainer.epochs=2"]),
+        (["trainer.log_every=0"], ["trainer.log_every", "at least 1", "0"]),
+        (["run.name=../elsewhere"], ["run.name", "plain folder name"]),
+    ],
+)
+def test_a_wrong_config_is_one_line_before_any_data(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    overrides: list[str],
+    parts: list[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["protlig_dd.training", *overrides])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    with pytest.raises(SystemExit) as stop:
+        run_verb(run, "train", TrainConfig)
+    assert stop.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    for part in parts:
+        assert part in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_traceback_is_there_for_those_who_ask(run_python: Command) -> None:
+    command = ["-m", "protlig_dd.training", "data.path=none.h5"]
+    assert_one_line_error(run_python(*command), "none.h5: no such data file")
+    assert "Traceback" in run_python(*command, HYDRA_FULL_ERROR="1").stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_without_cuda_is_one_line(run_python: Command, tmp_path: Path) -> None:
+    for arguments in (
+        ["-m", "protlig_dd.training", "trainer.device=cuda"],
+        ["-m", "protlig_dd.training.run_train_uniref50_optimized", "--device", "cuda:1",
+         "--config", str(config_folder() / "config_uniref50_stable.yaml")],
+    ):  # fmt: skip
+        assert_one_line_error(run_python(*arguments), "trainer.device=cuda", "CUDA is not available")
+    assert list(tmp_path.iterdir()) == []

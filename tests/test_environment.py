@@ -1,0 +1,61 @@
+import pytest
+import torch
+
+from protlig_dd.runtime.environment import describe_environment, resolve_device, resolve_precision
+from protlig_dd.runtime.random import keyed_generator, random_key
+
+
+def test_auto_is_what_this_machine_has() -> None:
+    expected = "cuda:0" if torch.cuda.is_available() else "cpu"
+    assert str(resolve_device("auto")) == expected
+    assert str(resolve_device("cpu")) == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cuda", r"trainer.device=cuda, but CUDA is not available \(torch "),
+        ("cuda:1", r"trainer.device=cuda:1, but CUDA is not available"),
+        ("mps", r"trainer.device=mps, but MPS is not available"),
+        ("gpu", "trainer.device=gpu: not a device"),
+        ("meta", "use auto, cpu, cuda, cuda:N or mps"),
+    ],
+)
+def test_explicit_devices_must_exist(name: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match=message):
+        resolve_device(name)
+
+
+def test_a_gpu_beyond_the_last_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert str(resolve_device("cuda", local_rank=1)) == "cuda:1"
+    with pytest.raises(ValueError, match="trainer.device=cuda:2: GPU 2 of 2"):
+        resolve_device("cuda:2")
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"), [({"amx_bf16": True}, "bf16"), ({"avx512_bf16": True}, "bf16"), ({}, "fp32")]
+)
+def test_bf16_is_taken_where_the_cpu_computes_in_it(
+    capabilities: dict[str, bool], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: capabilities)
+    assert resolve_precision("auto", torch.device("cpu")) == expected
+    assert resolve_precision("fp32", torch.device("cpu")) == "fp32"
+    with pytest.raises(ValueError, match="trainer.precision=fp8"):
+        resolve_precision("fp8", torch.device("cpu"))
+
+
+def test_the_environment_record_names_versions() -> None:
+    record = describe_environment(torch.device("cpu"))
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["threads"] >= 1
+
+
+def test_keys_differ_in_every_part() -> None:
+    keys = {random_key(seed, purpose, index) for seed in (0, 1) for purpose in ("a", "b") for index in range(50)}
+    assert len(keys) == 200
+    first, second = (keyed_generator(1, "noise", 7, torch.device("cpu")) for _ in range(2))
+    assert torch.equal(torch.rand(9, generator=first), torch.rand(9, generator=second))

@@ -1,0 +1,60 @@
+"""Who may import whom (docs/decisions.md): read off the source, not off sys.modules."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from .conftest import ROOT
+
+PACKAGE = ROOT / "protlig_dd"
+MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+
+# longest matching prefix wins; each may import these and itself
+ALLOWED = {
+    "protlig_dd.tokenizer": [],
+    "protlig_dd.batch": [],
+    "protlig_dd.data.fasta": [],
+    "protlig_dd.data.store": ["data.fasta", "tokenizer"],
+    "protlig_dd.data.build": ["data.fasta", "data.store"],
+    "protlig_dd.data.loader": ["data.store", "batch"],
+    "protlig_dd.model": ["batch", "tokenizer"],
+    "protlig_dd.diffusion.noise": [],
+    "protlig_dd.diffusion.graph": ["tokenizer"],
+    "protlig_dd.diffusion.score": ["diffusion.graph", "batch"],
+    "protlig_dd.diffusion.loss": ["diffusion.score", "diffusion.graph", "diffusion.noise", "batch"],
+    "protlig_dd.diffusion.likelihood": ["diffusion.score", "diffusion.graph", "diffusion.noise", "batch"],
+    "protlig_dd.diffusion.sampling": ["diffusion.score", "diffusion.graph", "diffusion.noise", "batch", "tokenizer"],
+    "protlig_dd.runtime": ["model", "diffusion", "tokenizer"],
+    "protlig_dd.training": ["runtime", "data", "diffusion", "model", "batch", "tokenizer"],
+    "protlig_dd": ["runtime", "data", "diffusion", "model", "batch", "tokenizer"],  # the verbs
+}
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module or "")
+        elif isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+    return {name for name in found if name.split(".")[0] == "protlig_dd"}
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_go_downwards(module: str) -> None:
+    layer = max((name for name in ALLOWED if f"{module}.".startswith(f"{name}.")), key=len)
+    allowed = [layer, *(f"protlig_dd.{name}" for name in ALLOWED[layer])]
+    for name in imports_of(MODULES[module]):
+        assert any(f"{name}.".startswith(f"{prefix}.") for prefix in allowed), f"{module} imports {name}"
+
+
+def test_only_verbs_and_training_see_the_config() -> None:
+    below = [path for name, path in MODULES.items() if ".".join(name.split(".")[:2]) in (
+        "protlig_dd.model", "protlig_dd.diffusion", "protlig_dd.data", "protlig_dd.batch", "protlig_dd.tokenizer"
+    )]  # fmt: skip
+    assert len(below) > 10
+    for path in below:
+        assert "omegaconf" not in path.read_text(), path
+        assert "cfg" not in path.read_text(), path

@@ -1,0 +1,88 @@
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from protlig_dd.runtime.files import free_name, write_atomic
+from protlig_dd.runtime.generate import designs_fasta, draw_lengths, split_lengths
+from protlig_dd.runtime.metrics import MetricsLog, ProgressBar, read_metrics
+
+
+def test_rows_are_flat_json_and_later_attempts_win(tmp_path: Path) -> None:
+    for attempt, loss in ((1, 3.0), (2, 2.5)):
+        log = MetricsLog(tmp_path, attempt, tensorboard=True, wandb_project=None, wandb_name=None)
+        log.write([{"step": 1, "loss": loss}, {"step": 2, "loss": float("nan")}])
+        log.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["attempt"] for line in lines] == [1, 1, 2, 2]
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert rows[1] == {"step": 1, "loss": 2.5, "attempt": 2}
+    assert rows[2]["loss"] is None
+    assert len(list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))) == 2
+
+
+def test_wandb_gets_the_rows_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    log = MetricsLog(tmp_path, 1, tensorboard=False, wandb_project="proteins", wandb_name="demo")
+    log.write([{"step": 1, "loss": 3.0}])
+    log.close()
+    written = list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+    assert len(written) == 1
+    assert b"loss" in written[0].read_bytes()
+
+
+def test_without_wandb_the_error_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    with pytest.raises(ValueError, match=r"pip install 'protlig_dd\[wandb\]'"):
+        MetricsLog(tmp_path, 1, tensorboard=False, wandb_project="proteins", wandb_name=None)
+
+
+def test_without_a_terminal_progress_is_a_few_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with ProgressBar("training", 100) as bar:
+        for _ in range(100):
+            bar.advance(note="loss 2.9")
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert 5 <= len(lines) <= 15
+    assert lines[-1].startswith("training 100/100  loss 2.9")
+
+
+def test_files_are_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "sub" / "file.txt"
+    write_atomic(path, "old")
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomic(path, "new")
+    assert path.read_text() == "old"
+    assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_free_names_count_up(tmp_path: Path) -> None:
+    assert free_name(tmp_path / "demo").name == "demo.1"
+    (tmp_path / "demo.1").mkdir()
+    assert free_name(tmp_path / "demo").name == "demo.2"
+
+
+def test_lengths_are_drawn_from_quantiles_and_packed_in_order() -> None:
+    lengths = draw_lengths([10.0, 20.0, 100.0], 4000, seed=1)
+    assert lengths == draw_lengths([10.0, 20.0, 100.0], 4000, seed=1)
+    assert min(lengths) >= 10
+    assert max(lengths) <= 100
+    assert abs(sum(length <= 20 for length in lengths) / 4000 - 0.5) < 0.04
+    assert split_lengths([5, 5, 5, 90, 1], 20) == [[5, 5], [5], [90], [1]]
+
+
+def test_designs_say_what_made_them() -> None:
+    import numpy as np
+
+    text = designs_fasta(
+        [np.arange(20, dtype=np.uint8).repeat(4)], run="demo", step=5, seed=3, predictor="euler", steps=9
+    )
+    header, first, second = text.splitlines()
+    assert header == ">demo_1 run=demo step=5 seed=3 length=80 sampler=euler steps=9"
+    assert (len(first), len(second)) == (60, 20)

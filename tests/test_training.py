@@ -1,0 +1,348 @@
+"""Whole runs, from the command line, on real proteins: resume, ranks, faults, sweeps and the report."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from protlig_dd.data.store import SequenceStore
+from protlig_dd.runtime.checkpoint import complete_checkpoints
+from protlig_dd.runtime.config import config_folder
+from protlig_dd.runtime.metrics import read_metrics
+
+from .conftest import Command, assert_one_line_error
+
+TINY = [
+    "experiment=demo",
+    "model.hidden_size=32",
+    "model.n_heads=4",
+    "model.n_blocks=2",
+    "model.cond_dim=16",
+    "model.dropout=0.1",
+    "data.max_len=200",
+    "data.tokens_per_pack=800",
+    "optim.packs_per_step=2",
+    "trainer.log_every=5",
+    "trainer.eval_every=0",
+    "trainer.log_rows=true",
+    "report.max_sequences=4",
+    "report.draws=2",
+    "report.samples=0",
+]
+
+
+def overrides_for(store: SequenceStore, name: str, *more: str) -> list[str]:
+    return [*TINY, f"data.path={store.path}", f"run.name={name}", *more]
+
+
+def train(run_python: Command, store: SequenceStore, name: str, *more: str) -> str:
+    process = run_python("-m", "protlig_dd.training", *overrides_for(store, name, *more))
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout
+
+
+def last_tensors(run_folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the newest checkpoint: weights, averaged weights, optimizer state."""
+    checkpoint = complete_checkpoints(run_folder)[-1]
+    files = ("model", "ema", "optimizer")
+    return {f"{file}/{k}": v for file in files for k, v in load_file(checkpoint / f"{file}.safetensors").items()}
+
+
+def assert_same_bits(first: Path, second: Path) -> None:
+    mine, theirs = last_tensors(first), last_tensors(second)
+    assert mine.keys() == theirs.keys()
+    for name, tensor in mine.items():
+        assert torch.equal(tensor, theirs[name]), name
+    assert read_rows(first) == read_rows(second)
+
+
+def read_rows(run_folder: Path) -> dict[int, list[int]]:
+    rows = [json.loads(line) for line in (run_folder / "rows.jsonl").read_text().splitlines()]
+    return {row["step"]: row["rows"] for row in rows}
+
+
+def test_stop_and_resume_give_the_undisturbed_runs_bits(
+    run_python: Command, store: SequenceStore, tmp_path: Path
+) -> None:
+    """40 steps, and 20 + resume + 20; then a third run that is killed with SIGKILL and started again."""
+    train(run_python, store, "whole", "trainer.max_steps=40")
+    stopped = train(run_python, store, "halves", "trainer.max_steps=40", "trainer.stop_at_step=20")
+    assert "stopped at step 20 of 40" in stopped
+    assert [path.name for path in complete_checkpoints(tmp_path / "runs/halves")] == ["step_00000020"]
+    resumed = train(run_python, store, "halves", "trainer.max_steps=40", "trainer.log_every=7")
+    assert "going on from runs/halves/checkpoints/step_00000020" in resumed
+    assert_same_bits(tmp_path / "runs/whole", tmp_path / "runs/halves")
+    losses = [read_metrics(tmp_path / f"runs/{name}/metrics.jsonl") for name in ("whole", "halves")]
+    assert sorted(losses[0]) == list(range(1, 41))
+    assert [row["loss"] for row in losses[0].values()] == [row["loss"] for row in losses[1].values()]
+    assert losses[1][20]["attempt"] == 1
+    assert losses[1][21]["attempt"] == 2
+
+    command = overrides_for(store, "killed", "trainer.max_steps=40", "trainer.checkpoint_every=4")
+    victim = subprocess.Popen(
+        [sys.executable, "-m", "protlig_dd.training", *command], cwd=tmp_path, stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not complete_checkpoints(tmp_path / "runs/killed") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    victim.send_signal(signal.SIGKILL)
+    assert victim.wait() == -signal.SIGKILL
+    train(run_python, store, "killed", "trainer.max_steps=40", "trainer.checkpoint_every=4")
+    assert_same_bits(tmp_path / "runs/whole", tmp_path / "runs/killed")
+
+
+def test_ctrl_c_is_130_and_the_run_goes_on(store: SequenceStore, tmp_path: Path, run_python: Command) -> None:
+    command = overrides_for(store, "stopped", "trainer.max_steps=3000", "trainer.checkpoint_every=2")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "protlig_dd.training", *command], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not complete_checkpoints(tmp_path / "runs/stopped") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.strip().splitlines()[-1].startswith("interrupted; the same command goes on")
+    reached = int(complete_checkpoints(tmp_path / "runs/stopped")[-1].name.split("_")[1])
+    out = train(run_python, store, "stopped", f"trainer.max_steps={reached + 2}", "trainer.checkpoint_every=2")
+    assert "going on from" in out
+
+
+def torchrun(processes: int, arguments: Sequence[str]) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [*launcher, "-m", "protlig_dd.training", *arguments]
+
+
+def test_two_ranks_equal_one_process(run_python: Command, store: SequenceStore, tmp_path: Path) -> None:
+    more = ["trainer.max_steps=20", "trainer.eval_every=20", "trainer.eval_max_sequences=8"]
+    train(run_python, store, "one", *more)
+    process = run_python(*torchrun(2, overrides_for(store, "two", *more)), OMP_NUM_THREADS="1")
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert process.stdout.count("2 process(es)") == 1  # only rank 0 prints
+    one, two = (read_metrics(tmp_path / f"runs/{name}/metrics.jsonl") for name in ("one", "two"))
+    for step, row in one.items():
+        for key in ("loss", "grad_norm", "residues"):
+            assert row[key] == pytest.approx(two[step][key], rel=1e-5), (step, key)
+    for key in ("val_nll", "val_nll_se", "val_difference"):
+        assert one[20][key] == pytest.approx(two[20][key], rel=1e-4), key
+    assert read_rows(tmp_path / "runs/one") == read_rows(tmp_path / "runs/two")
+    mine, theirs = last_tensors(tmp_path / "runs/one"), last_tensors(tmp_path / "runs/two")
+    for name, tensor in mine.items():
+        if name.startswith("model/"):
+            assert (tensor - theirs[name]).abs().max() < 1e-5, name
+
+
+def test_packs_that_ranks_cannot_share_are_refused(run_python: Command, store: SequenceStore, tmp_path: Path) -> None:
+    arguments = overrides_for(store, "odd", "optim.packs_per_step=3")
+    process = run_python(*torchrun(2, arguments))
+    assert process.returncode != 0
+    assert "[rank 0] error: optim.packs_per_step=3 is not divisible by 2 processes" in process.stderr
+    assert not (tmp_path / "runs/odd").exists()
+
+
+def test_a_non_finite_loss_stops_the_run_and_leaves_the_last_good_checkpoint(
+    run_python: Command, store: SequenceStore, tmp_path: Path
+) -> None:
+    more = ["trainer.max_steps=40", "trainer.checkpoint_every=4", "trainer.log_every=4"]
+    train(run_python, store, "bad", *more, "trainer.stop_at_step=8")
+    # the weights of step 8 become infinite: the next step's loss is not a number
+    broken = "import sys, torch; from protlig_dd.training import trainer as t; old = t.Trainer.load\n"
+    broken += "def load(self, *a):\n    old(self, *a); self.model.head.out.weight.data.fill_(float('inf'))\n"
+    broken += "t.Trainer.load = load; sys.argv[0] = 'training'\n"
+    broken += "import runpy; runpy.run_module('protlig_dd.training', run_name='__main__')"
+    process = run_python("-c", broken, *overrides_for(store, "bad", *more))
+    assert_one_line_error(process, "non-finite loss in step 9, pack 0, 1 of 2", "sequences ")
+    rows = set(read_rows(tmp_path / "runs/bad")[8])
+    assert rows
+    named = process.stderr.split("sequences ")[1].split(";")[0].split(", ")
+    assert len(named) >= 2
+    assert all(any(store.id(row) == id_ for row in range(len(store))) for id_ in named)
+    assert [path.name for path in complete_checkpoints(tmp_path / "runs/bad")][-1] == "step_00000008"
+    assert "NonFiniteLossError" in (tmp_path / "runs/bad/logs/rank_0.log").read_text()
+    train(run_python, store, "bad", *more)  # the good checkpoint goes on
+
+
+def test_another_config_or_other_data_is_not_resumed(run_python: Command, store: SequenceStore, tmp_path: Path) -> None:
+    more = ["trainer.max_steps=2"]
+    train(run_python, store, "same", *more)
+    changed = run_python("-m", "protlig_dd.training", *overrides_for(store, "same", *more, "optim.lr=1e-4"))
+    assert_one_line_error(changed, "runs/same", "optim.lr: 0.002 -> 0.0001", "run.fresh=true")
+    never = run_python("-m", "protlig_dd.training", *overrides_for(store, "same", *more, "run.resume=never"))
+    assert_one_line_error(never, "runs/same exists and run.resume=never")
+    copy = tmp_path / "elsewhere.h5"
+    copy.write_bytes(store.path.read_bytes())
+    out = train(run_python, store, "same", "trainer.max_steps=4", f"data.path={copy}")
+    assert "going on from" in out  # the same data under another name
+    environment = tmp_path / "runs/same/environment.json"
+    record = json.loads(environment.read_text())
+    environment.write_text(json.dumps(record | {"data_fingerprint": "0" * 64}))
+    other = run_python("-m", "protlig_dd.training", *overrides_for(store, "same", "trainer.max_steps=6"))
+    assert_one_line_error(other, "runs/same was started with data_fingerprint 000000")
+
+
+def test_fresh_moves_the_earlier_run_aside(run_python: Command, store: SequenceStore, tmp_path: Path) -> None:
+    for _ in range(2):
+        out = train(run_python, store, "again", "trainer.max_steps=2", "run.fresh=true")
+    assert "the earlier runs/again is now runs/again.1" in out
+    assert_same_bits(tmp_path / "runs/again", tmp_path / "runs/again.1")
+
+
+def test_a_sweep_has_a_folder_for_each_job_and_fails_with_its_jobs(
+    run_python: Command, store: SequenceStore, tmp_path: Path
+) -> None:
+    sweep = ["-m", "protlig_dd.training", "-m", *overrides_for(store, "lrs", "trainer.max_steps=2")]
+    process = run_python(*sweep, "optim.lr=3e-4,1e-3")
+    assert process.returncode == 0, process.stdout + process.stderr
+    folders = sorted(path for path in (tmp_path / "runs/lrs_sweep").iterdir() if path.is_dir())
+    assert len(folders) == 2
+    assert [folder.name for folder in folders] == ["optim.lr=0.0003", "optim.lr=0.001"]
+    for folder, lr in zip(folders, ("0.0003", "0.001"), strict=True):
+        assert f"lr: {lr}" in (folder / "config.yaml").read_text()
+        assert complete_checkpoints(folder)
+    again = run_python(*sweep, "optim.lr=3e-4,1e-3")
+    assert again.stdout.count("going on from") == 2  # the same sweep finds its runs again
+    failing = run_python(*sweep, "model.n_heads=4,5")
+    assert failing.returncode == 1
+    assert "n_heads=5" in failing.stderr
+
+
+def test_the_report_beats_the_untrained_model(run_python: Command, store: SequenceStore, tmp_path: Path) -> None:
+    out = train(
+        run_python,
+        store,
+        "report",
+        "trainer.max_steps=60",
+        "trainer.eval_every=30",
+        "optim.lr=1e-2",
+        "optim.warmup_steps=5",
+        "optim.ema_decay=0.9",
+        "report.samples=6",
+        "report.steps=16",
+        "report.max_sequences=20",
+        "report.untrained=true",
+    )
+    report = json.loads((tmp_path / "runs/report/report.json").read_text())
+    assert report["estimator"] == "exact_count"
+    assert report["composition_kl"] < report["untrained_composition_kl"]
+    assert 2.7 < report["unigram_nll"] < 3.0
+    assert abs(report["nll"] - report["unigram_nll"]) < 0.1
+    assert report["difference"] == pytest.approx(report["nll"] - report["unigram_nll"])
+    for figure in (report["nll"], report["nll_se"], report["unigram_nll"], report["composition_kl"]):
+        assert f"{figure:.4f}" in out
+    assert "run folder             runs/report" in out
+    assert all(sequence in out for sequence in report["shown"])
+    assert len(report["shown"]) == 3
+    fasta = (tmp_path / "runs/report/samples/step_00000060.fasta").read_text()
+    assert fasta.count(">report_") == 6
+    rows = read_metrics(tmp_path / "runs/report/metrics.jsonl")
+    assert {"val_nll", "val_nll_se"} <= rows[30].keys()
+    assert rows[60]["val_nll"] < rows[30]["val_nll"] + 0.05
+    files = {path.name for path in (tmp_path / "runs/report").iterdir()}
+    assert {"config.yaml", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints", "samples"} <= files
+
+    sampled = run_python(
+        "-m", "protlig_dd.sample", "from=runs/report", "output=s.fasta", "n=3", "lengths=20-30", "steps=8"
+    )
+    assert sampled.returncode == 0, sampled.stderr
+    lines = (tmp_path / "s.fasta").read_text().splitlines()
+    assert [line.startswith(">report_") for line in lines] == [True, False] * 3
+    assert all(20 <= len(line) <= 30 for line in lines[1::2])
+    assert "step=60" in lines[0]
+    again = run_python("-m", "protlig_dd.sample", "from=runs/report", "output=s.fasta")
+    assert_one_line_error(again, "s.fasta exists already")
+    wrong = run_python("-m", "protlig_dd.sample", "from=runs/report", "output=t.fasta", "lengths=long")
+    assert_one_line_error(wrong, "lengths=long")
+
+
+@pytest.mark.parametrize(
+    "more", [["graph=uniform", "parametrisation=log_score", "time_conditioning=true", "noise=geometric"],
+             ["parametrisation=log_score", "time_conditioning=true"]], ids=["uniform", "log_score"]
+)  # fmt: skip
+def test_the_other_processes_train_too(
+    run_python: Command, store: SequenceStore, tmp_path: Path, more: list[str]
+) -> None:
+    train(run_python, store, "other", "trainer.max_steps=10", "report.samples=2", "report.steps=8", *more)
+    report = json.loads((tmp_path / "runs/other/report.json").read_text())
+    assert report["estimator"] == "integral"
+    assert 1.5 < report["nll"] < 6
+    assert len(report["shown"]) == 2
+
+
+def test_the_flags_are_the_same_code(run_python: Command, store: SequenceStore, tmp_path: Path) -> None:
+    """The classic launch line, full-size on the CPU, with overrides that make one step short."""
+    command = [
+        "-m", "protlig_dd.training.run_train_uniref50_optimized", "--work_dir", ".",
+        "--config", str(config_folder() / "config_uniref50_stable.yaml"), "--fresh", "--datafile", str(store.path),
+        "--device", "auto", "--seed", "7", "--epochs", "0.01",
+        "optim.packs_per_step=1", "data.max_len=200", "data.tokens_per_pack=400", "report.samples=0",
+        "report.max_sequences=2", "report.draws=1",
+    ]  # fmt: skip
+    for _ in range(2):
+        process = run_python(*command)
+        assert process.returncode == 0, process.stdout + process.stderr
+    assert "35.7 M parameters" in process.stdout
+    assert "slow on a CPU" in process.stdout or torch.cuda.is_available()
+    assert "runs/uniref50_stable is now runs/uniref50_stable.1" in process.stdout
+    config = (tmp_path / "runs/uniref50_stable/config.yaml").read_text()
+    assert "seed: 7" in config
+    assert "epochs: 0.01" in config
+    assert_one_line_error(run_python(*command[:2], "--config", "nope.yaml"), "--config nope.yaml: no such file")
+    misspelt = run_python(*command, "fresh")
+    assert_one_line_error(misspelt, "unknown argument 'fresh'")
+
+
+def test_a_config_elsewhere_builds_on_the_shipped_groups(
+    run_python: Command, store: SequenceStore, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.yaml").write_text("defaults: [train, _self_]\nrun: {name: mine}\noptim: {lr: 0.007}\n")
+    command = ["-m", "protlig_dd.training.run_train_uniref50_optimized", "--config", "mine.yaml", "--device", "cpu"]
+    process = run_python(*command, "--seed", "1", *[o for o in TINY if "experiment" not in o],
+                         f"data.path={store.path}", "trainer.max_steps=1", "model=tiny")  # fmt: skip
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert "lr: 0.007" in (tmp_path / "runs/mine/config.yaml").read_text()
+
+
+def test_without_data_the_bundled_sample_is_taken_and_said(run_python: Command, tmp_path: Path) -> None:
+    more = ["trainer.max_steps=1", "run.name=auto"]
+    process = run_python("-m", "protlig_dd.training", *TINY, *more)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert "data: the bundled sample of" in process.stdout
+    environment = json.loads((tmp_path / "runs/auto/environment.json").read_text())
+    assert environment["data_path"].startswith("data/sample-")
+    assert environment["precision"] in ("fp32", "bf16")
+    (tmp_path / "data/uniref50.h5").write_bytes(Path(tmp_path / environment["data_path"]).read_bytes())
+    process = run_python("-m", "protlig_dd.training", *TINY, "trainer.max_steps=1", "run.name=full")
+    assert "data: data/uniref50.h5" in process.stdout
+
+
+def test_the_wheel_trains_in_an_empty_folder(run_python: Command, store: SequenceStore, tmp_path: Path) -> None:
+    """Configs and proteins ship in the wheel: unpack it, and train from there alone."""
+    root = Path(__file__).resolve().parents[1]
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path / "dist")],
+        cwd=root, check=True, capture_output=True,
+    )  # fmt: skip
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    site, empty = tmp_path / "site", tmp_path / "empty"
+    subprocess.run([sys.executable, "-m", "zipfile", "-e", str(wheel), str(site)], check=True)
+    empty.mkdir()
+    process = run_python("-m", "protlig_dd.training", *TINY, "trainer.max_steps=1", cwd=empty, PYTHONPATH=str(site))
+    assert process.returncode == 0, process.stdout + process.stderr
+    found = run_python("-c", "import protlig_dd; print(protlig_dd.__file__)", cwd=empty, PYTHONPATH=str(site))
+    assert found.stdout.startswith(str(site))
+    assert (empty / "runs/demo/report.json").is_file()
+    assert any(empty.glob("data/sample-*.h5"))
+
+
+@pytest.mark.gpu
+def test_a_gpu_trains(run_python: Command, store: SequenceStore, tmp_path: Path) -> None:
+    train(run_python, store, "gpu", "trainer.max_steps=5", "report.samples=2", "report.steps=4")
+    assert json.loads((tmp_path / "runs/gpu/environment.json").read_text())["device"] == "cuda:0"
+    assert complete_checkpoints(tmp_path / "runs/gpu")
