@@ -25,6 +25,10 @@ ROOT = Path(__file__).resolve().parents[1]
 settings.register_profile("project", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("project")
 
+# The models here are small: one thread is as fast, and does not stall when the other core is busy.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
+
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 

@@ -1,0 +1,103 @@
+"""Every command of the README, run as a new user would: in a copy of the repository, with an empty HOME.
+
+Only lengths are cut: SHORT is added to the commands that train, so that minutes become seconds. `./scripts/test.sh` is
+what runs this test. The virtual environment is the one that runs the tests; test_setup covers its making.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from protlig_dd.data.build import SAMPLE_FOLDER
+from protlig_dd.data.fasta import read_fasta
+
+from .conftest import ROOT
+
+SHORT = {
+    "./start_fresh_training.sh": "trainer.max_steps=6 report.samples=4 report.steps=4 report.max_sequences=8",
+    "./run_train_uniref50_optimized.sh": "trainer.max_steps=1 optim.packs_per_step=1 data.max_len=200 "
+    "data.tokens_per_pack=400 report.max_sequences=2 report.samples=0",
+    "run_train_uniref50_optimized": "trainer.max_steps=1 optim.packs_per_step=1 data.max_len=200 "
+    "data.tokens_per_pack=400 report.max_sequences=2 report.samples=0",
+    "-m protlig_dd.training": "trainer.max_steps=25 data.tokens_per_pack=600 trainer.eval_every=0 "
+    "report.samples=2 report.steps=4 report.max_sequences=4",
+    "protlig_dd.sample": "steps=4",
+}
+
+
+def readme_commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    return [line for block in blocks for line in block.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what git would clone, with the user's own FASTA files in it."""
+    folder = tmp_path_factory.mktemp("clone") / "protlig_dd"
+    listed = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.run(listed, capture_output=True, text=True, check=True).stdout.splitlines():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    records = read_fasta(SAMPLE_FOLDER / "train.fasta.gz")
+    for name, count in (("my", 300), ("a", 60), ("b", 20), ("c", 20)):
+        text = "".join(f">{record.id}\n{record.sequence}\n" for record, _ in zip(records, range(count), strict=False))
+        (folder / f"{name}.fasta").write_text(text)
+    return folder
+
+
+def shortened(command: str) -> str:
+    for part, overrides in SHORT.items():
+        if part in command and not command.endswith("--help"):
+            kept = [o for o in overrides.split() if o.split("=")[0] not in command]
+            return " ".join([command, *kept])
+    return command
+
+
+def test_the_commands_work_in_order(checkout: Path) -> None:
+    commands = readme_commands()
+    assert len(commands) >= 12
+    (checkout / "home").mkdir()
+    environment = {
+        "HOME": str(checkout / "home"),
+        "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
+        "PROTLIG_VENV": str(Path(sys.executable).parents[1]),
+        "PYTHONPATH": str(checkout),  # the shared environment's own editable install is the original
+        "OMP_NUM_THREADS": "1",
+        "PROTLIG_TYPECHECK": os.environ.get("PROTLIG_TYPECHECK", "0"),
+    }
+    stamp = Path(sys.executable).parents[1] / ".protlig_setup"
+    before = stamp.read_text() if stamp.exists() else None
+    outputs = {}
+    for command in commands:
+        if command in ("./scripts/test.sh", "source .venv/bin/activate"):
+            continue
+        if before is not None:  # the copy's set-up is the original's: its stamp names another folder
+            stamp.write_text(before.replace(str(ROOT), str(checkout)))
+        process = subprocess.run(
+            ["bash", "-c", shortened(command)],
+            cwd=checkout, env=environment, capture_output=True, text=True, timeout=600, check=False,
+        )  # fmt: skip
+        if before is not None:
+            stamp.write_text(before)
+        assert process.returncode == 0, f"{command}\n{process.stdout}\n{process.stderr}"
+        outputs[command] = process.stdout
+    demo = outputs["./start_fresh_training.sh"]
+    assert "run folder             runs/demo" in demo
+    assert "NLL bound" in demo
+    assert "unigram NLL" in demo
+    assert (checkout / "designs.fasta").read_text().count(">demo_") == 10
+    resumed = outputs["python -m protlig_dd.training experiment=demo run.name=halves"]
+    assert "going on from runs/halves/checkpoints/step_00000020" in resumed
+    assert len(list((checkout / "runs/lr_sweep").glob("*/report.json"))) == 2
+    assert (checkout / "runs/uniref50_stable.1").is_dir()
+
+
+def test_files_that_the_readme_names_exist() -> None:
+    text = (ROOT / "README.md").read_text()
+    for target in re.findall(r"\]\(([^):]+)\)", text):
+        assert (ROOT / target).exists(), target
