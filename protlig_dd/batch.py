@@ -104,6 +104,13 @@ class PackedBatch:
         }
         return replace(self, **moved)
 
+    def pin_memory(self) -> "PackedBatch":
+        """In page-locked memory, from which copies to a GPU need not be waited for; a DataLoader calls this."""
+        pinned = {
+            name: getattr(self, name).pin_memory() for name in ("tokens", "cu_seqlens", "segment_ids", "positions")
+        }
+        return replace(self, **pinned)
+
     def with_tokens(self, tokens: Int64[Tensor, " total"]) -> "PackedBatch":
         """The same geometry around other tokens (a noised copy, say)."""
         return replace(self, tokens=tokens)

@@ -36,7 +36,8 @@ def sample_proteins(cfg: DictConfig) -> None:
     trained = read_config(OmegaConf.load(checkpoint / "config.yaml"), TrainConfig)  # type: ignore[arg-type]
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
-    backend = resolve_attention_backend("auto", device, precision)
+    head_dim = trained.model.hidden_size // trained.model.n_heads
+    backend = resolve_attention_backend("auto", device, precision, head_dim)
     graph, noise = build_graph(trained.graph), build_noise(trained.noise)
     with device:
         model = build_model(trained.model, backend).eval()

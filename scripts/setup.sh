@@ -7,6 +7,7 @@
 #
 # PROTLIG_VENV names another folder for the environment, PYTHON another interpreter (3.11 or newer).
 set -euo pipefail
+case " $* " in *" -h "* | *" --help "*) sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${PROTLIG_VENV:-.venv}
 extras=""
@@ -15,7 +16,6 @@ for argument in "$@"; do
     case "$argument" in
         --dev) extras="[dev,wandb]" ;;
         --system) system=yes ;;
-        -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 0 ;;
         *) echo "error: unknown argument $argument; see scripts/setup.sh --help" >&2; exit 1 ;;
     esac
 done
@@ -50,6 +50,8 @@ if [ -z "$python" ]; then
     exit 1
 fi
 echo "setting up $venv with $("$python" --version) (the first time takes a few minutes)"
-[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+if ! "$venv/bin/python" -m pip --version > /dev/null 2>&1; then
+    "$python" -m venv --clear "$venv" # also one that was left half-made
+fi
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".$extras"
 echo "$want $extras" > "$stamp"

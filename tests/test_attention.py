@@ -94,20 +94,23 @@ HAS_FLASH = importlib.util.find_spec("flash_attn") is not None
     ],
 )
 def test_auto_takes_what_runs(device: torch.device, precision: str, expected: str) -> None:
-    assert resolve_attention_backend("auto", device, precision) == expected
+    assert resolve_attention_backend("auto", device, precision, 64) == expected
 
 
 def test_explicit_backends_that_cannot_run_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert resolve_attention_backend("torch_varlen", CUDA, "bf16") == "torch_varlen"
+    assert resolve_attention_backend("torch_varlen", CUDA, "bf16", 64) == "torch_varlen"
     with refuses("torch_varlen needs bf16, the precision is fp32"):
-        resolve_attention_backend("torch_varlen", CUDA, "fp32")
+        resolve_attention_backend("torch_varlen", CUDA, "fp32", 64)
     with refuses("torch_varlen runs on CUDA, the device is cpu"):
-        resolve_attention_backend("torch_varlen", CPU, "bf16")
+        resolve_attention_backend("torch_varlen", CPU, "bf16", 64)
+    assert resolve_attention_backend("auto", CUDA, "bf16", 10) == "sdpa"
+    with refuses("takes a head_dim in 8, 16, .. 256, got 10"):
+        resolve_attention_backend("torch_varlen", CUDA, "bf16", 10)
     with refuses("no attention backend 'flash'"):
-        resolve_attention_backend("flash", CPU, "bf16")
+        resolve_attention_backend("flash", CPU, "bf16", 64)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with refuses(r"flash-attn is not installed: pip install 'protlig_dd\[flash\]'"):
-        resolve_attention_backend("flash_attn", CUDA, "bf16")
+        resolve_attention_backend("flash_attn", CUDA, "bf16", 64)
 
 
 @pytest.mark.gpu

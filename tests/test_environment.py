@@ -14,10 +14,10 @@ def test_auto_is_what_this_machine_has() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("cuda", r"trainer.device=cuda, but CUDA is not available \(torch "),
-        ("cuda:1", r"trainer.device=cuda:1, but CUDA is not available"),
-        ("mps", r"trainer.device=mps, but MPS is not available"),
-        ("gpu", "trainer.device=gpu: not a device"),
+        ("cuda", r"device=cuda, but CUDA is not available \(torch "),
+        ("cuda:1", r"device=cuda:1, but CUDA is not available"),
+        ("mps", r"device=mps, but MPS is not available"),
+        ("gpu", "device=gpu: not a device"),
         ("meta", "use auto, cpu, cuda, cuda:N or mps"),
     ],
 )
@@ -31,7 +31,7 @@ def test_a_gpu_beyond_the_last_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert str(resolve_device("cuda", local_rank=1)) == "cuda:1"
-    with pytest.raises(ValueError, match="trainer.device=cuda:2: GPU 2 of 2"):
+    with pytest.raises(ValueError, match="device=cuda:2: GPU 2 of 2"):
         resolve_device("cuda:2")
 
 
@@ -44,7 +44,7 @@ def test_bf16_is_taken_where_the_cpu_computes_in_it(
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: capabilities)
     assert resolve_precision("auto", torch.device("cpu")) == expected
     assert resolve_precision("fp32", torch.device("cpu")) == "fp32"
-    with pytest.raises(ValueError, match="trainer.precision=fp8"):
+    with pytest.raises(ValueError, match="precision=fp8"):
         resolve_precision("fp8", torch.device("cpu"))
 
 

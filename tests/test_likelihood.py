@@ -107,6 +107,23 @@ def test_a_zero_network_scores_log_20_a_residue() -> None:
         assert abs(float(integral.nats[i]) - 50 * math.log(20)) < 6 * float(integral.standard_error[i])
 
 
+def test_every_term_of_the_bound_counts() -> None:
+    """With eps and t_min of 0.1, prior, integral and reconstruction are large; together they are still log 20.
+
+    eps log 20 + (1 - eps)(1 - t_min) log 20 + (1 - eps) t_min log 20 for the uniform guess.
+    """
+    noise, batch = LogLinearNoise(eps=0.1, t_min=0.1), random_batch([80] * 40)
+
+    def zeros(batch: PackedBatch, sigma: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(batch.tokens), 20)
+
+    score_fn = make_score_fn(zeros, Absorbing(), "log_score")
+    bound = nll_bound(score_fn, batch, Absorbing(), noise, generator=torch.Generator().manual_seed(0), draws=32)
+    nll, error = per_residue(bound.nats.numpy(), bound.residues.numpy())
+    assert error < 0.02
+    assert abs(nll - math.log(20)) < 4 * error
+
+
 def test_both_estimators_agree_on_a_network_and_exact_count_has_less_variance() -> None:
     batch = random_batch([40] * 25)
     score_fn = make_score_fn(make_model(), Absorbing(), "x0", time_conditioning=False)

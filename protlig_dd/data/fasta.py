@@ -41,8 +41,8 @@ def read_fasta(path: Path | str) -> Iterator[FastaRecord]:
         with _open_text(path) as handle:
             _check_start(path, handle)
             for header, sequence in SimpleFastaParser(handle):
-                id_, _, description = header.partition(" ")
-                if not id_:
+                id_, description = [*header.split(None, 1), "", ""][:2]
+                if not id_ or header[0].isspace():
                     raise ValueError(f"{path}: a record has no id in its header '>{header}' ({last})")
                 last = f"after record {id_}"
                 yield FastaRecord(id_, description.strip(), sequence, str(path))

@@ -31,6 +31,7 @@ from protlig_dd.diffusion.noise import Noise
 from protlig_dd.diffusion.score import ScoreFn
 
 ESTIMATORS = ("integral", "exact_count")
+FLOOR = 1e-9  # least probability of a residue in the last denoising step
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def nll_bound(
     for k in range(draws):
         u_n = (k + offset_n) / draws  # draw k of each sequence lies in stratum k
         if isinstance(graph, Absorbing) and estimator == "exact_count":
-            nats_kn.append(_exact_count_draw(score_fn, batch, graph, noise, u_n.to(device), generator))
+            nats_kn.append(_exact_count_draw(score_fn, batch, graph, noise, u_n, generator))
         else:
             integral = _integral_draw(score_fn, batch, graph, noise, u_n.float().to(device), generator)
             nats_kn.append(integral + _reconstruction_draw(score_fn, batch, graph, noise, generator))
@@ -117,10 +118,14 @@ def _reconstruction_draw(
     sigma_T = sigma.index_select(0, batch.segment_ids)
     xt = graph.sample_transition(batch.tokens, sigma_T, generator)
     log_score = score_fn(batch.with_tokens(xt), sigma)
-    probs, _ = clamp_negative(graph.denoise_probs(log_score, xt, sigma_T)[batch.tokens < graph.n_states])
-    residues = batch.tokens[batch.tokens < graph.n_states].to(probs.device)
+    residue_T = batch.tokens < graph.n_states
+    probs, _ = clamp_negative(
+        graph.denoise_probs(log_score[residue_T], xt[residue_T], sigma_T[residue_T])[:, : graph.n_states]
+    )
+    # a decoder too: without the floor, one residue whose probability was clamped at 0 makes the bound infinite
+    probs = (probs + FLOOR) / (1 + graph.n_states * FLOOR)
     nats_T = torch.zeros(len(batch.tokens), dtype=torch.float64, device=probs.device)
-    nats_T[(batch.tokens < graph.n_states).to(probs.device)] = -pick(probs, residues).log()
+    nats_T[residue_T.to(probs.device)] = -pick(probs, batch.tokens[residue_T].to(probs.device)).log()
     return sum_by_sequence(nats_T, batch)
 
 

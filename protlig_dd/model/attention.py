@@ -62,11 +62,16 @@ def check_attention_input(qkv: Tensor, batch: PackedBatch, backend: str) -> None
         raise ValueError(f"attention backend {backend} runs on CUDA, qkv is on {qkv.device}; use sdpa")
     if qkv.dtype not in HALF_DTYPES:
         raise ValueError(f"attention backend {backend} takes bfloat16 or float16, qkv is {qkv.dtype}; use sdpa")
-    if qkv.shape[3] % 8 or qkv.shape[3] > 256:
+    if not flash_takes(qkv.shape[3]):
         raise ValueError(f"attention backend {backend} takes a head_dim in 8, 16, .. 256, got {qkv.shape[3]}")
 
 
-def resolve_attention_backend(name: str, device: torch.device, precision: str) -> str:
+def flash_takes(head_dim: int) -> bool:
+    """Whether the flash kernels have this head_dim."""
+    return head_dim % 8 == 0 and head_dim <= 256
+
+
+def resolve_attention_backend(name: str, device: torch.device, precision: str, head_dim: int) -> str:
     """Turn `auto` into a backend, and refuse an explicit one that cannot run here.
 
     Args:
@@ -77,7 +82,7 @@ def resolve_attention_backend(name: str, device: torch.device, precision: str) -
     """
     flash_installed = importlib.util.find_spec("flash_attn") is not None
     if name == "auto":
-        if device.type != "cuda" or precision != "bf16":
+        if device.type != "cuda" or precision != "bf16" or not flash_takes(head_dim):
             return "sdpa"
         return "flash_attn" if flash_installed else "torch_varlen"
     if name not in _BACKENDS:
@@ -88,6 +93,8 @@ def resolve_attention_backend(name: str, device: torch.device, precision: str) -
         raise ValueError(f"model.attention_backend={name} runs on CUDA, the device is {device}; use sdpa or auto")
     if name != "sdpa" and precision != "bf16":
         raise ValueError(f"model.attention_backend={name} needs bf16, the precision is {precision}; use sdpa or auto")
+    if name != "sdpa" and not flash_takes(head_dim):
+        raise ValueError(f"model.attention_backend={name} takes a head_dim in 8, 16, .. 256, got {head_dim}; use sdpa")
     return name
 
 

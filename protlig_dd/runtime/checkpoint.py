@@ -62,7 +62,7 @@ def save_checkpoint(
                 os.fsync(handle.fileno())
         sync_folder(temporary)
         if final.exists():  # killed before it was marked complete, or the run went back to an earlier step
-            shutil.rmtree(final)
+            _remove(final)
         temporary.replace(final)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -71,8 +71,15 @@ def save_checkpoint(
     write_atomic(final / COMPLETE, json.dumps(sums, indent=1))
     sync_folder(final)
     for old in complete_checkpoints(run_folder)[:-keep_last]:
-        shutil.rmtree(old)
+        _remove(old)
     return final
+
+
+def _remove(checkpoint: Path) -> None:
+    """Unmark, then delete: a kill in between must not leave a checkpoint that says it is complete."""
+    (checkpoint / COMPLETE).unlink(missing_ok=True)
+    sync_folder(checkpoint)
+    shutil.rmtree(checkpoint)
 
 
 def complete_checkpoints(run_folder: Path) -> list[Path]:

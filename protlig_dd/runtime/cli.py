@@ -42,7 +42,7 @@ def run_verb(verb: Callable[[DictConfig], None], config_name: str, schema: type)
     try:
         main(task)()
     except KeyboardInterrupt:
-        say("interrupted; the same command goes on from the last checkpoint")
+        say("interrupted")
         sys.exit(130)
     except (Exception, VerbFailed) as error:
         if show_traceback:

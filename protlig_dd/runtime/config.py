@@ -69,7 +69,6 @@ class TrainerConfig:
     stop_at_step: int | None
     device: str
     precision: str
-    deterministic: bool
     log_every: int
     log_rows: bool
     eval_every: int
@@ -135,7 +134,7 @@ class SampleConfig:
     tokens_per_pack: int
 
 
-# What may differ when a run is resumed: nothing here changes the steps themselves.
+# What may differ when a run is resumed. max_steps and epochs move the end of the learning rate's cosine.
 RESUMABLE = frozenset(
     {
         "run.fresh",
@@ -266,4 +265,7 @@ def build(kind: str, registry: Mapping[str, type[T]], spec: Mapping[str, Any]) -
     for key in options:
         if key not in accepted:
             raise ValueError(unknown_key(f"{kind}.{key}", [f"{kind}.{option}" for option in accepted]))
-    return registry[name](**options)
+    try:
+        return registry[name](**options)
+    except TypeError as error:  # a text where a number belongs, say
+        raise ValueError(f"{kind} {options}: {error}") from error

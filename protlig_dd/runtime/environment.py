@@ -26,25 +26,25 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"trainer.device={name}: not a device; use auto, cpu, cuda, cuda:N or mps") from error
+        raise ValueError(f"device={name}: not a device; use auto, cpu, cuda, cuda:N or mps") from error
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise ValueError(f"trainer.device={name}, but CUDA is not available (torch {torch.__version__})")
+            raise ValueError(f"device={name}, but CUDA is not available (torch {torch.__version__})")
         index = local_rank if device.index is None else device.index
         if index >= torch.cuda.device_count():
-            raise ValueError(f"trainer.device={name}: GPU {index} of {torch.cuda.device_count()}")
+            raise ValueError(f"device={name}: GPU {index} of {torch.cuda.device_count()}")
         return torch.device("cuda", index)
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError(f"trainer.device={name}, but MPS is not available (torch {torch.__version__})")
+        raise ValueError(f"device={name}, but MPS is not available (torch {torch.__version__})")
     if device.type not in ("cpu", "mps"):
-        raise ValueError(f"trainer.device={name}: use auto, cpu, cuda, cuda:N or mps")
+        raise ValueError(f"device={name}: use auto, cpu, cuda, cuda:N or mps")
     return device
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
     """`auto` is bf16 where the hardware computes in it (CUDA, CPUs with AMX or AVX512-BF16), else fp32."""
     if name not in PRECISIONS:
-        raise ValueError(f"trainer.precision={name}; there are {', '.join(PRECISIONS)}")
+        raise ValueError(f"precision={name}; there are {', '.join(PRECISIONS)}")
     if name != "auto":
         return name
     if device.type == "cuda":

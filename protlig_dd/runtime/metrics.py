@@ -2,6 +2,7 @@
 
 import json
 import math
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from protlig_dd.runtime.distributed import Processes
+from protlig_dd.runtime.files import write_atomic
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -42,7 +44,12 @@ class MetricsLog:
 
             self.tensorboard = SummaryWriter(folder / "tensorboard")  # type: ignore[no-untyped-call]
         if wandb is not None:
-            self.wandb = wandb.init(project=wandb_project, name=wandb_name, dir=folder, id=folder.name, resume="allow")
+            id_file = folder / "wandb_id"  # one id for the run's whole life, another one for a fresh run
+            if not id_file.exists():
+                write_atomic(id_file, uuid.uuid4().hex[:12])
+            self.wandb = wandb.init(
+                project=wandb_project, name=wandb_name, dir=folder, id=id_file.read_text(), resume="allow"
+            )
 
     def write(self, rows: list[Row]) -> None:
         """Append rows, each with a `step`; a value that is no finite number is written as null."""

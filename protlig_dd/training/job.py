@@ -56,14 +56,12 @@ def train(
     data, optim, control = config.data, config.optim, config.trainer
     sizes = {"max_len": data.max_len, "tokens_per_pack": data.tokens_per_pack}
     dataset = PackDataset(store, store.split("train"), seed=config.seed, **sizes)
-    held_out = {
-        split: PackDataset(store, subset(store, split, most, config.seed), seed=None, **sizes)
-        for split, most, wanted in (
-            ("validation", control.eval_max_sequences, control.eval_every > 0),
-            (config.report.split, config.report.max_sequences, True),
-        )
-        if wanted
-    }
+
+    def held_out(split: str, most: int) -> PackDataset:
+        return PackDataset(store, subset(store, split, most, config.seed), seed=None, **sizes)
+
+    validation = held_out("validation", control.eval_max_sequences) if control.eval_every else None
+    reported = held_out(config.report.split, config.report.max_sequences)
 
     def make_model() -> DiT:
         torch.manual_seed(random_key(config.seed, "weights", 0))
@@ -106,6 +104,8 @@ def train(
         state = read_state(checkpoint)
         trainer.load(checkpoint, state)
         first_step = state["step"]
+        if first_step > max_steps:
+            raise ValueError(f"{checkpoint} is beyond trainer.max_steps={max_steps}")
         announce(f"going on from {checkpoint}", processes)
     last_step = min(max_steps, control.stop_at_step or max_steps)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -130,9 +130,8 @@ def train(
     )
 
     def evaluate() -> dict[str, Any]:
-        held = bound(
-            trainer.eval_score_fn, dataset=held_out["validation"], draws=control.eval_draws, description="validation"
-        )
+        assert validation is not None  # eval_every > 0
+        held = bound(trainer.eval_score_fn, dataset=validation, draws=control.eval_draws, description="validation")
         return {f"val_{key}": value for key, value in held.summary().items() if key != "estimator"}
 
     config_yaml = OmegaConf.to_yaml(OmegaConf.structured(config))
@@ -166,10 +165,10 @@ def train(
     if last_step < max_steps:
         announce(f"stopped at step {last_step} of {max_steps}; without trainer.stop_at_step it goes on", processes)
         return
-    with trainer.ema.swapped_in(model):
+    with trainer.averaged():
         held = bound(
             trainer.eval_score_fn,
-            dataset=held_out[config.report.split],
+            dataset=reported,
             draws=config.report.draws,
             description=f"{config.report.split} set",
         )

@@ -1,7 +1,6 @@
 """From a composed config to a run: validate, resolve every `auto`, open the run folder, hand over to the job."""
 
 import json
-import os
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from protlig_dd.data.build import bundled_store
 from protlig_dd.data.store import SequenceStore
 from protlig_dd.model.attention import resolve_attention_backend
-from protlig_dd.runtime.checkpoint import complete_checkpoints, find_checkpoint
+from protlig_dd.runtime.checkpoint import complete_checkpoints
 from protlig_dd.runtime.config import TrainConfig, changed_keys, read_config
 from protlig_dd.runtime.distributed import (
     Processes,
@@ -67,12 +66,10 @@ def run(cfg: DictConfig) -> None:
         )
     device = resolve_device(config.trainer.device, processes.local_rank)
     precision = resolve_precision(config.trainer.precision, device)
-    backend = resolve_attention_backend(config.model.attention_backend, device, precision)
+    head_dim = config.model.hidden_size // config.model.n_heads
+    backend = resolve_attention_backend(config.model.attention_backend, device, precision, head_dim)
     if config.logger.wandb_project:
         import_wandb()
-    if config.trainer.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
     join_group(processes, device)
     try:
         store = open_data(config.data.path, processes)
@@ -107,8 +104,6 @@ def open_data(path: str, processes: Processes) -> SequenceStore:
     if UNIREF50.is_file():
         announce(f"data: {UNIREF50}", processes)
         return SequenceStore(UNIREF50)
-    if processes.first:
-        bundled_store()
     store = SequenceStore(from_first(bundled_store().path if processes.first else None))
     announce(f"data: the bundled sample of {len(store):,} proteins ({UNIREF50} has not been prepared)", processes)
     return store
@@ -140,13 +135,11 @@ def open_run_folder(path: Path, config: TrainConfig, resolved: Resolved, process
             raise ValueError(f"{path} exists and run.resume=never; use another run.name, or run.fresh=true")
         attempt = check_same_run(path, config, resolved) + 1 if started else 1
         checkpoint = None
-        if config.run.resume not in ("auto", "never"):
-            checkpoint = find_checkpoint(Path(config.run.resume))
-        elif started and (complete := complete_checkpoints(path)):
+        if started and (complete := complete_checkpoints(path)):
             checkpoint = complete[-1]
-        write_atomic(path / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
         record = {"attempt": attempt, **vars(resolved), **describe_environment(torch.device(resolved.device))}
         write_atomic(path / "environment.json", json.dumps(record, indent=1) + "\n")
+        write_atomic(path / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))  # last: now it is a run
         folder = RunFolder(path, attempt, checkpoint)
     opened: RunFolder = from_first(folder)
     return opened

@@ -28,7 +28,9 @@ def main() -> None:
     for override in arguments.overrides:
         if "=" not in override:
             fail(f"unknown argument {override!r}; behind the flags only Hydra overrides (key=value) may follow")
-    overrides = [f"hydra.searchpath=[file://{config_folder()}]", "run.fresh=true"][: 2 if arguments.fresh else 1]
+    overrides = [f"hydra.searchpath=[{quoted(f'file://{config_folder()}')}]"]
+    if arguments.fresh:
+        overrides.append("run.fresh=true")
     for key, value in (
         ("data.path", arguments.datafile),
         ("trainer.device", arguments.device),
@@ -37,7 +39,7 @@ def main() -> None:
         ("logger.wandb_name", arguments.wandb_name),
     ):
         if value is not None:
-            overrides.append(f"{key}='{value}'" if isinstance(value, str) else f"{key}={value}")
+            overrides.append(f"{key}={quoted(value) if isinstance(value, str) else value}")
     if arguments.epochs is not None:
         overrides += [f"trainer.epochs={arguments.epochs}", "trainer.max_steps=null"]
     path = ["--config-path", str(config.parent), "--config-name", config.stem]
@@ -68,6 +70,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--wandb_name", help="the run's name there")
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, such as optim.lr=1e-3")
     return parser.parse_args()
+
+
+def quoted(text: str) -> str:
+    """A Hydra string that means exactly this text."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def fail(message: str) -> None:

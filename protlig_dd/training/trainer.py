@@ -112,6 +112,17 @@ class Trainer:
             return contextlib.nullcontext()
         return self.wrapped.no_sync()  # type: ignore[no-any-return]
 
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model evaluates inside: averaged weights, no dropout."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            with self.ema.swapped_in(self.model):
+                yield
+        finally:
+            self.model.train(training)
+
     def load(self, checkpoint: Path, state: dict[str, Any]) -> None:
         """Continue from a checkpoint whose state was read and verified."""
         load_weights(checkpoint / "ema.safetensors", self.model)
@@ -162,16 +173,18 @@ def fit(
             if not (done % log_every == 0 or evaluating or saving):
                 bar.advance()
                 continue
-            rows = flush(trainer, pending, time.perf_counter() - since)
+            rows = flush(pending, time.perf_counter() - since)
+            if trainer.frozen.item():
+                if metrics is not None:
+                    metrics.write(rows)
+                raise_non_finite(trainer, pending)
             if rows_file is not None:
                 write_rows(rows_file, pending, processes)
             bar.advance(note=f"loss {rows[-1]['loss']:.4f}  {rows[-1]['residues_per_s']:,.0f} residues/s")
             pending = []
             if evaluating:
-                trainer.model.eval()
-                with trainer.ema.swapped_in(trainer.model):
+                with trainer.averaged():
                     values = evaluate()
-                trainer.model.train()
                 rows.append({"step": done, **values})
                 if processes.first:
                     console.print(
@@ -184,10 +197,8 @@ def fit(
             since = time.perf_counter()  # evaluation and checkpoints do not count as training time
 
 
-def flush(trainer: Trainer, pending: list[dict[str, Any]], seconds: float) -> list[Row]:
-    """The steps since the last flush as rows of numbers: the one place where the host waits for the device."""
-    if trainer.frozen.item():
-        raise_non_finite(trainer, pending)
+def flush(pending: list[dict[str, Any]], seconds: float) -> list[Row]:
+    """The steps since the last flush as rows of numbers: here the host waits for the device."""
     rate = sum(record["residues"] for record in pending) / seconds
     return [
         {

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from protlig_dd.data.loader import check_pack_sizes
+from protlig_dd.data.store import SPLITS
 from protlig_dd.diffusion.sampling import PREDICTORS
 from protlig_dd.diffusion.score import check_parametrisation
 from protlig_dd.model.dit import check_dimensions
@@ -32,6 +33,7 @@ def check_train_config(config: TrainConfig) -> None:
         ("trainer.eval_max_sequences", trainer.eval_max_sequences, 2),
         ("trainer.checkpoint_every", trainer.checkpoint_every, 1),
         ("trainer.keep_last", trainer.keep_last, 1),
+        ("report.max_sequences", config.report.max_sequences, 2),
         ("report.draws", config.report.draws, 1),
         ("report.samples", config.report.samples, 0),
         ("report.steps", config.report.steps, 1),
@@ -45,6 +47,10 @@ def check_train_config(config: TrainConfig) -> None:
         raise ValueError(f"optim.betas must be two numbers in [0, 1), got {list(optim.betas)}")
     if not 0 <= optim.ema_decay < 1:
         raise ValueError(f"optim.ema_decay must lie in [0, 1), got {optim.ema_decay}")
+    if config.run.resume not in ("auto", "never"):
+        raise ValueError(f"run.resume={config.run.resume}; there are auto, never")
+    if config.report.split not in SPLITS:
+        raise ValueError(f"report.split={config.report.split}; there are {', '.join(SPLITS)}")
     if config.report.predictor not in PREDICTORS:
         raise ValueError(f"report.predictor={config.report.predictor}; there are {', '.join(PREDICTORS)}")
     if config.run.name != Path(config.run.name).name or config.run.name in ("", ".", ".."):
