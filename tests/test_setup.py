@@ -61,7 +61,9 @@ def test_constraints_pin_every_requirement() -> None:
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pinned = {
-        line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").open() if "==" in line
+        line.split("==")[0].lower().replace("_", "-")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
     }
     extras = project["optional-dependencies"]
     for requirement in [*project["dependencies"], *extras["dev"], *extras["wandb"]]:

@@ -52,6 +52,7 @@ class DiT(nn.Module):
             Block(hidden_size, n_heads, cond_dim, dropout, attention_backend) for _ in range(n_blocks)
         )
         self.head = Head(hidden_size, cond_dim)
+        nn.init.normal_(self.embedding.weight, std=0.02)
 
     def forward(self, batch: PackedBatch, sigma: Float32[Tensor, " n"]) -> Float[Tensor, "total 20"]:
         """Logits (total, 20) of a pack at noise levels sigma (n,), one per sequence."""
