@@ -65,13 +65,17 @@ def test_prepare_from_the_command_line(run_python: Command, tmp_path: Path) -> N
     assert_one_line_error(again, "d/my.h5 exists already")
 
 
+MANY = "".join(f">p{i}\nMKV\n" for i in range(9000)).encode()
+
+
 @pytest.mark.parametrize(
     ("content", "parts"),
     [
         (b"", ["bad.fasta", "empty"]),
-        (gzip.compress(b">a\nMKV\n" * 9000)[:100], ["bad.fasta", "gzip", "record"]),
+        (gzip.compress(MANY)[:2000], ["bad.fasta", "gzip", "record"]),
         (b">good\nMKV\n>P2 x\nMK1V\n", ["bad.fasta", "record P2", "'1'", "position 3"]),
     ],
+    ids=["empty", "truncated", "illegal"],
 )
 def test_bad_fasta_on_the_command_line(run_python: Command, tmp_path: Path, content: bytes, parts: list[str]) -> None:
     (tmp_path / "bad.fasta").write_bytes(content)
