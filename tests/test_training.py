@@ -181,7 +181,7 @@ def test_another_config_or_other_data_is_not_resumed(run_python: Command, store:
     more = ["trainer.max_steps=2"]
     train(run_python, store, "same", *more)
     changed = run_python("-m", "protlig_dd.training", *overrides_for(store, "same", *more, "optim.lr=1e-4"))
-    assert_one_line_error(changed, "runs/same", "optim.lr: 0.003 -> 0.0001", "run.fresh=true")
+    assert_one_line_error(changed, "runs/same", "optim.lr: 0.0007 -> 0.0001", "run.fresh=true")
     never = run_python("-m", "protlig_dd.training", *overrides_for(store, "same", *more, "run.resume=never"))
     assert_one_line_error(never, "runs/same exists and run.resume=never")
     copy = tmp_path / "elsewhere.h5"

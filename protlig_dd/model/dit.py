@@ -26,7 +26,8 @@ MLP_RATIO = 4
 class DiT(nn.Module):
     """Maps a pack of tokens and one sigma per sequence to 20 logits per token.
 
-    Every gate, shift, scale and the output layer start at zero (adaLN-Zero), so a new model returns zeros.
+    The output layer, every shift and every scale start at zero, so a new model returns zeros; the residual gates start
+    at one (docs/decisions.md).
 
     Raises:
         ValueError: dimensions that do not fit one another (at construction); a batch that is not packed, or lies on
@@ -95,6 +96,9 @@ class Block(nn.Module):
         super().__init__()
         self.n_heads, self.dropout, self.attention_backend = n_heads, dropout, attention_backend
         self.adaln = zero_linear(cond_dim, 6 * hidden_size)
+        # residual gates start open: behind a zero output layer, closed ones would leave it nothing to learn from
+        nn.init.ones_(self.adaln.bias.view(6, hidden_size)[2])
+        nn.init.ones_(self.adaln.bias.view(6, hidden_size)[5])
         self.attention_norm = nn.LayerNorm(hidden_size, bias=False)
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
         self.attention_out = nn.Linear(hidden_size, hidden_size, bias=False)
