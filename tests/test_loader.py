@@ -97,7 +97,7 @@ def test_ranks_and_workers_read_the_plan_in_order(store: SequenceStore, workers:
 
 
 def test_sizes_that_cannot_work_are_refused(store: SequenceStore) -> None:
-    with pytest.raises(ValueError, match=r"tokens_per_pack=512 cannot hold .* max_len=512 residues .*514 tokens"):
+    with pytest.raises(ValueError, match=r"tokens_per_pack=512 cannot hold .*max_len=512 residues .*514 tokens"):
         check_pack_sizes(512, 512)
     with pytest.raises(ValueError, match=r"max_len is 0"):
         check_pack_sizes(0, 512)

@@ -18,14 +18,14 @@ from protlig_dd.data.fasta import read_fasta
 
 from .conftest import ROOT
 
+QUICK = "trainer.eval_every=0 report.draws=1 report.steps=4"
+FULL_SIZE = f"{QUICK} trainer.max_steps=1 optim.packs_per_step=1 data.max_len=200 data.tokens_per_pack=400 "
+FULL_SIZE += "report.max_sequences=2 report.samples=0"
 SHORT = {
-    "./start_fresh_training.sh": "trainer.max_steps=6 report.samples=4 report.steps=4 report.max_sequences=8",
-    "./run_train_uniref50_optimized.sh": "trainer.max_steps=1 optim.packs_per_step=1 data.max_len=200 "
-    "data.tokens_per_pack=400 report.max_sequences=2 report.samples=0",
-    "run_train_uniref50_optimized": "trainer.max_steps=1 optim.packs_per_step=1 data.max_len=200 "
-    "data.tokens_per_pack=400 report.max_sequences=2 report.samples=0",
-    "-m protlig_dd.training": "trainer.max_steps=25 data.tokens_per_pack=600 trainer.eval_every=0 "
-    "report.samples=2 report.steps=4 report.max_sequences=4",
+    "./start_fresh_training.sh": f"{QUICK} trainer.max_steps=6 report.samples=4 report.max_sequences=8",
+    "run_train_uniref50_optimized": FULL_SIZE,
+    "-m protlig_dd.training": f"{QUICK} trainer.max_steps=25 data.tokens_per_pack=600 report.samples=2 "
+    "report.max_sequences=4",
     "protlig_dd.sample": "steps=4",
 }
 
