@@ -31,6 +31,11 @@ def exact_score(toy: brute_force.Toy) -> ScoreFn:
     return score_fn
 
 
+def zeros(batch: PackedBatch, sigma: torch.Tensor) -> torch.Tensor:
+    """A network that has learnt nothing."""
+    return torch.zeros(len(batch.tokens), 20)
+
+
 def graph_of(name: str, n: int) -> Graph:
     return Absorbing(n) if name == "absorbing" else Uniform(n)
 
@@ -84,9 +89,6 @@ def test_with_a_wrong_network_the_average_bound_exceeds_the_entropy() -> None:
 def test_a_zero_network_scores_log_20_a_residue() -> None:
     batch = random_batch([50] * 40)
 
-    def zeros(batch: PackedBatch, sigma: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(len(batch.tokens), 20)
-
     score_fn = make_score_fn(zeros, Absorbing(), "x0")
     exact = nll_bound(
         score_fn,
@@ -113,9 +115,6 @@ def test_every_term_of_the_bound_counts() -> None:
     eps log 20 + (1 - eps)(1 - t_min) log 20 + (1 - eps) t_min log 20 for the uniform guess.
     """
     noise, batch = LogLinearNoise(eps=0.1, t_min=0.1), random_batch([80] * 40)
-
-    def zeros(batch: PackedBatch, sigma: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(len(batch.tokens), 20)
 
     score_fn = make_score_fn(zeros, Absorbing(), "log_score")
     bound = nll_bound(score_fn, batch, Absorbing(), noise, generator=torch.Generator().manual_seed(0), draws=32)

@@ -1,4 +1,4 @@
-"""From FASTA files to a store: which sequence goes to which split, with progress, and the bundled sample."""
+"""From FASTA files to a store: which sequence goes to which split, and the bundled sample."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
