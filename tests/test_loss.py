@@ -5,7 +5,7 @@ from torch.nn import functional as F
 from protlig_dd.batch import PackedBatch
 from protlig_dd.diffusion.graph import Absorbing, Graph, Uniform
 from protlig_dd.diffusion.loss import score_entropy_loss
-from protlig_dd.diffusion.noise import GeometricNoise, LogLinearNoise, Noise, stratified_times
+from protlig_dd.diffusion.noise import CosineNoise, GeometricNoise, LogLinearNoise, Noise, stratified_times
 from protlig_dd.diffusion.score import make_score_fn
 from protlig_dd.tokenizer import ProteinTokenizer
 
@@ -13,7 +13,9 @@ from .conftest import make_model, random_batch
 
 
 @pytest.mark.parametrize("graph", [Absorbing(), Uniform()], ids=["absorbing", "uniform"])
-@pytest.mark.parametrize("noise", [LogLinearNoise(), GeometricNoise()], ids=["loglinear", "geometric"])
+@pytest.mark.parametrize(
+    "noise", [LogLinearNoise(), CosineNoise(), GeometricNoise()], ids=["loglinear", "cosine", "geometric"]
+)
 def test_the_loss_is_that_of_its_parts_put_together_by_hand(graph: Graph, noise: Noise) -> None:
     batch = random_batch([6, 11, 3])
     score_fn = make_score_fn(make_model(), graph, "log_score")

@@ -1,9 +1,12 @@
+import io
 import json
 import os
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from protlig_dd.runtime import metrics
 from protlig_dd.runtime.files import free_name, write_atomic
 from protlig_dd.runtime.generate import designs_fasta, draw_lengths, split_lengths
 from protlig_dd.runtime.metrics import MetricsLog, ProgressBar, read_metrics
@@ -46,6 +49,19 @@ def test_without_a_terminal_progress_is_a_few_plain_lines(capsys: pytest.Capture
     lines = capsys.readouterr().out.strip().splitlines()
     assert 5 <= len(lines) <= 15
     assert lines[-1].startswith("training 100/100  loss 2.9")
+
+
+def test_on_a_terminal_a_validation_bar_lives_within_the_training_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(metrics, "console", Console(file=screen, force_terminal=True, width=100))
+    with ProgressBar("training", 2) as training:
+        training.advance(note="loss 2.9")
+        with ProgressBar("validation", 3) as validation:
+            validation.advance(3)
+        training.advance(note="loss 2.8")
+    drawn = screen.getvalue()
+    for part in ("training", "2/2", "loss 2.8", "validation", "3/3", "━━━"):
+        assert part in drawn
 
 
 def test_files_are_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,9 +5,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protlig_dd.diffusion.noise import GeometricNoise, LogLinearNoise, Noise, stratified_times
+from protlig_dd.diffusion.noise import CosineNoise, GeometricNoise, LogLinearNoise, Noise, stratified_times
 
-SCHEDULES = [LogLinearNoise(), LogLinearNoise(eps=1e-5), GeometricNoise(), GeometricNoise(1e-3, 5.0)]
+SCHEDULES = [
+    LogLinearNoise(),
+    LogLinearNoise(eps=1e-5),
+    CosineNoise(),
+    CosineNoise(eps=1e-5),
+    GeometricNoise(),
+    GeometricNoise(1e-3, 5.0),
+]
 
 
 @pytest.mark.parametrize("noise", SCHEDULES, ids=repr)
@@ -28,7 +35,19 @@ def test_dsigma_is_the_derivative_of_sigma(noise: Noise) -> None:
 def test_closed_forms() -> None:
     t = torch.tensor([0.25, 1.0], dtype=torch.float64)
     assert torch.allclose(LogLinearNoise(1e-3)(t)[0], -torch.log(1 - 0.999 * t))
+    assert torch.allclose(CosineNoise(1e-3)(t)[0], -torch.log(1 - 0.999 * (1 - torch.cos(math.pi / 2 * t))))
     assert torch.allclose(GeometricNoise(1e-4, 20.0)(t)[0], 1e-4 ** (1 - t) * 20.0**t)
+
+
+@pytest.mark.parametrize(
+    ("noise", "second_moment"), [(CosineNoise(1e-9), 4.04), (LogLinearNoise(1e-9), 6.91)], ids=repr
+)
+def test_second_moment_of_the_absorbing_weights(noise: Noise, second_moment: float) -> None:
+    """Of dsigma / (e^sigma - 1) on a masked residue, whose probability is 1 - e^-sigma: what the docstring claims."""
+    edges = torch.logspace(math.log10(noise.t_min), 0, 20001, dtype=torch.float64)
+    sigma, dsigma = noise((edges[1:] + edges[:-1]) / 2)
+    weight = dsigma / torch.expm1(sigma)
+    assert float((weight**2 * -torch.expm1(-sigma) * edges.diff()).sum()) == pytest.approx(second_moment, abs=0.01)
 
 
 @given(st.integers(1, 64), st.floats(1e-5, 0.5), st.integers(0, 999))
@@ -53,6 +72,7 @@ def test_times_are_uniform_over_draws() -> None:
     ("make", "message"),
     [
         (lambda: LogLinearNoise(eps=0.0), r"eps must lie in \(0, 1\), got 0.0"),
+        (lambda: CosineNoise(eps=1.0), r"eps must lie in \(0, 1\), got 1.0"),
         (lambda: LogLinearNoise(t_min=1.0), r"t_min must lie in \(0, 1\), got 1.0"),
         (lambda: GeometricNoise(2.0, 1.0), "got 2.0 and 1.0"),
     ],

@@ -1,6 +1,7 @@
 """Whole runs, from the command line, on real proteins: resume, ranks, faults, sweeps and the report."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -148,7 +149,8 @@ def test_packs_that_ranks_cannot_share_are_refused(run_python: Command, store: S
     arguments = overrides_for(store, "odd", "optim.packs_per_step=3")
     process = run_python(*torchrun(2, arguments))
     assert process.returncode != 0
-    assert "[rank 0] error: optim.packs_per_step=3 is not divisible by 2 processes" in process.stderr
+    # The launcher ends the other rank as soon as one has refused, so either may be the one that is heard.
+    assert re.search(r"\[rank [01]\] error: optim\.packs_per_step=3 is not divisible by 2 processes", process.stderr)
     assert not (tmp_path / "runs/odd").exists()
 
 

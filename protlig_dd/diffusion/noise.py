@@ -15,8 +15,7 @@ class LogLinearNoise:
     """sigma(t) = -log(1 - (1 - eps) t), so that 1 - exp(-sigma) = (1 - eps) t (SEDD, arXiv 2310.16834, C.1)."""
 
     def __init__(self, eps: float = 1e-3, t_min: float = 1e-3) -> None:
-        if not 0 < eps < 1:
-            raise ValueError(f"noise.eps must lie in (0, 1), got {eps}")
+        check_eps(eps)
         check_t_min(t_min)
         self.eps, self.t_min = eps, t_min
 
@@ -25,6 +24,28 @@ class LogLinearNoise:
         # log1p is exact for small t, where kept has lost digits; log(kept) is for t near 1
         sigma = torch.where(t < 0.5, -torch.log1p(-(1 - self.eps) * t), -torch.log(kept))
         return sigma, (1 - self.eps) / kept
+
+
+class CosineNoise:
+    """1 - exp(-sigma(t)) = (1 - eps) (1 - cos(pi t / 2)): slow near t = 0, where a moved residue weighs most.
+
+    The cosine masking schedule of MaskGIT (arXiv 2202.04200), with a floor eps. For the absorbing graph the loss
+    weight of a masked residue is m' / m with m = 1 - exp(-sigma), and its second moment, the integral of m'^2 / m,
+    is 4.04 over [0, 1]; no schedule is below 4 (m = t^2, by Cauchy-Schwarz on sqrt(m)'), and the log-linear one
+    has log(1 / t_min) = 6.9 over [t_min, 1].
+    """
+
+    def __init__(self, eps: float = 1e-3, t_min: float = 1e-3) -> None:
+        check_eps(eps)
+        check_t_min(t_min)
+        self.eps, self.t_min = eps, t_min
+
+    def __call__(self, t: Float[Tensor, "*n"]) -> tuple[Float[Tensor, "*n"], Float[Tensor, "*n"]]:
+        half_pi = math.pi / 2
+        moved = 2 * (1 - self.eps) * torch.sin(half_pi * t / 2) ** 2  # 1 - cos without the cancellation near t = 0
+        kept = self.eps + (1 - self.eps) * torch.sin(half_pi * (1 - t))  # and without the one near t = 1
+        sigma = torch.where(t < 0.5, -torch.log1p(-moved), -torch.log(kept))
+        return sigma, (1 - self.eps) * half_pi * torch.sin(half_pi * t) / kept
 
 
 class GeometricNoise:
@@ -42,9 +63,9 @@ class GeometricNoise:
         return sigma, sigma * log_ratio
 
 
-Noise = LogLinearNoise | GeometricNoise
+Noise = LogLinearNoise | CosineNoise | GeometricNoise
 
-NOISES: dict[str, type[Noise]] = {"loglinear": LogLinearNoise, "geometric": GeometricNoise}
+NOISES: dict[str, type[Noise]] = {"loglinear": LogLinearNoise, "cosine": CosineNoise, "geometric": GeometricNoise}
 
 
 def stratified_times(
@@ -55,6 +76,11 @@ def stratified_times(
     u = torch.rand((), generator=generator, device=where)
     strata = torch.randperm(n, generator=generator, device=where)
     return (t_min + (1 - t_min) * (u + strata) / n).to(device)
+
+
+def check_eps(eps: float) -> None:
+    if not 0 < eps < 1:
+        raise ValueError(f"noise.eps must lie in (0, 1), got {eps}")
 
 
 def check_t_min(t_min: float) -> None:
