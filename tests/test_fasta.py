@@ -30,7 +30,7 @@ def test_records_of_plain_and_gzipped_files(tmp_path: Path, zipped: bool) -> Non
         (b"MKV\n>a\nMKV\n", "line 1 is not a FASTA header: 'MKV'"),
         (b">a\nMKV\n> no id\nMKV\n", r"no id in its header '> no id' \(after record a\)"),
         (gzip.compress(TEXT.encode() * 5000)[:2000], "truncated or damaged gzip, after record "),
-        (gzip.compress(b""), "empty, no FASTA records"),
+        (gzip.compress(b"", mtime=0), "empty, no FASTA records"),
         (b">a\nMK\xff\n", "not a text file"),
     ],
 )

@@ -7,6 +7,11 @@ from hypothesis import strategies as st
 
 from protlig_dd.diffusion.noise import CosineNoise, GeometricNoise, LogLinearNoise, Noise, stratified_times
 
+
+def describe(value: object) -> str:
+    return f"{type(value).__name__}({vars(value)})" if hasattr(value, "t_min") else str(value)
+
+
 SCHEDULES = [
     LogLinearNoise(),
     LogLinearNoise(eps=1e-5),
@@ -17,7 +22,7 @@ SCHEDULES = [
 ]
 
 
-@pytest.mark.parametrize("noise", SCHEDULES, ids=repr)
+@pytest.mark.parametrize("noise", SCHEDULES, ids=describe)
 def test_dsigma_is_the_derivative_of_sigma(noise: Noise) -> None:
     t = torch.linspace(noise.t_min, 1, 101, dtype=torch.float64, requires_grad=True)
     sigma, dsigma = noise(t)
@@ -40,7 +45,7 @@ def test_closed_forms() -> None:
 
 
 @pytest.mark.parametrize(
-    ("noise", "second_moment"), [(CosineNoise(1e-9), 4.04), (LogLinearNoise(1e-9), 6.91)], ids=repr
+    ("noise", "second_moment"), [(CosineNoise(1e-9), 4.04), (LogLinearNoise(1e-9), 6.91)], ids=describe
 )
 def test_second_moment_of_the_absorbing_weights(noise: Noise, second_moment: float) -> None:
     """Of dsigma / (e^sigma - 1) on a masked residue, whose probability is 1 - e^-sigma: what the docstring claims."""

@@ -74,6 +74,7 @@ def test_stop_and_resume_give_the_undisturbed_runs_bits(
 ) -> None:
     """40 steps, and 20 + resume + 20; then a third run that is killed with SIGKILL and started again."""
     monkeypatch.setenv("OMP_NUM_THREADS", "2")  # threads must not change a bit either
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # they wait for one another without keeping the cores busy
     train(run_python, store, "whole", "trainer.max_steps=40")
     stopped = train(run_python, store, "halves", "trainer.max_steps=40", "trainer.stop_at_step=20")
     assert "stopped at step 20 of 40" in stopped
