@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Int32, Int64
+from jaxtyping import Bool, Float64, Int32, Int64, Num
 from torch import Tensor
 
 
@@ -110,6 +110,24 @@ class PackedBatch:
             name: getattr(self, name).pin_memory() for name in ("tokens", "cu_seqlens", "segment_ids", "positions")
         }
         return replace(self, **pinned)
+
+    def random_subset(
+        self, candidates: Bool[Tensor, " total"], counts: Num[Tensor, " n"], u: Float64[Tensor, " total"]
+    ) -> Bool[Tensor, " total"]:
+        """A uniform subset of counts[i] of the candidates in each sequence: those with the smallest u.
+
+        Args:
+            candidates: which tokens may be chosen.
+            counts: how many are, in each sequence; at most as many as it has candidates.
+            u: independent uniform draws on [0, 1).
+        """
+        # sorted by sequence, then candidates before others, then by u: a token's place is its random rank
+        where = u.device
+        segment = self.segment_ids.to(where)
+        key = 2 * segment + torch.where(candidates.to(where), u, 1.5)
+        rank = torch.empty_like(segment)
+        rank[key.argsort()] = self.positions.to(where)
+        return (rank < counts.to(where)[segment]).to(candidates.device) & candidates
 
     def with_tokens(self, tokens: Int64[Tensor, " total"]) -> "PackedBatch":
         """The same geometry around other tokens (a noised copy, say)."""

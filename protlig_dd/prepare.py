@@ -19,14 +19,13 @@ from protlig_dd.runtime.metrics import console
 def prepare(cfg: DictConfig) -> None:
     """Read the inputs, split them, write the store, and print what it holds."""
     config = read_config(cfg, PrepareConfig)
-    if isinstance(config.input, str):
-        config.input = [config.input]
-    is_mapping = isinstance(config.input, dict)
-    inputs = (
-        {str(split): Path(file) for split, file in config.input.items()}
-        if is_mapping
-        else [Path(file) for file in config.input]
-    )
+    given = config.input
+    is_mapping = isinstance(given, dict)
+    inputs: dict[str, Path] | list[Path]
+    if isinstance(given, dict):
+        inputs = {str(split): Path(str(file)) for split, file in given.items()}
+    else:
+        inputs = [Path(str(file)) for file in (given if isinstance(given, list) else [given])]
     with console.status("reading"):
         store = build_store(
             inputs,

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from protlig_dd.diffusion.sampling import check_sampler
 from protlig_dd.diffusion.score import make_score_fn
 from protlig_dd.model.attention import resolve_attention_backend
 from protlig_dd.runtime.checkpoint import find_checkpoint, load_weights, read_state
@@ -19,6 +20,7 @@ from protlig_dd.runtime.environment import resolve_device, resolve_precision
 from protlig_dd.runtime.files import write_atomic
 from protlig_dd.runtime.generate import designs_fasta, draw_lengths, generate
 from protlig_dd.runtime.metrics import console
+from protlig_dd.tokenizer import AMINO_ACIDS, N_STATES
 
 
 def sample_proteins(cfg: DictConfig) -> None:
@@ -27,8 +29,10 @@ def sample_proteins(cfg: DictConfig) -> None:
     output = Path(config.output)
     if output.exists():
         raise ValueError(f"{output} exists already; give another output or move it away")
-    if config.n < 1:
-        raise ValueError(f"n must be at least 1, got {config.n}")
+    for key, value, least in (("n", config.n, 1), ("steps", config.steps, 1), ("seed", config.seed, 0)):
+        if value < least:
+            raise ValueError(f"{key} must be at least {least}, got {value}")
+    log_bias = read_log_bias(config.log_bias)
     checkpoint = find_checkpoint(Path(config.from_))
     state = read_state(checkpoint)
     lengths = choose_lengths(config.lengths, config.n, config.seed, state["length_quantiles"])
@@ -38,7 +42,9 @@ def sample_proteins(cfg: DictConfig) -> None:
     precision = resolve_precision(config.precision, device)
     head_dim = trained.model.hidden_size // trained.model.n_heads
     backend = resolve_attention_backend("auto", device, precision, head_dim)
-    graph, noise = build_graph(trained.graph), build_noise(trained.noise)
+    graph = build_graph(trained.graph)
+    noise = build_noise(trained.noise, graph)
+    check_sampler(graph, config.predictor, config.temperature, config.top_p)
     with device:
         model = build_model(trained.model, backend).eval()
     load_weights(checkpoint / "ema.safetensors", model)
@@ -61,6 +67,10 @@ def sample_proteins(cfg: DictConfig) -> None:
         seed=config.seed,
         device=device,
         description="sampling",
+        temperature=config.temperature,
+        top_p=config.top_p,
+        log_bias=log_bias,
+        time_free=not trained.time_conditioning,
     )
     text = designs_fasta(
         samples,
@@ -75,6 +85,25 @@ def sample_proteins(cfg: DictConfig) -> None:
     console.print(
         f"{output}: {len(samples)} proteins, {np.mean(lengths):.0f} residues each; {clamped:.2%} of draws clamped"
     )
+    if counts["skipped"]:
+        share = counts["skipped"] / (counts["skipped"] + counts["evaluated"])
+        console.print(f"{share:.1%} of the network's evaluations were skipped: nothing had changed")
+
+
+def read_log_bias(wanted: dict[str, float]) -> torch.Tensor | None:
+    """(20,) nats from {letter: nats}, 0 for the letters that are not named; None when there are none.
+
+    Raises:
+        ValueError: a letter that is none of the 20 amino acids.
+    """
+    if not wanted:
+        return None
+    bias = torch.zeros(N_STATES, dtype=torch.float64)
+    for letter, nats in wanted.items():
+        if letter not in AMINO_ACIDS or len(letter) != 1:
+            raise ValueError(f"log_bias: {letter!r} is none of the amino acids {AMINO_ACIDS}")
+        bias[AMINO_ACIDS.index(letter)] = nats
+    return bias
 
 
 def choose_lengths(wanted: str, n: int, seed: int, quantiles: list[float]) -> list[int]:

@@ -34,7 +34,7 @@ fi
 stamp="$venv/.protlig_setup"
 want=$(cat pyproject.toml constraints.txt | cksum; pwd)
 have=$(cat "$stamp" 2> /dev/null || true)
-if [ "$have" = "$want [dev,wandb]" ] || [ "$have" = "$want $extras" ]; then
+if [ -x "$venv/bin/python" ] && { [ "$have" = "$want [dev,wandb]" ] || [ "$have" = "$want $extras" ]; }; then
     exit 0
 fi
 

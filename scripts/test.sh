@@ -9,4 +9,4 @@ bin=${PROTLIG_VENV:-.venv}/bin
 "$bin/ruff" check .
 "$bin/ruff" format --check .
 "$bin/mypy"
-PROTLIG_TYPECHECK=1 "$bin/python" -m pytest -n logical --maxprocesses 4 --dist worksteal "$@"
+PROTLIG_TYPECHECK=1 "$bin/python" -m pytest -n auto --maxprocesses 4 --dist worksteal "$@"

@@ -11,7 +11,16 @@ from torch import Tensor
 
 
 def rate_matrix(graph: str, n: int) -> Tensor:
-    """(S, S) rates with the row convention."""
+    """(S, S) rates with the row convention; `substitution` is a random reversible one, in its own units."""
+    if graph == "substitution":
+        generator = torch.Generator().manual_seed(n)
+        pi = torch.rand(n, generator=generator, dtype=torch.float64) + 0.2
+        pi = pi / pi.sum()
+        exchange = torch.rand(n, n, generator=generator, dtype=torch.float64) ** 3 + 0.01
+        q = (exchange + exchange.T) * pi
+        q = q - torch.diag(q.diag())
+        q = q / (pi * q.sum(1)).sum()
+        return q - torch.diag(q.sum(1))
     if graph == "uniform":
         return torch.full((n, n), 1 / n, dtype=torch.float64) - torch.eye(n, dtype=torch.float64)
     q = torch.zeros(n + 1, n + 1, dtype=torch.float64)
@@ -25,17 +34,25 @@ def transition(graph: str, n: int, sigma: float) -> Tensor:
     return torch.linalg.matrix_exp(sigma * rate_matrix(graph, n))
 
 
-def score_entropy(graph: str, n: int, sigma: float, log_score: Tensor, xt: int, x0: int) -> float:
-    """sum_{y != x} Q[y, x] ( s_y - r_y log s_y + K(r_y) ), r_y = P[x0, y] / P[x0, x]; log_score has n entries."""
+def equilibrium(graph: str, n: int) -> Tensor:
+    """(n,) where the uniform or the substitution process ends, by waiting."""
+    return transition(graph, n, 1e4)[0]
+
+
+def score_entropy(graph: str, n: int, sigma: float, log_score: Tensor, xt: int, x0: int) -> tuple[float, float]:
+    """sum_{y != x} Q[y, x] ( s_y - r_y log s_y + K(r_y) ), r_y = P[x0, y] / P[x0, x]; log_score has n entries.
+
+    Returns the sum and its largest term, to which float32 errors are in proportion.
+    """
     q, p = rate_matrix(graph, n), transition(graph, n, sigma)
-    total = 0.0
+    terms = [0.0]
     for y in range(len(q)):
         if y == xt or q[y, xt] == 0:
             continue
         r = float(p[x0, y] / p[x0, xt])
         k = r * (torch.tensor(r).double().log().item() - 1) if r > 0 else 0.0
-        total += float(q[y, xt]) * (float(log_score[y].exp()) - r * float(log_score[y]) + k)
-    return total
+        terms += [float(q[y, xt]) * term for term in (float(log_score[y].exp()), -r * float(log_score[y]), k)]
+    return sum(terms), max(abs(term) for term in terms)
 
 
 @dataclass
@@ -67,6 +84,17 @@ class Toy:
             out[:, site, y] = log_p[tuple(changed.T)] - here
         unmasked = xt < self.n if self.graph == "absorbing" else torch.zeros_like(xt, dtype=torch.bool)
         return torch.where(unmasked[..., None], 0.0, out)
+
+    def posterior(self, xt: Tensor, sigma: float) -> Tensor:
+        """(batch, sites) -> (batch, sites, n): p(x0 at a site | x_t at all the other sites), by enumeration."""
+        p = transition(self.graph, self.n, sigma)
+        out = torch.zeros(*xt.shape, self.n, dtype=torch.float64)
+        for x0 in itertools.product(range(self.n), repeat=self.sites):
+            like = torch.stack([p[x0[site], xt[:, site]] for site in range(self.sites)], dim=1)
+            for site in range(self.sites):
+                others = torch.cat([like[:, :site], like[:, site + 1 :]], dim=1).prod(1)
+                out[:, site, x0[site]] += self.p0[x0] * others
+        return out / out.sum(-1, keepdim=True)
 
 
 def random_toy(graph: str, n: int = 3, sites: int = 2, seed: int = 0) -> Toy:

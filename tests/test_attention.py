@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from protlig_dd.batch import PackedBatch
 from protlig_dd.model.attention import (
@@ -42,6 +43,26 @@ def test_sdpa_equals_masked_attention_in_output_and_gradient(lengths: list[int],
 
 BATCH = random_batch([3, 5])
 CUDA_BACKENDS = ("flash_attn", "torch_varlen")
+
+
+@pytest.mark.parametrize("backend", CUDA_BACKENDS)
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "message"),
+    [
+        (torch.float32, 16, "takes bfloat16 or float16, qkv is torch.float32; use sdpa"),
+        (torch.bfloat16, 10, r"takes a head_dim in 8, 16, .. 256, got 10"),
+        (torch.bfloat16, 264, r"takes a head_dim in 8, 16, .. 256, got 264"),
+    ],
+)
+def test_dtypes_and_head_dims_of_the_cuda_backends(
+    backend: str, dtype: torch.dtype, head_dim: int, message: str
+) -> None:
+    """On a CUDA tensor without a GPU: the check must stand before the kernel."""
+    with FakeTensorMode():
+        batch = random_batch([3, 5]).to("cuda:0")
+        qkv = torch.zeros(8, 3, 2, head_dim, dtype=dtype, device="cuda:0")
+        with refuses(message):
+            varlen_attention(qkv, batch, backend)
 
 
 @pytest.mark.parametrize("backend", ["sdpa", *CUDA_BACKENDS])

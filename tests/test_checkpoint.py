@@ -12,6 +12,7 @@ from protlig_dd.runtime.checkpoint import (
     load_optimizer,
     load_weights,
     read_state,
+    remove_unfinished,
     save_checkpoint,
 )
 from protlig_dd.training.ema import EMA
@@ -126,6 +127,16 @@ def test_incomplete_and_damaged_checkpoints_are_not_taken(tmp_path: Path) -> Non
         read_state(path)
     with pytest.raises(ValueError, match="neither a run folder with a complete checkpoint nor a checkpoint"):
         find_checkpoint(tmp_path / "elsewhere")
+
+
+def test_what_a_kill_left_of_a_checkpoint_is_removed(tmp_path: Path) -> None:
+    path, _, _ = save(tmp_path, 1)
+    (path.parent / ".step_00000002.abc").mkdir()
+    (path.parent / ".step_00000002.abc" / "model.safetensors").write_bytes(b"half")
+    remove_unfinished(tmp_path)
+    assert [p.name for p in path.parent.iterdir()] == ["step_00000001"]
+    assert read_state(path)["step"] == 1
+    remove_unfinished(tmp_path / "not there")
 
 
 def test_an_incomplete_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:

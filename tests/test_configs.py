@@ -39,7 +39,8 @@ def test_every_option_of_every_group_is_valid() -> None:
     for group in ("model", "graph", "noise", "optim", "data", "experiment"):
         assert options(group)
         for option in options(group):
-            check_train_config(read_config(composed(f"{group}={option}"), TrainConfig))
+            matrix = ["graph.matrix=BLOSUM80"] if option == "substitution" else []
+            check_train_config(read_config(composed(f"{group}={option}", *matrix), TrainConfig))
     check_train_config(read_config(composed(name="config_uniref50_stable"), TrainConfig))
     read_config(composed("input=a.fasta", name="prepare"), PrepareConfig)
     read_config(composed("from=runs/demo", name="sample"), SampleConfig)
@@ -47,7 +48,7 @@ def test_every_option_of_every_group_is_valid() -> None:
 
 def test_every_key_has_a_default_and_resumable_keys_exist() -> None:
     keys = set(flatten(composed()))
-    schema = {key for key in known_keys(TrainConfig) if key not in ("graph", "noise")}
+    schema = {key for key in known_keys(TrainConfig) if not key.startswith(("graph.", "noise."))}
     assert schema <= keys
     assert keys >= RESUMABLE
 
@@ -95,7 +96,18 @@ def test_changed_keys_name_both_values_and_leave_out_what_may_change() -> None:
         (["data.path=none.h5"], ["none.h5", "no such data file"]),
         (["data.tokens_per_pack=500"], ["tokens_per_pack=500", "max_len=1024"]),
         (["model.attention_backend=flash_attn"], ["flash-attn is not installed", "pip install"]),
-        (["graph=uniform", "parametrisation=x0"], ["parametrisation=x0"]),
+        (["graph=uniform", "parametrisation=x0", "time_conditioning=false"], ["time_conditioning=false", "absorbing"]),
+        (["+graph.n_states=5"], ["'graph.n_states'"]),
+        (["noise.epss=0.1"], ["'noise.epss'", "'noise.eps'"]),
+        (["modle=tiny"], ["'modle'", "'model'"]),
+        (["graph=blosum62", "graph.matrix=BLOSUM61"], ["BLOSUM61", "BLOSUM62"]),
+        (["graph=substitution"], ["graph.matrix"]),
+        (["graph=blosum62", "report.predictor=ancestral"], ["ancestral", "absorbing"]),
+        (["noise.curriculum=-1"], ["noise.curriculum", "at least 0", "-1"]),
+        (["optim.name=sgd"], ["optim.name=sgd", "adamw"]),
+        (["optim.min_lr_ratio=-3"], ["optim.min_lr_ratio", "[0, 1]", "-3"]),
+        (["optim.weight_decay=-1"], ["optim.weight_decay", "at least 0", "-1"]),
+        (["trainer.max_steps=null", "trainer.epochs=nan"], ["trainer.epochs", "above 0", "nan"]),
         (["graph.name=gamma"], ["graph.name=gamma", "absorbing, uniform"]),
         (["trainer.epochs=2"], ["trainer.max_steps=400000", "trainer.epochs=2"]),
         (["trainer.log_every=0"], ["trainer.log_every", "at least 1", "0"]),

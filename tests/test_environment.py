@@ -27,6 +27,11 @@ def test_explicit_devices_must_exist(name: str, message: str, monkeypatch: pytes
         resolve_device(name)
 
 
+def test_a_checkout_on_a_machine_without_git_is_described_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert describe_environment(torch.device("cpu"))["git_commit"] is None
+
+
 def test_a_gpu_beyond_the_last_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)

@@ -1,18 +1,31 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protlig_dd.diffusion.graph import Absorbing, Graph, Uniform, categorical, clamp_negative, log_expm1
+from protlig_dd.diffusion.graph import (
+    Absorbing,
+    Graph,
+    SubstitutionGraph,
+    Uniform,
+    categorical,
+    clamp_negative,
+    log_expm1,
+)
 
 from . import brute_force
+from .conftest import refuses
 
+GRAPHS = ["absorbing", "uniform", "substitution"]
 SIGMAS = [1e-5, 1e-3, 0.1, 1.0, 5.0, 15.0]
 
 
 def make(name: str, n: int) -> Graph:
+    if name == "substitution":
+        return SubstitutionGraph(brute_force.rate_matrix(name, n).numpy())
     return Absorbing(n) if name == "absorbing" else Uniform(n)
 
 
@@ -28,7 +41,7 @@ def masked_score(name: str, n: int, xt: torch.Tensor, seed: int) -> torch.Tensor
     return log_score.scatter(1, xt[:, None], 0.0)
 
 
-@pytest.mark.parametrize("name", ["absorbing", "uniform"])
+@pytest.mark.parametrize("name", GRAPHS)
 @pytest.mark.parametrize("n", [4, 20])
 @pytest.mark.parametrize("sigma", SIGMAS)
 def test_score_entropy_equals_brute_force(name: str, n: int, sigma: float) -> None:
@@ -39,19 +52,16 @@ def test_score_entropy_equals_brute_force(name: str, n: int, sigma: float) -> No
         pairs = [(x0, xt) for x0, xt in pairs if xt in (x0, n)]
     x0, xt = torch.tensor(pairs).T
     log_score = masked_score(name, n, xt, 0)
-    loss = graph.score_entropy(log_score, torch.full((len(x0),), sigma), xt, x0).double()
-    assert loss.dtype == torch.float64
-    expected = torch.tensor(
-        [
-            brute_force.score_entropy(name, n, sigma, log_score[i].double(), int(xt[i]), int(x0[i]))
-            for i in range(len(x0))
-        ]
-    ).double()
-    largest = max(1.0, 1 / math.expm1(sigma) * (1 + abs(math.log(math.expm1(sigma)))))
-    assert (loss - expected).abs().max() < 1e-5 * largest
+    loss = graph.score_entropy(log_score, torch.full((len(x0),), sigma), xt, x0)
+    assert loss.dtype == torch.float32
+    reference = [
+        brute_force.score_entropy(name, n, sigma, log_score[i].double(), int(xt[i]), int(x0[i])) for i in range(len(x0))
+    ]
+    expected, largest = torch.tensor(reference, dtype=torch.float64).T
+    assert ((loss - expected).abs() <= 1e-5 * largest + 1e-30).all()
 
 
-@pytest.mark.parametrize("name", ["absorbing", "uniform"])
+@pytest.mark.parametrize("name", GRAPHS)
 @given(sigma=st.floats(1e-4, 8.0), seed=st.integers(0, 999))
 def test_score_entropy_is_never_negative_and_zero_at_the_true_ratios(name: str, sigma: float, seed: int) -> None:
     n = 6
@@ -63,6 +73,8 @@ def test_score_entropy_is_never_negative_and_zero_at_the_true_ratios(name: str, 
     x0, xt = x0[possible], xt[possible]
     sigma_T = torch.full((len(x0),), sigma)
     largest = max(1.0, 1 / math.expm1(sigma) * (1 + abs(math.log(math.expm1(sigma)))))
+    if name == "substitution":
+        largest *= 1 / float(p[x0, xt].min() * math.expm1(sigma))
     loss = graph.score_entropy(masked_score(name, n, xt, seed), sigma_T, xt, x0)
     assert float(loss.min()) > -1e-5 * largest
     ratio = (p[x0, :n] / p[x0, xt][:, None]).clamp(min=1e-30).log().float()
@@ -70,7 +82,7 @@ def test_score_entropy_is_never_negative_and_zero_at_the_true_ratios(name: str, 
     assert graph.score_entropy(exact, sigma_T, xt, x0).abs().max() < 1e-5 * largest
 
 
-@pytest.mark.parametrize("name", ["absorbing", "uniform"])
+@pytest.mark.parametrize("name", GRAPHS)
 @pytest.mark.parametrize("sigma", [0.05, 0.7, 3.0])
 def test_transitions_have_the_probabilities_of_the_matrix_exponential(name: str, sigma: float) -> None:
     n, draws = 5, 40_000
@@ -82,7 +94,7 @@ def test_transitions_have_the_probabilities_of_the_matrix_exponential(name: str,
     assert ((seen - expected).abs() <= 5 * (expected * (1 - expected) / draws).sqrt() + 1e-12).all()
 
 
-@pytest.mark.parametrize("graph", [Absorbing(), Uniform()], ids=["absorbing", "uniform"])
+@pytest.mark.parametrize("graph", [make(name, 20) for name in GRAPHS], ids=GRAPHS)
 def test_context_is_never_moved_and_never_in_the_loss(graph: Graph) -> None:
     context = torch.arange(21, 30)
     sigma = torch.full((9,), 9.0)
@@ -91,7 +103,7 @@ def test_context_is_never_moved_and_never_in_the_loss(graph: Graph) -> None:
     assert graph.prior_kl(context, sigma).abs().max() == 0
 
 
-@pytest.mark.parametrize("name", ["absorbing", "uniform"])
+@pytest.mark.parametrize("name", GRAPHS)
 @pytest.mark.parametrize("sigma", [1e-3, 1.0, 6.9])
 def test_prior_and_its_divergence(name: str, sigma: float) -> None:
     n, draws = 5, 40_000
@@ -101,7 +113,7 @@ def test_prior_and_its_divergence(name: str, sigma: float) -> None:
         prior = torch.full((n + 1,), math.exp(-sigma) / n, dtype=torch.float64)
         prior[n] = -math.expm1(-sigma)
     else:
-        prior = torch.full((n,), 1 / n, dtype=torch.float64)
+        prior = brute_force.equilibrium(name, n)
     kl = (p * (p / prior).clamp(min=1e-300).log()).sum()
     assert graph.prior_kl(torch.tensor([0]), torch.tensor([sigma])).item() == pytest.approx(kl.item(), rel=1e-4)
     limit = graph.sample_limit(draws, torch.Generator().manual_seed(0), sigma)
@@ -109,7 +121,7 @@ def test_prior_and_its_divergence(name: str, sigma: float) -> None:
     assert ((seen - prior).abs() <= 5 * (prior * (1 - prior) / draws).sqrt() + 1e-12).all()
 
 
-@pytest.mark.parametrize("name", ["absorbing", "uniform"])
+@pytest.mark.parametrize("name", GRAPHS)
 @pytest.mark.parametrize(("sigma", "delta"), [(0.5, 0.1), (3.0, 1.5), (6.9, 1e-4), (1e-3, 1e-3)])
 def test_reverse_steps_equal_the_dense_formulas(name: str, sigma: float, delta: float) -> None:
     """Analytic: [s^T exp(-delta Q)]_z P(delta)[z, x]; Euler: onehot(x) + step s_z Q[z, x]."""
@@ -138,6 +150,72 @@ def test_reverse_steps_equal_the_dense_formulas(name: str, sigma: float, delta: 
         expected[x] = 1 - expected.sum()
         assert torch.allclose(euler[i], expected, atol=1e-12)
     assert torch.allclose(analytic.sum(-1), torch.ones(4, dtype=torch.float64), atol=1e-9)
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize("sigma", [1e-3, 0.3, 2.0, 6.9])
+def test_the_posterior_of_x0_gives_the_scores(name: str, sigma: float) -> None:
+    """p(x0 | the other tokens) through log_score_from_x0 is the score; both by enumeration."""
+    toy = brute_force.random_toy(name, n=4, sites=2, seed=5)
+    xt = torch.cartesian_prod(*[torch.arange(states(name, 4))] * 2)
+    if name == "absorbing":
+        xt = xt[(xt == 4).any(1)]
+    graph, flat = make(name, 4), xt.reshape(-1)
+    logits = toy.posterior(xt, sigma).log().reshape(-1, 4) + 0.7  # a softmax does not see a constant
+    expected = toy.log_score(xt, sigma).reshape(-1, 4)
+    found = graph.log_score_from_x0(logits, flat, torch.full((len(flat),), sigma, dtype=torch.float64))
+    assert torch.allclose(found, expected, atol=1e-9)
+    found32 = graph.log_score_from_x0(logits.float(), flat, torch.full((len(flat),), sigma))
+    assert found32.dtype == torch.float32
+    assert torch.allclose(found32.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_zero_logits_are_the_exact_score_at_large_sigma(name: str) -> None:
+    toy = brute_force.random_toy(name, n=4, sites=2, seed=5)
+    graph, sigma = make(name, 4), 60.0
+    xt = torch.tensor([[0, 3], [2, 2]]) if name != "absorbing" else torch.tensor([[4, 4]])
+    flat, sigma_T = xt.reshape(-1), torch.full((xt.numel(),), sigma)
+    found = graph.log_score(torch.zeros(len(flat), 4), flat, sigma_T).double()
+    if name == "absorbing":  # the guess there is uniform over the amino acids
+        assert torch.allclose(found, torch.tensor(-math.log(math.expm1(sigma)) - math.log(4)).double(), rtol=1e-6)
+    else:
+        assert torch.allclose(found, toy.log_score(xt, sigma).reshape(-1, 4), atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [4, 20])
+@pytest.mark.parametrize("sigma", SIGMAS)
+def test_substitution_probabilities_equal_the_matrix_exponential(n: int, sigma: float) -> None:
+    graph = make("substitution", n)
+    assert isinstance(graph, SubstitutionGraph)
+    p = graph.transition_probs(torch.arange(n), torch.full((n,), sigma, dtype=torch.float64))
+    assert torch.allclose(p, brute_force.transition("substitution", n, sigma), rtol=1e-9, atol=1e-15)
+    assert torch.allclose(graph.pi, brute_force.equilibrium("substitution", n), rtol=1e-9)
+    assert torch.allclose(graph.rates, brute_force.rate_matrix("substitution", n), atol=1e-12)
+    left = math.exp(graph.sigma_max * graph.lambda_2)
+    assert 0.99e-3 < left < 1e-3
+    slowest = torch.linalg.eigvals(brute_force.rate_matrix("substitution", n)).real.sort().values[-2]
+    assert graph.lambda_2 == pytest.approx(float(slowest), rel=1e-9)
+
+
+def one_way() -> np.ndarray:
+    return np.array([[0.0, 3.0, 1.0], [1.0, 0.0, 3.0], [3.0, 1.0, 0.0]])
+
+
+@pytest.mark.parametrize(
+    ("rates", "message"),
+    [
+        (np.ones((3, 4)), r"square matrix, got shape \(3, 4\)"),
+        (-np.ones((3, 3)), "at least 0 off the diagonal, got -1"),
+        (np.full((3, 3), np.nan), "must be finite"),
+        (one_way(), r"not reversible: in equilibrium 0.333333 flows from state 0 to state 2, and 1 back"),
+        (np.kron(np.eye(2), np.ones((2, 2))) + 1e-4, "do not mix: lambda_2 = -0.000"),
+        (np.array([[0.0, 1.0], [0.0, 0.0]]), "do not mix: state 0 has no share in equilibrium"),
+    ],
+)
+def test_rates_that_cannot_be_are_refused(rates: np.ndarray, message: str) -> None:
+    with refuses(message):
+        SubstitutionGraph(rates)
 
 
 def test_absorbing_euler_and_analytic_coincide_for_loglinear_noise() -> None:

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protlig_dd.batch import PackedBatch
-from protlig_dd.diffusion.graph import Absorbing, Graph, Uniform
+from protlig_dd.diffusion.graph import Absorbing, Graph, SubstitutionGraph, Uniform
 from protlig_dd.diffusion.likelihood import nll_bound, per_residue
-from protlig_dd.diffusion.noise import LogLinearNoise
+from protlig_dd.diffusion.noise import GeometricNoise, LogLinearNoise
 from protlig_dd.diffusion.score import ScoreFn, make_score_fn
 from protlig_dd.tokenizer import ProteinTokenizer
 
@@ -37,11 +37,14 @@ def zeros(batch: PackedBatch, sigma: torch.Tensor) -> torch.Tensor:
 
 
 def graph_of(name: str, n: int) -> Graph:
+    if name == "substitution":
+        return SubstitutionGraph(brute_force.rate_matrix(name, n).numpy())
     return Absorbing(n) if name == "absorbing" else Uniform(n)
 
 
 @pytest.mark.parametrize(
-    ("name", "estimator"), [("absorbing", "integral"), ("absorbing", "exact_count"), ("uniform", "integral")]
+    ("name", "estimator"),
+    [("absorbing", "integral"), ("absorbing", "exact_count"), ("uniform", "integral"), ("substitution", "integral")],
 )
 def test_with_exact_scores_the_bound_is_the_likelihood(name: str, estimator: str) -> None:
     toy = brute_force.random_toy(name, n=3, sites=2)
@@ -52,7 +55,7 @@ def test_with_exact_scores_the_bound_is_the_likelihood(name: str, estimator: str
             exact_score(toy),
             batch,
             graph_of(name, 3),
-            NOISE,
+            GeometricNoise(1e-5, 25.0, 1e-5) if name == "substitution" else NOISE,
             generator=torch.Generator().manual_seed(5),
             draws=16,
             estimator=estimator,
@@ -61,6 +64,59 @@ def test_with_exact_scores_the_bound_is_the_likelihood(name: str, estimator: str
         assert abs(mean + math.log(toy.p0[x0])) < 4 * error + 1e-3
         assert error < 0.15
         assert bound.residues.tolist() == [2] * copies
+
+
+def exact_bound(toy: brute_force.Toy, scores: brute_force.Toy, x0: tuple[int, ...], sigma_max: float = 30.0) -> float:
+    """The bound of x0 under the scores of another toy, all in float64: no draw, no time grid.
+
+    Every x_t is enumerated, and the integral over sigma (dsigma(t) dt) is Gauss-Legendre quadrature in log sigma.
+    """
+    sigma_min = 1e-6
+    graph = graph_of(toy.graph, toy.n)
+    s = graph.n_reverse_states
+    xt = torch.cartesian_prod(*[torch.arange(s)] * toy.sites).view(-1, toy.sites)
+    clean = torch.tensor(x0).expand_as(xt)
+
+    def terms(sigma: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Probabilities of every x_t, the exact log-scores, sigma per token."""
+        p = brute_force.transition(toy.graph, toy.n, sigma)
+        probability = p[clean, xt].prod(1)
+        log_score = scores.log_score(xt, sigma).view(-1, toy.n)
+        return probability, log_score, torch.full((xt.numel(),), sigma, dtype=torch.float64)
+
+    total = 0.0
+    nodes, weights = np.polynomial.legendre.leggauss(16)
+    edges = np.linspace(math.log(sigma_min), math.log(sigma_max), 11)
+    for low, high in itertools.pairwise(edges):
+        for node, weight in zip(nodes, weights, strict=True):
+            sigma = math.exp((low + high) / 2 + (high - low) / 2 * node)
+            probability, log_score, sigma_T = terms(sigma)
+            loss = graph.score_entropy(log_score, sigma_T, xt.reshape(-1), clean.reshape(-1)).view_as(xt).sum(1)
+            total += float(weight) * (high - low) / 2 * sigma * float(probability @ loss)
+    prior = graph.prior_kl(torch.tensor(x0), torch.full((toy.sites,), sigma_max, dtype=torch.float64)).sum()
+    probability, log_score, sigma_T = terms(sigma_min)
+    decoder = graph.denoise_probs(log_score, xt.reshape(-1), sigma_T).clamp(min=1e-300)
+    log_p = decoder.gather(1, clean.reshape(-1, 1)).log().view_as(xt).sum(1)
+    return total + float(prior) - float(probability @ log_p)
+
+
+@pytest.mark.parametrize("name", ["absorbing", "uniform", "substitution"])
+@pytest.mark.parametrize(("n", "sites"), [(3, 2), (4, 2), (3, 3)])
+def test_with_exact_scores_the_bound_is_the_likelihood_to_a_millionth(name: str, n: int, sites: int) -> None:
+    toy = brute_force.random_toy(name, n=n, sites=sites)
+    for x0 in [(0,) * sites, (2, 1, 1)[:sites]]:
+        assert exact_bound(toy, toy, x0) == pytest.approx(-math.log(toy.p0[x0]), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["absorbing", "uniform", "substitution"])
+def test_with_wrong_scores_the_average_bound_exceeds_the_entropy(name: str) -> None:
+    """The wrong scores are another distribution's exact ones, so the gap is known: at least KL(toy || other)."""
+    toy, wrong = brute_force.random_toy(name), brute_force.random_toy(name, seed=9)
+    bound = sum(float(toy.p0[x]) * exact_bound(toy, wrong, x) for x in itertools.product(range(3), repeat=2))
+    entropy = -float((toy.p0 * toy.p0.log()).sum())
+    divergence = float((toy.p0 * (toy.p0 / wrong.p0).log()).sum())
+    assert bound > entropy + divergence - 1e-6
+    assert divergence > 0.05
 
 
 def test_with_a_wrong_network_the_average_bound_exceeds_the_entropy() -> None:

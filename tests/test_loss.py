@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -44,6 +46,18 @@ def test_x0_and_time_free_is_weighted_cross_entropy() -> None:
     nats = F.cross_entropy(logits, batch.tokens, reduction="none") * (xt == 20)
     expected = (1 - noise.t_min) * (nats / t[batch.segment_ids]).sum()
     assert torch.allclose(loss_sum, expected, rtol=1e-4)
+
+
+def test_a_curriculums_loss_is_the_integral_up_to_its_cap() -> None:
+    """A zero network costs log 20 a masked residue, so the part of the integral below the cap is in proportion."""
+    graph, noise, batch = Absorbing(), LogLinearNoise(), random_batch([60] * 400)
+    score_fn = make_score_fn(lambda batch, sigma: torch.zeros(len(batch.tokens), 20), graph, "x0")
+    for cap in (0.1, 0.6, 1.0):
+        generator = torch.Generator().manual_seed(0)
+        losses = [score_entropy_loss(score_fn, batch, graph, noise, generator, cap)[0] / 24_000 for _ in range(20)]
+        mean, error = torch.stack(losses).mean(), torch.stack(losses).std() / 20**0.5
+        assert abs(mean - (cap - 1e-3) * math.log(20)) < 4 * error + 0.002 * cap
+        assert error < 0.05 * cap
 
 
 def test_context_letters_are_counted_out() -> None:

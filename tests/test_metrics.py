@@ -25,6 +25,16 @@ def test_rows_are_flat_json_and_later_attempts_win(tmp_path: Path) -> None:
     assert len(list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))) == 2
 
 
+def test_a_row_that_a_kill_cut_short_does_not_spoil_the_rest(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for left, steps in (('{"step": 1, "loss": 3.0}\n{"step": 2, "lo', {1, 3}), ('{"st', {3}), ("", {3})):
+        path.write_text(left)
+        log = MetricsLog(tmp_path, 2, tensorboard=False, wandb_project=None, wandb_name=None)
+        log.write([{"step": 3, "loss": 2.0}])
+        log.close()
+        assert set(read_metrics(path)) == steps
+
+
 def test_wandb_gets_the_rows_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")

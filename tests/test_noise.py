@@ -5,7 +5,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protlig_dd.diffusion.noise import CosineNoise, GeometricNoise, LogLinearNoise, Noise, stratified_times
+from protlig_dd.diffusion.noise import (
+    CosineNoise,
+    GeometricNoise,
+    LogLinearNoise,
+    Noise,
+    curriculum_t_max,
+    stratified_times,
+)
 
 
 def describe(value: object) -> str:
@@ -27,14 +34,14 @@ def test_dsigma_is_the_derivative_of_sigma(noise: Noise) -> None:
     t = torch.linspace(noise.t_min, 1, 101, dtype=torch.float64, requires_grad=True)
     sigma, dsigma = noise(t)
     (derivative,) = torch.autograd.grad(sigma.sum(), t)
-    assert torch.allclose(dsigma, derivative, rtol=1e-12)
+    assert torch.allclose(dsigma, derivative, rtol=1e-12, atol=0)
     assert (sigma.diff() > 0).all()
     # float32 stays within rounding of float64, at both ends
     sigma32, dsigma32 = noise(t.detach().float())
     assert sigma32.dtype == torch.float32
     again, dagain = noise(t.detach().float().double())
-    assert torch.allclose(sigma32.double(), again, rtol=1e-5)
-    assert torch.allclose(dsigma32.double(), dagain, rtol=1e-5)
+    assert torch.allclose(sigma32.double(), again, rtol=1e-5, atol=0)
+    assert torch.allclose(dsigma32.double(), dagain, rtol=1e-5, atol=0)
 
 
 def test_closed_forms() -> None:
@@ -63,6 +70,17 @@ def test_times_are_stratified(n: int, t_min: float, seed: int) -> None:
     strata = ((t.sort().values.double() - t_min) / (1 - t_min) * n + 1e-4).floor()
     assert (strata - torch.arange(n)).abs().max() <= 1  # one in each, bar rounding at the edges
     assert (t.sort().values.diff() - (1 - t_min) / n).abs().max() < 1e-5 if n > 1 else True
+
+
+@given(st.integers(1, 50), st.floats(1e-5, 0.5))
+def test_a_curriculum_grows_to_1(steps: int, t_min: float) -> None:
+    caps = [curriculum_t_max(step, steps, t_min) for step in range(2 * steps)]
+    assert caps[0] > t_min
+    assert caps == sorted(caps)
+    assert caps[steps - 1 :] == [1.0] * (steps + 1)
+    assert curriculum_t_max(0, 0, t_min) == 1.0
+    t = stratified_times(8, t_min, torch.Generator().manual_seed(0), "cpu", caps[0])
+    assert t_min * (1 - 1e-6) <= float(t.min()) <= float(t.max()) <= caps[0] * (1 + 1e-6)
 
 
 def test_times_are_uniform_over_draws() -> None:

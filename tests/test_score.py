@@ -1,12 +1,16 @@
+import math
+
+import numpy as np
 import pytest
 import torch
 
 from protlig_dd.batch import PackedBatch
-from protlig_dd.diffusion.graph import Absorbing, Graph, Uniform
+from protlig_dd.diffusion.graph import Absorbing, Graph, Uniform, make_substitution_graph
 from protlig_dd.diffusion.loss import score_entropy_loss
 from protlig_dd.diffusion.noise import LogLinearNoise
 from protlig_dd.diffusion.score import make_score_fn
 
+from . import brute_force
 from .conftest import make_model, random_batch
 
 
@@ -14,9 +18,11 @@ def zeros(batch: PackedBatch, sigma: torch.Tensor) -> torch.Tensor:
     return torch.zeros(len(batch.tokens), 20)
 
 
-@pytest.mark.parametrize(
-    ("graph", "parametrisation"), [(Absorbing(), "log_score"), (Absorbing(), "x0"), (Uniform(), "log_score")]
-)
+BLOSUM62 = make_substitution_graph("BLOSUM62")
+
+
+@pytest.mark.parametrize("graph", [Absorbing(), Uniform(), BLOSUM62], ids=["absorbing", "uniform", "blosum62"])
+@pytest.mark.parametrize("parametrisation", ["log_score", "x0"])
 def test_scores_are_float32_and_zero_at_xt(graph: Graph, parametrisation: str) -> None:
     batch = random_batch([6, 9])
     sigma = torch.tensor([0.3, 2.0])
@@ -25,7 +31,7 @@ def test_scores_are_float32_and_zero_at_xt(graph: Graph, parametrisation: str) -
         score_fn = make_score_fn(make_model(), graph, parametrisation, autocast=autocast)
         log_score = score_fn(batch.with_tokens(xt), sigma)
         assert log_score.dtype == torch.float32
-        if isinstance(graph, Uniform):
+        if not isinstance(graph, Absorbing):
             assert log_score.gather(1, xt[:, None]).abs().max() == 0
             continue
         assert log_score[xt < 20].abs().max() == 0
@@ -43,6 +49,14 @@ def test_autocast_is_active_inside_the_network_and_nowhere_else() -> None:
     assert seen["qkv"] == torch.bfloat16
     make_score_fn(model, Absorbing(), "x0")(batch, torch.ones(2))
     assert seen["qkv"] == torch.float32
+
+
+def test_logits_leave_the_network_in_full_precision() -> None:
+    model, batch = make_model(), random_batch([60, 90])
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(batch, torch.ones(2))
+    assert logits.dtype == torch.float32
+    assert (logits != logits.bfloat16().float()).any()
 
 
 def test_a_time_free_network_sees_no_sigma() -> None:
@@ -78,10 +92,55 @@ def test_a_zero_network_on_the_absorbing_graph_costs_log_20_a_residue(parametris
     assert error < 0.02
 
 
+@pytest.mark.parametrize("graph", [Uniform(), BLOSUM62], ids=["uniform", "blosum62"])
+def test_a_zero_network_elsewhere_costs_what_the_equilibrium_does(graph: Graph) -> None:
+    """Its scores are those of the stationary process, so the loss over [a, b] is the fall of KL(P(sigma) || pi)."""
+    x0 = torch.arange(20).repeat_interleave(20)
+    xt = torch.arange(20).repeat(20)
+    log_score = graph.log_score(torch.zeros(400, 20, dtype=torch.float64), xt, torch.ones(400))
+    low, high = 1e-3, 6.0
+    total = torch.zeros(20, dtype=torch.float64)
+    nodes, weights = np.polynomial.legendre.leggauss(200)
+    for node, weight in zip(nodes, weights, strict=True):
+        sigma = math.exp(math.log(low) + (math.log(high) - math.log(low)) * (node + 1) / 2)
+        if isinstance(graph, Uniform):
+            p = brute_force.transition("uniform", 20, sigma)
+        else:
+            p = torch.linalg.matrix_exp(sigma * graph.rates)
+        loss = graph.score_entropy(log_score, torch.full((400,), sigma, dtype=torch.float64), xt, x0)
+        total += weight * (math.log(high) - math.log(low)) / 2 * sigma * (p.flatten() * loss).view(20, 20).sum(1)
+    ends = [graph.prior_kl(torch.arange(20), torch.full((20,), s, dtype=torch.float64)) for s in (low, high)]
+    assert torch.allclose(total, ends[0] - ends[1], rtol=1e-6)
+    assert float(total.min()) > 1.5
+
+
+@pytest.mark.parametrize("graph", [Absorbing(), Uniform(), BLOSUM62], ids=["absorbing", "uniform", "blosum62"])
+@pytest.mark.parametrize("parametrisation", ["log_score", "x0"])
+def test_bf16_changes_the_loss_at_the_smallest_time_by_less_than_half_a_percent(
+    graph: Graph, parametrisation: str
+) -> None:
+    batch = random_batch([400] * 40)
+    model = make_model()
+    t = torch.full((40,), 1e-3)
+    sigma = LogLinearNoise(eps=math.exp(-graph.sigma_max))(t)[0]
+    sigma_T = sigma[batch.segment_ids]
+    xt = graph.sample_transition(batch.tokens, sigma_T, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        score_fn = make_score_fn(model, graph, parametrisation, autocast=torch.bfloat16)
+        loss = graph.score_entropy(score_fn(batch.with_tokens(xt), sigma), sigma_T, xt, batch.tokens).double().sum()
+        model.sigma_embedding.mlp.register_forward_pre_hook(lambda _, args: (args[0].double(),))
+        logits = model.double()(batch.with_tokens(xt), sigma)
+        to_score = graph.log_score if parametrisation == "log_score" else graph.log_score_from_x0
+        log_score = to_score(logits.double(), xt, sigma_T.double())
+        expected = graph.score_entropy(log_score, sigma_T.double(), xt, batch.tokens).sum()
+    assert float(loss) == pytest.approx(float(expected), rel=5e-3)
+    assert float(loss) != float(expected)
+
+
 @pytest.mark.parametrize(
     ("graph", "parametrisation", "time", "message"),
     [
-        (Uniform(), "x0", True, "parametrisation=x0 is for the absorbing graph"),
+        (Uniform(), "x0", False, "time_conditioning=false is valid only with"),
         (Absorbing(), "eps", True, "no parametrisation 'eps'"),
         (Absorbing(), "log_score", False, "time_conditioning=false is valid only with"),
     ],

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from Bio.Align import substitution_matrices
 from safetensors.torch import load_file
 
 from protlig_dd.data.store import SequenceStore
@@ -73,7 +74,7 @@ def test_stop_and_resume_give_the_undisturbed_runs_bits(
     run_python: Command, store: SequenceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """40 steps, and 20 + resume + 20; then a third run that is killed with SIGKILL and started again."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # threads must not change a bit either
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # they wait for one another without keeping the cores busy
     train(run_python, store, "whole", "trainer.max_steps=40")
     stopped = train(run_python, store, "halves", "trainer.max_steps=40", "trainer.stop_at_step=20")
@@ -97,11 +98,13 @@ def test_stop_and_resume_give_the_undisturbed_runs_bits(
         [sys.executable, "-m", "protlig_dd.training", *command], cwd=tmp_path, stdout=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 120
-    while not complete_checkpoints(tmp_path / "runs/killed") and time.monotonic() < deadline:
+    while not complete_checkpoints(tmp_path / "runs/killed"):
+        assert time.monotonic() < deadline
         time.sleep(0.01)
     victim.send_signal(signal.SIGKILL)
     assert victim.wait() == -signal.SIGKILL
-    train(run_python, store, "killed", "trainer.max_steps=40", "trainer.checkpoint_every=4")
+    again = train(run_python, store, "killed", "trainer.max_steps=40", "trainer.checkpoint_every=4")
+    assert "going on from runs/killed/checkpoints/step_" in again
     assert_same_bits(tmp_path / "runs/whole", tmp_path / "runs/killed")
 
 
@@ -111,7 +114,8 @@ def test_ctrl_c_is_130_and_the_run_goes_on(store: SequenceStore, tmp_path: Path,
         [sys.executable, "-m", "protlig_dd.training", *command], cwd=tmp_path, stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 120
-    while not complete_checkpoints(tmp_path / "runs/stopped") and time.monotonic() < deadline:
+    while not complete_checkpoints(tmp_path / "runs/stopped"):
+        assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
@@ -194,8 +198,20 @@ def test_another_config_or_other_data_is_not_resumed(run_python: Command, store:
     environment = tmp_path / "runs/same/environment.json"
     record = json.loads(environment.read_text())
     environment.write_text(json.dumps(record | {"data_fingerprint": "0" * 64}))
+    environment.write_text("{")
+    broken = run_python("-m", "protlig_dd.training", *overrides_for(store, "same", "trainer.max_steps=6"))
+    assert_one_line_error(broken, "runs/same/environment.json cannot be read")
+    environment.write_text(json.dumps(record | {"data_fingerprint": "0" * 64}))
     other = run_python("-m", "protlig_dd.training", *overrides_for(store, "same", "trainer.max_steps=6"))
     assert_one_line_error(other, "runs/same was started with data_fingerprint 000000")
+
+
+def test_a_run_that_failed_before_its_first_step_may_change(
+    run_python: Command, store: SequenceStore, tmp_path: Path
+) -> None:
+    large = run_python("-m", "protlig_dd.training", *overrides_for(store, "start", "data.tokens_per_pack=9000000"))
+    assert_one_line_error(large, "9000000")
+    train(run_python, store, "start", "trainer.max_steps=2")
 
 
 def test_fresh_moves_the_earlier_run_aside(run_python: Command, store: SequenceStore, tmp_path: Path) -> None:
@@ -272,18 +288,41 @@ def test_the_report_beats_the_untrained_model(run_python: Command, store: Sequen
     assert_one_line_error(wrong, "lengths=long")
 
 
-@pytest.mark.parametrize(
-    "more", [["graph=uniform", "parametrisation=log_score", "time_conditioning=true", "noise=geometric"],
-             ["parametrisation=log_score", "time_conditioning=true"]], ids=["uniform", "log_score"]
-)  # fmt: skip
+OTHERS = {
+    "uniform": ["graph=uniform", "parametrisation=log_score", "noise=geometric"],
+    "log_score": ["parametrisation=log_score", "noise.curriculum=5"],
+    "substitution": ["graph=substitution", "graph.matrix=blosum.txt", "noise=loglinear", "report.predictor=euler"],
+}
+
+
+@pytest.mark.parametrize("more", OTHERS.values(), ids=OTHERS)
 def test_the_other_processes_train_too(
     run_python: Command, store: SequenceStore, tmp_path: Path, more: list[str]
 ) -> None:
-    train(run_python, store, "other", "trainer.max_steps=10", "report.samples=2", "report.steps=8", *more)
+    matrix = tmp_path / "blosum.txt"
+    scores = substitution_matrices.load("BLOSUM62")
+    matrix.write_text(scores.format("%4d"))
+    more = [*more, "trainer.max_steps=10", "report.samples=2", "report.steps=8", "time_conditioning=true"]
+    train(run_python, store, "other", *more, "trainer.stop_at_step=5")
+    assert "going on from" in train(run_python, store, "other", *more)
     report = json.loads((tmp_path / "runs/other/report.json").read_text())
     assert report["estimator"] == "integral"
     assert 1.5 < report["nll"] < 6
     assert len(report["shown"]) == 2
+    if "graph=substitution" in more:
+        matrix.write_text(scores.format("%4d").replace(" 11 ", " 12 "))
+        changed = run_python("-m", "protlig_dd.training", *overrides_for(store, "other", *more))
+        assert_one_line_error(changed, "runs/other was started with another config (graph.rates: ")
+        assert len(changed.stderr) < 500
+        matrix.unlink()  # the rates went with the run
+        steered = ["n=2", "steps=4", "lengths=50", "temperature=0.8", "log_bias={C:-inf,W:1}"]
+        process = run_python("-m", "protlig_dd.sample", "from=runs/other", "output=s.fasta", *steered)
+        assert process.returncode == 0, process.stderr
+        lines = (tmp_path / "s.fasta").read_text().splitlines()
+        assert [len(line) for line in lines[1::2]] == [50, 50]
+        assert "C" not in "".join(lines[1::2])
+        wrong = run_python("-m", "protlig_dd.sample", "from=runs/other", "output=t.fasta", "log_bias={Z:1}")
+        assert_one_line_error(wrong, "log_bias: 'Z'")
 
 
 def test_the_flags_are_the_same_code(run_python: Command, store: SequenceStore, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ budget. With lengths 5, 6, 4, 1 in shuffled order and a budget of 12 tokens the 
 
 Every epoch has the same number of packs, floor(tokens / budget), so pack g of the whole run lies in epoch
 g // packs_per_epoch: a run starts at any step at the cost of planning one epoch. Packs are never perfectly full, so
-an epoch's shuffle always yields at least that many; the sequences left over (another few each epoch) are its tail.
+an epoch's shuffle always yields at least that many; the sequences left over (others each epoch) are its tail.
 
     rank r of R reads packs  step * packs_per_step + r, + R, + 2 R, ...
 """

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float64, Int64
+from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from protlig_dd.batch import PackedBatch
@@ -90,7 +90,9 @@ def nll_bound(
         total_n = total_n + sum_by_sequence(graph.prior_kl(batch.tokens, sigma_T), batch)
     return NLLBound(
         nats=total_n.cpu(),
-        standard_error=(nats.std(0) / draws**0.5).cpu(),  # one draw: NaN
+        standard_error=(nats.std(0, correction=1 if draws > 1 else 0) / draws**0.5)
+        .cpu()
+        .masked_fill(torch.tensor(draws == 1), torch.nan),
         residues=sum_by_sequence((batch.tokens < graph.n_states).float(), batch).long().cpu(),
         estimator=estimator,
         draws=draws,
@@ -135,26 +137,13 @@ def _exact_count_draw(
     residue_T = batch.tokens < graph.n_states
     length_n = sum_by_sequence(residue_T.float(), batch).clamp(min=1)
     count_n = (u_n.to(length_n) * length_n).floor() + 1  # uniform on 1..L
-    masked_T = _random_subset(residue_T, count_n, batch, generator)
+    masked_T = batch.random_subset(residue_T, count_n, uniform_draws(len(residue_T), generator))
     share_n = (count_n / length_n).float().to(batch.tokens.device)
     last_sigma = noise(torch.ones(1, device=share_n.device))[0]
     sigma = torch.minimum(-torch.log1p(-share_n), last_sigma)  # k = L would be infinite
     log_score = score_fn(batch.with_tokens(torch.where(masked_T, graph.mask, batch.tokens)), sigma)
     nats_T = torch.where(masked_T, -pick(F.log_softmax(log_score, -1), batch.tokens), 0.0)
     return length_n / count_n * sum_by_sequence(nats_T, batch)
-
-
-def _random_subset(
-    residue_T: Bool[Tensor, " total"], count_n: Float64[Tensor, " n"], batch: PackedBatch, generator: torch.Generator
-) -> Bool[Tensor, " total"]:
-    """A uniform subset of count_n residues in each sequence."""
-    where = generator.device
-    segment = batch.segment_ids.to(where)
-    # sorted by sequence, then residues before context, then at random: a token's place is its random rank
-    key = 2 * segment + torch.where(residue_T.to(where), uniform_draws(len(segment), generator), 1.5)
-    rank = torch.empty_like(segment)
-    rank[key.argsort()] = batch.positions.to(where)
-    return (rank < count_n.to(where)[segment]).to(residue_T.device) & residue_T
 
 
 def sum_by_sequence(values_T: Tensor, batch: PackedBatch) -> Float64[Tensor, " n"]:

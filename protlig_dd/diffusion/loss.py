@@ -11,16 +11,22 @@ from protlig_dd.diffusion.score import ScoreFn
 
 
 def score_entropy_loss(
-    score_fn: ScoreFn, batch: PackedBatch, graph: Graph, noise: Noise, generator: torch.Generator
+    score_fn: ScoreFn,
+    batch: PackedBatch,
+    graph: Graph,
+    noise: Noise,
+    generator: torch.Generator,
+    t_max: float = 1.0,
 ) -> tuple[Float32[Tensor, ""], int | Tensor]:
     """Monte-Carlo estimate of the pack's loss: one stratified time for each sequence, one corruption.
 
-        sum over residues of (1 - t_min) dsigma(t) sum_{y != x_t} Q[y, x_t] (s_y - r_y log s_y + K(r_y))
+        sum over residues of (t_max - t_min) dsigma(t) sum_{y != x_t} Q[y, x_t] (s_y - r_y log s_y + K(r_y))
 
-    Its mean over draws is the likelihood bound's integral over [t_min, 1] (arXiv 2310.16834, eq. 13).
+    Its mean over draws is the likelihood bound's integral over [t_min, t_max] (arXiv 2310.16834, eq. 13).
 
     Args:
         batch: clean sequences x0.
+        t_max: 1 but for a curriculum, whose loss is the part of the integral below its cap.
         generator: all of the draw's randomness; on the batch's device (on the CPU for MPS).
 
     Returns:
@@ -28,11 +34,11 @@ def score_entropy_loss(
         n_residues: how many residues it is summed over (context letters are not counted); on the batch's device.
     """
     x0 = batch.tokens
-    t = stratified_times(len(batch.lengths), noise.t_min, generator, x0.device)
+    t = stratified_times(len(batch.lengths), noise.t_min, generator, x0.device, t_max)
     sigma, dsigma = noise(t)
     sigma_T = sigma.index_select(0, batch.segment_ids)
     dsigma_T = dsigma.index_select(0, batch.segment_ids)
     xt = graph.sample_transition(x0, sigma_T, generator)
     log_score = score_fn(batch.with_tokens(xt), sigma)
-    loss_T = (1 - noise.t_min) * dsigma_T * graph.score_entropy(log_score, sigma_T, xt, x0)
+    loss_T = (t_max - noise.t_min) * dsigma_T * graph.score_entropy(log_score, sigma_T, xt, x0)
     return loss_T.sum(), (x0 < graph.n_states).sum()

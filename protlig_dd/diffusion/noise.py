@@ -5,6 +5,7 @@ sampling use one range.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
@@ -29,10 +30,10 @@ class LogLinearNoise:
 class CosineNoise:
     """1 - exp(-sigma(t)) = (1 - eps) (1 - cos(pi t / 2)): slow near t = 0, where a moved residue weighs most.
 
-    The cosine masking schedule of MaskGIT (arXiv 2202.04200), with a floor eps. For the absorbing graph the loss
-    weight of a masked residue is m' / m with m = 1 - exp(-sigma), and its second moment, the integral of m'^2 / m,
-    is 4.04 over [0, 1]; no schedule is below 4 (m = t^2, by Cauchy-Schwarz on sqrt(m)'), and the log-linear one
-    has log(1 / t_min) = 6.9 over [t_min, 1].
+    exp(-sigma) falls as a cosine. (MaskGIT's schedule, arXiv 2202.04200, is its mirror image: there the masked share
+    rises as a sine.) For the absorbing graph the loss weight of a masked residue is m' / m with m = 1 - exp(-sigma);
+    its second moment, the integral of m'^2 / m, is 4.04 for eps -> 0, where no schedule is below 4 (m = t^2, by
+    Cauchy-Schwarz on sqrt(m)') and the log-linear one has log(1 / t_min) = 6.9.
     """
 
     def __init__(self, eps: float = 1e-3, t_min: float = 1e-3) -> None:
@@ -65,17 +66,26 @@ class GeometricNoise:
 
 Noise = LogLinearNoise | CosineNoise | GeometricNoise
 
-NOISES: dict[str, type[Noise]] = {"loglinear": LogLinearNoise, "cosine": CosineNoise, "geometric": GeometricNoise}
+NOISES: dict[str, Callable[..., Noise]] = {
+    "loglinear": LogLinearNoise,
+    "cosine": CosineNoise,
+    "geometric": GeometricNoise,
+}
 
 
 def stratified_times(
-    n: int, t_min: float, generator: torch.Generator, device: torch.device | str
+    n: int, t_min: float, generator: torch.Generator, device: torch.device | str, t_max: float = 1.0
 ) -> Float[Tensor, " {n}"]:
-    """(n,) times on [t_min, 1], one in each of n equal strata, in random order: t_i = (u + i) / n, shuffled."""
+    """(n,) times on [t_min, t_max], one in each of n equal strata, in random order: t_i = (u + i) / n, shuffled."""
     where = generator.device
     u = torch.rand((), generator=generator, device=where)
     strata = torch.randperm(n, generator=generator, device=where)
-    return (t_min + (1 - t_min) * (u + strata) / n).to(device)
+    return (t_min + (t_max - t_min) * (u + strata) / n).clamp(max=t_max).to(device)
+
+
+def curriculum_t_max(step: int, steps: int, t_min: float) -> float:
+    """The cap on t at a training step (from 0): grows linearly from t_min, and is 1 from step `steps` - 1 on."""
+    return 1.0 if step + 1 >= steps else t_min + (1 - t_min) * (step + 1) / steps
 
 
 def check_eps(eps: float) -> None:

@@ -26,8 +26,8 @@ def make_score_fn(
     """Wrap a network (batch, sigma) -> logits as a score function.
 
     Args:
-        parametrisation: `log_score`, SEDD's; or `x0`, a softmax over amino acids turned into scores by the graph's
-            exact posterior.
+        parametrisation: `log_score`, SEDD's; or `x0`: the network's softmax q is the distribution of x0 at a token
+            given all the others, and the graph turns it into scores exactly, s_y = (q P)_y / (q P)_x.
         time_conditioning: False shows the network sigma = 0 always; valid where the posterior of x0 does not depend
             on the time (absorbing with x0).
         autocast: dtype the network computes in; None for that of its weights. Its logits leave as float32, and
@@ -43,18 +43,21 @@ def make_score_fn(
         with torch.autocast(sigma.device.type, dtype=autocast, enabled=autocast is not None):
             logits = model(batch, shown)
         sigma_T = sigma.index_select(0, batch.segment_ids)
-        if parametrisation == "x0" and isinstance(graph, Absorbing):
+        if parametrisation == "x0":
             return graph.log_score_from_x0(logits.float(), batch.tokens, sigma_T)
         return graph.log_score(logits.float(), batch.tokens, sigma_T)
 
     return score_fn
 
 
+def is_time_free(graph: Graph, parametrisation: str) -> bool:
+    """Whether the best network is the same at every noise level: what is not masked is then clean."""
+    return isinstance(graph, Absorbing) and parametrisation == "x0"
+
+
 def check_parametrisation(graph: Graph, parametrisation: str, time_conditioning: bool) -> None:
     """Raise unless this graph can be used with this parametrisation."""
     if parametrisation not in PARAMETRISATIONS:
         raise ValueError(f"no parametrisation {parametrisation!r}; there are {', '.join(PARAMETRISATIONS)}")
-    if parametrisation == "x0" and not isinstance(graph, Absorbing):
-        raise ValueError("parametrisation=x0 is for the absorbing graph; use log_score with the others")
-    if not time_conditioning and parametrisation != "x0":
+    if not time_conditioning and not is_time_free(graph, parametrisation):
         raise ValueError("time_conditioning=false is valid only with graph=absorbing and parametrisation=x0")

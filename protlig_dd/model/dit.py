@@ -144,7 +144,9 @@ class Head(nn.Module):
         self, x_TH: Float[Tensor, "total hidden"], cond_nC: Float[Tensor, "n cond_dim"], batch: PackedBatch
     ) -> Float[Tensor, "total 20"]:
         shift, scale = per_token(self.adaln(cond_nC), batch, 2)
-        return self.out(modulate(self.norm(x_TH), shift, scale))
+        x_TH = modulate(self.norm(x_TH), shift, scale)
+        with torch.autocast(x_TH.device.type, enabled=False):  # logits in full precision, or their exp() is off by 0.2%
+            return self.out(x_TH.to(self.out.weight.dtype))
 
 
 def per_token(

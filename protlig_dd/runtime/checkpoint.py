@@ -75,6 +75,12 @@ def save_checkpoint(
     return final
 
 
+def remove_unfinished(run_folder: Path) -> None:
+    """Delete the temporary folders of checkpoints whose writing was killed."""
+    for folder in (run_folder / "checkpoints").glob(".step_*"):
+        shutil.rmtree(folder)
+
+
 def _remove(checkpoint: Path) -> None:
     """Unmark, then delete: a kill in between must not leave a checkpoint that says it is complete."""
     (checkpoint / COMPLETE).unlink(missing_ok=True)

@@ -66,7 +66,8 @@ def one_line(error: BaseException | None, schema: type) -> str:
         text = text.strip().splitlines()[-1]
     text = " ".join(text.split())
     if (misspelt := re.search(r"Could not override '([^']+)'", text)) is not None:
-        return "error: " + unknown_key(misspelt.group(1), known_keys(schema))
+        groups = [folder.name for folder in config_folder().iterdir() if folder.is_dir()]
+        return "error: " + unknown_key(misspelt.group(1), [*known_keys(schema), *groups])
     if not isinstance(error, ValueError) and not type(error).__module__.startswith(("hydra", "omegaconf")):
         text = f"{type(error).__name__}: {text}"  # not one of ours: the type says more than the text
     return f"error: {text}"

@@ -8,7 +8,8 @@ path: a config that comes with a checkpoint cannot run code.
 import difflib
 import inspect
 import keyword
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -18,6 +19,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 
 from protlig_dd.diffusion.graph import GRAPHS, Graph
 from protlig_dd.diffusion.noise import NOISES, Noise
+from protlig_dd.diffusion.rates import substitution_rates
 from protlig_dd.model.dit import DiT
 
 T = TypeVar("T")
@@ -128,6 +130,9 @@ class SampleConfig:
     lengths: str
     steps: int
     predictor: str
+    temperature: float
+    top_p: float
+    log_bias: dict[str, float]
     seed: int
     device: str
     precision: str
@@ -168,6 +173,9 @@ RESUMABLE = frozenset(
 )
 
 
+COMPONENTS: dict[str, Mapping[str, Callable[..., Any]]] = {"graph": GRAPHS, "noise": NOISES}
+
+
 def config_folder() -> Path:
     """The shipped configs: inside an installed package, or beside the package in a checkout."""
     package = Path(__file__).resolve().parents[1]
@@ -201,13 +209,19 @@ def known_keys(schema: type, prefix: str = "") -> list[str]:
     keys: list[str] = []
     for name, kind in get_type_hints(schema).items():
         key = prefix + name.removesuffix("_")
-        keys += known_keys(kind, f"{key}.") if isinstance(kind, type) and is_dataclass(kind) else [key]
+        if isinstance(kind, type) and is_dataclass(kind):
+            keys += known_keys(kind, f"{key}.")
+        elif key in COMPONENTS:
+            options = {option for make in COMPONENTS[key].values() for option in inspect.signature(make).parameters}
+            keys += [f"{key}.{option}" for option in sorted(options | {"name"})]
+        else:
+            keys.append(key)
     return keys
 
 
 def unknown_key(key: str, known: list[str]) -> str:
     """One line that names the key and the nearest known one."""
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+    near = difflib.get_close_matches(key, known, n=1)
     return f"unknown config key {key!r}; did you mean {near[0]!r}?" if near else f"unknown config key {key!r}"
 
 
@@ -227,16 +241,33 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     old_flat, new_flat = flatten(old), flatten(new)
     keys = [key for key in sorted(old_flat | new_flat) if key not in RESUMABLE]
     return [
-        f"{key}: {old_flat.get(key)} -> {new_flat.get(key)}" for key in keys if old_flat.get(key) != new_flat.get(key)
+        f"{key}: {shorten(str(old_flat.get(key)))} -> {shorten(str(new_flat.get(key)))}"
+        for key in keys
+        if old_flat.get(key) != new_flat.get(key)
     ]
+
+
+def shorten(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def build_graph(spec: Mapping[str, Any]) -> Graph:
     return build("graph", GRAPHS, spec)
 
 
-def build_noise(spec: Mapping[str, Any]) -> Noise:
-    return build("noise", NOISES, spec)
+def build_noise(spec: Mapping[str, Any], graph: Graph) -> Noise:
+    """The schedule of a config; an end that is left open (null) is the graph's own sigma_max."""
+    ends = {"eps": math.exp(-graph.sigma_max), "sigma_max": graph.sigma_max}
+    options = {key: ends[key] if value is None and key in ends else value for key, value in spec.items()}
+    return build("noise", NOISES, {key: value for key, value in options.items() if key != "curriculum"})
+
+
+def graph_with_rates(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The graph's config with the rates of a matrix file written into it, so that a run needs the file no more."""
+    spec = dict(spec)
+    if isinstance(spec.get("matrix"), str) and spec.get("rates") is None and Path(spec["matrix"]).is_file():
+        spec["rates"] = substitution_rates(spec["matrix"], spec.get("kind", "log_odds"), spec.get("scale")).tolist()
+    return spec
 
 
 def build_model(config: ModelConfig, attention_backend: str) -> DiT:
@@ -251,7 +282,7 @@ def build_model(config: ModelConfig, attention_backend: str) -> DiT:
     )
 
 
-def build(kind: str, registry: Mapping[str, type[T]], spec: Mapping[str, Any]) -> T:
+def build(kind: str, registry: Mapping[str, Callable[..., T]], spec: Mapping[str, Any]) -> T:
     """Look `spec["name"]` up in a registry and construct it with the other keys.
 
     Raises:

@@ -29,6 +29,16 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+def drop_partial_line(path: Path) -> None:
+    """Cut what a killed writer left behind the last newline of a JSON-lines file, so that appending is safe."""
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        content = file.read()
+        if not content.endswith(b"\n"):
+            file.truncate(content.rfind(b"\n") + 1)
+
+
 def free_name(path: Path) -> Path:
     """`path` with the first of .1, .2, ... behind it that does not exist."""
     number = 1

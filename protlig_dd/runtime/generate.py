@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from protlig_dd.diffusion.graph import Graph
 from protlig_dd.diffusion.noise import Noise
@@ -27,18 +28,26 @@ def generate(
     seed: int,
     device: torch.device,
     description: str,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    log_bias: Tensor | None = None,
+    time_free: bool = False,
 ) -> tuple[list[np.ndarray], Counter[str]]:
-    """Sample sequences of these lengths, a pack at a time; pack i draws from (seed, "sample", i).
+    """Sample sequences of these lengths, a pack at a time; sequence i draws from (seed, "sample", i), on the CPU.
+
+    Args:
+        log_bias: (20,) nats added to the log-score of each amino acid everywhere.
 
     Returns:
-        uint8 arrays of amino-acid ids in the order of `lengths`, and the sampler's counts (draws, clamped).
+        uint8 arrays of amino-acid ids in the order of `lengths`, and the sampler's counts.
     """
     packs = split_lengths(lengths, tokens_per_pack)
     samples: list[np.ndarray] = []
     counts: Counter[str] = Counter()
     with ProgressBar(description, len(packs) * (steps + 1)) as bar:
-        for i, pack in enumerate(packs):
-            generator = keyed_generator(seed, "sample", i, device)
+        for pack in packs:
+            first = len(samples)
+            generators = [keyed_generator(seed, "sample", first + i, torch.device("cpu")) for i in range(len(pack))]
             samples += sample(
                 score_fn,
                 graph,
@@ -46,7 +55,11 @@ def generate(
                 pack,
                 steps,
                 predictor,
-                generator,
+                generators,
+                temperature=temperature,
+                top_p=top_p,
+                log_bias=log_bias,
+                time_free=time_free,
                 device=device,
                 on_step=bar.advance,
                 counts=counts,

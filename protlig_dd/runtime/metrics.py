@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from protlig_dd.runtime.distributed import Processes
-from protlig_dd.runtime.files import write_atomic
+from protlig_dd.runtime.files import drop_partial_line, write_atomic
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -36,6 +36,7 @@ class MetricsLog:
     ) -> None:
         wandb = import_wandb() if wandb_project else None
         self.attempt = attempt
+        drop_partial_line(folder / "metrics.jsonl")
         self.file = (folder / "metrics.jsonl").open("a")
         self.tensorboard: Any = None
         self.wandb: Any = None

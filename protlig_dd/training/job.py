@@ -52,7 +52,8 @@ def train(
     processes: Processes,
 ) -> None:
     """Train `config` on `store` from `checkpoint` (or from nothing) and report once the last step is reached."""
-    graph, noise = build_graph(config.graph), build_noise(config.noise)
+    graph = build_graph(config.graph)
+    noise = build_noise(config.noise, graph)
     data, optim, control = config.data, config.optim, config.trainer
     sizes = {"max_len": data.max_len, "tokens_per_pack": data.tokens_per_pack}
     dataset = PackDataset(store, store.split("train"), seed=config.seed, **sizes)
@@ -98,6 +99,7 @@ def train(
         min_lr_ratio=optim.min_lr_ratio,
         grad_clip=optim.grad_clip,
         ema_decay=optim.ema_decay,
+        curriculum_steps=config.noise.get("curriculum", 0),
     )
     first_step = 0
     if checkpoint is not None:
@@ -115,6 +117,8 @@ def train(
         f"tokens = {max_steps * optim.packs_per_step / dataset.packs_per_epoch:.2f} epochs",
         processes,
     )
+    if device.type == "cuda" and processes.world_size == 1 and torch.cuda.device_count() > 1:
+        announce(f"one of {torch.cuda.device_count()} GPUs is used: torchrun starts a process on each", processes)
     if device.type == "cpu" and parameters > SLOW_ON_CPU:
         announce("this model is slow on a CPU: experiment=demo and model=tiny are sized for one", processes)
 
@@ -163,7 +167,10 @@ def train(
     if metrics is not None:
         metrics.close()
     if last_step < max_steps:
-        announce(f"stopped at step {last_step} of {max_steps}; without trainer.stop_at_step it goes on", processes)
+        announce(
+            f"stopped at step {max(first_step, last_step)} of {max_steps}; without trainer.stop_at_step it goes on",
+            processes,
+        )
         return
     with trainer.averaged():
         held = bound(
@@ -230,6 +237,7 @@ def sample_report(
         tokens_per_pack=config.data.tokens_per_pack,
         seed=config.seed,
         device=device,
+        time_free=not config.time_conditioning,
     )
     samples, counts = draw(score_fn, description="sampling")
     file = run_folder / "samples" / f"step_{step:08d}.fasta"

@@ -13,8 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from protlig_dd.data.build import bundled_store
 from protlig_dd.data.store import SequenceStore
 from protlig_dd.model.attention import resolve_attention_backend
-from protlig_dd.runtime.checkpoint import complete_checkpoints
-from protlig_dd.runtime.config import TrainConfig, changed_keys, read_config
+from protlig_dd.runtime.checkpoint import complete_checkpoints, remove_unfinished
+from protlig_dd.runtime.config import TrainConfig, changed_keys, graph_with_rates, read_config
 from protlig_dd.runtime.distributed import (
     Processes,
     from_first,
@@ -59,12 +59,17 @@ def run(cfg: DictConfig) -> None:
     """
     config = read_config(cfg, TrainConfig)
     check_train_config(config)
+    config.graph = graph_with_rates(config.graph)
     processes = processes_from_environment()
     if config.optim.packs_per_step % processes.world_size:
         raise ValueError(
             f"optim.packs_per_step={config.optim.packs_per_step} is not divisible by {processes.world_size} processes"
         )
     device = resolve_device(config.trainer.device, processes.local_rank)
+    if processes.world_size > 1 and device.type == "cuda" and config.trainer.device not in ("auto", "cuda"):
+        raise ValueError(
+            f"trainer.device={config.trainer.device} with {processes.world_size} processes: use auto or cuda"
+        )
     precision = resolve_precision(config.trainer.precision, device)
     head_dim = config.model.hidden_size // config.model.n_heads
     backend = resolve_attention_backend(config.model.attention_backend, device, precision, head_dim)
@@ -125,12 +130,12 @@ def open_run_folder(path: Path, config: TrainConfig, resolved: Resolved, process
     """
     folder = None
     if processes.first:
-        started = (path / "config.yaml").is_file()
-        if started and config.run.fresh:
+        if (path / "config.yaml").is_file() and config.run.fresh:
             aside = free_name(path)
             path.replace(aside)
             console.print(f"the earlier {path} is now {aside}")
-            started = False
+        started = has_steps(path)
+        remove_unfinished(path)
         if started and config.run.resume == "never":
             raise ValueError(f"{path} exists and run.resume=never; use another run.name, or run.fresh=true")
         attempt = check_same_run(path, config, resolved) + 1 if started else 1
@@ -143,6 +148,12 @@ def open_run_folder(path: Path, config: TrainConfig, resolved: Resolved, process
         folder = RunFolder(path, attempt, checkpoint)
     opened: RunFolder = from_first(folder)
     return opened
+
+
+def has_steps(path: Path) -> bool:
+    """Whether a run has got beyond its start: one that failed there may be started again with another config."""
+    metrics = path / "metrics.jsonl"
+    return (metrics.is_file() and metrics.stat().st_size > 0) or bool(complete_checkpoints(path))
 
 
 def check_same_run(path: Path, config: TrainConfig, resolved: Resolved) -> int:
@@ -158,7 +169,10 @@ def check_same_run(path: Path, config: TrainConfig, resolved: Resolved) -> int:
     )
     if changed:
         raise ValueError(f"{path} was started with another config ({'; '.join(changed)}); {remedy}")
-    earlier = json.loads((path / "environment.json").read_text())
+    try:
+        earlier = json.loads((path / "environment.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path / 'environment.json'} cannot be read ({error}); {remedy}") from error
     for key in ("precision", "data_fingerprint"):
         if earlier[key] != getattr(resolved, key):
             raise ValueError(f"{path} was started with {key} {earlier[key]}, now {getattr(resolved, key)}; {remedy}")

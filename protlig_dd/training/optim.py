@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+OPTIMIZERS = ("adamw",)
+
 
 def make_optimizer(
     name: str,
@@ -22,10 +24,10 @@ def make_optimizer(
     to freeze the weights at the first non-finite loss without waiting for the device.
 
     Raises:
-        ValueError: another name than adamw.
+        ValueError: a name that is not in OPTIMIZERS.
     """
-    if name != "adamw":
-        raise ValueError(f"optim.name={name}: there is adamw")
+    if name not in OPTIMIZERS:
+        raise ValueError(f"optim.name={name}; there are {', '.join(OPTIMIZERS)}")
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for parameter_name, parameter in model.named_parameters():

@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from protlig_dd.runtime.cli import run_verb, say
 from protlig_dd.runtime.config import TrainConfig, config_folder
@@ -47,8 +48,15 @@ def main() -> None:
     run_verb(run, config.stem, TrainConfig)
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors look like all the others."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(message)
+
+
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m protlig_dd.training.run_train_uniref50_optimized",
         description="Train a protein language model by score-entropy discrete diffusion.",
     )
@@ -77,7 +85,7 @@ def quoted(text: str) -> str:
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
-def fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
     say(f"error: {message}")
     sys.exit(1)
 

@@ -18,11 +18,12 @@ from protlig_dd.batch import PackedBatch
 from protlig_dd.data.loader import PackDataset, RankPacks, pack_loader
 from protlig_dd.diffusion.graph import Graph
 from protlig_dd.diffusion.loss import score_entropy_loss
-from protlig_dd.diffusion.noise import Noise
+from protlig_dd.diffusion.noise import Noise, curriculum_t_max
 from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.model.dit import DiT
 from protlig_dd.runtime.checkpoint import load_optimizer, load_weights, save_checkpoint
 from protlig_dd.runtime.distributed import Processes, all_reduce_sum, from_first, gather_objects
+from protlig_dd.runtime.files import drop_partial_line
 from protlig_dd.runtime.metrics import MetricsLog, ProgressBar, Row, console
 from protlig_dd.runtime.random import keyed_generator, random_key
 from protlig_dd.tokenizer import N_STATES
@@ -60,10 +61,12 @@ class Trainer:
         min_lr_ratio: float,
         grad_clip: float,
         ema_decay: float,
+        curriculum_steps: int,
     ) -> None:
         self.model, self.graph, self.noise, self.optimizer, self.dataset = model, graph, noise, optimizer, dataset
         self.device, self.processes, self.seed = device, processes, seed
         self.packs_per_step, self.grad_clip, self.max_steps = packs_per_step, grad_clip, max_steps
+        self.t_max = partial(curriculum_t_max, steps=curriculum_steps, t_min=noise.t_min)
         self.learning_rate = partial(
             learning_rate, lr=lr, warmup_steps=warmup_steps, max_steps=max_steps, min_lr_ratio=min_lr_ratio
         )
@@ -88,11 +91,11 @@ class Trainer:
             generator = keyed_generator(self.seed, "noise", index, self.device)
             with self.accumulate(last=pack == mine[-1]):
                 loss_sum, _ = score_entropy_loss(
-                    self.score_fn, batch.to(self.device), self.graph, self.noise, generator
+                    self.score_fn, batch.to(self.device), self.graph, self.noise, generator, self.t_max(step)
                 )
                 # DDP averages over ranks; the objective is the sum over all packs / residues of all packs
-                (loss_sum * world_size / residues).backward()
-            pack_loss[pack] = loss_sum.detach() / residues
+                (loss_sum * world_size / max(residues, 1)).backward()
+            pack_loss[pack] = loss_sum.detach() / max(residues, 1)
         all_reduce_sum(pack_loss)
         grad_norm = clip_grad_norm_(self.model.parameters(), self.grad_clip, error_if_nonfinite=False)
         self.frozen.copy_(torch.maximum(self.frozen, (~torch.isfinite(pack_loss.sum() + grad_norm)).float()))
@@ -161,6 +164,8 @@ def fit(
     sampler = RankPacks(first_step, last_step, trainer.packs_per_step, processes.rank, processes.world_size)
     packs = iter(pack_loader(trainer.dataset, sampler, workers, pin_memory=device.type == "cuda"))
     pending: list[dict[str, Any]] = []
+    if rows_file is not None and processes.first:
+        drop_partial_line(rows_file)
     since = time.perf_counter()
     trainer.model.train()
     with ProgressBar("training", trainer.max_steps, first_step, shown=processes.first) as bar:
@@ -231,6 +236,9 @@ def raise_non_finite(trainer: Trainer, pending: list[dict[str, Any]]) -> None:
             f"non-finite {what} in step {record['step']}, pack {', '.join(str(p) for p in bad) or 'unknown'} "
             f"of {trainer.packs_per_step}; sequences {', '.join(ids)}; the weights are those before that step"
         )
+    raise NonFiniteLossError(
+        f"loss and gradient overflowed between steps {pending[0]['step']} and {pending[-1]['step']}"
+    )
 
 
 def write_rows(path: Path, pending: list[dict[str, Any]], processes: Processes) -> None:

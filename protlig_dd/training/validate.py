@@ -4,10 +4,11 @@ from pathlib import Path
 
 from protlig_dd.data.loader import check_pack_sizes
 from protlig_dd.data.store import SPLITS
-from protlig_dd.diffusion.sampling import PREDICTORS
+from protlig_dd.diffusion.sampling import check_sampler
 from protlig_dd.diffusion.score import check_parametrisation
 from protlig_dd.model.dit import check_dimensions
 from protlig_dd.runtime.config import TrainConfig, build_graph, build_noise
+from protlig_dd.training.optim import OPTIMIZERS
 
 
 def check_train_config(config: TrainConfig) -> None:
@@ -15,8 +16,10 @@ def check_train_config(config: TrainConfig) -> None:
     model, optim, trainer = config.model, config.optim, config.trainer
     check_dimensions(model.hidden_size, model.n_heads, model.n_blocks, model.cond_dim, model.dropout)
     check_pack_sizes(config.data.max_len, config.data.tokens_per_pack)
-    check_parametrisation(build_graph(config.graph), config.parametrisation, config.time_conditioning)
-    build_noise(config.noise)
+    graph = build_graph(config.graph)
+    build_noise(config.noise, graph)
+    check_parametrisation(graph, config.parametrisation, config.time_conditioning)
+    check_sampler(graph, config.report.predictor)
     if (trainer.max_steps is None) == (trainer.epochs is None):
         raise ValueError(f"give one of trainer.max_steps={trainer.max_steps} and trainer.epochs={trainer.epochs}")
     for key, value, least in (
@@ -25,7 +28,6 @@ def check_train_config(config: TrainConfig) -> None:
         ("optim.packs_per_step", optim.packs_per_step, 1),
         ("optim.warmup_steps", optim.warmup_steps, 0),
         ("trainer.max_steps", trainer.max_steps, 1),
-        ("trainer.epochs", trainer.epochs, 0),
         ("trainer.stop_at_step", trainer.stop_at_step, 1),
         ("trainer.log_every", trainer.log_every, 1),
         ("trainer.eval_every", trainer.eval_every, 0),
@@ -33,6 +35,7 @@ def check_train_config(config: TrainConfig) -> None:
         ("trainer.eval_max_sequences", trainer.eval_max_sequences, 2),
         ("trainer.checkpoint_every", trainer.checkpoint_every, 1),
         ("trainer.keep_last", trainer.keep_last, 1),
+        ("noise.curriculum", config.noise.get("curriculum", 0), 0),
         ("report.max_sequences", config.report.max_sequences, 2),
         ("report.draws", config.report.draws, 1),
         ("report.samples", config.report.samples, 0),
@@ -40,6 +43,14 @@ def check_train_config(config: TrainConfig) -> None:
     ):
         if value is not None and value < least:
             raise ValueError(f"{key} must be at least {least}, got {value}")
+    if trainer.epochs is not None and not trainer.epochs > 0:
+        raise ValueError(f"trainer.epochs must be above 0, got {trainer.epochs}")
+    if optim.name not in OPTIMIZERS:
+        raise ValueError(f"optim.name={optim.name}; there are {', '.join(OPTIMIZERS)}")
+    if not 0 <= optim.min_lr_ratio <= 1:
+        raise ValueError(f"optim.min_lr_ratio must lie in [0, 1], got {optim.min_lr_ratio}")
+    if not optim.weight_decay >= 0:
+        raise ValueError(f"optim.weight_decay must be at least 0, got {optim.weight_decay}")
     for key, number in (("optim.lr", optim.lr), ("optim.grad_clip", optim.grad_clip), ("optim.eps", optim.eps)):
         if not number > 0:
             raise ValueError(f"{key} must be above 0, got {number}")
@@ -51,7 +62,5 @@ def check_train_config(config: TrainConfig) -> None:
         raise ValueError(f"run.resume={config.run.resume}; there are auto, never")
     if config.report.split not in SPLITS:
         raise ValueError(f"report.split={config.report.split}; there are {', '.join(SPLITS)}")
-    if config.report.predictor not in PREDICTORS:
-        raise ValueError(f"report.predictor={config.report.predictor}; there are {', '.join(PREDICTORS)}")
     if config.run.name != Path(config.run.name).name or config.run.name in ("", ".", ".."):
         raise ValueError(f"run.name={config.run.name!r} must be a plain folder name")

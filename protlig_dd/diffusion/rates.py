@@ -1,0 +1,86 @@
+"""Rate matrices over the 20 amino acids from substitution matrices: what the substitution graph diffuses by."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+from Bio.Align import substitution_matrices
+
+from protlig_dd.tokenizer import AMINO_ACIDS
+
+KINDS = ("log_odds", "rates")
+
+# Background frequencies: composition in percent of UniProtKB/Swiss-Prot, from the statistics of its releases of 2023
+# (https://web.expasy.org/docs/relnotes/relstat.html), in the order of AMINO_ACIDS.
+SWISS_PROT = np.array(
+    [8.25, 1.38, 5.46, 6.71, 3.86, 7.07, 2.27, 5.91, 5.80, 9.64, 2.41, 4.06, 4.74, 3.93, 5.52, 6.65, 5.36, 6.86, 1.10,
+     2.92]
+)  # fmt: skip
+
+
+def substitution_rates(matrix: str, kind: str = "log_odds", scale: float | None = None) -> np.ndarray:
+    """Rates Q[i, j] (i -> j) of a substitution matrix.
+
+    Log-odds scores S and background frequencies f (Swiss-Prot's) give the joint J_ij ~ f_i f_j 2^(scale S_ij), its
+    marginals pi, the conditional P = J / pi, and Q ~ P - I: reversible by construction. Neither the diagonal nor the
+    unit of what is returned means anything: the graph sets both.
+
+    Args:
+        matrix: a name that Biopython knows (BLOSUM62, PAM250, ...), or a file in the same format (NCBI's): a line of
+            column letters, then one line for each row, `#` for comments.
+        kind: `log_odds`, scores; or `rates`, a rate matrix itself.
+        scale: bits per unit of score. None reads it from the matrix' own comments ("1/2 Bit", "scale = ln(2)/3").
+
+    Returns:
+        (20, 20) float64 in the order of AMINO_ACIDS; rates off the diagonal.
+
+    Raises:
+        ValueError: an unknown name, a file that is none, letters that are missing, scores that are not symmetric, or a
+            scale that is not known.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"graph.kind={kind}: there are {', '.join(KINDS)}")
+    values, comments = read_matrix(matrix)
+    if kind == "rates":
+        return values
+    asymmetry = np.abs(values - values.T)
+    if asymmetry.max() > 0:
+        i, j = np.unravel_index(asymmetry.argmax(), asymmetry.shape)
+        raise ValueError(
+            f"{matrix}: log-odds scores must be symmetric, but {AMINO_ACIDS[i]}{AMINO_ACIDS[j]} is {values[i, j]:g} "
+            f"and {AMINO_ACIDS[j]}{AMINO_ACIDS[i]} is {values[j, i]:g}"
+        )
+    if scale is None:
+        stated = re.search(r"1/(\d+) bit|ln\(2\)/(\d+)", comments, flags=re.IGNORECASE)
+        if stated is None:
+            raise ValueError(f"{matrix} does not state its units; give graph.scale, in bits per unit of score")
+        scale = 1 / int(stated.group(1) or stated.group(2))
+    frequencies = SWISS_PROT / SWISS_PROT.sum()
+    joint = np.outer(frequencies, frequencies) * 2.0 ** (scale * values)
+    joint /= joint.sum()
+    return joint / joint.sum(1, keepdims=True)
+
+
+def read_matrix(matrix: str) -> tuple[np.ndarray, str]:
+    """A (20, 20) table in the order of AMINO_ACIDS, and the comments that came with it."""
+    path = Path(matrix)
+    try:
+        table = substitution_matrices.read(path) if path.is_file() else substitution_matrices.load(matrix)
+    except FileNotFoundError as error:
+        known = ", ".join(
+            name for name in substitution_matrices.load() if amino_acids_in(substitution_matrices.load(name))
+        )
+        raise ValueError(f"graph.matrix={matrix} is no file and no matrix of Biopython's; those are {known}") from error
+    except (ValueError, IndexError, KeyError, AssertionError) as error:
+        raise ValueError(
+            f"{matrix} is not a substitution matrix: it should hold a line of column letters, then a line for each row"
+        ) from error
+    if not amino_acids_in(table):
+        missing = [letter for letter in AMINO_ACIDS if letter not in table.alphabet]
+        raise ValueError(f"{matrix} has no row for {', '.join(missing)}")
+    order = [table.alphabet.index(letter) for letter in AMINO_ACIDS]
+    return np.asarray(table, dtype=np.float64)[np.ix_(order, order)], "\n".join(table.header)
+
+
+def amino_acids_in(table: substitution_matrices.Array) -> bool:
+    return set(AMINO_ACIDS) <= set(table.alphabet)
