@@ -90,7 +90,7 @@ def sample_proteins(cfg: DictConfig) -> None:
         console.print(f"{share:.1%} of the network's evaluations were skipped: nothing had changed")
 
 
-def read_log_bias(wanted: dict[str, float]) -> torch.Tensor | None:
+def read_log_bias(wanted: dict[str, float] | None) -> torch.Tensor | None:
     """(20,) nats from {letter: nats}, 0 for the letters that are not named; None when there are none.
 
     Raises:

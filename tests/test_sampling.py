@@ -61,11 +61,11 @@ def frequencies(samples: list[np.ndarray], n: int) -> np.ndarray:
     [
         ("absorbing", "analytic", 100),
         ("absorbing", "euler", 100),
-        ("absorbing", "ancestral", 100),
-        ("uniform", "analytic", 200),
-        ("uniform", "euler", 2000),
-        ("substitution", "analytic", 200),
-        ("substitution", "euler", 2000),
+        ("absorbing", "ancestral", 60),
+        ("uniform", "analytic", 300),
+        ("uniform", "euler", 300),
+        ("substitution", "analytic", 300),
+        ("substitution", "euler", 300),
     ],
 )
 def test_samples_have_the_distribution_of_the_exact_scores(name: str, predictor: str, steps: int) -> None:
@@ -168,42 +168,40 @@ def independent_toy(n: int, graph: str = "absorbing") -> brute_force.Toy:
     return brute_force.Toy(graph, n, 2, p[0][:, None] * p[1])
 
 
-def test_temperature_and_top_p_sharpen_where_residues_go() -> None:
-    toy, chains = independent_toy(4), 20_000
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["absorbing", "uniform", "substitution"])
+def test_temperature_and_top_p_sharpen_every_position(name: str) -> None:
+    toy, chains = independent_toy(4, name), 20_000
 
     def draw(**options: float) -> np.ndarray:
-        noise = LogLinearNoise(1e-5, 1e-5)
-        return frequencies(
-            sample(exact_score(toy), Absorbing(4), noise, [2] * chains, 20, "analytic", seeded(0), **options), 4
+        samples = sample(
+            exact_score(toy), graph_of(name, 4), NOISES[name], [2] * chains, 300, "analytic", seeded(0), **options
         )
+        return frequencies(samples, 4)
 
     cold = toy.p0 ** (1 / 0.6)
     assert chisquare(draw(temperature=0.6), (chains * cold / cold.sum()).flatten().numpy()).pvalue > 1e-3
-    first, second = toy.p0.sum(1), toy.p0.sum(0)
     kept = []
-    for p in (first, second):
+    for p in (toy.p0.sum(1), toy.p0.sum(0)):
         ranked = p.sort(descending=True)
         inside = ranked.values.cumsum(0) - ranked.values < 0.6
         kept.append(torch.zeros(4).double().scatter(0, ranked.indices, ranked.values * inside))
     nucleus = (kept[0][:, None] * kept[1]).flatten().numpy()
     seen = draw(top_p=0.6)
-    assert seen[nucleus == 0].sum() == 0
     assert 1 < (nucleus > 0).sum() < 16
-    assert chisquare(seen[nucleus > 0], chains * nucleus[nucleus > 0] / nucleus.sum()).pvalue > 1e-3
-    assert np.array_equal(draw(), draw(temperature=1.0, top_p=1.0))
+    assert seen[nucleus == 0].sum() < 1e-3 * chains
+    assert chisquare(seen[nucleus > 0], seen[nucleus > 0].sum() * nucleus[nucleus > 0] / nucleus.sum()).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("name", ["uniform", "substitution"])
-def test_temperature_keeps_how_often_residues_move(name: str) -> None:
-    """Cold chains are sharper than the model, and still reach every likely state."""
-    toy = brute_force.random_toy(name, n=4, sites=1, seed=3)
-    options = {"temperature": 0.3}
-    samples = sample(
-        exact_score(toy), graph_of(name, 4), NOISES[name], [1] * 4000, 60, "analytic", seeded(0), **options
+def test_without_sharpening_the_model_itself_is_sampled() -> None:
+    score_fn = make_score_fn(make_model(), Absorbing(), "x0")
+    plain, same, cold = (
+        sample(score_fn, Absorbing(), LogLinearNoise(), [200], 10, "analytic", seeded(0), **options)[0]
+        for options in ({}, {"temperature": 1.0, "top_p": 1.0}, {"temperature": 0.2})
     )
-    seen = frequencies(samples, 4) / 4000
-    likeliest = int(toy.p0.argmax())
-    assert seen[likeliest] > float(toy.p0[likeliest]) + 0.05
+    assert np.array_equal(plain, same)
+    assert not np.array_equal(plain, cold)
+    assert len(np.unique(cold)) < len(np.unique(plain))
 
 
 @pytest.mark.slow
@@ -217,7 +215,7 @@ def test_a_bias_tilts_independent_positions_exactly(name: str, predictor: str) -
     bias[1, 2] = -torch.inf
     tilted = (toy.p0 * bias[0].exp()[:, None] * bias[1].exp()).flatten().numpy()
     samples = sample(
-        exact_score(toy), graph_of(name, 4), NOISES[name], [2] * chains, 100, predictor, seeded(1),
+        exact_score(toy), graph_of(name, 4), NOISES[name], [2] * chains, 300, predictor, seeded(1),
         log_bias=bias.repeat(chains, 1),
     )  # fmt: skip
     seen = frequencies(samples, 4)

@@ -25,6 +25,7 @@ from protlig_dd.diffusion.noise import Noise
 from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.tokenizer import BOS, EOS
 
+LEAST = 1e-30  # of a probability whose logarithm is taken
 PREDICTORS = ("analytic", "euler", "ancestral")
 
 Generators = torch.Generator | Sequence[torch.Generator]
@@ -61,10 +62,10 @@ def sample(
         generator: one for each sequence, so that what a sequence draws does not depend on its pack; or a single one.
         project: tokens (total,) -> tokens; re-imposes fixed residues, called before every step and after the last.
             Exact for the absorbing graph, an approximation for the others (docs/diffusion.md).
-        temperature, top_p: sharpen where a residue goes when it moves: p^(1 / temperature), then the smallest set of
-            residues that holds top_p of it. How often residues move is left alone. 1 and 1 sample the model itself.
         log_bias: (V,) or (sum of lengths, V) nats for each amino acid, V of them, at every position: the model is
             steered towards p(x0) exp(sum of log_bias over x0), exactly where positions are independent. -inf forbids.
+        temperature, top_p: sharpen each position's distribution of x0 (steered, if it is): p^(1 / temperature), then
+            the smallest set of amino acids that holds top_p of it. 1 and 1, the default, sample the model itself.
         time_free: the score function's network does not look at sigma (`is_time_free`), so sequences that no residue
             of has changed skip it.
         on_step: called after each step (a progress bar's tick).
@@ -103,12 +104,12 @@ def sample(
     if bias is not None and isinstance(graph, Absorbing):  # a forbidden residue that has survived the noise would stay
         xt = xt.masked_scatter(free_T, torch.where(_is_forbidden(xt[free_T], bias), graph.mask, xt[free_T]))
     xt = project(xt)
-    masked_n = sum_masked(batch.with_tokens(xt), graph.n_states)
+    masked_n = _count(xt == graph.n_states, batch)
     for i in range(steps + 1):
         current, last = xt[free_T], i == steps
         log_score = score(batch.with_tokens(xt), each(sigma[i], masked_n))[free_T]
-        if bias is not None:
-            log_score = _steer(log_score, current, each(sigma[i], current), bias, graph)
+        if bias is not None or temperature != 1 or top_p != 1:
+            log_score = _steer(log_score, current, each(sigma[i], current), graph, bias, temperature, top_p)
         if last or predictor == "ancestral":
             probs = graph.denoise_probs(log_score, current, each(sigma[i], current))
         elif predictor == "analytic":
@@ -117,13 +118,12 @@ def sample(
             probs = graph.euler_probs(log_score, current, each(dsigma[i] * (1 - noise.t_min) / steps, current))
         probs, clamped = clamp_negative(probs)
         counts.update(draws=len(probs), clamped=int(clamped.sum()))
-        probs = _sharpen(probs, current, temperature, top_p)
-        if bias is not None:
+        if last and bias is not None:  # before, a residue may be anything: it is x0 that must not be forbidden
             probs = _forbid(probs, current, bias)
         drawn = xt.masked_scatter(free_T, draw(probs))
         if predictor == "ancestral":
             left_n = torch.zeros_like(masked_n) if last else (masked_n * -torch.expm1(-sigma[i + 1])).round().long()
-            now_n = sum_masked(batch.with_tokens(xt), graph.n_states)
+            now_n = _count(xt == graph.n_states, batch)
             u = torch.zeros(len(xt), dtype=torch.float64)
             u[free_T.cpu()] = _per_sequence(uniform_draws, lengths, generator).cpu()
             drawn = torch.where(batch.random_subset(xt == graph.n_states, now_n - left_n, u), drawn, xt)
@@ -161,8 +161,7 @@ class _Cached:
             self.log_p_TV = self.score_fn(batch, sigma) + scale_T1
             self.counts.update(evaluated=len(batch.lengths), skipped=0)
         else:
-            differs = batch.unpack(batch.tokens != self.tokens)
-            changed_n = torch.stack([part.any() for part in differs])
+            changed_n = _count(batch.tokens != self.tokens, batch) > 0
             changed_T = changed_n[batch.segment_ids]
             some = [
                 tokens
@@ -185,28 +184,10 @@ def _per_sequence(
     return torch.cat([draw(length, one) for length, one in zip(lengths, generator, strict=True)])
 
 
-def sum_masked(batch: PackedBatch, mask: int) -> Int64[Tensor, " n"]:
-    """How many tokens of each sequence are masked."""
-    return torch.stack([(tokens == mask).sum() for tokens in batch.unpack(batch.tokens)])
-
-
-def _sharpen(
-    probs_TS: Float64[Tensor, "T S"], current: Int64[Tensor, " T"], temperature: float, top_p: float
-) -> Float64[Tensor, "T S"]:
-    """Temperature, then top-p, on the choice among moves; the probability of staying is kept."""
-    if temperature == 1 and top_p == 1:
-        return probs_TS
-    stays_TS = one_hot(current, probs_TS.shape[1]).bool().to(probs_TS.device)
-    moves_TS = probs_TS.masked_fill(stays_TS, 0.0)
-    moved_T1 = moves_TS.sum(-1, keepdim=True)
-    p_TS = torch.where(moved_T1 > 0, (moves_TS.log() / temperature).softmax(-1), 0.0)
-    if top_p < 1:
-        ranked_TS, order_TS = p_TS.sort(dim=-1, descending=True)
-        ranked_TS = ranked_TS * (ranked_TS.cumsum(-1) - ranked_TS < top_p)
-        p_TS = torch.zeros_like(p_TS).scatter(
-            -1, order_TS, ranked_TS / ranked_TS.sum(-1, keepdim=True).clamp(min=1e-300)
-        )
-    return torch.where(stays_TS, probs_TS, p_TS * moved_T1)
+def _count(where_T: Bool[Tensor, " total"], batch: PackedBatch) -> Int64[Tensor, " n"]:
+    """How many tokens of each sequence are marked."""
+    zeros = torch.zeros(len(batch.lengths), dtype=torch.int64, device=where_T.device)
+    return zeros.index_add_(0, batch.segment_ids, where_T.long())
 
 
 def _read_bias(log_bias: Float[Tensor, "..."], residues: int, n_states: int) -> Float64[Tensor, "R V"]:
@@ -228,15 +209,24 @@ def _steer(
     log_score_RV: Float[Tensor, "R V"],
     current: Int64[Tensor, " R"],
     sigma_R: Float[Tensor, " R"],
-    bias_RV: Float64[Tensor, "R V"],
     graph: Graph,
+    bias_RV: Float64[Tensor, "R V"] | None,
+    temperature: float,
+    top_p: float,
 ) -> Float[Tensor, "R V"]:
-    """Scores of the model times exp(bias): exact where positions are independent given the rest.
+    """Scores of the model times exp(bias), sharpened: exact where positions are independent given the rest.
 
-    The bias belongs to x0. The scores imply a distribution of x0; it is tilted, and turned into scores again.
+    All three belong to x0. The scores imply a distribution of x0; it is changed, and turned into scores again.
     """
-    q_RV = graph.x0_probs(log_score_RV, current, sigma_R).clamp(min=1e-30)
-    return graph.log_score_from_x0((q_RV.log() + bias_RV).to(current.device), current, sigma_R.double())
+    log_q_RV = graph.x0_probs(log_score_RV, current, sigma_R).clamp(min=LEAST).log()
+    if bias_RV is not None:
+        log_q_RV = log_q_RV + bias_RV.to(log_q_RV.device)
+    log_q_RV = (log_q_RV / temperature).log_softmax(-1)
+    if top_p < 1:
+        ranked_RV, order_RV = log_q_RV.exp().sort(dim=-1, descending=True)
+        beyond_RV = ranked_RV.cumsum(-1) - ranked_RV >= top_p
+        log_q_RV = log_q_RV.masked_fill(beyond_RV.scatter(-1, order_RV, beyond_RV), -torch.inf)
+    return graph.log_score_from_x0(log_q_RV.to(current.device), current, sigma_R.double())
 
 
 def _is_forbidden(current: Int64[Tensor, " R"], bias_RV: Float64[Tensor, "R V"]) -> Bool[Tensor, " R"]:

@@ -132,7 +132,7 @@ class SampleConfig:
     predictor: str
     temperature: float
     top_p: float
-    log_bias: dict[str, float]
+    log_bias: dict[str, float] | None
     seed: int
     device: str
     precision: str
