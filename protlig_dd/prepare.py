@@ -37,6 +37,10 @@ def prepare(cfg: DictConfig) -> None:
     for split in SPLITS:
         rows = store.split(split)
         console.print(f"  {split:<10} {len(rows):,} sequences, {int(store.lengths[rows].sum()):,} residues")
+    for split in SPLITS:
+        if not len(store.split(split)):
+            remedy = f"name a {split} file" if is_mapping else f"prepare again with a larger {split}_fraction"
+            console.print(f"warning: the {split} split is empty and training reads it: {remedy}")
 
 
 if __name__ == "__main__":

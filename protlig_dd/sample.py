@@ -38,6 +38,9 @@ def sample_proteins(cfg: DictConfig) -> None:
     lengths = choose_lengths(config.lengths, config.n, config.seed, state["length_quantiles"])
 
     trained = read_config(OmegaConf.load(checkpoint / "config.yaml"), TrainConfig)  # type: ignore[arg-type]
+    longest = max(lengths)
+    if longest > trained.data.max_len:
+        console.print(f"warning: {longest} residues are more than the {trained.data.max_len} this model was trained on")
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
     head_dim = trained.model.hidden_size // trained.model.n_heads

@@ -229,7 +229,7 @@ def test_a_sweep_has_a_folder_for_each_job_and_fails_with_its_jobs(
     assert process.returncode == 0, process.stdout + process.stderr
     folders = sorted(path for path in (tmp_path / "runs/lrs_sweep").iterdir() if path.is_dir())
     assert len(folders) == 2
-    assert [folder.name for folder in folders] == ["optim.lr=0.0003", "optim.lr=0.001"]
+    assert [folder.name for folder in folders] == ["optim.lr-0.0003", "optim.lr-0.001"]
     for folder, lr in zip(folders, ("0.0003", "0.001"), strict=True):
         assert f"lr: {lr}" in (folder / "config.yaml").read_text()
         assert complete_checkpoints(folder)

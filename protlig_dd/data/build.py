@@ -75,6 +75,6 @@ def sha256(path: Path) -> str:
         ValueError: no such file.
     """
     if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+        raise ValueError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()

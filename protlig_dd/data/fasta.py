@@ -35,7 +35,7 @@ def read_fasta(path: Path | str) -> Iterator[FastaRecord]:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path}: no such FASTA file")
+        raise ValueError(f"{path}: {'a folder, not a FASTA file' if path.is_dir() else 'no such FASTA file'}")
     last = "before the first record"
     try:
         with _open_text(path) as handle:

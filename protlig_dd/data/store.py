@@ -46,7 +46,7 @@ class SequenceStore:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         if not self.path.is_file():
-            raise ValueError(f"{self.path}: no such data file")
+            raise ValueError(f"{self.path}: {'a folder, not a file' if self.path.is_dir() else 'no such data file'}")
         try:
             file = h5py.File(self.path, "r", locking=False)
         except OSError as error:

@@ -7,10 +7,13 @@ import hashlib
 import os
 import re
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
@@ -40,6 +43,8 @@ def run_verb(verb: Callable[[DictConfig], None], config_name: str, schema: type)
             raise VerbFailed(error) from error
 
     try:
+        if wants_help(config_name):
+            return
         main(task)()
     except KeyboardInterrupt:
         say("interrupted")
@@ -53,6 +58,49 @@ def run_verb(verb: Callable[[DictConfig], None], config_name: str, schema: type)
     finally:
         leave_group()
         GlobalHydra.instance().clear()
+
+
+def wants_help(config_name: str) -> bool:
+    """Check the command line's form; print the help and return True when it was asked for.
+
+    Raises:
+        ValueError: a flag that is none, or an argument that is not key=value.
+    """
+    parser = get_args_parser()
+
+    def refuse(message: str) -> NoReturn:
+        raise ValueError(f"{message}; options are given as key=value, --help lists them")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    arguments = parser.parse_args()
+    for override in arguments.overrides:
+        if "=" not in override and not override.startswith("~"):
+            refuse(f"unknown argument {override!r}")
+    if arguments.help:
+        print(help_text(arguments.config_name or config_name))
+    return bool(arguments.help)
+
+
+def help_text(config_name: str) -> str:
+    """The verb's own description, then its config files: every key, its default and what it means."""
+    folder = config_folder()
+    path = folder / f"{config_name}.yaml"
+    described = (sys.modules["__main__"].__doc__ or "").strip()
+    composed = OmegaConf.to_container(OmegaConf.load(path))
+    defaults = composed.get("defaults", []) if isinstance(composed, dict) else []
+    groups = {group: option for entry in defaults if isinstance(entry, dict) for group, option in entry.items()}
+    parts = [described, "\nEvery key, its default and what it means:\n", without_hydra(path.read_text())]
+    for group, option in groups.items():
+        options = " | ".join(sorted(file.stem for file in (folder / group).glob("*.yaml")))
+        body = (folder / group / f"{option}.yaml").read_text() if option else ""
+        parts += [f"{group}={option or ''}  ({options})", textwrap.indent(body, "  ")]
+    return "\n".join(parts)
+
+
+def without_hydra(text: str) -> str:
+    """A primary config without its list of defaults and its settings for Hydra."""
+    blocks = re.split(r"\n(?=\S)", text)
+    return "\n".join(block for block in blocks if not block.startswith(("defaults:", "hydra:", "# python")))
 
 
 class VerbFailed(BaseException):
@@ -74,12 +122,12 @@ def one_line(error: BaseException | None, schema: type) -> str:
 
 
 def swept_name(task_overrides: Sequence[str], job_number: int) -> str:
-    """A sweep job's folder name: the overrides that vary in this sweep, `optim.lr=0.001,model=tiny`."""
+    """A sweep job's folder name: the overrides that vary in this sweep, `optim.lr-0.001_model-tiny`."""
     parser = OverridesParser.create()
     given = [argument for argument in sys.argv[1:] if "=" in argument and not argument.startswith("-")]
     swept = {override.key_or_group for override in parser.parse_overrides(given) if override.is_sweep_override()}
     parts = [override for override in task_overrides if override.lstrip("+").partition("=")[0] in swept]
-    name = ",".join(parts).replace("/", "_")
+    name = re.sub(r"[^\w.+-]+", "-", "_".join(parts))  # so that `from=` takes it as it is
     if len(name) > LONGEST_NAME:
         name = f"{name[:LONGEST_NAME]}-{hashlib.blake2b(name.encode(), digest_size=4).hexdigest()}"
     return name or str(job_number)

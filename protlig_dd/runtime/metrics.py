@@ -127,4 +127,5 @@ class ProgressBar:
             self.next_line = self.done + self.every
             left = self.bar.tasks[0].time_remaining
             time_left = f"  {left:.0f} s left" if left else ""
-            console.print(f"{self.description} {self.done}/{self.total}  {self.bar.tasks[0].fields['note']}{time_left}")
+            note = self.bar.tasks[0].fields["note"]
+            console.print(f"{self.description} {self.done}/{self.total}  {note}{time_left}".rstrip())

@@ -109,7 +109,7 @@ def train(
         if first_step > max_steps:
             raise ValueError(f"{checkpoint} is beyond trainer.max_steps={max_steps}")
         announce(f"going on from {checkpoint}", processes)
-    last_step = min(max_steps, control.stop_at_step or max_steps)
+    last_step = max(first_step, min(max_steps, control.stop_at_step or max_steps))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     announce(
         f"{run_folder}: {parameters / 1e6:.1f} M parameters on {device} in {precision}, attention {attention_backend}; "
@@ -168,7 +168,7 @@ def train(
         metrics.close()
     if last_step < max_steps:
         announce(
-            f"stopped at step {max(first_step, last_step)} of {max_steps}; without trainer.stop_at_step it goes on",
+            f"stopped at step {last_step} of {max_steps}; without trainer.stop_at_step it goes on",
             processes,
         )
         return
@@ -179,7 +179,7 @@ def train(
             draws=config.report.draws,
             description=f"{config.report.split} set",
         )
-        report: dict[str, Any] = {"split": config.report.split, **held.summary()}
+        report: dict[str, Any] = {"split": config.report.split, "max_len": data.max_len, **held.summary()}
         if processes.first and config.report.samples:
             untrained = make_score(make_model().eval()) if config.report.untrained else None
             report |= sample_report(
@@ -247,7 +247,7 @@ def sample_report(
     write_atomic(file, text)
     decode = ProteinTokenizer().decode
     result = {
-        "samples": str(file),
+        "samples": str(file.relative_to(run_folder)),
         "shown": [decode(ids) for ids in samples[:SHOWN_SAMPLES]],
         "clamped_draws": counts["clamped"] / counts["draws"],
         "composition_kl": composition_kl(samples, frequencies),
@@ -262,7 +262,8 @@ def print_report(run_folder: Path, step: int, report: dict[str, Any]) -> None:
     lines = [
         "",
         f"run folder             {run_folder}",
-        f"{report['split']} set, {report['sequences']} proteins, {report['residues']:,} residues, "
+        f"{report['split']} set, {report['sequences']} proteins, {report['residues']:,} residues (the first "
+        f"{report['max_len']} of each), "
         f"step {step}, averaged weights, {report['estimator']} estimator; nats/residue:",
         f"  NLL bound            {report['nll']:.4f} ± {report['nll_se']:.4f}",
         f"  unigram NLL          {report['unigram_nll']:.4f} ± {report['unigram_nll_se']:.4f}",
@@ -273,6 +274,6 @@ def print_report(run_folder: Path, step: int, report: dict[str, Any]) -> None:
         lines.append(f"  samples              {report['composition_kl']:.4f}")
         if "untrained_composition_kl" in report:
             lines.append(f"  untrained model      {report['untrained_composition_kl']:.4f}")
-        lines.append(f"samples                {report['samples']}")
+        lines.append(f"samples                {run_folder / report['samples']}")
         lines += [f"  {sequence}" for sequence in report["shown"]]
     console.print("\n".join(lines), markup=False)

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from protlig_dd.data.build import bundled_store
 from protlig_dd.data.store import SequenceStore
 from protlig_dd.model.attention import resolve_attention_backend
-from protlig_dd.runtime.checkpoint import complete_checkpoints, remove_unfinished
+from protlig_dd.runtime.checkpoint import complete_checkpoints, read_state, remove_unfinished
 from protlig_dd.runtime.config import TrainConfig, changed_keys, graph_with_rates, read_config
 from protlig_dd.runtime.distributed import (
     Processes,
@@ -142,6 +142,9 @@ def open_run_folder(path: Path, config: TrainConfig, resolved: Resolved, process
         checkpoint = None
         if started and (complete := complete_checkpoints(path)):
             checkpoint = complete[-1]
+            most = config.trainer.max_steps
+            if most is not None and read_state(checkpoint)["step"] > most:
+                raise ValueError(f"{checkpoint} is beyond trainer.max_steps={most}")
         record = {"attempt": attempt, **vars(resolved), **describe_environment(torch.device(resolved.device))}
         write_atomic(path / "environment.json", json.dumps(record, indent=1) + "\n")
         write_atomic(path / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))  # last: now it is a run
