@@ -110,9 +110,15 @@ def test_stop_and_resume_give_the_undisturbed_runs_bits(
 
 def test_ctrl_c_is_130_and_the_run_goes_on(store: SequenceStore, tmp_path: Path, run_python: Command) -> None:
     command = overrides_for(store, "stopped", "trainer.max_steps=3000", "trainer.checkpoint_every=2")
+
+    def heed_ctrl_c() -> None:
+        """A background job of a shell starts with SIGINT ignored, and so would what this test starts."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     process = subprocess.Popen(
-        [sys.executable, "-m", "protlig_dd.training", *command], cwd=tmp_path, stderr=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-m", "protlig_dd.training", *command],
+        cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c,
+    )  # fmt: skip
     deadline = time.monotonic() + 120
     while not complete_checkpoints(tmp_path / "runs/stopped"):
         assert time.monotonic() < deadline

@@ -42,22 +42,30 @@ def run_verb(verb: Callable[[DictConfig], None], config_name: str, schema: type)
         except Exception as error:
             raise VerbFailed(error) from error
 
+    code = 0
     try:
-        if wants_help(config_name):
-            return
-        main(task)()
+        if not wants_help(config_name):
+            main(task)()
     except KeyboardInterrupt:
         say("interrupted")
-        sys.exit(130)
+        code = 130
     except (Exception, VerbFailed) as error:
         if show_traceback:
             traceback.print_exc()
         cause = error.__cause__ if isinstance(error, VerbFailed) else error
         say(one_line(cause, schema))
-        sys.exit(1)
+        code = 1
     finally:
         leave_group()
         GlobalHydra.instance().clear()
+    if processes_from_environment().world_size > 1:
+        # A thread of the process group may still be letting go of its last tensor; one that meets a closing
+        # interpreter aborts the process. So the interpreter is not closed: everything is written by now.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
+        sys.exit(code)
 
 
 def wants_help(config_name: str) -> bool:

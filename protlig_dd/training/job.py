@@ -1,6 +1,7 @@
 """One run, on every rank: build, go on from the checkpoint, fit, report."""
 
 import json
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -117,6 +118,12 @@ def train(
         f"tokens = {max_steps * optim.packs_per_step / dataset.packs_per_epoch:.2f} epochs",
         processes,
     )
+    sigma_max = float(noise(torch.ones(1))[0])
+    announce(
+        f"graph {config.graph['name']}, lambda_2 = {graph.lambda_2:.3f}; noise up to sigma = {sigma_max:.2f}, "
+        f"which leaves {math.exp(sigma_max * graph.lambda_2):.1e} of the data",
+        processes,
+    )
     if device.type == "cuda" and processes.world_size == 1 and torch.cuda.device_count() > 1:
         announce(f"one of {torch.cuda.device_count()} GPUs is used: torchrun starts a process on each", processes)
     if device.type == "cpu" and parameters > SLOW_ON_CPU:
@@ -180,6 +187,7 @@ def train(
             description=f"{config.report.split} set",
         )
         report: dict[str, Any] = {"split": config.report.split, "max_len": data.max_len, **held.summary()}
+        report |= {"draws": config.report.draws, "t_min": noise.t_min, "sigma_max": sigma_max}
         if processes.first and config.report.samples:
             untrained = make_score(make_model().eval()) if config.report.untrained else None
             report |= sample_report(

@@ -1,0 +1,184 @@
+"""The measurements behind docs/diffusion.md and docs/likelihood.md; prints Markdown tables.
+
+Run from the repository root, in the project's environment:
+
+    python -m scripts.diffusion_report samplers     # samplers against enumerated toys (minutes)
+    python -m scripts.diffusion_report graphs       # train the demo once for each graph (7 to 10 minutes each)
+    python -m scripts.diffusion_report likelihood --run runs/graph_absorbing    # noise of the estimators (minutes)
+"""
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+
+from protlig_dd.batch import PackedBatch
+from protlig_dd.data.build import bundled_store
+from protlig_dd.data.loader import PackDataset
+from protlig_dd.diffusion.likelihood import nll_bound
+from protlig_dd.diffusion.noise import CosineNoise, GeometricNoise, LogLinearNoise, Noise
+from protlig_dd.diffusion.sampling import sample
+from protlig_dd.diffusion.score import make_score_fn
+from protlig_dd.runtime.checkpoint import find_checkpoint, load_weights
+from protlig_dd.runtime.config import TrainConfig, build_graph, build_model, build_noise, read_config
+from protlig_dd.runtime.metrics import ProgressBar
+from tests import brute_force
+from tests.test_sampling import exact_score, frequencies, graph_of
+
+SITES, STATES = 2, 3
+TOY_NOISES: dict[str, Noise] = {
+    "absorbing": LogLinearNoise(1e-5, 1e-5),
+    "uniform": GeometricNoise(1e-4, 12.0, 1e-3),
+    "substitution": GeometricNoise(1e-4, 16.0, 1e-3),
+}
+PREDICTORS = {"absorbing": ("analytic", "euler", "ancestral"), "uniform": ("analytic", "euler"),
+              "substitution": ("analytic", "euler")}  # fmt: skip
+# The demo, but for what a graph other than absorbing needs: a network that sees the noise level.
+RUNS = {
+    "absorbing": [],
+    "uniform": ["graph=uniform", "time_conditioning=true"],
+    "blosum62": ["graph=blosum62", "time_conditioning=true"],
+}
+
+
+def samplers(chains: int, steps: list[int]) -> None:
+    """Total variation between samples and the toy's distribution; and of infilled ones, one site given."""
+    toy_of = {name: brute_force.random_toy(name, n=STATES, sites=SITES, seed=2) for name in PREDICTORS}
+    jobs = [(name, predictor) for name, predictors in PREDICTORS.items() for predictor in predictors]
+    rows: list[tuple[str, list[float]]] = []
+    negative: dict[tuple[str, str, int], float] = {}
+    with ProgressBar("sampling", len(jobs) * len(steps) + len(toy_of) * len(steps)) as bar:
+        for name, predictor in jobs:
+            row = []
+            for number in steps:
+                generator = torch.Generator().manual_seed(number)
+                counts: Counter[str] = Counter()
+                samples = sample(
+                    exact_score(toy_of[name]), graph_of(name, STATES), TOY_NOISES[name], [SITES] * chains, number,
+                    predictor, generator, counts=counts,
+                )  # fmt: skip
+                expected = toy_of[name].p0.flatten().numpy()
+                row.append(np.abs(frequencies(samples, STATES) / chains - expected).sum() / 2)
+                negative[name, predictor, number] = counts["clamped"] / counts["draws"]
+                bar.advance()
+            rows.append((f"{name}, {predictor}", row))
+        for name, toy in toy_of.items():
+            row = []
+            for number in steps:
+
+                def project(tokens: torch.Tensor) -> torch.Tensor:
+                    tokens = tokens.view(-1, SITES + 2).clone()
+                    tokens[:, 1] = 1
+                    return tokens.view(-1)
+
+                samples = sample(
+                    exact_score(toy), graph_of(name, STATES), TOY_NOISES[name], [SITES] * chains, number, "analytic",
+                    torch.Generator().manual_seed(number), project,
+                )  # fmt: skip
+                seen = np.bincount(np.stack(samples)[:, 1], minlength=STATES) / chains
+                row.append(np.abs(seen - (toy.p0[1] / toy.p0[1].sum()).numpy()).sum() / 2)
+                bar.advance()
+            rows.append((f"{name}, analytic, infilled", row))
+    p = toy_of["absorbing"].p0.flatten().numpy()
+    floor = np.sqrt(2 * p * (1 - p) / np.pi / chains).sum() / 2
+    print(f"\nTotal variation by number of steps, {chains:,} chains (exact samples would show about {floor:.4f})\n")
+    table(["graph, sampler", *map(str, steps)], [[name, *(f"{value:.4f}" for value in row)] for name, row in rows])
+    (graph, predictor, number), share = max(negative.items(), key=lambda item: item[1])
+    print(f"\nMost draws with a negative probability, clamped: {share:.2%} ({graph}, {predictor}, {number} steps)")
+
+
+def graphs(steps: int | None) -> None:
+    """Train the demo with every graph, and print the held-out bounds side by side."""
+    rows = []
+    for name, overrides in RUNS.items():
+        command = ["experiment=demo", f"run.name=graph_{name}", *overrides]
+        command += [] if steps is None else [f"trainer.max_steps={steps}", "report.draws=1", "report.samples=0"]
+        if not Path(f"runs/graph_{name}/report.json").exists():  # a finished run is not trained again
+            subprocess.run([sys.executable, "-m", "protlig_dd.training", *command], check=True)
+        report = json.loads(Path(f"runs/graph_{name}/report.json").read_text())
+        graph = build_graph(OmegaConf.load(f"runs/graph_{name}/config.yaml").graph)
+        rows.append(
+            [name, f"{graph.lambda_2:.3f}", f"{graph.sigma_max:.2f}", report["estimator"]]
+            + [f"{report[key]:.4f} ± {report[f'{key}_se']:.4f}" for key in ("nll", "difference")]
+            + [f"{report['composition_kl']:.4f}" if "composition_kl" in report else ""]
+        )
+    print(f"\nTest set, {report['sequences']} proteins, {report['residues']:,} residues; nats/residue; unigram model "
+          f"{report['unigram_nll']:.4f} ± {report['unigram_nll_se']:.4f}\n")  # fmt: skip
+    columns = ["graph", "lambda_2", "sigma_max", "estimator", "NLL bound", "difference to the unigram model"]
+    table([*columns, "composition KL of samples"], rows)
+
+
+def likelihood(run: Path, proteins: int, repeats: int) -> None:
+    """Variance of the estimators of one trained model's bound, per evaluation of the network."""
+    checkpoint = find_checkpoint(run)
+    config = read_config(OmegaConf.load(checkpoint / "config.yaml"), TrainConfig)  # type: ignore[arg-type]
+    graph = build_graph(config.graph)
+    model = build_model(config.model, "sdpa").eval()
+    load_weights(checkpoint / "ema.safetensors", model)
+    score_fn = make_score_fn(model, graph, config.parametrisation, time_conditioning=config.time_conditioning)
+    store, data = bundled_store(), config.data
+    rows = store.split("test")[:proteins]
+    packs = PackDataset(store, rows, seed=None, max_len=data.max_len, tokens_per_pack=data.tokens_per_pack)
+    batches: list[PackedBatch] = [packs[i] for i in range(len(packs))]
+    time_free = not config.time_conditioning
+    noises = {"the run's noise": build_noise(config.noise, graph)}
+    if time_free:  # the bound is the same integral for every schedule
+        noises = {"log-linear": LogLinearNoise(), "cosine": CosineNoise()}
+    kinds: list[tuple[str, str, Noise]] = [(f"integral, {name}", "integral", noise) for name, noise in noises.items()]
+    if time_free:
+        kinds.append(("exact count", "exact_count", LogLinearNoise()))
+    found = []
+    draws_tried = (1, 4, 16)
+    with ProgressBar("estimating", len(kinds) * len(draws_tried) * repeats) as bar:
+        for (name, estimator, noise), draws in itertools.product(kinds, draws_tried):
+            nats = []
+            for repeat in range(repeats):
+                generator = torch.Generator().manual_seed(repeat)
+                bounds = [
+                    nll_bound(score_fn, batch, graph, noise, generator=generator, draws=draws, estimator=estimator)
+                    for batch in batches
+                ]
+                nats.append(torch.cat([bound.nats for bound in bounds]))
+                residues = torch.cat([bound.residues for bound in bounds])
+                bar.advance()
+            stacked = torch.stack(nats) / residues
+            variance = float(stacked.var(0).mean())
+            evaluations = draws * (2 if estimator == "integral" else 1)
+            mean = float((stacked * residues).sum(1).mean() / residues.sum())
+            found.append([name, str(draws), str(evaluations), f"{mean:.4f}", f"{variance**0.5:.4f}",
+                          f"{variance * evaluations:.5f}"])  # fmt: skip
+    print(f"\n{checkpoint}: {len(residues)} test proteins, {repeats} repeats; nats/residue of a protein\n")
+    table(["estimator", "draws", "network evaluations", "mean bound", "standard deviation of a protein's bound",
+           "variance x evaluations"], found)  # fmt: skip
+
+
+def table(columns: list[str], rows: list[list[str]]) -> None:
+    for cells in (columns, ["---"] * len(columns), *rows):
+        print(f"| {' | '.join(cells)} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("samplers", help="samplers against enumerated toys")
+    one.add_argument("--chains", type=int, default=100_000)
+    one.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20, 50, 100, 300])
+    two = commands.add_parser("graphs", help="the demo with every graph, in runs/graph_*")
+    two.add_argument("--steps", type=int, help="fewer training steps, to try the script")
+    three = commands.add_parser("likelihood", help="noise of the likelihood estimators")
+    three.add_argument("--run", type=Path, required=True, help="a run on the bundled proteins, or a checkpoint of it")
+    three.add_argument("--proteins", type=int, default=60)
+    three.add_argument("--repeats", type=int, default=12)
+    arguments = vars(parser.parse_args())
+    {"samplers": samplers, "graphs": graphs, "likelihood": likelihood}[arguments.pop("command")](**arguments)
+
+
+if __name__ == "__main__":
+    main()

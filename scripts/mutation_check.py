@@ -1,0 +1,108 @@
+"""Break the diffusion code in ways that have really happened, and see that a test fails each time.
+
+    python scripts/mutation_check.py      # prints a Markdown table; exit code 1 if a mutation survives
+
+Every mutation is made in a copy of the checkout, so nothing here is changed.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Mutation:
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+GRAPH, SAMPLING = "protlig_dd/diffusion/graph.py", "protlig_dd/diffusion/sampling.py"
+MUTATIONS = [
+    Mutation("Q[x, y] for Q[y, x] in the loss", GRAPH, "return self._on(x, self.rates).T[x]",
+             "return self._on(x, self.rates)[x]", "tests/test_graph.py"),
+    Mutation("no constant term, absorbing", GRAPH, " + kappa * (log_kappa - 1)", "", "tests/test_graph.py"),
+    Mutation("no constant term, uniform, unmoved", GRAPH, " + (n - 1) / n * rho * (log_rho - 1)", "",
+             "tests/test_graph.py"),
+    Mutation("no constant term, uniform, moved", GRAPH, " + (k_inverse_rho - (n - 2)) / n", "", "tests/test_graph.py"),
+    Mutation("no constant term, substitution", GRAPH, " + r * (r.log() - 1)", "", "tests/test_graph.py"),
+    Mutation("exp for expm1 in small transition probabilities", GRAPH,
+             "return (one_hot(x0, self.n_states) + moved).clamp(min=TINY)",
+             "return (one_hot(x0, self.n_states) + moved.float().add(1).sub(1).double()).clamp(min=TINY)",
+             "tests/test_graph.py"),
+    Mutation("s^T exp(-delta Q) with the factors swapped", GRAPH,
+             "return row + ((row @ self._on(row, self._left)) * growth) @ self._on(row, self._right)",
+             "return row + ((row @ self._on(row, self._right).T) * growth) @ self._on(row, self._left).T",
+             "tests/test_graph.py"),
+    Mutation("P[x, z] for P[z, x] in the analytic step", GRAPH, " * pi[xt][:, None] / pi", "", "tests/test_graph.py"),
+    Mutation("float32 Gumbel noise for the float64 inverse CDF", GRAPH, "    cdf = probs_TS.cumsum(-1)\n",
+             "    noise = -(-torch.rand(probs_TS.shape).log()).log()\n"
+             "    return (probs_TS.float().log() + noise).argmax(-1)\n    cdf = probs_TS.cumsum(-1)\n",
+             "tests/test_graph.py"),
+    Mutation("scores of the wrong sign of log(e^sigma - 1)", GRAPH,
+             "scaled = logits - (log_expm1(sigma) + math.log(self.n_states))[:, None]",
+             "scaled = logits + (log_expm1(sigma) - math.log(self.n_states))[:, None]", "tests/test_score.py"),
+    Mutation("cu_seqlens shifted by one", "protlig_dd/batch.py",
+             "torch.cat([torch.zeros(1, dtype=torch.int64), ends])",
+             "torch.cat([torch.zeros(1, dtype=torch.int64), ends]) + 1", "tests/test_batch.py"),
+    Mutation("positions that run on through the pack", "protlig_dd/batch.py",
+             "torch.arange(total) - (ends - length_n)[segment_ids]", "torch.arange(total)", "tests/test_batch.py"),
+    Mutation("no factor 1 - t_min in the loss", "protlig_dd/diffusion/loss.py", "(t_max - noise.t_min) * dsigma_T",
+             "t_max * dsigma_T", "tests/test_loss.py"),
+    Mutation("no prior term in the bound", "protlig_dd/diffusion/likelihood.py",
+             "total_n = total_n + sum_by_sequence(graph.prior_kl(batch.tokens, sigma_T), batch)",
+             "total_n = total_n + 0 * sum_by_sequence(graph.prior_kl(batch.tokens, sigma_T), batch)",
+             "tests/test_likelihood.py"),
+    Mutation("no reconstruction term in the bound", "protlig_dd/diffusion/likelihood.py",
+             "integral + _reconstruction_draw(score_fn, batch, graph, noise, generator)", "integral",
+             "tests/test_likelihood.py"),
+    Mutation("k masked positions weighed by k/L", "protlig_dd/diffusion/likelihood.py",
+             "return length_n / count_n * sum_by", "return count_n / length_n * sum_by", "tests/test_likelihood.py"),
+    Mutation("one generator for all sequences of a pack", SAMPLING,
+             "draw(length, one) for length, one in zip(lengths, generator, strict=True)",
+             "draw(length, generator[0]) for length, one in zip(lengths, generator, strict=True)",
+             "tests/test_sampling.py -m 'not slow'"),
+    Mutation("cached scores that keep the old sigma", SAMPLING, "self.log_p_TV - scale_T1, 0.0)",
+             "self.log_p_TV, 0.0)", "tests/test_sampling.py -m 'not slow'"),
+]  # fmt: skip
+
+
+def main() -> int:
+    survived = 0
+    print("| mutation | file | the test that fails |\n| --- | --- | --- |")
+    for mutation in MUTATIONS:
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder) / "checkout"
+            hidden = shutil.ignore_patterns(".*", "runs", "data.h5", "*.egg-info")
+            shutil.copytree(ROOT, copy, ignore=hidden)
+            source = (copy / mutation.file).read_text()
+            if source.count(mutation.old) != 1:
+                print(f"error: {mutation.what}: {mutation.old!r} occurs {source.count(mutation.old)} times",
+                      file=sys.stderr)  # fmt: skip
+                return 1
+            (copy / mutation.file).write_text(source.replace(mutation.old, mutation.new))
+            result = subprocess.run(
+                f"{sys.executable} -P -m pytest -x -q -p no:cacheprovider {mutation.tests}",
+                shell=True, cwd=copy, capture_output=True, text=True, env=environment(copy), check=False,
+            )  # fmt: skip
+        failed = [line.split(" - ")[0] for line in result.stdout.splitlines() if line.startswith("FAILED ")]
+        survived += not failed
+        verdict = f"`{failed[0].removeprefix('FAILED ').partition('[')[0]}`" if failed else "**none**"
+        print(f"| {mutation.what} | {Path(mutation.file).name} | {verdict} |", flush=True)
+    return int(survived > 0)
+
+
+def environment(copy: Path) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

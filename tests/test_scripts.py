@@ -1,0 +1,48 @@
+"""The scripts behind the tables of the docs run, and their tables are in the docs."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from scripts import mutation_check
+from scripts.diffusion_report import samplers
+
+from .conftest import ROOT
+
+
+def test_the_sampler_table_is_made(capsys: pytest.CaptureFixture[str]) -> None:
+    samplers(chains=300, steps=[2, 4])
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert len(rows) == 2 + 7 + 3
+    assert all(0 <= float(cell.strip(" |")) < 1 for row in rows[2:] for cell in row[1:])
+
+
+def test_a_mutation_fails_a_test_and_leaves_the_checkout_alone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (first,) = [m for m in mutation_check.MUTATIONS if m.what.startswith("Q[x, y]")]
+    harmless = mutation_check.Mutation(
+        "a comment", first.file, first.old, f"{first.old}  # kept", "tests/test_noise.py"
+    )
+    before = (ROOT / first.file).read_text()
+    monkeypatch.setattr(mutation_check, "MUTATIONS", [first, harmless])
+    assert mutation_check.main() == 1
+    table = capsys.readouterr().out
+    assert "tests/test_graph.py::test_score_entropy" in table
+    assert "| a comment | graph.py | **none** |" in table
+    assert (ROOT / first.file).read_text() == before
+
+
+def test_every_mutation_can_still_be_made() -> None:
+    for mutation in mutation_check.MUTATIONS:
+        assert (ROOT / mutation.file).read_text().count(mutation.old) == 1, mutation.what
+
+
+@pytest.mark.parametrize("name", ["diffusion.md", "likelihood.md"])
+def test_the_docs_hold_the_tables(name: str) -> None:
+    text = (ROOT / "docs" / name).read_text()
+    assert not re.search(r"^[A-Z]+_TABLE$", text, flags=re.MULTILINE)
+    for command in re.findall(r"`python -m (scripts\.\w+)|`python (scripts/\w+\.py)", text):
+        script = Path(command[1] or command[0].replace(".", "/") + ".py")
+        assert (ROOT / script).is_file()
