@@ -173,18 +173,15 @@ def independent_toy(n: int, graph: str = "absorbing") -> brute_force.Toy:
 def test_temperature_and_top_p_sharpen_every_position(name: str) -> None:
     toy, chains = independent_toy(4, name), 10_000
 
+    steps = 40 if name == "absorbing" else 200
+
     def draw(**options: float) -> np.ndarray:
-        samples = sample(
-            exact_score(toy),
-            graph_of(name, 4),
-            NOISES[name],
-            [2] * chains,
-            40 if name == "absorbing" else 200,
-            "analytic",
-            seeded(0),
-            **options,
+        return frequencies(
+            sample(
+                exact_score(toy), graph_of(name, 4), NOISES[name], [2] * chains, steps, "analytic", seeded(0), **options
+            ),
+            4,
         )
-        return frequencies(samples, 4)
 
     cold = toy.p0 ** (1 / 0.6)
     assert chisquare(draw(temperature=0.6), (chains * cold / cold.sum()).flatten().numpy()).pvalue > 1e-3
@@ -221,8 +218,9 @@ def test_a_bias_tilts_independent_positions_exactly(name: str, predictor: str) -
     bias = torch.randn(2, 4, generator=seeded(2), dtype=torch.float64)
     bias[1, 2] = -torch.inf
     tilted = (toy.p0 * bias[0].exp()[:, None] * bias[1].exp()).flatten().numpy()
+    steps = 40 if name == "absorbing" else 200
     samples = sample(
-        exact_score(toy), graph_of(name, 4), NOISES[name], [2] * chains, 40 if name == "absorbing" else 200, predictor, seeded(1),
+        exact_score(toy), graph_of(name, 4), NOISES[name], [2] * chains, steps, predictor, seeded(1),
         log_bias=bias.repeat(chains, 1),
     )  # fmt: skip
     seen = frequencies(samples, 4)
