@@ -135,7 +135,7 @@ def likelihood(run: Path, proteins: int, repeats: int) -> None:
     if time_free:
         kinds.append(("exact count", "exact_count", LogLinearNoise()))
     found = []
-    draws_tried = (1, 4, 16)
+    draws_tried = (1, 8)
     with ProgressBar("estimating", len(kinds) * len(draws_tried) * repeats) as bar:
         for (name, estimator, noise), draws in itertools.product(kinds, draws_tried):
             nats = []
@@ -168,14 +168,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("samplers", help="samplers against enumerated toys")
-    one.add_argument("--chains", type=int, default=100_000)
+    one.add_argument("--chains", type=int, default=50_000)
     one.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20, 50, 100, 300])
     two = commands.add_parser("graphs", help="the demo with every graph, in runs/graph_*")
     two.add_argument("--steps", type=int, help="fewer training steps, to try the script")
     three = commands.add_parser("likelihood", help="noise of the likelihood estimators")
     three.add_argument("--run", type=Path, required=True, help="a run on the bundled proteins, or a checkpoint of it")
-    three.add_argument("--proteins", type=int, default=60)
-    three.add_argument("--repeats", type=int, default=12)
+    three.add_argument("--proteins", type=int, default=20)
+    three.add_argument("--repeats", type=int, default=8)
     arguments = vars(parser.parse_args())
     {"samplers": samplers, "graphs": graphs, "likelihood": likelihood}[arguments.pop("command")](**arguments)
 

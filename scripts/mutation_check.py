@@ -52,7 +52,7 @@ MUTATIONS = [
              "scaled = logits + (log_expm1(sigma) - math.log(self.n_states))[:, None]", "tests/test_score.py"),
     Mutation("cu_seqlens shifted by one", "protlig_dd/batch.py",
              "torch.cat([torch.zeros(1, dtype=torch.int64), ends])",
-             "torch.cat([torch.zeros(1, dtype=torch.int64), ends]) + 1", "tests/test_batch.py"),
+             "(torch.cat([torch.zeros(1, dtype=torch.int64), ends]) + 1)", "tests/test_batch.py"),
     Mutation("positions that run on through the pack", "protlig_dd/batch.py",
              "torch.arange(total) - (ends - length_n)[segment_ids]", "torch.arange(total)", "tests/test_batch.py"),
     Mutation("no factor 1 - t_min in the loss", "protlig_dd/diffusion/loss.py", "(t_max - noise.t_min) * dsigma_T",
