@@ -34,7 +34,7 @@ MUTATIONS = [
              "tests/test_graph.py"),
     Mutation("no constant term, uniform, moved", GRAPH, " + (k_inverse_rho - (n - 2)) / n", "", "tests/test_graph.py"),
     Mutation("no constant term, substitution", GRAPH, " + r * (r.log() - 1)", "", "tests/test_graph.py"),
-    Mutation("exp for expm1 in small transition probabilities", GRAPH,
+    Mutation("float32 where small transition probabilities want expm1", GRAPH,
              "return (one_hot(x0, self.n_states) + moved).clamp(min=TINY)",
              "return (one_hot(x0, self.n_states) + moved.float().add(1).sub(1).double()).clamp(min=TINY)",
              "tests/test_graph.py"),
