@@ -23,21 +23,17 @@ from protlig_dd.batch import PackedBatch
 from protlig_dd.data.build import bundled_store
 from protlig_dd.data.loader import PackDataset
 from protlig_dd.diffusion.likelihood import nll_bound
-from protlig_dd.diffusion.noise import CosineNoise, GeometricNoise, LogLinearNoise, Noise
+from protlig_dd.diffusion.noise import CosineNoise, LogLinearNoise, Noise
 from protlig_dd.diffusion.sampling import sample
 from protlig_dd.diffusion.score import make_score_fn
 from protlig_dd.runtime.checkpoint import find_checkpoint, load_weights
 from protlig_dd.runtime.config import TrainConfig, build_graph, build_model, build_noise, read_config
 from protlig_dd.runtime.metrics import ProgressBar
 from tests import brute_force
-from tests.test_sampling import exact_score, frequencies, graph_of
+from tests.conftest import graph_of
+from tests.test_sampling import NOISES, exact_score, frequencies
 
 SITES, STATES = 2, 3
-TOY_NOISES: dict[str, Noise] = {
-    "absorbing": LogLinearNoise(1e-5, 1e-5),
-    "uniform": GeometricNoise(1e-4, 12.0, 1e-3),
-    "substitution": GeometricNoise(1e-4, 16.0, 1e-3),
-}
 PREDICTORS = {"absorbing": ("analytic", "euler", "ancestral"), "uniform": ("analytic", "euler"),
               "substitution": ("analytic", "euler")}  # fmt: skip
 # The demo, but for what a graph other than absorbing needs: a network that sees the noise level.
@@ -61,7 +57,7 @@ def samplers(chains: int, steps: list[int]) -> None:
                 generator = torch.Generator().manual_seed(number)
                 counts: Counter[str] = Counter()
                 samples = sample(
-                    exact_score(toy_of[name]), graph_of(name, STATES), TOY_NOISES[name], [SITES] * chains, number,
+                    exact_score(toy_of[name]), graph_of(name, STATES), NOISES[name], [SITES] * chains, number,
                     predictor, generator, counts=counts,
                 )  # fmt: skip
                 expected = toy_of[name].p0.flatten().numpy()
@@ -79,7 +75,7 @@ def samplers(chains: int, steps: list[int]) -> None:
                     return tokens.view(-1)
 
                 samples = sample(
-                    exact_score(toy), graph_of(name, STATES), TOY_NOISES[name], [SITES] * chains, number, "analytic",
+                    exact_score(toy), graph_of(name, STATES), NOISES[name], [SITES] * chains, number, "analytic",
                     torch.Generator().manual_seed(number), project,
                 )  # fmt: skip
                 seen = np.bincount(np.stack(samples)[:, 1], minlength=STATES) / chains

@@ -18,7 +18,10 @@ from protlig_dd.batch import PackedBatch
 from protlig_dd.data.build import SAMPLE_FOLDER, build_store
 from protlig_dd.data.fasta import FastaRecord, read_fasta
 from protlig_dd.data.store import SPLITS, SequenceStore
+from protlig_dd.diffusion.graph import Absorbing, Graph, SubstitutionGraph, Uniform
 from protlig_dd.model.dit import DiT
+
+from . import brute_force
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -56,6 +59,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def graph_of(name: str, n: int) -> Graph:
+    """`absorbing`, `uniform`, or `substitution` with the rates of brute_force."""
+    if name == "substitution":
+        return SubstitutionGraph(brute_force.rate_matrix(name, n).numpy())
+    return Absorbing(n) if name == "absorbing" else Uniform(n)
 
 
 def make_model(*, dropout: float = 0.0, seed: int = 0, **dimensions: int) -> DiT:

@@ -10,23 +10,16 @@ from protlig_dd.diffusion.graph import (
     Absorbing,
     Graph,
     SubstitutionGraph,
-    Uniform,
     categorical,
     clamp_negative,
     log_expm1,
 )
 
 from . import brute_force
-from .conftest import refuses
+from .conftest import graph_of, refuses
 
 GRAPHS = ["absorbing", "uniform", "substitution"]
 SIGMAS = [1e-5, 1e-3, 0.1, 1.0, 5.0, 15.0]
-
-
-def make(name: str, n: int) -> Graph:
-    if name == "substitution":
-        return SubstitutionGraph(brute_force.rate_matrix(name, n).numpy())
-    return Absorbing(n) if name == "absorbing" else Uniform(n)
 
 
 def states(name: str, n: int) -> int:
@@ -45,7 +38,7 @@ def masked_score(name: str, n: int, xt: torch.Tensor, seed: int) -> torch.Tensor
 @pytest.mark.parametrize("n", [4, 20])
 @pytest.mark.parametrize("sigma", SIGMAS)
 def test_score_entropy_equals_brute_force(name: str, n: int, sigma: float) -> None:
-    graph = make(name, n)
+    graph = graph_of(name, n)
     p = brute_force.transition(name, n, sigma)
     pairs = [(x0, xt) for x0 in range(n) for xt in range(states(name, n)) if p[x0, xt] > 0][:60]
     if name == "absorbing":
@@ -65,7 +58,7 @@ def test_score_entropy_equals_brute_force(name: str, n: int, sigma: float) -> No
 @given(sigma=st.floats(1e-4, 8.0), seed=st.integers(0, 999))
 def test_score_entropy_is_never_negative_and_zero_at_the_true_ratios(name: str, sigma: float, seed: int) -> None:
     n = 6
-    graph = make(name, n)
+    graph = graph_of(name, n)
     p = brute_force.transition(name, n, sigma)
     x0 = torch.arange(n).repeat_interleave(states(name, n))
     xt = torch.arange(states(name, n)).repeat(n)
@@ -86,7 +79,7 @@ def test_score_entropy_is_never_negative_and_zero_at_the_true_ratios(name: str, 
 @pytest.mark.parametrize("sigma", [0.05, 0.7, 3.0])
 def test_transitions_have_the_probabilities_of_the_matrix_exponential(name: str, sigma: float) -> None:
     n, draws = 5, 40_000
-    graph = make(name, n)
+    graph = graph_of(name, n)
     x0 = torch.full((draws,), 2)
     xt = graph.sample_transition(x0, torch.full((draws,), sigma), torch.Generator().manual_seed(1))
     expected = brute_force.transition(name, n, sigma)[2]
@@ -94,7 +87,7 @@ def test_transitions_have_the_probabilities_of_the_matrix_exponential(name: str,
     assert ((seen - expected).abs() <= 5 * (expected * (1 - expected) / draws).sqrt() + 1e-12).all()
 
 
-@pytest.mark.parametrize("graph", [make(name, 20) for name in GRAPHS], ids=GRAPHS)
+@pytest.mark.parametrize("graph", [graph_of(name, 20) for name in GRAPHS], ids=GRAPHS)
 def test_context_is_never_moved_and_never_in_the_loss(graph: Graph) -> None:
     context = torch.arange(21, 30)
     sigma = torch.full((9,), 9.0)
@@ -107,7 +100,7 @@ def test_context_is_never_moved_and_never_in_the_loss(graph: Graph) -> None:
 @pytest.mark.parametrize("sigma", [1e-3, 1.0, 6.9])
 def test_prior_and_its_divergence(name: str, sigma: float) -> None:
     n, draws = 5, 40_000
-    graph = make(name, n)
+    graph = graph_of(name, n)
     p = brute_force.transition(name, n, sigma)[0]
     if name == "absorbing":  # (1 - e^-sigma) mask + e^-sigma / n on each residue
         prior = torch.full((n + 1,), math.exp(-sigma) / n, dtype=torch.float64)
@@ -126,7 +119,7 @@ def test_prior_and_its_divergence(name: str, sigma: float) -> None:
 def test_reverse_steps_equal_the_dense_formulas(name: str, sigma: float, delta: float) -> None:
     """Analytic: [s^T exp(-delta Q)]_z P(delta)[z, x]; Euler: onehot(x) + step s_z Q[z, x]."""
     n = 5
-    graph = make(name, n)
+    graph = graph_of(name, n)
     toy = brute_force.random_toy(name, n, sites=2, seed=3)
     xt = torch.tensor([[n, 0], [n, n]]) if name == "absorbing" else torch.tensor([[1, 0], [4, 4]])
     log_score = toy.log_score(xt, sigma).reshape(4, n)
@@ -160,7 +153,7 @@ def test_the_posterior_of_x0_gives_the_scores(name: str, sigma: float) -> None:
     xt = torch.cartesian_prod(*[torch.arange(states(name, 4))] * 2)
     if name == "absorbing":
         xt = xt[(xt == 4).any(1)]
-    graph, flat = make(name, 4), xt.reshape(-1)
+    graph, flat = graph_of(name, 4), xt.reshape(-1)
     logits = toy.posterior(xt, sigma).log().reshape(-1, 4) + 0.7  # a softmax does not see a constant
     expected = toy.log_score(xt, sigma).reshape(-1, 4)
     found = graph.log_score_from_x0(logits, flat, torch.full((len(flat),), sigma, dtype=torch.float64))
@@ -173,7 +166,7 @@ def test_the_posterior_of_x0_gives_the_scores(name: str, sigma: float) -> None:
 @pytest.mark.parametrize("name", GRAPHS)
 def test_zero_logits_are_the_exact_score_at_large_sigma(name: str) -> None:
     toy = brute_force.random_toy(name, n=4, sites=2, seed=5)
-    graph, sigma = make(name, 4), 60.0
+    graph, sigma = graph_of(name, 4), 60.0
     xt = torch.tensor([[0, 3], [2, 2]]) if name != "absorbing" else torch.tensor([[4, 4]])
     flat, sigma_T = xt.reshape(-1), torch.full((xt.numel(),), sigma)
     found = graph.log_score(torch.zeros(len(flat), 4), flat, sigma_T).double()
@@ -186,7 +179,7 @@ def test_zero_logits_are_the_exact_score_at_large_sigma(name: str) -> None:
 @pytest.mark.parametrize("n", [4, 20])
 @pytest.mark.parametrize("sigma", SIGMAS)
 def test_substitution_probabilities_equal_the_matrix_exponential(n: int, sigma: float) -> None:
-    graph = make("substitution", n)
+    graph = graph_of("substitution", n)
     assert isinstance(graph, SubstitutionGraph)
     p = graph.transition_probs(torch.arange(n), torch.full((n,), sigma, dtype=torch.float64))
     assert torch.allclose(p, brute_force.transition("substitution", n, sigma), rtol=1e-9, atol=1e-15)

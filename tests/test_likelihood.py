@@ -8,14 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protlig_dd.batch import PackedBatch
-from protlig_dd.diffusion.graph import Absorbing, Graph, SubstitutionGraph, Uniform
+from protlig_dd.diffusion.graph import Absorbing, Uniform
 from protlig_dd.diffusion.likelihood import nll_bound, per_residue
 from protlig_dd.diffusion.noise import GeometricNoise, LogLinearNoise
 from protlig_dd.diffusion.score import ScoreFn, make_score_fn
 from protlig_dd.tokenizer import ProteinTokenizer
 
 from . import brute_force
-from .conftest import make_model, random_batch, refuses
+from .conftest import graph_of, make_model, random_batch, refuses
 
 NOISE = LogLinearNoise(eps=1e-7, t_min=1e-5)
 
@@ -34,12 +34,6 @@ def exact_score(toy: brute_force.Toy) -> ScoreFn:
 def zeros(batch: PackedBatch, sigma: torch.Tensor) -> torch.Tensor:
     """A network that has learnt nothing."""
     return torch.zeros(len(batch.tokens), 20)
-
-
-def graph_of(name: str, n: int) -> Graph:
-    if name == "substitution":
-        return SubstitutionGraph(brute_force.rate_matrix(name, n).numpy())
-    return Absorbing(n) if name == "absorbing" else Uniform(n)
 
 
 @pytest.mark.parametrize(

@@ -6,14 +6,14 @@ import torch
 from scipy.stats import chisquare
 
 from protlig_dd.batch import PackedBatch
-from protlig_dd.diffusion.graph import Absorbing, Graph, SubstitutionGraph, Uniform
+from protlig_dd.diffusion.graph import Absorbing, Uniform
 from protlig_dd.diffusion.noise import GeometricNoise, LogLinearNoise, Noise
 from protlig_dd.diffusion.sampling import sample
 from protlig_dd.diffusion.score import ScoreFn, make_score_fn
 from protlig_dd.runtime.random import keyed_generator
 
 from . import brute_force
-from .conftest import make_model, refuses
+from .conftest import graph_of, make_model, refuses
 
 CHAINS = 100_000
 NOISES: dict[str, Noise] = {
@@ -21,12 +21,6 @@ NOISES: dict[str, Noise] = {
     "uniform": GeometricNoise(1e-4, 12.0, 1e-3),
     "substitution": GeometricNoise(1e-4, 16.0, 1e-3),
 }
-
-
-def graph_of(name: str, n: int) -> Graph:
-    if name == "substitution":
-        return SubstitutionGraph(brute_force.rate_matrix(name, n).numpy())
-    return Absorbing(n) if name == "absorbing" else Uniform(n)
 
 
 def seeded(seed: int) -> torch.Generator:
