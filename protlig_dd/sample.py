@@ -4,21 +4,23 @@ python -m protlig_dd.sample from=runs/demo output=designs.fasta n=10
 python -m protlig_dd.sample from=runs/demo output=designs.fasta n=10 lengths=100-300 steps=128 seed=7
 """
 
+import csv
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 
 from protlig_dd.diffusion.sampling import check_sampler
-from protlig_dd.diffusion.score import make_score_fn
+from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.model.attention import resolve_attention_backend
 from protlig_dd.runtime.checkpoint import find_checkpoint, load_weights, read_state
 from protlig_dd.runtime.cli import run_verb
 from protlig_dd.runtime.config import SampleConfig, TrainConfig, build_graph, build_model, build_noise, read_config
 from protlig_dd.runtime.environment import resolve_device, resolve_precision
 from protlig_dd.runtime.files import write_atomic
-from protlig_dd.runtime.generate import designs_fasta, draw_lengths, generate
+from protlig_dd.runtime.generate import designs_fasta, draw_lengths, generate, length_draws
 from protlig_dd.runtime.metrics import console
 from protlig_dd.tokenizer import AMINO_ACIDS, N_STATES
 
@@ -32,10 +34,10 @@ def sample_proteins(cfg: DictConfig) -> None:
     for key, value, least in (("n", config.n, 1), ("steps", config.steps, 1), ("seed", config.seed, 0)):
         if value < least:
             raise ValueError(f"{key} must be at least {least}, got {value}")
-    log_bias = read_log_bias(config.log_bias)
     checkpoint = find_checkpoint(Path(config.from_))
     state = read_state(checkpoint)
     lengths = choose_lengths(config.lengths, config.n, config.seed, state["length_quantiles"])
+    log_bias = read_log_bias(config.log_bias, lengths)
 
     trained = read_config(OmegaConf.load(checkpoint / "config.yaml"), TrainConfig)  # type: ignore[arg-type]
     longest = max(lengths)
@@ -51,17 +53,11 @@ def sample_proteins(cfg: DictConfig) -> None:
     with device:
         model = build_model(trained.model, backend).eval()
     load_weights(checkpoint / "ema.safetensors", model)
-    score_fn = make_score_fn(
-        model,
-        graph,
-        trained.parametrisation,
-        time_conditioning=trained.time_conditioning,
-        autocast=torch.bfloat16 if precision == "bf16" else None,
-    )
+    autocast = torch.bfloat16 if precision == "bf16" else None
+    score_fn = ScoreFn(model, graph, trained.parametrisation, trained.time_conditioning, autocast)
     console.print(f"{checkpoint} on {device} in {precision}, attention {backend}")
     samples, counts = generate(
         score_fn,
-        graph,
         noise,
         lengths=lengths,
         steps=config.steps,
@@ -73,7 +69,6 @@ def sample_proteins(cfg: DictConfig) -> None:
         temperature=config.temperature,
         top_p=config.top_p,
         log_bias=log_bias,
-        time_free=not trained.time_conditioning,
     )
     text = designs_fasta(
         samples,
@@ -93,20 +88,47 @@ def sample_proteins(cfg: DictConfig) -> None:
         console.print(f"{share:.1%} of the network's evaluations were skipped: nothing had changed")
 
 
-def read_log_bias(wanted: dict[str, float] | None) -> torch.Tensor | None:
-    """(20,) nats from {letter: nats}, 0 for the letters that are not named; None when there are none.
+def read_log_bias(wanted: Any, lengths: list[int]) -> torch.Tensor | list[torch.Tensor] | None:
+    """Nats for each amino acid: (20,) from {letter: nats}, or (length, 20) for each protein from a CSV file.
+
+    The file has a header of letters and a row for each position. Letters that are not named have 0.
 
     Raises:
-        ValueError: a letter that is none of the 20 amino acids.
+        ValueError: a letter that is none of the 20 amino acids, something that is no number, or a file with another
+            number of rows than a protein has residues; names the file and line.
     """
     if not wanted:
         return None
-    bias = torch.zeros(N_STATES, dtype=torch.float64)
-    for letter, nats in wanted.items():
+    if isinstance(wanted, dict):
+        return torch.tensor(bias_row(list(wanted), list(wanted.values()), "log_bias"), dtype=torch.float64)
+    path = Path(str(wanted))
+    if not path.is_file():
+        raise ValueError(f"log_bias={wanted}: give amino acids, log_bias={{W:-1,C:-inf}}, or a CSV file")
+    with path.open(newline="") as file:
+        lines = [line for line in csv.reader(file) if line]
+    header, rows = [letter.strip() for letter in lines[0]] if lines else [], lines[1:]
+    bias = [bias_row(header, row, f"{path} line {number}") for number, row in enumerate(rows, start=2)]
+    for number, length in enumerate(lengths, start=1):
+        if length != len(rows):
+            raise ValueError(
+                f"{path} has {len(rows)} rows but protein {number} has {length} residues; give lengths={len(rows)}"
+            )
+    return [torch.tensor(bias, dtype=torch.float64)] * len(lengths)
+
+
+def bias_row(letters: list[str], values: list[Any], where: str) -> list[float]:
+    """20 numbers in the order of AMINO_ACIDS."""
+    if len(values) != len(letters):
+        raise ValueError(f"{where}: {len(values)} numbers for the {len(letters)} letters of the header")
+    row = [0.0] * N_STATES
+    for letter, value in zip(letters, values, strict=True):
         if letter not in AMINO_ACIDS or len(letter) != 1:
-            raise ValueError(f"log_bias: {letter!r} is none of the amino acids {AMINO_ACIDS}")
-        bias[AMINO_ACIDS.index(letter)] = nats
-    return bias
+            raise ValueError(f"{where}: {letter!r} is none of the amino acids {AMINO_ACIDS}")
+        try:
+            row[AMINO_ACIDS.index(letter)] = float(value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: {value!r} for {letter} is no number") from error
+    return row
 
 
 def choose_lengths(wanted: str, n: int, seed: int, quantiles: list[float]) -> list[int]:
@@ -121,7 +143,8 @@ def choose_lengths(wanted: str, n: int, seed: int, quantiles: list[float]) -> li
     numbers = [shortest, longest] if dash else [shortest, shortest]
     if not all(number.isdecimal() for number in numbers) or not 1 <= int(numbers[0]) <= int(numbers[1]):
         raise ValueError(f"lengths={wanted}: give a number, a range such as 100-300, or empirical")
-    return np.random.default_rng([seed, n]).integers(int(numbers[0]), int(numbers[1]) + 1, n).tolist()
+    low, high = map(int, numbers)
+    return (low + np.floor(length_draws(n, seed) * (high - low + 1)).astype(int)).tolist()
 
 
 if __name__ == "__main__":

@@ -25,17 +25,15 @@ from protlig_dd.data.loader import PackDataset
 from protlig_dd.diffusion.likelihood import nll_bound
 from protlig_dd.diffusion.noise import CosineNoise, LogLinearNoise, Noise
 from protlig_dd.diffusion.sampling import sample
-from protlig_dd.diffusion.score import make_score_fn
+from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.runtime.checkpoint import find_checkpoint, load_weights
 from protlig_dd.runtime.config import TrainConfig, build_graph, build_model, build_noise, read_config
 from protlig_dd.runtime.metrics import ProgressBar
 from tests import brute_force
-from tests.conftest import graph_of
-from tests.test_sampling import NOISES, exact_score, frequencies
+from tests.conftest import exact_score_fn
+from tests.test_sampling import NOISES, SAMPLERS, frequencies
 
 SITES, STATES = 2, 3
-PREDICTORS = {"absorbing": ("analytic", "euler", "ancestral"), "uniform": ("analytic", "euler"),
-              "substitution": ("analytic", "euler")}  # fmt: skip
 # The demo, but for what a graph other than absorbing needs: a network that sees the noise level.
 RUNS = {
     "absorbing": [],
@@ -46,18 +44,17 @@ RUNS = {
 
 def samplers(chains: int, steps: list[int]) -> None:
     """Total variation between samples and the toy's distribution; and of infilled ones, one site given."""
-    toy_of = {name: brute_force.random_toy(name, n=STATES, sites=SITES, seed=2) for name in PREDICTORS}
-    jobs = [(name, predictor) for name, predictors in PREDICTORS.items() for predictor in predictors]
+    toy_of = {name: brute_force.random_toy(name, n=STATES, sites=SITES, seed=2) for name in NOISES}
     rows: list[tuple[str, list[float]]] = []
     negative: dict[tuple[str, str, int], float] = {}
-    with ProgressBar("sampling", len(jobs) * len(steps) + len(toy_of) * len(steps)) as bar:
-        for name, predictor in jobs:
+    with ProgressBar("sampling", len(SAMPLERS) * len(steps) + len(toy_of) * len(steps)) as bar:
+        for name, predictor in SAMPLERS:
             row = []
             for number in steps:
                 generator = torch.Generator().manual_seed(number)
                 counts: Counter[str] = Counter()
                 samples = sample(
-                    exact_score(toy_of[name]), graph_of(name, STATES), NOISES[name], [SITES] * chains, number,
+                    exact_score_fn(toy_of[name]), NOISES[name], [SITES] * chains, number,
                     predictor, generator, counts=counts,
                 )  # fmt: skip
                 expected = toy_of[name].p0.flatten().numpy()
@@ -75,7 +72,7 @@ def samplers(chains: int, steps: list[int]) -> None:
                     return tokens.view(-1)
 
                 samples = sample(
-                    exact_score(toy), graph_of(name, STATES), NOISES[name], [SITES] * chains, number, "analytic",
+                    exact_score_fn(toy), NOISES[name], [SITES] * chains, number, "analytic",
                     torch.Generator().manual_seed(number), project,
                 )  # fmt: skip
                 seen = np.bincount(np.stack(samples)[:, 1], minlength=STATES) / chains
@@ -118,7 +115,7 @@ def likelihood(run: Path, proteins: int, repeats: int) -> None:
     graph = build_graph(config.graph)
     model = build_model(config.model, "sdpa").eval()
     load_weights(checkpoint / "ema.safetensors", model)
-    score_fn = make_score_fn(model, graph, config.parametrisation, time_conditioning=config.time_conditioning)
+    score_fn = ScoreFn(model, graph, config.parametrisation, time_conditioning=config.time_conditioning)
     store, data = bundled_store(), config.data
     rows = store.split("test")[:proteins]
     packs = PackDataset(store, rows, seed=None, max_len=data.max_len, tokens_per_pack=data.tokens_per_pack)

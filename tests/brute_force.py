@@ -3,7 +3,9 @@
 A toy is a joint distribution p0 over a few sites of a few states. The absorbing state is the last index.
 """
 
+import functools
 import itertools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +31,7 @@ def rate_matrix(graph: str, n: int) -> Tensor:
     return q
 
 
+@functools.cache
 def transition(graph: str, n: int, sigma: float) -> Tensor:
     """(S, S) P(sigma) = exp(sigma Q)."""
     return torch.linalg.matrix_exp(sigma * rate_matrix(graph, n))
@@ -95,6 +98,15 @@ class Toy:
                 others = torch.cat([like[:, :site], like[:, site + 1 :]], dim=1).prod(1)
                 out[:, site, x0[site]] += self.p0[x0] * others
         return out / out.sum(-1, keepdim=True)
+
+
+def prior(graph: str, n: int, sigma_max: float) -> Tensor:
+    """(S,) the distribution that sampling starts from, after sigma_max of noise."""
+    if graph != "absorbing":
+        return equilibrium(graph, n)
+    out = torch.full((n + 1,), math.exp(-sigma_max) / n, dtype=torch.float64)
+    out[n] = 1 - math.exp(-sigma_max)
+    return out
 
 
 def random_toy(graph: str, n: int = 3, sites: int = 2, seed: int = 0) -> Toy:

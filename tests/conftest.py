@@ -1,6 +1,7 @@
 """Shared fixtures: real proteins, a small store of them, a small model, and the command line."""
 
 import contextlib
+import functools
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import settings
 from jaxtyping import TypeCheckError
 
@@ -18,7 +20,9 @@ from protlig_dd.batch import PackedBatch
 from protlig_dd.data.build import SAMPLE_FOLDER, build_store
 from protlig_dd.data.fasta import FastaRecord, read_fasta
 from protlig_dd.data.store import SPLITS, SequenceStore
-from protlig_dd.diffusion.graph import Absorbing, Graph, SubstitutionGraph, Uniform
+from protlig_dd.diffusion.graph import Absorbing, Graph, Uniform
+from protlig_dd.diffusion.score import ScoreFn
+from protlig_dd.diffusion.substitution import SubstitutionGraph
 from protlig_dd.model.dit import DiT
 
 from . import brute_force
@@ -66,6 +70,35 @@ def graph_of(name: str, n: int) -> Graph:
     if name == "substitution":
         return SubstitutionGraph(brute_force.rate_matrix(name, n).numpy())
     return Absorbing(n) if name == "absorbing" else Uniform(n)
+
+
+def exact_score_fn(toy: brute_force.Toy, parametrisation: str = "log_score") -> ScoreFn:
+    """A network that knows the toy: the exact scores of sequences of its sites, with or without <bos> and <eos>."""
+    graph = graph_of(toy.graph, toy.n)
+    states = torch.cartesian_prod(*[torch.arange(toy.n + (toy.graph == "absorbing"))] * toy.sites).view(-1, toy.sites)
+    place = (int(states.max()) + 1) ** torch.arange(toy.sites - 1, -1, -1)
+
+    @functools.lru_cache(maxsize=4096)
+    def table(sigma: float) -> torch.Tensor:
+        """(states, sites, n) logits."""
+        if parametrisation == "x0":
+            return toy.posterior(states, sigma).log()
+        flat = states.reshape(-1)
+        nothing = torch.zeros(len(flat), toy.n, dtype=torch.float64)
+        offset = graph.log_score(nothing, flat, torch.full((len(flat),), sigma, dtype=torch.float64))
+        return toy.log_score(states, sigma) - offset.view(*states.shape, toy.n)
+
+    def network(batch: PackedBatch, sigma: torch.Tensor) -> torch.Tensor:
+        tokens = batch.tokens.view(len(sigma), -1)
+        edges = (tokens.shape[1] - toy.sites) // 2
+        index = (tokens[:, edges : edges + toy.sites] * place).sum(1)
+        if len(sigma.unique()) == 1:
+            logits = table(float(sigma[0]))[index]
+        else:
+            logits = torch.stack([table(float(one))[i] for one, i in zip(sigma, index, strict=True)])
+        return F.pad(logits, (0, 0, edges, edges)).view(-1, toy.n)
+
+    return ScoreFn(network, graph, parametrisation)
 
 
 def make_model(*, dropout: float = 0.0, seed: int = 0, **dimensions: int) -> DiT:

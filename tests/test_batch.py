@@ -1,10 +1,12 @@
 import dataclasses
+import itertools
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import chisquare
 
 from protlig_dd.batch import PackedBatch
 
@@ -57,6 +59,28 @@ def test_rows_stay_on_the_host_and_default_to_minus_one() -> None:
 def test_disagreeing_fields_are_refused(changes: dict[str, Any], message: str) -> None:
     with refuses(message):
         dataclasses.replace(random_batch([2, 3]), **changes)
+
+
+@given(lengths_strategy, st.integers(0, 999))
+def test_a_random_subset_has_the_size_asked_for_of_the_candidates(lengths: list[int], seed: int) -> None:
+    batch, generator = random_batch(lengths), torch.Generator().manual_seed(seed)
+    candidates = torch.rand(sum(lengths), generator=generator) < 0.6
+    there = torch.tensor([int(part.sum()) for part in batch.unpack(candidates)])
+    counts = (torch.rand(len(lengths), generator=generator) * (there + 1)).long()
+    chosen = batch.random_subset(candidates, counts, torch.rand(sum(lengths), generator=generator).double())
+    assert not (chosen & ~candidates).any()
+    assert [int(part.sum()) for part in batch.unpack(chosen)] == counts.tolist()
+
+
+def test_every_subset_comes_as_often() -> None:
+    batch = random_batch([5] * 6000)
+    candidates = torch.tensor([True, True, False, True, True] * 6000)
+    u = torch.rand(30_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    chosen = batch.random_subset(candidates, torch.full((6000,), 2), u).view(6000, 5)
+    seen = torch.bincount((chosen * 2 ** torch.arange(5)).sum(1))
+    pairs = [2**a + 2**b for a, b in itertools.combinations([0, 1, 3, 4], 2)]
+    assert int(seen[pairs].sum()) == 6000
+    assert chisquare(seen[pairs].numpy()).pvalue > 1e-3
 
 
 def test_nested_sequences_are_refused_by_pack() -> None:

@@ -23,7 +23,7 @@ from protlig_dd.runtime.config import (
 from protlig_dd.training.launch import run
 from protlig_dd.training.validate import check_train_config
 
-from .conftest import Command, assert_one_line_error
+from .conftest import ROOT, Command, assert_one_line_error
 
 
 def composed(*overrides: str, name: str = "train") -> DictConfig:
@@ -134,6 +134,17 @@ def test_a_wrong_config_is_one_line_before_any_data(
     for part in parts:
         assert part in line
     assert list(tmp_path.iterdir()) == []
+
+
+def test_help_says_what_every_key_means(run_python: Command) -> None:
+    text = run_python("-m", "protlig_dd.sample", "--help").stdout
+    assert "Sample new proteins from a trained model." in text
+    for line in (ROOT / "configs/sample.yaml").read_text().splitlines():
+        assert line.startswith(("#", "defaults:", "  - ")) or line.strip() in text
+
+
+def test_an_unknown_flag_is_one_line(run_python: Command) -> None:
+    assert_one_line_error(run_python("-m", "protlig_dd.sample", "--prod"), "--prod", "key=value")
 
 
 def test_the_traceback_is_there_for_those_who_ask(run_python: Command) -> None:

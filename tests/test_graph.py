@@ -6,14 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protlig_dd.diffusion.graph import (
-    Absorbing,
-    Graph,
-    SubstitutionGraph,
-    categorical,
-    clamp_negative,
-    log_expm1,
-)
+from protlig_dd.diffusion.graph import Absorbing, Graph
+from protlig_dd.diffusion.numerics import categorical, clamp_negative, log_expm1
+from protlig_dd.diffusion.substitution import SubstitutionGraph
 
 from . import brute_force
 from .conftest import graph_of, refuses
@@ -34,54 +29,79 @@ def masked_score(name: str, n: int, xt: torch.Tensor, seed: int) -> torch.Tensor
     return log_score.scatter(1, xt[:, None], 0.0)
 
 
+def pairs_of(name: str, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every (x0, x_t) that can be."""
+    x0 = torch.arange(n).repeat_interleave(states(name, n))
+    xt = torch.arange(states(name, n)).repeat(n)
+    possible = (x0 == xt) | (xt == n) if name == "absorbing" else x0 >= 0
+    return x0[possible], xt[possible]
+
+
+def reference(
+    name: str, n: int, sigma: float, log_score: torch.Tensor, xt: torch.Tensor, x0: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of each pair by brute force, and the largest of the terms it is the sum of."""
+    rows = [
+        brute_force.score_entropy(name, n, sigma, log_score[i].double(), int(xt[i]), int(x0[i])) for i in range(len(x0))
+    ]
+    loss, largest = torch.tensor(rows, dtype=torch.float64).T
+    return loss, largest
+
+
 @pytest.mark.parametrize("name", GRAPHS)
 @pytest.mark.parametrize("n", [4, 20])
 @pytest.mark.parametrize("sigma", SIGMAS)
 def test_score_entropy_equals_brute_force(name: str, n: int, sigma: float) -> None:
-    graph = graph_of(name, n)
-    p = brute_force.transition(name, n, sigma)
-    pairs = [(x0, xt) for x0 in range(n) for xt in range(states(name, n)) if p[x0, xt] > 0][:60]
-    if name == "absorbing":
-        pairs = [(x0, xt) for x0, xt in pairs if xt in (x0, n)]
-    x0, xt = torch.tensor(pairs).T
+    graph, (x0, xt) = graph_of(name, n), pairs_of(name, n)
     log_score = masked_score(name, n, xt, 0)
     loss = graph.score_entropy(log_score, torch.full((len(x0),), sigma), xt, x0)
     assert loss.dtype == torch.float32
-    reference = [
-        brute_force.score_entropy(name, n, sigma, log_score[i].double(), int(xt[i]), int(x0[i])) for i in range(len(x0))
-    ]
-    expected, largest = torch.tensor(reference, dtype=torch.float64).T
+    expected, largest = reference(name, n, sigma, log_score, xt, x0)
     assert ((loss - expected).abs() <= 1e-5 * largest + 1e-30).all()
 
 
 @pytest.mark.parametrize("name", GRAPHS)
 @given(sigma=st.floats(1e-4, 8.0), seed=st.integers(0, 999))
 def test_score_entropy_is_never_negative_and_zero_at_the_true_ratios(name: str, sigma: float, seed: int) -> None:
-    n = 6
-    graph = graph_of(name, n)
-    p = brute_force.transition(name, n, sigma)
-    x0 = torch.arange(n).repeat_interleave(states(name, n))
-    xt = torch.arange(states(name, n)).repeat(n)
-    possible = p[x0, xt] > 0
-    x0, xt = x0[possible], xt[possible]
+    n = 5
+    sigma = float(np.float32(sigma))
+    graph, (x0, xt) = graph_of(name, n), pairs_of(name, n)
     sigma_T = torch.full((len(x0),), sigma)
-    largest = max(1.0, 1 / math.expm1(sigma) * (1 + abs(math.log(math.expm1(sigma)))))
-    if name == "substitution":
-        largest *= 1 / float(p[x0, xt].min() * math.expm1(sigma))
-    loss = graph.score_entropy(masked_score(name, n, xt, seed), sigma_T, xt, x0)
-    assert float(loss.min()) > -1e-5 * largest
+    log_score = masked_score(name, n, xt, seed)
+    _, largest = reference(name, n, sigma, log_score, xt, x0)
+    assert (graph.score_entropy(log_score, sigma_T, xt, x0) >= -1e-5 * largest).all()
+    p = brute_force.transition(name, n, sigma)
     ratio = (p[x0, :n] / p[x0, xt][:, None]).clamp(min=1e-30).log().float()
     exact = torch.where((xt == n)[:, None], ratio, 0.0) if name == "absorbing" else ratio
-    assert graph.score_entropy(exact, sigma_T, xt, x0).abs().max() < 1e-5 * largest
+    _, largest = reference(name, n, sigma, exact, xt, x0)
+    assert (graph.score_entropy(exact, sigma_T, xt, x0).abs() <= 1e-5 * largest).all()
+
+
+@pytest.mark.parametrize("name", ["absorbing", "uniform"])
+@pytest.mark.parametrize("n", [4, 20])
+@pytest.mark.parametrize("sigma", [*SIGMAS, 6.9])
+def test_transitions_have_the_probabilities_of_the_matrix_exponential(
+    name: str, n: int, sigma: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by chance: the inverse CDF is read off on a grid of draws, up to twice the probability of moving."""
+    points, expected = 400_000, brute_force.transition(name, n, sigma)[2]
+    reach = min(1.0, 2 * float(1 - expected[2]))
+    grid = (torch.arange(points, dtype=torch.float64) + 0.5) / points * reach
+    monkeypatch.setattr("protlig_dd.diffusion.graph.uniform_draws", lambda length, generator: grid)
+    xt = graph_of(name, n).sample_transition(
+        torch.full((points,), 2), torch.full((points,), sigma, dtype=torch.float64), torch.Generator()
+    )
+    seen = torch.bincount(xt, minlength=len(expected)).double() / points * reach
+    seen[2] += 1 - reach
+    assert ((seen - expected).abs() <= 1e-5 * (1 - expected[2])).all()
 
 
 @pytest.mark.parametrize("name", GRAPHS)
 @pytest.mark.parametrize("sigma", [0.05, 0.7, 3.0])
-def test_transitions_have_the_probabilities_of_the_matrix_exponential(name: str, sigma: float) -> None:
-    n, draws = 5, 40_000
-    graph = graph_of(name, n)
+def test_transitions_are_drawn_with_those_probabilities(name: str, sigma: float) -> None:
+    n, draws = 20, 40_000
     x0 = torch.full((draws,), 2)
-    xt = graph.sample_transition(x0, torch.full((draws,), sigma), torch.Generator().manual_seed(1))
+    xt = graph_of(name, n).sample_transition(x0, torch.full((draws,), sigma), torch.Generator().manual_seed(1))
     expected = brute_force.transition(name, n, sigma)[2]
     seen = torch.bincount(xt, minlength=len(expected)).double() / draws
     assert ((seen - expected).abs() <= 5 * (expected * (1 - expected) / draws).sqrt() + 1e-12).all()
@@ -97,70 +117,98 @@ def test_context_is_never_moved_and_never_in_the_loss(graph: Graph) -> None:
 
 
 @pytest.mark.parametrize("name", GRAPHS)
-@pytest.mark.parametrize("sigma", [1e-3, 1.0, 6.9])
-def test_prior_and_its_divergence(name: str, sigma: float) -> None:
-    n, draws = 5, 40_000
-    graph = graph_of(name, n)
-    p = brute_force.transition(name, n, sigma)[0]
-    if name == "absorbing":  # (1 - e^-sigma) mask + e^-sigma / n on each residue
-        prior = torch.full((n + 1,), math.exp(-sigma) / n, dtype=torch.float64)
-        prior[n] = -math.expm1(-sigma)
-    else:
-        prior = brute_force.equilibrium(name, n)
+@pytest.mark.parametrize("n", [4, 20])
+@pytest.mark.parametrize("sigma", [1e-5, 1e-3, 1.0, 6.9])
+def test_prior_and_its_divergence(name: str, n: int, sigma: float) -> None:
+    draws, graph = 40_000, graph_of(name, n)
+    p, prior = brute_force.transition(name, n, sigma)[0], brute_force.prior(name, n, sigma)
     kl = (p * (p / prior).clamp(min=1e-300).log()).sum()
-    assert graph.prior_kl(torch.tensor([0]), torch.tensor([sigma])).item() == pytest.approx(kl.item(), rel=1e-4)
+    assert graph.prior_kl(torch.tensor([0]), torch.tensor([sigma])).item() == pytest.approx(kl.item(), rel=1e-5)
     limit = graph.sample_limit(draws, torch.Generator().manual_seed(0), sigma)
     seen = torch.bincount(limit, minlength=len(prior)).double() / draws
     assert ((seen - prior).abs() <= 5 * (prior * (1 - prior) / draws).sqrt() + 1e-12).all()
 
 
 @pytest.mark.parametrize("name", GRAPHS)
-@pytest.mark.parametrize(("sigma", "delta"), [(0.5, 0.1), (3.0, 1.5), (6.9, 1e-4), (1e-3, 1e-3)])
-def test_reverse_steps_equal_the_dense_formulas(name: str, sigma: float, delta: float) -> None:
-    """Analytic: [s^T exp(-delta Q)]_z P(delta)[z, x]; Euler: onehot(x) + step s_z Q[z, x]."""
-    n = 5
-    graph = graph_of(name, n)
+@pytest.mark.parametrize("n", [4, 20])
+@pytest.mark.parametrize("sigma", SIGMAS)
+@pytest.mark.parametrize("share", [1e-3, 0.3, 1.0])
+def test_reverse_steps_equal_the_dense_formulas(name: str, n: int, sigma: float, share: float) -> None:
+    """Analytic: [s^T exp(-delta Q)]_z P(delta)[z, x]; Euler: onehot(x) + step s_z Q[z, x]. Scores are float32."""
+    graph, delta = graph_of(name, n), share * min(sigma, graph_of(name, n).sigma_max)
     toy = brute_force.random_toy(name, n, sites=2, seed=3)
-    xt = torch.tensor([[n, 0], [n, n]]) if name == "absorbing" else torch.tensor([[1, 0], [4, 4]])
-    log_score = toy.log_score(xt, sigma).reshape(4, n)
+    xt = torch.tensor([[n, 0], [n, n]]) if name == "absorbing" else torch.tensor([[1, 0], [3, 3]])
+    log_score = toy.log_score(xt, sigma).reshape(4, n).float()
     flat = xt.reshape(4)
     q, p = brute_force.rate_matrix(name, n), brute_force.transition(name, n, delta)
     undo = brute_force.transition(name, n, -delta)
     step = torch.full((4,), delta, dtype=torch.float64)
-    analytic = graph.analytic_probs(log_score, flat, step)
-    euler = graph.euler_probs(log_score, flat, step)
+    analytic, euler = graph.analytic_probs(log_score, flat, step), graph.euler_probs(log_score, flat, step)
+    assert analytic.dtype == euler.dtype == torch.float64
     for i, x in enumerate(flat.tolist()):
         s = torch.zeros(states(name, n), dtype=torch.float64)
         if name == "absorbing" and x < n:
             s[x] = 1.0  # an unmasked token has nowhere else to come from
         else:
-            s[:n] = log_score[i].exp()
+            s[:n] = log_score[i].double().exp()
             s[x] = 1.0
-        assert torch.allclose(analytic[i], (s @ undo) * p[:, x], atol=1e-9)
+        assert torch.allclose(analytic[i], (s @ undo) * p[:, x], rtol=1e-9, atol=1e-12 * float(undo.abs().max()))
         rate = s * q[:, x]
         rate[x] = 0
         expected = delta * rate
         expected[x] = 1 - expected.sum()
-        assert torch.allclose(euler[i], expected, atol=1e-12)
-    assert torch.allclose(analytic.sum(-1), torch.ones(4, dtype=torch.float64), atol=1e-9)
+        assert torch.allclose(euler[i], expected, rtol=1e-9, atol=1e-12)
+    assert torch.allclose(analytic.sum(-1), torch.ones(4, dtype=torch.float64), atol=1e-12 * float(undo.abs().max()))
 
 
 @pytest.mark.parametrize("name", GRAPHS)
-@pytest.mark.parametrize("sigma", [1e-3, 0.3, 2.0, 6.9])
-def test_the_posterior_of_x0_gives_the_scores(name: str, sigma: float) -> None:
-    """p(x0 | the other tokens) through log_score_from_x0 is the score; both by enumeration."""
-    toy = brute_force.random_toy(name, n=4, sites=2, seed=5)
-    xt = torch.cartesian_prod(*[torch.arange(states(name, 4))] * 2)
+@pytest.mark.parametrize("n", [4, 20])
+@pytest.mark.parametrize("sigma", [*SIGMAS, 40.0])
+@pytest.mark.parametrize("share", [0.0, 0.4, 0.999])
+def test_the_posterior_step_is_bayes_rule(name: str, n: int, sigma: float, share: float) -> None:
+    """p(z | x_t) ~ sum over x0 of q(x0) P(left)[x0, z] P(sigma - left)[z, x_t]; large sigma does no harm."""
+    left = share * sigma
+    xt = torch.arange(states(name, n))
     if name == "absorbing":
-        xt = xt[(xt == 4).any(1)]
-    graph, flat = graph_of(name, 4), xt.reshape(-1)
-    logits = toy.posterior(xt, sigma).log().reshape(-1, 4) + 0.7  # a softmax does not see a constant
-    expected = toy.log_score(xt, sigma).reshape(-1, 4)
-    found = graph.log_score_from_x0(logits, flat, torch.full((len(flat),), sigma, dtype=torch.float64))
-    assert torch.allclose(found, expected, atol=1e-9)
-    found32 = graph.log_score_from_x0(logits.float(), flat, torch.full((len(flat),), sigma))
+        xt = torch.tensor([n])
+    log_q = torch.randn(len(xt), n, generator=torch.Generator().manual_seed(7))
+    now_T, left_T = (torch.full((len(xt),), value, dtype=torch.float64) for value in (sigma, left))
+    probs, clamped = clamp_negative(graph_of(name, n).posterior_probs(log_q, xt, now_T, left_T))
+    to_z, to_xt = (brute_force.transition(name, n, s) for s in (left, sigma - left))
+    expected = (log_q.double().softmax(-1) @ to_z[:n]) * to_xt[:, xt].T
+    assert torch.allclose(probs, expected / expected.sum(-1, keepdim=True), rtol=1e-8, atol=1e-12)
+    assert not clamped.any()
+    if name == "absorbing":
+        masks = graph_of(name, n).posterior_probs(
+            torch.zeros(2, n), torch.tensor([0, n]), torch.ones(2), torch.zeros(2)
+        )
+        assert masks[:, n].tolist() == [0.0, 0.0]
+        assert masks[0].tolist() == [1.0] + [0.0] * n
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize("n", [4, 20])
+@pytest.mark.parametrize("sigma", [1e-5, 1e-3, 0.3, 2.0, 6.9])
+def test_the_posterior_of_x0_gives_the_scores(name: str, n: int, sigma: float) -> None:
+    """p(x0 | the other tokens) through log_score_from_x0 is the score, and x0_probs is the way back."""
+    toy = brute_force.random_toy(name, n=n, sites=2, seed=5)
+    xt = torch.cartesian_prod(*[torch.arange(states(name, n))] * 2)
+    if name == "absorbing":
+        xt = xt[(xt == n).any(1)]
+    graph, flat = graph_of(name, n), xt.reshape(-1)
+    q = toy.posterior(xt, sigma).reshape(-1, n)
+    logits = q.log() + 0.7  # a softmax does not see a constant
+    expected = toy.log_score(xt, sigma).reshape(-1, n)
+    sigma_T = torch.full((len(flat),), sigma, dtype=torch.float64)
+    found = graph.log_score_from_x0(logits, flat, sigma_T)
+    assert torch.allclose(found, expected, atol=1e-8)
+    found32 = graph.log_score_from_x0(logits.float(), flat, sigma_T.float())
     assert found32.dtype == torch.float32
     assert torch.allclose(found32.double(), expected, rtol=1e-5, atol=1e-5)
+    back = graph.x0_probs(found, flat, sigma_T)
+    masked = flat == n if name == "absorbing" else flat >= 0
+    assert back.dtype == torch.float64
+    assert torch.allclose(back[masked], q[masked], atol=1e-9 * math.exp(2 * sigma))
 
 
 @pytest.mark.parametrize("name", GRAPHS)

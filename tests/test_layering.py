@@ -10,6 +10,7 @@ from .conftest import ROOT
 PACKAGE = ROOT / "protlig_dd"
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
 
+PROCESS = ["diffusion.score", "diffusion.graph", "diffusion.noise", "diffusion.numerics"]
 # longest matching prefix wins; each may import these and itself
 ALLOWED = {
     "protlig_dd.tokenizer": [],
@@ -21,11 +22,13 @@ ALLOWED = {
     "protlig_dd.model": ["batch", "tokenizer"],
     "protlig_dd.diffusion.noise": [],
     "protlig_dd.diffusion.rates": ["tokenizer"],
-    "protlig_dd.diffusion.graph": ["diffusion.rates", "tokenizer"],
-    "protlig_dd.diffusion.score": ["diffusion.graph", "batch"],
-    "protlig_dd.diffusion.loss": ["diffusion.score", "diffusion.graph", "diffusion.noise", "batch"],
-    "protlig_dd.diffusion.likelihood": ["diffusion.score", "diffusion.graph", "diffusion.noise", "batch"],
-    "protlig_dd.diffusion.sampling": ["diffusion.score", "diffusion.graph", "diffusion.noise", "batch", "tokenizer"],
+    "protlig_dd.diffusion.numerics": ["batch"],
+    "protlig_dd.diffusion.substitution": ["diffusion.numerics", "diffusion.rates", "tokenizer"],
+    "protlig_dd.diffusion.graph": ["diffusion.numerics", "diffusion.substitution", "tokenizer"],
+    "protlig_dd.diffusion.score": ["diffusion.numerics", "diffusion.graph", "batch"],
+    "protlig_dd.diffusion.loss": [*PROCESS, "batch"],
+    "protlig_dd.diffusion.likelihood": [*PROCESS, "batch"],
+    "protlig_dd.diffusion.sampling": [*PROCESS, "batch", "tokenizer"],
     "protlig_dd.runtime": ["model", "diffusion", "tokenizer"],
     "protlig_dd.training": ["runtime", "data", "diffusion", "model", "batch", "tokenizer"],
     "protlig_dd": ["runtime", "data", "diffusion", "model", "batch", "tokenizer"],  # the verbs

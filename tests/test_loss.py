@@ -8,7 +8,7 @@ from protlig_dd.batch import PackedBatch
 from protlig_dd.diffusion.graph import Absorbing, Graph, Uniform
 from protlig_dd.diffusion.loss import score_entropy_loss
 from protlig_dd.diffusion.noise import CosineNoise, GeometricNoise, LogLinearNoise, Noise, stratified_times
-from protlig_dd.diffusion.score import make_score_fn
+from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.tokenizer import ProteinTokenizer
 
 from .conftest import make_model, random_batch
@@ -20,7 +20,7 @@ from .conftest import make_model, random_batch
 )
 def test_the_loss_is_that_of_its_parts_put_together_by_hand(graph: Graph, noise: Noise) -> None:
     batch = random_batch([6, 11, 3])
-    score_fn = make_score_fn(make_model(), graph, "log_score")
+    score_fn = ScoreFn(make_model(), graph, "log_score")
     loss_sum, n_residues = score_entropy_loss(score_fn, batch, graph, noise, torch.Generator().manual_seed(4))
     generator = torch.Generator().manual_seed(4)
     t = stratified_times(3, noise.t_min, generator, "cpu")
@@ -37,7 +37,7 @@ def test_x0_and_time_free_is_weighted_cross_entropy() -> None:
     """For log-linear noise, kappa dsigma = 1/t (1 - eps cancels): the loss is masked cross-entropy over t."""
     graph, noise, batch = Absorbing(), LogLinearNoise(), random_batch([40, 25])
     model = make_model()
-    score_fn = make_score_fn(model, graph, "x0", time_conditioning=False)
+    score_fn = ScoreFn(model, graph, "x0", time_conditioning=False)
     loss_sum, _ = score_entropy_loss(score_fn, batch, graph, noise, torch.Generator().manual_seed(4))
     generator = torch.Generator().manual_seed(4)
     t = stratified_times(2, noise.t_min, generator, "cpu")
@@ -51,7 +51,7 @@ def test_x0_and_time_free_is_weighted_cross_entropy() -> None:
 def test_a_curriculums_loss_is_the_integral_up_to_its_cap() -> None:
     """A zero network costs log 20 a masked residue, so the part of the integral below the cap is in proportion."""
     graph, noise, batch = Absorbing(), LogLinearNoise(), random_batch([60] * 400)
-    score_fn = make_score_fn(lambda batch, sigma: torch.zeros(len(batch.tokens), 20), graph, "x0")
+    score_fn = ScoreFn(lambda batch, sigma: torch.zeros(len(batch.tokens), 20), graph, "x0")
     for cap in (0.1, 0.6, 1.0):
         generator = torch.Generator().manual_seed(0)
         losses = [score_entropy_loss(score_fn, batch, graph, noise, generator, cap)[0] / 24_000 for _ in range(20)]
@@ -63,14 +63,14 @@ def test_a_curriculums_loss_is_the_integral_up_to_its_cap() -> None:
 def test_context_letters_are_counted_out() -> None:
     tokens = torch.from_numpy(ProteinTokenizer().encode("MKXVBZ"))
     batch = PackedBatch.pack([tokens.long()])
-    score_fn = make_score_fn(make_model(), Absorbing(), "x0")
+    score_fn = ScoreFn(make_model(), Absorbing(), "x0")
     _, n_residues = score_entropy_loss(score_fn, batch, Absorbing(), LogLinearNoise(), torch.Generator())
     assert int(n_residues) == 3
 
 
 def test_gradients_reach_every_parameter() -> None:
     model = make_model()
-    score_fn = make_score_fn(model, Absorbing(), "log_score")
+    score_fn = ScoreFn(model, Absorbing(), "log_score")
     loss_sum, _ = score_entropy_loss(
         score_fn, random_batch([30, 20]), Absorbing(), LogLinearNoise(), torch.Generator().manual_seed(0)
     )

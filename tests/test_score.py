@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from protlig_dd.batch import PackedBatch
-from protlig_dd.diffusion.graph import Absorbing, Graph, Uniform, make_substitution_graph
+from protlig_dd.diffusion.graph import Absorbing, Graph, Uniform
 from protlig_dd.diffusion.loss import score_entropy_loss
 from protlig_dd.diffusion.noise import LogLinearNoise
-from protlig_dd.diffusion.score import make_score_fn
+from protlig_dd.diffusion.score import ScoreFn
+from protlig_dd.diffusion.substitution import make_substitution_graph
 
 from . import brute_force
 from .conftest import make_model, random_batch
@@ -28,7 +29,7 @@ def test_scores_are_float32_and_zero_at_xt(graph: Graph, parametrisation: str) -
     sigma = torch.tensor([0.3, 2.0])
     xt = graph.sample_transition(batch.tokens, sigma[batch.segment_ids], torch.Generator().manual_seed(0))
     for autocast in (None, torch.bfloat16):
-        score_fn = make_score_fn(make_model(), graph, parametrisation, autocast=autocast)
+        score_fn = ScoreFn(make_model(), graph, parametrisation, autocast=autocast)
         log_score = score_fn(batch.with_tokens(xt), sigma)
         assert log_score.dtype == torch.float32
         if not isinstance(graph, Absorbing):
@@ -45,9 +46,9 @@ def test_autocast_is_active_inside_the_network_and_nowhere_else() -> None:
     model, batch = make_model(), random_batch([6, 9])
     seen: dict[str, torch.dtype] = {}
     model.blocks[0].qkv.register_forward_hook(lambda module, inputs, out: seen.update(qkv=out.dtype))
-    make_score_fn(model, Absorbing(), "x0", autocast=torch.bfloat16)(batch, torch.ones(2))
+    ScoreFn(model, Absorbing(), "x0", autocast=torch.bfloat16)(batch, torch.ones(2))
     assert seen["qkv"] == torch.bfloat16
-    make_score_fn(model, Absorbing(), "x0")(batch, torch.ones(2))
+    ScoreFn(model, Absorbing(), "x0")(batch, torch.ones(2))
     assert seen["qkv"] == torch.float32
 
 
@@ -62,10 +63,10 @@ def test_logits_leave_the_network_in_full_precision() -> None:
 def test_a_time_free_network_sees_no_sigma() -> None:
     batch = random_batch([6, 9])
     masked = batch.with_tokens(torch.where(torch.arange(15) % 2 == 0, 20, batch.tokens))
-    free = make_score_fn(make_model(), Absorbing(), "x0", time_conditioning=False)
+    free = ScoreFn(make_model(), Absorbing(), "x0", time_conditioning=False)
     low, high = free(masked, torch.full((2,), 0.1)), free(masked, torch.full((2,), 3.0))
     assert torch.allclose(low.log_softmax(-1), high.log_softmax(-1), atol=1e-6)
-    conditioned = make_score_fn(make_model(), Absorbing(), "x0")
+    conditioned = ScoreFn(make_model(), Absorbing(), "x0")
     low, high = conditioned(masked, torch.full((2,), 0.1)), conditioned(masked, torch.full((2,), 3.0))
     assert not torch.allclose(low.log_softmax(-1), high.log_softmax(-1), atol=1e-3)
 
@@ -78,7 +79,7 @@ def test_a_zero_network_on_the_absorbing_graph_costs_log_20_a_residue(parametris
     is (1 - t_min)(1 - eps) log 20 nats per residue, which stratified times reach quickly.
     """
     noise, graph = LogLinearNoise(), Absorbing()
-    score_fn = make_score_fn(zeros, graph, parametrisation)
+    score_fn = ScoreFn(zeros, graph, parametrisation)
     batch = random_batch([60] * 500)
     generator = torch.Generator().manual_seed(0)
     estimates = []
@@ -126,7 +127,7 @@ def test_bf16_changes_the_loss_at_the_smallest_time_by_less_than_half_a_percent(
     sigma_T = sigma[batch.segment_ids]
     xt = graph.sample_transition(batch.tokens, sigma_T, torch.Generator().manual_seed(0))
     with torch.no_grad():
-        score_fn = make_score_fn(model, graph, parametrisation, autocast=torch.bfloat16)
+        score_fn = ScoreFn(model, graph, parametrisation, autocast=torch.bfloat16)
         loss = graph.score_entropy(score_fn(batch.with_tokens(xt), sigma), sigma_T, xt, batch.tokens).double().sum()
         model.sigma_embedding.mlp.register_forward_pre_hook(lambda _, args: (args[0].double(),))
         logits = model.double()(batch.with_tokens(xt), sigma)
@@ -149,4 +150,4 @@ def test_combinations_that_are_not_valid_are_refused(
     graph: Graph, parametrisation: str, time: bool, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        make_score_fn(zeros, graph, parametrisation, time_conditioning=time)
+        ScoreFn(zeros, graph, parametrisation, time_conditioning=time)

@@ -193,8 +193,12 @@ def test_a_non_finite_loss_stops_the_run_and_leaves_the_last_good_checkpoint(
 def test_another_config_or_other_data_is_not_resumed(run_python: Command, store: SequenceStore, tmp_path: Path) -> None:
     more = ["trainer.max_steps=2"]
     train(run_python, store, "same", *more)
+    config = (tmp_path / "runs/same/config.yaml").read_text()
     changed = run_python("-m", "protlig_dd.training", *overrides_for(store, "same", *more, "optim.lr=1e-4"))
     assert_one_line_error(changed, "runs/same", "optim.lr: 0.0007 -> 0.0001", "run.fresh=true")
+    assert (tmp_path / "runs/same/config.yaml").read_text() == config
+    earlier = train(run_python, store, "same", *more, "trainer.stop_at_step=1")  # where the run has been already
+    assert len(read_metrics(tmp_path / "runs/same/metrics.jsonl")) == 2, earlier
     never = run_python("-m", "protlig_dd.training", *overrides_for(store, "same", *more, "run.resume=never"))
     assert_one_line_error(never, "runs/same exists and run.resume=never")
     copy = tmp_path / "elsewhere.h5"
@@ -288,6 +292,16 @@ def test_the_report_beats_the_untrained_model(run_python: Command, store: Sequen
     assert [line.startswith(">report_") for line in lines] == [True, False] * 3
     assert all(20 <= len(line) <= 30 for line in lines[1::2])
     assert "step=60" in lines[0]
+    (tmp_path / "bias.csv").write_text("M,K,W\n50,0,-inf\n0,50,0\n0,-1,50\n")
+    steered = ["from=runs/report", "output=mkw.fasta", "n=2", "steps=40", "log_bias=bias.csv"]
+    process = run_python("-m", "protlig_dd.sample", *steered, "lengths=3")
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / "mkw.fasta").read_text().splitlines()[1::2] == ["MKW", "MKW"]
+    evaluations = re.search(r"([\d.]+)% of the network's evaluations were skipped", process.stdout)
+    assert evaluations is not None
+    assert 100 * (1 - 8 / 82) - 0.1 < float(evaluations[1]) < 100  # two proteins, 41 steps; each residue moves once
+    other = run_python("-m", "protlig_dd.sample", *steered[:1], "output=t.fasta", "log_bias=bias.csv", "lengths=5")
+    assert_one_line_error(other, "bias.csv has 3 rows but protein 1 has 5 residues; give lengths=3")
     again = run_python("-m", "protlig_dd.sample", "from=runs/report", "output=s.fasta")
     assert_one_line_error(again, "s.fasta exists already")
     wrong = run_python("-m", "protlig_dd.sample", "from=runs/report", "output=t.fasta", "lengths=long")
@@ -321,6 +335,7 @@ def test_the_other_processes_train_too(
         assert_one_line_error(changed, "runs/other was started with another config (graph.rates: ")
         assert len(changed.stderr) < 500
         matrix.unlink()  # the rates went with the run
+        assert "going on from" in train(run_python, store, "other", *more, "trainer.max_steps=12")
         steered = ["n=2", "steps=4", "lengths=50", "temperature=0.8", "log_bias={C:-inf,W:1}"]
         process = run_python("-m", "protlig_dd.sample", "from=runs/other", "output=s.fasta", *steered)
         assert process.returncode == 0, process.stderr

@@ -7,11 +7,11 @@ from torch import Tensor
 from protlig_dd.batch import PackedBatch
 from protlig_dd.diffusion.graph import Graph
 from protlig_dd.diffusion.noise import Noise, stratified_times
-from protlig_dd.diffusion.score import ScoreFn
+from protlig_dd.diffusion.score import LogScores
 
 
 def score_entropy_loss(
-    score_fn: ScoreFn,
+    score_fn: LogScores,
     batch: PackedBatch,
     graph: Graph,
     noise: Noise,

@@ -132,7 +132,7 @@ class SampleConfig:
     predictor: str
     temperature: float
     top_p: float
-    log_bias: dict[str, float] | None
+    log_bias: Any
     seed: int
     device: str
     precision: str
@@ -262,11 +262,20 @@ def build_noise(spec: Mapping[str, Any], graph: Graph) -> Noise:
     return build("noise", NOISES, {key: value for key, value in options.items() if key != "curriculum"})
 
 
-def graph_with_rates(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """The graph's config with the rates of a matrix file written into it, so that a run needs the file no more."""
+def graph_with_rates(spec: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
+    """The graph's config with the rates of a matrix file written into it, so that a run needs the file no more.
+
+    Args:
+        earlier: the graph of the run that this may go on from, {} where there is none; its rates stand in for a file
+            that is gone.
+    """
     spec = dict(spec)
-    if isinstance(spec.get("matrix"), str) and spec.get("rates") is None and Path(spec["matrix"]).is_file():
+    if not isinstance(spec.get("matrix"), str) or spec.get("rates") is not None:
+        return spec
+    if Path(spec["matrix"]).is_file():
         spec["rates"] = substitution_rates(spec["matrix"], spec.get("kind", "log_odds"), spec.get("scale")).tolist()
+    elif {**earlier, "rates": None} == {**spec, "rates": None}:
+        spec["rates"] = earlier["rates"]
     return spec
 
 

@@ -7,18 +7,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from protlig_dd.diffusion.graph import Graph
 from protlig_dd.diffusion.noise import Noise
 from protlig_dd.diffusion.sampling import sample
 from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.runtime.metrics import ProgressBar
-from protlig_dd.runtime.random import keyed_generator
+from protlig_dd.runtime.random import keyed_generator, random_key
 from protlig_dd.tokenizer import ProteinTokenizer
 
 
 def generate(
     score_fn: ScoreFn,
-    graph: Graph,
     noise: Noise,
     *,
     lengths: Sequence[int],
@@ -30,27 +28,33 @@ def generate(
     description: str,
     temperature: float = 1.0,
     top_p: float = 1.0,
-    log_bias: Tensor | None = None,
-    time_free: bool = False,
+    log_bias: Tensor | Sequence[Tensor] | None = None,
 ) -> tuple[list[np.ndarray], Counter[str]]:
     """Sample sequences of these lengths, a pack at a time; sequence i draws from (seed, "sample", i), on the CPU.
 
     Args:
-        log_bias: (20,) nats added to the log-score of each amino acid everywhere.
+        log_bias: nats for each amino acid (see `sample`): (20,) for all positions of all sequences, or one tensor
+            (length_i, 20) for each sequence.
 
     Returns:
         uint8 arrays of amino-acid ids in the order of `lengths`, and the sampler's counts.
     """
     packs = split_lengths(lengths, tokens_per_pack)
+
+    def bias_of(indices: Sequence[int]) -> Tensor | None:
+        if log_bias is None or isinstance(log_bias, Tensor):
+            return log_bias
+        return torch.cat([log_bias[i] for i in indices])
+
     samples: list[np.ndarray] = []
     counts: Counter[str] = Counter()
     with ProgressBar(description, len(packs) * (steps + 1)) as bar:
         for pack in packs:
             first = len(samples)
-            generators = [keyed_generator(seed, "sample", first + i, torch.device("cpu")) for i in range(len(pack))]
+            indices = range(first, first + len(pack))
+            generators = [keyed_generator(seed, "sample", i, torch.device("cpu")) for i in indices]
             samples += sample(
                 score_fn,
-                graph,
                 noise,
                 pack,
                 steps,
@@ -58,8 +62,7 @@ def generate(
                 generators,
                 temperature=temperature,
                 top_p=top_p,
-                log_bias=log_bias,
-                time_free=time_free,
+                log_bias=bias_of(indices),
                 device=device,
                 on_step=bar.advance,
                 counts=counts,
@@ -82,8 +85,13 @@ def split_lengths(lengths: Sequence[int], tokens_per_pack: int) -> list[list[int
 
 def draw_lengths(quantiles: Sequence[float], n: int, seed: int) -> list[int]:
     """n lengths from the distribution with these equally spaced quantiles (inverse CDF, linear between them)."""
-    u = np.random.default_rng([seed, n]).random(n)
-    return np.interp(u, np.linspace(0, 1, len(quantiles)), quantiles).round().astype(int).tolist()
+    shares = np.linspace(0, 1, len(quantiles))
+    return np.interp(length_draws(n, seed), shares, quantiles).round().astype(int).tolist()
+
+
+def length_draws(n: int, seed: int) -> np.ndarray:
+    """(n,) uniform draws on [0, 1); the first of many are those of few."""
+    return np.random.default_rng(random_key(seed, "lengths", 0)).random(n)
 
 
 def designs_fasta(samples: Sequence[np.ndarray], *, run: str, step: int, seed: int, predictor: str, steps: int) -> str:

@@ -4,6 +4,8 @@ import hashlib
 
 import torch
 
+from protlig_dd.diffusion.numerics import float64_device
+
 
 def random_key(seed: int, purpose: str, index: int) -> int:
     """A 63-bit seed; different arguments give unrelated streams."""
@@ -13,5 +15,4 @@ def random_key(seed: int, purpose: str, index: int) -> int:
 
 def keyed_generator(seed: int, purpose: str, index: int, device: torch.device) -> torch.Generator:
     """A generator for one purpose and index. It lives on the CPU for MPS, which has no float64 to draw in."""
-    where = "cpu" if device.type == "mps" else device
-    return torch.Generator(where).manual_seed(random_key(seed, purpose, index))
+    return torch.Generator(float64_device(device)).manual_seed(random_key(seed, purpose, index))

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,10 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from protlig_dd.batch import PackedBatch
 from protlig_dd.data.loader import PackDataset
 from protlig_dd.data.store import SequenceStore
-from protlig_dd.diffusion.graph import Graph
 from protlig_dd.diffusion.noise import Noise
-from protlig_dd.diffusion.score import ScoreFn, make_score_fn
+from protlig_dd.diffusion.score import Network, ScoreFn
 from protlig_dd.model.dit import DiT
 from protlig_dd.runtime.checkpoint import read_state
 from protlig_dd.runtime.config import TrainConfig, build_graph, build_model, build_noise
@@ -70,14 +67,9 @@ def train(
         with device:
             return build_model(config.model, attention_backend)
 
-    def make_score(network: Callable[[PackedBatch, torch.Tensor], torch.Tensor]) -> ScoreFn:
-        return make_score_fn(
-            network,
-            graph,
-            config.parametrisation,
-            time_conditioning=config.time_conditioning,
-            autocast=torch.bfloat16 if precision == "bf16" else None,
-        )
+    def make_score(network: Network) -> ScoreFn:
+        autocast = torch.bfloat16 if precision == "bf16" else None
+        return ScoreFn(network, graph, config.parametrisation, config.time_conditioning, autocast)
 
     model = make_model()
     max_steps = count_steps(config, dataset)
@@ -191,7 +183,7 @@ def train(
         if processes.first and config.report.samples:
             untrained = make_score(make_model().eval()) if config.report.untrained else None
             report |= sample_report(
-                config, store, run_folder, max_steps, trainer.eval_score_fn, untrained, graph, noise, device
+                config, store, run_folder, max_steps, trainer.eval_score_fn, untrained, noise, device
             )
     if processes.first:
         write_atomic(run_folder / "report.json", json.dumps(report, indent=1) + "\n")
@@ -228,7 +220,6 @@ def sample_report(
     step: int,
     score_fn: ScoreFn,
     untrained: ScoreFn | None,
-    graph: Graph,
     noise: Noise,
     device: torch.device,
 ) -> dict[str, Any]:
@@ -237,7 +228,6 @@ def sample_report(
     frequencies = training_frequencies(store)
     draw = partial(
         generate,
-        graph=graph,
         noise=noise,
         lengths=draw_lengths(quantiles, wanted.samples, config.seed),
         steps=wanted.steps,
@@ -245,7 +235,6 @@ def sample_report(
         tokens_per_pack=config.data.tokens_per_pack,
         seed=config.seed,
         device=device,
-        time_free=not config.time_conditioning,
     )
     samples, counts = draw(score_fn, description="sampling")
     file = run_folder / "samples" / f"step_{step:08d}.fasta"

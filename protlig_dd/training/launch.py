@@ -4,6 +4,7 @@ import json
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -58,8 +59,8 @@ def run(cfg: DictConfig) -> None:
         NonFiniteLossError: the loss stopped being a number.
     """
     config = read_config(cfg, TrainConfig)
+    config.graph = graph_with_rates(config.graph, graph_of_run(run_path(config)))
     check_train_config(config)
-    config.graph = graph_with_rates(config.graph)
     processes = processes_from_environment()
     if config.optim.packs_per_step % processes.world_size:
         raise ValueError(
@@ -120,6 +121,12 @@ def run_path(config: TrainConfig) -> Path:
     if hydra_config.mode == RunMode.MULTIRUN:
         return Path(hydra_config.runtime.output_dir)
     return Path("runs") / config.run.name
+
+
+def graph_of_run(path: Path) -> dict[str, Any]:
+    """The graph's config of the run in this folder; {} where there is none."""
+    file = path / "config.yaml"
+    return dict(OmegaConf.to_container(OmegaConf.load(file))["graph"]) if file.is_file() else {}  # type: ignore
 
 
 def open_run_folder(path: Path, config: TrainConfig, resolved: Resolved, processes: Processes) -> RunFolder:

@@ -12,7 +12,7 @@ from protlig_dd.data.store import SPLITS, SequenceStore
 from protlig_dd.diffusion.graph import Absorbing, Graph
 from protlig_dd.diffusion.likelihood import nll_bound, per_residue
 from protlig_dd.diffusion.noise import Noise
-from protlig_dd.diffusion.score import ScoreFn
+from protlig_dd.diffusion.score import LogScores
 from protlig_dd.runtime.distributed import Processes, gather_objects
 from protlig_dd.runtime.metrics import ProgressBar
 from protlig_dd.runtime.random import keyed_generator
@@ -55,7 +55,7 @@ def pick_estimator(graph: Graph, parametrisation: str, time_conditioning: bool) 
 
 
 def held_out_bound(
-    score_fn: ScoreFn,
+    score_fn: LogScores,
     graph: Graph,
     noise: Noise,
     dataset: PackDataset,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
@@ -19,7 +19,7 @@ from protlig_dd.data.loader import PackDataset, RankPacks, pack_loader
 from protlig_dd.diffusion.graph import Graph
 from protlig_dd.diffusion.loss import score_entropy_loss
 from protlig_dd.diffusion.noise import Noise, curriculum_t_max
-from protlig_dd.diffusion.score import ScoreFn
+from protlig_dd.diffusion.score import Network, ScoreFn
 from protlig_dd.model.dit import DiT
 from protlig_dd.runtime.checkpoint import load_optimizer, load_weights, save_checkpoint
 from protlig_dd.runtime.distributed import Processes, all_reduce_sum, from_first, gather_objects
@@ -46,7 +46,7 @@ class Trainer:
         self,
         *,
         model: DiT,
-        make_score: Callable[[Callable[[PackedBatch, Tensor], Tensor]], ScoreFn],
+        make_score: Callable[[Network], ScoreFn],
         graph: Graph,
         noise: Noise,
         optimizer: torch.optim.Optimizer,
