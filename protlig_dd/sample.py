@@ -5,6 +5,7 @@ python -m protlig_dd.sample from=runs/demo output=designs.fasta n=10 lengths=100
 """
 
 import csv
+import math
 from pathlib import Path
 from typing import Any
 
@@ -94,40 +95,56 @@ def read_log_bias(wanted: Any, lengths: list[int]) -> torch.Tensor | list[torch.
     The file has a header of letters and a row for each position. Letters that are not named have 0.
 
     Raises:
-        ValueError: a letter that is none of the 20 amino acids, something that is no number, or a file with another
-            number of rows than a protein has residues; names the file and line.
+        ValueError: a letter that is none of the 20 amino acids, something that is no number, nothing left to choose
+            from, or a file with another number of rows than a protein has residues; names the file and line.
     """
     if not wanted:
         return None
     if isinstance(wanted, dict):
-        return torch.tensor(bias_row(list(wanted), list(wanted.values()), "log_bias"), dtype=torch.float64)
+        return torch.tensor(bias_row(letters_of(list(wanted), "log_bias"), list(wanted.values()), "log_bias"))
     path = Path(str(wanted))
     if not path.is_file():
         raise ValueError(f"log_bias={wanted}: give amino acids, log_bias={{W:-1,C:-inf}}, or a CSV file")
-    with path.open(newline="") as file:
-        lines = [line for line in csv.reader(file) if line]
-    header, rows = [letter.strip() for letter in lines[0]] if lines else [], lines[1:]
-    bias = [bias_row(header, row, f"{path} line {number}") for number, row in enumerate(rows, start=2)]
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.reader(file)
+        lines = [(f"{path} line {reader.line_num}", row) for row in reader if row]
+    if len(lines) < 2:
+        raise ValueError(f"{path}: give a line of amino acids, then a row of numbers for each position")
+    (where, header), *rows = lines
+    letters = letters_of([cell.strip() for cell in header], where)
+    bias = torch.stack([torch.tensor(bias_row(letters, row, where)) for where, row in rows])
     for number, length in enumerate(lengths, start=1):
-        if length != len(rows):
+        if length != len(bias):
             raise ValueError(
-                f"{path} has {len(rows)} rows but protein {number} has {length} residues; give lengths={len(rows)}"
+                f"{path} has {len(bias)} rows but protein {number} has {length} residues; give lengths={len(bias)}"
             )
-    return [torch.tensor(bias, dtype=torch.float64)] * len(lengths)
+    return [bias] * len(lengths)
 
 
-def bias_row(letters: list[str], values: list[Any], where: str) -> list[float]:
-    """20 numbers in the order of AMINO_ACIDS."""
-    if len(values) != len(letters):
-        raise ValueError(f"{where}: {len(values)} numbers for the {len(letters)} letters of the header")
+def letters_of(names: list[str], where: str) -> list[int]:
+    """The ids of different amino acids."""
+    for name in names:
+        if name not in tuple(AMINO_ACIDS):
+            raise ValueError(f"{where}: {name!r} is none of the amino acids {AMINO_ACIDS}")
+        if names.count(name) > 1:
+            raise ValueError(f"{where}: {name} is there {names.count(name)} times")
+    return [AMINO_ACIDS.index(name) for name in names]
+
+
+def bias_row(ids: list[int], values: list[Any], where: str) -> list[float]:
+    """20 numbers, 0 for the amino acids that are not named."""
+    if len(values) != len(ids):
+        raise ValueError(f"{where}: {len(values)} numbers for the {len(ids)} amino acids of the first line")
     row = [0.0] * N_STATES
-    for letter, value in zip(letters, values, strict=True):
-        if letter not in AMINO_ACIDS or len(letter) != 1:
-            raise ValueError(f"{where}: {letter!r} is none of the amino acids {AMINO_ACIDS}")
+    for index, value in zip(ids, values, strict=True):
         try:
-            row[AMINO_ACIDS.index(letter)] = float(value)
+            row[index] = float(value)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{where}: {value!r} for {letter} is no number") from error
+            raise ValueError(f"{where}: {value!r} for {AMINO_ACIDS[index]} is no number") from error
+        if math.isnan(row[index]) or row[index] == math.inf:
+            raise ValueError(f"{where}: {AMINO_ACIDS[index]} must be finite or -inf, got {value}")
+    if set(row) == {-math.inf}:
+        raise ValueError(f"{where} forbids every amino acid")
     return row
 
 

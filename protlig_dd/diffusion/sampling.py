@@ -200,7 +200,7 @@ def _steer(
     """The distribution of x0 times exp(bias), sharpened: exact where positions are independent given the rest."""
     if bias is not None:
         log_q = log_q + bias
-    log_q = (log_q / temperature).log_softmax(-1)
+    log_q = ((log_q - log_q.amax(-1, keepdim=True)) / temperature).log_softmax(-1)
     if top_p < 1:
         ranked, order = log_q.exp().sort(dim=-1, descending=True)
         beyond = ranked.cumsum(-1) - ranked >= top_p

@@ -1,0 +1,67 @@
+"""What `python -m protlig_dd.sample` reads before it samples; the command itself is in test_training.py."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from protlig_dd.sample import choose_lengths, read_log_bias
+from protlig_dd.tokenizer import AMINO_ACIDS
+
+C, K = AMINO_ACIDS.index("C"), AMINO_ACIDS.index("K")
+
+
+def test_a_bias_is_the_same_everywhere_or_has_a_row_for_each_position(tmp_path: Path) -> None:
+    everywhere = read_log_bias({"C": float("-inf"), "K": 0.5}, [3])
+    assert isinstance(everywhere, torch.Tensor)
+    assert everywhere[[C, K]].tolist() == [-torch.inf, 0.5]
+    assert everywhere.count_nonzero() == 2
+    file = tmp_path / "bias.csv"
+    file.write_bytes(b"\xef\xbb\xbfC, K\r\n-inf,0\r\n\r\n0,2.5\r\n")
+    positions = read_log_bias(str(file), [2, 2, 2])
+    assert len(positions) == 3
+    assert positions[1][:, [C, K]].tolist() == [[-torch.inf, 0.0], [0.0, 2.5]]
+    assert read_log_bias(None, [3]) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "give a line of amino acids, then a row of numbers"),
+        ("C,K\n", "give a line of amino acids, then a row of numbers"),
+        ("C,Z\n1,2\n", "line 1: 'Z' is none of the amino acids ACDEFGHIKLMNPQRSTVWY"),
+        ("C,C\n1,2\n", "line 1: C is there 2 times"),
+        ("C,K\n\n1,2\n1\n", "line 4: 1 numbers for the 2 amino acids of the first line"),
+        ("C,K\n1,x\n", "line 2: 'x' for K is no number"),
+        ("C,K\n1,inf\n", "line 2: K must be finite or -inf, got inf"),
+        (",".join(AMINO_ACIDS) + "\n" + ",".join(["-inf"] * 20), "line 2 forbids every amino acid"),
+        ("C\n1\n1\n1\n", "has 3 rows but protein 2 has 4 residues; give lengths=3"),
+    ],
+)
+def test_a_wrong_bias_file_names_the_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "bias.csv").write_text(text)
+    with pytest.raises(ValueError, match=f"bias.csv.*{message}"):
+        read_log_bias(str(tmp_path / "bias.csv"), [3, 4])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [({"Z": 1}, "log_bias: 'Z' is none"), ({"C": "much"}, "'much' for C is no number"), ("no.csv", "log_bias=no.csv")],
+)
+def test_a_wrong_bias_is_named(wanted: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_log_bias(wanted, [3])
+
+
+@pytest.mark.parametrize("wanted", ["empirical", "5-9", "7"])
+def test_the_first_lengths_do_not_depend_on_how_many_there_are(wanted: str) -> None:
+    few, many = (choose_lengths(wanted, n, 3, [5.0, 6.0, 9.0]) for n in (10, 3000))
+    assert many[:10] == few
+    assert {"empirical": {5, 6, 7, 8, 9}, "5-9": {5, 6, 7, 8, 9}, "7": {7}}[wanted] == set(many)
+    assert wanted == "7" or choose_lengths(wanted, 10, 4, [5.0, 6.0, 9.0]) != few
+
+
+@pytest.mark.parametrize("wanted", ["", "0", "9-5", "5-", "-5", "a", "5-9-12", "1.5"])
+def test_lengths_that_are_none_are_refused(wanted: str) -> None:
+    with pytest.raises(ValueError, match=f"lengths={wanted}: give a number, a range"):
+        choose_lengths(wanted, 3, 0, [5.0, 9.0])
