@@ -78,6 +78,7 @@ def sample_proteins(cfg: DictConfig) -> None:
         seed=config.seed,
         predictor=config.predictor,
         steps=config.steps,
+        more=describe_steering(config),
     )
     write_atomic(output, text)
     clamped = counts["clamped"] / counts["draws"]
@@ -89,6 +90,15 @@ def sample_proteins(cfg: DictConfig) -> None:
         console.print(f"{share:.1%} of the network's evaluations were skipped: nothing had changed")
 
 
+def describe_steering(config: SampleConfig) -> str:
+    """` temperature=0.9 log_bias=C:-inf,K:0.5`: what is not the default, for the headers."""
+    bias = config.log_bias
+    if isinstance(bias, dict):
+        bias = ",".join(f"{letter}:{nats}" for letter, nats in bias.items())
+    options = {"temperature": (config.temperature, 1), "top_p": (config.top_p, 1), "log_bias": (bias or None, None)}
+    return "".join(f" {name}={value}" for name, (value, default) in options.items() if value != default)
+
+
 def read_log_bias(wanted: Any, lengths: list[int]) -> torch.Tensor | list[torch.Tensor] | None:
     """Nats for each amino acid: (20,) from {letter: nats}, or (length, 20) for each protein from a CSV file.
 
@@ -98,21 +108,24 @@ def read_log_bias(wanted: Any, lengths: list[int]) -> torch.Tensor | list[torch.
         ValueError: a letter that is none of the 20 amino acids, something that is no number, nothing left to choose
             from, or a file with another number of rows than a protein has residues; names the file and line.
     """
-    if not wanted:
+    if wanted is None or wanted == {}:
         return None
     if isinstance(wanted, dict):
-        return torch.tensor(bias_row(letters_of(list(wanted), "log_bias"), list(wanted.values()), "log_bias"))
+        return bias_row(letters_of(list(wanted), "log_bias"), list(wanted.values()), "log_bias")
     path = Path(str(wanted))
     if not path.is_file():
         raise ValueError(f"log_bias={wanted}: give amino acids, log_bias={{W:-1,C:-inf}}, or a CSV file")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.reader(file)
-        lines = [(f"{path} line {reader.line_num}", row) for row in reader if row]
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file)
+            lines = [(f"{path} line {reader.line_num}", row) for row in reader if any(cell.strip() for cell in row)]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is no CSV file in UTF-8: {error}") from error
     if len(lines) < 2:
         raise ValueError(f"{path}: give a line of amino acids, then a row of numbers for each position")
     (where, header), *rows = lines
     letters = letters_of([cell.strip() for cell in header], where)
-    bias = torch.stack([torch.tensor(bias_row(letters, row, where)) for where, row in rows])
+    bias = torch.stack([bias_row(letters, row, where) for where, row in rows])
     for number, length in enumerate(lengths, start=1):
         if length != len(bias):
             raise ValueError(
@@ -131,8 +144,8 @@ def letters_of(names: list[str], where: str) -> list[int]:
     return [AMINO_ACIDS.index(name) for name in names]
 
 
-def bias_row(ids: list[int], values: list[Any], where: str) -> list[float]:
-    """20 numbers, 0 for the amino acids that are not named."""
+def bias_row(ids: list[int], values: list[Any], where: str) -> torch.Tensor:
+    """(20,) float64, 0 for the amino acids that are not named."""
     if len(values) != len(ids):
         raise ValueError(f"{where}: {len(values)} numbers for the {len(ids)} amino acids of the first line")
     row = [0.0] * N_STATES
@@ -145,7 +158,7 @@ def bias_row(ids: list[int], values: list[Any], where: str) -> list[float]:
             raise ValueError(f"{where}: {AMINO_ACIDS[index]} must be finite or -inf, got {value}")
     if set(row) == {-math.inf}:
         raise ValueError(f"{where} forbids every amino acid")
-    return row
+    return torch.tensor(row, dtype=torch.float64)
 
 
 def choose_lengths(wanted: str, n: int, seed: int, quantiles: list[float]) -> list[int]:

@@ -26,6 +26,7 @@ class Mutation:
 
 
 GRAPH, SUBSTITUTION = "protlig_dd/diffusion/graph.py", "protlig_dd/diffusion/substitution.py"
+NUMERICS = "protlig_dd/diffusion/numerics.py"
 SAMPLING, LIKELIHOOD = "protlig_dd/diffusion/sampling.py", "protlig_dd/diffusion/likelihood.py"
 MUTATIONS = [
     Mutation("Q[x, y] for Q[y, x] in the loss", SUBSTITUTION, "return self._spectrum(x).rates.T[x]",
@@ -43,14 +44,16 @@ MUTATIONS = [
              "return row + ((row @ process.right.T) * growth) @ process.left.T", "tests/test_graph.py"),
     Mutation("P[x, z] for P[z, x] in the reverse steps", SUBSTITUTION, " * pi[xt.to(pi.device)][:, None] / pi", "",
              "tests/test_graph.py"),
-    Mutation("the posterior step over sigma for sigma - left", GRAPH,
-             "return q_left * self._into(xt, to_float64(sigma) - to_float64(left))",
-             "return q_left * self._into(xt, to_float64(sigma))", "tests/test_graph.py"),
-    Mutation("float32 Gumbel noise for the float64 inverse CDF", "protlig_dd/diffusion/numerics.py",
-             "    cdf = probs_TS.cumsum(-1)\n",
+    Mutation("the posterior step over sigma for sigma - left", SUBSTITUTION, "self._into(xt, sigma - left)",
+             "self._into(xt, sigma)", "tests/test_graph.py"),
+    Mutation("float32 Gumbel noise for the float64 inverse CDF", NUMERICS, "    cdf = probs_TS.cumsum(-1)\n",
              "    noise = -(-torch.rand(probs_TS.shape).log()).log()\n"
              "    return (probs_TS.float().log() + noise).argmax(-1)\n    cdf = probs_TS.cumsum(-1)\n",
              "tests/test_graph.py"),
+    Mutation("draws with the digits of float32", NUMERICS, "device=generator.device, dtype=torch.float64)",
+             "device=generator.device).double()", "tests/test_graph.py"),
+    Mutation("logits rounded to bf16", "protlig_dd/diffusion/score.py", "return self.model(batch, shown).float()",
+             "return self.model(batch, shown).bfloat16().float()", "tests/test_score.py"),
     Mutation("scores of the wrong sign of log(e^sigma - 1)", GRAPH,
              "scaled = logits - (log_expm1(sigma) + math.log(self.n_states))[:, None]",
              "scaled = logits + (log_expm1(sigma) - math.log(self.n_states))[:, None]", "tests/test_score.py"),
@@ -68,15 +71,20 @@ MUTATIONS = [
     Mutation("no reconstruction term in the bound", LIKELIHOOD,
              "integral + _reconstruction_draw(score_fn, batch, graph, noise, generator)", "integral",
              "tests/test_likelihood.py"),
+    Mutation("no factor 1 - t_min in the bound", LIKELIHOOD, "return (1 - noise.t_min) * to_float64(dsigma) * loss_n",
+             "return to_float64(dsigma) * loss_n", "tests/test_likelihood.py -m 'not slow'"),
     Mutation("k masked positions weighed by k/L", LIKELIHOOD,
-             "return length_n / count_n * sum_by", "return count_n / length_n * sum_by", "tests/test_likelihood.py"),
+             "return length_n / count_n * sum_by", "return count_n / length_n * sum_by",
+             "tests/test_likelihood.py -m 'not slow'"),
     Mutation("the trend over t counted as noise of the bound", LIKELIHOOD,
              "variance_n = nats_kn.diff(dim=0).square().mean(0) / 2 / draws", "variance_n = nats_kn.var(0) / draws",
-             "tests/test_likelihood.py"),
+             "tests/test_likelihood.py -k standard_error"),
     Mutation("one generator for all sequences of a pack", SAMPLING,
              "draw(length, one) for length, one in zip(lengths, generator, strict=True)",
              "draw(length, generator[0]) for length, one in zip(lengths, generator, strict=True)",
              "tests/test_sampling.py -m 'not slow'"),
+    Mutation("an Euler step over all times, t_min or not", SAMPLING, "float(dsigma[i]) * (1 - noise.t_min) / steps",
+             "float(dsigma[i]) / steps", "tests/test_sampling.py -m 'not slow'"),
     Mutation("a cache that does not see the last change", SAMPLING, "        self.batch = batch\n",
              "        self.batch = self.batch or batch\n", "tests/test_sampling.py -m 'not slow'"),
     Mutation("scores of a network steered through what they imply of x0, for the network's own x0",

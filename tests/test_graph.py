@@ -6,15 +6,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protlig_dd.diffusion.graph import Absorbing, Graph
-from protlig_dd.diffusion.numerics import categorical, clamp_negative, log_expm1
+from protlig_dd.diffusion.graph import Absorbing, Graph, Uniform
+from protlig_dd.diffusion.numerics import categorical, clamp_negative, log_expm1, uniform_draws
 from protlig_dd.diffusion.substitution import SubstitutionGraph
 
 from . import brute_force
 from .conftest import graph_of, refuses
 
 GRAPHS = ["absorbing", "uniform", "substitution"]
-SIGMAS = [1e-5, 1e-3, 0.1, 1.0, 5.0, 15.0]
+SIGMAS = [1e-6, 1e-5, 1e-3, 0.1, 1.0, 5.0, 15.0]
 
 
 def states(name: str, n: int) -> int:
@@ -302,6 +302,20 @@ def test_rare_events_keep_their_probability() -> None:
     probs = torch.tensor([[1 - 1e-9, 1e-9]], dtype=torch.float64)
     edges = torch.tensor([1 - 1.001e-9, 1 - 0.999e-9, 1 - 1e-12], dtype=torch.float64)
     assert categorical(probs.expand(3, 2), edges).tolist() == [0, 1, 1]
+
+
+def test_draws_have_all_the_digits_of_float64() -> None:
+    u = uniform_draws(1000, torch.Generator().manual_seed(0))
+    assert u.dtype == torch.float64
+    assert ((u * 2.0**30) % 1 != 0).double().mean() > 0.99
+
+
+def test_the_uniform_loss_is_finite_at_any_noise() -> None:
+    graph = Uniform()
+    xt, x0 = torch.tensor([0, 1]), torch.zeros(2, dtype=torch.int64)
+    loss = graph.score_entropy(torch.zeros(2, 20), torch.full((2,), 80.0), xt, x0)
+    assert torch.isfinite(loss).all()
+    assert loss.abs().max() < 1e-6  # all ratios are 1
 
 
 def test_negative_probabilities_are_clamped_and_counted() -> None:

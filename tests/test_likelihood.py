@@ -12,11 +12,12 @@ from torch import Tensor
 
 from protlig_dd.batch import PackedBatch
 from protlig_dd.diffusion.graph import Absorbing, Graph, Uniform
-from protlig_dd.diffusion.likelihood import nll_bound, per_residue
+from protlig_dd.diffusion.likelihood import integrand, nll_bound, per_residue, reconstruction
 from protlig_dd.diffusion.noise import GeometricNoise, LogLinearNoise
 from protlig_dd.diffusion.numerics import clamp_negative
 from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.diffusion.substitution import SubstitutionGraph, make_substitution_graph
+from protlig_dd.runtime.config import build_noise
 from protlig_dd.tokenizer import ProteinTokenizer
 
 from . import brute_force
@@ -24,7 +25,6 @@ from .conftest import exact_score_fn, graph_of, make_model, random_batch, refuse
 
 GRAPHS = ["absorbing", "uniform", "substitution"]
 NOISE = LogLinearNoise(eps=1e-7, t_min=1e-5)
-SIGMA_MIN, SIGMA_MAX = 1e-6, 30.0
 
 Scores = Callable[[Tensor, float], Tensor]
 """(batch, sites) states, sigma -> (batch, sites, n) log-scores."""
@@ -64,52 +64,60 @@ def all_states(graph: Graph, sites: int) -> Tensor:
     return torch.cartesian_prod(*[torch.arange(graph.n_reverse_states)] * sites).view(-1, sites)
 
 
-def decoder(graph: Graph, scores: Scores, xt: Tensor) -> Tensor:
-    """(batch, sites, n) what the last step, from SIGMA_MIN, makes of every state."""
-    sigma_T = torch.full((xt.numel(),), SIGMA_MIN, dtype=torch.float64)
-    log_score = scores(xt, SIGMA_MIN).view(xt.numel(), -1)
-    probs = clamp_negative(graph.denoise_probs(log_score, xt.reshape(-1), sigma_T))[0]
-    return probs[:, : graph.n_states].view(*xt.shape, graph.n_states)
+def exact_noise(graph: Graph) -> LogLinearNoise:
+    return LogLinearNoise(eps=1e-7, t_min=1e-5, rate=-graph.lambda_2)
+
+
+def nodes_of(noise: LogLinearNoise) -> list[tuple[Tensor, float]]:
+    """Times and weights whose sum is the mean over t in [t_min, 1]: Gauss-Legendre in log sigma, t in float64."""
+    ends = [float(noise(torch.tensor(t, dtype=torch.float64))[0]) for t in (noise.t_min, 1.0)]
+    points, weights = np.polynomial.legendre.leggauss(16)
+    found = []
+    for low, high in itertools.pairwise(np.linspace(*np.log(ends), 13)):
+        for point, weight in zip(points, weights, strict=True):
+            sigma = math.exp((low + high) / 2 + (high - low) / 2 * point)
+            t = torch.tensor(-math.expm1(-noise.rate * sigma) / (1 - noise.eps), dtype=torch.float64)
+            d_log_sigma = float(weight) * (high - low) / 2
+            found.append((t, d_log_sigma * sigma / float(noise(t)[1]) / (1 - noise.t_min)))
+    assert sum(weight for _, weight in found) == pytest.approx(1, abs=1e-8)
+    return found
 
 
 def exact_bound(toy: brute_force.Toy, scores: Scores, x0: tuple[int, ...]) -> float:
-    """The bound of x0 under the given scores, all in float64: no draw, no time grid.
-
-    Every x_t is enumerated, and the integral over sigma (dsigma(t) dt) is Gauss-Legendre quadrature in log sigma.
-    """
+    """`nll_bound` of x0 under the given scores in float64, its draws replaced by enumeration and quadrature."""
     graph = graph_of(toy.graph, toy.n)
-    xt = all_states(graph, toy.sites)
+    noise, xt = exact_noise(graph), all_states(graph, toy.sites)
     clean = torch.tensor(x0).expand_as(xt)
+    batch = PackedBatch.pack(list(clean))  # as many copies as there are x_t
+
+    def score_fn(noised: PackedBatch, sigma: Tensor) -> Tensor:
+        return scores(noised.tokens.view_as(xt), float(sigma[0])).view(-1, toy.n)
 
     def probability(sigma: float) -> Tensor:
         """Of every x_t."""
         return brute_force.transition(toy.graph, toy.n, sigma)[clean, xt].prod(1)
 
     total = 0.0
-    nodes, weights = np.polynomial.legendre.leggauss(16)
-    edges = np.linspace(math.log(SIGMA_MIN), math.log(SIGMA_MAX), 11)
-    for low, high in itertools.pairwise(edges):
-        for node, weight in zip(nodes, weights, strict=True):
-            sigma = math.exp((low + high) / 2 + (high - low) / 2 * node)
-            sigma_T = torch.full((xt.numel(),), sigma, dtype=torch.float64)
-            log_score = scores(xt, sigma).view(-1, toy.n)
-            loss = graph.score_entropy(log_score, sigma_T, xt.reshape(-1), clean.reshape(-1)).view_as(xt).sum(1)
-            total += float(weight) * (high - low) / 2 * sigma * float(probability(sigma) @ loss)
-    prior = graph.prior_kl(torch.tensor(x0), torch.full((toy.sites,), SIGMA_MAX, dtype=torch.float64)).sum()
-    log_p = decoder(graph, scores, xt).gather(2, clean[..., None]).clamp(min=1e-300).log().sum((1, 2))
-    return total + float(prior) - float(probability(SIGMA_MIN) @ log_p)
+    for t, weight in nodes_of(noise):
+        nats = integrand(score_fn, batch, graph, noise, t.expand(len(xt)), xt.reshape(-1))
+        total += weight * float(probability(float(noise(t)[0])) @ nats)
+    lowest, highest = (noise(torch.tensor(t, dtype=torch.float64))[0] for t in (noise.t_min, 1.0))
+    total += float(graph.prior_kl(torch.tensor(x0), highest.expand(toy.sites)).sum())
+    nats = reconstruction(score_fn, batch, graph, lowest.expand(len(xt)), xt.reshape(-1))
+    return total + float(probability(float(lowest)) @ nats)
 
 
 def own_likelihood(toy: brute_force.Toy, scores: Scores) -> Tensor:
     """(n,) * sites: what the model with these scores samples with infinitely many steps.
 
-    The prior is carried from SIGMA_MAX to SIGMA_MIN by the reverse process' master equation; rates are Q[z, x] s_z.
+    The prior is carried back by the reverse process' master equation, whose rates are Q[z, x] s_z, and then denoised.
     """
     graph = graph_of(toy.graph, toy.n)
+    noise = exact_noise(graph)
     xt, q = all_states(graph, toy.sites), brute_force.rate_matrix(toy.graph, toy.n)
-    s = graph.n_reverse_states
-    place = s ** torch.arange(toy.sites - 1, -1, -1)
+    place = graph.n_reverse_states ** torch.arange(toy.sites - 1, -1, -1)
     index = torch.arange(len(xt))
+    lowest, highest = (float(noise(torch.tensor(t, dtype=torch.float64))[0]) for t in (noise.t_min, 1.0))
 
     def change(log_sigma: float, p: np.ndarray) -> np.ndarray:
         """dp / d log sigma, with sigma falling."""
@@ -122,11 +130,12 @@ def own_likelihood(toy: brute_force.Toy, scores: Scores) -> Tensor:
         rates -= torch.diag(rates.sum(1))
         return np.asarray(-sigma * (torch.from_numpy(p) @ rates))
 
-    single = brute_force.prior(toy.graph, toy.n, SIGMA_MAX)
-    start = single[xt].prod(1).numpy()
-    span = (math.log(SIGMA_MAX), math.log(SIGMA_MIN))
+    start = brute_force.prior(toy.graph, toy.n, highest)[xt].prod(1).numpy()
+    span = (math.log(highest), math.log(lowest))
     end = torch.from_numpy(solve_ivp(change, span, start, method="LSODA", rtol=1e-9, atol=1e-12).y[:, -1])
-    decoded = decoder(graph, scores, xt)
+    sigma_T = torch.full((xt.numel(),), lowest, dtype=torch.float64)
+    probs, _ = clamp_negative(graph.denoise_probs(scores(xt, lowest).view(-1, toy.n), xt.reshape(-1), sigma_T))
+    decoded = probs.view(*xt.shape, -1)
     out = torch.zeros(toy.p0.shape, dtype=torch.float64)
     for x0 in itertools.product(range(toy.n), repeat=toy.sites):
         out[x0] = end @ torch.stack([decoded[:, site, state] for site, state in enumerate(x0)]).prod(0)
@@ -242,6 +251,39 @@ def test_every_term_of_the_bound_counts(graph: Graph) -> None:
     assert abs(excess) < 4 * error
 
 
+@pytest.mark.parametrize("matrix", ["BLOSUM62", "PAM30"])
+def test_a_network_that_is_wrong_at_high_noise_pays_for_it(matrix: str) -> None:
+    """Scores of another equilibrium cost the same at any noise; the draws must find all of it, up to sigma_max."""
+    graph = make_substitution_graph(matrix)
+    noise = build_noise({"name": "loglinear", "eps": None, "rate": None, "t_min": 1e-3}, graph)
+    v = torch.randn(20, generator=torch.Generator().manual_seed(0)) / 2
+
+    def network(batch: PackedBatch, sigma: torch.Tensor) -> torch.Tensor:
+        return v - v[batch.tokens][:, None]
+
+    score_fn, batch = ScoreFn(network, graph, "log_score"), random_batch([80] * 40)
+    bound = nll_bound(score_fn, batch, graph, noise, generator=torch.Generator().manual_seed(0), draws=32)
+    excess, error = per_residue(bound.nats.numpy(), bound.residues.numpy())
+    expected, every = 0.0, PackedBatch.pack(list(torch.arange(20).repeat_interleave(20)[:, None]))
+    xt, counts = torch.arange(20).repeat(20), torch.bincount(batch.tokens, minlength=20) / 3200
+
+    def mean_over_x(nats: Tensor, sigma: float) -> float:
+        p = graph.transition_probs(every.tokens, torch.full((400,), sigma, dtype=torch.float64))
+        return float((counts[every.tokens] * p.gather(1, xt[:, None])[:, 0] * nats).sum())
+
+    def exact(batch: PackedBatch, sigma: torch.Tensor) -> torch.Tensor:
+        return score_fn.log_score(network(batch, sigma).double(), batch.tokens, sigma)
+
+    for t, weight in nodes_of(noise):
+        nats = integrand(exact, every, graph, noise, t.expand(400), xt)
+        expected += weight * mean_over_x(nats, float(noise(t)[0]))
+    lowest, highest = (noise(torch.tensor(t, dtype=torch.float64))[0] for t in (noise.t_min, 1.0))
+    expected += float((counts * graph.prior_kl(torch.arange(20), highest.expand(20))).sum())
+    expected += mean_over_x(reconstruction(exact, every, graph, lowest.expand(400), xt), float(lowest))
+    assert abs(excess - expected) < 4 * error
+    assert error < 0.1 * expected
+
+
 def test_both_estimators_agree_on_a_network_and_exact_count_has_less_variance() -> None:
     batch = random_batch([40] * 25)
     score_fn = ScoreFn(make_model(), Absorbing(), "x0", time_conditioning=False)
@@ -347,11 +389,13 @@ def test_one_draw_has_no_standard_error() -> None:
 
 
 def test_the_places_of_the_draws_are_stratified_over_the_batch() -> None:
-    """With one draw each, k of 50 sequences of 50 residues takes every value once."""
+    """With one draw each, k of 50 sequences of 50 residues takes every value once; the network is shown k/L."""
     seen: list[int] = []
 
     def network(batch: PackedBatch, sigma: torch.Tensor) -> torch.Tensor:
         seen.extend(int((tokens == 20).sum()) for tokens in batch.unpack(batch.tokens))
+        share = (torch.tensor(seen) / 50).clamp(max=0.999)  # all of it, as far as the noise goes
+        assert torch.allclose(-torch.expm1(-sigma), share)
         return torch.zeros(len(batch.tokens), 20)
 
     nll_bound(

@@ -13,6 +13,8 @@ from protlig_dd.diffusion.noise import (
     curriculum_t_max,
     stratified_times,
 )
+from protlig_dd.diffusion.substitution import make_substitution_graph
+from protlig_dd.runtime.config import build_noise
 
 
 def describe(value: object) -> str:
@@ -24,6 +26,8 @@ SCHEDULES = [
     LogLinearNoise(eps=1e-5),
     CosineNoise(),
     CosineNoise(eps=1e-5),
+    LogLinearNoise(rate=0.28),
+    CosineNoise(rate=0.65),
     GeometricNoise(),
     GeometricNoise(1e-3, 5.0),
 ]
@@ -49,6 +53,17 @@ def test_closed_forms() -> None:
     assert torch.allclose(LogLinearNoise(1e-3)(t)[0], -torch.log(1 - 0.999 * t))
     assert torch.allclose(CosineNoise(1e-3)(t)[0], -torch.log(1 - 0.999 * (1 - torch.cos(math.pi / 2 * t))))
     assert torch.allclose(GeometricNoise(1e-4, 20.0)(t)[0], 1e-4 ** (1 - t) * 20.0**t)
+
+
+@pytest.mark.parametrize("matrix", ["BLOSUM62", "PAM30"])
+@pytest.mark.parametrize("name", ["loglinear", "cosine"])
+def test_noise_ends_where_a_slow_graph_has_forgotten_and_not_in_the_last_float(matrix: str, name: str) -> None:
+    graph = make_substitution_graph(matrix)
+    noise = build_noise({"name": name, "eps": None, "rate": None, "t_min": 1e-3}, graph)
+    assert float(noise(torch.ones(1))[0]) == pytest.approx(graph.sigma_max, rel=1e-5)
+    before = noise(torch.tensor([math.nextafter(1.0, 0.0)]).float() - 6e-8)[0]
+    assert float(before) > 0.999 * graph.sigma_max
+    assert float(noise(torch.ones(1))[1]) < 1.6e3 / -graph.lambda_2
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ def test_a_bias_is_the_same_everywhere_or_has_a_row_for_each_position(tmp_path: 
     assert isinstance(everywhere, torch.Tensor)
     assert everywhere[[C, K]].tolist() == [-torch.inf, 0.5]
     assert everywhere.count_nonzero() == 2
+    assert everywhere.dtype == torch.float64
     file = tmp_path / "bias.csv"
     file.write_bytes(b"\xef\xbb\xbfC, K\r\n-inf,0\r\n\r\n0,2.5\r\n")
     positions = read_log_bias(str(file), [2, 2, 2])
@@ -32,6 +33,7 @@ def test_a_bias_is_the_same_everywhere_or_has_a_row_for_each_position(tmp_path: 
         ("C,Z\n1,2\n", "line 1: 'Z' is none of the amino acids ACDEFGHIKLMNPQRSTVWY"),
         ("C,C\n1,2\n", "line 1: C is there 2 times"),
         ("C,K\n\n1,2\n1\n", "line 4: 1 numbers for the 2 amino acids of the first line"),
+        ("C,K\n  \n1,2\n1\n", "line 4: 1 numbers"),
         ("C,K\n1,x\n", "line 2: 'x' for K is no number"),
         ("C,K\n1,inf\n", "line 2: K must be finite or -inf, got inf"),
         (",".join(AMINO_ACIDS) + "\n" + ",".join(["-inf"] * 20), "line 2 forbids every amino acid"),
@@ -44,9 +46,20 @@ def test_a_wrong_bias_file_names_the_line(tmp_path: Path, text: str, message: st
         read_log_bias(str(tmp_path / "bias.csv"), [3, 4])
 
 
+def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "bias.csv").write_bytes("C\n1\n".encode("utf-16"))
+    with pytest.raises(ValueError, match="bias.csv is no CSV file in UTF-8"):
+        read_log_bias(str(tmp_path / "bias.csv"), [1])
+
+
 @pytest.mark.parametrize(
     ("wanted", "message"),
-    [({"Z": 1}, "log_bias: 'Z' is none"), ({"C": "much"}, "'much' for C is no number"), ("no.csv", "log_bias=no.csv")],
+    [
+        (0, "log_bias=0: give amino acids"),
+        ({"Z": 1}, "log_bias: 'Z' is none"),
+        ({"C": "much"}, "'much' for C is no number"),
+        ("no.csv", "log_bias=no.csv"),
+    ],
 )
 def test_a_wrong_bias_is_named(wanted: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):

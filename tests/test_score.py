@@ -32,6 +32,7 @@ def test_scores_are_float32_and_zero_at_xt(graph: Graph, parametrisation: str) -
         score_fn = ScoreFn(make_model(), graph, parametrisation, autocast=autocast)
         log_score = score_fn(batch.with_tokens(xt), sigma)
         assert log_score.dtype == torch.float32
+        assert (log_score != log_score.bfloat16().float()).double().mean() > 0.5 * (log_score != 0).double().mean()
         if not isinstance(graph, Absorbing):
             assert log_score.gather(1, xt[:, None]).abs().max() == 0
             continue
@@ -79,13 +80,22 @@ def test_a_zero_network_on_the_absorbing_graph_costs_log_20_a_residue(parametris
     is (1 - t_min)(1 - eps) log 20 nats per residue, which stratified times reach quickly.
     """
     noise, graph = LogLinearNoise(), Absorbing()
-    score_fn = ScoreFn(zeros, graph, parametrisation)
     batch = random_batch([60] * 500)
+    weight = torch.zeros(())
+
+    def network(noised: PackedBatch, sigma: torch.Tensor) -> torch.Tensor:
+        nonlocal weight
+        t = -torch.expm1(-sigma.double()) / (1 - 1e-3)
+        weight = ((noised.tokens == 20) / t[noised.segment_ids]).sum()
+        return zeros(noised, sigma)
+
+    score_fn = ScoreFn(network, graph, parametrisation)
     generator = torch.Generator().manual_seed(0)
     estimates = []
     for _ in range(20):
         loss_sum, n_residues = score_entropy_loss(score_fn, batch, graph, noise, generator)
         assert int(n_residues) == 30_000
+        assert float(loss_sum) == pytest.approx(float((1 - 1e-3) * math.log(20) * weight), rel=1e-5)
         estimates.append(float(loss_sum) / 30_000)
     mean, error = torch.tensor(estimates).mean(), torch.tensor(estimates).std() / 20**0.5
     expected = (1 - 1e-3) * (1 - 1e-3) * torch.log(torch.tensor(20.0))

@@ -23,14 +23,13 @@ from torch import Tensor
 from protlig_dd.diffusion.numerics import (
     Sigma,
     Tokens,
-    clamp_negative,
     log_expm1,
     one_hot,
     pick,
     to_float64,
     uniform_draws,
 )
-from protlig_dd.diffusion.substitution import FORGOTTEN, SubstitutionGraph, make_substitution_graph
+from protlig_dd.diffusion.substitution import FORGOTTEN, ResidueGraph, SubstitutionGraph, make_substitution_graph
 from protlig_dd.tokenizer import N_STATES
 
 
@@ -120,7 +119,7 @@ class Absorbing:
         return torch.where(masked, moves, one_hot(xt, self.n_reverse_states).to(moves.device))
 
 
-class Uniform:
+class Uniform(ResidueGraph):
     """Every residue jumps to a uniformly drawn one: Q = 1/N - I (SEDD, arXiv 2310.16834, eq. 16)."""
 
     lambda_2 = -1.0
@@ -157,10 +156,6 @@ class Uniform:
         log_p = torch.logaddexp(F.log_softmax(logits, dim=-1), log_c)
         return torch.where(one_hot(xt, self.n_states).bool(), 0.0, log_p - pick(log_p, xt)[:, None])
 
-    def x0_probs(self, log_score: Float[Tensor, "T V"], xt: Tokens, sigma: Sigma) -> Float64[Tensor, "T V"]:
-        """The distribution q of x0 given the other tokens that the scores imply: q P ~ s, negatives clamped."""
-        return clamp_negative(self._undo(log_score, sigma))[0]
-
     def score_entropy(
         self, log_score: Float[Tensor, "T V"], sigma: Sigma, xt: Tokens, x0: Tokens
     ) -> Float[Tensor, " T"]:
@@ -170,7 +165,7 @@ class Uniform:
         """
         n = self.n_states
         em1 = torch.expm1(sigma)
-        log_rho = em1.log() - (em1 + n).log()
+        log_rho = -torch.log1p(n / em1)
         rho = log_rho.exp()
         at_xt = one_hot(xt, n).bool()
         positive = torch.where(at_xt, 0.0, log_score.exp()).sum(-1) / n
@@ -180,40 +175,19 @@ class Uniform:
         moved = positive - log_sum - pick(log_score, x0) / em1 + (k_inverse_rho - (n - 2)) / n
         return torch.where(x0 < n, torch.where(xt == x0, unmoved, moved), 0.0)
 
-    def posterior_probs(
-        self, log_q: Float[Tensor, "T V"], xt: Tokens, sigma: Sigma, left: Sigma
-    ) -> Float64[Tensor, "T S"]:
-        """From total noise sigma to what is `left` of it, given the distribution q of x0: exact, no growing terms.
-
-        p(z) ~ [q P(left)]_z P(sigma - left)[z, x]; to be normalised by the caller.
-        """
-        kept = torch.exp(-to_float64(left))[:, None]
-        q_left = kept * to_float64(log_q).softmax(-1) + (1 - kept) / self.n_states
-        return q_left * self._into(xt, to_float64(sigma) - to_float64(left))
-
     def euler_probs(self, log_score: Float[Tensor, "T V"], xt: Tokens, step: Sigma) -> Float64[Tensor, "T S"]:
         """One Euler step back, onehot(x) + step * reverse rate, with step = dt * dsigma."""
         at_xt = one_hot(xt, self.n_states).to(to_float64(log_score).device)
         moves = to_float64(log_score).exp() * to_float64(step)[:, None] / self.n_states * (1 - at_xt)
         return moves + at_xt * (1 - moves.sum(-1, keepdim=True))
 
-    def analytic_probs(self, log_score: Float[Tensor, "T V"], xt: Tokens, delta: Sigma) -> Float64[Tensor, "T S"]:
-        """One Tweedie step back over delta of noise: p(z) ~ [s^T exp(-delta Q)]_z P(delta)[z, x]."""
-        return self._undo(log_score, delta) * self._into(xt, to_float64(delta))
-
-    def denoise_probs(self, log_score: Float[Tensor, "T V"], xt: Tokens, sigma: Sigma) -> Float64[Tensor, "T S"]:
-        """The last step, all of sigma at once: analytic; negatives are left for the caller to clamp."""
-        return self.analytic_probs(log_score, xt, sigma)
-
     def _into(self, xt: Tokens, delta: Float64[Tensor, " T"]) -> Float64[Tensor, "T V"]:
-        """P(delta)[., x]."""
         moved = -torch.expm1(-delta)[:, None]
         return (1 - moved) * one_hot(xt, self.n_states).to(moved.device) + moved / self.n_states
 
-    def _undo(self, log_score: Float[Tensor, "T V"], delta: Sigma) -> Float64[Tensor, "T V"]:
-        """s^T exp(-delta Q)."""
-        score, delta_T1 = to_float64(log_score).exp(), to_float64(delta)[:, None]
-        return delta_T1.exp() * score - torch.expm1(delta_T1) / self.n_states * score.sum(-1, keepdim=True)
+    def _flow(self, row: Float64[Tensor, "T V"], sigma: Float64[Tensor, " T"]) -> Float64[Tensor, "T V"]:
+        sigma_T1 = sigma[:, None]
+        return torch.exp(-sigma_T1) * row - torch.expm1(-sigma_T1) / self.n_states * row.sum(-1, keepdim=True)
 
 
 Graph = Absorbing | Uniform | SubstitutionGraph

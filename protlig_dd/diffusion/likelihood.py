@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float64, Int64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from protlig_dd.batch import PackedBatch
 from protlig_dd.diffusion.graph import Absorbing, Graph
 from protlig_dd.diffusion.noise import Noise
-from protlig_dd.diffusion.numerics import clamp_negative, pick, sum_by_sequence, to_float64, uniform_draws
+from protlig_dd.diffusion.numerics import Tokens, clamp_negative, pick, sum_by_sequence, to_float64, uniform_draws
 from protlig_dd.diffusion.score import LogScores
 
 ESTIMATORS = ("integral", "exact_count")
@@ -57,7 +57,8 @@ def nll_bound(
     Args:
         draws: Monte-Carlo draws per sequence, one in each of as many strata of t (or k), at a place within it that is
             stratified over the sequences of the batch.
-        estimator: `integral` for every graph, `exact_count` for the absorbing one.
+        estimator: `integral` for every graph; `exact_count` for the absorbing one, of the decoder that normalises the
+            scores of a masked token (which those of x0 are).
 
     Raises:
         ValueError: an unknown estimator, exact_count with another graph, or no draws.
@@ -100,9 +101,17 @@ def nll_bound(
 def _integral_draw(
     score_fn: LogScores, batch: PackedBatch, graph: Graph, noise: Noise, u_n: Tensor, generator: torch.Generator
 ) -> Float64[Tensor, " n"]:
-    sigma, dsigma = noise(noise.t_min + (1 - noise.t_min) * u_n)
+    t = noise.t_min + (1 - noise.t_min) * u_n
+    sigma_T = noise(t)[0].index_select(0, batch.segment_ids)
+    return integrand(score_fn, batch, graph, noise, t, graph.sample_transition(batch.tokens, sigma_T, generator))
+
+
+def integrand(
+    score_fn: LogScores, batch: PackedBatch, graph: Graph, noise: Noise, t: Float[Tensor, " n"], xt: Tokens
+) -> Float64[Tensor, " n"]:
+    """What the integral's draw at times t and noised tokens x_t adds to each sequence's bound, nats."""
+    sigma, dsigma = noise(t)
     sigma_T = sigma.index_select(0, batch.segment_ids)
-    xt = graph.sample_transition(batch.tokens, sigma_T, generator)
     log_score = score_fn(batch.with_tokens(xt), sigma)
     loss_n = sum_by_sequence(graph.score_entropy(log_score, sigma_T, xt, batch.tokens), batch)
     return (1 - noise.t_min) * to_float64(dsigma) * loss_n
@@ -111,11 +120,16 @@ def _integral_draw(
 def _reconstruction_draw(
     score_fn: LogScores, batch: PackedBatch, graph: Graph, noise: Noise, generator: torch.Generator
 ) -> Float64[Tensor, " n"]:
-    """-log p(x0 | x_{t_min}) under the last denoising step."""
-    t = torch.full((len(batch.lengths),), noise.t_min, device=batch.tokens.device)
-    sigma = noise(t)[0]
+    sigma = noise(torch.full((len(batch.lengths),), noise.t_min, device=batch.tokens.device))[0]
     sigma_T = sigma.index_select(0, batch.segment_ids)
-    xt = graph.sample_transition(batch.tokens, sigma_T, generator)
+    return reconstruction(score_fn, batch, graph, sigma, graph.sample_transition(batch.tokens, sigma_T, generator))
+
+
+def reconstruction(
+    score_fn: LogScores, batch: PackedBatch, graph: Graph, sigma: Float[Tensor, " n"], xt: Tokens
+) -> Float64[Tensor, " n"]:
+    """-log p(x0 | x_t) of each sequence under the last denoising step, from sigma; nats."""
+    sigma_T = sigma.index_select(0, batch.segment_ids)
     log_score = score_fn(batch.with_tokens(xt), sigma)
     residue_T = batch.tokens < graph.n_states
     probs, _ = clamp_negative(

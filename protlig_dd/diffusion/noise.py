@@ -2,6 +2,10 @@
 
 Both are exact and float32; t is float32 too. `t_min` belongs to the schedule, so that training, evaluation and
 sampling use one range.
+
+The first two say how much of the data is left, exp(-rate sigma). With the graph's slowest mode for `rate` (|lambda_2|)
+t = 1 leaves eps of that mode, and dsigma stays below pi / 2 / (rate eps). In units of sigma itself a slow graph would
+need so small an eps that much of its noise lay beyond the last float32 before t = 1.
 """
 
 import math
@@ -13,40 +17,42 @@ from torch import Tensor
 
 
 class LogLinearNoise:
-    """sigma(t) = -log(1 - (1 - eps) t), so that 1 - exp(-sigma) = (1 - eps) t (SEDD, arXiv 2310.16834, C.1)."""
+    """sigma(t) = -log(1 - (1 - eps) t) / rate: 1 - exp(-rate sigma) = (1 - eps) t (SEDD, arXiv 2310.16834, C.1)."""
 
-    def __init__(self, eps: float = 1e-3, t_min: float = 1e-3) -> None:
+    def __init__(self, eps: float = 1e-3, t_min: float = 1e-3, rate: float = 1.0) -> None:
         check_eps(eps)
         check_t_min(t_min)
-        self.eps, self.t_min = eps, t_min
+        check_rate(rate)
+        self.eps, self.t_min, self.rate = eps, t_min, rate
 
     def __call__(self, t: Float[Tensor, "*n"]) -> tuple[Float[Tensor, "*n"], Float[Tensor, "*n"]]:
         kept = (1 - t) + self.eps * t  # = exp(-sigma), without the cancellation near t = 1
         # log1p is exact for small t, where kept has lost digits; log(kept) is for t near 1
         sigma = torch.where(t < 0.5, -torch.log1p(-(1 - self.eps) * t), -torch.log(kept))
-        return sigma, (1 - self.eps) / kept
+        return sigma / self.rate, (1 - self.eps) / kept / self.rate
 
 
 class CosineNoise:
-    """1 - exp(-sigma(t)) = (1 - eps) (1 - cos(pi t / 2)): slow near t = 0, where a moved residue weighs most.
+    """1 - exp(-rate sigma(t)) = (1 - eps) (1 - cos(pi t / 2)): slow near t = 0, where a moved residue weighs most.
 
-    exp(-sigma) falls as a cosine. (MaskGIT's schedule, arXiv 2202.04200, is its mirror image: there the masked share
+    What is left falls as a cosine. (MaskGIT's schedule, arXiv 2202.04200, is its mirror image: there the masked share
     rises as a sine.) For the absorbing graph the loss weight of a masked residue is m' / m with m = 1 - exp(-sigma);
     its second moment, the integral of m'^2 / m, is 4.04 for eps -> 0, where no schedule is below 4 (m = t^2, by
     Cauchy-Schwarz on sqrt(m)') and the log-linear one has log(1 / t_min) = 6.9.
     """
 
-    def __init__(self, eps: float = 1e-3, t_min: float = 1e-3) -> None:
+    def __init__(self, eps: float = 1e-3, t_min: float = 1e-3, rate: float = 1.0) -> None:
         check_eps(eps)
         check_t_min(t_min)
-        self.eps, self.t_min = eps, t_min
+        check_rate(rate)
+        self.eps, self.t_min, self.rate = eps, t_min, rate
 
     def __call__(self, t: Float[Tensor, "*n"]) -> tuple[Float[Tensor, "*n"], Float[Tensor, "*n"]]:
         half_pi = math.pi / 2
         moved = 2 * (1 - self.eps) * torch.sin(half_pi * t / 2) ** 2  # 1 - cos without the cancellation near t = 0
         kept = self.eps + (1 - self.eps) * torch.sin(half_pi * (1 - t))  # and without the one near t = 1
         sigma = torch.where(t < 0.5, -torch.log1p(-moved), -torch.log(kept))
-        return sigma, (1 - self.eps) * half_pi * torch.sin(half_pi * t) / kept
+        return sigma / self.rate, (1 - self.eps) * half_pi * torch.sin(half_pi * t) / kept / self.rate
 
 
 class GeometricNoise:
@@ -91,6 +97,11 @@ def curriculum_t_max(step: int, steps: int, t_min: float) -> float:
 def check_eps(eps: float) -> None:
     if not 0 < eps < 1:
         raise ValueError(f"noise.eps must lie in (0, 1), got {eps}")
+
+
+def check_rate(rate: float) -> None:
+    if not rate > 0:
+        raise ValueError(f"noise.rate must be above 0, got {rate}")
 
 
 def check_t_min(t_min: float) -> None:

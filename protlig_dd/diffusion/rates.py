@@ -1,5 +1,6 @@
 """Rate matrices over the 20 amino acids from substitution matrices: what the substitution graph diffuses by."""
 
+import math
 import re
 from pathlib import Path
 
@@ -55,6 +56,8 @@ def substitution_rates(matrix: str, kind: str = "log_odds", scale: float | None 
         if stated is None:
             raise ValueError(f"{matrix} does not state its units; give graph.scale, in bits per unit of score")
         scale = 1 / int(stated.group(1) or stated.group(2))
+    if not 0 < scale < math.inf:
+        raise ValueError(f"graph.scale must be above 0, in bits per unit of score, got {scale}")
     frequencies = SWISS_PROT / SWISS_PROT.sum()
     joint = np.outer(frequencies, frequencies) * 2.0 ** (scale * values)
     joint /= joint.sum()

@@ -57,7 +57,7 @@ def sample(
         lengths: residues of each sequence.
         predictor: `analytic` (Tweedie, arXiv 2310.16834 eq. 19; for x0 the exact posterior, which is the same without
             its growing terms), `euler`, or `ancestral` (absorbing graph only): the number of masked residues follows
-            the noise exactly, L (1 - e^-sigma) to the nearest, instead of on average.
+            the noise exactly, L (1 - e^-sigma) to the nearest, instead of on average; scores are normalised.
         generator: one for each sequence, so that what a sequence draws does not depend on its pack; or a single one.
         project: tokens (total,) -> tokens; re-imposes fixed residues (or context letters), called before every step
             and after the last. Exact for the absorbing graph, an approximation for the others (docs/diffusion.md).

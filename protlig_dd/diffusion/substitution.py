@@ -40,7 +40,49 @@ class Spectrum(NamedTuple):
     right: Float64[Tensor, "V V"]
 
 
-class SubstitutionGraph:
+class ResidueGraph:
+    """What graphs share whose states are the residues alone: the reverse steps, from `_flow` and `_into`."""
+
+    def _flow(self, row: Float64[Tensor, "T V"], sigma: Float64[Tensor, " T"]) -> Float64[Tensor, "T V"]:
+        """row exp(sigma Q), for either sign of sigma."""
+        raise NotImplementedError
+
+    def _into(self, xt: Tokens, delta: Float64[Tensor, " T"]) -> Float64[Tensor, "T V"]:
+        """P(delta)[., x]."""
+        raise NotImplementedError
+
+    def x0_probs(self, log_score: Float[Tensor, "T V"], xt: Tokens, sigma: Sigma) -> Float64[Tensor, "T V"]:
+        """The distribution q of x0 given the other tokens that the scores imply: q P ~ s, negatives set to 0.
+
+        Errors of the scores grow by up to exp(sigma |lambda|) on the way, lambda the fastest of Q's eigenvalues.
+        """
+        return clamp_negative(self._flow(to_float64(log_score).exp(), -to_float64(sigma)))[0]
+
+    def posterior_probs(
+        self, log_q: Float[Tensor, "T V"], xt: Tokens, sigma: Sigma, left: Sigma
+    ) -> Float64[Tensor, "T S"]:
+        """From total noise sigma to what is `left` of it, given the distribution q of x0: exact, no growing terms.
+
+        p(z) ~ [q P(left)]_z P(sigma - left)[z, x]; to be normalised by the caller.
+        """
+        sigma, left = to_float64(sigma), to_float64(left)
+        return self._flow(to_float64(log_q).softmax(-1), left).clamp(min=0.0) * self._into(xt, sigma - left)
+
+    def analytic_probs(self, log_score: Float[Tensor, "T V"], xt: Tokens, delta: Sigma) -> Float64[Tensor, "T S"]:
+        """One Tweedie step back over delta of noise: p(z) ~ [s^T exp(-delta Q)]_z P(delta)[z, x].
+
+        Errors of the scores grow by up to exp(delta |lambda|), lambda the fastest of Q's eigenvalues; what comes out
+        negative is left for the caller to clamp and count.
+        """
+        delta = to_float64(delta)
+        return self._flow(to_float64(log_score).exp(), -delta) * self._into(xt, delta)
+
+    def denoise_probs(self, log_score: Float[Tensor, "T V"], xt: Tokens, sigma: Sigma) -> Float64[Tensor, "T S"]:
+        """The last step, all of sigma at once: analytic."""
+        return self.analytic_probs(log_score, xt, sigma)
+
+
+class SubstitutionGraph(ResidueGraph):
     """Residues turn into one another as they do in evolution: any reversible rates over the amino acids.
 
     With pi_i Q_ij = pi_j Q_ji and D = diag(pi), D^1/2 Q D^-1/2 = U Lambda U^T is symmetric, and
@@ -133,13 +175,6 @@ class SubstitutionGraph:
         log_score = (log_p - pick(log_p, xt.to(log_p.device))[:, None]).to(logits)
         return torch.where(one_hot(xt, self.n_states).bool(), 0.0, log_score)
 
-    def x0_probs(self, log_score: Float[Tensor, "T V"], xt: Tokens, sigma: Sigma) -> Float64[Tensor, "T V"]:
-        """The distribution q of x0 given the other tokens that the scores imply: q P ~ s, negatives clamped.
-
-        Errors of the scores grow by up to exp(sigma |lambda|) on the way, lambda the fastest of the eigenvalues.
-        """
-        return clamp_negative(self._flow(to_float64(log_score).exp(), -to_float64(sigma)))[0]
-
     def score_entropy(
         self, log_score: Float[Tensor, "T V"], sigma: Sigma, xt: Tokens, x0: Tokens
     ) -> Float[Tensor, " T"]:
@@ -154,17 +189,6 @@ class SubstitutionGraph:
         loss = (rate_in * (log_s.exp() - r * log_s + r * (r.log() - 1))).sum(-1)
         return torch.where(x0 < self.n_states, loss.to(log_score), 0.0)
 
-    def posterior_probs(
-        self, log_q: Float[Tensor, "T V"], xt: Tokens, sigma: Sigma, left: Sigma
-    ) -> Float64[Tensor, "T S"]:
-        """From total noise sigma to what is `left` of it, given the distribution q of x0: exact, no growing terms.
-
-        p(z) ~ [q P(left)]_z P(sigma - left)[z, x]; to be normalised by the caller.
-        """
-        sigma, left = to_float64(sigma), to_float64(left)
-        q_left = self._flow(to_float64(log_q).softmax(-1), left).clamp(min=0.0)
-        return q_left * self._into(xt, sigma - left)
-
     def euler_probs(self, log_score: Float[Tensor, "T V"], xt: Tokens, step: Sigma) -> Float64[Tensor, "T S"]:
         """One Euler step back, onehot(x) + step * reverse rate, with step = dt * dsigma."""
         score = to_float64(log_score).exp()
@@ -172,18 +196,6 @@ class SubstitutionGraph:
         at_xt = one_hot(xt, self.n_states)
         moves = score * to_float64(step)[:, None] * self._rates_into(xt) * (1 - at_xt)
         return moves + at_xt * (1 - moves.sum(-1, keepdim=True))
-
-    def analytic_probs(self, log_score: Float[Tensor, "T V"], xt: Tokens, delta: Sigma) -> Float64[Tensor, "T S"]:
-        """One Tweedie step back over delta of noise: p(z) ~ [s^T exp(-delta Q)]_z P(delta)[z, x].
-
-        Errors of the scores grow by up to exp(delta |lambda|), lambda the fastest of the eigenvalues.
-        """
-        delta = to_float64(delta)
-        return self._flow(to_float64(log_score).exp(), -delta) * self._into(xt, delta)
-
-    def denoise_probs(self, log_score: Float[Tensor, "T V"], xt: Tokens, sigma: Sigma) -> Float64[Tensor, "T S"]:
-        """The last step, all of sigma at once: analytic; negatives are left for the caller to clamp."""
-        return self.analytic_probs(log_score, xt, sigma)
 
     def _flow(self, row: Float64[Tensor, "T V"], sigma: Float64[Tensor, " T"]) -> Float64[Tensor, "T V"]:
         """row exp(sigma Q), for either sign of sigma."""
@@ -211,5 +223,12 @@ class SubstitutionGraph:
 def make_substitution_graph(
     matrix: str, kind: str = "log_odds", scale: float | None = None, rates: Sequence[Sequence[float]] | None = None
 ) -> SubstitutionGraph:
-    """The graph of a named matrix or file (see `substitution_rates`), or of rates that were read from one before."""
-    return SubstitutionGraph(substitution_rates(matrix, kind, scale) if rates is None else rates)
+    """The graph of a named matrix or file (see `substitution_rates`), or of rates that were read from one before.
+
+    Raises:
+        ValueError: as SubstitutionGraph and substitution_rates do; rates over other than the 20 amino acids.
+    """
+    graph = SubstitutionGraph(substitution_rates(matrix, kind, scale) if rates is None else rates)
+    if graph.n_states != N_STATES:
+        raise ValueError(f"graph.rates has {graph.n_states} states; there are {N_STATES} amino acids")
+    return graph

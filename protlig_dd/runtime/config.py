@@ -256,9 +256,13 @@ def build_graph(spec: Mapping[str, Any]) -> Graph:
 
 
 def build_noise(spec: Mapping[str, Any], graph: Graph) -> Noise:
-    """The schedule of a config; an end that is left open (null) is the graph's own sigma_max."""
-    ends = {"eps": math.exp(-graph.sigma_max), "sigma_max": graph.sigma_max}
-    options = {key: ends[key] if value is None and key in ends else value for key, value in spec.items()}
+    """The schedule of a config; what is left open (null) is the graph's: its slowest mode, and how far it goes."""
+    own = {
+        "eps": math.exp(graph.sigma_max * graph.lambda_2),
+        "rate": -graph.lambda_2,
+        "sigma_max": graph.sigma_max,
+    }
+    options = {key: own[key] if value is None and key in own else value for key, value in spec.items()}
     return build("noise", NOISES, {key: value for key, value in options.items() if key != "curriculum"})
 
 
@@ -275,7 +279,7 @@ def graph_with_rates(spec: Mapping[str, Any], earlier: Mapping[str, Any]) -> dic
     if Path(spec["matrix"]).is_file():
         spec["rates"] = substitution_rates(spec["matrix"], spec.get("kind", "log_odds"), spec.get("scale")).tolist()
     elif {**earlier, "rates": None} == {**spec, "rates": None}:
-        spec["rates"] = earlier["rates"]
+        spec["rates"] = earlier.get("rates")
     return spec
 
 

@@ -94,14 +94,15 @@ def length_draws(n: int, seed: int) -> np.ndarray:
     return np.random.default_rng(random_key(seed, "lengths", 0)).random(n)
 
 
-def designs_fasta(samples: Sequence[np.ndarray], *, run: str, step: int, seed: int, predictor: str, steps: int) -> str:
+def designs_fasta(
+    samples: Sequence[np.ndarray], *, run: str, step: int, seed: int, predictor: str, steps: int, more: str = ""
+) -> str:
     """FASTA of samples, wrapped at 60 columns; each header says what made it."""
     decode = ProteinTokenizer().decode
     lines = []
     for i, ids in enumerate(samples, start=1):
         sequence = decode(ids)
-        lines.append(
-            f">{run}_{i} run={run} step={step} seed={seed} length={len(sequence)} sampler={predictor} steps={steps}"
-        )
+        made = f"run={run} step={step} seed={seed} length={len(sequence)} sampler={predictor} steps={steps}{more}"
+        lines.append(f">{run}_{i} {made}")
         lines.extend(sequence[start : start + 60] for start in range(0, len(sequence), 60))
     return "\n".join(lines) + "\n"

@@ -59,7 +59,7 @@ def run(cfg: DictConfig) -> None:
         NonFiniteLossError: the loss stopped being a number.
     """
     config = read_config(cfg, TrainConfig)
-    config.graph = graph_with_rates(config.graph, graph_of_run(run_path(config)))
+    config.graph = graph_with_rates(config.graph, {} if config.run.fresh else graph_of_run(run_path(config)))
     check_train_config(config)
     processes = processes_from_environment()
     if config.optim.packs_per_step % processes.world_size:
