@@ -362,13 +362,21 @@ def test_the_standard_error_covers_the_truth() -> None:
 
 
 @pytest.mark.parametrize("estimator", ["integral", "exact_count"])
-@pytest.mark.parametrize("draws", [2, 8])
+@pytest.mark.parametrize("draws", [8, 16])
 def test_a_sequences_standard_error_is_that_of_its_draws(estimator: str, draws: int) -> None:
-    """One sequence many times in a pack: its bounds scatter as their standard errors say."""
-    copies, score_fn = 500, ScoreFn(make_model(), Absorbing(), "x0", time_conditioning=False)
+    """One sequence many times in a pack: its bounds scatter as their standard errors say.
+
+    The more is masked, the less the network knows, as real ones do; that trend is not noise.
+    """
+    copies, tokens = 400, random_batch([100]).tokens
+
+    def network(batch: PackedBatch, sigma: torch.Tensor) -> torch.Tensor:
+        known = torch.exp(-sigma)[batch.segment_ids, None]
+        return torch.where(tokens.repeat(copies)[:, None] == torch.arange(20), 6 * known, 0.0)
+
     bound = nll_bound(
-        score_fn,
-        PackedBatch.pack([random_batch([30]).tokens] * copies),
+        ScoreFn(network, Absorbing(), "x0"),
+        PackedBatch.pack([tokens] * copies),
         Absorbing(),
         LogLinearNoise(eps=0.05, t_min=0.05),
         generator=torch.Generator().manual_seed(1),
@@ -376,7 +384,7 @@ def test_a_sequences_standard_error_is_that_of_its_draws(estimator: str, draws: 
         estimator=estimator,
     )
     said, seen = float(bound.standard_error.square().mean()), float(bound.nats.var())
-    assert 0.7 < said / seen < 1.4
+    assert 0.7 < said / seen < 1.5
 
 
 def test_one_draw_has_no_standard_error() -> None:
