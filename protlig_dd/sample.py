@@ -32,7 +32,12 @@ def sample_proteins(cfg: DictConfig) -> None:
     output = Path(config.output)
     if output.exists():
         raise ValueError(f"{output} exists already; give another output or move it away")
-    for key, value, least in (("n", config.n, 1), ("steps", config.steps, 1), ("seed", config.seed, 0)):
+    for key, value, least in (
+        ("n", config.n, 1),
+        ("steps", config.steps, 1),
+        ("seed", config.seed, 0),
+        ("tokens_per_pack", config.tokens_per_pack, 1),
+    ):
         if value < least:
             raise ValueError(f"{key} must be at least {least}, got {value}")
     checkpoint = find_checkpoint(Path(config.from_))
@@ -83,7 +88,7 @@ def sample_proteins(cfg: DictConfig) -> None:
     write_atomic(output, text)
     clamped = counts["clamped"] / counts["draws"]
     console.print(
-        f"{output}: {len(samples)} proteins, {np.mean(lengths):.0f} residues each; {clamped:.2%} of draws clamped"
+        f"{output}: {len(samples)} proteins, {np.mean(lengths):.0f} residues on average; {clamped:.2%} of draws clamped"
     )
     if counts["skipped"]:
         share = counts["skipped"] / (counts["skipped"] + counts["evaluated"])
@@ -114,7 +119,7 @@ def read_log_bias(wanted: Any, lengths: list[int]) -> torch.Tensor | list[torch.
         return bias_row(letters_of(list(wanted), "log_bias"), list(wanted.values()), "log_bias")
     path = Path(str(wanted))
     if not path.is_file():
-        raise ValueError(f"log_bias={wanted}: give amino acids, log_bias={{W:-1,C:-inf}}, or a CSV file")
+        raise ValueError(f"log_bias={wanted}: no such file; for amino acids, in quotes, 'log_bias={{C:-inf,K:0.5}}'")
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file)

@@ -3,6 +3,7 @@
 #
 #   scripts/test.sh [pytest arguments]
 set -euo pipefail
+case " $* " in *" -h "* | *" --help "*) sed -n '2,4s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scripts/setup.sh --dev
 bin=${PROTLIG_VENV:-.venv}/bin

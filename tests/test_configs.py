@@ -98,6 +98,8 @@ def test_changed_keys_name_both_values_and_leave_out_what_may_change() -> None:
         (["model.attention_backend=flash_attn"], ["flash-attn is not installed", "pip install"]),
         (["graph=uniform", "parametrisation=x0", "time_conditioning=false"], ["time_conditioning=false", "absorbing"]),
         (["+graph.n_states=5"], ["'graph.n_states'"]),
+        (["noise.curiculum=3"], ["'noise.curiculum'", "'noise.curriculum'"]),
+        (["noise=loglinear", "noise.sigma_max=3"], ["the chosen noise has no noise.sigma_max"]),
         (["noise.epss=0.1"], ["'noise.epss'", "'noise.eps'"]),
         (["modle=tiny"], ["'modle'", "'model'"]),
         (["graph=blosum62", "graph.matrix=BLOSUM61"], ["BLOSUM61", "BLOSUM62"]),
@@ -141,6 +143,13 @@ def test_help_says_what_every_key_means(run_python: Command) -> None:
     assert "Sample new proteins from a trained model." in text
     for line in (ROOT / "configs/sample.yaml").read_text().splitlines():
         assert line.startswith(("#", "defaults:", "  - ")) or line.strip() in text
+
+
+def test_help_shows_the_chosen_options(run_python: Command) -> None:
+    text = run_python("-m", "protlig_dd.training", "graph=pam250", "noise=geometric", "--help").stdout
+    assert "matrix: PAM250" in text
+    assert "sigma_max: null" in text
+    assert_one_line_error(run_python("-m", "protlig_dd.training", "graph=nope", "--help"), "graph=nope: there are")
 
 
 def test_an_unknown_flag_is_one_line(run_python: Command) -> None:

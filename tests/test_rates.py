@@ -74,9 +74,14 @@ def test_what_is_no_substitution_matrix_is_refused(tmp_path: Path) -> None:
     lopsided[0, 1] += 1
     with refuses("must be symmetric, but AC is 1 and CA is 0"):
         substitution_rates(write_matrix(tmp_path / "lopsided", lopsided, comment="1/2 bit"))
-    (tmp_path / "words").write_text("these are\nnot numbers at all\n")
-    with refuses("is not a substitution matrix"):
-        substitution_rates(str(tmp_path / "words"))
+    for text in ("these are\nnot numbers at all\n", ""):
+        (tmp_path / "words").write_text(text)
+        with refuses("words is not a substitution matrix"):
+            substitution_rates(str(tmp_path / "words"))
+    with refuses("graph.scale must be above 0, in bits per unit of score, got -1"):
+        substitution_rates("BLOSUM62", scale=-1)
+    with refuses("graph.rates has 3 states; there are 20 amino acids"):
+        make_substitution_graph("mine", rates=[[0.0, 1.0, 1.0], [1.0, 0.0, 1.0], [1.0, 1.0, 0.0]])
 
 
 def test_rates_of_a_file_that_do_not_balance_are_named_by_letter(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        (0, "log_bias=0: give amino acids"),
+        (0, "log_bias=0: no such file; for amino acids, in quotes"),
         ({"Z": 1}, "log_bias: 'Z' is none"),
         ({"C": "much"}, "'much' for C is no number"),
         ("no.csv", "log_bias=no.csv"),

@@ -92,12 +92,12 @@ class Absorbing:
         A masked token stays masked with probability (1 - e^-left) / (1 - e^-sigma), and becomes x0 otherwise.
         """
         stays = (torch.expm1(-to_float64(left)) / torch.expm1(-to_float64(sigma)))[:, None]
-        return self._unmask((1 - stays) * to_float64(log_q).softmax(-1), xt)
+        return self._unmask(torch.cat([(1 - stays) * to_float64(log_q).softmax(-1), stays], dim=-1), xt)
 
     def euler_probs(self, log_score: Float[Tensor, "T V"], xt: Tokens, step: Sigma) -> Float64[Tensor, "T S"]:
         """One Euler step back, onehot(x) + step * reverse rate, with step = dt * dsigma."""
         gain = to_float64(log_score).exp() * to_float64(step)[:, None]
-        return self._unmask(gain, xt)
+        return self._unmask(torch.cat([gain, 1 - gain.sum(-1, keepdim=True)], dim=-1), xt)
 
     def analytic_probs(self, log_score: Float[Tensor, "T V"], xt: Tokens, delta: Sigma) -> Float64[Tensor, "T S"]:
         """One Tweedie step back over delta of noise: p(z) ~ [s^T exp(-delta Q)]_z P(delta)[z, x].
@@ -105,7 +105,7 @@ class Absorbing:
         For a masked token this is (e^delta - 1) s_z, and what is left stays masked.
         """
         gain = to_float64(log_score).exp() * torch.expm1(to_float64(delta))[:, None]
-        return self._unmask(gain, xt)
+        return self._unmask(torch.cat([gain, 1 - gain.sum(-1, keepdim=True)], dim=-1), xt)
 
     def denoise_probs(self, log_score: Float[Tensor, "T V"], xt: Tokens, sigma: Sigma) -> Float64[Tensor, "T S"]:
         """The last step, all of sigma at once: analytic, with the mask removed from the choices."""
@@ -113,9 +113,9 @@ class Absorbing:
         probs[:, self.mask] = 0.0
         return probs / probs.sum(-1, keepdim=True)
 
-    def _unmask(self, gain_TV: Float64[Tensor, "T V"], xt: Tokens) -> Float64[Tensor, "T S"]:
-        masked = (xt == self.mask).to(gain_TV.device)[:, None]
-        moves = torch.cat([gain_TV, 1 - gain_TV.sum(-1, keepdim=True)], dim=-1)
+    def _unmask(self, moves: Float64[Tensor, "T S"], xt: Tokens) -> Float64[Tensor, "T S"]:
+        """The moves of a masked token; any other stays what it is."""
+        masked = (xt == self.mask).to(moves.device)[:, None]
         return torch.where(masked, moves, one_hot(xt, self.n_reverse_states).to(moves.device))
 
 

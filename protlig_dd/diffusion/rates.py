@@ -74,7 +74,7 @@ def read_matrix(matrix: str) -> tuple[np.ndarray, str]:
             name for name in substitution_matrices.load() if amino_acids_in(substitution_matrices.load(name))
         )
         raise ValueError(f"graph.matrix={matrix} is no file and no matrix of Biopython's; those are {known}") from error
-    except (ValueError, IndexError, KeyError, AssertionError) as error:
+    except (ValueError, IndexError, KeyError, AssertionError, UnboundLocalError) as error:  # the last of an empty file
         raise ValueError(
             f"{matrix} is not a substitution matrix: it should hold a line of column letters, then a line for each row"
         ) from error

@@ -59,10 +59,12 @@ def sample(
             its growing terms), `euler`, or `ancestral` (absorbing graph only): the number of masked residues follows
             the noise exactly, L (1 - e^-sigma) to the nearest, instead of on average; scores are normalised.
         generator: one for each sequence, so that what a sequence draws does not depend on its pack; or a single one.
-        project: tokens (total,) -> tokens; re-imposes fixed residues (or context letters), called before every step
-            and after the last. Exact for the absorbing graph, an approximation for the others (docs/diffusion.md).
-        log_bias: (V,) or (sum of lengths, V) nats for each amino acid, V of them, at every position: the model is
-            steered towards p(x0) exp(sum of log_bias over x0), exactly where positions are independent. -inf forbids.
+        project: tokens (total,) -> tokens, with <bos> and <eos> around each sequence: residue 0 of the first is token
+            1. Re-imposes fixed residues (or context letters), called before every step and after the last. Exact for
+            the absorbing graph, an approximation for the others (docs/diffusion.md).
+        log_bias: (V,) or (sum of lengths, V) nats for each amino acid, V of them, at every residue (<bos> and <eos>
+            not among them): the model is steered towards p(x0) exp(sum of log_bias over x0), exactly where positions
+            are independent. -inf forbids.
         temperature, top_p: sharpen each position's distribution of x0 (steered, if it is): p^(1 / temperature), then
             the smallest set of amino acids that holds top_p of it. 1 and 1, the default, sample the model itself.
         device: where the network is.
@@ -151,7 +153,7 @@ def check_sampler(graph: Graph, predictor: str, temperature: float = 1.0, top_p:
     if predictor == "ancestral" and not isinstance(graph, Absorbing):
         raise ValueError("predictor=ancestral is for the absorbing graph; use analytic or euler")
     if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature must be above 0, got {temperature}")
+        raise ValueError(f"temperature must be above 0 and finite, got {temperature}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
 

@@ -105,4 +105,7 @@ def check_parametrisation(graph: Graph, parametrisation: str, time_conditioning:
     if parametrisation not in PARAMETRISATIONS:
         raise ValueError(f"no parametrisation {parametrisation!r}; there are {', '.join(PARAMETRISATIONS)}")
     if not time_conditioning and not is_time_free(graph, parametrisation):
-        raise ValueError("time_conditioning=false is valid only with graph=absorbing and parametrisation=x0")
+        raise ValueError(
+            "time_conditioning=false is valid only with graph=absorbing and parametrisation=x0; "
+            "with others, add time_conditioning=true"
+        )

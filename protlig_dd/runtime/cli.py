@@ -85,21 +85,29 @@ def wants_help(config_name: str) -> bool:
         if "=" not in override and not override.startswith("~"):
             refuse(f"unknown argument {override!r}")
     if arguments.help:
-        print(help_text(arguments.config_name or config_name))
+        print(help_text(arguments.config_name or config_name, arguments.overrides))
     return bool(arguments.help)
 
 
-def help_text(config_name: str) -> str:
-    """The verb's own description, then its config files: every key, its default and what it means."""
+def help_text(config_name: str, overrides: Sequence[str] = ()) -> str:
+    """The verb's own description, then its config files: every key, its default and what it means.
+
+    Raises:
+        ValueError: `group=option` with an option that is none.
+    """
     folder = config_folder()
     path = folder / f"{config_name}.yaml"
     described = (sys.modules["__main__"].__doc__ or "").strip()
     composed = OmegaConf.to_container(OmegaConf.load(path))
     defaults = composed.get("defaults", []) if isinstance(composed, dict) else []
     groups = {group: option for entry in defaults if isinstance(entry, dict) for group, option in entry.items()}
+    chosen = dict(override.split("=", 1) for override in overrides)
+    groups |= {group: chosen[group] for group in groups if group in chosen}
     parts = [described, "\nEvery key, its default and what it means:\n", without_hydra(path.read_text())]
     for group, option in groups.items():
         options = " | ".join(sorted(file.stem for file in (folder / group).glob("*.yaml")))
+        if option and option not in options.split(" | "):
+            raise ValueError(f"{group}={option}: there are {options}")
         body = (folder / group / f"{option}.yaml").read_text() if option else ""
         parts += [f"{group}={option or ''}  ({options})", textwrap.indent(body, "  ")]
     return "\n".join(parts)

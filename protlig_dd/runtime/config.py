@@ -213,7 +213,8 @@ def known_keys(schema: type, prefix: str = "") -> list[str]:
             keys += known_keys(kind, f"{key}.")
         elif key in COMPONENTS:
             options = {option for make in COMPONENTS[key].values() for option in inspect.signature(make).parameters}
-            keys += [f"{key}.{option}" for option in sorted(options | {"name"})]
+            options |= {"name", "curriculum"} if key == "noise" else {"name"}
+            keys += [f"{key}.{option}" for option in sorted(options)]
         else:
             keys.append(key)
     return keys
@@ -221,6 +222,8 @@ def known_keys(schema: type, prefix: str = "") -> list[str]:
 
 def unknown_key(key: str, known: list[str]) -> str:
     """One line that names the key and the nearest known one."""
+    if key in known:
+        return f"the chosen {key.partition('.')[0]} has no {key}; another has"
     near = difflib.get_close_matches(key, known, n=1)
     return f"unknown config key {key!r}; did you mean {near[0]!r}?" if near else f"unknown config key {key!r}"
 

@@ -111,8 +111,9 @@ def train(
         processes,
     )
     sigma_max = float(noise(torch.ones(1))[0])
+    name = " ".join(str(config.graph[key]) for key in ("name", "matrix") if key in config.graph)
     announce(
-        f"graph {config.graph['name']}, lambda_2 = {graph.lambda_2:.3f}; noise up to sigma = {sigma_max:.2f}, "
+        f"graph {name}, lambda_2 = {graph.lambda_2:.3f}; noise up to sigma = {sigma_max:.2f}, "
         f"which leaves {math.exp(sigma_max * graph.lambda_2):.1e} of the data",
         processes,
     )
