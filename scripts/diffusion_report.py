@@ -168,7 +168,7 @@ def main() -> None:
     three = commands.add_parser("likelihood", help="noise of the likelihood estimators")
     three.add_argument("--run", type=Path, required=True, help="a run on the bundled proteins, or a checkpoint of it")
     three.add_argument("--proteins", type=int, default=20)
-    three.add_argument("--repeats", type=int, default=8)
+    three.add_argument("--repeats", type=int, default=16)
     arguments = vars(parser.parse_args())
     {"samplers": samplers, "graphs": graphs, "likelihood": likelihood}[arguments.pop("command")](**arguments)
 
