@@ -87,7 +87,7 @@ MUTATIONS = [
              "float(dsigma[i]) / steps", "tests/test_sampling.py -m 'not slow'"),
     Mutation("a cache that does not see the last change", SAMPLING, "        self.batch = batch\n",
              "        self.batch = self.batch or batch\n", "tests/test_sampling.py -m 'not slow'"),
-    Mutation("scores of a network steered through what they imply of x0, for the network's own x0",
+    Mutation("steered log-scores replaced by those of the x0 that they imply",
              "protlig_dd/diffusion/score.py", "return log_score + (after - before)", "return after",
              "tests/test_sampling.py -m 'not slow'"),
 ]  # fmt: skip

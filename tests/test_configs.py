@@ -150,6 +150,9 @@ def test_help_shows_the_chosen_options(run_python: Command) -> None:
     assert "matrix: PAM250" in text
     assert "sigma_max: null" in text
     assert_one_line_error(run_python("-m", "protlig_dd.training", "graph=nope", "--help"), "graph=nope: there are")
+    several = ["~experiment", "graph=uniform,absorbing", "experiment=null", "--help"]
+    assert "name: uniform" in run_python("-m", "protlig_dd.training", *several).stdout
+    assert_one_line_error(run_python("-m", "protlig_dd.sample", "graph=uniform"), "this command has no 'graph'")
 
 
 def test_an_unknown_flag_is_one_line(run_python: Command) -> None:

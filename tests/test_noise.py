@@ -60,6 +60,7 @@ def test_closed_forms() -> None:
 def test_noise_ends_where_a_slow_graph_has_forgotten_and_not_in_the_last_float(matrix: str, name: str) -> None:
     graph = make_substitution_graph(matrix)
     noise = build_noise({"name": name, "eps": None, "rate": None, "t_min": 1e-3}, graph)
+    assert vars(build_noise({"name": name}, graph)) == vars(noise)
     assert float(noise(torch.ones(1))[0]) == pytest.approx(graph.sigma_max, rel=1e-5)
     before = noise(torch.tensor([math.nextafter(1.0, 0.0)]).float() - 6e-8)[0]
     assert float(before) > 0.999 * graph.sigma_max

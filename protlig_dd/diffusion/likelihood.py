@@ -71,9 +71,8 @@ def nll_bound(
         raise ValueError(f"draws must be at least 1, got {draws}")
     n, device = len(batch.lengths), batch.tokens.device
     drawn = []
-    for k in range(
-        draws
-    ):  # draw k of each sequence lies in stratum k, at a place that is stratified over the sequences
+    # draw k of each sequence lies in stratum k, at a place that is stratified over the sequences
+    for k in range(draws):
         place_n = torch.randperm(n, generator=generator, device=generator.device) + uniform_draws(n, generator)
         u_n = (k + place_n / n) / draws
         if isinstance(graph, Absorbing) and estimator == "exact_count":
@@ -103,7 +102,7 @@ def nll_bound(
 def _integral_draw(
     score_fn: LogScores, batch: PackedBatch, graph: Graph, noise: Noise, u_n: Tensor, generator: torch.Generator
 ) -> Float64[Tensor, " n"]:
-    t = noise.t_min + (1 - noise.t_min) * u_n
+    t = (noise.t_min + (1 - noise.t_min) * u_n).clamp(max=1)
     sigma_T = noise(t)[0].index_select(0, batch.segment_ids)
     return integrand(score_fn, batch, graph, noise, t, graph.sample_transition(batch.tokens, sigma_T, generator))
 
@@ -149,7 +148,7 @@ def _exact_count_draw(
 ) -> Float64[Tensor, " n"]:
     residue_T = batch.tokens < graph.n_states
     length_n = sum_by_sequence(residue_T, batch).clamp(min=1)
-    count_n = (u_n.to(length_n) * length_n).floor() + 1  # uniform on 1..L
+    count_n = ((u_n.to(length_n) * length_n).floor() + 1).clamp(max=length_n)  # uniform on 1..L
     masked_T = batch.random_subset(residue_T, count_n, uniform_draws(len(residue_T), generator))
     share_n = (count_n / length_n).float().to(batch.tokens.device)
     last_sigma = noise(torch.ones(1, device=share_n.device))[0]

@@ -1,6 +1,6 @@
 """Noise schedules: t in [t_min, 1] -> total noise sigma(t) and its rate dsigma = d sigma / d t.
 
-Both are exact and float32; t is float32 too. `t_min` belongs to the schedule, so that training, evaluation and
+Both are exact, in the precision of t. `t_min` belongs to the schedule, so that training, evaluation and
 sampling use one range.
 
 The first two say how much of the data is left, exp(-rate sigma). With the graph's slowest mode for `rate` (|lambda_2|)
@@ -26,7 +26,7 @@ class LogLinearNoise:
         self.eps, self.t_min, self.rate = eps, t_min, rate
 
     def __call__(self, t: Float[Tensor, "*n"]) -> tuple[Float[Tensor, "*n"], Float[Tensor, "*n"]]:
-        kept = (1 - t) + self.eps * t  # = exp(-sigma), without the cancellation near t = 1
+        kept = (1 - t) + self.eps * t  # = exp(-rate sigma), without the cancellation near t = 1
         # log1p is exact for small t, where kept has lost digits; log(kept) is for t near 1
         sigma = torch.where(t < 0.5, -torch.log1p(-(1 - self.eps) * t), -torch.log(kept))
         return sigma / self.rate, (1 - self.eps) / kept / self.rate

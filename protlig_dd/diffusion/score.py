@@ -35,7 +35,7 @@ class ScoreFn:
         time_conditioning: False shows the network sigma = 0 always; valid where the posterior of x0 does not depend
             on the time (absorbing with x0).
         autocast: dtype the network computes in; None for that of its weights. Its logits leave as float32, and
-            everything after them is float32: sums of exponentials in bf16 are off by 0.2%.
+            nothing after them is of lower precision: sums of exponentials in bf16 are off by 0.2%.
 
     Raises:
         ValueError: a parametrisation that the graph does not have.

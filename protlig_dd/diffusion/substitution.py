@@ -25,7 +25,7 @@ from protlig_dd.tokenizer import AMINO_ACIDS, N_STATES
 
 FORGOTTEN = 1e-3
 REVERSIBLE = 1e-4  # how far two opposite fluxes may differ, in units of the largest: files round their numbers
-SLOWEST = -0.1  # lambda_2 must be below; with it sigma_max is 69, and exp(-sigma_max) is still a float32
+SLOWEST = -0.1  # lambda_2 must be below; sigma_max is 69 there
 TINY = 1e-300
 CPU = torch.device("cpu")
 

@@ -92,6 +92,8 @@ def wants_help(config_name: str) -> bool:
 def help_text(config_name: str, overrides: Sequence[str] = ()) -> str:
     """The verb's own description, then its config files: every key, its default and what it means.
 
+    Of a group it shows the option that the command line names, not what an experiment would choose.
+
     Raises:
         ValueError: `group=option` with an option that is none.
     """
@@ -101,8 +103,10 @@ def help_text(config_name: str, overrides: Sequence[str] = ()) -> str:
     composed = OmegaConf.to_container(OmegaConf.load(path))
     defaults = composed.get("defaults", []) if isinstance(composed, dict) else []
     groups = {group: option for entry in defaults if isinstance(entry, dict) for group, option in entry.items()}
-    chosen = dict(override.split("=", 1) for override in overrides)
-    groups |= {group: chosen[group] for group in groups if group in chosen}
+    for override in overrides:
+        group, equals, wanted = override.lstrip("+").partition("=")
+        if equals and group in groups:  # of a sweep, the first
+            groups[group] = None if wanted == "null" else wanted.split(",")[0]
     parts = [described, "\nEvery key, its default and what it means:\n", without_hydra(path.read_text())]
     for group, option in groups.items():
         options = " | ".join(sorted(file.stem for file in (folder / group).glob("*.yaml")))

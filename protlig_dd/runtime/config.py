@@ -222,8 +222,9 @@ def known_keys(schema: type, prefix: str = "") -> list[str]:
 
 def unknown_key(key: str, known: list[str]) -> str:
     """One line that names the key and the nearest known one."""
-    if key in known:
-        return f"the chosen {key.partition('.')[0]} has no {key}; another has"
+    if key in known:  # an option of another component, or of another command
+        component, dot, _ = key.partition(".")
+        return f"the chosen {component} has no {key}; another has" if dot else f"this command has no {key!r}"
     near = difflib.get_close_matches(key, known, n=1)
     return f"unknown config key {key!r}; did you mean {near[0]!r}?" if near else f"unknown config key {key!r}"
 
@@ -265,8 +266,10 @@ def build_noise(spec: Mapping[str, Any], graph: Graph) -> Noise:
         "rate": -graph.lambda_2,
         "sigma_max": graph.sigma_max,
     }
-    options = {key: own[key] if value is None and key in own else value for key, value in spec.items()}
-    return build("noise", NOISES, {key: value for key, value in options.items() if key != "curriculum"})
+    accepted = inspect.signature(NOISES[spec["name"]]).parameters if spec.get("name") in NOISES else {}
+    options = {key: value for key, value in spec.items() if key != "curriculum"}
+    options |= {key: own[key] for key in own if key in accepted and spec.get(key) is None}
+    return build("noise", NOISES, options)
 
 
 def graph_with_rates(spec: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
