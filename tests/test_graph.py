@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protlig_dd.diffusion.graph import Absorbing, Graph, Uniform
@@ -61,6 +61,7 @@ def test_score_entropy_equals_brute_force(name: str, n: int, sigma: float) -> No
 
 
 @pytest.mark.parametrize("name", GRAPHS)
+@settings(max_examples=50)
 @given(sigma=st.floats(1e-4, 8.0), seed=st.integers(0, 999))
 def test_score_entropy_is_never_negative_and_zero_at_the_true_ratios(name: str, sigma: float, seed: int) -> None:
     n = 5

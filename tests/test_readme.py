@@ -59,6 +59,7 @@ def shortened(command: str) -> str:
     return command
 
 
+@pytest.mark.slow
 def test_the_commands_work_in_order(checkout: Path) -> None:
     commands = readme_commands()
     assert len(commands) >= 12

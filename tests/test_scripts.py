@@ -19,6 +19,7 @@ def test_the_sampler_table_is_made(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(0 <= float(cell.strip(" |")) < 1 for row in rows[2:] for cell in row[1:])
 
 
+@pytest.mark.slow
 def test_a_mutation_fails_a_test_and_leaves_the_checkout_alone(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,8 @@ from protlig_dd.runtime.metrics import read_metrics
 
 from .conftest import Command, assert_one_line_error
 
+pytestmark = pytest.mark.slow  # each starts processes that train
+
 TINY = [
     "experiment=demo",
     "model.hidden_size=32",
