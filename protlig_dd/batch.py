@@ -71,17 +71,23 @@ class PackedBatch:
         for i, sequence in enumerate(sequences):
             if sequence.ndim != 1:
                 raise ValueError(f"sequence {i} of a pack must be 1-D, got shape {tuple(sequence.shape)}")
-        lengths = tuple(len(sequence) for sequence in sequences)
+        flat = torch.cat([sequence.to(torch.int64) for sequence in sequences])
+        return cls.from_flat(flat, [len(sequence) for sequence in sequences], rows)
+
+    @classmethod
+    def from_flat(cls, flat: Tensor, lengths: Sequence[int], rows: Sequence[int] | None = None) -> "PackedBatch":
+        """A pack of tokens (total,), any integer dtype, that lie end to end already."""
+        lengths = tuple(lengths)
         if rows is not None and len(rows) != len(lengths):
             raise ValueError(f"{len(rows)} rows for {len(lengths)} sequences")
-        device = sequences[0].device
+        device = flat.device
         length_n = torch.tensor(lengths)
         ends = length_n.cumsum(0)
         total = sum(lengths)
         segment_ids = torch.repeat_interleave(torch.arange(len(lengths)), length_n, output_size=total)
         positions = torch.arange(total) - (ends - length_n)[segment_ids]
         return cls(
-            tokens=torch.cat([sequence.to(torch.int64) for sequence in sequences]),
+            tokens=flat.to(torch.int64),
             cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), ends]).to(device, torch.int32),
             max_seqlen=max(lengths),
             lengths=lengths,

@@ -1,46 +1,117 @@
-"""Turn FASTA files into a store that training reads.
+"""Turn FASTA into a store that training reads, or describe and verify one.
 
 python -m protlig_dd.prepare input=my.fasta output=data/my.h5
-python -m protlig_dd.prepare input=[a.fasta,b.fasta.gz] output=data/my.h5 test_fraction=0.05
+python -m protlig_dd.prepare input=[a.fasta,b.fasta.gz] output=data/my.h5 split.test_fraction=0.05
 python -m protlig_dd.prepare 'input={train: a.fasta, validation: b.fasta, test: c.fasta}' output=data/my.h5
+zcat *.fasta.gz | python -m protlig_dd.prepare input=- output=data/my.h5
+python -m protlig_dd.prepare inspect=data/my.h5
 """
 
+import itertools
+import json
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
-from protlig_dd.data.build import build_store
-from protlig_dd.data.store import SPLITS
+from protlig_dd.data.build import Filters, Split, build_store, manifest_path
+from protlig_dd.data.store import SPLITS, SequenceStore
 from protlig_dd.runtime.cli import run_verb
 from protlig_dd.runtime.config import PrepareConfig, read_config
-from protlig_dd.runtime.metrics import console
+from protlig_dd.runtime.metrics import ByteBar, console
+from protlig_dd.tokenizer import ProteinTokenizer
+
+PLOT_ROWS, PLOT_WIDTH = 20, 50
+SHOWN_RECORDS = 3
 
 
 def prepare(cfg: DictConfig) -> None:
-    """Read the inputs, split them, write the store, and print what it holds."""
+    """Read the inputs, filter and split them, write the store, and print what it holds."""
     config = read_config(cfg, PrepareConfig)
+    if (config.inspect is None) == (config.input is None):
+        raise ValueError("give one of input=... (to make a store) and inspect=... (to look into one)")
+    if config.inspect is not None:
+        inspect(SequenceStore(config.inspect))
+        return
     given = config.input
-    is_mapping = isinstance(given, dict)
-    inputs: dict[str, Path] | list[Path]
+    inputs: dict[str, str] | list[str]
     if isinstance(given, dict):
-        inputs = {str(split): Path(str(file)) for split, file in given.items()}
+        inputs = {str(split): str(file) for split, file in given.items()}
+        split = Split(check=config.split.check, on_hit=config.split.on_hit)
     else:
-        inputs = [Path(str(file)) for file in (given if isinstance(given, list) else [given])]
-    with console.status("reading"):
-        store = build_store(
-            inputs,
-            Path(config.output),
-            validation_fraction=0.0 if is_mapping else config.validation_fraction,
-            test_fraction=0.0 if is_mapping else config.test_fraction,
+        inputs = [str(file) for file in (given if isinstance(given, list) else [given])]
+        split = Split(**vars(config.split))
+    options = vars(config.filter) | {"taxa_nodes": Path(nodes) if (nodes := config.filter.taxa_nodes) else None}
+    store = build_store(inputs, Path(config.output), filters=Filters(**options), split=split, progress=ByteBar)
+    describe(store)
+    for name, held in store.manifest["splits"].items():
+        if not held["sequences"]:
+            remedy = (
+                f"name a {name} file"
+                if isinstance(given, dict)
+                else f"prepare again with a larger split.{name}_fraction"
+            )
+            console.print(f"warning: the {name} split is empty and training reads it: {remedy}")
+
+
+def describe(store: SequenceStore) -> None:
+    """What is in it and what was left out."""
+    manifest = store.manifest
+    residues = sum(split["residues"] for split in manifest["splits"].values())
+    console.print(f"{store.path}: {len(store):,} sequences, {residues:,} residues")
+    for name in SPLITS:
+        held = manifest["splits"][name]
+        console.print(f"  {name:<10} {held['sequences']:,} sequences, {held['residues']:,} residues")
+    dropped = {name: count for name, count in manifest["dropped"].items() if count}
+    if dropped:
+        console.print("dropped " + ", ".join(f"{count:,} by {name}" for name, count in dropped.items()))
+    if manifest["lower_case_letters"]:
+        console.print(f"{manifest['lower_case_letters']:,} lower-case letters were read as upper-case")
+    if (check := manifest["split_check"]) is not None:
+        hits = ", ".join(f"{check['hits'][name]:,} of {check['searched'][name]:,} {name}" for name in check["hits"])
+        done = "moved to train" if check["on_hit"] == "move" else "dropped"
+        console.print(
+            f"held-out sequences with a training sequence at >= {check['identity']:.0%} identity over "
+            f">= {check['coverage']:.0%} of either: {hits}; {done}, after {check['rounds']} searches"
         )
-    console.print(f"{store.path}: {len(store):,} sequences, {int(store.lengths.sum()):,} residues")
-    for split in SPLITS:
-        rows = store.split(split)
-        console.print(f"  {split:<10} {len(rows):,} sequences, {int(store.lengths[rows].sum()):,} residues")
-    for split in SPLITS:
-        if not len(store.split(split)):
-            remedy = f"name a {split} file" if is_mapping else f"prepare again with a larger {split}_fraction"
-            console.print(f"warning: the {split} split is empty and training reads it: {remedy}")
+
+
+def inspect(store: SequenceStore) -> None:
+    """Print the manifest, a plot of the lengths and the first records, then verify every byte.
+
+    Raises:
+        ValueError: the store is damaged; names the part.
+    """
+    shown = {key: value for key, value in store.manifest.items() if key not in ("splits", "length_bin")}
+    beside = manifest_path(store.path)
+    if beside.is_file():
+        shown |= {key: json.loads(beside.read_text()).get(key) for key in ("created", "seconds", "software")}
+    console.print_json(json.dumps(shown | {"fingerprint": store.fingerprint}), indent=1)
+    describe(store)
+    console.print("\n".join(length_plot(store.manifest)), markup=False)
+    decode = ProteinTokenizer().decode
+    for row in range(min(SHOWN_RECORDS, len(store))):
+        sequence = decode(store[row])
+        more = f"... {len(sequence):,} residues" if len(sequence) > 60 else ""
+        console.print(f">{store.header(row)}\n{sequence[:60]}{more}", markup=False)
+    with ByteBar("verifying", store.nbytes) as bar:
+        store.verify(bar.advance)
+    console.print(f"{store.path}: every checksum holds")
+
+
+def length_plot(manifest: dict[str, Any]) -> list[str]:
+    """Lines of a histogram of all lengths, at most PLOT_ROWS of them; the last gathers what is longer."""
+    width = manifest["length_bin"]
+    splits = [split["lengths"] for split in manifest["splits"].values()]
+    counts = [sum(column) for column in itertools.zip_longest(*splits, fillvalue=0)]
+    if len(counts) > PLOT_ROWS:
+        counts = [*counts[: PLOT_ROWS - 1], sum(counts[PLOT_ROWS - 1 :])]
+    lines = ["residues      sequences"]
+    for i, count in enumerate(counts):
+        last = i == PLOT_ROWS - 1
+        bounds = f"{i * width:>5}+    " if last else f"{i * width:>5}-{(i + 1) * width - 1:<5}"
+        lines.append(f"{bounds} {count:>11,} {'█' * round(PLOT_WIDTH * count / max(counts))}")
+    return lines
 
 
 if __name__ == "__main__":

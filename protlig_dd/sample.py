@@ -42,7 +42,7 @@ def sample_proteins(cfg: DictConfig) -> None:
             raise ValueError(f"{key} must be at least {least}, got {value}")
     checkpoint = find_checkpoint(Path(config.from_))
     state = read_state(checkpoint)
-    lengths = choose_lengths(config.lengths, config.n, config.seed, state["length_quantiles"])
+    lengths = choose_lengths(config.lengths, config.n, config.seed, state.get("length_counts"))
     log_bias = read_log_bias(config.log_bias, lengths)
 
     trained = read_config(OmegaConf.load(checkpoint / "config.yaml"), TrainConfig)  # type: ignore[arg-type]
@@ -166,14 +166,19 @@ def bias_row(ids: list[int], values: list[Any], where: str) -> torch.Tensor:
     return torch.tensor(row, dtype=torch.float64)
 
 
-def choose_lengths(wanted: str, n: int, seed: int, quantiles: list[float]) -> list[int]:
+def choose_lengths(wanted: str, n: int, seed: int, counts: list[int] | None) -> list[int]:
     """n lengths: `empirical` (the training set's), a number, or `shortest-longest` (uniform).
 
+    Args:
+        counts: how many training sequences have each length, as the checkpoint keeps them.
+
     Raises:
-        ValueError: anything else.
+        ValueError: anything else; or a checkpoint without counts, from an earlier version.
     """
     if wanted == "empirical":
-        return draw_lengths(quantiles, n, seed)
+        if counts is None:
+            raise ValueError("this checkpoint does not know its training lengths; give lengths=, such as 100-300")
+        return draw_lengths(counts, n, seed)
     shortest, dash, longest = wanted.partition("-")
     numbers = [shortest, longest] if dash else [shortest, shortest]
     if not all(number.isdecimal() for number in numbers) or not 1 <= int(numbers[0]) <= int(numbers[1]):

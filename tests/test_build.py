@@ -1,35 +1,264 @@
 import gzip
 import json
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protlig_dd.data.build import SAMPLE_FOLDER, build_store, bundled_store, hashed_split, sha256
+from protlig_dd.data import build
+from protlig_dd.data.build import (
+    SAMPLE_FOLDER,
+    Filters,
+    Split,
+    build_store,
+    bundled_store,
+    count_tokens,
+    hashed_splits,
+    manifest_path,
+    repeated_rows,
+    taxa_below,
+)
+from protlig_dd.data.encode import encode_block
+from protlig_dd.data.fasta import FastaFile, FastaRecord, read_fasta
 from protlig_dd.data.store import SPLITS, SequenceStore
+from protlig_dd.tokenizer import LETTERS, ProteinTokenizer
 
-from .conftest import Command, assert_one_line_error, require_program
+from .conftest import require_program
 
-
-def test_hashed_splits_have_their_shares_and_stay_put(tmp_path: Path) -> None:
-    ids = [f"UniRef50_{i}" for i in range(20000)]
-    splits = [hashed_split(id_, 0.1, 0.05) for id_ in ids]
-    for split, share in (("validation", 0.1), ("test", 0.05), ("train", 0.85)):
-        assert abs(splits.count(split) / len(ids) - share) < 0.01
+decode = ProteinTokenizer().decode
 
 
-@given(st.text(min_size=1), st.floats(0, 0.4), st.floats(0, 0.4))
+def write_fasta(path: Path, *records: tuple[str, str]) -> Path:
+    path.write_text("".join(f">{header}\n{sequence}\n" for header, sequence in records))
+    return path
+
+
+def test_what_is_read_is_written(proteins: list[FastaRecord], store: SequenceStore) -> None:
+    assert [decode(store[row]) for row in range(len(store))] == [record.sequence for record in proteins]
+    assert [store.id(row) for row in range(len(store))] == [record.id for record in proteins]
+    assert store.lengths.tolist() == [len(record.sequence) for record in proteins]
+    assert [len(store.split(split)) for split in SPLITS] == [360, 20, 20]
+    assert store.split("test").tolist() == list(range(380, 400))
+    for code, split in enumerate(SPLITS):
+        tokens = np.concatenate([store[row] for row in store.split(split)])
+        assert store.token_counts[code].tolist() == np.bincount(tokens, minlength=30).tolist()
+        described = store.manifest["splits"][split]
+        residues = store.lengths[store.split(split)]
+        assert (described["sequences"], described["residues"]) == (len(residues), residues.sum())
+        assert described["lengths"] == np.bincount(residues // 50).tolist()
+        letters = "".join(decode(store[row]) for row in store.split(split))
+        assert described["letters"] == {letter: letters.count(letter) for letter in LETTERS if letter != "_"}
+
+
+@pytest.mark.parametrize("rows_at_once", [2, 7, 1 << 16])
+def test_pieces_of_any_size_give_the_same_store(
+    tmp_path: Path, proteins: list[FastaRecord], monkeypatch: pytest.MonkeyPatch, rows_at_once: int
+) -> None:
+    file = write_fasta(tmp_path / "a.fasta", *((r.id, r.sequence) for p in (proteins, proteins[:90]) for r in p))
+    text = file.read_text()
+    for i, record in enumerate(proteins[:90]):  # the same sequences under other ids, here and there
+        start = text.rindex(f">{record.id}\n")
+        text = f"{text[:start]}>copy{i}\n{text[start + len(record.id) + 2 :]}"
+    file.write_text(text)
+    whole = build_store([file], tmp_path / "whole.h5", split=Split(0.2, 0.1))
+    monkeypatch.setattr(build, "ROWS_AT_ONCE", rows_at_once)
+    monkeypatch.setattr(build, "COPY_BYTES", 700)
+    pieces = build_store([file], tmp_path / "pieces.h5", split=Split(0.2, 0.1))
+    assert whole.path.read_bytes() == pieces.path.read_bytes()
+    assert whole.manifest["dropped"]["duplicates"] == 90
+    assert [whole.id(row) for row in range(len(whole))] == [record.id for record in proteins]
+
+
+def test_the_same_input_and_options_give_the_same_bytes(tmp_path: Path) -> None:
+    record = ("UniRef50_A a kinase n=3 Tax=Homo TaxID=9605 RepID=A_HUMAN", "MKVX")
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        write_fasta(tmp_path / folder / "a.fasta", record, ("B", "MKA"))
+    stores = [build_store([tmp_path / f / "a.fasta"], tmp_path / f / "a.h5") for f in ("one", "two")]
+    assert stores[0].path.read_bytes() == stores[1].path.read_bytes()
+    other = build_store([tmp_path / "one/a.fasta"], tmp_path / "b.h5", filters=Filters(min_length=2))
+    assert other.path.read_bytes() != stores[0].path.read_bytes()
+    assert other.fingerprint == stores[0].fingerprint  # other options, the same contents
+    manifests = [json.loads(manifest_path(store.path).read_text()) for store in stores]
+    assert {"created", "seconds", "software"} == set(manifests[0]) - set(stores[0].manifest)
+    assert {key: manifests[0][key] for key in stores[0].manifest} == stores[0].manifest
+    assert stores[0].manifest["inputs"] == [
+        {
+            "name": "a.fasta",
+            "bytes": (tmp_path / "one/a.fasta").stat().st_size,
+            "sha256": build.sha256(tmp_path / "one/a.fasta"),
+            "records": 2,
+        }
+    ]
+    assert stores[0].header(0) == record[0]
+    assert stores[0].fields(0).tax_id == 9605
+
+
+def test_gzip_stdin_and_several_files_give_the_same_contents(tmp_path: Path) -> None:
+    a = write_fasta(tmp_path / "a.fasta", ("A", "MKV"), ("B", "MKA"))
+    b = write_fasta(tmp_path / "b.fasta", ("C", "MKC"))
+    both = write_fasta(tmp_path / "both.fasta", ("A", "MKV"), ("B", "MKA"), ("C", "MKC"))
+    zipped = tmp_path / "zipped"
+    zipped.write_bytes(gzip.compress(both.read_bytes()))
+    stores = [build_store(files, tmp_path / f"{i}.h5") for i, files in enumerate([[a, b], [both], [zipped]])]
+    command = [sys.executable, "-m", "protlig_dd.prepare", "input=-", "output=stdin.h5", "split.test_fraction=0"]
+    with zipped.open("rb") as stdin:
+        subprocess.run([*command, "split.validation_fraction=0"], stdin=stdin, cwd=tmp_path, check=True)
+    stores.append(SequenceStore(tmp_path / "stdin.h5"))
+    assert len({store.fingerprint for store in stores}) == 1
+    assert stores[3].manifest["inputs"][0]["sha256"] == build.sha256(zipped)
+    assert [entry["records"] for entry in stores[0].manifest["inputs"]] == [2, 1]
+
+
+FILTERED = (
+    ("short", "MK"),
+    ("long", "M" * 30),
+    ("unknown", "MXXXK"),
+    ("frag Kinase (Fragment) n=1 Tax=Homo TaxID=9605 RepID=X", "MKVLA"),
+    ("frags Kinase (Fragments)", "MKVLC"),
+    ("good Kinase n=1 Tax=Homo sapiens TaxID=9606 RepID=X", "MKVLD"),
+    ("same Kinase n=1 Tax=Homo sapiens TaxID=9606 RepID=Y", "MKVLD"),
+    ("bacterium Kinase OS=Escherichia coli OX=562 GN=x", "MKVLE"),
+    ("nobody Kinase n=1 Tax=none TaxID=N/A RepID=Z", "MKVLF"),
+)
+
+
+@pytest.mark.parametrize(
+    ("filters", "dropped", "kept"),
+    [
+        (Filters(), {"duplicates": 1}, "short long unknown frag frags good bacterium nobody"),
+        (Filters(duplicates=True), {}, "short long unknown frag frags good same bacterium nobody"),
+        (Filters(min_length=3), {"min_length": 1, "duplicates": 1}, "long unknown frag frags good bacterium nobody"),
+        (
+            Filters(min_length=3, max_length=29, max_unknown=0.5, fragments=False),
+            {"min_length": 1, "max_length": 1, "max_unknown": 1, "fragments": 2, "duplicates": 1},
+            "good bacterium nobody",
+        ),
+        (Filters(max_unknown=0.6), {"duplicates": 1}, "short long unknown frag frags good bacterium nobody"),
+        (Filters(taxa=[9606, 562]), {"taxa": 6, "duplicates": 1}, "good bacterium"),
+        # each is counted once: the fragment fails two filters
+        (Filters(taxa=[9606], fragments=False), {"fragments": 2, "taxa": 5, "duplicates": 1}, "good"),
+    ],
+)
+def test_filters_count_what_they_drop(tmp_path: Path, filters: Filters, dropped: dict[str, int], kept: str) -> None:
+    file = write_fasta(tmp_path / "a.fasta", *FILTERED)
+    store = build_store([file], tmp_path / "a.h5", filters=filters)
+    assert {name: count for name, count in store.manifest["dropped"].items() if count} == dropped
+    assert " ".join(store.id(row) for row in range(len(store))) == kept
+    assert store.manifest["records"] == len(FILTERED) == len(store) + sum(dropped.values())
+    store.verify()
+
+
+def test_taxa_include_what_is_below_them(tmp_path: Path) -> None:
+    nodes = tmp_path / "nodes.dmp"
+    tree = {1: 1, 2: 131567, 131567: 1, 562: 561, 561: 2, 9606: 9605, 9605: 131567}
+    nodes.write_text("".join(f"{child}\t|\t{parent}\t|\trank\t|\t\n" for child, parent in tree.items()))
+    assert taxa_below([2], nodes).tolist() == [2, 561, 562]
+    assert taxa_below([131567], nodes).tolist() == [2, 561, 562, 9605, 9606, 131567]
+    assert taxa_below([9606, 2], None).tolist() == [2, 9606]
+    store = build_store(
+        [write_fasta(tmp_path / "a.fasta", *FILTERED)],
+        tmp_path / "a.h5",
+        filters=Filters(taxa=[9605], taxa_nodes=nodes),
+    )
+    assert [store.id(row) for row in range(len(store))] == ["frag", "good"]
+    assert store.manifest["options"]["filters"]["taxa_nodes"]["name"] == "nodes.dmp"
+    with pytest.raises(ValueError, match=r"nodes\.dmp: no TaxID 3"):
+        taxa_below([2, 3], nodes)
+    nodes.write_text("not | a number\n")
+    with pytest.raises(ValueError, match=r"nodes\.dmp: not a nodes\.dmp"):
+        taxa_below([2], nodes)
+    with pytest.raises(ValueError, match="no such file"):
+        taxa_below([2], tmp_path / "none.dmp")
+
+
+@given(st.lists(st.integers(0, 29), min_size=1, max_size=400))
+def test_tokens_are_counted(tokens: list[int]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "ROWS_AT_ONCE", 37)
+        array = np.array(tokens, np.uint8)
+        assert count_tokens(array).tolist() == np.bincount(array, minlength=30).tolist()
+
+
+@given(st.lists(st.integers(0, 6), max_size=60))
+def test_repeated_rows(values: list[int]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "ROWS_AT_ONCE", 7)
+        rows = repeated_rows(np.array(values, np.uint64))
+    assert rows.tolist() == [row for row, value in enumerate(values) if values.count(value) > 1]
+
+
+def test_equal_halves_of_a_hash_are_no_duplicates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """High halves that collide are told apart by the low ones, and ids whose hashes collide by themselves."""
+
+    def colliding(encoded: object) -> np.ndarray:
+        digests = original(encoded)
+        return np.stack([digests[:, 0] % 2, digests[:, 1]], axis=1)
+
+    def no_ids(block: object) -> object:
+        encoded = encode_block(block)
+        return encoded._replace(id_hashes=encoded.id_hashes % 2)
+
+    original = build.sequence_hashes
+    monkeypatch.setattr(build, "sequence_hashes", colliding)
+    monkeypatch.setattr(build, "encode_block", no_ids)
+    records = [(f"p{i}", "MKV" + "ACDEFGHIKL"[i % 10]) for i in range(30)]
+    store = build_store([write_fasta(tmp_path / "a.fasta", *records)], tmp_path / "a.h5")
+    assert [store.id(row) for row in range(len(store))] == [f"p{i}" for i in range(10)]
+
+
+def ids_hashed(ids: list[str]) -> np.ndarray:
+    from .test_encode import block_of
+
+    block = block_of(*[b"M"] * len(ids))._replace(ids=[id_.encode() for id_ in ids])
+    return encode_block(block).id_hashes
+
+
+def test_hashed_splits_have_their_shares_and_stay_put() -> None:
+    hashes = ids_hashed([f"UniRef50_{i}" for i in range(20000)])
+    splits = hashed_splits(hashes, Split(0.1, 0.05))
+    for code, share in enumerate((0.85, 0.1, 0.05)):
+        assert abs((splits == code).mean() - share) < 0.01
+    assert np.array_equal(hashed_splits(hashes[:100], Split(0.1, 0.05)), splits[:100])
+    assert set(hashed_splits(hashes, Split(0.0, 0.0))) == {0}
+    # pinned: an id keeps its split for good
+    assert hashed_splits(ids_hashed(["UniRef50_A0A009", "P31007", "a"]), Split(0.4, 0.3)).tolist() == [1, 0, 0]
+
+
+@given(st.text("ABC0123_", min_size=1), st.floats(0, 0.4), st.floats(0, 0.4))
 def test_growing_the_test_share_never_moves_a_test_sequence_out(id_: str, validation: float, test: float) -> None:
-    if hashed_split(id_, validation, test) == "test":
-        assert hashed_split(id_, validation, test + 0.1) == "test"
+    hashes = ids_hashed([id_])
+    if hashed_splits(hashes, Split(validation, test))[0] == build.TEST:
+        assert hashed_splits(hashes, Split(validation, test + 0.1))[0] == build.TEST
 
 
-def test_the_source_is_recorded(store: SequenceStore) -> None:
-    source = json.loads(store.attrs["source"])
-    assert [file["name"] for file in source["files"]] == ["train.fasta", "validation.fasta", "test.fasta"]
-    assert source["files"][0]["sha256"] == sha256(store.path.parent / "train.fasta")
+def test_a_duplicate_of_a_training_sequence_is_not_held_out(tmp_path: Path) -> None:
+    inputs = {
+        "train": write_fasta(tmp_path / "a.fasta", ("a", "MKV"), ("b", "MKA")),
+        "validation": write_fasta(tmp_path / "b.fasta", ("c", "MKV"), ("d", "MKC")),
+        "test": write_fasta(tmp_path / "c.fasta", ("e", "mkc"), ("f", "MKD")),
+    }
+    store = build_store(inputs, tmp_path / "a.h5")
+    assert {split: [store.id(row) for row in store.split(split)] for split in SPLITS} == {
+        "train": ["a", "b"],
+        "validation": ["d"],
+        "test": ["f"],
+    }
+    assert store.manifest["lower_case_letters"] == 3
+
+
+def test_a_repeated_id_names_both_records(tmp_path: Path) -> None:
+    a = write_fasta(tmp_path / "a.fasta", ("x", "MKV"), ("P1 one", "MKA\nMKA"), ("y", "MKC"))
+    b = write_fasta(tmp_path / "b.fasta", ("z", "MKD"), ("P1 two", "MKE"))
+    expected = r"b\.fasta: record 2 \(P1\), line 3: the id P1 occurs already in .*a\.fasta: record 2 \(P1\), line 3$"
+    with pytest.raises(ValueError, match=expected):
+        build_store([a, b], tmp_path / "a.h5", filters=Filters(min_length=2))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.fasta", "b.fasta"]
 
 
 def test_the_bundled_store_is_built_once(tmp_path: Path) -> None:
@@ -38,8 +267,10 @@ def test_the_bundled_store_is_built_once(tmp_path: Path) -> None:
     assert bundled_store(tmp_path).path.stat().st_mtime_ns == before
     assert min(len(built.split(split)) for split in SPLITS) > 300
     assert 3_000_000 < built.lengths.sum() < 4_000_000
+    assert built.manifest["dropped"] == dict.fromkeys(built.manifest["dropped"], 0)
 
 
+@pytest.mark.slow
 def test_bundled_held_out_proteins_have_no_homolog_in_training(tmp_path: Path) -> None:
     """Search validation and test against train, and test against validation: no hit at E < 1e-3 at any identity."""
     require_program("mmseqs")
@@ -55,39 +286,125 @@ def test_bundled_held_out_proteins_have_no_homolog_in_training(tmp_path: Path) -
         assert hits.read_text() == ""
 
 
-def test_prepare_from_the_command_line(run_python: Command, tmp_path: Path) -> None:
-    (tmp_path / "my.fasta").write_text("".join(f">p{i}\nMKV{'ACDEFGHIKL'[i % 10] * 9}\n" for i in range(300)))
-    process = run_python("-m", "protlig_dd.prepare", "input=my.fasta", "output=d/my.h5", "validation_fraction=0.2")
-    assert process.returncode == 0, process.stderr
-    assert "300 sequences, 3,600 residues" in process.stdout
-    assert 30 < len(SequenceStore(tmp_path / "d/my.h5").split("validation")) < 90
-    again = run_python("-m", "protlig_dd.prepare", "input=my.fasta", "output=d/my.h5")
-    assert_one_line_error(again, "d/my.h5 exists already")
+def mutated(sequence: str, share: float, seed: int) -> str:
+    """A relative of a protein: this share of its residues drawn anew."""
+    rng = np.random.default_rng(seed)
+    letters = np.array(list(sequence))
+    places = rng.permutation(len(letters))[: round(share * len(letters))]
+    letters[places] = rng.choice(list("ACDEFGHIKLMNPQRSTVWY"), len(places))
+    return "".join(letters)
 
 
-MANY = "".join(f">p{i}\nMKV\n" for i in range(9000)).encode()
+@pytest.fixture
+def families(tmp_path: Path, proteins: list[FastaRecord]) -> dict[str, Path]:
+    """Training proteins, and held-out ones of which some resemble them or one another."""
+    parents = [record.sequence for record in proteins if 150 < len(record.sequence) < 400][:20]
+    apart = [record.sequence for record in proteins if 150 < len(record.sequence) < 400][20:30]
+    near, near_again, far, half = (mutated(parents[i], share, i) for i, share in enumerate((0.2, 0.3, 0.9, 0.2)))
+    return {
+        "train": write_fasta(tmp_path / "train.fasta", *((f"t{i}", sequence) for i, sequence in enumerate(parents))),
+        "validation": write_fasta(
+            tmp_path / "validation.fasta",
+            ("near", near),
+            ("far", far),
+            ("other", apart[0]),
+            # the training protein is covered by 100%, the held-out one by less than half
+            ("longer", half + apart[1] + apart[2]),
+        ),
+        "test": write_fasta(
+            tmp_path / "test.fasta",
+            ("near_again", near_again),
+            # resembles `near` alone, and that only where the training protein has nothing to say
+            ("cousin", mutated(near, 0.4, 9)),
+            # shares half of a domain: below 80% of either
+            ("partly", parents[5][: len(parents[5]) // 2] + apart[3][:200]),
+            ("other_too", apart[4]),
+        ),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("on_hit", ["move", "drop"])
+def test_homologs_of_training_sequences_leave_the_held_out_splits(
+    tmp_path: Path, families: dict[str, Path], on_hit: str
+) -> None:
+    require_program("mmseqs")
+    store = build_store(families, tmp_path / "a.h5", split=Split(check="mmseqs", on_hit=on_hit))
+    splits = {split: {store.id(row) for row in store.split(split)} for split in SPLITS}
+    assert splits["validation"] == {"far", "other"}
+    assert splits["test"] == {"partly", "other_too"} | ({"cousin"} if on_hit == "drop" else set())
+    report = store.manifest["split_check"]
+    assert report["searched"] == {"validation": 4, "test": 4}
+    assert report["hits"] == {"validation": 2, "test": 1 if on_hit == "drop" else 2}
+    assert report["rounds"] == (1 if on_hit == "drop" else 3)
+    assert report["mmseqs"]
+    moved = {"near", "near_again", "longer", "cousin"}
+    assert splits["train"] - {f"t{i}" for i in range(20)} == (moved if on_hit == "move" else set())
+    store.verify()
+    described = store.manifest["splits"]
+    assert sum(described[split]["sequences"] for split in SPLITS) == len(store) == (28 if on_hit == "move" else 25)
+
+
+def test_without_mmseqs_the_error_says_how_to_install_it(
+    tmp_path: Path, families: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match=r"split\.check=mmseqs needs MMseqs2.*apt-get install mmseqs2"):
+        build_store(families, tmp_path / "a.h5", split=Split(check="mmseqs"))
+    assert not (tmp_path / "a.h5").exists()
 
 
 @pytest.mark.parametrize(
-    ("content", "parts"),
+    ("filters", "split", "message"),
     [
-        (b"", ["bad.fasta", "empty"]),
-        (gzip.compress(MANY)[:2000], ["bad.fasta", "gzip", "record"]),
-        (b">good\nMKV\n>P2 x\nMK1V\n", ["bad.fasta", "record P2", "'1'", "position 3"]),
+        (Filters(), Split(0.6, 0.4), r"split\.validation_fraction=0\.6 and split\.test_fraction=0\.4 must leave some"),
+        (Filters(), Split(-0.1, 0.4), "must leave some"),
+        (Filters(), Split(check="blast"), r"split\.check=blast; there are null, mmseqs"),
+        (Filters(), Split(on_hit="keep"), r"split\.on_hit=keep; there are move, drop"),
+        (Filters(min_length=5, max_length=4), Split(), "filter.min_length=5 and filter.max_length=4 leave no length"),
+        (Filters(max_unknown=1.5), Split(), r"filter\.max_unknown=1\.5 is a share"),
+        (Filters(taxa=[]), Split(), r"filter\.taxa=\[\] keeps nothing"),
+        (Filters(taxa_nodes=Path("x")), Split(), r"filter\.taxa_nodes without filter\.taxa"),
+        (Filters(min_length=9), Split(), "no sequences left to write: of 1 all were dropped"),
     ],
-    ids=["empty", "truncated", "illegal"],
 )
-def test_bad_fasta_on_the_command_line(run_python: Command, tmp_path: Path, content: bytes, parts: list[str]) -> None:
-    (tmp_path / "bad.fasta").write_bytes(content)
-    process = run_python("-m", "protlig_dd.prepare", "input=bad.fasta", "output=bad.h5")
-    assert_one_line_error(process, *parts)
-    assert [path.name for path in tmp_path.iterdir()] == ["bad.fasta"]
+def test_options_that_make_no_sense_are_refused(tmp_path: Path, filters: Filters, split: Split, message: str) -> None:
+    file = write_fasta(tmp_path / "a.fasta", ("a", "MKV"))
+    with pytest.raises(ValueError, match=message):
+        build_store([file], tmp_path / "a.h5", filters=filters, split=split)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.fasta"]
 
 
-def test_missing_and_misnamed_inputs(tmp_path: Path) -> None:
+def test_missing_misnamed_and_existing_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"none\.fasta: no such file"):
         build_store([tmp_path / "none.fasta"], tmp_path / "a.h5")
     with pytest.raises(ValueError, match="no split 'dev'"):
         build_store({"dev": tmp_path / "none.fasta"}, tmp_path / "a.h5")
-    with pytest.raises(ValueError, match="leave some to train on"):
-        build_store([tmp_path / "none.fasta"], tmp_path / "a.h5", validation_fraction=0.6, test_fraction=0.4)
+    file = write_fasta(tmp_path / "a.fasta", ("a", "MKV"))
+    (tmp_path / "mine.h5").write_text("precious")
+    with pytest.raises(ValueError, match=r"mine\.h5 exists already"):
+        build_store([file], tmp_path / "mine.h5")
+    assert (tmp_path / "mine.h5").read_text() == "precious"
+    build_store([file], tmp_path / "b.h5")
+    (tmp_path / "b.h5").rename(tmp_path / "c.h5")
+    build_store([file], tmp_path / "b.h5")
+    assert sorted(p.name for p in tmp_path.glob("b.*")) == ["b.h5", "b.h5.manifest.json", "b.h5.manifest.json.1"]
+
+
+def test_real_headers_keep_their_fields(tmp_path: Path) -> None:
+    """Records of the bundled proteins under headers of every form that UniRef has."""
+    bodies = [record.sequence for _, record in zip(range(3), read_fasta(SAMPLE_FOLDER / "test.fasta.gz"), strict=False)]
+    headers = [
+        "UniRef50_UPI0012 MULTISPECIES: [FeFe] hydrogenase (GTPase) n=4 Tax=Ca. X [a=b] TaxID=N/A RepID=UPI0012",
+        "sp|P31007|DLG1_DROME Disks large 1 OS=Drosophila melanogaster OX=7227 GN=dlg1 PE=1 SV=2",
+        "bare",
+    ]
+    store = build_store([write_fasta(tmp_path / "a.fasta", *zip(headers, bodies, strict=True))], tmp_path / "a.h5")
+    assert [store.header(row) for row in range(3)] == headers
+    first = store.fields(0)
+    assert (first.id, first.n, first.tax, first.tax_id, first.rep_id) == (
+        "UniRef50_UPI0012", 4, "Ca. X [a=b]", None, "UPI0012"
+    )  # fmt: skip
+    assert store.fields(1).tax_id == 7227
+    assert store.fields(2).description == ""
+    assert list(FastaFile(tmp_path / "a.fasta").blocks())

@@ -1,4 +1,7 @@
 import itertools
+import multiprocessing
+import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,29 +9,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protlig_dd.data.loader import PackDataset, RankPacks, check_pack_sizes, clipped_tokens, pack_loader, pack_starts
-from protlig_dd.data.store import SequenceStore
-from protlig_dd.tokenizer import BOS, EOS
+from protlig_dd.data.build import build_store
+from protlig_dd.data.loader import PackDataset, RankPacks, check_pack_sizes, crop_bounds, pack_loader
+from protlig_dd.data.plan import clipped_tokens, plan_folder
+from protlig_dd.data.store import SequenceStore, StoreGroup
+from protlig_dd.tokenizer import BOS, EOS, ProteinTokenizer
 
 
 def make_dataset(store: SequenceStore, *, seed: int | None = 1, max_len: int = 300, budget: int = 2000) -> PackDataset:
     return PackDataset(store, store.split("train"), max_len=max_len, tokens_per_pack=budget, seed=seed)
-
-
-def test_the_example_of_the_docs() -> None:
-    assert pack_starts(np.array([5, 6, 4, 1]), 12).tolist() == [0, 2, 4]
-
-
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=200), st.integers(50, 120))
-def test_packs_hold_whole_sequences_within_the_budget_and_close_only_when_full(tokens: list[int], budget: int) -> None:
-    starts = pack_starts(np.array(tokens), budget)
-    assert starts[0] == 0
-    assert starts[-1] == len(tokens)
-    packs = [tokens[a:b] for a, b in itertools.pairwise(starts.tolist())]
-    assert all(pack and sum(pack) <= budget for pack in packs)
-    assert all(sum(pack) + following[0] > budget for pack, following in itertools.pairwise(packs))
-    # what makes a fixed number of packs per epoch possible
-    assert sum(tokens) // budget <= len(packs)
 
 
 def test_an_epoch_has_no_sequence_twice_and_misses_only_its_tail(store: SequenceStore) -> None:
@@ -38,6 +27,7 @@ def test_an_epoch_has_no_sequence_twice_and_misses_only_its_tail(store: Sequence
         rows = np.concatenate([dataset.pack_rows(pack) for pack in packs])
         assert len(np.unique(rows)) == len(rows)
         tail = np.setdiff1d(dataset.rows, rows)
+        assert len(tail) == dataset.tail(epoch)
         tail_tokens = clipped_tokens(store.lengths[tail], dataset.max_len).sum()
         all_tokens = clipped_tokens(store.lengths[dataset.rows], dataset.max_len).sum()
         assert tail_tokens < 0.15 * all_tokens  # the budget here is small: 7 sequences a pack
@@ -49,6 +39,7 @@ def test_the_plan_is_a_pure_function_of_seed_and_index(store: SequenceStore) -> 
     batch = dataset[far]
     _ = dataset[0]
     assert torch.equal(dataset[far].tokens, batch.tokens)
+    dataset.forget_plans()
     assert torch.equal(make_dataset(store)[far].tokens, batch.tokens)
     assert dataset[far].rows.tolist() != dataset[far - len(dataset)].rows.tolist()  # reshuffled every epoch
     assert make_dataset(store, seed=2)[far].rows.tolist() != batch.rows.tolist()
@@ -69,15 +60,42 @@ def test_sequences_are_whole_or_random_crops(store: SequenceStore) -> None:
             assert len(residues) == 300
             start = stored.tobytes()[1:-1].find(residues)
             assert start >= 0
+            assert (tokens[0] == BOS) == (start == 0)
+            assert (tokens[-1] == EOS) == (start + 300 == len(stored) - 2)
             starts.add(start)
     assert len(starts) > 20
+
+
+def test_crops_at_the_start_have_no_chance_in_them(store: SequenceStore) -> None:
+    dataset = PackDataset(store, store.split("train"), max_len=300, tokens_per_pack=2000, seed=1, crop="start")
+    for pack in range(len(dataset)):
+        batch = dataset[pack]
+        for row, tokens in zip(batch.rows.tolist(), batch.unpack(batch.tokens), strict=True):
+            assert tokens.tolist() == (store[row][:301] if store.lengths[row] > 300 else store[row]).tolist()
+
+
+def test_a_crop_lacks_the_end_that_was_cut() -> None:
+    tokens = ProteinTokenizer().encode("ACDEF")
+    first, last = crop_bounds(np.full(3, 5), np.arange(3), 3)
+    crops = [tokens[a:b].tolist() for a, b in zip(first, last, strict=True)]
+    assert crops == [[BOS, 0, 1, 2], [1, 2, 3], [2, 3, 4, EOS]]
+
+
+@given(st.integers(1, 40), st.integers(0, 40))
+def test_a_crop_never_takes_more_tokens_than_it_is_counted_for(max_len: int, more: int) -> None:
+    residues = max_len + 1 + more
+    starts = np.arange(residues - max_len + 1)
+    first, last = crop_bounds(np.full(len(starts), residues), starts, max_len)
+    assert (last - first).max() <= clipped_tokens(np.array(residues), max_len)
+    assert first.min() >= 0
+    assert last.max() == residues + 2
 
 
 def test_evaluation_sees_every_sequence_once_in_order(store: SequenceStore) -> None:
     dataset = make_dataset(store, seed=None)
     batches = [dataset[pack] for pack in range(len(dataset))]
     assert np.concatenate([batch.rows.numpy() for batch in batches]).tolist() == dataset.rows.tolist()
-    long = next(row for row in dataset.rows if store.lengths[row] > 300)
+    long = next(row for row in dataset.rows.tolist() if store.lengths[row] > 300)
     batch = next(batch for batch in batches if long in batch.rows)
     tokens = batch.unpack(batch.tokens)[batch.rows.tolist().index(long)]
     assert tokens.tolist() == store[long][:301].tolist()
@@ -87,19 +105,82 @@ def test_evaluation_sees_every_sequence_once_in_order(store: SequenceStore) -> N
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_ranks_and_workers_read_the_plan_in_order(store: SequenceStore, workers: int) -> None:
     dataset = make_dataset(store)
-    expected = [dataset[pack].rows.tolist() for pack in range(3 * 4, 5 * 4)]  # steps 3 and 4 of 4 packs
+    across = len(dataset) - 2  # over the end of an epoch
+    first, last = across // 4, across // 4 + 2
+    expected = [dataset[pack].rows.tolist() for pack in range(first * 4, last * 4)]
     by_rank = []
     for rank in range(2):
-        packs = RankPacks(3, 5, packs_per_step=4, rank=rank, world_size=2)
+        packs = RankPacks(first, last, packs_per_step=4, rank=rank, world_size=2)
         assert len(packs) == 4
         by_rank.append([batch.rows.tolist() for batch in pack_loader(dataset, packs, workers, pin_memory=False)])
     assert [rows for pair in zip(*by_rank, strict=True) for rows in pair] == expected
 
 
-def test_sizes_that_cannot_work_are_refused(store: SequenceStore) -> None:
+def first_tokens(dataset: PackDataset) -> list[list[int]]:
+    return [dataset[pack].tokens.tolist() for pack in (0, len(dataset) + 1)]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_fork_and_spawn_workers_read_the_same_bytes(store: SequenceStore, method: str) -> None:
+    dataset = make_dataset(store)
+    expected = first_tokens(dataset)
+    with multiprocessing.get_context(method).Pool(2) as pool:
+        assert pool.map(first_tokens, [dataset] * 2) == [expected, expected]
+
+
+def test_a_pickled_dataset_leaves_its_plan_behind(store: SequenceStore) -> None:
+    dataset = make_dataset(store)
+    _ = dataset[0]
+    small = len(pickle.dumps(dataset))
+    assert small < 4 * len(dataset.rows) + 4000
+    assert pickle.loads(pickle.dumps(dataset))[5].tokens.tolist() == dataset[5].tokens.tolist()
+
+
+def test_the_next_epoch_is_planned_ahead(store: SequenceStore) -> None:
+    dataset = make_dataset(store, seed=12345)
+    _ = dataset[0]
+    dataset.planner.join(timeout=60)
+    assert len(list(plan_folder().glob(f"{dataset.key}-1"))) == 1
+    dataset.forget_plans()
+    assert not list(plan_folder().glob(f"{dataset.key}-*"))
+
+
+@pytest.fixture
+def two_stores(store: SequenceStore, tmp_path: Path) -> StoreGroup:
+    (tmp_path / "b.fasta").write_text("".join(f">b{i}\nMKV{'ACDEFGHIKL'[i % 10] * (i % 37 + 1)}\n" for i in range(200)))
+    return StoreGroup([store, build_store([tmp_path / "b.fasta"], tmp_path / "b.h5")])
+
+
+def test_a_mixture_draws_by_its_weights(two_stores: StoreGroup) -> None:
+    rows = two_stores.split("train")
+    dataset = PackDataset(two_stores, rows, max_len=300, tokens_per_pack=2000, seed=3, weights=[1.0, 1.0])
+    drawn = [dataset[pack] for pack in range(2 * len(dataset))]
+    from_second = sum(int((batch.rows >= 400)[batch.segment_ids].sum()) for batch in drawn)
+    assert abs(from_second / sum(len(batch.tokens) for batch in drawn) - 0.5) < 0.02
+    for batch in itertools.islice(drawn, 0, None, 40):
+        for row, tokens in zip(batch.rows.tolist(), batch.unpack(batch.tokens), strict=True):
+            own = two_stores.stores[0][row] if row < 400 else two_stores.stores[1][row - 400]
+            assert len(own) > 302 or tokens.tolist() == own.tolist()
+    natural = PackDataset(two_stores, rows, max_len=300, tokens_per_pack=2000, seed=3)
+    seen = np.concatenate([natural.pack_rows(pack) for pack in range(len(natural))])
+    assert len(np.unique(seen)) == len(seen) == len(rows) - natural.tail(0)
+
+
+def test_sizes_and_weights_that_cannot_work_are_refused(store: SequenceStore, two_stores: StoreGroup) -> None:
     with pytest.raises(ValueError, match=r"tokens_per_pack=512 cannot hold .*max_len=512 residues .*514 tokens"):
         check_pack_sizes(512, 512)
     with pytest.raises(ValueError, match=r"max_len is 0"):
         check_pack_sizes(0, 512)
-    with pytest.raises(ValueError, match=r"\d+ tokens, less than one pack of data.tokens_per_pack=90000000"):
+    with pytest.raises(ValueError, match=r"\d+ tokens an epoch, less than one pack of data.tokens_per_pack=90000000"):
         make_dataset(store, budget=90_000_000)
+    rows, sizes = two_stores.split("train"), {"max_len": 300, "tokens_per_pack": 2000}
+    with pytest.raises(ValueError, match=r"data\.weights has 1 weights for 2 stores"):
+        PackDataset(two_stores, rows, seed=1, weights=[1.0], **sizes)
+    for weight in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=rf"data\.weights: {weight} is not above 0"):
+            PackDataset(two_stores, rows, seed=1, weights=[1.0, weight], **sizes)
+    with pytest.raises(ValueError, match=r"b\.h5 has no training sequences"):
+        PackDataset(two_stores, store.split("train"), seed=1, **sizes)
+    with pytest.raises(ValueError, match=r"data\.crop=end; there are random, start"):
+        PackDataset(store, rows[:360], seed=1, crop="end", **sizes)

@@ -94,12 +94,13 @@ def test_free_names_count_up(tmp_path: Path) -> None:
     assert free_name(tmp_path / "demo").name == "demo.2"
 
 
-def test_lengths_are_drawn_from_quantiles_and_packed_in_order() -> None:
-    lengths = draw_lengths([10.0, 20.0, 100.0], 4000, seed=1)
-    assert lengths == draw_lengths([10.0, 20.0, 100.0], 4000, seed=1)
-    assert min(lengths) >= 10
-    assert max(lengths) <= 100
-    assert abs(sum(length <= 20 for length in lengths) / 4000 - 0.5) < 0.04
+def test_lengths_are_drawn_as_often_as_they_occur_and_packed_in_order() -> None:
+    counts = [0, 0, 5, 0, 15, 80, 0]
+    lengths = draw_lengths(counts, 4000, seed=1)
+    assert lengths == draw_lengths(counts, 4000, seed=1)
+    assert set(lengths) == {2, 4, 5}
+    for length in (2, 4, 5):
+        assert abs(lengths.count(length) / 4000 - counts[length] / 100) < 0.03
     assert split_lengths([5, 5, 5, 90, 1], 20) == [[5, 5], [5], [90], [1]]
 
 

@@ -68,13 +68,20 @@ def test_a_wrong_bias_is_named(wanted: object, message: str) -> None:
 
 @pytest.mark.parametrize("wanted", ["empirical", "5-9", "7"])
 def test_the_first_lengths_do_not_depend_on_how_many_there_are(wanted: str) -> None:
-    few, many = (choose_lengths(wanted, n, 3, [5.0, 6.0, 9.0]) for n in (10, 3000))
+    counts = [0, 0, 0, 0, 0, 3, 3, 3, 3, 3]
+    few, many = (choose_lengths(wanted, n, 3, counts) for n in (10, 3000))
     assert many[:10] == few
     assert {"empirical": {5, 6, 7, 8, 9}, "5-9": {5, 6, 7, 8, 9}, "7": {7}}[wanted] == set(many)
-    assert wanted == "7" or choose_lengths(wanted, 10, 4, [5.0, 6.0, 9.0]) != few
+    assert wanted == "7" or choose_lengths(wanted, 10, 4, counts) != few
 
 
 @pytest.mark.parametrize("wanted", ["", "0", "9-5", "5-", "-5", "a", "5-9-12", "1.5"])
 def test_lengths_that_are_none_are_refused(wanted: str) -> None:
     with pytest.raises(ValueError, match=f"lengths={wanted}: give a number, a range"):
-        choose_lengths(wanted, 3, 0, [5.0, 9.0])
+        choose_lengths(wanted, 3, 0, [0, 1])
+
+
+def test_a_checkpoint_without_lengths_asks_for_them() -> None:
+    assert choose_lengths("7", 2, 0, None) == [7, 7]
+    with pytest.raises(ValueError, match="does not know its training lengths; give lengths="):
+        choose_lengths("empirical", 2, 0, None)

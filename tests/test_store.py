@@ -1,28 +1,19 @@
+import fcntl
 import multiprocessing
 import pickle
+import random
+import shutil
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 
+from protlig_dd.data import store as store_module
+from protlig_dd.data.build import build_store
 from protlig_dd.data.fasta import FastaRecord
-from protlig_dd.data.store import SPLITS, SequenceStore, crop, write_store
-from protlig_dd.tokenizer import BOS, EOS, ProteinTokenizer
-
-
-def test_what_is_written_is_read(store: SequenceStore, proteins: list[FastaRecord]) -> None:
-    assert len(store) == len(proteins)
-    decode = ProteinTokenizer().decode
-    for row, record in enumerate(proteins):
-        assert decode(store[row]) == record.sequence
-        assert store.id(row) == record.id
-    assert store.lengths.tolist() == [len(record.sequence) for record in proteins]
-    assert [len(store.split(split)) for split in SPLITS] == [360, 20, 20]
-    assert store.split("test").tolist() == list(range(380, 400))
-    for split in SPLITS:
-        tokens = np.concatenate([store[row] for row in store.split(split)])
-        assert store.token_counts[SPLITS.index(split)].tolist() == np.bincount(tokens, minlength=30).tolist()
+from protlig_dd.data.store import SPLITS, SequenceStore, StoreGroup
+from protlig_dd.tokenizer import ProteinTokenizer
 
 
 def test_datasets_are_contiguous_so_that_they_can_be_mapped(store: SequenceStore) -> None:
@@ -49,64 +40,158 @@ def test_other_processes_read_the_same(store: SequenceStore, method: str) -> Non
     assert rows == [store[row].tolist() for row in range(6)]
 
 
-def test_the_same_records_give_the_same_bytes(proteins: list[FastaRecord], tmp_path: Path) -> None:
-    paths = [tmp_path / "a.h5", tmp_path / "b.h5"]
-    for path in paths:
-        write_store(path, ((record, "train") for record in proteins), {"made": "here"})
-    assert paths[0].read_bytes() == paths[1].read_bytes()
-    changed = [*proteins[:-1], proteins[-1]._replace(sequence="MKV")]
-    other = write_store(tmp_path / "c.h5", ((record, "train") for record in changed), {"made": "here"})
-    assert other.fingerprint != SequenceStore(paths[0]).fingerprint
+def test_a_store_opens_without_a_lock(store: SequenceStore, tmp_path: Path) -> None:
+    path = tmp_path / "copy.h5"
+    shutil.copy(store.path, path)
+    with path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # what HDF5 takes for a writer, or a file system that refuses every lock
+        with pytest.raises(OSError, match="lock"), h5py.File(path, "r", locking=True):
+            pass
+        assert SequenceStore(path)[0].tolist() == store[0].tolist()
 
 
-@pytest.mark.parametrize(
-    ("records", "message"),
-    [
-        ([("a", "MKV", "train"), ("a", "MKA", "train")], "record a: this id occurs twice"),
-        ([("a", "MKV", "train"), ("b", "MK?", "train")], r"record b: illegal character '\?' at position 3 of 3"),
-        ([("a", "", "train")], "record a: no residues"),
-        ([("a", "MKV", "holdout")], "record a: no split 'holdout'"),
-        ([], "no sequences to write"),
-    ],
-)
-def test_bad_records_leave_nothing_behind(tmp_path: Path, records: list[tuple[str, str, str]], message: str) -> None:
-    rows = [(FastaRecord(id_, "", sequence), split) for id_, sequence, split in records]
-    with pytest.raises(ValueError, match=message):
-        write_store(tmp_path / "bad.h5", rows, {})
-    assert list(tmp_path.iterdir()) == []
+def test_rows_outside_and_unknown_splits(store: SequenceStore) -> None:
+    for row in (400, -1):
+        with pytest.raises(IndexError, match=f"row {row} of 400"):
+            store[row]
+        with pytest.raises(IndexError, match=f"row {row} of 400"):
+            store.id(row)
+    with pytest.raises(ValueError, match="no split 'dev'"):
+        store.split("dev")
 
 
-def test_an_existing_output_is_kept(tmp_path: Path) -> None:
-    (tmp_path / "mine.h5").write_text("precious")
-    with pytest.raises(ValueError, match=r"mine\.h5 exists already"):
-        write_store(tmp_path / "mine.h5", [(FastaRecord("a", "", "MKV"), "train")], {})
-    assert (tmp_path / "mine.h5").read_text() == "precious"
+def changed(path: Path, source: SequenceStore, **attributes: object) -> Path:
+    path.write_bytes(source.path.read_bytes())
+    with h5py.File(path, "r+", libver=("v108", "v108")) as file:
+        for name, value in attributes.items():
+            file.attrs[name] = value
+    return path
 
 
 def test_files_that_are_no_store_are_refused(tmp_path: Path, store: SequenceStore) -> None:
     with pytest.raises(ValueError, match=r"none\.h5: no such data file"):
         SequenceStore(tmp_path / "none.h5")
+    with pytest.raises(ValueError, match="a folder, not a file"):
+        SequenceStore(tmp_path)
     (tmp_path / "text.h5").write_text("not HDF5")
-    with pytest.raises(ValueError, match=r"text\.h5: not a readable HDF5 file"):
+    with pytest.raises(ValueError, match=r"text\.h5: not a readable store"):
         SequenceStore(tmp_path / "text.h5")
-    (tmp_path / "old.h5").write_bytes(store.path.read_bytes())
-    with h5py.File(tmp_path / "old.h5", "r+") as file:
-        file.attrs["format_version"] = 99
-    with pytest.raises(ValueError, match=r"old\.h5: store format 99, this version reads 1"):
-        SequenceStore(tmp_path / "old.h5")
-    with pytest.raises(IndexError, match="row 400 of 400"):
-        store[400]
-    with pytest.raises(ValueError, match="no split 'dev'"):
-        store.split("dev")
+    with pytest.raises(ValueError, match=r"new\.h5: store format 99, this version reads 2$"):
+        SequenceStore(changed(tmp_path / "new.h5", store, format_version=99))
+    with pytest.raises(ValueError, match=r"old\.h5: store format 1, this version reads 2; prepare it again"):
+        SequenceStore(changed(tmp_path / "old.h5", store, format_version=1))
+    with pytest.raises(ValueError, match=r"abc\.h5: alphabet 'ABC', this version uses 'ACDEF"):
+        SequenceStore(changed(tmp_path / "abc.h5", store, alphabet=np.bytes_("ABC")))
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["tokens"] = np.zeros(3, np.uint8)
+    with pytest.raises(ValueError, match=r"other\.h5: store format None, this version reads 2"):
+        SequenceStore(tmp_path / "other.h5")
+    with h5py.File(tmp_path / "chunked.h5", "w") as file, h5py.File(store.path) as original:
+        for name, dataset in original.items():
+            copy = file.create_dataset(name, data=dataset[:], chunks=(len(dataset),) if name == "tokens" else None)
+            copy.attrs["xxh3"] = dataset.attrs["xxh3"]
+        file.attrs.update(original.attrs)
+    with pytest.raises(ValueError, match=r"chunked\.h5: tokens is not \d+ contiguous uint8"):
+        SequenceStore(tmp_path / "chunked.h5")
 
 
-def test_a_crop_lacks_the_end_that_was_cut() -> None:
-    tokens = ProteinTokenizer().encode("ACDEF")
-    assert crop(tokens, 0, 5).tolist() == tokens.tolist()
-    assert crop(tokens, 0, 3).tolist() == [BOS, 0, 1, 2]
-    assert crop(tokens, 1, 3).tolist() == [1, 2, 3]
-    assert crop(tokens, 2, 3).tolist() == [2, 3, 4, EOS]
-    with pytest.raises(ValueError, match="cannot crop 3 residues at 3 from 5"):
-        crop(tokens, 3, 3)
-    with pytest.raises(ValueError, match="<bos> residues <eos>"):
-        crop(tokens[1:], 0, 3)
+def test_a_store_cut_short_is_refused(tmp_path: Path, store: SequenceStore) -> None:
+    content = store.path.read_bytes()
+    for size in (0, 1, 100, 2000, len(content) // 2, len(content) - 1):
+        (tmp_path / "cut.h5").write_bytes(content[:size])
+        with pytest.raises(ValueError, match=r"cut\.h5: "):
+            SequenceStore(tmp_path / "cut.h5")
+
+
+def everything(store: SequenceStore) -> tuple[object, ...]:
+    return (
+        [store[row].tobytes() for row in range(len(store))],
+        [store.header(row) for row in range(len(store))],
+        [store.split(split).tolist() for split in SPLITS],
+        store.token_counts.tolist(),
+        store.manifest,
+        store.fingerprint,
+    )
+
+
+@pytest.mark.slow
+def test_no_flipped_bit_goes_unnoticed(tmp_path: Path, proteins: list[FastaRecord]) -> None:
+    """Each flip is refused when the store is opened or verified, or lies where nothing is stored."""
+    fasta = tmp_path / "a.fasta"
+    fasta.write_text("".join(f">{record.id} {i}\n{record.sequence[:9]}\n" for i, record in enumerate(proteins[:6])))
+    whole = build_store([fasta], tmp_path / "whole.h5")
+    content, expected = bytearray(whole.path.read_bytes()), everything(whole)
+    places = {name: (place, size) for name, (place, size) in whole._places.items()}
+    bits = random.Random(0).sample(range(8 * len(content)), 2000)
+    noticed = unnoticed = 0
+    for bit in bits:
+        content[bit // 8] ^= 1 << bit % 8
+        (tmp_path / "flipped.h5").write_bytes(content)
+        content[bit // 8] ^= 1 << bit % 8
+        try:
+            flipped = SequenceStore(tmp_path / "flipped.h5")
+            flipped.verify()
+        except ValueError as error:
+            noticed += str(error).startswith(f"{tmp_path / 'flipped.h5'}: ")
+            continue
+        unnoticed += 1
+        assert everything(flipped) == expected, f"bit {bit}"
+        assert not any(place <= bit // 8 < place + size for place, size in places.values())
+    assert noticed + unnoticed == len(bits)
+    assert noticed > unnoticed
+
+
+@pytest.mark.parametrize(
+    "name", ["tokens", "offsets", "headers", "header_offsets", "split", "token_counts", "manifest"]
+)
+def test_a_damaged_part_is_named(tmp_path: Path, store: SequenceStore, name: str) -> None:
+    content = bytearray(store.path.read_bytes())
+    place, size = store._places[name]
+    for where in random.Random(0).sample(range(size), 3):
+        content[place + where] ^= 4
+    if name == "manifest":  # its JSON may not be readable any more, which is noticed when the store is opened
+        content = bytearray(store.path.read_bytes())
+        content[content.rindex(b'"records"') + 1] ^= 1
+    (tmp_path / "damaged.h5").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"damaged\.h5: {name} is damaged: checksum [0-9a-f]+, written [0-9a-f]+"):
+        SequenceStore(tmp_path / "damaged.h5").verify()
+    store.verify()
+
+
+def test_verifying_counts_bytes(store: SequenceStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "COPY_BYTES", 1000)
+    seen: list[int] = []
+    store.verify(seen.append)
+    assert sum(seen) == store.nbytes > store.lengths.sum()
+
+
+def test_a_group_numbers_the_rows_through(tmp_path: Path, store: SequenceStore) -> None:
+    (tmp_path / "b.fasta").write_text(">x\nMKV\n>y\nMKVLA\n")
+    second = build_store([tmp_path / "b.fasta"], tmp_path / "b.h5")
+    group = StoreGroup([store, second])
+    assert len(group) == 402
+    assert group.lengths.tolist() == [*store.lengths.tolist(), 3, 5]
+    assert group.split("train").tolist() == [*range(360), 400, 401]
+    assert [group.id(row) for row in (0, 399, 400, 401)] == [store.id(0), store.id(399), "x", "y"]
+    assert group.token_counts.tolist() == (store.token_counts + second.token_counts).tolist()
+    assert group.fingerprint not in (store.fingerprint, second.fingerprint)
+    assert StoreGroup([store]).fingerprint == store.fingerprint
+    assert StoreGroup([second, store]).fingerprint != group.fingerprint
+    numbers, begins, residues = group.places(np.array([401, 2, 400]))
+    assert numbers.tolist() == [1, 0, 1]
+    assert residues.tolist() == [5, store.lengths[2], 3]
+    assert second.tokens[begins[0] : begins[0] + 7].tolist() == ProteinTokenizer().encode("MKVLA").tolist()
+
+
+def test_a_sequence_without_its_ends_is_a_damaged_store(tmp_path: Path, store: SequenceStore) -> None:
+    content = bytearray(store.path.read_bytes())
+    content[store._places["tokens"][0] + store.offsets[8] - 1] = 3  # the end of row 7
+    (tmp_path / "damaged.h5").write_bytes(content)
+    group = StoreGroup([SequenceStore(tmp_path / "damaged.h5")])
+    group.places(np.array([6, 8]))
+    with pytest.raises(ValueError, match=r"damaged\.h5: row 7 is damaged; `prepare inspect=.*damaged\.h5` tells more"):
+        group.places(np.array([6, 7, 8]))
+    content[store._places["offsets"][0] + 8 * 3 + 6] = 1  # the offset of row 3: far beyond the file
+    (tmp_path / "damaged.h5").write_bytes(content)
+    with pytest.raises(ValueError, match=r"damaged\.h5: row [23] is damaged"):
+        StoreGroup([SequenceStore(tmp_path / "damaged.h5")]).places(np.array([2, 3]))

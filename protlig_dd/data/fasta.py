@@ -1,15 +1,27 @@
-"""FASTA reading, plain or gzipped, with errors that name the file and the record."""
+"""FASTA reading, plain, gzipped or from stdin: a few megabytes at a time, with errors that name file, record and line.
+
+There is one parser. It cuts the bytes into blocks of whole records and leaves the rest to C: `split` finds records,
+`partition` headers. `read_fasta` hands out single records, `prepare` whole blocks.
+"""
 
 import gzip
+import hashlib
+import io
+import re
+import sys
 import zlib
-from collections.abc import Iterator
-from io import TextIOBase
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from Bio.SeqIO.FastaIO import SimpleFastaParser
+import numpy as np
 
 GZIP_MAGIC = b"\x1f\x8b"
+BLOCK_BYTES = 1 << 18  # what is cut off it stays in the processor's cache
+LONGEST_RECORD = 16 << 20  # bytes; the longest known protein has some 45,000 residues
+WHITESPACE = b" \t\r\n\v\f"
+NEWLINE = ord("\n")
+STDIN = "-"
 
 
 class FastaRecord(NamedTuple):
@@ -26,43 +38,214 @@ class FastaRecord(NamedTuple):
         return f"{self.file}: record {self.id}" if self.file else f"record {self.id}"
 
 
-def read_fasta(path: Path | str) -> Iterator[FastaRecord]:
-    """Stream the records of a FASTA file (gzip is recognised by its first two bytes, not by the name).
+class Header(NamedTuple):
+    """The fields of a UniRef, UniProt or bare header; None where there is none."""
+
+    id: str
+    description: str
+    n: int | None
+    """Members of the cluster (UniRef's n=)."""
+    tax: str | None
+    """UniRef's Tax=, UniProt's OS=."""
+    tax_id: int | None
+    """UniRef's TaxID= (None for N/A), UniProt's OX=."""
+    rep_id: str | None
+
+
+# Greedy descriptions: a name that contains `n=2 Tax=` or brackets leaves the last such fields to the pattern.
+_UNIREF = re.compile(r"(?:(?P<d>.*) )?n=(?P<n>\d+) Tax=(?P<tax>.*?)(?: TaxID=(?P<id>\d+|N/A))?(?: RepID=(?P<rep>\S+))?")
+_UNIPROT = re.compile(r"(?:(?P<d>.*) )?OS=(?P<tax>.*?) OX=(?P<id>\d+)(?: .*)?")
+
+
+def parse_header(header: str) -> Header:
+    """Split a header line (without `>`) into its fields.
+
+    >>> parse_header("UniRef50_P1 Kinase n=3 Tax=Homo TaxID=9605 RepID=P1_HUMAN").tax_id
+    9605
+    """
+    id_, rest = [*header.split(None, 1), ""][:2]
+    rest = rest.strip()
+    if (found := _UNIREF.fullmatch(rest)) is not None:
+        tax_id = found["id"]
+        number = int(tax_id) if tax_id and tax_id != "N/A" else None
+        return Header(id_, found["d"] or "", int(found["n"]), found["tax"], number, found["rep"])
+    if (found := _UNIPROT.fullmatch(rest)) is not None:
+        return Header(id_, found["d"] or "", None, found["tax"], int(found["id"]), None)
+    return Header(id_, rest, None, None, None, None)
+
+
+class FastaBlock(NamedTuple):
+    """Whole records of a file, still as bytes."""
+
+    file: str
+    first_record: int
+    """Number of the block's first record in the file, from 1."""
+    first_line: int
+    """Number of the line on which its header stands, from 1."""
+    records: list[bytes]
+    """As they stand, between one `>` and the next."""
+    headers: list[bytes]
+    """Their first lines; valid UTF-8."""
+    ids: list[bytes]
+    """First words of the headers."""
+    bodies: list[bytes]
+    """Their other lines, line ends and all."""
+
+    def where(self, i: int, position: int | None = None) -> str:
+        """What error messages call record i: file, number, id and line (that of the residue at `position`, from 1)."""
+        line = self.first_line + sum(record.count(b"\n") + 1 for record in self.records[:i])
+        if position is not None:
+            for text in self.bodies[i].split(b"\n"):
+                line, position = line + 1, position - len(text.translate(None, WHITESPACE))
+                if position <= 0:
+                    break
+        return f"{self.file}: record {self.first_record + i} ({self.ids[i].decode('utf-8', 'replace')}), line {line}"
+
+
+class FastaFile:
+    """One input. Iterate over `blocks()` once; then `sha256`, `size` and `records` describe what was read.
+
+    Args:
+        path: a file, plain or gzipped (told by its first two bytes, not by its name), or `-` for stdin.
+        on_bytes: called with the number of bytes read from the (compressed) file.
 
     Raises:
-        ValueError: naming the file and, where there is one, the record: no such file, no records, text before the
-            first `>`, a header without an id, truncated or damaged gzip, bytes that are not text.
+        ValueError: naming the file and, where there is one, the record and the line: no such file, no records, text
+            before the first `>`, a header without an id or that is not UTF-8, a record beyond LONGEST_RECORD,
+            truncated or damaged gzip.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: {'a folder, not a FASTA file' if path.is_dir() else 'no such FASTA file'}")
-    last = "before the first record"
+
+    def __init__(self, path: Path | str, on_bytes: Callable[[int], None] | None = None) -> None:
+        self.name = "stdin" if str(path) == STDIN else str(path)
+        self.path = None if str(path) == STDIN else Path(path)
+        if self.path is not None and (not self.path.exists() or self.path.is_dir()):
+            raise ValueError(f"{self.name}: {'a folder, not a FASTA file' if self.path.is_dir() else 'no such file'}")
+        self.on_bytes = on_bytes
+        self.records = 0
+
+    @property
+    def sha256(self) -> str:
+        return self._raw.digest.hexdigest()
+
+    @property
+    def size(self) -> int:
+        """Bytes read from the file, compressed where it is."""
+        return self._raw.size
+
+    def blocks(self) -> Iterator[FastaBlock]:
+        try:
+            # a pipe (stdin, or the shell's <(...)) is read as it comes
+            with sys.stdin.buffer if self.path is None else self.path.open("rb", buffering=0) as source:
+                self._raw = _Watched(source, self.on_bytes)
+                yield from self._blocks(io.BufferedReader(self._raw, 1 << 20))
+        except OSError as error:
+            raise ValueError(f"{self.name}: cannot be read: {error.strerror or error}") from error
+
+    def _blocks(self, buffered: io.BufferedReader) -> Iterator[FastaBlock]:
+        zipped = buffered.peek(2)[:2] == GZIP_MAGIC
+        stream: io.BufferedIOBase = gzip.GzipFile(fileobj=buffered) if zipped else buffered
+        rest, line, started = b"", 1, False
+        while True:
+            chunk, damage = _read(stream)
+            text = rest + chunk
+            if not started:
+                stripped = text.lstrip(WHITESPACE)
+                line += text.count(b"\n", 0, len(text) - len(stripped))
+                text = stripped
+                started = bool(text)
+                if started and text[:1] != b">":
+                    shown = text.partition(b"\n")[0][:40].decode("utf-8", "replace").strip()
+                    raise ValueError(f"{self.name}: line {line} is not a FASTA header: {shown!r}")
+            last = not chunk and damage is None
+            cut = len(text) if last else text.rfind(b"\n>") + 1
+            block, rest = text[:cut], text[cut:]
+            if block:
+                yield self._parse(block, line)
+                line += int(np.count_nonzero(np.frombuffer(block, np.uint8) == NEWLINE))  # ten times bytes.count
+            if len(rest) > LONGEST_RECORD:
+                raise ValueError(_too_long(f"{self.name}: record {self.records + 1}, line {line}"))
+            if damage is not None:
+                after = f"after record {self.records}" if self.records else "before the first record ends"
+                raise ValueError(f"{self.name}: truncated or damaged gzip, {after}: {damage}")
+            if last:
+                break
+        if not self.records:
+            raise ValueError(f"{self.name}: empty, no FASTA records in it")
+
+    def _parse(self, text: bytes, line: int) -> FastaBlock:
+        """The records of `>id ...\n...\n>id ...`."""
+        records = text[1:].split(b"\n>")
+        parts = [record.partition(b"\n") for record in records]
+        headers, bodies = [part[0] for part in parts], [part[2] for part in parts]
+        if b"\r" in text:
+            headers = [header.rstrip(b"\r") for header in headers]
+        if b"\t" in text:
+            headers = [header.replace(b"\t", b" ") for header in headers]
+        ids = [header.partition(b" ")[0] for header in headers]
+        block = FastaBlock(self.name, self.records + 1, line, records, headers, ids, bodies)
+        self.records += len(headers)
+        if max(map(len, records)) > LONGEST_RECORD:
+            i = next(i for i, record in enumerate(records) if len(record) > LONGEST_RECORD)
+            raise ValueError(_too_long(block.where(i)))
+        if b"" in ids:
+            i = ids.index(b"")
+            shown = ">" + headers[i].decode("utf-8", "replace")
+            raise ValueError(f"{block.where(i)}: no id in the header {shown!r}")
+        try:
+            b"\n".join(headers).decode()
+        except UnicodeDecodeError as error:
+            i = error.object.count(b"\n", 0, error.start)
+            raise ValueError(f"{block.where(i)}: the header is not UTF-8: {error.reason}") from error
+        return block
+
+
+def _too_long(where: str) -> str:
+    return f"{where} is longer than {LONGEST_RECORD:,} bytes: no protein"
+
+
+class _Watched(io.RawIOBase):
+    """A raw file whose bytes are counted and hashed as they are read."""
+
+    def __init__(self, source: Any, on_bytes: Callable[[int], None] | None) -> None:
+        self.source, self.on_bytes = source, on_bytes
+        self.digest, self.size = hashlib.sha256(), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        count = self.source.readinto(buffer)
+        self.digest.update(memoryview(buffer)[:count])
+        self.size += count
+        if count and self.on_bytes is not None:
+            self.on_bytes(count)
+        return count
+
+
+def _read(stream: io.BufferedIOBase) -> tuple[bytes, Exception | None]:
+    """About BLOCK_BYTES (b"" at the end), and the damage met after them, if any."""
+    pieces: list[bytes] = []
+    size = 0
     try:
-        with _open_text(path) as handle:
-            _check_start(path, handle)
-            for header, sequence in SimpleFastaParser(handle):
-                id_, description = [*header.split(None, 1), "", ""][:2]
-                if not id_ or header[0].isspace():
-                    raise ValueError(f"{path}: a record has no id in its header '>{header}' ({last})")
-                last = f"after record {id_}"
-                yield FastaRecord(id_, description.strip(), sequence, str(path))
+        while size < BLOCK_BYTES and (piece := stream.read1(BLOCK_BYTES - size)):
+            pieces.append(piece)
+            size += len(piece)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}: truncated or damaged gzip, {last}: {error}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text file, {last}: {error}") from error
+        return b"".join(pieces), error
+    return b"".join(pieces), None
 
 
-def _open_text(path: Path) -> TextIOBase:
-    with path.open("rb") as handle:
-        zipped = handle.read(2) == GZIP_MAGIC
-    return gzip.open(path, "rt", encoding="utf-8") if zipped else path.open(encoding="utf-8")
+def read_fasta(path: Path | str) -> Iterator[FastaRecord]:
+    """Stream the records of one FASTA file (see FastaFile).
 
-
-def _check_start(path: Path, handle: TextIOBase) -> None:
-    for number, line in enumerate(handle, start=1):
-        if line.strip():
-            if not line.startswith(">"):
-                raise ValueError(f"{path}: line {number} is not a FASTA header: {line.strip()[:40]!r}")
-            handle.seek(0)
-            return
-    raise ValueError(f"{path}: empty, no FASTA records in it")
+    Raises:
+        ValueError: as FastaFile; and a sequence that is not text.
+    """
+    for block in FastaFile(path).blocks():
+        for i, (header, id_, body) in enumerate(zip(block.headers, block.ids, block.bodies, strict=True)):
+            description = header[len(id_) :].decode().strip()
+            try:
+                sequence = body.translate(None, WHITESPACE).decode("ascii")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{block.where(i, error.start + 1)}: not a letter") from error
+            yield FastaRecord(id_.decode(), description, sequence, block.file)

@@ -1,114 +1,175 @@
-"""Packs of whole sequences, as a pure function of (seed, epoch).
-
-An epoch shuffles the rows and fills packs in that order: a pack closes when the next sequence would exceed the token
-budget. With lengths 5, 6, 4, 1 in shuffled order and a budget of 12 tokens the packs are [5, 6] and [4, 1].
-
-Every epoch has the same number of packs, floor(tokens / budget), so pack g of the whole run lies in epoch
-g // packs_per_epoch: a run starts at any step at the cost of planning one epoch. Packs are never perfectly full, so
-an epoch's shuffle always yields at least that many; the sequences left over (others each epoch) are its tail.
+"""Packs of whole sequences by global index, for any number of ranks and workers.
 
     rank r of R reads packs  step * packs_per_step + r, + R, + 2 R, ...
+
+What is in a pack follows from (seed, epoch) (see plan.py) and where its crops lie from (seed, pack): neither knows of
+ranks or workers.
 """
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+import xxhash
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from protlig_dd.batch import PackedBatch
-from protlig_dd.data.store import SequenceStore, crop
+from protlig_dd.data.plan import (
+    Plan,
+    epoch_rows,
+    make_plan,
+    packs_in_epoch,
+    quotas,
+    remove_plans,
+    shared_plan,
+    total_tokens,
+)
+from protlig_dd.data.store import SequenceStore, StoreGroup
 
-# first words of the random keys, so that two purposes never share a stream
-_SHUFFLE, _CROP = 1, 2
-
-
-def clipped_tokens(residues: np.ndarray, max_len: int) -> np.ndarray:
-    """(n,) tokens that sequences of `residues` residues take: all of them, or the most a crop of max_len takes."""
-    return np.where(residues <= max_len, residues + 2, max_len + 1)
-
-
-def pack_starts(tokens: np.ndarray, tokens_per_pack: int) -> np.ndarray:
-    """(n_packs + 1,) bounds of the packs that filling in this order gives.
-
-    Args:
-        tokens: (n,) tokens of each sequence, none above tokens_per_pack.
-    """
-    ends = np.cumsum(tokens)
-    starts, filled = [0], 0
-    while starts[-1] < len(tokens):
-        starts.append(int(np.searchsorted(ends, filled + tokens_per_pack, side="right")))
-        filled = ends[starts[-1] - 1]
-    return np.array(starts)
+_CROP = 2  # first word of the random key; plan.py has the others
+CROPS = ("random", "start")
+PREFETCH = 4  # packs that each worker keeps ready
 
 
 class PackDataset(Dataset[PackedBatch]):
-    """The packs of a store's rows, by global pack index.
+    """The packs of a store's rows (or of several stores'), by global pack index.
 
     Args:
-        rows: (n,) store rows to draw from (one split's).
+        rows: (n,) rows to draw from (one split's), ascending.
         max_len: longer sequences are cropped to this many residues.
         tokens_per_pack: budget of a pack, in tokens.
         seed: None packs the rows in their order and crops at the start, all of them exactly once (evaluation);
-            a number shuffles and crops at random, every epoch anew (training).
+            a number shuffles, every epoch anew (training).
+        crop: where training crops a long sequence: at `random`, anew in every epoch, or at its `start`.
+        weights: shares of tokens of the group's stores; None passes each once in an epoch.
+        ahead: plan the next epoch in the background as soon as one begins.
 
     Raises:
-        ValueError: a split without rows, a sequence that cannot fit, or (training) less than one pack of data.
+        ValueError: a split without rows, a sequence that cannot fit, (training) less than one pack of data, or weights
+            that do not go with the stores.
     """
 
     def __init__(
-        self, store: SequenceStore, rows: np.ndarray, *, max_len: int, tokens_per_pack: int, seed: int | None
+        self,
+        stores: SequenceStore | StoreGroup,
+        rows: np.ndarray,
+        *,
+        max_len: int,
+        tokens_per_pack: int,
+        seed: int | None,
+        crop: str = "random",
+        weights: Sequence[float] | None = None,
+        ahead: bool = True,
     ) -> None:
-        self.store, self.rows, self.max_len = store, rows, max_len
-        self.tokens_per_pack, self.seed = tokens_per_pack, seed
-        self._planned: tuple[int, np.ndarray, np.ndarray] | None = None
+        group = stores if isinstance(stores, StoreGroup) else StoreGroup([stores])
+        self.group, self.rows, self.max_len = group, rows.astype(group.row_type), max_len
+        self.tokens_per_pack, self.seed, self.crop, self.ahead = tokens_per_pack, seed, crop, ahead
+        self._planned: tuple[int, Plan] | None = None
         check_pack_sizes(max_len, tokens_per_pack)
-        tokens = clipped_tokens(store.lengths[rows], max_len)
+        if crop not in CROPS:
+            raise ValueError(f"data.crop={crop}; there are {', '.join(CROPS)}")
+        if weights is not None:
+            check_weights(weights, len(group.stores))
+        self._totals = [total_tokens(group.lengths, own, max_len) for own in self._rows_of_stores()]
         if seed is None:
-            self.packs_per_epoch = len(pack_starts(tokens, tokens_per_pack)) - 1
-        else:
-            self.packs_per_epoch = int(tokens.sum()) // tokens_per_pack
-            if self.packs_per_epoch == 0:
-                raise ValueError(
-                    f"{store.path}: the training split has {int(tokens.sum())} tokens, less than one pack of "
-                    f"data.tokens_per_pack={tokens_per_pack}"
-                )
+            self._planned = 0, self._make(0)
+            self.packs_per_epoch = len(self._planned[1].starts) - 1
+            return
+        for store, total in zip(group.stores, self._totals, strict=True):
+            if not total:
+                raise ValueError(f"{store.path} has no training sequences")
+        self._quotas = quotas(self._totals, weights)
+        self.packs_per_epoch = packs_in_epoch(self._totals, self._quotas, tokens_per_pack, max_len)
+        if self.packs_per_epoch <= 0:
+            raise ValueError(
+                f"{group.name}: the training split has {sum(self._quotas)} tokens an epoch, less than one pack of "
+                f"data.tokens_per_pack={tokens_per_pack}"
+            )
+        rows_digest = xxhash.xxh3_128_hexdigest(self.rows.data)
+        parts = [group.fingerprint, rows_digest, max_len, tokens_per_pack, seed, self._quotas]
+        self.key = xxhash.xxh3_128_hexdigest(repr(parts).encode())
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_planned": None}  # a spawned worker plans for itself: the plan need not travel
+        planned = self._planned if self.seed is None else None
+        return {key: value for key, value in self.__dict__.items() if key != "planner"} | {"_planned": planned}
 
     def __len__(self) -> int:
         """Packs in one epoch; training indices run on beyond it, epoch after epoch."""
         return self.packs_per_epoch
 
     def pack_rows(self, pack: int) -> np.ndarray:
-        """Store rows of one pack, by global index."""
+        """(n,) int64 rows of one pack, by global index."""
         epoch, local = divmod(pack, self.packs_per_epoch)
-        order, starts = self._plan(epoch)
-        return order[starts[local] : starts[local + 1]]
+        rows, starts = self.plan(epoch)
+        return rows[starts[local] : starts[local + 1]].astype(np.int64)
 
     def __getitem__(self, pack: int) -> PackedBatch:
         rows = self.pack_rows(pack)
-        rng = None if self.seed is None else np.random.default_rng([self.seed, _CROP, pack])
-        sequences = []
-        for row in rows:
-            tokens = self.store[row]
-            spare = len(tokens) - 2 - self.max_len
-            if spare > 0:
-                start = 0 if rng is None else int(rng.integers(spare + 1))
-                tokens = crop(tokens, start, self.max_len)
-            sequences.append(torch.from_numpy(tokens.astype(np.int64)))
-        return PackedBatch.pack(sequences, [int(row) for row in rows])
+        store_of, begins, residues = self.group.places(rows)
+        cut = np.flatnonzero(residues > self.max_len)
+        starts = np.zeros(len(cut), np.int64)
+        if self.seed is not None and self.crop == "random" and len(cut):
+            starts = np.random.default_rng([self.seed, _CROP, pack]).integers(residues[cut] - self.max_len + 1)
+        ends = begins + residues + 2
+        first, last = crop_bounds(residues[cut], starts, self.max_len)
+        begins[cut], ends[cut] = begins[cut] + first, begins[cut] + last
+        tokens = [store.tokens for store in self.group.stores]
+        bounds = zip(store_of.tolist(), begins.tolist(), ends.tolist(), strict=True)
+        flat = np.concatenate([tokens[store][begin:end] for store, begin, end in bounds])
+        return PackedBatch.from_flat(torch.from_numpy(flat), (ends - begins).tolist(), rows.tolist())
 
-    def _plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of one epoch in pack order, and the packs' bounds; the last epoch asked for is kept."""
+    def plan(self, epoch: int) -> Plan:
+        """The plan of one epoch. The last one asked for is kept, and the next one is made in the background."""
         if self._planned is None or self._planned[0] != epoch:
-            order = self.rows
-            if self.seed is not None:
-                order = np.random.default_rng([self.seed, _SHUFFLE, epoch]).permutation(order)
-            tokens = clipped_tokens(self.store.lengths[order], self.max_len)
-            self._planned = epoch, order, pack_starts(tokens, self.tokens_per_pack)
-        return self._planned[1:]
+            plan = shared_plan(self.key, epoch, lambda: self._make(epoch))
+            assert plan is not None
+            self._planned = epoch, plan
+            if self.ahead:
+                self.planner = threading.Thread(target=self._make_ahead, args=(epoch + 1,), daemon=True)
+                self.planner.start()
+        return self._planned[1]
+
+    def tail(self, epoch: int) -> int:
+        """Sequences of an epoch that fill no pack."""
+        rows, starts = self.plan(epoch)
+        return len(rows) - int(starts[self.packs_per_epoch])
+
+    def _make_ahead(self, epoch: int) -> None:
+        try:
+            shared_plan(self.key, epoch, lambda: self._make(epoch), wait=False)
+        except ValueError:
+            return  # who needs this plan tries again, and is told
+
+    def forget_plans(self) -> None:
+        """Remove this dataset's plans from the temporary folder."""
+        if self.seed is not None:
+            remove_plans(self.key)
+
+    def _rows_of_stores(self) -> list[np.ndarray]:
+        return np.split(self.rows, np.searchsorted(self.rows, self.group.bases[1:]))
+
+    def _make(self, epoch: int) -> Plan:
+        rows, lengths = self.rows, self.group.lengths
+        if self.seed is not None:
+            rows = epoch_rows(
+                self._rows_of_stores(),
+                lengths,
+                self._totals,
+                self._quotas,
+                max_len=self.max_len,
+                seed=self.seed,
+                epoch=epoch,
+            )
+        return make_plan(rows, lengths, max_len=self.max_len, tokens_per_pack=self.tokens_per_pack)
+
+
+def crop_bounds(residues: np.ndarray, starts: np.ndarray, max_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """First and end token, in `<bos> residues <eos>`, of the crops to residues start .. start + max_len - 1.
+
+    A crop lacks the end that was cut: `<bos>` stays with start = 0, `<eos>` with the last residue.
+    """
+    return starts + (starts > 0), starts + max_len + 1 + (starts + max_len == residues)
 
 
 class RankPacks(Sampler[int]):
@@ -133,7 +194,8 @@ def pack_loader(dataset: PackDataset, packs: Sampler[int] | range, workers: int,
         batch_size=None,
         num_workers=workers,
         pin_memory=pin_memory,
-        persistent_workers=False,
+        persistent_workers=workers > 0,
+        prefetch_factor=PREFETCH if workers > 0 else None,
     )
 
 
@@ -146,3 +208,12 @@ def check_pack_sizes(max_len: int, tokens_per_pack: int) -> None:
             f"data.tokens_per_pack={tokens_per_pack} cannot hold one sequence of data.max_len={max_len} residues "
             f"(with <bos> and <eos> that is {max_len + 2} tokens)"
         )
+
+
+def check_weights(weights: Sequence[float], stores: int) -> None:
+    """Raise unless there is one positive weight for each store."""
+    if len(weights) != stores:
+        raise ValueError(f"data.weights has {len(weights)} weights for {stores} stores in data.path")
+    for weight in weights:
+        if not 0 < weight < float("inf"):
+            raise ValueError(f"data.weights: {weight} is not above 0")

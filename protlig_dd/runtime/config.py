@@ -34,8 +34,10 @@ class RunConfig:
 
 @dataclass
 class DataConfig:
-    path: str
+    path: Any  # a store, or a list of them
+    weights: list[float] | None
     max_len: int
+    crop: str
     tokens_per_pack: int
     workers: int
 
@@ -115,11 +117,31 @@ class TrainConfig:
 
 
 @dataclass
+class FilterConfig:
+    min_length: int
+    max_length: int | None
+    max_unknown: float
+    fragments: bool
+    duplicates: bool
+    taxa: list[int] | None
+    taxa_nodes: str | None
+
+
+@dataclass
+class SplitConfig:
+    validation_fraction: float
+    test_fraction: float
+    check: str | None
+    on_hit: str
+
+
+@dataclass
 class PrepareConfig:
     input: Any
     output: str
-    validation_fraction: float
-    test_fraction: float
+    inspect: str | None
+    filter: FilterConfig
+    split: SplitConfig
 
 
 @dataclass

@@ -83,10 +83,10 @@ def split_lengths(lengths: Sequence[int], tokens_per_pack: int) -> list[list[int
     return packs
 
 
-def draw_lengths(quantiles: Sequence[float], n: int, seed: int) -> list[int]:
-    """n lengths from the distribution with these equally spaced quantiles (inverse CDF, linear between them)."""
-    shares = np.linspace(0, 1, len(quantiles))
-    return np.interp(length_draws(n, seed), shares, quantiles).round().astype(int).tolist()
+def draw_lengths(counts: Sequence[int], n: int, seed: int) -> list[int]:
+    """n lengths, drawn as often as counts[length] says (inverse CDF)."""
+    ends = np.cumsum(counts)
+    return np.searchsorted(ends, length_draws(n, seed) * ends[-1], side="right").tolist()
 
 
 def length_draws(n: int, seed: int) -> np.ndarray:

@@ -2,12 +2,22 @@
 
 import json
 import math
+import sys
 import uuid
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from protlig_dd.runtime.distributed import Processes
 from protlig_dd.runtime.files import drop_partial_line, write_atomic
@@ -103,13 +113,20 @@ class ProgressBar:
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
+            *self.columns(),
             TextColumn("{task.fields[note]}"),
             TimeRemainingColumn(),
             console=console,
             disable=not shown or self.plain,
         )
         self.task = self.bar.add_task(description, total=total, completed=done, note="")
+
+    def columns(self) -> list[ProgressColumn]:
+        return [MofNCompleteColumn()]
+
+    def count(self) -> str:
+        """How far it is, as a plain line says it."""
+        return f"{self.done}/{self.total}"
 
     def __enter__(self) -> "ProgressBar":
         self.bar.start()
@@ -128,4 +145,21 @@ class ProgressBar:
             left = self.bar.tasks[0].time_remaining
             time_left = f"  {left:.0f} s left" if left else ""
             note = self.bar.tasks[0].fields["note"]
-            console.print(f"{self.description} {self.done}/{self.total}  {note}{time_left}".rstrip())
+            console.print(f"{self.description} {self.count()}  {note}{time_left}".rstrip())
+
+
+class ByteBar(ProgressBar):
+    """Counts bytes. Where their number is not known (None), a terminal shows how many there were so far."""
+
+    def __init__(self, description: str, total: int | None) -> None:
+        super().__init__(description, total or sys.maxsize)
+        if total is None:
+            self.bar.update(self.task, total=None)
+            self.every = 1 << 30
+
+    def columns(self) -> list[ProgressColumn]:
+        return [DownloadColumn(), TransferSpeedColumn()]
+
+    def count(self) -> str:
+        total = "" if self.total == sys.maxsize else f"/{self.total / 1e6:,.1f}"
+        return f"{self.done / 1e6:,.1f}{total} MB"

@@ -1,5 +1,6 @@
 """One run, on every rank: build, go on from the checkpoint, fit, report."""
 
+import contextlib
 import json
 import math
 from functools import partial
@@ -11,7 +12,7 @@ import torch
 from omegaconf import OmegaConf
 
 from protlig_dd.data.loader import PackDataset
-from protlig_dd.data.store import SequenceStore
+from protlig_dd.data.store import StoreGroup
 from protlig_dd.diffusion.noise import Noise
 from protlig_dd.diffusion.score import Network, ScoreFn
 from protlig_dd.model.dit import DiT
@@ -27,7 +28,7 @@ from protlig_dd.training.optim import make_optimizer
 from protlig_dd.training.report import (
     composition_kl,
     held_out_bound,
-    length_quantiles,
+    length_counts,
     pick_estimator,
     training_frequencies,
 )
@@ -39,7 +40,7 @@ SHOWN_SAMPLES = 3
 
 def train(
     config: TrainConfig,
-    store: SequenceStore,
+    store: StoreGroup,
     *,
     run_folder: Path,
     attempt: int,
@@ -53,11 +54,12 @@ def train(
     graph = build_graph(config.graph)
     noise = build_noise(config.noise, graph)
     data, optim, control = config.data, config.optim, config.trainer
-    sizes = {"max_len": data.max_len, "tokens_per_pack": data.tokens_per_pack}
-    dataset = PackDataset(store, store.split("train"), seed=config.seed, **sizes)
+    packs_of = partial(PackDataset, store, max_len=data.max_len, tokens_per_pack=data.tokens_per_pack)
+    with console.status("planning the epoch") if processes.first else contextlib.nullcontext():
+        dataset = packs_of(store.split("train"), seed=config.seed, crop=data.crop, weights=data.weights)
 
     def held_out(split: str, most: int) -> PackDataset:
-        return PackDataset(store, subset(store, split, most, config.seed), seed=None, **sizes)
+        return packs_of(subset(store, split, most, config.seed), seed=None)
 
     validation = held_out("validation", control.eval_max_sequences) if control.eval_every else None
     reported = held_out(config.report.split, config.report.max_sequences)
@@ -157,7 +159,7 @@ def train(
                 config_yaml=config_yaml,
                 state={
                     "data_fingerprint": store.fingerprint,
-                    "length_quantiles": length_quantiles(store, data.max_len),
+                    "length_counts": length_counts(store, data.max_len),
                 },
                 keep_last=control.keep_last,
             ),
@@ -200,7 +202,7 @@ def count_steps(config: TrainConfig, dataset: PackDataset) -> int:
     return max(1, round(config.trainer.epochs * dataset.packs_per_epoch / config.optim.packs_per_step))
 
 
-def subset(store: SequenceStore, split: str, most: int, seed: int) -> np.ndarray:
+def subset(store: StoreGroup, split: str, most: int, seed: int) -> np.ndarray:
     """At most `most` rows of a split, the same ones at every evaluation.
 
     Raises:
@@ -208,7 +210,7 @@ def subset(store: SequenceStore, split: str, most: int, seed: int) -> np.ndarray
     """
     rows = store.split(split)
     if not len(rows):
-        raise ValueError(f"{store.path} has no {split} sequences; prepare it with a larger {split}_fraction")
+        raise ValueError(f"{store.name} has no {split} sequences; prepare it with a larger split.{split}_fraction")
     if len(rows) > most:
         rows = np.sort(np.random.default_rng([seed, most]).permutation(rows)[:most])
     return rows
@@ -216,7 +218,7 @@ def subset(store: SequenceStore, split: str, most: int, seed: int) -> np.ndarray
 
 def sample_report(
     config: TrainConfig,
-    store: SequenceStore,
+    store: StoreGroup,
     run_folder: Path,
     step: int,
     score_fn: ScoreFn,
@@ -225,12 +227,12 @@ def sample_report(
     device: torch.device,
 ) -> dict[str, Any]:
     """Sample, write samples/step_N.fasta, and compare the composition with the training split's."""
-    wanted, quantiles = config.report, length_quantiles(store, config.data.max_len)
+    wanted, lengths = config.report, length_counts(store, config.data.max_len)
     frequencies = training_frequencies(store)
     draw = partial(
         generate,
         noise=noise,
-        lengths=draw_lengths(quantiles, wanted.samples, config.seed),
+        lengths=draw_lengths(lengths, wanted.samples, config.seed),
         steps=wanted.steps,
         predictor=wanted.predictor,
         tokens_per_pack=config.data.tokens_per_pack,

@@ -12,7 +12,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from protlig_dd.data.build import bundled_store
-from protlig_dd.data.store import SequenceStore
+from protlig_dd.data.store import SequenceStore, StoreGroup
 from protlig_dd.model.attention import resolve_attention_backend
 from protlig_dd.runtime.checkpoint import complete_checkpoints, read_state, remove_unfinished
 from protlig_dd.runtime.config import TrainConfig, changed_keys, graph_with_rates, read_config
@@ -79,7 +79,7 @@ def run(cfg: DictConfig) -> None:
     join_group(processes, device)
     try:
         store = open_data(config.data.path, processes)
-        resolved = Resolved(str(device), precision, backend, processes.world_size, str(store.path), store.fingerprint)
+        resolved = Resolved(str(device), precision, backend, processes.world_size, store.name, store.fingerprint)
         folder = open_run_folder(run_path(config), config, resolved, processes)
         try:
             train(
@@ -103,16 +103,16 @@ def run(cfg: DictConfig) -> None:
         leave_group()
 
 
-def open_data(path: str, processes: Processes) -> SequenceStore:
-    """The store of `data.path`; `auto` is data/uniref50.h5 where it was prepared, else the bundled sample."""
+def open_data(path: str | list[str], processes: Processes) -> StoreGroup:
+    """The stores of `data.path`; `auto` is data/uniref50.h5 where it was prepared, else the bundled sample."""
     if path != "auto":
-        return SequenceStore(path)
+        return StoreGroup([SequenceStore(one) for one in (path if isinstance(path, list) else [path])])
     if UNIREF50.is_file():
         announce(f"data: {UNIREF50}", processes)
-        return SequenceStore(UNIREF50)
+        return StoreGroup([SequenceStore(UNIREF50)])
     store = SequenceStore(from_first(bundled_store().path if processes.first else None))
     announce(f"data: the bundled sample of {len(store):,} proteins ({UNIREF50} has not been prepared)", processes)
-    return store
+    return StoreGroup([store])
 
 
 def run_path(config: TrainConfig) -> Path:

@@ -8,7 +8,7 @@ import torch
 
 from protlig_dd.batch import PackedBatch
 from protlig_dd.data.loader import PackDataset, pack_loader
-from protlig_dd.data.store import SPLITS, SequenceStore
+from protlig_dd.data.store import SPLITS, StoreGroup
 from protlig_dd.diffusion.graph import Absorbing, Graph
 from protlig_dd.diffusion.likelihood import nll_bound, per_residue
 from protlig_dd.diffusion.noise import Noise
@@ -100,7 +100,7 @@ def residue_counts(batch: PackedBatch) -> torch.Tensor:
     return counts.view(-1).index_add_(0, flat, torch.ones(len(flat), dtype=torch.float64)).view_as(counts)
 
 
-def training_frequencies(store: SequenceStore) -> np.ndarray:
+def training_frequencies(store: StoreGroup) -> np.ndarray:
     """(20,) amino-acid frequencies of the training split, with one pseudo-count each."""
     counts = store.token_counts[SPLITS.index("train")][:N_STATES] + 1
     return counts / counts.sum()
@@ -114,7 +114,6 @@ def composition_kl(samples: list[np.ndarray], frequencies: np.ndarray) -> float:
     return float((shares[used] * np.log(shares[used] / frequencies[used])).sum())
 
 
-def length_quantiles(store: SequenceStore, max_len: int) -> list[float]:
-    """101 quantiles of the training split's lengths, as far as the model saw them; kept in checkpoints for sampling."""
-    lengths = np.minimum(store.lengths[store.split("train")], max_len)
-    return [float(q) for q in np.quantile(lengths, np.linspace(0, 1, 101))]
+def length_counts(store: StoreGroup, max_len: int) -> list[int]:
+    """How many training sequences have 0, 1, ... max_len residues, as far as the model saw them; for sampling."""
+    return np.bincount(np.minimum(store.lengths[store.split("train")], max_len)).tolist()

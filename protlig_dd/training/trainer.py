@@ -162,6 +162,7 @@ def fit(
     """
     device, processes = trainer.device, trainer.processes
     sampler = RankPacks(first_step, last_step, trainer.packs_per_step, processes.rank, processes.world_size)
+    trainer.dataset.plan(first_step * trainer.packs_per_step // len(trainer.dataset))  # before workers ask for it
     packs = iter(pack_loader(trainer.dataset, sampler, workers, pin_memory=device.type == "cuda"))
     pending: list[dict[str, Any]] = []
     if rows_file is not None and processes.first:
@@ -200,6 +201,7 @@ def fit(
             if saving:
                 checkpoint(done)
             since = time.perf_counter()  # evaluation and checkpoints do not count as training time
+    trainer.dataset.forget_plans()
 
 
 def flush(pending: list[dict[str, Any]], seconds: float) -> list[Row]:
@@ -228,7 +230,7 @@ def raise_non_finite(trainer: Trainer, pending: list[dict[str, Any]]) -> None:
         first = (record["step"] - 1) * trainer.packs_per_step
         dataset = trainer.dataset
         ids = [
-            dataset.store.id(row)
+            dataset.group.id(row)
             for pack in (bad or range(trainer.packs_per_step))
             for row in dataset.pack_rows(first + pack)
         ]

@@ -2,13 +2,24 @@
 
 from pathlib import Path
 
-from protlig_dd.data.loader import check_pack_sizes
+from protlig_dd.data.loader import CROPS, check_pack_sizes, check_weights
 from protlig_dd.data.store import SPLITS
 from protlig_dd.diffusion.sampling import check_sampler
 from protlig_dd.diffusion.score import check_parametrisation
 from protlig_dd.model.dit import check_dimensions
-from protlig_dd.runtime.config import TrainConfig, build_graph, build_noise
+from protlig_dd.runtime.config import DataConfig, TrainConfig, build_graph, build_noise
 from protlig_dd.training.optim import OPTIMIZERS
+
+
+def check_data(data: DataConfig) -> None:
+    """Raise for a path that is neither a file nor a list of files, or weights that do not go with it."""
+    paths = data.path if isinstance(data.path, list) else [data.path]
+    if not paths or not all(isinstance(path, str) for path in paths) or ("auto" in paths and data.path != "auto"):
+        raise ValueError(f"data.path={data.path}: give a store, a list of stores [a.h5,b.h5], or auto")
+    if data.weights is not None:
+        check_weights(data.weights, len(paths))
+    if data.crop not in CROPS:
+        raise ValueError(f"data.crop={data.crop}; there are {', '.join(CROPS)}")
 
 
 def check_train_config(config: TrainConfig) -> None:
@@ -16,6 +27,7 @@ def check_train_config(config: TrainConfig) -> None:
     model, optim, trainer = config.model, config.optim, config.trainer
     check_dimensions(model.hidden_size, model.n_heads, model.n_blocks, model.cond_dim, model.dropout)
     check_pack_sizes(config.data.max_len, config.data.tokens_per_pack)
+    check_data(config.data)
     graph = build_graph(config.graph)
     build_noise(config.noise, graph)
     check_parametrisation(graph, config.parametrisation, config.time_conditioning)

@@ -1,0 +1,263 @@
+"""How fast FASTA becomes a store, an epoch is planned, and packs are loaded; and what GPUs would eat.
+
+    python -m scripts.benchmark_data                                     the bundled proteins, a few minutes
+    python -m scripts.benchmark_data --fasta my.fasta --gigabytes 2      proteins of your own
+
+The FASTA is made of the given proteins over and over, wrapped at 60 columns, each time under other ids and turned by
+some residues, so that none is an exact duplicate. Prepare and the plan run in processes of their own: their CPU seconds
+and peak memory (from Linux' /proc) are theirs alone. The store is read once before the loader is timed: a warm file.
+Prints Markdown.
+"""
+
+import argparse
+import gzip
+import itertools
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+
+from protlig_dd.data.build import SAMPLE_FOLDER, sha256
+from protlig_dd.data.fasta import read_fasta
+from protlig_dd.data.loader import PackDataset, pack_loader
+from protlig_dd.data.plan import total_tokens
+from protlig_dd.data.store import SequenceStore, StoreGroup
+from protlig_dd.model.dit import DiT
+from protlig_dd.runtime.config import config_folder
+from protlig_dd.runtime.metrics import ProgressBar
+from protlig_dd.tokenizer import N_STATES
+
+UNIREF50_CLUSTERS = 70_198_728
+MAX_LEN, BUDGET, PACKS_PER_STEP = 1024, 32_768, 16
+# NVIDIA's data sheet of the H100 SXM: dense bf16 FLOP/s. The share of them that training reaches is an assumption.
+H100_FLOPS, SHARE_REACHED, GPUS = 989e12, 0.4, 8
+
+
+def make_fasta(proteins: Path, path: Path, size: int) -> None:
+    """At least `size` bytes of FASTA, each protein under a permuted id in every round."""
+    records = list(read_fasta(proteins))
+    rng = np.random.default_rng(0)
+    with path.open("w") as file, ProgressBar("making FASTA", size >> 20) as bar:
+        for turn in itertools.count():
+            if (written := file.tell()) >= size:
+                return
+            bar.advance((written >> 20) - bar.done)
+            for record, other in zip(records, rng.permutation(len(records)).tolist(), strict=True):
+                shift = turn % len(record.sequence)
+                sequence = record.sequence[shift:] + record.sequence[:shift]
+                file.write(f">{records[other].id}_{turn}\n")
+                file.writelines(f"{sequence[i : i + 60]}\n" for i in range(0, len(sequence), 60))
+
+
+def measured(code: str, folder: Path) -> dict[str, Any]:
+    """Run Python code that prints a JSON object last; add its wall and CPU seconds and its peak memory in bytes."""
+    began, before = time.perf_counter(), os.times()
+    # not ru_maxrss, which a child inherits from a larger parent
+    code += "\nprint(open('/proc/self/status').read().partition('VmHWM:')[2].split()[0])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"benchmark_data: {done.stderr.strip().splitlines()[-1]}")
+    after = os.times()
+    values, peak = done.stdout.strip().splitlines()[-2:]
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    return {**json.loads(values), "wall": time.perf_counter() - began, "cpu": cpu, "peak": int(peak) * 1024}
+
+
+PREPARE = """
+import json, os, sys
+from pathlib import Path
+from protlig_dd.data.build import Split, build_store
+store = build_store([Path({input!r})], Path({output!r}), split=Split(0.01, 0.01))
+print(json.dumps({{"sequences": len(store), "residues": int(store.lengths.sum())}}))
+"""
+
+
+def prepare(folder: Path, fasta: Path, repeats: int) -> Path:
+    """Time prepare on the plain and the gzipped file, one after the other, several times."""
+    zipped = fasta.with_suffix(".fasta.gz")
+    if not zipped.exists():
+        with fasta.open("rb") as source, gzip.open(zipped, "wb", compresslevel=6) as target:
+            shutil.copyfileobj(source, target, 1 << 24)
+    size, found = fasta.stat().st_size, {fasta: [], zipped: []}
+    hashing, store = [], folder / "store.h5"
+    with ProgressBar("prepare", 2 * repeats) as bar:
+        for _ in range(repeats):
+            for file, runs in found.items():
+                for old in folder.glob("store.h5*"):
+                    old.unlink()
+                runs.append(measured(PREPARE.format(input=str(file), output=str(store)), folder))
+                bar.advance()
+            began = time.process_time()
+            sha256(fasta)
+            hashing.append(size / (time.process_time() - began))
+    rows = []
+    for (file, runs), name in zip(found.items(), ("plain", "gzipped"), strict=True):
+        cpu, wall = (statistics.median(size / run[key] for run in runs) / 1e6 for key in ("cpu", "wall"))
+        limit = 500e6 + 40 * runs[0]["sequences"]
+        peak = max(run["peak"] for run in runs)
+        rates = sorted(size / run["cpu"] / 1e6 for run in runs)
+        span = f"{rates[0]:.0f} to {rates[-1]:.0f}"
+        rows.append([name, f"{file.stat().st_size / 1e6:,.0f}", f"{runs[0]['sequences']:,}", f"{cpu:.0f} ({span})",
+                     f"{wall:.0f}", f"{peak / 1e6:.0f}", f"{limit / 1e6:.0f}"])  # fmt: skip
+    print(f"\nPrepare of {size / 1e6:,.0f} MB of FASTA, median of {repeats}; SHA-256 alone, which is part of it: "
+          f"{statistics.median(hashing) / 1e6:.0f} MB per CPU second\n")  # fmt: skip
+    table(["input", "MB read", "sequences", "MB of FASTA per CPU second (range)", "per second", "peak MB",
+           "500 MB + 40 bytes a sequence"], rows)  # fmt: skip
+    return store
+
+
+class OnlyLengths:
+    """What planning needs of a store."""
+
+    path = Path("lengths")
+    fingerprint = "lengths"
+    token_counts = np.zeros(1)
+
+    def __init__(self, lengths: np.ndarray) -> None:
+        self.lengths = lengths
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+def plan_once(lengths: np.ndarray, step: int) -> None:
+    """Print what it takes to get at the packs of a step, as JSON."""
+    group = StoreGroup([OnlyLengths(lengths)])  # type: ignore[list-item]
+    everything, last = np.arange(len(lengths), dtype=np.uint32), step * PACKS_PER_STEP + PACKS_PER_STEP - 1
+    times = {}
+    for name in ("seconds", "mapped"):
+        began = time.perf_counter()
+        dataset = PackDataset(group, everything, max_len=MAX_LEN, tokens_per_pack=BUDGET, seed=0, ahead=False)
+        dataset.pack_rows(last)
+        times[name] = time.perf_counter() - began
+    epoch = last // len(dataset)
+    rows, starts = dataset.plan(epoch)
+    fill = total_tokens(lengths, rows[: starts[len(dataset)]], MAX_LEN) / len(dataset) / BUDGET
+    found = {"fill": fill, "tail": dataset.tail(epoch) / len(rows), "packs": len(dataset), "epoch": epoch}
+    print(json.dumps(times | found))
+
+
+PLAN = """
+import numpy as np
+from scripts.benchmark_data import plan_once
+plan_once(np.load({lengths!r}), {step})
+"""
+
+
+def plan(folder: Path, store: SequenceStore, sequences: int) -> None:
+    """Plan an epoch of as many lengths as UniRef50 has clusters, drawn from the store's own."""
+    lengths = np.random.default_rng(0).choice(store.lengths, sequences)
+    np.save(folder / "lengths.npy", lengths)
+    last = total_tokens(lengths, np.arange(sequences, dtype=np.uint32), MAX_LEN) // BUDGET // PACKS_PER_STEP
+    rows = []
+    os.environ["TMPDIR"] = str(folder)
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    steps = (0, last // 2, 10 * last)
+    with ProgressBar("plan", len(steps)) as bar:
+        for step in steps:
+            shutil.rmtree(folder / f"protlig_dd-{os.getuid()}", ignore_errors=True)
+            found = measured(PLAN.format(lengths=str(folder / "lengths.npy"), step=step), folder)
+            rows.append([f"{step:,}", str(found["epoch"]), f"{found['seconds']:.1f}", f"{found['mapped']:.1f}",
+                         f"{found['peak'] / 2**30:.2f}", f"{found['packs']:,}", f"{found['fill']:.2%}",
+                         f"{found['tail']:.2%}"])  # fmt: skip
+            bar.advance()
+    print(f"\nFirst batch of {PACKS_PER_STEP} packs of {BUDGET:,} tokens, of {sequences:,} lengths drawn from the "
+          f"store's, cropped at {MAX_LEN:,}: from nothing, and with a plan that is there\n")  # fmt: skip
+    table(["at step", "epoch", "seconds", "seconds, plan there", "peak GiB", "packs an epoch", "full", "tail"], rows)
+
+
+def load(store: SequenceStore, folder: Path, seconds: float) -> float:
+    """Residues per second of the loader alone, with one worker, beside the trainer's appetite; returns the former."""
+    with store.path.open("rb") as file:
+        while file.read(1 << 26):
+            pass
+    rows, best = [], 0.0
+    trainer = training_rate(store, folder)
+    for budget in (16_384, BUDGET):
+        dataset = PackDataset(store, store.split("train"), max_len=MAX_LEN, tokens_per_pack=budget, seed=0)
+        rate = loader_rate(dataset, seconds)
+        dataset.forget_plans()
+        rows.append([f"{budget:,}", f"{rate / 1e6:.1f}", f"{trainer:,.0f}", f"{rate / trainer:,.0f}"])
+        best = max(best, rate)
+    size = store.path.stat().st_size
+    print(f"\nLoader alone, one worker, shuffled, random crops of {MAX_LEN:,}, from a warm store of {size / 1e6:,.0f} "
+          f"MB, beside the training of model=tiny on this machine's {torch.get_num_threads()} CPU cores\n")  # fmt: skip
+    table(["tokens a pack", "M residues/s", "the trainer's residues/s", "times the trainer"], rows)
+    return best
+
+
+def loader_rate(dataset: PackDataset, seconds: float) -> float:
+    packs: Iterator[Any] = iter(pack_loader(dataset, range(10**9), workers=1, pin_memory=False))
+    for _ in range(20):  # the worker starts, and maps the plan
+        next(packs)
+    residues, began = 0, time.perf_counter()
+    while (spent := time.perf_counter() - began) < seconds:
+        residues += int((next(packs).tokens < N_STATES).sum())
+    return residues / spent
+
+
+def training_rate(store: SequenceStore, folder: Path) -> float:
+    """Median residues/s of a short training run of the tiny model."""
+    command = [sys.executable, "-m", "protlig_dd.training", "experiment=demo", "run.name=benchmark", "run.fresh=true",
+               f"data.path={store.path}", "trainer.max_steps=40", "trainer.stop_at_step=39", "trainer.eval_every=0",
+               "logger.tensorboard=false", "trainer.log_every=5"]  # fmt: skip
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    lines = (folder / "runs/benchmark/metrics.jsonl").read_text().splitlines()
+    return statistics.median(json.loads(line)["residues_per_s"] for line in lines[10:])
+
+
+def appetite(store: SequenceStore, rate: float) -> None:
+    """What a node of H100s would eat, from FLOPs, and how many workers feed a GPU."""
+    tokens = np.minimum(store.lengths, MAX_LEN).astype(np.float64)
+    seen = float((tokens**2).sum() / tokens.sum())  # tokens that a token attends to, on average
+    rows = []
+    for name in ("medium", "large"):
+        config: Any = OmegaConf.to_container(OmegaConf.load(config_folder() / "model" / f"{name}.yaml"))
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in DiT(**config | {"attention_backend": "sdpa"}).parameters())
+        flops = 6 * parameters + 12 * config["n_blocks"] * config["hidden_size"] * seen
+        eaten = H100_FLOPS * SHARE_REACHED / flops
+        rows.append([f"{name}, {parameters / 1e6:.0f} M", f"{flops / 1e9:.2f}", f"{eaten / 1e6:.2f}",
+                     f"{GPUS * eaten / 1e6:.1f}", f"{rate / eaten:.1f}"])  # fmt: skip
+    print(f"\nOne node of {GPUS} H100 at {SHARE_REACHED:.0%} of {H100_FLOPS / 1e12:.0f} TFLOP/s (assumed), a token "
+          f"attending to {seen:.0f} on average; a loader worker gives {rate / 1e6:.1f} M residues/s\n")  # fmt: skip
+    table(["model", "GFLOP a token", "M tokens/s a GPU", "M tokens/s a node", "times one worker a GPU"], rows)
+
+
+def table(columns: list[str], rows: list[list[str]]) -> None:
+    for cells in (columns, ["---"] * len(columns), *rows):
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fasta", type=Path, default=SAMPLE_FOLDER / "train.fasta.gz", help="proteins to start from")
+    parser.add_argument("--gigabytes", type=float, default=1.1, help="FASTA to make of them")
+    parser.add_argument("--sequences", type=int, default=UNIREF50_CLUSTERS, help="lengths to plan an epoch of")
+    parser.add_argument("--repeats", type=int, default=3, help="times that prepare is run")
+    parser.add_argument("--seconds", type=float, default=15, help="time that the loader is watched for")
+    parser.add_argument("--folder", type=Path, default=Path(), help="for scratch files, 4 times the FASTA")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="benchmark_data.") as name:
+        folder = Path(name).resolve()
+        fasta = folder / "proteins.fasta"
+        make_fasta(arguments.fasta, fasta, int(arguments.gigabytes * 1e9))
+        store = SequenceStore(prepare(folder, fasta, arguments.repeats))
+        plan(folder, store, arguments.sequences)
+        rate = load(store, folder, arguments.seconds)
+        appetite(store, rate)
+
+
+if __name__ == "__main__":
+    main()

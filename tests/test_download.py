@@ -1,0 +1,200 @@
+"""scripts/download_uniref50.sh against a server on loopback that breaks off."""
+
+import gzip
+import hashlib
+import http.server
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .conftest import ROOT
+
+NAME = "uniref50.fasta.gz"
+METALINK = """<?xml version="1.0" encoding="UTF-8"?>
+<metalink version="3.0" xmlns="http://www.metalinker.org/" type="static">
+ <version>{release}</version>
+ <files>
+  <file name="uniref50.xml.gz"><size>7</size><verification><hash type="md5">0</hash></verification></file>
+  <file name="{name}">
+   <size>{size}</size>
+   <verification><hash type="sha1">0</hash><hash type="md5">{md5}</hash></verification>
+   <resources><url location="ie" type="ftp" preference="60">ftp://elsewhere/{name}</url></resources>
+  </file>
+ </files>
+</metalink>
+"""
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves one release. Each answer breaks off after `at_most` bytes of the file."""
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.content, self.release, self.md5 = content, "2026_04", hashlib.md5(content).hexdigest()
+        self.size, self.at_most, self.ranges, self.pause = len(content), len(content), True, 0.0
+        self.asked: list[str | None] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/uniref50"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        if self.path.endswith("/RELEASE.metalink"):
+            text = METALINK.format(release=self.server.release, name=NAME, size=self.server.size, md5=self.server.md5)
+            self.answer(200, text.encode(), len(text))
+        elif self.path.endswith(f"/{NAME}"):
+            wanted = self.headers.get("Range")
+            self.server.asked.append(wanted)
+            start = int(wanted.removeprefix("bytes=").partition("-")[0]) if wanted and self.server.ranges else 0
+            self.answer(206 if start else 200, self.server.content[start:], self.server.at_most, start)
+        else:
+            self.send_error(404)
+
+    def answer(self, code: int, body: bytes, at_most: int, start: int = 0) -> None:
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(body)))
+        if code == 206:
+            self.send_header("Content-Range", f"bytes {start}-{start + len(body) - 1}/{start + len(body)}")
+        self.end_headers()
+        for first in range(0, min(len(body), at_most), 5000):
+            self.wfile.write(body[first : min(first + 5000, at_most)])
+            self.wfile.flush()
+            time.sleep(self.server.pause if self.path.endswith(NAME) else 0)
+        self.close_connection = True  # with less than was announced: the connection broke
+
+    def log_message(self, format: str, *args: object) -> None: ...
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    rng = os.urandom(200_000)
+    server = Server(gzip.compress(b">UniRef50_A\nMKV\n" + rng.hex().encode()))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def start(server: Server, folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [ROOT / "scripts/download_uniref50.sh", *(arguments or (str(folder / "d"),))],
+        env=os.environ | {"UNIREF_URL": server.url, "UNIREF_WAIT": "0"},
+        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def download(server: Server, folder: Path, *arguments: str) -> tuple[int, str, str]:
+    process = start(server, folder, *arguments)
+    output, errors = process.communicate(timeout=60)
+    return process.returncode, output, errors
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_download_that_breaks_off_goes_on_where_it_broke(server: Server, tmp_path: Path) -> None:
+    server.at_most = len(server.content) // 3
+    code, output, errors = download(server, tmp_path)
+    assert code == 0, errors
+    assert (tmp_path / "d" / NAME).read_bytes() == server.content
+    assert names(tmp_path / "d") == [NAME, f"{NAME}.release"]
+    third = server.at_most
+    assert server.asked == [None, f"bytes={third}-", f"bytes={2 * third}-"] + [f"bytes={3 * third}-"] * (
+        len(server.content) > 3 * third
+    )
+    record = (tmp_path / "d" / f"{NAME}.release").read_text()
+    expected = f"release=2026_04\nsize={server.size}\nmd5={server.md5}\nurl={server.url}/{NAME}\n"
+    assert record == expected
+    assert f"{NAME}: release 2026_04" in output
+    code, output, _ = download(server, tmp_path)
+    assert (code, len(server.asked)) == (0, 3 + (len(server.content) > 3 * third))  # it is there: not asked again
+    assert "is there: release 2026_04" in output
+
+
+def test_a_killed_download_goes_on(server: Server, tmp_path: Path) -> None:
+    server.pause = 0.02
+    process = start(server, tmp_path)
+    part = tmp_path / "d" / f"{NAME}.part"
+    deadline = time.time() + 30
+    while not part.exists() or part.stat().st_size < 20_000:
+        assert process.poll() is None
+        assert time.time() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    had = part.stat().st_size
+    server.pause = 0
+    code, output, errors = download(server, tmp_path)
+    assert code == 0, errors
+    assert f"{had} of them here" in output
+    assert server.asked == [None, f"bytes={had}-"]
+    assert (tmp_path / "d" / NAME).read_bytes() == server.content
+
+
+def test_a_part_of_another_release_is_not_gone_on_with(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / f"{NAME}.part").write_bytes(server.content[:100])
+    (tmp_path / "d" / f"{NAME}.part.release").write_text("release=2026_03\nsize=5\nmd5=0\nurl=x\n")
+    code, _, errors = download(server, tmp_path)
+    assert code == 1
+    assert f"{NAME}.part is of release 2026_03, the server has release 2026_04; move it away to get that" in errors
+    assert (tmp_path / "d" / f"{NAME}.part").read_bytes() == server.content[:100]
+    (tmp_path / "d" / f"{NAME}.part.release").unlink()
+    assert "is there without" in download(server, tmp_path)[2]
+    assert server.asked == []
+
+
+def test_a_finished_file_of_another_release_is_kept(server: Server, tmp_path: Path) -> None:
+    assert download(server, tmp_path)[0] == 0
+    server.release = "2026_05"
+    code, _, errors = download(server, tmp_path)
+    assert code == 1
+    assert "is of release 2026_04, the server has release 2026_05" in errors
+    assert (tmp_path / "d" / NAME).read_bytes() == server.content
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"md5": "f" * 32}, "has MD5 [0-9a-f]{32}, release 2026_04 has f{32}; move it away and start again"),
+        ({"size": 1000}, "has [0-9]+ bytes, release 2026_04 has 1000; move it away and start again"),
+        ({"size": 10**9}, "gives no more after byte [0-9]+"),
+        ({"at_most": 0}, "gives no more after byte 0"),
+        ({"ranges": False, "at_most": 90_000}, "cannot be taken up again at byte 90000: the server knows no ranges"),
+    ],
+)
+def test_what_does_not_agree_is_refused(
+    server: Server, tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    vars(server).update(change)
+    code, _, errors = download(server, tmp_path)
+    assert code == 1
+    assert not (tmp_path / "d" / NAME).exists()
+    last = errors.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert re.search(message, last), last
+
+
+def test_without_a_release_nothing_is_downloaded(server: Server, tmp_path: Path) -> None:
+    server.size = "</size>"  # no XML any more
+    assert "gives no version, size and MD5 of uniref50.fasta.gz" in download(server, tmp_path)[2]
+    assert "one folder at most, got 2" in download(server, tmp_path, "a", "b")[2]
+    code, output, _ = download(server, tmp_path, "--help")
+    assert code == 0
+    assert "scripts/download_uniref50.sh [FOLDER]" in output
+    assert "UNIREF_WAIT" in output
+    assert server.asked == []

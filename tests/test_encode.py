@@ -1,0 +1,76 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protlig_dd.data.encode import ID_SEED, encode_block, sequence_hashes
+from protlig_dd.data.fasta import FastaBlock, FastaFile
+from protlig_dd.tokenizer import AMINO_ACIDS, CONTEXT_LETTERS, ProteinTokenizer
+
+SEQUENCES = st.lists(st.text(AMINO_ACIDS + CONTEXT_LETTERS, min_size=1, max_size=70), min_size=1, max_size=20)
+
+
+def block_of(*bodies: bytes) -> FastaBlock:
+    ids = [b"p%d" % i for i in range(len(bodies))]
+    lines = [body.removesuffix(b"\n") for body in bodies]
+    records = [id_ + b"\n" + body for id_, body in zip(ids, lines, strict=True)]
+    return FastaBlock("a.fasta", 11, 101, records, ids, ids, lines)
+
+
+@given(SEQUENCES, st.sampled_from([b"\n", b"\r\n", b" \n\t"]), st.sampled_from([b"", b"*", b"*\n"]), st.booleans())
+def test_a_block_is_what_the_tokenizer_makes_of_each(
+    sequences: list[str], end: bytes, tail: bytes, lower: bool
+) -> None:
+    bodies = []
+    for sequence in sequences:
+        text = (sequence.lower() if lower else sequence).encode()
+        bodies.append(end.join(text[i : i + 9] for i in range(0, len(text), 9)) + tail)
+    encoded = encode_block(block_of(*bodies))
+    expected = [ProteinTokenizer().encode(sequence) for sequence in sequences]
+    assert encoded.tokens.tolist() == np.concatenate(expected).tolist()
+    assert encoded.lengths.tolist() == [len(tokens) for tokens in expected]
+    assert encoded.lower_case == (sum(map(len, sequences)) if lower else 0)
+
+
+def test_hashes_are_pinned() -> None:
+    """The split of every id and which sequences are equal follow from these: they must never change."""
+    encoded = encode_block(block_of(b"MKV", b"mkv", b"MKVA"))
+    assert encoded.id_hashes.tolist() == [xxhash.xxh3_64_intdigest(b"p%d" % i, ID_SEED) for i in range(3)]
+    assert encoded.id_hashes[0] == 10300873757441738782
+    high_low = sequence_hashes(encoded)
+    assert high_low[0].tolist() == high_low[1].tolist() == [2854095014588196862, 8816996482974121336]
+    assert high_low[2].tolist() != high_low[0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"MK*V", r"illegal character '\*' at position 3 of 4"),
+        (b"MKV**", r"illegal character '\*' at position 4 of 4"),
+        (b"MK-V", "illegal character '-' at position 3 of 4"),
+        (b"MK1V", "illegal character '1' at position 3 of 4"),
+        (b"MK\x00V", r"illegal character '\\x00' at position 3 of 4"),
+        (b"MK\x01\x02V", r"illegal character '\\x01' at position 3 of 5"),
+        (b"MK\x02V", r"illegal character '\\x02' at position 3 of 4"),
+        (b"MK\xc3\xa9V", r"illegal character byte 0xc3 at position 3 of 5"),
+        (b"MK_V", "illegal character '_' at position 3 of 4"),
+        (b"MK>V", "illegal character '>' at position 3 of 4"),
+        (b"", "no residues"),
+        (b" \n", "no residues"),
+        (b"*\n", "no residues"),
+    ],
+)
+@pytest.mark.parametrize("neighbour", [b"MKV\nA\n", b"mkv\nA*\n"])
+def test_what_is_illegal_is_named_with_file_record_and_line(body: bytes, message: str, neighbour: bytes) -> None:
+    with pytest.raises(ValueError, match=rf"^a\.fasta: record 12 \(p1\), line 10[45].*: {message}"):
+        encode_block(block_of(neighbour, body, neighbour))
+
+
+def test_the_line_is_that_of_the_residue(tmp_path: Path) -> None:
+    (tmp_path / "a.fasta").write_bytes(b"\n>a x\nMKV\n>b y\r\nMKVA\r\n\r\nMK?\r\n")
+    blocks = FastaFile(tmp_path / "a.fasta").blocks()
+    with pytest.raises(ValueError, match=r"record 2 \(b\), line 7: illegal character '\?' at position 7 of 7"):
+        list(map(encode_block, blocks))

@@ -1,0 +1,213 @@
+import itertools
+import multiprocessing
+import os
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protlig_dd.data import plan
+from protlig_dd.data.plan import (
+    Plan,
+    clipped_tokens,
+    epoch_rows,
+    make_plan,
+    pack_starts,
+    packs_in_epoch,
+    plan_folder,
+    quotas,
+    remove_plans,
+    shared_plan,
+    total_tokens,
+)
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+
+
+def test_the_example_of_the_docs() -> None:
+    assert pack_starts([np.array([5, 6, 4, 1])], 12).tolist() == [0, 2, 4]
+
+
+@given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=200),
+    st.integers(50, 120),
+    st.lists(st.integers(1, 30), min_size=1, max_size=4),
+)
+def test_packs_hold_whole_sequences_within_the_budget_and_close_only_when_full(
+    tokens: list[int], budget: int, sizes: list[int]
+) -> None:
+    cuts = [cut for cut in itertools.accumulate(itertools.islice(itertools.cycle(sizes), 200)) if cut < len(tokens)]
+    starts = pack_starts(np.split(np.array(tokens), cuts), budget)  # however the order is cut into blocks
+    assert starts[0] == 0
+    assert starts[-1] == len(tokens)
+    packs = [tokens[a:b] for a, b in itertools.pairwise(starts.tolist())]
+    assert all(pack and sum(pack) <= budget for pack in packs)
+    assert all(sum(pack) + following[0] > budget for pack, following in itertools.pairwise(packs))
+    # what makes a fixed number of packs per epoch possible
+    assert sum(tokens) // budget <= len(packs)
+
+
+GROUPS = st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=40), min_size=1, max_size=3)
+
+
+def group_rows(groups: list[list[int]]) -> tuple[list[np.ndarray], np.ndarray]:
+    ends = np.cumsum([len(group) for group in groups])
+    return np.split(np.arange(ends[-1], dtype=np.uint32), ends[:-1]), np.array(list(itertools.chain(*groups)))
+
+
+def epochs(
+    groups: list[list[int]], weights: list[float] | None, max_len: int, seed: int, count: int
+) -> list[np.ndarray]:
+    rows, lengths = group_rows(groups)
+    totals = [total_tokens(lengths, group, max_len) for group in rows]
+    wanted = quotas(totals, weights)
+    return [
+        epoch_rows(rows, lengths, totals, wanted, max_len=max_len, seed=seed, epoch=epoch) for epoch in range(count)
+    ]
+
+
+@given(GROUPS, st.integers(5, 30), st.integers(0, 3))
+def test_without_weights_every_epoch_has_every_row_once(groups: list[list[int]], max_len: int, seed: int) -> None:
+    everything = list(range(sum(map(len, groups))))
+    shuffled = epochs(groups, None, max_len, seed, 3)
+    assert all(sorted(rows.tolist()) == everything for rows in shuffled)
+    assert [rows.tolist() for rows in epochs(groups, None, max_len, seed, 2)] == [
+        rows.tolist() for rows in shuffled[:2]
+    ]
+
+
+@given(GROUPS, st.integers(5, 30), st.data())
+def test_a_mixture_passes_its_longest_store_once_and_the_others_evenly(
+    groups: list[list[int]], max_len: int, data: st.DataObject
+) -> None:
+    weights = data.draw(st.lists(st.floats(0.2, 3), min_size=len(groups), max_size=len(groups)))
+    rows, lengths = group_rows(groups)
+    totals = [total_tokens(lengths, group, max_len) for group in rows]
+    wanted = quotas(totals, weights)
+    longest = int(np.argmax([total / weight for total, weight in zip(totals, weights, strict=True)]))
+    assert wanted[longest] == totals[longest]
+    count = 4
+    drawn = epochs(groups, weights, max_len, 7, count)
+    times = Counter(np.concatenate(drawn).tolist())
+    for number, group in enumerate(rows):
+        own = [times[row] for row in group.tolist()]
+        assert max(own) - min(own) <= 1
+        if number == longest:
+            assert set(own) == {count}
+        # as many tokens as its weight says, but for the sequence that lies on the boundary
+        tokens = int(np.array(own) @ clipped_tokens(lengths[group], max_len))
+        assert abs(tokens - count * wanted[number]) <= max_len + 1
+    # every epoch fills the packs that it is said to fill
+    budget = max_len + 5
+    packs = packs_in_epoch(totals, wanted, budget, max_len)
+    for epoch_order in drawn:
+        assert len(make_plan(epoch_order, lengths, max_len=max_len, tokens_per_pack=budget).starts) - 1 >= packs
+
+
+def test_epochs_passes_and_stores_are_shuffled_apart() -> None:
+    groups = [[9] * 50, [9] * 50]
+    first, second = epochs(groups, None, 30, 1, 2)
+    assert first.tolist() != second.tolist()
+    assert first.tolist() != epochs(groups, None, 30, 2, 1)[0].tolist()
+    # the second store is passed one and a half times an epoch
+    twice = [
+        {row for row, n in Counter(rows.tolist()).items() if n == 2} for rows in epochs(groups, [2.0, 3.0], 30, 1, 4)
+    ]
+    assert [len(rows) for rows in twice] == [25] * 4
+    assert twice[0] | twice[1] == set(range(50, 100))  # one pass
+    assert twice[0] not in (twice[2], twice[3])  # another order in the next
+
+
+def make() -> Plan:
+    return Plan(np.arange(5, dtype=np.uint32), np.array([0, 2, 5]))
+
+
+def test_a_plan_is_made_once_and_mapped(tmp_path: Path) -> None:
+    made: list[int] = []
+
+    def counted() -> Plan:
+        made.append(1)
+        return make()
+
+    for _ in range(3):
+        shared = shared_plan("key", 4, counted)
+        assert shared is not None
+        assert isinstance(shared.rows, np.memmap)
+        assert (shared.rows.tolist(), shared.starts.tolist()) == ([0, 1, 2, 3, 4], [0, 2, 5])
+    assert len(made) == 1
+    assert plan_folder().parent == tmp_path
+    assert plan_folder().stat().st_mode & 0o777 == 0o700
+
+
+def ask(seconds: float) -> int:
+    def slow() -> Plan:
+        time.sleep(seconds)
+        return Plan(np.array([os.getpid()]), np.array([0, 1]))
+
+    shared = shared_plan("race", 0, slow)
+    assert shared is not None
+    return int(shared.rows[0])
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_of_many_processes_one_makes_the_plan(tmp_path: Path) -> None:
+    with multiprocessing.get_context("fork").Pool(6) as pool:
+        assert len(set(pool.map(ask, [0.2] * 12))) == 1
+
+
+def test_a_process_that_died_while_making_a_plan_is_replaced(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("fork").Process(target=ask, args=(60,))
+    process.start()
+    while not list(plan_folder().glob("race-0.*")):
+        time.sleep(0.01)
+    assert shared_plan("race", 0, make, wait=False) is None  # it is being made
+    process.kill()
+    process.join()
+    shared = shared_plan("race", 0, make)
+    assert shared is not None
+    assert shared.rows.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_old_plans_are_removed_while_readers_go_on() -> None:
+    first = shared_plan("key", 0, make)
+    assert first is not None
+    for epoch in (1, 2):
+        shared_plan("key", epoch, make)
+    shared_plan("other", 0, make)
+    names = sorted(path.name for path in plan_folder().iterdir() if path.is_dir())
+    assert names == ["key-1", "key-2", "other-0"]
+    assert first.rows.tolist() == [0, 1, 2, 3, 4]
+    remove_plans("key")
+    assert sorted(path.name for path in plan_folder().iterdir() if path.is_dir()) == ["other-0"]
+
+
+def test_a_folder_of_somebody_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uid = os.getuid()
+    plan_folder()
+    (tmp_path / f"protlig_dd-{uid}").rename(tmp_path / f"protlig_dd-{uid + 1}")
+    monkeypatch.setattr(os, "getuid", lambda: uid + 1)
+    with pytest.raises(ValueError, match=rf"belongs to user {uid}, not to {uid + 1}; set TMPDIR"):
+        plan_folder()
+
+
+def test_a_temporary_folder_that_takes_nothing_is_named(tmp_path: Path) -> None:
+    def full() -> Plan:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(ValueError, match=r"cannot keep the plan of an epoch there .*No space left.*; set TMPDIR"):
+        shared_plan("key", 0, full)
+    assert [path.name for path in plan_folder().iterdir()] == ["key.lock"]
+    (tmp_path / f"protlig_dd-{os.getuid()}" / "key.lock").unlink()
+    plan_folder().rmdir()
+    (tmp_path / f"protlig_dd-{os.getuid()}").write_text("a file")
+    with pytest.raises(ValueError, match="cannot keep the plan of an epoch there"):
+        plan.plan_folder()

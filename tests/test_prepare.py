@@ -1,0 +1,267 @@
+"""`python -m protlig_dd.prepare` as a user runs it: every fault is one line and leaves nothing behind."""
+
+import gzip
+import itertools
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from protlig_dd.data.fasta import FastaRecord
+from protlig_dd.data.store import SequenceStore
+from protlig_dd.prepare import length_plot
+
+from .conftest import ROOT, Command, assert_one_line_error
+
+PREPARE = ("-m", "protlig_dd.prepare")
+MANY = "".join(f">p{i} x\nMKV\nMKA\n" for i in range(30_000)).encode()
+
+
+def test_prepare_and_inspect(run_python: Command, tmp_path: Path) -> None:
+    text = "".join(f">p{i} [b]\nmkV{'ACDEFGHIKL'[i % 10] * (i + 9)}\n" for i in range(300))
+    (tmp_path / "my.fasta").write_text(text + ">same\nMKVAAAAAAAAA\n")
+    options = ("split.validation_fraction=0.2", "filter.max_length=307")
+    process = run_python(*PREPARE, "input=my.fasta", "output=d/my.h5", *options)
+    assert process.returncode == 0, process.stderr
+    assert "d/my.h5: 296 sequences" in process.stdout
+    assert "dropped 4 by max_length, 1 by duplicates" in process.stdout
+    assert "600 lower-case letters were read as upper-case" in process.stdout
+    assert 30 < len(SequenceStore(tmp_path / "d/my.h5").split("validation")) < 90
+    assert sorted(path.name for path in (tmp_path / "d").iterdir()) == ["my.h5", "my.h5.manifest.json"]
+    shown = run_python(*PREPARE, "inspect=d/my.h5")
+    assert shown.returncode == 0, shown.stderr
+    for part in (
+        '"max_length": 307',
+        '"created": "20',
+        "    0-49 ",
+        "█",
+        ">p0 [b]\nMKVAAAAAAAAA\n",
+        "every checksum holds",
+    ):
+        assert part in shown.stdout
+    again = run_python(*PREPARE, "input=my.fasta", "output=d/my.h5")
+    assert_one_line_error(again, "d/my.h5 exists already")
+    content = bytearray((tmp_path / "d/my.h5").read_bytes())
+    content[3000] ^= 1
+    (tmp_path / "d/my.h5").write_bytes(content)
+    assert_one_line_error(run_python(*PREPARE, "inspect=d/my.h5"), "d/my.h5: tokens is damaged")
+
+
+def test_the_plot_ends_with_what_is_longer() -> None:
+    splits = {"train": {"lengths": [2, 4]}, "validation": {"lengths": []}, "test": {"lengths": [0, 0, 1]}}
+    lines = length_plot({"length_bin": 50, "splits": splits})
+    assert [line.split()[:2] for line in lines[1:]] == [["0-49", "2"], ["50-99", "4"], ["100-149", "1"]]
+    assert lines[2].count("█") == 2 * lines[1].count("█") == 50
+    splits["test"] = {"lengths": [1] * 30}
+    lines = length_plot({"length_bin": 50, "splits": splits})
+    assert len(lines) == 21
+    assert lines[-1].split()[:2] == ["950+", "11"]
+
+
+BAD = {
+    "empty": (b"", ["bad.fasta", "empty"]),
+    "no header": (b"MKV\n", ["bad.fasta", "line 1 is not a FASTA header", "'MKV'"]),
+    "no sequence": (b">a\nMKV\n>b x\n>c\nMKV\n", ["bad.fasta: record 2 (b), line 3", "no residues"]),
+    "no sequence at the end": (b">a\nMKV\n>b", ["bad.fasta: record 2 (b), line 3", "no residues"]),
+    "truncated gzip": (gzip.compress(MANY)[:20_000], ["bad.fasta", "truncated or damaged gzip, after record"]),
+    "corrupt gzip": (gzip.compress(MANY)[:-8] + bytes(8), ["bad.fasta", "truncated or damaged gzip", "CRC"]),
+    "stop inside": (b">a\r\nMK\r\nM*V\r\n", ["bad.fasta: record 1 (a), line 3", "'*' at position 4 of 5"]),
+    "gap": (MANY + b">a\nMK-V\n", ["bad.fasta: record 30001 (a), line 90002", "'-' at position 3"]),
+    "digits": (b">good\nMKV\n>P2 x\nMK1V\n", ["bad.fasta: record 2 (P2), line 4", "'1' at position 3"]),
+    "NUL": (b">a\nMK\x00V\n", ["bad.fasta: record 1 (a), line 2", r"'\x00' at position 3"]),
+    "header not UTF-8": (b">a\nMKV\n>b \xe9\nMKV\n", ["bad.fasta: record 2 (b), line 3", "not UTF-8"]),
+    "one endless line": (
+        gzip.compress(b">a\n") + gzip.compress(b"M" * (64 << 20)) * 32,
+        ["bad.fasta: record 1, line 1 is longer than 16,777,216 bytes"],
+    ),
+    "repeated id": (MANY + b">p7\nMKV\n", ["record 30001 (p7), line 90001", "record 8 (p7), line 22"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_fasta(run_python: Command, tmp_path: Path, name: str) -> None:
+    content, parts = BAD[name]
+    (tmp_path / "bad.fasta").write_bytes(content)
+    process = run_python(*PREPARE, "input=bad.fasta", "output=bad.h5", "filter.duplicates=true")
+    assert_one_line_error(process, *parts)
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.fasta"]
+
+
+def test_what_is_odd_but_good(run_python: Command, tmp_path: Path) -> None:
+    """CRLF, lower case, a stop at the end, blank lines, one record of 40,000 residues, no newline at the end."""
+    (tmp_path / "odd.fasta").write_bytes(b"\r\n>a b\r\nmKv\r\nAA*\r\n\r\n>titin\r\n" + b"MKVLA" * 8000)
+    process = run_python(*PREPARE, "input=odd.fasta", "output=odd.h5")
+    assert process.returncode == 0, process.stderr
+    store = SequenceStore(tmp_path / "odd.h5")
+    assert store.lengths.tolist() == [5, 40_000]
+    assert store.header(0) == "a b"
+    assert store.manifest["lower_case_letters"] == 2
+
+
+def test_arguments_that_do_not_go_together(run_python: Command, tmp_path: Path) -> None:
+    assert_one_line_error(run_python(*PREPARE), "give one of input=", "inspect=")
+    assert_one_line_error(run_python(*PREPARE, "input=a", "test_fraction=0.1"), "split.test_fraction")
+
+
+@pytest.fixture
+def big_fasta(tmp_path: Path, proteins: list[FastaRecord]) -> Path:
+    """Some 25 MB of real proteins, each time under another id and turned by some residues."""
+    path = tmp_path / "big.fasta"
+    with path.open("w") as file:
+        for turn in range(130):
+            for record in proteins:
+                sequence = record.sequence[turn:] + record.sequence[:turn]
+                file.write(f">{record.id}_{turn}\n{sequence}\n")
+    return path
+
+
+def start(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *PREPARE, *arguments],
+        cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    deadline = time.time() + 60
+    while not condition():
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        assert time.time() < deadline
+        time.sleep(0.002)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_leaves_no_store_and_can_be_run_again(tmp_path: Path, big_fasta: Path) -> None:
+    partial = tmp_path / ".big.h5.partial"
+    stages: list[Callable[[], object]] = [
+        lambda: partial.exists(),
+        lambda: (partial / "tokens").exists() and (partial / "tokens").stat().st_size > 5_000_000,
+        lambda: (partial / "store.h5").exists(),
+        lambda: (partial / "store.h5").exists() and (partial / "store.h5").stat().st_size > 10_000_000,
+    ]
+    for reached in stages:
+        process = start(tmp_path, "input=big.fasta", "output=big.h5")
+        wait_for(reached, process)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if process.stderr is not None:
+            process.stderr.close()
+        assert not (tmp_path / "big.h5").exists()
+        assert partial.exists()
+    process = start(tmp_path, "input=big.fasta", "output=big.h5")
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert not partial.exists()
+    SequenceStore(tmp_path / "big.h5").verify()
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_nothing(tmp_path: Path, big_fasta: Path) -> None:
+    process = start(tmp_path, "input=big.fasta", "output=big.h5")
+    wait_for((tmp_path / ".big.h5.partial/tokens").exists, process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130, errors
+    assert errors == "interrupted\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["big.fasta"]
+
+
+@pytest.mark.slow
+def test_of_two_writers_of_one_output_the_second_is_refused(tmp_path: Path, big_fasta: Path) -> None:
+    first = start(tmp_path, "input=big.fasta", "output=big.h5")
+    wait_for((tmp_path / ".big.h5.partial/tokens").exists, first)
+    first.send_signal(signal.SIGSTOP)
+    second = start(tmp_path, "input=big.fasta", "output=big.h5")
+    _, errors = second.communicate()
+    first.send_signal(signal.SIGCONT)
+    assert second.returncode == 1
+    assert "big.h5: another process is writing it" in errors
+    _, errors = first.communicate()
+    assert first.returncode == 0, errors
+    SequenceStore(tmp_path / "big.h5").verify()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["big.fasta", "big.h5", "big.h5.manifest.json"]
+
+
+def limit_files(size: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 12, 20])  # MB: in the first block, in the spool, in the store
+def test_a_file_that_may_not_grow(tmp_path: Path, big_fasta: Path, size: int) -> None:
+    process = subprocess.run(
+        [sys.executable, *PREPARE, "input=big.fasta", "output=d/big.h5"],
+        cwd=tmp_path, capture_output=True, text=True, check=False, preexec_fn=lambda: limit_files(size << 20),
+    )  # fmt: skip
+    assert_one_line_error(process, "d/big.h5: cannot be written: File too large")
+    assert list((tmp_path / "d").iterdir()) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Mounts a tmpfs of so many megabytes. Where root may not mount, the test enters namespaces of its own."""
+    mounted: list[Path] = []
+
+    def mount(size: int) -> Path:
+        folder = tmp_path / f"disk{size}"
+        folder.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}m", "none", folder], check=True, capture_output=True)
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", folder], check=True)
+
+
+def may_mount() -> bool:
+    """Whether this process may mount, seen by trying in a namespace that ends with it."""
+    tried = subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True, check=False)
+    return tried.returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("unshare") or not may_mount(), reason="needs root to mount a small disk")
+@pytest.mark.parametrize("size", [1, 16, 36])
+def test_a_full_disk(tmp_path: Path, big_fasta: Path, small_disk: Callable[[int], Path], size: int) -> None:
+    disk = small_disk(size)
+    process = start(tmp_path, "input=big.fasta", f"output={disk}/d/big.h5")
+    _, errors = process.communicate()
+    assert process.returncode == 1
+    assert errors == f"error: {disk}/d/big.h5: cannot be written: No space left on device\n"
+    assert list((disk / "d").iterdir()) == []
+
+
+def test_a_folder_that_may_not_be_written(run_python: Command, tmp_path: Path) -> None:
+    (tmp_path / "a.fasta").write_text(">a\nMKV\n")
+    (tmp_path / "d").write_text("a file")
+    process = run_python(*PREPARE, "input=a.fasta", "output=d/a.h5")
+    assert_one_line_error(process, "d/a.h5: cannot be written: ")
+
+
+def test_memory_does_not_grow_with_the_input(tmp_path: Path) -> None:
+    """Peak memory of 150,000 short sequences is that of 1,500 and less than 200 bytes more for each."""
+    peaks = []
+    for count in (1500, 150_000):
+        letters = itertools.cycle("ACDEFGHIKLMNPQRSTVWY")
+        with (tmp_path / "a.fasta").open("w") as file:
+            for i in range(count):
+                file.write(f">p{i}\n{next(letters) * 60}\n" * 1)
+        code = (
+            "import resource, sys; from pathlib import Path; from protlig_dd.data.build import build_store;"
+            f"build_store([Path('a.fasta')], Path('a{count}.h5'));"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=tmp_path, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        peaks.append(int(done.stdout) * 1024)
+    assert peaks[1] - peaks[0] < 150_000 * 200
