@@ -12,6 +12,7 @@ Three sequences of 5, 6 and 4 tokens make one batch of 15:
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float64, Int32, Int64, Num
 from torch import Tensor
@@ -95,6 +96,15 @@ class PackedBatch:
             positions=positions.to(device),
             rows=torch.tensor([-1] * len(lengths) if rows is None else [int(row) for row in rows]),
         )
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """A pack travels between processes as letters and lengths and is laid out anew on the CPU: shared-memory
+        segments for its tensors would cost milliseconds."""
+        return PackedBatch._restore, (self.tokens.to("cpu", torch.uint8).numpy(), self.lengths, self.rows.numpy())
+
+    @classmethod
+    def _restore(cls, letters: np.ndarray, lengths: tuple[int, ...], rows: np.ndarray) -> "PackedBatch":
+        return cls.from_flat(torch.from_numpy(letters), lengths, rows.tolist())
 
     def unpack(self, x: Tensor) -> list[Tensor]:
         """Split any per-token tensor (total, ...) back into n tensors (length_i, ...)."""

@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+import pickle
 from typing import Any
 
 import pytest
@@ -92,3 +93,16 @@ def test_nested_sequences_are_refused_by_pack() -> None:
         PackedBatch.pack([torch.zeros(3), torch.zeros(3)], rows=[1])
     with refuses(r"5 tokens .* got 4"):
         random_batch([2, 3]).unpack(torch.zeros(4))
+
+
+def test_a_pack_travels_as_letters_and_lengths() -> None:
+    batch = PackedBatch.pack([torch.tensor([27, 3, 4, 28]), torch.tensor([19, 28])], [7, 2**40])
+    pickled = pickle.dumps(batch)
+    assert len(pickled) < 1000
+    other = pickle.loads(pickled)
+    for name, value in vars(batch).items():
+        assert (
+            torch.equal(getattr(other, name), value)
+            if isinstance(value, torch.Tensor)
+            else (getattr(other, name) == value)
+        )

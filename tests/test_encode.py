@@ -15,9 +15,10 @@ SEQUENCES = st.lists(st.text(AMINO_ACIDS + CONTEXT_LETTERS, min_size=1, max_size
 
 def block_of(*bodies: bytes) -> FastaBlock:
     ids = [b"p%d" % i for i in range(len(bodies))]
-    lines = [body.removesuffix(b"\n") for body in bodies]
-    records = [id_ + b"\n" + body for id_, body in zip(ids, lines, strict=True)]
-    return FastaBlock("a.fasta", 11, 101, records, ids, ids, lines)
+    lines = [b"\n" + body.removesuffix(b"\n") + b"\n" for body in bodies]
+    records = [b">" + id_ + body for id_, body in zip(ids, lines, strict=True)]
+    starts = [sum(map(len, records[:i])) for i in range(len(records))]
+    return FastaBlock("a.fasta", 11, 101, b"".join(records), starts, ids, ids, lines)
 
 
 @given(SEQUENCES, st.sampled_from([b"\n", b"\r\n", b" \n\t"]), st.sampled_from([b"", b"*", b"*\n"]), st.booleans())

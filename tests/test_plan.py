@@ -141,7 +141,8 @@ def test_a_plan_is_made_once_and_mapped(tmp_path: Path) -> None:
     for _ in range(3):
         shared = shared_plan("key", 4, counted)
         assert shared is not None
-        assert isinstance(shared.rows, np.memmap)
+        assert isinstance(shared.rows.base, np.memmap)
+        assert not shared.rows.flags.writeable
         assert (shared.rows.tolist(), shared.starts.tolist()) == ([0, 1, 2, 3, 4], [0, 2, 5])
     assert len(made) == 1
     assert plan_folder().parent == tmp_path

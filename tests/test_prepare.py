@@ -70,7 +70,10 @@ BAD = {
     "no header": (b"MKV\n", ["bad.fasta", "line 1 is not a FASTA header", "'MKV'"]),
     "no sequence": (b">a\nMKV\n>b x\n>c\nMKV\n", ["bad.fasta: record 2 (b), line 3", "no residues"]),
     "no sequence at the end": (b">a\nMKV\n>b", ["bad.fasta: record 2 (b), line 3", "no residues"]),
-    "truncated gzip": (gzip.compress(MANY)[:20_000], ["bad.fasta", "truncated or damaged gzip, after record"]),
+    "truncated gzip": (
+        gzip.compress(MANY)[:20_000],
+        ["bad.fasta", "truncated or damaged gzip, read as far as record "],
+    ),
     "corrupt gzip": (gzip.compress(MANY)[:-8] + bytes(8), ["bad.fasta", "truncated or damaged gzip", "CRC"]),
     "stop inside": (b">a\r\nMK\r\nM*V\r\n", ["bad.fasta: record 1 (a), line 3", "'*' at position 4 of 5"]),
     "gap": (MANY + b">a\nMK-V\n", ["bad.fasta: record 30001 (a), line 90002", "'-' at position 3"]),

@@ -293,7 +293,7 @@ def _read_inputs(
                 dropped[name] += int((keep & failed).sum())
                 keep &= ~failed
             encoded = encoded.where(keep)
-            headers = list(itertools.compress(block.headers, keep))
+            headers = block.headers if keep.all() else list(itertools.compress(block.headers, keep))
             digests = sequence_hashes(encoded)
             spool.append(
                 len(headers),

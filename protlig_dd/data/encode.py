@@ -57,9 +57,9 @@ def encode_block(block: FastaBlock) -> EncodedBlock:
     if lengths.min() < 3:
         i = int(np.argmax(lengths < 3))
         raise ValueError(f"{block.where(i)}: no residues")
-    hash_id = xxhash.xxh3_64_intdigest
-    id_hashes = np.array([hash_id(id_, ID_SEED) for id_ in block.ids], np.uint64)
-    return EncodedBlock(codes, lengths, id_hashes, lower_case)
+    digest = xxhash.xxh3_64_digest
+    digests = b"".join([digest(id_, ID_SEED) for id_ in block.ids])
+    return EncodedBlock(codes, lengths, np.frombuffer(digests, ">u8").astype(np.uint64), lower_case)
 
 
 def _fold(codes: np.ndarray, block: FastaBlock) -> tuple[np.ndarray, int]:

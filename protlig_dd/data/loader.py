@@ -63,7 +63,7 @@ class PackDataset(Dataset[PackedBatch]):
         ahead: bool = True,
     ) -> None:
         group = stores if isinstance(stores, StoreGroup) else StoreGroup([stores])
-        self.group, self.rows, self.max_len = group, rows.astype(group.row_type), max_len
+        self.group, self.rows, self.max_len = group, rows.astype(group.row_type, copy=False), max_len
         self.tokens_per_pack, self.seed, self.crop, self.ahead = tokens_per_pack, seed, crop, ahead
         self._planned: tuple[int, Plan] | None = None
         check_pack_sizes(max_len, tokens_per_pack)
