@@ -21,13 +21,13 @@ for argument in "$@"; do
 done
 
 if [ "$system" = yes ]; then
-    if ! command -v mmseqs > /dev/null; then
+    if ! command -v mmseqs > /dev/null || ! command -v curl > /dev/null; then
         if [ "$(id -u)" != 0 ] || ! command -v apt-get > /dev/null; then
-            echo "error: --system needs root and apt-get; otherwise install mmseqs2 yourself" >&2
+            echo "error: --system needs root and apt-get; otherwise install mmseqs2 and curl yourself" >&2
             exit 1
         fi
         apt-get update -qq
-        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq mmseqs2
+        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq mmseqs2 curl
     fi
 fi
 

@@ -391,6 +391,17 @@ def test_missing_misnamed_and_existing_files(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.glob("b.*")) == ["b.h5", "b.h5.manifest.json", "b.h5.manifest.json.1"]
 
 
+def test_a_folder_in_the_way_is_left_alone(tmp_path: Path) -> None:
+    file = write_fasta(tmp_path / "a.fasta", ("a", "MKV"))
+    (tmp_path / ".a.h5.partial").mkdir()
+    (tmp_path / ".a.h5.partial/mine").write_text("precious")
+    with pytest.raises(ValueError, match=r"\.a\.h5\.partial is in the way and was not made by this program"):
+        build_store([file], tmp_path / "a.h5")
+    assert (tmp_path / ".a.h5.partial/mine").read_text() == "precious"
+    (tmp_path / ".a.h5.partial/mine").unlink()
+    build_store([file], tmp_path / "a.h5")  # an empty folder is no obstacle
+
+
 def test_real_headers_keep_their_fields(tmp_path: Path) -> None:
     """Records of the bundled proteins under headers of every form that UniRef has."""
     bodies = [record.sequence for _, record in zip(range(3), read_fasta(SAMPLE_FOLDER / "test.fasta.gz"), strict=False)]

@@ -1,5 +1,6 @@
 """scripts/download_uniref50.sh against a server on loopback that breaks off."""
 
+import contextlib
 import gzip
 import hashlib
 import http.server
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import ROOT
+from .conftest import ROOT, require_program
 
 NAME = "uniref50.fasta.gz"
 METALINK = """<?xml version="1.0" encoding="UTF-8"?>
@@ -76,16 +77,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: object) -> None: ...
 
 
-@pytest.fixture
-def server() -> Iterator[Server]:
-    rng = os.urandom(200_000)
-    server = Server(gzip.compress(b">UniRef50_A\nMKV\n" + rng.hex().encode()))
+@contextlib.contextmanager
+def serving(content: bytes) -> Iterator[Server]:
+    server = Server(content)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    require_program("curl")
+    with serving(gzip.compress(b">UniRef50_A\nMKV\n" + os.urandom(200_000).hex().encode())) as server:
+        yield server
 
 
 def start(server: Server, folder: Path, *arguments: str) -> subprocess.Popen[str]:

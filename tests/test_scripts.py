@@ -8,7 +8,7 @@ import pytest
 from scripts import mutation_check
 from scripts.diffusion_report import RUNS, samplers
 
-from .conftest import ROOT
+from .conftest import ROOT, Command
 from .test_sampling import NOISES, SAMPLERS
 
 
@@ -56,3 +56,22 @@ def test_the_commands_of_the_docs_are_there(name: str) -> None:
     for command in re.findall(r"`python -m (scripts\.\w+)|`python (scripts/\w+\.py)", text):
         script = Path(command[1] or command[0].replace(".", "/") + ".py")
         assert (ROOT / script).is_file()
+
+
+@pytest.mark.slow
+def test_the_data_benchmark_prints_the_tables_of_the_docs(run_python: Command) -> None:
+    sizes = ("--gigabytes", "0.01", "--sequences", "100000", "--repeats", "1", "--seconds", "1")
+    process = run_python("-m", "scripts.benchmark_data", *sizes, PYTHONPATH=str(ROOT))
+    assert process.returncode == 0, process.stderr
+    printed = [line for line in process.stdout.splitlines() if line.startswith("|")]
+    documented = [line for line in (ROOT / "docs/scaling.md").read_text().splitlines() if line.startswith("|")]
+
+    def shape(lines: list[str]) -> list[str]:
+        """Headings, first cells, and how many columns each row has."""
+        return [line if line.startswith(("| ---", *HEADINGS)) else str(line.count("|")) for line in lines]
+
+    assert shape(printed) == shape(documented)
+    assert len(printed) == 4 * 2 + 2 + 3 + 2 + 2
+
+
+HEADINGS = ("| input |", "| at step |", "| tokens a pack |", "| model |")

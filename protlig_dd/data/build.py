@@ -557,6 +557,8 @@ def _partial_folder(output: Path) -> Iterator[Path]:
     folder = output.with_name(f".{output.name}.partial")
     lock = None
     while lock is None:
+        if folder.exists() and not (folder / "lock").exists() and any(folder.iterdir()):
+            raise ValueError(f"{folder} is in the way and was not made by this program; move it away")
         folder.mkdir(parents=True, exist_ok=True)
         handle = (folder / "lock").open("w")
         try:

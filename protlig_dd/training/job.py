@@ -55,8 +55,7 @@ def train(
     noise = build_noise(config.noise, graph)
     data, optim, control = config.data, config.optim, config.trainer
     packs_of = partial(PackDataset, store, max_len=data.max_len, tokens_per_pack=data.tokens_per_pack)
-    with console.status("planning the epoch") if processes.first else contextlib.nullcontext():
-        dataset = packs_of(store.split("train"), seed=config.seed, crop=data.crop, weights=data.weights)
+    dataset = packs_of(store.split("train"), seed=config.seed, crop=data.crop, weights=data.weights)
 
     def held_out(split: str, most: int) -> PackDataset:
         return packs_of(subset(store, split, most, config.seed), seed=None)
@@ -105,6 +104,14 @@ def train(
             raise ValueError(f"{checkpoint} is beyond trainer.max_steps={max_steps}")
         announce(f"going on from {checkpoint}", processes)
     last_step = max(first_step, min(max_steps, control.stop_at_step or max_steps))
+    epoch = first_step * optim.packs_per_step // dataset.packs_per_epoch
+    with console.status(f"planning epoch {epoch}") if processes.first else contextlib.nullcontext():
+        rows, left_over = len(dataset.plan(epoch).rows), dataset.tail(epoch)
+    announce(
+        f"epoch {epoch}: {rows:,} sequences in {dataset.packs_per_epoch:,} packs, {left_over:,} of them left over; "
+        f"{store.name}",
+        processes,
+    )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     announce(
         f"{run_folder}: {parameters / 1e6:.1f} M parameters on {device} in {precision}, attention {attention_backend}; "

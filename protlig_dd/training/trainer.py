@@ -162,7 +162,6 @@ def fit(
     """
     device, processes = trainer.device, trainer.processes
     sampler = RankPacks(first_step, last_step, trainer.packs_per_step, processes.rank, processes.world_size)
-    trainer.dataset.plan(first_step * trainer.packs_per_step // len(trainer.dataset))  # before workers ask for it
     packs = iter(pack_loader(trainer.dataset, sampler, workers, pin_memory=device.type == "cuda"))
     pending: list[dict[str, Any]] = []
     if rows_file is not None and processes.first:
