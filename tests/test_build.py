@@ -215,8 +215,7 @@ def test_equal_halves_of_a_hash_are_no_duplicates(tmp_path: Path, monkeypatch: p
 def ids_hashed(ids: list[str]) -> np.ndarray:
     from .test_encode import block_of
 
-    block = block_of(*[b"M"] * len(ids))._replace(ids=[id_.encode() for id_ in ids])
-    return encode_block(block).id_hashes
+    return encode_block(block_of(*[b"M"] * len(ids), ids=[id_.encode() for id_ in ids])).id_hashes
 
 
 def test_hashed_splits_have_their_shares_and_stay_put() -> None:

@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,13 @@ from protlig_dd.tokenizer import AMINO_ACIDS, CONTEXT_LETTERS, ProteinTokenizer
 SEQUENCES = st.lists(st.text(AMINO_ACIDS + CONTEXT_LETTERS, min_size=1, max_size=70), min_size=1, max_size=20)
 
 
-def block_of(*bodies: bytes) -> FastaBlock:
-    ids = [b"p%d" % i for i in range(len(bodies))]
-    lines = [b"\n" + body.removesuffix(b"\n") + b"\n" for body in bodies]
-    records = [b">" + id_ + body for id_, body in zip(ids, lines, strict=True)]
-    starts = [sum(map(len, records[:i])) for i in range(len(records))]
-    return FastaBlock("a.fasta", 11, 101, b"".join(records), starts, ids, ids, lines)
+def block_of(*bodies: bytes, ids: Sequence[bytes] = ()) -> FastaBlock:
+    """A block as it is cut from the middle of a file."""
+    names = ids or [b"p%d" % i for i in range(len(bodies))]
+    records = [b">%s\n%s\n" % (name, body.removesuffix(b"\n")) for name, body in zip(names, bodies, strict=True)]
+    file = FastaFile("-")
+    file.name, file.records = "a.fasta", 10
+    return file._parse(b"".join(records), 101)[0]
 
 
 @given(SEQUENCES, st.sampled_from([b"\n", b"\r\n", b" \n\t"]), st.sampled_from([b"", b"*", b"*\n"]), st.booleans())

@@ -1,8 +1,8 @@
 """Every command of the README, run as a new user would: in a copy of the repository, with an empty HOME.
 
-Only lengths are cut: SHORT is added to the commands that train, so that minutes become seconds, and UniRef50 comes from a
-server on loopback that has the bundled proteins under its name. `./scripts/test.sh` is what runs this test. Set-up finds
-an environment that is there already; test_setup covers its making.
+Only lengths are cut: SHORT is added to the commands that train, so that minutes become seconds, and UniRef50 comes from
+a server on loopback that has the bundled proteins under its name. `./scripts/test.sh` is what runs this test. Set-up
+finds an environment that is there already; test_setup covers its making.
 """
 
 import itertools

@@ -22,7 +22,7 @@ import numpy as np
 
 from protlig_dd import __version__
 from protlig_dd.data.encode import EncodedBlock, encode_block, sequence_hashes
-from protlig_dd.data.fasta import FastaBlock, FastaFile, parse_header
+from protlig_dd.data.fasta import FastaBlock, FastaFile, id_of, parse_header
 from protlig_dd.data.homology import COVERAGE, IDENTITY, mmseqs_version, queries_with_hits
 from protlig_dd.data.store import COPY_BYTES, FORMAT_VERSION, SPLITS, SequenceStore, write_columns
 from protlig_dd.runtime.files import free_name, sync_folder, write_atomic
@@ -286,14 +286,14 @@ def _read_inputs(
     for number, (file, code) in enumerate(zip(files, codes, strict=True)):
         for block in file.blocks():
             encoded = encode_block(block)
-            records += len(block.headers)
+            records += len(block.starts)
             lower_case += encoded.lower_case
-            keep = np.ones(len(block.headers), dtype=bool)
+            keep = np.ones(len(block.starts), dtype=bool)
             for name, failed in _failures(block, encoded, filters, taxa):
                 dropped[name] += int((keep & failed).sum())
                 keep &= ~failed
             encoded = encoded.where(keep)
-            headers = block.headers if keep.all() else list(itertools.compress(block.headers, keep))
+            headers = list(itertools.compress(block.headers(), keep.tolist()))
             digests = sequence_hashes(encoded)
             spool.append(
                 len(headers),
@@ -326,9 +326,9 @@ def _failures(
         unknown = (encoded.tokens > MASK) & (encoded.tokens < BOS)
         yield "max_unknown", np.add.reduceat(unknown, starts, dtype=np.int64) > filters.max_unknown * residues
     if not filters.fragments:
-        yield "fragments", np.array([b"(Fragment" in header for header in block.headers])
+        yield "fragments", np.array([b"(Fragment" in header for header in block.headers()])
     if taxa is not None:
-        tax_ids = [parse_header(header.decode()).tax_id for header in block.headers]
+        tax_ids = [parse_header(header.decode()).tax_id for header in block.headers()]
         yield "taxa", ~np.isin([-1 if tax_id is None else tax_id for tax_id in tax_ids], taxa)
 
 
@@ -383,13 +383,13 @@ def _refuse_repeated_ids(spool: Spool, files: Sequence[FastaFile], rows: np.ndar
     """Raise for the first id of these rows that an earlier row has; hashes may collide."""
     ends = np.cumsum(spool.load("header_length"), dtype=np.int64)
     headers = np.memmap(spool.path("headers"), np.uint8, "r")
-    seen: dict[bytes, int] = {}
+    seen: dict[str, int] = {}
     for row in rows.tolist():
         start = int(ends[row - 1]) if row else 0
-        id_ = headers[start : ends[row]].tobytes().split(None, 1)[0]
+        id_ = id_of(headers[start : ends[row]].tobytes().decode())
         if id_ in seen:
             first, second = (_where(spool, files, place) for place in (seen[id_], row))
-            raise ValueError(f"{second}: the id {id_.decode()} occurs already in {first}")
+            raise ValueError(f"{second}: the id {id_} occurs already in {first}")
         seen[id_] = row
 
 
@@ -398,7 +398,7 @@ def _where(spool: Spool, files: Sequence[FastaFile], row: int) -> str:
     file, number = files[spool.load("file")[row]], int(spool.load("record")[row])
     if file.path is None:
         return f"{file.name}: record {number}"
-    block = next(b for b in FastaFile(file.path).blocks() if number < b.first_record + len(b.headers))
+    block = next(b for b in FastaFile(file.path).blocks() if number < b.first_record + len(b.starts))
     return block.where(number - block.first_record)
 
 

@@ -10,13 +10,15 @@ from protlig_dd.data.fasta import WHITESPACE, FastaBlock
 from protlig_dd.tokenizer import AMINO_ACIDS, BOS, CONTEXT_LETTERS, EOS, LETTERS
 
 # Codes of one byte on its way to a token: the token, with _LOWER added for a lower-case letter; or one of these.
-_LOWER, _STOP, _ILLEGAL = 64, 128, 129
-_OPEN, _CLOSE = b"\x02", b"\x01"  # put around sequences; anywhere else they are illegal like any control character
+_LOWER, _STOP, _ILLEGAL, _BLANK = 64, 128, 129, 255
 _CODES = bytearray([_ILLEGAL]) * 256
 for _id, _letter in enumerate(LETTERS):
     if _letter != "_":
         _CODES[ord(_letter)], _CODES[ord(_letter.lower())] = _id, _id | _LOWER
-_CODES[ord("*")], _CODES[_OPEN[0]], _CODES[_CLOSE[0]] = _STOP, BOS, EOS
+for _byte in WHITESPACE:
+    _CODES[_byte] = _BLANK
+_CODES[ord("*")] = _STOP
+_TABLE = bytes(_CODES)
 
 # Never change these: the split of every sequence of every store follows from the first.
 ID_SEED, SEQUENCE_SEED = 0x70726F746C6967, 0x64647365646464
@@ -46,19 +48,25 @@ def encode_block(block: FastaBlock) -> EncodedBlock:
     Raises:
         ValueError: a record without residues or with any other character; names file, record, line and position.
     """
-    joined = b"".join((_OPEN, (_CLOSE + _OPEN).join(block.bodies), _CLOSE))
-    codes = np.frombuffer(joined.translate(bytes(_CODES), WHITESPACE), np.uint8)
-    starts = np.flatnonzero(codes == BOS)
+    # The line end behind a header becomes <bos>, the byte in front of the next record <eos>; headers are blanked.
+    ends = np.append(block.starts[1:], len(block.text) + 1)
+    if (ends - block.line_ends).min() < 2:
+        raise ValueError(f"{block.where(int(np.argmax(ends - block.line_ends < 2)))}: no residues")
+    codes = np.frombuffer(bytearray((block.text + b"\n").translate(_TABLE)), np.uint8)
+    codes[block.line_ends], codes[ends - 1] = BOS, EOS
+    parts = np.stack([block.line_ends - block.starts, ends - block.line_ends], axis=1)  # header, sequence lines
+    keep = np.repeat(np.tile([False, True], len(parts)), parts.reshape(-1))
+    codes = codes[keep & (codes != _BLANK)]
     lower_case = 0
-    if len(starts) != len(block.bodies) or codes.max() >= _LOWER:
+    if codes.max() >= _LOWER:
         codes, lower_case = _fold(codes, block)
-        starts = np.flatnonzero(codes == BOS)
+    starts = np.flatnonzero(codes == BOS)
     lengths = np.diff(starts, append=len(codes))
     if lengths.min() < 3:
         i = int(np.argmax(lengths < 3))
         raise ValueError(f"{block.where(i)}: no residues")
     digest = xxhash.xxh3_64_digest
-    digests = b"".join([digest(id_, ID_SEED) for id_ in block.ids])
+    digests = b"".join([digest(id_, ID_SEED) for id_ in block.ids()])
     return EncodedBlock(codes, lengths, np.frombuffer(digests, ">u8").astype(np.uint64), lower_case)
 
 
@@ -66,7 +74,7 @@ def _fold(codes: np.ndarray, block: FastaBlock) -> tuple[np.ndarray, int]:
     """Codes with trailing stops dropped and lower case folded, and how many letters that were."""
     followed_by_end = np.append(codes[1:] == EOS, False)
     codes = codes[~((codes == _STOP) & followed_by_end)]
-    if (codes >= _STOP).any() or (codes == BOS).sum() != len(block.bodies):
+    if (codes >= _STOP).any():
         _refuse(block)
     lower_case = int((codes >= _LOWER).sum())
     return codes & (_LOWER - 1), lower_case
@@ -74,10 +82,10 @@ def _fold(codes: np.ndarray, block: FastaBlock) -> tuple[np.ndarray, int]:
 
 def _refuse(block: FastaBlock) -> None:
     """Raise for the first illegal character of a block."""
-    for i, body in enumerate(block.bodies):
+    for i, body in enumerate(block.bodies()):
         residues = body.translate(None, WHITESPACE).removesuffix(b"*")
         for position, byte in enumerate(residues, start=1):
-            if _CODES[byte] >= _STOP or byte in _OPEN + _CLOSE:
+            if _CODES[byte] >= _STOP:
                 shown = repr(chr(byte)) if byte < 128 else f"byte {byte:#04x}"
                 raise ValueError(
                     f"{block.where(i, position)}: illegal character {shown} at position {position} of "

@@ -18,11 +18,11 @@ from isal import isal_zlib
 from isal.igzip import IGzipFile  # as gzip's, three times as fast
 
 GZIP_MAGIC = b"\x1f\x8b"
-BLOCK_BYTES = 1 << 19  # what is cut off it stays in the processor's cache
+BLOCK_BYTES = 1 << 18  # what is cut off it stays in the processor's cache
 PIECE_BYTES = 1 << 16  # as much may be lost of what stands before damage in a gzip file
 LONGEST_RECORD = 16 << 20  # bytes; the longest known protein has some 45,000 residues
 WHITESPACE = b" \t\r\n\v\f"
-NEWLINE, SIGN = ord("\n"), ord(">")
+NEWLINE, RETURN, TAB, SPACE, SIGN = b"\n\r\t >"
 STDIN = "-"
 
 
@@ -59,14 +59,19 @@ _UNIREF = re.compile(r"(?:(?P<d>.*) )?n=(?P<n>\d+) Tax=(?P<tax>.*?)(?: TaxID=(?P
 _UNIPROT = re.compile(r"(?:(?P<d>.*) )?OS=(?P<tax>.*?) OX=(?P<id>\d+)(?: .*)?")
 
 
+def id_of(header: str) -> str:
+    """A header's first word."""
+    return re.split("[ \t]", header, maxsplit=1)[0]
+
+
 def parse_header(header: str) -> Header:
     """Split a header line (without `>`) into its fields.
 
     >>> parse_header("UniRef50_P1 Kinase n=3 Tax=Homo TaxID=9605 RepID=P1_HUMAN").tax_id
     9605
     """
-    id_, rest = [*header.split(None, 1), ""][:2]
-    rest = rest.strip()
+    id_ = id_of(header)
+    rest = header[len(id_) :].strip()
     if (found := _UNIREF.fullmatch(rest)) is not None:
         tax_id = found["id"]
         number = int(tax_id) if tax_id and tax_id != "N/A" else None
@@ -77,7 +82,7 @@ def parse_header(header: str) -> Header:
 
 
 class FastaBlock(NamedTuple):
-    """Whole records of a file, still as bytes."""
+    """n whole records of a file, still as bytes."""
 
     file: str
     first_record: int
@@ -86,24 +91,39 @@ class FastaBlock(NamedTuple):
     """Number of the line on which its header stands, from 1."""
     text: bytes
     """The records as they stand."""
-    starts: list[int]
-    """Where each record's `>` is in `text`."""
-    headers: list[bytes]
-    """First lines without `>`; valid UTF-8."""
-    ids: list[bytes]
-    """First words of the headers."""
-    bodies: list[bytes]
-    """The other lines, line ends and all."""
+    starts: np.ndarray
+    """(n,) int64: where each record's `>` is in `text`."""
+    id_ends: np.ndarray
+    """(n,) where its id ends."""
+    header_ends: np.ndarray
+    """(n,) where its header ends; in front of a carriage return."""
+    line_ends: np.ndarray
+    """(n,) where the line with its header ends; the sequence lines begin there."""
+
+    def ids(self) -> list[bytes]:
+        return self._slices(self.starts + 1, self.id_ends)
+
+    def headers(self) -> list[bytes]:
+        """First lines, without `>`; valid UTF-8."""
+        return self._slices(self.starts + 1, self.header_ends)
+
+    def bodies(self) -> list[bytes]:
+        """The other lines, line ends and all."""
+        return self._slices(self.line_ends, np.append(self.starts[1:], len(self.text)))
+
+    def _slices(self, starts: np.ndarray, ends: np.ndarray) -> list[bytes]:
+        text = self.text
+        return [text[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
 
     def where(self, i: int, position: int | None = None) -> str:
         """What error messages call record i: file, number, id and line (that of the residue at `position`, from 1)."""
-        line = self.first_line + self.text.count(b"\n", 0, self.starts[i])
+        line = self.first_line + self.text.count(b"\n", 0, int(self.starts[i]))
         if position is not None:
-            for text in self.bodies[i].split(b"\n")[1:]:
+            for text in self.bodies()[i].split(b"\n")[1:]:
                 line, position = line + 1, position - len(text.translate(None, WHITESPACE))
                 if position <= 0:
                     break
-        return f"{self.file}: record {self.first_record + i} ({self.ids[i].decode('utf-8', 'replace')}), line {line}"
+        return f"{self.file}: record {self.first_record + i} ({self.ids()[i].decode('utf-8', 'replace')}), line {line}"
 
 
 class FastaFile:
@@ -164,8 +184,9 @@ class FastaFile:
             cut = len(text) if last else text.rfind(b"\n>") + 1
             block, rest = text[:cut], text[cut:]
             if block:
-                yield self._parse(block, line)
-                line += int(np.count_nonzero(np.frombuffer(block, np.uint8) == NEWLINE))  # ten times bytes.count
+                parsed, lines = self._parse(block, line)
+                yield parsed
+                line += lines
             if len(rest) > LONGEST_RECORD:
                 raise ValueError(_too_long(f"{self.name}: record {self.records + 1}, line {line}"))
             if damage is not None:
@@ -177,35 +198,33 @@ class FastaFile:
         if not self.records:
             raise ValueError(f"{self.name}: empty, no FASTA records in it")
 
-    def _parse(self, text: bytes, line: int) -> FastaBlock:
-        """The records of `>id ...\n...\n>id ...`."""
-        letters, find = np.frombuffer(text, np.uint8), text.find
-        signs = np.flatnonzero(letters == SIGN)[1:]
-        starts = [0, *signs[letters[signs - 1] == NEWLINE].tolist()]
-        # the last record may be a header without a line end: find gives -1, which becomes the end of the text
-        ends = [find(b"\n", start) for start in starts[:-1]] + [find(b"\n", starts[-1]) % (len(text) + 1)]
-        headers = [text[start + 1 : end] for start, end in zip(starts, ends, strict=True)]
-        bodies = [text[end:start] for end, start in zip(ends, [*starts[1:], len(text)], strict=True)]
-        if b"\r" in text:
-            headers = [header.rstrip(b"\r") for header in headers]
-        if b"\t" in text:
-            headers = [header.replace(b"\t", b" ") for header in headers]
-        ids = [header.partition(b" ")[0] for header in headers]
-        block = FastaBlock(self.name, self.records + 1, line, text, starts, headers, ids, bodies)
-        self.records += len(headers)
+    def _parse(self, text: bytes, line: int) -> tuple[FastaBlock, int]:
+        """The records of `>id ...\n...\n>id ...`, and how many lines they take."""
+        letters = np.frombuffer(text, np.uint8)
+        newlines = np.flatnonzero(letters == NEWLINE)
+        lines = newlines[: -1 if text.endswith(b"\n") else None] + 1  # where each line but the first begins
+        starts = np.concatenate([[0], lines[letters[lines] == SIGN]])
+        padded = np.append(newlines, len(text))  # the last header may lack its line end
+        line_ends = padded[np.searchsorted(newlines, starts)]
+        header_ends = line_ends - (letters[line_ends - 1] == RETURN)
+        blanks = np.append(np.flatnonzero((letters == SPACE) | (letters == TAB)), len(text))
+        id_ends = np.minimum(header_ends, blanks[np.searchsorted(blanks, starts)])
+        block = FastaBlock(self.name, self.records + 1, line, text, starts, id_ends, header_ends, line_ends)
+        self.records += len(starts)
         sizes = np.diff(starts, append=len(text))
         if sizes.max() > LONGEST_RECORD:
             raise ValueError(_too_long(block.where(int(np.argmax(sizes > LONGEST_RECORD)))))
-        if b"" in ids:
-            i = ids.index(b"")
-            shown = ">" + headers[i].decode("utf-8", "replace")
+        if (id_ends <= starts + 1).any():
+            i = int(np.argmax(id_ends <= starts + 1))
+            shown = ">" + block.headers()[i].decode("utf-8", "replace")
             raise ValueError(f"{block.where(i)}: no id in the header {shown!r}")
-        try:
-            b"\n".join(headers).decode()
-        except UnicodeDecodeError as error:
-            i = error.object.count(b"\n", 0, error.start)
-            raise ValueError(f"{block.where(i)}: the header is not UTF-8: {error.reason}") from error
-        return block
+        if not text.isascii():
+            for i, header in enumerate(block.headers()):
+                try:
+                    header.decode()
+                except UnicodeDecodeError as error:
+                    raise ValueError(f"{block.where(i)}: the header is not UTF-8: {error.reason}") from error
+        return block, len(newlines)
 
 
 def _too_long(where: str) -> str:
@@ -251,7 +270,7 @@ def read_fasta(path: Path | str) -> Iterator[FastaRecord]:
         ValueError: as FastaFile; and a sequence that is not text.
     """
     for block in FastaFile(path).blocks():
-        for i, (header, id_, body) in enumerate(zip(block.headers, block.ids, block.bodies, strict=True)):
+        for i, (header, id_, body) in enumerate(zip(block.headers(), block.ids(), block.bodies(), strict=True)):
             description = header[len(id_) :].decode().strip()
             try:
                 sequence = body.translate(None, WHITESPACE).decode("ascii")

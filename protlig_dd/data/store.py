@@ -23,7 +23,7 @@ import h5py
 import numpy as np
 import xxhash
 
-from protlig_dd.data.fasta import Header, parse_header
+from protlig_dd.data.fasta import Header, id_of, parse_header
 from protlig_dd.tokenizer import BOS, EOS, LETTERS, VOCAB_SIZE
 
 FORMAT_VERSION = 2
@@ -129,7 +129,7 @@ class SequenceStore:
         return parse_header(self.header(row))
 
     def id(self, row: SupportsIndex) -> str:
-        return self.header(row).split(None, 1)[0]
+        return id_of(self.header(row))
 
     def split(self, name: str) -> np.ndarray:
         """Rows of one split, ascending."""
