@@ -100,7 +100,10 @@ class PackedBatch:
     def __reduce__(self) -> tuple[object, ...]:
         """A pack travels between processes as letters and lengths and is laid out anew on the CPU: shared-memory
         segments for its tensors would cost milliseconds."""
-        return PackedBatch._restore, (self.tokens.to("cpu", torch.uint8).numpy(), self.lengths, self.rows.numpy())
+        letters = self.tokens.cpu().numpy().astype(np.uint8)
+        if not np.array_equal(letters, self.tokens.cpu()):
+            raise ValueError("a pack with tokens outside 0..255 cannot be pickled")
+        return PackedBatch._restore, (letters, self.lengths, self.rows.numpy())
 
     @classmethod
     def _restore(cls, letters: np.ndarray, lengths: tuple[int, ...], rows: np.ndarray) -> "PackedBatch":

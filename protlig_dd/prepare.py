@@ -33,6 +33,8 @@ def prepare(cfg: DictConfig) -> None:
     if config.inspect is not None:
         inspect(SequenceStore(config.inspect))
         return
+    if config.output is None:
+        raise ValueError("give the store to write: output=data/my.h5")
     given = config.input
     inputs: dict[str, str] | list[str]
     if isinstance(given, dict):
@@ -44,6 +46,8 @@ def prepare(cfg: DictConfig) -> None:
     options = vars(config.filter) | {"taxa_nodes": Path(nodes) if (nodes := config.filter.taxa_nodes) else None}
     store = build_store(inputs, Path(config.output), filters=Filters(**options), split=split, progress=ByteBar)
     describe(store)
+    if config.filter.taxa is not None and nodes is None:
+        console.print("filter.taxa kept these TaxIDs alone; filter.taxa_nodes=nodes.dmp adds what is below them")
     for name, held in store.manifest["splits"].items():
         if not held["sequences"]:
             remedy = (
@@ -72,7 +76,7 @@ def describe(store: SequenceStore) -> None:
         done = "moved to train" if check["on_hit"] == "move" else "dropped"
         console.print(
             f"held-out sequences with a training sequence at >= {check['identity']:.0%} identity over "
-            f">= {check['coverage']:.0%} of either: {hits}; {done}, after {check['rounds']} searches"
+            f">= {check['coverage']:.0%} of either: {hits}; {done}, searches: {check['rounds']}"
         )
 
 
@@ -85,7 +89,12 @@ def inspect(store: SequenceStore) -> None:
     shown = {key: value for key, value in store.manifest.items() if key not in ("splits", "length_bin")}
     beside = manifest_path(store.path)
     if beside.is_file():
-        shown |= {key: json.loads(beside.read_text()).get(key) for key in ("created", "seconds", "software")}
+        try:
+            told = json.loads(beside.read_text())
+        except ValueError as error:
+            raise ValueError(f"{beside}: not JSON: {error}") from error
+        if told.get("fingerprint") == store.fingerprint:
+            shown |= {key: told[key] for key in ("created", "seconds", "software")}
     console.print_json(json.dumps(shown | {"fingerprint": store.fingerprint}), indent=1)
     describe(store)
     console.print("\n".join(length_plot(store.manifest)), markup=False)

@@ -23,6 +23,8 @@ name=${UNIREF_NAME:-uniref50.fasta.gz}
 folder=${1:-data}
 final=$folder/$name part=$folder/$name.part
 mkdir -p "$folder"
+exec 9< "$folder" # the lock of a second download into it
+! command -v flock > /dev/null || flock -n 9 || fail "another download into $folder is running"
 
 metalink=$(curl -fsSL --retry 3 "$url/RELEASE.metalink") || fail "cannot read $url/RELEASE.metalink"
 release=$("$python" -c '
@@ -76,7 +78,8 @@ done
 echo "checking the MD5 of $size bytes"
 found=$("$python" -c 'import hashlib, sys; print(hashlib.file_digest(open(sys.argv[1], "rb"), "md5").hexdigest())' "$part")
 [ "$found" = "$md5" ] || fail "$part has MD5 $found, release $number has $md5; move it away and start again"
-mv "$part.release" "$final.release"
+cp "$part.release" "$final.release" # in this order a kill in between strands nothing
 mv "$part" "$final"
+rm -f "$part.release"
 echo "$final: release $number"
 echo "next: python -m protlig_dd.prepare input=$final output=data/uniref50.h5"

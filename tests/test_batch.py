@@ -96,6 +96,8 @@ def test_nested_sequences_are_refused_by_pack() -> None:
 
 
 def test_a_pack_travels_as_letters_and_lengths() -> None:
+    with pytest.raises(ValueError, match=r"outside 0\.\.255"):
+        pickle.dumps(PackedBatch.pack([torch.tensor([-1, 3])]))
     batch = PackedBatch.pack([torch.tensor([27, 3, 4, 28]), torch.tensor([19, 28])], [7, 2**40])
     pickled = pickle.dumps(batch)
     assert len(pickled) < 1000

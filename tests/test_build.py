@@ -1,8 +1,13 @@
+import functools
 import gzip
 import json
+import multiprocessing
+import os
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +34,7 @@ from protlig_dd.data.store import SPLITS, SequenceStore
 from protlig_dd.tokenizer import LETTERS, ProteinTokenizer
 
 from .conftest import require_program
+from .test_encode import block_of
 
 decode = ProteinTokenizer().decode
 
@@ -85,7 +91,7 @@ def test_the_same_input_and_options_give_the_same_bytes(tmp_path: Path) -> None:
     assert other.path.read_bytes() != stores[0].path.read_bytes()
     assert other.fingerprint == stores[0].fingerprint  # other options, the same contents
     manifests = [json.loads(manifest_path(store.path).read_text()) for store in stores]
-    assert {"created", "seconds", "software"} == set(manifests[0]) - set(stores[0].manifest)
+    assert {"created", "seconds", "software", "fingerprint"} == set(manifests[0]) - set(stores[0].manifest)
     assert {key: manifests[0][key] for key in stores[0].manifest} == stores[0].manifest
     assert stores[0].manifest["inputs"] == [
         {
@@ -139,7 +145,7 @@ FILTERED = (
             {"min_length": 1, "max_length": 1, "max_unknown": 1, "fragments": 2, "duplicates": 1},
             "good bacterium nobody",
         ),
-        (Filters(max_unknown=0.6), {"duplicates": 1}, "short long unknown frag frags good bacterium nobody"),
+        (Filters(max_unknown=3 / 5), {"duplicates": 1}, "short long unknown frag frags good bacterium nobody"),
         (Filters(taxa=[9606, 562]), {"taxa": 6, "duplicates": 1}, "good bacterium"),
         # each is counted once: the fragment fails two filters
         (Filters(taxa=[9606], fragments=False), {"fragments": 2, "taxa": 5, "duplicates": 1}, "good"),
@@ -152,6 +158,14 @@ def test_filters_count_what_they_drop(tmp_path: Path, filters: Filters, dropped:
     assert " ".join(store.id(row) for row in range(len(store))) == kept
     assert store.manifest["records"] == len(FILTERED) == len(store) + sum(dropped.values())
     store.verify()
+
+
+def test_a_share_of_unknown_letters_that_is_just_allowed_stays(tmp_path: Path) -> None:
+    records = [(f"p{n}", "X" * n + "A" * (100 - n)) for n in range(1, 100)]
+    file = write_fasta(tmp_path / "a.fasta", *records)
+    for n in (7, 14, 28, 29, 55, 57, 58):  # n / 100 * 100 is below n for some of them
+        store = build_store([file], tmp_path / f"{n}.h5", filters=Filters(max_unknown=n / 100))
+        assert len(store) == n
 
 
 def test_taxa_include_what_is_below_them(tmp_path: Path) -> None:
@@ -213,8 +227,6 @@ def test_equal_halves_of_a_hash_are_no_duplicates(tmp_path: Path, monkeypatch: p
 
 
 def ids_hashed(ids: list[str]) -> np.ndarray:
-    from .test_encode import block_of
-
     return encode_block(block_of(*[b"M"] * len(ids), ids=[id_.encode() for id_ in ids])).id_hashes
 
 
@@ -249,6 +261,9 @@ def test_a_duplicate_of_a_training_sequence_is_not_held_out(tmp_path: Path) -> N
         "test": ["f"],
     }
     assert store.manifest["lower_case_letters"] == 3
+    assert [entry["split"] for entry in store.manifest["inputs"]] == list(SPLITS)
+    with pytest.raises(ValueError, match=r"a\.h5 is an HDF5 file, perhaps a store already, not FASTA"):
+        build_store([store.path], tmp_path / "b.h5")
 
 
 def test_a_repeated_id_names_both_records(tmp_path: Path) -> None:
@@ -358,13 +373,14 @@ def test_without_mmseqs_the_error_says_how_to_install_it(
     [
         (Filters(), Split(0.6, 0.4), r"split\.validation_fraction=0\.6 and split\.test_fraction=0\.4 must leave some"),
         (Filters(), Split(-0.1, 0.4), "must leave some"),
+        (Filters(), Split(float("nan"), 0.4), "must leave some"),
         (Filters(), Split(check="blast"), r"split\.check=blast; there are null, mmseqs"),
         (Filters(), Split(on_hit="keep"), r"split\.on_hit=keep; there are move, drop"),
         (Filters(min_length=5, max_length=4), Split(), "filter.min_length=5 and filter.max_length=4 leave no length"),
         (Filters(max_unknown=1.5), Split(), r"filter\.max_unknown=1\.5 is a share"),
         (Filters(taxa=[]), Split(), r"filter\.taxa=\[\] keeps nothing"),
         (Filters(taxa_nodes=Path("x")), Split(), r"filter\.taxa_nodes without filter\.taxa"),
-        (Filters(min_length=9), Split(), "no sequences left to write: of 1 all were dropped"),
+        (Filters(min_length=9), Split(), "no sequences left: of 1 records were dropped 1 by min_length"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(tmp_path: Path, filters: Filters, split: Split, message: str) -> None:
@@ -375,6 +391,10 @@ def test_options_that_make_no_sense_are_refused(tmp_path: Path, filters: Filters
 
 
 def test_missing_misnamed_and_existing_files(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="can be read once only"):
+        build_store(["-", "-"], tmp_path / "a.h5")
+    with pytest.raises(ValueError, match="no input file is named"):
+        build_store([], tmp_path / "a.h5")
     with pytest.raises(ValueError, match=r"none\.fasta: no such file"):
         build_store([tmp_path / "none.fasta"], tmp_path / "a.h5")
     with pytest.raises(ValueError, match="no split 'dev'"):
@@ -388,6 +408,61 @@ def test_missing_misnamed_and_existing_files(tmp_path: Path) -> None:
     (tmp_path / "b.h5").rename(tmp_path / "c.h5")
     build_store([file], tmp_path / "b.h5")
     assert sorted(p.name for p in tmp_path.glob("b.*")) == ["b.h5", "b.h5.manifest.json", "b.h5.manifest.json.1"]
+
+
+def test_an_output_that_appears_meanwhile_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write_fasta(tmp_path / "a.fasta", ("a", "MKV"))
+    for place in ("_write", "_put"):
+
+        def interfere(original: Callable, *arguments: object) -> None:
+            (tmp_path / "a.h5").write_text("precious")
+            original(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(build, place, functools.partial(interfere, getattr(build, place)))
+            with pytest.raises(ValueError, match=r"a\.h5 exists already"):
+                build_store([file], tmp_path / "a.h5")
+        assert (tmp_path / "a.h5").read_text() == "precious"
+        assert not (tmp_path / ".a.h5.partial").exists()
+        (tmp_path / "a.h5").unlink()
+
+
+def test_a_link_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link.h5").symlink_to(tmp_path / "disk/big.h5")
+    build_store([write_fasta(tmp_path / "a.fasta", ("a", "MKV"))], tmp_path / "link.h5")
+    assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["big.h5", "big.h5.manifest.json"]
+    assert len(SequenceStore(tmp_path / "link.h5")) == 1
+
+
+def test_what_a_run_killed_at_its_end_left_is_cleared(tmp_path: Path) -> None:
+    file = write_fasta(tmp_path / "a.fasta", ("a", "MKV"))
+    build_store([file], tmp_path / "a.h5")
+    (tmp_path / ".a.h5.partial").mkdir()
+    for name in ("lock", "tokens"):
+        (tmp_path / ".a.h5.partial" / name).write_text("left")
+    with pytest.raises(ValueError, match=r"a\.h5 exists already"):
+        build_store([file], tmp_path / "a.h5")
+    assert not (tmp_path / ".a.h5.partial").exists()
+
+
+def test_a_repeated_id_in_a_pipe_is_named_without_reading_it_again(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=(">a\nMKV\n>b\nMKA\n>a\nMKC\n",))
+    writer.start()
+    with pytest.raises(ValueError, match=r"pipe: record 3: the id a occurs already in .*pipe: record 1$"):
+        build_store([tmp_path / "pipe"], tmp_path / "a.h5")
+    writer.join()
+
+
+def make_bundled(folder: Path) -> int:
+    return len(bundled_store(folder))
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_several_processes_may_want_the_bundled_store_first(tmp_path: Path) -> None:
+    with multiprocessing.get_context("fork").Pool(3) as pool:
+        assert len(set(pool.map(make_bundled, [tmp_path] * 3))) == 1
 
 
 def test_a_folder_in_the_way_is_left_alone(tmp_path: Path) -> None:

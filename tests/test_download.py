@@ -154,6 +154,33 @@ def test_a_killed_download_goes_on(server: Server, tmp_path: Path) -> None:
     assert (tmp_path / "d" / NAME).read_bytes() == server.content
 
 
+def test_a_download_killed_while_it_gives_the_names_goes_on(server: Server, tmp_path: Path) -> None:
+    assert download(server, tmp_path)[0] == 0
+    folder = tmp_path / "d"
+    record = (folder / f"{NAME}.release").read_text()
+    (folder / NAME).rename(folder / f"{NAME}.part")  # the record was copied, the file not yet renamed
+    (folder / f"{NAME}.part.release").write_text(record)
+    assert download(server, tmp_path)[0] == 0
+    assert names(folder) == [NAME, f"{NAME}.release"]
+    (folder / f"{NAME}.part.release").write_text(record)  # everything but the last file
+    assert download(server, tmp_path)[0] == 0
+    assert len(server.asked) == 1
+
+
+def test_a_second_download_into_a_folder_is_refused(server: Server, tmp_path: Path) -> None:
+    server.pause = 0.05
+    process = start(server, tmp_path)
+    while not (tmp_path / "d" / f"{NAME}.part").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    code, _, errors = download(server, tmp_path)
+    assert code == 1
+    assert "another download into" in errors
+    server.pause = 0
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+
+
 def test_a_part_of_another_release_is_not_gone_on_with(server: Server, tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / f"{NAME}.part").write_bytes(server.content[:100])

@@ -57,6 +57,7 @@ def test_hashes_are_pinned() -> None:
         (b"MK1V", "illegal character '1' at position 3 of 4"),
         (b"MK\x00V", r"illegal character '\\x00' at position 3 of 4"),
         (b"MK\x01\x02V", r"illegal character '\\x01' at position 3 of 5"),
+        (b"MK\x01V", r"illegal character '\\x01' at position 3 of 4"),
         (b"MK\x02V", r"illegal character '\\x02' at position 3 of 4"),
         (b"MK\xc3\xa9V", r"illegal character byte 0xc3 at position 3 of 5"),
         (b"MK_V", "illegal character '_' at position 3 of 4"),

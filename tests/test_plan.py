@@ -2,6 +2,7 @@ import itertools
 import multiprocessing
 import os
 import tempfile
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -176,6 +177,37 @@ def test_a_process_that_died_while_making_a_plan_is_replaced(tmp_path: Path) -> 
     shared = shared_plan("race", 0, make)
     assert shared is not None
     assert shared.rows.tolist() == [0, 1, 2, 3, 4]
+
+
+def slow_to_make() -> Plan:
+    time.sleep(0.5)
+    return make()
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_process_forked_while_a_plan_is_made_does_not_keep_the_lock() -> None:
+    thread = threading.Thread(target=shared_plan, args=("fork", 1, slow_to_make))
+    thread.start()
+    while not list(plan_folder().glob("fork-1.*")):
+        time.sleep(0.01)
+    worker = multiprocessing.get_context("fork").Process(target=shared_plan, args=("fork", 2, make))
+    worker.start()  # it has the lock's descriptor, and wants the lock itself
+    worker.join(timeout=30)
+    thread.join(timeout=30)
+    assert worker.exitcode == 0
+    assert {path.name for path in plan_folder().iterdir() if path.is_dir()} == {"fork-1", "fork-2"}
+
+
+@pytest.mark.parametrize("left", [{}, {"rows.npy": b""}, {"rows.npy": b"", "starts.npy": b"\x93NUMPY"}])
+def test_what_is_left_of_a_plan_is_made_again(left: dict[str, bytes]) -> None:
+    path = plan_folder() / "torn-0"
+    path.mkdir()
+    for name, content in left.items():
+        (path / name).write_bytes(content)
+    shared = shared_plan("torn", 0, make)
+    assert shared is not None
+    assert shared.rows.tolist() == [0, 1, 2, 3, 4]
+    assert sorted(p.name for p in plan_folder().iterdir()) == ["torn-0", "torn.lock"]
 
 
 def test_old_plans_are_removed_while_readers_go_on() -> None:

@@ -74,8 +74,13 @@ def test_files_that_are_no_store_are_refused(tmp_path: Path, store: SequenceStor
     with pytest.raises(ValueError, match="a folder, not a file"):
         SequenceStore(tmp_path)
     (tmp_path / "text.h5").write_text("not HDF5")
-    with pytest.raises(ValueError, match=r"text\.h5: not a readable store"):
+    with pytest.raises(
+        ValueError, match=r"text\.h5: not a store, which is an HDF5 file; `python -m protlig_dd\.prepare"
+    ):
         SequenceStore(tmp_path / "text.h5")
+    (tmp_path / "magic.h5").write_bytes(store.path.read_bytes()[:8])
+    with pytest.raises(ValueError, match=r"magic\.h5: not a readable store"):
+        SequenceStore(tmp_path / "magic.h5")
     with pytest.raises(ValueError, match=r"new\.h5: store format 99, this version reads 2$"):
         SequenceStore(changed(tmp_path / "new.h5", store, format_version=99))
     with pytest.raises(ValueError, match=r"old\.h5: store format 1, this version reads 2; prepare it again"):
@@ -177,6 +182,8 @@ def test_a_group_numbers_the_rows_through(tmp_path: Path, store: SequenceStore) 
     assert group.fingerprint not in (store.fingerprint, second.fingerprint)
     assert StoreGroup([store]).fingerprint == store.fingerprint
     assert StoreGroup([second, store]).fingerprint != group.fingerprint
+    with pytest.raises(ValueError, match=r"b\.h5 holds the same as .*b\.h5; give each store once"):
+        StoreGroup([store, second, SequenceStore(second.path)])
     numbers, begins, residues = group.places(np.array([401, 2, 400]))
     assert numbers.tolist() == [1, 0, 1]
     assert residues.tolist() == [5, store.lengths[2], 3]

@@ -22,8 +22,8 @@ import numpy as np
 
 from protlig_dd import __version__
 from protlig_dd.data.encode import EncodedBlock, encode_block, sequence_hashes
-from protlig_dd.data.fasta import FastaBlock, FastaFile, id_of, parse_header
-from protlig_dd.data.homology import COVERAGE, IDENTITY, mmseqs_version, queries_with_hits
+from protlig_dd.data.fasta import STDIN, FastaBlock, FastaFile, id_of, parse_header
+from protlig_dd.data.homology import COVERAGE, E_VALUE, IDENTITY, mmseqs_version, queries_with_hits
 from protlig_dd.data.store import COPY_BYTES, FORMAT_VERSION, SPLITS, SequenceStore, write_columns
 from protlig_dd.runtime.files import free_name, sync_folder, write_atomic
 from protlig_dd.tokenizer import BOS, LETTERS, MASK, VOCAB_SIZE, ProteinTokenizer
@@ -106,8 +106,13 @@ def build_store(
     """
     filters, split, output = filters or Filters(), split or Split(), Path(output)
     began = time.time()
+    if output.is_symlink():  # what a link points to is written, also where it is not there yet
+        output = output.resolve()
     if output.exists():
-        raise ValueError(f"{output} exists already; give another output or move it away")
+        if _partial(output).exists():
+            with contextlib.suppress(AlreadyThereError), _partial_folder(output):
+                pass  # clears what a run killed at its very end has left
+        raise AlreadyThereError(f"{output} exists already; give another output or move it away")
     named = dict(inputs) if isinstance(inputs, Mapping) else {}
     for name in named:
         if name not in SPLITS:
@@ -116,19 +121,25 @@ def build_store(
     version = mmseqs_version() if split.check else None
     taxa = taxa_below(filters.taxa, filters.taxa_nodes) if filters.taxa is not None else None
     paths = list(named.values()) if named else [Path(str(path)) for path in inputs]
+    if not paths:
+        raise ValueError("no input file is named")
+    if [str(path) for path in paths].count(STDIN) > 1:
+        raise ValueError("stdin (-) can be read once only")
     files = [FastaFile(path) for path in paths]
     codes: list[int | None] = [SPLITS.index(name) for name in named] if named else [None] * len(files)
     with _output_errors(output), _partial_folder(output) as folder:
         if output.exists():  # another process has just finished it
-            raise ValueError(f"{output} exists already; give another output or move it away")
+            raise AlreadyThereError(f"{output} exists already; give another output or move it away")
         spool = Spool(folder)
         sizes = [file.path.stat().st_size if file.path is not None and file.path.is_file() else None for file in files]
         with progress("reading", None if None in sizes else sum(size for size in sizes if size)) as bar:
             for file in files:
                 file.on_bytes = bar.advance
-            counts = _read_inputs(files, codes, spool, filters, taxa)
+            with contextlib.closing(spool):
+                counts = _read_inputs(files, codes, spool, filters, taxa)
         if not spool.rows:
-            raise ValueError(f"{output}: no sequences left to write: of {counts['records']} all were dropped")
+            failed = ", ".join(f"{count:,} by {name}" for name, count in counts["dropped"].items() if count)
+            raise ValueError(f"{output}: no sequences left: of {counts['records']:,} records were dropped {failed}")
         keep = _keep(spool, files, duplicates=filters.duplicates)
         counts["dropped"]["duplicates"] = int((~keep).sum())
         splits = spool.load("split") if named else hashed_splits(spool.load("id_hash"), split)
@@ -140,7 +151,8 @@ def build_store(
             "format_version": FORMAT_VERSION,
             "inputs": [
                 {"name": Path(file.name).name, "bytes": file.size, "sha256": file.sha256, "records": file.records}
-                for file in files
+                | ({"split": SPLITS[code]} if code is not None else {})
+                for file, code in zip(files, codes, strict=True)
             ],
             "options": _options(named, filters, split),
             **counts,
@@ -151,16 +163,29 @@ def build_store(
             _write(finished, spool, keep, splits, source, bar.advance)
         with finished.open("rb") as handle:
             os.fsync(handle.fileno())
-        finished.rename(output)
-        sync_folder(output.parent)
-        store = SequenceStore(output)
+        when = {"created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "seconds": round(time.time() - began, 1)}
+        told = SequenceStore(finished)
+        told_by = {"fingerprint": told.fingerprint, "software": f"protlig_dd {__version__}"}
+        write_atomic(folder / "manifest", json.dumps(told.manifest | when | told_by, indent=1) + "\n")
+        if output.exists():  # somebody else made it meanwhile
+            raise AlreadyThereError(f"{output} exists already; give another output or move it away")
         beside = manifest_path(output)
         if beside.exists():  # of a store that was moved away
             beside.rename(free_name(beside))
-        when = {"created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "seconds": round(time.time() - began, 1)}
-        software = {"software": f"protlig_dd {__version__}"}
-        write_atomic(beside, json.dumps(store.manifest | when | software, indent=1) + "\n")
-    return store
+        (folder / "manifest").rename(beside)
+        _put(finished, output)
+        sync_folder(output.parent)
+    return SequenceStore(output)
+
+
+def _put(file: Path, output: Path) -> None:
+    """Give a file its final name, which must be free."""
+    try:
+        os.link(file, output)
+    except FileExistsError:
+        raise AlreadyThereError(f"{output} exists already; give another output or move it away") from None
+    except OSError:  # no hard links here
+        file.rename(output)
 
 
 def manifest_path(store: Path) -> Path:
@@ -170,7 +195,7 @@ def manifest_path(store: Path) -> Path:
 def check_options(filters: Filters, split: Split) -> None:
     """Raise for values that make no sense, before anything is read."""
     shares = split.validation_fraction, split.test_fraction
-    if min(shares) < 0 or sum(shares) >= 1:
+    if not (min(shares) >= 0 and sum(shares) < 1):
         raise ValueError(
             f"split.validation_fraction={shares[0]} and split.test_fraction={shares[1]} must leave some to train on"
         )
@@ -203,7 +228,7 @@ def taxa_below(taxa: Sequence[int], nodes: Path | None) -> np.ndarray:
     if not nodes.is_file():
         raise ValueError(f"{nodes}: no such file (nodes.dmp is in NCBI's taxdump.tar.gz)")
     try:
-        pairs = np.loadtxt(nodes, dtype=np.int64, delimiter="|", usecols=(0, 1), comments=None)
+        pairs = np.loadtxt(nodes, dtype=np.int64, delimiter="|", usecols=(0, 1), comments=None, ndmin=2)
     except (ValueError, IndexError) as error:
         raise ValueError(f"{nodes}: not a nodes.dmp of the NCBI taxonomy: {error}") from error
     parent = np.full(int(pairs.max()) + 1, -1, dtype=np.int64)
@@ -249,8 +274,10 @@ class Spool:
         self.rows += rows
 
     def close(self) -> None:
-        for file in self.files.values():
-            file.close()
+        """Also where the disk is full and a file cannot be flushed: the others are closed as well."""
+        with contextlib.ExitStack() as stack:
+            for file in self.files.values():
+                stack.callback(file.close)
 
     def size(self, name: str) -> int:
         """Bytes of a column."""
@@ -308,7 +335,6 @@ def _read_inputs(
                 record=block.first_record + np.flatnonzero(keep),
                 split=np.full(len(headers), code or 0),
             )
-    spool.close()
     return {"records": records, "lower_case_letters": lower_case, "dropped": dropped}
 
 
@@ -324,7 +350,7 @@ def _failures(
     if filters.max_unknown < 1:
         starts = np.cumsum(encoded.lengths) - encoded.lengths
         unknown = (encoded.tokens > MASK) & (encoded.tokens < BOS)
-        yield "max_unknown", np.add.reduceat(unknown, starts, dtype=np.int64) > filters.max_unknown * residues
+        yield "max_unknown", np.add.reduceat(unknown, starts, dtype=np.int64) / residues > filters.max_unknown
     if not filters.fragments:
         yield "fragments", np.array([b"(Fragment" in header for header in block.headers()])
     if taxa is not None:
@@ -372,10 +398,11 @@ def repeated_rows(hashes: np.ndarray) -> np.ndarray:
     del ordered
     if not len(repeated):
         return np.empty(0, np.int64)
-    pieces = [
-        first + np.flatnonzero(np.isin(hashes[first : first + ROWS_AT_ONCE], repeated))
-        for first in range(0, len(hashes), ROWS_AT_ONCE)
-    ]
+    pieces = []
+    for first in range(0, len(hashes), ROWS_AT_ONCE):
+        block = hashes[first : first + ROWS_AT_ONCE]
+        nearest = np.searchsorted(repeated, block).clip(max=len(repeated) - 1)
+        pieces.append(first + np.flatnonzero(repeated[nearest] == block))
     return np.concatenate(pieces)
 
 
@@ -394,12 +421,13 @@ def _refuse_repeated_ids(spool: Spool, files: Sequence[FastaFile], rows: np.ndar
 
 
 def _where(spool: Spool, files: Sequence[FastaFile], row: int) -> str:
-    """File, record and (unless the file is gone: stdin) line of a row."""
+    """File, record and, where it can be read again (not from a pipe), line of a row."""
     file, number = files[spool.load("file")[row]], int(spool.load("record")[row])
-    if file.path is None:
-        return f"{file.name}: record {number}"
-    block = next(b for b in FastaFile(file.path).blocks() if number < b.first_record + len(b.starts))
-    return block.where(number - block.first_record)
+    if file.path is not None and file.path.is_file():
+        for block in FastaFile(file.path).blocks():
+            if number < block.first_record + len(block.starts):
+                return block.where(number - block.first_record)
+    return f"{file.name}: record {number}"
 
 
 def _check_split(spool: Spool, keep: np.ndarray, splits: np.ndarray, on_hit: str) -> dict[str, Any]:
@@ -409,7 +437,13 @@ def _check_split(spool: Spool, keep: np.ndarray, splits: np.ndarray, on_hit: str
     hits.
     """
     names = SPLITS[1:]
-    report: dict[str, Any] = {"identity": IDENTITY, "coverage": COVERAGE, "on_hit": on_hit, "rounds": 0}
+    report: dict[str, Any] = {
+        "identity": IDENTITY,
+        "coverage": COVERAGE,
+        "e_value": E_VALUE,
+        "on_hit": on_hit,
+        "rounds": 0,
+    }
     report |= {"searched": {name: int((keep & (splits == SPLITS.index(name))).sum()) for name in names}}
     report["hits"] = dict.fromkeys(names, 0)
     targets = keep & (splits == TRAIN)
@@ -547,39 +581,60 @@ def _options(named: Mapping[str, Any], filters: Filters, split: Split) -> dict[s
     return kept
 
 
+class AlreadyThereError(ValueError):
+    """The output exists, or another process is writing it."""
+
+
+def _partial(output: Path) -> Path:
+    return output.with_name(f".{output.name}.partial")
+
+
 @contextlib.contextmanager
 def _partial_folder(output: Path) -> Iterator[Path]:
     """A locked folder `.NAME.partial` beside the output, removed at the end; what a killed process left is cleared.
 
     Raises:
-        ValueError: another process holds it.
+        AlreadyThereError: another process holds it.
+        ValueError: a folder of that name that is not ours.
     """
-    folder = output.with_name(f".{output.name}.partial")
+    folder = _partial(output)
     lock = None
     while lock is None:
         if folder.exists() and not (folder / "lock").exists() and any(folder.iterdir()):
             raise ValueError(f"{folder} is in the way and was not made by this program; move it away")
         folder.mkdir(parents=True, exist_ok=True)
-        handle = (folder / "lock").open("w")
+        try:
+            handle = (folder / "lock").open("w")
+        except FileNotFoundError:  # its owner has just removed it
+            continue
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             handle.close()
-            raise ValueError(f"{output}: another process is writing it (it holds {folder / 'lock'})") from None
-        if (folder / "lock").exists() and (folder / "lock").stat().st_ino == os.fstat(handle.fileno()).st_ino:
-            lock = handle
-        else:  # its owner has just finished and removed it
+            raise AlreadyThereError(f"{output}: another process is writing it (it holds {folder / 'lock'})") from None
+        with contextlib.suppress(FileNotFoundError):
+            if (folder / "lock").stat().st_ino == os.fstat(handle.fileno()).st_ino:
+                lock = handle
+        if lock is None:
             handle.close()
     try:
-        for leftover in folder.iterdir():
-            if leftover.is_dir():
-                shutil.rmtree(leftover)
-            elif leftover.name != "lock":
-                leftover.unlink()
+        _clear(folder)
         yield folder
     finally:
-        shutil.rmtree(folder)
+        _clear(folder)
+        # the lock goes last: without it the rest would not be known for ours
+        (folder / "lock").unlink()
+        with contextlib.suppress(OSError):  # the next writer may be in it already
+            folder.rmdir()
         lock.close()
+
+
+def _clear(folder: Path) -> None:
+    for leftover in folder.iterdir():
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        elif leftover.name != "lock":
+            leftover.unlink()
 
 
 @contextlib.contextmanager
@@ -601,7 +656,12 @@ def bundled_store(folder: Path = Path("data")) -> SequenceStore:
     inputs = {split: SAMPLE_FOLDER / f"{split}.fasta.gz" for split in SPLITS}
     digest = hashlib.sha256(f"{FORMAT_VERSION}".encode() + "".join(map(sha256, inputs.values())).encode()).hexdigest()
     path = folder / f"sample-{digest[:8]}.h5"
-    return SequenceStore(path) if path.exists() else build_store(inputs, path)
+    while not path.exists():
+        try:
+            return build_store(inputs, path)
+        except AlreadyThereError:  # another process makes it
+            time.sleep(0.1)
+    return SequenceStore(path)
 
 
 def sha256(path: Path) -> str:

@@ -177,6 +177,8 @@ class FastaFile:
                 line += text.count(b"\n", 0, len(text) - len(stripped))
                 text = stripped
                 started = bool(text)
+                if text[:4] == b"\x89HDF":
+                    raise ValueError(f"{self.name} is an HDF5 file, perhaps a store already, not FASTA")
                 if started and text[:1] != b">":
                     shown = text.partition(b"\n")[0][:40].decode("utf-8", "replace").strip()
                     raise ValueError(f"{self.name}: line {line} is not a FASTA header: {shown!r}")

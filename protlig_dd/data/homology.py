@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-IDENTITY, COVERAGE = 0.5, 0.8
+IDENTITY, COVERAGE, E_VALUE = 0.5, 0.8, 1e-3
 INSTALL = (
     "install it with `conda install -c conda-forge -c bioconda mmseqs2`, `apt-get install mmseqs2` or "
     "`brew install mmseqs2`, or from https://mmseqs.com"
@@ -35,11 +35,13 @@ def queries_with_hits(queries: Path, targets: Path, scratch: Path) -> np.ndarray
     hits = scratch / "hits"
     _run(
         "easy-search", str(queries), str(targets), str(hits), str(scratch / "tmp"),
-        "--min-seq-id", str(IDENTITY), "--alignment-mode", "3", "-e", "1e-3", "--format-output", "query,qcov,tcov",
+        "--min-seq-id", str(IDENTITY), "-e", str(E_VALUE), "--alignment-mode", "3",
+        "--format-output", "query,qcov,tcov",
     )  # fmt: skip
-    rows = (line.split() for line in hits.read_text().splitlines())
-    # MMseqs2 itself can ask for coverage of both, of the query or of the target, not of either
-    near = {int(name) for name, of_query, of_target in rows if max(float(of_query), float(of_target)) >= COVERAGE}
+    with hits.open() as file:
+        rows = (line.split() for line in file)
+        # MMseqs2 itself can ask for coverage of both, of the query or of the target, not of either
+        near = {int(name) for name, of_query, of_target in rows if max(float(of_query), float(of_target)) >= COVERAGE}
     shutil.rmtree(scratch)
     return np.array(sorted(near), dtype=np.int64)
 

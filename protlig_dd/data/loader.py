@@ -29,6 +29,7 @@ from protlig_dd.data.store import SequenceStore, StoreGroup
 
 _CROP = 2  # first word of the random key; plan.py has the others
 CROPS = ("random", "start")
+PLAN_VERSION = 1  # of how plans are made: others' plans are not used
 PREFETCH = 4  # packs that each worker keeps ready
 
 
@@ -66,6 +67,7 @@ class PackDataset(Dataset[PackedBatch]):
         self.group, self.rows, self.max_len = group, rows.astype(group.row_type, copy=False), max_len
         self.tokens_per_pack, self.seed, self.crop, self.ahead = tokens_per_pack, seed, crop, ahead
         self._planned: tuple[int, Plan] | None = None
+        self.planner: threading.Thread | None = None
         check_pack_sizes(max_len, tokens_per_pack)
         if crop not in CROPS:
             raise ValueError(f"data.crop={crop}; there are {', '.join(CROPS)}")
@@ -84,15 +86,15 @@ class PackDataset(Dataset[PackedBatch]):
         if self.packs_per_epoch <= 0:
             raise ValueError(
                 f"{group.name}: the training split has {sum(self._quotas)} tokens an epoch, less than one pack of "
-                f"data.tokens_per_pack={tokens_per_pack}"
+                f"data.tokens_per_pack={tokens_per_pack}; lower that"
             )
         rows_digest = xxhash.xxh3_128_hexdigest(self.rows.data)
-        parts = [group.fingerprint, rows_digest, max_len, tokens_per_pack, seed, self._quotas]
+        parts = [PLAN_VERSION, group.fingerprint, rows_digest, max_len, tokens_per_pack, seed, self._quotas]
         self.key = xxhash.xxh3_128_hexdigest(repr(parts).encode())
 
     def __getstate__(self) -> dict[str, object]:
         planned = self._planned if self.seed is None else None
-        return {key: value for key, value in self.__dict__.items() if key != "planner"} | {"_planned": planned}
+        return self.__dict__ | {"planner": None, "_planned": planned}
 
     def __len__(self) -> int:
         """Packs in one epoch; training indices run on beyond it, epoch after epoch."""
@@ -143,6 +145,8 @@ class PackDataset(Dataset[PackedBatch]):
 
     def forget_plans(self) -> None:
         """Remove this dataset's plans from the temporary folder."""
+        if self.planner is not None:
+            self.planner.join()
         if self.seed is not None:
             remove_plans(self.key)
 

@@ -11,7 +11,8 @@ A mixture of stores with weights w_s (shares of tokens) has as its epoch one pas
 the one with the largest (tokens of s) / w_s. Each of the others is read through in passes of its own, shuffled anew
 for each, which run on from epoch to epoch: in epoch e it gives those sequences whose first token is among tokens
 e q_s .. (e + 1) q_s - 1 of its endless stream, q_s being its share of tokens. So within a pass every sequence of a
-store comes exactly once, and over a run no two sequences of a store differ by more than one in how often they came.
+store comes exactly once, and over a run no two sequences of a store differ by more than one in how often they came,
+but for the tails.
 Without weights every store is passed once in an epoch.
 """
 
@@ -167,27 +168,40 @@ def shared_plan(key: str, epoch: int, make: Callable[[], Plan], *, wait: bool = 
                     fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
                 except BlockingIOError:
                     return None
-                if path.exists():
-                    continue
-                remove_plans(key, before=epoch - 1)
-                partial = Path(tempfile.mkdtemp(dir=folder, prefix=f"{key}-{epoch}."))
                 try:
-                    for name, values in make()._asdict().items():
-                        np.save(partial / f"{name}.npy", values)
-                    partial.rename(path)
+                    if (plan := _map(path)) is not None:
+                        return plan
+                    _remove(path)  # what a cleaner of old files or a crash of the machine left of one
+                    remove_plans(key, before=epoch - 1)
+                    partial = Path(tempfile.mkdtemp(dir=folder, prefix=f"{key}-{epoch}."))
+                    try:
+                        for name, values in make()._asdict().items():
+                            np.save(partial / f"{name}.npy", values)
+                        partial.rename(path)
+                    finally:
+                        shutil.rmtree(partial, ignore_errors=True)
                 finally:
-                    shutil.rmtree(partial, ignore_errors=True)
+                    # Closing would not do: a process forked meanwhile has the descriptor too, and would keep the lock.
+                    fcntl.flock(lock, fcntl.LOCK_UN)
     except OSError as error:
         raise ValueError(f"{folder}: cannot keep the plan of an epoch there ({error}); set TMPDIR") from error
     return plan
 
 
 def _map(path: Path) -> Plan | None:
-    """None where there is none (any more)."""
-    with contextlib.suppress(FileNotFoundError):
+    """None where there is none, none any more, or not a whole one."""
+    with contextlib.suppress(FileNotFoundError, EOFError, ValueError):
         # asarray: slices of a plain array cost a tenth of slices of a memmap
         return Plan(*(np.asarray(np.load(path / f"{name}.npy", mmap_mode="r")) for name in Plan._fields))
     return None
+
+
+def _remove(path: Path) -> None:
+    """Away under another name first, so that nobody meets half of it."""
+    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{path.name}.old."))
+    with contextlib.suppress(OSError):
+        path.rename(aside / "plan")
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def remove_plans(key: str, before: int | None = None) -> None:
@@ -195,7 +209,7 @@ def remove_plans(key: str, before: int | None = None) -> None:
     for path in _plans(key):
         epoch = path.name.rpartition("-")[2]
         if before is None or int(epoch.partition(".")[0]) < before:
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
 
 
 def _plans(key: str) -> Iterator[Path]:

@@ -13,7 +13,7 @@ Layout, format version 2 (`n` sequences, every dataset contiguous so that it can
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from operator import index
 from pathlib import Path
@@ -29,6 +29,8 @@ from protlig_dd.tokenizer import BOS, EOS, LETTERS, VOCAB_SIZE
 FORMAT_VERSION = 2
 SPLITS = ("train", "validation", "test")
 COPY_BYTES = 4 << 20
+HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
+MAKE_ONE = "`python -m protlig_dd.prepare input=... output=...` makes a store of FASTA"
 _COLUMNS = {
     "tokens": np.uint8,
     "offsets": np.int64,
@@ -53,7 +55,11 @@ class SequenceStore:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         if not self.path.is_file():
-            raise ValueError(f"{self.path}: {'a folder, not a file' if self.path.is_dir() else 'no such data file'}")
+            problem = "a folder, not a file" if self.path.is_dir() else f"no such data file; {MAKE_ONE}"
+            raise ValueError(f"{self.path}: {problem}")
+        with self.path.open("rb") as start:
+            if start.read(len(HDF5_MAGIC)) != HDF5_MAGIC:
+                raise ValueError(f"{self.path}: not a store, which is an HDF5 file; {MAKE_ONE}")
         try:
             with h5py.File(self.path, "r", locking=False) as file:  # locks fail on some network filesystems
                 self._read_layout(file)
@@ -132,10 +138,16 @@ class SequenceStore:
         return id_of(self.header(row))
 
     def split(self, name: str) -> np.ndarray:
-        """Rows of one split, ascending."""
+        """(n,) int64 rows of one split, ascending."""
+        return np.concatenate(list(self.split_blocks(name)))
+
+    def split_blocks(self, name: str) -> Iterator[np.ndarray]:
+        """The same, in blocks that take little memory."""
         if name not in SPLITS:
             raise ValueError(f"no split {name!r}; the splits are {', '.join(SPLITS)}")
-        return np.flatnonzero(self._map("split") == SPLITS.index(name))
+        splits = self._map("split")
+        for start in range(0, len(splits), COPY_BYTES):
+            yield start + np.flatnonzero(splits[start : start + COPY_BYTES] == SPLITS.index(name))
 
     def verify(self, on_bytes: Callable[[int], None] | None = None) -> None:
         """Read everything and compare it with its checksums.
@@ -192,10 +204,18 @@ class SequenceStore:
 
 
 class StoreGroup:
-    """One or several stores, whose rows are numbered through: those of the second follow those of the first."""
+    """One or several stores, whose rows are numbered through: those of the second follow those of the first.
+
+    Raises:
+        ValueError: two stores of the same contents.
+    """
 
     def __init__(self, stores: Sequence[SequenceStore]) -> None:
         self.stores = list(stores)
+        for i, store in enumerate(self.stores):
+            for earlier in self.stores[:i]:
+                if store.fingerprint == earlier.fingerprint:
+                    raise ValueError(f"{store.path} holds the same as {earlier.path}; give each store once")
         self.bases = np.cumsum([0, *(len(store) for store in self.stores[:-1])])
         self.name = ", ".join(str(store.path) for store in self.stores)
         prints = [store.fingerprint for store in self.stores]
@@ -223,9 +243,14 @@ class StoreGroup:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def split(self, name: str) -> np.ndarray:
-        """Rows of one split, ascending."""
-        rows = zip(self.bases, self.stores, strict=True)
-        return np.concatenate([store.split(name) + base for base, store in rows])
+        """(n,) rows of one split, ascending, in `row_type`."""
+        return np.concatenate(
+            [
+                (rows + base).astype(self.row_type)
+                for base, store in zip(self.bases, self.stores, strict=True)
+                for rows in store.split_blocks(name)
+            ]
+        )
 
     def id(self, row: SupportsIndex) -> str:
         number = int(np.searchsorted(self.bases, index(row), side="right")) - 1

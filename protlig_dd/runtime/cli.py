@@ -83,7 +83,7 @@ def wants_help(config_name: str) -> bool:
     arguments = parser.parse_args()
     for override in arguments.overrides:
         if "=" not in override and not override.startswith("~"):
-            refuse(f"unknown argument {override!r}")
+            refuse(f"unknown argument {override!r} (several values are one list, key=[a,b]; quote what has spaces)")
     if arguments.help:
         print(help_text(arguments.config_name or config_name, arguments.overrides))
     return bool(arguments.help)

@@ -138,7 +138,7 @@ class SplitConfig:
 @dataclass
 class PrepareConfig:
     input: Any
-    output: str
+    output: str | None
     inspect: str | None
     filter: FilterConfig
     split: SplitConfig
@@ -221,7 +221,10 @@ def read_config(cfg: DictConfig, schema: type[T]) -> T:
         key = str(error.full_key).removesuffix("_")
         raise ValueError(f"{key} is required: give {key}=...") from error
     except OmegaConfBaseException as error:
-        raise ValueError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+        what = str(error).splitlines()[0]
+        if "is not a ListConfig" in what:
+            what = "give a list: [a] or [a,b]"
+        raise ValueError(f"{error.full_key}: {what}") from error
     assert isinstance(typed, schema)
     return typed
 

@@ -104,14 +104,15 @@ def train(
             raise ValueError(f"{checkpoint} is beyond trainer.max_steps={max_steps}")
         announce(f"going on from {checkpoint}", processes)
     last_step = max(first_step, min(max_steps, control.stop_at_step or max_steps))
-    epoch = first_step * optim.packs_per_step // dataset.packs_per_epoch
-    with console.status(f"planning epoch {epoch}") if processes.first else contextlib.nullcontext():
-        rows, left_over = len(dataset.plan(epoch).rows), dataset.tail(epoch)
-    announce(
-        f"epoch {epoch}: {rows:,} sequences in {dataset.packs_per_epoch:,} packs, {left_over:,} of them left over; "
-        f"{store.name}",
-        processes,
-    )
+    if first_step < last_step:
+        epoch = first_step * optim.packs_per_step // dataset.packs_per_epoch
+        with console.status(f"planning epoch {epoch}") if processes.first else contextlib.nullcontext():
+            rows, left_over = len(dataset.plan(epoch).rows), dataset.tail(epoch)
+        announce(
+            f"epoch {epoch}: {rows:,} sequences in {dataset.packs_per_epoch:,} packs, {left_over:,} of them left over; "
+            f"{store.name}",
+            processes,
+        )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     announce(
         f"{run_folder}: {parameters / 1e6:.1f} M parameters on {device} in {precision}, attention {attention_backend}; "
@@ -217,7 +218,9 @@ def subset(store: StoreGroup, split: str, most: int, seed: int) -> np.ndarray:
     """
     rows = store.split(split)
     if not len(rows):
-        raise ValueError(f"{store.name} has no {split} sequences; prepare it with a larger split.{split}_fraction")
+        raise ValueError(
+            f"{store.name} has no {split} sequences; prepare it with a larger split.{split}_fraction or a {split} file"
+        )
     if len(rows) > most:
         rows = np.sort(np.random.default_rng([seed, most]).permutation(rows)[:most])
     return rows

@@ -8,6 +8,7 @@ import torch
 
 from protlig_dd.batch import PackedBatch
 from protlig_dd.data.loader import PackDataset, pack_loader
+from protlig_dd.data.plan import AT_ONCE
 from protlig_dd.data.store import SPLITS, StoreGroup
 from protlig_dd.diffusion.graph import Absorbing, Graph
 from protlig_dd.diffusion.likelihood import nll_bound, per_residue
@@ -116,4 +117,8 @@ def composition_kl(samples: list[np.ndarray], frequencies: np.ndarray) -> float:
 
 def length_counts(store: StoreGroup, max_len: int) -> list[int]:
     """How many training sequences have 0, 1, ... max_len residues, as far as the model saw them; for sampling."""
-    return np.bincount(np.minimum(store.lengths[store.split("train")], max_len)).tolist()
+    rows, counts = store.split("train"), np.zeros(max_len + 1, np.int64)
+    for start in range(0, len(rows), AT_ONCE):
+        lengths = np.minimum(store.lengths[rows[start : start + AT_ONCE]], max_len)
+        counts += np.bincount(lengths, minlength=max_len + 1)
+    return counts.tolist()

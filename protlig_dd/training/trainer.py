@@ -168,7 +168,9 @@ def fit(
         drop_partial_line(rows_file)
     since = time.perf_counter()
     trainer.model.train()
-    with ProgressBar("training", trainer.max_steps, first_step, shown=processes.first) as bar:
+    with contextlib.ExitStack() as stack:
+        stack.callback(trainer.dataset.forget_plans)
+        bar = stack.enter_context(ProgressBar("training", trainer.max_steps, first_step, shown=processes.first))
         for step in range(first_step, last_step):
             record = trainer.step(step, packs)
             pending.append(record | {"step": step + 1, "residues_seen": trainer.residues_seen})
@@ -200,7 +202,6 @@ def fit(
             if saving:
                 checkpoint(done)
             since = time.perf_counter()  # evaluation and checkpoints do not count as training time
-    trainer.dataset.forget_plans()
 
 
 def flush(pending: list[dict[str, Any]], seconds: float) -> list[Row]:
