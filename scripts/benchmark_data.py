@@ -117,23 +117,17 @@ def prepare(folder: Path, fasta: Path, repeats: int) -> Path:
     return store
 
 
-class OnlyLengths:
+class OnlyLengths(SequenceStore):
     """What planning needs of a store."""
 
-    path = Path("lengths")
-    fingerprint = "lengths"
-    token_counts = np.zeros(1)
-
     def __init__(self, lengths: np.ndarray) -> None:
-        self.lengths = lengths
-
-    def __len__(self) -> int:
-        return len(self.lengths)
+        self.path, self.fingerprint, self.token_counts = Path("lengths"), "lengths", np.zeros(1)
+        self.lengths, self._length = lengths, len(lengths)
 
 
 def plan_once(lengths: np.ndarray, step: int) -> None:
     """Print what it takes to get at the packs of a step, as JSON."""
-    group = StoreGroup([OnlyLengths(lengths)])  # type: ignore[list-item]
+    group = StoreGroup([OnlyLengths(lengths)])
     everything, last = np.arange(len(lengths), dtype=np.uint32), step * PACKS_PER_STEP + PACKS_PER_STEP - 1
     times = {}
     for name in ("seconds", "mapped"):
