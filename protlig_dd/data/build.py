@@ -112,7 +112,7 @@ def build_store(
         if _partial(output).exists():
             with contextlib.suppress(AlreadyThereError), _partial_folder(output):
                 pass  # clears what a run killed at its very end has left
-        raise AlreadyThereError(f"{output} exists already; give another output or move it away")
+        raise _taken(output)
     named = dict(inputs) if isinstance(inputs, Mapping) else {}
     for name in named:
         if name not in SPLITS:
@@ -129,7 +129,7 @@ def build_store(
     codes: list[int | None] = [SPLITS.index(name) for name in named] if named else [None] * len(files)
     with _output_errors(output), _partial_folder(output) as folder:
         if output.exists():  # another process has just finished it
-            raise AlreadyThereError(f"{output} exists already; give another output or move it away")
+            raise _taken(output)
         spool = Spool(folder)
         sizes = [file.path.stat().st_size if file.path is not None and file.path.is_file() else None for file in files]
         with progress("reading", None if None in sizes else sum(size for size in sizes if size)) as bar:
@@ -168,7 +168,7 @@ def build_store(
         told_by = {"fingerprint": told.fingerprint, "software": f"protlig_dd {__version__}"}
         write_atomic(folder / "manifest", json.dumps(told.manifest | when | told_by, indent=1) + "\n")
         if output.exists():  # somebody else made it meanwhile
-            raise AlreadyThereError(f"{output} exists already; give another output or move it away")
+            raise _taken(output)
         beside = manifest_path(output)
         if beside.exists():  # of a store that was moved away
             beside.rename(free_name(beside))
@@ -183,7 +183,7 @@ def _put(file: Path, output: Path) -> None:
     try:
         os.link(file, output)
     except FileExistsError:
-        raise AlreadyThereError(f"{output} exists already; give another output or move it away") from None
+        raise _taken(output) from None
     except OSError:  # no hard links here
         file.rename(output)
 
@@ -567,7 +567,9 @@ def _describe_splits(
         described[name] = {
             "sequences": len(residues),
             "residues": int(residues.sum(dtype=np.int64)),
-            "letters": {x: int(c) for x, c in zip(LETTERS, token_counts[code], strict=False) if x != "_"},
+            "letters": {
+                x: int(c) for x, c in zip(LETTERS, token_counts[code, : len(LETTERS)], strict=True) if x != "_"
+            },
             "lengths": np.bincount(residues // LENGTH_BIN).tolist(),
         }
     return described
@@ -583,6 +585,10 @@ def _options(named: Mapping[str, Any], filters: Filters, split: Split) -> dict[s
 
 class AlreadyThereError(ValueError):
     """The output exists, or another process is writing it."""
+
+
+def _taken(output: Path) -> AlreadyThereError:
+    return AlreadyThereError(f"{output} exists already; give another output or move it away")
 
 
 def _partial(output: Path) -> Path:

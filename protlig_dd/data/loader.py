@@ -69,8 +69,7 @@ class PackDataset(Dataset[PackedBatch]):
         self._planned: tuple[int, Plan] | None = None
         self.planner: threading.Thread | None = None
         check_pack_sizes(max_len, tokens_per_pack)
-        if crop not in CROPS:
-            raise ValueError(f"data.crop={crop}; there are {', '.join(CROPS)}")
+        check_crop(crop)
         if weights is not None:
             check_weights(weights, len(group.stores))
         self._totals = [total_tokens(group.lengths, own, max_len) for own in self._rows_of_stores()]
@@ -212,6 +211,12 @@ def check_pack_sizes(max_len: int, tokens_per_pack: int) -> None:
             f"data.tokens_per_pack={tokens_per_pack} cannot hold one sequence of data.max_len={max_len} residues "
             f"(with <bos> and <eos> that is {max_len + 2} tokens)"
         )
+
+
+def check_crop(crop: str) -> None:
+    """Raise unless it is one of CROPS."""
+    if crop not in CROPS:
+        raise ValueError(f"data.crop={crop}; there are {', '.join(CROPS)}")
 
 
 def check_weights(weights: Sequence[float], stores: int) -> None:

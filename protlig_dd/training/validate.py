@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from protlig_dd.data.loader import CROPS, check_pack_sizes, check_weights
+from protlig_dd.data.loader import check_crop, check_pack_sizes, check_weights
 from protlig_dd.data.store import SPLITS
 from protlig_dd.diffusion.sampling import check_sampler
 from protlig_dd.diffusion.score import check_parametrisation
@@ -18,8 +18,7 @@ def check_data(data: DataConfig) -> None:
         raise ValueError(f"data.path={data.path}: give a store, a list of stores [a.h5,b.h5], or auto")
     if data.weights is not None:
         check_weights(data.weights, len(paths))
-    if data.crop not in CROPS:
-        raise ValueError(f"data.crop={data.crop}; there are {', '.join(CROPS)}")
+    check_crop(data.crop)
 
 
 def check_train_config(config: TrainConfig) -> None:
