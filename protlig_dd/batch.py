@@ -81,27 +81,28 @@ class PackedBatch:
         lengths = tuple(lengths)
         if rows is not None and len(rows) != len(lengths):
             raise ValueError(f"{len(rows)} rows for {len(lengths)} sequences")
-        device = flat.device
-        length_n = torch.tensor(lengths)
-        ends = length_n.cumsum(0)
-        total = sum(lengths)
-        segment_ids = torch.repeat_interleave(torch.arange(len(lengths)), length_n, output_size=total)
-        positions = torch.arange(total) - (ends - length_n)[segment_ids]
+        # numpy, whose repeat takes a fifth of the time of torch's repeat_interleave
+        length_n = np.array(lengths, np.int64)
+        bounds = np.append(0, length_n.cumsum())
+        geometry = {
+            "cu_seqlens": bounds.astype(np.int32),
+            "segment_ids": np.repeat(np.arange(len(lengths)), length_n),
+            "positions": np.arange(bounds[-1]) - np.repeat(bounds[:-1], length_n),
+        }
         return cls(
             tokens=flat.to(torch.int64),
-            cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), ends]).to(device, torch.int32),
             max_seqlen=max(lengths),
             lengths=lengths,
-            segment_ids=segment_ids.to(device),
-            positions=positions.to(device),
             rows=torch.tensor([-1] * len(lengths) if rows is None else [int(row) for row in rows]),
+            **{name: torch.from_numpy(array).to(flat.device) for name, array in geometry.items()},
         )
 
     def __reduce__(self) -> tuple[object, ...]:
         """A pack travels between processes as letters and lengths and is laid out anew on the CPU: shared-memory
         segments for its tensors would cost milliseconds."""
-        letters = self.tokens.cpu().numpy().astype(np.uint8)
-        if not np.array_equal(letters, self.tokens.cpu()):
+        tokens = self.tokens.numpy(force=True)
+        letters = tokens.astype(np.uint8)
+        if not np.array_equal(letters, tokens):
             raise ValueError("a pack with tokens outside 0..255 cannot be pickled")
         return PackedBatch._restore, (letters, self.lengths, self.rows.numpy())
 

@@ -36,7 +36,6 @@ from protlig_dd.data.store import SequenceStore, StoreGroup
 from protlig_dd.model.dit import DiT
 from protlig_dd.runtime.config import config_folder
 from protlig_dd.runtime.metrics import ProgressBar
-from protlig_dd.tokenizer import N_STATES
 
 UNIREF50_CLUSTERS = 70_198_728
 MAX_LEN, BUDGET, PACKS_PER_STEP = 1024, 32_768, 16
@@ -197,7 +196,8 @@ def loader_rate(dataset: PackDataset, seconds: float) -> float:
         next(packs)
     residues, began = 0, time.perf_counter()
     while (spent := time.perf_counter() - began) < seconds:
-        residues += int((next(packs).tokens < N_STATES).sum())
+        rows = next(packs).rows.numpy()
+        residues += int(np.minimum(dataset.group.lengths[rows], MAX_LEN).sum())
     return residues / spent
 
 

@@ -29,7 +29,7 @@ from protlig_dd.data.build import (
     repeated_rows,
     taxa_below,
 )
-from protlig_dd.data.encode import encode_block
+from protlig_dd.data.encode import EncodedBlock, encode_block
 from protlig_dd.data.fasta import FastaFile, FastaRecord, read_fasta
 from protlig_dd.data.store import SPLITS, SequenceStore
 from protlig_dd.tokenizer import LETTERS, ProteinTokenizer
@@ -211,7 +211,7 @@ def test_repeated_rows(values: list[int]) -> None:
 def test_equal_halves_of_a_hash_are_no_duplicates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """High halves that collide are told apart by the low ones, and ids whose hashes collide by themselves."""
 
-    def colliding(encoded: object) -> np.ndarray:
+    def colliding(encoded: EncodedBlock) -> np.ndarray:
         digests = original(encoded)
         return np.stack([digests[:, 0] % 2, digests[:, 1]], axis=1)
 
@@ -219,8 +219,8 @@ def test_equal_halves_of_a_hash_are_no_duplicates(tmp_path: Path, monkeypatch: p
         encoded = encode_block(block)
         return encoded._replace(id_hashes=encoded.id_hashes % 2)
 
-    original = build.sequence_hashes
-    monkeypatch.setattr(build, "sequence_hashes", colliding)
+    original = EncodedBlock.sequence_hashes
+    monkeypatch.setattr(EncodedBlock, "sequence_hashes", colliding)
     monkeypatch.setattr(build, "encode_block", no_ids)
     records = [(f"p{i}", "MKV" + "ACDEFGHIKL"[i % 10]) for i in range(30)]
     store = build_store([write_fasta(tmp_path / "a.fasta", *records)], tmp_path / "a.h5")

@@ -37,7 +37,7 @@ def test_stdin_is_read_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     for content in (TEXT.encode(), gzip.compress(TEXT.encode())):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
         file = FastaFile("-")
-        assert [id_ for block in file.blocks() for id_ in block.ids()] == [b"UniRef50_A0A8C0C0Z5", b"P31007"]
+        assert [id_ for block in file.blocks() for id_ in block.ids] == [b"UniRef50_A0A8C0C0Z5", b"P31007"]
         assert file.sha256 == hashlib.sha256(content).hexdigest()
         assert (file.name, file.size, file.records) == ("stdin", len(content), 2)
 
@@ -65,7 +65,7 @@ def test_blocks_of_any_size_hold_the_same_records_on_the_right_lines(
         patch.setattr(fasta, "BLOCK_BYTES", size)
         found = []
         for block in FastaFile(path).blocks():
-            for i, (header, body) in enumerate(zip(block.headers(), block.bodies(), strict=True)):
+            for i, (header, body) in enumerate(zip(block.headers, block.bodies, strict=True)):
                 line = int(block.where(i).rpartition(" ")[2])
                 found.append((header.decode().strip(), body.translate(None, fasta.WHITESPACE).decode(), line))
     assert found == expected

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, ClassVar, Protocol
 import numpy as np
 
 from protlig_dd import __version__
-from protlig_dd.data.encode import EncodedBlock, encode_block, sequence_hashes
+from protlig_dd.data.encode import EncodedBlock, encode_block
 from protlig_dd.data.fasta import STDIN, FastaBlock, FastaFile, id_of, parse_header
 from protlig_dd.data.homology import COVERAGE, E_VALUE, IDENTITY, mmseqs_version, queries_with_hits
 from protlig_dd.data.store import COPY_BYTES, FORMAT_VERSION, SPLITS, SequenceStore, write_columns
@@ -288,7 +288,11 @@ class Spool:
         return np.fromfile(self.path(name), self.COLUMNS[name])
 
     def pieces(self, name: str, lengths: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
-        """(first row, end row, their bytes end to end) of `tokens` or `headers`, some megabytes at a time."""
+        """(first row, end row, their bytes end to end) of `tokens` or `headers`, some megabytes at a time.
+
+        The bytes are overwritten by the next ones.
+        """
+        buffer = np.empty(COPY_BYTES, np.uint8)
         with self.path(name).open("rb") as file:
             for first in range(0, len(lengths), ROWS_AT_ONCE):
                 ends = np.cumsum(lengths[first : first + ROWS_AT_ONCE], dtype=np.int64)
@@ -296,7 +300,10 @@ class Spool:
                 while row < len(ends):
                     end = max(row + 1, int(np.searchsorted(ends, start + COPY_BYTES, side="right")))
                     size = int(ends[end - 1]) - start
-                    yield first + row, first + end, np.fromfile(file, np.uint8, size)
+                    if size > len(buffer):
+                        buffer = np.empty(size, np.uint8)
+                    file.readinto(buffer[:size].data)
+                    yield first + row, first + end, buffer[:size]
                     row, start = end, start + size
 
 
@@ -313,21 +320,21 @@ def _read_inputs(
     for number, (file, code) in enumerate(zip(files, codes, strict=True)):
         for block in file.blocks():
             encoded = encode_block(block)
-            records += len(block.starts)
+            records += len(block.ids)
             lower_case += encoded.lower_case
-            keep = np.ones(len(block.starts), dtype=bool)
+            keep = np.ones(len(block.ids), dtype=bool)
             for name, failed in _failures(block, encoded, filters, taxa):
                 dropped[name] += int((keep & failed).sum())
                 keep &= ~failed
             encoded = encoded.where(keep)
-            headers = list(itertools.compress(block.headers(), keep.tolist()))
-            digests = sequence_hashes(encoded)
+            headers = block.headers if keep.all() else list(itertools.compress(block.headers, keep.tolist()))
+            digests = encoded.sequence_hashes()
             spool.append(
                 len(headers),
                 tokens=encoded.tokens,
                 headers=b"".join(headers),
                 length=encoded.lengths,
-                header_length=np.fromiter(map(len, headers), np.int32, len(headers)),
+                header_length=np.array([len(header) for header in headers], np.int32),
                 id_hash=encoded.id_hashes,
                 hash_high=digests[:, 0],
                 hash_low=digests[:, 1],
@@ -352,9 +359,9 @@ def _failures(
         unknown = (encoded.tokens > MASK) & (encoded.tokens < BOS)
         yield "max_unknown", np.add.reduceat(unknown, starts, dtype=np.int64) / residues > filters.max_unknown
     if not filters.fragments:
-        yield "fragments", np.array([b"(Fragment" in header for header in block.headers()])
+        yield "fragments", np.array([b"(Fragment" in header for header in block.headers])
     if taxa is not None:
-        tax_ids = [parse_header(header.decode()).tax_id for header in block.headers()]
+        tax_ids = [parse_header(header.decode()).tax_id for header in block.headers]
         yield "taxa", ~np.isin([-1 if tax_id is None else tax_id for tax_id in tax_ids], taxa)
 
 
@@ -425,7 +432,7 @@ def _where(spool: Spool, files: Sequence[FastaFile], row: int) -> str:
     file, number = files[spool.load("file")[row]], int(spool.load("record")[row])
     if file.path is not None and file.path.is_file():
         for block in FastaFile(file.path).blocks():
-            if number < block.first_record + len(block.starts):
+            if number < block.first_record + len(block.ids):
                 return block.where(number - block.first_record)
     return f"{file.name}: record {number}"
 
@@ -491,22 +498,22 @@ def _write(
     lengths, header_lengths = spool.load("length"), spool.load("header_length")
     token_counts = np.zeros((len(SPLITS), VOCAB_SIZE), dtype=np.int64)
 
+    others = VALIDATION, TEST, len(SPLITS)  # the last: dropped
+
     def tokens() -> Iterator[np.ndarray]:
         for first, end, block in spool.pieces("tokens", lengths):
             row_splits = np.where(keep[first:end], splits[first:end], len(SPLITS))
-            ends = np.cumsum(lengths[first:end], dtype=np.int64)
-            counted = count_tokens(block)
-            for row in np.flatnonzero(row_splits != TRAIN).tolist():  # few: what is held out or dropped
-                own = np.bincount(block[ends[row] - lengths[first + row] : ends[row]], minlength=VOCAB_SIZE)
-                counted -= own
-                if row_splits[row] < len(SPLITS):
-                    token_counts[row_splits[row]] += own
-            token_counts[TRAIN] += counted
-            yield _kept(block, lengths[first:end], keep[first:end], on_bytes)
+            counts = {code: count_tokens(_rows(block, lengths[first:end], row_splits == code)) for code in others}
+            token_counts[TRAIN] += count_tokens(block) - sum(counts.values())  # no copy of the many
+            token_counts[VALIDATION] += counts[VALIDATION]
+            token_counts[TEST] += counts[TEST]
+            on_bytes(len(block))
+            yield _rows(block, lengths[first:end], keep[first:end])
 
     def headers() -> Iterator[np.ndarray]:
         for first, end, block in spool.pieces("headers", header_lengths):
-            yield _kept(block, header_lengths[first:end], keep[first:end], on_bytes)
+            on_bytes(len(block))
+            yield _rows(block, header_lengths[first:end], keep[first:end])
 
     n = int(keep.sum())
     totals = [int(column.sum(where=keep, dtype=np.int64)) for column in (lengths, header_lengths)]
@@ -524,12 +531,11 @@ def _write(
     )
 
 
-def _kept(block: np.ndarray, lengths: np.ndarray, keep: np.ndarray, on_bytes: Callable[[int], None]) -> np.ndarray:
-    """The bytes of the kept rows."""
-    on_bytes(len(block))
-    if keep.all():
+def _rows(block: np.ndarray, lengths: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """The bytes of the wanted rows of a block."""
+    if wanted.all():
         return block
-    runs = np.flatnonzero(np.diff(keep, prepend=False, append=False)).reshape(-1, 2)  # first and end rows
+    runs = np.flatnonzero(np.diff(wanted, prepend=False, append=False)).reshape(-1, 2)  # first and end rows
     bounds = np.append(0, np.cumsum(lengths, dtype=np.int64))[runs].tolist()
     return np.concatenate([block[:0], *(block[start:end] for start, end in bounds)])
 

@@ -1,12 +1,13 @@
 """FASTA reading, plain, gzipped or from stdin: a few megabytes at a time, with errors that name file, record and line.
 
-There is one parser. It cuts the bytes into blocks of whole records and leaves the rest to C: `split` finds records,
+There is one parser. It cuts the bytes into blocks of whole records and leaves the rest to C: numpy finds records,
 `partition` headers. `read_fasta` hands out single records, `prepare` whole blocks.
 """
 
 import gzip
 import hashlib
 import io
+import itertools
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ BLOCK_BYTES = 1 << 18  # what is cut off it stays in the processor's cache
 PIECE_BYTES = 1 << 16  # as much may be lost of what stands before damage in a gzip file
 LONGEST_RECORD = 16 << 20  # bytes; the longest known protein has some 45,000 residues
 WHITESPACE = b" \t\r\n\v\f"
-NEWLINE, RETURN, TAB, SPACE, SIGN = b"\n\r\t >"
+NEWLINE, SIGN = b"\n>"
 STDIN = "-"
 
 
@@ -91,39 +92,23 @@ class FastaBlock(NamedTuple):
     """Number of the line on which its header stands, from 1."""
     text: bytes
     """The records as they stand."""
-    starts: np.ndarray
-    """(n,) int64: where each record's `>` is in `text`."""
-    id_ends: np.ndarray
-    """(n,) where its id ends."""
-    header_ends: np.ndarray
-    """(n,) where its header ends; in front of a carriage return."""
-    line_ends: np.ndarray
-    """(n,) where the line with its header ends; the sequence lines begin there."""
-
-    def ids(self) -> list[bytes]:
-        return self._slices(self.starts + 1, self.id_ends)
-
-    def headers(self) -> list[bytes]:
-        """First lines, without `>`; valid UTF-8."""
-        return self._slices(self.starts + 1, self.header_ends)
-
-    def bodies(self) -> list[bytes]:
-        """The other lines, line ends and all."""
-        return self._slices(self.line_ends, np.append(self.starts[1:], len(self.text)))
-
-    def _slices(self, starts: np.ndarray, ends: np.ndarray) -> list[bytes]:
-        text = self.text
-        return [text[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
+    starts: list[int]
+    """n + 1 places: where each record's `>` is in `text`, and where the last one ends."""
+    ids: list[bytes]
+    headers: list[bytes]
+    """First lines, without `>`; valid UTF-8."""
+    bodies: list[bytes]
+    """The other lines, line ends and all."""
 
     def where(self, i: int, position: int | None = None) -> str:
         """What error messages call record i: file, number, id and line (that of the residue at `position`, from 1)."""
-        line = self.first_line + self.text.count(b"\n", 0, int(self.starts[i]))
+        line = self.first_line + self.text.count(b"\n", 0, self.starts[i])
         if position is not None:
-            for text in self.bodies()[i].split(b"\n")[1:]:
+            for text in self.bodies[i].split(b"\n"):
                 line, position = line + 1, position - len(text.translate(None, WHITESPACE))
                 if position <= 0:
                     break
-        return f"{self.file}: record {self.first_record + i} ({self.ids()[i].decode('utf-8', 'replace')}), line {line}"
+        return f"{self.file}: record {self.first_record + i} ({self.ids[i].decode('utf-8', 'replace')}), line {line}"
 
 
 class FastaFile:
@@ -186,9 +171,8 @@ class FastaFile:
             cut = len(text) if last else text.rfind(b"\n>") + 1
             block, rest = text[:cut], text[cut:]
             if block:
-                parsed, lines = self._parse(block, line)
-                yield parsed
-                line += lines
+                yield self._parse(block, line)
+                line += int(np.count_nonzero(np.frombuffer(block, np.uint8) == NEWLINE))  # faster than count()
             if len(rest) > LONGEST_RECORD:
                 raise ValueError(_too_long(f"{self.name}: record {self.records + 1}, line {line}"))
             if damage is not None:
@@ -200,33 +184,36 @@ class FastaFile:
         if not self.records:
             raise ValueError(f"{self.name}: empty, no FASTA records in it")
 
-    def _parse(self, text: bytes, line: int) -> tuple[FastaBlock, int]:
-        """The records of `>id ...\n...\n>id ...`, and how many lines they take."""
+    def _parse(self, text: bytes, line: int) -> FastaBlock:
+        """The records of `>id ...\n...\n>id ...\n`."""
         letters = np.frombuffer(text, np.uint8)
-        newlines = np.flatnonzero(letters == NEWLINE)
-        lines = newlines[: -1 if text.endswith(b"\n") else None] + 1  # where each line but the first begins
-        starts = np.concatenate([[0], lines[letters[lines] == SIGN]])
-        padded = np.append(newlines, len(text))  # the last header may lack its line end
-        line_ends = padded[np.searchsorted(newlines, starts)]
-        header_ends = line_ends - (letters[line_ends - 1] == RETURN)
-        blanks = np.append(np.flatnonzero((letters == SPACE) | (letters == TAB)), len(text))
-        id_ends = np.minimum(header_ends, blanks[np.searchsorted(blanks, starts)])
-        block = FastaBlock(self.name, self.records + 1, line, text, starts, id_ends, header_ends, line_ends)
-        self.records += len(starts)
-        sizes = np.diff(starts, append=len(text))
-        if sizes.max() > LONGEST_RECORD:
-            raise ValueError(_too_long(block.where(int(np.argmax(sizes > LONGEST_RECORD)))))
-        if (id_ends <= starts + 1).any():
-            i = int(np.argmax(id_ends <= starts + 1))
-            shown = ">" + block.headers()[i].decode("utf-8", "replace")
+        signs = np.flatnonzero(letters[1:] == SIGN) + 1
+        starts = [0, *signs[letters[signs - 1] == NEWLINE].tolist(), len(text)]
+        headers, bodies = [], []
+        for start, end in itertools.pairwise(starts):
+            header, _, body = text[start + 1 : end].partition(b"\n")
+            headers.append(header)
+            bodies.append(body)
+        if b"\r" in text:
+            headers = [header.removesuffix(b"\r") for header in headers]
+        ids = [header.partition(b" ")[0] for header in headers]
+        if b"\t" in text:
+            ids = [id_.partition(b"\t")[0] for id_ in ids]
+        block = FastaBlock(self.name, self.records + 1, line, text, starts, ids, headers, bodies)
+        self.records += len(ids)
+        if len(text) > LONGEST_RECORD and (np.diff(starts) > LONGEST_RECORD).any():
+            raise ValueError(_too_long(block.where(int(np.argmax(np.diff(starts) > LONGEST_RECORD)))))
+        if not all(ids):
+            i = ids.index(b"")
+            shown = ">" + headers[i].decode("utf-8", "replace")
             raise ValueError(f"{block.where(i)}: no id in the header {shown!r}")
         if not text.isascii():
-            for i, header in enumerate(block.headers()):
+            for i, header in enumerate(headers):
                 try:
                     header.decode()
                 except UnicodeDecodeError as error:
                     raise ValueError(f"{block.where(i)}: the header is not UTF-8: {error.reason}") from error
-        return block, len(newlines)
+        return block
 
 
 def _too_long(where: str) -> str:
@@ -272,7 +259,7 @@ def read_fasta(path: Path | str) -> Iterator[FastaRecord]:
         ValueError: as FastaFile; and a sequence that is not text.
     """
     for block in FastaFile(path).blocks():
-        for i, (header, id_, body) in enumerate(zip(block.headers(), block.ids(), block.bodies(), strict=True)):
+        for i, (header, id_, body) in enumerate(zip(block.headers, block.ids, block.bodies, strict=True)):
             description = header[len(id_) :].decode().strip()
             try:
                 sequence = body.translate(None, WHITESPACE).decode("ascii")
