@@ -227,6 +227,20 @@ def test_equal_halves_of_a_hash_are_no_duplicates(tmp_path: Path, monkeypatch: p
     assert [store.id(row) for row in range(len(store))] == [f"p{i}" for i in range(10)]
 
 
+def test_a_spool_that_lost_bytes_becomes_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut_short(spool: build.Spool, *others: object, **options: object) -> np.ndarray:
+        os.truncate(spool.path("tokens"), spool.size("tokens") - 3)
+        return original(spool, *others, **options)
+
+    original = build._keep
+    monkeypatch.setattr(build, "_keep", cut_short)
+    monkeypatch.setattr(build, "COPY_BYTES", 50)
+    records = [(f"p{i}", "MKV" + "ACDEFGHIKL"[i % 10] * i) for i in range(1, 30)]
+    with pytest.raises(ValueError, match=r"tokens: 31 bytes where 34 were written"):
+        build_store([write_fasta(tmp_path / "a.fasta", *records)], tmp_path / "a.h5")
+    assert not (tmp_path / "a.h5").exists()
+
+
 def ids_hashed(ids: list[str]) -> np.ndarray:
     return encode_block(block_of(*[b"M"] * len(ids), ids=[id_.encode() for id_ in ids])).id_hashes
 

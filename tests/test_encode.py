@@ -73,6 +73,12 @@ def test_what_is_illegal_is_named_with_file_record_and_line(body: bytes, message
         encode_block(block_of(neighbour, body, neighbour))
 
 
+@pytest.mark.parametrize("empty", [b"", b" \n", b"*"])
+def test_the_first_bad_record_of_a_block_is_named(empty: bytes) -> None:
+    with pytest.raises(ValueError, match=r"record 11 \(p0\), line 101: no residues"):
+        encode_block(block_of(empty, b"M1", b"MKV"))
+
+
 def test_the_line_is_that_of_the_residue(tmp_path: Path) -> None:
     (tmp_path / "a.fasta").write_bytes(b"\n>a x\nMKV\n>b y\r\nMKVA\r\n\r\nMK?\r\n")
     blocks = FastaFile(tmp_path / "a.fasta").blocks()

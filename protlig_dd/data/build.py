@@ -302,7 +302,8 @@ class Spool:
                     size = int(ends[end - 1]) - start
                     if size > len(buffer):
                         buffer = np.empty(size, np.uint8)
-                    file.readinto(buffer[:size].data)
+                    if (found := file.readinto(buffer[:size].data)) != size:
+                        raise ValueError(f"{self.path(name)}: {found} bytes where {size} were written")
                     yield first + row, first + end, buffer[:size]
                     row, start = end, start + size
 

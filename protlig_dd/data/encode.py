@@ -79,9 +79,11 @@ def _joined(sequences: list[bytes]) -> np.ndarray:
 
 
 def _refuse(block: FastaBlock) -> None:
-    """Raise for the first illegal character of a block."""
+    """Raise for the first record of a block that is empty or has an illegal character."""
     for i, body in enumerate(block.bodies):
         residues = body.translate(None, WHITESPACE).removesuffix(b"*")
+        if not residues:
+            raise ValueError(f"{block.where(i)}: no residues")
         for position, byte in enumerate(residues, start=1):
             if _CODES[byte] >= _STOP:
                 shown = repr(chr(byte)) if byte < 128 else f"byte {byte:#04x}"
