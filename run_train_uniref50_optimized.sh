@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Full UniRef50 training on all GPUs of this machine through torchrun, or in one process without a GPU.
-# The same command goes on with the same run.
+# Full UniRef50 training on all GPUs of this machine, or in one process without a GPU. The same command goes on with the
+# same run; exit code 75 says that it was stopped and is to be gone on with.
 #
 #   ./run_train_uniref50_optimized.sh
 #   ./run_train_uniref50_optimized.sh model=medium run.name=medium    # any Hydra overrides
@@ -9,10 +9,4 @@ case "${1:-}" in -h | --help) sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 "$root/scripts/setup.sh"
 cd "$root"
-bin=${PROTLIG_VENV:-.venv}/bin
-gpus=$("$bin/python" -c 'import torch; print(torch.cuda.device_count())')
-arguments=(-m protlig_dd.training --config-name config_uniref50_stable "$@")
-if [ "$gpus" -gt 1 ]; then
-    exec "$bin/python" -m torch.distributed.run --standalone --nproc-per-node="$gpus" "${arguments[@]}"
-fi
-exec "$bin/python" "${arguments[@]}"
+exec "${PROTLIG_VENV:-.venv}/bin/python" -m protlig_dd.training --config-name config_uniref50_stable "$@"

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import pickle
 from pathlib import Path
@@ -14,6 +15,7 @@ from protlig_dd.runtime.checkpoint import (
     read_state,
     remove_unfinished,
     save_checkpoint,
+    snapshot,
 )
 from protlig_dd.training.ema import EMA
 from protlig_dd.training.optim import make_optimizer
@@ -40,9 +42,7 @@ def save(folder: Path, step: int, seed: int = 0, **dimensions: int) -> tuple[Pat
     path = save_checkpoint(
         folder,
         step,
-        model=model,
-        ema=ema.weights,
-        optimizer=optimizer,
+        snapshot(model, ema.weights, optimizer),
         config_yaml="seed: 0\n",
         state={"residues_seen": 5},
         keep_last=2,
@@ -151,9 +151,9 @@ def test_other_formats_are_refused(tmp_path: Path) -> None:
     state = json.loads((path / "state.json").read_text()) | {"format_version": 99}
     (path / "state.json").write_text(json.dumps(state))
     sums = json.loads((path / COMPLETE).read_text())
-    del sums["state.json"]
+    sums["state.json"] = hashlib.sha256((path / "state.json").read_bytes()).hexdigest()
     (path / COMPLETE).write_text(json.dumps(sums))
-    with pytest.raises(ValueError, match="format 99, this version reads 1"):
+    with pytest.raises(ValueError, match="format 99, this version reads 2"):
         read_state(path)
 
 

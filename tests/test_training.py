@@ -128,7 +128,7 @@ def test_ctrl_c_is_130_and_the_run_goes_on(store: SequenceStore, tmp_path: Path,
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors.strip().splitlines()[-1] == "interrupted"
+    assert re.fullmatch(r"stopped by SIGINT after step \d+ of 3000", errors.strip().splitlines()[-1])
     reached = int(complete_checkpoints(tmp_path / "runs/stopped")[-1].name.split("_")[1])
     out = train(run_python, store, "stopped", f"trainer.max_steps={reached + 2}", "trainer.checkpoint_every=2")
     assert "going on from" in out

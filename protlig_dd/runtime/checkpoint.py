@@ -10,10 +10,13 @@ Loading never unpickles and never runs code that a file names.
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +27,45 @@ from torch import Tensor, nn
 
 from protlig_dd.runtime.files import sync_folder, write_atomic
 
-FORMAT_VERSION = 1
-COMPLETE = "complete.json"
+FORMAT_VERSION = 2
+COMPLETE, BEST = "complete.json", "best.json"
+FILES = {"model.safetensors", "ema.safetensors", "optimizer.safetensors", "config.yaml", "state.json"}
+Tensors = dict[str, dict[str, Tensor]]
+
+
+def snapshot(model: nn.Module, ema: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> Tensors:
+    """{file stem: {name: copy on the host}}: what a checkpoint keeps, free to be written while training goes on."""
+    state = {
+        f"{name}/{field}": value
+        for name, parameter in model.named_parameters()
+        for field, value in optimizer.state[parameter].items()
+    }
+    parts: dict[str, Mapping[str, Tensor]] = {"model": model.state_dict(), "ema": ema, "optimizer": state}
+    return {
+        stem: {name: tensor.detach().contiguous().to("cpu", copy=True) for name, tensor in tensors.items()}
+        for stem, tensors in parts.items()
+    }
 
 
 def save_checkpoint(
     run_folder: Path,
     step: int,
+    tensors: Tensors,
     *,
-    model: nn.Module,
-    ema: Mapping[str, Tensor],
-    optimizer: torch.optim.Optimizer,
     config_yaml: str,
     state: Mapping[str, Any],
     keep_last: int,
+    keep_every: int | None = None,
+    best: float | None = None,
 ) -> Path:
-    """Write the checkpoint of `step` and drop this run's complete ones beyond the newest `keep_last`.
+    """Write the checkpoint of `step` and drop complete ones that are no longer to be kept.
 
     The files are written to a temporary folder and synced, the folder is renamed, then marked complete: a kill at any
     moment leaves either no such checkpoint or a whole one.
+
+    Args:
+        keep_last, keep_every: kept are the newest `keep_last`, those of steps that `keep_every` divides, and the best.
+        best: the validation bound that makes this the best one so far; None where it is not.
     """
     parent = run_folder / "checkpoints"
     parent.mkdir(parents=True, exist_ok=True)
@@ -50,9 +73,8 @@ def save_checkpoint(
     temporary = Path(tempfile.mkdtemp(dir=parent, prefix=f".{final.name}."))
     try:
         temporary.chmod(0o755)
-        save_file(_on_cpu(model.state_dict()), temporary / "model.safetensors")
-        save_file(_on_cpu(ema), temporary / "ema.safetensors")
-        save_file(_on_cpu(_optimizer_tensors(model, optimizer)), temporary / "optimizer.safetensors")
+        for stem, named in tensors.items():
+            save_file(named, temporary / f"{stem}.safetensors")
         (temporary / "config.yaml").write_text(config_yaml)
         (temporary / "state.json").write_text(json.dumps({"format_version": FORMAT_VERSION, "step": step, **state}))
         sums = {}
@@ -61,7 +83,7 @@ def save_checkpoint(
                 sums[file.name] = hashlib.file_digest(handle, "sha256").hexdigest()
                 os.fsync(handle.fileno())
         sync_folder(temporary)
-        if final.exists():  # killed before it was marked complete, or the run went back to an earlier step
+        if final.exists():  # killed before it was marked complete, damaged, or the run went back to an earlier step
             _remove(final)
         temporary.replace(final)
     except BaseException:
@@ -70,9 +92,63 @@ def save_checkpoint(
     sync_folder(parent)
     write_atomic(final / COMPLETE, json.dumps(sums, indent=1))
     sync_folder(final)
+    if best is not None:
+        write_atomic(parent / BEST, json.dumps({"step": step, "val_nll": best}) + "\n")
+    kept = {best_checkpoint(run_folder)[0]}
     for old in complete_checkpoints(run_folder)[:-keep_last]:
-        _remove(old)
+        number = step_of(old)
+        if number not in kept and not (keep_every and number % keep_every == 0):
+            _remove(old)
     return final
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def best_checkpoint(run_folder: Path) -> tuple[int | None, float]:
+    """Step and validation bound of the run's best checkpoint; None and infinity before the first."""
+    file = run_folder / "checkpoints" / BEST
+    if not file.is_file():
+        return None, math.inf
+    found = json.loads(file.read_text())
+    return found["step"], found["val_nll"]
+
+
+class CheckpointWriter:
+    """Writes checkpoints in a background thread, one after the other: training waits for the copy to the host alone.
+
+    Raises:
+        ValueError: from `save`, `wait` or `close`: the checkpoint before could not be written; says why.
+    """
+
+    def __init__(self, run_folder: Path, *, config_yaml: str, keep_last: int, keep_every: int | None) -> None:
+        self.folder = run_folder / "checkpoints"
+        self.write = partial(
+            save_checkpoint, run_folder, config_yaml=config_yaml, keep_last=keep_last, keep_every=keep_every
+        )
+        self.thread = ThreadPoolExecutor(1, "checkpoint")
+        self.pending: Future[Path] | None = None
+
+    def save(self, step: int, copy: Callable[[], Tensors], state: Mapping[str, Any], best: float | None) -> None:
+        """Have the checkpoint of `step` written; `copy` is called once the one before stands."""
+        self.wait()
+        self.pending = self.thread.submit(self.write, step, copy(), state=state, best=best)
+
+    def wait(self) -> None:
+        """Return when what was saved is on the disk."""
+        if self.pending is not None:
+            pending, self.pending = self.pending, None
+            try:
+                pending.result()
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"{self.folder}: a checkpoint cannot be written: {error}") from error
+
+    def close(self) -> None:
+        try:
+            self.wait()
+        finally:
+            self.thread.shutdown()
 
 
 def remove_unfinished(run_folder: Path) -> None:
@@ -93,18 +169,32 @@ def complete_checkpoints(run_folder: Path) -> list[Path]:
     return sorted(path.parent for path in (run_folder / "checkpoints").glob(f"step_*/{COMPLETE}"))
 
 
+def newest_sound_checkpoint(run_folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole and matches its checksums, and what is wrong with each newer one."""
+    skipped = []
+    for checkpoint in sorted((run_folder / "checkpoints").glob("step_*"), reverse=True):
+        try:
+            read_state(checkpoint)
+        except ValueError as error:
+            skipped.append(str(error))
+        else:
+            return checkpoint, skipped
+    return None, skipped
+
+
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that `path` means: itself, or the newest complete one of a run folder.
+    """The checkpoint that `path` means: itself, or the newest sound one of a run folder.
 
     Raises:
-        ValueError: no complete checkpoint there.
+        ValueError: no sound checkpoint there; says what is wrong with those that are.
     """
     if (path / COMPLETE).is_file():
         return path
-    found = complete_checkpoints(path)
-    if not found:
-        raise ValueError(f"{path}: neither a run folder with a complete checkpoint nor a checkpoint")
-    return found[-1]
+    found, skipped = newest_sound_checkpoint(path)
+    if found is None:
+        why = f" ({'; '.join(skipped)})" if skipped else ""
+        raise ValueError(f"{path}: neither a run folder with a complete checkpoint nor a checkpoint{why}")
+    return found
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -115,8 +205,13 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """
     try:
         sums = json.loads((checkpoint / COMPLETE).read_text())
+        missing = FILES - sums.keys()
     except FileNotFoundError as error:
         raise ValueError(f"{checkpoint}: not a complete checkpoint, {COMPLETE} is missing") from error
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{checkpoint / COMPLETE}: damaged ({error})") from error
+    if missing:
+        raise ValueError(f"{checkpoint / COMPLETE}: damaged, no checksum of {min(missing)}")
     for name, expected in sums.items():
         file = checkpoint / name
         if not file.is_file():
@@ -182,16 +277,3 @@ def load_optimizer(file: Path, model: nn.Module, optimizer: torch.optim.Optimize
         }
     if by_parameter:
         raise ValueError(f"{file}: optimizer state for {next(iter(by_parameter))}, which the model does not have")
-
-
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    def pairs() -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in model.named_parameters():
-            for field, value in optimizer.state[parameter].items():
-                yield f"{name}/{field}", value
-
-    return dict(pairs())
-
-
-def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -1,6 +1,7 @@
 """The command-line face that every verb shares: Hydra composes, one line reports a failure, the exit code tells.
 
-Exit codes: 0 done, 1 error, 130 interrupted. HYDRA_FULL_ERROR=1 adds the traceback.
+Exit codes: 0 done, 1 error, 75 stopped in time (the same command goes on), 130 interrupted. HYDRA_FULL_ERROR=1 adds the
+traceback.
 """
 
 import hashlib
@@ -17,9 +18,16 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
+from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 
 from protlig_dd.runtime.config import config_folder, known_keys, unknown_key
-from protlig_dd.runtime.distributed import leave_group, processes_from_environment
+from protlig_dd.runtime.distributed import (
+    RanksFailedError,
+    leave_group,
+    leave_without_closing,
+    processes_from_environment,
+)
+from protlig_dd.runtime.stop import Stopped
 
 LONGEST_NAME = 200
 
@@ -42,28 +50,31 @@ def run_verb(verb: Callable[[DictConfig], None], config_name: str, schema: type)
         except Exception as error:
             raise VerbFailed(error) from error
 
-    code = 0
+    code, torchrun = 0, "TORCHELASTIC_RUN_ID" in os.environ
     try:
         if not wants_help(config_name):
             main(task)()
     except KeyboardInterrupt:
         say("interrupted")
         code = 130
+    except Stopped as stopped:
+        say(str(stopped))
+        code = 0 if torchrun else stopped.exit_code  # torchrun takes any other code for a failure; a marker tells
     except (Exception, VerbFailed) as error:
+        cause = error.args[0] if isinstance(error, VerbFailed) else error
         if show_traceback:
             traceback.print_exc()
-        cause = error.__cause__ if isinstance(error, VerbFailed) else error
+        elif isinstance(cause, RanksFailedError) and cause.trace and not cause.foreseen:
+            print(cause.trace, file=sys.stderr)
+        if torchrun:
+            ErrorHandler().record_exception(cause)  # torchrun prints that of the first rank that failed
         say(one_line(cause, schema))
         code = 1
     finally:
         leave_group()
         GlobalHydra.instance().clear()
     if processes_from_environment().world_size > 1:
-        # A thread of the process group may still be letting go of its last tensor; one that meets a closing
-        # interpreter aborts the process. So the interpreter is not closed: everything is written by now.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        leave_without_closing(code)
     if code:
         sys.exit(code)
 
@@ -136,6 +147,8 @@ def one_line(error: BaseException | None, schema: type) -> str:
     if (misspelt := re.search(r"Could not override '([^']+)'", text)) is not None:
         groups = [folder.name for folder in config_folder().iterdir() if folder.is_dir()]
         return "error: " + unknown_key(misspelt.group(1), [*known_keys(schema), *groups])
+    if isinstance(error, RanksFailedError):
+        return f"error: {text}"
     if not isinstance(error, ValueError) and not type(error).__module__.startswith(("hydra", "omegaconf")):
         text = f"{type(error).__name__}: {text}"  # not one of ours: the type says more than the text
     return f"error: {text}"

@@ -80,6 +80,13 @@ class TrainerConfig:
     eval_max_sequences: int
     checkpoint_every: int
     keep_last: int
+    keep_every: int | None
+    devices: Any  # a number, or auto
+    max_restarts: int
+    max_time: str | None
+    stop_within: int
+    timeout: int
+    loss_spike: float | None
 
 
 @dataclass
@@ -161,38 +168,10 @@ class SampleConfig:
     tokens_per_pack: int
 
 
-# What may differ when a run is resumed. max_steps and epochs move the end of the learning rate's cosine.
-RESUMABLE = frozenset(
-    {
-        "run.fresh",
-        "run.resume",
-        "data.path",  # the data's fingerprint is compared instead
-        "data.workers",
-        "trainer.max_steps",
-        "trainer.epochs",
-        "trainer.stop_at_step",
-        "trainer.device",
-        "trainer.precision",  # compared as resolved
-        "model.attention_backend",  # compared as resolved
-        "trainer.log_every",
-        "trainer.log_rows",
-        "trainer.eval_every",
-        "trainer.eval_draws",
-        "trainer.eval_max_sequences",
-        "trainer.checkpoint_every",
-        "trainer.keep_last",
-        "logger.tensorboard",
-        "logger.wandb_project",
-        "logger.wandb_name",
-        "report.split",
-        "report.max_sequences",
-        "report.draws",
-        "report.samples",
-        "report.steps",
-        "report.predictor",
-        "report.untrained",
-    }
-)
+# What may differ when a run is resumed, whole groups (with a dot at their end) and single keys. trainer.max_steps and
+# trainer.epochs move the end of the learning rate's cosine; trainer.precision and model.attention_backend are compared
+# as resolved, and of data.path the fingerprint.
+RESUMABLE = ("run.", "trainer.", "logger.", "report.", "data.path", "data.workers", "model.attention_backend")
 
 
 COMPONENTS: dict[str, Mapping[str, Callable[..., Any]]] = {"graph": GRAPHS, "noise": NOISES}
@@ -268,7 +247,7 @@ def flatten(cfg: Any, prefix: str = "") -> dict[str, Any]:
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """`key: old -> new` for every key that differs and may not when a run is resumed."""
     old_flat, new_flat = flatten(old), flatten(new)
-    keys = [key for key in sorted(old_flat | new_flat) if key not in RESUMABLE]
+    keys = [key for key in sorted(old_flat | new_flat) if not key.startswith(RESUMABLE)]
     return [
         f"{key}: {shorten(str(old_flat.get(key)))} -> {shorten(str(new_flat.get(key)))}"
         for key in keys

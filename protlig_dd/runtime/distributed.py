@@ -1,11 +1,21 @@
-"""The processes of a run, as torchrun starts them; one process is the same code with nothing to wait for."""
+"""The processes of a run: torchrun starts them, or `launch_ranks`; one process is the same code without waiting."""
 
+import datetime
+import json
+import logging
 import os
+import signal
+import sys
+import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+
+from protlig_dd.runtime.stop import Stopped
 
 
 @dataclass(frozen=True)
@@ -13,6 +23,8 @@ class Processes:
     rank: int
     world_size: int
     local_rank: int
+    restart: int = 0
+    """How often the launcher has started the processes again."""
 
     @property
     def first(self) -> bool:
@@ -21,19 +33,132 @@ class Processes:
 
 
 def processes_from_environment() -> Processes:
-    """Rank, world size and local rank that torchrun set; 0, 1 and 0 without it."""
-    return Processes(*(int(os.environ.get(name, d)) for name, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))
+    """What torchrun set; one process without it."""
+    names = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("TORCHELASTIC_RESTART_COUNT", 0)
+    return Processes(*(int(os.environ.get(name, default)) for name, default in names))
 
 
-def join_group(processes: Processes, device: torch.device) -> None:
-    """Join torchrun's process group: nccl between GPUs, gloo between CPUs. Nothing to do for one process."""
+def count_devices(wanted: Any, device: str) -> int:
+    """Processes to start on this machine: a number, or `auto`, which is one for each GPU (without any: 1).
+
+    Raises:
+        ValueError: no such number, or more than there are GPUs.
+    """
+    gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
+    if wanted == "auto":
+        return max(1, gpus)
+    if not isinstance(wanted, int) or wanted < 1:
+        raise ValueError(f"trainer.devices={wanted}: give a number from 1 on, or auto")
+    if gpus and wanted > gpus:
+        raise ValueError(f"trainer.devices={wanted}, but there are {gpus} GPUs")
+    return wanted
+
+
+def join_group(processes: Processes, device: torch.device, timeout: int) -> None:
+    """Join torchrun's process group: nccl between GPUs, gloo between CPUs. Nothing to do for one process.
+
+    Args:
+        timeout: seconds that a rank waits for the others before it gives up.
+    """
     if processes.world_size == 1:
         return
+    limit = datetime.timedelta(seconds=timeout)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, timeout=limit)
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=limit)
+
+
+class RanksFailedError(Exception):
+    """A process that was started from here failed.
+
+    Args:
+        rank: the first one that did.
+        message: its error, as `ErrorType: text`.
+        trace: its traceback; empty where it was killed.
+    """
+
+    def __init__(self, rank: int, message: str, trace: str) -> None:
+        kind, _, text = message.partition(": ")
+        self.foreseen = kind in names_of(ValueError)  # what is wrong with the user's input, or ends runs, is one
+        self.trace = trace
+        told = text if self.foreseen else message
+        super().__init__(told if f"rank {rank}" in told else f"rank {rank}: {told}")
+
+
+def names_of(kind: type[Exception]) -> set[str]:
+    """An exception's name and those of its descendants."""
+    return {kind.__name__}.union(*map(names_of, kind.__subclasses__()))
+
+
+def launch_ranks(
+    entry: Callable[..., None],
+    arguments: tuple[Any, ...],
+    *,
+    processes: int,
+    max_restarts: int,
+    stop_within: int,
+    marker: Path,
+) -> None:
+    """Run `entry(*arguments)` in several processes on this machine, through torch's elastic launcher.
+
+    Args:
+        max_restarts: times that all of them are started again when one fails or is killed.
+        stop_within: seconds between a signal that is passed on to them and SIGKILL.
+        marker: the file in which rank 0 says why the run stopped.
+
+    Raises:
+        RanksFailedError: one of them failed, or did not stop in time.
+        Stopped: they were asked to stop, and did.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    for name in logging.root.manager.loggerDict:
+        if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):  # each has a level of its own
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+    # A store that outlives a restart would hand the new processes the addresses of the dead ones.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=max_restarts,
+        start_method="spawn",
+        shutdown_timeout=stop_within,
+        logs_specs=DefaultLogsSpecs(),
+    )
+    try:
+        elastic_launch(config, entry)(*arguments)
+    except SignalException as error:
+        if not marker.is_file():
+            raise Stopped(signal.Signals(error.sigval).name) from error
+    except ChildFailedError as error:
+        raise first_failure(error.failures) from error
+    if marker.is_file():
+        raise Stopped(**json.loads(marker.read_text()))
+
+
+def first_failure(failures: dict[int, Any]) -> RanksFailedError:
+    """What to report of several: who was killed, as the others fail for lack of it; else who failed first."""
+    rank, failure = min(failures.items(), key=lambda item: (item[1].exitcode != -signal.SIGKILL, item[1].timestamp))
+    if isinstance(failure.message, dict):  # it wrote its exception down
+        return RanksFailedError(rank, failure.message["message"], failure.message["extraInfo"]["py_callstack"])
+    return RanksFailedError(rank, f"ended by {failure.signal_name()}" if failure.exitcode < 0 else failure.message, "")
+
+
+def leave_without_closing(code: int) -> NoReturn:
+    """End this process. A thread of the process group may still be letting go of its last tensor, and one that meets a
+    closing interpreter aborts the process; so the interpreter is not closed. Everything is written by now.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def leave_group() -> None:

@@ -1,7 +1,13 @@
 """Writing files so that nothing half-written ever stands under a final name."""
 
+import contextlib
+import errno
+import fcntl
 import os
+import socket
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -37,6 +43,49 @@ def drop_partial_line(path: Path) -> None:
         content = file.read()
         if not content.endswith(b"\n"):
             file.truncate(content.rfind(b"\n") + 1)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process; a lock of POSIX, which ends with the process however that ends.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "lock"
+    with path.open("a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            file.seek(0)
+            raise ValueError(f"{folder} is in use by another run ({file.read().strip()})") from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+@contextlib.contextmanager
+def written_to(log: Path) -> Iterator[None]:
+    """What this process and its children print goes to the end of a file."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as file:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        earlier = os.dup(1), os.dup(2)
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for descriptor, original in zip((1, 2), earlier, strict=True):
+                os.dup2(original, descriptor)
+                os.close(original)
 
 
 def free_name(path: Path) -> Path:

@@ -16,13 +16,14 @@ from protlig_dd.data.store import StoreGroup
 from protlig_dd.diffusion.noise import Noise
 from protlig_dd.diffusion.score import Network, ScoreFn
 from protlig_dd.model.dit import DiT
-from protlig_dd.runtime.checkpoint import read_state
+from protlig_dd.runtime.checkpoint import CheckpointWriter, best_checkpoint
 from protlig_dd.runtime.config import TrainConfig, build_graph, build_model, build_noise
 from protlig_dd.runtime.distributed import Processes, from_first
 from protlig_dd.runtime.files import write_atomic
 from protlig_dd.runtime.generate import designs_fasta, draw_lengths, generate
 from protlig_dd.runtime.metrics import MetricsLog, announce, console
 from protlig_dd.runtime.random import random_key
+from protlig_dd.runtime.stop import StopRequests
 from protlig_dd.tokenizer import ProteinTokenizer
 from protlig_dd.training.optim import make_optimizer
 from protlig_dd.training.report import (
@@ -32,7 +33,7 @@ from protlig_dd.training.report import (
     pick_estimator,
     training_frequencies,
 )
-from protlig_dd.training.trainer import Trainer, fit, save
+from protlig_dd.training.trainer import Trainer, fit
 
 SLOW_ON_CPU = 10_000_000  # parameters
 SHOWN_SAMPLES = 3
@@ -45,12 +46,18 @@ def train(
     run_folder: Path,
     attempt: int,
     checkpoint: Path | None,
+    state: dict[str, Any],
     precision: str,
     attention_backend: str,
     device: torch.device,
     processes: Processes,
+    stop: StopRequests,
 ) -> None:
-    """Train `config` on `store` from `checkpoint` (or from nothing) and report once the last step is reached."""
+    """Train `config` on `store` from `checkpoint` (or from nothing) and report once the last step is reached.
+
+    Args:
+        state: of that checkpoint, whose files were found to match their checksums.
+    """
     graph = build_graph(config.graph)
     noise = build_noise(config.noise, graph)
     data, optim, control = config.data, config.optim, config.trainer
@@ -94,10 +101,10 @@ def train(
         grad_clip=optim.grad_clip,
         ema_decay=optim.ema_decay,
         curriculum_steps=config.noise.get("curriculum", 0),
+        loss_spike=control.loss_spike,
     )
     first_step = 0
     if checkpoint is not None:
-        state = read_state(checkpoint)
         trainer.load(checkpoint, state)
         first_step = state["step"]
         if first_step > max_steps:
@@ -148,34 +155,35 @@ def train(
         held = bound(trainer.eval_score_fn, dataset=validation, draws=control.eval_draws, description="validation")
         return {f"val_{key}": value for key, value in held.summary().items() if key != "estimator"}
 
-    config_yaml = OmegaConf.to_yaml(OmegaConf.structured(config))
-    metrics = MetricsLog(run_folder, attempt, **vars(config.logger)) if processes.first else None
-    if first_step < last_step:
-        fit(
-            trainer,
-            first_step=first_step,
-            last_step=last_step,
-            workers=data.workers,
-            log_every=control.log_every,
-            rows_file=run_folder / "rows.jsonl" if control.log_rows else None,
-            evaluate=evaluate,
-            eval_every=control.eval_every,
-            checkpoint=partial(
-                save,
-                trainer,
+    with contextlib.ExitStack() as stack:
+        metrics = writer = None
+        if processes.first:
+            metrics = MetricsLog(run_folder, attempt, **vars(config.logger))
+            stack.callback(metrics.close)
+            writer = CheckpointWriter(
                 run_folder,
-                config_yaml=config_yaml,
-                state={
-                    "data_fingerprint": store.fingerprint,
-                    "length_counts": length_counts(store, data.max_len),
-                },
+                config_yaml=OmegaConf.to_yaml(OmegaConf.structured(config)),
                 keep_last=control.keep_last,
-            ),
-            checkpoint_every=control.checkpoint_every,
-            metrics=metrics,
-        )
-    if metrics is not None:
-        metrics.close()
+                keep_every=control.keep_every,
+            )
+            stack.callback(writer.close)
+        if first_step < last_step:
+            fit(
+                trainer,
+                first_step=first_step,
+                last_step=last_step,
+                workers=data.workers,
+                log_every=control.log_every,
+                rows_file=run_folder / "rows.jsonl" if control.log_rows else None,
+                evaluate=evaluate,
+                eval_every=control.eval_every,
+                writer=writer,
+                best=best_checkpoint(run_folder)[1],
+                state={"data_fingerprint": store.fingerprint, "length_counts": length_counts(store, data.max_len)},
+                checkpoint_every=control.checkpoint_every,
+                metrics=metrics,
+                stop=stop,
+            )
     if last_step < max_steps:
         announce(
             f"stopped at step {last_step} of {max_steps}; without trainer.stop_at_step it goes on",

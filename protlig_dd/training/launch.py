@@ -1,6 +1,11 @@
 """From a composed config to a run: validate, resolve every `auto`, open the run folder, hand over to the job."""
 
+import atexit
+import contextlib
 import json
+import os
+import threading
+import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,18 +19,28 @@ from omegaconf import DictConfig, OmegaConf
 from protlig_dd.data.build import bundled_store
 from protlig_dd.data.store import SequenceStore, StoreGroup
 from protlig_dd.model.attention import resolve_attention_backend
-from protlig_dd.runtime.checkpoint import complete_checkpoints, read_state, remove_unfinished
+from protlig_dd.runtime.checkpoint import (
+    complete_checkpoints,
+    find_checkpoint,
+    newest_sound_checkpoint,
+    read_state,
+    remove_unfinished,
+)
 from protlig_dd.runtime.config import TrainConfig, changed_keys, graph_with_rates, read_config
 from protlig_dd.runtime.distributed import (
     Processes,
+    count_devices,
     from_first,
     join_group,
+    launch_ranks,
     leave_group,
+    leave_without_closing,
     processes_from_environment,
 )
 from protlig_dd.runtime.environment import describe_environment, resolve_device, resolve_precision
-from protlig_dd.runtime.files import free_name, write_atomic
+from protlig_dd.runtime.files import free_name, locked, write_atomic, written_to
 from protlig_dd.runtime.metrics import announce, console, import_wandb
+from protlig_dd.runtime.stop import STOPPED, Stopped, StopRequests, seconds_of
 from protlig_dd.training.job import train
 from protlig_dd.training.validate import check_train_config
 
@@ -49,23 +64,72 @@ class RunFolder:
     path: Path
     attempt: int
     checkpoint: Path | None
+    state: dict[str, Any]
+    """state.json of that checkpoint."""
 
 
 def run(cfg: DictConfig) -> None:
-    """Train as the config says. Every rank calls this.
+    """Train as the config says: here, on several processes started from here, or as one rank under torchrun.
 
     Raises:
-        ValueError: whatever is wrong with the config, the machine or the data, before any training.
-        NonFiniteLossError: the loss stopped being a number.
+        ValueError: whatever is wrong with the config, the machine or the data, before any training; and what ends a
+            run, such as a loss that stopped being a number.
+        RanksFailedError: what a process that was started from here met.
+        Stopped: by a signal or trainer.max_time.
     """
     config = read_config(cfg, TrainConfig)
-    config.graph = graph_with_rates(config.graph, {} if config.run.fresh else graph_of_run(run_path(config)))
+    path = run_path(config)
+    config.graph = graph_with_rates(config.graph, {} if config.run.fresh else graph_of_run(path))
     check_train_config(config)
-    processes = processes_from_environment()
-    if config.optim.packs_per_step % processes.world_size:
-        raise ValueError(
-            f"optim.packs_per_step={config.optim.packs_per_step} is not divisible by {processes.world_size} processes"
+    seconds = None if config.trainer.max_time is None else seconds_of(config.trainer.max_time)
+    deadline = None if seconds is None else time.monotonic() + seconds
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        run_rank(config, path, deadline)
+        return
+    devices = count_devices(config.trainer.devices, config.trainer.device)
+    check_shares(config, devices)
+    if devices == 1 and not config.trainer.max_restarts:
+        run_rank(config, path, deadline)
+    else:
+        launch_ranks(
+            rank_entry,
+            (config, path, deadline),
+            processes=devices,
+            max_restarts=config.trainer.max_restarts,
+            stop_within=config.trainer.stop_within,
+            marker=path / STOPPED,
         )
+
+
+def rank_entry(config: TrainConfig, path: Path, deadline: float | None) -> None:
+    """What each process that `launch_ranks` starts runs."""
+    code = 1
+    try:
+        run_rank(config, path, deadline)
+        code = 0
+    except Stopped:  # the marker in the run folder tells; a launcher that passed a signal on does not wait for returns
+        code = 0
+        leave = threading.Timer(1, leave_without_closing, [code])
+        leave.daemon = True
+        leave.start()
+    finally:
+        atexit.register(leave_without_closing, code)
+
+
+def check_shares(config: TrainConfig, processes: int) -> None:
+    if config.optim.packs_per_step % processes:
+        raise ValueError(
+            f"optim.packs_per_step={config.optim.packs_per_step} is not divisible by {processes} processes"
+        )
+
+
+def run_rank(config: TrainConfig, path: Path, deadline: float | None) -> None:
+    """Train in this process, which may be one of several."""
+    processes = processes_from_environment()
+    check_shares(config, processes.world_size)
+    if processes.restart:  # of the same run: what its first start moved aside stays there
+        config.run.fresh = False
+        config.run.resume = "auto" if config.run.resume == "never" else config.run.resume
     device = resolve_device(config.trainer.device, processes.local_rank)
     if processes.world_size > 1 and device.type == "cuda" and config.trainer.device not in ("auto", "cuda"):
         raise ValueError(
@@ -76,11 +140,17 @@ def run(cfg: DictConfig) -> None:
     backend = resolve_attention_backend(config.model.attention_backend, device, precision, head_dim)
     if config.logger.wandb_project:
         import_wandb()
-    join_group(processes, device)
-    try:
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopRequests(deadline, insist=processes.world_size == 1))
+        stack.callback(leave_group)
+        join_group(processes, device, config.trainer.timeout)
         store = open_data(config.data.path, processes)
         resolved = Resolved(str(device), precision, backend, processes.world_size, store.name, store.fingerprint)
-        folder = open_run_folder(run_path(config), config, resolved, processes)
+        if processes.first:
+            stack.enter_context(locked(path))
+        folder = open_run_folder(path, config, resolved, processes)
+        if not processes.first:
+            stack.enter_context(written_to(folder.path / "logs" / f"rank_{processes.rank}.log"))
         try:
             train(
                 config,
@@ -88,19 +158,23 @@ def run(cfg: DictConfig) -> None:
                 run_folder=folder.path,
                 attempt=folder.attempt,
                 checkpoint=folder.checkpoint,
+                state=folder.state,
                 precision=precision,
                 attention_backend=backend,
                 device=device,
                 processes=processes,
+                stop=stop,
             )
+        except Stopped as stopped:
+            if processes.first:
+                write_atomic(folder.path / STOPPED, json.dumps({"reason": stopped.reason, "when": stopped.when}) + "\n")
+            raise
         except Exception:
             log = folder.path / "logs" / f"rank_{processes.rank}.log"
             log.parent.mkdir(exist_ok=True)
             with log.open("a") as file:
                 file.write(traceback.format_exc())
             raise
-    finally:
-        leave_group()
 
 
 def open_data(path: str | list[str], processes: Processes) -> StoreGroup:
@@ -142,20 +216,29 @@ def open_run_folder(path: Path, config: TrainConfig, resolved: Resolved, process
             path.replace(aside)
             console.print(f"the earlier {path} is now {aside}")
         started = has_steps(path)
+        (path / STOPPED).unlink(missing_ok=True)
         remove_unfinished(path)
         if started and config.run.resume == "never":
             raise ValueError(f"{path} exists and run.resume=never; use another run.name, or run.fresh=true")
         attempt = check_same_run(path, config, resolved) + 1 if started else 1
-        checkpoint = None
-        if started and (complete := complete_checkpoints(path)):
-            checkpoint = complete[-1]
-            most = config.trainer.max_steps
-            if most is not None and read_state(checkpoint)["step"] > most:
-                raise ValueError(f"{checkpoint} is beyond trainer.max_steps={most}")
+        checkpoint, skipped = newest_sound_checkpoint(path)
+        for problem in skipped:
+            console.print(f"skipped: {problem}")
+        if skipped and checkpoint is None:
+            raise ValueError(
+                f"{path}: none of its checkpoints can be read; run.fresh=true moves it aside and starts anew"
+            )
+        if checkpoint is None and config.run.resume not in ("auto", "never"):
+            checkpoint = find_checkpoint(Path(config.run.resume))
+            check_same_data(checkpoint, config, resolved)
+        state = read_state(checkpoint) if checkpoint is not None else {}
+        most = config.trainer.max_steps
+        if state and most is not None and state["step"] > most:
+            raise ValueError(f"{checkpoint} is beyond trainer.max_steps={most}")
         record = {"attempt": attempt, **vars(resolved), **describe_environment(torch.device(resolved.device))}
         write_atomic(path / "environment.json", json.dumps(record, indent=1) + "\n")
         write_atomic(path / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))  # last: now it is a run
-        folder = RunFolder(path, attempt, checkpoint)
+        folder = RunFolder(path, attempt, checkpoint, state)
     opened: RunFolder = from_first(folder)
     return opened
 
@@ -164,6 +247,23 @@ def has_steps(path: Path) -> bool:
     """Whether a run has got beyond its start: one that failed there may be started again with another config."""
     metrics = path / "metrics.jsonl"
     return (metrics.is_file() and metrics.stat().st_size > 0) or bool(complete_checkpoints(path))
+
+
+def check_same_data(checkpoint: Path, config: TrainConfig, resolved: Resolved) -> None:
+    """Compare with the run that another run's checkpoint is of.
+
+    Raises:
+        ValueError: another config (bar the keys that may change) or other data.
+    """
+    changed = changed_keys(
+        OmegaConf.to_container(OmegaConf.load(checkpoint / "config.yaml")),  # type: ignore[arg-type]
+        OmegaConf.to_container(OmegaConf.structured(config)),  # type: ignore[arg-type]
+    )
+    if changed:
+        raise ValueError(f"{checkpoint} was made with another config ({'; '.join(changed)})")
+    found = read_state(checkpoint)["data_fingerprint"]
+    if found != resolved.data_fingerprint:
+        raise ValueError(f"{checkpoint} was made with data_fingerprint {found}, now {resolved.data_fingerprint}")
 
 
 def check_same_run(path: Path, config: TrainConfig, resolved: Resolved) -> int:

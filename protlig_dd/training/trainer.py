@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,18 +21,25 @@ from protlig_dd.diffusion.loss import score_entropy_loss
 from protlig_dd.diffusion.noise import Noise, curriculum_t_max
 from protlig_dd.diffusion.score import Network, ScoreFn
 from protlig_dd.model.dit import DiT
-from protlig_dd.runtime.checkpoint import load_optimizer, load_weights, save_checkpoint
-from protlig_dd.runtime.distributed import Processes, all_reduce_sum, from_first, gather_objects
+from protlig_dd.runtime.checkpoint import CheckpointWriter, Tensors, load_optimizer, load_weights, snapshot
+from protlig_dd.runtime.distributed import Processes, all_reduce_sum, gather_objects
 from protlig_dd.runtime.files import drop_partial_line
 from protlig_dd.runtime.metrics import MetricsLog, ProgressBar, Row, console
 from protlig_dd.runtime.random import keyed_generator, random_key
+from protlig_dd.runtime.stop import REASONS, Stopped, StopRequests
 from protlig_dd.tokenizer import N_STATES
 from protlig_dd.training.ema import EMA
 from protlig_dd.training.optim import learning_rate
 
+SPIKE_STEPS = 50  # over which the usual loss is averaged, and before which no loss is a spike
+
 
 class NonFiniteLossError(ValueError):
     """The loss or the gradient stopped being a number; the weights were frozen before that step."""
+
+
+class LossSpikeError(ValueError):
+    """The loss rose far above its running mean; the weights were frozen before that step."""
 
 
 class Trainer:
@@ -62,6 +69,7 @@ class Trainer:
         grad_clip: float,
         ema_decay: float,
         curriculum_steps: int,
+        loss_spike: float | None = None,
     ) -> None:
         self.model, self.graph, self.noise, self.optimizer, self.dataset = model, graph, noise, optimizer, dataset
         self.device, self.processes, self.seed = device, processes, seed
@@ -76,14 +84,22 @@ class Trainer:
         self.eval_score_fn: ScoreFn = make_score(model)  # ranks evaluate different numbers of packs: no DDP there
         self.frozen = torch.zeros((), device=device)  # 1 from the first non-finite loss or gradient on
         optimizer.found_inf = self.frozen  # type: ignore[attr-defined]
+        self.loss_spike, self.usual_loss = loss_spike, torch.zeros((), device=device)
         self.residues_seen = 0
 
-    def step(self, step: int, packs: Iterator[PackedBatch]) -> dict[str, Any]:
-        """One optimizer step (counted from 0). Nothing here waits for the device."""
+    def step(self, step: int, packs: Iterator[PackedBatch], asked: list[int]) -> dict[str, Any]:
+        """One optimizer step (counted from 0). Nothing here waits for the device.
+
+        Args:
+            asked: for each of REASONS whether this rank was asked to stop; the record tells whether any was.
+        """
         rank, world_size = self.processes.rank, self.processes.world_size
         mine = range(rank, self.packs_per_step, world_size)
+        since = time.perf_counter()
         batches = [next(packs) for _ in mine]
-        residues = int(all_reduce_sum(torch.tensor(sum(count_residues(batch) for batch in batches))))
+        waited = time.perf_counter() - since
+        own = sum(count_residues(batch) for batch in batches)
+        residues, *asked = all_reduce_sum(torch.tensor([own, *asked])).tolist()
         pack_loss = torch.zeros(self.packs_per_step, device=self.device)
         for pack, batch in zip(mine, batches, strict=True):
             index = step * self.packs_per_step + pack
@@ -98,7 +114,7 @@ class Trainer:
             pack_loss[pack] = loss_sum.detach() / max(residues, 1)
         all_reduce_sum(pack_loss)
         grad_norm = clip_grad_norm_(self.model.parameters(), self.grad_clip, error_if_nonfinite=False)
-        self.frozen.copy_(torch.maximum(self.frozen, (~torch.isfinite(pack_loss.sum() + grad_norm)).float()))
+        self.watch(step, pack_loss.sum(), grad_norm)
         lr = self.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -107,7 +123,17 @@ class Trainer:
         self.ema.update(self.model, step + 1)
         self.residues_seen += residues
         rows = [row for batch in batches for row in batch.rows.tolist()]
-        return {"pack_loss": pack_loss, "grad_norm": grad_norm, "lr": lr, "residues": residues, "rows": rows}
+        return {"pack_loss": pack_loss, "grad_norm": grad_norm, "lr": lr, "residues": residues, "rows": rows,
+                "waited": waited, "asked": asked}  # fmt: skip
+
+    def watch(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
+        """Freeze the weights from the first loss or gradient on that is no number, or a loss far above the usual."""
+        bad = ~torch.isfinite(loss + grad_norm)
+        if self.loss_spike is not None and step >= SPIKE_STEPS:
+            bad |= loss > self.loss_spike * self.usual_loss
+        self.frozen.copy_(torch.maximum(self.frozen, bad.float()))
+        usual = loss if step == 0 else torch.lerp(self.usual_loss, loss, 1 / SPIKE_STEPS)
+        self.usual_loss.copy_(torch.where(self.frozen > 0, self.usual_loss, usual))
 
     def accumulate(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
         """Gradients are exchanged in the backward pass of the step's last pack only."""
@@ -126,6 +152,14 @@ class Trainer:
         finally:
             self.model.train(training)
 
+    def snapshot(self) -> Tensors:
+        """What a checkpoint keeps, copied to the host."""
+        return snapshot(self.model, self.ema.weights, self.optimizer)
+
+    def state(self) -> dict[str, Any]:
+        """The rest of it: numbers."""
+        return {"residues_seen": self.residues_seen, "usual_loss": float(self.usual_loss)}
+
     def load(self, checkpoint: Path, state: dict[str, Any]) -> None:
         """Continue from a checkpoint whose state was read and verified."""
         load_weights(checkpoint / "ema.safetensors", self.model)
@@ -133,6 +167,7 @@ class Trainer:
         load_weights(checkpoint / "model.safetensors", self.model)
         load_optimizer(checkpoint / "optimizer.safetensors", self.model, self.optimizer)
         self.residues_seen = state["residues_seen"]
+        self.usual_loss.fill_(state["usual_loss"])
 
 
 def fit(
@@ -145,25 +180,41 @@ def fit(
     rows_file: Path | None,
     evaluate: Callable[[], Row],
     eval_every: int,
-    checkpoint: Callable[[int], None],
+    writer: CheckpointWriter | None,
+    best: float,
+    state: dict[str, Any],
     checkpoint_every: int,
     metrics: MetricsLog | None,
+    stop: StopRequests,
 ) -> None:
     """Run steps first_step .. last_step - 1.
 
     Args:
         evaluate: () -> {"val_nll": ..., ...}, on the averaged weights; called by every rank.
-        checkpoint: (step) -> None; called by every rank.
+        writer: rank 0's writer of checkpoints, None on the others.
+        best: the lowest validation bound so far; who gets below it is checkpointed, and kept.
+        state: what checkpoints keep beside the trainer's own state.
         rows_file: where to log the store rows of every step; None not to.
         metrics: rank 0's log, None on the others.
 
     Raises:
-        NonFiniteLossError: naming the step, the pack and its sequence ids. No checkpoint is written after it.
+        NonFiniteLossError, LossSpikeError: naming the step, the pack and its sequence ids. No checkpoint is written
+            after it.
+        LoaderDiedError, RankLostError: naming step and rank.
+        Stopped: the step that was being made when a stop was asked for is done, and its checkpoint written.
     """
     device, processes = trainer.device, trainer.processes
     sampler = RankPacks(first_step, last_step, trainer.packs_per_step, processes.rank, processes.world_size)
     packs = iter(pack_loader(trainer.dataset, sampler, workers, pin_memory=device.type == "cuda"))
     pending: list[dict[str, Any]] = []
+
+    def save(step: int, best: float | None) -> float:
+        """Seconds that training waited for it."""
+        began = time.perf_counter()
+        if writer is not None:
+            writer.save(step, trainer.snapshot, state | trainer.state(), best)
+        return time.perf_counter() - began
+
     if rows_file is not None and processes.first:
         drop_partial_line(rows_file)
     since = time.perf_counter()
@@ -171,12 +222,15 @@ def fit(
     with contextlib.ExitStack() as stack:
         stack.callback(trainer.dataset.forget_plans)
         bar = stack.enter_context(ProgressBar("training", trainer.max_steps, first_step, shown=processes.first))
+        stack.enter_context(stop.deferred())
         for step in range(first_step, last_step):
-            record = trainer.step(step, packs)
+            with named_losses(trainer, step):
+                record = trainer.step(step, packs, stop.asked())
             pending.append(record | {"step": step + 1, "residues_seen": trainer.residues_seen})
             done = step + 1
-            evaluating = eval_every > 0 and (done % eval_every == 0 or done == trainer.max_steps)
-            saving = done % checkpoint_every == 0 or done == last_step
+            stopping = next((reason for reason, asked in zip(REASONS, record["asked"], strict=True) if asked), None)
+            evaluating = eval_every > 0 and (done % eval_every == 0 or done == trainer.max_steps) and not stopping
+            saving = done % checkpoint_every == 0 or done == last_step or stopping is not None
             if not (done % log_every == 0 or evaluating or saving):
                 bar.advance()
                 continue
@@ -184,24 +238,68 @@ def fit(
             if trainer.frozen.item():
                 if metrics is not None:
                     metrics.write(rows)
-                raise_non_finite(trainer, pending)
+                raise_frozen(trainer, pending)
             if rows_file is not None:
                 write_rows(rows_file, pending, processes)
             bar.advance(note=f"loss {rows[-1]['loss']:.4f}  {rows[-1]['residues_per_s']:,.0f} residues/s")
             pending = []
+            new_best = None
             if evaluating:
-                with trainer.averaged():
-                    values = evaluate()
+                try:
+                    with trainer.averaged(), stop.immediate():
+                        values = evaluate()
+                except Stopped as stopped:
+                    save(done, None)
+                    raise Stopped(stopped.reason, f"after step {done} of {trainer.max_steps}") from stopped
                 rows.append({"step": done, **values})
+                if values["val_nll"] < best:
+                    best = new_best = values["val_nll"]
                 if processes.first:
                     console.print(
                         f"step {done}: validation {values['val_nll']:.4f} ± {values['val_nll_se']:.4f} nats/residue"
                     )
+            if saving or new_best is not None:
+                rows.append({"step": done, "checkpoint_stall_s": save(done, new_best)})
             if metrics is not None:
                 metrics.write(rows)
-            if saving:
-                checkpoint(done)
+            if stopping is not None:
+                raise Stopped(stopping, f"after step {done} of {trainer.max_steps}")
             since = time.perf_counter()  # evaluation and checkpoints do not count as training time
+
+
+class LoaderDiedError(ValueError):
+    """A process that loads packs is gone: killed for memory, say."""
+
+
+class RankLostError(ValueError):
+    """Another rank is gone, or did not answer in time."""
+
+
+@contextlib.contextmanager
+def named_losses(trainer: Trainer, step: int) -> Iterator[None]:
+    """Turn what torch says of a lost loader process or rank into one line that names step, rank and sequences."""
+    try:
+        yield
+    except RuntimeError as error:
+        where = f"step {step + 1}, rank {trainer.processes.rank}"
+        if "DataLoader worker" in str(error) and "Original Traceback" not in str(error):
+            first = step * trainer.packs_per_step
+            mine = range(trainer.processes.rank, trainer.packs_per_step, trainer.processes.world_size)
+            ids = ", ".join(ids_of_packs(trainer.dataset, [first + pack for pack in mine]))
+            raise LoaderDiedError(
+                f"{where}: a loader process is gone, killed for memory perhaps ({' '.join(str(error).split())}); "
+                f"wanted were sequences {ids}"
+            ) from error
+        if trainer.processes.world_size > 1 and any(word in str(error) for word in ("gloo", "NCCL", "process group")):
+            raise RankLostError(
+                f"{where}: another rank is gone or did not answer within trainer.timeout "
+                f"({' '.join(str(error).split())})"
+            ) from error
+        raise
+
+
+def ids_of_packs(dataset: PackDataset, packs: Sequence[int]) -> list[str]:
+    return [dataset.group.id(row) for pack in packs for row in dataset.pack_rows(pack)]
 
 
 def flush(pending: list[dict[str, Any]], seconds: float) -> list[Row]:
@@ -215,28 +313,31 @@ def flush(pending: list[dict[str, Any]], seconds: float) -> list[Row]:
             "lr": record["lr"],
             "residues": record["residues_seen"],
             "residues_per_s": rate,
+            "data_wait_s": record["waited"],
         }
         for record in pending
     ]
 
 
-def raise_non_finite(trainer: Trainer, pending: list[dict[str, Any]]) -> None:
+def raise_frozen(trainer: Trainer, pending: list[dict[str, Any]]) -> None:
+    """Raise for the first step since the last flush after which the weights stood still."""
     for record in pending:
         losses = record["pack_loss"].tolist()
         bad = [pack for pack, loss in enumerate(losses) if not math.isfinite(loss)]
-        if not bad and math.isfinite(float(record["grad_norm"])):
+        spike = trainer.loss_spike is not None and sum(losses) > trainer.loss_spike * float(trainer.usual_loss)
+        if not bad and math.isfinite(float(record["grad_norm"])) and not spike:
             continue
-        what = "loss" if bad else "gradient"
         first = (record["step"] - 1) * trainer.packs_per_step
-        dataset = trainer.dataset
-        ids = [
-            dataset.group.id(row)
-            for pack in (bad or range(trainer.packs_per_step))
-            for row in dataset.pack_rows(first + pack)
-        ]
-        raise NonFiniteLossError(
-            f"non-finite {what} in step {record['step']}, pack {', '.join(str(p) for p in bad) or 'unknown'} "
-            f"of {trainer.packs_per_step}; sequences {', '.join(ids)}; the weights are those before that step"
+        ids = ids_of_packs(trainer.dataset, [first + pack for pack in bad or range(trainer.packs_per_step)])
+        where = (
+            f"in step {record['step']}, pack {', '.join(str(p) for p in bad) or 'unknown'} of {trainer.packs_per_step}"
+        )
+        after = f"sequences {', '.join(ids)}; the weights are those before that step"
+        if bad or not math.isfinite(float(record["grad_norm"])):
+            raise NonFiniteLossError(f"non-finite {'loss' if bad else 'gradient'} {where}; {after}")
+        raise LossSpikeError(
+            f"loss {sum(losses):.4g} {where} is more than trainer.loss_spike={trainer.loss_spike} times the usual "
+            f"{float(trainer.usual_loss):.4g}; {after}"
         )
     raise NonFiniteLossError(
         f"loss and gradient overflowed between steps {pending[0]['step']} and {pending[-1]['step']}"
@@ -257,21 +358,3 @@ def write_rows(path: Path, pending: list[dict[str, Any]], processes: Processes) 
 def count_residues(batch: PackedBatch) -> int:
     """Residues of a pack that is still on the host."""
     return int((batch.tokens < N_STATES).sum())
-
-
-def save(
-    trainer: Trainer, run_folder: Path, step: int, *, config_yaml: str, state: dict[str, Any], keep_last: int
-) -> None:
-    """Rank 0 writes the checkpoint while the others wait."""
-    if trainer.processes.first:
-        save_checkpoint(
-            run_folder,
-            step,
-            model=trainer.model,
-            ema=trainer.ema.weights,
-            optimizer=trainer.optimizer,
-            config_yaml=config_yaml,
-            state=state | {"residues_seen": trainer.residues_seen},
-            keep_last=keep_last,
-        )
-    from_first(None)

@@ -46,6 +46,10 @@ def check_train_config(config: TrainConfig) -> None:
         ("trainer.eval_max_sequences", trainer.eval_max_sequences, 2),
         ("trainer.checkpoint_every", trainer.checkpoint_every, 1),
         ("trainer.keep_last", trainer.keep_last, 1),
+        ("trainer.keep_every", trainer.keep_every, 1),
+        ("trainer.max_restarts", trainer.max_restarts, 0),
+        ("trainer.timeout", trainer.timeout, 1),
+        ("trainer.stop_within", trainer.stop_within, 1),
         ("noise.curriculum", config.noise.get("curriculum", 0), 0),
         ("report.max_sequences", config.report.max_sequences, 2),
         ("report.draws", config.report.draws, 1),
@@ -54,6 +58,8 @@ def check_train_config(config: TrainConfig) -> None:
     ):
         if value is not None and value < least:
             raise ValueError(f"{key} must be at least {least}, got {value}")
+    if trainer.loss_spike is not None and not trainer.loss_spike > 1:
+        raise ValueError(f"trainer.loss_spike must be above 1, got {trainer.loss_spike}")
     if trainer.epochs is not None and not trainer.epochs > 0:
         raise ValueError(f"trainer.epochs must be above 0, got {trainer.epochs}")
     if optim.name not in OPTIMIZERS:
@@ -69,8 +75,8 @@ def check_train_config(config: TrainConfig) -> None:
         raise ValueError(f"optim.betas must be two numbers in [0, 1), got {list(optim.betas)}")
     if not 0 <= optim.ema_decay < 1:
         raise ValueError(f"optim.ema_decay must lie in [0, 1), got {optim.ema_decay}")
-    if config.run.resume not in ("auto", "never"):
-        raise ValueError(f"run.resume={config.run.resume}; there are auto, never")
+    if config.run.resume not in ("auto", "never") and not Path(config.run.resume).is_dir():
+        raise ValueError(f"run.resume={config.run.resume}; there are auto, never, and folders of checkpoints or runs")
     if config.report.split not in SPLITS:
         raise ValueError(f"report.split={config.report.split}; there are {', '.join(SPLITS)}")
     if config.run.name != Path(config.run.name).name or config.run.name in ("", ".", ".."):

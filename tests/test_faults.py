@@ -1,0 +1,320 @@
+"""What ends, stops or disturbs a run: signals, time limits, lost processes, damaged and foreign checkpoints."""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from protlig_dd.data.loader import PackDataset
+from protlig_dd.data.store import SequenceStore
+from protlig_dd.diffusion.graph import Absorbing
+from protlig_dd.diffusion.noise import LogLinearNoise
+from protlig_dd.diffusion.score import ScoreFn
+from protlig_dd.runtime.checkpoint import COMPLETE, FILES, complete_checkpoints, newest_sound_checkpoint
+from protlig_dd.runtime.distributed import Processes, RanksFailedError, count_devices
+from protlig_dd.runtime.files import locked
+from protlig_dd.runtime.metrics import read_metrics
+from protlig_dd.runtime.stop import REASONS, Stopped, StopRequests, seconds_of
+from protlig_dd.training.report import held_out_bound
+
+from .conftest import ROOT, Command, assert_one_line_error, make_model
+from .test_checkpoint import save
+from .test_prepare import may_mount
+from .test_training import last_tensors, overrides_for, read_rows, torchrun, train
+
+
+def test_a_signal_raises_at_once_or_is_noted() -> None:
+    with pytest.raises(Stopped) as raised, StopRequests():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert (raised.value.reason, raised.value.exit_code) == ("SIGTERM", 75)
+    with StopRequests() as stop, stop.deferred():
+        assert stop.asked() == [0, 0, 0]
+        os.kill(os.getpid(), signal.SIGINT)
+        assert dict(zip(REASONS, stop.asked(), strict=True)) == {"SIGTERM": 0, "max_time": 0, "SIGINT": 1}
+        with pytest.raises(Stopped, match="SIGINT"), stop.immediate():
+            pass
+        with pytest.raises(Stopped):  # a second Ctrl-C insists
+            os.kill(os.getpid(), signal.SIGINT)
+    with StopRequests(insist=False) as stop, stop.deferred():
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_time_limits() -> None:
+    assert [seconds_of(text) for text in ("90s", "30m", "1.5h", "2d")] == [90, 1800, 5400, 172800]
+    for wrong in ("90", "h", "-1h", "1:30", ""):
+        with pytest.raises(ValueError, match=f"trainer.max_time={wrong}: give a number and its unit"):
+            seconds_of(wrong)
+    with StopRequests(deadline=time.monotonic() - 1) as stop:
+        assert stop.asked() == [0, 1, 0]
+
+
+def test_how_many_processes_are_started() -> None:
+    assert count_devices("auto", "cpu") == 1
+    assert count_devices(3, "cpu") == 3
+    for wrong in (0, "all", 1.5, None):
+        with pytest.raises(ValueError, match=f"trainer.devices={wrong}: give a number from 1 on, or auto"):
+            count_devices(wrong, "cpu")
+
+
+def test_a_folder_has_one_holder(tmp_path: Path, run_python: Command) -> None:
+    code = (
+        "from pathlib import Path; from protlig_dd.runtime.files import locked\nwith locked(Path('run')): print('in')"
+    )
+    with locked(tmp_path / "run"):
+        refused = run_python("-c", code)
+        assert f"run is in use by another run (process {os.getpid()} on " in refused.stderr
+    assert run_python("-c", code).stdout == "in\n"
+
+
+def truncate(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", [truncate, flip, Path.unlink, lambda file: file.write_bytes(b"[1]")])
+@pytest.mark.parametrize("name", sorted([*FILES, COMPLETE]))
+def test_a_damaged_checkpoint_is_skipped_and_named(tmp_path: Path, name: str, how: Callable[[Path], None]) -> None:
+    first, _, _ = save(tmp_path, 1)
+    second, _, _ = save(tmp_path, 2)
+    assert newest_sound_checkpoint(tmp_path) == (second, [])
+    how(second / name)
+    found, (problem,) = newest_sound_checkpoint(tmp_path)
+    assert found == first
+    assert str(second) in problem
+    shutil.rmtree(first)
+    assert newest_sound_checkpoint(tmp_path)[0] is None
+
+
+def stopped_by(process: subprocess.Popen[str], run: Path, number: signal.Signals) -> tuple[int, str]:
+    """Send a signal once there is a checkpoint; exit code and stderr."""
+    deadline = time.monotonic() + 120
+    while not complete_checkpoints(run):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    return process.returncode, errors
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *arguments], cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+TRAINING = ("-m", "protlig_dd.training")
+OFTEN = ("trainer.checkpoint_every=4", "trainer.max_steps=3000")
+
+
+@pytest.mark.slow
+def test_under_torchrun_ranks_that_stop_are_no_failure_and_a_marker_tells(store: SequenceStore, tmp_path: Path) -> None:
+    """torchrun would report any code but 0 as a failure."""
+    code, errors = stopped_by(
+        start(tmp_path, *torchrun(2, overrides_for(store, "under", *OFTEN))), tmp_path / "runs/under", signal.SIGTERM
+    )
+    assert code != 0  # torchrun's own, which a script cannot tell from a failure
+    assert "stopped by SIGTERM after step" in errors
+    marker = json.loads((tmp_path / "runs/under/stopped.json").read_text())
+    assert marker["reason"] == "SIGTERM"
+    reached = complete_checkpoints(tmp_path / "runs/under")[-1]
+    assert f"after step {int(reached.name[5:])} of 3000" == marker["when"]
+    assert "rank 1" not in (tmp_path / "runs/under/logs/rank_1.log").read_text()
+
+
+@pytest.mark.slow
+def test_a_time_limit_ends_a_run_with_a_checkpoint_and_75(
+    run_python: Command, store: SequenceStore, tmp_path: Path
+) -> None:
+    limited = [*TRAINING, *overrides_for(store, "limited", *OFTEN[1:], "trainer.checkpoint_every=2000")]
+    process = run_python(*limited, "trainer.max_time=12s")
+    assert process.returncode == 75, process.stderr
+    assert re.fullmatch(r"stopped by max_time after step \d+ of 3000\n", process.stderr)
+    (checkpoint,) = complete_checkpoints(tmp_path / "runs/limited")
+    step = int(checkpoint.name[5:])
+    out = train(run_python, store, "limited", f"trainer.max_steps={step + 1}")
+    assert f"going on from {checkpoint.relative_to(tmp_path)}" in out
+    assert not (tmp_path / "runs/limited/stopped.json").exists()
+    rows = read_metrics(tmp_path / "runs/limited/metrics.jsonl")
+    assert rows[step]["checkpoint_stall_s"] >= 0
+    assert all(rows[number]["data_wait_s"] >= 0 for number in range(1, step + 2))
+
+
+@pytest.mark.slow
+def test_a_lost_loader_process_names_step_rank_and_sequences(store: SequenceStore, tmp_path: Path) -> None:
+    process = start(tmp_path, *TRAINING, *overrides_for(store, "loader", *OFTEN, "data.workers=1"))
+    deadline = time.monotonic() + 120
+    while not complete_checkpoints(tmp_path / "runs/loader"):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    (worker,) = subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()
+    os.kill(int(worker), signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    (line,) = errors.splitlines()
+    found = re.match(
+        r"error: step (\d+), rank 0: a loader process is gone, killed for memory perhaps .*sequences ", line
+    )
+    assert found
+    known = {store.id(row) for row in range(len(store))}
+    assert set(line[found.end() :].split(", ")) <= known
+
+
+@pytest.mark.slow
+def test_a_loss_spike_stops_a_run_that_asked_for_it(run_python: Command, store: SequenceStore, tmp_path: Path) -> None:
+    more = ["trainer.max_steps=70", "trainer.log_every=7", "trainer.checkpoint_every=5", "optim.lr=1e-9"]
+    process = run_python(*TRAINING, *overrides_for(store, "spike", *more, "trainer.loss_spike=1.0001"))
+    assert_one_line_error(process, "is more than trainer.loss_spike=1.0001 times the usual", "; the weights are those")
+    step = int(process.stderr.split("in step ")[1].split(",")[0])
+    assert step > 50
+    assert int(complete_checkpoints(tmp_path / "runs/spike")[-1].name[5:]) < step
+
+
+@pytest.mark.slow
+def test_the_best_and_every_nth_checkpoint_are_kept(run_python: Command, store: SequenceStore, tmp_path: Path) -> None:
+    more = ["trainer.max_steps=12", "trainer.checkpoint_every=2", "trainer.keep_last=1", "trainer.keep_every=4"]
+    train(run_python, store, "kept", *more, "trainer.eval_every=3", "trainer.eval_max_sequences=4", "optim.lr=1e-2")
+    rows = read_metrics(tmp_path / "runs/kept/metrics.jsonl")
+    bounds = {step: row["val_nll"] for step, row in rows.items() if "val_nll" in row}
+    assert list(bounds) == [3, 6, 9, 12]
+    best = min(bounds, key=lambda step: bounds[step])
+    assert json.loads((tmp_path / "runs/kept/checkpoints/best.json").read_text()) == {
+        "step": best,
+        "val_nll": bounds[best],
+    }
+    steps = {int(path.name[5:]) for path in complete_checkpoints(tmp_path / "runs/kept")}
+    assert steps == {4, 8, 12, best}
+
+
+@pytest.mark.slow
+def test_a_run_may_start_from_another_runs_checkpoint(
+    run_python: Command, store: SequenceStore, tmp_path: Path
+) -> None:
+    train(run_python, store, "whole", "trainer.max_steps=8", "trainer.checkpoint_every=4")
+    branch = "run.resume=runs/whole/checkpoints/step_00000004"
+    out = train(run_python, store, "branch", "trainer.max_steps=8", branch)
+    assert "going on from runs/whole/checkpoints/step_00000004" in out
+    mine, theirs = last_tensors(tmp_path / "runs/branch"), last_tensors(tmp_path / "runs/whole")
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert "going on from runs/branch/" in train(run_python, store, "branch", "trainer.max_steps=9", branch)
+    other = run_python(*TRAINING, *overrides_for(store, "other", branch, "optim.lr=1"))
+    assert_one_line_error(other, "step_00000004 was made with another config (optim.lr: 0.0007 -> 1.0)")
+    missing = run_python(*TRAINING, *overrides_for(store, "other", "run.resume=runs/nothing"))
+    assert_one_line_error(missing, "run.resume=runs/nothing; there are auto, never, and folders")
+
+
+@pytest.mark.slow
+def test_any_number_of_processes_makes_the_same_run(run_python: Command, store: SequenceStore, tmp_path: Path) -> None:
+    """4 packs a step: one process adds up 4 backward passes, two add up 2 each, four make 1 each."""
+    more = ["trainer.max_steps=30", "optim.packs_per_step=4", "data.tokens_per_pack=400"]
+    for devices in (1, 2, 4):
+        train(run_python, store, f"on{devices}", *more, f"trainer.devices={devices}")
+    reference = read_metrics(tmp_path / "runs/on1/metrics.jsonl")
+    weights = last_tensors(tmp_path / "runs/on1")
+    for devices in (2, 4):
+        run = tmp_path / f"runs/on{devices}"
+        for step, row in read_metrics(run / "metrics.jsonl").items():
+            assert row["loss"] == pytest.approx(reference[step]["loss"], rel=1e-5), (devices, step)
+        for name, tensor in last_tensors(run).items():
+            if name.startswith("model/"):
+                assert (tensor - weights[name]).abs().max() < 1e-5, (devices, name)
+        assert read_rows(run) == read_rows(tmp_path / "runs/on1")
+        assert {path.name for path in (run / "logs").iterdir()} == {f"rank_{rank}.log" for rank in range(1, devices)}
+    odd = run_python(*TRAINING, *overrides_for(store, "odd", "trainer.devices=3"))
+    assert_one_line_error(odd, "optim.packs_per_step=2 is not divisible by 3 processes")
+
+
+@pytest.mark.slow
+def test_a_sweep_starts_processes_for_each_job_and_reports_the_first_failure(
+    run_python: Command, store: SequenceStore, tmp_path: Path
+) -> None:
+    sweep = [*TRAINING, "-m", *overrides_for(store, "jobs", "trainer.max_steps=2", "trainer.devices=2")]
+    process = run_python(*sweep, "optim.lr=3e-4,1e-3")
+    assert process.returncode == 0, process.stderr
+    assert all(complete_checkpoints(folder) for folder in (tmp_path / "runs/jobs_sweep").glob("optim*"))
+    failing = run_python(*sweep, f"data.path={tmp_path / 'none.h5'}")
+    assert failing.returncode == 1
+    (line,) = failing.stderr.strip().splitlines()
+    assert re.match(r"error: rank [01]: .*none\.h5: no such data file", line)
+
+
+def test_a_bug_in_a_rank_is_told_apart_from_bad_input() -> None:
+    assert RanksFailedError(3, "ValueError: no such file", "trace").foreseen
+    assert str(RanksFailedError(3, "ValueError: no such file", "trace")) == "rank 3: no such file"
+    unforeseen = RanksFailedError(3, "KeyError: 'x'", "trace")
+    assert not unforeseen.foreseen
+    assert str(unforeseen) == "rank 3: KeyError: 'x'"
+
+
+@pytest.mark.slow
+def test_two_agents_make_one_run(store: SequenceStore, tmp_path: Path, run_python: Command) -> None:
+    """Two nodes, as torchrun sees them, on loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    agent = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d",
+             "--rdzv-id=pair", f"--rdzv-endpoint=127.0.0.1:{port}", *TRAINING]  # fmt: skip
+    arguments = overrides_for(store, "nodes", "trainer.max_steps=6")
+    agents = [start(tmp_path, *agent, *arguments) for _ in range(2)]
+    printed = [process.communicate(timeout=300) for process in agents]
+    assert [process.returncode for process in agents] == [0, 0], printed
+    assert sum("2 process(es)" in out for out, _ in printed) == 1
+    train(run_python, store, "node", "trainer.max_steps=6")
+    assert read_rows(tmp_path / "runs/nodes") == read_rows(tmp_path / "runs/node")
+    for step, row in read_metrics(tmp_path / "runs/nodes/metrics.jsonl").items():
+        assert row["loss"] == pytest.approx(read_metrics(tmp_path / "runs/node/metrics.jsonl")[step]["loss"], rel=1e-5)
+
+
+def bound_on_rank(rank: int, world_size: int, path: Path, folder: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store{world_size}", rank=rank, world_size=world_size)
+    store, graph = SequenceStore(path), Absorbing(20)
+    dataset = PackDataset(store, store.split("train")[:23], max_len=60, tokens_per_pack=130, seed=None)
+    score = ScoreFn(make_model(), graph, "x0")
+    found = held_out_bound(
+        score, graph, LogLinearNoise(), dataset, unigram=np.full(20, 0.05), estimator="integral", draws=2,
+        seed=3, device=torch.device("cpu"), processes=Processes(rank, world_size, rank), description="",
+    )  # fmt: skip
+    if rank == world_size - 1:
+        (folder / f"found{world_size}.json").write_text(json.dumps(found.summary()))
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_evaluation_is_the_same_on_any_number_of_processes(store: SequenceStore, tmp_path: Path) -> None:
+    """23 sequences, a prime number, so that no two processes have the same share of packs."""
+    for world_size in (1, 2, 3):
+        torch.multiprocessing.spawn(bound_on_rank, (world_size, store.path, tmp_path), nprocs=world_size)
+    one, two, three = (json.loads((tmp_path / f"found{n}.json").read_text()) for n in (1, 2, 3))
+    assert one == two == three
+    assert one["sequences"] == 23
+    assert math.isfinite(one["nll"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("unshare") or not may_mount(), reason="needs root to mount a small disk")
+def test_the_short_fault_campaign_loses_nothing(run_python: Command) -> None:
+    process = run_python("-m", "scripts.fault_campaign", "--short", PYTHONPATH=str(ROOT), PROTLIG_TYPECHECK="0")
+    assert process.returncode == 0, process.stdout + process.stderr
+    rows = [line.split(" | ") for line in process.stdout.splitlines() if line.startswith("| ")][2:]
+    assert len(rows) == 8
+    assert all(int(tried) == int(survived) > 0 and lost == "0" for _, tried, survived, lost, *_ in rows)
