@@ -85,7 +85,7 @@ class Trainer:
         self.frozen = torch.zeros((), device=device)  # 1 from the first non-finite loss or gradient on
         optimizer.found_inf = self.frozen  # type: ignore[attr-defined]
         self.loss_spike, self.usual_loss = loss_spike, torch.zeros((), device=device)
-        self.residues_seen = 0
+        self.residues_seen = self.current_step = 0
 
     def step(self, step: int, packs: Iterator[PackedBatch], asked: list[int]) -> dict[str, Any]:
         """One optimizer step (counted from 0). Nothing here waits for the device.
@@ -95,6 +95,7 @@ class Trainer:
         """
         rank, world_size = self.processes.rank, self.processes.world_size
         mine = range(rank, self.packs_per_step, world_size)
+        self.current_step = step
         since = time.perf_counter()
         batches = [next(packs) for _ in mine]
         waited = time.perf_counter() - since
@@ -223,9 +224,9 @@ def fit(
         stack.callback(trainer.dataset.forget_plans)
         bar = stack.enter_context(ProgressBar("training", trainer.max_steps, first_step, shown=processes.first))
         stack.enter_context(stop.deferred())
+        stack.enter_context(named_losses(trainer))  # a lost loader is reported wherever the loop may be
         for step in range(first_step, last_step):
-            with named_losses(trainer, step):
-                record = trainer.step(step, packs, stop.asked())
+            record = trainer.step(step, packs, stop.asked())
             pending.append(record | {"step": step + 1, "residues_seen": trainer.residues_seen})
             done = step + 1
             stopping = next((reason for reason, asked in zip(REASONS, record["asked"], strict=True) if asked), None)
@@ -276,11 +277,12 @@ class RankLostError(ValueError):
 
 
 @contextlib.contextmanager
-def named_losses(trainer: Trainer, step: int) -> Iterator[None]:
+def named_losses(trainer: Trainer) -> Iterator[None]:
     """Turn what torch says of a lost loader process or rank into one line that names step, rank and sequences."""
     try:
         yield
     except RuntimeError as error:
+        step = trainer.current_step
         where = f"step {step + 1}, rank {trainer.processes.rank}"
         if "DataLoader worker" in str(error) and "Original Traceback" not in str(error):
             first = step * trainer.packs_per_step
