@@ -158,6 +158,7 @@ def test_a_time_limit_ends_a_run_with_a_checkpoint_and_75(
     rows = read_metrics(tmp_path / "runs/limited/metrics.jsonl")
     assert rows[step]["checkpoint_stall_s"] >= 0
     assert all(rows[number]["data_wait_s"] >= 0 for number in range(1, step + 2))
+    assert 0.1 < rows[step]["peak_memory_gib"] < 8
 
 
 @pytest.mark.slow

@@ -139,25 +139,6 @@ def torchrun(processes: int, arguments: Sequence[str]) -> list[str]:
     return [*launcher, "-m", "protlig_dd.training", *arguments]
 
 
-def test_two_ranks_equal_one_process(run_python: Command, store: SequenceStore, tmp_path: Path) -> None:
-    more = ["trainer.max_steps=20", "trainer.eval_every=20", "trainer.eval_max_sequences=8"]
-    train(run_python, store, "one", *more)
-    process = run_python(*torchrun(2, overrides_for(store, "two", *more)))
-    assert process.returncode == 0, process.stdout + process.stderr
-    assert process.stdout.count("2 process(es)") == 1  # only rank 0 prints
-    one, two = (read_metrics(tmp_path / f"runs/{name}/metrics.jsonl") for name in ("one", "two"))
-    for step, row in one.items():
-        for key in ("loss", "grad_norm", "residues"):
-            assert row[key] == pytest.approx(two[step][key], rel=1e-5), (step, key)
-    for key in ("val_nll", "val_nll_se", "val_difference"):
-        assert one[20][key] == pytest.approx(two[20][key], rel=1e-4), key
-    assert read_rows(tmp_path / "runs/one") == read_rows(tmp_path / "runs/two")
-    mine, theirs = last_tensors(tmp_path / "runs/one"), last_tensors(tmp_path / "runs/two")
-    for name, tensor in mine.items():
-        if name.startswith("model/"):
-            assert (tensor - theirs[name]).abs().max() < 1e-5, name
-
-
 def test_packs_that_ranks_cannot_share_are_refused(run_python: Command, store: SequenceStore, tmp_path: Path) -> None:
     arguments = overrides_for(store, "odd", "optim.packs_per_step=3")
     process = run_python(*torchrun(2, arguments))

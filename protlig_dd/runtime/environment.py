@@ -2,7 +2,9 @@
 
 import importlib.metadata
 import platform
+import resource
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,14 @@ def resolve_precision(name: str, device: torch.device) -> str:
     capabilities = torch.cpu.get_capabilities()
     native = device.type == "cpu" and (capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
     return "bf16" if native else "fp32"
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process has taken at most: of the GPU's memory, or of the machine's on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:

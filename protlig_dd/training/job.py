@@ -135,7 +135,7 @@ def train(
         processes,
     )
     if device.type == "cuda" and processes.world_size == 1 and torch.cuda.device_count() > 1:
-        announce(f"one of {torch.cuda.device_count()} GPUs is used: torchrun starts a process on each", processes)
+        announce(f"one of {torch.cuda.device_count()} GPUs is used; trainer.devices=auto uses all", processes)
     if device.type == "cpu" and parameters > SLOW_ON_CPU:
         announce("this model is slow on a CPU: experiment=demo and model=tiny are sized for one", processes)
 

@@ -23,6 +23,7 @@ from protlig_dd.diffusion.score import Network, ScoreFn
 from protlig_dd.model.dit import DiT
 from protlig_dd.runtime.checkpoint import CheckpointWriter, Tensors, load_optimizer, load_weights, snapshot
 from protlig_dd.runtime.distributed import Processes, all_reduce_sum, gather_objects
+from protlig_dd.runtime.environment import peak_memory
 from protlig_dd.runtime.files import drop_partial_line
 from protlig_dd.runtime.metrics import MetricsLog, ProgressBar, Row, console
 from protlig_dd.runtime.random import keyed_generator, random_key
@@ -235,7 +236,7 @@ def fit(
             if not (done % log_every == 0 or evaluating or saving):
                 bar.advance()
                 continue
-            rows = flush(pending, time.perf_counter() - since)
+            rows = flush(pending, time.perf_counter() - since, peak_memory(device))
             if trainer.frozen.item():
                 if metrics is not None:
                     metrics.write(rows)
@@ -304,8 +305,13 @@ def ids_of_packs(dataset: PackDataset, packs: Sequence[int]) -> list[str]:
     return [dataset.group.id(row) for pack in packs for row in dataset.pack_rows(pack)]
 
 
-def flush(pending: list[dict[str, Any]], seconds: float) -> list[Row]:
-    """The steps since the last flush as rows of numbers: here the host waits for the device."""
+def flush(pending: list[dict[str, Any]], seconds: float, memory: int) -> list[Row]:
+    """The steps since the last flush as rows of numbers: here the host waits for the device.
+
+    Args:
+        seconds: that they took.
+        memory: peak so far, bytes.
+    """
     rate = sum(record["residues"] for record in pending) / seconds
     return [
         {
@@ -316,6 +322,7 @@ def flush(pending: list[dict[str, Any]], seconds: float) -> list[Row]:
             "residues": record["residues_seen"],
             "residues_per_s": rate,
             "data_wait_s": record["waited"],
+            "peak_memory_gib": memory / 2**30,
         }
         for record in pending
     ]
