@@ -81,6 +81,23 @@ def test_a_folder_has_one_holder(tmp_path: Path, run_python: Command) -> None:
     assert run_python("-c", code).stdout == "in\n"
 
 
+@pytest.mark.slow
+def test_a_fresh_run_holds_its_folder(store: SequenceStore, tmp_path: Path, run_python: Command) -> None:
+    train(run_python, store, "held", "trainer.max_steps=2")
+    process = start(tmp_path, *TRAINING, *overrides_for(store, "held", *OFTEN, "run.fresh=true"))
+    deadline = time.monotonic() + 120
+    while not ((tmp_path / "runs/held.1").exists() and complete_checkpoints(tmp_path / "runs/held")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    for more in ("run.fresh=true", "run.fresh=false"):
+        second = run_python(*TRAINING, *overrides_for(store, "held", *OFTEN, more))
+        assert_one_line_error(second, "runs/held is in use by another run (process ")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert not (tmp_path / "runs/held.2").exists()
+
+
 def truncate(file: Path) -> None:
     os.truncate(file, file.stat().st_size // 2)
 

@@ -50,7 +50,7 @@ def test_the_docs_hold_every_row_of_the_tables() -> None:
     assert not missing
 
 
-@pytest.mark.parametrize("name", ["diffusion.md", "likelihood.md"])
+@pytest.mark.parametrize("name", ["diffusion.md", "likelihood.md", "reliability.md", "scaling.md"])
 def test_the_commands_of_the_docs_are_there(name: str) -> None:
     text = (ROOT / "docs" / name).read_text()
     for command in re.findall(r"`python -m (scripts\.\w+)|`python (scripts/\w+\.py)", text):

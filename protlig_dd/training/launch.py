@@ -147,6 +147,8 @@ def run_rank(config: TrainConfig, path: Path, deadline: float | None) -> None:
         store = open_data(config.data.path, processes)
         resolved = Resolved(str(device), precision, backend, processes.world_size, store.name, store.fingerprint)
         if processes.first:
+            if config.run.fresh:
+                move_aside(path)
             stack.enter_context(locked(path))
         folder = open_run_folder(path, config, resolved, processes)
         if not processes.first:
@@ -204,17 +206,13 @@ def graph_of_run(path: Path) -> dict[str, Any]:
 
 
 def open_run_folder(path: Path, config: TrainConfig, resolved: Resolved, processes: Processes) -> RunFolder:
-    """Make, move aside or reopen the run folder (rank 0), and find the checkpoint to go on from.
+    """Make or reopen the run folder (rank 0), and find the checkpoint to go on from.
 
     Raises:
         ValueError: a run that exists and may not be resumed, or whose config or data differ; names what differs.
     """
     folder = None
     if processes.first:
-        if (path / "config.yaml").is_file() and config.run.fresh:
-            aside = free_name(path)
-            path.replace(aside)
-            console.print(f"the earlier {path} is now {aside}")
         started = has_steps(path)
         (path / STOPPED).unlink(missing_ok=True)
         remove_unfinished(path)
@@ -241,6 +239,19 @@ def open_run_folder(path: Path, config: TrainConfig, resolved: Resolved, process
         folder = RunFolder(path, attempt, checkpoint, state)
     opened: RunFolder = from_first(folder)
     return opened
+
+
+def move_aside(path: Path) -> None:
+    """Give an earlier run in this folder another name.
+
+    Raises:
+        ValueError: it is still going on.
+    """
+    if (path / "config.yaml").is_file():
+        with locked(path):
+            aside = free_name(path)
+            path.replace(aside)
+        console.print(f"the earlier {path} is now {aside}")
 
 
 def has_steps(path: Path) -> bool:
