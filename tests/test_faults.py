@@ -23,7 +23,15 @@ from protlig_dd.data.store import SequenceStore
 from protlig_dd.diffusion.graph import Absorbing
 from protlig_dd.diffusion.noise import LogLinearNoise
 from protlig_dd.diffusion.score import ScoreFn
-from protlig_dd.runtime.checkpoint import COMPLETE, FILES, complete_checkpoints, newest_sound_checkpoint
+from protlig_dd.runtime.checkpoint import (
+    COMPLETE,
+    FILES,
+    complete_checkpoints,
+    newest_sound_checkpoint,
+    put_aside_newer,
+    save_checkpoint,
+    snapshot,
+)
 from protlig_dd.runtime.distributed import Processes, RanksFailedError, count_devices
 from protlig_dd.runtime.files import locked
 from protlig_dd.runtime.metrics import read_metrics
@@ -31,7 +39,7 @@ from protlig_dd.runtime.stop import REASONS, Stopped, StopRequests, seconds_of
 from protlig_dd.training.report import held_out_bound
 
 from .conftest import ROOT, Command, assert_one_line_error, make_model
-from .test_checkpoint import save
+from .test_checkpoint import make_optimizer_for, save
 from .test_prepare import may_mount
 from .test_training import last_tensors, overrides_for, read_rows, torchrun, train
 
@@ -46,7 +54,7 @@ def test_a_signal_raises_at_once_or_is_noted() -> None:
         assert dict(zip(REASONS, stop.asked(), strict=True)) == {"SIGTERM": 0, "max_time": 0, "SIGINT": 1}
         with pytest.raises(Stopped, match="SIGINT"), stop.immediate():
             pass
-        with pytest.raises(Stopped):  # a second Ctrl-C insists
+        with pytest.raises(KeyboardInterrupt):  # a second Ctrl-C insists
             os.kill(os.getpid(), signal.SIGINT)
     with StopRequests(insist=False) as stop, stop.deferred():
         for _ in range(2):
@@ -189,13 +197,31 @@ def test_a_lost_loader_process_names_step_rank_and_sequences(store: SequenceStor
     os.kill(int(worker), signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
-    (line,) = errors.splitlines()
+    assert len(errors.splitlines()) == 1, errors
+    line = errors.strip()
     found = re.match(
         r"error: step (\d+), rank 0: a loader process is gone, killed for memory perhaps .*sequences ", line
     )
-    assert found
+    assert found, line
     known = {store.id(row) for row in range(len(store))}
     assert set(line[found.end() :].split(", ")) <= known
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_whole_group_spares_the_loaders(store: SequenceStore, tmp_path: Path) -> None:
+    """Ctrl-C in a terminal, and schedulers, signal every process there is."""
+    process = subprocess.Popen(
+        [sys.executable, *TRAINING, *overrides_for(store, "group", *OFTEN, "data.workers=1")], cwd=tmp_path,
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not complete_checkpoints(tmp_path / "runs/group"):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert re.fullmatch(r"stopped by SIGTERM after step \d+ of 3000\n", errors)
 
 
 @pytest.mark.slow
@@ -222,6 +248,29 @@ def test_the_best_and_every_nth_checkpoint_are_kept(run_python: Command, store: 
     }
     steps = {int(path.name[5:]) for path in complete_checkpoints(tmp_path / "runs/kept")}
     assert steps == {4, 8, 12, best}
+
+
+def test_a_new_checkpoint_is_never_the_one_to_go(tmp_path: Path) -> None:
+    for step in (5, 20):
+        save(tmp_path, step)
+    flip(tmp_path / "checkpoints/step_00000020/model.safetensors")
+    model, optimizer = make_model(), make_optimizer_for(make_model())
+    save_checkpoint(tmp_path, 10, snapshot(model, {}, optimizer), config_yaml="", state={}, keep_last=1)
+    assert "step_00000010" in [path.name for path in complete_checkpoints(tmp_path)]
+    put_aside_newer(tmp_path, tmp_path / "checkpoints/step_00000010")
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {
+        "step_00000010",
+        "damaged_step_00000020.1",
+    }
+
+
+@pytest.mark.slow
+def test_never_is_kept_by_a_restart(run_python: Command, store: SequenceStore, tmp_path: Path) -> None:
+    train(run_python, store, "once", "trainer.max_steps=2")
+    again = overrides_for(store, "once", "trainer.max_steps=4", "run.resume=never", "trainer.max_restarts=1")
+    refused = run_python(*TRAINING, *again)
+    assert_one_line_error(refused, "runs/once exists and run.resume=never")
+    assert len(complete_checkpoints(tmp_path / "runs/once")) == 1
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ What is in a pack follows from (seed, epoch) (see plan.py) and where its crops l
 ranks or workers.
 """
 
+import signal
 import threading
 from collections.abc import Iterator, Sequence
 
@@ -199,7 +200,14 @@ def pack_loader(dataset: PackDataset, packs: Sampler[int] | range, workers: int,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
         prefetch_factor=PREFETCH if workers > 0 else None,
+        worker_init_fn=ignore_signals if workers > 0 else None,
     )
+
+
+def ignore_signals(worker: int) -> None:
+    """Ctrl-C in a terminal and SIGTERM to a process group reach loaders too; the trainer tells them when to end."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def check_pack_sizes(max_len: int, tokens_per_pack: int) -> None:

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from protlig_dd.runtime.files import sync_folder, write_atomic
+from protlig_dd.runtime.files import free_name, sync_folder, write_atomic
 
 FORMAT_VERSION = 2
 COMPLETE, BEST = "complete.json", "best.json"
@@ -94,7 +94,7 @@ def save_checkpoint(
     sync_folder(final)
     if best is not None:
         write_atomic(parent / BEST, json.dumps({"step": step, "val_nll": best}) + "\n")
-    kept = {best_checkpoint(run_folder)[0]}
+    kept = {step, best_checkpoint(run_folder)[0]}
     for old in complete_checkpoints(run_folder)[:-keep_last]:
         number = step_of(old)
         if number not in kept and not (keep_every and number % keep_every == 0):
@@ -107,12 +107,21 @@ def step_of(checkpoint: Path) -> int:
 
 
 def best_checkpoint(run_folder: Path) -> tuple[int | None, float]:
-    """Step and validation bound of the run's best checkpoint; None and infinity before the first."""
+    """Step and validation bound of the run's best checkpoint; None and infinity where there is none."""
     file = run_folder / "checkpoints" / BEST
     if not file.is_file():
         return None, math.inf
     found = json.loads(file.read_text())
+    if not (file.parent / f"step_{found['step']:08d}" / COMPLETE).is_file():  # damaged, and put aside
+        return None, math.inf
     return found["step"], found["val_nll"]
+
+
+def put_aside_newer(run_folder: Path, checkpoint: Path) -> None:
+    """Rename what is left of checkpoints beyond this one: they would be counted among the newest to be kept."""
+    for damaged in (run_folder / "checkpoints").glob("step_*"):
+        if damaged.name > checkpoint.name:
+            damaged.rename(free_name(damaged.with_name(f"damaged_{damaged.name}")))
 
 
 class CheckpointWriter:

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ class Processes:
     local_rank: int
     restart: int = 0
     """How often the launcher has started the processes again."""
+    launch: str | None = None
+    """The launcher's name for this launch; None without one."""
 
     @property
     def first(self) -> bool:
@@ -35,7 +38,8 @@ class Processes:
 def processes_from_environment() -> Processes:
     """What torchrun set; one process without it."""
     names = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("TORCHELASTIC_RESTART_COUNT", 0)
-    return Processes(*(int(os.environ.get(name, default)) for name, default in names))
+    rank, world_size, local_rank, restart = (int(os.environ.get(name, default)) for name, default in names)
+    return Processes(rank, world_size, local_rank, restart, os.environ.get("TORCHELASTIC_RUN_ID"))
 
 
 def count_devices(wanted: Any, device: str) -> int:
@@ -131,16 +135,28 @@ def launch_ranks(
         max_restarts=max_restarts,
         start_method="spawn",
         shutdown_timeout=stop_within,
+        signals_to_handle="SIGTERM,SIGINT",
         logs_specs=DefaultLogsSpecs(),
     )
+    began = time.time()
+
+    def written(file: Path) -> bool:
+        """In this launch, not by an earlier one."""
+        return file.is_file() and file.stat().st_mtime >= began
+
     try:
         elastic_launch(config, entry)(*arguments)
     except SignalException as error:
-        if not marker.is_file():
-            raise Stopped(signal.Signals(error.sigval).name) from error
+        log = marker.parent / "logs" / "rank_0.log"
+        if written(log):  # rank 0 writes there what ended it
+            text = log.read_text()
+            raise RanksFailedError(0, text.strip().splitlines()[-1], text) from error
+        if not written(marker):
+            raise Stopped(signal.Signals(error.sigval).name, "without a checkpoint of its own") from error
     except ChildFailedError as error:
+        marker.unlink(missing_ok=True)  # of ranks that were ended for another's sake
         raise first_failure(error.failures) from error
-    if marker.is_file():
+    if written(marker):
         raise Stopped(**json.loads(marker.read_text()))
 
 

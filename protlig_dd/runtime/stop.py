@@ -67,7 +67,9 @@ class StopRequests:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         reason = signal.Signals(number).name
-        if not self._deferring or (self.insist and reason == "SIGINT" and reason in self.noted):
+        if self._deferring and self.insist and number == signal.SIGINT and reason in self.noted:
+            raise KeyboardInterrupt
+        if not self._deferring:
             raise Stopped(reason)
         self.noted.add(reason)
 

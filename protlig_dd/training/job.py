@@ -18,7 +18,7 @@ from protlig_dd.diffusion.score import Network, ScoreFn
 from protlig_dd.model.dit import DiT
 from protlig_dd.runtime.checkpoint import CheckpointWriter, best_checkpoint
 from protlig_dd.runtime.config import TrainConfig, build_graph, build_model, build_noise
-from protlig_dd.runtime.distributed import Processes, from_first
+from protlig_dd.runtime.distributed import Processes
 from protlig_dd.runtime.files import write_atomic
 from protlig_dd.runtime.generate import designs_fasta, draw_lengths, generate
 from protlig_dd.runtime.metrics import MetricsLog, announce, console
@@ -207,7 +207,6 @@ def train(
     if processes.first:
         write_atomic(run_folder / "report.json", json.dumps(report, indent=1) + "\n")
         print_report(run_folder, max_steps, report)
-    from_first(None)
 
 
 def count_steps(config: TrainConfig, dataset: PackDataset) -> int:

@@ -3,7 +3,6 @@
 import atexit
 import contextlib
 import json
-import os
 import threading
 import time
 import traceback
@@ -23,6 +22,7 @@ from protlig_dd.runtime.checkpoint import (
     complete_checkpoints,
     find_checkpoint,
     newest_sound_checkpoint,
+    put_aside_newer,
     read_state,
     remove_unfinished,
 )
@@ -83,7 +83,7 @@ def run(cfg: DictConfig) -> None:
     check_train_config(config)
     seconds = None if config.trainer.max_time is None else seconds_of(config.trainer.max_time)
     deadline = None if seconds is None else time.monotonic() + seconds
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if processes_from_environment().launch is not None:
         run_rank(config, path, deadline)
         return
     devices = count_devices(config.trainer.devices, config.trainer.device)
@@ -127,9 +127,6 @@ def run_rank(config: TrainConfig, path: Path, deadline: float | None) -> None:
     """Train in this process, which may be one of several."""
     processes = processes_from_environment()
     check_shares(config, processes.world_size)
-    if processes.restart:  # of the same run: what its first start moved aside stays there
-        config.run.fresh = False
-        config.run.resume = "auto" if config.run.resume == "never" else config.run.resume
     device = resolve_device(config.trainer.device, processes.local_rank)
     if processes.world_size > 1 and device.type == "cuda" and config.trainer.device not in ("auto", "cuda"):
         raise ValueError(
@@ -141,12 +138,15 @@ def run_rank(config: TrainConfig, path: Path, deadline: float | None) -> None:
     if config.logger.wandb_project:
         import_wandb()
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(StopRequests(deadline, insist=processes.world_size == 1))
+        stop = stack.enter_context(StopRequests(deadline, insist=processes.launch is None))
         stack.callback(leave_group)
         join_group(processes, device, config.trainer.timeout)
         store = open_data(config.data.path, processes)
         resolved = Resolved(str(device), precision, backend, processes.world_size, store.name, store.fingerprint)
         if processes.first:
+            if processes.restart and opened_by(path) == processes.launch:  # its first start has made the folder
+                config.run.fresh = False
+                config.run.resume = "auto" if config.run.resume == "never" else config.run.resume
             if config.run.fresh:
                 move_aside(path)
             stack.enter_context(locked(path))
@@ -226,14 +226,21 @@ def open_run_folder(path: Path, config: TrainConfig, resolved: Resolved, process
             raise ValueError(
                 f"{path}: none of its checkpoints can be read; run.fresh=true moves it aside and starts anew"
             )
-        if checkpoint is None and config.run.resume not in ("auto", "never"):
+        if checkpoint is not None:
+            put_aside_newer(path, checkpoint)
+        elif config.run.resume not in ("auto", "never"):
             checkpoint = find_checkpoint(Path(config.run.resume))
             check_same_data(checkpoint, config, resolved)
         state = read_state(checkpoint) if checkpoint is not None else {}
         most = config.trainer.max_steps
         if state and most is not None and state["step"] > most:
             raise ValueError(f"{checkpoint} is beyond trainer.max_steps={most}")
-        record = {"attempt": attempt, **vars(resolved), **describe_environment(torch.device(resolved.device))}
+        record = {
+            "attempt": attempt,
+            "launch": processes.launch,
+            **vars(resolved),
+            **describe_environment(torch.device(resolved.device)),
+        }
         write_atomic(path / "environment.json", json.dumps(record, indent=1) + "\n")
         write_atomic(path / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))  # last: now it is a run
         folder = RunFolder(path, attempt, checkpoint, state)
@@ -252,6 +259,12 @@ def move_aside(path: Path) -> None:
             aside = free_name(path)
             path.replace(aside)
         console.print(f"the earlier {path} is now {aside}")
+
+
+def opened_by(path: Path) -> str | None:
+    """The launch that wrote the folder's environment.json last."""
+    file = path / "environment.json"
+    return str(json.loads(file.read_text()).get("launch")) if file.is_file() else None
 
 
 def has_steps(path: Path) -> bool:

@@ -116,7 +116,7 @@ class Trainer:
             pack_loss[pack] = loss_sum.detach() / max(residues, 1)
         all_reduce_sum(pack_loss)
         grad_norm = clip_grad_norm_(self.model.parameters(), self.grad_clip, error_if_nonfinite=False)
-        self.watch(step, pack_loss.sum(), grad_norm)
+        bad = self.watch(step, pack_loss.sum(), grad_norm)
         lr = self.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -126,16 +126,20 @@ class Trainer:
         self.residues_seen += residues
         rows = [row for batch in batches for row in batch.rows.tolist()]
         return {"pack_loss": pack_loss, "grad_norm": grad_norm, "lr": lr, "residues": residues, "rows": rows,
-                "waited": waited, "asked": asked}  # fmt: skip
+                "waited": waited, "asked": asked, "bad": bad}  # fmt: skip
 
-    def watch(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
-        """Freeze the weights from the first loss or gradient on that is no number, or a loss far above the usual."""
+    def watch(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
+        """Freeze the weights from the first loss or gradient on that is no number, or a loss far above the usual.
+
+        Returns: a flag on the device, whether this step is such a one.
+        """
         bad = ~torch.isfinite(loss + grad_norm)
         if self.loss_spike is not None and step >= SPIKE_STEPS:
             bad |= loss > self.loss_spike * self.usual_loss
         self.frozen.copy_(torch.maximum(self.frozen, bad.float()))
         usual = loss if step == 0 else torch.lerp(self.usual_loss, loss, 1 / SPIKE_STEPS)
         self.usual_loss.copy_(torch.where(self.frozen > 0, self.usual_loss, usual))
+        return bad
 
     def accumulate(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
         """Gradients are exchanged in the backward pass of the step's last pack only."""
@@ -252,6 +256,8 @@ def fit(
                         values = evaluate()
                 except Stopped as stopped:
                     save(done, None)
+                    if metrics is not None:
+                        metrics.write(rows)
                     raise Stopped(stopped.reason, f"after step {done} of {trainer.max_steps}") from stopped
                 rows.append({"step": done, **values})
                 if values["val_nll"] < best:
@@ -331,26 +337,22 @@ def flush(pending: list[dict[str, Any]], seconds: float, memory: int) -> list[Ro
 def raise_frozen(trainer: Trainer, pending: list[dict[str, Any]]) -> None:
     """Raise for the first step since the last flush after which the weights stood still."""
     for record in pending:
+        if not record["bad"].item():
+            continue
         losses = record["pack_loss"].tolist()
         bad = [pack for pack, loss in enumerate(losses) if not math.isfinite(loss)]
-        spike = trainer.loss_spike is not None and sum(losses) > trainer.loss_spike * float(trainer.usual_loss)
-        if not bad and math.isfinite(float(record["grad_norm"])) and not spike:
-            continue
         first = (record["step"] - 1) * trainer.packs_per_step
         ids = ids_of_packs(trainer.dataset, [first + pack for pack in bad or range(trainer.packs_per_step)])
         where = (
             f"in step {record['step']}, pack {', '.join(str(p) for p in bad) or 'unknown'} of {trainer.packs_per_step}"
         )
         after = f"sequences {', '.join(ids)}; the weights are those before that step"
-        if bad or not math.isfinite(float(record["grad_norm"])):
+        if bad or trainer.loss_spike is None or not math.isfinite(float(record["grad_norm"])):
             raise NonFiniteLossError(f"non-finite {'loss' if bad else 'gradient'} {where}; {after}")
         raise LossSpikeError(
             f"loss {sum(losses):.4g} {where} is more than trainer.loss_spike={trainer.loss_spike} times the usual "
             f"{float(trainer.usual_loss):.4g}; {after}"
         )
-    raise NonFiniteLossError(
-        f"loss and gradient overflowed between steps {pending[0]['step']} and {pending[-1]['step']}"
-    )
 
 
 def write_rows(path: Path, pending: list[dict[str, Any]], processes: Processes) -> None:
