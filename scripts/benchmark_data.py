@@ -218,7 +218,8 @@ def training_rate(store: SequenceStore, folder: Path) -> float:
                "logger.tensorboard=false", "trainer.log_every=5"]  # fmt: skip
     subprocess.run(command, cwd=folder, check=True, capture_output=True)
     lines = (folder / "runs/benchmark/metrics.jsonl").read_text().splitlines()
-    return statistics.median(json.loads(line)["residues_per_s"] for line in lines[10:])
+    rows = [json.loads(line) for line in lines[10:]]
+    return statistics.median(row["residues_per_s"] for row in rows if "residues_per_s" in row)
 
 
 def appetite(store: SequenceStore, rate: float) -> None:

@@ -256,7 +256,9 @@ class Campaign:
         tally = Tally("a second run started in the same folder", notes="it is refused; the first goes on")
         first = self.start("shared")
         self.wait_for_checkpoint("shared", first)
+        first.send_signal(signal.SIGSTOP)  # it must not be through before the second has started
         code, _, errors = self.attempt("shared")
+        first.send_signal(signal.SIGCONT)
         first.communicate(timeout=600)
         refused = code == 1 and "runs/shared is in use by another run" in errors
         tally.count(refused and first.returncode == 0 and self.same("shared", "one"))
