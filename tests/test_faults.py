@@ -37,6 +37,7 @@ from protlig_dd.runtime.files import locked
 from protlig_dd.runtime.metrics import read_metrics
 from protlig_dd.runtime.stop import REASONS, Stopped, StopRequests, seconds_of
 from protlig_dd.training.report import held_out_bound
+from scripts.fault_campaign import flip, truncate
 
 from .conftest import ROOT, Command, assert_one_line_error, make_model
 from .test_checkpoint import make_optimizer_for, save
@@ -104,16 +105,6 @@ def test_a_fresh_run_holds_its_folder(store: SequenceStore, tmp_path: Path, run_
     process.communicate(timeout=60)
     assert process.returncode == 75
     assert not (tmp_path / "runs/held.2").exists()
-
-
-def truncate(file: Path) -> None:
-    os.truncate(file, file.stat().st_size // 2)
-
-
-def flip(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 4
-    file.write_bytes(content)
 
 
 @pytest.mark.parametrize("how", [truncate, flip, Path.unlink, lambda file: file.write_bytes(b"[1]")])

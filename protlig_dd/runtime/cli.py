@@ -50,7 +50,7 @@ def run_verb(verb: Callable[[DictConfig], None], config_name: str, schema: type)
         except Exception as error:
             raise VerbFailed(error) from error
 
-    code, torchrun = 0, "TORCHELASTIC_RUN_ID" in os.environ
+    code, torchrun = 0, processes_from_environment().launch is not None
     try:
         if not wants_help(config_name):
             main(task)()

@@ -113,8 +113,9 @@ def launch_ranks(
         marker: the file in which rank 0 says why the run stopped.
 
     Raises:
-        RanksFailedError: one of them failed, or did not stop in time.
-        Stopped: they were asked to stop, and did.
+        RanksFailedError: one of them failed.
+        Stopped: they were asked to stop, and did or were killed after `stop_within`; says when, or that there is no
+            checkpoint of it.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
