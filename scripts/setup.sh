@@ -14,27 +14,27 @@ extras=""
 system=no
 for argument in "$@"; do
     case "$argument" in
-        --dev) extras="[dev,wandb]" ;;
+        --dev) extras="[dev,slurm,wandb]" ;;
         --system) system=yes ;;
         *) echo "error: unknown argument $argument; see scripts/setup.sh --help" >&2; exit 1 ;;
     esac
 done
 
 if [ "$system" = yes ]; then
-    if ! command -v mmseqs > /dev/null || ! command -v curl > /dev/null; then
+    if ! command -v mmseqs > /dev/null || ! command -v curl > /dev/null || ! command -v slurmd > /dev/null; then
         if [ "$(id -u)" != 0 ] || ! command -v apt-get > /dev/null; then
-            echo "error: --system needs root and apt-get; otherwise install mmseqs2 and curl yourself" >&2
+            echo "error: --system needs root and apt-get; otherwise install mmseqs2, curl and Slurm yourself" >&2
             exit 1
         fi
         apt-get update -qq
-        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq mmseqs2 curl
+        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq mmseqs2 curl munge slurmctld slurmd slurm-client
     fi
 fi
 
 stamp="$venv/.protlig_setup"
 want=$(cat pyproject.toml constraints.txt | cksum; pwd)
 have=$(cat "$stamp" 2> /dev/null || true)
-if [ -x "$venv/bin/python" ] && { [ "$have" = "$want [dev,wandb]" ] || [ "$have" = "$want $extras" ]; }; then
+if [ -x "$venv/bin/python" ] && { [ "$have" = "$want [dev,slurm,wandb]" ] || [ "$have" = "$want $extras" ]; }; then
     exit 0
 fi
 

@@ -4,6 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from protlig_dd.batch import PackedBatch
 from protlig_dd.model.dit import DiT
@@ -120,6 +122,20 @@ def test_the_whole_model_runs_on_fake_cuda_tensors(backend: str, dtype: torch.dt
         assert out.shape == (19, 20)
         with refuses("tokens is on cpu but the model is on cuda"):
             model(random_batch([7, 12]), sigma)
+
+
+def test_flops_are_those_that_torch_counts() -> None:
+    lengths = [7, 40, 12]
+    batch, sigma = random_batch(lengths), torch.ones(3)
+    # the CPU's own attention kernel is not counted
+    with FlopCounterMode(display=False) as forward, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        MODEL(batch, sigma)
+    assert MODEL.flops(lengths) == forward.get_total_flops()
+    with FlopCounterMode(display=False) as both, sdpa_kernel(SDPBackend.MATH):
+        MODEL(batch, sigma).sum().backward()
+    MODEL.zero_grad()
+    # the first layer needs no gradient of its input
+    assert both.get_total_flops() == pytest.approx(3 * MODEL.flops(lengths), rel=0.05)
 
 
 @pytest.mark.gpu

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from protlig_dd.runtime.environment import describe_environment, resolve_device, resolve_precision
+from protlig_dd.runtime.environment import describe_environment, matmul_peak, resolve_device, resolve_precision
 from protlig_dd.runtime.random import keyed_generator, random_key
 
 
@@ -25,6 +25,13 @@ def test_explicit_devices_must_exist(name: str, message: str, monkeypatch: pytes
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ValueError, match=message):
         resolve_device(name)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_peak_is_measured_for_the_precision(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([0.0, 0.0, 0.0, 1.0, 1.0, 2.0, 2.5, 9.0])  # until 2.2; the second product takes 0.5 s
+    monkeypatch.setattr("time.perf_counter", lambda: next(ticks))
+    assert matmul_peak(torch.device("cpu"), precision, seconds=2.2) == 2 * 1024**3 / 0.5
 
 
 def test_a_checkout_on_a_machine_without_git_is_described_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ def test_a_second_set_up_does_nothing_until_a_requirement_changes(checkout: Path
     assert len(calls.read_text().splitlines()) == 1
     assert "-c constraints.txt -e ." in calls.read_text()
     assert run_setup(checkout, "--dev", PYTHON=sys.executable).returncode == 0
-    assert ".[dev,wandb]" in calls.read_text().splitlines()[1]
+    assert ".[dev,slurm,wandb]" in calls.read_text().splitlines()[1]
     assert run_setup(checkout, PYTHON=sys.executable).returncode == 0  # dev includes what training needs
     assert len(calls.read_text().splitlines()) == 2
     with (checkout / "constraints.txt").open("a") as file:
@@ -68,6 +68,6 @@ def test_constraints_pin_every_requirement() -> None:
         if "==" in line
     }
     extras = project["optional-dependencies"]
-    for requirement in [*project["dependencies"], *extras["dev"], *extras["wandb"]]:
+    for requirement in [*project["dependencies"], *extras["dev"], *extras["slurm"], *extras["wandb"]]:
         assert requirement.split(">=")[0].lower() in pinned, requirement
     assert "torch==2.13.0\n" in (ROOT / "constraints.txt").read_text()

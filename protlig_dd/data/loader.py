@@ -204,9 +204,20 @@ def pack_loader(dataset: PackDataset, packs: Sampler[int] | range, workers: int,
     )
 
 
+def end_workers(packs: Iterator[PackedBatch]) -> None:
+    """End the processes behind an iterator of `pack_loader`.
+
+    Without this they end with the last reference to it, which the traceback of an exception may hold; Python would then
+    wait at its exit for processes that ignore SIGTERM.
+    """
+    shut_down = getattr(packs, "_shutdown_workers", None)  # torch has no public name for it; None without workers
+    if shut_down is not None:
+        shut_down()
+
+
 def ignore_signals(worker: int) -> None:
-    """Ctrl-C in a terminal and SIGTERM to a process group reach loaders too; the trainer tells them when to end."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """Ctrl-C in a terminal and a scheduler's signals reach loaders too; the trainer tells them when to end."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -7,6 +7,7 @@ Shape suffixes: T tokens of the pack, n sequences, H hidden_size, C cond_dim.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +55,9 @@ class DiT(nn.Module):
         )
         self.head = Head(hidden_size, cond_dim)
         nn.init.normal_(self.embedding.weight, std=0.02)
+        linear = {name: part.weight.numel() for name, part in self.named_modules() if isinstance(part, nn.Linear)}
+        self.weights_per_sequence = sum(n for name, n in linear.items() if "adaln" in name or "sigma" in name)
+        self.weights_per_token = sum(linear.values()) - self.weights_per_sequence
 
     def forward(self, batch: PackedBatch, sigma: Float32[Tensor, " n"]) -> Float[Tensor, "total 20"]:
         """Logits (total, 20) of a pack at noise levels sigma (n,), one per sequence."""
@@ -73,6 +77,14 @@ class DiT(nn.Module):
         for block in self.blocks:
             x_TH = block(x_TH, cond_nC, batch, cos_sin)
         return self.head(x_TH, cond_nC, batch)
+
+    def flops(self, lengths: Sequence[int]) -> int:
+        """FLOPs of the matrix products of one forward pass over sequences of these lengths (tokens), two for each
+        multiply-add; the backward pass takes twice that (arXiv 2204.02311, appendix B).
+        """
+        products = self.weights_per_token * sum(lengths) + self.weights_per_sequence * len(lengths)
+        attention = 2 * len(self.blocks) * self.embedding.embedding_dim * sum(length**2 for length in lengths)
+        return 2 * (products + attention)
 
 
 class SigmaEmbedding(nn.Module):

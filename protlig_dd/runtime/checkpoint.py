@@ -93,7 +93,7 @@ def save_checkpoint(
     write_atomic(final / COMPLETE, json.dumps(sums, indent=1))
     sync_folder(final)
     if best is not None:
-        write_atomic(parent / BEST, json.dumps({"step": step, "val_nll": best}) + "\n")
+        write_best(parent, step, best)
     kept = {step, best_checkpoint(run_folder)[0]}
     for old in complete_checkpoints(run_folder)[:-keep_last]:
         number = step_of(old)
@@ -104,6 +104,10 @@ def save_checkpoint(
 
 def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
+
+
+def write_best(checkpoints: Path, step: int, val_nll: float) -> None:
+    write_atomic(checkpoints / BEST, json.dumps({"step": step, "val_nll": val_nll}) + "\n")
 
 
 def best_checkpoint(run_folder: Path) -> tuple[int | None, float]:
@@ -143,6 +147,10 @@ class CheckpointWriter:
         """Have the checkpoint of `step` written; `copy` is called once the one before stands."""
         self.wait()
         self.pending = self.thread.submit(self.write, step, copy(), state=state, best=best)
+
+    def mark_best(self, step: int, val_nll: float) -> None:
+        """The checkpoint of `step`, which stands already, is the best one so far."""
+        write_best(self.folder, step, val_nll)
 
     def wait(self) -> None:
         """Return when what was saved is on the disk."""

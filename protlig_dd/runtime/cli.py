@@ -7,11 +7,13 @@ traceback.
 import hashlib
 import os
 import re
+import signal
 import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from functools import partial
+from typing import Any, NoReturn
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -41,35 +43,27 @@ def run_verb(verb: Callable[[DictConfig], None], config_name: str, schema: type)
     show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing its own report
     # one search path for every launch: a config of the user's own may build on the shipped groups
-    OmegaConf.register_new_resolver("swept", swept_name, replace=True)
     main = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name)
-
-    def task(cfg: DictConfig) -> None:
-        try:
-            verb(cfg)
-        except Exception as error:
-            raise VerbFailed(error) from error
-
     code, torchrun = 0, processes_from_environment().launch is not None
     try:
         if not wants_help(config_name):
-            main(task)()
+            main(Task(verb, schema, sys.argv[1:]))()
     except KeyboardInterrupt:
         say("interrupted")
         code = 130
-    except Stopped as stopped:
-        say(str(stopped))
-        code = 0 if torchrun else stopped.exit_code  # torchrun takes any other code for a failure; a marker tells
-    except (Exception, VerbFailed) as error:
-        cause = error.args[0] if isinstance(error, VerbFailed) else error
-        if show_traceback:
-            traceback.print_exc()
-        elif isinstance(cause, RanksFailedError) and cause.trace and not cause.foreseen:
-            print(cause.trace, file=sys.stderr)
-        if torchrun:
-            ErrorHandler().record_exception(cause)  # torchrun prints that of the first rank that failed
-        say(one_line(cause, schema))
-        code = 1
+    except (Exception, VerbEnded, Stopped) as error:
+        cause = error.args[0] if isinstance(error, VerbEnded) else error
+        message, code = told(cause, schema)
+        if not isinstance(cause, Stopped):
+            if show_traceback:
+                traceback.print_exc()
+            elif isinstance(cause, RanksFailedError) and cause.trace and not cause.foreseen:
+                print(cause.trace, file=sys.stderr)
+            if torchrun:
+                ErrorHandler().record_exception(cause)  # torchrun prints that of the first rank that failed
+        elif torchrun:
+            code = 0  # it takes any other code for a failure; a marker tells
+        say(message)
     finally:
         leave_group()
         GlobalHydra.instance().clear()
@@ -77,6 +71,51 @@ def run_verb(verb: Callable[[DictConfig], None], config_name: str, schema: type)
         leave_without_closing(code)
     if code:
         sys.exit(code)
+
+
+class Task:
+    """What Hydra runs for each job: here, or elsewhere through a launcher that pickles it.
+
+    Args:
+        arguments: of the command line that was given.
+    """
+
+    def __init__(self, verb: Callable[[DictConfig], None], schema: type, arguments: list[str]) -> None:
+        self.verb, self.schema, self.arguments = verb, schema, arguments
+        self.__name__ = "task"  # Hydra wants one
+        OmegaConf.register_new_resolver("swept", partial(swept_name, arguments=arguments), replace=True)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Task, (self.verb, self.schema, self.arguments)  # the resolver is wanted there, too
+
+    def __call__(self, cfg: DictConfig) -> None:
+        elsewhere, requeue = "SUBMITIT_EXECUTOR" in os.environ, signal.getsignal(signal.SIGUSR2)
+        try:
+            self.verb(cfg)
+        except (Exception, Stopped) as error:
+            if not elsewhere:
+                raise VerbEnded(error) from error
+            if isinstance(error, Stopped) and error.reason == "SIGUSR2" and callable(requeue):
+                requeue(signal.SIGUSR2, None)  # submitit's: its job is queued again, and ends here
+            raise JobFailedError(*told(error, self.schema)) from error
+
+
+class JobFailedError(Exception):
+    """A job that a launcher ran elsewhere: its one line and its exit code."""
+
+
+class VerbEnded(BaseException):
+    """Carries what ended a verb past Hydra, which would print a report of its own for an Exception."""
+
+
+def told(error: BaseException, schema: type) -> tuple[str, int]:
+    """One line for the user, and the exit code."""
+    if isinstance(error, JobFailedError):
+        message, code = error.args
+        return message, code
+    if isinstance(error, Stopped):
+        return str(error), error.exit_code
+    return one_line(error, schema), 1
 
 
 def wants_help(config_name: str) -> bool:
@@ -134,11 +173,7 @@ def without_hydra(text: str) -> str:
     return "\n".join(block for block in blocks if not block.startswith(("defaults:", "hydra:", "# python")))
 
 
-class VerbFailed(BaseException):
-    """Carries a verb's error past Hydra, which would print a report of its own for an Exception."""
-
-
-def one_line(error: BaseException | None, schema: type) -> str:
+def one_line(error: BaseException, schema: type) -> str:
     """What a user needs to know of an error, in one line."""
     text = str(error).partition("\nConfig search path")[0]
     if "Original Traceback" in text:  # from a loader worker: its last line is the error
@@ -154,10 +189,10 @@ def one_line(error: BaseException | None, schema: type) -> str:
     return f"error: {text}"
 
 
-def swept_name(task_overrides: Sequence[str], job_number: int) -> str:
+def swept_name(task_overrides: Sequence[str], job_number: int, arguments: Sequence[str]) -> str:
     """A sweep job's folder name: the overrides that vary in this sweep, `optim.lr-0.001_model-tiny`."""
     parser = OverridesParser.create()
-    given = [argument for argument in sys.argv[1:] if "=" in argument and not argument.startswith("-")]
+    given = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
     swept = {override.key_or_group for override in parser.parse_overrides(given) if override.is_sweep_override()}
     parts = [override for override in task_overrides if override.lstrip("+").partition("=")[0] in swept]
     name = re.sub(r"[^\w.+-]+", "-", "_".join(parts))  # so that `from=` takes it as it is

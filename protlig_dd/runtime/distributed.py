@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from protlig_dd.runtime.stop import Stopped
+from protlig_dd.runtime.stop import SIGNALS, Stopped
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,10 @@ class Processes:
     """How often the launcher has started the processes again."""
     launch: str | None = None
     """The launcher's name for this launch; None without one."""
+    job: str | None = None
+    """The id of the Slurm job that this is part of."""
+    requeues: int = 0
+    """How often Slurm has queued that job again."""
 
     @property
     def first(self) -> bool:
@@ -39,7 +43,8 @@ def processes_from_environment() -> Processes:
     """What torchrun set; one process without it."""
     names = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("TORCHELASTIC_RESTART_COUNT", 0)
     rank, world_size, local_rank, restart = (int(os.environ.get(name, default)) for name, default in names)
-    return Processes(rank, world_size, local_rank, restart, os.environ.get("TORCHELASTIC_RUN_ID"))
+    launch, job = os.environ.get("TORCHELASTIC_RUN_ID"), os.environ.get("SLURM_JOB_ID")
+    return Processes(rank, world_size, local_rank, restart, launch, job, int(os.environ.get("SLURM_RESTART_COUNT", 0)))
 
 
 def count_devices(wanted: Any, device: str) -> int:
@@ -114,8 +119,8 @@ def launch_ranks(
 
     Raises:
         RanksFailedError: one of them failed.
-        Stopped: they were asked to stop, and did or were killed after `stop_within`; says when, or that there is no
-            checkpoint of it.
+        ValueError: they were asked to stop, and had to be killed.
+        Stopped: they were asked to stop, and did.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -124,6 +129,8 @@ def launch_ranks(
     for name in logging.root.manager.loggerDict:
         if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):  # each has a level of its own
             logging.getLogger(name).setLevel(logging.CRITICAL)
+    if processes > 1:  # they share the cores
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // processes)))
     # A store that outlives a restart would hand the new processes the addresses of the dead ones.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     config = LaunchConfig(
@@ -136,7 +143,7 @@ def launch_ranks(
         max_restarts=max_restarts,
         start_method="spawn",
         shutdown_timeout=stop_within,
-        signals_to_handle="SIGTERM,SIGINT",
+        signals_to_handle=",".join(number.name for number in SIGNALS),
         logs_specs=DefaultLogsSpecs(),
     )
     began = time.time()
@@ -153,7 +160,13 @@ def launch_ranks(
             text = log.read_text()
             raise RanksFailedError(0, text.strip().splitlines()[-1], text) from error
         if not written(marker):
-            raise Stopped(signal.Signals(error.sigval).name, "without a checkpoint of its own") from error
+            name = signal.Signals(error.sigval).name
+            if written(marker.parent / "environment.json"):  # from then on processes answer signals
+                raise ValueError(
+                    f"{marker.parent}: the step was not finished within trainer.stop_within={stop_within} s of {name}; "
+                    "its processes were killed, and the run goes on from its last checkpoint"
+                ) from error
+            raise Stopped(name) from error
     except ChildFailedError as error:
         marker.unlink(missing_ok=True)  # of ranks that were ended for another's sake
         raise first_failure(error.failures) from error

@@ -1,10 +1,12 @@
 """What this machine can do, and the record of it that a run keeps."""
 
 import importlib.metadata
+import math
 import platform
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,21 @@ def resolve_precision(name: str, device: torch.device) -> str:
     capabilities = torch.cpu.get_capabilities()
     native = device.type == "cpu" and (capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
     return "bf16" if native else "fp32"
+
+
+def matmul_peak(device: torch.device, precision: str, seconds: float = 0.3) -> float:
+    """FLOP/s of this device's matrix products: the fastest of those that fit into `seconds`, measured now."""
+    size = 8192 if device.type == "cuda" else 1024
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    x = torch.randn(size, size, generator=torch.Generator(device).manual_seed(0), device=device).to(dtype)
+    fastest, until = math.inf, time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        since = time.perf_counter()
+        x @ x
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        fastest = min(fastest, time.perf_counter() - since)
+    return 2 * size**3 / fastest
 
 
 def peak_memory(device: torch.device) -> int:

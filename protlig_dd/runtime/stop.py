@@ -1,4 +1,4 @@
-"""Stopping in time: SIGTERM and Ctrl-C end a run at once, but wait for the step while one is being made."""
+"""Stopping in time: signals of schedulers and Ctrl-C end a run at once, but wait for the step while one is made."""
 
 import contextlib
 import re
@@ -8,9 +8,10 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-EXIT_CODES = {"SIGTERM": 75, "max_time": 75, "SIGINT": 130}
+EXIT_CODES = {"SIGTERM": 75, "SIGUSR1": 75, "SIGUSR2": 75, "max_time": 75, "SIGINT": 130}
 """Exit code for each reason to stop. 75 (EX_TEMPFAIL of sysexits.h) means: the same command goes on with the run."""
 REASONS = tuple(EXIT_CODES)
+SIGNALS = {signal.Signals[reason] for reason in REASONS if reason.startswith("SIG")}
 STOPPED = "stopped.json"  # in the run folder: why the run stopped, while it waits to be gone on with
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -58,7 +59,7 @@ class StopRequests:
     def __enter__(self) -> "StopRequests":
         self._earlier = {}
         if threading.current_thread() is threading.main_thread():  # signals cannot be handled elsewhere
-            self._earlier = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+            self._earlier = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -18,13 +18,15 @@ from protlig_dd.diffusion.score import Network, ScoreFn
 from protlig_dd.model.dit import DiT
 from protlig_dd.runtime.checkpoint import CheckpointWriter, best_checkpoint
 from protlig_dd.runtime.config import TrainConfig, build_graph, build_model, build_noise
-from protlig_dd.runtime.distributed import Processes
+from protlig_dd.runtime.distributed import Processes, all_reduce_sum
+from protlig_dd.runtime.environment import matmul_peak
 from protlig_dd.runtime.files import write_atomic
 from protlig_dd.runtime.generate import designs_fasta, draw_lengths, generate
 from protlig_dd.runtime.metrics import MetricsLog, announce, console
 from protlig_dd.runtime.random import random_key
 from protlig_dd.runtime.stop import StopRequests
 from protlig_dd.tokenizer import ProteinTokenizer
+from protlig_dd.training.loop import fit
 from protlig_dd.training.optim import make_optimizer
 from protlig_dd.training.report import (
     composition_kl,
@@ -33,7 +35,7 @@ from protlig_dd.training.report import (
     pick_estimator,
     training_frequencies,
 )
-from protlig_dd.training.trainer import Trainer, fit
+from protlig_dd.training.trainer import Trainer
 
 SLOW_ON_CPU = 10_000_000  # parameters
 SHOWN_SAMPLES = 3
@@ -167,7 +169,8 @@ def train(
                 keep_every=control.keep_every,
             )
             stack.callback(writer.close)
-        if first_step < last_step:
+        if first_step < last_step or trainer.evaluation_due:
+            peak = matmul_peak(device, precision)
             fit(
                 trainer,
                 first_step=first_step,
@@ -182,6 +185,7 @@ def train(
                 state={"data_fingerprint": store.fingerprint, "length_counts": length_counts(store, data.max_len)},
                 checkpoint_every=control.checkpoint_every,
                 metrics=metrics,
+                peak_flops=float(all_reduce_sum(torch.tensor(peak, dtype=torch.float64))),
                 stop=stop,
             )
     if last_step < max_steps:

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,40 +144,47 @@ def run_rank(config: TrainConfig, path: Path, deadline: float | None) -> None:
         join_group(processes, device, config.trainer.timeout)
         store = open_data(config.data.path, processes)
         resolved = Resolved(str(device), precision, backend, processes.world_size, store.name, store.fingerprint)
-        if processes.first:
-            if processes.restart and opened_by(path) == processes.launch:  # its first start has made the folder
-                config.run.fresh = False
-                config.run.resume = "auto" if config.run.resume == "never" else config.run.resume
-            if config.run.fresh:
-                move_aside(path)
-            stack.enter_context(locked(path))
-        folder = open_run_folder(path, config, resolved, processes)
-        if not processes.first:
-            stack.enter_context(written_to(folder.path / "logs" / f"rank_{processes.rank}.log"))
         try:
-            train(
-                config,
-                store,
-                run_folder=folder.path,
-                attempt=folder.attempt,
-                checkpoint=folder.checkpoint,
-                state=folder.state,
-                precision=precision,
-                attention_backend=backend,
-                device=device,
-                processes=processes,
-                stop=stop,
-            )
-        except Stopped as stopped:
             if processes.first:
-                write_atomic(folder.path / STOPPED, json.dumps({"reason": stopped.reason, "when": stopped.when}) + "\n")
+                if goes_on(path, processes):  # its first start has made the folder
+                    config.run.fresh = False
+                    config.run.resume = "auto" if config.run.resume == "never" else config.run.resume
+                if config.run.fresh:
+                    move_aside(path)
+                stack.enter_context(locked(path))
+            folder = open_run_folder(path, config, resolved, processes)
+            if not processes.first:
+                stack.enter_context(written_to(folder.path / "logs" / f"rank_{processes.rank}.log"))
+            with failures_logged(folder.path / "logs" / f"rank_{processes.rank}.log"):
+                train(
+                    config,
+                    store,
+                    run_folder=folder.path,
+                    attempt=folder.attempt,
+                    checkpoint=folder.checkpoint,
+                    state=folder.state,
+                    precision=precision,
+                    attention_backend=backend,
+                    device=device,
+                    processes=processes,
+                    stop=stop,
+                )
+        except Stopped as stopped:
+            if processes.first and (path / "config.yaml").is_file():
+                write_atomic(path / STOPPED, json.dumps({"reason": stopped.reason, "when": stopped.when}) + "\n")
             raise
-        except Exception:
-            log = folder.path / "logs" / f"rank_{processes.rank}.log"
-            log.parent.mkdir(exist_ok=True)
-            with log.open("a") as file:
-                file.write(traceback.format_exc())
-            raise
+
+
+@contextlib.contextmanager
+def failures_logged(log: Path) -> Iterator[None]:
+    """Append the traceback of what fails inside to a file."""
+    try:
+        yield
+    except Exception:
+        log.parent.mkdir(exist_ok=True)
+        with log.open("a") as file:
+            file.write(traceback.format_exc())
+        raise
 
 
 def open_data(path: str | list[str], processes: Processes) -> StoreGroup:
@@ -238,6 +246,7 @@ def open_run_folder(path: Path, config: TrainConfig, resolved: Resolved, process
         record = {
             "attempt": attempt,
             "launch": processes.launch,
+            "job": processes.job,
             **vars(resolved),
             **describe_environment(torch.device(resolved.device)),
         }
@@ -261,10 +270,13 @@ def move_aside(path: Path) -> None:
         console.print(f"the earlier {path} is now {aside}")
 
 
-def opened_by(path: Path) -> str | None:
-    """The launch that wrote the folder's environment.json last."""
+def goes_on(path: Path, processes: Processes) -> bool:
+    """Whether this start continues one that has opened the folder: after a lost process, or when its job was queued
+    again."""
     file = path / "environment.json"
-    return str(json.loads(file.read_text()).get("launch")) if file.is_file() else None
+    opened = json.loads(file.read_text()) if file.is_file() else {}
+    restarted = processes.restart > 0 and opened.get("launch") == processes.launch
+    return restarted or (processes.requeues > 0 and opened.get("job") == processes.job)
 
 
 def has_steps(path: Path) -> bool:

@@ -1,10 +1,8 @@
-"""The training loop. `Trainer.step` is the whole training step."""
+"""`Trainer.step` is the whole training step; the loop around it is in loop.py."""
 
 import contextlib
-import json
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,19 +13,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from protlig_dd.batch import PackedBatch
-from protlig_dd.data.loader import PackDataset, RankPacks, pack_loader
+from protlig_dd.data.loader import PackDataset
 from protlig_dd.diffusion.graph import Graph
 from protlig_dd.diffusion.loss import score_entropy_loss
 from protlig_dd.diffusion.noise import Noise, curriculum_t_max
 from protlig_dd.diffusion.score import Network, ScoreFn
 from protlig_dd.model.dit import DiT
-from protlig_dd.runtime.checkpoint import CheckpointWriter, Tensors, load_optimizer, load_weights, snapshot
-from protlig_dd.runtime.distributed import Processes, all_reduce_sum, gather_objects
-from protlig_dd.runtime.environment import peak_memory
-from protlig_dd.runtime.files import drop_partial_line
-from protlig_dd.runtime.metrics import MetricsLog, ProgressBar, Row, console
+from protlig_dd.runtime.checkpoint import Tensors, load_optimizer, load_weights, snapshot
+from protlig_dd.runtime.distributed import Processes, all_reduce_sum
 from protlig_dd.runtime.random import keyed_generator, random_key
-from protlig_dd.runtime.stop import REASONS, Stopped, StopRequests
 from protlig_dd.tokenizer import N_STATES
 from protlig_dd.training.ema import EMA
 from protlig_dd.training.optim import learning_rate
@@ -35,16 +29,8 @@ from protlig_dd.training.optim import learning_rate
 SPIKE_STEPS = 50  # over which the usual loss is averaged, and before which no loss is a spike
 
 
-class NonFiniteLossError(ValueError):
-    """The loss or the gradient stopped being a number; the weights were frozen before that step."""
-
-
-class LossSpikeError(ValueError):
-    """The loss rose far above its running mean; the weights were frozen before that step."""
-
-
 class Trainer:
-    """Steps, logs, evaluates and checkpoints one model on one dataset of packs.
+    """One model in training on one dataset of packs.
 
     Everything random in step k is keyed by (seed, purpose, k * packs_per_step + i), and the loss is normalised by the
     residues of the whole step, so the split over ranks and accumulation changes nothing but the order of sums.
@@ -87,6 +73,7 @@ class Trainer:
         optimizer.found_inf = self.frozen  # type: ignore[attr-defined]
         self.loss_spike, self.usual_loss = loss_spike, torch.zeros((), device=device)
         self.residues_seen = self.current_step = 0
+        self.evaluation_due = False  # a stop came before the evaluation of this step
 
     def step(self, step: int, packs: Iterator[PackedBatch], asked: list[int]) -> dict[str, Any]:
         """One optimizer step (counted from 0). Nothing here waits for the device.
@@ -100,8 +87,8 @@ class Trainer:
         since = time.perf_counter()
         batches = [next(packs) for _ in mine]
         waited = time.perf_counter() - since
-        own = sum(count_residues(batch) for batch in batches)
-        residues, *asked = all_reduce_sum(torch.tensor([own, *asked])).tolist()
+        own = sum(count_residues(batch) for batch in batches), sum(self.model.flops(batch.lengths) for batch in batches)
+        residues, flops, *asked = all_reduce_sum(torch.tensor([*own, *asked])).tolist()
         pack_loss = torch.zeros(self.packs_per_step, device=self.device)
         for pack, batch in zip(mine, batches, strict=True):
             index = step * self.packs_per_step + pack
@@ -126,7 +113,7 @@ class Trainer:
         self.residues_seen += residues
         rows = [row for batch in batches for row in batch.rows.tolist()]
         return {"pack_loss": pack_loss, "grad_norm": grad_norm, "lr": lr, "residues": residues, "rows": rows,
-                "waited": waited, "asked": asked, "bad": bad}  # fmt: skip
+                "flops": 3 * flops, "waited": waited, "asked": asked, "bad": bad}  # fmt: skip
 
     def watch(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
         """Freeze the weights from the first loss or gradient on that is no number, or a loss far above the usual.
@@ -164,7 +151,11 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """The rest of it: numbers."""
-        return {"residues_seen": self.residues_seen, "usual_loss": float(self.usual_loss)}
+        return {
+            "residues_seen": self.residues_seen,
+            "usual_loss": float(self.usual_loss),
+            "evaluation_due": self.evaluation_due,
+        }
 
     def load(self, checkpoint: Path, state: dict[str, Any]) -> None:
         """Continue from a checkpoint whose state was read and verified."""
@@ -174,196 +165,7 @@ class Trainer:
         load_optimizer(checkpoint / "optimizer.safetensors", self.model, self.optimizer)
         self.residues_seen = state["residues_seen"]
         self.usual_loss.fill_(state["usual_loss"])
-
-
-def fit(
-    trainer: Trainer,
-    *,
-    first_step: int,
-    last_step: int,
-    workers: int,
-    log_every: int,
-    rows_file: Path | None,
-    evaluate: Callable[[], Row],
-    eval_every: int,
-    writer: CheckpointWriter | None,
-    best: float,
-    state: dict[str, Any],
-    checkpoint_every: int,
-    metrics: MetricsLog | None,
-    stop: StopRequests,
-) -> None:
-    """Run steps first_step .. last_step - 1.
-
-    Args:
-        evaluate: () -> {"val_nll": ..., ...}, on the averaged weights; called by every rank.
-        writer: rank 0's writer of checkpoints, None on the others.
-        best: the lowest validation bound so far; who gets below it is checkpointed, and kept.
-        state: what checkpoints keep beside the trainer's own state.
-        rows_file: where to log the store rows of every step; None not to.
-        metrics: rank 0's log, None on the others.
-
-    Raises:
-        NonFiniteLossError, LossSpikeError: naming the step, the pack and its sequence ids. No checkpoint is written
-            after it.
-        LoaderDiedError, RankLostError: naming step and rank.
-        Stopped: the step that was being made when a stop was asked for is done, and its checkpoint written.
-    """
-    device, processes = trainer.device, trainer.processes
-    sampler = RankPacks(first_step, last_step, trainer.packs_per_step, processes.rank, processes.world_size)
-    packs = iter(pack_loader(trainer.dataset, sampler, workers, pin_memory=device.type == "cuda"))
-    pending: list[dict[str, Any]] = []
-
-    def save(step: int, best: float | None) -> float:
-        """Seconds that training waited for it."""
-        began = time.perf_counter()
-        if writer is not None:
-            writer.save(step, trainer.snapshot, state | trainer.state(), best)
-        return time.perf_counter() - began
-
-    if rows_file is not None and processes.first:
-        drop_partial_line(rows_file)
-    since = time.perf_counter()
-    trainer.model.train()
-    with contextlib.ExitStack() as stack:
-        stack.callback(trainer.dataset.forget_plans)
-        bar = stack.enter_context(ProgressBar("training", trainer.max_steps, first_step, shown=processes.first))
-        stack.enter_context(stop.deferred())
-        stack.enter_context(named_losses(trainer))  # a lost loader is reported wherever the loop may be
-        for step in range(first_step, last_step):
-            record = trainer.step(step, packs, stop.asked())
-            pending.append(record | {"step": step + 1, "residues_seen": trainer.residues_seen})
-            done = step + 1
-            stopping = next((reason for reason, asked in zip(REASONS, record["asked"], strict=True) if asked), None)
-            evaluating = eval_every > 0 and (done % eval_every == 0 or done == trainer.max_steps) and not stopping
-            saving = done % checkpoint_every == 0 or done == last_step or stopping is not None
-            if not (done % log_every == 0 or evaluating or saving):
-                bar.advance()
-                continue
-            rows = flush(pending, time.perf_counter() - since, peak_memory(device))
-            if trainer.frozen.item():
-                if metrics is not None:
-                    metrics.write(rows)
-                raise_frozen(trainer, pending)
-            if rows_file is not None:
-                write_rows(rows_file, pending, processes)
-            bar.advance(note=f"loss {rows[-1]['loss']:.4f}  {rows[-1]['residues_per_s']:,.0f} residues/s")
-            pending = []
-            new_best = None
-            if evaluating:
-                try:
-                    with trainer.averaged(), stop.immediate():
-                        values = evaluate()
-                except Stopped as stopped:
-                    save(done, None)
-                    if metrics is not None:
-                        metrics.write(rows)
-                    raise Stopped(stopped.reason, f"after step {done} of {trainer.max_steps}") from stopped
-                rows.append({"step": done, **values})
-                if values["val_nll"] < best:
-                    best = new_best = values["val_nll"]
-                if processes.first:
-                    console.print(
-                        f"step {done}: validation {values['val_nll']:.4f} ± {values['val_nll_se']:.4f} nats/residue"
-                    )
-            if saving or new_best is not None:
-                rows.append({"step": done, "checkpoint_stall_s": save(done, new_best)})
-            if metrics is not None:
-                metrics.write(rows)
-            if stopping is not None:
-                raise Stopped(stopping, f"after step {done} of {trainer.max_steps}")
-            since = time.perf_counter()  # evaluation and checkpoints do not count as training time
-
-
-class LoaderDiedError(ValueError):
-    """A process that loads packs is gone: killed for memory, say."""
-
-
-class RankLostError(ValueError):
-    """Another rank is gone, or did not answer in time."""
-
-
-@contextlib.contextmanager
-def named_losses(trainer: Trainer) -> Iterator[None]:
-    """Turn what torch says of a lost loader process or rank into one line that names step, rank and sequences."""
-    try:
-        yield
-    except RuntimeError as error:
-        step = trainer.current_step
-        where = f"step {step + 1}, rank {trainer.processes.rank}"
-        if "DataLoader worker" in str(error) and "Original Traceback" not in str(error):
-            first = step * trainer.packs_per_step
-            mine = range(trainer.processes.rank, trainer.packs_per_step, trainer.processes.world_size)
-            ids = ", ".join(ids_of_packs(trainer.dataset, [first + pack for pack in mine]))
-            raise LoaderDiedError(
-                f"{where}: a loader process is gone, killed for memory perhaps ({' '.join(str(error).split())}); "
-                f"wanted were sequences {ids}"
-            ) from error
-        if trainer.processes.world_size > 1 and any(word in str(error) for word in ("gloo", "NCCL", "process group")):
-            raise RankLostError(
-                f"{where}: another rank is gone or did not answer within trainer.timeout "
-                f"({' '.join(str(error).split())})"
-            ) from error
-        raise
-
-
-def ids_of_packs(dataset: PackDataset, packs: Sequence[int]) -> list[str]:
-    return [dataset.group.id(row) for pack in packs for row in dataset.pack_rows(pack)]
-
-
-def flush(pending: list[dict[str, Any]], seconds: float, memory: int) -> list[Row]:
-    """The steps since the last flush as rows of numbers: here the host waits for the device.
-
-    Args:
-        seconds: that they took.
-        memory: peak so far, bytes.
-    """
-    rate = sum(record["residues"] for record in pending) / seconds
-    return [
-        {
-            "step": record["step"],
-            "loss": float(record["pack_loss"].sum()),
-            "grad_norm": float(record["grad_norm"]),
-            "lr": record["lr"],
-            "residues": record["residues_seen"],
-            "residues_per_s": rate,
-            "data_wait_s": record["waited"],
-            "peak_memory_gib": memory / 2**30,
-        }
-        for record in pending
-    ]
-
-
-def raise_frozen(trainer: Trainer, pending: list[dict[str, Any]]) -> None:
-    """Raise for the first step since the last flush after which the weights stood still."""
-    for record in pending:
-        if not record["bad"].item():
-            continue
-        losses = record["pack_loss"].tolist()
-        bad = [pack for pack, loss in enumerate(losses) if not math.isfinite(loss)]
-        first = (record["step"] - 1) * trainer.packs_per_step
-        ids = ids_of_packs(trainer.dataset, [first + pack for pack in bad or range(trainer.packs_per_step)])
-        where = (
-            f"in step {record['step']}, pack {', '.join(str(p) for p in bad) or 'unknown'} of {trainer.packs_per_step}"
-        )
-        after = f"sequences {', '.join(ids)}; the weights are those before that step"
-        if bad or trainer.loss_spike is None or not math.isfinite(float(record["grad_norm"])):
-            raise NonFiniteLossError(f"non-finite {'loss' if bad else 'gradient'} {where}; {after}")
-        raise LossSpikeError(
-            f"loss {sum(losses):.4g} {where} is more than trainer.loss_spike={trainer.loss_spike} times the usual "
-            f"{float(trainer.usual_loss):.4g}; {after}"
-        )
-
-
-def write_rows(path: Path, pending: list[dict[str, Any]], processes: Processes) -> None:
-    """Append the store rows of each step, all ranks' together and sorted, to rows.jsonl."""
-    gathered = gather_objects([record["rows"] for record in pending])
-    if not processes.first:
-        return
-    with path.open("a") as file:
-        for i, record in enumerate(pending):
-            rows = sorted(row for rank_rows in gathered for row in rank_rows[i])
-            file.write(json.dumps({"step": record["step"], "rows": rows}) + "\n")
+        self.evaluation_due = state.get("evaluation_due", False)  # checkpoints of earlier versions do not say
 
 
 def count_residues(batch: PackedBatch) -> int:

@@ -1,0 +1,224 @@
+"""The loop around the training step: logging, evaluation, checkpoints, stops, and what ends a run."""
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from protlig_dd.data.loader import PackDataset, RankPacks, end_workers, pack_loader
+from protlig_dd.runtime.checkpoint import CheckpointWriter
+from protlig_dd.runtime.distributed import Processes, gather_objects
+from protlig_dd.runtime.environment import peak_memory
+from protlig_dd.runtime.files import drop_partial_line
+from protlig_dd.runtime.metrics import MetricsLog, ProgressBar, Row, announce
+from protlig_dd.runtime.stop import REASONS, Stopped, StopRequests
+from protlig_dd.training.trainer import Trainer
+
+
+class NonFiniteLossError(ValueError):
+    """The loss or the gradient stopped being a number; the weights were frozen before that step."""
+
+
+class LossSpikeError(ValueError):
+    """The loss rose far above its running mean; the weights were frozen before that step."""
+
+
+class LoaderDiedError(ValueError):
+    """A process that loads packs is gone: killed for memory, say."""
+
+
+class RankLostError(ValueError):
+    """Another rank is gone, or did not answer in time."""
+
+
+def fit(
+    trainer: Trainer,
+    *,
+    first_step: int,
+    last_step: int,
+    workers: int,
+    log_every: int,
+    rows_file: Path | None,
+    evaluate: Callable[[], Row],
+    eval_every: int,
+    writer: CheckpointWriter | None,
+    best: float,
+    state: dict[str, Any],
+    checkpoint_every: int,
+    metrics: MetricsLog | None,
+    peak_flops: float,
+    stop: StopRequests,
+) -> None:
+    """Run steps first_step .. last_step - 1, after the evaluation that a stop has left out.
+
+    Args:
+        evaluate: () -> {"val_nll": ..., ...}, on the averaged weights; called by every rank.
+        writer: rank 0's writer of checkpoints, None on the others.
+        best: the lowest validation bound so far; who gets below it is checkpointed, and kept.
+        state: what checkpoints keep beside the trainer's own state.
+        rows_file: where to log the store rows of every step; None not to.
+        metrics: rank 0's log, None on the others.
+        peak_flops: FLOP/s that all devices together reach in matrix products, which MFU is the share of.
+
+    Raises:
+        NonFiniteLossError, LossSpikeError: naming the step, the pack and its sequence ids. No checkpoint is written
+            after it.
+        LoaderDiedError, RankLostError: naming step and rank.
+        Stopped: the step that was being made when a stop was asked for is done, and its checkpoint written.
+    """
+    device, processes = trainer.device, trainer.processes
+    sampler = RankPacks(first_step, last_step, trainer.packs_per_step, processes.rank, processes.world_size)
+    packs = iter(pack_loader(trainer.dataset, sampler, workers, pin_memory=device.type == "cuda"))
+    pending: list[dict[str, Any]] = []
+
+    def save(done: int, new_best: float | None) -> None:
+        began = time.perf_counter()
+        if writer is not None:
+            writer.save(done, trainer.snapshot, state | trainer.state(), new_best)
+        write([{"step": done, "checkpoint_stall_s": time.perf_counter() - began}])
+
+    def write(rows: list[Row]) -> None:
+        if metrics is not None:
+            metrics.write(rows)
+
+    def evaluated(done: int) -> float | None:
+        """Write the validation bound of this step; returns it where it is the lowest so far."""
+        nonlocal best
+        with trainer.averaged(), stop.immediate():
+            values = evaluate()
+        trainer.evaluation_due = False
+        write([{"step": done, **values}])
+        bound, error = values["val_nll"], values["val_nll_se"]
+        announce(f"step {done}: validation {bound:.4f} ± {error:.4f} nats/residue", processes)
+        is_best, best = bound < best, min(best, bound)
+        return bound if is_best else None
+
+    if rows_file is not None and processes.first:
+        drop_partial_line(rows_file)
+    trainer.model.train()
+    with contextlib.ExitStack() as stack:
+        stack.callback(trainer.dataset.forget_plans)
+        stack.callback(end_workers, packs)
+        stack.enter_context(stop.deferred())
+        stack.enter_context(named_losses(trainer))  # a lost loader is reported wherever the loop may be
+        if trainer.evaluation_due and (new_best := evaluated(first_step)) is not None and writer is not None:
+            writer.mark_best(first_step, new_best)
+        bar = stack.enter_context(ProgressBar("training", trainer.max_steps, first_step, shown=processes.first))
+        since = time.perf_counter()
+        for step in range(first_step, last_step):
+            record = trainer.step(step, packs, stop.asked())
+            pending.append(record | {"step": step + 1, "residues_seen": trainer.residues_seen})
+            done = step + 1
+            stopping = next((reason for reason, asked in zip(REASONS, record["asked"], strict=True) if asked), None)
+            trainer.evaluation_due = eval_every > 0 and (done % eval_every == 0 or done == trainer.max_steps)
+            saving = done % checkpoint_every == 0 or done == last_step
+            if not (done % log_every == 0 or trainer.evaluation_due or saving or stopping):
+                bar.advance()
+                continue
+            rows = flush(pending, time.perf_counter() - since, peak_memory(device), peak_flops)
+            write(rows)
+            if trainer.frozen.item():
+                raise_frozen(trainer, pending)
+            if rows_file is not None:
+                write_rows(rows_file, pending, processes)
+            bar.advance(note=f"loss {rows[-1]['loss']:.4f}  {rows[-1]['residues_per_s']:,.0f} residues/s")
+            pending, new_best = [], None
+            if trainer.evaluation_due and not stopping:
+                try:
+                    new_best = evaluated(done)
+                except Stopped as stopped:
+                    stopping = stopped.reason
+            if saving or stopping or new_best is not None:
+                save(done, new_best)
+            if stopping:
+                raise Stopped(stopping, f"after step {done} of {trainer.max_steps}")
+            since = time.perf_counter()  # evaluation and checkpoints do not count as training time
+
+
+@contextlib.contextmanager
+def named_losses(trainer: Trainer) -> Iterator[None]:
+    """Turn what torch says of a lost loader process or rank into one line that names step, rank and sequences."""
+    try:
+        yield
+    except RuntimeError as error:
+        step = trainer.current_step
+        where = f"step {step + 1}, rank {trainer.processes.rank}"
+        if "DataLoader worker" in str(error) and "Original Traceback" not in str(error):
+            first = step * trainer.packs_per_step
+            mine = range(trainer.processes.rank, trainer.packs_per_step, trainer.processes.world_size)
+            ids = ", ".join(ids_of_packs(trainer.dataset, [first + pack for pack in mine]))
+            raise LoaderDiedError(
+                f"{where}: a loader process is gone, killed for memory perhaps ({' '.join(str(error).split())}); "
+                f"wanted were sequences {ids}"
+            ) from error
+        if trainer.processes.world_size > 1 and any(word in str(error) for word in ("gloo", "NCCL", "process group")):
+            raise RankLostError(
+                f"{where}: another rank is gone or did not answer within trainer.timeout "
+                f"({' '.join(str(error).split())})"
+            ) from error
+        raise
+
+
+def ids_of_packs(dataset: PackDataset, packs: Sequence[int]) -> list[str]:
+    return [dataset.group.id(row) for pack in packs for row in dataset.pack_rows(pack)]
+
+
+def flush(pending: list[dict[str, Any]], seconds: float, memory: int, peak_flops: float) -> list[Row]:
+    """The steps since the last flush as rows of numbers: here the host waits for the device.
+
+    Args:
+        seconds: that they took.
+        memory: peak so far, bytes.
+        peak_flops: see `fit`.
+    """
+    rate = sum(record["residues"] for record in pending) / seconds
+    mfu = sum(record["flops"] for record in pending) / seconds / peak_flops
+    return [
+        {
+            "step": record["step"],
+            "loss": float(record["pack_loss"].sum()),
+            "grad_norm": float(record["grad_norm"]),
+            "lr": record["lr"],
+            "residues": record["residues_seen"],
+            "residues_per_s": rate,
+            "mfu": mfu,
+            "data_wait_s": record["waited"],
+            "peak_memory_gib": memory / 2**30,
+        }
+        for record in pending
+    ]
+
+
+def raise_frozen(trainer: Trainer, pending: list[dict[str, Any]]) -> None:
+    """Raise for the first step since the last flush after which the weights stood still."""
+    for record in pending:
+        if not record["bad"].item():
+            continue
+        losses = record["pack_loss"].tolist()
+        bad = [pack for pack, loss in enumerate(losses) if not math.isfinite(loss)]
+        first = (record["step"] - 1) * trainer.packs_per_step
+        ids = ids_of_packs(trainer.dataset, [first + pack for pack in bad or range(trainer.packs_per_step)])
+        where = (
+            f"in step {record['step']}, pack {', '.join(str(p) for p in bad) or 'unknown'} of {trainer.packs_per_step}"
+        )
+        after = f"sequences {', '.join(ids)}; the weights are those before that step"
+        if bad or trainer.loss_spike is None or not math.isfinite(float(record["grad_norm"])):
+            raise NonFiniteLossError(f"non-finite {'loss' if bad else 'gradient'} {where}; {after}")
+        raise LossSpikeError(
+            f"loss {sum(losses):.4g} {where} is more than trainer.loss_spike={trainer.loss_spike} times the usual "
+            f"{float(trainer.usual_loss):.4g}; {after}"
+        )
+
+
+def write_rows(path: Path, pending: list[dict[str, Any]], processes: Processes) -> None:
+    """Append the store rows of each step, all ranks' together and sorted, to rows.jsonl."""
+    gathered = gather_objects([record["rows"] for record in pending])
+    if not processes.first:
+        return
+    with path.open("a") as file:
+        for i, record in enumerate(pending):
+            rows = sorted(row for rank_rows in gathered for row in rank_rows[i])
+            file.write(json.dumps({"step": record["step"], "rows": rows}) + "\n")

@@ -1,0 +1,288 @@
+"""Runs under schedulers: a real Slurm on loopback, submitit's local executor, PBS with stand-ins for its commands."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from protlig_dd.data.store import SequenceStore
+from protlig_dd.runtime.checkpoint import complete_checkpoints
+from protlig_dd.runtime.metrics import read_metrics
+
+from .conftest import ROOT, Command, require_program
+from .test_training import assert_same_bits, overrides_for, train
+
+pytestmark = pytest.mark.slow
+
+LONG = ("trainer.max_steps=200", "trainer.checkpoint_every=1000", "trainer.eval_every=90", "trainer.log_every=2")
+LONG = (*LONG, "trainer.eval_max_sequences=4", "data.tokens_per_pack=400", "data.workers=0")
+
+
+@pytest.fixture(autouse=True)
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checks of types take half of a process' start, and are made in the tests of what runs in these processes."""
+    monkeypatch.setenv("PROTLIG_TYPECHECK", "0")
+
+
+def wait_for(what: Callable[[], object], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def steps_of(run: Path) -> int:
+    """The last step in metrics.jsonl; a line may be in the writing."""
+    file = run / "metrics.jsonl"
+    steps = re.findall(r'"step": (\d+),', file.read_text()) if file.is_file() else []
+    return int(steps[-1]) if steps else 0
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+SLURM_CONF = """\
+ClusterName=loopback
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
+SlurmUser=root
+SlurmdUser=root
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool.%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.%n.pid
+SlurmdParameters=config_overrides
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+MpiDefault=none
+ReturnToService=2
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+NodeName=n1,n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]},{ports[2]} CPUs=1 RealMemory=1000
+PartitionName=low Nodes=n1,n2 Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=120
+PartitionName=high Nodes=n1,n2 PriorityTier=10 PreemptMode=OFF
+"""
+
+
+@pytest.fixture
+def slurm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A Slurm of two nodes on this machine, with a partition that preempts the other; its folder."""
+    require_program("slurmctld")
+    if os.geteuid() != 0:
+        pytest.skip("a Slurm of our own needs root")
+    folder = Path(tempfile.mkdtemp(prefix="slurm", dir="/tmp"))  # a socket's path must be short
+    (folder / "state").mkdir()
+    conf = folder / "slurm.conf"
+    conf.write_text(SLURM_CONF.format(host=socket.gethostname(), ports=[free_port() for _ in range(3)], folder=folder))
+    monkeypatch.setenv("SLURM_CONF", str(conf))
+    subprocess.run(["mungekey", "--create", f"--keyfile={folder}/munge.key"], check=True)
+    files = {"key": "key", "pid": "pid", "log": "log", "seed": "seed"}
+    munge = [f"--{name}-file={folder}/munge.{end}" for name, end in files.items()]
+    with (folder / "log").open("w") as log:
+        daemons = [
+            subprocess.Popen(command, stdout=log, stderr=log)
+            for command in (
+                ["munged", "--foreground", "--force", f"--socket={folder}/munge.socket", *munge],
+                ["slurmctld", "-D"],
+                ["slurmd", "-D", "-N", "n1"],
+                ["slurmd", "-D", "-N", "n2"],
+            )
+            if command[0] == "munged" or not wait_for((folder / "munge.socket").exists)
+        ]
+        try:
+            idle = ["sinfo", "--noheader", "--partition=low", "--states=idle", "--format=%D"]
+            wait_for(lambda: subprocess.run(idle, capture_output=True, text=True, check=False).stdout == "2\n")
+            yield folder
+        finally:
+            subprocess.run(["scancel", "--user=root", "--signal=KILL", "--full"], check=False)
+            for daemon in reversed(daemons):
+                daemon.terminate()
+                daemon.wait(30)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def slurm_says(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def state_of(job: str) -> tuple[str, int]:
+    """State, and how often it was queued again."""
+    shown = slurm_says("scontrol", "show", "job", job)
+    found = [re.search(pattern, shown) for pattern in (r"JobState=(\w+)", r"Restarts=(\d+)")]
+    assert all(found), shown
+    return found[0][1], int(found[1][1])  # type: ignore[index]
+
+
+def test_a_slurm_job_is_queued_again_at_its_limit_and_when_preempted(
+    slurm: Path, store: SequenceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_python: Command
+) -> None:
+    """Two nodes; then what Slurm sends before the limit; then a job of a partition that comes first."""
+    monkeypatch.setenv("PROTLIG_VENV", sys.prefix)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")  # the nodes' names are known to this Slurm alone
+    script = str(ROOT / "scripts/slurm/train.sbatch")
+    small = ["--gpus-per-node=0", "--cpus-per-task=1", "--output=out"]
+    overrides = overrides_for(store, "given", *LONG, "run.fresh=true")
+    job = subprocess.run(
+        ["sbatch", "--parsable", *small, script, "try", *overrides],
+        cwd=tmp_path, capture_output=True, text=True, check=True,
+    ).stdout.strip()  # fmt: skip
+    run = tmp_path / "runs/try"
+    wait_for(lambda: steps_of(run) > 4)
+    slurm_says("scancel", "--batch", "--signal=USR1", job)
+    wait_for(lambda: state_of(job) == ("PENDING", 1))
+    first = int(complete_checkpoints(run)[-1].name[5:])
+    assert f'"when": "after step {first} of 200"' in (run / "stopped.json").read_text()
+
+    slurm_says("scontrol", "update", f"jobid={job}", "starttime=now")
+    wait_for(lambda: steps_of(run) > first)
+    slurm_says("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    wait_for(lambda: state_of(job) == ("PENDING", 2))
+    second = int(complete_checkpoints(run)[-1].name[5:])
+    assert second > first
+
+    slurm_says("scontrol", "update", f"jobid={job}", "starttime=now")
+    wait_for(lambda: state_of(job)[0] not in ("PENDING", "RUNNING", "COMPLETING"))
+    assert state_of(job) == ("COMPLETED", 2), (tmp_path / "out").read_text()
+    assert not (tmp_path / "runs/try.1").exists()  # run.fresh=true made it anew once
+    train(run_python, store, "undisturbed", *LONG, "trainer.devices=2")
+    assert_same_bits(run, tmp_path / "runs/undisturbed")
+    bounds = [
+        {step: row["val_nll"] for step, row in read_metrics(one / "metrics.jsonl").items() if "val_nll" in row}
+        for one in (run, tmp_path / "runs/undisturbed")
+    ]
+    assert list(bounds[0]) == [90, 180, 200]
+    assert bounds[0] == bounds[1]
+
+
+def test_a_slurm_job_that_is_cancelled_or_fails_is_not_queued_again(
+    slurm: Path, store: SequenceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PROTLIG_VENV", sys.prefix)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    script = str(ROOT / "scripts/slurm/train.sbatch")
+    submit = ["sbatch", "--parsable", "--gpus-per-node=0", "--cpus-per-task=1", "--output=out-%j", script]
+    ended = {}
+    for name, more in (("cancelled", ()), ("wrong", ("optim.lr=-1",))):
+        job = subprocess.run(
+            [*submit, name, *overrides_for(store, "given", *LONG, *more)],
+            cwd=tmp_path, capture_output=True, text=True, check=True,
+        ).stdout.strip()  # fmt: skip
+        if name == "cancelled":
+            wait_for(lambda: steps_of(tmp_path / "runs/cancelled") > 4)
+            slurm_says("scancel", job)
+        wait_for(lambda job=job: state_of(job)[0] not in ("PENDING", "RUNNING", "COMPLETING"))  # type: ignore[misc]
+        ended[name] = state_of(job)
+        out = (tmp_path / f"out-{job}").read_text()
+    assert ended == {"cancelled": ("CANCELLED", 0), "wrong": ("FAILED", 0)}
+    assert "error: optim.lr must be above 0, got -1.0" in out
+    wait_for(lambda: complete_checkpoints(tmp_path / "runs/cancelled"))
+
+
+def test_a_sweep_through_submitit_goes_on_after_its_limit(
+    run_python: Command, store: SequenceStore, tmp_path: Path
+) -> None:
+    """submitit tells a job of its limit by SIGUSR2, and starts it again."""
+    swept = ["-m", "protlig_dd.training", "-m", *overrides_for(store, "swept", *LONG), "optim.lr=3e-4,1e-3"]
+    with subprocess.Popen(
+        [sys.executable, *swept, "hydra/launcher=submitit_local"], cwd=tmp_path, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as sweep:  # fmt: skip
+        run = tmp_path / "runs/swept_sweep/optim.lr-0.0003"
+        wait_for(lambda: steps_of(run) > 4)
+        holder = int(re.search(r"process (\d+)", (run / "lock").read_text())[1])  # type: ignore[index]
+        os.kill(holder, signal.SIGUSR2)
+        _, errors = sweep.communicate(timeout=300)
+    assert sweep.returncode == 0, errors
+    attempts = {name: json.loads((run.parent / name / "environment.json").read_text())["attempt"]
+                for name in ("optim.lr-0.0003", "optim.lr-0.001")}  # fmt: skip
+    assert attempts == {"optim.lr-0.0003": 2, "optim.lr-0.001": 1}
+    train(run_python, store, "plain", *LONG, "optim.lr=3e-4")
+    assert_same_bits(run, tmp_path / "runs/plain")
+
+
+def test_what_ends_a_job_of_submitit_is_told_in_one_line(
+    run_python: Command, store: SequenceStore, tmp_path: Path
+) -> None:
+    sweep = ["-m", "protlig_dd.training", "-m", "hydra/launcher=submitit_local", *overrides_for(store, "sweep", *LONG)]
+    missing = run_python(*sweep, "data.path=none.h5")
+    assert missing.returncode == 1
+    assert missing.stderr.splitlines()[-1].startswith("error: none.h5: no such data file")
+    late = run_python(*sweep, "trainer.max_time=0s")
+    assert late.returncode == 75
+    assert late.stderr.splitlines()[-1] == "stopped by max_time after step 1 of 200"
+    assert "Traceback" not in missing.stderr + late.stderr
+
+
+def test_the_slurm_launcher_is_composed(run_python: Command) -> None:
+    shown = run_python("-m", "protlig_dd.training", "hydra/launcher=slurm", "--cfg", "hydra", "-p", "hydra.launcher")
+    assert shown.returncode == 0, shown.stderr
+    assert "SlurmLauncher" in shown.stdout
+    assert "signal_delay_s: 180" in shown.stdout
+    assert "name: ${run.name}" in shown.stdout
+
+
+MPIEXEC = """#!/bin/sh
+# two nodes, on this machine: mpiexec -n 2 --ppn 1 --cpu-bind none COMMAND
+[ "$1 $2 $3 $4 $5 $6" = "-n 2 --ppn 1 --cpu-bind none" ] || exit 9
+shift 6
+"$@" & first=$!
+"$@" & second=$!
+wait $first; code=$?
+wait $second && exit $code
+"""
+
+
+def test_a_pbs_job_submits_itself_until_the_run_is_through(store: SequenceStore, tmp_path: Path) -> None:
+    """PBS itself cannot be had here: stand-ins for mpiexec and qsub take its place."""
+    programs = {"mpiexec": MPIEXEC, "qsub": f'#!/bin/sh\necho "$@" >> {tmp_path}/submitted\n'}
+    for name, text in programs.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "nodes").write_text("x1\nx2\n")
+    environment = os.environ | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "PBS_O_WORKDIR": str(tmp_path),
+        "PBS_NODEFILE": str(tmp_path / "nodes"),
+        "MASTER_ADDR": "127.0.0.1",
+        "PROTLIG_VENV": sys.prefix,
+    }
+
+    def job(max_steps: int, max_time: str) -> subprocess.CompletedProcess[str]:
+        edited = (ROOT / "scripts/pbs/train.pbs").read_text()
+        overrides = " ".join(overrides_for(store, "given", *LONG, f"trainer.max_steps={max_steps}"))
+        values = {"run": "pbs", "overrides": f"({overrides})", "max_time": max_time, "gpus": "1"}
+        for variable, value in values.items():
+            edited, count = re.subn(rf"^{variable}=.*$", f"{variable}={value}", edited, flags=re.MULTILINE)
+            assert count == 1
+        (tmp_path / "my_train.pbs").write_text(edited)
+        environment["PBS_JOBID"] = f"{free_port() - 20000}.polaris"
+        return subprocess.run(
+            ["bash", "my_train.pbs"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+
+    first = job(1_000_000, "10s")
+    assert first.returncode == 75, first.stderr
+    assert '"reason": "max_time"' in first.stdout
+    assert (tmp_path / "submitted").read_text() == "my_train.pbs\n"
+    checkpoint = complete_checkpoints(tmp_path / "runs/pbs")[-1]
+    second = job(int(checkpoint.name[5:]) + 2, "1h")
+    assert second.returncode == 0, second.stderr
+    assert f"going on from {checkpoint.relative_to(tmp_path)}" in second.stdout
+    assert (tmp_path / "submitted").read_text() == "my_train.pbs\n"
