@@ -224,14 +224,15 @@ def training_rate(store: SequenceStore, folder: Path) -> float:
 
 def appetite(store: SequenceStore, rate: float) -> None:
     """What a node of H100s would eat, from FLOPs, and how many workers feed a GPU."""
-    tokens = np.minimum(store.lengths, MAX_LEN).astype(np.float64)
+    tokens = np.minimum(store.lengths, MAX_LEN).astype(np.int64)
     seen = float((tokens**2).sum() / tokens.sum())  # tokens that a token attends to, on average
     rows = []
     for name in ("medium", "large"):
         config: Any = OmegaConf.to_container(OmegaConf.load(config_folder() / "model" / f"{name}.yaml"))
         with torch.device("meta"):
-            parameters = sum(p.numel() for p in DiT(**config | {"attention_backend": "sdpa"}).parameters())
-        flops = 6 * parameters + 12 * config["n_blocks"] * config["hidden_size"] * seen
+            model = DiT(**config | {"attention_backend": "sdpa"})
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        flops = 3 * model.flops(tokens.tolist()) / tokens.sum()
         eaten = H100_FLOPS * SHARE_REACHED / flops
         rows.append([f"{name}, {parameters / 1e6:.0f} M", f"{flops / 1e9:.2f}", f"{eaten / 1e6:.2f}",
                      f"{GPUS * eaten / 1e6:.1f}", f"{rate / eaten:.1f}"])  # fmt: skip

@@ -50,12 +50,29 @@ def test_the_docs_hold_every_row_of_the_tables() -> None:
     assert not missing
 
 
-@pytest.mark.parametrize("name", ["diffusion.md", "likelihood.md", "reliability.md", "scaling.md"])
+@pytest.mark.parametrize("name", ["diffusion.md", "likelihood.md", "multinode.md", "reliability.md", "scaling.md"])
 def test_the_commands_of_the_docs_are_there(name: str) -> None:
     text = (ROOT / "docs" / name).read_text()
     for command in re.findall(r"`python -m (scripts\.\w+)|`python (scripts/\w+\.py)", text):
         script = Path(command[1] or command[0].replace(".", "/") + ".py")
         assert (ROOT / script).is_file()
+
+
+def test_the_files_that_the_docs_name_are_there() -> None:
+    for document in (ROOT / "docs").glob("*.md"):
+        for name in re.findall(r"\b(?:scripts|configs)/[\w/]+\.\w+", document.read_text()):
+            assert (ROOT / name).is_file(), f"{document.name}: {name}"
+
+
+@pytest.mark.slow
+def test_the_checkpoint_benchmark_prints_the_table_of_the_docs(run_python: Command) -> None:
+    process = run_python(
+        "-m", "scripts.benchmark_checkpoint", "--models", "tiny", "--repeats", "2", PYTHONPATH=str(ROOT)
+    )
+    assert process.returncode == 0, process.stderr
+    heading, rule, row = process.stdout.splitlines()
+    text = (ROOT / "docs/reliability.md").read_text()
+    assert f"{heading}\n{rule}\n{row.split(' | ')[0]} | {row.split(' | ')[1]} | " in text
 
 
 @pytest.mark.slow

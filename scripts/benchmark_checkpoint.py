@@ -1,0 +1,64 @@
+"""How long training waits for a checkpoint, and how long its writing takes; prints the table of docs/reliability.md.
+
+    python -m scripts.benchmark_checkpoint
+
+Training waits for the copy to host memory; a thread writes, syncs and hashes the files meanwhile. Without the thread it
+would wait for both.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from protlig_dd.model.dit import DiT
+from protlig_dd.runtime.checkpoint import CheckpointWriter, snapshot
+from protlig_dd.runtime.config import config_folder
+from protlig_dd.training.ema import EMA
+from protlig_dd.training.optim import make_optimizer
+from scripts.benchmark_data import table
+
+
+def measure(name: str, device: str, repeats: int, folder: Path) -> list[str]:
+    config: Any = OmegaConf.to_container(OmegaConf.load(config_folder() / "model" / f"{name}.yaml"))
+    with torch.device(device):
+        model = DiT(**config | {"attention_backend": "sdpa"})
+    optimizer = make_optimizer("adamw", model, lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()  # which makes its state
+    ema = EMA(model, 0.999)
+    writer = CheckpointWriter(folder / name, config_yaml="", keep_last=1, keep_every=None)
+    waited, written = [], []
+    for step in range(repeats):
+        began = time.perf_counter()
+        writer.save(step, lambda: snapshot(model, ema.weights, optimizer), {}, None)
+        waited.append(time.perf_counter() - began)
+        writer.wait()
+        written.append(time.perf_counter() - began - waited[-1])
+    writer.close()
+    size = sum(file.stat().st_size for file in (folder / name).rglob("*.safetensors"))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return [f"{name}, {parameters / 1e6:.0f} M", f"{size / 1e6:,.0f}", f"{statistics.median(waited):.3f}",
+            f"{max(waited):.3f}", f"{statistics.median(written):.2f}"]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["tiny", "small", "medium"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=7, help="checkpoints of each model")
+    parser.add_argument("--folder", type=Path, default=Path(), help="for scratch files, twice a checkpoint")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="benchmark_checkpoint.") as name:
+        rows = [measure(model, arguments.device, arguments.repeats, Path(name)) for model in arguments.models]
+    table(["checkpoint of", "MB", "training waits s, median", "at most", "written meanwhile s"], rows)
+
+
+if __name__ == "__main__":
+    main()
