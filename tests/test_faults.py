@@ -358,6 +358,11 @@ def test_any_number_of_processes_makes_the_same_run(run_python: Command, store: 
                 assert (tensor - weights[name]).abs().max() < 1e-5, (devices, name)
         assert read_rows(run) == read_rows(tmp_path / "runs/on1")
         assert {path.name for path in (run / "logs").iterdir()} == {f"rank_{rank}.log" for rank in range(1, devices)}
+    train(run_python, store, "moved", *more, "trainer.devices=2", "trainer.stop_at_step=15")
+    assert "going on from" in train(run_python, store, "moved", *more, "trainer.devices=1")
+    for name, tensor in last_tensors(tmp_path / "runs/moved").items():
+        assert (tensor - weights[name]).abs().max() < 1e-5, name
+    assert read_rows(tmp_path / "runs/moved") == read_rows(tmp_path / "runs/on1")
     odd = run_python(*TRAINING, *overrides_for(store, "odd", "trainer.devices=3"))
     assert_one_line_error(odd, "optim.packs_per_step=2 is not divisible by 3 processes")
 
@@ -382,6 +387,22 @@ def test_a_bug_in_a_rank_is_told_apart_from_bad_input() -> None:
     unforeseen = RanksFailedError(3, "KeyError: 'x'", "trace")
     assert not unforeseen.foreseen
     assert str(unforeseen) == "rank 3: KeyError: 'x'"
+
+
+@pytest.mark.slow
+def test_of_a_bug_that_all_ranks_meet_one_traceback_is_printed(
+    run_python: Command, store: SequenceStore, tmp_path: Path
+) -> None:
+    broken = "import protlig_dd.training.loop as loop\ndef flush(*_):\n    return {}['not there']\nloop.flush = flush\n"
+    (tmp_path / "sitecustomize.py").write_text(broken)
+    process = run_python(
+        *TRAINING, *overrides_for(store, "bug", "trainer.max_steps=5", "trainer.devices=2"),
+        PYTHONPATH=str(tmp_path), PROTLIG_TYPECHECK="0",
+    )  # fmt: skip
+    assert process.returncode == 1
+    assert process.stderr.count("Traceback") == 1
+    assert process.stderr.count("return {}['not there']") == 1
+    assert re.fullmatch(r"error: rank [01]: KeyError: 'not there'", process.stderr.splitlines()[-1])
 
 
 @pytest.mark.slow
