@@ -40,7 +40,9 @@ def sample_proteins(cfg: DictConfig) -> None:
     ):
         if value < least:
             raise ValueError(f"{key} must be at least {least}, got {value}")
-    checkpoint = find_checkpoint(Path(config.from_))
+    checkpoint, skipped = find_checkpoint(Path(config.from_))
+    for problem in skipped:
+        console.print(f"skipped: {problem}")
     state = read_state(checkpoint)
     lengths = choose_lengths(config.lengths, config.n, config.seed, state.get("length_counts"))
     log_bias = read_log_bias(config.log_bias, lengths)

@@ -110,7 +110,7 @@ def graphs(steps: int | None) -> None:
 
 def likelihood(run: Path, proteins: int, repeats: int) -> None:
     """Variance of the estimators of one trained model's bound, per evaluation of the network."""
-    checkpoint = find_checkpoint(run)
+    checkpoint, _ = find_checkpoint(run)
     config = read_config(OmegaConf.load(checkpoint / "config.yaml"), TrainConfig)  # type: ignore[arg-type]
     graph = build_graph(config.graph)
     model = build_model(config.model, "sdpa").eval()

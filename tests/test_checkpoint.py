@@ -83,8 +83,8 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save(tmp_path, step)
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["step_00000002", "step_00000003"]
-    assert find_checkpoint(tmp_path).name == "step_00000003"
-    assert find_checkpoint(tmp_path / "checkpoints/step_00000002").name == "step_00000002"
+    assert find_checkpoint(tmp_path)[0].name == "step_00000003"
+    assert find_checkpoint(tmp_path / "checkpoints/step_00000002")[0].name == "step_00000002"
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step_00000002", "step_00000003"}
 
 
@@ -113,7 +113,7 @@ def test_incomplete_and_damaged_checkpoints_are_not_taken(tmp_path: Path) -> Non
     save(tmp_path, 1)
     path, _, _ = save(tmp_path, 2)
     (path / COMPLETE).rename(path / "away")
-    assert find_checkpoint(tmp_path).name == "step_00000001"
+    assert find_checkpoint(tmp_path)[0].name == "step_00000001"
     with pytest.raises(ValueError, match=r"not a complete checkpoint, complete\.json is missing"):
         read_state(path)
     (path / "away").rename(path / COMPLETE)

@@ -58,8 +58,15 @@ def test_a_signal_raises_at_once_or_is_noted() -> None:
         with pytest.raises(KeyboardInterrupt):  # a second Ctrl-C insists
             os.kill(os.getpid(), signal.SIGINT)
     with StopRequests(insist=False) as stop, stop.deferred():
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
+        for number in (
+            signal.SIGINT,
+            signal.SIGTERM,
+            signal.SIGINT,
+        ):  # as a launcher sends them that is interrupted twice
+            os.kill(os.getpid(), number)
+        with pytest.raises(Stopped, match="SIGINT"), stop.immediate():
+            pass
+        assert next(reason for reason, asked in zip(REASONS, stop.asked(), strict=True) if asked) == "SIGINT"
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     for name in ("SIGUSR1", "SIGUSR2"):  # what schedulers send before a job's limit
         with pytest.raises(Stopped) as raised, StopRequests():

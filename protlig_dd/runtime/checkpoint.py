@@ -121,11 +121,13 @@ def best_checkpoint(run_folder: Path) -> tuple[int | None, float]:
     return found["step"], found["val_nll"]
 
 
-def put_aside_newer(run_folder: Path, checkpoint: Path) -> None:
-    """Rename what is left of checkpoints beyond this one: they would be counted among the newest to be kept."""
-    for damaged in (run_folder / "checkpoints").glob("step_*"):
-        if damaged.name > checkpoint.name:
-            damaged.rename(free_name(damaged.with_name(f"damaged_{damaged.name}")))
+def put_aside_newer(run_folder: Path, checkpoint: Path) -> list[Path]:
+    """Rename what is left of checkpoints beyond this one: they would be counted among the newest to be kept.
+
+    Returns: where they are now.
+    """
+    damaged = [path for path in (run_folder / "checkpoints").glob("step_*") if path.name > checkpoint.name]
+    return [path.rename(free_name(path.with_name(f"damaged_{path.name}"))) for path in damaged]
 
 
 class CheckpointWriter:
@@ -199,19 +201,19 @@ def newest_sound_checkpoint(run_folder: Path) -> tuple[Path | None, list[str]]:
     return None, skipped
 
 
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that `path` means: itself, or the newest sound one of a run folder.
+def find_checkpoint(path: Path) -> tuple[Path, list[str]]:
+    """The checkpoint that `path` means: itself, or the newest sound one of a run folder; and what is wrong with newer.
 
     Raises:
         ValueError: no sound checkpoint there; says what is wrong with those that are.
     """
     if (path / COMPLETE).is_file():
-        return path
+        return path, []
     found, skipped = newest_sound_checkpoint(path)
     if found is None:
         why = f" ({'; '.join(skipped)})" if skipped else ""
         raise ValueError(f"{path}: neither a run folder with a complete checkpoint nor a checkpoint{why}")
-    return found
+    return found, skipped
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

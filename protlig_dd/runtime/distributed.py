@@ -90,7 +90,8 @@ class RanksFailedError(Exception):
 
     def __init__(self, rank: int, message: str, trace: str) -> None:
         kind, _, text = message.partition(": ")
-        self.foreseen = kind in names_of(ValueError)  # what is wrong with the user's input, or ends runs, is one
+        # what is wrong with the user's input, or ends runs, is a ValueError; full and read-only disks are OSErrors
+        self.foreseen = kind in names_of(ValueError) | names_of(OSError)
         self.trace = trace
         told = text if self.foreseen else message
         super().__init__(told if f"rank {rank}" in told else f"rank {rank}: {told}")
@@ -179,7 +180,8 @@ def first_failure(failures: dict[int, Any]) -> RanksFailedError:
     rank, failure = min(failures.items(), key=lambda item: (item[1].exitcode != -signal.SIGKILL, item[1].timestamp))
     if isinstance(failure.message, dict):  # it wrote its exception down
         return RanksFailedError(rank, failure.message["message"], failure.message["extraInfo"]["py_callstack"])
-    return RanksFailedError(rank, f"ended by {failure.signal_name()}" if failure.exitcode < 0 else failure.message, "")
+    killed = f"ended by {failure.signal_name()}, for memory perhaps; the same command goes on from the last checkpoint"
+    return RanksFailedError(rank, killed if failure.exitcode < 0 else failure.message, "")
 
 
 def leave_without_closing(code: int) -> NoReturn:

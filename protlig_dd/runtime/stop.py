@@ -8,8 +8,9 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-EXIT_CODES = {"SIGTERM": 75, "SIGUSR1": 75, "SIGUSR2": 75, "max_time": 75, "SIGINT": 130}
-"""Exit code for each reason to stop. 75 (EX_TEMPFAIL of sysexits.h) means: the same command goes on with the run."""
+EXIT_CODES = {"SIGINT": 130, "SIGTERM": 75, "SIGUSR1": 75, "SIGUSR2": 75, "max_time": 75}
+"""Exit code for each reason to stop; of several the first counts, as a launcher that is interrupted twice sends SIGTERM
+after the SIGINT. 75 (EX_TEMPFAIL of sysexits.h) means: the same command goes on with the run."""
 REASONS = tuple(EXIT_CODES)
 SIGNALS = {signal.Signals[reason] for reason in REASONS if reason.startswith("SIG")}
 STOPPED = "stopped.json"  # in the run folder: why the run stopped, while it waits to be gone on with
@@ -83,8 +84,9 @@ class StopRequests:
     def immediate(self) -> Iterator[None]:
         """Inside `deferred()`: signals raise after all, first of all those that were noted."""
         with self._switched(False):
-            for reason in self.noted:
-                raise Stopped(reason)
+            for reason in REASONS:
+                if reason in self.noted:
+                    raise Stopped(reason)
             yield
 
     @contextlib.contextmanager

@@ -27,7 +27,7 @@ from protlig_dd.runtime.checkpoint import (
     read_state,
     remove_unfinished,
 )
-from protlig_dd.runtime.config import TrainConfig, changed_keys, graph_with_rates, read_config
+from protlig_dd.runtime.config import TrainConfig, changed_keys, flatten, graph_with_rates, read_config
 from protlig_dd.runtime.distributed import (
     Processes,
     count_devices,
@@ -146,6 +146,11 @@ def run_rank(config: TrainConfig, path: Path, deadline: float | None) -> None:
         resolved = Resolved(str(device), precision, backend, processes.world_size, store.name, store.fingerprint)
         try:
             if processes.first:
+                if processes.restart:
+                    most = config.trainer.max_restarts
+                    console.print(
+                        f"a process was lost: all start again ({processes.restart}{f' of {most}' if most else ''})"
+                    )
                 if goes_on(path, processes):  # its first start has made the folder
                     config.run.fresh = False
                     config.run.resume = "auto" if config.run.resume == "never" else config.run.resume
@@ -228,17 +233,18 @@ def open_run_folder(path: Path, config: TrainConfig, resolved: Resolved, process
             raise ValueError(f"{path} exists and run.resume=never; use another run.name, or run.fresh=true")
         attempt = check_same_run(path, config, resolved) + 1 if started else 1
         checkpoint, skipped = newest_sound_checkpoint(path)
-        for problem in skipped:
-            console.print(f"skipped: {problem}")
         if skipped and checkpoint is None:
             raise ValueError(
-                f"{path}: none of its checkpoints can be read; run.fresh=true moves it aside and starts anew"
+                f"{path}: none of its checkpoints can be read ({'; '.join(skipped)}); "
+                "run.fresh=true moves it aside and starts anew"
             )
-        if checkpoint is not None:
-            put_aside_newer(path, checkpoint)
-        elif config.run.resume not in ("auto", "never"):
-            checkpoint = find_checkpoint(Path(config.run.resume))
+        if checkpoint is None and config.run.resume not in ("auto", "never"):
+            checkpoint, skipped = find_checkpoint(Path(config.run.resume))
             check_same_data(checkpoint, config, resolved)
+        for problem in skipped:
+            console.print(f"skipped: {problem}")
+        for aside in put_aside_newer(path, checkpoint) if checkpoint is not None else []:
+            console.print(f"{aside} is what is left of it, and may be deleted")
         state = read_state(checkpoint) if checkpoint is not None else {}
         most = config.trainer.max_steps
         if state and most is not None and state["step"] > most:
@@ -322,6 +328,12 @@ def check_same_run(path: Path, config: TrainConfig, resolved: Resolved) -> int:
     for key in ("precision", "data_fingerprint"):
         if earlier[key] != getattr(resolved, key):
             raise ValueError(f"{path} was started with {key} {earlier[key]}, now {getattr(resolved, key)}; {remedy}")
+    before, now = (flatten(cfg) for cfg in (OmegaConf.load(path / "config.yaml"), OmegaConf.structured(config)))
+    for key in ("trainer.max_steps", "trainer.epochs"):
+        if before[key] != now[key]:
+            console.print(
+                f"{key} was {before[key]}, now {now[key]}: the learning rate follows its new course from here"
+            )
     for key in ("device", "attention_backend", "world_size", "data_path"):
         if earlier[key] != getattr(resolved, key):
             console.print(f"{key} was {earlier[key]}, now {getattr(resolved, key)}")
