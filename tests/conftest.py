@@ -5,8 +5,10 @@ import functools
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -142,6 +144,20 @@ def assert_one_line_error(process: subprocess.CompletedProcess[str], *parts: str
     assert lines[0].startswith("error: ")
     for part in parts:
         assert part in lines[0]
+
+
+def wait_for(what: Callable[[], object], seconds: float = 120) -> None:
+    """Until it is true; fails after so long."""
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def require_program(name: str) -> None:

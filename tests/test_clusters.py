@@ -9,8 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ from protlig_dd.data.store import SequenceStore
 from protlig_dd.runtime.checkpoint import complete_checkpoints
 from protlig_dd.runtime.metrics import read_metrics
 
-from .conftest import ROOT, Command, require_program
+from .conftest import ROOT, Command, free_port, require_program, wait_for
 from .test_training import assert_same_bits, overrides_for, train
 
 pytestmark = pytest.mark.slow
@@ -34,24 +33,11 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PROTLIG_TYPECHECK", "0")
 
 
-def wait_for(what: Callable[[], object], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def steps_of(run: Path) -> int:
     """The last step in metrics.jsonl; a line may be in the writing."""
     file = run / "metrics.jsonl"
     steps = re.findall(r'"step": (\d+),', file.read_text()) if file.is_file() else []
     return int(steps[-1]) if steps else 0
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 SLURM_CONF = """\
@@ -279,7 +265,7 @@ def test_a_pbs_job_submits_itself_until_the_run_is_through(store: SequenceStore,
 
     first = job(1_000_000, "10s")
     assert first.returncode == 75, first.stderr
-    assert '"reason": "max_time"' in first.stdout
+    assert json.loads((tmp_path / "runs/pbs/stopped.json").read_text())["reason"] == "max_time"
     assert (tmp_path / "submitted").read_text() == "my_train.pbs\n"
     checkpoint = complete_checkpoints(tmp_path / "runs/pbs")[-1]
     second = job(int(checkpoint.name[5:]) + 2, "1h")

@@ -1,16 +1,17 @@
 """What ends, stops or disturbs a run: signals, time limits, lost processes, damaged and foreign checkpoints."""
 
+import contextlib
 import json
 import math
 import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -39,39 +40,60 @@ from protlig_dd.runtime.stop import REASONS, Stopped, StopRequests, seconds_of
 from protlig_dd.training.report import held_out_bound
 from scripts.fault_campaign import flip, ranks_of, truncate
 
-from .conftest import ROOT, Command, assert_one_line_error, make_model
+from .conftest import ROOT, Command, assert_one_line_error, free_port, make_model, wait_for
 from .test_checkpoint import make_optimizer_for, save
 from .test_prepare import may_mount
 from .test_training import last_tensors, overrides_for, read_rows, torchrun, train
 
 
+def reasons_asked(stop: StopRequests) -> list[str]:
+    return [reason for reason, asked in zip(REASONS, stop.asked(), strict=True) if asked]
+
+
 def test_a_signal_raises_at_once_or_is_noted() -> None:
-    with pytest.raises(Stopped) as raised, StopRequests():
-        os.kill(os.getpid(), signal.SIGTERM)
-    assert (raised.value.reason, raised.value.exit_code) == ("SIGTERM", 75)
-    with StopRequests() as stop, stop.deferred():
-        assert not any(stop.asked())
+    for name in ("SIGTERM", "SIGUSR1", "SIGUSR2"):  # what schedulers send
+        with pytest.raises(Stopped) as raised, StopRequests():
+            os.kill(os.getpid(), signal.Signals[name])
+        assert (raised.value.reason, raised.value.exit_code) == (name, 75)
+    with pytest.raises(Stopped, match="SIGINT"), StopRequests() as stop, stop.deferred():
+        assert not reasons_asked(stop)
         os.kill(os.getpid(), signal.SIGINT)
-        assert [reason for reason, asked in zip(REASONS, stop.asked(), strict=True) if asked] == ["SIGINT"]
+        assert reasons_asked(stop) == ["SIGINT"]
         with pytest.raises(Stopped, match="SIGINT"), stop.immediate():
             pass
         with pytest.raises(KeyboardInterrupt):  # a second Ctrl-C insists
             os.kill(os.getpid(), signal.SIGINT)
-    with StopRequests(insist=False) as stop, stop.deferred():
-        for number in (
-            signal.SIGINT,
-            signal.SIGTERM,
-            signal.SIGINT,
-        ):  # as a launcher sends them that is interrupted twice
-            os.kill(os.getpid(), number)
-        with pytest.raises(Stopped, match="SIGINT"), stop.immediate():
-            pass
-        assert next(reason for reason, asked in zip(REASONS, stop.asked(), strict=True) if asked) == "SIGINT"
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    for name in ("SIGUSR1", "SIGUSR2"):  # what schedulers send before a job's limit
-        with pytest.raises(Stopped) as raised, StopRequests():
-            os.kill(os.getpid(), signal.Signals[name])
-        assert (raised.value.reason, raised.value.exit_code) == (name, 75)
+
+
+def test_the_first_signal_counts_and_the_others_change_nothing() -> None:
+    with pytest.raises(Stopped, match="SIGTERM"), StopRequests():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            for number in (signal.SIGTERM, signal.SIGUSR1):  # while what was begun is written
+                os.kill(os.getpid(), number)
+    with pytest.raises(Stopped, match="SIGINT"), StopRequests(insist=False) as stop, stop.deferred():
+        # as a launcher sends them that is interrupted twice
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        assert reasons_asked(stop)[0] == "SIGINT"
+    with pytest.raises(Stopped, match="after step 7"), StopRequests() as stop, stop.deferred():
+        try:
+            raise stop.stopped("SIGTERM", "after step 7")  # another rank heard it
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_what_fails_for_a_rank_that_has_stopped_waits_for_a_signal_of_its_own() -> None:
+    later = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped, match="SIGTERM"), StopRequests(patience=60.0) as stop, stop.deferred():
+        later.start()
+        with stop.immediate():
+            raise RuntimeError("Connection closed by peer")
+    later.join()
+    with pytest.raises(RuntimeError, match="closed"), StopRequests(patience=0.01) as stop, stop.immediate():
+        raise RuntimeError("Connection closed by peer")
 
 
 def test_time_limits() -> None:
@@ -79,8 +101,15 @@ def test_time_limits() -> None:
     for wrong in ("90", "h", "-1h", "1:30", ""):
         with pytest.raises(ValueError, match=f"trainer.max_time={wrong}: give a number and its unit"):
             seconds_of(wrong)
-    with StopRequests(deadline=time.monotonic() - 1) as stop:
-        assert [reason for reason, asked in zip(REASONS, stop.asked(), strict=True) if asked] == ["max_time"]
+    with pytest.raises(Stopped, match="max_time"), StopRequests() as stop, stop.deferred():
+        stop.at(None)
+        stop.at(time.time() + 0.2)
+        assert not reasons_asked(stop)
+        time.sleep(0.4)
+        assert reasons_asked(stop) == ["max_time"]
+    with pytest.raises(Stopped, match="max_time"), StopRequests() as stop:
+        stop.at(time.time() - 1)
+        time.sleep(60)
 
 
 def test_how_many_processes_are_started() -> None:
@@ -105,10 +134,7 @@ def test_a_folder_has_one_holder(tmp_path: Path, run_python: Command) -> None:
 def test_a_fresh_run_holds_its_folder(store: SequenceStore, tmp_path: Path, run_python: Command) -> None:
     train(run_python, store, "held", "trainer.max_steps=2")
     process = start(tmp_path, *TRAINING, *overrides_for(store, "held", *OFTEN, "run.fresh=true"))
-    deadline = time.monotonic() + 120
-    while not ((tmp_path / "runs/held.1").exists() and complete_checkpoints(tmp_path / "runs/held")):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for(lambda: (tmp_path / "runs/held.1").exists() and complete_checkpoints(tmp_path / "runs/held"))
     for more in ("run.fresh=true", "run.fresh=false"):
         second = run_python(*TRAINING, *overrides_for(store, "held", *OFTEN, more))
         assert_one_line_error(second, "runs/held is in use by another run (process ")
@@ -134,20 +160,36 @@ def test_a_damaged_checkpoint_is_skipped_and_named(tmp_path: Path, name: str, ho
 
 def stopped_by(process: subprocess.Popen[str], run: Path, number: signal.Signals) -> tuple[int, str]:
     """Send a signal once there is a checkpoint; exit code and stderr."""
-    deadline = time.monotonic() + 120
-    while not complete_checkpoints(run):
-        assert time.monotonic() < deadline
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
+    wait_for(lambda: complete_checkpoints(run))
     process.send_signal(number)
     _, errors = process.communicate(timeout=120)
     return process.returncode, errors
 
 
+started: list[subprocess.Popen[str]] = []
+
+
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, *arguments], cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    """In a session of its own, as a shell starts a job; what a failing test leaves of it is killed."""
+    process = subprocess.Popen(
+        [sys.executable, *arguments], cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        start_new_session=True,
+    )  # fmt: skip
+    started.append(process)
+    return process
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_running() -> Iterator[None]:
+    yield
+    while started:
+        process = started.pop()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        for pipe in (process.stdout, process.stderr):
+            assert pipe is not None
+            pipe.close()
 
 
 TRAINING = ("-m", "protlig_dd.training")
@@ -177,10 +219,7 @@ def test_an_evaluation_that_a_stop_broke_off_is_made_when_the_run_goes_on(
     long = ("trainer.eval_draws=100000", "trainer.log_every=1")
     process = start(tmp_path, *TRAINING, *overrides_for(store, "broken", *evaluated, *long))
     run = tmp_path / "runs/broken"
-    deadline = time.monotonic() + 120
-    while not (run / "metrics.jsonl").exists() or '"step": 4,' not in (run / "metrics.jsonl").read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for(lambda: (run / "metrics.jsonl").exists() and '"step": 4,' in (run / "metrics.jsonl").read_text())
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
     assert (process.returncode, errors) == (75, "stopped by SIGTERM after step 4 of 6\n")
@@ -203,10 +242,7 @@ def test_processes_that_do_not_stop_in_time_are_killed_and_that_is_an_error(
 ) -> None:
     more = ("trainer.devices=2", "trainer.stop_within=2")
     process = start(tmp_path, *TRAINING, *overrides_for(store, "hung", *OFTEN, *more))
-    deadline = time.monotonic() + 120
-    while not complete_checkpoints(tmp_path / "runs/hung"):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for(lambda: complete_checkpoints(tmp_path / "runs/hung"))
     ranks = ranks_of(process)
     assert len(ranks) == 2
     for rank in ranks:
@@ -217,6 +253,63 @@ def test_processes_that_do_not_stop_in_time_are_killed_and_that_is_an_error(
     said = r"error: runs/hung: the step was not finished within trainer\.stop_within=2 s of SIGTERM; .*checkpoint\n"
     assert re.fullmatch(said, errors), errors
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+
+
+@pytest.mark.slow
+def test_a_run_that_lost_a_process_still_stops_in_time(store: SequenceStore, tmp_path: Path) -> None:
+    """What rank 0 wrote of the loss must not be taken for what ended the run."""
+    more = ("trainer.devices=2", "trainer.max_restarts=2")
+    process = start(tmp_path, *TRAINING, *overrides_for(store, "twice", *OFTEN, *more))
+    run = tmp_path / "runs/twice"
+    wait_for(lambda: complete_checkpoints(run))
+    os.kill(ranks_of(process)[1], signal.SIGKILL)
+    wait_for(lambda: '"attempt": 2' in (run / "metrics.jsonl").read_text())
+    process.send_signal(signal.SIGTERM)
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 75, errors
+    assert re.fullmatch(r"stopped by SIGTERM after step \d+ of 3000\n", errors)
+    assert "a process was lost: all start again (1 of 2)" in out
+
+
+@pytest.mark.slow
+def test_agents_that_are_told_to_stop_one_after_the_other_stop_both(store: SequenceStore, tmp_path: Path) -> None:
+    """In an evaluation, which a signal breaks off, the second rank finds the first gone before it is told itself."""
+    long = ("trainer.eval_every=4", "trainer.eval_draws=100000", "trainer.eval_max_sequences=8", "trainer.log_every=1")
+    agent = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d",
+             "--rdzv-id=pair", f"--rdzv-endpoint=127.0.0.1:{free_port()}", *TRAINING]  # fmt: skip
+    agents = [start(tmp_path, *agent, *overrides_for(store, "skew", *OFTEN, *long)) for _ in range(2)]
+    run = tmp_path / "runs/skew"
+    wait_for(lambda: (run / "metrics.jsonl").exists() and '"step": 4,' in (run / "metrics.jsonl").read_text())
+    for process in agents:
+        process.send_signal(signal.SIGTERM)
+        time.sleep(2)
+    said = [process.communicate(timeout=120)[1] for process in agents]
+    assert json.loads((run / "stopped.json").read_text()) == {"reason": "SIGTERM", "when": "after step 4 of 3000"}
+    assert complete_checkpoints(run)[-1].name == "step_00000004"
+    assert "another rank" not in said[0] + said[1]
+
+
+@pytest.mark.slow
+def test_the_time_limit_breaks_off_evaluations_and_reports(
+    run_python: Command, store: SequenceStore, tmp_path: Path
+) -> None:
+    endless = [*TRAINING, *overrides_for(store, "long", "trainer.max_steps=4", "report.draws=1000000")]
+    process = run_python(*endless, "trainer.max_time=8s", "trainer.eval_every=2", "trainer.eval_draws=1000000")
+    assert (process.returncode, process.stderr) == (75, "stopped by max_time after step 2 of 4\n")
+    process = run_python(*endless, "trainer.max_time=8s")  # the evaluation is not wanted any more; the report is
+    assert (process.returncode, process.stderr) == (75, "stopped by max_time before training began or after it ended\n")
+    assert complete_checkpoints(tmp_path / "runs/long")[-1].name == "step_00000004"
+
+
+@pytest.mark.slow
+def test_a_signal_that_comes_twice_leaves_the_exit_code(store: SequenceStore, tmp_path: Path) -> None:
+    process = start(tmp_path, *TRAINING, *overrides_for(store, "again", *OFTEN))
+    wait_for(lambda: complete_checkpoints(tmp_path / "runs/again"))
+    process.send_signal(signal.SIGTERM)
+    while process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.02)
+    assert process.returncode == 75
 
 
 @pytest.mark.slow
@@ -246,10 +339,7 @@ def test_a_lost_loader_process_names_step_rank_and_sequences(
     # torch raises what happened wherever the process is; inside a check of types that would look like a wrong type
     monkeypatch.setenv("PROTLIG_TYPECHECK", "0")
     process = start(tmp_path, *TRAINING, *overrides_for(store, "loader", *OFTEN, "data.workers=1"))
-    deadline = time.monotonic() + 120
-    while not complete_checkpoints(tmp_path / "runs/loader"):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for(lambda: complete_checkpoints(tmp_path / "runs/loader"))
     (worker,) = subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()
     os.kill(int(worker), signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
@@ -267,14 +357,8 @@ def test_a_lost_loader_process_names_step_rank_and_sequences(
 @pytest.mark.slow
 def test_a_signal_to_the_whole_group_spares_the_loaders(store: SequenceStore, tmp_path: Path) -> None:
     """Ctrl-C in a terminal, and schedulers, signal every process there is."""
-    process = subprocess.Popen(
-        [sys.executable, *TRAINING, *overrides_for(store, "group", *OFTEN, "data.workers=1")], cwd=tmp_path,
-        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not complete_checkpoints(tmp_path / "runs/group"):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    process = start(tmp_path, *TRAINING, *overrides_for(store, "group", *OFTEN, "data.workers=1"))
+    wait_for(lambda: complete_checkpoints(tmp_path / "runs/group"))
     os.killpg(process.pid, signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 75, errors
@@ -415,11 +499,8 @@ def test_of_a_bug_that_all_ranks_meet_one_traceback_is_printed(
 @pytest.mark.slow
 def test_two_agents_make_one_run(store: SequenceStore, tmp_path: Path, run_python: Command) -> None:
     """Two nodes, as torchrun sees them, on loopback."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     agent = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d",
-             "--rdzv-id=pair", f"--rdzv-endpoint=127.0.0.1:{port}", *TRAINING]  # fmt: skip
+             "--rdzv-id=pair", f"--rdzv-endpoint=127.0.0.1:{free_port()}", *TRAINING]  # fmt: skip
     arguments = overrides_for(store, "nodes", "trainer.max_steps=6")
     agents = [start(tmp_path, *agent, *arguments) for _ in range(2)]
     printed = [process.communicate(timeout=300) for process in agents]

@@ -29,7 +29,7 @@ from protlig_dd.runtime.distributed import (
     leave_without_closing,
     processes_from_environment,
 )
-from protlig_dd.runtime.stop import Stopped
+from protlig_dd.runtime.stop import SIGNALS, Stopped
 
 LONGEST_NAME = 200
 
@@ -54,15 +54,17 @@ def run_verb(verb: Callable[[DictConfig], None], config_name: str, schema: type)
     except (Exception, VerbEnded, Stopped) as error:
         cause = error.args[0] if isinstance(error, VerbEnded) else error
         message, code = told(cause, schema)
-        if not isinstance(cause, Stopped):
+        if isinstance(cause, Stopped):
+            for number in SIGNALS:  # schedulers repeat themselves; the exit code stands
+                signal.signal(number, signal.SIG_IGN)
+            code = 0 if torchrun else code  # it takes any other code for a failure; a marker tells
+        else:
             if show_traceback:
                 traceback.print_exc()
             elif isinstance(cause, RanksFailedError) and cause.trace and not cause.foreseen:
                 print(cause.trace, file=sys.stderr)
             if torchrun:
                 ErrorHandler().record_exception(cause)  # torchrun prints that of the first rank that failed
-        elif torchrun:
-            code = 0  # it takes any other code for a failure; a marker tells
         say(message)
     finally:
         leave_group()

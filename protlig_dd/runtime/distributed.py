@@ -6,7 +6,6 @@ import logging
 import os
 import signal
 import sys
-import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from protlig_dd.runtime.stop import SIGNALS, Stopped
+from protlig_dd.runtime.stop import SIGNALS, STOPPED, Stopped
 
 
 @dataclass(frozen=True)
@@ -90,6 +89,7 @@ class RanksFailedError(Exception):
 
     def __init__(self, rank: int, message: str, trace: str) -> None:
         kind, _, text = message.partition(": ")
+        kind = kind.rpartition(".")[2]
         # what is wrong with the user's input, or ends runs, is a ValueError; full and read-only disks are OSErrors
         self.foreseen = kind in names_of(ValueError) | names_of(OSError)
         self.trace = trace
@@ -109,14 +109,14 @@ def launch_ranks(
     processes: int,
     max_restarts: int,
     stop_within: int,
-    marker: Path,
+    run_folder: Path,
 ) -> None:
     """Run `entry(*arguments)` in several processes on this machine, through torch's elastic launcher.
 
     Args:
         max_restarts: times that all of them are started again when one fails or is killed.
         stop_within: seconds between a signal that is passed on to them and SIGKILL.
-        marker: the file in which rank 0 says why the run stopped.
+        run_folder: where rank 0 leaves environment.json once it is open, and STOPPED when it was asked to stop.
 
     Raises:
         RanksFailedError: one of them failed.
@@ -130,10 +130,10 @@ def launch_ranks(
     for name in logging.root.manager.loggerDict:
         if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):  # each has a level of its own
             logging.getLogger(name).setLevel(logging.CRITICAL)
-    if processes > 1:  # they share the cores
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // processes)))
     # A store that outlives a restart would hand the new processes the addresses of the dead ones.
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    variables = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    if processes > 1 and "OMP_NUM_THREADS" not in os.environ:  # they share the cores
+        variables["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // processes))
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -147,32 +147,41 @@ def launch_ranks(
         signals_to_handle=",".join(number.name for number in SIGNALS),
         logs_specs=DefaultLogsSpecs(),
     )
-    began = time.time()
-
-    def written(file: Path) -> bool:
-        """In this launch, not by an earlier one."""
-        return file.is_file() and file.stat().st_mtime >= began
-
+    environment, log = run_folder / "environment.json", run_folder / "logs" / "rank_0.log"
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}  # the launcher leaves its own
+    earlier = os.environ.copy()
+    os.environ.update(variables)
     try:
         elastic_launch(config, entry)(*arguments)
     except SignalException as error:
-        log = marker.parent / "logs" / "rank_0.log"
-        if written(log):  # rank 0 writes there what ended it
-            text = log.read_text()
-            raise RanksFailedError(0, text.strip().splitlines()[-1], text) from error
-        if not written(marker):
-            name = signal.Signals(error.sigval).name
-            if written(marker.parent / "environment.json"):  # from then on processes answer signals
-                raise ValueError(
-                    f"{marker.parent}: the step was not finished within trainer.stop_within={stop_within} s of {name}; "
-                    "its processes were killed, and the run goes on from its last checkpoint"
-                ) from error
+        name = signal.Signals(error.sigval).name
+        if opened_by(run_folder).get("launch") != config.run_id:
             raise Stopped(name) from error
+        if not (run_folder / STOPPED).is_file():
+            if log.is_file() and log.stat().st_mtime >= environment.stat().st_mtime:  # not of an earlier start
+                text = log.read_text()  # rank 0 writes there what ended it
+                raise RanksFailedError(0, text.strip().splitlines()[-1], text) from error
+            raise ValueError(
+                f"{run_folder}: the step was not finished within trainer.stop_within={stop_within} s of {name}; "
+                "its processes were killed, and the run goes on from its last checkpoint"
+            ) from error
     except ChildFailedError as error:
-        marker.unlink(missing_ok=True)  # of ranks that were ended for another's sake
+        (run_folder / STOPPED).unlink(missing_ok=True)  # of ranks that were ended for another's sake
         raise first_failure(error.failures) from error
-    if written(marker):
-        raise Stopped(**json.loads(marker.read_text()))
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for name in variables:
+            os.environ.pop(name)
+        os.environ.update(earlier)
+    if opened_by(run_folder).get("launch") == config.run_id and (run_folder / STOPPED).is_file():
+        raise Stopped(**json.loads((run_folder / STOPPED).read_text()))
+
+
+def opened_by(run_folder: Path) -> dict[str, Any]:
+    """environment.json of the start that opened the folder last; {} where there was none."""
+    file = run_folder / "environment.json"
+    return dict(json.loads(file.read_text())) if file.is_file() else {}
 
 
 def first_failure(failures: dict[int, Any]) -> RanksFailedError:

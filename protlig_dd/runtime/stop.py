@@ -44,50 +44,72 @@ class Stopped(BaseException):
 class StopRequests:
     """What this process was asked, by signals or by its time limit.
 
-    Outside of `deferred()` a signal raises Stopped where it arrives. Inside, it is only noted, and `asked()` tells:
-    there the ranks agree on the step after which all of them stop.
+    Outside of `deferred()` the first signal raises Stopped where it arrives. Inside, it is only noted, and `asked()`
+    tells: there the ranks agree on the step after which all of them stop.
 
     Args:
-        deadline: seconds of time.monotonic() from which on `asked` reports max_time; None for no limit.
         insist: whether a second Ctrl-C interrupts at once. A launcher repeats signals, so its ranks do not.
+        patience: seconds to wait for a signal of our own where something else fails in `immediate()`: another rank has
+            got its signal before, and is gone.
     """
 
-    def __init__(self, deadline: float | None = None, *, insist: bool = True) -> None:
-        self.deadline, self.insist = deadline, insist
+    def __init__(self, *, insist: bool = True, patience: float = 0.0) -> None:
+        self.insist, self.patience = insist, patience
         self.noted: set[str] = set()
         self._deferring = False
 
     def __enter__(self) -> "StopRequests":
         self._earlier = {}
         if threading.current_thread() is threading.main_thread():  # signals cannot be handled elsewhere
-            self._earlier = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            self._earlier = {number: signal.signal(number, self._handle) for number in {*SIGNALS, signal.SIGALRM}}
         return self
 
     def __exit__(self, *exception: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self._earlier.items():
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        reason = signal.Signals(number).name
-        if self._deferring and self.insist and number == signal.SIGINT and reason in self.noted:
+        reason = "max_time" if number == signal.SIGALRM else signal.Signals(number).name
+        if self.insist and reason == "SIGINT" and reason in self.noted:
             raise KeyboardInterrupt
-        if not self._deferring:
-            raise Stopped(reason)
+        on_its_way = bool(self.noted)
         self.noted.add(reason)
+        if not self._deferring and not on_its_way:
+            raise Stopped(reason)
+
+    def at(self, deadline: float | None) -> None:
+        """Have max_time come at this time.time(), or at once where that is over; None for never."""
+        if deadline is not None and self._earlier:
+            signal.setitimer(signal.ITIMER_REAL, max(1e-6, deadline - time.time()))
+
+    def stopped(self, reason: str, when: str) -> Stopped:
+        """To be raised for what the ranks agreed on, of which this one may not have heard itself."""
+        self.noted.add(reason)
+        return Stopped(reason, when)
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
+        """Raises Stopped at its end for what was noted and not asked for."""
         with self._switched(True):
             yield
+        self._raise_noted()
 
     @contextlib.contextmanager
     def immediate(self) -> Iterator[None]:
         """Inside `deferred()`: signals raise after all, first of all those that were noted."""
         with self._switched(False):
-            for reason in REASONS:
-                if reason in self.noted:
-                    raise Stopped(reason)
-            yield
+            self._raise_noted()
+            try:
+                yield
+            except RuntimeError:
+                time.sleep(self.patience)
+                raise
+
+    def _raise_noted(self) -> None:
+        for reason in REASONS:
+            if reason in self.noted:
+                raise Stopped(reason)
 
     @contextlib.contextmanager
     def _switched(self, value: bool) -> Iterator[None]:
@@ -99,5 +121,4 @@ class StopRequests:
 
     def asked(self) -> list[int]:
         """1 or 0 for each of REASONS."""
-        late = self.deadline is not None and time.monotonic() >= self.deadline
-        return [int(reason in self.noted or (reason == "max_time" and late)) for reason in REASONS]
+        return [int(reason in self.noted) for reason in REASONS]

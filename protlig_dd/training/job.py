@@ -54,11 +54,13 @@ def train(
     device: torch.device,
     processes: Processes,
     stop: StopRequests,
+    deadline: float | None,
 ) -> None:
     """Train `config` on `store` from `checkpoint` (or from nothing) and report once the last step is reached.
 
     Args:
         state: of that checkpoint, whose files were found to match their checksums.
+        deadline: time.time() at which to stop, after one step at least.
     """
     graph = build_graph(config.graph)
     noise = build_noise(config.noise, graph)
@@ -108,6 +110,8 @@ def train(
     first_step = 0
     if checkpoint is not None:
         trainer.load(checkpoint, state)
+        # a checkpoint of another run is that run's to evaluate
+        trainer.evaluation_due &= control.eval_every > 0 and checkpoint.is_relative_to(run_folder)
         first_step = state["step"]
         if first_step > max_steps:
             raise ValueError(f"{checkpoint} is beyond trainer.max_steps={max_steps}")
@@ -187,6 +191,7 @@ def train(
                 metrics=metrics,
                 peak_flops=float(all_reduce_sum(torch.tensor(peak, dtype=torch.float64))),
                 stop=stop,
+                deadline=deadline,
             )
     if last_step < max_steps:
         announce(
@@ -194,7 +199,8 @@ def train(
             processes,
         )
         return
-    with trainer.averaged():
+    stop.at(deadline)
+    with trainer.averaged(), stop.immediate():
         held = bound(
             trainer.eval_score_fn,
             dataset=reported,

@@ -36,6 +36,7 @@ from protlig_dd.runtime.distributed import (
     launch_ranks,
     leave_group,
     leave_without_closing,
+    opened_by,
     processes_from_environment,
 )
 from protlig_dd.runtime.environment import describe_environment, resolve_device, resolve_precision
@@ -46,6 +47,7 @@ from protlig_dd.training.job import train
 from protlig_dd.training.validate import check_train_config
 
 UNIREF50 = Path("data/uniref50.h5")
+PATIENCE = 10.0  # seconds within which all ranks get a signal that is sent to all of them
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ class RunFolder:
     checkpoint: Path | None
     state: dict[str, Any]
     """state.json of that checkpoint."""
+    deadline: float | None
+    """time.time() at which the run is to stop; a process that is started again gets no more of it."""
 
 
 def run(cfg: DictConfig) -> None:
@@ -83,7 +87,7 @@ def run(cfg: DictConfig) -> None:
     config.graph = graph_with_rates(config.graph, {} if config.run.fresh else graph_of_run(path))
     check_train_config(config)
     seconds = None if config.trainer.max_time is None else seconds_of(config.trainer.max_time)
-    deadline = None if seconds is None else time.monotonic() + seconds
+    deadline = None if seconds is None else time.time() + seconds
     if processes_from_environment().launch is not None:
         run_rank(config, path, deadline)
         return
@@ -98,7 +102,7 @@ def run(cfg: DictConfig) -> None:
             processes=devices,
             max_restarts=config.trainer.max_restarts,
             stop_within=config.trainer.stop_within,
-            marker=path / STOPPED,
+            run_folder=path,
         )
 
 
@@ -139,7 +143,8 @@ def run_rank(config: TrainConfig, path: Path, deadline: float | None) -> None:
     if config.logger.wandb_project:
         import_wandb()
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(StopRequests(deadline, insist=processes.launch is None))
+        patience = PATIENCE if processes.world_size > 1 else 0.0
+        stop = stack.enter_context(StopRequests(insist=processes.launch is None, patience=patience))
         stack.callback(leave_group)
         join_group(processes, device, config.trainer.timeout)
         store = open_data(config.data.path, processes)
@@ -151,13 +156,16 @@ def run_rank(config: TrainConfig, path: Path, deadline: float | None) -> None:
                     console.print(
                         f"a process was lost: all start again ({processes.restart}{f' of {most}' if most else ''})"
                     )
-                if goes_on(path, processes):  # its first start has made the folder
+                earlier = opened_by(path)
+                if goes_on(earlier, processes):  # its first start has made the folder
                     config.run.fresh = False
                     config.run.resume = "auto" if config.run.resume == "never" else config.run.resume
+                    if processes.restart and earlier["requeues"] == processes.requeues:
+                        deadline = earlier["deadline"]
                 if config.run.fresh:
                     move_aside(path)
                 stack.enter_context(locked(path))
-            folder = open_run_folder(path, config, resolved, processes)
+            folder = open_run_folder(path, config, resolved, processes, deadline)
             if not processes.first:
                 stack.enter_context(written_to(folder.path / "logs" / f"rank_{processes.rank}.log"))
             with failures_logged(folder.path / "logs" / f"rank_{processes.rank}.log"):
@@ -173,6 +181,7 @@ def run_rank(config: TrainConfig, path: Path, deadline: float | None) -> None:
                     device=device,
                     processes=processes,
                     stop=stop,
+                    deadline=folder.deadline,
                 )
         except Stopped as stopped:
             if processes.first and (path / "config.yaml").is_file():
@@ -182,13 +191,13 @@ def run_rank(config: TrainConfig, path: Path, deadline: float | None) -> None:
 
 @contextlib.contextmanager
 def failures_logged(log: Path) -> Iterator[None]:
-    """Append the traceback of what fails inside to a file."""
+    """Append the traceback and the message of what fails inside to a file."""
     try:
         yield
-    except Exception:
+    except Exception as error:
         log.parent.mkdir(exist_ok=True)
-        with log.open("a") as file:
-            file.write(traceback.format_exc())
+        with log.open("a") as file:  # its last line is the whole message
+            file.write(f"{traceback.format_exc()}{type(error).__name__}: {' '.join(str(error).split())}\n")
         raise
 
 
@@ -218,7 +227,9 @@ def graph_of_run(path: Path) -> dict[str, Any]:
     return dict(OmegaConf.to_container(OmegaConf.load(file))["graph"]) if file.is_file() else {}  # type: ignore
 
 
-def open_run_folder(path: Path, config: TrainConfig, resolved: Resolved, processes: Processes) -> RunFolder:
+def open_run_folder(
+    path: Path, config: TrainConfig, resolved: Resolved, processes: Processes, deadline: float | None
+) -> RunFolder:
     """Make or reopen the run folder (rank 0), and find the checkpoint to go on from.
 
     Raises:
@@ -253,12 +264,14 @@ def open_run_folder(path: Path, config: TrainConfig, resolved: Resolved, process
             "attempt": attempt,
             "launch": processes.launch,
             "job": processes.job,
+            "requeues": processes.requeues,
+            "deadline": deadline,
             **vars(resolved),
             **describe_environment(torch.device(resolved.device)),
         }
         write_atomic(path / "environment.json", json.dumps(record, indent=1) + "\n")
         write_atomic(path / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))  # last: now it is a run
-        folder = RunFolder(path, attempt, checkpoint, state)
+        folder = RunFolder(path, attempt, checkpoint, state, deadline)
     opened: RunFolder = from_first(folder)
     return opened
 
@@ -276,13 +289,13 @@ def move_aside(path: Path) -> None:
         console.print(f"the earlier {path} is now {aside}")
 
 
-def goes_on(path: Path, processes: Processes) -> bool:
-    """Whether this start continues one that has opened the folder: after a lost process, or when its job was queued
-    again."""
-    file = path / "environment.json"
-    opened = json.loads(file.read_text()) if file.is_file() else {}
-    restarted = processes.restart > 0 and opened.get("launch") == processes.launch
-    return restarted or (processes.requeues > 0 and opened.get("job") == processes.job)
+def goes_on(earlier: dict[str, Any], processes: Processes) -> bool:
+    """Whether this start continues the one that opened the folder last: after a lost process, or as the same Slurm job
+    that was queued again since.
+    """
+    restarted = processes.restart > 0 and earlier.get("launch") == processes.launch != "none"  # torchrun's default
+    requeued = processes.job is not None and earlier.get("job") == processes.job
+    return restarted or (requeued and earlier["requeues"] < processes.requeues)
 
 
 def has_steps(path: Path) -> bool:

@@ -51,6 +51,7 @@ def fit(
     metrics: MetricsLog | None,
     peak_flops: float,
     stop: StopRequests,
+    deadline: float | None,
 ) -> None:
     """Run steps first_step .. last_step - 1, after the evaluation that a stop has left out.
 
@@ -61,6 +62,7 @@ def fit(
         state: what checkpoints keep beside the trainer's own state.
         rows_file: where to log the store rows of every step; None not to.
         metrics: rank 0's log, None on the others.
+        deadline: time.time() at which to stop; the step that is being made then, or the first, is finished.
         peak_flops: FLOP/s that all devices together reach in matrix products, which MFU is the share of.
 
     Raises:
@@ -103,6 +105,7 @@ def fit(
         stack.callback(trainer.dataset.forget_plans)
         stack.callback(end_workers, packs)
         stack.enter_context(stop.deferred())
+        stop.at(deadline)
         stack.enter_context(named_losses(trainer))  # a lost loader is reported wherever the loop may be
         if trainer.evaluation_due and (new_best := evaluated(first_step)) is not None and writer is not None:
             writer.mark_best(first_step, new_best)
@@ -118,9 +121,10 @@ def fit(
             if not (done % log_every == 0 or trainer.evaluation_due or saving or stopping):
                 bar.advance()
                 continue
+            frozen = bool(trainer.frozen.item())  # waits for the device, so that the time is that of all the steps
             rows = flush(pending, time.perf_counter() - since, peak_memory(device), peak_flops)
             write(rows)
-            if trainer.frozen.item():
+            if frozen:
                 raise_frozen(trainer, pending)
             if rows_file is not None:
                 write_rows(rows_file, pending, processes)
@@ -134,7 +138,7 @@ def fit(
             if saving or stopping or new_best is not None:
                 save(done, new_best)
             if stopping:
-                raise Stopped(stopping, f"after step {done} of {trainer.max_steps}")
+                raise stop.stopped(stopping, f"after step {done} of {trainer.max_steps}")
             since = time.perf_counter()  # evaluation and checkpoints do not count as training time
 
 
