@@ -179,9 +179,11 @@ def launch_ranks(
 
 
 def opened_by(run_folder: Path) -> dict[str, Any]:
-    """environment.json of the start that opened the folder last; {} where there was none."""
-    file = run_folder / "environment.json"
-    return dict(json.loads(file.read_text())) if file.is_file() else {}
+    """environment.json of the start that opened the folder last; {} where there was none, or it cannot be read."""
+    try:
+        return dict(json.loads((run_folder / "environment.json").read_text()))
+    except (OSError, ValueError):  # who goes on with the run says so
+        return {}
 
 
 def first_failure(failures: dict[int, Any]) -> RanksFailedError:
