@@ -11,11 +11,30 @@ Three sequences of 5, 6 and 4 tokens make one batch of 15:
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float64, Int32, Int64, Num
 from torch import Tensor
+
+from protlig_dd.tokenizer import PAD
+
+
+class StaticShape(NamedTuple):
+    """What every pack is filled up to: tokens, sequences, and the length of the longest."""
+
+    tokens: int
+    sequences: int
+    longest: int
+
+
+def spare_sequences(tokens: int) -> int:
+    """How many sequences to provide for in a pack of so many tokens: proteins are 64 tokens long and more, on average.
+    A pack with more is computed as it is, unfilled.
+    """
+    return max(8, tokens // 64)
 
 
 @dataclass(frozen=True)
@@ -39,11 +58,13 @@ class PackedBatch:
     def __post_init__(self) -> None:
         check_tokens(self.tokens)
         total, n = self.tokens.shape[0], len(self.lengths)
-        if not n or min(self.lengths) < 1:
-            raise ValueError(f"a pack holds sequences of at least one token, got lengths {self.lengths}")
+        spare = next(
+            (i for i, length in enumerate(reversed(self.lengths)) if length), n
+        )  # empty ones, of a filled pack
+        check_not_empty(self.lengths[: n - spare])
         if sum(self.lengths) != total:
             raise ValueError(f"lengths sum to {sum(self.lengths)} but tokens has {total}")
-        if max(self.lengths) != self.max_seqlen:
+        if max(self.lengths) > self.max_seqlen:
             raise ValueError(f"max_seqlen is {self.max_seqlen} but the longest sequence has {max(self.lengths)}")
         for name, tensor, shape, dtype in (
             ("cu_seqlens", self.cu_seqlens, (n + 1,), torch.int32),
@@ -79,6 +100,7 @@ class PackedBatch:
     def from_flat(cls, flat: Tensor, lengths: Sequence[int], rows: Sequence[int] | None = None) -> "PackedBatch":
         """A pack of tokens (total,), any integer dtype, that lie end to end already."""
         lengths = tuple(lengths)
+        check_not_empty(lengths)
         if rows is not None and len(rows) != len(lengths):
             raise ValueError(f"{len(rows)} rows for {len(lengths)} sequences")
         # numpy, whose repeat takes a fifth of the time of torch's repeat_interleave
@@ -131,6 +153,41 @@ class PackedBatch:
         }
         return replace(self, **pinned)
 
+    def fits(self, shape: "StaticShape") -> bool:
+        """Whether `filled` can bring the pack into this shape."""
+        total, n = sum(self.lengths), len(self.lengths)
+        tail = -(-(shape.tokens - total) // shape.longest)
+        return total <= shape.tokens and n + tail <= shape.sequences and self.max_seqlen <= shape.longest
+
+    def filled(self, shape: "StaticShape") -> "PackedBatch":
+        """The same sequences, then segments of <pad> up to shape.tokens and empty ones up to shape.sequences.
+
+        Every pack then has the same shapes, which compiled kernels and CUDA graphs want. Computed on the pack's own
+        device; nothing waits for it.
+
+        Raises:
+            ValueError: a pack that is larger than the shape.
+        """
+        if not self.fits(shape):
+            raise ValueError(
+                f"a pack of {sum(self.lengths)} tokens in {len(self.lengths)} sequences of at most {self.max_seqlen} "
+                f"does not fit into {shape.tokens} in {shape.sequences} of at most {shape.longest}"
+            )
+        total, n, device = sum(self.lengths), len(self.lengths), self.tokens.device
+        missing, spare = shape.tokens - total, shape.sequences - n
+        place = torch.arange(missing, device=device)
+        ends = (total + shape.longest * torch.arange(1, spare + 1, device=device)).clamp(max=shape.tokens)
+        tails = [min(shape.longest, missing - start) for start in range(0, missing, shape.longest)]
+        return PackedBatch(
+            tokens=F.pad(self.tokens, (0, missing), value=PAD),
+            cu_seqlens=torch.cat([self.cu_seqlens, ends.to(torch.int32)]),
+            max_seqlen=shape.longest,
+            lengths=(*self.lengths, *tails, *[0] * (spare - len(tails))),
+            segment_ids=torch.cat([self.segment_ids, n + place // shape.longest]),
+            positions=torch.cat([self.positions, place % shape.longest]),
+            rows=F.pad(self.rows, (0, spare), value=-1),
+        )
+
     def random_subset(
         self, candidates: Bool[Tensor, " total"], counts: Num[Tensor, " n"], u: Float64[Tensor, " total"]
     ) -> Bool[Tensor, " total"]:
@@ -152,6 +209,12 @@ class PackedBatch:
     def with_tokens(self, tokens: Int64[Tensor, " total"]) -> "PackedBatch":
         """The same geometry around other tokens (a noised copy, say)."""
         return replace(self, tokens=tokens)
+
+
+def check_not_empty(lengths: tuple[int, ...]) -> None:
+    """Raise unless there are sequences, of at least one token each."""
+    if not lengths or min(lengths) < 1:
+        raise ValueError(f"a pack holds sequences of at least one token, got lengths {lengths}")
 
 
 def check_tokens(tokens: Tensor) -> None:

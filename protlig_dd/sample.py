@@ -59,7 +59,7 @@ def sample_proteins(cfg: DictConfig) -> None:
     noise = build_noise(trained.noise, graph)
     check_sampler(graph, config.predictor, config.temperature, config.top_p)
     with device:
-        model = build_model(trained.model, backend).eval()
+        model = build_model(trained.model, backend, trained.time_conditioning).eval()
     load_weights(checkpoint / "ema.safetensors", model)
     autocast = torch.bfloat16 if precision == "bf16" else None
     score_fn = ScoreFn(model, graph, trained.parametrisation, trained.time_conditioning, autocast)

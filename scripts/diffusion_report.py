@@ -113,7 +113,7 @@ def likelihood(run: Path, proteins: int, repeats: int) -> None:
     checkpoint, _ = find_checkpoint(run)
     config = read_config(OmegaConf.load(checkpoint / "config.yaml"), TrainConfig)  # type: ignore[arg-type]
     graph = build_graph(config.graph)
-    model = build_model(config.model, "sdpa").eval()
+    model = build_model(config.model, "sdpa", config.time_conditioning).eval()
     load_weights(checkpoint / "ema.safetensors", model)
     score_fn = ScoreFn(model, graph, config.parametrisation, time_conditioning=config.time_conditioning)
     store, data = bundled_store(), config.data

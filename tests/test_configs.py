@@ -69,7 +69,7 @@ def test_every_default_is_explained() -> None:
 def test_presets_have_the_size_they_say(preset: str, millions: float) -> None:
     config = read_config(composed(f"model={preset}"), TrainConfig)
     with torch.device("meta"):
-        model = build_model(config.model, "sdpa")
+        model = build_model(config.model, "sdpa", config.time_conditioning)
     count = sum(parameter.numel() for parameter in model.parameters())
     assert count == pytest.approx(millions * 1e6, rel=0.07)
     stated = (config_folder() / "model" / f"{preset}.yaml").read_text().splitlines()[0]

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from protlig_dd.batch import PackedBatch
+from protlig_dd.batch import PackedBatch, StaticShape
 from protlig_dd.model.dit import DiT
 
 from .conftest import make_model, random_batch, refuses
@@ -147,3 +147,25 @@ def test_cuda_equals_cpu() -> None:
     finally:
         MODEL.to("cpu")
     assert torch.allclose(out.cpu(), expected, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_graph_of_filled_packs_gives_the_gradients_of_plain_ones(compiled: bool) -> None:
+    """Over two packs of different sizes, so that what accumulates is right too."""
+    packs = [random_batch([7, 120]).to("cuda"), random_batch([50, 9, 31]).to("cuda")]
+    found = []
+    for fast in (False, True):
+        model = make_model().to("cuda").train()
+        if fast:
+            if compiled:
+                model.compile_blocks(dynamic=False)
+            model.fill_packs(StaticShape(256, 8, 130))
+            model.capture(None)
+        for batch in packs:
+            target = torch.arange(len(batch.tokens), device="cuda") % 20
+            out = model(batch, torch.linspace(0.1, 2, len(batch.lengths), device="cuda"))
+            F.cross_entropy(out, target).backward()
+        found.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
+    for plain, graphed in zip(*found, strict=True):
+        assert torch.allclose(plain, graphed, atol=1e-4, rtol=1e-3)

@@ -14,7 +14,7 @@ PROCESS = ["diffusion.score", "diffusion.graph", "diffusion.noise", "diffusion.n
 # longest matching prefix wins; each may import these and itself
 ALLOWED = {
     "protlig_dd.tokenizer": [],
-    "protlig_dd.batch": [],
+    "protlig_dd.batch": ["tokenizer"],
     "protlig_dd.data.fasta": [],
     "protlig_dd.data.encode": ["data.fasta", "tokenizer"],
     "protlig_dd.data.store": ["data.fasta", "tokenizer"],

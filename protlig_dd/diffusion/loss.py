@@ -17,6 +17,7 @@ def score_entropy_loss(
     noise: Noise,
     generator: torch.Generator,
     t_max: float = 1.0,
+    max_weight: float | None = None,
 ) -> tuple[Float32[Tensor, ""], int | Tensor]:
     """Monte-Carlo estimate of the pack's loss: one stratified time for each sequence, one corruption.
 
@@ -27,6 +28,8 @@ def score_entropy_loss(
     Args:
         batch: clean sequences x0.
         t_max: 1 but for a curriculum, whose loss is the part of the integral below its cap.
+        max_weight: cap on a time's weight (t_max - t_min) dsigma / (e^sigma - 1), that of a masked residue's
+            cross-entropy with the absorbing graph; the loss is then no longer the bound.
         generator: all of the draw's randomness; on the batch's device (on the CPU for MPS).
 
     Returns:
@@ -41,4 +44,6 @@ def score_entropy_loss(
     xt = graph.sample_transition(x0, sigma_T, generator)
     log_score = score_fn(batch.with_tokens(xt), sigma)
     loss_T = (t_max - noise.t_min) * dsigma_T * graph.score_entropy(log_score, sigma_T, xt, x0)
+    if max_weight is not None:
+        loss_T = loss_T * (max_weight * torch.expm1(sigma_T) / ((t_max - noise.t_min) * dsigma_T)).clamp(max=1.0)
     return loss_T.sum(), (x0 < graph.n_states).sum()

@@ -115,12 +115,10 @@ def _torch_varlen(qkv: Tensor, batch: PackedBatch) -> Tensor:
 
 
 def _sdpa(qkv: Tensor, batch: PackedBatch) -> Tensor:
-    # (3, heads, total, head_dim); split, not slices: the backward pass of n slices allocates n whole gradients
-    q, k, v = qkv.permute(1, 2, 0, 3)
-    lengths = list(batch.lengths)
-    parts = zip(q.split(lengths, 1), k.split(lengths, 1), v.split(lengths, 1), strict=True)
-    out = [F.scaled_dot_product_attention(*(x.unsqueeze(0) for x in part)).squeeze(0) for part in parts]
-    return torch.cat(out, dim=1).transpose(0, 1)
+    # split, not slices: the backward pass of n slices allocates n whole gradients
+    parts = qkv.split([length for length in batch.lengths if length])
+    heads_first = (part.permute(1, 2, 0, 3).unsqueeze(1) for part in parts)  # each (3, 1, heads, length, head_dim)
+    return torch.cat([F.scaled_dot_product_attention(*part).squeeze(0).transpose(0, 1) for part in heads_first])
 
 
 _BACKENDS: dict[str, Callable[[Tensor, PackedBatch], Tensor]] = {

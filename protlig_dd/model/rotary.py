@@ -4,6 +4,8 @@ Dimension j < d/2 is paired with j + d/2 and turned by the angle position * base
 float32 for the true sequence length; a table of any other length than qkv's is an error, never tiled or cut.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
@@ -67,7 +69,39 @@ def apply_rotary_pos_emb(
                 f"length {table.shape[1] if table.ndim == 5 else '?'} against {qkv.shape[1]}, "
                 f"head_dim {table.shape[-1]} against {qkv.shape[4]}"
             )
+    rotated = _Rotate.apply(qkv, cos, sin)  # type: ignore[no-untyped-call]
+    assert isinstance(rotated, Tensor)
+    return rotated
+
+
+class _Rotate(torch.autograd.Function):
+    """The rotation with one tensor allocated in each direction: the gradient is turned back by the same angle."""
+
+    @staticmethod
+    def forward(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return _turned(qkv, cos, sin)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turned(grad, cos, -sin), None, None
+
+
+def _turned(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    (cos, _), (sin, _) = cos.chunk(2, dim=-1), sin.chunk(2, dim=-1)  # both halves of a table are the same
     qk, v = qkv.split([2, 1], dim=2)
     first, second = qk.chunk(2, dim=-1)
-    rotated = qk * cos + torch.cat([-second, first], dim=-1) * sin
-    return torch.cat([rotated.to(qkv.dtype), v], dim=2)
+    if torch.compiler.is_compiling() or qkv.device.type != "cpu":  # compilers fuse this; the CPU is slow at it
+        turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+        return torch.cat([turned.to(qkv.dtype), v], dim=2)
+    out = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    out_qk, out_v = out.split([2, 1], dim=2)
+    out_first, out_second = out_qk.chunk(2, dim=-1)
+    out_first.copy_((first * cos).addcmul_(second, sin, value=-1))
+    out_second.copy_((second * cos).addcmul_(first, sin))
+    out_v.copy_(v)
+    return out

@@ -17,7 +17,7 @@ from typing import Any, TypeVar, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from protlig_dd.diffusion.graph import GRAPHS, Graph
+from protlig_dd.diffusion.graph import GRAPHS, Absorbing, Graph
 from protlig_dd.diffusion.noise import NOISES, Noise
 from protlig_dd.diffusion.rates import substitution_rates
 from protlig_dd.model.dit import DiT
@@ -50,6 +50,10 @@ class ModelConfig:
     cond_dim: int
     dropout: float
     attention_backend: str
+    norm: str = "layer"  # these defaults are for checkpoints of earlier versions, whose config does not say
+    mlp: str = "gelu"
+    qk_norm: bool = False
+    checkpointing: bool = False
 
 
 @dataclass
@@ -63,7 +67,10 @@ class OptimConfig:
     weight_decay: float
     grad_clip: float
     packs_per_step: int
-    ema_decay: float
+    ema_decay: Any  # a number, or auto
+    momentum: float = 0.95  # as above
+    schedule: str = "cosine"
+    decay_share: float = 0.2
 
 
 @dataclass
@@ -87,6 +94,7 @@ class TrainerConfig:
     stop_within: int
     timeout: int
     loss_spike: float | None
+    compile: Any = "auto"  # true, false or auto
 
 
 @dataclass
@@ -116,7 +124,7 @@ class TrainConfig:
     graph: dict[str, Any]
     noise: dict[str, Any]
     parametrisation: str
-    time_conditioning: bool
+    time_conditioning: Any  # true, false or auto; in a run's own config no longer auto
     optim: OptimConfig
     trainer: TrainerConfig
     logger: LoggerConfig
@@ -171,8 +179,20 @@ class SampleConfig:
 # What may differ when a run is resumed, whole groups (with a dot at their end) and single keys. trainer.max_steps and
 # trainer.epochs move the end of the learning rate's cosine; trainer.precision and model.attention_backend are compared
 # as resolved, and of data.path the fingerprint.
-RESUMABLE = ("run.", "trainer.", "logger.", "report.", "data.path", "data.workers", "model.attention_backend")
+RESUMABLE = (
+    "run.",
+    "trainer.",
+    "logger.",
+    "report.",
+    "data.path",
+    "data.workers",
+    "model.attention_backend",
+    "model.checkpointing",
+)
 
+
+MAX_WEIGHT = 10.0  # docs/performance.md
+TRAINING_NOISE = ("curriculum", "max_weight")  # of the noise's keys, those that only the training loss knows
 
 COMPONENTS: dict[str, Mapping[str, Callable[..., Any]]] = {"graph": GRAPHS, "noise": NOISES}
 
@@ -217,7 +237,7 @@ def known_keys(schema: type, prefix: str = "") -> list[str]:
             keys += known_keys(kind, f"{key}.")
         elif key in COMPONENTS:
             options = {option for make in COMPONENTS[key].values() for option in inspect.signature(make).parameters}
-            options |= {"name", "curriculum"} if key == "noise" else {"name"}
+            options |= {"name", *TRAINING_NOISE} if key == "noise" else {"name"}
             keys += [f"{key}.{option}" for option in sorted(options)]
         else:
             keys.append(key)
@@ -271,9 +291,17 @@ def build_noise(spec: Mapping[str, Any], graph: Graph) -> Noise:
         "sigma_max": graph.sigma_max,
     }
     accepted = inspect.signature(NOISES[spec["name"]]).parameters if spec.get("name") in NOISES else {}
-    options = {key: value for key, value in spec.items() if key != "curriculum"}
+    options = {key: value for key, value in spec.items() if key not in TRAINING_NOISE}
     options |= {key: own[key] for key in own if key in accepted and spec.get(key) is None}
     return build("noise", NOISES, options)
+
+
+def resolve_max_weight(spec: Mapping[str, Any], graph: Graph) -> float | None:
+    """The cap on the loss' weight that a noise's config asks for; `auto` is MAX_WEIGHT where it was found to help."""
+    wanted = spec.get("max_weight")
+    if wanted == "auto":
+        return MAX_WEIGHT if isinstance(graph, Absorbing) else None
+    return wanted
 
 
 def graph_with_rates(spec: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
@@ -293,7 +321,7 @@ def graph_with_rates(spec: Mapping[str, Any], earlier: Mapping[str, Any]) -> dic
     return spec
 
 
-def build_model(config: ModelConfig, attention_backend: str) -> DiT:
+def build_model(config: ModelConfig, attention_backend: str, time_conditioning: bool) -> DiT:
     """The network of a config, with the attention backend as resolved for this machine."""
     return DiT(
         hidden_size=config.hidden_size,
@@ -302,6 +330,11 @@ def build_model(config: ModelConfig, attention_backend: str) -> DiT:
         cond_dim=config.cond_dim,
         dropout=config.dropout,
         attention_backend=attention_backend,
+        time_conditioning=time_conditioning,
+        norm=config.norm,
+        mlp=config.mlp,
+        qk_norm=config.qk_norm,
+        checkpointing=config.checkpointing,
     )
 
 

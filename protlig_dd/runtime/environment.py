@@ -1,8 +1,10 @@
 """What this machine can do, and the record of it that a run keeps."""
 
 import importlib.metadata
+import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -55,6 +57,19 @@ def resolve_precision(name: str, device: torch.device) -> str:
     capabilities = torch.cpu.get_capabilities()
     native = device.type == "cpu" and (capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
     return "bf16" if native else "fp32"
+
+
+def resolve_compile(choice: bool | str, device: torch.device) -> bool:
+    """Whether torch.compile is used: `auto` says yes on CUDA, where Triton comes with torch.
+
+    Raises:
+        ValueError: wanted on a CPU that has no C++ compiler.
+    """
+    if choice == "auto":
+        return device.type == "cuda"
+    if choice and device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        raise ValueError("trainer.compile=true needs a C++ compiler on a CPU (g++); install one, or use compile=false")
+    return bool(choice)
 
 
 def matmul_peak(device: torch.device, precision: str, seconds: float = 0.3) -> float:

@@ -6,6 +6,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+HORIZON = 0.05  # of `ema_decay=auto`: the steps that the average reaches back, as a share of the run
+
+
+def run_length_decay(max_steps: int) -> float:
+    """The decay whose average reaches back over HORIZON of a run of max_steps."""
+    return 1 - 1 / max(1.0, HORIZON * max_steps)
+
 
 class EMA:
     """weights <- decay * weights + (1 - decay) * parameters, after every step.

@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
+from protlig_dd.batch import StaticShape, spare_sequences
 from protlig_dd.data.loader import PackDataset
 from protlig_dd.data.store import StoreGroup
 from protlig_dd.diffusion.noise import Noise
 from protlig_dd.diffusion.score import Network, ScoreFn
 from protlig_dd.model.dit import DiT
 from protlig_dd.runtime.checkpoint import CheckpointWriter, best_checkpoint
-from protlig_dd.runtime.config import TrainConfig, build_graph, build_model, build_noise
+from protlig_dd.runtime.config import TrainConfig, build_graph, build_model, build_noise, resolve_max_weight
 from protlig_dd.runtime.distributed import Processes, all_reduce_sum
 from protlig_dd.runtime.environment import matmul_peak
 from protlig_dd.runtime.files import write_atomic
@@ -26,12 +27,14 @@ from protlig_dd.runtime.metrics import MetricsLog, announce, console
 from protlig_dd.runtime.random import random_key
 from protlig_dd.runtime.stop import StopRequests
 from protlig_dd.tokenizer import ProteinTokenizer
+from protlig_dd.training.ema import run_length_decay
 from protlig_dd.training.loop import fit
-from protlig_dd.training.optim import make_optimizer
+from protlig_dd.training.optim import learning_rate, make_optimizer
 from protlig_dd.training.report import (
     composition_kl,
     held_out_bound,
     length_counts,
+    per_sequence,
     pick_estimator,
     training_frequencies,
 )
@@ -51,6 +54,7 @@ def train(
     state: dict[str, Any],
     precision: str,
     attention_backend: str,
+    compiled: bool,
     device: torch.device,
     processes: Processes,
     stop: StopRequests,
@@ -77,7 +81,7 @@ def train(
     def make_model() -> DiT:
         torch.manual_seed(random_key(config.seed, "weights", 0))
         with device:
-            return build_model(config.model, attention_backend)
+            return build_model(config.model, attention_backend, config.time_conditioning)
 
     def make_score(network: Network) -> ScoreFn:
         autocast = torch.bfloat16 if precision == "bf16" else None
@@ -85,26 +89,47 @@ def train(
 
     model = make_model()
     max_steps = count_steps(config, dataset)
+    if compiled:
+        model.compile_blocks(dynamic=device.type != "cuda")
+    if compiled and device.type == "cuda":
+        model.fill_packs(StaticShape(data.tokens_per_pack, spare_sequences(data.tokens_per_pack), data.max_len + 2))
+        # neither recomputation, which sets the random state, nor sdpa's loop over sequences can be replayed
+        if not config.model.checkpointing and attention_backend != "sdpa":
+            model.capture(torch.bfloat16 if precision == "bf16" else None)
     trainer = Trainer(
         model=model,
         make_score=make_score,
         graph=graph,
         noise=noise,
         optimizer=make_optimizer(
-            optim.name, model, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
+            optim.name,
+            model,
+            lr=optim.lr,
+            betas=optim.betas,
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+            momentum=optim.momentum,
+            precision=precision,
         ),
         dataset=dataset,
         device=device,
         processes=processes,
         seed=config.seed,
         packs_per_step=optim.packs_per_step,
-        lr=optim.lr,
-        warmup_steps=optim.warmup_steps,
         max_steps=max_steps,
-        min_lr_ratio=optim.min_lr_ratio,
+        learning_rate=partial(
+            learning_rate,
+            schedule=optim.schedule,
+            lr=optim.lr,
+            warmup_steps=optim.warmup_steps,
+            max_steps=max_steps,
+            min_lr_ratio=optim.min_lr_ratio,
+            decay_share=optim.decay_share,
+        ),
         grad_clip=optim.grad_clip,
-        ema_decay=optim.ema_decay,
+        ema_decay=run_length_decay(max_steps) if optim.ema_decay == "auto" else float(optim.ema_decay),
         curriculum_steps=config.noise.get("curriculum", 0),
+        max_weight=resolve_max_weight(config.noise, graph),
         loss_spike=control.loss_spike,
     )
     first_step = 0
@@ -128,9 +153,10 @@ def train(
         )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     announce(
-        f"{run_folder}: {parameters / 1e6:.1f} M parameters on {device} in {precision}, attention {attention_backend}; "
-        f"{processes.world_size} process(es); {max_steps} steps of {optim.packs_per_step} x {data.tokens_per_pack} "
-        f"tokens = {max_steps * optim.packs_per_step / dataset.packs_per_epoch:.2f} epochs",
+        f"{run_folder}: {parameters / 1e6:.1f} M parameters on {device} in {precision}, attention {attention_backend}"
+        f"{', compiled' if compiled else ''}; {processes.world_size} process(es); {max_steps} steps of "
+        f"{optim.packs_per_step} x {data.tokens_per_pack} tokens = "
+        f"{max_steps * optim.packs_per_step / dataset.packs_per_epoch:.2f} epochs",
         processes,
     )
     sigma_max = float(noise(torch.ones(1))[0])
@@ -215,6 +241,7 @@ def train(
                 config, store, run_folder, max_steps, trainer.eval_score_fn, untrained, noise, device
             )
     if processes.first:
+        write_atomic(run_folder / "report.csv", per_sequence(store, held))
         write_atomic(run_folder / "report.json", json.dumps(report, indent=1) + "\n")
         print_report(run_folder, max_steps, report)
 

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from protlig_dd.data.build import bundled_store
 from protlig_dd.data.store import SequenceStore, StoreGroup
+from protlig_dd.diffusion.score import is_time_free
 from protlig_dd.model.attention import resolve_attention_backend
 from protlig_dd.runtime.checkpoint import (
     complete_checkpoints,
@@ -27,7 +28,7 @@ from protlig_dd.runtime.checkpoint import (
     read_state,
     remove_unfinished,
 )
-from protlig_dd.runtime.config import TrainConfig, changed_keys, flatten, graph_with_rates, read_config
+from protlig_dd.runtime.config import TrainConfig, build_graph, changed_keys, flatten, graph_with_rates, read_config
 from protlig_dd.runtime.distributed import (
     Processes,
     count_devices,
@@ -39,7 +40,7 @@ from protlig_dd.runtime.distributed import (
     opened_by,
     processes_from_environment,
 )
-from protlig_dd.runtime.environment import describe_environment, resolve_device, resolve_precision
+from protlig_dd.runtime.environment import describe_environment, resolve_compile, resolve_device, resolve_precision
 from protlig_dd.runtime.files import free_name, locked, write_atomic, written_to
 from protlig_dd.runtime.metrics import announce, console, import_wandb
 from protlig_dd.runtime.stop import STOPPED, Stopped, StopRequests, seconds_of
@@ -57,6 +58,7 @@ class Resolved:
     device: str
     precision: str
     attention_backend: str
+    compiled: bool
     world_size: int
     data_path: str
     data_fingerprint: str
@@ -85,6 +87,8 @@ def run(cfg: DictConfig) -> None:
     config = read_config(cfg, TrainConfig)
     path = run_path(config)
     config.graph = graph_with_rates(config.graph, {} if config.run.fresh else graph_of_run(path))
+    if config.time_conditioning == "auto":
+        config.time_conditioning = not is_time_free(build_graph(config.graph), config.parametrisation)
     check_train_config(config)
     seconds = None if config.trainer.max_time is None else seconds_of(config.trainer.max_time)
     deadline = None if seconds is None else time.time() + seconds
@@ -140,6 +144,7 @@ def run_rank(config: TrainConfig, path: Path, deadline: float | None) -> None:
     precision = resolve_precision(config.trainer.precision, device)
     head_dim = config.model.hidden_size // config.model.n_heads
     backend = resolve_attention_backend(config.model.attention_backend, device, precision, head_dim)
+    compiled = resolve_compile(config.trainer.compile, device)
     if config.logger.wandb_project:
         import_wandb()
     with contextlib.ExitStack() as stack:
@@ -148,7 +153,9 @@ def run_rank(config: TrainConfig, path: Path, deadline: float | None) -> None:
         stack.callback(leave_group)
         join_group(processes, device, config.trainer.timeout)
         store = open_data(config.data.path, processes)
-        resolved = Resolved(str(device), precision, backend, processes.world_size, store.name, store.fingerprint)
+        resolved = Resolved(
+            str(device), precision, backend, compiled, processes.world_size, store.name, store.fingerprint
+        )
         try:
             if processes.first:
                 if processes.restart:
@@ -178,6 +185,7 @@ def run_rank(config: TrainConfig, path: Path, deadline: float | None) -> None:
                     state=folder.state,
                     precision=precision,
                     attention_backend=backend,
+                    compiled=compiled,
                     device=device,
                     processes=processes,
                     stop=stop,

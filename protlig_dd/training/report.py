@@ -93,6 +93,13 @@ def held_out_bound(
     return HeldOut(rows[order], nats[order], residues[order], unigram_nats[order], estimator)
 
 
+def per_sequence(store: StoreGroup, held: HeldOut) -> str:
+    """CSV: the nats of each sequence, whole, so that two models can be compared sequence by sequence."""
+    columns = zip(held.rows.tolist(), held.residues.tolist(), held.nats, held.unigram_nats, strict=True)
+    lines = [f"{store.id(row)},{residues},{nats:.6f},{unigram:.6f}" for row, residues, nats, unigram in columns]
+    return "\n".join(["id,residues,nll_nats,unigram_nats", *lines]) + "\n"
+
+
 def residue_counts(batch: PackedBatch) -> torch.Tensor:
     """(n, 20) float64: how often each amino acid occurs in each sequence."""
     counts = torch.zeros(len(batch.lengths), N_STATES, dtype=torch.float64)

@@ -24,7 +24,6 @@ from protlig_dd.runtime.distributed import Processes, all_reduce_sum
 from protlig_dd.runtime.random import keyed_generator, random_key
 from protlig_dd.tokenizer import N_STATES
 from protlig_dd.training.ema import EMA
-from protlig_dd.training.optim import learning_rate
 
 SPIKE_STEPS = 50  # over which the usual loss is averaged, and before which no loss is a spike
 
@@ -49,22 +48,19 @@ class Trainer:
         processes: Processes,
         seed: int,
         packs_per_step: int,
-        lr: float,
-        warmup_steps: int,
         max_steps: int,
-        min_lr_ratio: float,
+        learning_rate: Callable[[int], float],
         grad_clip: float,
         ema_decay: float,
         curriculum_steps: int,
+        max_weight: float | None = None,
         loss_spike: float | None = None,
     ) -> None:
         self.model, self.graph, self.noise, self.optimizer, self.dataset = model, graph, noise, optimizer, dataset
         self.device, self.processes, self.seed = device, processes, seed
         self.packs_per_step, self.grad_clip, self.max_steps = packs_per_step, grad_clip, max_steps
         self.t_max = partial(curriculum_t_max, steps=curriculum_steps, t_min=noise.t_min)
-        self.learning_rate = partial(
-            learning_rate, lr=lr, warmup_steps=warmup_steps, max_steps=max_steps, min_lr_ratio=min_lr_ratio
-        )
+        self.learning_rate, self.max_weight = learning_rate, max_weight
         self.ema = EMA(model, ema_decay)
         self.wrapped: nn.Module = DistributedDataParallel(model) if processes.world_size > 1 else model
         self.score_fn: ScoreFn = make_score(self.wrapped)
@@ -96,7 +92,13 @@ class Trainer:
             generator = keyed_generator(self.seed, "noise", index, self.device)
             with self.accumulate(last=pack == mine[-1]):
                 loss_sum, _ = score_entropy_loss(
-                    self.score_fn, batch.to(self.device), self.graph, self.noise, generator, self.t_max(step)
+                    self.score_fn,
+                    batch.to(self.device),
+                    self.graph,
+                    self.noise,
+                    generator,
+                    self.t_max(step),
+                    self.max_weight,
                 )
                 # DDP averages over ranks; the objective is the sum over all packs / residues of all packs
                 (loss_sum * world_size / max(residues, 1)).backward()
@@ -108,7 +110,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()  # changes nothing where self.frozen is 1
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=self.model.graphed is None)
         self.ema.update(self.model, step + 1)
         self.residues_seen += residues
         rows = [row for batch in batches for row in batch.rows.tolist()]

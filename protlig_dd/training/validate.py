@@ -6,9 +6,9 @@ from protlig_dd.data.loader import check_crop, check_pack_sizes, check_weights
 from protlig_dd.data.store import SPLITS
 from protlig_dd.diffusion.sampling import check_sampler
 from protlig_dd.diffusion.score import check_parametrisation
-from protlig_dd.model.dit import check_dimensions
+from protlig_dd.model.dit import MLPS, NORMS, check_choice, check_dimensions
 from protlig_dd.runtime.config import DataConfig, TrainConfig, build_graph, build_noise
-from protlig_dd.training.optim import OPTIMIZERS
+from protlig_dd.training.optim import OPTIMIZERS, SCHEDULES
 
 
 def check_data(data: DataConfig) -> None:
@@ -25,10 +25,14 @@ def check_train_config(config: TrainConfig) -> None:
     """Raise a ValueError, before any data is read, for values that cannot work together."""
     model, optim, trainer = config.model, config.optim, config.trainer
     check_dimensions(model.hidden_size, model.n_heads, model.n_blocks, model.cond_dim, model.dropout)
+    check_choice("norm", model.norm, NORMS)
+    check_choice("mlp", model.mlp, MLPS)
     check_pack_sizes(config.data.max_len, config.data.tokens_per_pack)
     check_data(config.data)
     graph = build_graph(config.graph)
     build_noise(config.noise, graph)
+    if config.time_conditioning not in (True, False):
+        raise ValueError(f"time_conditioning={config.time_conditioning}; there are auto, true and false")
     check_parametrisation(graph, config.parametrisation, config.time_conditioning)
     check_sampler(graph, config.report.predictor)
     if (trainer.max_steps is None) == (trainer.epochs is None):
@@ -64,8 +68,13 @@ def check_train_config(config: TrainConfig) -> None:
         raise ValueError(f"trainer.epochs must be above 0, got {trainer.epochs}")
     if optim.name not in OPTIMIZERS:
         raise ValueError(f"optim.name={optim.name}; there are {', '.join(OPTIMIZERS)}")
-    if not 0 <= optim.min_lr_ratio <= 1:
-        raise ValueError(f"optim.min_lr_ratio must lie in [0, 1], got {optim.min_lr_ratio}")
+    if optim.schedule not in SCHEDULES:
+        raise ValueError(f"optim.schedule={optim.schedule}; there are {', '.join(SCHEDULES)}")
+    for key, share in (("optim.min_lr_ratio", optim.min_lr_ratio), ("optim.decay_share", optim.decay_share)):
+        if not 0 <= share <= 1:
+            raise ValueError(f"{key} must lie in [0, 1], got {share}")
+    if not 0 <= optim.momentum < 1:
+        raise ValueError(f"optim.momentum must lie in [0, 1), got {optim.momentum}")
     if not optim.weight_decay >= 0:
         raise ValueError(f"optim.weight_decay must be at least 0, got {optim.weight_decay}")
     for key, number in (("optim.lr", optim.lr), ("optim.grad_clip", optim.grad_clip), ("optim.eps", optim.eps)):
@@ -73,8 +82,13 @@ def check_train_config(config: TrainConfig) -> None:
             raise ValueError(f"{key} must be above 0, got {number}")
     if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
         raise ValueError(f"optim.betas must be two numbers in [0, 1), got {list(optim.betas)}")
-    if not 0 <= optim.ema_decay < 1:
-        raise ValueError(f"optim.ema_decay must lie in [0, 1), got {optim.ema_decay}")
+    if optim.ema_decay != "auto" and not (isinstance(optim.ema_decay, int | float) and 0 <= optim.ema_decay < 1):
+        raise ValueError(f"optim.ema_decay must be auto or lie in [0, 1), got {optim.ema_decay}")
+    max_weight = config.noise.get("max_weight")
+    if max_weight not in (None, "auto") and not (isinstance(max_weight, int | float) and max_weight > 0):
+        raise ValueError(f"noise.max_weight must be auto, null or above 0, got {max_weight}")
+    if trainer.compile not in ("auto", True, False):
+        raise ValueError(f"trainer.compile={trainer.compile}; there are auto, true and false")
     if config.run.resume not in ("auto", "never") and not Path(config.run.resume).is_dir():
         raise ValueError(f"run.resume={config.run.resume}; there are auto, never, and folders of checkpoints or runs")
     if config.report.split not in SPLITS:

@@ -1,0 +1,198 @@
+"""Train arms of an experiment, each an ordinary run, and compare their validation bounds at equal residues seen.
+
+    python -m scripts.arms screen --data data/swissprot.h5        every arm, briefly, one seed
+    python -m scripts.arms finalists --data data/swissprot.h5     the best and the baseline, 4 times as long, two seeds
+
+A finished run is not trained again, so an interrupted command goes on where it was. Prints a Markdown table and writes
+runs/<round>_<sizes>.json.
+"""
+
+import argparse
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from protlig_dd.diffusion.likelihood import per_residue
+from protlig_dd.runtime.metrics import ProgressBar
+
+SIZES = {
+    "tiny": ["model=tiny"],
+    "10 M": ["model=tiny", "model.hidden_size=384", "model.n_heads=6", "model.n_blocks=6"],
+}
+SEDD = ["parametrisation=log_score", "time_conditioning=true", "optim=adamw", "noise=loglinear", "model.qk_norm=false",
+        "model.norm=layer", "model.mlp=gelu", "optim.schedule=cosine", "optim.ema_decay=0.9999",
+        "optim.min_lr_ratio=0.1"]  # fmt: skip
+X0 = [*SEDD, "parametrisation=x0"]
+FREE = [*X0, "time_conditioning=false"]
+QK = [*FREE, "model.qk_norm=true"]
+MUON = [*FREE, "optim=muon"]
+BOTH = [*QK, "optim=muon"]
+
+
+def rates(name: str, arm: list[str], *lrs: float) -> dict[str, list[str]]:
+    return {f"{name}, lr {lr:g}": [*arm, f"optim.lr={lr}"] for lr in lrs}
+
+
+def one_change(lr: float) -> dict[str, list[str]]:
+    """Each of them changes one thing of time-free x0 with QK-norm and Muon."""
+    base = [*BOTH, f"optim.lr={lr}"]
+    changes = {
+        "cosine noise": ["noise=cosine"],
+        "weight at most 3": ["noise.max_weight=3"],
+        "weight at most 10": ["noise.max_weight=10"],
+        "warm-up, stable, decay": ["optim.schedule=wsd", "optim.min_lr_ratio=0.0"],
+        "cosine to 0.01": ["optim.min_lr_ratio=0.01"],
+        "RMSNorm": ["model.norm=rms"],
+        "squared ReLU": ["model.mlp=relu2"],
+        "SwiGLU": ["model.mlp=swiglu"],
+        "EMA over 1%": ["optim.ema_decay=EMA:0.01"],
+        "EMA over 2%": ["optim.ema_decay=EMA:0.02"],
+        "EMA over 5%": ["optim.ema_decay=EMA:0.05"],
+        "no EMA": ["optim.ema_decay=0.0"],
+        "weight decay 0.1": ["optim.weight_decay=0.1"],
+        "betas 0.9, 0.95": ["optim.betas=[0.9,0.95]"],
+        "half the tokens a step": ["data.tokens_per_pack=HALF"],
+    }
+    return {f"QK-norm, Muon, lr {lr:g}; {name}": [*base, *change] for name, change in changes.items()}
+
+
+SCREEN = {
+    **rates("SEDD (log-score)", SEDD, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3),
+    **rates("x0", X0, 5e-4, 1e-3, 2e-3, 4e-3),
+    **rates("x0, time-free", FREE, 5e-4, 1e-3, 2e-3, 4e-3),
+    **rates("x0, time-free, QK-norm", QK, 1e-3, 2e-3, 4e-3, 8e-3),
+    **rates("x0, time-free, Muon", MUON, 3e-3, 1e-2, 2e-2, 4e-2),
+    **rates("x0, time-free, QK-norm, Muon", BOTH, 3e-3, 1e-2, 2e-2, 4e-2),
+    **one_change(1e-2),
+    "QK-norm, Muon, lr 0.003; cosine noise": [*BOTH, "optim.lr=0.003", "noise=cosine"],
+    "QK-norm, Muon, lr 0.003; weight at most 10": [*BOTH, "optim.lr=0.003", "noise.max_weight=10"],
+}
+FINALISTS = {
+    **rates("SEDD (log-score)", SEDD, 2.5e-4, 5e-4, 1e-3),
+    **{name: SCREEN[name] for name in list(SCREEN)[-2:]},
+}
+
+
+def overrides(arm: Sequence[str], size: str, *, data: Path, residues: float, tokens: int, seed: int) -> list[str]:
+    """The arm's config for a run over so many tokens."""
+    if "data.tokens_per_pack=HALF" in arm:
+        tokens //= 2
+    steps = round(residues / tokens)
+    last: dict[str, str] = {}
+    for override in arm:  # Hydra refuses two values for one key
+        key, _, value = override.partition("=")
+        last[key] = value
+    if last["optim.ema_decay"].startswith("EMA:"):
+        last["optim.ema_decay"] = str(1 - 1 / (float(last["optim.ema_decay"][4:]) * steps))
+    last["data.tokens_per_pack"] = str(tokens)
+    return [
+        *SIZES[size], *(f"{key}={value}" for key, value in last.items()), f"data.path={data}", f"seed={seed}",
+        "data.max_len=512", "optim.packs_per_step=1", f"trainer.max_steps={steps}",
+        f"optim.warmup_steps={max(20, steps // 20)}", "trainer.eval_every=0", f"trainer.checkpoint_every={steps}",
+        f"trainer.log_every={max(1, steps // 20)}", "logger.tensorboard=false",
+        "report.split=validation", "report.draws=4", "report.samples=0",
+    ]  # fmt: skip
+
+
+def train(name: str, arguments: list[str], threads: int) -> dict[str, Any]:
+    """Run it unless it has finished: its report, and the nats of each held-out sequence."""
+    folder = Path("runs") / name
+    if not (folder / "report.json").exists():
+        command = [sys.executable, "-m", "protlig_dd.training", f"run.name={name}", *arguments]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        if done.returncode:
+            return {"error": (done.stderr or done.stdout).strip().splitlines()[-1]}
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    with (folder / "report.csv").open(newline="") as file:
+        sequences = list(csv.DictReader(file))
+    return {
+        **json.loads((folder / "report.json").read_text()),
+        "seen": max(row["residues"] for row in rows if "residues" in row),
+        "nats": [float(row["nll_nats"]) for row in sequences],
+        "lengths": [int(row["residues"]) for row in sequences],
+    }
+
+
+def paired(row: dict[str, Any], other: dict[str, Any]) -> str:
+    """The difference of two bounds, sequence by sequence."""
+    difference, error = per_residue(np.array(row["nats"]) - np.array(other["nats"]), np.array(row["lengths"]))
+    return f"{difference:+.4f} ± {error:.4f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("round", choices=["screen", "finalists"])
+    parser.add_argument("--data", type=Path, required=True, help="a store made by prepare")
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--tokens", type=int, default=16384, help="in a step")
+    parser.add_argument("--residues", type=float, default=20e6, help="tokens that an arm of the screening sees")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each run")
+    parser.add_argument("--only", nargs="+", default=[], help="these arms")
+    parser.add_argument("--seeds", type=int, help="of each arm; 1 in the screening, 2 in the final")
+    arguments = parser.parse_args()
+    final = arguments.round == "finalists"
+    arms, residues = (FINALISTS, 4 * arguments.residues) if final else (SCREEN, arguments.residues)
+    seeds = arguments.seeds or (2 if final else 1)
+    chosen = {name: arm for name, arm in arms.items() if not arguments.only or name in arguments.only}
+    todo = []
+    for size in arguments.sizes:
+        for i, (name, arm) in enumerate(arms.items()):
+            for seed in range(seeds if name in chosen else 0):
+                options = overrides(
+                    arm, size, data=arguments.data, residues=residues, tokens=arguments.tokens, seed=seed
+                )
+                todo.append((size, name, seed, f"{arguments.round}_{size.replace(' ', '')}_{i}_{seed}", options))
+    found: dict[int, dict[str, Any]] = {}
+    file = Path("runs") / f"{arguments.round}_{'_'.join(size.replace(' ', '') for size in arguments.sizes)}.json"
+    with ThreadPoolExecutor(arguments.jobs) as pool, ProgressBar(arguments.round, len(todo)) as bar:
+        started = {pool.submit(train, *job[3:], arguments.threads): place for place, job in enumerate(todo)}
+        for future in as_completed(started):
+            place = started[future]
+            size, name, seed, run, options = todo[place]
+            found[place] = {
+                "size": size,
+                "arm": name,
+                "seed": seed,
+                "run": run,
+                "overrides": options,
+                **future.result(),
+            }
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(json.dumps([found[place] for place in sorted(found)], indent=1) + "\n")
+            bar.advance()
+    print_table([found[place] for place in sorted(found)])
+
+
+def print_table(found: list[dict[str, Any]]) -> None:
+    """Each arm beside the best SEDD arm of its size and seed."""
+    print("\n| model | arm | seed | M residues seen | NLL bound | to the unigram model | to the best SEDD arm |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    sound = [row for row in found if "error" not in row and math.isfinite(row["nll"])]
+    for row in found:
+        values = [row["size"], row["arm"], str(row["seed"])]
+        if row not in sound:
+            values += ["", row.get("error", "no finite bound"), "", ""]
+        else:
+            beside = [o for o in sound if o["size"] == row["size"] and o["seed"] == row["seed"] and "SEDD" in o["arm"]]
+            values += [
+                f"{row['seen'] / 1e6:.1f}",
+                f"{row['nll']:.4f} ± {row['nll_se']:.4f}",
+                f"{row['difference']:+.4f} ± {row['difference_se']:.4f}",
+                paired(row, min(beside, key=lambda o: o["nll"])) if beside else "",
+            ]
+        print(f"| {' | '.join(values)} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,295 @@
+"""Measure training on real proteins against the way public SEDD code runs: `python -m scripts.benchmark --fasta FILE`.
+
+The baseline is the same network on batches padded to max_len, in float32, eager, with AdamW. Every figure is a ratio of
+steps that were made in turn in this one process; only real residues count. Prints Markdown tables and writes JSON.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import count, cycle, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from protlig_dd.batch import PackedBatch, StaticShape, spare_sequences
+from protlig_dd.data.build import bundled_store
+from protlig_dd.data.loader import PackDataset
+from protlig_dd.data.store import SequenceStore, StoreGroup
+from protlig_dd.diffusion.graph import Absorbing
+from protlig_dd.diffusion.noise import LogLinearNoise
+from protlig_dd.diffusion.score import ScoreFn
+from protlig_dd.model.attention import resolve_attention_backend
+from protlig_dd.model.dit import DiT, modulate
+from protlig_dd.model.rotary import apply_rotary_pos_emb, rotary_cos_sin
+from protlig_dd.runtime.distributed import Processes
+from protlig_dd.runtime.environment import matmul_peak, resolve_device, resolve_precision
+from protlig_dd.runtime.metrics import ProgressBar
+from protlig_dd.tokenizer import PAD
+from protlig_dd.training.optim import make_optimizer
+from protlig_dd.training.trainer import Trainer
+
+MODELS = {
+    "384 x 6": {"hidden_size": 384, "n_heads": 6, "n_blocks": 6},
+    "768 x 12": {"hidden_size": 768, "n_heads": 12, "n_blocks": 12},
+}
+
+LOADED = 32  # packs
+
+
+class PaddedDiT(DiT):
+    """The same network, computed as on a rectangle: (sequences, max_len) with one attention call and no mask.
+
+    It reads a pack whose sequences were all filled up to the same length.
+    """
+
+    def forward(self, batch: PackedBatch, sigma: Tensor) -> Tensor:
+        length = batch.max_seqlen
+        cos, sin = rotary_cos_sin(length, self.head_dim, device=sigma.device)
+        x = self.embedding(batch.tokens.view(-1, length))
+        assert self.sigma_embedding is not None
+        cond = self.sigma_embedding(sigma)
+        for block in self.blocks:
+            shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = block.adaln(cond)[:, None].chunk(6, dim=-1)
+            h = modulate(block.attention_norm(x), shift_a, scale_a)
+            qkv = block.qkv(h).unflatten(-1, (3, block.n_heads, self.head_dim))
+            q, k, v = apply_rotary_pos_emb(qkv, cos, sin).permute(2, 0, 3, 1, 4)
+            attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            x = x + gate_a * F.dropout(block.attention_out(attended), block.dropout, self.training)
+            hidden = block.mlp(modulate(block.mlp_norm(x), shift_m, scale_m))
+            x = x + gate_m * F.dropout(hidden, block.dropout, self.training)
+        shift, scale = self.head.adaln(cond)[:, None].chunk(2, dim=-1)
+        x = modulate(self.head.norm(x), shift, scale).flatten(0, 1)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.head.out(x.float())
+
+
+def rectangles(packs: Iterator[PackedBatch], sequences: int, length: int) -> Iterator[PackedBatch]:
+    """The same sequences in the same order, so many at a time, each filled up to `length` with <pad>."""
+    waiting: list[Tensor] = []
+    for pack in packs:
+        waiting += pack.unpack(pack.tokens)
+        while len(waiting) >= sequences:
+            yield PackedBatch.pack([F.pad(one, (0, length - len(one)), value=PAD) for one in waiting[:sequences]])
+            del waiting[:sequences]
+
+
+@dataclass
+class Variant:
+    name: str
+    step: Callable[[], tuple[int, int]]
+    """One training step; returns its real residues, and the FLOPs that they need in the packed network."""
+    first_s: float = 0.0
+
+
+def make_variant(
+    name: str,
+    store: StoreGroup,
+    sizes: dict[str, int],
+    *,
+    max_len: int,
+    tokens: int,
+    device: torch.device,
+    precision: str,
+    padded: bool = False,
+    compiled: bool = False,
+    filled: bool = False,
+    graphed: bool = False,
+    **options: Any,
+) -> Variant:
+    """A trainer of its own over the same packs. A padded one takes as many slots as a packed one has tokens."""
+    time_conditioning = options.pop("time_conditioning", True)
+    backend = resolve_attention_backend("auto", device, precision, sizes["hidden_size"] // sizes["n_heads"])
+    torch.manual_seed(0)
+    with device:
+        model = (PaddedDiT if padded else DiT)(
+            **sizes,
+            cond_dim=128,
+            dropout=0.0,
+            attention_backend=backend,
+            time_conditioning=time_conditioning,
+            **options,
+        )
+    if compiled:
+        model.compile_blocks(dynamic=not filled)
+    if filled or graphed:
+        model.fill_packs(StaticShape(tokens, spare_sequences(tokens), max_len + 2))
+    if graphed:
+        model.capture(torch.bfloat16 if precision == "bf16" else None)
+    dataset = PackDataset(store, store.split("train"), seed=0, max_len=max_len, tokens_per_pack=tokens)
+    autocast = torch.bfloat16 if precision == "bf16" else None
+    noise, graph = LogLinearNoise(), Absorbing()
+    trainer = Trainer(
+        model=model,
+        make_score=lambda network: ScoreFn(network, graph, "x0", time_conditioning, autocast),
+        graph=graph,
+        noise=noise,
+        optimizer=make_optimizer(
+            "adamw", model, lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0, momentum=0.95, precision=precision
+        ),
+        dataset=dataset,
+        device=device,
+        processes=Processes(0, 1, 0),
+        seed=0,
+        packs_per_step=1,
+        max_steps=10**6,
+        learning_rate=lambda step: 1e-3,
+        grad_clip=1.0,
+        ema_decay=0.999,
+        curriculum_steps=0,
+    )
+    stream: Iterator[PackedBatch] = (dataset[i] for i in count())
+    if padded:
+        stream = rectangles(stream, tokens // (max_len + 2), max_len + 2)
+    ready = list(islice(stream, LOADED))  # the loader, which is far ahead in training, is not measured
+    batches = cycle([batch.pin_memory() for batch in ready] if device.type == "cuda" else ready)
+    steps = count()
+
+    def step() -> tuple[int, int]:
+        record = trainer.step(next(steps), batches, [])
+        return record["residues"], record["flops"]
+
+    return Variant(name, step)
+
+
+def timed(variant: Variant, steps: int, device: torch.device) -> tuple[float, float]:
+    """Residues and FLOPs per second of so many steps."""
+    residues, flops, began = 0, 0, time.perf_counter()
+    for _ in range(steps):
+        more = variant.step()
+        residues, flops = residues + more[0], flops + more[1]
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    seconds = time.perf_counter() - began
+    return residues / seconds, flops / seconds
+
+
+def throughput(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Residues/s of each variant, in turn, against the padded baseline."""
+    device = resolve_device(arguments.device)
+    best = resolve_precision("auto", device)
+    store = open_store(arguments.fasta, arguments.folder)
+    found = []
+    for size in arguments.models:
+        for max_len in arguments.max_len:
+            make = partial(
+                make_variant, store=store, sizes=MODELS[size], max_len=max_len, tokens=arguments.tokens, device=device
+            )
+            variants = [make("padded fp32, eager (baseline)", precision="fp32", padded=True)]
+            if best == "bf16":
+                variants.append(make("padded bf16, eager", precision="bf16", padded=True))
+            variants.append(make(f"packed {best}, eager", precision=best))
+            fast = {"compiled": True}
+            if device.type == "cuda":
+                fast |= {"filled": True, "graphed": True}
+            how = "compiled, CUDA graphs" if device.type == "cuda" else "compiled"
+            variants.append(make(f"packed {best}, {how}", precision=best, **fast))
+            default = {"time_conditioning": False, "qk_norm": True}
+            if device.type == "cpu":
+                variants.append(make(f"packed {best}, eager, the default network", precision=best, **default))
+            variants.append(make(f"packed {best}, {how}, the default network", precision=best, **fast, **default))
+            found += compare(variants, arguments, device, best, size, max_len)
+    return found
+
+
+def compare(
+    variants: list[Variant],
+    arguments: argparse.Namespace,
+    device: torch.device,
+    precision: str,
+    size: str,
+    max_len: int,
+) -> list[dict[str, Any]]:
+    for variant in variants:
+        began = time.perf_counter()
+        timed(variant, 1, device)
+        variant.first_s = time.perf_counter() - began
+        timed(variant, arguments.warmup, device)
+    rates: dict[str, list[float]] = {variant.name: [] for variant in variants}
+    mfus: dict[str, list[float]] = {variant.name: [] for variant in variants}
+    with ProgressBar(f"{size}, {max_len}", arguments.repeats) as bar:
+        for _ in range(arguments.repeats):
+            for variant in variants:
+                peak = matmul_peak(device, "fp32" if "fp32" in variant.name else precision)
+                rate, flops = timed(variant, arguments.steps, device)
+                rates[variant.name].append(rate)
+                mfus[variant.name].append(flops / peak)
+            bar.advance()
+    base = rates[variants[0].name]
+    rows = []
+    for variant in variants:
+        ratios = [mine / theirs for mine, theirs in zip(rates[variant.name], base, strict=True)]
+        rows.append(
+            {
+                "model": size,
+                "max_len": max_len,
+                "variant": variant.name,
+                "residues_per_s": statistics.median(rates[variant.name]),
+                "ratio": statistics.median(ratios),
+                "ratio_low": min(ratios),
+                "ratio_high": max(ratios),
+                "mfu": None if "padded" in variant.name else statistics.median(mfus[variant.name]),
+                "first_step_s": variant.first_s,
+            }
+        )
+    print(f"\n{size}, max_len {max_len}, {arguments.tokens} tokens a pack, {device}\n")
+    table(
+        ["variant", "residues/s", "ratio to the baseline (lowest, highest)", "MFU", "first step, s"],
+        [
+            [
+                row["variant"],
+                f"{row['residues_per_s']:,.0f}",
+                f"{row['ratio']:.2f} ({row['ratio_low']:.2f}, {row['ratio_high']:.2f})",
+                "" if row["mfu"] is None else f"{row['mfu']:.0%}",
+                f"{row['first_step_s']:.1f}",
+            ]
+            for row in rows
+        ],
+    )
+    return rows
+
+
+def open_store(fasta: Path | None, folder: Path) -> StoreGroup:
+    """The bundled proteins, or a store made of `fasta` once."""
+    if fasta is None:
+        return StoreGroup([SequenceStore(bundled_store().path)])
+    store = folder / f"{fasta.name.split('.')[0]}.h5"
+    if not store.exists():
+        command = [sys.executable, "-m", "protlig_dd.prepare", f"input={fasta}", f"output={store}"]
+        subprocess.run(command, check=True)
+    return StoreGroup([SequenceStore(store)])
+
+
+def table(columns: list[str], rows: list[list[str]]) -> None:
+    for cells in (columns, ["---"] * len(columns), *rows):
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fasta", type=Path, help="proteins; without it the bundled ones")
+    parser.add_argument("--folder", type=Path, default=Path("data"), help="for the store that is made of them")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--max-len", nargs="+", type=int, default=[512, 1024])
+    parser.add_argument("--tokens", type=int, default=4096, help="in a pack, and slots in a padded batch")
+    parser.add_argument("--steps", type=int, default=3, help="that a variant makes in its turn")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before the first turn")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each variant")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--json", type=Path, default=Path("benchmark.json"), help="file to write")
+    arguments = parser.parse_args()
+    result = {"throughput": throughput(arguments)}
+    arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# On a machine with a CUDA GPU: run the tests that need one, then the throughput benchmark, which ends with its tables.
+#
+#   scripts/gpu_check.sh [--fasta proteins.fasta.gz] [other arguments of scripts/benchmark.py]
+set -euo pipefail
+case " $* " in *" -h "* | *" --help "*) sed -n '2,4s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;; esac
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=${PYTHON:-${PROTLIG_VENV:-.venv}/bin/python}
+if ! "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; then
+    echo "error: no CUDA GPU here (torch.cuda.is_available() is false)" >&2
+    exit 1
+fi
+"$python" -m pytest -q -m gpu tests
+"$python" -m scripts.benchmark --tokens 16384 --steps 5 "$@"
