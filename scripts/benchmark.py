@@ -1,4 +1,6 @@
-"""Measure training on real proteins against the way public SEDD code runs: `python -m scripts.benchmark --fasta FILE`.
+"""Measure training on real proteins against the way public SEDD code runs, sampling, and how costs grow:
+
+    python -m scripts.benchmark throughput sampling growth --fasta FILE
 
 The baseline is the same network on batches padded to max_len, in float32, eager, with AdamW. Every figure is a ratio of
 steps that were made in turn in this one process; only real residues count. Prints Markdown tables and writes JSON.
@@ -6,14 +8,17 @@ steps that were made in turn in this one process; only real residues count. Prin
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, cycle, islice
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +32,13 @@ from protlig_dd.data.loader import PackDataset
 from protlig_dd.data.store import SequenceStore, StoreGroup
 from protlig_dd.diffusion.graph import Absorbing
 from protlig_dd.diffusion.noise import LogLinearNoise
+from protlig_dd.diffusion.sampling import sample
 from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.model.attention import resolve_attention_backend
 from protlig_dd.model.dit import DiT, modulate
 from protlig_dd.model.rotary import apply_rotary_pos_emb, rotary_cos_sin
 from protlig_dd.runtime.distributed import Processes
-from protlig_dd.runtime.environment import matmul_peak, resolve_device, resolve_precision
+from protlig_dd.runtime.environment import matmul_peak, peak_memory, resolve_device, resolve_precision
 from protlig_dd.runtime.metrics import ProgressBar
 from protlig_dd.tokenizer import PAD
 from protlig_dd.training.optim import make_optimizer
@@ -44,6 +50,7 @@ MODELS = {
 }
 
 LOADED = 32  # packs
+SAMPLED = {"hidden_size": 256, "n_heads": 8, "n_blocks": 2, "cond_dim": 128, "dropout": 0.0}
 
 
 class PaddedDiT(DiT):
@@ -258,6 +265,100 @@ def compare(
     return rows
 
 
+def sampling(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Sequences/s of `sample`, asked anew at every step, and with the scores kept of sequences that did not change."""
+    device = resolve_device(arguments.device)
+    precision = resolve_precision("auto", device)
+    backend = resolve_attention_backend("auto", device, precision, 32)
+    torch.manual_seed(0)
+    with device:
+        model = DiT(**SAMPLED, attention_backend=backend, time_conditioning=False).eval()
+    graph, autocast = Absorbing(), torch.bfloat16 if precision == "bf16" else None
+    rows = []
+    with ProgressBar("sampling", len(arguments.sampling_steps) * arguments.repeats) as bar:
+        for steps in arguments.sampling_steps:
+            rates: dict[bool, list[float]] = {False: [], True: []}
+            for repeat in range(arguments.repeats):
+                for keep, found in rates.items():
+                    # a network that is said to look at sigma is asked at every step
+                    score_fn = ScoreFn(model, graph, "x0", time_conditioning=not keep, autocast=autocast)
+                    began = time.perf_counter()
+                    generator = torch.Generator().manual_seed(repeat)
+                    sample(score_fn, LogLinearNoise(), [300] * 4, steps, "analytic", generator, device=device)
+                    found.append(4 / (time.perf_counter() - began))
+                bar.advance()
+            plain, kept = (statistics.median(rates[keep]) for keep in (False, True))
+            gain = statistics.median(a / b for a, b in zip(rates[True], rates[False], strict=True))
+            rows.append({"steps": steps, "sequences_per_s": plain, "sequences_per_s_kept": kept, "gain": gain})
+    print(f"\n4 proteins of 300 residues at a time, {SAMPLED['hidden_size']} x {SAMPLED['n_blocks']}, {device}\n")
+    table(
+        ["steps", "sequences/s, asked at every step", "sequences/s, unchanged ones skipped", "gain"],
+        [
+            [str(row["steps"]), *(f"{row[key]:.3f}" for key in ("sequences_per_s", "sequences_per_s_kept")),
+             f"{row['gain']:.2f}"]
+            for row in rows
+        ],
+    )  # fmt: skip
+    return rows
+
+
+def growth(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Time and memory of a step against what makes it larger, one thing at a time; each in a process of its own."""
+    base = {"tokens": 2048, "length": 256, "n_blocks": 6, "hidden_size": 384, "checkpointing": False, "ranks": 1}
+    changes: dict[str, list[Any]] = {
+        "tokens": [1024, 2048, 4096, 8192],
+        "length": [128, 256, 512, 1024, 2048],
+        "n_blocks": [3, 6, 12],
+        "hidden_size": [192, 384, 768],
+        "checkpointing": [False, True],
+        "ranks": [1, 2],
+    }
+    rows = []
+    with ProgressBar("growth", sum(map(len, changes.values()))) as bar:
+        for what, values in changes.items():
+            for value in values:
+                spec = base | {what: value}
+                with ProcessPoolExecutor(spec["ranks"], mp_context=get_context("spawn")) as pool:
+                    found = list(pool.map(step_cost, [spec] * spec["ranks"], range(spec["ranks"])))
+                ms, gib = max(one[0] for one in found), max(one[1] for one in found)
+                rows.append({"what": what, "value": value, "ms_per_step": ms, "gib": gib, **spec})
+                bar.advance()
+    print(f"\nA step of one pack of {base['tokens']} tokens in sequences of {base['length']}, {base['hidden_size']} x "
+          f"{base['n_blocks']}, fp32, eager, cpu; changed is what the line says\n")  # fmt: skip
+    table(
+        ["what", "value", "ms a step", "us a token", "GiB above the weights", "KiB a token"],
+        [
+            [row["what"], str(row["value"]), f"{row['ms_per_step']:,.0f}",
+             f"{1e3 * row['ms_per_step'] / row['tokens'] / row['ranks']:,.0f}", f"{row['gib']:.2f}",
+             f"{row['gib'] * 2**20 / row['tokens']:,.0f}"]
+            for row in rows
+        ],
+    )  # fmt: skip
+    return rows
+
+
+def step_cost(spec: dict[str, Any], rank: int) -> tuple[float, float]:
+    """Median milliseconds of a forward and backward pass, and the GiB that it takes at its peak beside the model."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // spec["ranks"]))
+    torch.manual_seed(rank)
+    width = spec["hidden_size"]
+    model = DiT(hidden_size=width, n_heads=width // 64, n_blocks=spec["n_blocks"], cond_dim=128, dropout=0.0,
+                attention_backend="sdpa", time_conditioning=False, qk_norm=True, norm="rms",
+                checkpointing=spec["checkpointing"]).train()  # fmt: skip
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    device = torch.device("cpu")
+    length = spec["length"]
+    batch = PackedBatch.pack([torch.randint(0, 20, (length,)) for _ in range(max(1, spec["tokens"] // length))])
+    sigma = torch.ones(len(batch.lengths))
+    before, times = peak_memory(device), []
+    for _ in range(5):
+        began = time.perf_counter()
+        F.cross_entropy(model(batch, sigma), batch.tokens).backward()
+        times.append(time.perf_counter() - began)
+    return 1e3 * statistics.median(times), (peak_memory(device) - before) / 2**30
+
+
 def open_store(fasta: Path | None, folder: Path) -> StoreGroup:
     """The bundled proteins, or a store made of `fasta` once."""
     if fasta is None:
@@ -274,8 +375,12 @@ def table(columns: list[str], rows: list[list[str]]) -> None:
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
+PARTS = {"throughput": throughput, "sampling": sampling, "growth": growth}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", default=["throughput"], help=f"of {', '.join(PARTS)}")
     parser.add_argument("--fasta", type=Path, help="proteins; without it the bundled ones")
     parser.add_argument("--folder", type=Path, default=Path("data"), help="for the store that is made of them")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
@@ -284,10 +389,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="that a variant makes in its turn")
     parser.add_argument("--warmup", type=int, default=2, help="steps before the first turn")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each variant")
+    parser.add_argument("--sampling-steps", nargs="+", type=int, default=[64, 256, 1024])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path, default=Path("benchmark.json"), help="file to write")
     arguments = parser.parse_args()
-    result = {"throughput": throughput(arguments)}
+    if unknown := set(arguments.parts) - PARTS.keys():
+        parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    result = {part: PARTS[part](arguments) for part in arguments.parts}
     arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -27,8 +27,8 @@ from scripts.benchmark_data import table
 def measure(name: str, device: str, repeats: int, folder: Path) -> list[str]:
     config: Any = OmegaConf.to_container(OmegaConf.load(config_folder() / "model" / f"{name}.yaml"))
     with torch.device(device):
-        model = DiT(**config | {"attention_backend": "sdpa"})
-    optimizer = make_optimizer("adamw", model, lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
+        model = DiT(**config | {"attention_backend": "sdpa", "time_conditioning": False})
+    optimizer = make_optimizer("muon", model, lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()  # which makes its state

@@ -230,7 +230,7 @@ def appetite(store: SequenceStore, rate: float) -> None:
     for name in ("medium", "large"):
         config: Any = OmegaConf.to_container(OmegaConf.load(config_folder() / "model" / f"{name}.yaml"))
         with torch.device("meta"):
-            model = DiT(**config | {"attention_backend": "sdpa"})
+            model = DiT(**config | {"attention_backend": "sdpa", "time_conditioning": False})
         parameters = sum(parameter.numel() for parameter in model.parameters())
         flops = 3 * model.flops(tokens.tolist()) / tokens.sum()
         eaten = H100_FLOPS * SHARE_REACHED / flops

@@ -3,13 +3,14 @@ import itertools
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from protlig_dd.batch import PackedBatch
+from protlig_dd.batch import PackedBatch, StaticShape
 
 from .conftest import random_batch, refuses
 
@@ -108,3 +109,26 @@ def test_a_pack_travels_as_letters_and_lengths() -> None:
             if isinstance(value, torch.Tensor)
             else (getattr(other, name) == value)
         )
+
+
+@given(lengths_strategy, st.integers(0, 70), st.integers(0, 6))
+def test_a_filled_pack_is_the_pack_and_padding(lengths: list[int], more: int, spare: int) -> None:
+    batch = random_batch(lengths)
+    total, n, longest = sum(lengths), len(lengths), max(lengths)
+    tails = -(-more // longest)
+    shape = StaticShape(total + more, n + tails + spare, longest)
+    filled = batch.filled(shape)
+    assert len(filled.tokens) == shape.tokens
+    assert len(filled.lengths) == len(filled.cu_seqlens) - 1 == shape.sequences
+    assert filled.cu_seqlens.tolist() == [0, *np.cumsum(filled.lengths)]
+    for mine, theirs in zip(batch.unpack(batch.tokens), filled.unpack(filled.tokens), strict=False):
+        assert torch.equal(mine, theirs)
+    plain = PackedBatch.pack([torch.full((length,), 29) for length in filled.lengths if length])
+    assert torch.equal(filled.segment_ids, plain.segment_ids)
+    assert torch.equal(filled.positions, plain.positions)
+    assert (filled.tokens[total:] == 29).all()
+    assert max(filled.lengths) == longest
+    for smaller in (shape._replace(tokens=total - 1), shape._replace(sequences=n + tails - 1)):
+        assert not batch.fits(smaller)
+        with refuses("does not fit into"):
+            batch.filled(smaller)

@@ -8,30 +8,39 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from protlig_dd.batch import PackedBatch, StaticShape
-from protlig_dd.model.dit import DiT
+from protlig_dd.model.dit import DiT, per_token
 
 from .conftest import make_model, random_batch, refuses
 
 MODEL = make_model()
+OPTIONS = [
+    {"time_conditioning": False},
+    {"norm": "rms", "qk_norm": True, "time_conditioning": False},
+    {"mlp": "relu2", "norm": "rms"},
+    {"mlp": "swiglu", "qk_norm": True},
+    {"checkpointing": True},
+]
+VARIANTS = [make_model(**options) for options in OPTIONS]
 
 
-def gradients(loss: torch.Tensor) -> list[torch.Tensor]:
-    return list(torch.autograd.grad(loss, list(MODEL.parameters())))
+def gradients(model: DiT, loss: torch.Tensor) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(loss, list(model.parameters())))
 
 
-@settings(max_examples=25)
+@settings(max_examples=10)
+@pytest.mark.parametrize("model", [MODEL, *VARIANTS], ids=["default", *map(str, OPTIONS)])
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=7), st.integers(0, 99))
-def test_packed_equals_one_at_a_time_in_output_and_gradient(lengths: list[int], seed: int) -> None:
+def test_packed_equals_one_at_a_time_in_output_and_gradient(model: DiT, lengths: list[int], seed: int) -> None:
     batch = random_batch(lengths, seed)
     sigma = torch.rand(len(lengths), generator=torch.Generator().manual_seed(seed)) * 5
     target = torch.randint(0, 20, (sum(lengths),), generator=torch.Generator().manual_seed(seed + 1))
-    packed = MODEL(batch, sigma)
+    packed = model(batch, sigma)
     alone = torch.cat(
-        [MODEL(PackedBatch.pack([tokens]), sigma[i : i + 1]) for i, tokens in enumerate(batch.unpack(batch.tokens))]
+        [model(PackedBatch.pack([tokens]), sigma[i : i + 1]) for i, tokens in enumerate(batch.unpack(batch.tokens))]
     )
     assert torch.allclose(packed, alone, atol=1e-5, rtol=1e-5)
     for mine, theirs in zip(
-        gradients(F.cross_entropy(packed, target)), gradients(F.cross_entropy(alone, target)), strict=True
+        gradients(model, F.cross_entropy(packed, target)), gradients(model, F.cross_entropy(alone, target)), strict=True
     ):
         assert torch.allclose(mine, theirs, atol=1e-5, rtol=1e-5)
 
@@ -138,6 +147,56 @@ def test_flops_are_those_that_torch_counts() -> None:
     assert both.get_total_flops() == pytest.approx(3 * MODEL.flops(lengths), rel=0.05)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_checkpointing_changes_memory_and_nothing_else(dropout: float) -> None:
+    batch, sigma, found = random_batch([7, 40, 12]), torch.rand(3), []
+    for checkpointing in (False, True):
+        model = make_model(dropout=dropout, checkpointing=checkpointing).train()
+        kept: list[torch.Tensor] = []
+        torch.manual_seed(5)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x) or x, lambda x: x):
+            loss = F.cross_entropy(model(batch, sigma), batch.tokens)
+        found.append((gradients(model, loss), sum(x.numel() for x in kept)))
+    (plain, much), (again, little) = found
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    assert little < much / 3
+
+
+def test_the_gradient_of_a_modulation_is_the_sum_over_its_tokens() -> None:
+    batch = random_batch([7, 40, 12])
+    modulation = torch.randn(3, 8, requires_grad=True)
+    weight = torch.randn(59, 8)
+    for mine, part in zip(per_token(modulation, batch.segment_ids, 2), modulation.chunk(2, dim=-1), strict=True):
+        assert torch.equal(mine, part.index_select(0, batch.segment_ids))
+    mine = torch.cat(per_token(modulation, batch.segment_ids, 2), dim=-1)
+    (found,) = torch.autograd.grad((mine * weight).sum(), modulation)
+    expected = torch.stack([part.sum(0) for part in batch.unpack(weight)])
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_filled_packs_give_the_same_logits_and_gradients() -> None:
+    model = make_model(qk_norm=True).train()
+    batch, sigma = random_batch([7, 40, 12]), torch.rand(3)
+    plain = model(batch, sigma)
+    expected = gradients(model, F.cross_entropy(plain, batch.tokens))
+    model.fill_packs(StaticShape(128, 8, 40))
+    filled = model(batch, sigma)
+    assert torch.allclose(filled, plain, atol=1e-5)
+    for mine, theirs in zip(gradients(model, F.cross_entropy(filled, batch.tokens)), expected, strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-5)
+    larger = random_batch([30] * 5)
+    assert model(larger, torch.rand(5)).shape == (150, 20)  # does not fit: computed as it is
+    with refuses("sdpa reads lengths on the host"):
+        model.capture(None)
+
+
+def test_without_time_conditioning_sigma_is_ignored() -> None:
+    batch = random_batch([7, 12])
+    model = make_model(time_conditioning=False)
+    assert torch.equal(model(batch, torch.zeros(2)), model(batch, torch.tensor([1.0, 4.0])))
+    assert not [name for name, _ in model.named_parameters() if "adaln" in name or "sigma" in name]
+
+
 @pytest.mark.gpu
 def test_cuda_equals_cpu() -> None:
     batch, sigma = random_batch([7, 120]), torch.ones(2)
@@ -156,16 +215,21 @@ def test_a_graph_of_filled_packs_gives_the_gradients_of_plain_ones(compiled: boo
     packs = [random_batch([7, 120]).to("cuda"), random_batch([50, 9, 31]).to("cuda")]
     found = []
     for fast in (False, True):
-        model = make_model().to("cuda").train()
+        model = DiT(
+            hidden_size=64, n_heads=4, n_blocks=2, cond_dim=16, dropout=0.0, attention_backend="torch_varlen"
+        ).to("cuda")
+        torch.manual_seed(0)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
         if fast:
             if compiled:
                 model.compile_blocks(dynamic=False)
             model.fill_packs(StaticShape(256, 8, 130))
-            model.capture(None)
+            model.capture(torch.bfloat16)
         for batch in packs:
-            target = torch.arange(len(batch.tokens), device="cuda") % 20
-            out = model(batch, torch.linspace(0.1, 2, len(batch.lengths), device="cuda"))
-            F.cross_entropy(out, target).backward()
-        found.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
-    for plain, graphed in zip(*found, strict=True):
-        assert torch.allclose(plain, graphed, atol=1e-4, rtol=1e-3)
+            with torch.autocast("cuda", torch.bfloat16):
+                out = model(batch, torch.linspace(0.1, 2, len(batch.lengths), device="cuda"))
+            F.cross_entropy(out, batch.tokens).backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    plain, graphed = found
+    assert (plain - graphed).norm() < 0.02 * plain.norm()

@@ -78,3 +78,20 @@ def test_gradients_reach_every_parameter() -> None:
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("noise", [LogLinearNoise(), CosineNoise()], ids=["loglinear", "cosine"])
+@pytest.mark.parametrize("t_max", [1.0, 0.7])
+def test_a_capped_weight_scales_a_time_down_to_the_cap(noise: Noise, t_max: float) -> None:
+    graph, cap, scaled = Absorbing(), 5.0, 0
+    score_fn = ScoreFn(make_model(), graph, "x0", time_conditioning=False)
+    for seed in range(40):
+        batch = random_batch([50], seed)
+        plain, capped, drawn = (torch.Generator().manual_seed(seed) for _ in range(3))
+        whole, _ = score_entropy_loss(score_fn, batch, graph, noise, plain, t_max)
+        less, _ = score_entropy_loss(score_fn, batch, graph, noise, capped, t_max, cap)
+        sigma, dsigma = noise(stratified_times(1, noise.t_min, drawn, "cpu", t_max))
+        weight = float((t_max - noise.t_min) * dsigma / torch.expm1(sigma))
+        assert torch.allclose(less, whole * min(1.0, cap / weight), rtol=1e-4, atol=1e-4)
+        scaled += weight > cap
+    assert 0 < scaled < 40

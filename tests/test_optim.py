@@ -3,18 +3,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protlig_dd.training.ema import EMA
-from protlig_dd.training.optim import learning_rate, make_optimizer
+from protlig_dd.training.ema import EMA, HORIZON, run_length_decay
+from protlig_dd.training.optim import OPTIMIZERS, SCHEDULES, learning_rate, make_optimizer, orthogonal
 
 from .conftest import make_model, random_batch
 
 
-@given(st.integers(0, 50), st.integers(1, 300), st.floats(0, 1))
-def test_the_schedule_warms_up_and_falls_to_its_floor(warmup: int, max_steps: int, floor: float) -> None:
-    lrs = [
-        learning_rate(step, lr=2.0, warmup_steps=warmup, max_steps=max_steps, min_lr_ratio=floor)
-        for step in range(max_steps + 1)
-    ]
+@given(st.sampled_from(SCHEDULES), st.integers(0, 50), st.integers(1, 300), st.floats(0, 1), st.floats(0, 1))
+def test_the_schedule_warms_up_and_falls_to_its_floor(
+    schedule: str, warmup: int, max_steps: int, floor: float, share: float
+) -> None:
+    options = {"warmup_steps": warmup, "max_steps": max_steps, "min_lr_ratio": floor, "decay_share": share}
+    lrs = [learning_rate(step, schedule=schedule, lr=2.0, **options) for step in range(max_steps + 1)]
     assert all(0 < lr <= 2.0 for lr in lrs[:max_steps])
     assert 0 <= lrs[-1] <= 2.0
     warm, cool = lrs[:warmup], lrs[warmup:]
@@ -22,7 +22,51 @@ def test_the_schedule_warms_up_and_falls_to_its_floor(warmup: int, max_steps: in
     assert cool == sorted(cool, reverse=True)
     if max_steps > warmup:
         assert lrs[warmup] == pytest.approx(2.0)
-        assert lrs[-1] == pytest.approx(2.0 * floor)
+        if schedule == "cosine" or round(max_steps * (1 - share)) < max_steps:
+            assert lrs[-1] == pytest.approx(2.0 * floor)
+        if schedule == "wsd":
+            stable = max(warmup, round(max_steps * (1 - share)))
+            assert lrs[warmup : stable + 1] == [2.0] * (min(stable, max_steps) + 1 - warmup)
+
+
+def test_an_unknown_schedule_is_refused() -> None:
+    with pytest.raises(ValueError, match="optim.schedule=step"):
+        learning_rate(0, schedule="step", lr=1.0, warmup_steps=0, max_steps=1, min_lr_ratio=0.0, decay_share=0.0)
+
+
+@pytest.mark.parametrize("shape", [(3, 24, 24), (2, 16, 40), (2, 40, 16)])
+def test_orthogonal_keeps_the_directions_and_levels_the_singular_values(shape: tuple[int, int, int]) -> None:
+    u, s, v = torch.linalg.svd(torch.randn(shape, generator=torch.Generator().manual_seed(0)), full_matrices=False)
+    matrices = u * torch.linspace(0.1, 1.0, s.shape[1]) @ v
+    for matrix, found in zip(matrices, orthogonal(matrices, torch.float32), strict=True):
+        u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+        inside = u.T @ found @ v.T
+        levels = inside.diagonal()
+        assert 0.5 < levels.min() < levels.max() < 1.3
+        assert (inside - levels.diag()).norm() < 1e-3
+
+
+def test_muon_is_torchs_with_a_fused_qkv_taken_apart() -> None:
+    """Five steps against torch.optim.Muon, which orthogonalises in bf16, one matrix at a time."""
+    torch.manual_seed(0)
+    mine = make_model(time_conditioning=False)
+    hidden = [(n, p) for n, p in mine.named_parameters() if n.startswith("blocks.") and p.ndim == 2]
+    assert len(hidden) == 8
+    theirs = [torch.nn.Parameter(part.clone()) for n, p in hidden for part in p.detach().chunk(3 if "qkv" in n else 1)]
+    start = [part.detach().clone() for part in theirs]
+    optimizer = make_optimizer("muon", mine, lr=1e-2, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
+    reference = torch.optim.Muon(theirs, lr=1e-2, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    for _ in range(5):
+        for parameter in mine.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        parts = [part for n, p in hidden for part in p.grad.chunk(3 if "qkv" in n else 1)]  # type: ignore[union-attr]
+        for parameter, part in zip(theirs, parts, strict=True):
+            parameter.grad = part.clone()
+        optimizer.step()
+        reference.step()
+    found = [part for n, p in hidden for part in p.detach().chunk(3 if "qkv" in n else 1)]
+    for a, b, before in zip(found, theirs, start, strict=True):
+        assert (a - b).norm() < 0.02 * (b - before).norm()
 
 
 def test_decay_acts_on_matrices_only() -> None:
@@ -38,13 +82,18 @@ def test_decay_acts_on_matrices_only() -> None:
         make_optimizer("sgd", model, lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
 
 
-def test_found_inf_freezes_the_fused_step() -> None:
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("gradient", [1.0, float("nan")])
+def test_found_inf_freezes_the_step(name: str, gradient: float) -> None:
     model = make_model()
-    optimizer = make_optimizer("adamw", model, lr=1e-1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
+    optimizer = make_optimizer(name, model, lr=1e-1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
     optimizer.found_inf = torch.zeros(())  # type: ignore[attr-defined]
     for frozen in (False, True):
         before = [parameter.detach().clone() for parameter in model.parameters()]
         model(random_batch([9]), torch.ones(1)).square().sum().backward()
+        if frozen:
+            for parameter in model.parameters():
+                parameter.grad.mul_(gradient)  # type: ignore[union-attr]
         optimizer.found_inf.fill_(float(frozen))  # type: ignore[attr-defined]
         optimizer.step()
         same = all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
@@ -70,3 +119,8 @@ def test_ema_is_the_average_by_name_and_swaps_in_and_out() -> None:
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, raw[name])
         assert torch.allclose(ema.weights[name], expected[name], atol=1e-5)
+
+
+def test_the_decay_that_is_matched_to_a_run_reaches_over_its_share() -> None:
+    assert 1 / (1 - run_length_decay(100_000)) == pytest.approx(HORIZON * 100_000)
+    assert run_length_decay(1) == 0.0

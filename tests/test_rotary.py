@@ -77,3 +77,14 @@ def test_scores_depend_on_relative_positions_only() -> None:
     for shift in (-7, 0, 3):
         diagonal = scores.diagonal(shift)
         assert torch.allclose(diagonal, diagonal[:1].expand_as(diagonal), atol=1e-4)
+
+
+@given(st.integers(1, 20), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_its_gradient_is_that_of_the_complex_reference(length: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(length)
+    qkv = torch.randn(1, length, 3, 2, 8, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(1, length, 3, 2, 8, generator=generator)
+    (mine,) = torch.autograd.grad((apply_rotary_pos_emb(qkv, *rotary_cos_sin(length, 8)) * weight).sum(), qkv)
+    turned = [complex_reference(qkv[:, :, i]) for i in (0, 1)]
+    (theirs,) = torch.autograd.grad((torch.stack([*turned, qkv[:, :, 2].double()], 2) * weight).sum(), qkv)
+    assert torch.allclose(mine.float(), theirs.float(), atol=1e-5 if dtype is torch.float32 else 2e-2)

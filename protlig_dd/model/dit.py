@@ -263,7 +263,7 @@ class Block(nn.Module):
         qkv = rearrange(self.qkv(h), "t (three h d) -> 1 t three h d", three=3, h=self.n_heads)
         if self.q_norm is not None and self.k_norm is not None:
             q, k, v = qkv.unbind(2)
-            qkv = torch.stack([self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v], dim=2)
+            qkv = torch.stack([self.q_norm(q.float()).to(v.dtype), self.k_norm(k.float()).to(v.dtype), v], dim=2)
         return apply_rotary_pos_emb(qkv, cos, sin).squeeze(0)
 
     def after_attention(

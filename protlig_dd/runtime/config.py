@@ -129,6 +129,7 @@ class TrainConfig:
     trainer: TrainerConfig
     logger: LoggerConfig
     report: ReportConfig
+    plan: bool = False
 
 
 @dataclass
@@ -180,6 +181,7 @@ class SampleConfig:
 # trainer.epochs move the end of the learning rate's cosine; trainer.precision and model.attention_backend are compared
 # as resolved, and of data.path the fingerprint.
 RESUMABLE = (
+    "plan",
     "run.",
     "trainer.",
     "logger.",

@@ -45,6 +45,7 @@ from protlig_dd.runtime.files import free_name, locked, write_atomic, written_to
 from protlig_dd.runtime.metrics import announce, console, import_wandb
 from protlig_dd.runtime.stop import STOPPED, Stopped, StopRequests, seconds_of
 from protlig_dd.training.job import train
+from protlig_dd.training.plan import print_plan
 from protlig_dd.training.validate import check_train_config
 
 UNIREF50 = Path("data/uniref50.h5")
@@ -87,9 +88,9 @@ def run(cfg: DictConfig) -> None:
     config = read_config(cfg, TrainConfig)
     path = run_path(config)
     config.graph = graph_with_rates(config.graph, {} if config.run.fresh else graph_of_run(path))
+    check_train_config(config)
     if config.time_conditioning == "auto":
         config.time_conditioning = not is_time_free(build_graph(config.graph), config.parametrisation)
-    check_train_config(config)
     seconds = None if config.trainer.max_time is None else seconds_of(config.trainer.max_time)
     deadline = None if seconds is None else time.time() + seconds
     if processes_from_environment().launch is not None:
@@ -97,6 +98,11 @@ def run(cfg: DictConfig) -> None:
         return
     devices = count_devices(config.trainer.devices, config.trainer.device)
     check_shares(config, devices)
+    if config.plan:
+        device = resolve_device(config.trainer.device)
+        store = open_data(config.data.path, processes_from_environment())
+        print_plan(config, store, device, resolve_precision(config.trainer.precision, device), devices)
+        return
     if devices == 1 and not config.trainer.max_restarts:
         run_rank(config, path, deadline)
     else:

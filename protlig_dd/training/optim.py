@@ -23,8 +23,8 @@ def make_optimizer(
     betas: Sequence[float],
     eps: float,
     weight_decay: float,
-    momentum: float,
-    precision: str,
+    momentum: float = 0.95,
+    precision: str = "fp32",
 ) -> torch.optim.Optimizer:
     """Fused AdamW, or Muon for the matrices of the blocks with AdamW for the rest.
 

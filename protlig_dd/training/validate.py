@@ -31,9 +31,9 @@ def check_train_config(config: TrainConfig) -> None:
     check_data(config.data)
     graph = build_graph(config.graph)
     build_noise(config.noise, graph)
-    if config.time_conditioning not in (True, False):
+    if config.time_conditioning not in ("auto", True, False):
         raise ValueError(f"time_conditioning={config.time_conditioning}; there are auto, true and false")
-    check_parametrisation(graph, config.parametrisation, config.time_conditioning)
+    check_parametrisation(graph, config.parametrisation, time_conditioning=config.time_conditioning is not False)
     check_sampler(graph, config.report.predictor)
     if (trainer.max_steps is None) == (trainer.epochs is None):
         raise ValueError(f"give one of trainer.max_steps={trainer.max_steps} and trainer.epochs={trainer.epochs}")

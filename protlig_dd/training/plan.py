@@ -1,0 +1,117 @@
+"""What a config will cost, before it is run: `python -m protlig_dd.training plan=true`."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from protlig_dd.batch import PackedBatch
+from protlig_dd.data.store import StoreGroup
+from protlig_dd.runtime.config import TrainConfig, build_model
+from protlig_dd.runtime.environment import matmul_peak
+from protlig_dd.runtime.metrics import console
+from protlig_dd.training.optim import make_optimizer
+
+MFU = 0.4  # assumed where nothing was measured: of what matrix products reach
+H100_FLOPS = 989e12  # dense bf16
+TOKENS = 256  # of the pack whose activations are counted
+
+
+def activation_bytes(config: TrainConfig, precision: str) -> float:
+    """Bytes of activations at their peak, for each token of a pack, in eager mode (compiled blocks keep less).
+
+    Counted on real tensors that the forward pass keeps, in networks of one block and of two: all blocks are alike.
+    With checkpointing one block's are there again while the backward pass is in it.
+    """
+    one, two = (kept_bytes(config, precision, blocks, config.model.checkpointing) for blocks in (1, 2))
+    total = one + (config.model.n_blocks - 1) * (two - one)
+    if config.model.checkpointing:
+        total += kept_bytes(config, precision, 2, False) - kept_bytes(config, precision, 1, False)
+    return total
+
+
+def kept_bytes(config: TrainConfig, precision: str, blocks: int, checkpointing: bool) -> float:
+    """Bytes that a network of so many blocks keeps for its backward pass, for each token."""
+    batch = PackedBatch.pack([torch.zeros(TOKENS, dtype=torch.int64)])
+    model = build_model(config.model, "sdpa", config.time_conditioning).train()
+    del model.blocks[blocks:]
+    model.checkpointing = checkpointing
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), autocast:
+        model(batch, torch.ones(1))
+    return sum(size for place, size in kept.items() if place not in weights) / TOKENS
+
+
+def plan(
+    config: TrainConfig, store: StoreGroup, device: torch.device, precision: str, processes: int
+) -> dict[str, Any]:
+    """Parameters, FLOPs, memory and time of a run, as numbers."""
+    data, optim = config.data, config.optim
+    with torch.device("meta"):
+        model = build_model(config.model, "sdpa", config.time_conditioning)
+        optimizer = make_optimizer(optim.name, model, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=0.0)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    by_muon = sum(p.numel() for p in optimizer.param_groups[0]["params"]) if optim.name == "muon" else 0
+    tokens = np.minimum(store.lengths[store.split("train")[:100_000]], data.max_len).astype(np.int64) + 2
+    flops = 3 * model.flops(tokens.tolist()) / int(tokens.sum())
+    per_token = activation_bytes(config, precision)
+    total_tokens = int(store.token_counts[0].sum())
+    step_tokens = optim.packs_per_step * data.tokens_per_pack
+    steps = config.trainer.max_steps or round((config.trainer.epochs or 0) * total_tokens / step_tokens)
+    peak = matmul_peak(device, precision)
+    return {
+        "parameters": parameters,
+        "flops_per_token": flops,
+        "step_tokens": step_tokens,
+        "steps": steps,
+        "epochs": steps * step_tokens / total_tokens,
+        # weights, gradients and averages, and of AdamW two numbers for each weight, of Muon one, in float32
+        "state_bytes": 4 * (5 * parameters - by_muon),
+        "activation_bytes_per_token": per_token,
+        "pack_bytes": per_token * data.tokens_per_pack,
+        "peak_flops": peak,
+        "seconds": steps * step_tokens * flops / (MFU * peak * processes),
+    }
+
+
+def print_plan(config: TrainConfig, store: StoreGroup, device: torch.device, precision: str, processes: int) -> None:
+    """The plan as a table, for people."""
+    found = plan(config, store, device, precision, processes)
+    tokens = found["steps"] * found["step_tokens"]
+    per_token, kept, hours = found["flops_per_token"], found["activation_bytes_per_token"], found["seconds"] / 3600
+    gib = {key: found[f"{key}_bytes"] / 2**30 for key in ("state", "pack")}
+    recomputed = ", recomputed in the backward pass" if config.model.checkpointing else ""
+    rows = {
+        "parameters": [f"{found['parameters'] / 1e6:,.1f} M"],
+        "data": [store.name, f"{int(store.token_counts[0].sum()):,} tokens to train on"],
+        "step": [
+            f"{config.optim.packs_per_step} packs x {config.data.tokens_per_pack:,} = {found['step_tokens']:,} tokens",
+            f"{per_token * found['step_tokens'] / 1e12:,.2f} TFLOP",
+        ],
+        "run": [f"{found['steps']:,} steps = {tokens / 1e9:,.3f} G tokens = {found['epochs']:,.2f} epochs"],
+        "FLOPs": [f"{per_token / 1e9:,.3f} GFLOP a token", f"{per_token * tokens:.2e} in all"],
+        "memory": [
+            f"{sum(gib.values()):,.2f} GiB a process",
+            f"{gib['state']:,.2f} of it weights, gradients, averages and optimizer",
+            f"{gib['pack']:,.2f} activations, {kept / 1024:,.0f} KiB a token{recomputed}",
+        ],
+        "time": [
+            f"{hours:,.1f} hours = {hours / 24:,.1f} days on {processes} x {device}",
+            f"matrix products reach {found['peak_flops'] / 1e12:,.2f} TFLOP/s in {precision}",
+            f"{MFU:.0%} of that is assumed",
+        ],
+        "on an H100": [
+            f"{per_token * tokens / (MFU * H100_FLOPS) / 86400:,.1f} days",
+            f"{H100_FLOPS / 1e12:.0f} TFLOP/s by its data sheet, of which {MFU:.0%} is assumed",
+        ],
+    }
+    console.print(
+        "\n".join(f"{name:<11} {'; '.join(parts)}" for name, parts in rows.items()), markup=False, soft_wrap=True
+    )

@@ -1,0 +1,76 @@
+"""`plan=true`: what a config costs, against what its training then keeps and computes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from protlig_dd.batch import PackedBatch
+from protlig_dd.data.store import SequenceStore, StoreGroup
+from protlig_dd.runtime.config import TrainConfig, build_model, read_config
+from protlig_dd.training.plan import activation_bytes, plan
+
+from .conftest import Command
+from .test_configs import composed
+
+
+def config_of(*overrides: str) -> TrainConfig:
+    config = read_config(composed("model=tiny", *overrides), TrainConfig)
+    config.time_conditioning = False
+    return config
+
+
+def kept_by(model: nn.Module, tokens: int) -> int:
+    """Bytes that one forward pass over so many tokens keeps, weights left out."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    batch = PackedBatch.pack([torch.zeros(250, dtype=torch.int64)] * (tokens // 250))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        model.train()(batch, torch.ones(tokens // 250))
+    return sum(size for place, size in kept.items() if place not in weights)
+
+
+@pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
+def test_activations_are_linear_in_tokens_and_depth(mlp: str) -> None:
+    config = config_of("model.n_blocks=5", f"model.mlp={mlp}")
+    model = build_model(config.model, "sdpa", time_conditioning=False)
+    for tokens in (1000, 4000):
+        assert kept_by(model, tokens) == pytest.approx(tokens * activation_bytes(config, "fp32"), rel=0.03)
+
+
+def test_checkpointing_keeps_one_block_of_many() -> None:
+    plain, checkpointed = (
+        activation_bytes(config_of("model.n_blocks=20", f"model.checkpointing={flag}"), "fp32")
+        for flag in ("false", "true")
+    )
+    assert checkpointed < plain / 6
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_numbers_are_those_of_the_model_and_its_optimizer(store: SequenceStore, optimizer: str) -> None:
+    config = config_of(f"optim={optimizer}", "trainer.max_steps=10", "optim.packs_per_step=2")
+    found = plan(config, StoreGroup([store]), torch.device("cpu"), "fp32", 1)
+    model = build_model(config.model, "sdpa", time_conditioning=False)
+    assert found["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert found["step_tokens"] == 2 * config.data.tokens_per_pack
+    numbers = 5 * found["parameters"]
+    if optimizer == "muon":
+        numbers -= sum(p.numel() for name, p in model.blocks.named_parameters() if p.ndim == 2)
+    assert found["state_bytes"] == 4 * numbers
+    train = store.split("train")
+    lengths = [min(int(store.lengths[row]), config.data.max_len) + 2 for row in train]
+    assert found["flops_per_token"] == pytest.approx(3 * model.flops(lengths) / sum(lengths))
+
+
+def test_the_command_prints_it_and_trains_nothing(run_python: Command, store: SequenceStore, tmp_path: Path) -> None:
+    process = run_python("-m", "protlig_dd.training", "plan=true", "model=tiny", f"data.path={store.path}")
+    assert process.returncode == 0, process.stderr
+    for word in ("parameters  1.6 M", "GFLOP a token", "activations", "KiB a token", "days on 1 x cpu", "TFLOP/s"):
+        assert word in process.stdout
+    assert not (tmp_path / "runs").exists()
