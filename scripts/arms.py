@@ -92,7 +92,7 @@ def overrides(arm: Sequence[str], size: str, *, data: Path, residues: float, tok
         key, _, value = override.partition("=")
         last[key] = value
     if last["optim.ema_decay"].startswith("EMA:"):
-        last["optim.ema_decay"] = str(1 - 1 / (float(last["optim.ema_decay"][4:]) * steps))
+        last["optim.ema_decay"] = str(1 - 1 / max(1.0, float(last["optim.ema_decay"][4:]) * steps))
     last["data.tokens_per_pack"] = str(tokens)
     return [
         *SIZES[size], *(f"{key}={value}" for key, value in last.items()), f"data.path={data}", f"seed={seed}",
@@ -172,6 +172,8 @@ def main() -> None:
             file.write_text(json.dumps([found[place] for place in sorted(found)], indent=1) + "\n")
             bar.advance()
     print_table([found[place] for place in sorted(found)])
+    if any("error" in row for row in found.values()):
+        raise SystemExit(1)
 
 
 def print_table(found: list[dict[str, Any]]) -> None:

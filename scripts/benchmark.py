@@ -1,6 +1,6 @@
 """Measure training on real proteins against the way public SEDD code runs, sampling, and how costs grow:
 
-    python -m scripts.benchmark throughput sampling growth --fasta FILE
+    python -m scripts.benchmark throughput cost profile presets sampling growth --fasta FILE
 
 The baseline is the same network on batches padded to max_len, in float32, eager, with AdamW. Every figure is a ratio of
 steps that were made in turn in this one process; only real residues count. Prints Markdown tables and writes JSON.
@@ -24,7 +24,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from hydra import compose, initialize_config_dir
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from protlig_dd.batch import PackedBatch, StaticShape, spare_sequences
 from protlig_dd.data.build import bundled_store
@@ -37,14 +39,17 @@ from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.model.attention import resolve_attention_backend
 from protlig_dd.model.dit import DiT, modulate
 from protlig_dd.model.rotary import apply_rotary_pos_emb, rotary_cos_sin
+from protlig_dd.runtime.config import TrainConfig, config_folder, read_config
 from protlig_dd.runtime.distributed import Processes
 from protlig_dd.runtime.environment import matmul_peak, peak_memory, resolve_device, resolve_precision
 from protlig_dd.runtime.metrics import ProgressBar
 from protlig_dd.tokenizer import PAD
 from protlig_dd.training.optim import make_optimizer
+from protlig_dd.training.plan import H100_FLOPS, MFU, plan
 from protlig_dd.training.trainer import Trainer
 
 MODELS = {
+    "256 x 2": {"hidden_size": 256, "n_heads": 8, "n_blocks": 2},
     "384 x 6": {"hidden_size": 384, "n_heads": 6, "n_blocks": 6},
     "768 x 12": {"hidden_size": 768, "n_heads": 12, "n_blocks": 12},
 }
@@ -114,7 +119,7 @@ def make_variant(
     **options: Any,
 ) -> Variant:
     """A trainer of its own over the same packs. A padded one takes as many slots as a packed one has tokens."""
-    time_conditioning = options.pop("time_conditioning", True)
+    time_conditioning, optimizer = options.pop("time_conditioning", True), options.pop("optimizer", "adamw")
     backend = resolve_attention_backend("auto", device, precision, sizes["hidden_size"] // sizes["n_heads"])
     torch.manual_seed(0)
     with device:
@@ -141,7 +146,7 @@ def make_variant(
         graph=graph,
         noise=noise,
         optimizer=make_optimizer(
-            "adamw", model, lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0, momentum=0.95, precision=precision
+            optimizer, model, lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0, precision=precision
         ),
         dataset=dataset,
         device=device,
@@ -205,6 +210,34 @@ def throughput(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 variants.append(make(f"packed {best}, eager, the default network", precision=best, **default))
             variants.append(make(f"packed {best}, {how}, the default network", precision=best, **fast, **default))
             found += compare(variants, arguments, device, best, size, max_len)
+    return found
+
+
+def cost(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """What the arms of scripts/arms.py cost for each residue, eager, against the SEDD network with AdamW."""
+    device = resolve_device(arguments.device)
+    precision, store = resolve_precision("auto", device), open_store(arguments.fasta, arguments.folder)
+    free = {"time_conditioning": False}
+    qk = {**free, "qk_norm": True}
+    muon = {**qk, "optimizer": "muon"}
+    arms: dict[str, dict[str, Any]] = {
+        "SEDD network, AdamW": {},
+        "time-free": free,
+        "time-free, QK-norm": qk,
+        "time-free, QK-norm, Muon": muon,
+        "time-free, QK-norm, Muon, RMSNorm": {**muon, "norm": "rms"},
+        "time-free, QK-norm, Muon, SwiGLU": {**muon, "mlp": "swiglu"},
+        "time-free, QK-norm, Muon, squared ReLU": {**muon, "mlp": "relu2"},
+        "time-free, QK-norm, Muon, checkpointing": {**muon, "checkpointing": True},
+    }
+    found = []
+    for size in arguments.models:
+        variants = [
+            make_variant(name, store, MODELS[size], max_len=512, tokens=arguments.tokens, device=device,
+                         precision=precision, **options)
+            for name, options in arms.items()
+        ]  # fmt: skip
+        found += compare(variants, arguments, device, precision, size, 512)
     return found
 
 
@@ -302,6 +335,67 @@ def sampling(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def profiled(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Where the time of an eager packed step goes: shares of what each operator takes by itself."""
+    device = resolve_device(arguments.device)
+    precision, store = resolve_precision("auto", device), open_store(arguments.fasta, arguments.folder)
+    networks = {"SEDD network": {}, "default network": {"time_conditioning": False, "qk_norm": True, "norm": "rms"}}
+    shares: dict[str, dict[str, float]] = {}
+    for size in arguments.models:
+        for name, options in networks.items():
+            variant = make_variant(name, store, MODELS[size], max_len=arguments.max_len[0], tokens=arguments.tokens,
+                                   device=device, precision=precision, **options)  # fmt: skip
+            timed(variant, arguments.warmup, device)
+            with profile(
+                activities=[ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]
+            ) as found:
+                timed(variant, arguments.steps, device)
+            kind = "device" if device.type == "cuda" else "cpu"
+            spent = {event.key: getattr(event, f"self_{kind}_time_total") for event in found.key_averages()}
+            total = sum(spent.values())
+            shares[f"{name}, {size}"] = {key: value / total for key, value in spent.items()}
+    columns = list(shares)
+    ranked = sorted({key for one in shares.values() for key in one}, key=lambda key: -shares[columns[0]].get(key, 0.0))
+    print(f"\nShares of a packed step of {arguments.tokens} tokens, {precision}, eager, {device}\n")
+    table(
+        ["operator", *columns],
+        [
+            [f"`{key}`", *(f"{shares[column].get(key, 0.0):.1%}" for column in columns)]
+            for key in ranked
+            if max(shares[column].get(key, 0.0) for column in columns) > 0.01
+        ],
+    )
+    return [{"network": column, "shares": shares[column]} for column in columns]
+
+
+def presets(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """What `plan=true` says of each preset, and of it with activation checkpointing, in bf16."""
+    store, rows = open_store(arguments.fasta, arguments.folder), []
+    with initialize_config_dir(str(config_folder()), version_base=None):
+        for name in ("tiny", "small", "medium", "large"):
+            found = []
+            for checkpointing in (False, True):
+                wanted = [f"model={name}", f"model.checkpointing={checkpointing}"]
+                config = read_config(compose("train", overrides=wanted), TrainConfig)
+                config.time_conditioning = False
+                found.append(plan(config, store, torch.device("cpu"), "bf16", 1))
+            rows.append({"preset": name, **found[0], "checkpointed": found[1]["activation_bytes_per_token"]})
+    print(f"\n{rows[0]['steps']:,} steps of {rows[0]['step_tokens']:,} tokens; an H100 at {MFU:.0%} of "
+          f"{H100_FLOPS / 1e12:.0f} TFLOP/s, assumed\n")  # fmt: skip
+    table(
+        ["preset", "M parameters", "GFLOP a token", "GiB of weights, gradients, averages, optimizer",
+         "KiB of activations a token", "with checkpointing", "days on an H100"],
+        [
+            [row["preset"], f"{row['parameters'] / 1e6:,.1f}", f"{row['flops_per_token'] / 1e9:.3f}",
+             f"{row['state_bytes'] / 2**30:.2f}", f"{row['activation_bytes_per_token'] / 1024:,.0f}",
+             f"{row['checkpointed'] / 1024:,.0f}",
+             f"{row['steps'] * row['step_tokens'] * row['flops_per_token'] / (MFU * H100_FLOPS) / 86400:.2f}"]
+            for row in rows
+        ],
+    )  # fmt: skip
+    return rows
+
+
 def growth(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Time and memory of a step against what makes it larger, one thing at a time; each in a process of its own."""
     base = {"tokens": 2048, "length": 256, "n_blocks": 6, "hidden_size": 384, "checkpointing": False, "ranks": 1}
@@ -375,7 +469,14 @@ def table(columns: list[str], rows: list[list[str]]) -> None:
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
-PARTS = {"throughput": throughput, "sampling": sampling, "growth": growth}
+PARTS = {
+    "throughput": throughput,
+    "cost": cost,
+    "profile": profiled,
+    "presets": presets,
+    "sampling": sampling,
+    "growth": growth,
+}
 
 
 def main() -> None:
@@ -383,7 +484,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", default=["throughput"], help=f"of {', '.join(PARTS)}")
     parser.add_argument("--fasta", type=Path, help="proteins; without it the bundled ones")
     parser.add_argument("--folder", type=Path, default=Path("data"), help="for the store that is made of them")
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--models", nargs="+", default=list(MODELS)[1:], choices=list(MODELS))
     parser.add_argument("--max-len", nargs="+", type=int, default=[512, 1024])
     parser.add_argument("--tokens", type=int, default=4096, help="in a pack, and slots in a padded batch")
     parser.add_argument("--steps", type=int, default=3, help="that a variant makes in its turn")

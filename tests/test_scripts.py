@@ -1,10 +1,12 @@
 """The scripts behind the tables of the docs run, and their tables are in the docs."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
+from protlig_dd.data.store import SequenceStore
 from scripts import mutation_check
 from scripts.diffusion_report import RUNS, samplers
 
@@ -50,9 +52,11 @@ def test_the_docs_hold_every_row_of_the_tables() -> None:
     assert not missing
 
 
-@pytest.mark.parametrize("name", ["diffusion.md", "likelihood.md", "multinode.md", "reliability.md", "scaling.md"])
+@pytest.mark.parametrize(
+    "name", ["diffusion.md", "likelihood.md", "multinode.md", "performance.md", "reliability.md", "scaling.md"]
+)
 def test_the_commands_of_the_docs_are_there(name: str) -> None:
-    text = (ROOT / "docs" / name).read_text()
+    text = (ROOT / "docs" / f"{name}.md").read_text()
     for command in re.findall(r"`python -m (scripts\.\w+)|`python (scripts/\w+\.py)", text):
         script = Path(command[1] or command[0].replace(".", "/") + ".py")
         assert (ROOT / script).is_file()
@@ -81,7 +85,9 @@ def test_the_data_benchmark_prints_the_tables_of_the_docs(run_python: Command) -
     process = run_python("-m", "scripts.benchmark_data", *sizes, PYTHONPATH=str(ROOT))
     assert process.returncode == 0, process.stderr
     printed = [line for line in process.stdout.splitlines() if line.startswith("|")]
-    documented = [line for line in (ROOT / "docs/scaling.md").read_text().splitlines() if line.startswith("|")]
+    sections = (ROOT / "docs/scaling.md").read_text().split("\n## ")
+    others = "\n".join(section for section in sections if not section.startswith("Presets"))
+    documented = [line for line in others.splitlines() if line.startswith("|")]
 
     def shape(lines: list[str]) -> list[str]:
         """Headings, first cells, and how many columns each row has."""
@@ -89,6 +95,44 @@ def test_the_data_benchmark_prints_the_tables_of_the_docs(run_python: Command) -
 
     assert shape(printed) == shape(documented)
     assert len(printed) == 4 * 2 + 2 + 3 + 2 + 2
+
+
+@pytest.mark.slow
+def test_the_benchmark_measures_every_part(run_python: Command, tmp_path: Path) -> None:
+    sizes = ("--models", "256 x 2", "--max-len", "100", "--tokens", "600", "--steps", "1", "--warmup", "1")
+    sizes += ("--repeats", "2", "--sampling-steps", "3", "6", "--json", str(tmp_path / "found.json"))
+    process = run_python(
+        "-m", "scripts.benchmark", "throughput", "cost", "profile", "sampling", *sizes, PYTHONPATH=str(ROOT)
+    )
+    assert process.returncode == 0, process.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [row["ratio"] for row in found["throughput"] + found["cost"] if "baseline" in row["variant"]] == [1.0]
+    assert len({row["variant"] for row in found["throughput"]}) == len(found["throughput"]) == 5
+    assert all(row["residues_per_s"] > 0 for row in found["throughput"] + found["cost"])
+    assert [row["steps"] for row in found["sampling"]] == [3, 6]
+    assert [sum(row["shares"].values()) for row in found["profile"]] == pytest.approx([1.0, 1.0])
+    wrong = run_python("-m", "scripts.benchmark", "speed", PYTHONPATH=str(ROOT))
+    assert wrong.returncode == 2
+    assert "no part speed" in wrong.stderr
+
+
+@pytest.mark.slow
+def test_arms_are_trained_once_and_compared(run_python: Command, store: SequenceStore, tmp_path: Path) -> None:
+    names = ("SEDD (log-score), lr 0.001", "QK-norm, Muon, lr 0.01; EMA over 5%")
+    command = ("-m", "scripts.arms", "screen", "--data", str(store.path), "--sizes", "tiny", "--residues", "3000")
+    command += ("--tokens", "1000", "--jobs", "2", "--threads", "1", "--only", *names)
+    first = run_python(*command, PYTHONPATH=str(ROOT))
+    assert first.returncode == 0, first.stderr
+    found = json.loads((tmp_path / "runs/screen_tiny.json").read_text())
+    assert [row["arm"] for row in found] == list(names)
+    assert not any("error" in row for row in found), found
+    made = {path: path.stat().st_mtime for path in tmp_path.glob("runs/*/report.json")}
+    assert len(made) == 2
+    again = run_python(*command, PYTHONPATH=str(ROOT))
+    table = [line for line in again.stdout.splitlines() if line.startswith("| tiny")]
+    assert table == [line for line in first.stdout.splitlines() if line.startswith("| tiny")]
+    assert "+0.0000 ± 0.0000" in table[0]
+    assert made == {path: path.stat().st_mtime for path in made}
 
 
 HEADINGS = ("| input |", "| at step |", "| tokens a pack |", "| model |")

@@ -19,7 +19,7 @@ from protlig_dd.runtime.checkpoint import complete_checkpoints
 from protlig_dd.runtime.config import config_folder
 from protlig_dd.runtime.metrics import read_metrics
 
-from .conftest import Command, assert_one_line_error
+from .conftest import Command, assert_one_line_error, require_program
 
 pytestmark = pytest.mark.slow  # each starts processes that train
 
@@ -394,6 +394,36 @@ def test_the_wheel_trains_in_an_empty_folder(run_python: Command, store: Sequenc
     assert found.stdout.startswith(str(site))
     assert (empty / "runs/demo/report.json").is_file()
     assert any(empty.glob("data/sample-*.h5"))
+
+
+@pytest.mark.slow
+def test_a_compiled_run_has_the_losses_of_an_eager_one(
+    run_python: Command, store: SequenceStore, tmp_path: Path
+) -> None:
+    """Packs of many sizes, and an evaluation between them; compiled once, without the checks of shapes in its way."""
+    require_program("g++")
+    losses = []
+    for name in ("eager", "compiled"):
+        more = ["trainer.max_steps=6", "trainer.eval_every=3", f"trainer.compile={name == 'compiled'}"]
+        process = run_python(
+            "-m", "protlig_dd.training", *overrides_for(store, name, *more), PROTLIG_TYPECHECK="0",
+            TORCH_LOGS="recompiles", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"),
+        )  # fmt: skip
+        assert process.returncode == 0, process.stderr
+        assert "Recompiling" not in process.stderr
+        rows = read_metrics(tmp_path / f"runs/{name}/metrics.jsonl").values()
+        losses.append([row["loss"] for row in rows if "loss" in row])
+        environment = json.loads((tmp_path / f"runs/{name}/environment.json").read_text())
+        assert environment["compiled"] is (name == "compiled")
+    assert len(losses[0]) == 6
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_compiling_without_a_compiler_is_refused(run_python: Command, store: SequenceStore, tmp_path: Path) -> None:
+    process = run_python(
+        "-m", "protlig_dd.training", *overrides_for(store, "none", "trainer.compile=true"), PATH=str(tmp_path)
+    )
+    assert_one_line_error(process, "trainer.compile=true", "C++ compiler", "g++")
 
 
 @pytest.mark.gpu
