@@ -427,7 +427,7 @@ def test_a_run_may_start_from_another_runs_checkpoint(
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
     assert "going on from runs/branch/" in train(run_python, store, "branch", "trainer.max_steps=9", branch)
     other = run_python(*TRAINING, *overrides_for(store, "other", branch, "optim.lr=1"))
-    assert_one_line_error(other, "step_00000004 was made with another config (optim.lr: 0.0007 -> 1.0)")
+    assert_one_line_error(other, "step_00000004 was made with another config (optim.lr: 0.003 -> 1.0)")
     missing = run_python(*TRAINING, *overrides_for(store, "other", "run.resume=runs/nothing"))
     assert_one_line_error(missing, "run.resume=runs/nothing; there are auto, never, and folders")
 

@@ -56,7 +56,7 @@ def test_the_docs_hold_every_row_of_the_tables() -> None:
     "name", ["diffusion.md", "likelihood.md", "multinode.md", "performance.md", "reliability.md", "scaling.md"]
 )
 def test_the_commands_of_the_docs_are_there(name: str) -> None:
-    text = (ROOT / "docs" / f"{name}.md").read_text()
+    text = (ROOT / "docs" / name).read_text()
     for command in re.findall(r"`python -m (scripts\.\w+)|`python (scripts/\w+\.py)", text):
         script = Path(command[1] or command[0].replace(".", "/") + ".py")
         assert (ROOT / script).is_file()

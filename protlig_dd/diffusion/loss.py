@@ -43,7 +43,8 @@ def score_entropy_loss(
     dsigma_T = dsigma.index_select(0, batch.segment_ids)
     xt = graph.sample_transition(x0, sigma_T, generator)
     log_score = score_fn(batch.with_tokens(xt), sigma)
-    loss_T = (t_max - noise.t_min) * dsigma_T * graph.score_entropy(log_score, sigma_T, xt, x0)
+    weight_T = (t_max - noise.t_min) * dsigma_T
     if max_weight is not None:
-        loss_T = loss_T * (max_weight * torch.expm1(sigma_T) / ((t_max - noise.t_min) * dsigma_T)).clamp(max=1.0)
+        weight_T = torch.minimum(weight_T, max_weight * torch.expm1(sigma_T))
+    loss_T = weight_T * graph.score_entropy(log_score, sigma_T, xt, x0)
     return loss_T.sum(), (x0 < graph.n_states).sum()
