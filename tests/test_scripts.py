@@ -102,7 +102,15 @@ def test_the_benchmark_measures_every_part(run_python: Command, tmp_path: Path) 
     sizes = ("--models", "256 x 2", "--max-len", "100", "--tokens", "600", "--steps", "1", "--warmup", "1")
     sizes += ("--repeats", "2", "--sampling-steps", "3", "6", "--json", str(tmp_path / "found.json"))
     process = run_python(
-        "-m", "scripts.benchmark", "throughput", "cost", "profile", "sampling", *sizes, PYTHONPATH=str(ROOT)
+        "-m",
+        "scripts.benchmark",
+        "throughput",
+        "cost",
+        "profile",
+        "sampling",
+        *sizes,
+        PYTHONPATH=str(ROOT),
+        PROTLIG_TYPECHECK="0",
     )
     assert process.returncode == 0, process.stderr
     found = json.loads((tmp_path / "found.json").read_text())
