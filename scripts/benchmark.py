@@ -47,6 +47,7 @@ from protlig_dd.tokenizer import PAD
 from protlig_dd.training.optim import make_optimizer
 from protlig_dd.training.plan import H100_FLOPS, MFU, plan
 from protlig_dd.training.trainer import Trainer
+from scripts.benchmark_data import table
 
 MODELS = {
     "256 x 2": {"hidden_size": 256, "n_heads": 8, "n_blocks": 2},
@@ -462,11 +463,6 @@ def open_store(fasta: Path | None, folder: Path) -> StoreGroup:
         command = [sys.executable, "-m", "protlig_dd.prepare", f"input={fasta}", f"output={store}"]
         subprocess.run(command, check=True)
     return StoreGroup([SequenceStore(store)])
-
-
-def table(columns: list[str], rows: list[list[str]]) -> None:
-    for cells in (columns, ["---"] * len(columns), *rows):
-        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 PARTS = {

@@ -92,7 +92,10 @@ class Muon(torch.optim.Optimizer):
         group = self.param_groups[0]
         weights = [p for p in group["params"] if p.grad is not None]
         gradients = [p.grad for p in weights]
-        averages = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in weights]
+        for p in weights:
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        averages = [self.state[p]["momentum_buffer"] for p in weights]
         torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
         updates = torch._foreach_lerp(gradients, averages, group["momentum"])  # Nesterov's
         pieces = [piece for pair in zip(weights, updates, strict=True) for piece in self.matrices(*pair)]
