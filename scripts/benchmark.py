@@ -206,7 +206,7 @@ def throughput(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 fast |= {"filled": True, "graphed": True}
             how = "compiled, CUDA graphs" if device.type == "cuda" else "compiled"
             variants.append(make(f"packed {best}, {how}", precision=best, **fast))
-            default = {"time_conditioning": False, "qk_norm": True}
+            default = {"time_conditioning": False, "qk_norm": True, "norm": "rms"}
             if device.type == "cpu":
                 variants.append(make(f"packed {best}, eager, the default network", precision=best, **default))
             variants.append(make(f"packed {best}, {how}, the default network", precision=best, **fast, **default))

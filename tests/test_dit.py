@@ -166,9 +166,10 @@ def test_the_gradient_of_a_modulation_is_the_sum_over_its_tokens() -> None:
     batch = random_batch([7, 40, 12])
     modulation = torch.randn(3, 8, requires_grad=True)
     weight = torch.randn(59, 8)
-    for mine, part in zip(per_token(modulation, batch.segment_ids, 2), modulation.chunk(2, dim=-1), strict=True):
+    parts = modulation.chunk(2, dim=-1)
+    for mine, part in zip(per_token(parts, batch.segment_ids), parts, strict=True):
         assert torch.equal(mine, part.index_select(0, batch.segment_ids))
-    mine = torch.cat(per_token(modulation, batch.segment_ids, 2), dim=-1)
+    mine = torch.cat(per_token(parts, batch.segment_ids), dim=-1)
     (found,) = torch.autograd.grad((mine * weight).sum(), modulation)
     expected = torch.stack([part.sum(0) for part in batch.unpack(weight)])
     assert torch.allclose(found, expected, atol=1e-5)
