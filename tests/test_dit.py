@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from protlig_dd.batch import PackedBatch, StaticShape
-from protlig_dd.model.dit import DiT, per_token
+from protlig_dd.model.dit import RMS_EPS, DiT, RMSNorm, per_token
 
 from .conftest import make_model, random_batch, refuses
 
@@ -160,6 +160,21 @@ def test_checkpointing_changes_memory_and_nothing_else(dropout: float) -> None:
     (plain, much), (again, little) = found
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
     assert little < much / 3
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=3), st.integers(2, 9), st.integers(-12, 12))
+def test_rms_norm_and_its_gradients_are_torch_s(leading: list[int], width: int, exponent: int) -> None:
+    generator = torch.Generator().manual_seed(width)
+    x, grad = (torch.randn([*leading, width], dtype=torch.float64, generator=generator) for _ in "xg")
+    x = (x * 2.0**exponent).requires_grad_()
+    norm = RMSNorm(width).double()
+    with torch.no_grad():
+        norm.weight.uniform_(-2, 2)
+    theirs = F.rms_norm(x, (width,), norm.weight, RMS_EPS)
+    assert torch.allclose(norm(x), theirs, rtol=1e-12, atol=0)
+    mine = torch.autograd.grad(norm(x), (x, norm.weight), grad)
+    for a, b in zip(mine, torch.autograd.grad(theirs, (x, norm.weight), grad), strict=True):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-9 * float(b.abs().max()))
 
 
 def test_the_gradient_of_a_modulation_is_the_sum_over_its_tokens() -> None:
