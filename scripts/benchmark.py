@@ -275,17 +275,19 @@ def compare(
                 "ratio_low": min(ratios),
                 "ratio_high": max(ratios),
                 "mfu": None if "padded" in variant.name else statistics.median(mfus[variant.name]),
+                "slots_per_residue": arguments.tokens / variant.residues,
                 "first_step_s": variant.first_s,
             }
         )
     print(f"\n{size}, max_len {max_len}, {arguments.tokens} tokens a pack, {device}\n")
     table(
-        ["variant", "residues/s", "ratio to the baseline (lowest, highest)", "MFU", "first step, s"],
+        ["variant", "residues/s", "ratio to the baseline (lowest, highest)", "slots a residue", "MFU", "first step, s"],
         [
             [
                 row["variant"],
                 f"{row['residues_per_s']:,.0f}",
                 f"{row['ratio']:.2f} ({row['ratio_low']:.2f}, {row['ratio_high']:.2f})",
+                f"{row['slots_per_residue']:.2f}",
                 "" if row["mfu"] is None else f"{row['mfu']:.0%}",
                 f"{row['first_step_s']:.1f}",
             ]
