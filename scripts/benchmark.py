@@ -104,6 +104,8 @@ class Variant:
     """Real ones of a step, on average."""
     flops: float
     """That they need in the packed network."""
+    slots: int
+    """That are computed, <pad> included; on a GPU packs are filled up to their budget."""
     first_s: float = 0.0
 
 
@@ -171,7 +173,8 @@ def make_variant(
     steps = count()
     residues = statistics.mean(count_residues(batch) for batch in ready)
     flops = 3 * statistics.mean(model.flops([length for length in batch.lengths if length]) for batch in ready)
-    return Variant(name, lambda: trainer.step(next(steps), batches, []), residues, flops)
+    slots = len(ready[0].tokens) if padded else tokens
+    return Variant(name, lambda: trainer.step(next(steps), batches, []), residues, flops, slots)
 
 
 def timed(variant: Variant, steps: int, device: torch.device) -> float:
@@ -275,7 +278,7 @@ def compare(
                 "ratio_low": min(ratios),
                 "ratio_high": max(ratios),
                 "mfu": None if "padded" in variant.name else statistics.median(mfus[variant.name]),
-                "slots_per_residue": arguments.tokens / variant.residues,
+                "slots_per_residue": variant.slots / variant.residues,
                 "first_step_s": variant.first_s,
             }
         )
