@@ -1,4 +1,4 @@
-"""PackedBatch: sequences laid end to end, never padded.
+"""PackedBatch: sequences laid end to end, none of them padded.
 
 Three sequences of 5, 6 and 4 tokens make one batch of 15:
 
@@ -30,11 +30,11 @@ class StaticShape(NamedTuple):
     longest: int
 
 
-def spare_sequences(tokens: int) -> int:
-    """How many sequences to provide for in a pack of so many tokens: proteins are 64 tokens long and more, on average.
-    A pack with more is computed as it is, unfilled.
+def spare_sequences(tokens: int, mean_tokens: float) -> int:
+    """How many sequences to provide for in a pack of so many tokens: half as many again as sequences of the mean
+    number of tokens would be, and a few. A pack with more is computed as it is, unfilled.
     """
-    return max(8, tokens // 64)
+    return 8 + round(1.5 * tokens / mean_tokens)
 
 
 @dataclass(frozen=True)

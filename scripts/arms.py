@@ -3,12 +3,13 @@
     python -m scripts.arms screen --data data/swissprot.h5        every arm, briefly, one seed
     python -m scripts.arms finalists --data data/swissprot.h5     the best and the baseline, 4 times as long, two seeds
 
-A finished run is not trained again, so an interrupted command goes on where it was. Prints a Markdown table and writes
-runs/<round>_<sizes>.json.
+A run's name tells its overrides, and a finished run is not trained again, so an interrupted command goes on where it
+was. Prints a Markdown table and keeps the results of all commands in runs/<round>.json.
 """
 
 import argparse
 import csv
+import hashlib
 import json
 import math
 import os
@@ -30,7 +31,7 @@ SIZES = {
 }
 SEDD = ["parametrisation=log_score", "time_conditioning=true", "optim=adamw", "noise=loglinear", "model.qk_norm=false",
         "model.norm=layer", "model.mlp=gelu", "optim.schedule=cosine", "optim.ema_decay=0.9999",
-        "optim.min_lr_ratio=0.1"]  # fmt: skip
+        "optim.min_lr_ratio=0.1", "noise.max_weight=null"]  # fmt: skip
 X0 = [*SEDD, "parametrisation=x0"]
 FREE = [*X0, "time_conditioning=false"]
 QK = [*FREE, "model.qk_norm=true"]
@@ -65,6 +66,7 @@ def one_change(lr: float) -> dict[str, list[str]]:
     return {f"QK-norm, Muon, lr {lr:g}; {name}": [*base, *change] for name, change in changes.items()}
 
 
+DEFAULTS = "the defaults"
 SCREEN = {
     **rates("SEDD (log-score)", SEDD, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3),
     **rates("x0", X0, 5e-4, 1e-3, 2e-3, 4e-3),
@@ -75,10 +77,11 @@ SCREEN = {
     **one_change(1e-2),
     "QK-norm, Muon, lr 0.003; cosine noise": [*BOTH, "optim.lr=0.003", "noise=cosine"],
     "QK-norm, Muon, lr 0.003; weight at most 10": [*BOTH, "optim.lr=0.003", "noise.max_weight=10"],
+    DEFAULTS: [],
 }
 FINALISTS = {
     **rates("SEDD (log-score)", SEDD, 2.5e-4, 5e-4, 1e-3),
-    **{name: SCREEN[name] for name in list(SCREEN)[-2:]},
+    **{name: SCREEN[name] for name in list(SCREEN)[-3:]},
 }
 
 
@@ -91,8 +94,8 @@ def overrides(arm: Sequence[str], size: str, *, data: Path, residues: float, tok
     for override in arm:  # Hydra refuses two values for one key
         key, _, value = override.partition("=")
         last[key] = value
-    if last["optim.ema_decay"].startswith("EMA:"):
-        last["optim.ema_decay"] = str(1 - 1 / max(1.0, float(last["optim.ema_decay"][4:]) * steps))
+    if (horizon := last.get("optim.ema_decay", "")).startswith("EMA:"):
+        last["optim.ema_decay"] = str(1 - 1 / max(1.0, float(horizon[4:]) * steps))
     last["data.tokens_per_pack"] = str(tokens)
     return [
         *SIZES[size], *(f"{key}={value}" for key, value in last.items()), f"data.path={data}", f"seed={seed}",
@@ -139,22 +142,27 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each run")
     parser.add_argument("--only", nargs="+", default=[], help="these arms")
+    parser.add_argument("--against", help="an arm to compare the others with, in place of the best SEDD arm")
     parser.add_argument("--seeds", type=int, help="of each arm; 1 in the screening, 2 in the final")
     arguments = parser.parse_args()
     final = arguments.round == "finalists"
     arms, residues = (FINALISTS, 4 * arguments.residues) if final else (SCREEN, arguments.residues)
     seeds = arguments.seeds or (2 if final else 1)
+    if unknown := {*arguments.only, *filter(None, [arguments.against])} - arms.keys():
+        parser.error(f"no arm {', '.join(map(repr, sorted(unknown)))}; there are {', '.join(map(repr, arms))}")
     chosen = {name: arm for name, arm in arms.items() if not arguments.only or name in arguments.only}
     todo = []
     for size in arguments.sizes:
-        for i, (name, arm) in enumerate(arms.items()):
-            for seed in range(seeds if name in chosen else 0):
+        for name, arm in chosen.items():
+            for seed in range(seeds):
                 options = overrides(
                     arm, size, data=arguments.data, residues=residues, tokens=arguments.tokens, seed=seed
                 )
-                todo.append((size, name, seed, f"{arguments.round}_{size.replace(' ', '')}_{i}_{seed}", options))
+                digest = hashlib.sha256(" ".join(options).encode()).hexdigest()[:12]
+                todo.append((size, name, seed, f"{arguments.round}_{size.replace(' ', '')}_{digest}", options))
     found: dict[int, dict[str, Any]] = {}
-    file = Path("runs") / f"{arguments.round}_{'_'.join(size.replace(' ', '') for size in arguments.sizes)}.json"
+    file = Path("runs") / f"{arguments.round}.json"
+    kept = {row["run"]: row for row in json.loads(file.read_text())} if file.exists() else {}
     with ThreadPoolExecutor(arguments.jobs) as pool, ProgressBar(arguments.round, len(todo)) as bar:
         started = {pool.submit(train, *job[3:], arguments.threads): place for place, job in enumerate(todo)}
         for future in as_completed(started):
@@ -169,16 +177,18 @@ def main() -> None:
                 **future.result(),
             }
             file.parent.mkdir(exist_ok=True)
-            file.write_text(json.dumps([found[place] for place in sorted(found)], indent=1) + "\n")
+            kept[run] = found[place]
+            file.write_text(json.dumps(list(kept.values()), indent=1) + "\n")
             bar.advance()
-    print_table([found[place] for place in sorted(found)])
+    print_table([found[place] for place in sorted(found)], arguments.against)
     if any("error" in row for row in found.values()):
         raise SystemExit(1)
 
 
-def print_table(found: list[dict[str, Any]]) -> None:
-    """Each arm beside the best SEDD arm of its size and seed."""
-    print("\n| model | arm | seed | M residues seen | NLL bound | to the unigram model | to the best SEDD arm |")
+def print_table(found: list[dict[str, Any]], against: str | None) -> None:
+    """Each arm beside the best SEDD arm of its size and seed, or beside the arm `against`."""
+    beside_what = "the best SEDD arm" if against is None else f"'{against}'"
+    print(f"\n| model | arm | seed | M residues seen | NLL bound | to the unigram model | to {beside_what} |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     sound = [row for row in found if "error" not in row and math.isfinite(row["nll"])]
     for row in found:
@@ -186,7 +196,8 @@ def print_table(found: list[dict[str, Any]]) -> None:
         if row not in sound:
             values += ["", row.get("error", "no finite bound"), "", ""]
         else:
-            beside = [o for o in sound if o["size"] == row["size"] and o["seed"] == row["seed"] and "SEDD" in o["arm"]]
+            alike = [o for o in sound if o["size"] == row["size"] and o["seed"] == row["seed"]]
+            beside = [o for o in alike if (o["arm"] == against if against else "SEDD" in o["arm"])]
             values += [
                 f"{row['seen'] / 1e6:.1f}",
                 f"{row['nll']:.4f} ± {row['nll_se']:.4f}",

@@ -12,12 +12,13 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import count, cycle, islice
+from itertools import count, cycle, islice, repeat
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ import torch
 import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 from torch import Tensor
+from torch.distributed import init_process_group
+from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 from protlig_dd.batch import PackedBatch, StaticShape, spare_sequences
@@ -100,6 +103,7 @@ def rectangles(packs: Iterator[PackedBatch], sequences: int, length: int) -> Ite
 class Variant:
     name: str
     step: Callable[[], object]
+    precision: str
     residues: float
     """Real ones of a step, on average."""
     flops: float
@@ -124,7 +128,7 @@ def make_variant(
     graphed: bool = False,
     **options: Any,
 ) -> Variant:
-    """A trainer of its own over the same packs. A padded one takes as many slots as a packed one has tokens."""
+    """A trainer of its own over the same packs. A padded one takes as many whole rows as have fewer slots than that."""
     time_conditioning, optimizer = options.pop("time_conditioning", True), options.pop("optimizer", "adamw")
     backend = resolve_attention_backend("auto", device, precision, sizes["hidden_size"] // sizes["n_heads"])
     torch.manual_seed(0)
@@ -137,13 +141,13 @@ def make_variant(
             time_conditioning=time_conditioning,
             **options,
         )
+    dataset = PackDataset(store, store.split("train"), seed=0, max_len=max_len, tokens_per_pack=tokens)
     if compiled:
         model.compile_blocks(dynamic=not filled)
     if filled or graphed:
-        model.fill_packs(StaticShape(tokens, spare_sequences(tokens), max_len + 2))
+        model.fill_packs(StaticShape(tokens, spare_sequences(tokens, dataset.mean_tokens), max_len + 2))
     if graphed:
         model.capture(torch.bfloat16 if precision == "bf16" else None)
-    dataset = PackDataset(store, store.split("train"), seed=0, max_len=max_len, tokens_per_pack=tokens)
     autocast = torch.bfloat16 if precision == "bf16" else None
     noise, graph = LogLinearNoise(), Absorbing()
     trainer = Trainer(
@@ -172,9 +176,9 @@ def make_variant(
     batches = cycle([batch.pin_memory() for batch in ready] if device.type == "cuda" else ready)
     steps = count()
     residues = statistics.mean(count_residues(batch) for batch in ready)
-    flops = 3 * statistics.mean(model.flops([length for length in batch.lengths if length]) for batch in ready)
+    flops = 3 * statistics.mean(model.flops(batch.lengths) for batch in ready)
     slots = len(ready[0].tokens) if padded else tokens
-    return Variant(name, lambda: trainer.step(next(steps), batches, []), residues, flops, slots)
+    return Variant(name, lambda: trainer.step(next(steps), batches, []), precision, residues, flops, slots)
 
 
 def timed(variant: Variant, steps: int, device: torch.device) -> float:
@@ -211,7 +215,7 @@ def throughput(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             if device.type == "cpu":
                 variants.append(make(f"packed {best}, eager, the default network", precision=best, **default))
             variants.append(make(f"packed {best}, {how}, the default network", precision=best, **fast, **default))
-            found += compare(variants, arguments, device, best, size, max_len)
+            found += compare(variants, arguments, device, size, max_len)
     return found
 
 
@@ -239,7 +243,7 @@ def cost(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                          precision=precision, **options)
             for name, options in arms.items()
         ]  # fmt: skip
-        found += compare(variants, arguments, device, precision, size, 512)
+        found += compare(variants, arguments, device, size, 512)
     return found
 
 
@@ -247,7 +251,6 @@ def compare(
     variants: list[Variant],
     arguments: argparse.Namespace,
     device: torch.device,
-    precision: str,
     size: str,
     max_len: int,
 ) -> list[dict[str, Any]]:
@@ -259,7 +262,7 @@ def compare(
     with ProgressBar(f"{size}, {max_len}", arguments.repeats) as bar:
         for _ in range(arguments.repeats):
             for variant in variants:
-                peak = matmul_peak(device, "fp32" if "fp32" in variant.name else precision)
+                peak = matmul_peak(device, variant.precision)
                 seconds = timed(variant, arguments.steps, device)
                 rates[variant.name].append(variant.residues / seconds)
                 mfus[variant.name].append(variant.flops / seconds / peak)
@@ -399,13 +402,17 @@ def presets(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def growth(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Time and memory of a step against what makes it larger, one thing at a time; each in a process of its own."""
-    base = {"tokens": 2048, "length": 256, "n_blocks": 6, "hidden_size": 384, "checkpointing": False, "ranks": 1}
+    """Time and memory of a forward and backward pass against what makes it larger, one thing at a time; each in a
+    process of its own, or in two that exchange gradients.
+    """
+    tokens, size = arguments.tokens, MODELS[arguments.models[0]]
+    base = {"tokens": tokens, "length": tokens // 8, "n_blocks": size["n_blocks"], "hidden_size": size["hidden_size"],
+            "checkpointing": False, "ranks": 1}  # fmt: skip
     changes: dict[str, list[Any]] = {
-        "tokens": [1024, 2048, 4096, 8192],
-        "length": [128, 256, 512, 1024, 2048],
-        "n_blocks": [3, 6, 12],
-        "hidden_size": [192, 384, 768],
+        "tokens": [tokens // 2, tokens, 2 * tokens, 4 * tokens],
+        "length": [tokens // 16, tokens // 8, tokens // 4, tokens // 2, tokens],
+        "n_blocks": [size["n_blocks"] // 2, size["n_blocks"], 2 * size["n_blocks"]],
+        "hidden_size": [size["hidden_size"] // 2, size["hidden_size"], 2 * size["hidden_size"]],
         "checkpointing": [False, True],
         "ranks": [1, 2],
     }
@@ -414,15 +421,18 @@ def growth(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         for what, values in changes.items():
             for value in values:
                 spec = base | {what: value}
-                with ProcessPoolExecutor(spec["ranks"], mp_context=get_context("spawn")) as pool:
-                    found = list(pool.map(step_cost, [spec] * spec["ranks"], range(spec["ranks"])))
+                with (
+                    tempfile.TemporaryDirectory() as meeting,
+                    ProcessPoolExecutor(spec["ranks"], mp_context=get_context("spawn")) as pool,
+                ):
+                    found = list(pool.map(step_cost, [spec] * spec["ranks"], range(spec["ranks"]), repeat(meeting)))
                 ms, gib = max(one[0] for one in found), max(one[1] for one in found)
                 rows.append({"what": what, "value": value, "ms_per_step": ms, "gib": gib, **spec})
                 bar.advance()
-    print(f"\nA step of one pack of {base['tokens']} tokens in sequences of {base['length']}, {base['hidden_size']} x "
-          f"{base['n_blocks']}, fp32, eager, cpu; changed is what the line says\n")  # fmt: skip
+    print(f"\nForward and backward pass of one pack of {base['tokens']} tokens in sequences of {base['length']}, "
+          f"{base['hidden_size']} x {base['n_blocks']}, fp32, eager, cpu; changed is what the line says\n")  # fmt: skip
     table(
-        ["what", "value", "ms a step", "us a token", "GiB above the weights", "KiB a token"],
+        ["what", "value", "ms", "us a token", "GiB above the weights", "KiB a token"],
         [
             [row["what"], str(row["value"]), f"{row['ms_per_step']:,.0f}",
              f"{1e3 * row['ms_per_step'] / row['tokens'] / row['ranks']:,.0f}", f"{row['gib']:.2f}",
@@ -433,7 +443,7 @@ def growth(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def step_cost(spec: dict[str, Any], rank: int) -> tuple[float, float]:
+def step_cost(spec: dict[str, Any], rank: int, meeting: str) -> tuple[float, float]:
     """Median milliseconds of a forward and backward pass, and the GiB that it takes at its peak beside the model."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // spec["ranks"]))
     torch.manual_seed(rank)
@@ -443,6 +453,10 @@ def step_cost(spec: dict[str, Any], rank: int) -> tuple[float, float]:
                 checkpointing=spec["checkpointing"]).train()  # fmt: skip
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
+    wrapped: torch.nn.Module = model
+    if spec["ranks"] > 1:
+        init_process_group("gloo", init_method=f"file://{meeting}/ranks", rank=rank, world_size=spec["ranks"])
+        wrapped = DistributedDataParallel(model)
     device = torch.device("cpu")
     length = spec["length"]
     batch = PackedBatch.pack([torch.randint(0, 20, (length,)) for _ in range(max(1, spec["tokens"] // length))])
@@ -450,7 +464,7 @@ def step_cost(spec: dict[str, Any], rank: int) -> tuple[float, float]:
     before, times = peak_memory(device), []
     for _ in range(5):
         began = time.perf_counter()
-        F.cross_entropy(model(batch, sigma), batch.tokens).backward()
+        F.cross_entropy(wrapped(batch, sigma), batch.tokens).backward()
         times.append(time.perf_counter() - began)
     return 1e3 * statistics.median(times), (peak_memory(device) - before) / 2**30
 
@@ -483,7 +497,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("data"), help="for the store that is made of them")
     parser.add_argument("--models", nargs="+", default=list(MODELS)[1:], choices=list(MODELS))
     parser.add_argument("--max-len", nargs="+", type=int, default=[512, 1024])
-    parser.add_argument("--tokens", type=int, default=4096, help="in a pack, and slots in a padded batch")
+    parser.add_argument("--tokens", type=int, default=4096, help="in a pack, and the most slots of a padded batch")
     parser.add_argument("--steps", type=int, default=3, help="that a variant makes in its turn")
     parser.add_argument("--warmup", type=int, default=2, help="steps before the first turn")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each variant")

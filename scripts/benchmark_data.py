@@ -36,11 +36,11 @@ from protlig_dd.data.store import SequenceStore, StoreGroup
 from protlig_dd.model.dit import DiT
 from protlig_dd.runtime.config import config_folder
 from protlig_dd.runtime.metrics import ProgressBar
+from protlig_dd.training.plan import H100_FLOPS, MFU
 
 UNIREF50_CLUSTERS = 70_198_728
 MAX_LEN, BUDGET, PACKS_PER_STEP = 1024, 32_768, 16
-# NVIDIA's data sheet of the H100 SXM: dense bf16 FLOP/s. The share of them that training reaches is an assumption.
-H100_FLOPS, SHARE_REACHED, GPUS = 989e12, 0.4, 8
+GPUS = 8
 
 
 def make_fasta(proteins: Path, path: Path, size: int) -> None:
@@ -233,10 +233,10 @@ def appetite(store: SequenceStore, rate: float) -> None:
             model = DiT(**config | {"attention_backend": "sdpa", "time_conditioning": False})
         parameters = sum(parameter.numel() for parameter in model.parameters())
         flops = 3 * model.flops(tokens.tolist()) / tokens.sum()
-        eaten = H100_FLOPS * SHARE_REACHED / flops
+        eaten = H100_FLOPS * MFU / flops
         rows.append([f"{name}, {parameters / 1e6:.0f} M", f"{flops / 1e9:.2f}", f"{eaten / 1e6:.2f}",
                      f"{GPUS * eaten / 1e6:.1f}", f"{rate / eaten:.1f}"])  # fmt: skip
-    print(f"\nOne node of {GPUS} H100 at {SHARE_REACHED:.0%} of {H100_FLOPS / 1e12:.0f} TFLOP/s (assumed), a token "
+    print(f"\nOne node of {GPUS} H100 at {MFU:.0%} of {H100_FLOPS / 1e12:.0f} TFLOP/s (assumed), a token "
           f"attending to {seen:.0f} on average; a loader worker gives {rate / 1e6:.1f} M residues/s\n")  # fmt: skip
     table(["model", "GFLOP a token", "M tokens/s a GPU", "M tokens/s a node", "times one worker a GPU"], rows)
 

@@ -107,8 +107,8 @@ def exact_score_fn(toy: brute_force.Toy, parametrisation: str = "log_score") -> 
 def make_model(*, dropout: float = 0.0, seed: int = 0, **options: Any) -> DiT:
     """A small DiT with random weights everywhere (the zero-initialised layers too), so that every path matters."""
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 32, "n_heads": 4, "n_blocks": 2, "cond_dim": 16} | options
-    model = DiT(**sizes, dropout=dropout, attention_backend="sdpa")
+    sizes = {"hidden_size": 32, "n_heads": 4, "n_blocks": 2, "cond_dim": 16, "attention_backend": "sdpa"} | options
+    model = DiT(**sizes, dropout=dropout)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return model

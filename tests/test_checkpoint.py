@@ -153,7 +153,7 @@ def test_other_formats_are_refused(tmp_path: Path) -> None:
     sums = json.loads((path / COMPLETE).read_text())
     sums["state.json"] = hashlib.sha256((path / "state.json").read_bytes()).hexdigest()
     (path / COMPLETE).write_text(json.dumps(sums))
-    with pytest.raises(ValueError, match="format 99, this version reads 2"):
+    with pytest.raises(ValueError, match="format 99, this version reads 3"):
         read_state(path)
 
 

@@ -21,8 +21,8 @@ def config_of(*overrides: str) -> TrainConfig:
     return config
 
 
-def kept_by(model: nn.Module, tokens: int) -> int:
-    """Bytes that one forward pass over so many tokens keeps, weights left out."""
+def kept_by(model: nn.Module, tokens: int, precision: str) -> int:
+    """Bytes that one forward pass over so many tokens keeps, weights left out, and their bf16 copies."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -31,17 +31,21 @@ def kept_by(model: nn.Module, tokens: int) -> int:
         return x
 
     batch = PackedBatch.pack([torch.zeros(250, dtype=torch.int64)] * (tokens // 250))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), autocast:
         model.train()(batch, torch.ones(tokens // 250))
-    return sum(size for place, size in kept.items() if place not in weights)
+    copies = 2 * sum(part.weight.numel() for part in model.blocks.modules() if isinstance(part, nn.Linear))
+    return sum(size for place, size in kept.items() if place not in weights) - (copies if precision == "bf16" else 0)
 
 
 @pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
-def test_activations_are_linear_in_tokens_and_depth(mlp: str) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_activations_are_linear_in_tokens_and_depth(mlp: str, precision: str) -> None:
     config = config_of("model.n_blocks=5", f"model.mlp={mlp}")
     model = build_model(config.model, "sdpa", time_conditioning=False)
     for tokens in (1000, 4000):
-        assert kept_by(model, tokens) == pytest.approx(tokens * activation_bytes(config, "fp32"), rel=0.03)
+        expected = tokens * activation_bytes(config, precision)
+        assert kept_by(model, tokens, precision) == pytest.approx(expected, rel=0.03)
 
 
 def test_checkpointing_keeps_one_block_of_many() -> None:
@@ -66,6 +70,28 @@ def test_the_numbers_are_those_of_the_model_and_its_optimizer(store: SequenceSto
     train = store.split("train")
     lengths = [min(int(store.lengths[row]), config.data.max_len) + 2 for row in train]
     assert found["flops_per_token"] == pytest.approx(3 * model.flops(lengths) / sum(lengths))
+
+
+def test_epochs_are_those_of_cropped_sequences(store: SequenceStore) -> None:
+    config = config_of("trainer.max_steps=null", "trainer.epochs=3", "data.max_len=60", "data.tokens_per_pack=500")
+    tokens = sum(min(int(store.lengths[row]), 60) + 2 for row in store.split("train"))
+    found = plan(config, StoreGroup([store]), torch.device("cpu"), "fp32", 1)
+    assert found["steps"] == pytest.approx(3 * tokens / found["step_tokens"], rel=0.2)
+    assert found["epochs"] == pytest.approx(3, rel=0.1)
+    two = plan(config, StoreGroup([store]), torch.device("cpu"), "fp32", 2)
+    work, same = (one["seconds"] * one["peak_flops"] for one in (found, two))
+    assert work == pytest.approx(same)  # two processes share this CPU
+
+
+@pytest.mark.slow
+def test_ranks_of_torchrun_print_it_once_and_train_nothing(
+    run_python: Command, store: SequenceStore, tmp_path: Path
+) -> None:
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "protlig_dd.training")
+    process = run_python(*torchrun, "plan=true", "model=tiny", "optim.packs_per_step=2", f"data.path={store.path}")
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("GFLOP a token") == 1
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_command_prints_it_and_trains_nothing(run_python: Command, store: SequenceStore, tmp_path: Path) -> None:

@@ -7,10 +7,14 @@ from pathlib import Path
 import pytest
 
 from protlig_dd.data.store import SequenceStore
+from protlig_dd.runtime.config import TrainConfig, read_config
 from scripts import mutation_check
+from scripts.arms import SCREEN, overrides
+from scripts.benchmark import PARTS
 from scripts.diffusion_report import RUNS, samplers
 
 from .conftest import ROOT, Command
+from .test_configs import composed
 from .test_sampling import NOISES, SAMPLERS
 
 
@@ -104,10 +108,7 @@ def test_the_benchmark_measures_every_part(run_python: Command, tmp_path: Path) 
     process = run_python(
         "-m",
         "scripts.benchmark",
-        "throughput",
-        "cost",
-        "profile",
-        "sampling",
+        *PARTS,
         *sizes,
         PYTHONPATH=str(ROOT),
         PROTLIG_TYPECHECK="0",
@@ -118,7 +119,19 @@ def test_the_benchmark_measures_every_part(run_python: Command, tmp_path: Path) 
     assert len({row["variant"] for row in found["throughput"]}) == len(found["throughput"]) == 5
     assert all(row["residues_per_s"] > 0 for row in found["throughput"] + found["cost"])
     assert [row["steps"] for row in found["sampling"]] == [3, 6]
-    assert [sum(row["shares"].values()) for row in found["profile"]] == pytest.approx([1.0, 1.0])
+    assert all(0 < row["shares"]["aten::mm"] < 1 for row in found["profile"])
+    assert (
+        len({(row["what"], row["value"]) for row in found["growth"]}) == len(found["growth"]) == 4 + 5 + 3 + 3 + 2 + 2
+    )
+    memory = {(row["what"], row["value"]): row["gib"] for row in found["growth"]}
+    assert memory["tokens", 2400] > memory["tokens", 600] > 0
+    assert [row["preset"] for row in found["presets"]] == ["tiny", "small", "medium", "large"]
+    documented = (ROOT / "docs/performance.md").read_text() + (ROOT / "docs/scaling.md").read_text()
+    headings = [line for line in process.stdout.splitlines() if line.startswith(HEADINGS)]
+    assert len(headings) == 5
+    assert not [line for line in headings if line not in documented]
+    variants = {row["variant"] for row in found["throughput"] + found["cost"]}
+    assert not [name for name in variants if f"| {name} | " not in documented]
     wrong = run_python("-m", "scripts.benchmark", "speed", PYTHONPATH=str(ROOT))
     assert wrong.returncode == 2
     assert "no part speed" in wrong.stderr
@@ -126,21 +139,51 @@ def test_the_benchmark_measures_every_part(run_python: Command, tmp_path: Path) 
 
 @pytest.mark.slow
 def test_arms_are_trained_once_and_compared(run_python: Command, store: SequenceStore, tmp_path: Path) -> None:
-    names = ("SEDD (log-score), lr 0.001", "QK-norm, Muon, lr 0.01; EMA over 5%")
+    names = ("SEDD (log-score), lr 0.001", "QK-norm, Muon, lr 0.01; EMA over 5%", "the defaults")
     command = ("-m", "scripts.arms", "screen", "--data", str(store.path), "--sizes", "tiny", "--residues", "3000")
     command += ("--tokens", "1000", "--jobs", "2", "--threads", "1", "--only", *names)
     first = run_python(*command, PYTHONPATH=str(ROOT))
     assert first.returncode == 0, first.stderr
-    found = json.loads((tmp_path / "runs/screen_tiny.json").read_text())
+    found = json.loads((tmp_path / "runs/screen.json").read_text())
     assert [row["arm"] for row in found] == list(names)
     assert not any("error" in row for row in found), found
     made = {path: path.stat().st_mtime for path in tmp_path.glob("runs/*/report.json")}
-    assert len(made) == 2
+    assert len(made) == 3
     again = run_python(*command, PYTHONPATH=str(ROOT))
     table = [line for line in again.stdout.splitlines() if line.startswith("| tiny")]
     assert table == [line for line in first.stdout.splitlines() if line.startswith("| tiny")]
     assert "+0.0000 ± 0.0000" in table[0]
     assert made == {path: path.stat().st_mtime for path in made}
+    other = run_python(*command[:-3], names[0], "--seeds", "2", "--against", names[0], PYTHONPATH=str(ROOT))
+    assert other.returncode == 0, other.stderr
+    assert f"to '{names[0]}' |" in other.stdout
+    assert len(json.loads((tmp_path / "runs/screen.json").read_text())) == 4
+    unknown = run_python(*command[:-3], "Adam", PYTHONPATH=str(ROOT))
+    assert unknown.returncode == 2
+    assert "no arm 'Adam'" in unknown.stderr
 
 
-HEADINGS = ("| input |", "| at step |", "| tokens a pack |", "| model |")
+def test_the_baseline_is_sedd_s_own_recipe() -> None:
+    """Whatever the defaults have become."""
+    for name, arm in SCREEN.items():
+        options = overrides(arm, "tiny", data=Path("x.h5"), residues=1e6, tokens=1000, seed=0)
+        config = read_config(composed(*options), TrainConfig)
+        capped = "weight at most" in name or name == "the defaults"
+        assert (config.noise["max_weight"] is not None) == capped
+        if name.startswith("SEDD"):
+            assert config.parametrisation == "log_score"
+            assert config.time_conditioning is True
+            assert (config.optim.name, config.optim.schedule, config.optim.ema_decay) == ("adamw", "cosine", 0.9999)
+            assert (config.model.norm, config.model.mlp, config.model.qk_norm) == ("layer", "gelu", False)
+
+
+HEADINGS = (
+    "| input |",
+    "| at step |",
+    "| tokens a pack |",
+    "| model |",
+    "| variant |",
+    "| steps |",
+    "| what |",
+    "| preset |",
+)

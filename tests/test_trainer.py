@@ -5,7 +5,7 @@ from itertools import count
 import pytest
 import torch
 
-from protlig_dd.batch import StaticShape, spare_sequences
+from protlig_dd.batch import StaticShape
 from protlig_dd.data.loader import PackDataset
 from protlig_dd.data.store import SequenceStore, StoreGroup
 from protlig_dd.diffusion.graph import Absorbing
@@ -17,17 +17,20 @@ from protlig_dd.training.trainer import Trainer
 
 from .conftest import make_model
 
+SHAPE = StaticShape(512, 64, 102)
+
 
 def make_trainer(store: SequenceStore, optimizer: str, device: torch.device, *, fast: bool) -> Trainer:
-    graph, model = Absorbing(), make_model().to(device).train()
+    backend, autocast = ("torch_varlen", torch.bfloat16) if fast else ("sdpa", None)
+    graph, model = Absorbing(), make_model(attention_backend=backend).to(device).train()
     if fast:
         model.compile_blocks(dynamic=False)
-        model.fill_packs(StaticShape(512, spare_sequences(512), 102))
-        model.capture(None)
+        model.fill_packs(SHAPE)
+        model.capture(autocast)
     group = StoreGroup([store])
     return Trainer(
         model=model,
-        make_score=lambda network: ScoreFn(network, graph, "x0"),
+        make_score=lambda network: ScoreFn(network, graph, "x0", autocast=autocast),
         graph=graph,
         noise=LogLinearNoise(),
         optimizer=make_optimizer(
@@ -51,6 +54,7 @@ def make_trainer(store: SequenceStore, optimizer: str, device: torch.device, *, 
 @pytest.mark.parametrize("fast", [False, True])
 def test_the_step_never_waits_for_a_gpu(store: SequenceStore, optimizer: str, fast: bool) -> None:
     trainer = make_trainer(store, optimizer, torch.device("cuda"), fast=fast)
+    assert all(trainer.dataset[i].fits(SHAPE) for i in range(4))  # or what fast means would not be tried
     packs = (trainer.dataset[i].pin_memory() for i in count())
     trainer.step(0, packs, [])  # the first one makes optimizer state
     torch.cuda.set_sync_debug_mode("error")

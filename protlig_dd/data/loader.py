@@ -73,7 +73,10 @@ class PackDataset(Dataset[PackedBatch]):
         check_crop(crop)
         if weights is not None:
             check_weights(weights, len(group.stores))
-        self._totals = [total_tokens(group.lengths, own, max_len) for own in self._rows_of_stores()]
+        own_rows = list(self._rows_of_stores())
+        self._totals = [total_tokens(group.lengths, own, max_len) for own in own_rows]
+        self.mean_tokens = min(total / len(own) for total, own in zip(self._totals, own_rows, strict=True) if total)
+        """Of a sequence, cropped; of several stores, in the one where they are shortest."""
         if seed is None:
             self._planned = 0, self._make(0)
             self.packs_per_epoch = len(self._planned[1].starts) - 1

@@ -341,7 +341,7 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:
         if torch.compiler.is_compiling() or x.device.type != "cpu":
             return super().forward(x)
-        out = _RMSNorm.apply(x, self.weight)  # type: ignore[no-untyped-call]
+        out = _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
         assert isinstance(out, Tensor)
         return out
 
@@ -353,27 +353,28 @@ class _RMSNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x: Tensor, gain: Tensor) -> Tensor:
-        return (x * _rms_reciprocal(x)).mul_(gain)
+    def forward(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+        return (x * _rms_reciprocal(x, eps)).mul_(gain)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+        ctx.eps = inputs[2]
 
     @staticmethod
     @once_differentiable  # type: ignore[misc]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, gain = ctx.saved_tensors
-        r = _rms_reciprocal(x)
+        r = _rms_reciprocal(x, ctx.eps)
         product = grad * x
         rows = product.flatten(0, -2)
         grad_gain = rows.T @ r.flatten()
         along_x = (rows @ gain).view_as(r) * r**3 / x.shape[-1]
-        return torch.mul(grad, r, out=product).mul_(gain).addcmul_(x, along_x, value=-1), grad_gain
+        return torch.mul(grad, r, out=product).mul_(gain).addcmul_(x, along_x, value=-1), grad_gain, None
 
 
-def _rms_reciprocal(x: Float[Tensor, "... width"]) -> Float[Tensor, "... 1"]:
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square().div(x.shape[-1]).add(RMS_EPS).rsqrt()
+def _rms_reciprocal(x: Float[Tensor, "... width"], eps: float) -> Float[Tensor, "... 1"]:
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square().div(x.shape[-1]).add(eps).rsqrt()
 
 
 def per_token(

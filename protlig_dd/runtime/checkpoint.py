@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from protlig_dd.runtime.files import free_name, sync_folder, write_atomic
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 COMPLETE, BEST = "complete.json", "best.json"
 FILES = {"model.safetensors", "ema.safetensors", "optimizer.safetensors", "config.yaml", "state.json"}
 Tensors = dict[str, dict[str, Tensor]]

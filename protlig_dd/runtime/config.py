@@ -50,10 +50,10 @@ class ModelConfig:
     cond_dim: int
     dropout: float
     attention_backend: str
-    norm: str = "layer"  # these defaults are for checkpoints of earlier versions, whose config does not say
-    mlp: str = "gelu"
-    qk_norm: bool = False
-    checkpointing: bool = False
+    norm: str
+    mlp: str
+    qk_norm: bool
+    checkpointing: bool
 
 
 @dataclass
@@ -68,9 +68,9 @@ class OptimConfig:
     grad_clip: float
     packs_per_step: int
     ema_decay: Any  # a number, or auto
-    momentum: float = 0.95  # as above
-    schedule: str = "cosine"
-    decay_share: float = 0.2
+    momentum: float
+    schedule: str
+    decay_share: float
 
 
 @dataclass

@@ -30,6 +30,7 @@ from protlig_dd.tokenizer import ProteinTokenizer
 from protlig_dd.training.ema import run_length_decay
 from protlig_dd.training.loop import fit
 from protlig_dd.training.optim import learning_rate, make_optimizer
+from protlig_dd.training.plan import count_steps
 from protlig_dd.training.report import (
     composition_kl,
     held_out_bound,
@@ -92,7 +93,8 @@ def train(
     if compiled:
         model.compile_blocks(dynamic=device.type != "cuda")
     if compiled and device.type == "cuda":
-        model.fill_packs(StaticShape(data.tokens_per_pack, spare_sequences(data.tokens_per_pack), data.max_len + 2))
+        most = spare_sequences(data.tokens_per_pack, dataset.mean_tokens)
+        model.fill_packs(StaticShape(data.tokens_per_pack, most, data.max_len + 2))
         # neither recomputation, which sets the random state, nor sdpa's loop over sequences can be replayed
         if not config.model.checkpointing and attention_backend != "sdpa":
             model.capture(torch.bfloat16 if precision == "bf16" else None)
@@ -154,7 +156,8 @@ def train(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     announce(
         f"{run_folder}: {parameters / 1e6:.1f} M parameters on {device} in {precision}, attention {attention_backend}"
-        f"{', compiled' if compiled else ''}; {processes.world_size} process(es); {max_steps} steps of "
+        f"{', compiled' if compiled else ''}{', CUDA graphs' if model.graphed else ''}; "
+        f"{processes.world_size} process(es); {max_steps} steps of "
         f"{optim.packs_per_step} x {data.tokens_per_pack} tokens = "
         f"{max_steps * optim.packs_per_step / dataset.packs_per_epoch:.2f} epochs",
         processes,
@@ -244,14 +247,6 @@ def train(
         write_atomic(run_folder / "report.csv", per_sequence(store, held))
         write_atomic(run_folder / "report.json", json.dumps(report, indent=1) + "\n")
         print_report(run_folder, max_steps, report)
-
-
-def count_steps(config: TrainConfig, dataset: PackDataset) -> int:
-    """trainer.max_steps, or trainer.epochs turned into steps."""
-    if config.trainer.max_steps is not None:
-        return config.trainer.max_steps
-    assert config.trainer.epochs is not None  # one of the two, checked with the config
-    return max(1, round(config.trainer.epochs * dataset.packs_per_epoch / config.optim.packs_per_step))
 
 
 def subset(store: StoreGroup, split: str, most: int, seed: int) -> np.ndarray:

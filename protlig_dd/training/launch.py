@@ -93,15 +93,18 @@ def run(cfg: DictConfig) -> None:
         config.time_conditioning = not is_time_free(build_graph(config.graph), config.parametrisation)
     seconds = None if config.trainer.max_time is None else seconds_of(config.trainer.max_time)
     deadline = None if seconds is None else time.time() + seconds
-    if processes_from_environment().launch is not None:
-        run_rank(config, path, deadline)
-        return
-    devices = count_devices(config.trainer.devices, config.trainer.device)
+    processes = processes_from_environment()
+    launched = processes.launch is not None
+    devices = processes.world_size if launched else count_devices(config.trainer.devices, config.trainer.device)
     check_shares(config, devices)
     if config.plan:
-        device = resolve_device(config.trainer.device)
-        store = open_data(config.data.path, processes_from_environment())
-        print_plan(config, store, device, resolve_precision(config.trainer.precision, device), devices)
+        if processes.first:
+            device = resolve_device(config.trainer.device)
+            store = open_data(config.data.path, Processes(0, 1, 0))
+            print_plan(config, store, device, resolve_precision(config.trainer.precision, device), devices)
+        return
+    if launched:
+        run_rank(config, path, deadline)
         return
     if devices == 1 and not config.trainer.max_restarts:
         run_rank(config, path, deadline)
@@ -361,7 +364,7 @@ def check_same_run(path: Path, config: TrainConfig, resolved: Resolved) -> int:
             console.print(
                 f"{key} was {before[key]}, now {now[key]}: the learning rate follows its new course from here"
             )
-    for key in ("device", "attention_backend", "world_size", "data_path"):
+    for key in ("device", "attention_backend", "compiled", "world_size", "data_path"):
         if earlier[key] != getattr(resolved, key):
             console.print(f"{key} was {earlier[key]}, now {getattr(resolved, key)}")
     return int(earlier["attempt"])

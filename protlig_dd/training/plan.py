@@ -1,11 +1,13 @@
 """What a config will cost, before it is run: `python -m protlig_dd.training plan=true`."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from protlig_dd.batch import PackedBatch
+from protlig_dd.data.loader import PackDataset
 from protlig_dd.data.store import StoreGroup
 from protlig_dd.runtime.config import TrainConfig, build_model
 from protlig_dd.runtime.environment import matmul_peak
@@ -14,7 +16,7 @@ from protlig_dd.training.optim import make_optimizer
 
 MFU = 0.4  # assumed where nothing was measured: of what matrix products reach
 H100_FLOPS = 989e12  # dense bf16
-TOKENS = 256  # of the pack whose activations are counted
+TOKENS = 128  # of the smaller pack whose activations are counted
 
 
 def activation_bytes(config: TrainConfig, precision: str) -> float:
@@ -23,19 +25,24 @@ def activation_bytes(config: TrainConfig, precision: str) -> float:
     Counted on real tensors that the forward pass keeps, in networks of one block and of two: all blocks are alike.
     With checkpointing one block's are there again while the backward pass is in it.
     """
-    one, two = (kept_bytes(config, precision, blocks, config.model.checkpointing) for blocks in (1, 2))
+
+    def for_a_token(blocks: int, checkpointing: bool) -> float:
+        # what a larger pack keeps more: bf16 copies of the weights are kept too, once
+        small, large = (kept_bytes(config, precision, blocks, checkpointing, n) for n in (TOKENS, 2 * TOKENS))
+        return (large - small) / TOKENS
+
+    one, two = (for_a_token(blocks, config.model.checkpointing) for blocks in (1, 2))
     total = one + (config.model.n_blocks - 1) * (two - one)
     if config.model.checkpointing:
-        total += kept_bytes(config, precision, 2, False) - kept_bytes(config, precision, 1, False)
+        total += for_a_token(2, False) - for_a_token(1, False)
     return total
 
 
-def kept_bytes(config: TrainConfig, precision: str, blocks: int, checkpointing: bool) -> float:
-    """Bytes that a network of so many blocks keeps for its backward pass, for each token."""
-    batch = PackedBatch.pack([torch.zeros(TOKENS, dtype=torch.int64)])
-    model = build_model(config.model, "sdpa", config.time_conditioning).train()
-    del model.blocks[blocks:]
-    model.checkpointing = checkpointing
+def kept_bytes(config: TrainConfig, precision: str, blocks: int, checkpointing: bool, tokens: int) -> int:
+    """Bytes that a network of so many blocks keeps for its backward pass over a sequence, float32 weights left out."""
+    batch = PackedBatch.pack([torch.zeros(tokens, dtype=torch.int64)])
+    part = replace(config.model, n_blocks=blocks, checkpointing=checkpointing)
+    model = build_model(part, "sdpa", config.time_conditioning).train()
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -46,7 +53,7 @@ def kept_bytes(config: TrainConfig, precision: str, blocks: int, checkpointing: 
     autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16")
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), autocast:
         model(batch, torch.ones(1))
-    return sum(size for place, size in kept.items() if place not in weights) / TOKENS
+    return sum(size for place, size in kept.items() if place not in weights)
 
 
 def plan(
@@ -54,31 +61,45 @@ def plan(
 ) -> dict[str, Any]:
     """Parameters, FLOPs, memory and time of a run, as numbers."""
     data, optim = config.data, config.optim
+    train = store.split("train")
+    dataset = PackDataset(
+        store, train, seed=config.seed, max_len=data.max_len, tokens_per_pack=data.tokens_per_pack, weights=data.weights
+    )
     with torch.device("meta"):
         model = build_model(config.model, "sdpa", config.time_conditioning)
         optimizer = make_optimizer(optim.name, model, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=0.0)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     by_muon = sum(p.numel() for p in optimizer.param_groups[0]["params"]) if optim.name == "muon" else 0
-    tokens = np.minimum(store.lengths[store.split("train")[:100_000]], data.max_len).astype(np.int64) + 2
+    some = np.sort(np.random.default_rng(0).choice(train, min(100_000, len(train)), replace=False))
+    tokens = np.minimum(store.lengths[some], data.max_len).astype(np.int64) + 2
     flops = 3 * model.flops(tokens.tolist()) / int(tokens.sum())
     per_token = activation_bytes(config, precision)
-    total_tokens = int(store.token_counts[0].sum())
-    step_tokens = optim.packs_per_step * data.tokens_per_pack
-    steps = config.trainer.max_steps or round((config.trainer.epochs or 0) * total_tokens / step_tokens)
+    step_tokens, steps = optim.packs_per_step * data.tokens_per_pack, count_steps(config, dataset)
     peak = matmul_peak(device, precision)
+    devices = processes if device.type == "cuda" else 1  # processes on a CPU share its cores
     return {
         "parameters": parameters,
         "flops_per_token": flops,
         "step_tokens": step_tokens,
         "steps": steps,
-        "epochs": steps * step_tokens / total_tokens,
-        # weights, gradients and averages, and of AdamW two numbers for each weight, of Muon one, in float32
-        "state_bytes": 4 * (5 * parameters - by_muon),
+        "epochs": steps * optim.packs_per_step / dataset.packs_per_epoch,
+        # weights, gradients and averages, and of AdamW two numbers for each weight, of Muon one, in float32; in bf16
+        # a copy of the weights of products is kept for the backward pass
+        "state_bytes": 4 * (5 * parameters - by_muon)
+        + (2 * (model.weights_per_token + model.weights_per_sequence) if precision == "bf16" else 0),
         "activation_bytes_per_token": per_token,
         "pack_bytes": per_token * data.tokens_per_pack,
         "peak_flops": peak,
-        "seconds": steps * step_tokens * flops / (MFU * peak * processes),
+        "seconds": steps * step_tokens * flops / (MFU * peak * devices),
     }
+
+
+def count_steps(config: TrainConfig, dataset: PackDataset) -> int:
+    """trainer.max_steps, or trainer.epochs turned into steps."""
+    if config.trainer.max_steps is not None:
+        return config.trainer.max_steps
+    assert config.trainer.epochs is not None  # one of the two, checked with the config
+    return max(1, round(config.trainer.epochs * dataset.packs_per_epoch / config.optim.packs_per_step))
 
 
 def print_plan(config: TrainConfig, store: StoreGroup, device: torch.device, precision: str, processes: int) -> None:

@@ -167,7 +167,7 @@ class Trainer:
         load_optimizer(checkpoint / "optimizer.safetensors", self.model, self.optimizer)
         self.residues_seen = state["residues_seen"]
         self.usual_loss.fill_(state["usual_loss"])
-        self.evaluation_due = state.get("evaluation_due", False)  # checkpoints of earlier versions do not say
+        self.evaluation_due = state["evaluation_due"]
 
 
 def count_residues(batch: PackedBatch) -> int:
