@@ -148,6 +148,8 @@ def main() -> None:
     final = arguments.round == "finalists"
     arms, residues = (FINALISTS, 4 * arguments.residues) if final else (SCREEN, arguments.residues)
     seeds = arguments.seeds or (2 if final else 1)
+    if not arguments.data.is_file():
+        parser.error(f"{arguments.data}: no such file")
     if unknown := {*arguments.only, *filter(None, [arguments.against])} - arms.keys():
         parser.error(f"no arm {', '.join(map(repr, sorted(unknown)))}; there are {', '.join(map(repr, arms))}")
     chosen = {name: arm for name, arm in arms.items() if not arguments.only or name in arguments.only}

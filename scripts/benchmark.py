@@ -376,8 +376,9 @@ def profiled(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def presets(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """What `plan=true` says of each preset, and of it with activation checkpointing, in bf16."""
     store, rows = open_store(arguments.fasta, arguments.folder), []
-    with initialize_config_dir(str(config_folder()), version_base=None):
-        for name in ("tiny", "small", "medium", "large"):
+    names = ("tiny", "small", "medium", "large")
+    with initialize_config_dir(str(config_folder()), version_base=None), ProgressBar("presets", 4) as bar:
+        for name in names:
             found = []
             for checkpointing in (False, True):
                 wanted = [f"model={name}", f"model.checkpointing={checkpointing}"]
@@ -385,6 +386,7 @@ def presets(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 config.time_conditioning = False
                 found.append(plan(config, store, torch.device("cpu"), "bf16", 1))
             rows.append({"preset": name, **found[0], "checkpointed": found[1]["activation_bytes_per_token"]})
+            bar.advance()
     print(f"\n{rows[0]['steps']:,} steps of {rows[0]['step_tokens']:,} tokens; an H100 at {MFU:.0%} of "
           f"{H100_FLOPS / 1e12:.0f} TFLOP/s, assumed\n")  # fmt: skip
     table(
@@ -507,6 +509,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if unknown := set(arguments.parts) - PARTS.keys():
         parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    if arguments.fasta is not None and not arguments.fasta.is_file():
+        parser.error(f"{arguments.fasta}: no such file")
     result = {part: PARTS[part](arguments) for part in arguments.parts}
     arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 

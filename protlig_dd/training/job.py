@@ -156,7 +156,7 @@ def train(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     announce(
         f"{run_folder}: {parameters / 1e6:.1f} M parameters on {device} in {precision}, attention {attention_backend}"
-        f"{', compiled' if compiled else ''}{', CUDA graphs' if model.graphed else ''}; "
+        f"{', compiled (the first steps wait for it)' if compiled else ''}{', CUDA graphs' if model.graphed else ''}; "
         f"{processes.world_size} process(es); {max_steps} steps of "
         f"{optim.packs_per_step} x {data.tokens_per_pack} tokens = "
         f"{max_steps * optim.packs_per_step / dataset.packs_per_epoch:.2f} epochs",

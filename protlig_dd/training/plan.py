@@ -102,6 +102,11 @@ def count_steps(config: TrainConfig, dataset: PackDataset) -> int:
     return max(1, round(config.trainer.epochs * dataset.packs_per_epoch / config.optim.packs_per_step))
 
 
+def figure(x: float) -> str:
+    """Three digits of it."""
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+
 def print_plan(config: TrainConfig, store: StoreGroup, device: torch.device, precision: str, processes: int) -> None:
     """The plan as a table, for people."""
     found = plan(config, store, device, precision, processes)
@@ -124,12 +129,12 @@ def print_plan(config: TrainConfig, store: StoreGroup, device: torch.device, pre
             f"{gib['pack']:,.2f} activations, {kept / 1024:,.0f} KiB a token{recomputed}",
         ],
         "time": [
-            f"{hours:,.1f} hours = {hours / 24:,.1f} days on {processes} x {device}",
+            f"{figure(hours)} hours = {figure(hours / 24)} days on {processes} x {device}",
             f"matrix products reach {found['peak_flops'] / 1e12:,.2f} TFLOP/s in {precision}",
             f"{MFU:.0%} of that is assumed",
         ],
         "on an H100": [
-            f"{per_token * tokens / (MFU * H100_FLOPS) / 86400:,.1f} days",
+            f"{figure(per_token * tokens / (MFU * H100_FLOPS) / 86400)} days",
             f"{H100_FLOPS / 1e12:.0f} TFLOP/s by its data sheet, of which {MFU:.0%} is assumed",
         ],
     }
