@@ -75,8 +75,6 @@ class PackDataset(Dataset[PackedBatch]):
             check_weights(weights, len(group.stores))
         own_rows = list(self._rows_of_stores())
         self._totals = [total_tokens(group.lengths, own, max_len) for own in own_rows]
-        self.mean_tokens = min(total / len(own) for total, own in zip(self._totals, own_rows, strict=True) if total)
-        """Of a sequence, cropped; of several stores, in the one where they are shortest."""
         if seed is None:
             self._planned = 0, self._make(0)
             self.packs_per_epoch = len(self._planned[1].starts) - 1
@@ -84,6 +82,8 @@ class PackDataset(Dataset[PackedBatch]):
         for store, total in zip(group.stores, self._totals, strict=True):
             if not total:
                 raise ValueError(f"{store.path} has no training sequences")
+        self.mean_tokens = min(total / len(own) for total, own in zip(self._totals, own_rows, strict=True))
+        """Of a sequence, cropped; of several stores, in the one where they are shortest."""
         self._quotas = quotas(self._totals, weights)
         self.packs_per_epoch = packs_in_epoch(self._totals, self._quotas, tokens_per_pack, max_len)
         if self.packs_per_epoch <= 0:
