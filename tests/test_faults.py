@@ -24,6 +24,7 @@ from protlig_dd.data.store import SequenceStore
 from protlig_dd.diffusion.graph import Absorbing
 from protlig_dd.diffusion.noise import LogLinearNoise
 from protlig_dd.diffusion.score import ScoreFn
+from protlig_dd.evaluation.held_out import held_out_bound
 from protlig_dd.runtime.checkpoint import (
     COMPLETE,
     FILES,
@@ -37,7 +38,6 @@ from protlig_dd.runtime.distributed import Processes, RanksFailedError, count_de
 from protlig_dd.runtime.files import locked
 from protlig_dd.runtime.metrics import read_metrics
 from protlig_dd.runtime.stop import REASONS, Stopped, StopRequests, seconds_of
-from protlig_dd.training.report import held_out_bound
 from scripts.fault_campaign import flip, ranks_of, truncate
 
 from .conftest import ROOT, Command, assert_one_line_error, free_port, make_model, wait_for

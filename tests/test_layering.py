@@ -32,9 +32,10 @@ ALLOWED = {
     "protlig_dd.diffusion.loss": [*PROCESS, "batch"],
     "protlig_dd.diffusion.likelihood": [*PROCESS, "batch"],
     "protlig_dd.diffusion.sampling": [*PROCESS, "batch", "tokenizer"],
-    "protlig_dd.runtime": ["model", "diffusion", "tokenizer"],
-    "protlig_dd.training": ["runtime", "data", "diffusion", "model", "batch", "tokenizer"],
-    "protlig_dd": ["runtime", "data", "diffusion", "model", "batch", "tokenizer"],  # the verbs
+    "protlig_dd.runtime": ["model", "diffusion", "batch", "tokenizer"],
+    "protlig_dd.evaluation": ["runtime", "data", "diffusion", "model", "batch", "tokenizer"],
+    "protlig_dd.training": ["evaluation", "runtime", "data", "diffusion", "model", "batch", "tokenizer"],
+    "protlig_dd": ["evaluation", "runtime", "data", "diffusion", "model", "batch", "tokenizer"],  # the verbs
 }
 
 

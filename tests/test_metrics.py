@@ -108,8 +108,9 @@ def test_designs_say_what_made_them() -> None:
     import numpy as np
 
     text = designs_fasta(
-        [np.arange(20, dtype=np.uint8).repeat(4)], run="demo", step=5, seed=3, predictor="euler", steps=9
-    )
+        [np.arange(20, dtype=np.uint8).repeat(4)],
+        names=["demo_1"], run="demo", step=5, seed=3, predictor="euler", steps=9, notes=[" nll=2.8"],
+    )  # fmt: skip
     header, first, second = text.splitlines()
-    assert header == ">demo_1 run=demo step=5 seed=3 length=80 sampler=euler steps=9"
+    assert header == ">demo_1 run=demo step=5 seed=3 length=80 sampler=euler steps=9 nll=2.8"
     assert (len(first), len(second)) == (60, 20)

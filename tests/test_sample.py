@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from protlig_dd.sample import choose_lengths, read_log_bias
+from protlig_dd.runtime.generate import choose_lengths
+from protlig_dd.runtime.steering import read_log_bias
 from protlig_dd.tokenizer import AMINO_ACIDS
 
 C, K = AMINO_ACIDS.index("C"), AMINO_ACIDS.index("K")

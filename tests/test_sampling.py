@@ -13,8 +13,7 @@ from protlig_dd.diffusion.noise import GeometricNoise, LogLinearNoise, Noise
 from protlig_dd.diffusion.sampling import sample
 from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.diffusion.substitution import make_substitution_graph
-from protlig_dd.runtime.generate import generate
-from protlig_dd.sample import choose_lengths
+from protlig_dd.runtime.generate import choose_lengths, generate
 from protlig_dd.tokenizer import LETTERS
 
 from . import brute_force

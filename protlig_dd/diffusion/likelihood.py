@@ -41,6 +41,12 @@ class NLLBound:
     t_min: float
 
 
+def pick_estimator(graph: Graph, parametrisation: str, time_conditioning: bool) -> str:
+    """exact_count where it is the model's own bound (absorbing, x0, time-free); the integral elsewhere."""
+    exact = isinstance(graph, Absorbing) and parametrisation == "x0" and not time_conditioning
+    return "exact_count" if exact else "integral"
+
+
 @torch.no_grad()
 def nll_bound(
     score_fn: LogScores,

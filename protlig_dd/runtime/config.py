@@ -171,6 +171,7 @@ class SampleConfig:
     temperature: float
     top_p: float
     log_bias: Any
+    nll_draws: int
     seed: int
     device: str
     precision: str

@@ -14,8 +14,16 @@ from omegaconf import OmegaConf
 from protlig_dd.batch import StaticShape, spare_sequences
 from protlig_dd.data.loader import PackDataset
 from protlig_dd.data.store import StoreGroup
+from protlig_dd.diffusion.likelihood import pick_estimator
 from protlig_dd.diffusion.noise import Noise
 from protlig_dd.diffusion.score import Network, ScoreFn
+from protlig_dd.evaluation.held_out import (
+    composition_kl,
+    held_out_bound,
+    length_counts,
+    per_sequence,
+    training_frequencies,
+)
 from protlig_dd.model.dit import DiT
 from protlig_dd.runtime.checkpoint import CheckpointWriter, best_checkpoint
 from protlig_dd.runtime.config import TrainConfig, build_graph, build_model, build_noise, resolve_max_weight
@@ -31,14 +39,6 @@ from protlig_dd.training.ema import run_length_decay
 from protlig_dd.training.loop import fit
 from protlig_dd.training.optim import learning_rate, make_optimizer
 from protlig_dd.training.plan import count_steps
-from protlig_dd.training.report import (
-    composition_kl,
-    held_out_bound,
-    length_counts,
-    per_sequence,
-    pick_estimator,
-    training_frequencies,
-)
 from protlig_dd.training.trainer import Trainer
 
 SLOW_ON_CPU = 10_000_000  # parameters
@@ -290,8 +290,15 @@ def sample_report(
     )
     samples, counts = draw(score_fn, description="sampling")
     file = run_folder / "samples" / f"step_{step:08d}.fasta"
+    names = [f"{run_folder.name}_{i}" for i in range(1, len(samples) + 1)]
     text = designs_fasta(
-        samples, run=run_folder.name, step=step, seed=config.seed, predictor=wanted.predictor, steps=wanted.steps
+        samples,
+        names=names,
+        run=run_folder.name,
+        step=step,
+        seed=config.seed,
+        predictor=wanted.predictor,
+        steps=wanted.steps,
     )
     write_atomic(file, text)
     decode = ProteinTokenizer().decode

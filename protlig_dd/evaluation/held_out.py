@@ -10,7 +10,7 @@ from protlig_dd.batch import PackedBatch
 from protlig_dd.data.loader import PackDataset, pack_loader
 from protlig_dd.data.plan import AT_ONCE
 from protlig_dd.data.store import SPLITS, StoreGroup
-from protlig_dd.diffusion.graph import Absorbing, Graph
+from protlig_dd.diffusion.graph import Graph
 from protlig_dd.diffusion.likelihood import nll_bound, per_residue
 from protlig_dd.diffusion.noise import Noise
 from protlig_dd.diffusion.score import LogScores
@@ -47,12 +47,6 @@ class HeldOut:
             "residues": int(self.residues.sum()),
             "estimator": self.estimator,
         }
-
-
-def pick_estimator(graph: Graph, parametrisation: str, time_conditioning: bool) -> str:
-    """exact_count where it is the model's own bound (absorbing, x0, time-free); the integral elsewhere."""
-    exact = isinstance(graph, Absorbing) and parametrisation == "x0" and not time_conditioning
-    return "exact_count" if exact else "integral"
 
 
 def held_out_bound(
