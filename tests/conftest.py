@@ -62,6 +62,19 @@ def store(proteins: list[FastaRecord], tmp_path_factory: pytest.TempPathFactory)
     return build_store(inputs, folder / "small.h5")
 
 
+@pytest.fixture(scope="session")
+def trained_run(store: SequenceStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of 40 steps on those 360 proteins, for the verbs that use a model; leave it as it is."""
+    folder = tmp_path_factory.mktemp("trained")
+    options = ["experiment=demo", "run.name=small", f"data.path={store.path}", "data.tokens_per_pack=1200",
+               "data.max_len=300", "model.hidden_size=32", "model.n_heads=2", "trainer.max_steps=40",
+               "trainer.device=cpu", "trainer.precision=fp32", "trainer.eval_every=20", "trainer.eval_max_sequences=10",
+               "report.samples=3", "report.steps=4", "report.draws=2", "report.untrained=false"]  # fmt: skip
+    command = [sys.executable, "-m", "protlig_dd.training", *options]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    return folder / "runs/small"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():

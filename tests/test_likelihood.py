@@ -99,11 +99,11 @@ def exact_bound(toy: brute_force.Toy, scores: Scores, x0: tuple[int, ...]) -> fl
 
     total = 0.0
     for t, weight in nodes_of(noise):
-        nats = integrand(score_fn, batch, graph, noise, t.expand(len(xt)), xt.reshape(-1))
+        nats = integrand(score_fn, batch, graph, noise, t.expand(len(xt)), xt.reshape(-1)).view_as(xt).sum(1)
         total += weight * float(probability(float(noise(t)[0])) @ nats)
     lowest, highest = (noise(torch.tensor(t, dtype=torch.float64))[0] for t in (noise.t_min, 1.0))
     total += float(graph.prior_kl(torch.tensor(x0), highest.expand(toy.sites)).sum())
-    nats = reconstruction(score_fn, batch, graph, lowest.expand(len(xt)), xt.reshape(-1))
+    nats = reconstruction(score_fn, batch, graph, lowest.expand(len(xt)), xt.reshape(-1)).view_as(xt).sum(1)
     return total + float(probability(float(lowest)) @ nats)
 
 

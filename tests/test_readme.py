@@ -30,6 +30,8 @@ SHORT = {
     "-m protlig_dd.training": f"{QUICK} trainer.max_steps=25 data.tokens_per_pack=600 report.samples=2 "
     "report.max_sequences=4",
     "protlig_dd.sample": "steps=4",
+    "protlig_dd.infill": "steps=4",
+    "protlig_dd.evaluate": "draws=2",
 }
 
 
@@ -50,6 +52,9 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, count in (("my", 300), ("a", 60), ("b", 20), ("c", 20)):
         text = "".join(f">{record.id}\n{record.sequence}\n" for record in itertools.islice(records, count))
         (folder / f"{name}.fasta").write_text(text)
+    wild_type = next(r.sequence for r in read_fasta(SAMPLE_FOLDER / "test.fasta.gz") if 60 <= len(r.sequence) <= 90)
+    (folder / "wt.fasta").write_text(f">wt\n{wild_type}\n")
+    (folder / "partial.fasta").write_text(f">partial\n{wild_type[:20]}{'_' * 12}{wild_type[32:]}\n")
     return folder
 
 
@@ -99,6 +104,10 @@ def test_the_commands_work_in_order(checkout: Path) -> None:
     assert "NLL bound" in demo
     assert "unigram NLL" in demo
     assert (checkout / "designs.fasta").read_text().count(">demo_") == 10
+    fixed = next(read_fasta(checkout / "partial.fasta")).sequence.replace("_", "")
+    for record in read_fasta(checkout / "filled.fasta"):
+        assert record.sequence[:20] + record.sequence[32:] == fixed
+    assert "| bigram model, NLL |" in (checkout / "evaluation/report.md").read_text()
     resumed = outputs["python -m protlig_dd.training experiment=demo run.name=halves"]
     assert "going on from runs/halves/checkpoints/step_00000020" in resumed
     assert len(list((checkout / "runs/lr_sweep").glob("*/report.json"))) == 2

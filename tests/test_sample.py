@@ -1,13 +1,17 @@
 """What `python -m protlig_dd.sample` reads before it samples; the command itself is in test_training.py."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from protlig_dd.data.fasta import read_fasta
 from protlig_dd.runtime.generate import choose_lengths
 from protlig_dd.runtime.steering import read_log_bias
 from protlig_dd.tokenizer import AMINO_ACIDS
+
+from .conftest import Command, assert_one_line_error
 
 C, K = AMINO_ACIDS.index("C"), AMINO_ACIDS.index("K")
 
@@ -78,7 +82,7 @@ def test_the_first_lengths_do_not_depend_on_how_many_there_are(wanted: str) -> N
 
 @pytest.mark.parametrize("wanted", ["", "0", "9-5", "5-", "-5", "a", "5-9-12", "1.5"])
 def test_lengths_that_are_none_are_refused(wanted: str) -> None:
-    with pytest.raises(ValueError, match=f"lengths={wanted}: give a number, a range"):
+    with pytest.raises(ValueError, match=f"lengths={wanted}: give a number or a range"):
         choose_lengths(wanted, 3, 0, [0, 1])
 
 
@@ -86,3 +90,33 @@ def test_a_checkpoint_without_lengths_asks_for_them() -> None:
     assert choose_lengths("7", 2, 0, None) == [7, 7]
     with pytest.raises(ValueError, match="does not know its training lengths; give lengths="):
         choose_lengths("empirical", 2, 0, None)
+
+
+def test_headers_bound_each_protein_and_ranks_share_the_work(
+    trained_run: Path, tmp_path: Path, run_python: Command
+) -> None:
+    command = ["-m", "protlig_dd.sample", f"from={trained_run}", "steps=4", "lengths=20-60", "tokens_per_pack=100"]
+    command += ["precision=fp32", "nll_draws=3"]
+    done = run_python(*command, "output=one.fasta", "n=7")
+    assert done.returncode == 0, done.stderr
+    records = list(read_fasta(tmp_path / "one.fasta"))
+    assert [record.id for record in records] == [f"small_{i}" for i in range(1, 8)]
+    for record in records:
+        found = re.fullmatch(
+            r"run=small step=40 seed=0 length=(\d+) sampler=analytic steps=4 nll=(\S+) nll_se=(\S+)", record.description
+        )
+        assert found, record.description
+        assert int(found[1]) == len(record.sequence)
+        assert 2.5 < float(found[2]) < 3.6
+        assert 0 < float(found[3]) < 1
+    few = run_python(*command, "output=few.fasta", "n=3", "tokens_per_pack=4000")
+    assert few.returncode == 0, few.stderr
+    assert (tmp_path / "one.fasta").read_text().startswith((tmp_path / "few.fasta").read_text())
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = run_python(*launcher, *command, "output=two.fasta", "n=7")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "two.fasta").read_text() == (tmp_path / "one.fasta").read_text()
+    assert_one_line_error(
+        run_python(*command, "output=long.fasta", "lengths=301"),
+        "lengths=301: the longest protein has 301 residues; this model was trained on 1 to 300",
+    )

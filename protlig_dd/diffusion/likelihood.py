@@ -10,6 +10,7 @@ so it has no prior or reconstruction term. With a time-conditioned network it is
 1 - e^-sigma = k/L.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +22,15 @@ from torch import Tensor
 from protlig_dd.batch import PackedBatch
 from protlig_dd.diffusion.graph import Absorbing, Graph
 from protlig_dd.diffusion.noise import Noise
-from protlig_dd.diffusion.numerics import Tokens, clamp_negative, pick, sum_by_sequence, to_float64, uniform_draws
+from protlig_dd.diffusion.numerics import (
+    Tokens,
+    clamp_negative,
+    float64_device,
+    pick,
+    sum_by_sequence,
+    to_float64,
+    uniform_draws,
+)
 from protlig_dd.diffusion.score import LogScores
 
 ESTIMATORS = ("integral", "exact_count")
@@ -39,6 +48,8 @@ class NLLBound:
     estimator: str
     draws: int
     t_min: float
+    token_nats: Float64[Tensor, " total"]
+    """What each token adds to its sequence's bound; 0 for context letters."""
 
 
 def pick_estimator(graph: Graph, parametrisation: str, time_conditioning: bool) -> str:
@@ -76,38 +87,41 @@ def nll_bound(
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}")
     n, device = len(batch.lengths), batch.tokens.device
+    nats_T = torch.zeros(len(batch.tokens), dtype=torch.float64, device=float64_device(device))
     drawn = []
     # draw k of each sequence lies in stratum k, at a place that is stratified over the sequences
     for k in range(draws):
         place_n = torch.randperm(n, generator=generator, device=generator.device) + uniform_draws(n, generator)
         u_n = (k + place_n / n) / draws
         if isinstance(graph, Absorbing) and estimator == "exact_count":
-            drawn.append(_exact_count_draw(score_fn, batch, graph, noise, u_n, generator))
+            draw_T = _exact_count_draw(score_fn, batch, graph, noise, u_n, generator)
         else:
-            integral = _integral_draw(score_fn, batch, graph, noise, u_n.float().to(device), generator)
-            drawn.append(integral + _reconstruction_draw(score_fn, batch, graph, noise, generator))
+            draw_T = _integral_draw(score_fn, batch, graph, noise, u_n.float().to(device), generator)
+            draw_T = draw_T + _reconstruction_draw(score_fn, batch, graph, noise, generator)
+        drawn.append(sum_by_sequence(draw_T, batch))
+        nats_T += draw_T / draws
     nats_kn = torch.stack(drawn)
-    total_n = nats_kn.mean(0)
     # second differences leave out the trend along t (or k), which strata take out of the mean as well
     # (Wolter, Introduction to Variance Estimation, 2007, sec. 8.2: v3); first ones of two draws, NaN of one
     squares_kn = nats_kn.diff(n=2, dim=0).square() / 6 if draws > 2 else nats_kn.diff(dim=0).square() / 2
     variance_n = squares_kn.mean(0) / draws
     if estimator == "integral":
         sigma_T = noise(torch.ones(len(batch.tokens), device=device))[0]
-        total_n = total_n + sum_by_sequence(graph.prior_kl(batch.tokens, sigma_T), batch)
+        nats_T += to_float64(graph.prior_kl(batch.tokens, sigma_T))
     return NLLBound(
-        nats=total_n.cpu(),
+        nats=sum_by_sequence(nats_T, batch).cpu(),
         standard_error=variance_n.sqrt().cpu(),
         residues=sum_by_sequence(batch.tokens < graph.n_states, batch).long().cpu(),
         estimator=estimator,
         draws=draws,
         t_min=noise.t_min,
+        token_nats=nats_T.cpu(),
     )
 
 
 def _integral_draw(
     score_fn: LogScores, batch: PackedBatch, graph: Graph, noise: Noise, u_n: Tensor, generator: torch.Generator
-) -> Float64[Tensor, " n"]:
+) -> Float64[Tensor, " total"]:
     t = (noise.t_min + (1 - noise.t_min) * u_n).clamp(max=1)
     sigma_T = noise(t)[0].index_select(0, batch.segment_ids)
     return integrand(score_fn, batch, graph, noise, t, graph.sample_transition(batch.tokens, sigma_T, generator))
@@ -115,18 +129,18 @@ def _integral_draw(
 
 def integrand(
     score_fn: LogScores, batch: PackedBatch, graph: Graph, noise: Noise, t: Float[Tensor, " n"], xt: Tokens
-) -> Float64[Tensor, " n"]:
-    """What the integral's draw at times t and noised tokens x_t adds to each sequence's bound, nats."""
+) -> Float64[Tensor, " total"]:
+    """What the integral's draw at times t and noised tokens x_t adds to the bound at each token, nats."""
     sigma, dsigma = noise(t)
     sigma_T = sigma.index_select(0, batch.segment_ids)
     log_score = score_fn(batch.with_tokens(xt), sigma)
-    loss_n = sum_by_sequence(graph.score_entropy(log_score, sigma_T, xt, batch.tokens), batch)
-    return (1 - noise.t_min) * to_float64(dsigma) * loss_n
+    loss_T = to_float64(graph.score_entropy(log_score, sigma_T, xt, batch.tokens))
+    return (1 - noise.t_min) * to_float64(dsigma.index_select(0, batch.segment_ids)) * loss_T
 
 
 def _reconstruction_draw(
     score_fn: LogScores, batch: PackedBatch, graph: Graph, noise: Noise, generator: torch.Generator
-) -> Float64[Tensor, " n"]:
+) -> Float64[Tensor, " total"]:
     sigma = noise(torch.full((len(batch.lengths),), noise.t_min, device=batch.tokens.device))[0]
     sigma_T = sigma.index_select(0, batch.segment_ids)
     return reconstruction(score_fn, batch, graph, sigma, graph.sample_transition(batch.tokens, sigma_T, generator))
@@ -134,8 +148,8 @@ def _reconstruction_draw(
 
 def reconstruction(
     score_fn: LogScores, batch: PackedBatch, graph: Graph, sigma: Float[Tensor, " n"], xt: Tokens
-) -> Float64[Tensor, " n"]:
-    """-log p(x0 | x_t) of each sequence under the last denoising step, from sigma; nats."""
+) -> Float64[Tensor, " total"]:
+    """-log p(x0 | x_t) of each token under the last denoising step, from sigma; nats."""
     sigma_T = sigma.index_select(0, batch.segment_ids)
     log_score = score_fn(batch.with_tokens(xt), sigma)
     residue_T = batch.tokens < graph.n_states
@@ -146,12 +160,12 @@ def reconstruction(
     probs = (probs + FLOOR) / (1 + graph.n_states * FLOOR)
     nats_T = torch.zeros(len(batch.tokens), dtype=torch.float64, device=probs.device)
     nats_T[residue_T.to(probs.device)] = -pick(probs, batch.tokens[residue_T].to(probs.device)).log()
-    return sum_by_sequence(nats_T, batch)
+    return nats_T
 
 
 def _exact_count_draw(
     score_fn: LogScores, batch: PackedBatch, graph: Absorbing, noise: Noise, u_n: Tensor, generator: torch.Generator
-) -> Float64[Tensor, " n"]:
+) -> Float64[Tensor, " total"]:
     residue_T = batch.tokens < graph.n_states
     length_n = sum_by_sequence(residue_T, batch).clamp(min=1)
     count_n = ((u_n.to(length_n) * length_n).floor() + 1).clamp(max=length_n)  # uniform on 1..L
@@ -161,7 +175,38 @@ def _exact_count_draw(
     sigma = torch.minimum(-torch.log1p(-share_n), last_sigma)  # k = L would be infinite
     log_score = score_fn(batch.with_tokens(torch.where(masked_T, graph.mask, batch.tokens)), sigma)
     nats_T = torch.where(masked_T, -pick(F.log_softmax(log_score, -1), batch.tokens), 0.0)
-    return length_n / count_n * sum_by_sequence(nats_T, batch)
+    return to_float64(nats_T) * (length_n / count_n).index_select(0, batch.segment_ids.to(length_n.device))
+
+
+@torch.no_grad()
+def masked_cross_entropy(
+    score_fn: LogScores,
+    batch: PackedBatch,
+    graph: Absorbing,
+    *,
+    share: float,
+    draws: int,
+    generator: torch.Generator,
+) -> tuple[Float64[Tensor, " total"], Int64[Tensor, " n"]]:
+    """-log p of residues that were masked, `share` of each sequence at a time, given the others: no likelihood.
+
+    As masked language models are measured (ESM-2, doi 10.1126/science.ade2574, with 15%), but that all of these are
+    masked: none is kept or replaced by another amino acid.
+
+    Returns:
+        nats of each token, summed over the draws that masked it, and how many tokens of each sequence were masked.
+    """
+    residue_T = batch.tokens < graph.n_states
+    count_n = (share * sum_by_sequence(residue_T, batch)).round().clamp(min=1)
+    sigma = torch.full((len(batch.lengths),), -math.log1p(-share), device=batch.tokens.device)
+    nats_T = torch.zeros(len(batch.tokens), dtype=torch.float64, device=float64_device(batch.tokens.device))
+    masked_n = torch.zeros(len(batch.lengths), dtype=torch.int64)
+    for _ in range(draws):
+        masked_T = batch.random_subset(residue_T, count_n, uniform_draws(len(residue_T), generator))
+        log_score = score_fn(batch.with_tokens(torch.where(masked_T, graph.mask, batch.tokens)), sigma)
+        nats_T += to_float64(torch.where(masked_T, -pick(F.log_softmax(log_score, -1), batch.tokens), 0.0))
+        masked_n += sum_by_sequence(masked_T, batch).long().cpu()
+    return nats_T.cpu(), masked_n
 
 
 def per_residue(nats: np.ndarray, residues: np.ndarray) -> tuple[float, float]:

@@ -178,6 +178,45 @@ class SampleConfig:
     tokens_per_pack: int
 
 
+@dataclass
+class InfillConfig:
+    from_: str
+    input: str
+    output: str
+    map: str | None
+    n: int
+    free: Any  # ranges such as 12-40, or a list of them
+    fixed: Any
+    contig: str | None
+    lengths: str | None
+    steps: int
+    predictor: str
+    temperature: float
+    top_p: float
+    log_bias: Any
+    nll_draws: int
+    seed: int
+    device: str
+    precision: str
+    tokens_per_pack: int
+
+
+@dataclass
+class EvaluateConfig:
+    from_: str
+    input: str
+    split: str
+    train: str | None
+    output: str
+    draws: int
+    masked: bool
+    max_sequences: int | None
+    seed: int
+    device: str
+    precision: str
+    tokens_per_pack: int
+
+
 # What may differ when a run is resumed, whole groups (with a dot at their end) and single keys. trainer.max_steps and
 # trainer.epochs move the end of the learning rate's cosine; trainer.precision and model.attention_backend are compared
 # as resolved, and of data.path the fingerprint.

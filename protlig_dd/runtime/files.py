@@ -4,10 +4,11 @@ import contextlib
 import errno
 import fcntl
 import os
+import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 
@@ -24,6 +25,28 @@ def write_atomic(path: Path, text: str) -> None:
         except BaseException:
             os.unlink(handle.name)
             raise
+
+
+def write_folder(path: Path, files: Mapping[str, str]) -> None:
+    """Write a new folder of text files: aside, synced, then renamed, so that it is there whole or not at all.
+
+    Raises:
+        ValueError: `path` exists.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        aside.chmod(0o755)
+        for name, text in files.items():
+            write_atomic(aside / name, text)
+        sync_folder(aside)
+        if path.exists():  # a rename would replace an empty folder
+            raise ValueError(f"{path} exists already; give another output or move it away")
+        aside.replace(path)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    sync_folder(path.parent)
 
 
 def sync_folder(path: Path) -> None:

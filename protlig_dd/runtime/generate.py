@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from protlig_dd.tokenizer import BOS, EOS, MASK, ProteinTokenizer
 ALONE = Processes(0, 1, 0)
 
 
+@runtime_checkable
 class SamplerOptions(Steering, Protocol):
     """What the configs of the verbs that sample have in common."""
 
@@ -238,12 +239,24 @@ def choose_lengths(wanted: str, n: int, seed: int, counts: list[int] | None) -> 
         if counts is None:
             raise ValueError("this checkpoint does not know its training lengths; give lengths=, such as 100-300")
         return draw_lengths(counts, n, seed)
-    shortest, dash, longest = wanted.partition("-")
-    numbers = [shortest, longest] if dash else [shortest, shortest]
-    if not all(number.isdecimal() for number in numbers) or not 1 <= int(numbers[0]) <= int(numbers[1]):
-        raise ValueError(f"lengths={wanted}: give a number, a range such as 100-300, or empirical")
-    low, high = map(int, numbers)
+    low, high = parse_range(wanted, f"lengths={wanted}", ", or empirical")
     return (low + np.floor(length_draws(n, seed) * (high - low + 1)).astype(int)).tolist()
+
+
+def parse_range(text: str, told: str, more: str = "", *, least: int = 1) -> tuple[int, int]:
+    """`12-40` -> (12, 40), `77` -> (77, 77).
+
+    Args:
+        told: what the error message calls it.
+
+    Raises:
+        ValueError: anything else, or a range that starts below `least` or runs backwards.
+    """
+    first, dash, last = text.partition("-")
+    numbers = [first, last] if dash else [first, first]
+    if not all(n.isascii() and n.isdecimal() for n in numbers) or not least <= int(numbers[0]) <= int(numbers[1]):
+        raise ValueError(f"{told}: give a number or a range such as 100-300{more}")
+    return int(numbers[0]), int(numbers[1])
 
 
 def designs_fasta(

@@ -1,0 +1,338 @@
+"""Measure a trained model on held-out proteins: its bound on the negative log-likelihood, beside simple baselines.
+
+python -m protlig_dd.evaluate from=runs/demo input=data/my.h5 split=test output=evaluation
+python -m protlig_dd.evaluate from=runs/demo input=held.fasta train=data/my.h5 output=evaluation
+"""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+
+from protlig_dd.batch import PackedBatch
+from protlig_dd.data.fasta import read_fasta
+from protlig_dd.data.store import HDF5_MAGIC, SPLITS, SequenceStore
+from protlig_dd.diffusion.graph import Absorbing
+from protlig_dd.diffusion.likelihood import masked_cross_entropy, nll_bound, per_residue, pick_estimator
+from protlig_dd.evaluation.baselines import Baselines, fit_baselines, training_sequences
+from protlig_dd.runtime.cli import run_verb
+from protlig_dd.runtime.config import EvaluateConfig, read_config
+from protlig_dd.runtime.distributed import gather_objects
+from protlig_dd.runtime.files import write_folder
+from protlig_dd.runtime.generate import split_lengths
+from protlig_dd.runtime.metrics import ProgressBar, announce, console
+from protlig_dd.runtime.random import keyed_generator
+from protlig_dd.runtime.trained import Trained, check_free, check_least, load_trained
+from protlig_dd.tokenizer import AMINO_ACIDS, N_STATES, ProteinTokenizer
+
+LENGTH_BINS = (0, 50, 100, 200, 300, 400, 500, 750, 1000)  # residues; a bin ends with the number that the next follows
+MASKED_SHARE = 0.15
+COLUMNS = ("bound", "unigram", "bigram", "oadm", "masked")
+
+
+@dataclass
+class Scored:
+    """Nats of one protein, and those of each of its amino acids."""
+
+    residues: int
+    nats: dict[str, float]
+    """By column; those that were measured."""
+    bound_se: float
+    masked: int
+    """Tokens that were masked for the masked cross-entropy, over all draws."""
+    counts: np.ndarray
+    """(20,) how often each amino acid is there."""
+    by_letter: dict[str, np.ndarray]
+    """(20,) nats of each amino acid, for bound, unigram and bigram."""
+
+
+def evaluate(cfg: DictConfig) -> None:
+    """Bound every sequence once, on all ranks, and write the folder of figures."""
+    config = read_config(cfg, EvaluateConfig)
+    output = check_free(config.output)
+    check_least((("draws", config.draws, 1), ("seed", config.seed, 0), ("max_sequences", config.max_sequences or 2, 2),
+                 ("tokens_per_pack", config.tokens_per_pack, 1)))  # fmt: skip
+    store, ids, sequences = read_sequences(Path(config.input), config.split, config.max_sequences, config.seed)
+    trained = load_trained(config.from_, device=config.device, precision=config.precision)
+    baselines = find_baselines(config.train, store, trained)
+    cut = sum(len(tokens) - 2 > trained.max_len for tokens in sequences)
+    sequences = [cropped(tokens, trained.max_len) for tokens in sequences]
+    if cut:
+        told = f"{cut} proteins are longer than the {trained.max_len} residues this model was trained on"
+        announce(f"{told}: their first {trained.max_len} are scored", trained.processes)
+    scored = score(trained, sequences, config, baselines)
+    if not trained.processes.first:
+        return
+    report = {
+        "run": trained.run,
+        "step": trained.step,
+        "checkpoint": str(trained.checkpoint),
+        "input": config.input,
+        "split": config.split if store else None,
+        "sequences": len(scored),
+        "cut_to_max_len": cut,
+        "max_len": trained.max_len,
+        "residues": sum(one.residues for one in scored),
+        "estimator": pick_estimator(
+            trained.graph, trained.score_fn.parametrisation, trained.score_fn.time_conditioning
+        ),
+        "draws": config.draws,
+        "seed": config.seed,
+        "precision": trained.precision,
+        "baseline_sequences": None if baselines is None else baselines.sequences,
+        **summary(scored),
+    }
+    table = report_table(report)
+    files = {
+        "report.json": json.dumps(report, indent=1) + "\n",
+        "report.md": table,
+        "per_sequence.csv": sequence_csv(ids, scored),
+        "by_length.csv": length_csv(scored),
+        "by_amino_acid.csv": letter_csv(scored),
+    }
+    write_folder(output, files)
+    console.print(table, markup=False)
+    console.print(f"{output}: {', '.join(files)}", markup=False)
+
+
+def read_sequences(
+    path: Path, split: str, most: int | None, seed: int
+) -> tuple[SequenceStore | None, list[str], list[np.ndarray]]:
+    """Ids and tokens of a store's split, or of a FASTA file; at most so many, drawn by the seed.
+
+    Raises:
+        ValueError: no such file or split, illegal letters, an empty split, fewer than 2 sequences; named.
+    """
+    if is_store(path):
+        store = SequenceStore(path)
+        if split not in SPLITS:
+            raise ValueError(f"split={split}; there are {', '.join(SPLITS)}")
+        rows = thinned(store.split(split), most, seed)
+        ids, sequences = [store.id(row) for row in rows], [store[row] for row in rows]
+    else:
+        store, encode = None, ProteinTokenizer().encode
+        records = list(read_fasta(path))
+        records = [records[i] for i in thinned(np.arange(len(records)), most, seed)]
+        ids = [record.id for record in records]
+        sequences = [encode(record.sequence.upper(), record.name) for record in records]
+    if len(sequences) < 2:
+        where = f"{path}, split {split}," if store else str(path)
+        raise ValueError(f"{where} has {len(sequences)} sequences; a standard error needs at least 2")
+    return store, ids, sequences
+
+
+def is_store(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(HDF5_MAGIC)) == HDF5_MAGIC
+
+
+def thinned(rows: np.ndarray, most: int | None, seed: int) -> np.ndarray:
+    if most is None or len(rows) <= most:
+        return rows
+    return np.sort(np.random.default_rng([seed, most]).permutation(rows)[:most])
+
+
+def cropped(tokens: np.ndarray, max_len: int) -> np.ndarray:
+    """The first max_len residues; a crop lacks <eos>, as in training."""
+    return tokens if len(tokens) - 2 <= max_len else tokens[: max_len + 1]
+
+
+def find_baselines(wanted: str | None, store: SequenceStore | None, trained: Trained) -> Baselines | None:
+    """Unigram and bigram models of the training split: of `train=`, else of the input store, else of the run's data."""
+    if wanted is not None:
+        stores = [SequenceStore(wanted)]
+    elif store is not None:
+        stores = [store]
+    else:
+        record = trained.checkpoint.parents[1] / "environment.json"
+        paths = json.loads(record.read_text())["data_path"].split(", ") if record.is_file() else []
+        if not paths or not all(Path(path).is_file() for path in paths):
+            announce("no training set for unigram and bigram models: give train=store.h5", trained.processes)
+            return None
+        stores = [SequenceStore(path) for path in paths]
+    return fit_baselines(training_sequences(stores))
+
+
+def score(
+    trained: Trained, sequences: Sequence[np.ndarray], config: EvaluateConfig, baselines: Baselines | None
+) -> list[Scored]:
+    """Every sequence once, packs shared out over the ranks; what a pack draws depends on (seed, its number) alone."""
+    packs = split_lengths([len(tokens) - 2 for tokens in sequences], config.tokens_per_pack)
+    firsts = np.cumsum([0, *map(len, packs)]).tolist()
+    processes, mine = trained.processes, range(trained.processes.rank, len(packs), trained.processes.world_size)
+    found: dict[int, Scored] = {}
+    with ProgressBar("evaluating", len(mine), shown=processes.first) as bar:
+        for pack in mine:
+            indices = range(firsts[pack], firsts[pack + 1])
+            some = [sequences[i] for i in indices]
+            generator = keyed_generator(config.seed, "evaluation", pack, trained.device)
+            found.update(zip(indices, score_pack(trained, some, generator, config, baselines), strict=True))
+            bar.advance()
+    found = {i: one for part in gather_objects(found) for i, one in part.items()}
+    return [found[i] for i in range(len(sequences))]
+
+
+def score_pack(
+    trained: Trained,
+    sequences: Sequence[np.ndarray],
+    generator: torch.Generator,
+    config: EvaluateConfig,
+    baselines: Baselines | None,
+) -> list[Scored]:
+    score_fn, graph, noise = trained.score_fn, trained.graph, trained.noise
+    batch = PackedBatch.pack([torch.from_numpy(tokens.astype(np.int64)) for tokens in sequences]).to(trained.device)
+    estimator = pick_estimator(graph, score_fn.parametrisation, score_fn.time_conditioning)
+    bound = nll_bound(score_fn, batch, graph, noise, generator=generator, draws=config.draws, estimator=estimator)
+    per_token = {"bound": bound.token_nats}
+    masked_n = torch.zeros(len(sequences))
+    if isinstance(graph, Absorbing):
+        oadm = bound
+        if estimator != "exact_count":
+            oadm = nll_bound(score_fn, batch, graph, noise, generator=generator, draws=config.draws,
+                             estimator="exact_count")  # fmt: skip
+        per_token["oadm"] = oadm.token_nats
+        if config.masked:
+            per_token["masked"], masked_n = masked_cross_entropy(
+                score_fn, batch, graph, share=MASKED_SHARE, draws=config.draws, generator=generator
+            )
+    parts = {name: [part.numpy() for part in batch.unpack(nats)] for name, nats in per_token.items()}
+    scored = []
+    for i, tokens in enumerate(sequences):
+        nats = {name: part[i] for name, part in parts.items()}
+        if baselines is not None:
+            nats["unigram"], nats["bigram"] = baselines.nats(tokens)
+        inside = tokens < N_STATES
+        letters = tokens[inside]
+        scored.append(
+            Scored(
+                residues=int(inside.sum()),
+                nats={name: float(values.sum()) for name, values in nats.items()},
+                bound_se=float(bound.standard_error[i]),
+                masked=int(masked_n[i]),
+                counts=np.bincount(letters, minlength=N_STATES),
+                by_letter={
+                    name: np.bincount(letters, nats[name][inside], minlength=N_STATES)
+                    for name in ("bound", "unigram", "bigram")
+                    if name in nats
+                },
+            )
+        )
+    return scored
+
+
+def column(scored: Sequence[Scored], name: str) -> np.ndarray:
+    return np.array([one.nats[name] for one in scored])
+
+
+def summary(scored: Sequence[Scored]) -> dict[str, Any]:
+    """Nats a residue (of masked: a masked token) with standard errors over proteins, and differences to the unigram."""
+    residues = np.array([one.residues for one in scored])
+    found: dict[str, Any] = {}
+    for name in COLUMNS:
+        if name not in scored[0].nats:
+            continue
+        count = np.array([one.masked for one in scored]) if name == "masked" else residues
+        found[name], found[f"{name}_se"] = per_residue(column(scored, name), count)
+        found[f"{name}_perplexity"] = float(np.exp(found[name]))
+    for name in ("bound", "bigram"):
+        if name in found and "unigram" in found:
+            difference = column(scored, name) - column(scored, "unigram")
+            found[f"{name}_to_unigram"], found[f"{name}_to_unigram_se"] = per_residue(difference, residues)
+    return found
+
+
+NAMES = {
+    "bound": "model, NLL bound",
+    "unigram": "unigram model, NLL",
+    "bigram": "bigram model, NLL",
+    "oadm": "order-agnostic (OADM) NLL",
+    "masked": f"cross-entropy of {MASKED_SHARE:.0%} masked",
+}
+
+
+def report_table(report: dict[str, Any]) -> str:
+    """Markdown of the figures of the whole set."""
+    lines = [
+        f"{report['sequences']:,} proteins, {report['residues']:,} residues; {report['run']}, step {report['step']}; "
+        f"{report['estimator']} estimator, {report['draws']} draws",
+        "",
+        "| | nats/residue | perplexity | to the unigram model |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name in COLUMNS:
+        if name not in report:
+            continue
+        nats, error = report[name], report[f"{name}_se"]
+        perplexity = report[f"{name}_perplexity"]
+        difference = ""
+        if f"{name}_to_unigram" in report:
+            difference = f"{report[f'{name}_to_unigram']:+.4f} ± {report[f'{name}_to_unigram_se']:.4f}"
+        lines.append(
+            f"| {NAMES[name]} | {nats:.4f} ± {error:.4f} | {perplexity:.3f} ± {perplexity * error:.3f} | {difference} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """CSV; numbers that are not whole with six decimals."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows([f"{cell:.6f}" if isinstance(cell, float) else cell for cell in row] for row in rows)
+    return text.getvalue()
+
+
+def sequence_csv(ids: Sequence[str], scored: Sequence[Scored]) -> str:
+    """A row for each protein: whole nats, so that two models can be compared protein by protein."""
+    names = [name for name in COLUMNS if name in scored[0].nats]
+    header = ["id", "residues", *(f"{name}_nats" for name in names), "bound_nats_se", "masked_tokens"]
+    return csv_text(
+        header,
+        [
+            [id_, one.residues, *(one.nats[name] for name in names), one.bound_se, one.masked]
+            for id_, one in zip(ids, scored, strict=True)
+        ],
+    )
+
+
+def length_csv(scored: Sequence[Scored]) -> str:
+    """The figures of proteins of similar length; `to` is empty for the longest."""
+    names = [name for name in ("bound", "unigram", "bigram") if name in scored[0].nats]
+    rows = []
+    for low, high in pairwise([*LENGTH_BINS, math.inf]):
+        some = [one for one in scored if low < one.residues <= high]
+        if some:
+            residues = np.array([one.residues for one in some])
+            figures = [value for name in names for value in per_residue(column(some, name), residues)]
+            rows.append([low + 1, "" if high == math.inf else high, len(some), residues.sum(), *figures])
+    return csv_text(["from", "to", "sequences", "residues", *with_errors(names)], rows)
+
+
+def letter_csv(scored: Sequence[Scored]) -> str:
+    """What each amino acid costs, in nats each time that it occurs, with standard errors over proteins."""
+    names, rows = list(scored[0].by_letter), []
+    for i, letter in enumerate(AMINO_ACIDS):
+        counts = np.array([one.counts[i] for one in scored])
+        if counts.sum():
+            totals = {name: np.array([one.by_letter[name][i] for one in scored]) for name in names}
+            rows.append([letter, counts.sum(), *(v for name in names for v in per_residue(totals[name], counts))])
+    return csv_text(["amino_acid", "residues", *with_errors(names)], rows)
+
+
+def with_errors(names: Sequence[str]) -> list[str]:
+    return [column for name in names for column in (name, f"{name}_se")]
+
+
+if __name__ == "__main__":
+    run_verb(evaluate, "evaluate", EvaluateConfig)

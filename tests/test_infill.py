@@ -1,0 +1,189 @@
+"""`python -m protlig_dd.infill`: what is free, where motifs go, and that what is fixed stays."""
+
+import csv
+import itertools
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protlig_dd.data.fasta import FastaRecord, read_fasta
+from protlig_dd.infill import Segment, draw_layout, draw_sizes, free_positions, map_csv, place, read_records
+from protlig_dd.tokenizer import MASK, ProteinTokenizer
+
+from .conftest import Command, assert_one_line_error
+
+RECORD = FastaRecord("p", "", "ACDEFGHIKL", "in.fasta")
+IDS = ProteinTokenizer().encode(RECORD.sequence)[1:-1]
+
+
+def shown(ids: np.ndarray) -> str:
+    return ProteinTokenizer().decode(ids)
+
+
+def test_ranges_are_from_one_and_inclusive() -> None:
+    assert shown(free_positions(RECORD, IDS, fixed=None, free=["2-4", 10])) == "A___FGHIK_"
+    assert shown(free_positions(RECORD, IDS, fixed=["2-4", "10"], free=None)) == "_CDE_____L"
+    assert shown(free_positions(RECORD, IDS, fixed=None, free="3")) == "AC_EFGHIKL"
+    partial = IDS.copy()
+    partial[0] = MASK
+    assert shown(free_positions(RECORD, partial, fixed=None, free=["5-6"])) == "_CDE__HIKL"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"free": ["9-11"]}, "in.fasta: record p: free=9-11 ends at 11, but the sequence has 10 residues"),
+        ({"free": ["0-3"]}, "free=0-3: give a number or a range"),
+        ({"free": ["4-2"]}, "free=4-2: give a number or a range"),
+        ({"fixed": ["x"]}, "fixed=x: give a number or a range"),
+    ],
+)
+def test_wrong_ranges_are_named(options: dict[str, list[str]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        free_positions(RECORD, IDS, **({"fixed": None, "free": None} | options))
+
+
+def test_a_position_without_a_residue_cannot_be_fixed() -> None:
+    partial = IDS.copy()
+    partial[2] = MASK
+    with pytest.raises(ValueError, match="position 3 is fixed, but the sequence has `_` there"):
+        free_positions(RECORD, partial, fixed=["1-3"], free=None)
+
+
+def test_a_contig_places_motifs_between_new_stretches() -> None:
+    layout = draw_layout("2/A3-5/0-0/B9-10/1", None, np.random.default_rng(0))
+    assert layout == [Segment(2), Segment(3, 3), Segment(2, 9), Segment(1)]
+    design = place(RECORD, IDS, layout)
+    assert shown(design) == "__DEFKL_"
+    assert map_csv(["d"], [layout], [design]).splitlines()[1:] == [
+        "d,1,2,true,", "d,3,5,false,3", "d,6,7,false,9", "d,8,8,true,",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="contig wants residues 9-12, the sequence has 10"):
+        place(RECORD, IDS, draw_layout("A9-12/3", None, np.random.default_rng(0)))
+
+
+def test_the_map_tells_free_from_fixed_within_a_protein() -> None:
+    template = free_positions(RECORD, IDS, fixed=None, free=["2-4", 10])
+    assert map_csv(["d"], [[Segment(10, 1)]], [template]).splitlines() == [
+        "design,start,end,free,input_start", "d,1,1,false,1", "d,2,4,true,2", "d,5,9,false,5", "d,10,10,true,10",
+    ]  # fmt: skip
+
+
+@given(
+    ranges=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 4)), min_size=1, max_size=4),
+    low=st.integers(0, 12),
+    extra=st.integers(0, 5),
+    seed=st.integers(0, 99),
+)
+def test_sizes_fit_their_ranges_and_the_whole(ranges: list[tuple[int, int]], low: int, extra: int, seed: int) -> None:
+    bounds = [(first, first + more) for first, more in ranges]
+    if sum(b for _, b in bounds) < low or sum(a for a, _ in bounds) > low + extra:
+        return
+    sizes = draw_sizes(bounds, low, low + extra, np.random.default_rng(seed))
+    assert all(first <= size <= last for size, (first, last) in zip(sizes, bounds, strict=True))
+    assert low <= sum(sizes) <= low + extra
+
+
+def test_sizes_are_uniform_among_all_that_fit() -> None:
+    bounds, low, high = [(0, 3), (5, 5), (1, 4)], 8, 9
+    fitting = [c for c in itertools.product(*(range(a, b + 1) for a, b in bounds)) if low <= sum(c) <= high]
+    generator = np.random.default_rng(0)
+    counts = Counter(tuple(draw_sizes(bounds, low, high, generator)) for _ in range(7000))
+    assert set(counts) == set(fitting)
+    expected = 7000 / len(fitting)
+    chi_square = sum((counts[one] - expected) ** 2 / expected for one in fitting)
+    assert chi_square < 3 * len(fitting)
+
+
+@pytest.mark.parametrize(
+    ("contig", "lengths", "message"),
+    [
+        ("", None, "contig=: '': give a number or a range"),
+        ("5/A", None, "contig=5/A: 'A': give a number or a range"),
+        ("5/A0-3", None, "'A0-3': give a number or a range"),
+        ("5-2/A1-3", None, "'5-2': give a number"),
+        ("5-10/A1-3", "20-30", "lengths=20-30, but contig=5-10/A1-3 gives 8 to 13 residues"),
+        ("5-10/A1-3", "x", "lengths=x: give a number"),
+    ],
+)
+def test_wrong_contigs_are_named(contig: str, lengths: str | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        draw_layout(contig, lengths, np.random.default_rng(0))
+
+
+def test_the_input_may_have_gaps_and_lower_case_and_no_id_twice(tmp_path: Path) -> None:
+    path = tmp_path / "in.fasta"
+    path.write_text(">a\nac__D*\n>b\nXKL\n")
+    assert [shown(ids) for _, ids in read_records(path)] == ["AC__D", "XKL"]
+    path.write_text(">a\nAC\n>a\nAD\n")
+    with pytest.raises(ValueError, match="in.fasta: record a is there twice"):
+        read_records(path)
+    path.write_text(">a\nA?C\n")
+    with pytest.raises(ValueError, match="record a: illegal character '\\?' at position 2 of 3"):
+        read_records(path)
+
+
+def test_fixed_residues_stay_and_the_rest_is_new(trained_run: Path, tmp_path: Path, run_python: Command) -> None:
+    (tmp_path / "in.fasta").write_text(f">wt a protein\n{RECORD.sequence * 4}\n>holes\nAC__DX__\n")
+    command = ["-m", "protlig_dd.infill", f"from={trained_run}", "input=in.fasta", "steps=8", "n=3", "device=cpu"]
+    done = run_python(*command, "output=out.fasta", "free=[2-4]", "seed=5")
+    assert done.returncode == 0, done.stderr
+    records = list(read_fasta(tmp_path / "out.fasta"))
+    assert [record.id for record in records] == ["wt_1", "wt_2", "wt_3", "holes_1", "holes_2", "holes_3"]
+    for record in records[:3]:
+        assert record.sequence[0] == "A"
+        assert record.sequence[4:] == (RECORD.sequence * 4)[4:]
+        assert "nll=" in record.description
+        assert "seed=5" in record.description
+    for record in records[3:]:
+        assert (record.sequence[0], record.sequence[4:6], len(record.sequence)) == ("A", "DX", 8)
+        assert "_" not in record.sequence
+    assert len({record.sequence for record in records[:3]}) > 1
+    rows = list(csv.DictReader((tmp_path / "out.map.csv").read_text().splitlines()))
+    assert [row["start"] + "-" + row["end"] for row in rows if row["design"] == "wt_2" and row["free"] == "true"] == [
+        "2-4"
+    ]
+    alone = run_python(*command, "output=one.fasta", "free=[2-4]", "seed=5", "n=1")
+    assert alone.returncode == 0, alone.stderr
+    few = {record.id: record.sequence for record in read_fasta(tmp_path / "one.fasta")}
+    assert all(record.sequence == few[record.id] for record in records if record.id in few)
+
+    scaffold = ["contig=3-9/A5-8/2/A12-14/0-9", "lengths=16-18", "input=wt.fasta", "output=scaffold.fasta"]
+    (tmp_path / "wt.fasta").write_text(f">wt\n{RECORD.sequence * 4}\n")
+    done = run_python(*command, *scaffold, "n=20", "nll_draws=0")
+    assert done.returncode == 0, done.stderr
+    lengths = set()
+    for record in read_fasta(tmp_path / "scaffold.fasta"):
+        place_of = record.sequence.find("FGHI")
+        assert 3 <= place_of <= 9
+        assert record.sequence[place_of + 6 : place_of + 9] == "CDE"
+        assert "nll=" not in record.description
+        lengths.add(len(record.sequence))
+    assert lengths == {16, 17, 18}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["input=whole.fasta"], "record wt has no free position"),
+        (["input=whole.fasta", "free=1", "fixed=2"], "give one of fixed=, free= and contig="),
+        (["input=whole.fasta", "free=1", "lengths=9"], "lengths=9 is for contig="),
+        (["input=whole.fasta", "contig=999/A1-2"], "the design has 1001 residues; this model was trained on 1 to"),
+        (["input=whole.fasta", "free=1", "n=0"], "n must be at least 1, got 0"),
+        (["input=none.fasta"], "none.fasta: no such file"),
+        (["input=whole.fasta", "free=1", "from=nothing"], "nothing: neither a run folder"),
+        (["input=whole.fasta", "free=1", "output=whole.fasta"], "whole.fasta exists already"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(
+    trained_run: Path, tmp_path: Path, run_python: Command, options: list[str], message: str
+) -> None:
+    (tmp_path / "whole.fasta").write_text(f">wt\n{RECORD.sequence}\n")
+    given = {option.partition("=")[0] for option in options}
+    more = [one for one in (f"from={trained_run}", "output=out.fasta") if one.partition("=")[0] not in given]
+    assert_one_line_error(run_python("-m", "protlig_dd.infill", *more, *options), message)
+    assert [path.name for path in tmp_path.iterdir()] == ["whole.fasta"]
