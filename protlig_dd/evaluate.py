@@ -4,11 +4,9 @@ python -m protlig_dd.evaluate from=runs/demo input=data/my.h5 split=test output=
 python -m protlig_dd.evaluate from=runs/demo input=held.fasta train=data/my.h5 output=evaluation
 """
 
-import csv
-import io
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -19,11 +17,11 @@ import torch
 from omegaconf import DictConfig
 
 from protlig_dd.batch import PackedBatch
-from protlig_dd.data.fasta import read_fasta
-from protlig_dd.data.store import HDF5_MAGIC, SPLITS, SequenceStore
+from protlig_dd.data.store import SequenceStore
 from protlig_dd.diffusion.graph import Absorbing
 from protlig_dd.diffusion.likelihood import masked_cross_entropy, nll_bound, per_residue, pick_estimator
 from protlig_dd.evaluation.baselines import Baselines, fit_baselines, training_sequences
+from protlig_dd.evaluation.inputs import csv_text, read_sequences
 from protlig_dd.runtime.cli import run_verb
 from protlig_dd.runtime.config import EvaluateConfig, read_config
 from protlig_dd.runtime.distributed import gather_objects
@@ -32,7 +30,7 @@ from protlig_dd.runtime.generate import split_lengths
 from protlig_dd.runtime.metrics import ProgressBar, announce, console
 from protlig_dd.runtime.random import keyed_generator
 from protlig_dd.runtime.trained import Trained, check_free, check_least, load_trained
-from protlig_dd.tokenizer import AMINO_ACIDS, N_STATES, ProteinTokenizer
+from protlig_dd.tokenizer import AMINO_ACIDS, N_STATES
 
 LENGTH_BINS = (0, 50, 100, 200, 300, 400, 500, 750, 1000)  # residues; a bin ends with the number that the next follows
 MASKED_SHARE = 0.15
@@ -102,45 +100,6 @@ def evaluate(cfg: DictConfig) -> None:
     write_folder(output, files)
     console.print(table, markup=False)
     console.print(f"{output}: {', '.join(files)}", markup=False)
-
-
-def read_sequences(
-    path: Path, split: str, most: int | None, seed: int
-) -> tuple[SequenceStore | None, list[str], list[np.ndarray]]:
-    """Ids and tokens of a store's split, or of a FASTA file; at most so many, drawn by the seed.
-
-    Raises:
-        ValueError: no such file or split, illegal letters, an empty split, fewer than 2 sequences; named.
-    """
-    if is_store(path):
-        store = SequenceStore(path)
-        if split not in SPLITS:
-            raise ValueError(f"split={split}; there are {', '.join(SPLITS)}")
-        rows = thinned(store.split(split), most, seed)
-        ids, sequences = [store.id(row) for row in rows], [store[row] for row in rows]
-    else:
-        store, encode = None, ProteinTokenizer().encode
-        records = list(read_fasta(path))
-        records = [records[i] for i in thinned(np.arange(len(records)), most, seed)]
-        ids = [record.id for record in records]
-        sequences = [encode(record.sequence.upper(), record.name) for record in records]
-    if len(sequences) < 2:
-        where = f"{path}, split {split}," if store else str(path)
-        raise ValueError(f"{where} has {len(sequences)} sequences; a standard error needs at least 2")
-    return store, ids, sequences
-
-
-def is_store(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(len(HDF5_MAGIC)) == HDF5_MAGIC
-
-
-def thinned(rows: np.ndarray, most: int | None, seed: int) -> np.ndarray:
-    if most is None or len(rows) <= most:
-        return rows
-    return np.sort(np.random.default_rng([seed, most]).permutation(rows)[:most])
 
 
 def cropped(tokens: np.ndarray, max_len: int) -> np.ndarray:
@@ -282,15 +241,6 @@ def report_table(report: dict[str, Any]) -> str:
             f"| {NAMES[name]} | {nats:.4f} ± {error:.4f} | {perplexity:.3f} ± {perplexity * error:.3f} | {difference} |"
         )
     return "\n".join(lines) + "\n"
-
-
-def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """CSV; numbers that are not whole with six decimals."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows([f"{cell:.6f}" if isinstance(cell, float) else cell for cell in row] for row in rows)
-    return text.getvalue()
 
 
 def sequence_csv(ids: Sequence[str], scored: Sequence[Scored]) -> str:

@@ -12,6 +12,7 @@ from protlig_dd.runtime.config import (
     RESUMABLE,
     EvaluateConfig,
     InfillConfig,
+    JudgeConfig,
     PrepareConfig,
     SampleConfig,
     TrainConfig,
@@ -48,6 +49,7 @@ def test_every_option_of_every_group_is_valid() -> None:
     read_config(composed("from=runs/demo", name="sample"), SampleConfig)
     read_config(composed("from=runs/demo", "input=a.fasta", name="infill"), InfillConfig)
     read_config(composed("from=runs/demo", "input=a.fasta", name="evaluate"), EvaluateConfig)
+    read_config(composed("samples=a.fasta", "natural=b.fasta", name="judge"), JudgeConfig)
 
 
 def test_every_key_has_a_default_and_resumable_keys_exist() -> None:

@@ -32,6 +32,7 @@ SHORT = {
     "protlig_dd.sample": "steps=4",
     "protlig_dd.infill": "steps=4",
     "protlig_dd.evaluate": "draws=2",
+    "protlig_dd.judge": "bootstrap=5",
 }
 
 
@@ -108,6 +109,7 @@ def test_the_commands_work_in_order(checkout: Path) -> None:
     for record in read_fasta(checkout / "filled.fasta"):
         assert record.sequence[:20] + record.sequence[32:] == fixed
     assert "| bigram model, NLL |" in (checkout / "evaluation/report.md").read_text()
+    assert "| 3-mers, divergence in nats |" in (checkout / "judged/table.md").read_text()
     resumed = outputs["python -m protlig_dd.training experiment=demo run.name=halves"]
     assert "going on from runs/halves/checkpoints/step_00000020" in resumed
     assert len(list((checkout / "runs/lr_sweep").glob("*/report.json"))) == 2

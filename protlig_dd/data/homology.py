@@ -1,8 +1,9 @@
-"""Which held-out sequences resemble training sequences, found with MMseqs2 (Steinegger and Söding 2017)."""
+"""Which sequences resemble others, found with MMseqs2 (Steinegger and Söding 2017)."""
 
 import shutil
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,6 +25,52 @@ def mmseqs_version() -> str:
     return _run("version").strip()
 
 
+def find_mmseqs(wanted: object) -> bool:
+    """Whether MMseqs2 is to be used: `auto` says yes where it is installed.
+
+    Raises:
+        ValueError: wanted and not installed, or neither auto, true nor false.
+    """
+    if wanted not in ("auto", True, False):
+        raise ValueError(f"mmseqs={wanted}; there are auto, true and false")
+    there = shutil.which("mmseqs") is not None
+    if wanted is True and not there:
+        raise ValueError(f"mmseqs=true, but no `mmseqs` is on the PATH: {INSTALL}")
+    return bool(wanted) and there
+
+
+class Hit(NamedTuple):
+    """A query's best target."""
+
+    identity: float
+    """Of the aligned residues, 0 to 1."""
+    near: bool
+    """Whether this or another target is at >= IDENTITY over >= COVERAGE of either sequence."""
+
+
+def best_hits(queries: Path, targets: Path, scratch: Path) -> dict[int, Hit]:
+    """By query (names are integers) its best target at E <= E_VALUE, with MMseqs2's default sensitivity."""
+    rows = _search(queries, targets, scratch, "query,fident,qcov,tcov")
+    found: dict[int, Hit] = {}
+    for name, identity, of_query, of_target in rows:  # a query's targets come best first
+        query, share = int(name), float(identity)
+        near = share >= IDENTITY and max(float(of_query), float(of_target)) >= COVERAGE
+        first = found.get(query, Hit(share, near))
+        found[query] = Hit(first.identity, first.near or near)
+    return found
+
+
+def count_clusters(sequences: Path, scratch: Path, *, identity: float, coverage: float) -> int:
+    """Clusters of a FASTA file at such identity over such a share of both sequences."""
+    scratch.mkdir()
+    _run("easy-cluster", str(sequences), str(scratch / "clusters"), str(scratch / "tmp"),
+         "--min-seq-id", str(identity), "-c", str(coverage))  # fmt: skip
+    with (scratch / "clusters_cluster.tsv").open() as file:
+        count = len({line.split()[0] for line in file})
+    shutil.rmtree(scratch)
+    return count
+
+
 def queries_with_hits(queries: Path, targets: Path, scratch: Path) -> np.ndarray:
     """Names (integers, ascending) of the queries with a target at >= IDENTITY over >= COVERAGE of either sequence.
 
@@ -31,19 +78,24 @@ def queries_with_hits(queries: Path, targets: Path, scratch: Path) -> np.ndarray
         queries, targets: FASTA whose names are integers.
         scratch: a folder for MMseqs2's databases, some three times as large as the FASTA files.
     """
+    rows = _search(queries, targets, scratch, "query,qcov,tcov", "--min-seq-id", str(IDENTITY))
+    # MMseqs2 itself can ask for coverage of both, of the query or of the target, not of either
+    near = {int(name) for name, of_query, of_target in rows if max(float(of_query), float(of_target)) >= COVERAGE}
+    return np.array(sorted(near), dtype=np.int64)
+
+
+def _search(queries: Path, targets: Path, scratch: Path, columns: str, *options: str) -> list[list[str]]:
+    """These columns of every hit at E <= E_VALUE."""
     scratch.mkdir()
     hits = scratch / "hits"
     _run(
-        "easy-search", str(queries), str(targets), str(hits), str(scratch / "tmp"),
-        "--min-seq-id", str(IDENTITY), "-e", str(E_VALUE), "--alignment-mode", "3",
-        "--format-output", "query,qcov,tcov",
+        "easy-search", str(queries), str(targets), str(hits), str(scratch / "tmp"), *options,
+        "-e", str(E_VALUE), "--alignment-mode", "3", "--format-output", columns,
     )  # fmt: skip
     with hits.open() as file:
-        rows = (line.split() for line in file)
-        # MMseqs2 itself can ask for coverage of both, of the query or of the target, not of either
-        near = {int(name) for name, of_query, of_target in rows if max(float(of_query), float(of_target)) >= COVERAGE}
+        rows = [line.split() for line in file]
     shutil.rmtree(scratch)
-    return np.array(sorted(near), dtype=np.int64)
+    return rows
 
 
 def _run(*arguments: str) -> str:

@@ -217,6 +217,22 @@ class EvaluateConfig:
     tokens_per_pack: int
 
 
+@dataclass
+class JudgeConfig:
+    samples: str
+    natural: str
+    split: str
+    train: str | None
+    output: str
+    mmseqs: Any  # true, false or auto
+    hmm: str | None
+    esm2: str | None
+    esmfold: bool
+    bootstrap: int
+    seed: int
+    device: str
+
+
 # What may differ when a run is resumed, whole groups (with a dot at their end) and single keys. trainer.max_steps and
 # trainer.epochs move the end of the learning rate's cosine; trainer.precision and model.attention_backend are compared
 # as resolved, and of data.path the fingerprint.

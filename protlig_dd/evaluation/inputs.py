@@ -1,0 +1,60 @@
+"""Proteins to be measured, from a store or FASTA, and the tables that come of it."""
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from protlig_dd.data.fasta import read_fasta
+from protlig_dd.data.store import HDF5_MAGIC, SPLITS, SequenceStore
+from protlig_dd.tokenizer import ProteinTokenizer
+
+
+def read_sequences(
+    path: Path, split: str, most: int | None, seed: int
+) -> tuple[SequenceStore | None, list[str], list[np.ndarray]]:
+    """Ids and tokens of a store's split, or of a FASTA file; at most so many, drawn by the seed.
+
+    Raises:
+        ValueError: no such file or split, illegal letters, an empty split, fewer than 2 sequences; named.
+    """
+    if is_store(path):
+        store = SequenceStore(path)
+        if split not in SPLITS:
+            raise ValueError(f"split={split}; there are {', '.join(SPLITS)}")
+        rows = thinned(store.split(split), most, seed)
+        ids, sequences = [store.id(row) for row in rows], [store[row] for row in rows]
+    else:
+        store, encode = None, ProteinTokenizer().encode
+        records = list(read_fasta(path))
+        records = [records[i] for i in thinned(np.arange(len(records)), most, seed)]
+        ids = [record.id for record in records]
+        sequences = [encode(record.sequence.upper(), record.name) for record in records]
+    if len(sequences) < 2:
+        where = f"{path}, split {split}," if store else str(path)
+        raise ValueError(f"{where} has {len(sequences)} sequences; a standard error needs at least 2")
+    return store, ids, sequences
+
+
+def is_store(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(HDF5_MAGIC)) == HDF5_MAGIC
+
+
+def thinned(rows: np.ndarray, most: int | None, seed: int) -> np.ndarray:
+    if most is None or len(rows) <= most:
+        return rows
+    return np.sort(np.random.default_rng([seed, most]).permutation(rows)[:most])
+
+
+def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """CSV; numbers that are not whole with six decimals."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows([f"{cell:.6f}" if isinstance(cell, float) else cell for cell in row] for row in rows)
+    return text.getvalue()

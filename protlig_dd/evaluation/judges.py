@@ -1,0 +1,179 @@
+"""Statistics that tell generated proteins from natural ones, without a structure: each on lists of id arrays.
+
+A sequence is a uint8 array of residue ids (length,), 0..19 for the amino acids; context letters above are left out.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.spatial.distance import jensenshannon
+from scipy.stats import ks_2samp
+
+from protlig_dd.tokenizer import N_STATES
+
+Sequences = Sequence[np.ndarray]
+
+WINDOW, ENTROPY = 12, 2.2  # of SEG (Wootton and Federhen 1993): residues, and bits of a window of low complexity
+LONGEST_UNIT, LEAST_COPIES, LEAST_RESIDUES = 10, 3, 6  # of a tandem repeat
+
+
+def shuffled(sequences: Sequences, generator: np.random.Generator) -> list[np.ndarray]:
+    """The same residues of each sequence in random order: composition and length stay, all else goes."""
+    return [generator.permutation(sequence) for sequence in sequences]
+
+
+def kmers(sequences: Sequences, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Every k-mer of amino acids as a number below 20^k, and which sequence it is in; both (k-mers,)."""
+    codes, owners = [], []
+    for i, sequence in enumerate(sequences):
+        if len(sequence) < k:
+            continue
+        windows = np.lib.stride_tricks.sliding_window_view(sequence.astype(np.int64), k)
+        windows = windows[(windows < N_STATES).all(1)]
+        codes.append(windows @ N_STATES ** np.arange(k - 1, -1, -1))
+        owners.append(np.full(len(windows), i))
+    if not codes:
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    return np.concatenate(codes), np.concatenate(owners)
+
+
+def kmer_divergence(
+    sequences: Sequences, reference: Sequences, k: int, *, bootstrap: int, generator: np.random.Generator
+) -> tuple[float, float]:
+    """Jensen-Shannon divergence of the pooled k-mer frequencies, nats, and its standard error.
+
+    The error is that of a bootstrap over `sequences`, on the large side where the divergence is mostly noise. Few sequences make the divergence larger than it is, by about
+    (20^k - 1) / (8 n) for each of the two sets of n k-mers; another set of natural proteins shows by how much.
+    """
+    codes, owners = kmers(sequences, k)
+    other = np.bincount(kmers(reference, k)[0], minlength=N_STATES**k)
+    if not len(codes) or not other.sum():
+        return float("nan"), float("nan")
+
+    def divergence(weights: np.ndarray) -> float:
+        counts = np.bincount(codes, weights[owners], minlength=N_STATES**k)
+        return float(jensenshannon(counts, other) ** 2) if counts.sum() else float("nan")
+
+    n = len(sequences)
+    drawn = [divergence(generator.multinomial(n, np.full(n, 1 / n)).astype(float)) for _ in range(bootstrap)]
+    return divergence(np.ones(n)), float(np.std(drawn, ddof=1)) if bootstrap > 1 else float("nan")
+
+
+def low_complexity(sequence: np.ndarray) -> np.ndarray:
+    """(length,) bool: residues in some window of WINDOW whose composition has at most ENTROPY bits."""
+    inside = np.zeros(len(sequence), bool)
+    if len(sequence) < WINDOW:
+        return inside
+    counts = np.zeros((len(sequence) + 1, int(sequence.max()) + 1))
+    counts[np.arange(1, len(sequence) + 1), sequence] = 1
+    counts = counts.cumsum(0)
+    shares = (counts[WINDOW:] - counts[:-WINDOW]) / WINDOW
+    entropy = -(shares * np.log2(shares, where=shares > 0, out=np.zeros_like(shares))).sum(1)
+    for start in np.flatnonzero(entropy <= ENTROPY + 1e-9):
+        inside[start : start + WINDOW] = True
+    return inside
+
+
+def tandem_repeats(sequence: np.ndarray) -> np.ndarray:
+    """(length,) bool: residues in a unit of 1 to 10 residues that stands at least three times in a row, 6 in all."""
+    inside = np.zeros(len(sequence), bool)
+    for unit in range(1, min(LONGEST_UNIT, len(sequence) - 1) + 1):
+        same = np.concatenate([[False], sequence[unit:] == sequence[:-unit], [False]])
+        edges = np.flatnonzero(np.diff(same))
+        for first, last in zip(edges[::2], edges[1::2], strict=True):  # residues first .. last + unit - 1 repeat
+            if last - first + unit >= max(LEAST_COPIES * unit, LEAST_RESIDUES):
+                inside[first : last + unit] = True
+    return inside
+
+
+def share_of_residues(flags: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Share of all residues that are flagged, and its standard error over sequences (a ratio estimator)."""
+    hits = np.array([flag.sum() for flag in flags], float)
+    lengths = np.array([len(flag) for flag in flags], float)
+    ratio, n = hits.sum() / lengths.sum(), len(flags)
+    spread = ((hits - ratio * lengths) ** 2).sum() * n / (n - 1) if n > 1 else float("nan")
+    return float(ratio), float(np.sqrt(spread) / lengths.sum())
+
+
+def share(flags: Sequence[bool] | np.ndarray) -> tuple[float, float]:
+    """Share of sequences that are flagged, and its binomial standard error."""
+    p, n = float(np.mean(flags)), len(flags)
+    return p, float(np.sqrt(p * (1 - p) / n))
+
+
+def unique_share(sequences: Sequences) -> float:
+    """How many different sequences there are, as a share."""
+    return len({sequence.tobytes() for sequence in sequences}) / len(sequences)
+
+
+def length_distance(sequences: Sequences, reference: Sequences) -> float:
+    """Kolmogorov and Smirnov's distance of the two distributions of lengths."""
+    return float(ks_2samp([len(one) for one in sequences], [len(one) for one in reference]).statistic)
+
+
+def figures(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error; NaN where there are too few."""
+    if not len(values):
+        return float("nan"), float("nan")
+    return float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float(
+        "nan"
+    )
+
+
+Figure = tuple[float, float]
+"""With its standard error, which is NaN where there is none."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One judge's figures of the three sets."""
+
+    name: str
+    samples: Figure
+    natural: Figure
+    shuffled: Figure
+
+    def as_dict(self) -> dict[str, str | float | None]:
+        """For JSON, which has no NaN."""
+        found: dict[str, str | float | None] = {"name": self.name}
+        for column in ("samples", "natural", "shuffled"):
+            for key, value in zip((column, f"{column}_se"), getattr(self, column), strict=True):
+                found[key] = None if np.isnan(value) else value
+        return found
+
+
+def cheap_judges(sets: Mapping[str, Sequences], reference: Sequences, *, bootstrap: int, seed: int) -> list[Row]:
+    """Every judge that needs nothing but the sequences.
+
+    Args:
+        sets: `samples`, `natural` and `shuffled`.
+        reference: natural proteins that are in none of them, which divergences and distances are taken to.
+    """
+    nan = float("nan")
+
+    def row(name: str, judged: Callable[[Sequences], Figure]) -> Row:
+        return Row(name, *(judged(sets[column]) for column in ("samples", "natural", "shuffled")))
+
+    def quantile(q: float) -> Callable[[Sequences], Figure]:
+        return lambda some: (float(np.quantile([len(one) for one in some], q)), nan)
+
+    def divergence(k: int) -> Callable[[Sequences], Figure]:
+        return lambda some: kmer_divergence(
+            some, reference, k, bootstrap=bootstrap, generator=np.random.default_rng([seed, k])
+        )
+
+    return [
+        row("proteins", lambda some: (float(len(some)), nan)),
+        row("residues", lambda some: (float(sum(map(len, some))), nan)),
+        row("length, lower quartile", quantile(0.25)),
+        row("length, median", quantile(0.5)),
+        row("length, upper quartile", quantile(0.75)),
+        row("length, Kolmogorov-Smirnov distance", lambda some: (length_distance(some, reference), nan)),
+        row("composition, divergence in nats", divergence(1)),
+        row("2-mers, divergence in nats", divergence(2)),
+        row("3-mers, divergence in nats", divergence(3)),
+        row("different sequences", lambda some: (unique_share(some), nan)),
+        row("residues in low complexity", lambda some: share_of_residues([low_complexity(one) for one in some])),
+        row("residues in tandem repeats", lambda some: share_of_residues([tandem_repeats(one) for one in some])),
+    ]
