@@ -44,7 +44,8 @@ def kmer_divergence(
     """Jensen-Shannon divergence of the pooled k-mer frequencies, nats, and its standard error.
 
     The error is that of a bootstrap over `sequences`, on the large side where the divergence is mostly noise. Few
-    sequences make the divergence larger than it is, by about (20^k - 1) / (8 n) for each of the two sets of n k-mers; another set of natural proteins shows by how much.
+    sequences make the divergence larger than it is, by about (20^k - 1) / (8 n) for each of the two sets of n k-mers;
+    another set of natural proteins shows by how much.
     """
     codes, owners = kmers(sequences, k)
     other = np.bincount(kmers(reference, k)[0], minlength=N_STATES**k)
