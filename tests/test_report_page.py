@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -30,10 +31,13 @@ from protlig_dd.evaluation.page import (
     write_run_page,
 )
 from protlig_dd.evaluation.plots import Series, nice_ticks, plot, smooth, thin, tick_texts
+from protlig_dd.report import report
+from protlig_dd.runtime.cli import run_verb
+from protlig_dd.runtime.config import ReportPageConfig
 from protlig_dd.tokenizer import AMINO_ACIDS
 
 from .browser import Browser, chromium
-from .conftest import Command, assert_one_line_error, require_program
+from .conftest import require_program
 from .test_training import overrides_for
 
 finite = st.floats(-1e6, 1e6)
@@ -75,9 +79,13 @@ def drawings(page: str) -> list[ElementTree.Element]:
 
 def hover_values(page: str) -> dict[str, dict[str, tuple[list[float], list[float]]]]:
     """{plot's title: {series: (x, y)}} of what the script of the page is given."""
-    found = re.findall(r"<figcaption><b>(.*?)</b>.*?<script type=\"application/json\">(.*?)</script>", page, re.DOTALL)
-    return {html.unescape(title): {one["name"]: (one["x"], one["y"]) for one in json.loads(text)["series"]}
-            for title, text in found}  # fmt: skip
+    found = {}
+    for figure in re.findall(r"<figure.*?</figure>", page, re.DOTALL):
+        title, values = re.search(r"<b>(.*?)</b>", figure), re.search(r"<script.*?>(.*?)</script>", figure)
+        if title is not None and values is not None:
+            series = json.loads(values[1])["series"]
+            found[html.unescape(title[1])] = {one["name"]: (one["x"], one["y"]) for one in series}
+    return found
 
 
 @pytest.mark.slow
@@ -139,7 +147,7 @@ def test_both_trackers_have_scalars_samples_and_histograms(trained: Path) -> Non
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = read_run(trained)
-    events = EventAccumulator(str(trained / "tensorboard"))
+    events = EventAccumulator(str(trained / "tensorboard"), {"histograms": 0, "scalars": 0})
     events.Reload()
     losses = {event.step: event.value for event in events.Scalars("loss")}
     assert losses == pytest.approx({step: run.metrics[step]["loss"] for step in range(1, 21)}, rel=1e-6)
@@ -159,28 +167,30 @@ def test_both_trackers_have_scalars_samples_and_histograms(trained: Path) -> Non
         {step: run.metrics[step]["loss"] for step in range(11, 21)}  # of the second attempt
     )
     last = {key: value for row in history for key, value in row.items()}
-    pooled_counts = last["samples/amino_acid"]["values"]
-    assert pooled_counts == [pooled.count(letter) for letter in AMINO_ACIDS]
-    assert sum(last["samples/length"]["values"]) == 14
-    assert sum(last["weights/blocks.1"]["values"]) > 1000
-    table = next(trained.glob("wandb/offline-run-*/files")) / last["samples"]["path"]
+    assert last["samples/amino_acid.values"] == [pooled.count(letter) for letter in AMINO_ACIDS]
+    assert sum(last["samples/length.values"]) == 14
+    assert sum(last["weights/blocks.1.values"]) > 1000
+    table = next(trained.glob("wandb/offline-run-*/files")) / last["samples.path"]
     assert json.loads(table.read_text())["data"][0] == ["tiny_1", run.samples[0].sequence]
 
 
 def offline_history(folder: Path) -> list[dict[str, Any]]:
-    """The rows of an offline run of Weights & Biases, read by its own reader."""
+    """The rows of an offline run of Weights & Biases: its messages in LevelDB's log format, behind 7 bytes."""
     from wandb.proto.wandb_internal_pb2 import Record
-    from wandb.sdk.internal.datastore import DataStore
 
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
-    data, rows = DataStore(), []
-    data.open_for_scan(str(path))
-    while (content := data.scan_data()) is not None:
-        record = Record()
-        record.ParseFromString(content)
-        if record.WhichOneof("record_type") == "history":
-            rows.append({".".join(item.nested_key) or item.key: json.loads(item.value_json)
-                         for item in record.history.item})  # fmt: skip
+    content, at, parts, rows = path.read_bytes(), 7, b"", []
+    while at + 7 <= len(content):
+        if (left := 32768 - at % 32768) < 7:  # of a block: filled up
+            at += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, at)
+        parts += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or its last part
+            record, parts = Record.FromString(parts), b""
+            items = record.history.item
+            rows.append({".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items})
     return rows
 
 
@@ -239,35 +249,55 @@ def test_every_plot_is_named_and_nothing_is_fetched(trained: Path) -> None:
     assert "url(" not in page
 
 
+def run_report(*arguments: str) -> int:
+    """The verb's exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["protlig_dd.report", *arguments])
+        patch.setenv("HYDRA_FULL_ERROR", "0")
+        try:
+            run_verb(report, "report", ReportPageConfig)
+        except SystemExit as stop:
+            return int(stop.code or 0)
+    return 0
+
+
 @pytest.mark.slow
-def test_the_verb_remakes_compares_and_refuses(copied: Callable[[str], Path], run_python: Command) -> None:
+def test_the_verb_remakes_compares_and_refuses(
+    copied: Callable[[str], Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     first, second = copied("first"), copied("second")
+    monkeypatch.chdir(first.parents[1])
     config = (second / "config.yaml").read_text()
     (second / "config.yaml").write_text(config.replace("lr: 0.003", "lr: 0.5"))
-    verb = ("-m", "protlig_dd.report")
     for _ in range(2):  # the run's own page may be there already
-        made = run_python(*verb, "runs=[runs/first]")
-        assert made.stdout == "runs/first/report.html: first\n", made.stderr
+        assert run_report("runs=[runs/first]") == 0
+        assert capsys.readouterr().out == "runs/first/report.html: first\n"
     assert (first / "report.html").read_text() == run_page(read_run(first))
-    compare = (*verb, "runs=[runs/first,runs/second]", "output=both.html")
-    assert run_python(*compare).returncode == 0
-    page = (first.parents[1] / "both.html").read_text()
-    rows = re.findall(
-        r"<th scope=\"row\">(.*?)</th><td class=\"number\">(.*?)</td><td class=\"number\">(.*?)</td>", page
-    )
+    compare = ("runs=[runs/first,runs/second]", "output=both.html")
+    assert run_report(*compare) == 0
+    page = Path("both.html").read_text()
+    cell = r'<td class="number">(.*?)</td>'
+    rows = re.findall(rf'<th scope="row">(.*?)</th>{cell}{cell}', page)
     assert ("optim.lr", "0.003", "0.5") in rows
     assert "not of the same proteins" not in page
     assert set(hover_values(page)["Loss, smoothed"]) == {"first", "second"}
-    assert_one_line_error(run_python(*compare), "both.html exists already")
     (first / "judges.json").write_text("{")
-    for runs, parts in (
-        ("[runs/none]", ("runs/none is no run folder",)),
-        ("[]", ("runs=[]",)),
-        ("[runs/first]", ("judges.json", "not JSON")),
+    capsys.readouterr()
+    for arguments, parts in (
+        (compare, ("both.html exists already",)),
+        (("runs=[runs/none]",), ("runs/none is no run folder",)),
+        (("runs=[]",), ("runs=[]",)),
+        (("runs=[runs/first]",), ("judges.json", "not JSON")),
+        (("runs=runs/first",), ("runs", "give a list")),
     ):
-        assert_one_line_error(run_python(*verb, f"runs={runs}"), *parts)
+        assert run_report(*arguments) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
+        for part in parts:
+            assert part in line
     (first / "judges.json").write_text('[{"samples": 3}]')
-    assert_one_line_error(run_python(*verb, "runs=[runs/first]"), "judges.json", "name")
+    assert run_report("runs=[runs/first]") == 1
+    assert "judges.json" in capsys.readouterr().err
 
 
 LOOKS = r"""
@@ -394,7 +424,7 @@ def test_ticks_are_written_shortly() -> None:
 
 @given(st.lists(finite, max_size=50), st.integers(1, 60))
 def test_thinning_keeps_order_and_mean(values: list[float], most: int) -> None:
-    x, y = thin(range(len(values)), values, most)
+    x, y = thin(np.arange(float(len(values))).tolist(), values, most)
     assert len(x) == len(y) == min(most, len(values))
     assert x == sorted(x)
     sizes = [len(part) for part in np.array_split(values, max(1, len(y)))]

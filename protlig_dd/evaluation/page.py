@@ -286,7 +286,8 @@ def shapes(run: Run) -> list[Markup]:
     middles = [width * (i + 0.5) for i in range(len(counts))]
     lengths = [Series("training split", middles, (100 * counts / counts.sum()).tolist(), 7, "bars")]
     shares = [training["composition"][letter] * 100 for letter in AMINO_ACIDS]
-    composition = [Series("training split", range(len(AMINO_ACIDS)), shares, 7, "bars")]
+    places = np.arange(float(len(AMINO_ACIDS))).tolist()
+    composition = [Series("training split", places, shares, 7, "bars")]
     if run.samples:
         name = f"{len(run.samples)} samples"
         bins = np.bincount([len(one.sequence) // width for one in run.samples], minlength=len(counts))[: len(counts)]
@@ -294,7 +295,7 @@ def shapes(run: Run) -> list[Markup]:
         letters = Counter("".join(one.sequence for one in run.samples))
         total = sum(letters[letter] for letter in AMINO_ACIDS)
         drawn = [100 * letters[letter] / total for letter in AMINO_ACIDS]
-        composition.append(Series(name, range(len(AMINO_ACIDS)), drawn, 0, "dots"))
+        composition.append(Series(name, places, drawn, 0, "dots"))
     return [
         plot("Length", "% of proteins", lengths, x_name=f"residues, at most {run.report['max_len']}", from_zero=True),
         plot("Composition", "% of residues", composition, labels=list(AMINO_ACIDS), from_zero=True),

@@ -129,14 +129,14 @@ def plot(
         parts.append(Markup('<text class="name" x="{}" y="{}" text-anchor="end">{}</text>').format(
             RIGHT, HEIGHT - 3, x_name))  # fmt: skip
     else:
-        parts += [x_tick(across(i), text) for i, text in enumerate(labels)]
+        parts += [x_tick(across(float(i)), text) for i, text in enumerate(labels)]
     for one in series:
         parts.append(drawn(one, [across(x) for x in one.x], [up(y) for y in one.y], up(y_low)))
         if one.errors is not None:
             whiskers = zip(one.x, one.y, one.errors, strict=True)
             path = "".join(f"M{across(x):.1f} {up(y - e):.1f}V{up(y + e):.1f}" for x, y, e in whiskers)
             parts.append(Markup('<path class="c{} error" d="{}"/>').format(one.colour % COLOURS, path))
-            parts += [circle(one.colour % COLOURS, across(x), up(y), 3) for x, y in zip(one.x, one.y, strict=True)]
+            parts += [circle(one.colour % COLOURS, across(x), up(y), 3.0) for x, y in zip(one.x, one.y, strict=True)]
     parts.append(Markup('<path class="rule" d="M0 {}V{}" hidden=""/>').format(TOP, BOTTOM))
     hover = {
         "left": LEFT, "right": RIGHT, "low": x_low, "high": x_high, "xName": x_name, "labels": labels,

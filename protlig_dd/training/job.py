@@ -246,7 +246,8 @@ def train(
             )
             report: dict[str, Any] = {"split": config.report.split, "max_len": data.max_len, **held.summary()}
             report |= {"draws": config.report.draws, "t_min": noise.t_min, "sigma_max": sigma_max}
-            report |= {"parameters": parameters, "training": training_statistics(store, data.max_len)}
+            if processes.first:
+                report |= {"parameters": parameters, "training": training_statistics(store, data.max_len)}
             if metrics is not None and config.report.samples:
                 untrained = make_score(make_model().eval()) if config.report.untrained else None
                 report |= sample_report(
