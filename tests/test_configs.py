@@ -14,6 +14,7 @@ from protlig_dd.runtime.config import (
     InfillConfig,
     JudgeConfig,
     PrepareConfig,
+    ReportPageConfig,
     SampleConfig,
     TrainConfig,
     build_model,
@@ -39,7 +40,7 @@ def options(group: str) -> list[str]:
 
 
 def test_every_option_of_every_group_is_valid() -> None:
-    for group in ("model", "graph", "noise", "optim", "data", "experiment"):
+    for group in ("model", "graph", "noise", "optim", "data", "logger", "experiment"):
         assert options(group)
         for option in options(group):
             matrix = ["graph.matrix=BLOSUM80"] if option == "substitution" else []
@@ -47,6 +48,7 @@ def test_every_option_of_every_group_is_valid() -> None:
     check_train_config(read_config(composed(name="config_uniref50_stable"), TrainConfig))
     read_config(composed("input=a.fasta", name="prepare"), PrepareConfig)
     read_config(composed("from=runs/demo", name="sample"), SampleConfig)
+    read_config(composed("runs=[runs/demo]", name="report"), ReportPageConfig)
     read_config(composed("from=runs/demo", "input=a.fasta", name="infill"), InfillConfig)
     read_config(composed("from=runs/demo", "input=a.fasta", name="evaluate"), EvaluateConfig)
     read_config(composed("samples=a.fasta", "natural=b.fasta", name="judge"), JudgeConfig)
@@ -120,6 +122,7 @@ def test_changed_keys_name_both_values_and_leave_out_what_may_change() -> None:
         (["trainer.epochs=2"], ["trainer.max_steps=400000", "trainer.epochs=2"]),
         (["trainer.log_every=0"], ["trainer.log_every", "at least 1", "0"]),
         (["noise.eps=high"], ["noise", "'high'"]),
+        (["logger.wandb_mode=of"], ["logger.wandb_mode=of", "online, offline"]),
         (["report.split=dev"], ["report.split=dev", "train, validation, test"]),
         (["run.name=../elsewhere"], ["run.name", "plain folder name"]),
     ],

@@ -104,6 +104,9 @@ def test_the_commands_work_in_order(checkout: Path) -> None:
     assert "run folder             runs/demo" in demo
     assert "NLL bound" in demo
     assert "unigram NLL" in demo
+    assert "report page            runs/demo/report.html" in demo
+    assert outputs["python -m protlig_dd.report runs=[runs/short]"] == "runs/short/report.html: short\n"
+    assert (checkout / "comparison.html").is_file()
     assert (checkout / "designs.fasta").read_text().count(">demo_") == 10
     fixed = next(read_fasta(checkout / "partial.fasta")).sequence.replace("_", "")
     for record in read_fasta(checkout / "filled.fasta"):

@@ -17,7 +17,9 @@ from protlig_dd.diffusion.score import LogScores
 from protlig_dd.runtime.distributed import Processes, gather_objects
 from protlig_dd.runtime.metrics import ProgressBar
 from protlig_dd.runtime.random import keyed_generator
-from protlig_dd.tokenizer import N_STATES
+from protlig_dd.tokenizer import AMINO_ACIDS, N_STATES
+
+LENGTH_BINS = 40  # at most
 
 
 @dataclass(frozen=True)
@@ -123,3 +125,16 @@ def length_counts(store: StoreGroup, max_len: int) -> list[int]:
         lengths = np.minimum(store.lengths[rows[start : start + AT_ONCE]], max_len)
         counts += np.bincount(lengths, minlength=max_len + 1)
     return counts.tolist()
+
+
+def training_statistics(store: StoreGroup, max_len: int) -> dict[str, Any]:
+    """What samples are compared with: how many training sequences have [0, w), [w, 2w), ... residues, as far as the
+    model saw them, and the share of each amino acid.
+    """
+    counts = length_counts(store, max_len)
+    width = -(-len(counts) // LENGTH_BINS)
+    return {
+        "length_bin": width,
+        "length_counts": [sum(counts[start : start + width]) for start in range(0, len(counts), width)],
+        "composition": dict(zip(AMINO_ACIDS, training_frequencies(store).tolist(), strict=True)),
+    }

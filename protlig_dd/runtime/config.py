@@ -102,6 +102,7 @@ class LoggerConfig:
     tensorboard: bool
     wandb_project: str | None
     wandb_name: str | None
+    wandb_mode: str | None = None
 
 
 @dataclass
@@ -231,6 +232,12 @@ class JudgeConfig:
     bootstrap: int
     seed: int
     device: str
+
+
+@dataclass
+class ReportPageConfig:
+    runs: list[str]
+    output: str | None
 
 
 # What may differ when a run is resumed, whole groups (with a dot at their end) and single keys. trainer.max_steps and

@@ -4,9 +4,11 @@ import json
 import math
 import sys
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -35,14 +37,24 @@ Row = dict[str, float | int]
 
 
 class MetricsLog:
-    """Appends flat rows. Rank 0 alone makes one.
+    """Appends flat rows, and hands them to the trackers; samples and histograms go to those alone. Rank 0 makes one.
+
+    Args:
+        wandb_mode: online, offline, or what the environment's WANDB_MODE says (None).
 
     Raises:
         ValueError: wandb was asked for and is not installed.
     """
 
     def __init__(
-        self, folder: Path, attempt: int, *, tensorboard: bool, wandb_project: str | None, wandb_name: str | None
+        self,
+        folder: Path,
+        attempt: int,
+        *,
+        tensorboard: bool,
+        wandb_project: str | None,
+        wandb_name: str | None,
+        wandb_mode: str | None = None,
     ) -> None:
         wandb = import_wandb() if wandb_project else None
         self.attempt = attempt
@@ -59,7 +71,12 @@ class MetricsLog:
             if not id_file.exists():
                 write_atomic(id_file, uuid.uuid4().hex[:12])
             self.wandb = wandb.init(
-                project=wandb_project, name=wandb_name, dir=folder, id=id_file.read_text(), resume="allow"
+                project=wandb_project,
+                name=wandb_name,
+                dir=folder,
+                id=id_file.read_text(),
+                resume="allow",
+                mode=wandb_mode,
             )
 
     def write(self, rows: list[Row]) -> None:
@@ -75,6 +92,23 @@ class MetricsLog:
             if self.wandb is not None:
                 self.wandb.log(values, step=step)
         self.file.flush()
+
+    def write_samples(self, step: int, sequences: Mapping[str, str]) -> None:
+        """Proteins by name, as text."""
+        if self.tensorboard is not None:
+            lines = "\n".join(f"    {name}  {sequence}" for name, sequence in sequences.items())
+            self.tensorboard.add_text("samples", lines, step)  # indented: Markdown's way to leave it as it is
+        if self.wandb is not None:
+            table = import_wandb().Table(columns=["name", "sequence"], data=[list(one) for one in sequences.items()])
+            self.wandb.log({"samples": table}, step=step)
+
+    def write_histogram(self, step: int, name: str, values: np.ndarray, bins: np.ndarray | int = 64) -> None:
+        """The distribution of finite values (n,) over so many bins, or between these edges."""
+        if self.tensorboard is not None:
+            self.tensorboard.add_histogram(name, values, step, bins=bins)
+        if self.wandb is not None:
+            histogram = import_wandb().Histogram(np_histogram=np.histogram(values, bins))
+            self.wandb.log({name: histogram}, step=step)
 
     def close(self) -> None:
         self.file.close()
@@ -95,9 +129,12 @@ def import_wandb() -> Any:
 
 
 def read_metrics(path: Path) -> dict[int, dict[str, Any]]:
-    """metrics.jsonl as {step: row}; a later attempt's row replaces an earlier one's, key by key."""
+    """metrics.jsonl as {step: row}; a later attempt's row replaces an earlier one's, key by key.
+
+    What follows the last newline is a row that is being written, or that a kill cut short: it is left out.
+    """
     rows: dict[int, dict[str, Any]] = {}
-    for line in path.read_text().splitlines():
+    for line in path.read_text().rpartition("\n")[0].splitlines():
         row = json.loads(line)
         rows.setdefault(row["step"], {}).update(row)
     return rows

@@ -23,7 +23,9 @@ from protlig_dd.evaluation.held_out import (
     length_counts,
     per_sequence,
     training_frequencies,
+    training_statistics,
 )
+from protlig_dd.evaluation.page import PAGE, write_run_page
 from protlig_dd.model.dit import DiT
 from protlig_dd.runtime.checkpoint import CheckpointWriter, best_checkpoint
 from protlig_dd.runtime.config import TrainConfig, build_graph, build_model, build_noise, resolve_max_weight
@@ -34,7 +36,7 @@ from protlig_dd.runtime.generate import designs_fasta, draw_lengths, generate
 from protlig_dd.runtime.metrics import MetricsLog, announce, console
 from protlig_dd.runtime.random import random_key
 from protlig_dd.runtime.stop import StopRequests
-from protlig_dd.tokenizer import ProteinTokenizer
+from protlig_dd.tokenizer import N_STATES, ProteinTokenizer
 from protlig_dd.training.ema import run_length_decay
 from protlig_dd.training.loop import fit
 from protlig_dd.training.optim import learning_rate, make_optimizer
@@ -43,6 +45,7 @@ from protlig_dd.training.trainer import Trainer
 
 SLOW_ON_CPU = 10_000_000  # parameters
 SHOWN_SAMPLES = 3
+LOGGED_SAMPLES = 8  # to the trackers
 
 
 def train(
@@ -190,63 +193,71 @@ def train(
         held = bound(trainer.eval_score_fn, dataset=validation, draws=control.eval_draws, description="validation")
         return {f"val_{key}": value for key, value in held.summary().items() if key != "estimator"}
 
-    with contextlib.ExitStack() as stack:
-        metrics = writer = None
+    with contextlib.ExitStack() as logs:
+        metrics = None
         if processes.first:
             metrics = MetricsLog(run_folder, attempt, **vars(config.logger))
-            stack.callback(metrics.close)
-            writer = CheckpointWriter(
-                run_folder,
-                config_yaml=OmegaConf.to_yaml(OmegaConf.structured(config)),
-                keep_last=control.keep_last,
-                keep_every=control.keep_every,
+            logs.callback(metrics.close)
+        with contextlib.ExitStack() as stack:
+            writer = None
+            if processes.first:
+                writer = CheckpointWriter(
+                    run_folder,
+                    config_yaml=OmegaConf.to_yaml(OmegaConf.structured(config)),
+                    keep_last=control.keep_last,
+                    keep_every=control.keep_every,
+                )
+                stack.callback(writer.close)
+            if first_step < last_step or trainer.evaluation_due:
+                peak = matmul_peak(device, precision)
+                fit(
+                    trainer,
+                    first_step=first_step,
+                    last_step=last_step,
+                    workers=data.workers,
+                    log_every=control.log_every,
+                    rows_file=run_folder / "rows.jsonl" if control.log_rows else None,
+                    evaluate=evaluate,
+                    eval_every=control.eval_every,
+                    writer=writer,
+                    best=best_checkpoint(run_folder)[1],
+                    state={"data_fingerprint": store.fingerprint, "length_counts": length_counts(store, data.max_len)},
+                    checkpoint_every=control.checkpoint_every,
+                    metrics=metrics,
+                    peak_flops=float(all_reduce_sum(torch.tensor(peak, dtype=torch.float64))),
+                    stop=stop,
+                    deadline=deadline,
+                )
+        if last_step < max_steps:
+            announce(
+                f"stopped at step {last_step} of {max_steps}; without trainer.stop_at_step it goes on",
+                processes,
             )
-            stack.callback(writer.close)
-        if first_step < last_step or trainer.evaluation_due:
-            peak = matmul_peak(device, precision)
-            fit(
-                trainer,
-                first_step=first_step,
-                last_step=last_step,
-                workers=data.workers,
-                log_every=control.log_every,
-                rows_file=run_folder / "rows.jsonl" if control.log_rows else None,
-                evaluate=evaluate,
-                eval_every=control.eval_every,
-                writer=writer,
-                best=best_checkpoint(run_folder)[1],
-                state={"data_fingerprint": store.fingerprint, "length_counts": length_counts(store, data.max_len)},
-                checkpoint_every=control.checkpoint_every,
-                metrics=metrics,
-                peak_flops=float(all_reduce_sum(torch.tensor(peak, dtype=torch.float64))),
-                stop=stop,
-                deadline=deadline,
+            if processes.first:
+                write_run_page(run_folder)
+            return
+        stop.at(deadline)
+        with trainer.averaged(), stop.immediate():
+            held = bound(
+                trainer.eval_score_fn,
+                dataset=reported,
+                draws=config.report.draws,
+                description=f"{config.report.split} set",
             )
-    if last_step < max_steps:
-        announce(
-            f"stopped at step {last_step} of {max_steps}; without trainer.stop_at_step it goes on",
-            processes,
-        )
-        return
-    stop.at(deadline)
-    with trainer.averaged(), stop.immediate():
-        held = bound(
-            trainer.eval_score_fn,
-            dataset=reported,
-            draws=config.report.draws,
-            description=f"{config.report.split} set",
-        )
-        report: dict[str, Any] = {"split": config.report.split, "max_len": data.max_len, **held.summary()}
-        report |= {"draws": config.report.draws, "t_min": noise.t_min, "sigma_max": sigma_max}
-        if processes.first and config.report.samples:
-            untrained = make_score(make_model().eval()) if config.report.untrained else None
-            report |= sample_report(
-                config, store, run_folder, max_steps, trainer.eval_score_fn, untrained, noise, device
-            )
-    if processes.first:
-        write_atomic(run_folder / "report.csv", per_sequence(store, held))
-        write_atomic(run_folder / "report.json", json.dumps(report, indent=1) + "\n")
-        print_report(run_folder, max_steps, report)
+            report: dict[str, Any] = {"split": config.report.split, "max_len": data.max_len, **held.summary()}
+            report |= {"draws": config.report.draws, "t_min": noise.t_min, "sigma_max": sigma_max}
+            if processes.first:
+                report |= {"parameters": parameters, "training": training_statistics(store, data.max_len)}
+            if metrics is not None and config.report.samples:
+                untrained = make_score(make_model().eval()) if config.report.untrained else None
+                report |= sample_report(
+                    config, store, run_folder, max_steps, trainer.eval_score_fn, untrained, noise, device, metrics
+                )
+        if processes.first:
+            write_atomic(run_folder / "report.csv", per_sequence(store, held))
+            write_atomic(run_folder / "report.json", json.dumps(report, indent=1) + "\n")
+            write_run_page(run_folder)
+            print_report(run_folder, max_steps, report)
 
 
 def subset(store: StoreGroup, split: str, most: int, seed: int) -> np.ndarray:
@@ -274,8 +285,9 @@ def sample_report(
     untrained: ScoreFn | None,
     noise: Noise,
     device: torch.device,
+    metrics: MetricsLog,
 ) -> dict[str, Any]:
-    """Sample, write samples/step_N.fasta, and compare the composition with the training split's."""
+    """Sample, write samples/step_N.fasta and log them, and compare the composition with the training split's."""
     wanted, lengths = config.report, length_counts(store, config.data.max_len)
     frequencies = training_frequencies(store)
     draw = partial(
@@ -301,10 +313,13 @@ def sample_report(
         steps=wanted.steps,
     )
     write_atomic(file, text)
-    decode = ProteinTokenizer().decode
+    decoded = [ProteinTokenizer().decode(ids) for ids in samples]
+    metrics.write_samples(step, dict(zip(names[:LOGGED_SAMPLES], decoded, strict=False)))
+    metrics.write_histogram(step, "samples/length", np.array([len(ids) for ids in samples]))
+    metrics.write_histogram(step, "samples/amino_acid", np.concatenate(samples), np.arange(N_STATES + 1) - 0.5)
     result = {
         "samples": str(file.relative_to(run_folder)),
-        "shown": [decode(ids) for ids in samples[:SHOWN_SAMPLES]],
+        "shown": decoded[:SHOWN_SAMPLES],
         "clamped_draws": counts["clamped"] / counts["draws"],
         "composition_kl": composition_kl(samples, frequencies),
     }
@@ -318,6 +333,7 @@ def print_report(run_folder: Path, step: int, report: dict[str, Any]) -> None:
     lines = [
         "",
         f"run folder             {run_folder}",
+        f"report page            {run_folder / PAGE}",
         f"{report['split']} set, {report['sequences']} proteins, {report['residues']:,} residues (the first "
         f"{report['max_len']} of each), "
         f"step {step}, averaged weights, {report['estimator']} estimator; nats/residue:",

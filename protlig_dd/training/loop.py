@@ -8,6 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor, nn
+
 from protlig_dd.data.loader import PackDataset, RankPacks, end_workers, pack_loader
 from protlig_dd.runtime.checkpoint import CheckpointWriter
 from protlig_dd.runtime.distributed import Processes, gather_objects
@@ -16,6 +20,8 @@ from protlig_dd.runtime.files import drop_partial_line
 from protlig_dd.runtime.metrics import MetricsLog, ProgressBar, Row, announce
 from protlig_dd.runtime.stop import REASONS, Stopped, StopRequests
 from protlig_dd.training.trainer import Trainer
+
+WEIGHTS_SHOWN = 10_000  # of a tensor, at most, in a histogram
 
 
 class NonFiniteLossError(ValueError):
@@ -93,6 +99,9 @@ def fit(
             values = evaluate()
         trainer.evaluation_due = False
         write([{"step": done, **values}])
+        if metrics is not None:
+            for part, weights in weights_by_part(trainer.model).items():
+                metrics.write_histogram(done, f"weights/{part}", weights)
         bound, error = values["val_nll"], values["val_nll_se"]
         announce(f"step {done}: validation {bound:.4f} ± {error:.4f} nats/residue", processes)
         is_best, best = bound < best, min(best, bound)
@@ -215,6 +224,17 @@ def raise_frozen(trainer: Trainer, pending: list[dict[str, Any]]) -> None:
             f"loss {sum(losses):.4g} {where} is more than trainer.loss_spike={trainer.loss_spike} times the usual "
             f"{float(trainer.usual_loss):.4g}; {after}"
         )
+
+
+def weights_by_part(model: nn.Module) -> dict[str, np.ndarray]:
+    """Finite weights of each block and of what is outside the blocks, evenly thinned out, for histograms."""
+    parts: dict[str, list[Tensor]] = {}
+    for name, weights in model.named_parameters():
+        part = ".".join(name.split(".")[: 2 if name.startswith("blocks.") else 1])
+        flat = weights.detach().flatten()
+        parts.setdefault(part, []).append(flat[:: -(-len(flat) // WEIGHTS_SHOWN)].float())
+    values = {part: torch.cat(some).cpu().numpy() for part, some in parts.items()}
+    return {part: some[np.isfinite(some)] for part, some in values.items()}
 
 
 def write_rows(path: Path, pending: list[dict[str, Any]], processes: Processes) -> None:

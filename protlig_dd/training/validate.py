@@ -91,6 +91,8 @@ def check_train_config(config: TrainConfig) -> None:
         raise ValueError(f"trainer.compile={trainer.compile}; there are auto, true and false")
     if config.run.resume not in ("auto", "never") and not Path(config.run.resume).is_dir():
         raise ValueError(f"run.resume={config.run.resume}; there are auto, never, and folders of checkpoints or runs")
+    if config.logger.wandb_mode not in (None, "online", "offline"):
+        raise ValueError(f"logger.wandb_mode={config.logger.wandb_mode}; there are online, offline and null")
     if config.report.split not in SPLITS:
         raise ValueError(f"report.split={config.report.split}; there are {', '.join(SPLITS)}")
     if config.run.name != Path(config.run.name).name or config.run.name in ("", ".", ".."):

@@ -1,0 +1,104 @@
+"""A headless Chromium that pages are looked at with, spoken to by the DevTools protocol over two pipes."""
+
+import contextlib
+import json
+import os
+import select
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+class Browser:
+    """One tab. `problems` has errors of the console and of scripts, `requests` every address that was asked for."""
+
+    def __init__(self, commands: int, answers: int) -> None:
+        self.commands, self.answers = commands, answers
+        self.buffer, self.number, self.session = b"", 0, ""
+        self.problems: list[str] = []
+        self.requests: list[str] = []
+        self.loaded = False
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
+
+    def open(self, url: str, *, width: int, height: int = 900, dark: bool = False) -> None:
+        """Open a page in a window of this width, and wait until it has loaded."""
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.call("Emulation.setEmulatedMedia", features=[scheme])
+        self.loaded = False
+        self.call("Page.navigate", url=url)
+        while not self.loaded:
+            self.note(self.receive())
+
+    def evaluate(self, script: str) -> Any:
+        """The JSON value of an expression."""
+        answer = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def move_to(self, x: float, y: float) -> None:
+        self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+
+    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        self.number += 1
+        message = {"id": self.number, "method": method, "params": parameters}
+        if self.session:
+            message["sessionId"] = self.session
+        os.write(self.commands, json.dumps(message).encode() + b"\0")
+        while (answer := self.receive()).get("id") != self.number:
+            self.note(answer)
+        assert "error" not in answer, answer
+        return answer["result"]
+
+    def receive(self, seconds: float = 60) -> dict[str, Any]:
+        deadline = time.monotonic() + seconds
+        while b"\0" not in self.buffer:
+            ready, _, _ = select.select([self.answers], [], [], max(0.0, deadline - time.monotonic()))
+            assert ready, f"Chromium has said nothing for {seconds} s"
+            part = os.read(self.answers, 1 << 16)
+            assert part, "Chromium has ended"
+            self.buffer += part
+        message, _, self.buffer = self.buffer.partition(b"\0")
+        return json.loads(message)
+
+    def note(self, event: dict[str, Any]) -> None:
+        method, parameters = event.get("method"), event.get("params", {})
+        if method == "Page.loadEventFired":
+            self.loaded = True
+        elif method == "Network.requestWillBeSent":
+            self.requests.append(parameters["request"]["url"])
+        elif method == "Runtime.exceptionThrown":
+            self.problems.append(str(parameters["exceptionDetails"]))
+        elif (method == "Runtime.consoleAPICalled" and parameters["type"] in ("error", "warning", "assert")) or (
+            method == "Log.entryAdded" and parameters["entry"]["level"] in ("error", "warning")
+        ):
+            self.problems.append(str(parameters))
+
+
+@contextlib.contextmanager
+def chromium(profile: Path) -> Iterator[Browser]:
+    """A browser of its own, with an empty profile, that ends with the block."""
+    (hears, commands), (answers, says) = os.pipe(), os.pipe()
+    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe"]
+    # the protocol's pipes are descriptors 3 and 4
+    command = [f'exec "$@" 3<&{hears} 4>&{says}', "bash", "chromium", *flags, f"--user-data-dir={profile}"]
+    process = subprocess.Popen(
+        ["bash", "-c", *command], pass_fds=(hears, says), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    os.close(hears)
+    os.close(says)
+    try:
+        yield Browser(commands, answers)
+    finally:
+        os.close(commands)  # Chromium ends when its commands do
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        os.close(answers)

@@ -1,0 +1,469 @@
+"""The page of a run: what it says, that it says it safely, and how it looks in a browser."""
+
+import html
+import json
+import math
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protlig_dd.data.store import SequenceStore, StoreGroup
+from protlig_dd.evaluation.held_out import length_counts, training_frequencies, training_statistics
+from protlig_dd.evaluation.page import (
+    LINE,
+    RESIDUE_CLASSES,
+    comparison_page,
+    differing_keys,
+    protein,
+    read_run,
+    run_page,
+    write_run_page,
+)
+from protlig_dd.evaluation.plots import Series, nice_ticks, plot, smooth, thin, tick_texts
+from protlig_dd.report import report
+from protlig_dd.runtime.cli import run_verb
+from protlig_dd.runtime.config import ReportPageConfig
+from protlig_dd.tokenizer import AMINO_ACIDS
+
+from .browser import Browser, chromium
+from .conftest import require_program
+from .test_training import overrides_for
+
+finite = st.floats(-1e6, 1e6)
+NASTY = "<img src=x onerror=alert(1)>&\"'"
+
+
+@pytest.fixture(scope="module")
+def trained(store: SequenceStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 20 steps with two attempts, validation, samples, TensorBoard and offline Weights & Biases."""
+    folder = tmp_path_factory.mktemp("trained")
+    more = ("trainer.max_steps=20", "trainer.eval_every=8", "trainer.eval_max_sequences=4", "report.samples=14",
+            "report.steps=4", "report.untrained=true")  # fmt: skip
+    offline = ("logger=wandb", "logger.tensorboard=true", "logger.wandb_mode=offline")
+    for last in (("trainer.stop_at_step=10",), offline):
+        command = [sys.executable, "-m", "protlig_dd.training", *overrides_for(store, "tiny", *more, *last)]
+        process = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        assert process.returncode == 0, process.stdout + process.stderr
+        kept = folder / f"runs/tiny/{len(last)}.html"
+        shutil.copy(folder / "runs/tiny/report.html", kept)
+    assert "report page            runs/tiny/report.html" in process.stdout
+    return folder / "runs/tiny"
+
+
+@pytest.fixture
+def copied(trained: Path, tmp_path: Path) -> Callable[[str], Path]:
+    """A copy of that run's small files, under another name."""
+
+    def copy(name: str) -> Path:
+        ignored = shutil.ignore_patterns("checkpoints", "tensorboard", "wandb", "logs", "*.html")
+        return Path(shutil.copytree(trained, tmp_path / "runs" / name, ignore=ignored))
+
+    return copy
+
+
+def drawings(page: str) -> list[ElementTree.Element]:
+    """The plots, which must be well-formed."""
+    return [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)]
+
+
+def hover_values(page: str) -> dict[str, dict[str, tuple[list[float], list[float]]]]:
+    """{plot's title: {series: (x, y)}} of what the script of the page is given."""
+    found = {}
+    for figure in re.findall(r"<figure.*?</figure>", page, re.DOTALL):
+        title, values = re.search(r"<b>(.*?)</b>", figure), re.search(r"<script.*?>(.*?)</script>", figure)
+        if title is not None and values is not None:
+            series = json.loads(values[1])["series"]
+            found[html.unescape(title[1])] = {one["name"]: (one["x"], one["y"]) for one in series}
+    return found
+
+
+@pytest.mark.slow
+def test_a_run_ends_with_its_page(trained: Path) -> None:
+    page = (trained / "report.html").read_text()
+    assert page == run_page(read_run(trained))
+    report = json.loads((trained / "report.json").read_text())
+    for key in ("nll", "unigram_nll"):
+        assert f'<td class="number">{report[key]:.4f}</td>' in page
+        assert f'<td class="number">{report[f"{key}_se"]:.4f}</td>' in page
+    assert f'<td class="number">{report["composition_kl"]:.4g}</td>' in page
+    assert "2 more in samples/step_00000020.fasta" in page
+    assert "optim.warmup_steps" in page
+    assert "versions.torch" in page
+    assert "has no report yet" not in page
+    assert "This run has made 10 steps of 20 and has no report yet." in (trained / "1.html").read_text()
+
+
+@pytest.mark.slow
+def test_the_curves_are_those_of_metrics_with_attempts_merged(trained: Path) -> None:
+    run = read_run(trained)
+    plots = hover_values(run_page(run))
+    x, y = plots["Loss and validation bound"]["loss, each step"]
+    assert x == list(range(1, 21))
+    assert y == pytest.approx([run.metrics[step]["loss"] for step in range(1, 21)], rel=1e-4)
+    assert {run.metrics[1]["attempt"], run.metrics[20]["attempt"]} == {1, 2}
+    x, y = plots["Loss and validation bound"]["validation bound"]
+    assert x == [8, 16, 20]
+    assert y == pytest.approx([run.metrics[step]["val_nll"] for step in (8, 16, 20)], rel=1e-4)
+    _, mfu = plots["Model FLOPs utilisation"]["each step"]
+    assert mfu == pytest.approx([100 * run.metrics[step]["mfu"] for step in range(1, 21)], rel=1e-4)
+    assert {"Learning rate", "Speed", "Gradient norm", "Length", "Composition"} <= plots.keys()
+
+
+@pytest.mark.slow
+def test_lengths_and_composition_are_those_of_the_store_and_the_samples(trained: Path, store: SequenceStore) -> None:
+    run = read_run(trained)
+    group = StoreGroup([store])
+    plots, width = hover_values(run_page(run)), run.report["training"]["length_bin"]
+    lengths = [min(len(store[row]) - 2, 200) for row in store.split("train")]
+    x, shares = plots["Length"]["training split"]
+    for middle, share in zip(x, shares, strict=True):
+        inside = [length for length in lengths if abs(length + 0.5 - middle) < width / 2]
+        assert share == pytest.approx(100 * len(inside) / len(lengths), rel=1e-4)
+    assert sum(plots["Length"]["14 samples"][1]) == pytest.approx(100, abs=0.01)
+    _, shares = plots["Composition"]["training split"]
+    assert shares == pytest.approx((100 * training_frequencies(group)).tolist(), rel=1e-4)
+    pooled = "".join(record.sequence for record in run.samples)
+    drawn = [100 * pooled.count(letter) / len(pooled) for letter in AMINO_ACIDS]
+    assert plots["Composition"]["14 samples"][1] == pytest.approx(drawn, rel=1e-4)
+    for max_len in (1, 39, 40, 200):
+        statistics = training_statistics(group, max_len)
+        assert sum(statistics["length_counts"]) == sum(length_counts(group, max_len)) == 360
+        assert len(statistics["length_counts"]) <= 40
+
+
+@pytest.mark.slow
+def test_both_trackers_have_scalars_samples_and_histograms(trained: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = read_run(trained)
+    events = EventAccumulator(str(trained / "tensorboard"), {"histograms": 0, "scalars": 0})
+    events.Reload()
+    losses = {event.step: event.value for event in events.Scalars("loss")}
+    assert losses == pytest.approx({step: run.metrics[step]["loss"] for step in range(1, 21)}, rel=1e-6)
+    (text,) = events.Tensors("samples/text_summary")
+    assert f"tiny_1  {run.samples[0].sequence}" in text.tensor_proto.string_val[0].decode()
+    assert [event.step for event in events.Histograms("weights/blocks.1")] == [8, 16, 20]
+    (lengths,) = events.Histograms("samples/length")
+    assert (lengths.step, lengths.histogram_value.num) == (20, 14)
+    assert lengths.histogram_value.sum == sum(len(record.sequence) for record in run.samples)
+    (letters,) = events.Histograms("samples/amino_acid")
+    pooled = "".join(record.sequence for record in run.samples)
+    counted = dict(zip(letters.histogram_value.bucket_limit, letters.histogram_value.bucket, strict=True))
+    assert [counted.get(i + 0.5, 0) for i in range(20)] == [pooled.count(letter) for letter in AMINO_ACIDS]
+
+    history = offline_history(trained)
+    assert {row["_step"]: row["loss"] for row in history if "loss" in row} == pytest.approx(
+        {step: run.metrics[step]["loss"] for step in range(11, 21)}  # of the second attempt
+    )
+    last = {key: value for row in history for key, value in row.items()}
+    assert last["samples/amino_acid.values"] == [pooled.count(letter) for letter in AMINO_ACIDS]
+    assert sum(last["samples/length.values"]) == 14
+    assert sum(last["weights/blocks.1.values"]) > 1000
+    table = next(trained.glob("wandb/offline-run-*/files")) / last["samples.path"]
+    assert json.loads(table.read_text())["data"][0] == ["tiny_1", run.samples[0].sequence]
+
+
+def offline_history(folder: Path) -> list[dict[str, Any]]:
+    """The rows of an offline run of Weights & Biases: its messages in LevelDB's log format, behind 7 bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+    content, at, parts, rows = path.read_bytes(), 7, b"", []
+    while at + 7 <= len(content):
+        if (left := 32768 - at % 32768) < 7:  # of a block: filled up
+            at += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, at)
+        parts += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or its last part
+            record, parts = Record.FromString(parts), b""
+            items = record.history.item
+            rows.append({".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items})
+    return rows
+
+
+@pytest.mark.slow
+def test_the_page_of_a_run_that_was_cut_short(copied: Callable[[str], Path]) -> None:
+    folder = copied("cut")
+    (folder / "report.json").unlink()
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 21, "lo')
+    run = read_run(folder)
+    page = run_page(run)
+    assert "This run has made 20 steps of 20 and has no report yet." in page
+    assert "The validation set: 4 proteins" in page
+    assert f'<td class="number">{run.metrics[20]["val_nll"]:.4f}</td>' in page
+    assert "<h2>Samples</h2>" not in page
+    for name in ("metrics.jsonl", "environment.json"):
+        (folder / name).unlink()
+    page = write_run_page(folder).read_text()
+    assert "This run has made 0 steps" in page
+    assert not drawings(page)
+    assert "optim.lr" in page
+
+
+@pytest.mark.slow
+def test_untrusted_text_stays_text(copied: Callable[[str], Path]) -> None:
+    folder = copied(NASTY)
+    fasta = next((folder / "samples").glob("*.fasta"))
+    fasta.write_text(fasta.read_text().replace(">tiny_1 ", f">{NASTY.replace(' ', '_')}</script><b> "))
+    (folder / "judges.json").write_text(json.dumps([{"name": NASTY, "samples": NASTY, "natural": 0.5}]))
+    with (folder / "config.yaml").open("a") as file:
+        file.write(f"extra: {json.dumps(NASTY)}\n")
+    run = read_run(folder)
+    other = read_run(copied("other</script><b>".replace("/", "∕")))
+    for page in (run_page(run), comparison_page([run, other])):
+        assert "<img" not in page
+        assert "<b>\n" not in page
+        assert page.count("</script>") == page.count("<script")
+        assert html.escape(NASTY).replace("&quot;", "&#34;").replace("&#x27;", "&#39;") in page
+        assert drawings(page)
+    assert "What judges say" in run_page(run)
+
+
+@pytest.mark.slow
+def test_every_plot_is_named_and_nothing_is_fetched(trained: Path) -> None:
+    page = (trained / "report.html").read_text()
+    plots = drawings(page)
+    assert len(plots) == 8
+    for svg in plots:
+        assert svg.get("role") == "img"
+        assert svg[0].tag == "title"
+        assert svg[0].text
+        numbers = [float(text) for text in re.findall(r"-?\d+\.\d+", "".join(path.get("d", "") for path in svg))]
+        assert all(map(math.isfinite, numbers))
+    assert not re.findall(r"(?:src|href)=\"(?!data:)", page)
+    assert "http" not in re.sub(r"<details>.*", "", page, flags=re.DOTALL)
+    assert "url(" not in page
+
+
+def run_report(*arguments: str) -> int:
+    """The verb's exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["protlig_dd.report", *arguments])
+        patch.setenv("HYDRA_FULL_ERROR", "0")
+        try:
+            run_verb(report, "report", ReportPageConfig)
+        except SystemExit as stop:
+            return int(stop.code or 0)
+    return 0
+
+
+@pytest.mark.slow
+def test_the_verb_remakes_compares_and_refuses(
+    copied: Callable[[str], Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = copied("first"), copied("second")
+    monkeypatch.chdir(first.parents[1])
+    config = (second / "config.yaml").read_text()
+    (second / "config.yaml").write_text(config.replace("lr: 0.003", "lr: 0.5"))
+    for _ in range(2):  # the run's own page may be there already
+        assert run_report("runs=[runs/first]") == 0
+        assert capsys.readouterr().out == "runs/first/report.html: first\n"
+    assert (first / "report.html").read_text() == run_page(read_run(first))
+    compare = ("runs=[runs/first,runs/second]", "output=both.html")
+    assert run_report(*compare) == 0
+    page = Path("both.html").read_text()
+    cell = r'<td class="number">(.*?)</td>'
+    rows = re.findall(rf'<th scope="row">(.*?)</th>{cell}{cell}', page)
+    assert ("optim.lr", "0.003", "0.5") in rows
+    assert "not of the same proteins" not in page
+    assert set(hover_values(page)["Loss, smoothed"]) == {"first", "second"}
+    (first / "judges.json").write_text("{")
+    capsys.readouterr()
+    for arguments, parts in (
+        (compare, ("both.html exists already",)),
+        (("runs=[runs/none]",), ("runs/none is no run folder",)),
+        (("runs=[]",), ("runs=[]",)),
+        (("runs=[runs/first]",), ("judges.json", "not JSON")),
+        (("runs=runs/first",), ("runs", "give a list")),
+    ):
+        assert run_report(*arguments) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
+        for part in parts:
+            assert part in line
+    (first / "judges.json").write_text('[{"samples": 3}]')
+    assert run_report("runs=[runs/first]") == 1
+    assert "judges.json" in capsys.readouterr().err
+
+
+LOOKS = r"""
+(() => {
+  const problems = [], width = document.documentElement.clientWidth;
+  const say = (element, what) => problems.push(`${what}: ${element.tagName} ${element.outerHTML.slice(0, 120)}`);
+  document.querySelectorAll("details").forEach(one => { one.open = true; });
+  const scrolled = document.documentElement.scrollWidth;
+  if (scrolled > width) problems.push(`the page is ${scrolled} wide`);
+  for (const element of document.querySelectorAll("main, main *")) {
+    const box = element.getBoundingClientRect(), within = element.closest(".scroll");
+    if (within && within !== element || !box.width) continue; // it scrolls there
+    if (box.left < -0.5 || box.right > width + 0.5) say(element, "overflows");
+    const svg = element.closest("svg");
+    if (svg && element.tagName === "text") {
+      const frame = svg.getBoundingClientRect();
+      const across = box.left >= frame.left - 0.5 && box.right <= frame.right + 0.5;
+      if (!across || box.bottom > frame.bottom + 3) say(element, "is cut");
+    }
+  }
+  const plots = document.querySelectorAll("figure.plot");
+  for (const plot of plots) {
+    const drawn = [...plot.querySelectorAll("path:not(.grid):not(.rule)")];
+    if (!drawn.length) say(plot, "empty");
+    for (const path of drawn) {
+      const box = path.getBBox();
+      if (!(path.getTotalLength() > 0 && box.width + box.height > 1)) say(path, "has no size");
+    }
+  }
+  const numbers = colour => colour.match(/[\d.]+/g).map(Number);
+  const luminance = colour => numbers(colour).slice(0, 3).map(part => part / 255)
+    .map(part => part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, part, i) => sum + part * [0.2126, 0.7152, 0.0722][i], 0);
+  const opaque = element => {
+    for (; element; element = element.parentElement) {
+      const colour = getComputedStyle(element).backgroundColor, alpha = numbers(colour)[3];
+      if (alpha === undefined || alpha === 1) return colour;
+    }
+    return "rgb(255, 255, 255)";
+  };
+  let texts = 0;
+  const walker = document.createTreeWalker(document.querySelector("main"), NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const element = walker.currentNode.parentElement;
+    if (!walker.currentNode.data.trim() || element.closest("script, [hidden]")) continue;
+    const style = getComputedStyle(element), svg = element.closest("svg");
+    const size = parseFloat(style.fontSize) * (svg ? svg.getScreenCTM().a : 1);
+    if (size < 11) say(element, `text of ${size} px`);
+    const [a, b] = [svg ? style.fill : style.color, opaque(element)].map(luminance);
+    const contrast = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    if (contrast < 4.5) say(element, `contrast ${contrast}`);
+    texts += 1;
+  }
+  return {problems, texts, plots: plots.length};
+})()
+"""
+
+
+def assert_looks_well(browser: Browser, path: Path, width: int, dark: bool, plots: int) -> None:
+    browser.open(path.as_uri(), width=width, dark=dark)
+    found = browser.evaluate(LOOKS)
+    assert found["problems"] == []
+    assert found["texts"] > 100
+    assert found["plots"] == plots
+    assert browser.problems == []
+    assert set(browser.requests) == {path.as_uri()}
+    browser.requests.clear()
+
+
+@pytest.mark.slow
+def test_pages_in_a_browser(trained: Path, copied: Callable[[str], Path], tmp_path: Path) -> None:
+    require_program("chromium")
+    judged = copied("a-run-with-a-very-long-name-" + "that-goes-on-" * 9)
+    rows = [{"name": "perplexity under another model", "samples": 9.25, "natural": 6.5, "shuffled": 17}]
+    (judged / "judges.json").write_text(json.dumps(rows))
+    both = tmp_path / "both.html"
+    both.write_text(comparison_page([read_run(judged), read_run(trained)]))
+    with chromium(tmp_path / "profile") as browser:
+        for width in (375, 1280):
+            for dark in (False, True):
+                assert_looks_well(browser, trained / "report.html", width, dark, plots=8)
+            assert_looks_well(browser, write_run_page(judged), width, False, plots=8)
+            assert_looks_well(browser, both, width, False, plots=7)
+            browser.open((trained / "report.html").as_uri(), width=width, height=5000)
+            frame = browser.evaluate("""(() => {
+              const plot = document.querySelectorAll("figure.plot")[1];
+              const box = plot.querySelector("svg").getBoundingClientRect();
+              return [box.left + box.width * 0.5, box.top + box.height * 0.5];
+            })()""")
+            shown = 'document.querySelectorAll("figure.plot")[1].querySelector(".tip:not([hidden])")?.textContent ?? ""'
+            assert browser.evaluate(shown) == ""
+            browser.move_to(*frame)
+            assert re.fullmatch(
+                r"step \d+\nloss, each step  \d\.\d+\nloss, smoothed  \d\.\d+.*", browser.evaluate(shown)
+            )
+            browser.move_to(1, 1)
+            assert browser.evaluate(shown) == ""
+
+
+@given(finite, finite)
+def test_ticks_are_round_and_inside(one: float, other: float) -> None:
+    low, high = min(one, other), max(one, other)
+    if high - low <= 1e-6 * max(abs(low), abs(high), 1e-3):
+        return
+    ticks = nice_ticks(low, high)
+    slack = 1e-6 * (high - low)
+    assert 2 <= len(ticks) <= 11
+    assert all(low - slack <= tick <= high + slack for tick in ticks)
+    steps = np.diff(ticks)
+    assert np.allclose(steps, steps[0], rtol=1e-6)
+    assert f"{steps[0]:.1e}"[:3] in ("1.0", "2.0", "5.0")
+    assert len(set(tick_texts(ticks))) == len(ticks)
+
+
+def test_ticks_are_written_shortly() -> None:
+    assert tick_texts([0.0, 0.001, 0.002]) == ["0.000", "0.001", "0.002"]
+    assert tick_texts([-0.5, 0.0, 0.5]) == ["−0.5", "0.0", "0.5"]
+    assert tick_texts([0.0, 20000.0, 40000.0]) == ["0", "20k", "40k"]
+    assert tick_texts([0.0, 5e5, 1e6]) == ["0.0", "0.5M", "1.0M"]
+    assert tick_texts([0.0, 5e-6, 1e-5]) == ["0", "5e−6", "1e−5"]
+    with pytest.raises(ValueError, match="no length"):
+        nice_ticks(2.0, 2.0)
+
+
+@given(st.lists(finite, max_size=50), st.integers(1, 60))
+def test_thinning_keeps_order_and_mean(values: list[float], most: int) -> None:
+    x, y = thin(np.arange(float(len(values))).tolist(), values, most)
+    assert len(x) == len(y) == min(most, len(values))
+    assert x == sorted(x)
+    sizes = [len(part) for part in np.array_split(values, max(1, len(y)))]
+    assert max(sizes) - min(sizes) <= 1
+    assert np.dot(sizes[: len(y)], y) == pytest.approx(sum(values), rel=1e-9, abs=1e-3)
+
+
+@given(st.lists(finite, min_size=1, max_size=20), st.floats(1, 10))
+def test_smoothing_is_a_weighted_mean_of_what_came_before(values: list[float], span: float) -> None:
+    keep = 1 - 1 / span
+    for i, mean in enumerate(smooth(values, span)):
+        weights = [keep ** (i - j) for j in range(i + 1)]
+        assert mean == pytest.approx(np.average(values[: i + 1], weights=weights), rel=1e-9, abs=1e-6)
+
+
+def test_plots_of_little() -> None:
+    assert plot("Nothing", "", [Series("none", [], [])]) == ""
+    single = plot("One", "", [Series("one", [5.0], [2.0], errors=[0.0])])
+    flat = plot("Flat", "", [Series("flat", [1.0, 2.0], [0.0, 0.0])], from_zero=True)
+    for page in (single, flat):
+        (svg,) = drawings(page)
+        assert "nan" not in ElementTree.tostring(svg, encoding="unicode")
+
+
+def test_a_protein_is_wrapped_numbered_and_coloured() -> None:
+    from protlig_dd.data.fasta import FastaRecord
+
+    sequence = (AMINO_ACIDS + "XU") * 6
+    shown = protein(FastaRecord("p", "", sequence))
+    assert [start for start, _ in shown["lines"]] == [1, 61, 121]
+    assert "".join(letters for _, parts in shown["lines"] for _, letters in parts) == sequence
+    assert {sum(len(letters) for _, letters in parts) for _, parts in shown["lines"][:-1]} == {LINE}
+    classes = dict(RESIDUE_CLASSES)
+    assert sorted("".join(classes.values())) == sorted(AMINO_ACIDS)
+    for _, parts in shown["lines"]:
+        for name, letters in parts:
+            assert set(letters) <= set(classes.get(name, "XU"))
+
+
+def test_keys_that_differ() -> None:
+    configs = [{"a": 1, "run.name": "x", "c": None}, {"a": 1, "run.name": "y", "b": 2, "c": None}]
+    assert differing_keys(configs) == [["b", "—", "2"]]
