@@ -3,7 +3,9 @@
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
+import shutil
 import socket
 import sys
 import tempfile
@@ -24,6 +26,24 @@ def write_atomic(path: Path, text: str) -> None:
         except BaseException:
             os.unlink(handle.name)
             raise
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write a file or a folder at, which gets the name once all is written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield temporary / path.name
+        (temporary / path.name).rename(path)
+    finally:
+        shutil.rmtree(temporary)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def sync_folder(path: Path) -> None:
