@@ -116,8 +116,6 @@ class ProteinDiffusion(nn.Module):
         Raises:
             ValueError: the folder exists.
         """
-        if Path(folder).exists():
-            raise ValueError(f"{folder} exists already; give another folder or move it away")
         with replacing(Path(folder)) as temporary:
             write_exported(temporary, self.network.state_dict(), self.description, self.card)
 

@@ -10,6 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 from protlig_dd.runtime.cli import run_verb
 from protlig_dd.runtime.config import (
     RESUMABLE,
+    EmbedConfig,
+    ExportConfig,
     PrepareConfig,
     SampleConfig,
     TrainConfig,
@@ -44,6 +46,8 @@ def test_every_option_of_every_group_is_valid() -> None:
     check_train_config(read_config(composed(name="config_uniref50_stable"), TrainConfig))
     read_config(composed("input=a.fasta", name="prepare"), PrepareConfig)
     read_config(composed("from=runs/demo", name="sample"), SampleConfig)
+    read_config(composed("from=runs/demo", "input=a.fasta", name="embed"), EmbedConfig)
+    read_config(composed("from=runs/demo", "to=models/demo", name="export"), ExportConfig)
 
 
 def test_every_key_has_a_default_and_resumable_keys_exist() -> None:

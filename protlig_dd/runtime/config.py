@@ -7,7 +7,7 @@ error, so a misspelt override can never be ignored.
 import inspect
 import keyword
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -234,6 +234,11 @@ def read_config(cfg: DictConfig, schema: type[T]) -> T:
         raise ValueError(f"{error.full_key}: {what}") from error
     assert isinstance(typed, schema)
     return typed
+
+
+def spelt(config: Any) -> dict[str, Any]:
+    """A config as YAML and the command line spell it: `from`, not `from_`."""
+    return {key.removesuffix("_"): value for key, value in asdict(config).items()}
 
 
 def known_keys(schema: type, prefix: str = "") -> list[str]:

@@ -30,11 +30,17 @@ def write_atomic(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write a file or a folder at, which gets the name once all is written."""
+    """A path beside `path` to write a file or a folder at, which gets the name once all is written.
+
+    Raises:
+        ValueError: something has that name by then.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         yield temporary / path.name
+        if path.exists():
+            raise ValueError(f"{path} exists already; give another output or move it away")
         (temporary / path.name).rename(path)
     finally:
         shutil.rmtree(temporary)

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from protlig_dd.tokenizer import BOS, EOS, MASK, ProteinTokenizer
 ALONE = Processes(0, 1, 0)
 
 
+@runtime_checkable
 class SamplerOptions(Steering, Protocol):
     """What the configs of the verbs that sample have in common."""
 

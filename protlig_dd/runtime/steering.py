@@ -3,13 +3,14 @@
 import csv
 import math
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from protlig_dd.tokenizer import AMINO_ACIDS, N_STATES
 
 
+@runtime_checkable  # for beartype
 class Steering(Protocol):
     """A config with these keys."""
 

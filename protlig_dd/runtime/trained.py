@@ -207,7 +207,7 @@ def check_free(output: str) -> Path:
     return path
 
 
-def check_least(options: Iterable[tuple[str, float, float]]) -> None:
+def check_least(options: Iterable[tuple[str, int, int]]) -> None:
     """Raise for the first (key, value, least) whose value is below that."""
     for key, value, least in options:
         if value < least:

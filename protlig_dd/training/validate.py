@@ -91,6 +91,10 @@ def check_train_config(config: TrainConfig) -> None:
         raise ValueError(f"trainer.compile={trainer.compile}; there are auto, true and false")
     if config.run.resume not in ("auto", "never") and not Path(config.run.resume).is_dir():
         raise ValueError(f"run.resume={config.run.resume}; there are auto, never, and folders of checkpoints or runs")
+    if config.from_ is not None and config.run.resume not in ("auto", "never"):
+        raise ValueError(f"from={config.from_} and run.resume={config.run.resume}: a run starts from one of them")
+    if config.from_ is None and config.from_sha256 is not None:
+        raise ValueError("from_sha256 is that of from=, which is not given")
     if config.report.split not in SPLITS:
         raise ValueError(f"report.split={config.report.split}; there are {', '.join(SPLITS)}")
     if config.run.name != Path(config.run.name).name or config.run.name in ("", ".", ".."):
