@@ -72,6 +72,7 @@ def write_exported(
     """
     folder.mkdir()
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, folder / WEIGHTS)
+    (folder / WEIGHTS).chmod(0o644)  # safetensors makes it for its owner alone
     found = sha256(folder / WEIGHTS)
     if description.get("weights_sha256", found) != found:
         description, card = {**description, "report": None}, None
