@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import http.server
 import json
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from Bio.Align import substitution_matrices
 from safetensors.torch import save_file
 
 from protlig_dd.data.store import SequenceStore
@@ -36,15 +38,11 @@ KINDS = {
 @pytest.fixture(scope="module", params=KINDS)
 def exported(request: pytest.FixtureRequest, store: SequenceStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with runs/base, and model, which is its export."""
-    import subprocess
-
-    from Bio.Align import substitution_matrices
-
     folder = tmp_path_factory.mktemp(request.param)
     (folder / "private").mkdir()
     (folder / "private/blosum.txt").write_text(substitution_matrices.load("BLOSUM62").format("%4d"))
 
-    def run(*arguments: str, **environment: str) -> Any:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True, check=False)
 
     train(run, store, "base", *KINDS[request.param], "trainer.max_steps=6", "optim.lr=0.01", "optim.warmup_steps=2",
@@ -56,7 +54,7 @@ def exported(request: pytest.FixtureRequest, store: SequenceStore, tmp_path_fact
 
 
 @pytest.mark.slow
-def test_an_export_is_the_checkpoint(exported: Path, run_python: Command) -> None:
+def test_an_export_is_the_checkpoint(exported: Path, store: SequenceStore, run_python: Command) -> None:
     run, model = exported / "runs/base", exported / "models/base"
     assert {path.name for path in model.iterdir()} == set(EXPORTED)
     checkpoint = complete_checkpoints(run)[-1]
@@ -100,7 +98,7 @@ def test_an_export_is_the_checkpoint(exported: Path, run_python: Command) -> Non
     tuned = run_python("-m", "protlig_dd.training", *[o for o in TINY if not o.startswith("model.")],
                        "from=models/base", "run.name=tuned", "trainer.max_steps=1", "optim.lr=1e-30",
                        "trainer.device=cpu", "trainer.precision=fp32", "trainer.compile=false",
-                       f"data.path={store_path(exported)}", cwd=exported)  # fmt: skip
+                       f"data.path={store.path}", cwd=exported)  # fmt: skip
     assert tuned.returncode == 0, tuned.stderr
     weights = load_tensors(find_saved(str(exported / "runs/tuned")).weights)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in load_tensors(model / WEIGHTS).items())
@@ -108,11 +106,6 @@ def test_an_export_is_the_checkpoint(exported: Path, run_python: Command) -> Non
     assert_one_line_error(again, "models/base exists already")
     twice = run_python("-m", "protlig_dd.export", "from=models/base", "to=models/other", cwd=exported)
     assert_one_line_error(twice, "models/base is an exported model already")
-
-
-def store_path(exported: Path) -> str:
-    environment = json.loads((exported / "runs/base/environment.json").read_text())
-    return str(environment["data_path"])
 
 
 BLOCKED = """
