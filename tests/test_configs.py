@@ -10,7 +10,9 @@ from omegaconf import DictConfig, OmegaConf
 from protlig_dd.runtime.cli import run_verb
 from protlig_dd.runtime.config import (
     RESUMABLE,
+    EmbedConfig,
     EvaluateConfig,
+    ExportConfig,
     InfillConfig,
     JudgeConfig,
     PrepareConfig,
@@ -52,6 +54,8 @@ def test_every_option_of_every_group_is_valid() -> None:
     read_config(composed("from=runs/demo", "input=a.fasta", name="infill"), InfillConfig)
     read_config(composed("from=runs/demo", "input=a.fasta", name="evaluate"), EvaluateConfig)
     read_config(composed("samples=a.fasta", "natural=b.fasta", name="judge"), JudgeConfig)
+    read_config(composed("from=runs/demo", "input=a.fasta", name="embed"), EmbedConfig)
+    read_config(composed("from=runs/demo", "to=models/demo", name="export"), ExportConfig)
 
 
 def test_every_key_has_a_default_and_resumable_keys_exist() -> None:

@@ -88,15 +88,7 @@ class DiT(nn.Module):
 
     def forward(self, batch: PackedBatch, sigma: Float32[Tensor, " n"]) -> Float[Tensor, "total 20"]:
         """Logits (total, 20) of a pack at noise levels sigma (n,), one per sequence."""
-        if not isinstance(batch, PackedBatch):
-            check_tokens(batch)
-            raise ValueError(f"the model reads a PackedBatch, got {type(batch).__name__}")
-        weight = self.embedding.weight
-        for name, tensor in (("tokens", batch.tokens), ("sigma", sigma)):
-            if tensor.device != weight.device:
-                raise ValueError(f"{name} is on {tensor.device} but the model is on {weight.device}")
-        if tuple(sigma.shape) != (len(batch.lengths),):
-            raise ValueError(f"sigma has shape {tuple(sigma.shape)} for {len(batch.lengths)} sequences")
+        self.check(batch, sigma)
         if self.shape is None or not self.training or not batch.fits(self.shape):
             return self.network(batch, sigma)
         total, n = len(batch.tokens), len(batch.lengths)
@@ -106,18 +98,53 @@ class DiT(nn.Module):
         logits = self.graphed(batch.tokens, batch.cu_seqlens, batch.segment_ids, batch.positions, sigma)
         return logits.narrow(0, 0, total)
 
+    def hidden_states(
+        self, batch: PackedBatch, sigma: Float32[Tensor, " n"], layer: int
+    ) -> Float[Tensor, "total hidden"]:
+        """What the network makes of each token on its way to the logits.
+
+        Args:
+            layer: of n_blocks. 0: the embedding; k: the residual stream after k blocks; n_blocks: what the output
+                projection sees, behind the last norm, as ESM-2 has it.
+
+        Raises:
+            ValueError: as forward; and a layer outside 0..n_blocks.
+        """
+        self.check(batch, sigma)
+        if not 0 <= layer <= len(self.blocks):
+            raise ValueError(f"layer {layer}: this network has 0 (the embedding) to {len(self.blocks)}")
+        x_TH, cond_nC = self.trunk(batch, sigma, layer)
+        return x_TH if layer < len(self.blocks) else self.head.normed(x_TH, cond_nC, batch.segment_ids)
+
     def network(self, batch: PackedBatch, sigma: Tensor) -> Tensor:
         """forward, its inputs checked."""
+        x_TH, cond_nC = self.trunk(batch, sigma, len(self.blocks))
+        return self.head(x_TH, cond_nC, batch.segment_ids)
+
+    def trunk(self, batch: PackedBatch, sigma: Tensor, n_blocks: int) -> tuple[Tensor, Tensor | None]:
+        """The residual stream after the first n_blocks, and what conditions the norms."""
         cos, sin = rotary_cos_sin(batch.max_seqlen, self.head_dim, device=sigma.device)
         cos_sin = gather_rotary(cos, sin, batch)
         cond_nC = None if self.sigma_embedding is None else self.sigma_embedding(sigma)
         x_TH = self.embedding(batch.tokens)
-        for block in self.blocks:
+        for block in list(self.blocks)[:n_blocks]:
             if self.checkpointing and torch.is_grad_enabled():
                 x_TH = checkpoint(block, x_TH, cond_nC, batch, cos_sin, use_reentrant=False)
             else:
                 x_TH = block(x_TH, cond_nC, batch, cos_sin)
-        return self.head(x_TH, cond_nC, batch.segment_ids)
+        return x_TH, cond_nC
+
+    def check(self, batch: PackedBatch, sigma: Tensor) -> None:
+        """Raise for a batch that is not packed or not where the weights are, or without one sigma per sequence."""
+        if not isinstance(batch, PackedBatch):
+            check_tokens(batch)
+            raise ValueError(f"the model reads a PackedBatch, got {type(batch).__name__}")
+        weight = self.embedding.weight
+        for name, tensor in (("tokens", batch.tokens), ("sigma", sigma)):
+            if tensor.device != weight.device:
+                raise ValueError(f"{name} is on {tensor.device} but the model is on {weight.device}")
+        if tuple(sigma.shape) != (len(batch.lengths),):
+            raise ValueError(f"sigma has shape {tuple(sigma.shape)} for {len(batch.lengths)} sequences")
 
     def compile_blocks(self, *, dynamic: bool) -> None:
         """Compile what lies between the attention kernels for training, with torch.compile, once for all blocks.
@@ -322,12 +349,22 @@ class Head(nn.Module):
         cond_nC: Float[Tensor, "n cond_dim"] | None,
         segment_ids: Int64[Tensor, " total"],
     ) -> Float[Tensor, "total 20"]:
-        x_TH = self.norm(x_TH)
-        if self.adaln is not None:
-            shift, scale = per_token(self.adaln(cond_nC).chunk(2, dim=-1), segment_ids)
-            x_TH = modulate(x_TH, shift, scale)
+        x_TH = self.normed(x_TH, cond_nC, segment_ids)
         with torch.autocast(x_TH.device.type, enabled=False):  # logits in full precision, or their exp() is off by 0.2%
             return self.out(x_TH.to(self.out.weight.dtype))
+
+    def normed(
+        self,
+        x_TH: Float[Tensor, "total hidden"],
+        cond_nC: Float[Tensor, "n cond_dim"] | None,
+        segment_ids: Int64[Tensor, " total"],
+    ) -> Float[Tensor, "total hidden"]:
+        """What the projection sees."""
+        x_TH = self.norm(x_TH)
+        if self.adaln is None:
+            return x_TH
+        shift, scale = per_token(self.adaln(cond_nC).chunk(2, dim=-1), segment_ids)
+        return modulate(x_TH, shift, scale)
 
 
 def make_norm(kind: str, width: int, *, modulated: bool = True) -> nn.Module:

@@ -22,7 +22,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 
-from protlig_dd.runtime.config import config_folder, known_keys, unknown_key
+from protlig_dd.runtime.components import unknown_key
+from protlig_dd.runtime.config import config_folder, known_keys
 from protlig_dd.runtime.distributed import (
     RanksFailedError,
     leave_group,

@@ -1,16 +1,13 @@
-"""The configuration's schema, its checks, and the registries that names are looked up in.
+"""The configuration's schema and its checks; components.py makes networks, graphs and schedules of it.
 
 Values, defaults and their one-line comments live in configs/*.yaml; here are the types. A key that is not here is an
-error, so a misspelt override can never be ignored. Components are chosen by name from a registry, never by an import
-path: a config that comes with a checkpoint cannot run code.
+error, so a misspelt override can never be ignored.
 """
 
-import difflib
 import inspect
 import keyword
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -18,9 +15,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from protlig_dd.diffusion.graph import GRAPHS, Absorbing, Graph
-from protlig_dd.diffusion.noise import NOISES, Noise
+from protlig_dd.diffusion.noise import NOISES
 from protlig_dd.diffusion.rates import substitution_rates
-from protlig_dd.model.dit import DiT
+from protlig_dd.runtime.components import TRAINING_NOISE, ModelConfig, unknown_key
+from protlig_dd.runtime.components import build_graph as build_graph  # those who read a config build from it
+from protlig_dd.runtime.components import build_model as build_model
+from protlig_dd.runtime.components import build_noise as build_noise
 
 T = TypeVar("T")
 
@@ -40,20 +40,6 @@ class DataConfig:
     crop: str
     tokens_per_pack: int
     workers: int
-
-
-@dataclass
-class ModelConfig:
-    hidden_size: int
-    n_heads: int
-    n_blocks: int
-    cond_dim: int
-    dropout: float
-    attention_backend: str
-    norm: str
-    mlp: str
-    qk_norm: bool
-    checkpointing: bool
 
 
 @dataclass
@@ -131,6 +117,8 @@ class TrainConfig:
     logger: LoggerConfig
     report: ReportConfig
     plan: bool = False
+    from_: str | None = None
+    from_sha256: str | None = None
 
 
 @dataclass
@@ -203,6 +191,19 @@ class InfillConfig:
 
 
 @dataclass
+class EmbedConfig:
+    from_: str
+    input: str
+    output: str
+    pooling: str
+    layer: int
+    long: str
+    device: str
+    precision: str
+    tokens_per_pack: int
+
+
+@dataclass
 class EvaluateConfig:
     from_: str
     input: str
@@ -240,6 +241,12 @@ class ReportPageConfig:
     output: str | None
 
 
+@dataclass
+class ExportConfig:
+    from_: str
+    to: str
+
+
 # What may differ when a run is resumed, whole groups (with a dot at their end) and single keys. trainer.max_steps and
 # trainer.epochs move the end of the learning rate's cosine; trainer.precision and model.attention_backend are compared
 # as resolved, and of data.path the fingerprint.
@@ -257,8 +264,6 @@ RESUMABLE = (
 
 
 MAX_WEIGHT = 10.0  # docs/performance.md
-TRAINING_NOISE = ("curriculum", "max_weight")  # of the noise's keys, those that only the training loss knows
-
 COMPONENTS: dict[str, Mapping[str, Callable[..., Any]]] = {"graph": GRAPHS, "noise": NOISES}
 
 
@@ -293,6 +298,11 @@ def read_config(cfg: DictConfig, schema: type[T]) -> T:
     return typed
 
 
+def spelt(config: Any) -> dict[str, Any]:
+    """A config as YAML and the command line spell it: `from`, not `from_`."""
+    return {key.removesuffix("_"): value for key, value in asdict(config).items()}
+
+
 def known_keys(schema: type, prefix: str = "") -> list[str]:
     """Dotted keys of a schema, as they are spelt on the command line."""
     keys: list[str] = []
@@ -307,15 +317,6 @@ def known_keys(schema: type, prefix: str = "") -> list[str]:
         else:
             keys.append(key)
     return keys
-
-
-def unknown_key(key: str, known: list[str]) -> str:
-    """One line that names the key and the nearest known one."""
-    if key in known:  # an option of another component, or of another command
-        component, dot, _ = key.partition(".")
-        return f"the chosen {component} has no {key}; another has" if dot else f"this command has no {key!r}"
-    near = difflib.get_close_matches(key, known, n=1)
-    return f"unknown config key {key!r}; did you mean {near[0]!r}?" if near else f"unknown config key {key!r}"
 
 
 def flatten(cfg: Any, prefix: str = "") -> dict[str, Any]:
@@ -344,23 +345,6 @@ def shorten(text: str) -> str:
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
-def build_graph(spec: Mapping[str, Any]) -> Graph:
-    return build("graph", GRAPHS, spec)
-
-
-def build_noise(spec: Mapping[str, Any], graph: Graph) -> Noise:
-    """The schedule of a config; what is left open (null) is the graph's: its slowest mode, and how far it goes."""
-    own = {
-        "eps": math.exp(graph.sigma_max * graph.lambda_2),
-        "rate": -graph.lambda_2,
-        "sigma_max": graph.sigma_max,
-    }
-    accepted = inspect.signature(NOISES[spec["name"]]).parameters if spec.get("name") in NOISES else {}
-    options = {key: value for key, value in spec.items() if key not in TRAINING_NOISE}
-    options |= {key: own[key] for key in own if key in accepted and spec.get(key) is None}
-    return build("noise", NOISES, options)
-
-
 def resolve_max_weight(spec: Mapping[str, Any], graph: Graph) -> float | None:
     """The cap on the loss' weight that a noise's config asks for; `auto` is MAX_WEIGHT where it was found to help."""
     wanted = spec.get("max_weight")
@@ -384,40 +368,3 @@ def graph_with_rates(spec: Mapping[str, Any], earlier: Mapping[str, Any]) -> dic
     elif {**earlier, "rates": None} == {**spec, "rates": None}:
         spec["rates"] = earlier.get("rates")
     return spec
-
-
-def build_model(config: ModelConfig, attention_backend: str, time_conditioning: bool) -> DiT:
-    """The network of a config, with the attention backend as resolved for this machine."""
-    return DiT(
-        hidden_size=config.hidden_size,
-        n_heads=config.n_heads,
-        n_blocks=config.n_blocks,
-        cond_dim=config.cond_dim,
-        dropout=config.dropout,
-        attention_backend=attention_backend,
-        time_conditioning=time_conditioning,
-        norm=config.norm,
-        mlp=config.mlp,
-        qk_norm=config.qk_norm,
-        checkpointing=config.checkpointing,
-    )
-
-
-def build(kind: str, registry: Mapping[str, Callable[..., T]], spec: Mapping[str, Any]) -> T:
-    """Look `spec["name"]` up in a registry and construct it with the other keys.
-
-    Raises:
-        ValueError: no or an unknown name, or an option that this component does not take.
-    """
-    options = {key: value for key, value in spec.items() if key != "name"}
-    name = str(spec.get("name"))
-    if name not in registry:
-        raise ValueError(f"{kind}.name={name}: there are {', '.join(registry)}")
-    accepted = list(inspect.signature(registry[name]).parameters)
-    for key in options:
-        if key not in accepted:
-            raise ValueError(unknown_key(f"{kind}.{key}", [f"{kind}.{option}" for option in accepted]))
-    try:
-        return registry[name](**options)
-    except TypeError as error:  # a text where a number belongs, say
-        raise ValueError(f"{kind} {options}: {error}") from error

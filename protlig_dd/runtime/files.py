@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
 import socket
@@ -28,25 +29,41 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def write_folder(path: Path, files: Mapping[str, str]) -> None:
-    """Write a new folder of text files: aside, synced, then renamed, so that it is there whole or not at all.
+    """Write a new folder of text files, which is there whole or not at all.
 
     Raises:
         ValueError: `path` exists.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
-        aside.chmod(0o755)
+    with replacing(path) as folder:
+        folder.mkdir()
         for name, text in files.items():
-            write_atomic(aside / name, text)
-        sync_folder(aside)
-        if path.exists():  # a rename would replace an empty folder
-            raise ValueError(f"{path} exists already; give another output or move it away")
-        aside.replace(path)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+            write_atomic(folder / name, text)
+        sync_folder(folder)
     sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write a file or a folder at, which gets the name once all is written.
+
+    Raises:
+        ValueError: something has that name by then.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield temporary / path.name
+        if path.exists():
+            raise ValueError(f"{path} exists already; give another output or move it away")
+        (temporary / path.name).rename(path)
+    finally:
+        shutil.rmtree(temporary)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def sync_folder(path: Path) -> None:

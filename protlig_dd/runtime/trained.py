@@ -1,24 +1,136 @@
-"""A trained model, ready to use, from a run folder or a checkpoint alone: what every verb but training begins with."""
+"""A trained model, ready to use, from a run, a checkpoint or an export: what every verb but training begins with."""
 
+import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 
+from protlig_dd import __version__
 from protlig_dd.diffusion.graph import Graph
 from protlig_dd.diffusion.noise import Noise
 from protlig_dd.diffusion.score import ScoreFn
-from protlig_dd.model.attention import resolve_attention_backend
 from protlig_dd.model.dit import DiT
-from protlig_dd.runtime.checkpoint import find_checkpoint, load_weights, read_state
-from protlig_dd.runtime.config import TrainConfig, build_graph, build_model, build_noise, read_config
+from protlig_dd.runtime.checkpoint import find_checkpoint, read_state
+from protlig_dd.runtime.components import Loaded, load_model
+from protlig_dd.runtime.config import LoggerConfig, RunConfig, TrainConfig, read_config
 from protlig_dd.runtime.distributed import Processes, join_group, processes_from_environment
 from protlig_dd.runtime.environment import resolve_device, resolve_precision
+from protlig_dd.runtime.exported import DESCRIPTION, FORMAT, FORMAT_VERSION, WEIGHTS, is_exported, read_description
 from protlig_dd.runtime.metrics import announce
 
 TIMEOUT = 3600  # seconds that a rank waits for the others
+MODEL_KEYS = ("model", "graph", "noise", "parametrisation", "time_conditioning")  # what a model is, of a run's config
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Averaged weights on the disk, and what belongs to them."""
+
+    path: Path
+    """A checkpoint or an exported model."""
+    weights: Path
+    config: TrainConfig
+    step: int
+    length_counts: list[int] | None
+    """How many training sequences have 0, 1, ... residues."""
+    data_fingerprint: str
+    skipped: list[str]
+    """What is wrong with newer checkpoints of the same run."""
+
+
+def find_saved(path: str) -> Saved:
+    """The newest sound checkpoint of a run folder, a checkpoint, or an exported model; its checksums were compared.
+
+    Raises:
+        ValueError: none of these there, or a damaged or foreign file; named.
+    """
+    folder = Path(path)
+    if is_exported(folder):
+        found = read_description(folder)
+        return Saved(
+            path=folder,
+            weights=folder / WEIGHTS,
+            config=config_of(found, folder / DESCRIPTION),
+            step=found["step"],
+            length_counts=found["length_counts"],
+            data_fingerprint=found["data_fingerprint"],
+            skipped=[],
+        )
+    checkpoint, skipped = find_checkpoint(folder)
+    state = read_state(checkpoint)
+    return Saved(
+        path=checkpoint,
+        weights=checkpoint / "ema.safetensors",
+        config=read_config(OmegaConf.load(checkpoint / "config.yaml"), TrainConfig),  # type: ignore[arg-type]
+        step=state["step"],
+        length_counts=state.get("length_counts"),
+        data_fingerprint=state["data_fingerprint"],
+        skipped=skipped,
+    )
+
+
+def load_saved(saved: Saved, device: torch.device, precision: str) -> Loaded:
+    return load_model(
+        saved.weights,
+        model=saved.config.model,
+        graph=saved.config.graph,
+        noise=saved.config.noise,
+        parametrisation=saved.config.parametrisation,
+        time_conditioning=saved.config.time_conditioning,
+        device=device,
+        precision=precision,
+    )
+
+
+def describe(saved: Saved, report: dict[str, Any] | None) -> dict[str, Any]:
+    """What config.json of an exported model says of it; no paths of this machine, and not what it logged to.
+
+    Args:
+        report: that the run made of these weights, if it did.
+    """
+    config, graph = saved.config, dict(saved.config.graph)
+    if graph.get("rates") is not None:  # read from a matrix file
+        graph["matrix"] = Path(graph["matrix"]).name
+    training = replace(
+        config,
+        from_=None,
+        run=RunConfig(name=config.run.name, fresh=False, resume="auto"),
+        data=replace(config.data, path=None),
+        logger=LoggerConfig(tensorboard=False, wandb_project=None, wandb_name=None),
+    )
+    parts = {**asdict(training), "graph": graph}
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "protlig_dd": __version__,
+        "run": config.run.name,
+        "step": saved.step,
+        **{key: parts.pop(key) for key in MODEL_KEYS},
+        "max_len": config.data.max_len,
+        "length_counts": saved.length_counts,
+        "data_fingerprint": saved.data_fingerprint,
+        "report": report,
+        "training": parts,
+    }
+
+
+def config_of(description: dict[str, Any], file: Path) -> TrainConfig:
+    """The run's config, out of what `describe` has made of it.
+
+    Raises:
+        ValueError: something else; or an interpolation, which would read what is not in the file.
+    """
+    try:
+        parts = {**description["training"], **{key: description[key] for key in MODEL_KEYS}}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{file}: not what protlig_dd has written ({error!r})") from error
+    if "${" in json.dumps(parts):
+        raise ValueError(f"{file}: has an interpolation, ${{...}}, which no exported model has")
+    return read_config(OmegaConf.create(parts), TrainConfig)
 
 
 @dataclass(frozen=True)
@@ -26,6 +138,7 @@ class Trained:
     """The averaged weights of a checkpoint in an evaluating model, and all that goes with them."""
 
     checkpoint: Path
+    """Or an exported model."""
     config: TrainConfig
     step: int
     length_counts: list[int] | None
@@ -57,38 +170,29 @@ class Trained:
 
 
 def load_trained(path: str, *, device: str, precision: str) -> Trained:
-    """The newest sound checkpoint of a run folder, or that checkpoint; under torchrun on each rank's own device.
+    """The model that `find_saved` finds; under torchrun on each rank's own device.
 
     Raises:
-        ValueError: no sound checkpoint there, a device or precision that this machine does not have, weights that do
-            not fit the config that came with them.
+        ValueError: nothing sound there, a device or precision that this machine does not have, weights that do not fit
+            the config that came with them.
     """
-    checkpoint, skipped = find_checkpoint(Path(path))
+    saved = find_saved(path)
     processes = processes_from_environment()
-    for problem in skipped:
+    for problem in saved.skipped:
         announce(f"skipped: {problem}", processes)
-    state = read_state(checkpoint)
-    config = read_config(OmegaConf.load(checkpoint / "config.yaml"), TrainConfig)  # type: ignore[arg-type]
     where = resolve_device(device, processes.local_rank)
     precision = resolve_precision(precision, where)
-    backend = resolve_attention_backend("auto", where, precision, config.model.hidden_size // config.model.n_heads)
-    graph = build_graph(config.graph)
-    noise = build_noise(config.noise, graph)
-    with where:
-        model = build_model(config.model, backend, config.time_conditioning).eval()
-    load_weights(checkpoint / "ema.safetensors", model)
-    autocast = torch.bfloat16 if precision == "bf16" else None
-    score_fn = ScoreFn(model, graph, config.parametrisation, config.time_conditioning, autocast)
+    loaded = load_saved(saved, where, precision)
     join_group(processes, where, TIMEOUT)
-    announce(f"{checkpoint} on {where} in {precision}, attention {backend}", processes)
+    announce(f"{saved.path} on {where} in {precision}, attention {loaded.attention_backend}", processes)
     return Trained(
-        checkpoint=checkpoint,
-        config=config,
-        step=state["step"],
-        length_counts=state.get("length_counts"),
-        model=model,
-        score_fn=score_fn,
-        noise=noise,
+        checkpoint=saved.path,
+        config=saved.config,
+        step=saved.step,
+        length_counts=saved.length_counts,
+        model=loaded.model,
+        score_fn=loaded.score_fn,
+        noise=loaded.noise,
         device=where,
         precision=precision,
         processes=processes,

@@ -28,7 +28,7 @@ from protlig_dd.evaluation.held_out import (
 from protlig_dd.evaluation.page import PAGE, write_run_page
 from protlig_dd.model.dit import DiT
 from protlig_dd.runtime.checkpoint import CheckpointWriter, best_checkpoint
-from protlig_dd.runtime.config import TrainConfig, build_graph, build_model, build_noise, resolve_max_weight
+from protlig_dd.runtime.config import TrainConfig, build_graph, build_model, build_noise, resolve_max_weight, spelt
 from protlig_dd.runtime.distributed import Processes, all_reduce_sum
 from protlig_dd.runtime.environment import matmul_peak
 from protlig_dd.runtime.files import write_atomic
@@ -56,6 +56,7 @@ def train(
     attempt: int,
     checkpoint: Path | None,
     state: dict[str, Any],
+    weights: Path | None,
     precision: str,
     attention_backend: str,
     compiled: bool,
@@ -68,6 +69,7 @@ def train(
 
     Args:
         state: of that checkpoint, whose files were found to match their checksums.
+        weights: of another model, to begin with where there is no checkpoint.
         deadline: time.time() at which to stop, after one step at least.
     """
     graph = build_graph(config.graph)
@@ -146,6 +148,9 @@ def train(
         if first_step > max_steps:
             raise ValueError(f"{checkpoint} is beyond trainer.max_steps={max_steps}")
         announce(f"going on from {checkpoint}", processes)
+    elif weights is not None:
+        trainer.start_from(weights)
+        trainer.evaluation_due = control.eval_every > 0
     last_step = max(first_step, min(max_steps, control.stop_at_step or max_steps))
     if first_step < last_step:
         epoch = first_step * optim.packs_per_step // dataset.packs_per_epoch
@@ -203,7 +208,7 @@ def train(
             if processes.first:
                 writer = CheckpointWriter(
                     run_folder,
-                    config_yaml=OmegaConf.to_yaml(OmegaConf.structured(config)),
+                    config_yaml=OmegaConf.to_yaml(OmegaConf.create(spelt(config))),
                     keep_last=control.keep_last,
                     keep_every=control.keep_every,
                 )
@@ -245,7 +250,7 @@ def train(
                 description=f"{config.report.split} set",
             )
             report: dict[str, Any] = {"split": config.report.split, "max_len": data.max_len, **held.summary()}
-            report |= {"draws": config.report.draws, "t_min": noise.t_min, "sigma_max": sigma_max}
+            report |= {"step": max_steps, "draws": config.report.draws, "t_min": noise.t_min, "sigma_max": sigma_max}
             if processes.first:
                 report |= {"parameters": parameters, "training": training_statistics(store, data.max_len)}
             if metrics is not None and config.report.samples:

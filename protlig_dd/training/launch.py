@@ -7,12 +7,13 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
@@ -28,7 +29,15 @@ from protlig_dd.runtime.checkpoint import (
     read_state,
     remove_unfinished,
 )
-from protlig_dd.runtime.config import TrainConfig, build_graph, changed_keys, flatten, graph_with_rates, read_config
+from protlig_dd.runtime.config import (
+    TrainConfig,
+    build_graph,
+    changed_keys,
+    flatten,
+    graph_with_rates,
+    read_config,
+    spelt,
+)
 from protlig_dd.runtime.distributed import (
     Processes,
     count_devices,
@@ -41,9 +50,11 @@ from protlig_dd.runtime.distributed import (
     processes_from_environment,
 )
 from protlig_dd.runtime.environment import describe_environment, resolve_compile, resolve_device, resolve_precision
-from protlig_dd.runtime.files import free_name, locked, write_atomic, written_to
+from protlig_dd.runtime.files import free_name, locked, sha256, write_atomic, written_to
 from protlig_dd.runtime.metrics import announce, console, import_wandb
 from protlig_dd.runtime.stop import STOPPED, Stopped, StopRequests, seconds_of
+from protlig_dd.runtime.trained import find_saved
+from protlig_dd.training.finetune import taken_over
 from protlig_dd.training.job import train
 from protlig_dd.training.plan import print_plan
 from protlig_dd.training.validate import check_train_config
@@ -72,6 +83,8 @@ class RunFolder:
     checkpoint: Path | None
     state: dict[str, Any]
     """state.json of that checkpoint."""
+    weights: Path | None
+    """Of `from=`, where there is no checkpoint yet."""
     deadline: float | None
     """time.time() at which the run is to stop; a process that is started again gets no more of it."""
 
@@ -87,6 +100,8 @@ def run(cfg: DictConfig) -> None:
     """
     config = read_config(cfg, TrainConfig)
     path = run_path(config)
+    if config.from_ is not None:
+        config = starting_from(config, path)
     config.graph = graph_with_rates(config.graph, {} if config.run.fresh else graph_of_run(path))
     check_train_config(config)
     if config.time_conditioning == "auto":
@@ -192,6 +207,7 @@ def run_rank(config: TrainConfig, path: Path, deadline: float | None) -> None:
                     attempt=folder.attempt,
                     checkpoint=folder.checkpoint,
                     state=folder.state,
+                    weights=folder.weights,
                     precision=precision,
                     attention_backend=backend,
                     compiled=compiled,
@@ -238,6 +254,46 @@ def run_path(config: TrainConfig) -> Path:
     return Path("runs") / config.run.name
 
 
+def starting_from(config: TrainConfig, path: Path) -> TrainConfig:
+    """The config of a run that begins with another model's averaged weights: its network, graph, noise and
+    parametrisation are that model's, and the checksum of the weights is kept with it.
+
+    Raises:
+        ValueError: no such model, or another than the command line describes.
+    """
+    overrides = OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))
+    given = {override.key_or_group for override in overrides}
+    begun = None
+    if has_steps(path) and not config.run.fresh:  # it remembers, whatever has become of what it began with
+        begun = read_config(OmegaConf.load(path / "config.yaml"), TrainConfig)  # type: ignore[arg-type]
+    if begun is not None and begun.from_ == config.from_:
+        source, found = begun, begun.from_sha256
+    else:
+        saved = find_saved(str(config.from_))
+        source, found = saved.config, sha256(saved.weights)
+    if config.from_sha256 not in (None, found):
+        raise ValueError(f"from={config.from_} has weights of SHA-256 {found}, not from_sha256={config.from_sha256}")
+    return replace(taken_over(config, source, given), from_sha256=found)
+
+
+def first_weights(config: TrainConfig) -> Path:
+    """The weights of `from=`, if they are still those that the run has begun with.
+
+    Raises:
+        ValueError: they are not; names both checksums.
+    """
+    saved = find_saved(str(config.from_))
+    for problem in saved.skipped:
+        console.print(f"skipped: {problem}")
+    if (found := sha256(saved.weights)) != config.from_sha256:
+        raise ValueError(
+            f"{saved.path}: weights of SHA-256 {found[:12]}, and this run began with {str(config.from_sha256)[:12]}; "
+            "run.fresh=true moves it aside and begins with these"
+        )
+    console.print(f"starting from the averaged weights of {saved.path}")
+    return saved.weights
+
+
 def graph_of_run(path: Path) -> dict[str, Any]:
     """The graph's config of the run in this folder; {} where there is none."""
     file = path / "config.yaml"
@@ -274,6 +330,7 @@ def open_run_folder(
         for aside in put_aside_newer(path, checkpoint) if checkpoint is not None else []:
             console.print(f"{aside} is what is left of it, and may be deleted")
         state = read_state(checkpoint) if checkpoint is not None else {}
+        weights = first_weights(config) if checkpoint is None and config.from_ is not None else None
         most = config.trainer.max_steps
         if state and most is not None and state["step"] > most:
             raise ValueError(f"{checkpoint} is beyond trainer.max_steps={most}")
@@ -287,8 +344,8 @@ def open_run_folder(
             **describe_environment(torch.device(resolved.device)),
         }
         write_atomic(path / "environment.json", json.dumps(record, indent=1) + "\n")
-        write_atomic(path / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))  # last: now it is a run
-        folder = RunFolder(path, attempt, checkpoint, state, deadline)
+        write_atomic(path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(spelt(config))))  # last: now it is a run
+        folder = RunFolder(path, attempt, checkpoint, state, weights, deadline)
     opened: RunFolder = from_first(folder)
     return opened
 
@@ -329,7 +386,7 @@ def check_same_data(checkpoint: Path, config: TrainConfig, resolved: Resolved) -
     """
     changed = changed_keys(
         OmegaConf.to_container(OmegaConf.load(checkpoint / "config.yaml")),  # type: ignore[arg-type]
-        OmegaConf.to_container(OmegaConf.structured(config)),  # type: ignore[arg-type]
+        spelt(config),
     )
     if changed:
         raise ValueError(f"{checkpoint} was made with another config ({'; '.join(changed)})")
@@ -347,7 +404,7 @@ def check_same_run(path: Path, config: TrainConfig, resolved: Resolved) -> int:
     remedy = f"use another run.name, or run.fresh=true to move {path} aside"
     changed = changed_keys(
         OmegaConf.to_container(OmegaConf.load(path / "config.yaml")),  # type: ignore[arg-type]
-        OmegaConf.to_container(OmegaConf.structured(config)),  # type: ignore[arg-type]
+        spelt(config),
     )
     if changed:
         raise ValueError(f"{path} was started with another config ({'; '.join(changed)}); {remedy}")
@@ -358,7 +415,7 @@ def check_same_run(path: Path, config: TrainConfig, resolved: Resolved) -> int:
     for key in ("precision", "data_fingerprint"):
         if earlier[key] != getattr(resolved, key):
             raise ValueError(f"{path} was started with {key} {earlier[key]}, now {getattr(resolved, key)}; {remedy}")
-    before, now = (flatten(cfg) for cfg in (OmegaConf.load(path / "config.yaml"), OmegaConf.structured(config)))
+    before, now = (flatten(cfg) for cfg in (OmegaConf.load(path / "config.yaml"), spelt(config)))
     for key in ("trainer.max_steps", "trainer.epochs"):
         if before[key] != now[key]:
             console.print(

@@ -104,8 +104,10 @@ def fit(
                 metrics.write_histogram(done, f"weights/{part}", weights)
         bound, error = values["val_nll"], values["val_nll_se"]
         announce(f"step {done}: validation {bound:.4f} ± {error:.4f} nats/residue", processes)
-        is_best, best = bound < best, min(best, bound)
-        return bound if is_best else None
+        if done == 0 or not bound < best:  # what a run starts from is none of its checkpoints
+            return None
+        best = bound
+        return bound
 
     if rows_file is not None and processes.first:
         drop_partial_line(rows_file)

@@ -159,10 +159,14 @@ class Trainer:
             "evaluation_due": self.evaluation_due,
         }
 
+    def start_from(self, weights: Path) -> None:
+        """Begin with a model's averaged weights, and average on from them."""
+        load_weights(weights, self.model)
+        self.ema.weights = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+
     def load(self, checkpoint: Path, state: dict[str, Any]) -> None:
         """Continue from a checkpoint whose state was read and verified."""
-        load_weights(checkpoint / "ema.safetensors", self.model)
-        self.ema.weights = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        self.start_from(checkpoint / "ema.safetensors")
         load_weights(checkpoint / "model.safetensors", self.model)
         load_optimizer(checkpoint / "optimizer.safetensors", self.model, self.optimizer)
         self.residues_seen = state["residues_seen"]

@@ -93,6 +93,10 @@ def check_train_config(config: TrainConfig) -> None:
         raise ValueError(f"run.resume={config.run.resume}; there are auto, never, and folders of checkpoints or runs")
     if config.logger.wandb_mode not in (None, "online", "offline"):
         raise ValueError(f"logger.wandb_mode={config.logger.wandb_mode}; there are online, offline and null")
+    if config.from_ is not None and config.run.resume not in ("auto", "never"):
+        raise ValueError(f"from={config.from_} and run.resume={config.run.resume}: a run starts from one of them")
+    if config.from_ is None and config.from_sha256 is not None:
+        raise ValueError("from_sha256 is that of from=, which is not given")
     if config.report.split not in SPLITS:
         raise ValueError(f"report.split={config.report.split}; there are {', '.join(SPLITS)}")
     if config.run.name != Path(config.run.name).name or config.run.name in ("", ".", ".."):

@@ -1,0 +1,164 @@
+"""Embed proteins: a trained model's hidden states, averaged over each protein or for each residue.
+
+python -m protlig_dd.embed from=runs/demo input=proteins.fasta output=embeddings.h5
+python -m protlig_dd.embed from=runs/demo input=proteins.fasta output=residues.npz pooling=per_residue layer=1
+torchrun --nproc-per-node=8 -m protlig_dd.embed from=runs/demo input=proteins.fasta.gz output=embeddings.h5 long=window
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from omegaconf import DictConfig
+from torch import Tensor
+
+from protlig_dd import __version__
+from protlig_dd.data.encode import encode_block
+from protlig_dd.data.fasta import FastaFile
+from protlig_dd.runtime.cli import run_verb
+from protlig_dd.runtime.config import EmbedConfig, read_config
+from protlig_dd.runtime.distributed import gather_objects
+from protlig_dd.runtime.embedding import POOLINGS, embed, resolve_layer, window_starts
+from protlig_dd.runtime.files import replacing
+from protlig_dd.runtime.generate import split_lengths
+from protlig_dd.runtime.metrics import ProgressBar, announce
+from protlig_dd.runtime.trained import Trained, check_free, check_least, load_trained
+
+SUFFIXES = (".h5", ".npz")
+LONG = ("error", "window")
+
+
+def embed_proteins(cfg: DictConfig) -> None:
+    """Load a run's newest checkpoint (averaged weights), embed a FASTA file, and write HDF5 or NPZ."""
+    config = read_config(cfg, EmbedConfig)
+    output = check_free(config.output)
+    for key, value, choices in (
+        ("pooling", config.pooling, POOLINGS),
+        ("long", config.long, LONG),
+        ("output's suffix", output.suffix, SUFFIXES),
+    ):
+        if value not in choices:
+            raise ValueError(f"{key}={value}: there are {', '.join(choices)}")
+    check_least([("tokens_per_pack", config.tokens_per_pack, 1)])
+    ids, proteins = read_proteins(config.input)
+    lengths = np.array([len(tokens) - 2 for tokens in proteins])
+    trained = load_trained(config.from_, device=config.device, precision=config.precision)
+    layer = resolve_layer(config.layer, len(trained.model.blocks))
+    if config.long == "error" and lengths.max() > trained.max_len:
+        first = int((lengths > trained.max_len).argmax())
+        raise ValueError(
+            f"{config.input}: {ids[first]} has {lengths[first]} residues, and this model was trained on at most "
+            f"{trained.max_len}; long=window averages over windows of that length"
+        )
+    blocks = embedded_blocks(trained, proteins, layer, config.pooling, config.tokens_per_pack)
+    offsets = np.append(0, lengths.cumsum())
+    columns = {"ids": np.array(ids), "lengths": lengths}
+    columns |= {"offsets": offsets} if config.pooling == "per_residue" else {}
+    notes = {
+        "run": trained.run,
+        "step": trained.step,
+        "checkpoint": str(trained.checkpoint),
+        "layer": layer,
+        "pooling": config.pooling,
+        "protlig_dd": __version__,
+    }
+    shape = (len(ids) if config.pooling == "mean" else int(offsets[-1]), trained.model.embedding.embedding_dim)
+    if trained.processes.first:
+        write = write_hdf5 if output.suffix == ".h5" else write_npz
+        with replacing(output) as file:
+            write(file, shape, blocks, columns, notes)
+    else:
+        for _ in blocks:  # this rank computes its packs, and rank 0 writes
+            pass
+    announce(f"{output}: {len(ids)} proteins, {config.pooling}, {shape[0]} x {shape[1]} float32", trained.processes)
+
+
+def read_proteins(path: str) -> tuple[list[str], list[np.ndarray]]:
+    """Ids and `<bos> residues <eos>` of a FASTA file's records.
+
+    Raises:
+        ValueError: what is wrong with the file, naming record and line.
+    """
+    ids: list[str] = []
+    proteins: list[np.ndarray] = []
+    for block in FastaFile(path).blocks():
+        encoded = encode_block(block)
+        ids += [id_.decode() for id_ in block.ids]
+        proteins += np.split(encoded.tokens, encoded.lengths.cumsum()[:-1])
+    return ids, proteins
+
+
+def embedded_blocks(
+    trained: Trained, proteins: list[np.ndarray], layer: int, pooling: str, tokens_per_pack: int
+) -> Iterator[np.ndarray]:
+    """Float32 rows in the order of the proteins, a pack of each rank at a time; the same on every rank."""
+    processes = trained.processes
+    computed = [
+        len(window_starts(len(tokens) - 2, trained.max_len)) * min(len(tokens) - 2, trained.max_len)
+        for tokens in proteins
+    ]
+    firsts = np.append(0, np.cumsum([len(pack) for pack in split_lengths(computed, tokens_per_pack)])).tolist()
+    n_packs = len(firsts) - 1
+    with ProgressBar("embedding", n_packs, shown=processes.first) as bar:
+        for first in range(0, n_packs, processes.world_size):
+            rows: list[np.ndarray] = []
+            if (mine := first + processes.rank) < n_packs:
+                states = embed(
+                    trained.model,
+                    trained.score_fn,
+                    trained.noise,
+                    proteins[firsts[mine] : firsts[mine + 1]],
+                    layer=layer,
+                    max_len=trained.max_len,
+                    device=trained.device,
+                )
+                rows = [pooled(state, pooling).numpy() for state in states]
+            for part in gather_objects(rows):
+                yield from part
+            bar.advance(min(processes.world_size, n_packs - first))
+
+
+def pooled(states: Tensor, pooling: str) -> Tensor:
+    """(residues, hidden) -> the rows to write, (1, hidden) for the mean."""
+    return states.mean(0, keepdim=True) if pooling == "mean" else states
+
+
+def fill(target: Any, blocks: Iterator[np.ndarray]) -> None:
+    """Write blocks of rows one below the other."""
+    start = 0
+    for block in blocks:
+        target[start : start + len(block)] = block
+        start += len(block)
+
+
+def write_hdf5(
+    path: Path,
+    shape: tuple[int, int],
+    blocks: Iterator[np.ndarray],
+    columns: dict[str, np.ndarray],
+    notes: dict[str, Any],
+) -> None:
+    with h5py.File(path, "w") as file:
+        fill(file.create_dataset("embeddings", shape, np.float32), blocks)
+        for name, column in columns.items():
+            file[name] = column.astype(h5py.string_dtype()) if name == "ids" else column
+        file.attrs.update(notes)
+
+
+def write_npz(
+    path: Path,
+    shape: tuple[int, int],
+    blocks: Iterator[np.ndarray],
+    columns: dict[str, np.ndarray],
+    notes: dict[str, Any],
+) -> None:
+    embeddings = np.empty(shape, np.float32)
+    fill(embeddings, blocks)
+    with path.open("wb") as file:  # given a name, savez would add a suffix
+        np.savez(file, embeddings=embeddings, **columns, **notes)  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    run_verb(embed_proteins, "embed", EmbedConfig)

@@ -1,0 +1,48 @@
+"""Export a trained model as a folder to share: safetensors, JSON and a model card; no pickle, no code.
+
+python -m protlig_dd.export from=runs/demo to=models/demo
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from protlig_dd.runtime.checkpoint import load_tensors
+from protlig_dd.runtime.cli import run_verb
+from protlig_dd.runtime.config import ExportConfig, read_config
+from protlig_dd.runtime.exported import CARD, is_exported, read_description, write_exported
+from protlig_dd.runtime.files import replacing
+from protlig_dd.runtime.metrics import console
+from protlig_dd.runtime.trained import check_free, describe, find_saved, load_saved
+
+
+def export(cfg: DictConfig) -> None:
+    """Write the averaged weights of a run's newest checkpoint, and what using them takes."""
+    config = read_config(cfg, ExportConfig)
+    to = check_free(config.to)
+    if is_exported(Path(config.from_)):
+        raise ValueError(f"{config.from_} is an exported model already; copy it")
+    saved = find_saved(config.from_)
+    for problem in saved.skipped:
+        console.print(f"skipped: {problem}")
+    with replacing(to) as folder:
+        write_exported(folder, load_tensors(saved.weights), describe(saved, report_of(saved.path, saved.step)))
+        load_saved(find_saved(str(folder)), torch.device("cpu"), "fp32")  # it can be
+    digest = read_description(to)["weights_sha256"]
+    console.print(f"{to}: {saved.path}, weights {digest[:12]}; {to / CARD} is the model card, which wants a licence")
+
+
+def report_of(checkpoint: Path, step: int) -> dict[str, Any] | None:
+    """What the run measured of this checkpoint; None where its report is of another step, or there is none."""
+    file = checkpoint.parents[1] / "report.json"
+    report = json.loads(file.read_text()) if file.is_file() else {}
+    if report.get("step") != step:
+        return None
+    return {key: value for key, value in report.items() if key not in ("samples", "shown")}
+
+
+if __name__ == "__main__":
+    run_verb(export, "export", ExportConfig)

@@ -1,0 +1,87 @@
+"""Embeddings of proteins: what the network makes of each residue of a clean sequence; knows nothing of Hydra."""
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from protlig_dd.batch import PackedBatch
+from protlig_dd.diffusion.noise import Noise
+from protlig_dd.diffusion.score import ScoreFn
+from protlig_dd.model.dit import DiT
+from protlig_dd.tokenizer import BOS
+
+POOLINGS = ("mean", "per_residue")
+
+
+def resolve_layer(layer: int, n_blocks: int) -> int:
+    """A layer counted from 0, the embedding, to n_blocks; -1 is the last, -2 the one before.
+
+    Raises:
+        ValueError: a layer that the network does not have.
+    """
+    if not -n_blocks - 1 <= layer <= n_blocks:
+        raise ValueError(f"layer={layer}: this model has 0 (the embedding) to {n_blocks}, or -1 for the last")
+    return layer if layer >= 0 else n_blocks + 1 + layer
+
+
+def window_starts(residues: int, most: int) -> list[int]:
+    """Where windows of `most` residues begin that cover a protein: as few as overlap by half, evenly spread."""
+    if residues <= most:
+        return [0]
+    steps = math.ceil((residues - most) / max(1, most // 2))
+    return [round(i * (residues - most) / steps) for i in range(steps + 1)]
+
+
+def window(tokens: np.ndarray, start: int, most: int) -> np.ndarray:
+    """At most `most` residues from `start` on, of `<bos> residues <eos>`: as in training, an end that is cut lacks its
+    token."""
+    first = 0 if start == 0 else start + 1
+    last = len(tokens) if start + most >= len(tokens) - 2 else start + most + 1
+    return tokens[first:last]
+
+
+@torch.no_grad()
+def embed(
+    model: DiT,
+    score_fn: ScoreFn,
+    noise: Noise,
+    proteins: Sequence[np.ndarray],
+    *,
+    layer: int,
+    max_len: int,
+    device: torch.device,
+) -> list[Tensor]:
+    """Hidden states of the residues of proteins, computed in one pack.
+
+    The network sees the clean sequence (no masks), and where it is conditioned on time the least noise it knows, t_min.
+
+    Args:
+        model: that of score_fn, evaluating.
+        proteins: `<bos> residues <eos>` each.
+        layer: see `DiT.hidden_states`.
+        max_len: a longer protein is taken in windows of so many residues, which overlap by half; a residue's state is
+            the mean over the windows that it is in.
+
+    Returns: (residues_i, hidden) float32 of each protein, on the CPU.
+    """
+    starts = [window_starts(len(tokens) - 2, max_len) for tokens in proteins]
+    cut = [window(tokens, start, max_len) for tokens, own in zip(proteins, starts, strict=True) for start in own]
+    batch = PackedBatch.pack([torch.from_numpy(np.array(tokens)) for tokens in cut]).to(device)
+    sigma = noise(torch.full((len(cut),), noise.t_min, device=device))[0]
+    with torch.autocast(device.type, dtype=score_fn.autocast, enabled=score_fn.autocast is not None):
+        states_TH = model.hidden_states(batch, sigma if score_fn.time_conditioning else torch.zeros_like(sigma), layer)
+    states = iter(batch.unpack(states_TH.float().cpu()))
+    embedded = []
+    for tokens, own in zip(proteins, starts, strict=True):
+        sums = torch.zeros(len(tokens) - 2, states_TH.shape[1])
+        counts = torch.zeros(len(tokens) - 2, 1)
+        for start, state in zip(own, itertools.islice(states, len(own)), strict=True):
+            residues = state[torch.from_numpy(window(tokens, start, max_len) < BOS)]
+            sums[start : start + len(residues)] += residues
+            counts[start : start + len(residues)] += 1
+        embedded.append(sums / counts)
+    return embedded

@@ -1,0 +1,109 @@
+"""What a linear model reads off embeddings: a property that FASTA headers tell, beside the amino-acid composition.
+
+    python -m protlig_dd.embed from=runs/demo input=fit.fasta output=fit.h5
+    python -m protlig_dd.embed from=runs/demo input=test.fasta output=test.h5
+    python -m scripts.linear_probe 'OS=.*virus' --fit fit.h5 fit.fasta --test test.h5 test.fasta
+
+Positive are the proteins whose header matches the pattern. Ridge regression on -1 and +1, features standardised by the
+fit set, the penalty chosen on the fit set by leave-one-out errors. Prints Markdown: the area under the ROC curve of the
+test set, with its standard error (Hanley and McNeil, Radiology 143:29, 1982).
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from protlig_dd.data.fasta import read_fasta
+from protlig_dd.tokenizer import AMINO_ACIDS
+
+PENALTIES = 10.0 ** np.arange(-2, 6)
+
+
+def read_set(embeddings: Path, fasta: Path, pattern: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Features {name: (n, d)} and labels (n,) of the proteins of a FASTA file.
+
+    Raises:
+        ValueError: embeddings of other proteins, or not of whole ones; or labels that are all the same.
+    """
+    records = list(read_fasta(fasta))
+    with h5py.File(embeddings) as file:
+        ids, pooling = file["ids"].asstr()[:].tolist(), file.attrs["pooling"]
+        embedded = file["embeddings"][:]
+    if pooling != "mean":
+        raise ValueError(f"{embeddings} has pooling={pooling}; the probe wants mean")
+    if ids != [record.id for record in records]:
+        raise ValueError(f"{embeddings} has not the {len(records)} ids of {fasta}")
+    labels = np.array([re.search(pattern, record.description) is not None for record in records])
+    if labels.all() or not labels.any():
+        raise ValueError(f"{fasta}: {labels.sum()} of {len(labels)} headers match {pattern!r}; both kinds are needed")
+    composition = np.array([[record.sequence.upper().count(letter) for letter in AMINO_ACIDS] for record in records])
+    composition = composition / composition.sum(1, keepdims=True)
+    features = {"composition": composition, "embedding": embedded, "both": np.hstack([composition, embedded])}
+    return features, labels
+
+
+def fit_ridge(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, float]:
+    """Weights (d,) of standardised features, and the penalty whose leave-one-out squared error is least.
+
+    With x = U S V^T the fitted values are U S^2/(S^2 + penalty) U^T y, and the error that leaving out sample i would
+    give it is its residual / (1 - h_ii) (Golub, Heath and Wahba, Technometrics 21:215, 1979).
+
+    Args:
+        x, y: (n, d) and (n,), of zero mean.
+    """
+    u, s, vt = np.linalg.svd(x, full_matrices=False)
+
+    def left_out(penalty: float) -> float:
+        shrunk = u * (s**2 / (s**2 + penalty))
+        leverage = (shrunk * u).sum(1) + 1 / len(y)  # of the mean, too
+        return float((((y - shrunk @ (u.T @ y)) / (1 - leverage)) ** 2).mean())
+
+    penalty = min(PENALTIES, key=left_out)
+    return vt.T @ (s / (s**2 + penalty) * (u.T @ y)), float(penalty)
+
+
+def area(scores: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """Area under the ROC curve and its standard error."""
+    positive, negative = scores[labels], scores[~labels]
+    a = float(np.mean(np.sign(positive[:, None] - negative) + 1) / 2)
+    q1, q2 = a / (2 - a), 2 * a**2 / (1 + a)
+    variance = a * (1 - a) + (len(positive) - 1) * (q1 - a**2) + (len(negative) - 1) * (q2 - a**2)
+    return a, float(np.sqrt(variance / (len(positive) * len(negative))))
+
+
+def probe(fit: np.ndarray, fit_labels: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, float]:
+    """Scores (n,) of the test set, and the penalty."""
+    mean, spread = fit.mean(0), fit.std(0)
+    spread = np.where(spread > 0, spread, 1)
+    y = np.where(fit_labels, 1.0, -1.0)
+    weights, penalty = fit_ridge((fit - mean) / spread, y - y.mean())
+    return (test - mean) / spread @ weights, penalty
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pattern", help="regular expression that the headers of positive proteins match")
+    for name in ("fit", "test"):
+        parser.add_argument(f"--{name}", nargs=2, type=Path, required=True, metavar=("EMBEDDINGS", "FASTA"))
+    options = parser.parse_args()
+    try:
+        (fit, fit_labels), (test, test_labels) = (
+            read_set(*paths, options.pattern) for paths in (options.fit, options.test)
+        )
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{options.pattern!r}: fit on {len(fit_labels)} proteins ({fit_labels.sum()} positive), ", end="")
+    print(f"tested on {len(test_labels)} ({test_labels.sum()} positive)\n")
+    print("| features | number | penalty | AUC, test set |\n| --- | --: | --: | --- |")
+    for name, x in fit.items():
+        scores, penalty = probe(x, fit_labels, test[name])
+        auc, error = area(scores, test_labels)
+        print(f"| {name} | {x.shape[1]} | {penalty:g} | {auc:.3f} ± {error:.3f} |")
+
+
+if __name__ == "__main__":
+    main()

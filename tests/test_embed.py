@@ -1,0 +1,191 @@
+"""Embeddings: windows and means against direct computation, any packing, both formats, several ranks, bad input."""
+
+import functools
+import itertools
+import json
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protlig_dd import __version__
+from protlig_dd.batch import PackedBatch
+from protlig_dd.data.store import SequenceStore
+from protlig_dd.diffusion.graph import Absorbing, Graph, Uniform
+from protlig_dd.diffusion.noise import NOISES
+from protlig_dd.diffusion.score import ScoreFn
+from protlig_dd.runtime.embedding import embed, resolve_layer, window, window_starts
+from protlig_dd.runtime.trained import load_trained
+from protlig_dd.tokenizer import ProteinTokenizer
+
+from .conftest import Command, assert_one_line_error, make_model
+from .test_training import torchrun, train
+
+CPU = torch.device("cpu")
+LAYERS = 2
+
+
+@functools.cache
+def network(kind: str) -> tuple:
+    """A model, its score function and noise: `time-free`, or `conditioned` on time."""
+    graph: Graph = Absorbing() if kind == "time-free" else Uniform()
+    model = make_model(time_conditioning=kind != "time-free", n_blocks=LAYERS, norm="rms").eval()
+    return model, ScoreFn(model, graph, "x0", kind != "time-free"), NOISES["loglinear"]()
+
+
+def encoded(*sequences: str) -> list[np.ndarray]:
+    return [ProteinTokenizer().encode(sequence) for sequence in sequences]
+
+
+def random_proteins(lengths: list[int], seed: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [ProteinTokenizer().encode("".join(rng.choice(list("ACDEFGHIKLX"), length))) for length in lengths]
+
+
+@pytest.mark.parametrize("kind", ["time-free", "conditioned"])
+@pytest.mark.parametrize("layer", range(LAYERS + 1))
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=5), seed=st.integers(0, 9))
+def test_alone_equals_packed(kind: str, layer: int, lengths: list[int], seed: int) -> None:
+    proteins = random_proteins(lengths, seed)
+    run = functools.partial(embed, *network(kind), layer=layer, max_len=25, device=CPU)
+    packed = run(proteins)
+    assert [tuple(states.shape) for states in packed] == [(length, 32) for length in lengths]
+    for protein, states in zip(proteins, packed, strict=True):
+        (alone,) = run([protein])
+        assert torch.allclose(states, alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["time-free", "conditioned"])
+def test_the_last_layer_gives_the_logits_and_the_first_is_the_embedding(kind: str) -> None:
+    model, score_fn, noise = network(kind)
+    (tokens,) = encoded("MKTAYIAKQRX")
+    last, first = (embed(model, score_fn, noise, [tokens], layer=layer, max_len=11, device=CPU)[0] for layer in (2, 0))
+    batch = PackedBatch.pack([torch.from_numpy(tokens)])
+    sigma = noise(torch.full((1,), noise.t_min))[0]
+    assert 0 < float(sigma) < 0.01
+    logits = score_fn.logits(batch, sigma)[1:-1]
+    assert torch.allclose(model.head.out(last), logits, atol=1e-6)
+    assert torch.equal(first, model.embedding.weight[batch.tokens[1:-1]])
+    shown = sigma if kind == "conditioned" else torch.zeros(1)
+    between = model.hidden_states(batch, shown, 1)
+    assert torch.equal(embed(model, score_fn, noise, [tokens], layer=1, max_len=11, device=CPU)[0], between[1:-1])
+    with pytest.raises(ValueError, match=r"layer 3: this network has 0 \(the embedding\) to 2"):
+        model.hidden_states(batch, shown, 3)
+
+
+@given(residues=st.integers(1, 300), most=st.integers(1, 60))
+def test_windows_cover_a_protein_and_overlap_by_half(residues: int, most: int) -> None:
+    starts = window_starts(residues, most)
+    covered = np.zeros(residues, int)
+    for start in starts:
+        assert start + min(most, residues) <= residues
+        covered[start : start + most] += 1
+    assert covered.min() >= 1
+    assert starts[0] == 0
+    assert len(set(starts)) == len(starts)
+    assert all(b - a <= max(1, most // 2) for a, b in itertools.pairwise(starts))
+    assert len(starts) == 1 or len(starts) == 1 + -(-(residues - most) // max(1, most // 2))
+    tokens = np.concatenate([[27], np.arange(residues) % 20, [28]])
+    for start in starts:
+        cut = window(tokens, start, most)
+        assert cut[cut < 27].tolist() == tokens[1:-1][start : start + most].tolist()
+        assert (27 in cut) == (start == 0)
+        assert (28 in cut) == (start + most >= residues)
+
+
+def test_a_long_protein_is_the_mean_over_its_windows() -> None:
+    model, score_fn, noise = network("time-free")
+    (tokens,) = random_proteins([23], 3)
+    (states,) = embed(model, score_fn, noise, [tokens], layer=2, max_len=10, device=CPU)
+    assert window_starts(23, 10) == [0, 4, 9, 13]
+    seen: list[list[torch.Tensor]] = [[] for _ in range(23)]
+    for start in (0, 4, 9, 13):
+        piece = tokens[1:-1][start : start + 10]
+        ends = ([27] if start == 0 else []), ([28] if start == 13 else [])
+        batch = PackedBatch.pack([torch.tensor([*ends[0], *piece.tolist(), *ends[1]])])
+        hidden = model.hidden_states(batch, torch.zeros(1), 2).detach()
+        for i in range(10):
+            seen[start + i].append(hidden[len(ends[0]) + i])
+    expected = torch.stack([torch.stack(own).mean(0) for own in seen])
+    assert torch.allclose(states, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("layer", "found"), [(-1, 2), (-3, 0), (0, 0), (2, 2)])
+def test_layers_count_from_both_ends(layer: int, found: int) -> None:
+    assert resolve_layer(layer, 2) == found
+    for wrong in (3, -4):
+        with pytest.raises(ValueError, match=f"layer={wrong}: this model has 0 "):
+            resolve_layer(wrong, 2)
+
+
+@pytest.mark.slow
+def test_the_command(run_python: Command, store: SequenceStore, tmp_path: Path) -> None:
+    train(run_python, store, "small", "trainer.max_steps=2", "trainer.device=cpu", "trainer.precision=fp32")
+    sequences = {f"p/{i}": ProteinTokenizer().decode(store[i])[:150] for i in range(12)}
+    text = "".join(f">{id_} kept out of the ids\n{sequence.lower()}\n" for id_, sequence in sequences.items())
+    (tmp_path / "some.fasta").write_text(text)
+    (tmp_path / "long.fasta").write_text(text + f">giant\n{'MKV' * 150}\n")
+    command = ["-m", "protlig_dd.embed", "from=runs/small", "precision=fp32", "device=cpu"]
+
+    def run(*more: str) -> str:
+        process = run_python(*command, *more)
+        assert process.returncode == 0, process.stderr
+        return process.stdout
+
+    out = run("input=some.fasta", "output=out/mean.h5", "tokens_per_pack=300")
+    assert "out/mean.h5: 12 proteins, mean, 12 x 32 float32" in out
+    run("input=some.fasta", "output=one.npz", "pooling=per_residue", "layer=1")
+    trained = load_trained(str(tmp_path / "runs/small"), device="cpu", precision="fp32")
+    parts = [trained.model, trained.score_fn, trained.noise, encoded(*sequences.values())]
+    expected = embed(*parts, layer=2, max_len=200, device=CPU)
+    with h5py.File(tmp_path / "out/mean.h5") as file:
+        assert file["ids"].asstr()[:].tolist() == list(sequences)
+        assert file["lengths"][:].tolist() == [len(sequence) for sequence in sequences.values()]
+        assert file["embeddings"].dtype == np.float32
+        means = torch.stack([states.mean(0) for states in expected])
+        assert torch.allclose(torch.from_numpy(file["embeddings"][:]), means, atol=1e-5)
+        assert dict(file.attrs) == {
+            "run": "small", "step": 2, "checkpoint": "runs/small/checkpoints/step_00000002", "layer": 2,
+            "pooling": "mean", "protlig_dd": __version__,
+        }  # fmt: skip
+    with np.load(tmp_path / "one.npz", allow_pickle=False) as file:
+        assert file["ids"].tolist() == list(sequences)
+        assert (int(file["step"]), int(file["layer"]), str(file["pooling"])) == (2, 1, "per_residue")
+        offsets = file["offsets"]
+        assert np.diff(offsets).tolist() == file["lengths"].tolist()
+        for i, states in enumerate(embed(*parts, layer=1, max_len=200, device=CPU)):
+            mine = torch.from_numpy(file["embeddings"][offsets[i] : offsets[i + 1]])
+            assert torch.allclose(mine, states, atol=1e-5)
+
+    ranks = [
+        *torchrun(2, []),
+        *command[2:],
+        "input=long.fasta",
+        "output=ranks.h5",
+        "long=window",
+        "tokens_per_pack=200",
+    ]
+    ranks[ranks.index("protlig_dd.training")] = "protlig_dd.embed"
+    process = run_python(*ranks)
+    assert process.returncode == 0, process.stderr
+    run("input=long.fasta", "output=alone.h5", "long=window")
+    with h5py.File(tmp_path / "ranks.h5") as shared, h5py.File(tmp_path / "alone.h5") as alone:
+        assert np.allclose(shared["embeddings"][:], alone["embeddings"][:], atol=1e-5)
+        assert shared["ids"].asstr()[-1] == "giant"
+        assert shared["ids"][:].tolist() == alone["ids"][:].tolist()
+
+    for more, parts_of_error in (
+        (["input=long.fasta", "output=x.h5"], ["long.fasta: giant has 450 residues", "at most 200", "long=window"]),
+        (["input=some.fasta", "output=x.csv"], ["output's suffix=.csv", ".h5, .npz"]),
+        (["input=some.fasta", "output=out/mean.h5"], ["out/mean.h5 exists already"]),
+        (["input=some.fasta", "output=x.h5", "pooling=max"], ["pooling=max", "mean, per_residue"]),
+        (["input=some.fasta", "output=x.h5", "layer=3"], ["layer=3", "to 2"]),
+        (["input=none.fasta", "output=x.h5"], ["none.fasta: no such file"]),
+    ):
+        assert_one_line_error(run_python(*command, *more), *parts_of_error)
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith((".x", "x."))]
+    assert json.loads((tmp_path / "runs/small/report.json").read_text())["step"] == 2

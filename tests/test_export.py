@@ -1,0 +1,309 @@
+"""Exported models: the same logits bit for bit, everywhere a run is taken, without Hydra, and on a hub."""
+
+import base64
+import contextlib
+import hashlib
+import http.server
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from Bio.Align import substitution_matrices
+from safetensors.torch import save_file
+
+from protlig_dd.data.store import SequenceStore
+from protlig_dd.hub import ProteinDiffusion
+from protlig_dd.runtime.checkpoint import complete_checkpoints, load_tensors
+from protlig_dd.runtime.exported import EXPORTED, WEIGHTS
+from protlig_dd.runtime.files import sha256
+from protlig_dd.runtime.trained import find_saved, load_trained
+from protlig_dd.tokenizer import AMINO_ACIDS
+
+from .conftest import Command, assert_one_line_error, random_batch
+from .test_training import TINY, train
+
+KINDS = {
+    "absorbing": ["model.norm=rms", "model.qk_norm=true"],
+    "substitution": ["graph=substitution", "graph.matrix=private/blosum.txt", "noise=geometric", "optim.name=adamw"],
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def exported(request: pytest.FixtureRequest, store: SequenceStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with runs/base, and model, which is its export."""
+    folder = tmp_path_factory.mktemp(request.param)
+    (folder / "private").mkdir()
+    (folder / "private/blosum.txt").write_text(substitution_matrices.load("BLOSUM62").format("%4d"))
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True, check=False)
+
+    train(run, store, "base", *KINDS[request.param], "trainer.max_steps=6", "optim.lr=0.01", "optim.warmup_steps=2",
+          "trainer.device=cpu", "trainer.precision=fp32", "report.samples=2", "report.steps=4")  # fmt: skip
+    process = run("-m", "protlig_dd.export", "from=runs/base", "to=models/base")
+    assert process.returncode == 0, process.stderr
+    assert "models/base: runs/base/checkpoints/step_00000006, weights " in process.stdout
+    return folder
+
+
+@pytest.mark.slow
+def test_an_export_is_the_checkpoint(exported: Path, store: SequenceStore, run_python: Command) -> None:
+    run, model = exported / "runs/base", exported / "models/base"
+    assert {path.name for path in model.iterdir()} == set(EXPORTED)
+    checkpoint = complete_checkpoints(run)[-1]
+    assert (model / WEIGHTS).read_bytes() == (checkpoint / "ema.safetensors").read_bytes()
+    first, second = (load_trained(str(path), device="cpu", precision="fp32") for path in (run, model))
+    batch, sigma = random_batch([30, 7, 61]), torch.tensor([0.1, 1.0, 5.0])
+    hub = ProteinDiffusion.from_pretrained(model, device="cpu")
+    with torch.no_grad():
+        logits = first.score_fn.logits(batch, sigma)
+        assert logits.abs().max() > 0.01
+        for other in (second.score_fn, hub.score_fn):
+            assert torch.equal(logits, other.logits(batch, sigma))
+            assert torch.equal(first.score_fn(batch, sigma), other(batch, sigma))
+        assert torch.equal(logits, hub(batch, sigma))
+    t = torch.rand(50, generator=torch.Generator().manual_seed(0))
+    for other in (second.noise, hub.noise):
+        assert torch.equal(torch.stack(first.noise(t)), torch.stack(other(t)))
+    assert (second.run, second.step, second.max_len) == (first.run, 6, 200)
+    assert second.length_counts == first.length_counts
+    assert second.config.optim == first.config.optim
+    for text in (path.read_text() for path in model.iterdir() if path.name != WEIGHTS):
+        assert "private" not in text  # no paths of this machine
+        assert str(exported) not in text
+        assert ".h5" not in text
+    words = json.loads((model / "vocabulary.json").read_text())
+    assert [words["ids"][letter] for letter in AMINO_ACIDS] == list(range(words["n_states"]))
+    assert words["ids"]["<mask>"] == 20
+    report = json.loads((run / "report.json").read_text())
+    card = (model / "README.md").read_text()
+    assert f"| bound on the negative log-likelihood | {report['nll']:.4f} ± {report['nll_se']:.4f} |" in card
+    assert "# license: " in card
+    assert find_saved(str(run)).data_fingerprint in card
+
+    sampled = []
+    for source in (run, model):
+        process = run_python("-m", "protlig_dd.sample", f"from={source}", f"output={source.name}{len(sampled)}.fasta",
+                             "n=2", "steps=4", "device=cpu", "precision=fp32", cwd=exported)  # fmt: skip
+        assert process.returncode == 0, process.stderr
+        sampled.append((exported / f"{source.name}{len(sampled)}.fasta").read_text())
+    assert sampled[0] == sampled[1]
+    tuned = run_python("-m", "protlig_dd.training", *[o for o in TINY if not o.startswith("model.")],
+                       "from=models/base", "run.name=tuned", "trainer.max_steps=1", "optim.lr=1e-30",
+                       "trainer.device=cpu", "trainer.precision=fp32", "trainer.compile=false",
+                       f"data.path={store.path}", cwd=exported)  # fmt: skip
+    assert tuned.returncode == 0, tuned.stderr
+    weights = load_tensors(find_saved(str(exported / "runs/tuned")).weights)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in load_tensors(model / WEIGHTS).items())
+    again = run_python("-m", "protlig_dd.export", "from=runs/base", "to=models/base", cwd=exported)
+    assert_one_line_error(again, "models/base exists already")
+    twice = run_python("-m", "protlig_dd.export", "from=models/base", "to=models/other", cwd=exported)
+    assert_one_line_error(twice, "models/base is an exported model already")
+
+
+BLOCKED = """
+import sys
+for name in ("hydra", "omegaconf", "h5py", "huggingface_hub"):
+    sys.modules[name] = None  # importing it fails
+from protlig_dd.hub import ProteinDiffusion
+model = ProteinDiffusion.from_pretrained(sys.argv[1], device="cpu")
+vectors = model.embed(["MKTAYIAKQRQISFVKSH", "MSH" * 100])
+from safetensors.torch import save_file
+save_file({"vectors": vectors}, sys.argv[2])
+model.save_pretrained(sys.argv[3])
+try:
+    ProteinDiffusion.from_pretrained("owner/name")
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+def test_one_line_loads_it_without_hydra_and_hdf5(exported: Path, tmp_path: Path, run_python: Command) -> None:
+    model = exported / "models/base"
+    process = run_python("-c", BLOCKED, str(model), "vectors.safetensors", "copy")
+    assert process.returncode == 0, process.stderr
+    assert "huggingface_hub is not installed: pip install 'protlig_dd[hub]'" in process.stdout
+    for name in EXPORTED:
+        assert (tmp_path / "copy" / name).read_bytes() == (model / name).read_bytes()
+    vectors = load_tensors(tmp_path / "vectors.safetensors")["vectors"]
+    (tmp_path / "two.fasta").write_text(f">a\nMKTAYIAKQRQISFVKSH\n>b\n{'MSH' * 100}\n")
+    command = ["-m", "protlig_dd.embed", f"from={model}", "input=two.fasta", "output=two.npz", "long=window"]
+    process = run_python(*command, "device=cpu", "precision=fp32")
+    assert process.returncode == 0, process.stderr
+    assert np.allclose(np.load(tmp_path / "two.npz")["embeddings"], vectors.numpy(), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_changed_weights_are_saved_without_the_old_figures(exported: Path, tmp_path: Path) -> None:
+    model = ProteinDiffusion.from_pretrained(exported / "models/base", device="cpu")
+    assert not model.training
+    with torch.no_grad():
+        model.network.head.out.bias += 1
+    model.save_pretrained(tmp_path / "changed")
+    again = ProteinDiffusion.from_pretrained(tmp_path / "changed", device="cpu")
+    assert torch.equal(again.network.head.out.bias, model.network.head.out.bias)
+    assert again.description["report"] is None
+    assert "The run has no report of this step." in again.card
+    with pytest.raises(ValueError, match="changed exists already"):
+        model.save_pretrained(tmp_path / "changed")
+
+
+@pytest.mark.slow
+def test_damaged_and_foreign_exports_are_refused(exported: Path, tmp_path: Path) -> None:
+    def without_noise(found: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in found.items() if key != "noise"}
+
+    source = exported / "models/base"
+
+    def refused(message: str, **files: Any) -> None:
+        folder = tmp_path / "model"
+        folder.mkdir(exist_ok=True)
+        for name in EXPORTED:
+            (folder / name).write_bytes((source / name).read_bytes())
+        for name, content in files.items():
+            name = name.replace("_", ".")
+            if callable(content):
+                content = json.dumps(content(json.loads((folder / name).read_text())))
+            (folder / name).write_text(content)
+        with pytest.raises(ValueError, match=message):
+            load_trained(str(folder), device="cpu", precision="fp32")
+        with pytest.raises(ValueError, match=message):
+            ProteinDiffusion.from_pretrained(folder, device="cpu")
+
+    refused("config.json: cannot be read", config_json="{")
+    refused("config.json: not a JSON object", config_json="[]")
+    refused("config.json: not a model that protlig_dd has exported", config_json='{"model_type": "bert"}')
+    refused("config.json: format 99, this version reads 1", config_json=lambda found: found | {"format_version": 99})
+    refused("model.safetensors: SHA-256", model_safetensors="pickle")
+    refused("vocabulary.json: other token ids", vocabulary_json=lambda found: found | {"n_states": 21})
+    refused("config.json: not what protlig_dd has written", config_json=without_noise)
+    refused("graph.name=os.system: there are", config_json=lambda found: found | {"graph": {"name": "os.system"}})
+    description = json.loads((source / "config.json").read_text())
+    weights = load_tensors(source / WEIGHTS)
+    weights.pop("head.out.bias")
+    save_file(weights, tmp_path / "short.safetensors")
+    (tmp_path / "short").mkdir()
+    for name in EXPORTED:
+        (tmp_path / "short" / name).write_bytes((source / name).read_bytes())
+    (tmp_path / "short.safetensors").replace(tmp_path / "short" / WEIGHTS)
+    description["weights_sha256"] = sha256(tmp_path / "short" / WEIGHTS)
+    (tmp_path / "short/config.json").write_text(json.dumps(description))
+    with pytest.raises(ValueError, match=r"head\.out\.bias is missing"):
+        ProteinDiffusion.from_pretrained(tmp_path / "short", device="cpu")
+    description["training"]["run"]["name"] = "${oc.env:HOME}"
+    (tmp_path / "short/config.json").write_text(json.dumps(description))
+    with pytest.raises(ValueError, match="has an interpolation"):
+        find_saved(str(tmp_path / "short"))
+    with pytest.raises(ValueError, match="not an exported model"):
+        ProteinDiffusion.from_pretrained(exported / "runs", device="cpu")
+
+
+REPOSITORY = "someone/proteins"
+COMMIT = hashlib.sha1(b"one").hexdigest()
+
+
+@contextlib.contextmanager
+def a_hub() -> Iterator[tuple[str, dict[str, bytes]]]:
+    """As much of the hub's HTTP interface as one upload and one download take; yields its address and its files."""
+    files: dict[str, bytes] = {}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def answer(self, content: bytes, **headers: str) -> None:
+            self.send_response(200)
+            for name, value in {"Content-Length": str(len(content)), **headers}.items():
+                self.send_header(name.replace("_", "-"), value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content)
+
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            if self.path == "/api/repos/create":
+                found: Any = {"url": f"http://{self.headers['Host']}/{REPOSITORY}"}
+            elif self.path == "/api/validate-yaml":
+                found = {"errors": [], "warnings": []}
+            elif self.path.endswith("/preupload/main"):
+                wanted = [file["path"] for file in json.loads(body)["files"]]
+                found = {"files": [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in wanted]}
+            else:
+                assert self.path == f"/api/models/{REPOSITORY}/commit/main", self.path
+                for line in map(json.loads, body.splitlines()):
+                    if line["key"] == "file":
+                        files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                found = {
+                    "commitUrl": f"http://{self.headers['Host']}/{REPOSITORY}/commit/{COMMIT}",
+                    "commitOid": COMMIT,
+                }
+            self.answer(json.dumps(found).encode(), Content_Type="application/json")
+
+        def do_GET(self) -> None:
+            _, slash, name = self.path.partition(f"/{REPOSITORY}/resolve/{COMMIT}/")
+            if slash:
+                etag = hashlib.sha256(files[name]).hexdigest()
+                self.answer(files[name], ETag=f'"{etag}"', X_Repo_Commit=COMMIT)
+                return
+            listed = [{"rfilename": name, "path": name, "type": "file", "size": len(text), "oid": COMMIT}
+                      for name, text in files.items()]  # fmt: skip
+            found = {"id": REPOSITORY, "sha": COMMIT, "siblings": listed}
+            self.answer(json.dumps(listed if "/tree/" in self.path else found).encode())
+
+        do_HEAD = do_GET
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}", files
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+PUSH = """
+import sys
+from protlig_dd.hub import ProteinDiffusion
+print(ProteinDiffusion.from_pretrained(sys.argv[1], device="cpu").push_to_hub(sys.argv[2]))
+"""
+PULL = """
+import sys
+from protlig_dd.hub import ProteinDiffusion
+try:
+    ProteinDiffusion.from_pretrained(sys.argv[1], device="cpu").save_pretrained(sys.argv[2])
+except ValueError as error:
+    sys.exit(f"error: {error}")
+"""
+
+
+@pytest.mark.slow
+def test_to_a_hub_and_back(exported: Path, tmp_path: Path, run_python: Command) -> None:
+    model = exported / "models/base"
+    environment = {"HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_none", "HF_HUB_DISABLE_TELEMETRY": "1",
+                   "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # fmt: skip
+    with a_hub() as (address, files):
+        process = run_python("-c", PUSH, str(model), REPOSITORY, HF_ENDPOINT=address, **environment)
+        assert process.returncode == 0, process.stderr
+        assert process.stdout.strip().endswith(f"{REPOSITORY}/commit/{COMMIT}")
+        assert files == {name: (model / name).read_bytes() for name in EXPORTED}
+        files["pytorch_model.bin"] = b"somebody else's pickle"
+        process = run_python("-c", PULL, REPOSITORY, "back", HF_ENDPOINT=address, **environment)
+        assert process.returncode == 0, process.stderr
+    assert {path.name: path.read_bytes() for path in (tmp_path / "back").iterdir()} == {
+        name: (model / name).read_bytes() for name in EXPORTED
+    }
+    assert not list((tmp_path / "home").rglob("*.bin"))
+    offline = {"HF_HUB_OFFLINE": "1", **environment}
+    process = run_python("-c", PULL, REPOSITORY, "cached", **offline)
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / "cached" / WEIGHTS).read_bytes() == (model / WEIGHTS).read_bytes()
+    assert_one_line_error(run_python("-c", PULL, "someone/else", "x", **offline), "someone/else: no folder here")
+    assert_one_line_error(run_python("-c", PULL, "no/such/folder", "x", **offline), "no/such/folder: no folder here")
