@@ -393,6 +393,11 @@ def test_pages_in_a_browser(trained: Path, copied: Callable[[str], Path], tmp_pa
             assert re.fullmatch(
                 r"step \d+\nloss, each step  \d\.\d+\nloss, smoothed  \d\.\d+.*", browser.evaluate(shown)
             )
+            assert browser.evaluate("""(() => {
+              const [tip, svg] = [".tip:not([hidden])", "figure:has(.tip:not([hidden])) svg"]
+                .map(one => document.querySelector(one).getBoundingClientRect());
+              return tip.top >= svg.top && tip.bottom <= svg.bottom && tip.left >= svg.left && tip.right <= svg.right;
+            })()""")
             browser.move_to(1, 1)
             assert browser.evaluate(shown) == ""
 
