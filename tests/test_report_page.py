@@ -371,8 +371,10 @@ def assert_looks_well(browser: Browser, path: Path, width: int, dark: bool, plot
 def test_pages_in_a_browser(trained: Path, copied: Callable[[str], Path], tmp_path: Path) -> None:
     require_program("chromium")
     judged = copied("a-run-with-a-very-long-name-" + "that-goes-on-" * 9)
-    rows = [{"name": "perplexity under another model", "samples": 9.25, "natural": 6.5, "shuffled": 17}]
+    rows = [{"name": "another model", "samples": 9.25, "samples_se": 0.5, "natural": 6.5, "shuffled": 17}]
     (judged / "judges.json").write_text(json.dumps(rows))
+    cells = re.findall(r'<td class="number">(.*?)</td>', run_page(read_run(judged)))
+    assert cells[-3:] == ["9.25 ± 0.5", "6.5", "17"]
     both = tmp_path / "both.html"
     both.write_text(comparison_page([read_run(judged), read_run(trained)]))
     with chromium(tmp_path / "profile") as browser:
@@ -393,6 +395,11 @@ def test_pages_in_a_browser(trained: Path, copied: Callable[[str], Path], tmp_pa
             assert re.fullmatch(
                 r"step \d+\nloss, each step  \d\.\d+\nloss, smoothed  \d\.\d+.*", browser.evaluate(shown)
             )
+            assert browser.evaluate("""(() => {
+              const [tip, svg] = [".tip:not([hidden])", "figure:has(.tip:not([hidden])) svg"]
+                .map(one => document.querySelector(one).getBoundingClientRect());
+              return tip.top >= svg.top && tip.bottom <= svg.bottom && tip.left >= svg.left && tip.right <= svg.right;
+            })()""")
             browser.move_to(1, 1)
             assert browser.evaluate(shown) == ""
 

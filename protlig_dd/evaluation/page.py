@@ -306,7 +306,12 @@ def judges_section(run: Run) -> dict[str, Any] | None:
     """The table of judges.json, or the cheap figures of the report in its place."""
     if run.judges:
         columns = ("samples", "natural", "shuffled")
-        rows = [[row["name"], *(told(row.get(column)) for column in columns)] for row in run.judges]
+
+        def figure(row: dict[str, Any], column: str) -> str:
+            error = told(row.get(f"{column}_se"))
+            return told(row.get(column)) + (f" ± {error}" if error else "")
+
+        rows = [[row["name"], *(figure(row, column) for column in columns)] for row in run.judges]
         return {"title": "What judges say", "head": ["judge", *columns], "rows": rows}
     named = (
         ("composition, KL to the training split, nats", "composition_kl"),
