@@ -28,13 +28,14 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from protlig_dd.data.build import SAMPLE_FOLDER, sha256
+from protlig_dd.data.build import SAMPLE_FOLDER
 from protlig_dd.data.fasta import read_fasta
 from protlig_dd.data.loader import PackDataset, pack_loader
 from protlig_dd.data.plan import total_tokens
 from protlig_dd.data.store import SequenceStore, StoreGroup
 from protlig_dd.model.dit import DiT
 from protlig_dd.runtime.config import config_folder
+from protlig_dd.runtime.files import sha256
 from protlig_dd.runtime.metrics import ProgressBar
 from protlig_dd.training.plan import H100_FLOPS, MFU
 

@@ -25,7 +25,7 @@ from protlig_dd.data.encode import EncodedBlock, encode_block
 from protlig_dd.data.fasta import STDIN, FastaBlock, FastaFile, id_of, parse_header
 from protlig_dd.data.homology import COVERAGE, E_VALUE, IDENTITY, mmseqs_version, queries_with_hits
 from protlig_dd.data.store import COPY_BYTES, FORMAT_VERSION, SPLITS, SequenceStore, write_columns
-from protlig_dd.runtime.files import free_name, sync_folder, write_atomic
+from protlig_dd.runtime.files import free_name, sha256, sync_folder, write_atomic
 from protlig_dd.tokenizer import BOS, LETTERS, MASK, VOCAB_SIZE, ProteinTokenizer
 
 SAMPLE_FOLDER = Path(__file__).resolve().parent / "sample"
@@ -675,9 +675,3 @@ def bundled_store(folder: Path = Path("data")) -> SequenceStore:
         except AlreadyThereError:  # another process makes it
             time.sleep(0.1)
     return SequenceStore(path)
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from protlig_dd.runtime.files import free_name, sync_folder, write_atomic
+from protlig_dd.runtime.files import free_name, sha256, sync_folder, write_atomic
 
 FORMAT_VERSION = 3
 COMPLETE, BEST = "complete.json", "best.json"
@@ -235,9 +235,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         file = checkpoint / name
         if not file.is_file():
             raise ValueError(f"{file}: missing from the checkpoint")
-        with file.open("rb") as handle:
-            found = hashlib.file_digest(handle, "sha256").hexdigest()
-        if found != expected:
+        if (found := sha256(file)) != expected:
             raise ValueError(f"{file}: damaged, SHA-256 {found[:12]} where {expected[:12]} was written")
     state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
     if state["format_version"] != FORMAT_VERSION:
