@@ -153,9 +153,9 @@ def columns_of(target: np.ndarray, piece: Piece) -> Columns:
     if piece.change.indel is None:
         return Columns(aligned, torch.empty(0, dtype=torch.int64), place)
     start, stop, ids = piece.change.indel
-    kept = start + shift + min(stop - start, len(ids))
-    shared, inserted = torch.tensor(ids).split([kept - start - shift, len(ids) - (kept - start - shift)])
-    aligned[start + shift : kept], aligned[kept : stop + shift] = shared, GAP
+    new, shared = torch.tensor(ids, dtype=torch.int64), min(stop - start, len(ids))
+    kept, inserted = start + shift + shared, new[shared:]
+    aligned[start + shift : kept], aligned[kept : stop + shift] = new[:shared], GAP
     extra = len(aligned) + torch.arange(len(inserted))
     return Columns(aligned, inserted, torch.cat([place[:kept], extra, place[stop + shift :]]))
 
