@@ -19,6 +19,7 @@ from protlig_dd.runtime.config import (
     ReportPageConfig,
     SampleConfig,
     TrainConfig,
+    VariantsConfig,
     build_model,
     changed_keys,
     config_folder,
@@ -56,6 +57,7 @@ def test_every_option_of_every_group_is_valid() -> None:
     read_config(composed("samples=a.fasta", "natural=b.fasta", name="judge"), JudgeConfig)
     read_config(composed("from=runs/demo", "input=a.fasta", name="embed"), EmbedConfig)
     read_config(composed("from=runs/demo", "to=models/demo", name="export"), ExportConfig)
+    read_config(composed("from=runs/demo", name="variants"), VariantsConfig)
 
 
 def test_every_key_has_a_default_and_resumable_keys_exist() -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Bool, Float, Float32, Float64, Int64
 from torch import Tensor
 
 from protlig_dd.batch import PackedBatch
@@ -170,12 +170,27 @@ def _exact_count_draw(
     length_n = sum_by_sequence(residue_T, batch).clamp(min=1)
     count_n = ((u_n.to(length_n) * length_n).floor() + 1).clamp(max=length_n)  # uniform on 1..L
     masked_T = batch.random_subset(residue_T, count_n, uniform_draws(len(residue_T), generator))
-    share_n = (count_n / length_n).float().to(batch.tokens.device)
-    last_sigma = noise(torch.ones(1, device=share_n.device))[0]
-    sigma = torch.minimum(-torch.log1p(-share_n), last_sigma)  # k = L would be infinite
-    log_score = score_fn(batch.with_tokens(torch.where(masked_T, graph.mask, batch.tokens)), sigma)
-    nats_T = torch.where(masked_T, -pick(F.log_softmax(log_score, -1), batch.tokens), 0.0)
+    return masked_nats(score_fn, batch, graph, noise, masked_T)
+
+
+def masked_nats(
+    score_fn: LogScores, batch: PackedBatch, graph: Absorbing, noise: Noise, masked: Bool[Tensor, " total"]
+) -> Float64[Tensor, " total"]:
+    """What the exact count's draw that masks these residues, k of the L of each sequence (at least one), adds to the
+    bound at each token: L / k times the cross-entropies of the masked, nats.
+    """
+    length_n = sum_by_sequence(batch.tokens < graph.n_states, batch).clamp(min=1)
+    count_n = sum_by_sequence(masked, batch).clamp(min=1)
+    sigma = masked_sigma(noise, count_n / length_n).to(batch.tokens.device)
+    log_score = score_fn(batch.with_tokens(torch.where(masked, graph.mask, batch.tokens)), sigma)
+    nats_T = torch.where(masked, -pick(F.log_softmax(log_score, -1), batch.tokens), 0.0)
     return to_float64(nats_T) * (length_n / count_n).index_select(0, batch.segment_ids.to(length_n.device))
+
+
+def masked_sigma(noise: Noise, share: Float64[Tensor, " n"]) -> Float32[Tensor, " n"]:
+    """The noise level at which this share of the residues is masked, 1 - e^-sigma; the last one at most."""
+    last_sigma = noise(torch.ones(1))[0].to(share.device)
+    return torch.minimum(-torch.log1p(-share.float()), last_sigma)  # all of them would be infinite
 
 
 @torch.no_grad()

@@ -168,6 +168,22 @@ class SampleConfig:
 
 
 @dataclass
+class VariantsConfig:
+    from_: str
+    assay: str | None
+    target: str | None
+    reference: str | None
+    output: str
+    column: str
+    strategy: str
+    draws: int
+    seed: int
+    device: str
+    precision: str
+    tokens_per_pack: int
+
+
+@dataclass
 class InfillConfig:
     from_: str
     input: str

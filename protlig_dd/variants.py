@@ -1,0 +1,206 @@
+"""Predict the effects of mutations from a trained model, without training on any (zero-shot); higher is fitter.
+
+python -m protlig_dd.variants from=runs/demo target=wt.fasta output=scan.csv                      # every substitution
+python -m protlig_dd.variants from=runs/demo assay=assay.csv target=wt.fasta output=scores.csv
+python -m protlig_dd.variants from=runs/demo assay=DMS/ reference=reference.csv output=benchmark  # ProteinGym's files
+torchrun --nproc-per-node=8 -m protlig_dd.variants from=runs/demo assay=DMS/ reference=reference.csv output=benchmark
+"""
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig
+
+from protlig_dd.evaluation.assays import (
+    METRICS,
+    Assay,
+    Reference,
+    aggregate,
+    all_substitutions,
+    read_assay,
+    read_reference,
+    read_target,
+)
+from protlig_dd.evaluation.fitness import Scores, Work, choose_strategy, pieces_of, score_variants
+from protlig_dd.evaluation.heatmap import heat_map, to_csv, to_png
+from protlig_dd.runtime.cli import run_verb
+from protlig_dd.runtime.config import VariantsConfig, read_config
+from protlig_dd.runtime.distributed import from_first
+from protlig_dd.runtime.files import write_atomic, write_atomic_bytes
+from protlig_dd.runtime.metrics import ProgressBar, announce
+from protlig_dd.runtime.trained import Trained, check_free, check_least, load_trained
+
+
+def score(cfg: DictConfig) -> None:
+    """Read everything, load the model, score one assay or a folder of them, and write."""
+    config = read_config(cfg, VariantsConfig)
+    check_least((("seed", config.seed, 0), ("tokens_per_pack", config.tokens_per_pack, 1), ("draws", config.draws, 4)))
+    if config.draws % 2:
+        raise ValueError(f"draws must be an even number, got {config.draws}")
+    if config.reference is not None or (config.assay is not None and Path(config.assay).is_dir()):
+        score_folder(config)
+    else:
+        score_one(config)
+
+
+def score_one(config: VariantsConfig) -> None:
+    output = Path(config.output)
+    for path in beside(output).values():
+        check_free(str(path))
+    if config.target is None:
+        raise ValueError("target is required: give target=wt.fasta, or a bare sequence of letters")
+    target = read_target(config.target)
+    assay = all_substitutions(target) if config.assay is None else read_assay(Path(config.assay), target)
+    check_columns(assay, config)
+    trained = load_trained(config.from_, device=config.device, precision=config.precision)
+    score_assay(trained, config, assay, target, output, "variants")
+
+
+def score_folder(config: VariantsConfig) -> None:
+    """Each assay by itself, so that what is done stays done; then ProteinGym's average."""
+    folder = Path(config.assay or "")
+    if config.assay is None or not folder.is_dir():
+        raise ValueError(f"assay={config.assay}: with reference=, give a folder of CSV files")
+    if config.reference is None:
+        raise ValueError(f"assay={config.assay} is a folder: give reference=, ProteinGym's reference file")
+    if config.target is not None:
+        raise ValueError(
+            f"target={config.target}: the targets of a folder's assays are in reference={config.reference}"
+        )
+    output = Path(config.output)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is no folder; a folder of assays needs one")
+    references = read_reference(Path(config.reference), folder)
+    trained = load_trained(config.from_, device=config.device, precision=config.precision)
+    done = from_first({one.id: done_before(output / f"{one.id}.csv", trained, config) for one in references})
+    left = [one for one in references if done[one.id] is None]
+    if len(left) < len(references):
+        announce(f"{output}: {len(references) - len(left)} of {len(references)} are there already", trained.processes)
+    with ProgressBar("reading", len(left), shown=trained.processes.first) as bar:
+        for one in left:  # all of them, so that an error in the last is told before the first is scored
+            check_assay(trained, config, read_one(one, config), one.target)
+            bar.advance()
+    for one in left:
+        done[one.id] = score_assay(trained, config, read_one(one, config), one.target, output / f"{one.id}.csv", one.id)
+    results = [
+        {"DMS_id": one.id, "UniProt_ID": one.protein, "coarse_selection_type": one.type, **(done[one.id] or {})}
+        for one in references
+    ]
+    if trained.processes.first:
+        total = aggregate(results)
+        columns = ["DMS_id", "UniProt_ID", "coarse_selection_type", "strategy", "variants", *METRICS]
+        rows = [["" if result[key] is None else result[key] for key in columns] for result in results]
+        write_atomic(output / "summary.csv", as_csv([columns, *rows]))
+        write_atomic(output / "summary.json", as_json(total))
+        for kind, values in total["by_type"].items():
+            announce(f"{kind}: {metrics_line(values)} ({values['proteins']} proteins)", trained.processes)
+        announce(f"{output}: {len(results)} assays, {metrics_line(total)}", trained.processes)
+
+
+def read_one(reference: Reference, config: VariantsConfig) -> Assay:
+    assay = read_assay(reference.path, reference.target)
+    check_columns(assay, config)
+    return assay
+
+
+def check_columns(assay: Assay, config: VariantsConfig) -> None:
+    for name in (config.column, f"{config.column}_se"):
+        if name in assay.header:
+            raise ValueError(f"{assay.where[0]}: there is a column {name} already; name another with column=")
+
+
+def check_assay(trained: Trained, config: VariantsConfig, assay: Assay, target: np.ndarray) -> None:
+    """Raise for what cannot be scored with this model."""
+    choose_strategy(config.strategy, trained.graph, assay)
+    pieces_of(assay, len(target), trained.max_len)
+
+
+def done_before(output: Path, trained: Trained, config: VariantsConfig) -> dict[str, Any] | None:
+    """What an earlier command wrote of this assay; None if it did not.
+
+    Raises:
+        ValueError: it was another model, or with other settings.
+    """
+    path = beside(output)["summary"]  # written last
+    if not path.exists():
+        return None
+    earlier = json.loads(path.read_text())
+    for key, value in settings_of(trained, config).items():
+        if earlier.get(key) != value:
+            raise ValueError(f"{path} was made with {key}={earlier.get(key)}, not {value}; give another output")
+    return earlier
+
+
+def settings_of(trained: Trained, config: VariantsConfig) -> dict[str, Any]:
+    """What scores depend on, for the summary."""
+    wanted = {"wanted": config.strategy, "draws": config.draws, "seed": config.seed, "column": config.column}
+    return {"run": trained.run, "step": trained.step, "precision": trained.precision, **wanted}
+
+
+def beside(output: Path) -> dict[str, Path]:
+    """The files of one assay."""
+    endings = {"summary": ".json", "map": "_heatmap.csv", "picture": "_heatmap.png"}
+    return {"scores": output} | {name: output.with_name(output.stem + ending) for name, ending in endings.items()}
+
+
+def score_assay(
+    trained: Trained, config: VariantsConfig, assay: Assay, target: np.ndarray, output: Path, description: str
+) -> dict[str, Any]:
+    """Score on all ranks, have rank 0 write and say what it wrote; returns the summary."""
+    strategy, reason = choose_strategy(config.strategy, trained.graph, assay)
+    announce(f"{description}: {len(assay.rows)} variants by strategy={strategy} ({reason})", trained.processes)
+    scores = score_variants(
+        trained.score_fn,
+        trained.noise,
+        target,
+        assay,
+        Work(trained.device, config.tokens_per_pack, description, trained.processes),
+        strategy=strategy,
+        longest=trained.max_len,
+        draws=config.draws,
+        seed=config.seed,
+    )
+    metrics = assay.judge(scores.nats)
+    summary = {"variants": len(assay.rows), "strategy": strategy, **metrics, **settings_of(trained, config)}
+    files = beside(output)
+    if trained.processes.first:
+        write_atomic(files["scores"], scored_rows(assay, scores, config.column))
+        table = heat_map(assay, target, scores.nats)
+        if table is not None:
+            write_atomic(files["map"], to_csv(table, target))
+            write_atomic_bytes(files["picture"], to_png(table, target, f"{output.stem}: {strategy}"))
+        write_atomic(files["summary"], as_json(summary))
+    announce(f"{output}: {metrics_line(metrics)}", trained.processes)
+    return summary
+
+
+def scored_rows(assay: Assay, scores: Scores, column: str) -> str:
+    """The assay's own rows and columns, and the scores behind them."""
+    columns = {column: scores.nats}
+    if scores.standard_error is not None:
+        columns[f"{column}_se"] = scores.standard_error
+    added = zip(*([f"{value:.6f}" for value in values] for values in columns.values()), strict=True)
+    return as_csv([[*assay.header, *columns], *([*row, *more] for row, more in zip(assay.rows, added, strict=True))])
+
+
+def metrics_line(metrics: dict[str, Any]) -> str:
+    known = [f"{name} {metrics[name]:.4f}" for name in METRICS if metrics[name] is not None]
+    return ", ".join(known) or "no measurements to compare with"
+
+
+def as_csv(rows: list[list[Any]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def as_json(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=1) + "\n"
+
+
+if __name__ == "__main__":
+    run_verb(score, "variants", VariantsConfig)

@@ -1,0 +1,567 @@
+"""`python -m protlig_dd.variants`: what assays say, every strategy against one row at a time, ProteinGym's average."""
+
+import csv
+import itertools
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import mannwhitneyu, spearmanr
+
+from protlig_dd.batch import PackedBatch
+from protlig_dd.data.store import SequenceStore
+from protlig_dd.diffusion.graph import Absorbing, Graph, Uniform
+from protlig_dd.diffusion.likelihood import masked_nats
+from protlig_dd.diffusion.noise import CosineNoise, GeometricNoise, LogLinearNoise
+from protlig_dd.diffusion.score import ScoreFn
+from protlig_dd.evaluation.assays import (
+    Assay,
+    Indel,
+    Variant,
+    above_median,
+    aggregate,
+    all_substitutions,
+    auc,
+    compare,
+    read_assay,
+    read_reference,
+    read_target,
+    spearman,
+)
+from protlig_dd.evaluation.fitness import (
+    GAP,
+    Piece,
+    Scores,
+    Work,
+    choose_strategy,
+    columns_of,
+    exact_count_draw,
+    integral_draw,
+    mirrored_places,
+    pieces_of,
+    score_variants,
+    windowed,
+)
+from protlig_dd.evaluation.heatmap import heat_map, to_csv, to_png
+from protlig_dd.tokenizer import BOS, EOS, MASK, N_STATES, ProteinTokenizer
+from protlig_dd.variants import score
+
+from . import brute_force
+from .conftest import Command, assert_one_line_error, exact_score_fn, graph_of, make_model
+from .test_configs import composed
+from .test_training import TINY
+
+WILD = "MKTAYIAKQRQISFVKSHFSRQ"
+CPU = torch.device("cpu")
+NOISE = LogLinearNoise()
+
+
+def ids(sequence: str) -> np.ndarray:
+    return ProteinTokenizer().encode(sequence)[1:-1]
+
+
+TARGET = ids(WILD)
+
+
+def assay_of(*variants: Variant) -> Assay:
+    nothing = np.full(len(variants), np.nan)
+    rows = [[str(i)] for i in range(len(variants))]
+    return Assay(["mutant"], rows, list(variants), [f"row {i}" for i in range(len(variants))], nothing, nothing)
+
+
+def read(tmp_path: Path, text: str, target: str = WILD) -> Assay:
+    (tmp_path / "a.csv").write_text(text)
+    return read_assay(tmp_path / "a.csv", ids(target))
+
+
+def scored(score_fn: ScoreFn, assay: Assay, strategy: str, target: np.ndarray = TARGET, **options: int) -> Scores:
+    settings = {"longest": 100, "draws": 8, "seed": 0, "tokens_per_pack": 70} | options
+    work = Work(CPU, settings.pop("tokens_per_pack"))
+    return score_variants(score_fn, NOISE, target, assay, work, strategy=strategy, **settings)
+
+
+# what files say
+
+
+def test_both_columns_may_be_there_and_others_are_kept(tmp_path: Path) -> None:
+    assay = read(
+        tmp_path,
+        "\ufeffmutant,mutated_sequence,DMS_score,note\n"
+        f"M1A:K2D,AD{WILD[2:]},1.5,x\n"
+        f'"",{WILD[:3]}{WILD[4:]},,y\n'
+        f"{WILD}W,{WILD}W,-2,z\n"
+        "T3T,,0.5,\n",
+    )
+    assert assay.variants == [
+        Variant(((0, 0), (1, 2))),
+        Variant(indel=Indel(3, 4, ())),
+        Variant(indel=Indel(22, 22, (18,))),
+        Variant(),
+    ]
+    assert assay.header == ["mutant", "mutated_sequence", "DMS_score", "note"]
+    assert [row[3] for row in assay.rows] == ["x", "y", "z", ""]
+    np.testing.assert_array_equal(assay.measured, [1.5, np.nan, -2, 0.5])
+    np.testing.assert_array_equal(assay.fit, [1, np.nan, 0, 0])
+    assert assay.first_indel == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "a.csv: empty"),
+        ("mutant\n", "a.csv: no rows"),
+        ("name,score\nx,1\n", "no column mutant or mutated_sequence; there are name, score"),
+        ("mutant,mutant\nM1A,M1A\n", "the column mutant is there 2 times"),
+        ("mutant\nM1A,x\n", "line 2: 2 cells for 1 columns"),
+        ("mutant\nM1A\nA1M\n", "line 3: A1M has A at position 1, but the target has M"),
+        ("mutant\nM1\n", "line 2: 'M1' is no mutation"),
+        ("mutant\nM1A:\n", "line 2: '' is no mutation"),
+        ("mutant\nm1a\n", "line 2: 'm1a' is no mutation"),
+        ("mutant\nM0A\n", "line 2: M0A is at position 0, but the target has 1 to 22"),
+        ("mutant\nM23A\n", "line 2: M23A is at position 23, but the target has 1 to 22"),
+        ("mutant\nM1A:M1C\n", "line 2: M1A:M1C changes position 1 twice"),
+        ("mutant\nM1X\n", "line 2: M1X: X is none of the amino acids"),
+        ("mutant\nM1A\n\nM1A\n", "line 4: the same protein as .*a.csv line 2"),
+        ("mutant\nM1A:K2D\nK2D:M1A\n", "line 3: the same protein as"),
+        ("mutant,DMS_score\nM1A,high\n", "line 2: DMS_score 'high' is no number"),
+        ("mutant,DMS_score_bin\nM1A,2\n", "line 2: DMS_score_bin is 0 or 1, got 2"),
+        ("mutated_sequence\nMK1\n", "line 2, mutated_sequence: illegal character '1' at position 3 of 3"),
+        (f"mutated_sequence\nX{WILD[1:]}\n", "line 2: mutated_sequence has other letters"),
+        (f"mutant,mutated_sequence\nM1A,C{WILD[1:]}\n", "line 2: mutant M1A and mutated_sequence do not make the same"),
+        ("mutant,note\n,x\n", "line 2: neither a mutant nor a mutated_sequence"),
+    ],
+)
+def test_a_wrong_assay_is_named(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path, text)
+
+
+def test_residues_without_probability_cannot_change(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="X1A is at X of the target"):
+        read(tmp_path, "mutant\nX1A\n", "XK")
+    assert read(tmp_path, "mutated_sequence\nXA\n", "XK").variants == [Variant(((1, 0),))]
+    with pytest.raises(ValueError, match="at position 1 one of the two is no amino acid"):
+        compare(ids("AX"), ids("XA"), "row")
+    assert [row[0] for row in all_substitutions(ids("XM")).rows][:2] == ["M2A", "M2C"]
+
+
+def test_a_target_is_a_file_or_a_sequence(tmp_path: Path) -> None:
+    (tmp_path / "wt.fasta").write_text(">a\nmkta\n")
+    assert read_target(str(tmp_path / "wt.fasta")).tolist() == read_target("MKTA").tolist() == ids("MKTA").tolist()
+    (tmp_path / "wt.fasta").write_text(">a\nMK\n>b\nMK\n")
+    with pytest.raises(ValueError, match="one protein, but there are 2 records"):
+        read_target(str(tmp_path / "wt.fasta"))
+    with pytest.raises(ValueError, match="target=no.fasta: no such file"):
+        read_target("no.fasta")
+    assert len(all_substitutions(TARGET).variants) == 19 * len(WILD)
+
+
+@given(st.text("ACDX", max_size=8), st.text("ACD", max_size=5), st.text("ACD", max_size=5), st.text("ACD", max_size=8))
+def test_variants_are_rebuilt_from_their_columns(left: str, old: str, new: str, right: str) -> None:
+    """What `compare` finds, laid over the wild type, is the variant again."""
+    wild, variant = ids("M" + left + old + right), ids("M" + left + new + right)
+    found = compare(variant, wild, "row")
+    columns = columns_of(wild, Piece(0, 0, len(wild), found))
+    assert columns.join(columns.aligned, columns.inserted).tolist() == [BOS, *variant.tolist(), EOS]
+    assert len(columns.aligned) == len(wild) + 2
+    assert int((columns.aligned == GAP).sum()) == max(0, len(wild) - len(variant))
+
+
+# windows
+
+
+@given(st.integers(1, 40), st.integers(1, 12), st.data())
+def test_windows_hold_their_sites_and_are_as_large_as_can_be(length: int, longest: int, data: st.DataObject) -> None:
+    sites = sorted(data.draw(st.sets(st.integers(0, length - 1), min_size=1, max_size=4)))
+    pieces = pieces_of(assay_of(Variant(tuple((site, 0) for site in sites))), length, longest)
+    assert [site for piece in pieces for site, _ in piece.change.substitutions] == sites
+    for piece in pieces:
+        assert 0 <= piece.start < piece.stop <= length
+        assert piece.stop - piece.start == min(length, longest)
+        assert all(piece.start <= site < piece.stop for site, _ in piece.change.substitutions)
+    assert len(pieces) == 1 or sites[-1] - sites[0] >= longest
+
+
+def test_windows_have_the_ends_of_the_protein_alone() -> None:
+    assert windowed(TARGET, 0, 3).tolist() == [BOS, *TARGET[:3]]
+    assert windowed(TARGET, 2, 22).tolist() == [*TARGET[2:], EOS]
+    assert pieces_of(assay_of(Variant(((10, 0),))), 22, 5)[0][1:3] == (8, 13)
+
+
+def test_an_indel_is_seen_through_one_window() -> None:
+    (piece,) = pieces_of(assay_of(Variant(indel=Indel(10, 10, (0, 1, 2)))), 22, 9)
+    assert piece.stop - piece.start + 3 == 9
+    columns = columns_of(TARGET, piece)
+    expected = [*TARGET[piece.start : 10], 0, 1, 2, *TARGET[10 : piece.stop]]
+    assert columns.join(columns.aligned, columns.inserted).tolist() == expected
+    with pytest.raises(ValueError, match="row 0: 12 residues become 0, more than a window of the 9"):
+        pieces_of(assay_of(Variant(indel=Indel(2, 14, ()))), 22, 9)
+
+
+# strategies
+
+
+def test_strategies_are_those_of_the_graph() -> None:
+    single, indel = assay_of(Variant(((0, 0),))), assay_of(Variant(indel=Indel(0, 1, ())))
+    assert choose_strategy("auto", Absorbing(), single) == ("masked_marginals", "the graph is absorbing")
+    assert choose_strategy("auto", Uniform(), single) == ("ratio", "the graph is uniform")
+    assert choose_strategy("auto", Uniform(), indel) == ("bound", "there are insertions or deletions")
+    assert choose_strategy("wildtype_marginals", Absorbing(), single)[0] == "wildtype_marginals"
+    with pytest.raises(ValueError, match=r"strategy=masked_marginals: .*\(uniform\) can do ratio, bound"):
+        choose_strategy("masked_marginals", Uniform(), single)
+    with pytest.raises(ValueError, match="can do masked_marginals, wildtype_marginals, bound"):
+        choose_strategy("ratio", Absorbing(), single)
+    with pytest.raises(ValueError, match="row 0: 1 residues become 0, but strategy=ratio needs equal lengths; use bou"):
+        choose_strategy("ratio", Uniform(), indel)
+
+
+MANY = assay_of(
+    Variant(((3, 7),)), Variant(((3, 8),)), Variant(((0, 1), (21, 5))), Variant(), Variant(((4, 2), (5, 2), (9, 9)))
+)
+
+
+@pytest.mark.parametrize("longest", [100, 10])
+@pytest.mark.parametrize(
+    ("graph", "parametrisation", "timed", "strategy"),
+    [
+        (Absorbing(), "x0", False, "masked_marginals"),
+        (Absorbing(), "log_score", True, "masked_marginals"),
+        (Absorbing(), "x0", False, "wildtype_marginals"),
+        (Uniform(), "log_score", True, "ratio"),
+        (graph_of("substitution", 20), "x0", True, "ratio"),
+    ],
+)
+def test_marginals_are_those_of_one_row_at_a_time(
+    graph: Graph, parametrisation: str, timed: bool, strategy: str, longest: int
+) -> None:
+    """Each window by itself, its log-probabilities read off the whole table."""
+    model = make_model(time_conditioning=timed).eval()
+    score_fn = ScoreFn(model, graph, parametrisation, timed)
+    expected = []
+    for number, variant in enumerate(MANY.variants):
+        total = 0.0
+        for piece in (p for p in pieces_of(MANY, len(TARGET), longest) if p.variant == number):
+            tokens = torch.from_numpy(windowed(TARGET, piece.start, piece.stop))
+            shift = 1 - piece.start if piece.start == 0 else -piece.start
+            sites = [site + shift for site, _ in piece.change.substitutions]
+            level = float(NOISE(torch.tensor(NOISE.t_min))[0])
+            if strategy == "masked_marginals":
+                tokens[sites] = MASK
+                level = -float(np.log1p(-len(sites) / (piece.stop - piece.start)))
+            batch, sigma = PackedBatch.pack([tokens]), torch.tensor([level])
+            with torch.no_grad():
+                log_p = score_fn(batch, sigma) if strategy == "ratio" else score_fn.logits(batch, sigma).log_softmax(-1)
+            for site, (place, residue) in zip(sites, piece.change.substitutions, strict=True):
+                total += float(log_p[site, residue] - log_p[site, TARGET[place]])
+        expected.append(total)
+        assert variant.substitutions or total == 0
+    found = scored(score_fn, MANY, strategy, longest=longest)
+    np.testing.assert_allclose(found.nats, expected, atol=2e-5)
+    assert found.standard_error is None
+
+
+def toy_scores(name: str, parametrisation: str = "log_score") -> tuple[brute_force.Toy, ScoreFn]:
+    toy = brute_force.random_toy(name, n=3, sites=2)
+    return toy, exact_score_fn(toy, parametrisation)
+
+
+ALL_OF_THE_TOY = [
+    Variant(tuple((site, y) for site, y in enumerate(pair) if y != (0, 2)[site]))
+    for pair in itertools.product(range(3), repeat=2)
+]
+TOY_WILD = np.array([0, 2], dtype=np.uint8)
+
+
+def true_differences(toy: brute_force.Toy) -> list[float]:
+    return [float(toy.p0[pair].log() - toy.p0[0, 2].log()) for pair in itertools.product(range(3), repeat=2)]
+
+
+@pytest.mark.parametrize("name", ["uniform", "substitution"])
+def test_exact_ratios_of_single_substitutions_are_those_of_the_data(name: str) -> None:
+    toy, score_fn = toy_scores(name)
+    noise = GeometricNoise(1e-6, 12.0, 1e-6)
+    found = score_variants(
+        score_fn, noise, TOY_WILD, assay_of(*ALL_OF_THE_TOY), Work(CPU, 70),
+        strategy="ratio", longest=9, draws=4, seed=0,
+    )  # fmt: skip
+    singles = [i for i, variant in enumerate(ALL_OF_THE_TOY) if len(variant.substitutions) == 1]
+    np.testing.assert_allclose(found.nats[singles], np.array(true_differences(toy))[singles], atol=1e-3)
+
+
+def test_exact_masked_marginals_of_single_substitutions_are_those_of_the_data() -> None:
+    toy, score_fn = toy_scores("absorbing", "x0")
+    found = scored(score_fn, assay_of(*ALL_OF_THE_TOY), "masked_marginals", TOY_WILD)
+    singles = [i for i, variant in enumerate(ALL_OF_THE_TOY) if len(variant.substitutions) == 1]
+    np.testing.assert_allclose(found.nats[singles], np.array(true_differences(toy))[singles], atol=1e-5)
+
+
+def test_with_all_masks_enumerated_the_bound_is_the_likelihood() -> None:
+    """k = 1 (either site) and k = 2 of an exact model, each k with the same weight."""
+    toy, score_fn = toy_scores("absorbing", "x0")
+    for pair in itertools.product(range(3), repeat=2):
+        batch = PackedBatch.pack([torch.tensor([BOS, *pair, EOS])])
+        graph = Absorbing(3)
+        total = 0.0
+        for masked, weight in (([0, 1], 0.5), ([1, 0], 0.5), ([1, 1], 1.0)):
+            where = torch.tensor([False, *map(bool, masked), False])
+            total += weight / 2 * float(masked_nats(score_fn, batch, graph, NOISE, where).sum())
+        assert total == pytest.approx(-float(toy.p0[pair].log()), abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "parametrisation"), [("absorbing", "x0"), ("uniform", "log_score"), ("substitution", "x0")]
+)
+def test_the_bound_of_an_exact_model_is_the_true_difference(name: str, parametrisation: str) -> None:
+    """Within its own standard error; the ends of the noise leave a few hundredths of a nat."""
+    toy, score_fn = toy_scores(name, parametrisation)
+    if name == "absorbing":
+        score_fn = without_time(score_fn)
+    noise = CosineNoise(eps=1e-3, t_min=0.02, rate=-score_fn.graph.lambda_2)
+    found = score_variants(
+        score_fn, noise, TOY_WILD, assay_of(*ALL_OF_THE_TOY), Work(CPU, 400),
+        strategy="bound", longest=9, draws=200, seed=2,
+    )  # fmt: skip
+    assert found.standard_error is not None
+    assert found.nats[2] == found.standard_error[2] == 0  # the wild type itself
+    error = np.abs(found.nats - true_differences(toy))
+    assert (error < 4 * found.standard_error + 0.05).all()
+    assert np.median(found.standard_error) < 0.4
+
+
+def without_time(score_fn: ScoreFn) -> ScoreFn:
+    """The exact posterior does not depend on the time, but the toy's table needs one above 0."""
+    exact = score_fn.model
+    return ScoreFn(lambda batch, sigma: exact(batch, torch.full_like(sigma, 0.5)), score_fn.graph, "x0", False)
+
+
+def test_draws_are_mirrored_and_stratified() -> None:
+    places = np.array(mirrored_places(8, torch.Generator().manual_seed(0)))
+    np.testing.assert_allclose(places[0::2] + places[1::2], 1)
+    assert sorted(np.floor(places * 8).astype(int)) == list(range(8))
+
+
+class Recorded:
+    """A network that has learnt nothing, and what it was shown."""
+
+    def __init__(self) -> None:
+        self.seen: list[torch.Tensor] = []
+
+    def __call__(self, batch: PackedBatch, sigma: torch.Tensor) -> torch.Tensor:
+        self.seen += batch.unpack(batch.tokens)
+        return torch.zeros(len(batch.tokens), N_STATES)
+
+
+@pytest.mark.parametrize("name", ["absorbing", "uniform", "substitution"])
+def test_wild_type_and_variants_are_noised_alike(name: str) -> None:
+    """With a residue inserted and one deleted: every residue that the two share is shown noised in the same way."""
+    network, timed = Recorded(), name != "absorbing"
+    score_fn = ScoreFn(network, graph_of(name, 20), "x0", timed)
+    draw = integral_draw if timed else exact_count_draw
+    for change, places in (
+        (Variant(((5, 3),)), [(i, i) for i in range(24) if i != 6]),
+        (Variant(indel=Indel(5, 6, ())), [(i, i - (i > 6)) for i in range(24) if i != 6]),
+        (Variant(indel=Indel(5, 5, (1, 1))), [(i, i + 2 * (i > 5)) for i in range(24)]),
+    ):
+        network.seen.clear()
+        columns = [columns_of(TARGET, Piece(0, 0, 22, one)) for one in (Variant(), change)]
+        batch = PackedBatch.pack([one.join(one.aligned, one.inserted) for one in columns])
+        draw(score_fn, NOISE, batch, columns, 0.4, 3, 7, CPU)
+        wild, variant = network.seen[:2]
+        differ = sum(int(wild[i] != variant[j]) for i, j in places)
+        if timed:
+            assert differ == 0
+            assert not torch.equal(wild, batch.unpack(batch.tokens)[0])
+        else:  # the numbers of masked residues may differ by one where the lengths do, or the new residue takes part
+            assert differ <= 2
+            assert MASK in wild
+
+
+def test_scores_depend_on_the_seed_and_not_on_packs() -> None:
+    score_fn = ScoreFn(make_model(time_conditioning=False).eval(), Absorbing(), "x0", False)
+    assay = assay_of(*MANY.variants, Variant(indel=Indel(4, 6, (1,))))
+    one, other, third = (
+        scored(score_fn, assay, "bound", tokens_per_pack=tokens, seed=seed)
+        for tokens, seed in ((30, 0), (1000, 0), (1000, 1))
+    )
+    np.testing.assert_allclose(one.nats, other.nats, atol=1e-4)
+    assert np.abs(other.nats - third.nats).max() > 1e-3
+    assert other.nats[3] == 0
+    with pytest.raises(ValueError, match="draws must be an even number of at least 4, got 5"):
+        scored(score_fn, assay, "bound", draws=5)
+
+
+# what predictions are worth
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=2, max_size=30))
+def test_spearman_and_auc_are_scipys(pairs: list[tuple[int, int]]) -> None:
+    scores, measured = np.array(pairs, dtype=np.float64).T
+    if np.ptp(scores) and np.ptp(measured):
+        assert spearman(scores, measured) == pytest.approx(spearmanr(scores, measured).statistic)
+    else:
+        assert spearman(scores, measured) is None
+    fit = above_median(measured)
+    assert fit.tolist() == [float(value > np.median(measured)) for value in measured]
+    good, bad = scores[fit == 1], scores[fit == 0]
+    if len(good) and len(bad):
+        assert auc(scores, fit) == pytest.approx(mannwhitneyu(good, bad).statistic / len(good) / len(bad))
+        beaten = np.mean([(g > b) + (g == b) / 2 for g in good for b in bad])
+        assert auc(scores, fit) == pytest.approx(beaten)
+    else:
+        assert auc(scores, fit) is None
+
+
+def test_what_was_not_measured_is_left_out() -> None:
+    scores = np.array([3.0, 9.0, 1.0, 2.0])
+    measured = np.array([0.9, np.nan, 0.1, 0.5])
+    assert spearman(scores, measured) == pytest.approx(1)
+    assert auc(scores, above_median(measured)) == 1
+    assert spearman(scores, np.full(4, np.nan)) is None
+    assert auc(scores, np.full(4, np.nan)) is None
+
+
+def test_assays_are_averaged_as_proteingym_does() -> None:
+    """By hand: P1's two stability assays first, then P1 with P2, then stability with activity."""
+    results = [
+        {"UniProt_ID": protein, "coarse_selection_type": kind, "spearman": rho, "auc": area}
+        for protein, kind, rho, area in (
+            ("P1", "Stability", 0.2, 0.5), ("P1", "Stability", 0.4, 0.7), ("P2", "Stability", 0.5, None),
+            ("P1", "Activity", 0.1, 0.9),
+        )
+    ]  # fmt: skip
+    total = aggregate(results)
+    assert total["by_type"]["Stability"] == pytest.approx({"spearman": 0.4, "auc": 0.6, "assays": 3, "proteins": 2})
+    assert total["spearman"] == pytest.approx(0.25)
+    assert total["auc"] == pytest.approx(0.75)
+    assert total["assays"] == 4
+
+
+def test_references_that_do_not_fit_the_folder_are_named(tmp_path: Path) -> None:
+    folder = tmp_path / "dms"
+    folder.mkdir()
+    reference = tmp_path / "reference.csv"
+    head = "DMS_id,target_seq,UniProt_ID,coarse_selection_type,DMS_filename\n"
+    reference.write_text(f"{head}A,MK,P1,Activity,a_file.csv\nB,MK,P1,Activity,\n")
+    with pytest.raises(ValueError, match="no CSV files"):
+        read_reference(reference, folder)
+    for name in ("a_file", "B"):
+        (folder / f"{name}.csv").write_text("mutant\nM1A\n")
+    found = read_reference(reference, folder)
+    assert [(one.id, one.path.name, one.target.tolist()) for one in found] == [
+        ("A", "a_file.csv", ids("MK").tolist()), ("B", "B.csv", ids("MK").tolist()),
+    ]  # fmt: skip
+    (folder / "c.csv").write_text("mutant\nM1A\n")
+    with pytest.raises(ValueError, match=r"c.csv is not in .*reference.csv"):
+        read_reference(reference, folder)
+    for text, message in (
+        (f"{head}A,MK,P1,Activity,c.csv\nA,MK,P1,Activity,B.csv\n", "line 3: A is there twice"),
+        (f"{head}A/b,MK,P1,Activity,c.csv\n", "line 2: DMS_id 'A/b' cannot name a file"),
+        (f"{head}A,M1,P1,Activity,c.csv\n", "line 2, target_seq: illegal character '1'"),
+        ("DMS_id\nA\n", "no column target_seq; there are DMS_id"),
+    ):
+        reference.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_reference(reference, folder)
+
+
+def test_a_heat_map_has_a_cell_for_each_single_substitution() -> None:
+    target = ids("MXK")
+    assay = assay_of(Variant(((0, 0),)), Variant(((2, 5),)), Variant(((0, 1), (2, 1))))
+    table = heat_map(assay, target, np.array([-1.0, 2.0, 9.0]))
+    assert table is not None
+    assert np.isnan(table).sum() == 60 - 4
+    assert (table[0, 0], table[2, 5], table[0, target[0]], table[2, target[2]]) == (-1, 2, 0, 0)
+    lines = list(csv.reader(to_csv(table, target).splitlines()))
+    assert lines[1][:4] == ["1", "M", "-1.000000", ""]
+    assert lines[2] == ["2", "X", *[""] * 20]
+    assert to_png(table, target, "title").startswith(b"\x89PNG")
+    assert heat_map(assay_of(MANY.variants[2]), TARGET, np.zeros(1)) is None
+
+
+# the command
+
+
+@pytest.mark.slow
+def test_the_command(
+    run_python: Command,
+    store: SequenceStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A tiny run scores a bundled protein: a scan, an assay on one and two ranks, and a folder in two goes."""
+    trained = run_python(
+        "-m", "protlig_dd.training", *TINY, f"data.path={store.path}", "run.name=v", "trainer.max_steps=4"
+    )
+    assert trained.returncode == 0, trained.stderr
+    row = next(i for i in range(len(store)) if 210 < store.lengths[i] < 260)  # longer than the run's 200
+    target = ProteinTokenizer().decode(store[row])
+    (tmp_path / "wt.fasta").write_text(f">wt\n{target}\n")
+    monkeypatch.chdir(tmp_path)
+
+    def run(*overrides: str) -> str:
+        score(composed("from=runs/v", "tokens_per_pack=700", *overrides, name="variants"))
+        return capsys.readouterr().out
+
+    printed = run("target=wt.fasta", "output=scan.csv")
+    assert "strategy=masked_marginals (the graph is absorbing)" in printed
+    rows = list(csv.DictReader(Path("scan.csv").read_text().splitlines()))
+    assert rows[0]["mutant"].startswith(f"{target[0]}1")
+    assert len(rows) == 19 * sum(letter in "ACDEFGHIKLMNPQRSTVWY" for letter in target)
+    assert Path("scan_heatmap.png").stat().st_size > 10_000
+    assert len(Path("scan_heatmap.csv").read_text().splitlines()) == len(target) + 1
+
+    Path("dms").mkdir()
+    lines = [f"{row['mutant']},{i % 7},{i % 2},note" for i, row in enumerate(rows[::97])]
+    Path("dms/A.csv").write_text("mutant,DMS_score,DMS_score_bin,more\n" + "\n".join(lines) + "\n")
+    Path("dms/B.csv").write_text(f"mutated_sequence,DMS_score\n{target[1:]},1\nM{target},2\n{target}W,0\n")
+    assay = ["assay=dms/A.csv", "target=wt.fasta", "strategy=bound", "draws=4"]
+    run(*assay, "output=one.csv")
+    two = run_python(
+        "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "protlig_dd.variants", "from=runs/v",
+        "tokens_per_pack=700", *assay, "output=two.csv",
+    )  # fmt: skip
+    assert two.returncode == 0, two.stderr
+    assert Path("one.csv").read_text() == Path("two.csv").read_text()
+    one = list(csv.DictReader(Path("one.csv").read_text().splitlines()))
+    assert [",".join(list(row.values())[:4]) for row in one] == lines
+    assert list(one[0])[4:] == ["score", "score_se"]
+    summary = json.loads(Path("one.json").read_text())
+    scores = [float(row["score"]) for row in one]
+    assert summary["spearman"] == pytest.approx(spearmanr(scores, [int(row["DMS_score"]) for row in one])[0])
+
+    head = "DMS_id,target_seq,UniProt_ID,coarse_selection_type\n"
+    Path("reference.csv").write_text(f"{head}A,{target},P1,Activity\nB,{target},P1,Stability\n")
+    folder = ["assay=dms", "reference=reference.csv", "output=out", "draws=4"]
+    assert "B: 3 variants by strategy=bound (there are insertions or deletions)" in run(*folder)
+    total = json.loads(Path("out/summary.json").read_text())
+    assert set(total["by_type"]) == {"Activity", "Stability"}
+    assert re.search(r"^A,P1,Activity,masked_marginals,", Path("out/summary.csv").read_text(), re.MULTILINE)
+    Path("out/B.json").unlink()
+    kept = Path("out/A.csv").stat().st_mtime_ns
+    assert "1 of 2 are there already" in run(*folder)
+    assert json.loads(Path("out/summary.json").read_text()) == total
+    assert Path("out/A.csv").stat().st_mtime_ns == kept
+
+    for message, overrides in (
+        ("A.json was made with seed=0, not 1", [*folder, "seed=1"]),
+        ("scan.csv exists already", ["target=wt.fasta", "output=scan.csv"]),
+        ("assay=dms is a folder: give reference=", ["assay=dms", "output=x"]),
+        ("with reference=, give a folder of CSV files", ["reference=reference.csv", "output=x"]),
+        ("the targets of a folder's assays are in reference=", [*folder, "target=wt.fasta"]),
+        ("target is required", ["output=x.csv"]),
+        ("draws must be an even number, got 5", ["target=wt.fasta", "output=x.csv", "draws=5"]),
+        ("there is a column score already", ["assay=scan.csv", "target=wt.fasta", "output=x.csv"]),
+        ("strategy=ratio: .* can do masked_marginals", ["target=wt.fasta", "output=x.csv", "strategy=ratio"]),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(*overrides)
+    wrong = run_python("-m", "protlig_dd.variants", "from=runs/v", "target=no.fasta", "output=x.csv")
+    assert_one_line_error(wrong, "target=no.fasta: no such file")
+    assert not list(tmp_path.glob("x*"))
