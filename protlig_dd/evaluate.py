@@ -114,7 +114,7 @@ def find_baselines(wanted: str | None, store: SequenceStore | None, trained: Tra
     elif store is not None:
         stores = [store]
     else:
-        record = trained.checkpoint.parents[1] / "environment.json"
+        record = trained.checkpoint.parent.parent / "environment.json"
         paths = json.loads(record.read_text())["data_path"].split(", ") if record.is_file() else []
         if not paths or not all(Path(path).is_file() for path in paths):
             announce("no training set for unigram and bigram models: give train=store.h5", trained.processes)

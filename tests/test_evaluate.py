@@ -140,6 +140,13 @@ def test_fasta_is_compared_with_the_runs_own_training_set(
     assert "their first 300 are scored" in done.stdout
     assert report["baseline_sequences"] == 360
     assert "masked" not in report
+    exported = run_python("-m", "protlig_dd.export", f"from={trained_run}", "to=small")
+    assert exported.returncode == 0, exported.stderr
+    bare = run_python(*command[:2], "from=small", *command[3:], "output=bare")
+    assert bare.returncode == 0, bare.stderr
+    assert "no training set for unigram and bigram models: give train=store.h5" in bare.stdout
+    there = json.loads((tmp_path / "bare/report.json").read_text())
+    assert (there["bound"], there["baseline_sequences"]) == (report["bound"], None)
     few = run_python(*command, "output=few", "max_sequences=2")
     assert few.returncode == 0, few.stderr
     assert json.loads((tmp_path / "few/report.json").read_text())["sequences"] == 2
