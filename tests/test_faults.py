@@ -436,6 +436,7 @@ def test_a_run_may_start_from_another_runs_checkpoint(
 def test_any_number_of_processes_makes_the_same_run(run_python: Command, store: SequenceStore, tmp_path: Path) -> None:
     """4 packs a step: one process adds up 4 backward passes, two add up 2 each, four make 1 each."""
     more = ["trainer.max_steps=30", "optim.packs_per_step=4", "data.tokens_per_pack=400"]
+    more += ["trainer.precision=fp32"]  # in bf16 the order of sums shows from the third digit of a gradient on
     for devices in (1, 2, 4):
         train(run_python, store, f"on{devices}", *more, f"trainer.devices={devices}")
     reference = read_metrics(tmp_path / "runs/on1/metrics.jsonl")

@@ -38,12 +38,15 @@ def test_a_row_that_a_kill_cut_short_does_not_spoil_the_rest(tmp_path: Path) -> 
 def test_wandb_gets_the_rows_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    log = MetricsLog(tmp_path, 1, tensorboard=False, wandb_project="proteins", wandb_name="demo")
-    log.write([{"step": 1, "loss": 3.0}])
-    log.close()
-    written = list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
-    assert len(written) == 1
-    assert b"loss" in written[0].read_bytes()
+    for name in ("one", "two"):  # the service that the first starts serves the second as well, and stays where it was
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        Path("run").mkdir()
+        log = MetricsLog(Path("run"), 1, tensorboard=False, wandb_project="proteins", wandb_name="demo")
+        log.write([{"step": 1, "loss": 3.0}])
+        log.close()
+        (written,) = (tmp_path / name).glob("run/wandb/offline-run-*/run-*.wandb")
+        assert b"loss" in written.read_bytes()
 
 
 def test_without_wandb_the_error_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,7 +73,7 @@ class MetricsLog:
             self.wandb = wandb.init(
                 project=wandb_project,
                 name=wandb_name,
-                dir=folder,
+                dir=folder.resolve(),  # wandb's service may be that of a parent process, which stands elsewhere
                 id=id_file.read_text(),
                 resume="allow",
                 mode=wandb_mode,
