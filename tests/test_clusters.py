@@ -116,6 +116,18 @@ def state_of(job: str) -> tuple[str, int]:
     return found[0][1], int(found[1][1])  # type: ignore[index]
 
 
+def start_again(job: str) -> None:
+    """Have Slurm start a queued job now, not after two minutes; but once its earlier steps have ended on the nodes, or
+    their exit code is taken for that of the new start."""
+
+    def has_ended() -> bool:
+        shown = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+        return f"slurmstepd: [{job}." not in shown
+
+    wait_for(has_ended)
+    slurm_says("scontrol", "update", f"jobid={job}", "starttime=now")
+
+
 def test_a_slurm_job_is_queued_again_at_its_limit_and_when_preempted(
     slurm: Path, store: SequenceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_python: Command
 ) -> None:
@@ -136,14 +148,14 @@ def test_a_slurm_job_is_queued_again_at_its_limit_and_when_preempted(
     first = int(complete_checkpoints(run)[-1].name[5:])
     assert f'"when": "after step {first} of 200"' in (run / "stopped.json").read_text()
 
-    slurm_says("scontrol", "update", f"jobid={job}", "starttime=now")
+    start_again(job)
     wait_for(lambda: steps_of(run) > first, seconds=300)
     slurm_says("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
     wait_for(lambda: state_of(job) == ("PENDING", 2))
     second = int(complete_checkpoints(run)[-1].name[5:])
     assert second > first
 
-    slurm_says("scontrol", "update", f"jobid={job}", "starttime=now")
+    start_again(job)
     wait_for(lambda: state_of(job)[0] not in ("PENDING", "RUNNING", "COMPLETING"))
     assert state_of(job) == ("COMPLETED", 2), (tmp_path / "out").read_text()
     assert not (tmp_path / "runs/try.1").exists()  # run.fresh=true made it anew once
