@@ -27,17 +27,18 @@ def export(cfg: DictConfig) -> None:
         raise ValueError(f"{config.from_} is an exported model already; copy it")
     saved = find_saved(config.from_)
     for problem in saved.skipped:
-        console.print(f"skipped: {problem}")
+        console.print(f"skipped: {problem}", markup=False)
     with replacing(to) as folder:
         write_exported(folder, load_tensors(saved.weights), describe(saved, report_of(saved.path, saved.step)))
         load_saved(find_saved(str(folder)), torch.device("cpu"), "fp32")  # it can be
     digest = read_description(to)["weights_sha256"]
-    console.print(f"{to}: {saved.path}, weights {digest[:12]}; {to / CARD} is the model card, which wants a licence")
+    said = f"{to}: {saved.path}, weights {digest[:12]}; {to / CARD} is the model card, which wants a licence"
+    console.print(said, markup=False)
 
 
 def report_of(checkpoint: Path, step: int) -> dict[str, Any] | None:
     """What the run measured of this checkpoint; None where its report is of another step, or there is none."""
-    file = checkpoint.parents[1] / "report.json"
+    file = checkpoint.resolve().parents[1] / "report.json"
     report = json.loads(file.read_text()) if file.is_file() else {}
     if report.get("step") != step:
         return None
@@ -45,4 +46,4 @@ def report_of(checkpoint: Path, step: int) -> dict[str, Any] | None:
 
 
 if __name__ == "__main__":
-    run_verb(export, "export", ExportConfig)
+    run_verb(export, "export", ExportConfig, alone=True)

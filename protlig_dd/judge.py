@@ -4,27 +4,31 @@ python -m protlig_dd.judge samples=designs.fasta natural=data/my.h5 output=judge
 python -m protlig_dd.judge samples=designs.fasta natural=held.fasta train=data/my.h5 hmm=Pfam-A.hmm output=judged
 """
 
+import itertools
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from omegaconf import DictConfig
 
-from protlig_dd.data.homology import best_hits, count_clusters, find_mmseqs
+from protlig_dd.data.homology import best_hits, clusters_of, find_mmseqs
 from protlig_dd.data.store import SPLITS, SequenceStore
-from protlig_dd.evaluation.inputs import csv_text, is_store, read_sequences
+from protlig_dd.evaluation.inputs import csv_text, is_store, read_sequences, thinned
 from protlig_dd.evaluation.judges import (
-    Row,
+    SETS,
+    Figure,
+    Rows,
     cheap_judges,
     figures,
+    for_json,
     low_complexity,
     share,
-    shuffled,
     tandem_repeats,
+    with_controls,
 )
-from protlig_dd.evaluation.outside import esm2_pseudo_perplexities, esmfold_plddts, pfam_hits
+from protlig_dd.evaluation.outside import Judge, esm2_pseudo_perplexities, esmfold_plddts, pfam_hits
 from protlig_dd.runtime.cli import run_verb
 from protlig_dd.runtime.config import JudgeConfig, read_config
 from protlig_dd.runtime.files import write_folder
@@ -32,8 +36,8 @@ from protlig_dd.runtime.metrics import ProgressBar, console
 from protlig_dd.runtime.trained import check_free, check_least
 from protlig_dd.tokenizer import ProteinTokenizer
 
-SETS = ("samples", "natural", "shuffled")
 NEAR, COVERED = 0.5, 0.8  # identity and coverage of a near relative
+NAN = float("nan")
 
 
 def judge(cfg: DictConfig) -> None:
@@ -45,40 +49,45 @@ def judge(cfg: DictConfig) -> None:
         raise ValueError(f"split={config.split}; there are {', '.join(SPLITS)}")
     mmseqs = find_mmseqs(config.mmseqs)
     train = find_train(config, mmseqs)
-    if config.hmm is not None and not Path(config.hmm).is_file():
-        raise ValueError(f"hmm={config.hmm}: no such file")
-    ids, samples = residues_of(*read_sequences(Path(config.samples), config.split, None, 0)[1:])
-    longest = max(map(len, samples))
-    _, pool = residues_of(*read_sequences(Path(config.natural), config.split, None, 0)[1:])
+    ids, samples = read(config, config.samples)
+    _, pool = read(config, config.natural)
     if len(pool) < 4:
         raise ValueError(
             f"{config.natural} has {len(pool)} sequences; natural proteins and their reference need at least 4"
         )
-    generator = np.random.default_rng([config.seed, 1])
-    order = generator.permutation(len(pool))
-    taken = min(len(samples), len(pool) // 2)
-    natural = [pool[i][:longest] for i in order[:taken]]
-    reference = [pool[i][:longest] for i in order[taken:]]
-    sets = {"samples": samples, "natural": natural, "shuffled": shuffled(natural, generator)}
+    others = dict(outside_judges(config))
+    chosen = thinned(np.arange(len(samples)), len(pool) // 2, config.seed)
+    if len(chosen) < len(samples):
+        console.print(f"{len(chosen)} of {len(samples)} samples are judged: half as many as there are natural proteins")
+        ids, samples = [ids[i] for i in chosen], [samples[i] for i in chosen]
+    sets, reference = with_controls(samples, pool, config.seed)
 
-    rows = cheap_judges(sets, reference, bootstrap=config.bootstrap, seed=config.seed)
-    columns: dict[str, Sequence[float]] = {}
-    jobs = [name for name, wanted in (("mmseqs", mmseqs), ("hmm", config.hmm), ("esm2", config.esm2),
-                                      ("esmfold", config.esmfold)) if wanted]  # fmt: skip
-    with tempfile.TemporaryDirectory() as scratch, ProgressBar("judging", 3 * len(jobs)) as bar:
-        for job in jobs:
-            found = []
-            for name in SETS:
-                found.append(ask(job, sets[name], config, train, Path(scratch) / f"{job}_{name}"))
-                bar.advance(note=f"{job}, {name}")
-            rows += [Row(label, *(values[label][0] for values in found)) for label in found[0]]
-            columns |= {label: values[1] for label, values in found[0].items() if values[1] is not None}
+    rows: Rows = {}
+    cheap = cheap_judges(reference, bootstrap=config.bootstrap, seed=config.seed)
+    with ProgressBar("statistics", 3 * len(cheap)) as bar:
+        for name, ask in cheap.items():
+            rows[name] = []
+            for some in sets:
+                rows[name].append(ask(some))
+                bar.advance(note=name)
+    columns: dict[str, Sequence[float]] = {}  # of per_sequence.csv
+    if mmseqs:
+        with tempfile.TemporaryDirectory() as scratch:
+            columns |= relatives(sets, train, Path(scratch), rows)
+    texts = [[ProteinTokenizer().decode(one) for one in some] for some in sets]
+    for name, (asked, summary) in others.items():
+        with ProgressBar(name, sum(map(len, texts))) as bar:
+            found = [asked(some, bar.advance) for some in texts]
+        rows[name] = [summary(some) for some in found]
+        columns[name] = found[0]
     table = markdown(rows)
+    said = {"samples": config.samples, "natural": config.natural, "train": str(train.path) if train else None,
+            "seed": config.seed}  # fmt: skip
     files = {
-        "judges.json": json.dumps([row.as_dict() for row in rows], indent=1) + "\n",
+        "judges.json": json.dumps(said | {"rows": for_json(rows)}, indent=1) + "\n",
         "judges.csv": csv_text(
             ["judge", *(column for name in SETS for column in (name, f"{name}_se"))],
-            [[row.name, *(x for name in SETS for x in getattr(row, name))] for row in rows],
+            [[name, *(x for figure in row for x in figure)] for name, row in rows.items()],
         ),
         "table.md": table,
         "per_sequence.csv": per_sequence(ids, samples, columns),
@@ -86,6 +95,16 @@ def judge(cfg: DictConfig) -> None:
     write_folder(output, files)
     console.print(table, markup=False)
     console.print(f"{output}: {', '.join(files)}", markup=False)
+
+
+def outside_judges(config: JudgeConfig) -> Iterator[tuple[str, tuple[Judge, Callable[[Sequence[float]], Figure]]]]:
+    """Row, judge and summary of those that other packages bring, loaded before time is spent on anything else."""
+    if config.hmm is not None:
+        yield "with a hit to the HMMs", (pfam_hits(Path(config.hmm)), share)
+    if config.esm2 is not None:
+        yield f"pseudo-perplexity, {config.esm2}", (esm2_pseudo_perplexities(config.esm2, config.device), figures)
+    if config.esmfold is not None:
+        yield f"pLDDT, {config.esmfold}", (esmfold_plddts(config.esmfold, config.device), figures)
 
 
 def find_train(config: JudgeConfig, mmseqs: bool) -> SequenceStore | None:
@@ -102,63 +121,72 @@ def find_train(config: JudgeConfig, mmseqs: bool) -> SequenceStore | None:
     return store
 
 
-def residues_of(ids: Sequence[str], tokens: Sequence[np.ndarray]) -> tuple[list[str], list[np.ndarray]]:
-    """Without <bos> and <eos>."""
-    return list(ids), [one[1:-1] for one in tokens]
+def read(config: JudgeConfig, path: str) -> tuple[list[str], list[np.ndarray]]:
+    """Ids and residues, without <bos> and <eos>."""
+    _, ids, tokens = read_sequences(Path(path), config.split, None, 0)
+    return ids, [one[1:-1] for one in tokens]
 
 
-Answers = dict[str, tuple[tuple[float, float], Sequence[float] | None]]
-"""By row: a figure with its standard error (NaN where it has none), and what each sequence got."""
+def relatives(
+    sets: Sequence[Sequence[np.ndarray]], train: SequenceStore | None, scratch: Path, rows: Rows
+) -> dict[str, Sequence[float]]:
+    """Add MMseqs2's rows: relatives within each set and, where one is given, in the training set.
+
+    Returns:
+        By its name, a column of what each sample got.
+    """
+    alone, twins = f"clusters at {NEAR:.0%} identity, a protein", f"with another of the set at >= {NEAR:.0%} identity"
+    hit, identity = "with a training protein at E <= 0.001", "identity to the best of those"
+    close = f"with one at >= {NEAR:.0%} identity over >= {COVERED:.0%}"
+    for name in (alone, twins, *((hit, identity, close) if train else ())):
+        rows[name] = []
+    columns: dict[str, Sequence[float]] = {}
+    with ProgressBar("MMseqs2", len(SETS) + (train is not None)) as bar:
+        for name, sequences in zip(SETS, sets, strict=True):
+            clusters = clusters_of(fasta(scratch / name, sequences), scratch / "work", identity=NEAR, coverage=COVERED)
+            bar.advance(note=f"clusters, {name}")
+            members = {i for cluster in clusters if len(cluster) > 1 for i in cluster}
+            has_twin = [float(i in members) for i in range(len(sequences))]
+            rows[alone].append((len(clusters) / len(sequences), NAN))
+            rows[twins].append(share(has_twin))
+            columns.setdefault(twins, has_twin)
+        if train is not None:
+            targets = fasta(scratch / "train", (train[row][1:-1] for row in train.split("train")))
+            queries = fasta(scratch / "all", itertools.chain(*sets))
+            found = best_hits(queries, targets, scratch / "work")
+            bar.advance(note="relatives in the training set")
+            numbers = iter(range(sum(map(len, sets))))
+            for sequences in sets:
+                hits = [found.get(i) for i in itertools.islice(numbers, len(sequences))]
+                near = [float(one is not None and one.near) for one in hits]
+                rows[hit].append(share([one is not None for one in hits]))
+                rows[identity].append(figures([one.identity for one in hits if one]))
+                rows[close].append(share(near))
+                columns.setdefault(identity, [one.identity if one else 0.0 for one in hits])
+                columns.setdefault(close, near)
+    return columns
 
 
-def ask(
-    job: str, sequences: list[np.ndarray], config: JudgeConfig, train: SequenceStore | None, scratch: Path
-) -> Answers:
-    """One judge's rows for one set."""
+def fasta(path: Path, sequences: Iterable[np.ndarray]) -> Path:
+    """Written to `path`, with numbers as names."""
     decode = ProteinTokenizer().decode
-    texts = [decode(one) for one in sequences]
-    if job == "hmm":
-        hits = pfam_hits(texts, Path(str(config.hmm)))
-        return {"with a hit to the HMMs": (share(hits), [float(hit) for hit in hits])}
-    if job == "esm2":
-        values = esm2_pseudo_perplexities(texts, str(config.esm2), config.device)
-        return {f"pseudo-perplexity, {config.esm2}": (figures(values), values)}
-    if job == "esmfold":
-        values = esmfold_plddts(texts, config.device)
-        return {"ESMFold pLDDT": (figures(values), values)}
-    scratch.mkdir()
-    queries = scratch / "queries.fasta"
-    queries.write_text("".join(f">{i}\n{text}\n" for i, text in enumerate(texts)))
-    clusters = count_clusters(queries, scratch / "clusters", identity=NEAR, coverage=COVERED)
-    answers: Answers = {f"clusters at {NEAR:.0%} identity, a protein": ((clusters / len(texts), float("nan")), None)}
-    if train is None:
-        return answers
-    targets = scratch.parent / "train.fasta"
-    if not targets.exists():
-        with targets.open("w") as file:
-            file.writelines(f">{row}\n{decode(train[row])}\n" for row in train.split("train"))
-    found = best_hits(queries, targets, scratch / "search")
-    identity = [found[i].identity if i in found else 0.0 for i in range(len(texts))]
-    near = [i in found and found[i].near for i in range(len(texts))]
-    of_hits = [found[i].identity for i in sorted(found)]
-    answers["with a training protein at E <= 0.001"] = share([i in found for i in range(len(texts))]), None
-    answers["identity to the best of those"] = figures(of_hits), identity
-    answers[f"with one at >= {NEAR:.0%} identity over >= {COVERED:.0%}"] = share(near), [float(one) for one in near]
-    return answers
+    with path.open("w") as file:
+        file.writelines(f">{i}\n{decode(one)}\n" for i, one in enumerate(sequences))
+    return path
 
 
-def markdown(rows: Sequence[Row]) -> str:
+def markdown(rows: Rows) -> str:
     lines = ["| | samples | natural | shuffled |", "| --- | --- | --- | --- |"]
-    for row in rows:
+    for name, row in rows.items():
         cells = []
-        for value, error in (row.samples, row.natural, row.shuffled):
+        for value, error in row:
             if np.isnan(value):
                 cells.append("")
             elif float(value).is_integer() and np.isnan(error):
                 cells.append(f"{value:,.0f}")
             else:
                 cells.append(f"{value:.4f}" + ("" if np.isnan(error) else f" ± {error:.4f}"))
-        lines.append(f"| {row.name} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -177,4 +205,4 @@ def per_sequence(ids: Sequence[str], samples: list[np.ndarray], columns: dict[st
 
 
 if __name__ == "__main__":
-    run_verb(judge, "judge", JudgeConfig)
+    run_verb(judge, "judge", JudgeConfig, alone=True)

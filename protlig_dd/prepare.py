@@ -124,4 +124,4 @@ def length_plot(manifest: dict[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    run_verb(prepare, "prepare", PrepareConfig)
+    run_verb(prepare, "prepare", PrepareConfig, alone=True)

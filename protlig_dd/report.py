@@ -34,4 +34,4 @@ def report(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_verb(report, "report", ReportPageConfig)
+    run_verb(report, "report", ReportPageConfig, alone=True)

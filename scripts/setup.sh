@@ -14,7 +14,7 @@ extras=""
 system=no
 for argument in "$@"; do
     case "$argument" in
-        --dev) extras="[dev,hmm,hub,slurm,wandb]" ;;
+        --dev) extras="[dev,esm,hmm,hub,slurm,wandb]" ;;
         --system) system=yes ;;
         *) echo "error: unknown argument $argument; see scripts/setup.sh --help" >&2; exit 1 ;;
     esac
@@ -35,7 +35,7 @@ fi
 stamp="$venv/.protlig_setup"
 want=$(cat pyproject.toml constraints.txt | cksum; pwd)
 have=$(cat "$stamp" 2> /dev/null || true)
-if [ -x "$venv/bin/python" ] && { [ "$have" = "$want [dev,hmm,hub,slurm,wandb]" ] || [ "$have" = "$want $extras" ]; }; then
+if [ -x "$venv/bin/python" ] && { [ "$have" = "$want [dev,esm,hmm,hub,slurm,wandb]" ] || [ "$have" = "$want $extras" ]; }; then
     exit 0
 fi
 

@@ -31,6 +31,7 @@ from .test_training import TINY, train
 
 KINDS = {
     "absorbing": ["model.norm=rms", "model.qk_norm=true"],
+    "named": ["graph=blosum62", "optim.name=adamw"],
     "substitution": ["graph=substitution", "graph.matrix=private/blosum.txt", "noise=geometric", "optim.name=adamw"],
 }
 
@@ -102,6 +103,17 @@ def test_an_export_is_the_checkpoint(exported: Path, store: SequenceStore, run_p
     assert tuned.returncode == 0, tuned.stderr
     weights = load_tensors(find_saved(str(exported / "runs/tuned")).weights)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in load_tensors(model / WEIGHTS).items())
+    inside = run_python("-m", "protlig_dd.export", "from=.", f"to={exported}/models/inside[/b]",
+                        cwd=exported / "runs/base/checkpoints/step_00000006")  # fmt: skip
+    assert inside.returncode == 0, inside.stderr
+    assert (exported / "models/inside[/b]/config.json").read_text() == (model / "config.json").read_text()
+    shared = run_python("-m", "protlig_dd.export", "from=runs/tuned", "to=models/tuned", cwd=exported, RANK="0",
+                        WORLD_SIZE="2")  # fmt: skip
+    assert shared.returncode == 0, shared.stderr
+    assert "| fine-tuned from | base |" in (exported / "models/tuned/README.md").read_text()
+    other = run_python("-m", "protlig_dd.export", "from=runs/tuned", "to=models/tuned", cwd=exported, RANK="1",
+                       WORLD_SIZE="2")  # fmt: skip
+    assert (other.returncode, other.stdout, other.stderr) == (0, "", "")
     again = run_python("-m", "protlig_dd.export", "from=runs/base", "to=models/base", cwd=exported)
     assert_one_line_error(again, "models/base exists already")
     twice = run_python("-m", "protlig_dd.export", "from=models/base", "to=models/other", cwd=exported)
@@ -109,10 +121,17 @@ def test_an_export_is_the_checkpoint(exported: Path, store: SequenceStore, run_p
 
 
 BLOCKED = """
-import sys
-for name in ("hydra", "omegaconf", "h5py", "huggingface_hub"):
-    sys.modules[name] = None  # importing it fails
+import importlib.metadata, sys
+import torch, safetensors.torch  # with what they bring
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        own = "protlig_dd", "einops", "jaxtyping", "wadler_lindig", "numpy", "beartype"
+        if name.split(".")[0] in packages and name.split(".")[0] not in own:
+            raise ImportError(f"{name} is not to be imported")
+packages = importlib.metadata.packages_distributions().keys() - sys.modules.keys()
+sys.meta_path.insert(0, Blocked())
 from protlig_dd.hub import ProteinDiffusion
+assert "Bio" in packages and "scipy" in packages and "omegaconf" in packages
 model = ProteinDiffusion.from_pretrained(sys.argv[1], device="cpu")
 vectors = model.embed(["MKTAYIAKQRQISFVKSH", "MSH" * 100])
 from safetensors.torch import save_file
@@ -126,7 +145,9 @@ except ValueError as error:
 
 
 @pytest.mark.slow
-def test_one_line_loads_it_without_hydra_and_hdf5(exported: Path, tmp_path: Path, run_python: Command) -> None:
+def test_one_line_loads_it_with_torch_and_safetensors_alone(
+    exported: Path, tmp_path: Path, run_python: Command
+) -> None:
     model = exported / "models/base"
     process = run_python("-c", BLOCKED, str(model), "vectors.safetensors", "copy")
     assert process.returncode == 0, process.stderr
@@ -185,6 +206,7 @@ def test_damaged_and_foreign_exports_are_refused(exported: Path, tmp_path: Path)
     refused("model.safetensors: SHA-256", model_safetensors="pickle")
     refused("vocabulary.json: other token ids", vocabulary_json=lambda found: found | {"n_states": 21})
     refused("config.json: not what protlig_dd has written", config_json=without_noise)
+    refused("config.json: not what protlig_dd has written", config_json=lambda found: found | {"training": {}})
     refused("graph.name=os.system: there are", config_json=lambda found: found | {"graph": {"name": "os.system"}})
     description = json.loads((source / "config.json").read_text())
     weights = load_tensors(source / WEIGHTS)

@@ -12,6 +12,7 @@ import numpy as np
 import pyhmmer
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,12 +27,14 @@ from protlig_dd.evaluation.judges import (
     shuffled,
     tandem_repeats,
     unique_share,
+    with_controls,
 )
 from protlig_dd.evaluation.outside import esm2_pseudo_perplexities, esmfold_plddts, pfam_hits, pseudo_perplexity
 from protlig_dd.tokenizer import ProteinTokenizer
 
 from .conftest import Command, assert_one_line_error, require_program
 
+ESM_LETTERS = ["<cls>", "<pad>", "<eos>", "<unk>", *"LAGVSERTIDPKQNFYMHWCXBUZO.-", "<null_1>", "<mask>"]
 SEQUENCES = st.lists(st.text("ACDX", min_size=1, max_size=30), min_size=1, max_size=5)
 
 
@@ -76,13 +79,13 @@ def test_the_bootstraps_error_is_the_spread_of_other_draws() -> None:
     assert 0.6 < errors.mean() / values.std() < 1.6
 
 
-@given(st.text("ACD", min_size=1, max_size=40))
+@given(st.text("ACDX", min_size=1, max_size=40))
 def test_low_complexity_is_that_of_some_window(text: str) -> None:
     expected = [False] * len(text)
     for start in range(len(text) - 11):
         counts = Counter(text[start : start + 12])
         entropy = -sum(n / 12 * math.log2(n / 12) for n in counts.values())
-        if entropy <= 2.2:
+        if entropy <= 2.2 and "X" not in counts:
             expected[start : start + 12] = [True] * 12
     assert low_complexity(ids_of(text)).tolist() == expected
 
@@ -92,13 +95,15 @@ def test_windows_of_many_letters_are_not_of_low_complexity() -> None:
     assert low_complexity(ids_of("ACDEFGHIKLMNPQ" + "A" * 12)).tolist() == [False] * 9 + [True] * 17
 
 
-@given(st.text("AC", min_size=1, max_size=14) | st.text("ACD", min_size=6, max_size=9).map(lambda unit: unit * 3 + "W"))
+@given(
+    st.text("ACX", min_size=1, max_size=14) | st.text("ACD", min_size=6, max_size=9).map(lambda unit: unit * 3 + "W")
+)
 def test_tandem_repeats_are_units_three_times_in_a_row(text: str) -> None:
     expected = np.zeros(len(text), bool)
     for start, unit in itertools.product(range(len(text)), range(1, 11)):
         for end in range(start + max(3 * unit, 6), len(text) + 1):
             stretch = text[start:end]
-            if all(stretch[i] == stretch[i - unit] for i in range(unit, len(stretch))):
+            if all(stretch[i] == stretch[i - unit] != "X" for i in range(unit, len(stretch))):
                 expected[start:end] = True
     assert tandem_repeats(ids_of(text)).tolist() == expected.tolist()
 
@@ -119,24 +124,101 @@ def test_pseudo_perplexity_masks_one_residue_at_a_time() -> None:
     tokens, seen = torch.tensor([5, 0, 3, 2, 6]), []
 
     def logits_of(shown: torch.Tensor) -> torch.Tensor:
-        seen.append(shown[0].tolist())
+        seen.extend(shown.tolist())
         return table[shown.roll(1, 1)]  # that of the token before
 
     value = pseudo_perplexity(logits_of, tokens, mask=4, places=range(1, 4))
     assert seen == [[5, 4, 3, 2, 6], [5, 0, 4, 2, 6], [5, 0, 3, 4, 6]]
+    long = torch.randint(0, 4, (80,), generator=torch.Generator().manual_seed(1))
+    one_by_one = [pseudo_perplexity(logits_of, long, mask=4, places=range(i, i + 1)) for i in range(1, 79)]
+    together = pseudo_perplexity(logits_of, long, mask=4, places=range(1, 79))
+    assert math.log(together) == pytest.approx(np.mean(np.log(one_by_one)))
     nats = [-float(table[a].log_softmax(0)[b]) for a, b in ((5, 0), (0, 3), (3, 2))]
     assert value == pytest.approx(math.exp(sum(nats) / 3))
+
+
+def test_controls_are_as_many_as_the_samples_and_apart_from_the_reference() -> None:
+    pool = [np.full(50, i) for i in range(20)]
+    (samples, natural, mixed), reference = with_controls([np.zeros(30), np.zeros(10)] * 4, pool, seed=3)
+    assert len(samples) == len(natural) == len(mixed) == 8
+    assert {len(one) for one in [*natural, *mixed, *reference]} == {30}
+    assert sorted(int(one[0]) for one in [*natural, *reference]) == list(range(20))
+    assert [one.tolist() for one in mixed] == [one.tolist() for one in natural]  # each of one letter only
+    with pytest.raises(ValueError, match="20 natural proteins; 11 samples need 22, half of them as reference"):
+        with_controls([np.zeros(30)] * 11, pool, seed=3)
+
+
+@pytest.fixture(scope="module")
+def esm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ESM-2's architecture, tokenizer and masking, with few weights, which are random."""
+    folder = tmp_path_factory.mktemp("esm")
+    (folder / "vocab.txt").write_text("\n".join(ESM_LETTERS))
+    transformers.EsmTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.EsmConfig(
+        vocab_size=33, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, pad_token_id=1,
+        mask_token_id=32, position_embedding_type="rotary", token_dropout=True, initializer_range=0.5,
+    )  # fmt: skip
+    transformers.EsmForMaskedLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_esm2s_pseudo_perplexity_is_that_of_one_mask_at_a_time(esm_folder: Path) -> None:
+    model = transformers.EsmForMaskedLM.from_pretrained(esm_folder).eval()
+    protein = "MKVLAWGXCDEFHIKLMNPQRSTVWYMKVLAWGCDEFHIKLMNPQ"
+    nats = []
+    for hidden in range(len(protein)):
+        shown = ["<cls>", *protein, "<eos>"]
+        shown[hidden + 1] = "<mask>"
+        with torch.no_grad():
+            logits = model(torch.tensor([[ESM_LETTERS.index(one) for one in shown]])).logits
+        nats.append(-float(logits[0, hidden + 1].log_softmax(-1)[ESM_LETTERS.index(protein[hidden])]))
+    told: list[None] = []
+    value, other = esm2_pseudo_perplexities(str(esm_folder), "cpu")([protein, "MKV"], lambda: told.append(None))
+    assert value == pytest.approx(math.exp(np.mean(nats)), rel=1e-5)
+    assert other != value
+    assert len(told) == 2
+
+
+@pytest.mark.slow
+def test_esmfolds_plddt_is_the_mean_over_the_atoms_there(tmp_path: Path) -> None:
+    """ESMFold's architecture and tokenizer, with few weights, which are random."""
+    letters = [*"ARNDCQEGHILKMFPSTWYVX", "<unk>", "<pad>", "<cls>", "<eos>", "<mask>"]
+    (tmp_path / "vocab.txt").write_text("\n".join(letters))
+    transformers.EsmTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    structure = {"sequence_dim": 16, "pairwise_dim": 8, "ipa_dim": 4, "resnet_dim": 8, "num_heads_ipa": 2,
+                 "num_blocks": 1, "num_resnet_blocks": 1}  # fmt: skip
+    trunk = {"num_blocks": 1, "sequence_state_dim": 32, "pairwise_state_dim": 16, "sequence_head_width": 16,
+             "pairwise_head_width": 8, "position_bins": 4, "max_recycles": 1, "structure_module": structure}  # fmt: skip
+    config = transformers.EsmConfig(
+        vocab_size=33, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, pad_token_id=1,
+        mask_token_id=32, position_embedding_type="rotary", token_dropout=True, is_folding_model=True,
+        vocab_list=ESM_LETTERS, esmfold_config={"trunk": trunk, "lddt_head_hid_dim": 8, "fp16_esm": False},
+    )  # fmt: skip
+    model = transformers.EsmForProteinFolding(config).eval()
+    model.save_pretrained(tmp_path)
+    told: list[None] = []
+    values = esmfold_plddts(str(tmp_path), "cpu")(["GAG", "MKVLAW"], lambda: told.append(None))
+    assert len(told) == 2
+    for protein, value in zip(("GAG", "MKVLAW"), values, strict=True):
+        with torch.no_grad():
+            folded = model(torch.tensor([["ARNDCQEGHILKMFPSTWYV".index(letter) for letter in protein]]))
+        heavy = {"G": 4, "A": 5, "M": 8, "K": 9, "V": 7, "L": 8, "W": 14}  # atoms of each residue, without hydrogen
+        there = folded["atom37_atom_exists"][0].bool()
+        assert there.sum(1).tolist() == [heavy[letter] for letter in protein]
+        assert value == pytest.approx(100 * float(folded["plddt"][0][there].mean()), abs=0.01)
 
 
 def test_judges_that_are_not_installed_say_how(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.setitem(sys.modules, "pyhmmer", None)
     with pytest.raises(ValueError, match=r"esm2=x needs transformers: pip install 'protlig_dd\[esm\]'"):
-        esm2_pseudo_perplexities(["AC"], "x", "cpu")
-    with pytest.raises(ValueError, match=r"esmfold=true needs transformers: pip install 'protlig_dd\[esm\]'"):
-        esmfold_plddts(["AC"], "cpu")
+        esm2_pseudo_perplexities("x", "cpu")
+    with pytest.raises(ValueError, match=r"esmfold=y needs transformers: pip install 'protlig_dd\[esm\]'"):
+        esmfold_plddts("y", "cpu")
     with pytest.raises(ValueError, match=r"hmm=x.hmm needs pyhmmer: pip install 'protlig_dd\[hmm\]'"):
-        pfam_hits(["AC"], Path("x.hmm"))
+        pfam_hits(Path("x.hmm"))
 
 
 @pytest.fixture(scope="module")
@@ -155,30 +237,36 @@ def hmm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_profile_finds_its_own_family_and_nothing_shuffled(hmm: Path) -> None:
     protein = next(read_fasta(SAMPLE_FOLDER / "train.fasta.gz")).sequence
     mixed = "".join(np.random.default_rng(0).permutation(list(protein)))
-    assert pfam_hits([mixed, protein, protein[: len(protein) * 3 // 4], mixed[::-1]], hmm) == [False, True, True, False]
+    told: list[None] = []
+    some = [mixed, protein, protein[: len(protein) * 3 // 4], mixed[::-1]]
+    assert pfam_hits(hmm)(some, lambda: told.append(None)) == [0, 1, 1, 0]
+    assert len(told) == 4
 
 
 @pytest.mark.slow
 def test_the_folder_of_tables(store: SequenceStore, hmm: Path, tmp_path: Path, run_python: Command) -> None:
     require_program("mmseqs")
     decode = ProteinTokenizer().decode
-    train, test = store.split("train"), store.split("test")
-    copies = [decode(store[row]) for row in train[:4]]
+    copies = [decode(store[row]) for row in store.split("train")[:4]]
     letters = np.random.default_rng(0)
     noise = ["".join(letters.choice(list("ACDEFGHIKLMNPQRSTVWY"), 120)) for _ in range(4)]
-    texts = [*copies, *noise, "A" * 60, noise[0]]
+    texts = [*copies, *noise, "A" * 60, noise[0]]  # of ten, two are alike
     (tmp_path / "samples.fasta").write_text("".join(f">s{i}\n{text}\n" for i, text in enumerate(texts)))
     command = ["-m", "protlig_dd.judge", "samples=samples.fasta", f"natural={store.path}", f"hmm={hmm}"]
     done = run_python(*command, "output=out", "bootstrap=20")
     assert done.returncode == 0, done.stderr
-    rows = {row["name"]: row for row in json.loads((tmp_path / "out/judges.json").read_text())}
-    assert (rows["proteins"]["samples"], rows["proteins"]["natural"]) == (10, len(test) // 2)
+    said = json.loads((tmp_path / "out/judges.json").read_text())
+    rows = {row["name"]: row for row in said["rows"]}
+    assert (said["samples"], said["natural"], said["train"]) == ("samples.fasta", str(store.path), str(store.path))
+    assert rows["proteins"]["samples"] == rows["proteins"]["natural"] == rows["proteins"]["shuffled"] == 10
     assert rows["different sequences"]["samples"] == pytest.approx(0.9)
     assert rows["with a training protein at E <= 0.001"]["samples"] == pytest.approx(0.4)
     assert rows["with a training protein at E <= 0.001"]["shuffled"] == 0
     assert rows["identity to the best of those"]["samples"] == pytest.approx(1)
     assert rows["with one at >= 50% identity over >= 80%"]["samples"] == pytest.approx(0.4)
     assert rows["clusters at 50% identity, a protein"]["samples"] == pytest.approx(0.9)
+    assert rows["with another of the set at >= 50% identity"]["samples"] == pytest.approx(0.2)
+    assert rows["with another of the set at >= 50% identity"]["shuffled"] == 0
     assert rows["with a hit to the HMMs"]["samples"] == pytest.approx(0.1)
     divergence = rows["3-mers, divergence in nats"]
     assert divergence["samples"] > divergence["natural"]
@@ -191,6 +279,7 @@ def test_the_folder_of_tables(store: SequenceStore, hmm: Path, tmp_path: Path, r
     ones = list(csv.DictReader((tmp_path / "out/per_sequence.csv").read_text().splitlines()))
     assert [one["id"] for one in ones] == [f"s{i}" for i in range(10)]
     assert ones[9]["same_as"] == "s4"
+    assert [float(one["with another of the set at >= 50% identity"]) for one in ones] == [*[0] * 4, 1, *[0] * 4, 1]
     assert (float(ones[8]["low_complexity"]), float(ones[8]["tandem_repeats"])) == (1, 1)
     assert [float(one["identity to the best of those"]) for one in ones[:4]] == pytest.approx([1] * 4)
     assert_one_line_error(run_python(*command, "output=out"), "out exists already")
@@ -204,8 +293,10 @@ def test_without_mmseqs_the_rest_is_told(store: SequenceStore, tmp_path: Path, r
     done = run_python(*command, "mmseqs=false", f"train={store.path}")
     assert done.returncode == 0, done.stderr
     assert "MMseqs2 is not used, so relatives and clusters are not searched for" in done.stdout
-    names = [row["name"] for row in json.loads((tmp_path / "judged/judges.json").read_text())]
+    assert "4 of 8 samples are judged: half as many as there are natural proteins" in done.stdout
+    names = [row["name"] for row in json.loads((tmp_path / "judged/judges.json").read_text())["rows"]]
     assert len(names) == 12
+    assert len((tmp_path / "judged/per_sequence.csv").read_text().splitlines()) == 1 + 4
     process = run_python(*command, "mmseqs=true", "output=other", PATH="/nowhere")
     assert_one_line_error(process, "mmseqs=true, but no `mmseqs` is on the PATH: install it")
 
@@ -219,6 +310,7 @@ def test_without_mmseqs_the_rest_is_told(store: SequenceStore, tmp_path: Path, r
         (["natural=one.fasta"], "one.fasta has 1 sequences"),
         (["natural=two.fasta"], "two.fasta has 2 sequences; natural proteins and their reference need at least 4"),
         (["hmm=none.hmm"], "hmm=none.hmm: no such file"),
+        (["esm2=none/such"], "none/such cannot be loaded"),
         (["hmm=two.fasta", "natural=STORE"], "two.fasta: not a file of HMMs"),
         (["mmseqs=maybe"], "mmseqs=maybe; there are auto, true and false"),
         (["bootstrap=1"], "bootstrap must be at least 2, got 1"),

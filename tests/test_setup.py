@@ -34,7 +34,7 @@ def test_a_second_set_up_does_nothing_until_a_requirement_changes(checkout: Path
     assert len(calls.read_text().splitlines()) == 1
     assert "-c constraints.txt -e ." in calls.read_text()
     assert run_setup(checkout, "--dev", PYTHON=sys.executable).returncode == 0
-    assert ".[dev,hmm,hub,slurm,wandb]" in calls.read_text().splitlines()[1]
+    assert ".[dev,esm,hmm,hub,slurm,wandb]" in calls.read_text().splitlines()[1]
     assert run_setup(checkout, PYTHON=sys.executable).returncode == 0  # dev includes what training needs
     assert len(calls.read_text().splitlines()) == 2
     with (checkout / "constraints.txt").open("a") as file:

@@ -60,15 +60,18 @@ def best_hits(queries: Path, targets: Path, scratch: Path) -> dict[int, Hit]:
     return found
 
 
-def count_clusters(sequences: Path, scratch: Path, *, identity: float, coverage: float) -> int:
-    """Clusters of a FASTA file at such identity over such a share of both sequences."""
+def clusters_of(sequences: Path, scratch: Path, *, identity: float, coverage: float) -> list[list[int]]:
+    """Clusters of a FASTA file (names are integers) at such identity over such a share of both sequences."""
     scratch.mkdir()
     _run("easy-cluster", str(sequences), str(scratch / "clusters"), str(scratch / "tmp"),
          "--min-seq-id", str(identity), "-c", str(coverage))  # fmt: skip
+    found: dict[str, list[int]] = {}
     with (scratch / "clusters_cluster.tsv").open() as file:
-        count = len({line.split()[0] for line in file})
+        for line in file:
+            representative, member = line.split()
+            found.setdefault(representative, []).append(int(member))
     shutil.rmtree(scratch)
-    return count
+    return list(found.values())
 
 
 def queries_with_hits(queries: Path, targets: Path, scratch: Path) -> np.ndarray:

@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 
 import numpy as np
-from Bio.Align import substitution_matrices
 
 from protlig_dd.tokenizer import AMINO_ACIDS
 
@@ -66,24 +65,23 @@ def substitution_rates(matrix: str, kind: str = "log_odds", scale: float | None 
 
 def read_matrix(matrix: str) -> tuple[np.ndarray, str]:
     """A (20, 20) table in the order of AMINO_ACIDS, and the comments that came with it."""
+    from Bio.Align import substitution_matrices  # not at the top: an exported model is used without Biopython
+
     path = Path(matrix)
     try:
         table = substitution_matrices.read(path) if path.is_file() else substitution_matrices.load(matrix)
     except FileNotFoundError as error:
         known = ", ".join(
-            name for name in substitution_matrices.load() if amino_acids_in(substitution_matrices.load(name))
+            name
+            for name in substitution_matrices.load()
+            if set(AMINO_ACIDS) <= set(substitution_matrices.load(name).alphabet)
         )
         raise ValueError(f"graph.matrix={matrix} is no file and no matrix of Biopython's; those are {known}") from error
     except (ValueError, IndexError, KeyError, AssertionError, UnboundLocalError) as error:  # the last of an empty file
         raise ValueError(
             f"{matrix} is not a substitution matrix: it should hold a line of column letters, then a line for each row"
         ) from error
-    if not amino_acids_in(table):
-        missing = [letter for letter in AMINO_ACIDS if letter not in table.alphabet]
+    if missing := [letter for letter in AMINO_ACIDS if letter not in table.alphabet]:
         raise ValueError(f"{matrix} has no row for {', '.join(missing)}")
     order = [table.alphabet.index(letter) for letter in AMINO_ACIDS]
     return np.asarray(table, dtype=np.float64)[np.ix_(order, order)], "\n".join(table.header)
-
-
-def amino_acids_in(table: substitution_matrices.Array) -> bool:
-    return set(AMINO_ACIDS) <= set(table.alphabet)

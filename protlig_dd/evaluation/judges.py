@@ -3,8 +3,7 @@
 A sequence is a uint8 array of residue ids (length,), 0..19 for the amino acids; context letters above are left out.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy.spatial.distance import jensenshannon
@@ -62,7 +61,7 @@ def kmer_divergence(
 
 
 def low_complexity(sequence: np.ndarray) -> np.ndarray:
-    """(length,) bool: residues in some window of WINDOW whose composition has at most ENTROPY bits."""
+    """(length,) bool: residues in some window of WINDOW amino acids whose composition has at most ENTROPY bits."""
     inside = np.zeros(len(sequence), bool)
     if len(sequence) < WINDOW:
         return inside
@@ -71,7 +70,8 @@ def low_complexity(sequence: np.ndarray) -> np.ndarray:
     counts = counts.cumsum(0)
     shares = (counts[WINDOW:] - counts[:-WINDOW]) / WINDOW
     entropy = -(shares * np.log2(shares, where=shares > 0, out=np.zeros_like(shares))).sum(1)
-    for start in np.flatnonzero(entropy <= ENTROPY + 1e-9):
+    amino_acids = shares[:, :N_STATES].sum(1) > 1 - 1e-9
+    for start in np.flatnonzero((entropy <= ENTROPY + 1e-9) & amino_acids):
         inside[start : start + WINDOW] = True
     return inside
 
@@ -80,7 +80,8 @@ def tandem_repeats(sequence: np.ndarray) -> np.ndarray:
     """(length,) bool: residues in a unit of 1 to 10 residues that stands at least three times in a row, 6 in all."""
     inside = np.zeros(len(sequence), bool)
     for unit in range(1, min(LONGEST_UNIT, len(sequence) - 1) + 1):
-        same = np.concatenate([[False], sequence[unit:] == sequence[:-unit], [False]])
+        again = (sequence[unit:] == sequence[:-unit]) & (sequence[unit:] < N_STATES)
+        same = np.concatenate([[False], again, [False]])
         edges = np.flatnonzero(np.diff(same))
         for first, last in zip(edges[::2], edges[1::2], strict=True):  # residues first .. last + unit - 1 repeat
             if last - first + unit >= max(LEAST_COPIES * unit, LEAST_RESIDUES):
@@ -97,7 +98,7 @@ def share_of_residues(flags: Sequence[np.ndarray]) -> tuple[float, float]:
     return float(ratio), float(np.sqrt(spread) / lengths.sum())
 
 
-def share(flags: Sequence[bool] | np.ndarray) -> tuple[float, float]:
+def share(flags: Sequence[float] | np.ndarray) -> tuple[float, float]:
     """Share of sequences that are flagged, and its binomial standard error."""
     p, n = float(np.mean(flags)), len(flags)
     return p, float(np.sqrt(p * (1 - p) / n))
@@ -115,46 +116,47 @@ def length_distance(sequences: Sequences, reference: Sequences) -> float:
 
 def figures(values: Sequence[float]) -> tuple[float, float]:
     """Mean and its standard error; NaN where there are too few."""
-    if not len(values):
-        return float("nan"), float("nan")
-    return float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float(
-        "nan"
-    )
+    n = len(values)
+    mean = float(np.mean(values)) if n else float("nan")
+    return mean, float(np.std(values, ddof=1) / np.sqrt(n)) if n > 1 else float("nan")
 
 
 Figure = tuple[float, float]
 """With its standard error, which is NaN where there is none."""
 
+SETS = ("samples", "natural", "shuffled")
 
-@dataclass(frozen=True)
-class Row:
-    """One judge's figures of the three sets."""
-
-    name: str
-    samples: Figure
-    natural: Figure
-    shuffled: Figure
-
-    def as_dict(self) -> dict[str, str | float | None]:
-        """For JSON, which has no NaN."""
-        found: dict[str, str | float | None] = {"name": self.name}
-        for column in ("samples", "natural", "shuffled"):
-            for key, value in zip((column, f"{column}_se"), getattr(self, column), strict=True):
-                found[key] = None if np.isnan(value) else value
-        return found
+Rows = dict[str, list[Figure]]
+"""By its name, a row's figures of the SETS."""
 
 
-def cheap_judges(sets: Mapping[str, Sequences], reference: Sequences, *, bootstrap: int, seed: int) -> list[Row]:
-    """Every judge that needs nothing but the sequences.
+def with_controls(samples: Sequences, pool: Sequences, seed: int) -> tuple[list[Sequences], Sequences]:
+    """The SETS, of one size because divergences and uniqueness depend on it, and a reference to compare them with.
 
     Args:
-        sets: `samples`, `natural` and `shuffled`.
-        reference: natural proteins that are in none of them, which divergences and distances are taken to.
+        samples: generated proteins, at most half as many as `pool` has.
+        pool: natural held-out ones, which are cut to the length of the longest sample.
+
+    Raises:
+        ValueError: the pool is smaller.
+    """
+    n = len(samples)
+    if len(pool) < 2 * n:
+        raise ValueError(f"{len(pool)} natural proteins; {n} samples need {2 * n}, half of them as reference")
+    generator = np.random.default_rng([seed, 1])
+    longest = max(map(len, samples))
+    drawn = [pool[i][:longest] for i in generator.permutation(len(pool))]
+    return [samples, drawn[:n], shuffled(drawn[:n], generator)], drawn[n:]
+
+
+def cheap_judges(reference: Sequences, *, bootstrap: int, seed: int) -> dict[str, Callable[[Sequences], Figure]]:
+    """Every judge that needs nothing but the sequences, by the name of its row.
+
+    Args:
+        reference: natural proteins that are in no set that is judged, which divergences and distances are taken to.
+        bootstrap: draws for the standard errors of divergences.
     """
     nan = float("nan")
-
-    def row(name: str, judged: Callable[[Sequences], Figure]) -> Row:
-        return Row(name, *(judged(sets[column]) for column in ("samples", "natural", "shuffled")))
 
     def quantile(q: float) -> Callable[[Sequences], Figure]:
         return lambda some: (float(np.quantile([len(one) for one in some], q)), nan)
@@ -164,17 +166,29 @@ def cheap_judges(sets: Mapping[str, Sequences], reference: Sequences, *, bootstr
             some, reference, k, bootstrap=bootstrap, generator=np.random.default_rng([seed, k])
         )
 
-    return [
-        row("proteins", lambda some: (float(len(some)), nan)),
-        row("residues", lambda some: (float(sum(map(len, some))), nan)),
-        row("length, lower quartile", quantile(0.25)),
-        row("length, median", quantile(0.5)),
-        row("length, upper quartile", quantile(0.75)),
-        row("length, Kolmogorov-Smirnov distance", lambda some: (length_distance(some, reference), nan)),
-        row("composition, divergence in nats", divergence(1)),
-        row("2-mers, divergence in nats", divergence(2)),
-        row("3-mers, divergence in nats", divergence(3)),
-        row("different sequences", lambda some: (unique_share(some), nan)),
-        row("residues in low complexity", lambda some: share_of_residues([low_complexity(one) for one in some])),
-        row("residues in tandem repeats", lambda some: share_of_residues([tandem_repeats(one) for one in some])),
-    ]
+    return {
+        "proteins": lambda some: (float(len(some)), nan),
+        "residues": lambda some: (float(sum(map(len, some))), nan),
+        "length, lower quartile": quantile(0.25),
+        "length, median": quantile(0.5),
+        "length, upper quartile": quantile(0.75),
+        "length, Kolmogorov-Smirnov distance": lambda some: (length_distance(some, reference), nan),
+        "composition, divergence in nats": divergence(1),
+        "2-mers, divergence in nats": divergence(2),
+        "3-mers, divergence in nats": divergence(3),
+        "different sequences": lambda some: (unique_share(some), nan),
+        "residues in low complexity": lambda some: share_of_residues([low_complexity(one) for one in some]),
+        "residues in tandem repeats": lambda some: share_of_residues([tandem_repeats(one) for one in some]),
+    }
+
+
+def for_json(rows: Rows) -> list[dict[str, str | float | None]]:
+    """For JSON, which has no NaN: an object for each row."""
+    objects = []
+    for name, row in rows.items():
+        found: dict[str, str | float | None] = {"name": name}
+        for column, figure in zip(SETS, row, strict=True):
+            for key, value in zip((column, f"{column}_se"), figure, strict=True):
+                found[key] = None if np.isnan(value) else value
+        objects.append(found)
+    return objects

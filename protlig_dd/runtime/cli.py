@@ -35,12 +35,15 @@ from protlig_dd.runtime.stop import SIGNALS, Stopped
 LONGEST_NAME = 200
 
 
-def run_verb(verb: Callable[[DictConfig], None], config_name: str, schema: type) -> None:
+def run_verb(verb: Callable[[DictConfig], None], config_name: str, schema: type, *, alone: bool = False) -> None:
     """Compose `config_name` with the command line's overrides, run the verb, and exit with its code.
 
     Args:
         schema: the config's dataclass, from which a misspelt key's nearest neighbour is suggested.
+        alone: of torchrun's processes, the first does it all.
     """
+    if alone and not processes_from_environment().first:
+        return
     show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing its own report
     # one search path for every launch: a config of the user's own may build on the shipped groups

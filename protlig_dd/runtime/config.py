@@ -245,7 +245,7 @@ class JudgeConfig:
     mmseqs: Any  # true, false or auto
     hmm: str | None
     esm2: str | None
-    esmfold: bool
+    esmfold: str | None
     bootstrap: int
     seed: int
     device: str

@@ -109,6 +109,7 @@ def model_card(description: Mapping[str, Any]) -> str:
         f"{'with' if description['time_conditioning'] else 'without'} time conditioning |",
         f"| noise | {description['noise']['name']} |",
         f"| trained on | proteins of up to {description['max_len']} residues; data {description['data_fingerprint']} |",
+        *([f"| fine-tuned from | {origin} |"] if (origin := description.get("fine_tuned_from")) else []),
         f"| steps | {description['step']}, seed {training['seed']}; averaged weights |",
         f"| weights, SHA-256 | {description['weights_sha256']} |",
         f"| made by | protlig_dd {description['protlig_dd']} |",

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from protlig_dd import __version__
 from protlig_dd.diffusion.graph import Graph
 from protlig_dd.diffusion.noise import Noise
+from protlig_dd.diffusion.rates import substitution_rates
 from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.model.dit import DiT
 from protlig_dd.runtime.checkpoint import find_checkpoint, read_state
@@ -51,15 +52,18 @@ def find_saved(path: str) -> Saved:
     folder = Path(path)
     if is_exported(folder):
         found = read_description(folder)
-        return Saved(
-            path=folder,
-            weights=folder / WEIGHTS,
-            config=config_of(found, folder / DESCRIPTION),
-            step=found["step"],
-            length_counts=found["length_counts"],
-            data_fingerprint=found["data_fingerprint"],
-            skipped=[],
-        )
+        try:
+            return Saved(
+                path=folder,
+                weights=folder / WEIGHTS,
+                config=config_of(found, folder / DESCRIPTION),
+                step=found["step"],
+                length_counts=found["length_counts"],
+                data_fingerprint=found["data_fingerprint"],
+                skipped=[],
+            )
+        except KeyError as error:
+            raise ValueError(f"{folder / DESCRIPTION}: not what protlig_dd has written ({error!r})") from error
     checkpoint, skipped = find_checkpoint(folder)
     state = read_state(checkpoint)
     return Saved(
@@ -93,8 +97,10 @@ def describe(saved: Saved, report: dict[str, Any] | None) -> dict[str, Any]:
         report: that the run made of these weights, if it did.
     """
     config, graph = saved.config, dict(saved.config.graph)
-    if graph.get("rates") is not None:  # read from a matrix file
-        graph["matrix"] = Path(graph["matrix"]).name
+    if (matrix := graph.get("matrix")) is not None:  # its rates, so that it needs neither the file nor Biopython
+        if graph["rates"] is None:
+            graph["rates"] = substitution_rates(matrix, graph["kind"], graph["scale"]).tolist()
+        graph["matrix"] = Path(matrix).name
     training = replace(
         config,
         from_=None,
@@ -113,6 +119,7 @@ def describe(saved: Saved, report: dict[str, Any] | None) -> dict[str, Any]:
         "max_len": config.data.max_len,
         "length_counts": saved.length_counts,
         "data_fingerprint": saved.data_fingerprint,
+        "fine_tuned_from": Path(config.from_).name if config.from_ else None,
         "report": report,
         "training": parts,
     }
