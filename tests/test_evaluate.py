@@ -19,6 +19,7 @@ from protlig_dd.diffusion.noise import LogLinearNoise
 from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.evaluate import cropped
 from protlig_dd.evaluation.baselines import fit_baselines
+from protlig_dd.runtime.trained import run_folder
 from protlig_dd.tokenizer import BOS, EOS, N_STATES, ProteinTokenizer
 
 from .conftest import Command, assert_one_line_error, make_model, random_batch
@@ -90,6 +91,15 @@ def test_a_crop_is_the_first_residues_without_an_end() -> None:
     assert ProteinTokenizer().decode(cropped(encode("ACDEF"), 3)) == "ACD"
     assert cropped(encode("ACDEF"), 3).tolist()[-1] == 2
     assert cropped(encode("ACDEF"), 5).tolist() == encode("ACDEF").tolist()
+
+
+def test_a_checkpoints_run_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = tmp_path / "runs/demo/checkpoints/step_00000030"
+    checkpoint.mkdir(parents=True)
+    for folder, path in ((checkpoint, "."), (checkpoint.parent, checkpoint.name), (tmp_path, checkpoint)):
+        monkeypatch.chdir(folder)
+        assert run_folder(Path(path)) == tmp_path / "runs/demo"
+    assert run_folder(tmp_path / "models/demo") is None
 
 
 def test_the_folder_holds_what_the_parts_sum_up_to(
