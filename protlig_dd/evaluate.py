@@ -98,8 +98,8 @@ def evaluate(cfg: DictConfig) -> None:
         "by_amino_acid.csv": letter_csv(scored),
     }
     write_folder(output, files)
-    console.print(table, markup=False)
-    console.print(f"{output}: {', '.join(files)}", markup=False)
+    console.print(table)
+    console.print(f"{output}: {', '.join(files)}")
 
 
 def cropped(tokens: np.ndarray, max_len: int) -> np.ndarray:

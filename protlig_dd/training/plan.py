@@ -138,6 +138,4 @@ def print_plan(config: TrainConfig, store: StoreGroup, device: torch.device, pre
             f"{H100_FLOPS / 1e12:.0f} TFLOP/s by its data sheet, of which {MFU:.0%} is assumed",
         ],
     }
-    console.print(
-        "\n".join(f"{name:<11} {'; '.join(parts)}" for name, parts in rows.items()), markup=False, soft_wrap=True
-    )
+    console.print("\n".join(f"{name:<11} {'; '.join(parts)}" for name, parts in rows.items()))
