@@ -163,6 +163,10 @@ def test_both_trackers_have_scalars_samples_and_histograms(trained: Path) -> Non
     (text,) = events.Tensors("samples/text_summary")
     assert f"tiny_1  {run.samples[0].sequence}" in text.tensor_proto.string_val[0].decode()
     assert [event.step for event in events.Histograms("weights/blocks.1")] == [8, 16, 20]
+    norms = events.Histograms("grad_norm/of_each_parameter")
+    assert [event.step for event in norms] == [8, 16, 20]
+    for event in norms:  # together they are the norm of the whole gradient
+        assert event.histogram_value.sum_squares == pytest.approx(run.metrics[event.step]["grad_norm"] ** 2, rel=1e-4)
     (lengths,) = events.Histograms("samples/length")
     assert (lengths.step, lengths.histogram_value.num) == (20, 14)
     assert lengths.histogram_value.sum == sum(len(record.sequence) for record in run.samples)
