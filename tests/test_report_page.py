@@ -256,6 +256,10 @@ def test_one_held_out_protein_is_enough_and_a_run_that_goes_on_keeps_its_reports
     assert f"± ? {NATS}" in page
     x, y = hover_values(page)["Loss and validation bound"]["validation bound"]
     assert (x, len(y)) == ([2, 4], 2)
+    exported = run_python("-m", "protlig_dd.export", "from=runs/one", "to=models/one")
+    assert exported.returncode == 0, exported.stderr
+    card = (tmp_path / "models/one/README.md").read_text()
+    assert f"| bound on the negative log-likelihood | {report['nll']:.4f} ± nan |" in card
     assert page == run_page(read_run(folder))
     assert drawings(comparison_page([read_run(folder)]))
     done = run_python(*command, "trainer.max_steps=8", "trainer.stop_at_step=6")
