@@ -17,24 +17,24 @@ import torch
 from omegaconf import DictConfig
 
 from protlig_dd.batch import PackedBatch
-from protlig_dd.data.store import SequenceStore
+from protlig_dd.data.store import SequenceStore, StoreGroup
 from protlig_dd.diffusion.graph import Absorbing
 from protlig_dd.diffusion.likelihood import masked_cross_entropy, nll_bound, per_residue, pick_estimator
 from protlig_dd.evaluation.baselines import Baselines, fit_baselines, training_sequences
-from protlig_dd.evaluation.inputs import csv_text, read_sequences
+from protlig_dd.evaluation.inputs import csv_text, is_store, read_sequences
 from protlig_dd.runtime.cli import run_verb
 from protlig_dd.runtime.config import EvaluateConfig, read_config
-from protlig_dd.runtime.distributed import gather_objects
+from protlig_dd.runtime.distributed import gather_objects, opened_by
 from protlig_dd.runtime.files import write_folder
 from protlig_dd.runtime.generate import split_lengths
 from protlig_dd.runtime.metrics import ProgressBar, announce, console
 from protlig_dd.runtime.random import keyed_generator
-from protlig_dd.runtime.trained import Trained, check_free, check_least, load_trained
+from protlig_dd.runtime.trained import Trained, check_free, check_least, load_trained, run_folder
 from protlig_dd.tokenizer import AMINO_ACIDS, N_STATES
 
 LENGTH_BINS = (0, 50, 100, 200, 300, 400, 500, 750, 1000)  # residues; a bin ends with the number that the next follows
 MASKED_SHARE = 0.15
-COLUMNS = ("bound", "unigram", "bigram", "oadm", "masked")
+COLUMNS = ("bound", "unigram", "bigram", "oadm", "evodiff", "masked")
 
 
 @dataclass
@@ -45,8 +45,8 @@ class Scored:
     nats: dict[str, float]
     """By column; those that were measured."""
     bound_se: float
-    masked: int
-    """Tokens that were masked for the masked cross-entropy, over all draws."""
+    masked: dict[str, int]
+    """Tokens that were masked, over all draws, for the columns that are means over those and not over residues."""
     counts: np.ndarray
     """(20,) how often each amino acid is there."""
     by_letter: dict[str, np.ndarray]
@@ -61,7 +61,8 @@ def evaluate(cfg: DictConfig) -> None:
                  ("tokens_per_pack", config.tokens_per_pack, 1)))  # fmt: skip
     store, ids, sequences = read_sequences(Path(config.input), config.split, config.max_sequences, config.seed)
     trained = load_trained(config.from_, device=config.device, precision=config.precision)
-    baselines = find_baselines(config.train, store, trained)
+    told_by = find_baselines(config.train, store, trained)
+    baselines = None if told_by is None else fit_baselines(training_sequences(told_by.stores))
     cut = sum(len(tokens) - 2 > trained.max_len for tokens in sequences)
     sequences = [cropped(tokens, trained.max_len) for tokens in sequences]
     if cut:
@@ -86,6 +87,7 @@ def evaluate(cfg: DictConfig) -> None:
         "draws": config.draws,
         "seed": config.seed,
         "precision": trained.precision,
+        "baseline_store": None if told_by is None else told_by.name,
         "baseline_sequences": None if baselines is None else baselines.sequences,
         **summary(scored),
     }
@@ -98,8 +100,8 @@ def evaluate(cfg: DictConfig) -> None:
         "by_amino_acid.csv": letter_csv(scored),
     }
     write_folder(output, files)
-    console.print(table, markup=False)
-    console.print(f"{output}: {', '.join(files)}", markup=False)
+    console.print(table)
+    console.print(f"{output}: {', '.join(files)}")
 
 
 def cropped(tokens: np.ndarray, max_len: int) -> np.ndarray:
@@ -107,20 +109,32 @@ def cropped(tokens: np.ndarray, max_len: int) -> np.ndarray:
     return tokens if len(tokens) - 2 <= max_len else tokens[: max_len + 1]
 
 
-def find_baselines(wanted: str | None, store: SequenceStore | None, trained: Trained) -> Baselines | None:
-    """Unigram and bigram models of the training split: of `train=`, else of the input store, else of the run's data."""
-    if wanted is not None:
-        stores = [SequenceStore(wanted)]
-    elif store is not None:
-        stores = [store]
-    else:
-        record = trained.checkpoint.parent.parent / "environment.json"
-        paths = json.loads(record.read_text())["data_path"].split(", ") if record.is_file() else []
-        if not paths or not all(Path(path).is_file() for path in paths):
-            announce("no training set for unigram and bigram models: give train=store.h5", trained.processes)
-            return None
-        stores = [SequenceStore(path) for path in paths]
-    return fit_baselines(training_sequences(stores))
+def find_baselines(wanted: str | None, store: SequenceStore | None, trained: Trained) -> StoreGroup | None:
+    """Whose training split unigram and bigram models are made of: `train=`, else what the model was trained on."""
+    found = own_data(store, trained) if wanted is None else StoreGroup([SequenceStore(wanted)])
+    if found is None:
+        announce("the model's training set was not found: give train=store.h5 for unigram and bigram models",
+                 trained.processes)  # fmt: skip
+        return None
+    announce(f"unigram and bigram models are those of the training split of {found.name}", trained.processes)
+    return found
+
+
+def own_data(store: SequenceStore | None, trained: Trained) -> StoreGroup | None:
+    """The stores that the model was trained on, known by their fingerprint: the input, or those of its run.
+
+    A run's record has paths as they were given: from where it was started, which is a folder that the run lies in.
+    """
+    candidates = [] if store is None else [[store.path]]
+    run = run_folder(trained.checkpoint)
+    if run is not None and (paths := opened_by(run).get("data_path")):
+        candidates += [[folder / path for path in paths.split(", ")] for folder in (Path(), *run.parents)]
+    for paths in candidates:
+        if all(map(is_store, paths)):
+            group = StoreGroup([SequenceStore(path) for path in paths])
+            if group.fingerprint == trained.data_fingerprint:
+                return group
+    return None
 
 
 def score(
@@ -153,16 +167,16 @@ def score_pack(
     batch = PackedBatch.pack([torch.from_numpy(tokens.astype(np.int64)) for tokens in sequences]).to(trained.device)
     estimator = pick_estimator(graph, score_fn.parametrisation, score_fn.time_conditioning)
     bound = nll_bound(score_fn, batch, graph, noise, generator=generator, draws=config.draws, estimator=estimator)
-    per_token = {"bound": bound.token_nats}
-    masked_n = torch.zeros(len(sequences))
+    per_token, whole, masked = {"bound": bound.token_nats}, {}, {}
     if isinstance(graph, Absorbing):
         oadm = bound
         if estimator != "exact_count":
             oadm = nll_bound(score_fn, batch, graph, noise, generator=generator, draws=config.draws,
                              estimator="exact_count")  # fmt: skip
         per_token["oadm"] = oadm.token_nats
+        whole["evodiff"], masked["evodiff"] = oadm.pooled_nats, oadm.pooled
         if config.masked:
-            per_token["masked"], masked_n = masked_cross_entropy(
+            per_token["masked"], masked["masked"] = masked_cross_entropy(
                 score_fn, batch, graph, share=MASKED_SHARE, draws=config.draws, generator=generator
             )
     parts = {name: [part.numpy() for part in batch.unpack(nats)] for name, nats in per_token.items()}
@@ -176,9 +190,10 @@ def score_pack(
         scored.append(
             Scored(
                 residues=int(inside.sum()),
-                nats={name: float(values.sum()) for name, values in nats.items()},
+                nats={name: float(values.sum()) for name, values in nats.items()}
+                | {name: float(values[i]) for name, values in whole.items()},
                 bound_se=float(bound.standard_error[i]),
-                masked=int(masked_n[i]),
+                masked={name: int(counts[i]) for name, counts in masked.items()},
                 counts=np.bincount(letters, minlength=N_STATES),
                 by_letter={
                     name: np.bincount(letters, nats[name][inside], minlength=N_STATES)
@@ -195,13 +210,15 @@ def column(scored: Sequence[Scored], name: str) -> np.ndarray:
 
 
 def summary(scored: Sequence[Scored]) -> dict[str, Any]:
-    """Nats a residue (of masked: a masked token) with standard errors over proteins, and differences to the unigram."""
+    """Nats a residue (or a masked token: see Scored) with standard errors over proteins, and differences to the
+    unigram model.
+    """
     residues = np.array([one.residues for one in scored])
     found: dict[str, Any] = {}
     for name in COLUMNS:
         if name not in scored[0].nats:
             continue
-        count = np.array([one.masked for one in scored]) if name == "masked" else residues
+        count = np.array([one.masked.get(name, one.residues) for one in scored])
         found[name], found[f"{name}_se"] = per_residue(column(scored, name), count)
         found[f"{name}_perplexity"] = float(np.exp(found[name]))
     for name in ("bound", "bigram"):
@@ -216,6 +233,7 @@ NAMES = {
     "unigram": "unigram model, NLL",
     "bigram": "bigram model, NLL",
     "oadm": "order-agnostic (OADM) NLL",
+    "evodiff": "EvoDiff's test convention, all masked pooled",
     "masked": f"cross-entropy of {MASKED_SHARE:.0%} masked",
 }
 
@@ -246,11 +264,12 @@ def report_table(report: dict[str, Any]) -> str:
 def sequence_csv(ids: Sequence[str], scored: Sequence[Scored]) -> str:
     """A row for each protein: whole nats, so that two models can be compared protein by protein."""
     names = [name for name in COLUMNS if name in scored[0].nats]
-    header = ["id", "residues", *(f"{name}_nats" for name in names), "bound_nats_se", "masked_tokens"]
+    masked = list(scored[0].masked)
+    header = ["id", "residues", *(f"{name}_nats" for name in names), "bound_nats_se"]
     return csv_text(
-        header,
+        [*header, *(f"{name}_tokens" for name in masked)],
         [
-            [id_, one.residues, *(one.nats[name] for name in names), one.bound_se, one.masked]
+            [id_, one.residues, *(one.nats[name] for name in names), one.bound_se, *one.masked.values()]
             for id_, one in zip(ids, scored, strict=True)
         ],
     )
@@ -273,9 +292,10 @@ def letter_csv(scored: Sequence[Scored]) -> str:
     """What each amino acid costs, in nats each time that it occurs, with standard errors over proteins."""
     names, rows = list(scored[0].by_letter), []
     for i, letter in enumerate(AMINO_ACIDS):
-        counts = np.array([one.counts[i] for one in scored])
-        if counts.sum():
-            totals = {name: np.array([one.by_letter[name][i] for one in scored]) for name in names}
+        having = [one for one in scored if one.counts[i]]  # of a letter that one protein has, no error is known
+        counts = np.array([one.counts[i] for one in having])
+        if having:
+            totals = {name: np.array([one.by_letter[name][i] for one in having]) for name in names}
             rows.append([letter, counts.sum(), *(v for name in names for v in per_residue(totals[name], counts))])
     return csv_text(["amino_acid", "residues", *with_errors(names)], rows)
 

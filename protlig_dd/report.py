@@ -30,7 +30,7 @@ def report(cfg: DictConfig) -> None:
         check_free(str(output))
     runs = [read_run(folder) for folder in folders]
     write_atomic(output, run_page(runs[0]) if len(runs) == 1 else comparison_page(runs))
-    console.print(f"{output}: {', '.join(run.name for run in runs)}", markup=False)
+    console.print(f"{output}: {', '.join(run.name for run in runs)}")
 
 
 if __name__ == "__main__":

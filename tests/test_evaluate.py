@@ -2,6 +2,8 @@
 
 import csv
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +14,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protlig_dd.batch import PackedBatch
-from protlig_dd.data.store import SequenceStore
+from protlig_dd.data.build import build_store
+from protlig_dd.data.fasta import FastaRecord
+from protlig_dd.data.store import SPLITS, SequenceStore
 from protlig_dd.diffusion.graph import Absorbing
 from protlig_dd.diffusion.likelihood import masked_cross_entropy, nll_bound, per_residue
 from protlig_dd.diffusion.noise import LogLinearNoise
 from protlig_dd.diffusion.score import ScoreFn
-from protlig_dd.evaluate import cropped
+from protlig_dd.evaluate import Scored, cropped, find_baselines, letter_csv, score, summary
 from protlig_dd.evaluation.baselines import fit_baselines
+from protlig_dd.runtime.config import EvaluateConfig
+from protlig_dd.runtime.random import keyed_generator
+from protlig_dd.runtime.trained import load_trained, run_folder
 from protlig_dd.tokenizer import BOS, EOS, N_STATES, ProteinTokenizer
 
-from .conftest import Command, assert_one_line_error, make_model, random_batch
+from . import brute_force
+from .conftest import Command, assert_one_line_error, exact_score_fn, graph_of, make_model, random_batch
 
 encode = ProteinTokenizer().encode
 
@@ -86,10 +94,84 @@ def test_masked_cross_entropy_is_that_of_masks_made_by_hand() -> None:
     torch.testing.assert_close(nats, times * cost)
 
 
+def test_pooled_nats_are_those_of_the_masks_that_were_drawn() -> None:
+    """EvoDiff's figure is sum / sum over the masked, without the bound's L / k (analysis/sequence_perp.py there)."""
+    tokens = torch.tensor([BOS, 3, 21, 5, 7, 0, 11, 2, EOS])
+    batch = PackedBatch.pack([tokens, tokens[:5]])
+    table = torch.randn(30, 20, generator=torch.Generator().manual_seed(1))
+    seen: list[torch.Tensor] = []
+
+    def network(noised: PackedBatch, sigma: torch.Tensor) -> torch.Tensor:
+        seen.append(noised.tokens)
+        return table[noised.positions]
+
+    bound = nll_bound(ScoreFn(network, Absorbing(), "x0"), batch, Absorbing(), LogLinearNoise(), draws=6,
+                      estimator="exact_count", generator=torch.Generator().manual_seed(0))  # fmt: skip
+    times = sum((one == 20).double() for one in seen)
+    cost = F.cross_entropy(table[batch.positions], batch.tokens.clamp(max=19), reduction="none").double()
+    sums = [[float(part.sum()) for part in values.split(list(batch.lengths))] for values in (times * cost, times)]
+    assert bound.pooled_nats.tolist() == pytest.approx(sums[0])
+    assert bound.pooled.tolist() == sums[1] == [1 + 2 + 3 + 4 + 5 + 6, 2 * (1 + 2 + 3)]  # a count for each stratum
+
+
+def test_pooled_nats_of_a_model_that_can_be_enumerated() -> None:
+    """Two sites, one draw of each count: one site given the other, or both, each by itself."""
+    toy, x0, copies = brute_force.random_toy("absorbing", n=3, sites=2), (2, 1), 60
+    bound = nll_bound(exact_score_fn(toy), PackedBatch.pack([torch.tensor(x0)] * copies), graph_of("absorbing", 3),
+                      LogLinearNoise(), draws=2, estimator="exact_count",
+                      generator=torch.Generator().manual_seed(0))  # fmt: skip
+    assert bound.pooled.tolist() == [3] * copies
+    joint, marginal = toy.p0[x0], (toy.p0.sum(1)[x0[0]], toy.p0.sum(0)[x0[1]])
+    wanted = sorted(float(-(joint / given * marginal[0] * marginal[1]).log()) for given in marginal)
+    assert sorted({round(value, 4) for value in bound.pooled_nats.tolist()}) == pytest.approx(wanted, abs=1e-3)
+
+
 def test_a_crop_is_the_first_residues_without_an_end() -> None:
     assert ProteinTokenizer().decode(cropped(encode("ACDEF"), 3)) == "ACD"
     assert cropped(encode("ACDEF"), 3).tolist()[-1] == 2
     assert cropped(encode("ACDEF"), 5).tolist() == encode("ACDEF").tolist()
+
+
+def test_a_checkpoints_run_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = tmp_path / "runs/demo/checkpoints/step_00000030"
+    checkpoint.mkdir(parents=True)
+    for folder, path in ((checkpoint, "."), (checkpoint.parent, checkpoint.name), (tmp_path, checkpoint)):
+        monkeypatch.chdir(folder)
+        assert run_folder(Path(path)) == tmp_path / "runs/demo"
+    assert run_folder(tmp_path / "models/demo") is None
+
+
+def test_of_a_time_conditioned_model_the_order_agnostic_bound_is_another_one(
+    trained_run: Path, store: SequenceStore
+) -> None:
+    trained = load_trained(str(trained_run), device="cpu", precision="fp32")
+    model = make_model(time_conditioning=True).eval()
+    trained = replace(trained, model=model, score_fn=ScoreFn(model, Absorbing(), "x0", time_conditioning=True))
+    config = EvaluateConfig(from_="", input="", split="test", train=None, output="", draws=2, masked=False,
+                            max_sequences=None, seed=3, device="cpu", precision="fp32",
+                            tokens_per_pack=10_000)  # fmt: skip
+    sequences = [store[row] for row in store.split("test")[:3]]
+    scored = score(trained, sequences, config, None)
+    batch = PackedBatch.pack([torch.from_numpy(one.astype(np.int64)) for one in sequences])
+    generator = keyed_generator(3, "evaluation", 0, torch.device("cpu"))
+    for name, estimator in (("bound", "integral"), ("oadm", "exact_count")):
+        found = nll_bound(trained.score_fn, batch, Absorbing(), trained.noise, generator=generator, draws=2,
+                          estimator=estimator)  # fmt: skip
+        assert [one.nats[name] for one in scored] == pytest.approx(found.nats.tolist())
+    assert [one.nats["evodiff"] for one in scored] == pytest.approx(found.pooled_nats.tolist())
+    figures = summary(scored)
+    assert abs(figures["bound"] - figures["oadm"]) > 0.01
+    assert figures["evodiff"] == pytest.approx(float(found.pooled_nats.sum() / found.pooled.sum()))
+
+
+def test_a_letter_that_one_protein_has_costs_no_known_error() -> None:
+    def scored(sequence: str, nats: float) -> Scored:
+        counts = np.bincount(encode(sequence)[1:-1], minlength=N_STATES)
+        return Scored(len(sequence), {}, 0.0, {}, counts, {"bound": counts * nats})
+
+    rows = list(csv.DictReader(letter_csv([scored("AAW", 2.0), scored("AC", 3.0), scored("CCC", 2.5)]).splitlines()))
+    assert [(row["amino_acid"], row["residues"], row["bound_se"] == "nan") for row in rows] == [
+        ("A", "3", False), ("C", "4", False), ("W", "1", True)]  # fmt: skip
 
 
 def test_the_folder_holds_what_the_parts_sum_up_to(
@@ -103,11 +185,14 @@ def test_the_folder_holds_what_the_parts_sum_up_to(
     assert len(rows) == report["sequences"] == 20
     assert [row["id"] for row in rows] == [store.id(i) for i in store.split("test")]
     residues = np.array([int(row["residues"]) for row in rows])
-    for name in ("bound", "unigram", "bigram", "oadm"):
+    for name in ("bound", "unigram", "bigram", "oadm", "evodiff", "masked"):
         nats = np.array([float(row[f"{name}_nats"]) for row in rows])
-        assert per_residue(nats, residues) == pytest.approx((report[name], report[f"{name}_se"]), abs=1e-5)
+        count = np.array([int(row[f"{name}_tokens"]) for row in rows]) if name in ("evodiff", "masked") else residues
+        assert per_residue(nats, count) == pytest.approx((report[name], report[f"{name}_se"]), abs=1e-5)
     assert report["bound"] == report["oadm"]  # of a time-free model they are the same
     assert 2.5 < report["masked"] < 3.2
+    assert 2.5 < report["evodiff"] < 3.2
+    assert (report["baseline_store"], report["baseline_sequences"]) == (str(store.path), 360)
     for part in ("by_length", "by_amino_acid"):
         some = list(csv.DictReader((tmp_path / f"out/{part}.csv").read_text().splitlines()))
         counts = np.array([int(row["residues"]) for row in some])
@@ -144,12 +229,44 @@ def test_fasta_is_compared_with_the_runs_own_training_set(
     assert exported.returncode == 0, exported.stderr
     bare = run_python(*command[:2], "from=small", *command[3:], "output=bare")
     assert bare.returncode == 0, bare.stderr
-    assert "no training set for unigram and bigram models: give train=store.h5" in bare.stdout
+    assert "training set was not found: give train=store.h5 for unigram and bigram models" in bare.stdout
     there = json.loads((tmp_path / "bare/report.json").read_text())
     assert (there["bound"], there["baseline_sequences"]) == (report["bound"], None)
     few = run_python(*command, "output=few", "max_sequences=2")
     assert few.returncode == 0, few.stderr
     assert json.loads((tmp_path / "few/report.json").read_text())["sequences"] == 2
+
+
+def test_baselines_are_those_of_what_the_model_was_trained_on(
+    trained_run: Path, store: SequenceStore, proteins: list[FastaRecord], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """From any folder, and never of a store that only has its name."""
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    others = {}
+    for i, split in enumerate(SPLITS):
+        others[split] = tmp_path / f"{split}.fasta"
+        others[split].write_text("".join(f">{r.id}\n{r.sequence}\n" for r in proteins[i * 9 : i * 9 + 9]))
+    other = build_store(others, elsewhere / "data/my.h5")
+    run = shutil.copytree(trained_run, here / "runs/small")
+    record = json.loads((run / "environment.json").read_text())
+    (run / "environment.json").write_text(json.dumps(record | {"data_path": "data/my.h5"}))
+    trained = load_trained(str(run), device="cpu", precision="fp32")
+    monkeypatch.chdir(elsewhere)
+    assert find_baselines(None, None, trained) is None  # ./data/my.h5 is another one
+    assert "training set was not found" in capsys.readouterr().out
+    assert find_baselines(None, other, trained) is None
+    (here / "data").mkdir()
+    shutil.copy(store.path, here / "data/my.h5")
+    for path in (run, run / "checkpoints/step_00000040"):
+        for some in (None, other):
+            found = find_baselines(None, some, load_trained(str(path), device="cpu", precision="fp32"))
+            assert found is not None
+            assert found.name == str(here / "data/my.h5")
+            assert f"those of the training split of {found.name}" in capsys.readouterr().out
+    named = find_baselines(str(other.path), store, trained)
+    assert named is not None
+    assert named.fingerprint == other.fingerprint
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ import pytest
 from rich.console import Console
 
 from protlig_dd.runtime import metrics
+from protlig_dd.runtime.distributed import Processes
 from protlig_dd.runtime.files import free_name, write_atomic
 from protlig_dd.runtime.generate import designs_fasta, draw_lengths, split_lengths
-from protlig_dd.runtime.metrics import MetricsLog, ProgressBar, read_metrics
+from protlig_dd.runtime.metrics import MetricsLog, ProgressBar, announce, read_metrics
 
 
 def test_rows_are_flat_json_and_later_attempts_win(tmp_path: Path) -> None:
@@ -35,6 +36,19 @@ def test_a_row_that_a_kill_cut_short_does_not_spoil_the_rest(tmp_path: Path) -> 
         assert set(read_metrics(path)) == steps
 
 
+@pytest.mark.parametrize("damaged", ['{"step": 2, "lo', "[]", '{"loss": 2.0}'])
+def test_a_damaged_row_is_named(tmp_path: Path, damaged: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1, "loss": 3.0}}\n{damaged}\n{{"step": 3, "loss": 2.0}}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: damaged"):
+        read_metrics(path)
+
+
+def test_brackets_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    announce("runs/m[bold]/m[/x]: written", Processes(0, 1, 0))
+    assert capsys.readouterr().out == "runs/m[bold]/m[/x]: written\n"
+
+
 def test_wandb_gets_the_rows_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -42,11 +56,13 @@ def test_wandb_gets_the_rows_offline(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
         Path("run").mkdir()
-        log = MetricsLog(Path("run"), 1, tensorboard=False, wandb_project="proteins", wandb_name="demo")
+        config = {"optim": {"betas": [0.9, 0.987]}, "from": None}
+        log = MetricsLog(Path("run"), 1, config=config, tensorboard=False, wandb_project="proteins", wandb_name="demo")
         log.write([{"step": 1, "loss": 3.0}])
         log.close()
         (written,) = (tmp_path / name).glob("run/wandb/offline-run-*/run-*.wandb")
         assert b"loss" in written.read_bytes()
+        assert b"0.987" in written.read_bytes()
 
 
 def test_without_wandb_the_error_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,9 +9,9 @@ from torch import nn
 from protlig_dd.batch import PackedBatch
 from protlig_dd.data.store import SequenceStore, StoreGroup
 from protlig_dd.runtime.config import TrainConfig, build_model, read_config
-from protlig_dd.training.plan import activation_bytes, plan
+from protlig_dd.training.plan import activation_bytes, plan, with_data
 
-from .conftest import Command
+from .conftest import Command, assert_one_line_error
 from .test_configs import composed
 
 
@@ -92,6 +92,29 @@ def test_ranks_of_torchrun_print_it_once_and_train_nothing(
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("GFLOP a token") == 1
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_a_recipe_is_planned_before_its_data_are_there(run_python: Command, tmp_path: Path) -> None:
+    command = ("-m", "protlig_dd.training", "experiment=uniref50_35m", "plan=true")
+    process = run_python(*command)
+    assert process.returncode == 0, process.stderr
+    first, second, *_ = process.stdout.splitlines()
+    assert first.startswith("data/uniref50.h5 does not exist: the proteins' lengths")
+    assert second.startswith("data: the bundled sample of 7,371 proteins")
+    assert "on an H100  0.19 days" in process.stdout  # as docs/scaling.md has it
+    assert not (tmp_path / "runs").exists()
+    epochs = run_python(*command, "trainer.max_steps=null", "trainer.epochs=2")
+    assert_one_line_error(epochs, "data/uniref50.h5: no such")
+
+
+def test_data_that_are_there_are_not_replaced(store: SequenceStore, tmp_path: Path) -> None:
+    for path in (str(store.path), "auto"):
+        config = config_of(f"data.path={path}")
+        assert with_data(config) == config
+    both = config_of(f"data.path=[{store.path},{tmp_path / 'none.h5'}]", "data.weights=[1,2]")
+    found = with_data(both).data
+    assert (found.path, found.weights) == ("auto", None)
 
 
 def test_the_command_prints_it_and_trains_nothing(run_python: Command, store: SequenceStore, tmp_path: Path) -> None:

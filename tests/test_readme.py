@@ -1,4 +1,4 @@
-"""Every command of the README, run as a new user would: in a copy of the repository, with an empty HOME.
+"""Every command of the README and its Python, run as a new user would: in a copy of the repository, with an empty HOME.
 
 Only lengths are cut: SHORT is added to the commands that train, so that minutes become seconds, and UniRef50 comes from
 a server on loopback that has the bundled proteins under its name. `./scripts/test.sh` is what runs this test. Set-up
@@ -8,6 +8,7 @@ finds an environment that is there already; test_setup covers its making.
 import itertools
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -37,8 +38,12 @@ SHORT = {
 
 
 def readme_commands() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    return [line for block in blocks for line in block.splitlines()]
+    blocks = re.findall(r"```(bash|python)\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    return [
+        command
+        for language, block in blocks
+        for command in (block.splitlines() if language == "bash" else [f"python -c {shlex.quote(block)}"])
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +77,7 @@ def test_the_commands_work_in_order(checkout: Path) -> None:
     require_program("curl")
     commands = readme_commands()
     assert len(commands) >= 12
+    assert any("from_pretrained" in command for command in commands)
     (checkout / "home").mkdir()
     venv = checkout / "venv"  # runs this environment's Python, and leaves its packages alone
     (venv / "bin").mkdir(parents=True)

@@ -1,5 +1,6 @@
 """The page of a run: what it says, that it says it safely, and how it looks in a browser."""
 
+import csv
 import html
 import json
 import math
@@ -18,10 +19,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protlig_dd.data.store import SequenceStore, StoreGroup
+from protlig_dd.data.build import build_store
+from protlig_dd.data.fasta import FastaRecord
+from protlig_dd.data.store import SPLITS, SequenceStore, StoreGroup
 from protlig_dd.evaluation.held_out import length_counts, training_frequencies, training_statistics
 from protlig_dd.evaluation.page import (
     LINE,
+    NATS,
     RESIDUE_CLASSES,
     comparison_page,
     differing_keys,
@@ -30,14 +34,14 @@ from protlig_dd.evaluation.page import (
     run_page,
     write_run_page,
 )
-from protlig_dd.evaluation.plots import Series, nice_ticks, plot, smooth, thin, tick_texts
+from protlig_dd.evaluation.plots import Estimate, Series, dot_plot, nice_ticks, plot, smooth, thin, tick_texts
 from protlig_dd.report import report
 from protlig_dd.runtime.cli import run_verb
 from protlig_dd.runtime.config import ReportPageConfig
 from protlig_dd.tokenizer import AMINO_ACIDS
 
 from .browser import Browser, chromium
-from .conftest import require_program
+from .conftest import Command, require_program
 from .test_training import overrides_for
 
 finite = st.floats(-1e6, 1e6)
@@ -70,6 +74,11 @@ def copied(trained: Path, tmp_path: Path) -> Callable[[str], Path]:
         return Path(shutil.copytree(trained, tmp_path / "runs" / name, ignore=ignored))
 
     return copy
+
+
+def judged(*rows: dict[str, Any]) -> dict[str, Any]:
+    """What `judge` writes to judges.json."""
+    return {"samples": "designs.fasta", "natural": "held.fasta", "train": None, "seed": 0, "rows": list(rows)}
 
 
 def drawings(page: str) -> list[ElementTree.Element]:
@@ -154,6 +163,10 @@ def test_both_trackers_have_scalars_samples_and_histograms(trained: Path) -> Non
     (text,) = events.Tensors("samples/text_summary")
     assert f"tiny_1  {run.samples[0].sequence}" in text.tensor_proto.string_val[0].decode()
     assert [event.step for event in events.Histograms("weights/blocks.1")] == [8, 16, 20]
+    norms = events.Histograms("grad_norm/of_each_parameter")
+    assert [event.step for event in norms] == [8, 16, 20]
+    for event in norms:  # together they are the norm of the whole gradient
+        assert event.histogram_value.sum_squares == pytest.approx(run.metrics[event.step]["grad_norm"] ** 2, rel=1e-4)
     (lengths,) = events.Histograms("samples/length")
     assert (lengths.step, lengths.histogram_value.num) == (20, 14)
     assert lengths.histogram_value.sum == sum(len(record.sequence) for record in run.samples)
@@ -215,11 +228,60 @@ def test_the_page_of_a_run_that_was_cut_short(copied: Callable[[str], Path]) -> 
 
 
 @pytest.mark.slow
+def test_one_held_out_protein_is_enough_and_a_run_that_goes_on_keeps_its_reports_step(
+    proteins: list[FastaRecord], tmp_path: Path, run_python: Command
+) -> None:
+    id_ = 'sp|P1,"x"'  # of the test protein
+    for name, some in (("train", proteins[:40]), ("validation", proteins[40:41]), ("test", proteins[41:42])):
+        text = "".join(f">{id_ if name == 'test' else one.id}\n{one.sequence}\n" for one in some)
+        (tmp_path / f"{name}.fasta").write_text(text)
+    store = build_store({split: tmp_path / f"{split}.fasta" for split in SPLITS}, tmp_path / "family.h5")
+    command = ("-m", "protlig_dd.training", *overrides_for(store, "one", "trainer.eval_every=2", "report.samples=2"))
+    done = run_python(*command, "trainer.max_steps=4")
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = tmp_path / "runs/one"
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    report = json.loads((folder / "report.json").read_text(), parse_constant=refuse)
+    assert (report["sequences"], report["nll_se"], report["unigram_nll_se"]) == (1, None, None)
+    assert report["precision"] == json.loads((folder / "environment.json").read_text())["precision"]
+    (row,) = csv.DictReader((folder / "report.csv").read_text().splitlines())
+    assert row["id"] == id_
+    assert float(row["nll_nats"]) / int(row["residues"]) == pytest.approx(report["nll"], abs=1e-5)
+    page = (folder / "report.html").read_text()
+    assert "nan" not in page
+    assert f"step 4, averaged weights, {report['precision']}." in page
+    assert f"± ? {NATS}" in page
+    x, y = hover_values(page)["Loss and validation bound"]["validation bound"]
+    assert (x, len(y)) == ([2, 4], 2)
+    exported = run_python("-m", "protlig_dd.export", "from=runs/one", "to=models/one")
+    assert exported.returncode == 0, exported.stderr
+    card = (tmp_path / "models/one/README.md").read_text()
+    assert f"| bound on the negative log-likelihood | {report['nll']:.4f} ± nan |" in card
+    assert page == run_page(read_run(folder))
+    assert drawings(comparison_page([read_run(folder)]))
+    done = run_python(*command, "trainer.max_steps=8", "trainer.stop_at_step=6")
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = read_run(folder)
+    assert (run.last_step, run.report["step"]) == (6, 4)
+    page = (folder / "report.html").read_text()
+    assert "step 4, averaged weights" in page
+    assert "This run has made 6 steps of 8; its report, the bound and the samples, is of step 4." in page
+    assert '<td class="number">4</td><td class="number">1</td>' in comparison_page([run])  # step, proteins
+    (folder / "report.json").unlink()
+    page = run_page(read_run(folder))  # the last validation stands in
+    assert f"± ? {NATS}" in page
+    assert "The validation set: 1 proteins" in page
+
+
+@pytest.mark.slow
 def test_untrusted_text_stays_text(copied: Callable[[str], Path]) -> None:
     folder = copied(NASTY)
     fasta = next((folder / "samples").glob("*.fasta"))
     fasta.write_text(fasta.read_text().replace(">tiny_1 ", f">{NASTY.replace(' ', '_')}</script><b> "))
-    (folder / "judges.json").write_text(json.dumps([{"name": NASTY, "samples": NASTY, "natural": 0.5}]))
+    (folder / "judges.json").write_text(json.dumps(judged({"name": NASTY, "samples": NASTY, "natural": 0.5})))
     with (folder / "config.yaml").open("a") as file:
         file.write(f"extra: {json.dumps(NASTY)}\n")
     run = read_run(folder)
@@ -231,6 +293,7 @@ def test_untrusted_text_stays_text(copied: Callable[[str], Path]) -> None:
         assert html.escape(NASTY).replace("&quot;", "&#34;").replace("&#x27;", "&#39;") in page
         assert drawings(page)
     assert "What judges say" in run_page(run)
+    assert "designs.fasta beside the natural proteins of held.fasta" in run_page(run)
 
 
 @pytest.mark.slow
@@ -295,9 +358,22 @@ def test_the_verb_remakes_compares_and_refuses(
         assert line.startswith("error: ")
         for part in parts:
             assert part in line
-    (first / "judges.json").write_text('[{"samples": 3}]')
-    assert run_report("runs=[runs/first]") == 1
-    assert "judges.json" in capsys.readouterr().err
+    for name, content in (
+        ("judges.json", '[{"name": "length", "samples": 3}]'),
+        ("judges.json", json.dumps(judged({"samples": 3}))),
+        ("judges.json", json.dumps({"rows": []})),
+        ("report.json", "[]"),
+        ("report.json", '{"nll": 3.0}'),
+        ("environment.json", "7"),
+        ("metrics.jsonl", '{"step": 1}\n{"st\n'),
+    ):
+        (first / "judges.json").write_text(json.dumps(judged()))
+        kept = (first / name).read_text()
+        (first / name).write_text(content)
+        assert run_report("runs=[runs/first]") == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: runs/first/{name}")
+        (first / name).write_text(kept)
 
 
 LOOKS = r"""
@@ -370,18 +446,18 @@ def assert_looks_well(browser: Browser, path: Path, width: int, dark: bool, plot
 @pytest.mark.slow
 def test_pages_in_a_browser(trained: Path, copied: Callable[[str], Path], tmp_path: Path) -> None:
     require_program("chromium")
-    judged = copied("a-run-with-a-very-long-name-" + "that-goes-on-" * 9)
-    rows = [{"name": "another model", "samples": 9.25, "samples_se": 0.5, "natural": 6.5, "shuffled": 17}]
-    (judged / "judges.json").write_text(json.dumps(rows))
-    cells = re.findall(r'<td class="number">(.*?)</td>', run_page(read_run(judged)))
+    folder = copied("a-run-with-a-very-long-name-" + "that-goes-on-" * 9)
+    row = {"name": "another model", "samples": 9.25, "samples_se": 0.5, "natural": 6.5, "shuffled": 17}
+    (folder / "judges.json").write_text(json.dumps(judged(row)))
+    cells = re.findall(r'<td class="number">(.*?)</td>', run_page(read_run(folder)))
     assert cells[-3:] == ["9.25 ± 0.5", "6.5", "17"]
     both = tmp_path / "both.html"
-    both.write_text(comparison_page([read_run(judged), read_run(trained)]))
+    both.write_text(comparison_page([read_run(folder), read_run(trained)]))
     with chromium(tmp_path / "profile") as browser:
         for width in (375, 1280):
             for dark in (False, True):
                 assert_looks_well(browser, trained / "report.html", width, dark, plots=8)
-            assert_looks_well(browser, write_run_page(judged), width, False, plots=8)
+            assert_looks_well(browser, write_run_page(folder), width, False, plots=8)
             assert_looks_well(browser, both, width, False, plots=7)
             browser.open((trained / "report.html").as_uri(), width=width, height=5000)
             frame = browser.evaluate("""(() => {
@@ -454,6 +530,15 @@ def test_plots_of_little() -> None:
     for page in (single, flat):
         (svg,) = drawings(page)
         assert "nan" not in ElementTree.tostring(svg, encoding="unicode")
+
+
+def test_estimates_without_an_error_have_no_bar() -> None:
+    (svg,) = drawings(dot_plot("Bound", "", [Estimate("one protein", 2.9, math.nan), Estimate("many", 2.8, 0.01)]))
+    drawn = ElementTree.tostring(svg, encoding="unicode")
+    assert "nan" not in drawn
+    starts, ends = zip(*re.findall(r'error" d="M([\d.]+) [\d.]+H([\d.]+)"', drawn), strict=True)
+    assert starts[0] == ends[0]
+    assert float(starts[1]) < float(ends[1])
 
 
 def test_a_protein_is_wrapped_numbered_and_coloured() -> None:

@@ -50,6 +50,10 @@ class NLLBound:
     t_min: float
     token_nats: Float64[Tensor, " total"]
     """What each token adds to its sequence's bound; 0 for context letters."""
+    pooled_nats: Float64[Tensor, " n"]
+    """Cross-entropies of the residues that the exact count's draws masked, without weights; 0 for the integral."""
+    pooled: Int64[Tensor, " n"]
+    """How many residues those are, over all draws."""
 
 
 def pick_estimator(graph: Graph, parametrisation: str, time_conditioning: bool) -> str:
@@ -89,12 +93,17 @@ def nll_bound(
     n, device = len(batch.lengths), batch.tokens.device
     nats_T = torch.zeros(len(batch.tokens), dtype=torch.float64, device=float64_device(device))
     drawn = []
+    pooled_nats_n, pooled_n = torch.zeros(2, n, dtype=torch.float64, device=nats_T.device)
     # draw k of each sequence lies in stratum k, at a place that is stratified over the sequences
     for k in range(draws):
         place_n = torch.randperm(n, generator=generator, device=generator.device) + uniform_draws(n, generator)
         u_n = (k + place_n / n) / draws
         if isinstance(graph, Absorbing) and estimator == "exact_count":
-            draw_T = _exact_count_draw(score_fn, batch, graph, noise, u_n, generator)
+            masked_T = _exact_count_mask(batch, graph, u_n, generator)
+            draw_T = masked_nats(score_fn, batch, graph, noise, masked_T)
+            count_n, length_n = sum_by_sequence(masked_T, batch), sum_by_sequence(batch.tokens < graph.n_states, batch)
+            pooled_nats_n += sum_by_sequence(draw_T, batch) * count_n / length_n.clamp(min=1)
+            pooled_n += count_n
         else:
             draw_T = _integral_draw(score_fn, batch, graph, noise, u_n.float().to(device), generator)
             draw_T = draw_T + _reconstruction_draw(score_fn, batch, graph, noise, generator)
@@ -116,6 +125,8 @@ def nll_bound(
         draws=draws,
         t_min=noise.t_min,
         token_nats=nats_T.cpu(),
+        pooled_nats=pooled_nats_n.cpu(),
+        pooled=pooled_n.long().cpu(),
     )
 
 
@@ -163,14 +174,13 @@ def reconstruction(
     return nats_T
 
 
-def _exact_count_draw(
-    score_fn: LogScores, batch: PackedBatch, graph: Absorbing, noise: Noise, u_n: Tensor, generator: torch.Generator
-) -> Float64[Tensor, " total"]:
+def _exact_count_mask(
+    batch: PackedBatch, graph: Absorbing, u_n: Tensor, generator: torch.Generator
+) -> Bool[Tensor, " total"]:
     residue_T = batch.tokens < graph.n_states
     length_n = sum_by_sequence(residue_T, batch).clamp(min=1)
     count_n = ((u_n.to(length_n) * length_n).floor() + 1).clamp(max=length_n)  # uniform on 1..L
-    masked_T = batch.random_subset(residue_T, count_n, uniform_draws(len(residue_T), generator))
-    return masked_nats(score_fn, batch, graph, noise, masked_T)
+    return batch.random_subset(residue_T, count_n, uniform_draws(len(residue_T), generator))
 
 
 def masked_nats(

@@ -14,6 +14,7 @@ from protlig_dd.diffusion.graph import Graph
 from protlig_dd.diffusion.likelihood import nll_bound, per_residue
 from protlig_dd.diffusion.noise import Noise
 from protlig_dd.diffusion.score import LogScores
+from protlig_dd.evaluation.inputs import csv_text
 from protlig_dd.runtime.distributed import Processes, gather_objects
 from protlig_dd.runtime.metrics import ProgressBar
 from protlig_dd.runtime.random import keyed_generator
@@ -91,9 +92,9 @@ def held_out_bound(
 
 def per_sequence(store: StoreGroup, held: HeldOut) -> str:
     """CSV: the nats of each sequence, whole, so that two models can be compared sequence by sequence."""
-    columns = zip(held.rows.tolist(), held.residues.tolist(), held.nats, held.unigram_nats, strict=True)
-    lines = [f"{store.id(row)},{residues},{nats:.6f},{unigram:.6f}" for row, residues, nats, unigram in columns]
-    return "\n".join(["id,residues,nll_nats,unigram_nats", *lines]) + "\n"
+    ids = [store.id(row) for row in held.rows]
+    columns = zip(ids, held.residues, held.nats, held.unigram_nats, strict=True)
+    return csv_text(["id", "residues", "nll_nats", "unigram_nats"], columns)
 
 
 def residue_counts(batch: PackedBatch) -> torch.Tensor:

@@ -21,7 +21,7 @@ from protlig_dd.data.fasta import FastaRecord, read_fasta
 from protlig_dd.evaluation.plots import Estimate, Series, dot_plot, plot, smooth, thin
 from protlig_dd.runtime.config import flatten
 from protlig_dd.runtime.files import write_atomic
-from protlig_dd.runtime.metrics import read_metrics
+from protlig_dd.runtime.metrics import read_metrics, with_nan
 from protlig_dd.tokenizer import AMINO_ACIDS
 
 PAGE = "report.html"
@@ -44,6 +44,12 @@ CURVES = (  # of metrics.jsonl: key, title, unit, factor
     ("mfu", "Model FLOPs utilisation", "%", 100.0),
 )
 NATS = "nats/residue"
+SETS = ("samples", "natural", "shuffled")  # that are judged
+BOUNDS = ("nll", "unigram_nll", "difference")
+WRITTEN = {  # keys that the file has of any run
+    "report.json": ("split", "step", "sequences", "residues", *BOUNDS, *(f"{key}_se" for key in BOUNDS)),
+    "judges.json": ("samples", "natural", "rows"),
+}
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,8 @@ class Run:
     metrics: dict[int, dict[str, Any]]
     report: dict[str, Any]
     samples: list[FastaRecord]
-    judges: list[dict[str, Any]]
+    judges: dict[str, Any]
+    """`rows`, and of what: the files of `samples` and of `natural` proteins."""
 
     @property
     def name(self) -> str:
@@ -76,13 +83,12 @@ class Run:
     def bounds(self) -> tuple[str, dict[str, Any]]:
         """Of what proteins, and the figures: of the report, or of the last validation where there is none yet."""
         if self.report:
-            kept = self.report | {"step": self.last_step}
-            return f"{self.report['split']} set", kept
+            return f"{self.report['split']} set", with_nan(self.report)
         steps, _ = self.column("val_nll")
         if not steps:
             return "", {}
         row = self.metrics[int(steps[-1])]
-        return "validation set", {key.removeprefix("val_"): value for key, value in row.items()}
+        return "validation set", with_nan({key.removeprefix("val_"): value for key, value in row.items()})
 
 
 def read_run(folder: Path) -> Run:
@@ -93,15 +99,16 @@ def read_run(folder: Path) -> Run:
     """
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder} is no run folder: it has no config.yaml")
-    report = read_json(folder / "report.json", {})
-    metrics, judges = folder / "metrics.jsonl", read_json(folder / "judges.json", [])
-    if not isinstance(judges, list) or not all(isinstance(row, dict) and "name" in row for row in judges):
-        raise ValueError(f"{folder / 'judges.json'}: want a list of rows with name, samples, natural and shuffled")
+    report, judges = (read_json(folder / name, keys) for name, keys in WRITTEN.items())
+    rows = judges.get("rows", [])
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and "name" in row for row in rows):
+        raise ValueError(f"{folder / 'judges.json'}: want rows with name, {', '.join(SETS)}")
+    metrics = folder / "metrics.jsonl"
     fasta = folder / str(report.get("samples"))
     return Run(
         folder=folder,
         config=flatten(OmegaConf.load(folder / "config.yaml")),
-        environment=read_json(folder / "environment.json", {}),
+        environment=read_json(folder / "environment.json"),
         metrics=read_metrics(metrics) if metrics.is_file() else {},
         report=report,
         samples=list(read_fasta(fasta)) if fasta.is_file() else [],
@@ -109,13 +116,22 @@ def read_run(folder: Path) -> Run:
     )
 
 
-def read_json(path: Path, default: Any) -> Any:
+def read_json(path: Path, keys: Sequence[str] = ()) -> dict[str, Any]:
+    """The object in a file; {} where there is no file.
+
+    Raises:
+        ValueError: something else, or one without one of these keys; names the file.
+    """
     if not path.is_file():
-        return default
+        return {}
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error})") from error
+    if not isinstance(found, dict) or not set(keys) <= found.keys():
+        wanted = f"an object with {', '.join(keys)}" if keys else "an object"
+        raise ValueError(f"{path}: not what protlig_dd has written, {wanted}")
+    return found
 
 
 def write_run_page(folder: Path) -> Path:
@@ -129,8 +145,11 @@ def run_page(run: Run) -> str:
     """The page of one run."""
     what, bounds = run.bounds
     wanted, device = run.config.get("trainer.max_steps"), run.environment.get("device", "")
-    notices = [] if run.report else [f"This run has made {run.last_step:,} steps"
-                                     f"{f' of {wanted:,}' if wanted else ''} and has no report yet."]  # fmt: skip
+    made, notices = f"This run has made {run.last_step:,} steps{f' of {wanted:,}' if wanted else ''}", []
+    if not run.report:
+        notices = [f"{made} and has no report yet."]
+    elif run.metrics and run.report["step"] != run.last_step:
+        notices = [f"{made}; its report, the bound and the samples, is of step {run.report['step']:,}."]
     records = [("config.yaml", [*run.config.items()]), ("environment.json", [*flatten(run.environment).items()])]
     return render(
         title=run.name,
@@ -205,9 +224,9 @@ def headline(run: Run, what: str, bounds: dict[str, Any]) -> list[tuple[str, str
     found = []
     if bounds:
         found = [
-            (f"Bound, {what}", f"{bounds['nll']:.4f}", f"± {bounds['nll_se']:.4f} {NATS}"),
+            (f"Bound, {what}", f"{bounds['nll']:.4f}", f"{plus_minus(bounds['nll_se'])} {NATS}"),
             ("Against the unigram model", f"{bounds['difference']:+.4f}".replace("-", "−"),
-             f"± {bounds['difference_se']:.4f} {NATS}, paired"),
+             f"{plus_minus(bounds['difference_se'])} {NATS}, paired"),
         ]  # fmt: skip
     if run.metrics:
         _, residues = run.column("residues")
@@ -225,6 +244,7 @@ def bounds_section(what: str, bounds: dict[str, Any]) -> dict[str, Any] | None:
     """Dots and a table of the model's bound and every baseline that the figures have, `NAME_nll` with `NAME_nll_se`."""
     if not bounds:
         return None
+    precision = f", {bounds['precision']}" if "precision" in bounds else ""
     baselines = [key for key in bounds if key.endswith("_nll") and f"{key}_se" in bounds]
     kept = [("this model, bound", "nll"), *((f"{key.removesuffix('_nll')} model", key) for key in baselines)]
     estimates = [Estimate(name, bounds[key], bounds[f"{key}_se"], i and 7) for i, (name, key) in enumerate(kept)]
@@ -235,12 +255,18 @@ def bounds_section(what: str, bounds: dict[str, Any]) -> dict[str, Any] | None:
         "head": ["", NATS, "± SE", "perplexity"],
         "rows": rows,
         "note": f"The {what}: {bounds['sequences']:,} proteins, {bounds['residues']:,} residues, step "
-        f"{bounds['step']:,}, averaged weights. Lower is better; bars are two standard errors each way.",
+        f"{bounds['step']:,}, averaged weights{precision}. "
+        "Lower is better; bars are two standard errors each way.",
     }
 
 
 def with_error(bounds: dict[str, Any], key: str) -> list[str]:
-    return [f"{bounds[key]:.4f}".replace("-", "−"), f"{bounds[f'{key}_se']:.4f}"]
+    return [f"{bounds[key]:.4f}".replace("-", "−"), plus_minus(bounds[f"{key}_se"]).removeprefix("± ")]
+
+
+def plus_minus(error: float) -> str:
+    """A standard error, which one protein alone does not have."""
+    return f"± {error:.4f}" if math.isfinite(error) else "± ?"
 
 
 def curves(runs: Sequence[Run], names: Sequence[str] | None = None) -> list[Markup]:
@@ -255,7 +281,8 @@ def curves(runs: Sequence[Run], names: Sequence[str] | None = None) -> list[Mark
                 Series(f"{name}smoothed", x, smooth(y, SMOOTHED), colour)]  # fmt: skip
 
     def validation(run: Run, name: str, colour: int) -> Series:
-        (x, y), (_, errors) = run.column("val_nll"), run.column("val_nll_se")
+        x, y = run.column("val_nll")
+        errors = [run.metrics[int(step)].get("val_nll_se") or 0.0 for step in x]  # null of a single protein
         return Series(name, x, y, colour, errors=errors)
 
     if names is None:
@@ -305,14 +332,14 @@ def shapes(run: Run) -> list[Markup]:
 def judges_section(run: Run) -> dict[str, Any] | None:
     """The table of judges.json, or the cheap figures of the report in its place."""
     if run.judges:
-        columns = ("samples", "natural", "shuffled")
 
         def figure(row: dict[str, Any], column: str) -> str:
             error = told(row.get(f"{column}_se"))
             return told(row.get(column)) + (f" ± {error}" if error else "")
 
-        rows = [[row["name"], *(figure(row, column) for column in columns)] for row in run.judges]
-        return {"title": "What judges say", "head": ["judge", *columns], "rows": rows}
+        rows = [[row["name"], *(figure(row, column) for column in SETS)] for row in run.judges["rows"]]
+        note = f"{run.judges['samples']} beside the natural proteins of {run.judges['natural']}"
+        return {"title": "What judges say", "note": note, "head": ["judge", *SETS], "rows": rows}
     named = (
         ("composition, KL to the training split, nats", "composition_kl"),
         ("the same of the untrained network's samples", "untrained_composition_kl"),

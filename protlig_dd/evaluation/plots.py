@@ -30,7 +30,7 @@ class Series:
     colour: int = 0
     style: str = "line"
     errors: Sequence[float] | None = None
-    """Drawn as a bar of this length each way."""
+    """Drawn as a bar of this length each way; 0 where there is none."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Estimate:
     name: str
     value: float
     error: float
+    """NaN where there is none."""
     colour: int = 0
 
 
@@ -147,8 +148,8 @@ def plot(
 
 def dot_plot(title: str, unit: str, rows: Sequence[Estimate]) -> Markup:
     """Estimates, one below the other, with bars of two standard errors each way."""
-    ends = [row.value + way * 2 * row.error for row in rows for way in (-1, 1)]
-    low, high = range_of(ends)
+    bars = [2 * row.error if math.isfinite(row.error) else 0.0 for row in rows]
+    low, high = range_of([row.value + way * bar for row, bar in zip(rows, bars, strict=True) for way in (-1, 1)])
     low, high = low - 0.06 * (high - low), high + 0.06 * (high - low)
     bottom = TOP + ROW * len(rows) + 4
 
@@ -159,11 +160,11 @@ def dot_plot(title: str, unit: str, rows: Sequence[Estimate]) -> Markup:
     for tick, text in zip(ticks, tick_texts(ticks), strict=True):
         parts += [Markup('<path class="grid" d="M{} {}V{}"/>').format(f"{across(tick):.1f}", TOP, bottom),
                   x_tick(across(tick), text, bottom + 17)]  # fmt: skip
-    for i, row in enumerate(rows):
+    for i, (row, bar) in enumerate(zip(rows, bars, strict=True)):
         y, colour = TOP + ROW * i + 27, row.colour % COLOURS
         parts.append(Markup('<text class="row" x="12" y="{}">{}</text>').format(f"{y - 10:.1f}", shortened(row.name)))
-        bar = f"M{across(row.value - 2 * row.error):.1f} {y:.1f}H{across(row.value + 2 * row.error):.1f}"
-        parts.append(Markup('<path class="c{} error" d="{}"/>').format(colour, bar))
+        path = f"M{across(row.value - bar):.1f} {y:.1f}H{across(row.value + bar):.1f}"
+        parts.append(Markup('<path class="c{} error" d="{}"/>').format(colour, path))
         parts.append(circle(colour, across(row.value), y, 4.5))
     return figure(title, unit, svg(title, unit, bottom + 24, parts), [], None)
 

@@ -136,6 +136,7 @@ def measured(report: Mapping[str, Any] | None) -> list[str]:
     """A run's report as Markdown."""
     if report is None:
         return ["The run has no report of this step."]
+    report = {key: float("nan") if value is None else value for key, value in report.items()}  # errors of one protein
     return [
         f"On {report['sequences']} proteins of the {report['split']} split, {report['residues']:,} residues "
         f"(the first {report['max_len']} of each), {report['estimator']} estimator, {report['draws']} draws; "

@@ -24,7 +24,7 @@ from rich.progress import (
 from protlig_dd.runtime.distributed import Processes
 from protlig_dd.runtime.files import drop_partial_line, write_atomic
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, markup=False, soft_wrap=True)  # brackets in paths are no markup
 
 
 def announce(message: str, processes: Processes) -> None:
@@ -36,10 +36,21 @@ def announce(message: str, processes: Processes) -> None:
 Row = dict[str, float | int]
 
 
+def without_nan(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with None, JSON's null, for numbers that JSON does not have: NaN and infinities."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+
+def with_nan(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What was read back of it: NaN for None."""
+    return {k: math.nan if v is None else v for k, v in values.items()}
+
+
 class MetricsLog:
     """Appends flat rows, and hands them to the trackers; samples and histograms go to those alone. Rank 0 makes one.
 
     Args:
+        config: of the run, for Weights & Biases.
         wandb_mode: online, offline, or what the environment's WANDB_MODE says (None).
 
     Raises:
@@ -51,6 +62,7 @@ class MetricsLog:
         folder: Path,
         attempt: int,
         *,
+        config: Mapping[str, Any] | None = None,
         tensorboard: bool,
         wandb_project: str | None,
         wandb_name: str | None,
@@ -73,6 +85,8 @@ class MetricsLog:
             self.wandb = wandb.init(
                 project=wandb_project,
                 name=wandb_name,
+                config=None if config is None else dict(config),
+                allow_val_change=True,  # a run that goes on may have other steps and devices
                 dir=folder.resolve(),  # wandb's service may be that of a parent process, which stands elsewhere
                 id=id_file.read_text(),
                 resume="allow",
@@ -82,8 +96,7 @@ class MetricsLog:
     def write(self, rows: list[Row]) -> None:
         """Append rows, each with a `step`; a value that is no finite number is written as null."""
         for row in rows:
-            finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
-            self.file.write(json.dumps(finite | {"attempt": self.attempt}) + "\n")
+            self.file.write(json.dumps(without_nan(row) | {"attempt": self.attempt}) + "\n")
             step = int(row["step"])
             values = {key: value for key, value in row.items() if key != "step"}
             if self.tensorboard is not None:
@@ -132,11 +145,17 @@ def read_metrics(path: Path) -> dict[int, dict[str, Any]]:
     """metrics.jsonl as {step: row}; a later attempt's row replaces an earlier one's, key by key.
 
     What follows the last newline is a row that is being written, or that a kill cut short: it is left out.
+
+    Raises:
+        ValueError: any other line that is no row; names file and line.
     """
     rows: dict[int, dict[str, Any]] = {}
-    for line in path.read_text().rpartition("\n")[0].splitlines():
-        row = json.loads(line)
-        rows.setdefault(row["step"], {}).update(row)
+    for number, line in enumerate(path.read_text().rpartition("\n")[0].splitlines(), 1):
+        try:
+            row = json.loads(line)
+            rows.setdefault(row["step"], {}).update(row)
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path}, line {number}: damaged, no row of metrics ({error})") from error
     return rows
 
 

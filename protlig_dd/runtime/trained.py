@@ -77,6 +77,12 @@ def find_saved(path: str) -> Saved:
     )
 
 
+def run_folder(checkpoint: Path) -> Path | None:
+    """The folder of the run that a checkpoint stands in, however its path is spelt; None of what stands in no run."""
+    folder = checkpoint.resolve().parent
+    return folder.parent if folder.name == "checkpoints" else None
+
+
 def load_saved(saved: Saved, device: torch.device, precision: str) -> Loaded:
     return load_model(
         saved.weights,
@@ -150,6 +156,7 @@ class Trained:
     step: int
     length_counts: list[int] | None
     """How many training sequences have 0, 1, ... residues."""
+    data_fingerprint: str
     model: DiT
     score_fn: ScoreFn
     noise: Noise
@@ -197,6 +204,7 @@ def load_trained(path: str, *, device: str, precision: str) -> Trained:
         config=saved.config,
         step=saved.step,
         length_counts=saved.length_counts,
+        data_fingerprint=saved.data_fingerprint,
         model=loaded.model,
         score_fn=loaded.score_fn,
         noise=loaded.noise,

@@ -33,7 +33,7 @@ from protlig_dd.runtime.distributed import Processes, all_reduce_sum
 from protlig_dd.runtime.environment import matmul_peak
 from protlig_dd.runtime.files import write_atomic
 from protlig_dd.runtime.generate import designs_fasta, draw_lengths, generate
-from protlig_dd.runtime.metrics import MetricsLog, announce, console
+from protlig_dd.runtime.metrics import MetricsLog, announce, console, without_nan
 from protlig_dd.runtime.random import random_key
 from protlig_dd.runtime.stop import StopRequests
 from protlig_dd.tokenizer import N_STATES, ProteinTokenizer
@@ -201,7 +201,7 @@ def train(
     with contextlib.ExitStack() as logs:
         metrics = None
         if processes.first:
-            metrics = MetricsLog(run_folder, attempt, **vars(config.logger))
+            metrics = MetricsLog(run_folder, attempt, config=spelt(config), **vars(config.logger))
             logs.callback(metrics.close)
         with contextlib.ExitStack() as stack:
             writer = None
@@ -251,6 +251,7 @@ def train(
             )
             report: dict[str, Any] = {"split": config.report.split, "max_len": data.max_len, **held.summary()}
             report |= {"step": max_steps, "draws": config.report.draws, "t_min": noise.t_min, "sigma_max": sigma_max}
+            report["precision"] = precision
             if processes.first:
                 report |= {"parameters": parameters, "training": training_statistics(store, data.max_len)}
             if metrics is not None and config.report.samples:
@@ -260,7 +261,7 @@ def train(
                 )
         if processes.first:
             write_atomic(run_folder / "report.csv", per_sequence(store, held))
-            write_atomic(run_folder / "report.json", json.dumps(report, indent=1) + "\n")
+            write_atomic(run_folder / "report.json", json.dumps(without_nan(report), indent=1) + "\n")
             write_run_page(run_folder)
             print_report(run_folder, max_steps, report)
 
@@ -353,4 +354,4 @@ def print_report(run_folder: Path, step: int, report: dict[str, Any]) -> None:
             lines.append(f"  untrained model      {report['untrained_composition_kl']:.4f}")
         lines.append(f"samples                {run_folder / report['samples']}")
         lines += [f"  {sequence}" for sequence in report["shown"]]
-    console.print("\n".join(lines), markup=False)
+    console.print("\n".join(lines))

@@ -56,7 +56,7 @@ from protlig_dd.runtime.stop import STOPPED, Stopped, StopRequests, seconds_of
 from protlig_dd.runtime.trained import find_saved
 from protlig_dd.training.finetune import taken_over
 from protlig_dd.training.job import train
-from protlig_dd.training.plan import print_plan
+from protlig_dd.training.plan import print_plan, with_data
 from protlig_dd.training.validate import check_train_config
 
 UNIREF50 = Path("data/uniref50.h5")
@@ -114,7 +114,7 @@ def run(cfg: DictConfig) -> None:
     check_shares(config, devices)
     if config.plan:
         if processes.first:
-            device = resolve_device(config.trainer.device)
+            device, config = resolve_device(config.trainer.device), with_data(config)
             store = open_data(config.data.path, Processes(0, 1, 0))
             print_plan(config, store, device, resolve_precision(config.trainer.precision, device), devices)
         return

@@ -142,6 +142,8 @@ def fit(
             bar.advance(note=f"loss {rows[-1]['loss']:.4f}  {rows[-1]['residues_per_s']:,.0f} residues/s")
             pending, new_best = [], None
             if trainer.evaluation_due and not stopping:
+                if metrics is not None:
+                    metrics.write_histogram(done, "grad_norm/of_each_parameter", record["grad_norms"].cpu().numpy())
                 try:
                     new_best = evaluated(done)
                 except Stopped as stopped:

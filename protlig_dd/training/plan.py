@@ -1,6 +1,7 @@
 """What a config will cost, before it is run: `python -m protlig_dd.training plan=true`."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,19 @@ def kept_bytes(config: TrainConfig, precision: str, blocks: int, checkpointing: 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), autocast:
         model(batch, torch.ones(1))
     return sum(size for place, size in kept.items() if place not in weights)
+
+
+def with_data(config: TrainConfig) -> TrainConfig:
+    """The config; where its data are not there yet, with `auto` in their place, which is said: only lengths are wanted.
+
+    A run of so many epochs needs its own: they tell how many steps it has.
+    """
+    paths = config.data.path if isinstance(config.data.path, list) else [config.data.path]
+    missing = next((path for path in paths if path != "auto" and not Path(path).exists()), None)
+    if missing is None or config.trainer.max_steps is None:
+        return config
+    console.print(f"{missing} does not exist: the proteins' lengths, and the epochs, are those of other data")
+    return replace(config, data=replace(config.data, path="auto", weights=None))
 
 
 def plan(
@@ -138,6 +152,4 @@ def print_plan(config: TrainConfig, store: StoreGroup, device: torch.device, pre
             f"{H100_FLOPS / 1e12:.0f} TFLOP/s by its data sheet, of which {MFU:.0%} is assumed",
         ],
     }
-    console.print(
-        "\n".join(f"{name:<11} {'; '.join(parts)}" for name, parts in rows.items()), markup=False, soft_wrap=True
-    )
+    console.print("\n".join(f"{name:<11} {'; '.join(parts)}" for name, parts in rows.items()))

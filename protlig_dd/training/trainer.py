@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grads_with_norm_
 
 from protlig_dd.batch import PackedBatch
 from protlig_dd.data.loader import PackDataset
@@ -104,7 +104,9 @@ class Trainer:
                 (loss_sum * world_size / max(residues, 1)).backward()
             pack_loss[pack] = loss_sum.detach() / max(residues, 1)
         all_reduce_sum(pack_loss)
-        grad_norm = clip_grad_norm_(self.model.parameters(), self.grad_clip, error_if_nonfinite=False)
+        norms = torch.stack(torch._foreach_norm([p.grad for p in self.model.parameters() if p.grad is not None]))
+        grad_norm = torch.linalg.vector_norm(norms)
+        clip_grads_with_norm_(self.model.parameters(), self.grad_clip, grad_norm)
         bad = self.watch(step, pack_loss.sum(), grad_norm)
         lr = self.learning_rate(step)
         for group in self.optimizer.param_groups:
@@ -114,8 +116,8 @@ class Trainer:
         self.ema.update(self.model, step + 1)
         self.residues_seen += residues
         rows = [row for batch in batches for row in batch.rows.tolist()]
-        return {"pack_loss": pack_loss, "grad_norm": grad_norm, "lr": lr, "residues": residues, "rows": rows,
-                "flops": 3 * flops, "waited": waited, "asked": asked, "bad": bad}  # fmt: skip
+        return {"pack_loss": pack_loss, "grad_norm": grad_norm, "grad_norms": norms, "lr": lr, "residues": residues,
+                "rows": rows, "flops": 3 * flops, "waited": waited, "asked": asked, "bad": bad}  # fmt: skip
 
     def watch(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
         """Freeze the weights from the first loss or gradient on that is no number, or a loss far above the usual.
