@@ -42,7 +42,7 @@ def report_of(checkpoint: Path, step: int) -> dict[str, Any] | None:
     report = json.loads(file.read_text()) if file.is_file() else {}
     if report.get("step") != step:
         return None
-    return {key: value for key, value in report.items() if key not in ("samples", "shown")}
+    return {key: value for key, value in report.items() if key not in ("samples", "shown", "judges")}
 
 
 if __name__ == "__main__":

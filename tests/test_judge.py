@@ -190,7 +190,7 @@ def test_esmfolds_plddt_is_the_mean_over_the_atoms_there(tmp_path: Path) -> None
     structure = {"sequence_dim": 16, "pairwise_dim": 8, "ipa_dim": 4, "resnet_dim": 8, "num_heads_ipa": 2,
                  "num_blocks": 1, "num_resnet_blocks": 1}  # fmt: skip
     trunk = {"num_blocks": 1, "sequence_state_dim": 32, "pairwise_state_dim": 16, "sequence_head_width": 16,
-             "pairwise_head_width": 8, "position_bins": 4, "max_recycles": 1, "structure_module": structure}  # fmt: skip
+             "pairwise_head_width": 8, "position_bins": 4, "structure_module": structure}  # fmt: skip
     config = transformers.EsmConfig(
         vocab_size=33, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, pad_token_id=1,
         mask_token_id=32, position_embedding_type="rotary", token_dropout=True, is_folding_model=True,

@@ -277,6 +277,24 @@ def test_one_held_out_protein_is_enough_and_a_run_that_goes_on_keeps_its_reports
 
 
 @pytest.mark.slow
+def test_every_run_judges_its_samples(copied: Callable[[str], Path], store: SequenceStore) -> None:
+    run = read_run(copied("judged"))
+    rows = {row["name"]: row for row in run.report["judges"]}
+    assert rows["proteins"]["samples"] == rows["proteins"]["natural"] == len(run.samples) == 14
+    assert rows["residues"]["samples"] == sum(len(one.sequence) for one in run.samples)
+    natural = rows["residues"]["natural"]
+    assert natural == rows["residues"]["shuffled"]
+    longest = max(len(one.sequence) for one in run.samples)
+    held = sorted(min(int(store.lengths[row]), longest) for row in store.split("test"))
+    assert sum(held[:14]) <= natural <= sum(held[-14:])
+    page = run_page(run)
+    assert "The samples beside proteins of the test set, and those shuffled." in page
+    value = rows["3-mers, divergence in nats"]
+    for column in ("samples", "natural", "shuffled"):
+        assert f"{value[column]:.4g} ± {value[f'{column}_se']:.4g}" in page
+
+
+@pytest.mark.slow
 def test_untrusted_text_stays_text(copied: Callable[[str], Path]) -> None:
     folder = copied(NASTY)
     fasta = next((folder / "samples").glob("*.fasta"))
@@ -293,7 +311,7 @@ def test_untrusted_text_stays_text(copied: Callable[[str], Path]) -> None:
         assert html.escape(NASTY).replace("&quot;", "&#34;").replace("&#x27;", "&#39;") in page
         assert drawings(page)
     assert "What judges say" in run_page(run)
-    assert "designs.fasta beside the natural proteins of held.fasta" in run_page(run)
+    assert "designs.fasta beside natural proteins of held.fasta" in run_page(run)
 
 
 @pytest.mark.slow

@@ -330,23 +330,26 @@ def shapes(run: Run) -> list[Markup]:
 
 
 def judges_section(run: Run) -> dict[str, Any] | None:
-    """The table of judges.json, or the cheap figures of the report in its place."""
+    """The table of judges.json, or that of the report in its place, and the report's other figures of the samples."""
+
+    def figure(row: dict[str, Any], column: str) -> str:
+        error = told(row.get(f"{column}_se"))
+        return told(row.get(column)) + (f" ± {error}" if error else "")
+
     if run.judges:
-
-        def figure(row: dict[str, Any], column: str) -> str:
-            error = told(row.get(f"{column}_se"))
-            return told(row.get(column)) + (f" ± {error}" if error else "")
-
-        rows = [[row["name"], *(figure(row, column) for column in SETS)] for row in run.judges["rows"]]
-        note = f"{run.judges['samples']} beside the natural proteins of {run.judges['natural']}"
-        return {"title": "What judges say", "note": note, "head": ["judge", *SETS], "rows": rows}
+        judged, note = run.judges["rows"], f"{run.judges['samples']} beside natural proteins of {run.judges['natural']}"
+    else:
+        judged, note = run.report.get("judges", []), f"The samples beside proteins of the {run.report.get('split')} set"
+    rows = [[row["name"], *(figure(row, column) for column in SETS)] for row in judged]
     named = (
         ("composition, KL to the training split, nats", "composition_kl"),
         ("the same of the untrained network's samples", "untrained_composition_kl"),
         ("share of draws clamped", "clamped_draws"),
     )
-    rows = [[name, told(run.report[key])] for name, key in named if key in run.report]
-    return {"title": "Figures of the samples", "head": ["", "samples"], "rows": rows} if rows else None
+    rows += [[name, told(run.report[key]), "", ""] for name, key in named if key in run.report]
+    if not rows:
+        return None
+    return {"title": "What judges say", "note": f"{note}, and those shuffled.", "head": ["judge", *SETS], "rows": rows}
 
 
 def told(value: Any) -> str:

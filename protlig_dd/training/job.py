@@ -25,6 +25,7 @@ from protlig_dd.evaluation.held_out import (
     training_frequencies,
     training_statistics,
 )
+from protlig_dd.evaluation.judges import cheap_judges, for_json, with_controls
 from protlig_dd.evaluation.page import PAGE, write_run_page
 from protlig_dd.model.dit import DiT
 from protlig_dd.runtime.checkpoint import CheckpointWriter, best_checkpoint
@@ -44,6 +45,7 @@ from protlig_dd.training.plan import count_steps
 from protlig_dd.training.trainer import Trainer
 
 SLOW_ON_CPU = 10_000_000  # parameters
+BOOTSTRAP = 100  # draws for the standard errors of the samples' divergences
 SHOWN_SAMPLES = 3
 LOGGED_SAMPLES = 8  # to the trackers
 
@@ -329,6 +331,15 @@ def sample_report(
         "clamped_draws": counts["clamped"] / counts["draws"],
         "composition_kl": composition_kl(samples, frequencies),
     }
+    places = store.places(subset(store, wanted.split, wanted.max_sequences, config.seed))
+    natural = [
+        store.stores[number].tokens[begin + 1 : begin + 1 + min(residues, config.data.max_len)]
+        for number, begin, residues in zip(*(column.tolist() for column in places), strict=True)
+    ]
+    if len(judged := samples[: len(natural) // 2]) > 1:  # fewer have no standard errors
+        sets, reference = with_controls(judged, natural, config.seed)
+        judges = cheap_judges(reference, bootstrap=BOOTSTRAP, seed=config.seed)
+        result["judges"] = for_json({name: [ask(some) for some in sets] for name, ask in judges.items()})
     if untrained is not None:
         result["untrained_composition_kl"] = composition_kl(draw(untrained, description="untrained")[0], frequencies)
     return result
