@@ -159,7 +159,7 @@ def relatives(
             for sequences in sets:
                 hits = [found.get(i) for i in itertools.islice(numbers, len(sequences))]
                 near = [float(one is not None and one.near) for one in hits]
-                rows[hit].append(share([one is not None for one in hits]))
+                rows[hit].append(share([float(one is not None) for one in hits]))
                 rows[identity].append(figures([one.identity for one in hits if one]))
                 rows[close].append(share(near))
                 columns.setdefault(identity, [one.identity if one else 0.0 for one in hits])

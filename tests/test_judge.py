@@ -326,6 +326,7 @@ def test_what_is_wrong_is_said_in_one_line(
     before = sorted(tmp_path.iterdir())
     given = {"samples": "two.fasta", "natural": str(store.path), "mmseqs": "false"}
     given |= dict(option.replace("STORE", str(store.path)).split("=") for option in options)
-    process = run_python("-m", "protlig_dd.judge", *(f"{key}={value}" for key, value in given.items()))
+    arguments = (f"{key}={value}" for key, value in given.items())
+    process = run_python("-m", "protlig_dd.judge", *arguments, HF_HUB_OFFLINE="1")
     assert_one_line_error(process, message)
     assert sorted(tmp_path.iterdir()) == before
