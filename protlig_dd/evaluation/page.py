@@ -346,7 +346,8 @@ def judges_section(run: Run) -> dict[str, Any] | None:
         ("the same of the untrained network's samples", "untrained_composition_kl"),
         ("share of draws clamped", "clamped_draws"),
     )
-    rows += [[name, told(run.report[key]), "", ""] for name, key in named if key in run.report]
+    if not run.judges:  # which may be of other samples
+        rows += [[name, told(run.report[key]), "", ""] for name, key in named if key in run.report]
     if not rows:
         return None
     return {"title": "What judges say", "note": f"{note}, and those shuffled.", "head": ["judge", *SETS], "rows": rows}

@@ -331,7 +331,8 @@ def sample_report(
         "clamped_draws": counts["clamped"] / counts["draws"],
         "composition_kl": composition_kl(samples, frequencies),
     }
-    places = store.places(subset(store, wanted.split, wanted.max_sequences, config.seed))
+    most = max(wanted.max_sequences, 4 * len(samples))  # for as many controls, and a reference
+    places = store.places(subset(store, wanted.split, most, config.seed))
     natural = [
         store.stores[number].tokens[begin + 1 : begin + 1 + min(residues, config.data.max_len)]
         for number, begin, residues in zip(*(column.tolist() for column in places), strict=True)
