@@ -6,6 +6,8 @@ python -m protlig_dd.infill from=runs/demo input=wt.fasta output=designs.fasta f
 python -m protlig_dd.infill from=runs/demo input=wt.fasta output=designs.fasta contig=10-40/A45-60/5-20/A80-92/10
 """
 
+import csv
+import io
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +20,8 @@ from protlig_dd.data.fasta import FastaRecord, read_fasta
 from protlig_dd.diffusion.sampling import check_sampler
 from protlig_dd.runtime.cli import run_verb
 from protlig_dd.runtime.config import InfillConfig, read_config
-from protlig_dd.runtime.files import write_atomic
-from protlig_dd.runtime.generate import parse_range, write_designs
+from protlig_dd.runtime.files import write_new
+from protlig_dd.runtime.generate import describe_designs, parse_range, sample_designs
 from protlig_dd.runtime.metrics import announce
 from protlig_dd.runtime.random import random_key
 from protlig_dd.runtime.steering import read_log_bias
@@ -46,6 +48,8 @@ def infill(cfg: DictConfig) -> None:
     config = read_config(cfg, InfillConfig)
     output = check_free(config.output)
     table = check_free(config.map or str(output.with_suffix(".map.csv")))
+    if table.resolve() == output.resolve():
+        raise ValueError(f"map={config.map} and output={config.output} are the same file")
     check_least((("n", config.n, 1), ("steps", config.steps, 1), ("seed", config.seed, 0),
                  ("tokens_per_pack", config.tokens_per_pack, 1), ("nll_draws", config.nll_draws, 0)))  # fmt: skip
     if config.n > MOST:
@@ -77,23 +81,18 @@ def infill(cfg: DictConfig) -> None:
             layouts.append(layout)
             templates.append(template)
             numbers.append(k * MOST + i)
-    samples = write_designs(
-        trained,
-        config,
-        output,
-        names=names,
-        lengths=(lengths := [len(template) for template in templates]),
-        numbers=numbers,
-        templates=templates,
-        log_bias=read_log_bias(config.log_bias, lengths),
-    )
+    lengths = [len(template) for template in templates]
+    log_bias = read_log_bias(config.log_bias, lengths)
+    samples = sample_designs(trained, config, lengths=lengths, numbers=numbers, templates=templates, log_bias=log_bias)
     for name, template, sample in zip(names, templates, samples, strict=True):
         changed = np.flatnonzero((template != MASK) & (template != sample))
         if len(changed):
             raise AssertionError(f"{name}: fixed residue {changed[0] + 1} was changed")
+    text = describe_designs(trained, config, samples, names=names, numbers=numbers)
     if trained.processes.first:
-        write_atomic(table, map_csv(names, layouts, templates))
-    announce(f"{table}: what was free", trained.processes)
+        write_new(table, map_csv(names, layouts, templates))
+        write_new(output, text)
+    announce(f"{output}: {len(samples)} designs; {table}: what was free", trained.processes)
 
 
 def read_records(path: Path) -> list[tuple[FastaRecord, np.ndarray]]:
@@ -146,10 +145,11 @@ def draw_layout(contig: str, lengths: str | None, draw: np.random.Generator) -> 
     """Segments of one design: `10-40/A45-60/5-20` is 10 to 40 new residues, the input's 45 to 60, 5 to 20 new ones.
 
     The lengths of the new stretches are drawn uniformly; with `lengths` (a number or a range of the whole) uniformly
-    among all choices that fit it. The notation is RFdiffusion's (Watson et al. 2023); any letter marks the input.
+    among all choices that fit it. Choices without a new residue are left out, unless there are no others. The notation
+    is RFdiffusion's (Watson et al. 2023); any letter marks the input.
 
     Raises:
-        ValueError: a part that is neither, or lengths that no choice can have; names them.
+        ValueError: a part that is neither, a design of no residue, or lengths that no choice can have; names them.
     """
     ranges: list[tuple[int, int]] = []
     starts: list[int | None] = []
@@ -159,13 +159,19 @@ def draw_layout(contig: str, lengths: str | None, draw: np.random.Generator) -> 
         ranges.append((last - first + 1,) * 2 if letter else (first, last))
         starts.append(first if letter else None)
     shortest, longest = (sum(column) for column in zip(*ranges, strict=True))
+    if not longest:
+        raise ValueError(f"contig={contig} has no residue")
     low, high = (shortest, longest) if lengths is None else parse_range(lengths, f"lengths={lengths}")
     if high < shortest or low > longest:
         raise ValueError(f"lengths={lengths}, but contig={contig} gives {shortest} to {longest} residues")
-    if lengths is None:
-        sizes = [int(draw.integers(a, b, endpoint=True)) for a, b in ranges]
-    else:
+    motifs = sum(first for (first, _), start in zip(ranges, starts, strict=True) if start)
+    low = max(low, min(high, motifs + 1))
+    if lengths is not None:
         sizes = draw_sizes(ranges, low, high, draw)
+    else:
+        sizes = []
+        while sum(sizes) < low:  # at most half of the choices have no new residue
+            sizes = [int(draw.integers(a, b, endpoint=True)) for a, b in ranges]
     return [Segment(size, start) for size, start in zip(sizes, starts, strict=True) if size]
 
 
@@ -206,7 +212,9 @@ def map_csv(names: Sequence[str], layouts: Sequence[Sequence[Segment]], template
 
     `input_start` is empty for what is new in a contig; the positions are 1-based and inclusive.
     """
-    lines = ["design,start,end,free,input_start"]
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["design", "start", "end", "free", "input_start"])
     for name, layout, template in zip(names, layouts, templates, strict=True):
         origin = np.concatenate(
             [np.arange(s.length) + (s.start or 0) if s.start else np.zeros(s.length, int) for s in layout]
@@ -216,8 +224,8 @@ def map_csv(names: Sequence[str], layouts: Sequence[Sequence[Segment]], template
         bounds = [0, *(np.flatnonzero(steps) + 1).tolist(), len(template)]
         for start, end in itertools.pairwise(bounds):
             free = "true" if template[start] == MASK else "false"
-            lines.append(f"{name},{start + 1},{end},{free},{origin[start] or ''}")
-    return "\n".join(lines) + "\n"
+            table.writerow([name, start + 1, end, free, origin[start] or ""])
+    return text.getvalue()
 
 
 if __name__ == "__main__":

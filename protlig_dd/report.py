@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from protlig_dd.evaluation.page import PAGE, comparison_page, read_run, run_page
 from protlig_dd.runtime.cli import run_verb
 from protlig_dd.runtime.config import ReportPageConfig, read_config
-from protlig_dd.runtime.files import write_atomic
+from protlig_dd.runtime.files import write_atomic, write_new
 from protlig_dd.runtime.metrics import console
 from protlig_dd.runtime.trained import check_free
 
@@ -26,10 +26,12 @@ def report(cfg: DictConfig) -> None:
     folders = [Path(run) for run in config.runs]
     own = folders[0] / PAGE if len(folders) == 1 else None
     output = Path(config.output or own or "comparison.html")
-    if own is None or output.resolve() != own.resolve():
+    remade = own is not None and output.resolve() == own.resolve()
+    if not remade:
         check_free(str(output))
     runs = [read_run(folder) for folder in folders]
-    write_atomic(output, run_page(runs[0]) if len(runs) == 1 else comparison_page(runs))
+    write = write_atomic if remade else write_new
+    write(output, run_page(runs[0]) if len(runs) == 1 else comparison_page(runs))
     console.print(f"{output}: {', '.join(run.name for run in runs)}")
 
 

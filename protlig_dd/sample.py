@@ -10,7 +10,9 @@ from omegaconf import DictConfig
 from protlig_dd.diffusion.sampling import check_sampler
 from protlig_dd.runtime.cli import run_verb
 from protlig_dd.runtime.config import SampleConfig, read_config
-from protlig_dd.runtime.generate import choose_lengths, write_designs
+from protlig_dd.runtime.files import write_new
+from protlig_dd.runtime.generate import choose_lengths, describe_designs, sample_designs
+from protlig_dd.runtime.metrics import announce
 from protlig_dd.runtime.steering import read_log_bias
 from protlig_dd.runtime.trained import check_free, check_least, load_trained
 
@@ -25,14 +27,12 @@ def sample_proteins(cfg: DictConfig) -> None:
     check_sampler(trained.graph, config.predictor, config.temperature, config.top_p)
     lengths = choose_lengths(config.lengths, config.n, config.seed, trained.length_counts)
     trained.check_length(max(lengths), f"lengths={config.lengths}: the longest protein")
-    write_designs(
-        trained,
-        config,
-        output,
-        names=[f"{trained.run}_{i}" for i in range(1, config.n + 1)],
-        lengths=lengths,
-        log_bias=read_log_bias(config.log_bias, lengths),
-    )
+    samples = sample_designs(trained, config, lengths=lengths, log_bias=read_log_bias(config.log_bias, lengths))
+    names = [f"{trained.run}_{i}" for i in range(1, config.n + 1)]
+    text = describe_designs(trained, config, samples, names=names)
+    if trained.processes.first:
+        write_new(output, text)
+    announce(f"{output}: {len(samples)} proteins", trained.processes)
 
 
 if __name__ == "__main__":

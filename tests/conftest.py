@@ -108,10 +108,10 @@ def exact_score_fn(toy: brute_force.Toy, parametrisation: str = "log_score") -> 
         tokens = batch.tokens.view(len(sigma), -1)
         edges = (tokens.shape[1] - toy.sites) // 2
         index = (tokens[:, edges : edges + toy.sites] * place).sum(1)
-        if len(sigma.unique()) == 1:
-            logits = table(float(sigma[0]))[index]
-        else:
-            logits = torch.stack([table(float(one))[i] for one, i in zip(sigma, index, strict=True)])
+        logits = torch.empty(len(sigma), toy.sites, toy.n, dtype=torch.float64)
+        for level in sigma.unique():
+            at_level = sigma == level
+            logits[at_level] = table(float(level))[index[at_level]]
         return F.pad(logits, (0, 0, edges, edges)).view(-1, toy.n)
 
     return ScoreFn(network, graph, parametrisation)

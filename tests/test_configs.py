@@ -131,6 +131,7 @@ def test_changed_keys_name_both_values_and_leave_out_what_may_change() -> None:
         (["logger.wandb_mode=of"], ["logger.wandb_mode=of", "online, offline"]),
         (["report.split=dev"], ["report.split=dev", "train, validation, test"]),
         (["run.name=../elsewhere"], ["run.name", "plain folder name"]),
+        (["run.name=my run"], ["run.name='my run'", "without white space"]),
     ],
 )
 def test_a_wrong_config_is_one_line_before_any_data(

@@ -8,18 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf, open_dict
 from safetensors.torch import load_file
 
 from protlig_dd.data.loader import PackDataset
 from protlig_dd.data.store import SequenceStore
 from protlig_dd.diffusion.loss import score_entropy_loss
 from protlig_dd.runtime.checkpoint import complete_checkpoints
-from protlig_dd.runtime.config import TrainConfig, flatten, read_config, resolve_max_weight, spelt
+from protlig_dd.runtime.config import TrainConfig, config_folder, flatten, read_config, resolve_max_weight, spelt
 from protlig_dd.runtime.files import sha256
 from protlig_dd.runtime.metrics import read_metrics
 from protlig_dd.runtime.random import keyed_generator
 from protlig_dd.runtime.trained import find_saved, load_trained
 from protlig_dd.training.finetune import taken_over
+from protlig_dd.training.launch import starting_from
 from protlig_dd.training.trainer import count_residues
 
 from .conftest import Command, assert_one_line_error
@@ -63,6 +67,40 @@ def test_another_network_or_process_is_refused(overrides: list[str], parts: list
         taken_over(config_of("from=runs/a", *overrides), SOURCE, given)
     for part in parts:
         assert part in str(error.value)
+
+
+def test_what_an_experiment_sets_is_taken_or_said_to_be_left_out(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/mine.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - demo\nmodel:\n  dropout: 0.25\n  n_heads: 4\nnoise:\n  curriculum: 9\n"
+    )
+    (tmp_path / "experiment/plain.yaml").write_text("# @package _global_\noptim:\n  lr: 0.5\n")
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
+
+    def started(experiment: str, *more: str) -> tuple[TrainConfig, str]:
+        search = f"hydra.searchpath=[file://{tmp_path}]"
+        with initialize_config_dir(str(config_folder()), version_base="1.3"):
+            cfg = compose("train", [f"experiment={experiment}", f"from={trained_run}", search, *more], True)
+        HydraConfig.instance().set_config(cfg)
+        with open_dict(cfg):
+            del cfg["hydra"]
+        config = starting_from(read_config(OmegaConf.create(cfg), TrainConfig), tmp_path / "runs/new")
+        return config, " ".join(capsys.readouterr().out.split())
+
+    config, out = started("uniref50_35m")
+    assert (config.model.hidden_size, config.model.n_blocks, config.optim.packs_per_step) == (32, 2, 16)
+    assert "of which is left out: model.hidden_size=512 (32 there), model.n_heads=8 (2 there)" in out
+    assert "model.dropout=0.1 (0.0 there)" in out
+    config, out = started("mine")
+    assert (config.model.dropout, config.noise["curriculum"], config.model.n_heads) == (0.25, 9, 2)
+    assert "left out: model.hidden_size=256 (32 there), model.n_heads=4 (2 there)" in out
+    assert "dropout" not in out
+    config, out = started("mine", "model.dropout=0.3")
+    assert config.model.dropout == 0.3
+    config, out = started("plain")
+    assert (config.model.hidden_size, config.optim.lr, out) == (32, 0.5, "")
 
 
 def test_a_graph_of_a_matrix_file_is_the_same_without_the_file(tmp_path: Path) -> None:

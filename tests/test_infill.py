@@ -3,7 +3,10 @@
 import csv
 import itertools
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protlig_dd.data.fasta import FastaRecord, read_fasta
-from protlig_dd.infill import Segment, draw_layout, draw_sizes, free_positions, map_csv, place, read_records
+from protlig_dd.infill import Segment, draw_layout, draw_sizes, free_positions, infill, map_csv, place, read_records
+from protlig_dd.runtime import generate
+from protlig_dd.runtime.trained import Trained, load_trained
+from protlig_dd.sample import sample_proteins
 from protlig_dd.tokenizer import MASK, ProteinTokenizer
 
 from .conftest import Command, assert_one_line_error
+from .test_configs import composed
 
 RECORD = FastaRecord("p", "", "ACDEFGHIKL", "in.fasta")
 IDS = ProteinTokenizer().encode(RECORD.sequence)[1:-1]
@@ -66,6 +73,25 @@ def test_a_contig_places_motifs_between_new_stretches() -> None:
         place(RECORD, IDS, draw_layout("A9-12/3", None, np.random.default_rng(0)))
 
 
+def test_a_contig_that_can_have_a_new_residue_has_one() -> None:
+    def layouts(contig: str, lengths: str | None = None) -> Counter[str]:
+        drawn = (draw_layout(contig, lengths, np.random.default_rng(i)) for i in range(4000))
+        return Counter(shown(place(RECORD, IDS, layout)) for layout in drawn)
+
+    seen = layouts("0-2/A1-5/0-2")
+    assert set(seen) == {"_" * a + "ACDEF" + "_" * b for a in range(3) for b in range(3) if a + b}
+    assert sum((count - 500) ** 2 / 500 for count in seen.values()) < 26  # chi square of 7 degrees of freedom
+    assert layouts("0-1") == {"_": 4000}
+    assert set(layouts("0-2/A1-5/0-2", "1-6")) == {"_ACDEF", "ACDEF_"}
+    assert layouts("A1-5") == layouts("0-2/A1-5/0-2", "5") == {"ACDEF": 4000}  # the input may have `_` there
+
+
+def test_the_map_is_a_table_whatever_a_record_is_called() -> None:
+    name = 'p,1"x'
+    (row,) = csv.DictReader(map_csv([name], [[Segment(10, 1)]], [IDS]).splitlines())
+    assert row == {"design": name, "start": "1", "end": "10", "free": "false", "input_start": "1"}
+
+
 def test_the_map_tells_free_from_fixed_within_a_protein() -> None:
     template = free_positions(RECORD, IDS, fixed=None, free=["2-4", 10])
     assert map_csv(["d"], [[Segment(10, 1)]], [template]).splitlines() == [
@@ -103,6 +129,7 @@ def test_sizes_are_uniform_among_all_that_fit() -> None:
     ("contig", "lengths", "message"),
     [
         ("", None, "contig=: '': give a number or a range"),
+        ("0/0-0", None, "contig=0/0-0 has no residue"),
         ("5/A", None, "contig=5/A: 'A': give a number or a range"),
         ("5/A0-3", None, "'A0-3': give a number or a range"),
         ("5-2/A1-3", None, "'5-2': give a number"),
@@ -149,8 +176,11 @@ def test_fixed_residues_stay_and_the_rest_is_new(trained_run: Path, tmp_path: Pa
     ]
     alone = run_python(*command, "output=one.fasta", "free=[2-4]", "seed=5", "n=1")
     assert alone.returncode == 0, alone.stderr
-    few = {record.id: record.sequence for record in read_fasta(tmp_path / "one.fasta")}
-    assert all(record.sequence == few[record.id] for record in records if record.id in few)
+    few = {record.id: record for record in read_fasta(tmp_path / "one.fasta")}
+    assert set(few) == {"wt_1", "holes_1"}
+    for record in records:  # the header has the bound
+        if record.id in few:
+            assert (record.sequence, record.description) == (few[record.id].sequence, few[record.id].description)
 
     scaffold = ["contig=3-9/A5-8/2/A12-14/0-9", "lengths=16-18", "input=wt.fasta", "output=scaffold.fasta"]
     (tmp_path / "wt.fasta").write_text(f">wt\n{RECORD.sequence * 4}\n")
@@ -173,6 +203,9 @@ def test_fixed_residues_stay_and_the_rest_is_new(trained_run: Path, tmp_path: Pa
         (["input=whole.fasta", "free=1", "fixed=2"], "give one of fixed=, free= and contig="),
         (["input=whole.fasta", "free=1", "lengths=9"], "lengths=9 is for contig="),
         (["input=whole.fasta", "contig=999/A1-2"], "the design has 1001 residues; this model was trained on 1 to"),
+        (["input=whole.fasta", "free=1", "map=./out.fasta"], "map=./out.fasta and output=out.fasta are the same file"),
+        (["input=whole.fasta", "free=1", "map=whole.fasta/x.csv"], "whole.fasta is no folder that one can write in"),
+        (["input=whole.fasta", "free=1", "output=whole.fasta/new/x.fasta"], "is no folder that one can write in"),
         (["input=whole.fasta", "free=1", "n=0"], "n must be at least 1, got 0"),
         (["input=none.fasta"], "none.fasta: no such file"),
         (["input=whole.fasta", "free=1", "from=nothing"], "nothing: neither a run folder"),
@@ -187,3 +220,62 @@ def test_what_is_wrong_is_said_in_one_line(
     more = [one for one in (f"from={trained_run}", "output=out.fasta") if one.partition("=")[0] not in given]
     assert_one_line_error(run_python("-m", "protlig_dd.infill", *more, *options), message)
     assert [path.name for path in tmp_path.iterdir()] == ["whole.fasta"]
+
+
+Sampled = tuple[list[np.ndarray], Counter[str]]
+
+
+def verb_with(
+    trained_run: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, verb: str, after: Callable[[Sampled], Sampled]
+) -> None:
+    """Run `sample` or `infill` in a folder with a sampler to whose result something happens."""
+    monkeypatch.chdir(folder)
+    (folder / "in.fasta").write_text(f">wt\n{RECORD.sequence}\n")
+    sampler = generate.generate
+    monkeypatch.setattr(generate, "generate", lambda *args, **options: after(sampler(*args, **options)))
+    common = [f"from={trained_run}", "output=out.fasta", "steps=2", "n=2", "nll_draws=1", "device=cpu"]
+    if verb == "sample":
+        sample_proteins(composed(*common, "lengths=9", name="sample"))
+    else:
+        infill(composed(*common, "input=in.fasta", "free=[2-4]", name="infill"))
+
+
+def test_a_sampler_that_changes_what_is_fixed_leaves_nothing(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(found: Sampled) -> Sampled:
+        found[0][1][6] = (found[0][1][6] + 1) % 20
+        return found
+
+    with pytest.raises(AssertionError, match="wt_2: fixed residue 7 was changed"):
+        verb_with(trained_run, tmp_path, monkeypatch, "infill", broken)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.fasta"]
+
+
+@pytest.mark.parametrize(
+    ("verb", "name"), [("sample", "out.fasta"), ("infill", "out.fasta"), ("infill", "out.map.csv")]
+)
+def test_what_appeared_while_it_sampled_stays(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str, name: str
+) -> None:
+    def meanwhile(found: Sampled) -> Sampled:
+        Path(name).write_text("somebody else's")
+        return found
+
+    with pytest.raises(ValueError, match=f"{name} exists already"):
+        verb_with(trained_run, tmp_path, monkeypatch, verb, meanwhile)
+    assert (tmp_path / name).read_text() == "somebody else's"
+
+
+def test_a_run_name_with_spaces_of_an_earlier_version_makes_whole_ids(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_spaced(*args: Any, **options: Any) -> Trained:
+        trained = load_trained(*args, **options)
+        return replace(trained, config=replace(trained.config, run=replace(trained.config.run, name="my\t old run")))
+
+    monkeypatch.setattr("protlig_dd.sample.load_trained", load_spaced)
+    verb_with(trained_run, tmp_path, monkeypatch, "sample", lambda found: found)
+    records = list(read_fasta(tmp_path / "out.fasta"))
+    assert [record.id for record in records] == ["my_old_run_1", "my_old_run_2"]
+    assert all(record.description.startswith("run=my_old_run step=40 ") for record in records)

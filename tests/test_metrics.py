@@ -8,7 +8,7 @@ from rich.console import Console
 
 from protlig_dd.runtime import metrics
 from protlig_dd.runtime.distributed import Processes
-from protlig_dd.runtime.files import free_name, write_atomic
+from protlig_dd.runtime.files import free_name, replacing, write_atomic, write_folder, write_new
 from protlig_dd.runtime.generate import designs_fasta, draw_lengths, split_lengths
 from protlig_dd.runtime.metrics import MetricsLog, ProgressBar, announce, read_metrics
 
@@ -105,6 +105,33 @@ def test_files_are_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
         write_atomic(path, "new")
     assert path.read_text() == "old"
     assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("kind", ["file", "folder", "link"])
+def test_a_new_output_never_replaces_what_appeared_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, links: bool
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError("no links here")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    path = tmp_path / "new.txt"
+    write_new(path, "first")
+    assert path.read_text() == "first"
+    path.unlink()
+    for folder in (False, True):
+        with pytest.raises(ValueError, match="new.txt exists already"), replacing(path) as temporary:  # noqa: PT012
+            if folder:
+                write_folder(temporary, {"a": "b"})
+            else:
+                temporary.write_text("second")
+            {"file": path.touch, "folder": path.mkdir, "link": lambda: path.symlink_to("nowhere")}[kind]()
+        assert [p.name for p in tmp_path.iterdir()] == ["new.txt"]
+        if kind == "file":
+            assert path.read_text() == ""
+        path.rmdir() if kind == "folder" else path.unlink()
 
 
 def test_free_names_count_up(tmp_path: Path) -> None:

@@ -344,6 +344,20 @@ def run_report(*arguments: str) -> int:
     return 0
 
 
+def test_a_page_that_appeared_meanwhile_stays(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def meanwhile(_: object) -> str:
+        Path("mine.html").write_text("mine")
+        return "the page"
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("protlig_dd.report.run_page", meanwhile)
+    assert run_report(f"runs=[{trained_run}]", "output=mine.html") == 1
+    assert "error: mine.html exists already" in capsys.readouterr().err
+    assert Path("mine.html").read_text() == "mine"
+
+
 @pytest.mark.slow
 def test_the_verb_remakes_compares_and_refuses(
     copied: Callable[[str], Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

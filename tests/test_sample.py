@@ -42,7 +42,7 @@ def test_a_bias_is_the_same_everywhere_or_has_a_row_for_each_position(tmp_path: 
         ("C,K\n1,x\n", "line 2: 'x' for K is no number"),
         ("C,K\n1,inf\n", "line 2: K must be finite or -inf, got inf"),
         (",".join(AMINO_ACIDS) + "\n" + ",".join(["-inf"] * 20), "line 2 forbids every amino acid"),
-        ("C\n1\n1\n1\n", "has 3 rows but protein 2 has 4 residues; give lengths=3"),
+        ("C\n1\n1\n1\n", "has 3 rows but protein 2 has 4 residues; give a row for each, or lengths=3 "),
     ],
 )
 def test_a_wrong_bias_file_names_the_line(tmp_path: Path, text: str, message: str) -> None:

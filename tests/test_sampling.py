@@ -353,7 +353,7 @@ def test_projected_residues_stay() -> None:
             assert bias is None or ids[5:].min() > 2
 
 
-def infilled(name: str, chains: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
+def infilled(name: str, chains: int, steps: int, parametrisation: str = "log_score") -> tuple[np.ndarray, np.ndarray]:
     """Fix the first of two sites of a toy: what the second was, and what it should be."""
     toy = brute_force.random_toy(name, n=3, sites=2, seed=2)
 
@@ -362,14 +362,47 @@ def infilled(name: str, chains: int, steps: int) -> tuple[np.ndarray, np.ndarray
         tokens[:, 1] = 1
         return tokens.view(-1)
 
-    samples = np.stack(sample(exact_score_fn(toy), NOISES[name], [2] * chains, steps, "analytic", seeded(0), project))
+    samples = np.stack(
+        sample(exact_score_fn(toy, parametrisation), NOISES[name], [2] * chains, steps, "analytic", seeded(0), project)
+    )
     assert (samples[:, 0] == 1).all()
     return np.bincount(samples[:, 1], minlength=3), (toy.p0[1] / toy.p0[1].sum()).numpy()
 
 
+def test_infilling_shows_the_network_the_noise_level_of_what_is_masked() -> None:
+    shown: list[tuple[torch.Tensor, list[float]]] = []
+
+    def network(batch: PackedBatch, sigma: torch.Tensor) -> torch.Tensor:
+        shares = [float((tokens == 20).sum()) / (len(tokens) - 2) for tokens in batch.unpack(batch.tokens)]
+        shown.append((sigma, shares))
+        return torch.randn(len(batch.tokens), 20, generator=seeded(1))
+
+    def project(tokens: torch.Tensor) -> torch.Tensor:
+        """195 of the first 200 residues and 10 of the other 20 are fixed."""
+        tokens = tokens.clone()
+        tokens[6:201] = 3
+        tokens[203:213] = 4
+        return tokens
+
+    noise, score_fn = LogLinearNoise(), ScoreFn(network, Absorbing(), "log_score")
+    times = torch.linspace(1, noise.t_min, 5, dtype=torch.float64)
+    least, most = noise(times)[0].float()[[-1, 0]]
+    for imposed in (project, None):
+        shown.clear()
+        sample(score_fn, noise, [200, 20], 4, "analytic", seeded(0), imposed)
+        for step, (sigma, shares) in enumerate(shown):
+            assert sigma.dtype == torch.float32
+            of_masked = -torch.log1p(-torch.tensor(shares))
+            of_time = noise(times)[0][[step, step]].float()
+            expected = of_time if imposed is None else of_masked.clamp(least, most)
+            torch.testing.assert_close(sigma, expected, rtol=1e-5, atol=0)
+        assert len(shown) == 5
+
+
 @pytest.mark.slow
-def test_infilling_is_exact_for_the_absorbing_graph() -> None:
-    seen, expected = infilled("absorbing", CHAINS, 60)
+@pytest.mark.parametrize("parametrisation", ["x0", "log_score"])
+def test_infilling_is_exact_for_the_absorbing_graph(parametrisation: str) -> None:
+    seen, expected = infilled("absorbing", CHAINS, 60, parametrisation)
     assert chisquare(seen, CHAINS * expected).pvalue > 1e-3
 
 

@@ -284,7 +284,7 @@ def test_the_report_beats_the_untrained_model(run_python: Command, store: Sequen
     assert evaluations is not None
     assert 100 * (1 - 8 / 82) - 0.1 < float(evaluations[1]) < 100  # two proteins, 41 steps; each residue moves once
     other = run_python("-m", "protlig_dd.sample", *steered[:1], "output=t.fasta", "log_bias=bias.csv", "lengths=5")
-    assert_one_line_error(other, "bias.csv has 3 rows but protein 1 has 5 residues; give lengths=3")
+    assert_one_line_error(other, "bias.csv has 3 rows but protein 1 has 5 residues; give a row for each, or lengths=3")
     again = run_python("-m", "protlig_dd.sample", "from=runs/report", "output=s.fasta")
     assert_one_line_error(again, "s.fasta exists already")
     wrong = run_python("-m", "protlig_dd.sample", "from=runs/report", "output=t.fasta", "lengths=long")

@@ -61,7 +61,8 @@ def sample(
         generator: one for each sequence, so that what a sequence draws does not depend on its pack; or a single one.
         project: tokens (total,) -> tokens, with <bos> and <eos> around each sequence: residue 0 of the first is token
             1. Re-imposes fixed residues (or context letters), called before every step and after the last. Exact for
-            the absorbing graph, an approximation for the others (docs/diffusion.md).
+            the absorbing graph, an approximation for the others (docs/diffusion.md). With the absorbing graph the
+            network is then shown the noise level at which as many of a sequence's residues are masked as are.
         log_bias: (V,) or (sum of lengths, V) nats for each amino acid, V of them, at every residue (<bos> and <eos>
             not among them): the model is steered towards p(x0) exp(sum of log_bias over x0), exactly where positions
             are independent. -inf forbids.
@@ -86,6 +87,7 @@ def sample(
     if steps < 1 or not lengths or min(lengths) < 1:
         raise ValueError(f"sampling needs at least 1 step and lengths of at least 1, got {steps} and {list(lengths)}")
     counts = Counter() if counts is None else counts
+    counted = project is not None and isinstance(graph, Absorbing)
     project = project or (lambda tokens: tokens)
     device = torch.device(device)
     home = float64_device(device)
@@ -116,7 +118,12 @@ def sample(
         moving_T = free_T.masked_scatter(free_T, moving_R)
         current = xt[moving_T]
         bias = None if bias_RV is None else bias_RV[moving_R]
-        shown = torch.full((len(lengths),), now, dtype=torch.float32, device=device)
+        shown_n = torch.full((len(lengths),), now, dtype=torch.float64, device=home)
+        if counted:  # what is fixed is never masked: the network saw such sequences in training at another noise level
+            residues_n = sum_by_sequence(xt <= graph.n_states, batch).clamp(min=1)
+            shares_n = sum_by_sequence(xt == graph.n_states, batch) / residues_n
+            shown_n = (-torch.log1p(-shares_n)).clamp(levels[-2], levels[0])
+        shown = shown_n.to(device, torch.float32)
         logits = logits_of(batch.with_tokens(xt).to(device), shown).to(home, torch.float64)[moving_T]
         level = torch.full_like(logits[:, 0], now)
         steer = None

@@ -33,6 +33,16 @@ def write_atomic_bytes(path: Path, content: bytes) -> None:
             raise
 
 
+def write_new(path: Path, text: str) -> None:
+    """Write and sync a file that is not there yet.
+
+    Raises:
+        ValueError: something has that name by then; it stays as it is.
+    """
+    with replacing(path) as temporary:
+        write_atomic(temporary, text)
+
+
 def write_folder(path: Path, files: Mapping[str, str]) -> None:
     """Write a new folder of text files, which is there whole or not at all.
 
@@ -52,17 +62,36 @@ def replacing(path: Path) -> Iterator[Path]:
     """A path beside `path` to write a file or a folder at, which gets the name once all is written.
 
     Raises:
-        ValueError: something has that name by then.
+        ValueError: something has that name by then; it stays as it is.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         yield temporary / path.name
-        if path.exists():
-            raise ValueError(f"{path} exists already; give another output or move it away")
-        (temporary / path.name).rename(path)
+        try:
+            _name(temporary / path.name, path)
+        except FileExistsError:
+            raise ValueError(f"{path} exists already; give another output or move it away") from None
     finally:
         shutil.rmtree(temporary)
+
+
+def _name(written: Path, path: Path) -> None:
+    """Give a file or folder its name; FileExistsError if anything has it, however lately (a rename would replace it).
+
+    A folder may be renamed over an empty one, and a file linked to no name but a new one.
+    """
+    if written.is_dir():
+        path.mkdir()
+        written.rename(path)
+        return
+    try:
+        os.link(written, path)
+    except (FileExistsError, FileNotFoundError):
+        raise
+    except OSError:  # a file system without links
+        path.touch(exist_ok=False)
+        written.replace(path)
 
 
 def sha256(path: Path) -> str:

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -15,7 +14,6 @@ from protlig_dd.diffusion.noise import Noise
 from protlig_dd.diffusion.sampling import sample
 from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.runtime.distributed import Processes, gather_objects
-from protlig_dd.runtime.files import write_atomic
 from protlig_dd.runtime.metrics import ProgressBar, announce
 from protlig_dd.runtime.random import keyed_generator, random_key
 from protlig_dd.runtime.steering import Steering, describe_steering
@@ -36,26 +34,16 @@ class SamplerOptions(Steering, Protocol):
     nll_draws: int
 
 
-def write_designs(
+def sample_designs(
     trained: Trained,
     options: SamplerOptions,
-    output: Path,
     *,
-    names: Sequence[str],
     lengths: Sequence[int],
     numbers: Sequence[int] | None = None,
     templates: Sequence[np.ndarray] | None = None,
     log_bias: Tensor | Sequence[Tensor] | None = None,
 ) -> list[np.ndarray]:
-    """Sample on all ranks, bound each protein's NLL, and have rank 0 write FASTA and say what it wrote.
-
-    Args:
-        names, lengths: of each protein.
-        numbers: what a protein draws depends on (seed, its number) alone; 0, 1, 2, ... when left out.
-        templates: see `generate`.
-
-    Returns: the samples, on every rank.
-    """
+    """`generate` as a verb's options say; the samples, on every rank."""
     processes = trained.processes
     samples, counts = generate(
         trained.score_fn,
@@ -74,22 +62,8 @@ def write_designs(
         templates=templates,
         processes=processes,
     )
-    notes = describe_bounds(trained, samples, draws=options.nll_draws, seed=options.seed)
-    if processes.first:
-        text = designs_fasta(
-            samples,
-            names=names,
-            run=trained.run,
-            step=trained.step,
-            seed=options.seed,
-            predictor=options.predictor,
-            steps=options.steps,
-            more=describe_steering(options),
-            notes=notes,
-        )
-        write_atomic(output, text)
     announce(
-        f"{output}: {len(samples)} proteins, {np.mean(lengths):.0f} residues on average; "
+        f"{len(samples)} proteins, {np.mean(lengths):.0f} residues on average; "
         f"{counts['clamped'] / counts['draws']:.2%} of draws clamped",
         processes,
     )
@@ -99,10 +73,34 @@ def write_designs(
     return samples
 
 
-def describe_bounds(trained: Trained, samples: Sequence[np.ndarray], *, draws: int, seed: int) -> list[str]:
+def describe_designs(
+    trained: Trained,
+    options: SamplerOptions,
+    samples: Sequence[np.ndarray],
+    *,
+    names: Sequence[str],
+    numbers: Sequence[int] | None = None,
+) -> str:
+    """FASTA of samples, with the model's bound on the NLL of each; on every rank, which share the bounds."""
+    return designs_fasta(
+        samples,
+        names=names,
+        run=trained.run,
+        step=trained.step,
+        seed=options.seed,
+        predictor=options.predictor,
+        steps=options.steps,
+        more=describe_steering(options),
+        notes=describe_bounds(trained, samples, numbers, draws=options.nll_draws, seed=options.seed),
+    )
+
+
+def describe_bounds(
+    trained: Trained, samples: Sequence[np.ndarray], numbers: Sequence[int] | None, *, draws: int, seed: int
+) -> list[str]:
     """` nll=2.8512 nll_se=0.0113` for each protein: the model's own bound, nats a residue; nothing without draws.
 
-    Protein i draws from (seed, "bound", i), by itself, so that its bound does not depend on the others.
+    A protein draws from (seed, "bound", its number), by itself, so that its bound does not depend on the others.
     """
     if not draws:
         return [""] * len(samples)
@@ -112,7 +110,7 @@ def describe_bounds(trained: Trained, samples: Sequence[np.ndarray], *, draws: i
     with ProgressBar("NLL bounds", len(mine), shown=processes.first) as bar:
         for i in mine:
             batch = PackedBatch.pack([torch.tensor([BOS, *samples[i].tolist(), EOS])]).to(trained.device)
-            generator = keyed_generator(seed, "bound", i, trained.device)
+            generator = keyed_generator(seed, "bound", i if numbers is None else numbers[i], trained.device)
             bound = nll_bound(score_fn, batch, trained.graph, trained.noise, generator=generator, draws=draws,
                               estimator=estimator)  # fmt: skip
             residues = max(1, int(bound.residues))  # a design may consist of context letters alone

@@ -58,7 +58,8 @@ def read_log_bias(wanted: Any, lengths: list[int]) -> torch.Tensor | list[torch.
     for number, length in enumerate(lengths, start=1):
         if length != len(bias):
             raise ValueError(
-                f"{path} has {len(bias)} rows but protein {number} has {length} residues; give lengths={len(bias)}"
+                f"{path} has {len(bias)} rows but protein {number} has {length} residues; "
+                f"give a row for each, or lengths={len(bias)} (infill takes it beside contig=)"
             )
     return [bias] * len(lengths)
 

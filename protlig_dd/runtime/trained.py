@@ -1,6 +1,7 @@
 """A trained model, ready to use, from a run, a checkpoint or an export: what every verb but training begins with."""
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -166,7 +167,8 @@ class Trained:
 
     @property
     def run(self) -> str:
-        return self.config.run.name
+        """The run's name; white space, which earlier versions took, would end an id in a FASTA header."""
+        return "_".join(self.config.run.name.split())
 
     @property
     def graph(self) -> Graph:
@@ -215,10 +217,13 @@ def load_trained(path: str, *, device: str, precision: str) -> Trained:
 
 
 def check_free(output: str) -> Path:
-    """The path to write, which must not exist."""
+    """The path to write, which must not exist, in a folder where it can be made."""
     path = Path(output)
-    if path.exists():
+    if os.path.lexists(path):
         raise ValueError(f"{path} exists already; give another output or move it away")
+    folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"{path}: {folder} is no folder that one can write in")
     return path
 
 

@@ -8,6 +8,7 @@ from protlig_dd.runtime.components import ModelConfig
 from protlig_dd.runtime.config import TrainConfig, graph_with_rates, shorten, spelt
 
 FREE = {"model": ("dropout",), "noise": ("curriculum", "max_weight"), "graph": ()}
+FREE_KEYS = {f"{section}.{key}" for section, keys in FREE.items() for key in keys}
 THIS_MACHINE = ("attention_backend", "checkpointing")  # of the model's keys: how it is computed, not what
 
 

@@ -36,6 +36,7 @@ from protlig_dd.runtime.config import (
     flatten,
     graph_with_rates,
     read_config,
+    shorten,
     spelt,
 )
 from protlig_dd.runtime.distributed import (
@@ -54,7 +55,7 @@ from protlig_dd.runtime.files import free_name, locked, sha256, write_atomic, wr
 from protlig_dd.runtime.metrics import announce, console, import_wandb
 from protlig_dd.runtime.stop import STOPPED, Stopped, StopRequests, seconds_of
 from protlig_dd.runtime.trained import find_saved
-from protlig_dd.training.finetune import taken_over
+from protlig_dd.training.finetune import FREE_KEYS, taken_over
 from protlig_dd.training.job import train
 from protlig_dd.training.plan import print_plan, with_data
 from protlig_dd.training.validate import check_train_config
@@ -263,6 +264,7 @@ def starting_from(config: TrainConfig, path: Path) -> TrainConfig:
     """
     overrides = OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))
     given = {override.key_or_group for override in overrides}
+    recipe = set_by_experiment()
     begun = None
     if has_steps(path) and not config.run.fresh:  # it remembers, whatever has become of what it began with
         begun = read_config(OmegaConf.load(path / "config.yaml"), TrainConfig)  # type: ignore[arg-type]
@@ -273,7 +275,41 @@ def starting_from(config: TrainConfig, path: Path) -> TrainConfig:
         source, found = saved.config, sha256(saved.weights)
     if config.from_sha256 not in (None, found):
         raise ValueError(f"from={config.from_} has weights of SHA-256 {found}, not from_sha256={config.from_sha256}")
-    return replace(taken_over(config, source, given), from_sha256=found)
+    taken = taken_over(config, source, given | (recipe & FREE_KEYS))
+    before, after = flatten(spelt(config)), flatten(spelt(taken))
+    left_out = [
+        f"{key}={shorten(str(value))} ({shorten(str(after.get(key)))} there)"
+        for key, value in before.items()
+        if (key in recipe or key.partition(".")[0] in recipe) and value != after.get(key)
+    ]
+    if left_out:
+        announce(
+            f"from={config.from_} is another model than the experiment's, of which is left out: {', '.join(left_out)}",
+            processes_from_environment(),
+        )
+    return replace(taken, from_sha256=found)
+
+
+def set_by_experiment() -> set[str]:
+    """The keys and groups that the file of the chosen experiment sets, and those of experiments that it builds on."""
+    runtime = HydraConfig.get().runtime
+    folders = [Path(source.path) / "experiment" for source in runtime.config_sources if source.schema == "file"]
+
+    def named(experiment: str) -> set[str]:
+        file = next((file for folder in folders if (file := folder / f"{experiment}.yaml").is_file()), None)
+        if file is None:
+            return set()
+        content = dict(OmegaConf.to_container(OmegaConf.load(file)) or {})  # type: ignore[arg-type]
+        found: set[str] = set()
+        for entry in content.pop("defaults", []):
+            if isinstance(entry, dict):  # `override /model: tiny`
+                found |= {str(key).split()[-1].lstrip("/") for key in entry}
+            elif entry != "_self_":
+                found |= named(entry)
+        return found | set(flatten(content))
+
+    chosen = runtime.choices.get("experiment")
+    return named(chosen) if chosen else set()
 
 
 def first_weights(config: TrainConfig) -> Path:

@@ -101,3 +101,5 @@ def check_train_config(config: TrainConfig) -> None:
         raise ValueError(f"report.split={config.report.split}; there are {', '.join(SPLITS)}")
     if config.run.name != Path(config.run.name).name or config.run.name in ("", ".", ".."):
         raise ValueError(f"run.name={config.run.name!r} must be a plain folder name")
+    if any(character.isspace() for character in config.run.name):
+        raise ValueError(f"run.name={config.run.name!r} must be without white space: samples are named after it")
