@@ -19,6 +19,7 @@ from protlig_dd.diffusion.numerics import sum_by_sequence, uniform_draws
 from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.evaluation.assays import Assay, Variant
 from protlig_dd.runtime.distributed import Processes, gather_objects
+from protlig_dd.runtime.embedding import window
 from protlig_dd.runtime.generate import ALONE, split_lengths
 from protlig_dd.runtime.metrics import ProgressBar
 from protlig_dd.runtime.random import keyed_generator
@@ -104,14 +105,14 @@ def pieces_of(assay: Assay, length: int, longest: int, strategy: str) -> list[Pi
                     "that this model was trained on"
                 )
             size = longest - max(0, longer(variant))  # of the wild type's window; the variant's is no longer either
-            pieces.append(Piece(number, *window(start, stop, length, size), variant))
+            pieces.append(Piece(number, *around(start, stop, length, size), variant))
         groups: list[list[tuple[int, int]]] = []
         for site, residue in variant.substitutions:
             if unmasked or not groups or site - groups[-1][0][0] >= longest:
                 groups.append([])
             groups[-1].append((site, residue))
         for group in groups:
-            start, stop = window(group[0][0], group[-1][0] + 1, length, longest, grid)
+            start, stop = around(group[0][0], group[-1][0] + 1, length, longest, grid)
             pieces.append(Piece(number, start, stop, Variant(tuple(group))))
     return pieces
 
@@ -121,7 +122,7 @@ def longer(change: Variant) -> int:
     return len(change.indel.ids) - (change.indel.stop - change.indel.start) if change.indel else 0
 
 
-def window(first: int, last: int, length: int, size: int, grid: int = 1) -> tuple[int, int]:
+def around(first: int, last: int, length: int, size: int, grid: int = 1) -> tuple[int, int]:
     """start, stop of `size` residues (all, of a shorter protein) around first..last; from the nearest multiple of
     `grid`, unless the protein ends before.
     """
@@ -133,7 +134,7 @@ def window(first: int, last: int, length: int, size: int, grid: int = 1) -> tupl
 
 def windowed(target: np.ndarray, start: int, stop: int) -> np.ndarray:
     """Ids of a window; <bos> and <eos> stand at the protein's own ends alone, as in the crops of training."""
-    return np.concatenate([[BOS] * (start == 0), target[start:stop], [EOS] * (stop == len(target))]).astype(np.int64)
+    return window(np.concatenate([[BOS], target, [EOS]]), start, stop - start).astype(np.int64)
 
 
 class Columns(NamedTuple):
