@@ -30,9 +30,10 @@ from protlig_dd.evaluation.heatmap import heat_map, to_csv, to_png
 from protlig_dd.runtime.cli import run_verb
 from protlig_dd.runtime.config import VariantsConfig, read_config
 from protlig_dd.runtime.distributed import from_first
-from protlig_dd.runtime.files import write_atomic, write_atomic_bytes
+from protlig_dd.runtime.files import sha256, write_atomic, write_atomic_bytes
 from protlig_dd.runtime.metrics import ProgressBar, announce
 from protlig_dd.runtime.trained import Trained, check_free, check_least, load_trained
+from protlig_dd.tokenizer import ProteinTokenizer
 
 
 def score(cfg: DictConfig) -> None:
@@ -49,6 +50,8 @@ def score(cfg: DictConfig) -> None:
 
 def score_one(config: VariantsConfig) -> None:
     output = Path(config.output)
+    if output.suffix != ".csv":
+        raise ValueError(f"output={config.output}: give a name that ends in .csv; other files get their names from it")
     for path in beside(output).values():
         check_free(str(path))
     if config.target is None:
@@ -57,7 +60,8 @@ def score_one(config: VariantsConfig) -> None:
     assay = all_substitutions(target) if config.assay is None else read_assay(Path(config.assay), target)
     check_columns(assay, config)
     trained = load_trained(config.from_, device=config.device, precision=config.precision)
-    score_assay(trained, config, assay, target, output, "variants")
+    settings = settings_of(trained, config) | of_assay(None if config.assay is None else Path(config.assay), target)
+    score_assay(trained, config, assay, target, output, "variants", settings)
 
 
 def score_folder(config: VariantsConfig) -> None:
@@ -74,9 +78,16 @@ def score_folder(config: VariantsConfig) -> None:
     output = Path(config.output)
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is no folder; a folder of assays needs one")
+    if output.resolve() == folder.resolve():
+        raise ValueError(f"output={output} is the folder of assays; give another")
     references = read_reference(Path(config.reference), folder)
+    outputs = {one.id: output / f"{one.id}.csv" for one in references}
+    check_different([*outputs.values(), output / "summary.csv"])
     trained = load_trained(config.from_, device=config.device, precision=config.precision)
-    done = from_first({one.id: done_before(output / f"{one.id}.csv", trained, config) for one in references})
+    common = settings_of(trained, config)
+    settings = {one.id: common | of_assay(one.path, one.target) for one in references}
+    done_before(output / "summary.csv", common)
+    done = from_first({name: done_before(path, settings[name]) for name, path in outputs.items()})
     left = [one for one in references if done[one.id] is None]
     if len(left) < len(references):
         announce(f"{output}: {len(references) - len(left)} of {len(references)} are there already", trained.processes)
@@ -85,17 +96,18 @@ def score_folder(config: VariantsConfig) -> None:
             check_assay(trained, config, read_one(one, config), one.target)
             bar.advance()
     for one in left:
-        done[one.id] = score_assay(trained, config, read_one(one, config), one.target, output / f"{one.id}.csv", one.id)
+        assay = read_one(one, config)
+        done[one.id] = score_assay(trained, config, assay, one.target, outputs[one.id], one.id, settings[one.id])
     results = [
         {"DMS_id": one.id, "UniProt_ID": one.protein, "coarse_selection_type": one.type, **(done[one.id] or {})}
         for one in references
     ]
     if trained.processes.first:
-        total = aggregate(results)
+        total = common | aggregate(results)
         columns = ["DMS_id", "UniProt_ID", "coarse_selection_type", "strategy", "variants", *METRICS]
         rows = [["" if result[key] is None else result[key] for key in columns] for result in results]
-        write_atomic(output / "summary.csv", as_csv([columns, *rows]))
         write_atomic(output / "summary.json", as_json(total))
+        write_atomic(output / "summary.csv", as_csv([columns, *rows]))
         for kind, values in total["by_type"].items():
             announce(f"{kind}: {metrics_line(values)} ({values['proteins']} proteins)", trained.processes)
         announce(f"{output}: {len(results)} assays, {metrics_line(total)}", trained.processes)
@@ -115,30 +127,54 @@ def check_columns(assay: Assay, config: VariantsConfig) -> None:
 
 def check_assay(trained: Trained, config: VariantsConfig, assay: Assay, target: np.ndarray) -> None:
     """Raise for what cannot be scored with this model."""
-    choose_strategy(config.strategy, trained.graph, assay)
-    pieces_of(assay, len(target), trained.max_len)
+    strategy, _ = choose_strategy(config.strategy, trained.graph, assay)
+    pieces_of(assay, len(target), trained.max_len, strategy)
 
 
-def done_before(output: Path, trained: Trained, config: VariantsConfig) -> dict[str, Any] | None:
-    """What an earlier command wrote of this assay; None if it did not.
+def check_different(outputs: list[Path]) -> None:
+    """Raise for assays whose files would have the same names, as those of A_heatmap and A, or of summary."""
+    taken: dict[Path, str] = {}
+    for output in outputs:
+        for path in beside(output).values():
+            if path in taken:
+                raise ValueError(f"{path} would be a file of {taken[path]} and of {output.stem}; rename a DMS_id")
+            taken[path] = output.stem
+
+
+def done_before(output: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """What an earlier command wrote of this assay; None if it did not, or did not come to its end.
 
     Raises:
-        ValueError: it was another model, or with other settings.
+        ValueError: files that this verb did not write, or with another model, assay or settings.
     """
-    path = beside(output)["summary"]  # written last
+    files = beside(output)
+    path = files["summary"]  # written first: what lies beside it is then this verb's, too
     if not path.exists():
+        for other in files.values():
+            check_free(str(other))
         return None
-    earlier = json.loads(path.read_text())
-    for key, value in settings_of(trained, config).items():
-        if earlier.get(key) != value:
-            raise ValueError(f"{path} was made with {key}={earlier.get(key)}, not {value}; give another output")
-    return earlier
+    try:
+        earlier = json.loads(path.read_text())
+    except ValueError:
+        earlier = None
+    if not isinstance(earlier, dict) or not {*METRICS, *settings} <= earlier.keys():
+        raise ValueError(f"{path} is not what this verb writes; give another output or move it away")
+    for key, value in settings.items():
+        if earlier[key] != value:
+            raise ValueError(f"{path} was made with {key}={earlier[key]}, not {value}; give another output")
+    return earlier if output.exists() else None
 
 
 def settings_of(trained: Trained, config: VariantsConfig) -> dict[str, Any]:
-    """What scores depend on, for the summary."""
+    """What the scores of every assay depend on, for the summary."""
+    model = {"run": trained.run, "step": trained.step, "weights_sha256": sha256(trained.weights)}
     wanted = {"wanted": config.strategy, "draws": config.draws, "seed": config.seed, "column": config.column}
-    return {"run": trained.run, "step": trained.step, "precision": trained.precision, **wanted}
+    return {**model, "precision": trained.precision, **wanted}
+
+
+def of_assay(path: Path | None, target: np.ndarray) -> dict[str, Any]:
+    """What the scores of one assay depend on besides."""
+    return {"assay_sha256": None if path is None else sha256(path), "target": ProteinTokenizer().decode(target)}
 
 
 def beside(output: Path) -> dict[str, Path]:
@@ -148,11 +184,22 @@ def beside(output: Path) -> dict[str, Path]:
 
 
 def score_assay(
-    trained: Trained, config: VariantsConfig, assay: Assay, target: np.ndarray, output: Path, description: str
+    trained: Trained,
+    config: VariantsConfig,
+    assay: Assay,
+    target: np.ndarray,
+    output: Path,
+    description: str,
+    settings: dict[str, Any],
 ) -> dict[str, Any]:
     """Score on all ranks, have rank 0 write and say what it wrote; returns the summary."""
     strategy, reason = choose_strategy(config.strategy, trained.graph, assay)
-    announce(f"{description}: {len(assay.rows)} variants by strategy={strategy} ({reason})", trained.processes)
+    lines = [f"{len(assay.rows)} variants by strategy={strategy} ({reason})"]
+    if assay.most_changed > 1:
+        lines.append(f"up to {assay.most_changed} substitutions in a row")
+    if assay.first_indel is not None:
+        lines.append("where lengths differ, by nats per residue, since each residue more costs some 3 whatever it is")
+    announce(f"{description}: {'; '.join(lines)}", trained.processes)
     scores = score_variants(
         trained.score_fn,
         trained.noise,
@@ -165,15 +212,16 @@ def score_assay(
         seed=config.seed,
     )
     metrics = assay.judge(scores.nats)
-    summary = {"variants": len(assay.rows), "strategy": strategy, **metrics, **settings_of(trained, config)}
+    made = {"variants": len(assay.rows), "strategy": strategy, **metrics}
+    summary = {**made, "checkpoint": str(trained.checkpoint), **settings}
     files = beside(output)
     if trained.processes.first:
-        write_atomic(files["scores"], scored_rows(assay, scores, config.column))
+        write_atomic(files["summary"], as_json(summary))
         table = heat_map(assay, target, scores.nats)
         if table is not None:
             write_atomic(files["map"], to_csv(table, target))
             write_atomic_bytes(files["picture"], to_png(table, target, f"{output.stem}: {strategy}"))
-        write_atomic(files["summary"], as_json(summary))
+        write_atomic(files["scores"], scored_rows(assay, scores, config.column))  # last: an assay with it is done
     announce(f"{output}: {metrics_line(metrics)}", trained.processes)
     return summary
 

@@ -83,10 +83,12 @@ def nodes_of(noise: LogLinearNoise) -> list[tuple[Tensor, float]]:
     return found
 
 
-def exact_bound(toy: brute_force.Toy, scores: Scores, x0: tuple[int, ...]) -> float:
+def exact_bound(
+    toy: brute_force.Toy, scores: Scores, x0: tuple[int, ...], noise: LogLinearNoise | None = None
+) -> float:
     """`nll_bound` of x0 under the given scores in float64, its draws replaced by enumeration and quadrature."""
     graph = graph_of(toy.graph, toy.n)
-    noise, xt = exact_noise(graph), all_states(graph, toy.sites)
+    noise, xt = noise or exact_noise(graph), all_states(graph, toy.sites)
     clean = torch.tensor(x0).expand_as(xt)
     batch = PackedBatch.pack(list(clean))  # as many copies as there are x_t
 

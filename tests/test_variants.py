@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import re
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.image import imread
 from scipy.stats import mannwhitneyu, spearmanr
 
 from protlig_dd.batch import PackedBatch
@@ -43,17 +45,20 @@ from protlig_dd.evaluation.fitness import (
     exact_count_draw,
     integral_draw,
     mirrored_places,
+    over_draws,
     pieces_of,
     score_variants,
     windowed,
 )
 from protlig_dd.evaluation.heatmap import heat_map, to_csv, to_png
+from protlig_dd.runtime.files import sha256
 from protlig_dd.tokenizer import BOS, EOS, MASK, N_STATES, ProteinTokenizer
-from protlig_dd.variants import score
+from protlig_dd.variants import check_different, score
 
 from . import brute_force
 from .conftest import Command, assert_one_line_error, exact_score_fn, graph_of, make_model
 from .test_configs import composed
+from .test_likelihood import exact_bound
 from .test_training import TINY
 
 WILD = "MKTAYIAKQRQISFVKSHFSRQ"
@@ -121,14 +126,16 @@ def test_both_columns_may_be_there_and_others_are_kept(tmp_path: Path) -> None:
         ("mutant\nM1A\nA1M\n", "line 3: A1M has A at position 1, but the target has M"),
         ("mutant\nM1\n", "line 2: 'M1' is no mutation"),
         ("mutant\nM1A:\n", "line 2: '' is no mutation"),
-        ("mutant\nm1a\n", "line 2: 'm1a' is no mutation"),
+        (f"mutant\n{WILD[1:]}\n", f"line 2: '{WILD[1:]}' is no mutation.* and whole proteins in a column mutated_seq"),
         ("mutant\nM0A\n", "line 2: M0A is at position 0, but the target has 1 to 22"),
         ("mutant\nM23A\n", "line 2: M23A is at position 23, but the target has 1 to 22"),
         ("mutant\nM1A:M1C\n", "line 2: M1A:M1C changes position 1 twice"),
         ("mutant\nM1X\n", "line 2: M1X: X is none of the amino acids"),
         ("mutant\nM1A\n\nM1A\n", "line 4: the same protein as .*a.csv line 2"),
         ("mutant\nM1A:K2D\nK2D:M1A\n", "line 3: the same protein as"),
-        ("mutant,DMS_score\nM1A,high\n", "line 2: DMS_score 'high' is no number"),
+        ("mutant,DMS_score\nM1A,high\n", "line 2: DMS_score 'high' is no finite number"),
+        ("mutant,DMS_score\nM1A,1_0\n", "line 2: DMS_score '1_0' is no finite number"),
+        ("mutant,DMS_score\nM1A,-inf\n", "line 2: DMS_score '-inf' is no finite number"),
         ("mutant,DMS_score_bin\nM1A,2\n", "line 2: DMS_score_bin is 0 or 1, got 2"),
         ("mutated_sequence\nMK1\n", "line 2, mutated_sequence: illegal character '1' at position 3 of 3"),
         (f"mutated_sequence\nX{WILD[1:]}\n", "line 2: mutated_sequence has other letters"),
@@ -139,6 +146,18 @@ def test_both_columns_may_be_there_and_others_are_kept(tmp_path: Path) -> None:
 def test_a_wrong_assay_is_named(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read(tmp_path, text)
+
+
+def test_letters_may_be_small_and_measurements_missing(tmp_path: Path) -> None:
+    assay = read(
+        tmp_path,
+        f"mutant,mutated_sequence,DMS_score\nm1a:k2d,,NA\n,{WILD[1:].lower()},nan\n{WILD.lower()}w,{WILD}W, 2 \n",
+    )
+    assert assay.variants == [
+        Variant(((0, 0), (1, 2))), Variant(indel=Indel(0, 1, ())), Variant(indel=Indel(22, 22, (18,)))
+    ]  # fmt: skip
+    np.testing.assert_array_equal(assay.measured, [np.nan, np.nan, 2])
+    assert assay.most_changed == 2
 
 
 def test_residues_without_probability_cannot_change(tmp_path: Path) -> None:
@@ -156,8 +175,9 @@ def test_a_target_is_a_file_or_a_sequence(tmp_path: Path) -> None:
     (tmp_path / "wt.fasta").write_text(">a\nMK\n>b\nMK\n")
     with pytest.raises(ValueError, match="one protein, but there are 2 records"):
         read_target(str(tmp_path / "wt.fasta"))
-    with pytest.raises(ValueError, match="target=no.fasta: no such file"):
-        read_target("no.fasta")
+    for name in ("no.fasta", ""):
+        with pytest.raises(ValueError, match=f"target={name}: no such file"):
+            read_target(name)
     assert len(all_substitutions(TARGET).variants) == 19 * len(WILD)
 
 
@@ -175,10 +195,14 @@ def test_variants_are_rebuilt_from_their_columns(left: str, old: str, new: str, 
 # windows
 
 
+def in_windows(assay: Assay, longest: int, length: int = 22, strategy: str = "bound") -> list[Piece]:
+    return pieces_of(assay, length, longest, strategy)
+
+
 @given(st.integers(1, 40), st.integers(1, 12), st.data())
 def test_windows_hold_their_sites_and_are_as_large_as_can_be(length: int, longest: int, data: st.DataObject) -> None:
     sites = sorted(data.draw(st.sets(st.integers(0, length - 1), min_size=1, max_size=4)))
-    pieces = pieces_of(assay_of(Variant(tuple((site, 0) for site in sites))), length, longest)
+    pieces = in_windows(assay_of(Variant(tuple((site, 0) for site in sites))), longest, length)
     assert [site for piece in pieces for site, _ in piece.change.substitutions] == sites
     for piece in pieces:
         assert 0 <= piece.start < piece.stop <= length
@@ -187,20 +211,53 @@ def test_windows_hold_their_sites_and_are_as_large_as_can_be(length: int, longes
     assert len(pieces) == 1 or sites[-1] - sites[0] >= longest
 
 
+@given(st.integers(1, 200), st.integers(1, 40))
+def test_windows_of_the_wild_type_alone_are_few(length: int, longest: int) -> None:
+    """Each site has as many residues on both sides as a quarter of a window, or all that there are."""
+    every = Variant(tuple((site, 0) for site in range(length)))
+    pieces = in_windows(assay_of(every), longest, length, "ratio")
+    assert [piece.change.substitutions for piece in pieces] == [(one,) for one in every.substitutions]
+    for site, (_, start, stop, _) in enumerate(pieces):
+        assert stop - start == min(length, longest)
+        assert 0 <= start <= max(0, site - longest // 4)
+        assert min(length, site + 1 + longest // 4) <= stop <= length
+    assert len({piece.start for piece in pieces}) <= 2 + max(0, length - longest) // max(1, longest // 4)
+
+
+@given(st.integers(1, 40), st.integers(1, 20), st.data())
+def test_windows_of_indels_hold_the_same_part_of_both(length: int, longest: int, data: st.DataObject) -> None:
+    """As much as the model can see, the block in it, wherever that leaves anything else; refused elsewhere."""
+    start, stop = sorted(data.draw(st.tuples(*[st.integers(0, length)] * 2)))
+    new = data.draw(st.lists(st.integers(0, 19), max_size=25).filter(lambda new: len(new) != stop - start))
+    more = len(new) - (stop - start)
+    target = np.arange(length, dtype=np.uint8) % 20
+    variant = np.array([*target[:start], *new, *target[stop:]], dtype=np.uint8)
+    assay = assay_of(Variant(indel=Indel(start, stop, tuple(new))))
+    if max(length, length + more) > longest and max(stop - start, len(new)) >= longest:
+        with pytest.raises(ValueError, match=f"row 0: {stop - start} residues become {len(new)}, too many for a wind"):
+            in_windows(assay, longest, length)
+        return
+    (piece,) = in_windows(assay, longest, length)
+    assert 0 <= piece.start <= start <= stop <= piece.stop <= length
+    assert max(piece.stop - piece.start, piece.stop - piece.start + more) == min(longest, max(length, length + more))
+    for sequence, last, change in ((target, piece.stop, Variant()), (variant, piece.stop + more, piece.change)):
+        columns = columns_of(target, Piece(0, piece.start, piece.stop, change))
+        shown = columns.join(columns.aligned, columns.inserted).tolist()
+        assert shown == windowed(sequence, piece.start, last).tolist()
+
+
 def test_windows_have_the_ends_of_the_protein_alone() -> None:
     assert windowed(TARGET, 0, 3).tolist() == [BOS, *TARGET[:3]]
     assert windowed(TARGET, 2, 22).tolist() == [*TARGET[2:], EOS]
-    assert pieces_of(assay_of(Variant(((10, 0),))), 22, 5)[0][1:3] == (8, 13)
+    assert in_windows(assay_of(Variant(((10, 0),))), 5)[0][1:3] == (8, 13)
 
 
 def test_an_indel_is_seen_through_one_window() -> None:
-    (piece,) = pieces_of(assay_of(Variant(indel=Indel(10, 10, (0, 1, 2)))), 22, 9)
+    (piece,) = in_windows(assay_of(Variant(indel=Indel(10, 10, (0, 1, 2)))), 9)
     assert piece.stop - piece.start + 3 == 9
     columns = columns_of(TARGET, piece)
     expected = [*TARGET[piece.start : 10], 0, 1, 2, *TARGET[10 : piece.stop]]
     assert columns.join(columns.aligned, columns.inserted).tolist() == expected
-    with pytest.raises(ValueError, match="row 0: 12 residues become 0, more than a window of the 9"):
-        pieces_of(assay_of(Variant(indel=Indel(2, 14, ()))), 22, 9)
 
 
 # strategies
@@ -245,7 +302,7 @@ def test_marginals_are_those_of_one_row_at_a_time(
     expected = []
     for number, variant in enumerate(MANY.variants):
         total = 0.0
-        for piece in (p for p in pieces_of(MANY, len(TARGET), longest) if p.variant == number):
+        for piece in (p for p in in_windows(MANY, longest, strategy=strategy) if p.variant == number):
             tokens = torch.from_numpy(windowed(TARGET, piece.start, piece.stop))
             shift = 1 - piece.start if piece.start == 0 else -piece.start
             sites = [site + shift for site, _ in piece.change.substitutions]
@@ -357,12 +414,84 @@ class Recorded:
         return torch.zeros(len(batch.tokens), N_STATES)
 
 
+def test_mirrored_draws_mask_what_the_other_shows() -> None:
+    """Of 22 residues 7 and 16, or 1 and 22: all of them once, and one in both."""
+    network = Recorded()
+    score_fn = ScoreFn(network, Absorbing(), "x0", False)
+    columns = [columns_of(TARGET, Piece(0, 0, 22, Variant()))]
+    batch = PackedBatch.pack([columns[0].aligned])
+    for k in (0, 2):
+        for place in (0.3, 0.01):
+            for draw, at in ((k, place), (k + 1, 1 - place)):
+                exact_count_draw(score_fn, NOISE, batch, columns, at, draw, 7, CPU)
+    masked = torch.stack(network.seen)[:, 1:-1] == MASK
+    assert masked.sum(1).tolist() == [7, 16, 1, 22] * 2
+    assert (masked[0::2] | masked[1::2]).all()
+    assert not torch.equal(masked[0], masked[4])  # another pair
+
+
+def test_scores_of_draws_by_hand() -> None:
+    """Pairs (2, 0) and (6, 3)."""
+    found = over_draws(np.array([[1.0, 0], [3, 0], [5, 2], [7, 4]]))
+    assert found.nats.tolist() == [4, 1.5]
+    assert found.standard_error == pytest.approx([2, 1.5])
+
+
+@pytest.mark.parametrize("name", ["uniform", "substitution"])
+def test_with_all_noise_enumerated_the_integral_is_the_bound(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every x_t with every x at t_min, quadrature over the draw's place; a noise range where all three terms count."""
+    toy, score_fn = toy_scores(name)
+    noise = LogLinearNoise(eps=0.1, t_min=0.05, rate=-score_fn.graph.lambda_2)
+    states = torch.cartesian_prod(torch.arange(3), torch.arange(3))
+    pairs = [(i, j) for i in range(9) for j in range(9)]
+    copies = [columns_of(TOY_WILD, Piece(0, 0, 2, Variant()))] * len(pairs)
+    batch = PackedBatch.pack([one.aligned for one in copies])
+    drawn: list[int] = []
+
+    def transition(x0: torch.Tensor, sigma: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        return torch.cat([x0[:1], states[drawn.pop(0)], x0[-1:]]) if len(x0) else x0
+
+    def probability(sigma: float) -> torch.Tensor:
+        return brute_force.transition(name, 3, sigma)[torch.from_numpy(TOY_WILD).long(), states].prod(1)
+
+    monkeypatch.setattr(score_fn.graph, "sample_transition", transition)
+    total, lowest = 0.0, probability(float(noise(torch.tensor(noise.t_min, dtype=torch.float64))[0]))
+    for point, weight in zip(*np.polynomial.legendre.leggauss(12), strict=True):
+        drawn += [i for i, _ in pairs] + [j for _, j in pairs]
+        place = (1 + float(point)) / 2
+        t = torch.tensor(noise.t_min + (1 - noise.t_min) * place, dtype=torch.float64)
+        with torch.no_grad():
+            nats = integral_draw(score_fn, noise, batch, copies, place, 0, 0, CPU).view(9, 9, 4).sum(2)
+        total += weight / 2 * float(probability(float(noise(t)[0])) @ nats.double() @ lowest)
+    assert total == pytest.approx(exact_bound(toy, toy.log_score, (0, 2), noise), abs=1e-4)
+
+
+@pytest.mark.parametrize("longest", [100, 12])
+def test_a_model_of_the_background_alone_gives_indels_nothing(longest: int) -> None:
+    """Of one whose amino acids are equal exactly 0; else what the residues differ from the wild type's mean."""
+    changes = [Variant(indel=one) for one in (Indel(4, 4, (3, 3, 9)), Indel(8, 11, ()), Indel(3, 6, (1,)))]
+    found = scored(ScoreFn(Recorded(), Absorbing(), "x0", False), assay_of(*changes), "bound", longest=longest)
+    np.testing.assert_allclose(found.nats, 0, atol=1e-4)  # float32 of some 60 nats
+    background = torch.randn(N_STATES, generator=torch.Generator().manual_seed(0)).log_softmax(0)
+    score_fn = ScoreFn(lambda batch, sigma: background.expand(len(batch.tokens), -1), Absorbing(), "x0", False)
+    found = scored(score_fn, assay_of(*changes), "bound", longest=longest, draws=96, tokens_per_pack=10_000)
+    assert found.standard_error is not None
+    for i, piece in enumerate(in_windows(assay_of(*changes), longest)):
+        wild, columns = TARGET[piece.start : piece.stop], columns_of(TARGET, piece)
+        variant = columns.join(columns.aligned, columns.inserted)
+        variant = variant[variant < N_STATES]
+        expected = len(variant) * float(background[variant].mean() - background[wild.astype(np.int64)].mean())
+        assert abs(found.nats[i] - expected) < 4 * found.standard_error[i]
+        assert found.standard_error[i] < 1
+
+
 @pytest.mark.parametrize("name", ["absorbing", "uniform", "substitution"])
 def test_wild_type_and_variants_are_noised_alike(name: str) -> None:
     """With a residue inserted and one deleted: every residue that the two share is shown noised in the same way."""
     network, timed = Recorded(), name != "absorbing"
     score_fn = ScoreFn(network, graph_of(name, 20), "x0", timed)
     draw = integral_draw if timed else exact_count_draw
+    noise = LogLinearNoise(t_min=0.3) if timed else NOISE  # so much that the last denoising step shows some as well
     for change, places in (
         (Variant(((5, 3),)), [(i, i) for i in range(24) if i != 6]),
         (Variant(indel=Indel(5, 6, ())), [(i, i - (i > 6)) for i in range(24) if i != 6]),
@@ -371,15 +500,16 @@ def test_wild_type_and_variants_are_noised_alike(name: str) -> None:
         network.seen.clear()
         columns = [columns_of(TARGET, Piece(0, 0, 22, one)) for one in (Variant(), change)]
         batch = PackedBatch.pack([one.join(one.aligned, one.inserted) for one in columns])
-        draw(score_fn, NOISE, batch, columns, 0.4, 3, 7, CPU)
-        wild, variant = network.seen[:2]
-        differ = sum(int(wild[i] != variant[j]) for i, j in places)
-        if timed:
-            assert differ == 0
-            assert not torch.equal(wild, batch.unpack(batch.tokens)[0])
-        else:  # the numbers of masked residues may differ by one where the lengths do, or the new residue takes part
-            assert differ <= 2
-            assert MASK in wild
+        draw(score_fn, noise, batch, columns, 0.4, 3, 7, CPU)
+        assert len(network.seen) == (4 if timed else 2)  # of the integral, and of the last denoising step
+        for wild, variant in zip(network.seen[0::2], network.seen[1::2], strict=True):
+            differ = sum(int(wild[i] != variant[j]) for i, j in places)
+            if timed:
+                assert differ == 0
+                assert not torch.equal(wild, batch.unpack(batch.tokens)[0])
+            else:  # the numbers of masked residues may differ by one where lengths do, or the new residue takes part
+                assert differ <= 2
+                assert MASK in wild
 
 
 def test_scores_depend_on_the_seed_and_not_on_packs() -> None:
@@ -447,7 +577,7 @@ def test_references_that_do_not_fit_the_folder_are_named(tmp_path: Path) -> None
     folder.mkdir()
     reference = tmp_path / "reference.csv"
     head = "DMS_id,target_seq,UniProt_ID,coarse_selection_type,DMS_filename\n"
-    reference.write_text(f"{head}A,MK,P1,Activity,a_file.csv\nB,MK,P1,Activity,\n")
+    reference.write_text(f"{head}A,MK,P1,Activity,a_file.csv\nB,mk,P1,Activity,\n")
     with pytest.raises(ValueError, match="no CSV files"):
         read_reference(reference, folder)
     for name in ("a_file", "B"):
@@ -456,6 +586,7 @@ def test_references_that_do_not_fit_the_folder_are_named(tmp_path: Path) -> None
     assert [(one.id, one.path.name, one.target.tolist()) for one in found] == [
         ("A", "a_file.csv", ids("MK").tolist()), ("B", "B.csv", ids("MK").tolist()),
     ]  # fmt: skip
+    (folder / "._B.csv").write_bytes(b"\x00\x05")  # macOS
     (folder / "c.csv").write_text("mutant\nM1A\n")
     with pytest.raises(ValueError, match=r"c.csv is not in .*reference.csv"):
         read_reference(reference, folder)
@@ -482,6 +613,21 @@ def test_a_heat_map_has_a_cell_for_each_single_substitution() -> None:
     assert lines[2] == ["2", "X", *[""] * 20]
     assert to_png(table, target, "title").startswith(b"\x89PNG")
     assert heat_map(assay_of(MANY.variants[2]), TARGET, np.zeros(1)) is None
+
+
+def test_what_is_less_fit_is_red_and_what_is_fitter_is_blue() -> None:
+    table = np.repeat([-1.0, 1.0], 50)[:, None] * np.ones(N_STATES)
+    picture = imread(BytesIO(to_png(table, np.zeros(100, dtype=np.uint8), "title")))
+    redness = picture[..., 0] - picture[..., 2]
+    red, blue = (np.median(np.nonzero(where)[1]) for where in (redness > 0.2, redness < -0.2))
+    assert red < picture.shape[1] / 2 < blue
+
+
+def test_assays_whose_files_would_collide_are_refused() -> None:
+    check_different([Path("out/A.csv"), Path("out/B.csv"), Path("out/summary.csv")])
+    for one, other, path in (("summary", "summary", "summary.csv"), ("A", "A_heatmap", "A_heatmap.csv")):
+        with pytest.raises(ValueError, match=f"out/{path} would be a file of {one} and of {other}; rename"):
+            check_different([Path(f"out/{one}.csv"), Path(f"out/{other}.csv")])
 
 
 # the command
@@ -543,14 +689,41 @@ def test_the_command(
     total = json.loads(Path("out/summary.json").read_text())
     assert set(total["by_type"]) == {"Activity", "Stability"}
     assert re.search(r"^A,P1,Activity,masked_marginals,", Path("out/summary.csv").read_text(), re.MULTILINE)
-    Path("out/B.json").unlink()
+    Path("out/B.csv").rename("B.csv")  # as if it had been stopped before
     kept = Path("out/A.csv").stat().st_mtime_ns
     assert "1 of 2 are there already" in run(*folder)
     assert json.loads(Path("out/summary.json").read_text()) == total
     assert Path("out/A.csv").stat().st_mtime_ns == kept
+    assert Path("out/B.csv").read_text() == Path("B.csv").read_text()
+    entry = json.loads(Path("out/A.json").read_text())
+    assert entry["checkpoint"] == "runs/v/checkpoints/step_00000004"
+    assert entry["weights_sha256"] == sha256(Path(entry["checkpoint"]) / "ema.safetensors")
+
+    def is_refused(path: str, content: str, message: str) -> None:
+        """With this file in the output, which stays as it is."""
+        Path(path).parent.mkdir(exist_ok=True)
+        earlier = Path(path).read_text() if Path(path).exists() else None
+        Path(path).write_text(content)
+        with pytest.raises(ValueError, match=message):
+            run(*folder[:2], f"output={Path(path).parent}", "draws=4")
+        assert Path(path).read_text() == content
+        assert earlier or [each.name for each in Path(path).parent.iterdir()] == [Path(path).name]
+        Path(path).write_text(earlier) if earlier else Path(path).unlink()
+
+    is_refused("mine/B.csv", "x", "mine/B.csv exists already")
+    is_refused("mine/A_heatmap.csv", "x", "mine/A_heatmap.csv exists already")
+    is_refused("mine/summary.csv", "x", "mine/summary.csv exists already")
+    is_refused("mine/summary.json", "{}", "mine/summary.json is not what this verb writes")
+    is_refused("mine/A.json", "[1]", "mine/A.json is not what this verb writes")
+    is_refused("mine/A.json", "{", "mine/A.json is not what this verb writes")
+    is_refused("out/A.json", json.dumps(entry | {"weights_sha256": "0"}), "A.json was made with weights_sha256=0, not")
+    is_refused("out/A.json", json.dumps(entry | {"assay_sha256": "0"}), "A.json was made with assay_sha256=0, not")
+    is_refused("out/A.json", json.dumps(entry | {"target": "M"}), f"A.json was made with target=M, not {target}")
 
     for message, overrides in (
-        ("A.json was made with seed=0, not 1", [*folder, "seed=1"]),
+        ("summary.json was made with seed=0, not 1", [*folder, "seed=1"]),
+        ("output=dms is the folder of assays", ["assay=dms/", "reference=reference.csv", "output=dms"]),
+        ("output=x.json: give a name that ends in .csv", ["target=wt.fasta", "output=x.json"]),
         ("scan.csv exists already", ["target=wt.fasta", "output=scan.csv"]),
         ("assay=dms is a folder: give reference=", ["assay=dms", "output=x"]),
         ("with reference=, give a folder of CSV files", ["reference=reference.csv", "output=x"]),

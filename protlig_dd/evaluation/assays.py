@@ -3,7 +3,6 @@
 `A24P:D30N` changes residue 24 (from 1) of the target from A to P and residue 30 from D to N.
 """
 
-import csv
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +14,7 @@ import numpy as np
 from scipy.stats import rankdata, spearmanr
 
 from protlig_dd.data.fasta import read_fasta
+from protlig_dd.runtime.tables import csv_lines
 from protlig_dd.tokenizer import AMINO_ACIDS, N_STATES, ProteinTokenizer
 
 MUTATION = re.compile(r"([A-Z])([0-9]+)([A-Z])")
@@ -51,6 +51,11 @@ class Assay:
     """(rows,) 1 or 0: DMS_score_bin, else whether DMS_score is above its median; NaN where there is none."""
 
     @property
+    def most_changed(self) -> int:
+        """Substitutions of the row that has most."""
+        return max(len(variant.substitutions) for variant in self.variants)
+
+    @property
     def first_indel(self) -> int | None:
         """The first row with insertions or deletions."""
         return next((i for i, variant in enumerate(self.variants) if variant.indel), None)
@@ -67,7 +72,7 @@ def read_target(given: str) -> np.ndarray:
         ValueError: no such file and no sequence either, more than one record, or an illegal letter; named.
     """
     path = Path(given)
-    if len(given) < 256 and path.exists():
+    if 0 < len(given) < 256 and path.exists():
         records = list(read_fasta(path))
         if len(records) != 1:
             raise ValueError(f"{path}: the target is one protein, but there are {len(records)} records")
@@ -120,7 +125,7 @@ def read_assay(path: Path, target: np.ndarray) -> Assay:
     for where, row in lines:
         cells = dict(zip(header, row, strict=True))
         variant = read_variant(
-            cells.get("mutant", "").strip(), cells.get("mutated_sequence", "").strip(), target, where
+            cells.get("mutant", "").strip().upper(), cells.get("mutated_sequence", "").strip().upper(), target, where
         )
         if variant in seen:
             raise ValueError(f"{where}: the same protein as {seen[variant]}")
@@ -139,12 +144,7 @@ def read_csv(path: Path) -> tuple[list[str], list[tuple[str, list[str]]]]:
     """The header, and each further row with what error messages call it; empty lines are left out."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file)
-            lines = [(f"{path} line {reader.line_num}", row) for row in reader if any(cell.strip() for cell in row)]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} is no CSV file in UTF-8: {error}") from error
+    lines = csv_lines(path)
     if not lines:
         raise ValueError(f"{path}: empty")
     header = [cell.strip() for cell in lines[0][1]]
@@ -158,16 +158,20 @@ def read_csv(path: Path) -> tuple[list[str], list[tuple[str, list[str]]]]:
 
 
 def numbers(header: list[str], lines: Sequence[tuple[str, list[str]]], column: str) -> np.ndarray:
-    """(rows,) float64; NaN where the cell is empty or there is no such column."""
+    """(rows,) float64; NaN where the cell is empty, NA or NaN, or there is no such column."""
     values = np.full(len(lines), np.nan)
     if column in header:
         index = header.index(column)
         for i, (where, row) in enumerate(lines):
-            if row[index].strip():
-                try:
-                    values[i] = float(row[index])
-                except ValueError as error:
-                    raise ValueError(f"{where}: {column} {row[index]!r} is no number") from error
+            text = row[index].strip()
+            if text in ("", "NA"):
+                continue
+            try:
+                values[i] = float(text)
+            except ValueError:
+                values[i] = math.inf
+            if math.isinf(values[i]) or "_" in text:  # Python reads 1_0 as 10
+                raise ValueError(f"{where}: {column} {text!r} is no finite number")
     return values
 
 
@@ -190,7 +194,10 @@ def read_mutant(mutant: str, target: np.ndarray, where: str) -> Variant:
     found: dict[int, int] = {}
     for mutation in mutant.split(":"):
         if (match := MUTATION.fullmatch(mutation)) is None:
-            raise ValueError(f"{where}: {mutation!r} is no mutation; write them as A24P or A24P:D30N")
+            raise ValueError(
+                f"{where}: {mutation!r} is no mutation; write them as A24P or A24P:D30N, "
+                "and whole proteins in a column mutated_sequence"
+            )
         wild, position, letter = match[1], int(match[2]), match[3]
         if not 1 <= position <= len(target):
             raise ValueError(f"{where}: {mutation} is at position {position}, but the target has 1 to {len(target)}")
@@ -279,7 +286,9 @@ def read_reference(path: Path, folder: Path) -> list[Reference]:
         ValueError: a missing column, an assay that is there twice, a CSV file of the folder that is not in the
             reference, a folder without any, an illegal letter of a target; named.
     """
-    files = {file.name for file in folder.glob("*.csv") if file.resolve() != path.resolve()}
+    files = {
+        file.name for file in folder.glob("*.csv") if file.name[0] != "." and file.resolve() != path.resolve()
+    }  # macOS leaves ._A.csv beside A.csv
     header, lines = read_csv(path)
     missing = [name for name in REFERENCE if name not in header]
     if missing:
@@ -294,7 +303,7 @@ def read_reference(path: Path, folder: Path) -> list[Reference]:
             raise ValueError(f"{where}: DMS_id {name!r} cannot name a file")
         if file in found or name in {reference.id for reference in found.values()}:
             raise ValueError(f"{where}: {name} is there twice")
-        target = encode(cells["target_seq"], f"{where}, target_seq")
+        target = encode(cells["target_seq"].upper(), f"{where}, target_seq")
         found[file] = Reference(name, folder / file, target, cells["UniProt_ID"], cells["coarse_selection_type"])
     if not files:
         raise ValueError(f"{folder}: no CSV files in it")

@@ -19,12 +19,14 @@ from protlig_dd.diffusion.numerics import sum_by_sequence, uniform_draws
 from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.evaluation.assays import Assay, Variant
 from protlig_dd.runtime.distributed import Processes, gather_objects
+from protlig_dd.runtime.embedding import window
 from protlig_dd.runtime.generate import ALONE, split_lengths
 from protlig_dd.runtime.metrics import ProgressBar
 from protlig_dd.runtime.random import keyed_generator
 from protlig_dd.tokenizer import BOS, EOS, PAD
 
 GAP = PAD  # where the wild type has a residue that the variant lacks; no graph noises it
+UNMASKED = ("wildtype_marginals", "ratio")  # strategies that see nothing but the wild type
 CPU = torch.device("cpu")
 
 T = TypeVar("T")
@@ -81,33 +83,36 @@ def graph_name(graph: Graph) -> str:
     return type(graph).__name__.removesuffix("Graph").lower()
 
 
-def pieces_of(assay: Assay, length: int, longest: int) -> list[Piece]:
+def pieces_of(assay: Assay, length: int, longest: int, strategy: str) -> list[Piece]:
     """The windows through which a model that sees `longest` residues sees the variants of a protein of this length.
 
     A window lies around the middle of the changes, as far inside the protein as it can. Substitutions that no window
     holds together are scored in several, each with the wild type's residues at the other windows' sites, and summed.
+    Where nothing is masked, each site has a window by itself; these begin at multiples of a quarter of their length,
+    so that all sites share a few.
 
     Raises:
         ValueError: an insertion or deletion that no window holds; names the row and the lengths.
     """
-    pieces = []
+    pieces, unmasked = [], strategy in UNMASKED
+    grid = max(1, longest // 4) if unmasked else 1
     for number, (variant, where) in enumerate(zip(assay.variants, assay.where, strict=True)):
         if variant.indel is not None:
             start, stop, ids = variant.indel
-            if length + longer(variant) > longest and max(stop - start, len(ids)) >= longest:
+            if max(length, length + longer(variant)) > longest and max(stop - start, len(ids)) >= longest:
                 raise ValueError(
-                    f"{where}: {stop - start} residues become {len(ids)}, more than a window of the {longest} "
-                    "that this model was trained on can hold"
+                    f"{where}: {stop - start} residues become {len(ids)}, too many for a window of the {longest} "
+                    "that this model was trained on"
                 )
             size = longest - max(0, longer(variant))  # of the wild type's window; the variant's is no longer either
-            pieces.append(Piece(number, *window(start, stop, length, size), variant))
+            pieces.append(Piece(number, *around(start, stop, length, size), variant))
         groups: list[list[tuple[int, int]]] = []
         for site, residue in variant.substitutions:
-            if not groups or site - groups[-1][0][0] >= longest:
+            if unmasked or not groups or site - groups[-1][0][0] >= longest:
                 groups.append([])
             groups[-1].append((site, residue))
         for group in groups:
-            start, stop = window(group[0][0], group[-1][0] + 1, length, longest)
+            start, stop = around(group[0][0], group[-1][0] + 1, length, longest, grid)
             pieces.append(Piece(number, start, stop, Variant(tuple(group))))
     return pieces
 
@@ -117,16 +122,19 @@ def longer(change: Variant) -> int:
     return len(change.indel.ids) - (change.indel.stop - change.indel.start) if change.indel else 0
 
 
-def window(first: int, last: int, length: int, size: int) -> tuple[int, int]:
-    """start, stop of `size` residues (all, of a shorter protein) around first..last."""
+def around(first: int, last: int, length: int, size: int, grid: int = 1) -> tuple[int, int]:
+    """start, stop of `size` residues (all, of a shorter protein) around first..last; from the nearest multiple of
+    `grid`, unless the protein ends before.
+    """
     size = min(size, length)
-    start = min(max(0, (first + last - size) // 2), length - size)
+    nearest = ((first + last - size) // 2 + grid // 2) // grid * grid
+    start = min(max(0, nearest), length - size)
     return start, start + size
 
 
 def windowed(target: np.ndarray, start: int, stop: int) -> np.ndarray:
     """Ids of a window; <bos> and <eos> stand at the protein's own ends alone, as in the crops of training."""
-    return np.concatenate([[BOS] * (start == 0), target[start:stop], [EOS] * (stop == len(target))]).astype(np.int64)
+    return window(np.concatenate([[BOS], target, [EOS]]), start, stop - start).astype(np.int64)
 
 
 class Columns(NamedTuple):
@@ -218,13 +226,16 @@ def score_variants(
             - ratio: sum over the changed sites of the log-scores of the wild type at the schedule's smallest noise,
               log p(y) / p(x) itself for a single substitution (arXiv 2310.16834, sec. 3.1);
             - bound: the bound on -log p of the wild type less that of the variant, with the same noise for both.
+              Where the variant is by d residues longer (or shorter, d < 0), plus d times the wild type's bound per
+              residue: the bound is of log p given the length, and without that term each residue more would cost some
+              3 nats, whatever it is. The score is then the variant's length times the difference in nats per residue.
         longest: residues that the model can see.
         draws, seed: of the bound; an even number, at least 4.
 
     Raises:
         ValueError: an indel that no window holds, a number of draws that does not do, scores that are not finite.
     """
-    pieces = pieces_of(assay, len(target), longest)
+    pieces = pieces_of(assay, len(target), longest, strategy)
     owner, n = np.array([piece.variant for piece in pieces], dtype=np.int64), len(assay.variants)
     if strategy == "bound":
         found_kp = bound_differences(score_fn, noise, target, pieces, work, draws=draws, seed=seed)
@@ -290,7 +301,8 @@ def marginals(
 def bound_differences(
     score_fn: ScoreFn, noise: Noise, target: np.ndarray, pieces: Sequence[Piece], work: Work, *, draws: int, seed: int
 ) -> np.ndarray:
-    """(draws, pieces) float64: the wild type's draws of the NLL bound less the variant's.
+    """(draws, pieces) float64: the wild type's draws of the NLL bound, drawn out to the variant's length, less the
+    variant's.
 
     Draw k has the same time (or share of masked residues) everywhere and the same noise at each residue of a window,
     for the wild type as for all variants. Draws 2 i and 2 i + 1 are mirrored, u and 1 - u: their times, and for the
@@ -317,7 +329,11 @@ def bound_differences(
     lengths = [piece.stop - piece.start + longer(piece.change) for piece in items]
     found = work.share(range(len(items)), lengths, score, ticks=draws)
     wild = {window: found[i] for i, window in enumerate(windows)}
-    nats = [wild[piece.start, piece.stop] - found[len(windows) + i] for i, piece in enumerate(pieces)]
+    nats = []
+    for i, piece in enumerate(pieces):
+        residues = int((target[piece.start : piece.stop] < score_fn.graph.n_states).sum())
+        stretch = 1 + longer(piece.change) / max(1, residues)
+        nats.append(stretch * wild[piece.start, piece.stop] - found[len(windows) + i])
     return np.array(nats).reshape(len(pieces), draws).T
 
 

@@ -1,12 +1,12 @@
 """Steering options of the verbs that sample: what they read, and how headers name it."""
 
-import csv
 import math
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from protlig_dd.runtime.tables import csv_lines
 from protlig_dd.tokenizer import AMINO_ACIDS, N_STATES
 
 
@@ -44,12 +44,7 @@ def read_log_bias(wanted: Any, lengths: list[int]) -> torch.Tensor | list[torch.
     path = Path(str(wanted))
     if not path.is_file():
         raise ValueError(f"log_bias={wanted}: no such file; for amino acids, in quotes, 'log_bias={{C:-inf,K:0.5}}'")
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file)
-            lines = [(f"{path} line {reader.line_num}", row) for row in reader if any(cell.strip() for cell in row)]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} is no CSV file in UTF-8: {error}") from error
+    lines = csv_lines(path)
     if len(lines) < 2:
         raise ValueError(f"{path}: give a line of amino acids, then a row of numbers for each position")
     (where, header), *rows = lines

@@ -153,6 +153,8 @@ class Trained:
 
     checkpoint: Path
     """Or an exported model."""
+    weights: Path
+    """Its file of weights."""
     config: TrainConfig
     step: int
     length_counts: list[int] | None
@@ -203,6 +205,7 @@ def load_trained(path: str, *, device: str, precision: str) -> Trained:
     announce(f"{saved.path} on {where} in {precision}, attention {loaded.attention_backend}", processes)
     return Trained(
         checkpoint=saved.path,
+        weights=saved.weights,
         config=saved.config,
         step=saved.step,
         length_counts=saved.length_counts,
