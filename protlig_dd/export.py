@@ -3,7 +3,6 @@
 python -m protlig_dd.export from=runs/demo to=models/demo
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,10 @@ from omegaconf import DictConfig
 from protlig_dd.runtime.checkpoint import load_tensors
 from protlig_dd.runtime.cli import run_verb
 from protlig_dd.runtime.config import ExportConfig, read_config
-from protlig_dd.runtime.exported import CARD, is_exported, read_description, write_exported
+from protlig_dd.runtime.exported import CARD, is_exported, read_description, read_json, write_exported
 from protlig_dd.runtime.files import replacing
 from protlig_dd.runtime.metrics import console
-from protlig_dd.runtime.trained import check_free, describe, find_saved, load_saved
+from protlig_dd.runtime.trained import check_free, describe, find_saved, load_saved, run_folder
 
 
 def export(cfg: DictConfig) -> None:
@@ -27,19 +26,20 @@ def export(cfg: DictConfig) -> None:
         raise ValueError(f"{config.from_} is an exported model already; copy it")
     saved = find_saved(config.from_)
     for problem in saved.skipped:
-        console.print(f"skipped: {problem}", markup=False)
+        console.print(f"skipped: {problem}")
     with replacing(to) as folder:
         write_exported(folder, load_tensors(saved.weights), describe(saved, report_of(saved.path, saved.step)))
         load_saved(find_saved(str(folder)), torch.device("cpu"), "fp32")  # it can be
     digest = read_description(to)["weights_sha256"]
     said = f"{to}: {saved.path}, weights {digest[:12]}; {to / CARD} is the model card, which wants a licence"
-    console.print(said, markup=False)
+    console.print(said)
 
 
 def report_of(checkpoint: Path, step: int) -> dict[str, Any] | None:
     """What the run measured of this checkpoint; None where its report is of another step, or there is none."""
-    file = checkpoint.resolve().parents[1] / "report.json"
-    report = json.loads(file.read_text()) if file.is_file() else {}
+    run = run_folder(checkpoint)
+    file = None if run is None else run / "report.json"
+    report = read_json(file) if file is not None and file.is_file() else {}
     if report.get("step") != step:
         return None
     return {key: value for key, value in report.items() if key not in ("samples", "shown", "judges")}

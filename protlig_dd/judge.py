@@ -93,8 +93,8 @@ def judge(cfg: DictConfig) -> None:
         "per_sequence.csv": per_sequence(ids, samples, columns),
     }
     write_folder(output, files)
-    console.print(table, markup=False)
-    console.print(f"{output}: {', '.join(files)}", markup=False)
+    console.print(table)
+    console.print(f"{output}: {', '.join(files)}")
 
 
 def outside_judges(config: JudgeConfig) -> Iterator[tuple[str, tuple[Judge, Callable[[Sequence[float]], Figure]]]]:

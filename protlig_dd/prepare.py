@@ -97,12 +97,12 @@ def inspect(store: SequenceStore) -> None:
             shown |= {key: told[key] for key in ("created", "seconds", "software")}
     console.print_json(json.dumps(shown | {"fingerprint": store.fingerprint}), indent=1)
     describe(store)
-    console.print("\n".join(length_plot(store.manifest)), markup=False)
+    console.print("\n".join(length_plot(store.manifest)))
     decode = ProteinTokenizer().decode
     for row in range(min(SHOWN_RECORDS, len(store))):
         sequence = decode(store[row])
         more = f"... {len(sequence):,} residues" if len(sequence) > 60 else ""
-        console.print(f">{store.header(row)}\n{sequence[:60]}{more}", markup=False)
+        console.print(f">{store.header(row)}\n{sequence[:60]}{more}")
     with ByteBar("verifying", store.nbytes) as bar:
         store.verify(bar.advance)
     console.print(f"{store.path}: every checksum holds")

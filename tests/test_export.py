@@ -103,7 +103,7 @@ def test_an_export_is_the_checkpoint(exported: Path, store: SequenceStore, run_p
     assert tuned.returncode == 0, tuned.stderr
     weights = load_tensors(find_saved(str(exported / "runs/tuned")).weights)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in load_tensors(model / WEIGHTS).items())
-    inside = run_python("-m", "protlig_dd.export", "from=.", f"to={exported}/models/inside[/b]",
+    inside = run_python("-m", "protlig_dd.export", "from=.", f"to='{exported}/models/inside[/b]'",
                         cwd=exported / "runs/base/checkpoints/step_00000006")  # fmt: skip
     assert inside.returncode == 0, inside.stderr
     assert (exported / "models/inside[/b]/config.json").read_text() == (model / "config.json").read_text()
@@ -206,9 +206,11 @@ def test_damaged_and_foreign_exports_are_refused(exported: Path, tmp_path: Path)
     refused("model.safetensors: SHA-256", model_safetensors="pickle")
     refused("vocabulary.json: other token ids", vocabulary_json=lambda found: found | {"n_states": 21})
     refused("config.json: not what protlig_dd has written", config_json=without_noise)
-    refused("config.json: not what protlig_dd has written", config_json=lambda found: found | {"training": {}})
     refused("graph.name=os.system: there are", config_json=lambda found: found | {"graph": {"name": "os.system"}})
     description = json.loads((source / "config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps({k: v for k, v in description.items() if k != "step"}))
+    with pytest.raises(ValueError, match=r"config.json: not what protlig_dd has written \(KeyError\('step'\)\)"):
+        load_trained(str(tmp_path / "model"), device="cpu", precision="fp32")
     weights = load_tensors(source / WEIGHTS)
     weights.pop("head.out.bias")
     save_file(weights, tmp_path / "short.safetensors")
