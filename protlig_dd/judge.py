@@ -27,6 +27,7 @@ from protlig_dd.evaluation.judges import (
     share,
     tandem_repeats,
     with_controls,
+    written,
 )
 from protlig_dd.evaluation.outside import Judge, esm2_pseudo_perplexities, esmfold_plddts, pfam_hits
 from protlig_dd.runtime.cli import run_verb
@@ -176,17 +177,8 @@ def fasta(path: Path, sequences: Iterable[np.ndarray]) -> Path:
 
 
 def markdown(rows: Rows) -> str:
-    lines = ["| | samples | natural | shuffled |", "| --- | --- | --- | --- |"]
-    for name, row in rows.items():
-        cells = []
-        for value, error in row:
-            if np.isnan(value):
-                cells.append("")
-            elif float(value).is_integer() and np.isnan(error):
-                cells.append(f"{value:,.0f}")
-            else:
-                cells.append(f"{value:.4f}" + ("" if np.isnan(error) else f" ± {error:.4f}"))
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines = [f"| | {' | '.join(SETS)} |", "| --- | --- | --- | --- |"]
+    lines += [f"| {name} | {' | '.join(written(*figure) for figure in row)} |" for name, row in rows.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -28,6 +28,7 @@ from protlig_dd.evaluation.judges import (
     tandem_repeats,
     unique_share,
     with_controls,
+    written,
 )
 from protlig_dd.evaluation.outside import esm2_pseudo_perplexities, esmfold_plddts, pfam_hits, pseudo_perplexity
 from protlig_dd.tokenizer import ProteinTokenizer
@@ -117,6 +118,16 @@ def test_shares_and_shuffling() -> None:
     ratio, error = share_of_residues([np.array([True, False]), np.array([True, True, True, False])])
     assert ratio == pytest.approx(4 / 6)
     assert error == pytest.approx(math.sqrt(2 * ((1 - 4 / 3) ** 2 + (3 - 8 / 3) ** 2)) / 6)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "text"),
+    [(93138.0, math.nan, "93,138"), (206.75, math.nan, "206.8"), (math.nan, math.nan, ""), (0.0, 0.0, "0 ± 0"),
+     (0.05232, 0.0036, "0.0523 ± 0.0036"), (71.4, 12.3, "71 ± 12"), (0.000348, 0.000125, "0.00035 ± 0.00013"),
+     (0.5, 0.0, "0.5000 ± 0.0000")],
+)  # fmt: skip
+def test_figures_are_written_to_the_second_digit_of_their_error(value: float, error: float, text: str) -> None:
+    assert written(value, error) == text
 
 
 def test_pseudo_perplexity_masks_one_residue_at_a_time() -> None:

@@ -23,6 +23,7 @@ from protlig_dd.data.build import build_store
 from protlig_dd.data.fasta import FastaRecord
 from protlig_dd.data.store import SPLITS, SequenceStore, StoreGroup
 from protlig_dd.evaluation.held_out import length_counts, training_frequencies, training_statistics
+from protlig_dd.evaluation.judges import written
 from protlig_dd.evaluation.page import (
     LINE,
     NATS,
@@ -293,7 +294,7 @@ def test_every_run_judges_its_samples(copied: Callable[[str], Path], store: Sequ
     assert "The samples beside proteins of the test set, and those shuffled." in page
     value = rows["3-mers, divergence in nats"]
     for column in ("samples", "natural", "shuffled"):
-        assert f"{value[column]:.4g} ± {value[f'{column}_se']:.4g}" in page
+        assert f'<td class="number">{written(value[column], value[f"{column}_se"])}</td>' in page
 
 
 @pytest.mark.slow
@@ -484,7 +485,7 @@ def test_pages_in_a_browser(trained: Path, copied: Callable[[str], Path], tmp_pa
     row = {"name": "another model", "samples": 9.25, "samples_se": 0.5, "natural": 6.5, "shuffled": 17}
     (folder / "judges.json").write_text(json.dumps(judged(row)))
     cells = re.findall(r'<td class="number">(.*?)</td>', run_page(read_run(folder)))
-    assert cells[-3:] == ["9.25 ± 0.5", "6.5", "17"]
+    assert cells[-3:] == ["9.25 ± 0.50", "6.5", "17"]
     both = tmp_path / "both.html"
     both.write_text(comparison_page([read_run(folder), read_run(trained)]))
     with chromium(tmp_path / "profile") as browser:

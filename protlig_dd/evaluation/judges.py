@@ -3,6 +3,7 @@
 A sequence is a uint8 array of residue ids (length,), 0..19 for the amino acids; context letters above are left out.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -192,3 +193,13 @@ def for_json(rows: Rows) -> list[dict[str, str | float | None]]:
                 found[key] = None if np.isnan(value) else value
         objects.append(found)
     return objects
+
+
+def written(value: float, error: float) -> str:
+    """A figure as text: to the second digit of its standard error where it has one, nothing for NaN."""
+    if math.isnan(value):
+        return ""
+    if math.isnan(error):
+        return f"{value:,.0f}" if value.is_integer() else f"{value:.4g}"
+    decimals = max(0, 1 - math.floor(math.log10(error))) if error else 0 if value.is_integer() else 4
+    return f"{value:.{decimals}f} ± {error:.{decimals}f}"

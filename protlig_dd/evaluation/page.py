@@ -18,6 +18,7 @@ from markupsafe import Markup
 from omegaconf import OmegaConf
 
 from protlig_dd.data.fasta import FastaRecord, read_fasta
+from protlig_dd.evaluation.judges import SETS, written
 from protlig_dd.evaluation.plots import Estimate, Series, dot_plot, plot, smooth, thin
 from protlig_dd.runtime.config import flatten
 from protlig_dd.runtime.files import write_atomic
@@ -44,7 +45,6 @@ CURVES = (  # of metrics.jsonl: key, title, unit, factor
     ("mfu", "Model FLOPs utilisation", "%", 100.0),
 )
 NATS = "nats/residue"
-SETS = ("samples", "natural", "shuffled")  # that are judged
 BOUNDS = ("nll", "unigram_nll", "difference")
 WRITTEN = {  # keys that the file has of any run
     "report.json": ("split", "step", "sequences", "residues", *BOUNDS, *(f"{key}_se" for key in BOUNDS)),
@@ -333,8 +333,8 @@ def judges_section(run: Run) -> dict[str, Any] | None:
     """The table of judges.json, or that of the report in its place, and the report's other figures of the samples."""
 
     def figure(row: dict[str, Any], column: str) -> str:
-        error = told(row.get(f"{column}_se"))
-        return told(row.get(column)) + (f" ± {error}" if error else "")
+        value, error = (with_nan(row).get(key, math.nan) for key in (column, f"{column}_se"))
+        return written(float(value), float(error)) if isinstance(value, int | float) else str(value)
 
     if run.judges:
         judged, note = run.judges["rows"], f"{run.judges['samples']} beside natural proteins of {run.judges['natural']}"
