@@ -160,7 +160,7 @@ def assert_one_line_error(process: subprocess.CompletedProcess[str], *parts: str
         assert part in lines[0]
 
 
-def wait_for(what: Callable[[], object], seconds: float = 120) -> None:
+def wait_for(what: Callable[[], object], seconds: float = 300) -> None:
     """Until it is true; fails after so long."""
     deadline = time.monotonic() + seconds
     while not what():

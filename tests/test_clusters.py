@@ -147,7 +147,7 @@ def test_a_slurm_job_is_queued_again_at_its_limit_and_when_preempted(
     assert f'"when": "after step {first} of 200"' in (run / "stopped.json").read_text()
 
     start_again(job)
-    wait_for(lambda: steps_of(run) > first, seconds=300)
+    wait_for(lambda: steps_of(run) > first)
     slurm_says("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
     wait_for(lambda: state_of(job) == ("PENDING", 2))
     second = int(complete_checkpoints(run)[-1].name[5:])
