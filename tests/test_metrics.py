@@ -12,6 +12,8 @@ from protlig_dd.runtime.files import free_name, replacing, write_atomic, write_f
 from protlig_dd.runtime.generate import designs_fasta, draw_lengths, split_lengths
 from protlig_dd.runtime.metrics import MetricsLog, ProgressBar, announce, read_metrics
 
+from .conftest import wait_for
+
 
 def test_rows_are_flat_json_and_later_attempts_win(tmp_path: Path) -> None:
     for attempt, loss in ((1, 3.0), (2, 2.5)):
@@ -61,8 +63,8 @@ def test_wandb_gets_the_rows_offline(tmp_path: Path, monkeypatch: pytest.MonkeyP
         log.write([{"step": 1, "loss": 3.0}])
         log.close()
         (written,) = (tmp_path / name).glob("run/wandb/offline-run-*/run-*.wandb")
-        assert b"loss" in written.read_bytes()
-        assert b"0.987" in written.read_bytes()
+        for word in (b"loss", b"0.987"):  # its service writes on after the log is closed
+            wait_for(lambda file=written, word=word: word in file.read_bytes())
 
 
 def test_without_wandb_the_error_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
