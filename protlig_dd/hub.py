@@ -98,8 +98,14 @@ class ProteinDiffusion(nn.Module):
 
         Args:
             layer: 0 the embedding, k after k blocks, -1 the last, behind its norm.
+
+        Raises:
+            ValueError: a single string, no sequence, or an illegal letter; names the sequence.
         """
-        tokens = [ProteinTokenizer().encode(sequence, f"sequence {i}") for i, sequence in enumerate(sequences, start=1)]
+        if isinstance(sequences, str) or not len(sequences):
+            raise ValueError(f"embed takes a list of sequences, got {sequences!r:.40}")
+        encode = ProteinTokenizer().encode
+        tokens = [encode(sequence.upper(), f"sequence {i}") for i, sequence in enumerate(sequences, start=1)]
         chosen = resolve_layer(layer, len(self.network.blocks))
         device = self.network.embedding.weight.device
         means = [

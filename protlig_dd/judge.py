@@ -82,6 +82,8 @@ def judge(cfg: DictConfig) -> None:
         rows[name] = [summary(some) for some in found]
         columns[name] = found[0]
     table = markdown(rows)
+    if mmseqs and train is not None:  # which need not be what made the samples
+        table += f"\nTraining proteins are those of {train.path}.\n"
     said = {"samples": config.samples, "natural": config.natural, "train": str(train.path) if train else None,
             "seed": config.seed}  # fmt: skip
     files = {
@@ -163,7 +165,8 @@ def relatives(
                 rows[hit].append(share([float(one is not None) for one in hits]))
                 rows[identity].append(figures([one.identity for one in hits if one]))
                 rows[close].append(share(near))
-                columns.setdefault(identity, [one.identity if one else 0.0 for one in hits])
+                columns.setdefault(hit, [float(one is not None) for one in hits])
+                columns.setdefault(identity, [one.identity if one else NAN for one in hits])
                 columns.setdefault(close, near)
     return columns
 

@@ -37,7 +37,11 @@ def read_set(embeddings: Path, fasta: Path, pattern: str) -> tuple[dict[str, np.
         raise ValueError(f"{embeddings} has pooling={pooling}; the probe wants mean")
     if ids != [record.id for record in records]:
         raise ValueError(f"{embeddings} has not the {len(records)} ids of {fasta}")
-    labels = np.array([re.search(pattern, record.description) is not None for record in records])
+    try:
+        wanted = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+    labels = np.array([wanted.search(record.description) is not None for record in records])
     if labels.all() or not labels.any():
         raise ValueError(f"{fasta}: {labels.sum()} of {len(labels)} headers match {pattern!r}; both kinds are needed")
     composition = np.array([[record.sequence.upper().count(letter) for letter in AMINO_ACIDS] for record in records])

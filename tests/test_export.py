@@ -166,6 +166,10 @@ def test_one_line_loads_it_with_torch_and_safetensors_alone(
 def test_changed_weights_are_saved_without_the_old_figures(exported: Path, tmp_path: Path) -> None:
     model = ProteinDiffusion.from_pretrained(exported / "models/base", device="cpu")
     assert not model.training
+    assert torch.equal(model.embed(["mkt", "MSH"]), model.embed(["MKT", "MSH"]))
+    for wrong in ("MKT", []):
+        with pytest.raises(ValueError, match="embed takes a list of sequences, got "):
+            model.embed(wrong)
     with torch.no_grad():
         model.network.head.out.bias += 1
     model.save_pretrained(tmp_path / "changed")

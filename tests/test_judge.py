@@ -286,13 +286,15 @@ def test_the_folder_of_tables(store: SequenceStore, hmm: Path, tmp_path: Path, r
     )
     table = (tmp_path / "out/table.md").read_text()
     assert table in done.stdout
-    assert len(table.splitlines()) == 2 + len(rows)
+    assert table.splitlines()[2 + len(rows) :] == ["", f"Training proteins are those of {store.path}."]
     ones = list(csv.DictReader((tmp_path / "out/per_sequence.csv").read_text().splitlines()))
     assert [one["id"] for one in ones] == [f"s{i}" for i in range(10)]
     assert ones[9]["same_as"] == "s4"
     assert [float(one["with another of the set at >= 50% identity"]) for one in ones] == [*[0] * 4, 1, *[0] * 4, 1]
     assert (float(ones[8]["low_complexity"]), float(ones[8]["tandem_repeats"])) == (1, 1)
     assert [float(one["identity to the best of those"]) for one in ones[:4]] == pytest.approx([1] * 4)
+    assert [one["identity to the best of those"] for one in ones[4:]] == ["nan"] * 6
+    assert [float(one["with a training protein at E <= 0.001"]) for one in ones] == [*[1] * 4, *[0] * 6]
     assert_one_line_error(run_python(*command, "output=out"), "out exists already")
 
 

@@ -86,5 +86,7 @@ def test_the_table(run_python: Command, tmp_path: Path) -> None:
     assert_one_line_error(run_python(*command, "--fit", *fit, "--test", test[0], fit[1]), "has not the 50 ids of")
     never = run_python("-m", "scripts.linear_probe", "nothing", "--fit", *fit, "--test", *test)
     assert_one_line_error(never, "fit.fasta: 0 of 50 headers match 'nothing'")
+    broken = run_python(*command[:-1], "OS=(virus", "--fit", *fit, "--test", *test)
+    assert_one_line_error(broken, "'OS=(virus' is no regular expression")
     with pytest.raises(ValueError, match="pooling=per_residue; the probe wants mean"):
         read_set(*map(Path, write_set(tmp_path, "residues", 3, 3, "per_residue")), "virus")

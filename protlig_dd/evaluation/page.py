@@ -338,6 +338,8 @@ def judges_section(run: Run) -> dict[str, Any] | None:
 
     if run.judges:
         judged, note = run.judges["rows"], f"{run.judges['samples']} beside natural proteins of {run.judges['natural']}"
+        if train := run.judges.get("train"):
+            note += f" (relatives searched in {train})"
     else:
         judged, note = run.report.get("judges", []), f"The samples beside proteins of the {run.report.get('split')} set"
     rows = [[row["name"], *(figure(row, column) for column in SETS)] for row in judged]
