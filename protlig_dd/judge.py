@@ -82,7 +82,7 @@ def judge(cfg: DictConfig) -> None:
         rows[name] = [summary(some) for some in found]
         columns[name] = found[0]
     table = markdown(rows)
-    if mmseqs and train is not None:  # which need not be what made the samples
+    if train is not None:  # which need not be what made the samples
         table += f"\nTraining proteins are those of {train.path}.\n"
     said = {"samples": config.samples, "natural": config.natural, "train": str(train.path) if train else None,
             "seed": config.seed}  # fmt: skip
@@ -111,7 +111,7 @@ def outside_judges(config: JudgeConfig) -> Iterator[tuple[str, tuple[Judge, Call
 
 
 def find_train(config: JudgeConfig, mmseqs: bool) -> SequenceStore | None:
-    """The store whose training split is searched: `train`, or `natural` where that is a store."""
+    """The store whose training split is searched, if any: `train`, or `natural` where that is a store."""
     named = config.train or (config.natural if is_store(Path(config.natural)) else None)
     if named is None:
         console.print("no training set to search for relatives: give train=store.h5")
@@ -121,6 +121,7 @@ def find_train(config: JudgeConfig, mmseqs: bool) -> SequenceStore | None:
         raise ValueError(f"{named} has no training sequences")
     if not mmseqs:
         console.print("MMseqs2 is not used, so relatives and clusters are not searched for")
+        return None
     return store
 
 
@@ -141,7 +142,7 @@ def relatives(
     alone, twins = f"clusters at {NEAR:.0%} identity, a protein", f"with another of the set at >= {NEAR:.0%} identity"
     hit, identity = "with a training protein at E <= 0.001", "identity to the best of those"
     close = f"with one at >= {NEAR:.0%} identity over >= {COVERED:.0%}"
-    for name in (alone, twins, *((hit, identity, close) if train else ())):
+    for name in (alone, twins, *((hit, identity, close) if train is not None else ())):
         rows[name] = []
     columns: dict[str, Sequence[float]] = {}
     with ProgressBar("MMseqs2", len(SETS) + (train is not None)) as bar:

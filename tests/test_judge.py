@@ -309,6 +309,7 @@ def test_without_mmseqs_the_rest_is_told(store: SequenceStore, tmp_path: Path, r
     assert "4 of 8 samples are judged: half as many as there are natural proteins" in done.stdout
     names = [row["name"] for row in json.loads((tmp_path / "judged/judges.json").read_text())["rows"]]
     assert len(names) == 12
+    assert json.loads((tmp_path / "judged/judges.json").read_text())["train"] is None  # none was searched
     assert len((tmp_path / "judged/per_sequence.csv").read_text().splitlines()) == 1 + 4
     process = run_python(*command, "mmseqs=true", "output=other", PATH="/nowhere")
     assert_one_line_error(process, "mmseqs=true, but no `mmseqs` is on the PATH: install it")
