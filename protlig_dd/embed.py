@@ -160,5 +160,10 @@ def write_npz(
         np.savez(file, embeddings=embeddings, **columns, **notes)  # type: ignore[arg-type]
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The command line."""
     run_verb(embed_proteins, "embed", EmbedConfig)
+
+
+if __name__ == "__main__":
+    main()

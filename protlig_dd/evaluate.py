@@ -304,5 +304,10 @@ def with_errors(names: Sequence[str]) -> list[str]:
     return [column for name in names for column in (name, f"{name}_se")]
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The command line."""
     run_verb(evaluate, "evaluate", EvaluateConfig)
+
+
+if __name__ == "__main__":
+    main()

@@ -45,5 +45,10 @@ def report_of(checkpoint: Path, step: int) -> dict[str, Any] | None:
     return {key: value for key, value in report.items() if key not in ("samples", "shown", "judges")}
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The command line."""
     run_verb(export, "export", ExportConfig, alone=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -228,5 +228,10 @@ def map_csv(names: Sequence[str], layouts: Sequence[Sequence[Segment]], template
     return text.getvalue()
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The command line."""
     run_verb(infill, "infill", InfillConfig)
+
+
+if __name__ == "__main__":
+    main()

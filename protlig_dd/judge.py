@@ -200,5 +200,10 @@ def per_sequence(ids: Sequence[str], samples: list[np.ndarray], columns: dict[st
     return csv_text(["id", "length", "same_as", "low_complexity", "tandem_repeats", *columns], rows)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The command line."""
     run_verb(judge, "judge", JudgeConfig, alone=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -123,5 +123,10 @@ def length_plot(manifest: dict[str, Any]) -> list[str]:
     return lines
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The command line."""
     run_verb(prepare, "prepare", PrepareConfig, alone=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -35,5 +35,10 @@ def report(cfg: DictConfig) -> None:
     console.print(f"{output}: {', '.join(run.name for run in runs)}")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The command line."""
     run_verb(report, "report", ReportPageConfig, alone=True)
+
+
+if __name__ == "__main__":
+    main()

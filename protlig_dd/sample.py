@@ -35,5 +35,10 @@ def sample_proteins(cfg: DictConfig) -> None:
     announce(f"{output}: {len(samples)} proteins", trained.processes)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The command line."""
     run_verb(sample_proteins, "sample", SampleConfig)
+
+
+if __name__ == "__main__":
+    main()

@@ -250,5 +250,10 @@ def as_json(content: dict[str, Any]) -> str:
     return json.dumps(content, indent=1) + "\n"
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The command line."""
     run_verb(score, "variants", VariantsConfig)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,5 +1,13 @@
 """PROTLIG_TYPECHECK=1 enforces every annotated shape; without it, the project's own checks must still stand."""
 
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
 from .conftest import ROOT, Command
 
 WRONG_SHAPE = (
@@ -22,3 +30,55 @@ def test_what_is_refused_is_refused_without_it_too(run_python: Command) -> None:
     process = run_python(*command, cwd=ROOT / "tests", PROTLIG_TYPECHECK="0")
     assert process.returncode == 0, process.stdout
     assert "passed" in process.stdout
+
+
+VERBS = ("embed", "evaluate", "export", "infill", "judge", "prepare", "report", "sample", "variants", "training")
+# for each verb, as `python -m` starts it: its help, and whether functions of the module that was started are checked
+START_ALL = """
+import runpy, sys
+for verb in sys.argv[1:]:
+    sys.argv = [verb, "--help"]
+    started = runpy.run_module(f"protlig_dd.{verb}", run_name="__main__", alter_sys=True)
+    print(f"{verb} checked: {hasattr(started['main'], '__wrapped__')}")
+"""
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """A copy of the package and its configs without any bytecode, as in a fresh clone."""
+    for folder in ("protlig_dd", "configs"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("order", [("1", "0"), ("0", "1")], ids=["checked, then plain", "plain, then checked"])
+def test_bytecode_of_checked_and_of_plain_runs_lies_apart(order: tuple[str, str], package: Path) -> None:
+    """Every verb starts, and is checked or not, whatever ran before it in this checkout."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    for checked in order:
+        process = subprocess.run(
+            [sys.executable, "-c", START_ALL, *VERBS], cwd=package, capture_output=True, text=True, check=False,
+            env=environment | {"PYTHONPATH": str(package), "PROTLIG_TYPECHECK": checked},
+        )  # fmt: skip
+        assert process.returncode == 0, process.stderr
+        for verb in VERBS:
+            assert f"{verb} checked: {checked == '1'}" in process.stdout.splitlines(), (order, checked)
+    written = [path.name for path in (package / "protlig_dd").rglob("*.pyc")]
+    assert any("sample" in name and "shapes" in name for name in written)
+    assert any("sample" in name and "shapes" not in name for name in written)
+
+
+def test_checking_the_package_compiles_no_other_package(package: Path, tmp_path: Path) -> None:
+    """einops is imported by the package: its bytecode stays where the interpreter looks for it."""
+    (tmp_path / "site").mkdir()
+    import einops
+
+    assert einops.__file__ is not None
+    folder = tmp_path / "site/einops"
+    shutil.copytree(Path(einops.__file__).parent, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    subprocess.run(
+        [sys.executable, "-c", "import protlig_dd.model.dit"], cwd=package, check=True,
+        env=environment | {"PYTHONPATH": f"{package}:{tmp_path / 'site'}", "PROTLIG_TYPECHECK": "1"},
+    )  # fmt: skip
+    assert {path.name.count(".") for path in folder.rglob("*.pyc")} == {2}  # name.cpython-311.pyc

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.stats import rankdata, spearmanr
 
 from protlig_dd.data.fasta import read_fasta
 from protlig_dd.runtime.tables import csv_lines
@@ -254,6 +253,8 @@ def spearman(scores: np.ndarray, measured: np.ndarray) -> float | None:
     known = ~np.isnan(measured)
     if not known.any() or np.ptp(scores[known]) == 0 or np.ptp(measured[known]) == 0:
         return None
+    from scipy.stats import spearmanr  # takes a second
+
     return float(spearmanr(scores[known], measured[known]).statistic)
 
 
@@ -263,6 +264,8 @@ def auc(scores: np.ndarray, fit: np.ndarray) -> float | None:
     pairs = int(positive.sum()) * int(negative.sum())
     if not pairs:
         return None
+    from scipy.stats import rankdata
+
     ranks = rankdata(scores[positive | negative])[positive[positive | negative]]
     return float((ranks.sum() - len(ranks) * (len(ranks) + 1) / 2) / pairs)
 

@@ -3,7 +3,6 @@
 from io import BytesIO
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from protlig_dd.evaluation.assays import Assay
 from protlig_dd.tokenizer import AMINO_ACIDS, N_STATES, ProteinTokenizer
@@ -41,6 +40,8 @@ def to_png(table: np.ndarray, target: np.ndarray, title: str) -> bytes:
     """White is as fit as the wild type, red less, blue more; grey was not scored. The first 2,000 positions that have
     scores, ROW of them in each row; wild-type residues are marked by a dot.
     """
+    from matplotlib.figure import Figure  # only where there is a picture to draw
+
     scored = np.flatnonzero(np.isnan(table).sum(1) < N_STATES - 1)
     blocks = sorted({int(position) // ROW for position in scored})[:LARGEST]
     limit = float(np.nanquantile(np.abs(table), 0.98)) or 1.0

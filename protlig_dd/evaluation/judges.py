@@ -7,8 +7,6 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from scipy.spatial.distance import jensenshannon
-from scipy.stats import ks_2samp
 
 from protlig_dd.tokenizer import N_STATES
 
@@ -47,6 +45,8 @@ def kmer_divergence(
     sequences make the divergence larger than it is, by about (20^k - 1) / (8 n) for each of the two sets of n k-mers;
     another set of natural proteins shows by how much.
     """
+    from scipy.spatial.distance import jensenshannon  # takes half a second, which most users of this module do not need
+
     codes, owners = kmers(sequences, k)
     other = np.bincount(kmers(reference, k)[0], minlength=N_STATES**k)
     if not len(codes) or not other.sum():
@@ -112,6 +112,8 @@ def unique_share(sequences: Sequences) -> float:
 
 def length_distance(sequences: Sequences, reference: Sequences) -> float:
     """Kolmogorov and Smirnov's distance of the two distributions of lengths."""
+    from scipy.stats import ks_2samp  # takes a second
+
     return float(ks_2samp([len(one) for one in sequences], [len(one) for one in reference]).statistic)
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from markupsafe import Markup
 from omegaconf import OmegaConf
@@ -204,6 +203,8 @@ def comparison_page(runs: Sequence[Run]) -> str:
 
 def render(**content: Any) -> str:
     """Fill the template; everything but what this package wrote as Markup is escaped."""
+    import jinja2  # only where a page is written
+
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-DEPENDENCIES = ("torch", "flash-attn", "numpy", "einops", "hydra-core", "omegaconf", "biopython", "h5py", "safetensors")
+DEPENDENCIES = ("flash-attn", "numpy", "einops", "hydra-core", "omegaconf", "biopython", "h5py", "safetensors")
 PRECISIONS = ("auto", "bf16", "fp32")
 
 
@@ -108,7 +108,9 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": {name: version for name in DEPENDENCIES if (version := _version(name))},
+        # torch names its build (2.13.0+cu130), which the metadata of some of its wheels leave out
+        "versions": {"torch": str(torch.__version__)}
+        | {name: version for name in DEPENDENCIES if (version := _version(name))},
         "device_name": name,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),

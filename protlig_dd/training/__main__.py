@@ -13,5 +13,11 @@ from protlig_dd.runtime.cli import run_verb
 from protlig_dd.runtime.config import TrainConfig
 from protlig_dd.training.launch import run
 
-if __name__ == "__main__":
+
+def main() -> None:
+    """The command line."""
     run_verb(run, "train", TrainConfig)
+
+
+if __name__ == "__main__":
+    main()

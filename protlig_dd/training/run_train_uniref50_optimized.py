@@ -58,7 +58,7 @@ class OneLineParser(argparse.ArgumentParser):
 def parse_arguments() -> argparse.Namespace:
     parser = OneLineParser(
         prog="python -m protlig_dd.training.run_train_uniref50_optimized",
-        description="Train a protein language model by score-entropy discrete diffusion.",
+        description="Train a protein language model by score-entropy discrete diffusion (SEDD).",
     )
     parser.add_argument("--work_dir", type=Path, default=Path(), help="folder that holds runs/ and data/ (default: .)")
     parser.add_argument(

@@ -1,0 +1,62 @@
+"""Check every function of the package against its jaxtyping annotations, from the moment it is imported.
+
+jaxtyping's import hook rewrites a module before it is compiled. It stores the bytecode under a name of its own only
+while the module is executed. `python -m` reads the bytecode first, through the loader's `get_code`, so the instrumented
+bytecode of every command line ended up under the ordinary name, and a later run without the hook loaded it
+(patrick-kidger/jaxtyping#329). The loader below stores it apart in both cases, and only that of this package: with the
+hook alone, every package that a module imports is compiled again too.
+"""
+
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, SourceFileLoader
+from types import ModuleType
+from typing import Any
+
+import jaxtyping
+from beartype.roar import BeartypeDecorHintPep585DeprecationWarning
+
+ORDINARY, APART = ".pyc", f".shapes-{jaxtyping.__version__}.pyc"
+
+
+def install(package: str) -> None:
+    """Instrument the modules of `package` that are imported from now on; for its own `__init__`."""
+    warnings.filterwarnings("ignore", category=BeartypeDecorHintPep585DeprecationWarning)  # omegaconf's own hints
+    finder = jaxtyping.install_import_hook(package, "beartype.beartype").hook
+    sys.meta_path[sys.meta_path.index(finder)] = CheckedFinder(finder)
+
+
+class CheckedFinder(MetaPathFinder):
+    """jaxtyping's finder, with a `CheckedLoader` for each module that it instruments."""
+
+    def __init__(self, finder: MetaPathFinder) -> None:
+        self.finder = finder
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        spec = self.finder.find_spec(fullname, path, target)
+        if spec is not None and isinstance(spec.loader, SourceFileLoader):
+            spec.loader = CheckedLoader(spec.loader)
+        return spec
+
+
+class CheckedLoader(SourceFileLoader):
+    """Compiles as `instrumenting` does, and keeps what it compiled in `__pycache__/<name>.shapes-<version>.pyc`."""
+
+    def __init__(self, instrumenting: SourceFileLoader) -> None:
+        super().__init__(instrumenting.name, instrumenting.path)
+        self.source_to_code = instrumenting.source_to_code  # type: ignore[method-assign]
+
+    def get_data(self, path: str) -> bytes:
+        return super().get_data(cached(path))
+
+    def set_data(self, path: str, data: Any, *, _mode: int = 0o666) -> None:
+        super().set_data(cached(path), data, _mode=_mode)  # type: ignore[call-arg]
+
+
+def cached(path: str) -> str:
+    """Where the instrumented bytecode lies that Python looks for at `path`; any other path as it is."""
+    return path.removesuffix(ORDINARY) + APART if path.endswith(ORDINARY) else path
