@@ -384,7 +384,7 @@ def presets(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 wanted = [f"model={name}", f"model.checkpointing={checkpointing}"]
                 config = read_config(compose("train", overrides=wanted), TrainConfig)
                 config.time_conditioning = False
-                found.append(plan(config, store, torch.device("cpu"), "bf16", 1))
+                found.append(plan(config, store, torch.device("cpu"), "bf16", 1, peak=H100_FLOPS))
             rows.append({"preset": name, **found[0], "checkpointed": found[1]["activation_bytes_per_token"]})
             bar.advance()
     print(f"\n{rows[0]['steps']:,} steps of {rows[0]['step_tokens']:,} tokens; an H100 at {MFU:.0%} of "

@@ -1,13 +1,32 @@
 #!/usr/bin/env bash
-# Set up and run everything that must pass: lint, format, types, tests with every annotated shape checked.
+# Set up and run what must pass: lint, format, types, and the tests with every annotated shape checked.
 #
-#   scripts/test.sh [pytest arguments]
+#   scripts/test.sh                   all tests but those marked `system` (Slurm, MMseqs2, a browser, root) and `campaign`
+#   scripts/test.sh -m "not slow"     the quick ones, for the edit loop
+#   scripts/test.sh --all             every test, as .ci/run does; scripts/setup.sh --system installs what they need
+#   scripts/test.sh [arguments]       other arguments go to pytest: scripts/test.sh tests/test_noise.py -x
 set -euo pipefail
-case " $* " in *" -h "* | *" --help "*) sed -n '2,4s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;; esac
+case " $* " in *" -h "* | *" --help "*) sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+chosen=(-m "not system and not campaign")
+arguments=()
+for argument in "$@"; do
+    case "$argument" in
+        --all) chosen=(--hypothesis-profile=thorough) ;;
+        -m | -m?*) chosen=(); arguments+=("$argument") ;;
+        *) arguments+=("$argument") ;;
+    esac
+done
 scripts/setup.sh --dev
 bin=${PROTLIG_VENV:-.venv}/bin
 "$bin/ruff" check .
 "$bin/ruff" format --check .
 "$bin/mypy"
-PROTLIG_TYPECHECK=1 "$bin/python" -m pytest -n auto --maxprocesses 4 --dist worksteal "$@"
+code=0
+PROTLIG_TYPECHECK=1 "$bin/python" -m pytest -n auto --maxprocesses 4 --dist worksteal \
+    ${chosen[@]+"${chosen[@]}"} ${arguments[@]+"${arguments[@]}"} || code=$?
+if [ "${chosen[0]-}" = -m ]; then
+    echo "Left out, installed or not: tests marked system (Slurm, MMseqs2, a browser, root) and campaign (faults)."
+    echo "./scripts/test.sh --all runs them too; docs/testing.md says what they prove."
+fi
+exit "$code"

@@ -5,6 +5,7 @@ import functools
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from hypothesis import settings
 from jaxtyping import TypeCheckError
 
@@ -29,17 +31,29 @@ from protlig_dd.diffusion.substitution import SubstitutionGraph
 from protlig_dd.model.dit import DiT
 
 from . import brute_force
+from .warm import Process, Server
 
 ROOT = Path(__file__).resolve().parents[1]
 
-settings.register_profile("project", deadline=None, derandomize=True, print_blob=True)
+# `thorough` is for .ci/run (scripts/test.sh --all)
+settings.register_profile("thorough", deadline=None, derandomize=True, print_blob=True)
+settings.register_profile("project", settings.get_profile("thorough"), max_examples=20)
 settings.load_profile("project")
+
+
+def thorough() -> bool:
+    """Whether to draw as many examples, chains and steps as .ci/run does."""
+    return settings().max_examples == settings.get_profile("thorough").max_examples
+
 
 # The models here are small: one thread is as fast, and does not stall when the other core is busy.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
+MadeOnce = Callable[[str, Callable[[Path], None]], Path]
+Running = subprocess.Popen[str] | Process
+Start = Callable[..., Running]
 
 
 @pytest.fixture(scope="session")
@@ -50,32 +64,56 @@ def proteins() -> list[FastaRecord]:
 
 
 @pytest.fixture(scope="session")
-def store(proteins: list[FastaRecord], tmp_path_factory: pytest.TempPathFactory) -> SequenceStore:
-    """A store of them: 360 to train on, 20 and 20 held out."""
-    folder = tmp_path_factory.mktemp("store")
-    bounds = {"train": (0, 360), "validation": (360, 380), "test": (380, 400)}
-    inputs = {}
-    for split in SPLITS:
-        inputs[split] = folder / f"{split}.fasta"
-        lines = [f">{r.id} {r.description}\n{r.sequence}\n" for r in proteins[slice(*bounds[split])]]
-        inputs[split].write_text("".join(lines))
-    return build_store(inputs, folder / "small.h5")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
+    """Fill a folder once for all processes of the tests; the others wait for it. Leave what is in it as it is."""
+    base = tmp_path_factory.getbasetemp()
+    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def folder(name: str, fill: Callable[[Path], None]) -> Path:
+        made = root / "made_once" / name
+        made.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / f"{name}.lock"):
+            if not (root / f"{name}.done").exists():
+                fill(made)
+                (root / f"{name}.done").touch()
+        return made
+
+    return folder
 
 
 @pytest.fixture(scope="session")
-def trained_run(store: SequenceStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of 40 steps on those 360 proteins, for the verbs that use a model; leave it as it is."""
-    folder = tmp_path_factory.mktemp("trained")
+def store(proteins: list[FastaRecord], made_once: MadeOnce) -> SequenceStore:
+    """A store of them: 360 to train on, 20 and 20 held out."""
+
+    def fill(folder: Path) -> None:
+        bounds = {"train": (0, 360), "validation": (360, 380), "test": (380, 400)}
+        inputs = {}
+        for split in SPLITS:
+            inputs[split] = folder / f"{split}.fasta"
+            lines = [f">{r.id} {r.description}\n{r.sequence}\n" for r in proteins[slice(*bounds[split])]]
+            inputs[split].write_text("".join(lines))
+        build_store(inputs, folder / "small.h5")
+
+    return SequenceStore(made_once("store", fill) / "small.h5")
+
+
+@pytest.fixture(scope="session")
+def trained_run(store: SequenceStore, python: Command, made_once: MadeOnce) -> Path:
+    """The folder of a run of 40 steps on those 360 proteins, for the verbs that use a model."""
     options = ["experiment=demo", "run.name=small", f"data.path={store.path}", "data.tokens_per_pack=1200",
                "data.max_len=300", "model.hidden_size=32", "model.n_heads=2", "trainer.max_steps=40",
                "trainer.device=cpu", "trainer.precision=fp32", "trainer.eval_every=20", "trainer.eval_max_sequences=10",
                "report.samples=3", "report.steps=4", "report.draws=2", "report.untrained=false"]  # fmt: skip
-    command = [sys.executable, "-m", "protlig_dd.training", *options]
-    subprocess.run(command, cwd=folder, check=True, capture_output=True)
-    return folder / "runs/small"
+
+    def fill(folder: Path) -> None:
+        done = python("-m", "protlig_dd.training", *options, cwd=folder)
+        assert done.returncode == 0, done.stderr
+
+    return made_once("trained", fill) / "runs/small"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # no long test is left for the end
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
@@ -132,11 +170,24 @@ def random_batch(lengths: list[int], seed: int = 0) -> PackedBatch:
     return PackedBatch.pack([torch.randint(0, 20, (length,), generator=generator) for length in lengths])
 
 
-@pytest.fixture
-def run_python(tmp_path: Path) -> Command:
-    """Run `python ARGUMENTS` in an empty folder, as a user would; returns the finished process."""
+@pytest.fixture(scope="session")
+def warm() -> Iterator[Server]:
+    """The interpreter whose forks run commands."""
+    server = Server()
+    yield server
+    server.close()
 
-    def run(*arguments: str, cwd: Path = tmp_path, **environment: str) -> subprocess.CompletedProcess[str]:
+
+@pytest.fixture(scope="session")
+def python(warm: Server) -> Command:
+    """Run `python ARGUMENTS` in a folder: a module in a fork (tests/warm.py), all else in a new interpreter.
+
+    With `new=True` a module gets one too: for what only that shows, or variables that are read at import.
+    """
+
+    def run(*arguments: str, cwd: Path, new: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:
+        if arguments[0] == "-m" and not new:
+            return warm.run(arguments, cwd=cwd, env=os.environ | {"PYTHON_EXEC": str(warm.executable)} | environment)
         return subprocess.run(
             [sys.executable, *arguments],
             cwd=cwd,
@@ -148,6 +199,45 @@ def run_python(tmp_path: Path) -> Command:
         )
 
     return run
+
+
+@pytest.fixture
+def run_python(python: Command, tmp_path: Path) -> Command:
+    """The same, in an empty folder unless `cwd` names another."""
+
+    def run(*arguments: str, cwd: Path = tmp_path, **options: Any) -> subprocess.CompletedProcess[str]:
+        return python(*arguments, cwd=cwd, **options)
+
+    return run
+
+
+@pytest.fixture
+def start(warm: Server, tmp_path: Path) -> Iterator[Start]:
+    """Start `python ARGUMENTS` in a session of its own, as a shell starts a job; what is left of it is killed."""
+    started: list[Running] = []
+
+    def start_one(*arguments: str, new: bool = False) -> Running:
+        process: Running
+        if new:
+            process = subprocess.Popen(
+                [sys.executable, *arguments], cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                start_new_session=True,
+                # a shell's background jobs, and what they start, ignore it
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            )  # fmt: skip
+        else:
+            process = warm.start(arguments, cwd=tmp_path, env=os.environ, new_session=True)
+        started.append(process)
+        return process
+
+    yield start_one
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        for pipe in (process.stdout, process.stderr):
+            assert pipe is not None
+            pipe.close()
 
 
 def assert_one_line_error(process: subprocess.CompletedProcess[str], *parts: str) -> None:
@@ -176,10 +266,14 @@ def free_port() -> int:
 
 def require_program(name: str) -> None:
     """Skip without a system program; fail where PROTLIG_REQUIRE_SYSTEM=1 promises it."""
-    if shutil.which(name) is None:
-        message = f"{name} is not installed (scripts/setup.sh --system)"
-        if os.environ.get("PROTLIG_REQUIRE_SYSTEM") == "1":
-            pytest.fail(message)
+    require(shutil.which(name) is not None, f"{name} is not installed (scripts/setup.sh --system)")
+
+
+def require(there: bool, message: str) -> None:
+    """Skip without it; fail where PROTLIG_REQUIRE_SYSTEM=1 promises it."""
+    if not there and os.environ.get("PROTLIG_REQUIRE_SYSTEM") == "1":
+        pytest.fail(message)
+    if not there:
         pytest.skip(message)
 
 

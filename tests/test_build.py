@@ -300,6 +300,7 @@ def test_the_bundled_store_is_built_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.system
 def test_bundled_held_out_proteins_have_no_homolog_in_training(tmp_path: Path) -> None:
     """Search validation and test against train, and test against validation: no hit at E < 1e-3 at any identity."""
     require_program("mmseqs")
@@ -353,6 +354,7 @@ def families(tmp_path: Path, proteins: list[FastaRecord]) -> dict[str, Path]:
 
 
 @pytest.mark.slow
+@pytest.mark.system
 @pytest.mark.parametrize("on_hit", ["move", "drop"])
 def test_homologs_of_training_sequences_leave_the_held_out_splits(
     tmp_path: Path, families: dict[str, Path], on_hit: str

@@ -19,8 +19,9 @@ from protlig_dd.data.store import SequenceStore
 from protlig_dd.runtime.checkpoint import complete_checkpoints
 from protlig_dd.runtime.metrics import read_metrics
 
-from .conftest import ROOT, Command, free_port, require_program, wait_for
+from .conftest import ROOT, Command, Start, free_port, require, require_program, wait_for
 from .test_training import assert_same_bits, overrides_for, train
+from .warm import Server
 
 pytestmark = pytest.mark.slow
 
@@ -72,8 +73,7 @@ PartitionName=high Nodes=n1,n2 PriorityTier=10 PreemptMode=OFF
 def slurm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A Slurm of two nodes on this machine, with a partition that preempts the other; its folder."""
     require_program("slurmctld")
-    if os.geteuid() != 0:
-        pytest.skip("a Slurm of our own needs root")
+    require(os.geteuid() == 0, "a Slurm of our own needs root")
     folder = Path(tempfile.mkdtemp(prefix="slurm", dir="/tmp"))  # a socket's path must be short
     (folder / "state").mkdir()
     conf = folder / "slurm.conf"
@@ -126,6 +126,7 @@ def start_again(job: str) -> None:
     slurm_says("scontrol", "update", f"jobid={job}", "starttime=now")
 
 
+@pytest.mark.system
 def test_a_slurm_job_is_queued_again_at_its_limit_and_when_preempted(
     slurm: Path, store: SequenceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_python: Command
 ) -> None:
@@ -167,6 +168,7 @@ def test_a_slurm_job_is_queued_again_at_its_limit_and_when_preempted(
     assert bounds[0] == bounds[1]
 
 
+@pytest.mark.system
 def test_a_slurm_job_that_is_cancelled_or_fails_is_not_queued_again(
     slurm: Path, store: SequenceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,24 +194,22 @@ def test_a_slurm_job_that_is_cancelled_or_fails_is_not_queued_again(
 
 
 def test_a_sweep_through_submitit_goes_on_after_its_limit(
-    run_python: Command, store: SequenceStore, tmp_path: Path
-) -> None:
+    run_python: Command, start: Start, store: SequenceStore, tmp_path: Path
+) -> None:  # fmt: skip
     """submitit tells a job of its limit by SIGUSR2, and starts it again."""
-    swept = ["-m", "protlig_dd.training", "-m", *overrides_for(store, "swept", *LONG), "optim.lr=3e-4,1e-3"]
-    with subprocess.Popen(
-        [sys.executable, *swept, "hydra/launcher=submitit_local"], cwd=tmp_path, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    ) as sweep:  # fmt: skip
-        run = tmp_path / "runs/swept_sweep/optim.lr-0.0003"
-        wait_for(lambda: steps_of(run) > 4)
-        holder = int(re.search(r"process (\d+)", (run / "lock").read_text())[1])  # type: ignore[index]
-        os.kill(holder, signal.SIGUSR2)
-        _, errors = sweep.communicate(timeout=300)
+    fewer = ("trainer.max_steps=100", "trainer.eval_every=0")
+    swept = ["-m", "protlig_dd.training", "-m", *overrides_for(store, "swept", *LONG, *fewer), "optim.lr=3e-4,1e-3"]
+    sweep = start(*swept, "hydra/launcher=submitit_local")
+    run = tmp_path / "runs/swept_sweep/optim.lr-0.0003"
+    wait_for(lambda: steps_of(run) > 4)
+    holder = int(re.search(r"process (\d+)", (run / "lock").read_text())[1])  # type: ignore[index]
+    os.kill(holder, signal.SIGUSR2)
+    _, errors = sweep.communicate(timeout=300)
     assert sweep.returncode == 0, errors
     attempts = {name: json.loads((run.parent / name / "environment.json").read_text())["attempt"]
                 for name in ("optim.lr-0.0003", "optim.lr-0.001")}  # fmt: skip
     assert attempts == {"optim.lr-0.0003": 2, "optim.lr-0.001": 1}
-    train(run_python, store, "plain", *LONG, "optim.lr=3e-4")
+    train(run_python, store, "plain", *LONG, *fewer, "optim.lr=3e-4")
     assert_same_bits(run, tmp_path / "runs/plain")
 
 
@@ -217,10 +217,11 @@ def test_what_ends_a_job_of_submitit_is_told_in_one_line(
     run_python: Command, store: SequenceStore, tmp_path: Path
 ) -> None:
     sweep = ["-m", "protlig_dd.training", "-m", "hydra/launcher=submitit_local", *overrides_for(store, "sweep", *LONG)]
-    missing = run_python(*sweep, "data.path=none.h5")
+    own = {"PYTHON_EXEC": sys.executable}  # submitit knows its jobs by the process ids that it starts
+    missing = run_python(*sweep, "data.path=none.h5", **own)
     assert missing.returncode == 1
     assert missing.stderr.splitlines()[-1].startswith("error: none.h5: no such data file")
-    late = run_python(*sweep, "trainer.max_time=0s")
+    late = run_python(*sweep, "trainer.max_time=0s", **own)
     assert late.returncode == 75
     assert late.stderr.splitlines()[-1] == "stopped by max_time after step 1 of 200"
     assert "Traceback" not in missing.stderr + late.stderr
@@ -245,19 +246,22 @@ wait $second && exit $code
 """
 
 
-def test_a_pbs_job_submits_itself_until_the_run_is_through(store: SequenceStore, tmp_path: Path) -> None:
+def test_a_pbs_job_submits_itself_until_the_run_is_through(store: SequenceStore, warm: Server, tmp_path: Path) -> None:
     """PBS itself cannot be had here: stand-ins for mpiexec and qsub take its place."""
     programs = {"mpiexec": MPIEXEC, "qsub": f'#!/bin/sh\necho "$@" >> {tmp_path}/submitted\n'}
     for name, text in programs.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     (tmp_path / "nodes").write_text("x1\nx2\n")
+    (tmp_path / "venv/bin").mkdir(parents=True)
+    (tmp_path / "venv/bin/python").symlink_to(warm.executable)
     environment = os.environ | {
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
         "PBS_O_WORKDIR": str(tmp_path),
         "PBS_NODEFILE": str(tmp_path / "nodes"),
         "MASTER_ADDR": "127.0.0.1",
-        "PROTLIG_VENV": sys.prefix,
+        "PROTLIG_VENV": str(tmp_path / "venv"),
+        "PYTHON_EXEC": str(warm.executable),
     }
 
     def job(max_steps: int, max_time: str) -> subprocess.CompletedProcess[str]:
@@ -273,7 +277,7 @@ def test_a_pbs_job_submits_itself_until_the_run_is_through(store: SequenceStore,
             ["bash", "my_train.pbs"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
         )
 
-    first = job(1_000_000, "10s")
+    first = job(1_000_000, "4s")
     assert first.returncode == 75, first.stderr
     assert json.loads((tmp_path / "runs/pbs/stopped.json").read_text())["reason"] == "max_time"
     assert (tmp_path / "submitted").read_text() == "my_train.pbs\n"

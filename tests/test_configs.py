@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from protlig_dd.runtime.cli import run_verb
@@ -190,3 +192,34 @@ def test_cuda_without_cuda_is_one_line(run_python: Command, tmp_path: Path) -> N
     ):  # fmt: skip
         assert_one_line_error(run_python(*arguments), "device=cuda", "CUDA is not available")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plain_command_is_composed_once_and_a_sweep_is_left_to_hydra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.yaml").write_text("defaults: [train, _self_]\nhydra: {mode: MULTIRUN}\n")
+    seen: list[tuple[float, bool]] = []
+
+    def verb(cfg: DictConfig) -> None:
+        assert "hydra" not in cfg
+        seen.append((cfg.optim.lr, HydraConfig.get().mode == RunMode.MULTIRUN))
+
+    def ran(*arguments: str) -> list[tuple[float, bool]]:
+        seen.clear()
+        monkeypatch.setattr("sys.argv", ["protlig_dd.training", *arguments])
+        run_verb(verb, "train", TrainConfig)
+        return list(seen)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    with monkeypatch.context() as patch:
+        patch.setattr("hydra.main", None)
+        assert ran("optim.lr=0.5") == [(0.5, False)]
+    assert ran("-m", "optim.lr=0.5,0.25") == [(0.5, True), (0.25, True)]
+    assert ran("hydra.mode=MULTIRUN", "optim.lr=0.5,0.25") == [(0.5, True), (0.25, True)]
+    own = ("--config-path", str(tmp_path), "--config-name", "mine")
+    searched = f"hydra.searchpath=['file://{config_folder()}']"
+    assert ran(*own, searched, "optim.lr=0.5,0.25") == [(0.5, True), (0.25, True)]
+    with pytest.raises(SystemExit):
+        ran("optim.lr=0.5,0.25")  # without -m
+    assert "error: " in capsys.readouterr().err

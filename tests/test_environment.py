@@ -32,7 +32,7 @@ def test_the_peak_is_measured_for_the_precision(precision: str, monkeypatch: pyt
     # until 0 + 5 + 0.1; the products take 0.1 s (the first, which does not count), 1 s, 2 s, 0.5 s
     ticks = iter([0.0, 0.0, 0.1, 1.0, 2.0, 2.0, 4.0, 4.0, 5.0, 5.5, 9.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(ticks))
-    assert matmul_peak(torch.device("cpu"), precision, seconds=5.0) == 2 * 1024**3 / 0.5
+    assert matmul_peak(torch.device("cpu"), precision, seconds=5.0, size=64) == 2 * 64**3 / 0.5
 
 
 def test_a_checkout_on_a_machine_without_git_is_described_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,10 +5,9 @@ import contextlib
 import hashlib
 import http.server
 import json
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from protlig_dd.runtime.files import sha256
 from protlig_dd.runtime.trained import find_saved, load_trained
 from protlig_dd.tokenizer import AMINO_ACIDS
 
-from .conftest import Command, assert_one_line_error, random_batch
+from .conftest import Command, MadeOnce, assert_one_line_error, random_batch, thorough
 from .test_training import TINY, train
 
 KINDS = {
@@ -37,21 +36,21 @@ KINDS = {
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def exported(request: pytest.FixtureRequest, store: SequenceStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with runs/base, and model, which is its export."""
-    folder = tmp_path_factory.mktemp(request.param)
-    (folder / "private").mkdir()
-    (folder / "private/blosum.txt").write_text(substitution_matrices.load("BLOSUM62").format("%4d"))
+def exported(request: pytest.FixtureRequest, store: SequenceStore, python: Command, made_once: MadeOnce) -> Path:
+    """A folder with runs/base, and models/base, which is its export."""
 
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    def fill(folder: Path) -> None:
+        (folder / "private").mkdir()
+        (folder / "private/blosum.txt").write_text(substitution_matrices.load("BLOSUM62").format("%4d"))
+        run = partial(python, cwd=folder)
+        train(run, store, "base", *KINDS[request.param], "trainer.max_steps=6", "optim.lr=0.01",
+              "optim.warmup_steps=2", "trainer.device=cpu", "trainer.precision=fp32", "report.samples=2",
+              "report.steps=4")  # fmt: skip
+        process = run("-m", "protlig_dd.export", "from=runs/base", "to=models/base")
+        assert process.returncode == 0, process.stderr
+        assert "models/base: runs/base/checkpoints/step_00000006, weights " in process.stdout
 
-    train(run, store, "base", *KINDS[request.param], "trainer.max_steps=6", "optim.lr=0.01", "optim.warmup_steps=2",
-          "trainer.device=cpu", "trainer.precision=fp32", "report.samples=2", "report.steps=4")  # fmt: skip
-    process = run("-m", "protlig_dd.export", "from=runs/base", "to=models/base")
-    assert process.returncode == 0, process.stderr
-    assert "models/base: runs/base/checkpoints/step_00000006, weights " in process.stdout
-    return folder
+    return made_once(request.param, fill)
 
 
 @pytest.mark.slow
@@ -145,6 +144,7 @@ except ValueError as error:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("exported", KINDS if thorough() else ["named"], indirect=True)
 def test_one_line_loads_it_with_torch_and_safetensors_alone(
     exported: Path, tmp_path: Path, run_python: Command
 ) -> None:
@@ -235,6 +235,7 @@ def test_damaged_and_foreign_exports_are_refused(exported: Path, tmp_path: Path)
 
 
 REPOSITORY = "someone/proteins"
+CLIENT = ("-m", "tests.hub_client")
 COMMIT = hashlib.sha1(b"one").hexdigest()
 
 
@@ -297,41 +298,31 @@ def a_hub() -> Iterator[tuple[str, dict[str, bytes]]]:
         server.server_close()
 
 
-PUSH = """
-import sys
-from protlig_dd.hub import ProteinDiffusion
-print(ProteinDiffusion.from_pretrained(sys.argv[1], device="cpu").push_to_hub(sys.argv[2]))
-"""
-PULL = """
-import sys
-from protlig_dd.hub import ProteinDiffusion
-try:
-    ProteinDiffusion.from_pretrained(sys.argv[1], device="cpu").save_pretrained(sys.argv[2])
-except ValueError as error:
-    sys.exit(f"error: {error}")
-"""
-
-
 @pytest.mark.slow
+@pytest.mark.parametrize("exported", ["absorbing"], indirect=True)
 def test_to_a_hub_and_back(exported: Path, tmp_path: Path, run_python: Command) -> None:
     model = exported / "models/base"
     environment = {"HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_none", "HF_HUB_DISABLE_TELEMETRY": "1",
                    "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # fmt: skip
     with a_hub() as (address, files):
-        process = run_python("-c", PUSH, str(model), REPOSITORY, HF_ENDPOINT=address, **environment)
+        process = run_python(
+            "-m", "tests.hub_client", "push", str(model), REPOSITORY, HF_ENDPOINT=address, **environment
+        )
         assert process.returncode == 0, process.stderr
         assert process.stdout.strip().endswith(f"{REPOSITORY}/commit/{COMMIT}")
         assert files == {name: (model / name).read_bytes() for name in EXPORTED}
         files["pytorch_model.bin"] = b"somebody else's pickle"
-        process = run_python("-c", PULL, REPOSITORY, "back", HF_ENDPOINT=address, **environment)
+        process = run_python(*CLIENT, "pull", REPOSITORY, "back", HF_ENDPOINT=address, **environment)
         assert process.returncode == 0, process.stderr
     assert {path.name: path.read_bytes() for path in (tmp_path / "back").iterdir()} == {
         name: (model / name).read_bytes() for name in EXPORTED
     }
     assert not list((tmp_path / "home").rglob("*.bin"))
     offline = {"HF_HUB_OFFLINE": "1", **environment}
-    process = run_python("-c", PULL, REPOSITORY, "cached", **offline)
+    process = run_python(*CLIENT, "pull", REPOSITORY, "cached", **offline)
     assert process.returncode == 0, process.stderr
     assert (tmp_path / "cached" / WEIGHTS).read_bytes() == (model / WEIGHTS).read_bytes()
-    assert_one_line_error(run_python("-c", PULL, "someone/else", "x", **offline), "someone/else: no folder here")
-    assert_one_line_error(run_python("-c", PULL, "no/such/folder", "x", **offline), "no/such/folder: no folder here")
+    assert_one_line_error(run_python(*CLIENT, "pull", "someone/else", "x", **offline), "someone/else: no folder here")
+    assert_one_line_error(
+        run_python(*CLIENT, "pull", "no/such/folder", "x", **offline), "no/such/folder: no folder here"
+    )

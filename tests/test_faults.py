@@ -1,6 +1,5 @@
 """What ends, stops or disturbs a run: signals, time limits, lost processes, damaged and foreign checkpoints."""
 
-import contextlib
 import json
 import math
 import os
@@ -8,23 +7,15 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
-from protlig_dd.data.loader import PackDataset
 from protlig_dd.data.store import SequenceStore
-from protlig_dd.diffusion.graph import Absorbing
-from protlig_dd.diffusion.noise import LogLinearNoise
-from protlig_dd.diffusion.score import ScoreFn
-from protlig_dd.evaluation.held_out import held_out_bound
 from protlig_dd.runtime.checkpoint import (
     COMPLETE,
     FILES,
@@ -34,16 +25,17 @@ from protlig_dd.runtime.checkpoint import (
     save_checkpoint,
     snapshot,
 )
-from protlig_dd.runtime.distributed import Processes, RanksFailedError, count_devices
+from protlig_dd.runtime.distributed import RanksFailedError, count_devices
 from protlig_dd.runtime.files import locked
 from protlig_dd.runtime.metrics import read_metrics
 from protlig_dd.runtime.stop import REASONS, Stopped, StopRequests, seconds_of
 from scripts.fault_campaign import flip, ranks_of, truncate
 
-from .conftest import ROOT, Command, assert_one_line_error, free_port, make_model, wait_for
+from .conftest import ROOT, Command, Running, Start, assert_one_line_error, free_port, make_model, require, wait_for
 from .test_checkpoint import make_optimizer_for, save
 from .test_prepare import may_mount
 from .test_training import last_tensors, overrides_for, read_rows, torchrun, train
+from .warm import Server
 
 
 def reasons_asked(stop: StopRequests) -> list[str]:
@@ -131,9 +123,9 @@ def test_a_folder_has_one_holder(tmp_path: Path, run_python: Command) -> None:
 
 
 @pytest.mark.slow
-def test_a_fresh_run_holds_its_folder(store: SequenceStore, tmp_path: Path, run_python: Command) -> None:
+def test_a_fresh_run_holds_its_folder(store: SequenceStore, tmp_path: Path, run_python: Command, start: Start) -> None:
     train(run_python, store, "held", "trainer.max_steps=2")
-    process = start(tmp_path, *TRAINING, *overrides_for(store, "held", *OFTEN, "run.fresh=true"))
+    process = start(*TRAINING, *overrides_for(store, "held", *OFTEN, "run.fresh=true"))
     wait_for(lambda: (tmp_path / "runs/held.1").exists() and complete_checkpoints(tmp_path / "runs/held"))
     for more in ("run.fresh=true", "run.fresh=false"):
         second = run_python(*TRAINING, *overrides_for(store, "held", *OFTEN, more))
@@ -158,7 +150,7 @@ def test_a_damaged_checkpoint_is_skipped_and_named(tmp_path: Path, name: str, ho
     assert newest_sound_checkpoint(tmp_path)[0] is None
 
 
-def stopped_by(process: subprocess.Popen[str], run: Path, number: signal.Signals) -> tuple[int, str]:
+def stopped_by(process: Running, run: Path, number: signal.Signals) -> tuple[int, str]:
     """Send a signal once there is a checkpoint; exit code and stderr."""
     wait_for(lambda: complete_checkpoints(run))
     process.send_signal(number)
@@ -166,30 +158,10 @@ def stopped_by(process: subprocess.Popen[str], run: Path, number: signal.Signals
     return process.returncode, errors
 
 
-started: list[subprocess.Popen[str]] = []
-
-
-def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    """In a session of its own, as a shell starts a job; what a failing test leaves of it is killed."""
-    process = subprocess.Popen(
-        [sys.executable, *arguments], cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        start_new_session=True,
-    )  # fmt: skip
-    started.append(process)
-    return process
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left_running() -> Iterator[None]:
-    yield
-    while started:
-        process = started.pop()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        for pipe in (process.stdout, process.stderr):
-            assert pipe is not None
-            pipe.close()
+@pytest.fixture
+def unchecked_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checks of types take a quarter of a rank's start; what ranks run is checked in other tests."""
+    monkeypatch.setenv("PROTLIG_TYPECHECK", "0")
 
 
 TRAINING = ("-m", "protlig_dd.training")
@@ -197,10 +169,12 @@ OFTEN = ("trainer.checkpoint_every=4", "trainer.max_steps=3000")
 
 
 @pytest.mark.slow
-def test_under_torchrun_ranks_that_stop_are_no_failure_and_a_marker_tells(store: SequenceStore, tmp_path: Path) -> None:
+def test_under_torchrun_ranks_that_stop_are_no_failure_and_a_marker_tells(
+    store: SequenceStore, tmp_path: Path, start: Start
+) -> None:
     """torchrun would report any code but 0 as a failure."""
     code, errors = stopped_by(
-        start(tmp_path, *torchrun(2, overrides_for(store, "under", *OFTEN))), tmp_path / "runs/under", signal.SIGTERM
+        start(*torchrun(2, overrides_for(store, "under", *OFTEN))), tmp_path / "runs/under", signal.SIGTERM
     )
     assert code != 0  # torchrun's own, which a script cannot tell from a failure
     assert "stopped by SIGTERM after step" in errors
@@ -213,11 +187,11 @@ def test_under_torchrun_ranks_that_stop_are_no_failure_and_a_marker_tells(store:
 
 @pytest.mark.slow
 def test_an_evaluation_that_a_stop_broke_off_is_made_when_the_run_goes_on(
-    run_python: Command, store: SequenceStore, tmp_path: Path
+    run_python: Command, store: SequenceStore, tmp_path: Path, start: Start
 ) -> None:
     evaluated = ("trainer.max_steps=6", "trainer.eval_every=4", "trainer.eval_max_sequences=8")
     long = ("trainer.eval_draws=100000", "trainer.log_every=1")
-    process = start(tmp_path, *TRAINING, *overrides_for(store, "broken", *evaluated, *long))
+    process = start(*TRAINING, *overrides_for(store, "broken", *evaluated, *long))
     run = tmp_path / "runs/broken"
     wait_for(lambda: (run / "metrics.jsonl").exists() and '"step": 4,' in (run / "metrics.jsonl").read_text())
     process.send_signal(signal.SIGTERM)
@@ -237,11 +211,12 @@ def test_an_evaluation_that_a_stop_broke_off_is_made_when_the_run_goes_on(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchecked_ranks")
 def test_processes_that_do_not_stop_in_time_are_killed_and_that_is_an_error(
-    store: SequenceStore, tmp_path: Path
+    store: SequenceStore, tmp_path: Path, start: Start
 ) -> None:
     more = ("trainer.devices=2", "trainer.stop_within=2")
-    process = start(tmp_path, *TRAINING, *overrides_for(store, "hung", *OFTEN, *more))
+    process = start(*TRAINING, *overrides_for(store, "hung", *OFTEN, *more))
     wait_for(lambda: complete_checkpoints(tmp_path / "runs/hung"))
     ranks = ranks_of(process)
     assert len(ranks) == 2
@@ -256,10 +231,11 @@ def test_processes_that_do_not_stop_in_time_are_killed_and_that_is_an_error(
 
 
 @pytest.mark.slow
-def test_a_run_that_lost_a_process_still_stops_in_time(store: SequenceStore, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("unchecked_ranks")
+def test_a_run_that_lost_a_process_still_stops_in_time(store: SequenceStore, tmp_path: Path, start: Start) -> None:
     """What rank 0 wrote of the loss must not be taken for what ended the run."""
     more = ("trainer.devices=2", "trainer.max_restarts=2")
-    process = start(tmp_path, *TRAINING, *overrides_for(store, "twice", *OFTEN, *more))
+    process = start(*TRAINING, *overrides_for(store, "twice", *OFTEN, *more))
     run = tmp_path / "runs/twice"
     wait_for(lambda: complete_checkpoints(run))
     os.kill(ranks_of(process)[1], signal.SIGKILL)
@@ -272,12 +248,14 @@ def test_a_run_that_lost_a_process_still_stops_in_time(store: SequenceStore, tmp
 
 
 @pytest.mark.slow
-def test_agents_that_are_told_to_stop_one_after_the_other_stop_both(store: SequenceStore, tmp_path: Path) -> None:
+def test_agents_that_are_told_to_stop_one_after_the_other_stop_both(
+    store: SequenceStore, tmp_path: Path, start: Start
+) -> None:
     """In an evaluation, which a signal breaks off, the second rank finds the first gone before it is told itself."""
     long = ("trainer.eval_every=4", "trainer.eval_draws=100000", "trainer.eval_max_sequences=8", "trainer.log_every=1")
     agent = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d",
              "--rdzv-id=pair", f"--rdzv-endpoint=127.0.0.1:{free_port()}", *TRAINING]  # fmt: skip
-    agents = [start(tmp_path, *agent, *overrides_for(store, "skew", *OFTEN, *long)) for _ in range(2)]
+    agents = [start(*agent, *overrides_for(store, "skew", *OFTEN, *long)) for _ in range(2)]
     run = tmp_path / "runs/skew"
     wait_for(lambda: (run / "metrics.jsonl").exists() and '"step": 4,' in (run / "metrics.jsonl").read_text())
     for process in agents:
@@ -302,8 +280,8 @@ def test_the_time_limit_breaks_off_evaluations_and_reports(
 
 
 @pytest.mark.slow
-def test_a_signal_that_comes_twice_leaves_the_exit_code(store: SequenceStore, tmp_path: Path) -> None:
-    process = start(tmp_path, *TRAINING, *overrides_for(store, "again", *OFTEN))
+def test_a_signal_that_comes_twice_leaves_the_exit_code(store: SequenceStore, tmp_path: Path, start: Start) -> None:
+    process = start(*TRAINING, *overrides_for(store, "again", *OFTEN))
     wait_for(lambda: complete_checkpoints(tmp_path / "runs/again"))
     process.send_signal(signal.SIGTERM)
     while process.poll() is None:
@@ -334,11 +312,11 @@ def test_a_time_limit_ends_a_run_with_a_checkpoint_and_75(
 
 @pytest.mark.slow
 def test_a_lost_loader_process_names_step_rank_and_sequences(
-    store: SequenceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: SequenceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: Start
 ) -> None:
     # torch raises what happened wherever the process is; inside a check of types that would look like a wrong type
     monkeypatch.setenv("PROTLIG_TYPECHECK", "0")
-    process = start(tmp_path, *TRAINING, *overrides_for(store, "loader", *OFTEN, "data.workers=1"))
+    process = start(*TRAINING, *overrides_for(store, "loader", *OFTEN, "data.workers=1"), new=True)
     wait_for(lambda: complete_checkpoints(tmp_path / "runs/loader"))
     (worker,) = subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()
     os.kill(int(worker), signal.SIGKILL)
@@ -355,9 +333,9 @@ def test_a_lost_loader_process_names_step_rank_and_sequences(
 
 
 @pytest.mark.slow
-def test_a_signal_to_the_whole_group_spares_the_loaders(store: SequenceStore, tmp_path: Path) -> None:
+def test_a_signal_to_the_whole_group_spares_the_loaders(store: SequenceStore, tmp_path: Path, start: Start) -> None:
     """Ctrl-C in a terminal, and schedulers, signal every process there is."""
-    process = start(tmp_path, *TRAINING, *overrides_for(store, "group", *OFTEN, "data.workers=1"))
+    process = start(*TRAINING, *overrides_for(store, "group", *OFTEN, "data.workers=1"))
     wait_for(lambda: complete_checkpoints(tmp_path / "runs/group"))
     os.killpg(process.pid, signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
@@ -407,6 +385,7 @@ def test_a_new_checkpoint_is_never_the_one_to_go(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchecked_ranks")
 def test_never_is_kept_by_a_restart(run_python: Command, store: SequenceStore, tmp_path: Path) -> None:
     train(run_python, store, "once", "trainer.max_steps=2")
     again = overrides_for(store, "once", "trainer.max_steps=4", "run.resume=never", "trainer.max_restarts=1")
@@ -433,9 +412,10 @@ def test_a_run_may_start_from_another_runs_checkpoint(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchecked_ranks")
 def test_any_number_of_processes_makes_the_same_run(run_python: Command, store: SequenceStore, tmp_path: Path) -> None:
     """4 packs a step: one process adds up 4 backward passes, two add up 2 each, four make 1 each."""
-    more = ["trainer.max_steps=30", "optim.packs_per_step=4", "data.tokens_per_pack=400"]
+    more = ["trainer.max_steps=6", "optim.packs_per_step=4", "data.tokens_per_pack=400"]
     more += ["trainer.precision=fp32"]  # in bf16 the order of sums shows from the third digit of a gradient on
     for devices in (1, 2, 4):
         train(run_python, store, f"on{devices}", *more, f"trainer.devices={devices}")
@@ -450,7 +430,7 @@ def test_any_number_of_processes_makes_the_same_run(run_python: Command, store: 
                 assert (tensor - weights[name]).abs().max() < 1e-5, (devices, name)
         assert read_rows(run) == read_rows(tmp_path / "runs/on1")
         assert {path.name for path in (run / "logs").iterdir()} == {f"rank_{rank}.log" for rank in range(1, devices)}
-    train(run_python, store, "moved", *more, "trainer.devices=2", "trainer.stop_at_step=15")
+    train(run_python, store, "moved", *more, "trainer.devices=2", "trainer.stop_at_step=3")
     assert "going on from" in train(run_python, store, "moved", *more, "trainer.devices=1")
     for name, tensor in last_tensors(tmp_path / "runs/moved").items():
         assert (tensor - weights[name]).abs().max() < 1e-5, name
@@ -460,6 +440,7 @@ def test_any_number_of_processes_makes_the_same_run(run_python: Command, store: 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchecked_ranks")
 def test_a_sweep_starts_processes_for_each_job_and_reports_the_first_failure(
     run_python: Command, store: SequenceStore, tmp_path: Path
 ) -> None:
@@ -467,7 +448,7 @@ def test_a_sweep_starts_processes_for_each_job_and_reports_the_first_failure(
     process = run_python(*sweep, "optim.lr=3e-4,1e-3")
     assert process.returncode == 0, process.stderr
     assert all(complete_checkpoints(folder) for folder in (tmp_path / "runs/jobs_sweep").glob("optim*"))
-    failing = run_python(*sweep, f"data.path={tmp_path / 'none.h5'}")
+    failing = run_python(*sweep, f"data.path={tmp_path / 'none.h5'}", "optim.lr=3e-4")
     assert failing.returncode == 1
     (line,) = failing.stderr.strip().splitlines()
     assert re.match(r"error: rank [01]: .*none\.h5: no such data file", line)
@@ -489,7 +470,7 @@ def test_of_a_bug_that_all_ranks_meet_one_traceback_is_printed(
     (tmp_path / "sitecustomize.py").write_text(broken)
     process = run_python(
         *TRAINING, *overrides_for(store, "bug", "trainer.max_steps=5", "trainer.devices=2"),
-        PYTHONPATH=str(tmp_path), PROTLIG_TYPECHECK="0",
+        new=True, PYTHONPATH=str(tmp_path), PROTLIG_TYPECHECK="0",
     )  # fmt: skip
     assert process.returncode == 1
     assert process.stderr.count("Traceback") == 1
@@ -498,12 +479,16 @@ def test_of_a_bug_that_all_ranks_meet_one_traceback_is_printed(
 
 
 @pytest.mark.slow
-def test_two_agents_make_one_run(store: SequenceStore, tmp_path: Path, run_python: Command) -> None:
+def test_two_agents_make_one_run(
+    store: SequenceStore, tmp_path: Path, run_python: Command, start: Start, warm: Server,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """Two nodes, as torchrun sees them, on loopback."""
     agent = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d",
              "--rdzv-id=pair", f"--rdzv-endpoint=127.0.0.1:{free_port()}", *TRAINING]  # fmt: skip
     arguments = overrides_for(store, "nodes", "trainer.max_steps=6")
-    agents = [start(tmp_path, *agent, *arguments) for _ in range(2)]
+    monkeypatch.setenv("PYTHON_EXEC", str(warm.executable))
+    agents = [start(*agent, *arguments) for _ in range(2)]
     printed = [process.communicate(timeout=300) for process in agents]
     assert [process.returncode for process in agents] == [0, 0], printed
     assert sum("2 process(es)" in out for out, _ in printed) == 1
@@ -513,35 +498,28 @@ def test_two_agents_make_one_run(store: SequenceStore, tmp_path: Path, run_pytho
         assert row["loss"] == pytest.approx(read_metrics(tmp_path / "runs/node/metrics.jsonl")[step]["loss"], rel=1e-5)
 
 
-def bound_on_rank(rank: int, world_size: int, path: Path, folder: Path) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store{world_size}", rank=rank, world_size=world_size)
-    store, graph = SequenceStore(path), Absorbing(20)
-    dataset = PackDataset(store, store.split("train")[:23], max_len=60, tokens_per_pack=130, seed=None)
-    score = ScoreFn(make_model(), graph, "x0")
-    found = held_out_bound(
-        score, graph, LogLinearNoise(), dataset, unigram=np.full(20, 0.05), estimator="integral", draws=2,
-        seed=3, device=torch.device("cpu"), processes=Processes(rank, world_size, rank), description="",
-    )  # fmt: skip
-    if rank == world_size - 1:
-        (folder / f"found{world_size}.json").write_text(json.dumps(found.summary()))
-    dist.destroy_process_group()
-
-
 @pytest.mark.slow
-def test_evaluation_is_the_same_on_any_number_of_processes(store: SequenceStore, tmp_path: Path) -> None:
+def test_evaluation_is_the_same_on_any_number_of_processes(store: SequenceStore, tmp_path: Path, start: Start) -> None:
     """23 sequences, a prime number, so that no two processes have the same share of packs."""
+    found = []
     for world_size in (1, 2, 3):
-        torch.multiprocessing.spawn(bound_on_rank, (world_size, store.path, tmp_path), nprocs=world_size)
-    one, two, three = (json.loads((tmp_path / f"found{n}.json").read_text()) for n in (1, 2, 3))
-    assert one == two == three
-    assert one["sequences"] == 23
-    assert math.isfinite(one["nll"])
+        command = ["-m", "tests.bound_on_rank", str(store.path), str(tmp_path / f"meeting{world_size}")]
+        ranks = [start(*command, str(rank), str(world_size)) for rank in range(world_size)]
+        printed = [process.communicate(timeout=300) for process in ranks]
+        assert [process.returncode for process in ranks] == [0] * world_size, printed
+        found.append(json.loads(printed[-1][0].splitlines()[-1]))
+    assert found[0] == found[1] == found[2]
+    assert found[0]["sequences"] == 23
+    assert math.isfinite(found[0]["nll"])
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("unshare") or not may_mount(), reason="needs root to mount a small disk")
+@pytest.mark.campaign
 def test_the_short_fault_campaign_loses_nothing(run_python: Command) -> None:
-    process = run_python("-m", "scripts.fault_campaign", "--short", PYTHONPATH=str(ROOT), PROTLIG_TYPECHECK="0")
+    require(may_mount(), "a small disk needs root to mount it")
+    process = run_python(
+        "-m", "scripts.fault_campaign", "--short", new=True, PYTHONPATH=str(ROOT), PROTLIG_TYPECHECK="0"
+    )
     assert process.returncode == 0, process.stdout + process.stderr
     rows = [line.split(" | ") for line in process.stdout.splitlines() if line.startswith("| ")][2:]
     assert len(rows) == 8

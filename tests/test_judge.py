@@ -255,6 +255,7 @@ def test_a_profile_finds_its_own_family_and_nothing_shuffled(hmm: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.system
 def test_the_folder_of_tables(store: SequenceStore, hmm: Path, tmp_path: Path, run_python: Command) -> None:
     require_program("mmseqs")
     decode = ProteinTokenizer().decode

@@ -17,7 +17,7 @@ from protlig_dd.data.fasta import FastaRecord
 from protlig_dd.data.store import SequenceStore
 from protlig_dd.prepare import length_plot
 
-from .conftest import ROOT, Command, assert_one_line_error
+from .conftest import ROOT, Command, MadeOnce, Running, Start, assert_one_line_error, require
 
 LETTERS_OF_BITS = {ord("0"): "A", ord("1"): "K"}
 PREPARE = ("-m", "protlig_dd.prepare")
@@ -122,35 +122,33 @@ def test_arguments_that_do_not_go_together(run_python: Command, tmp_path: Path) 
 
 
 @pytest.fixture
-def big_fasta(tmp_path: Path, proteins: list[FastaRecord]) -> Path:
+def big_fasta(tmp_path: Path, made_once: MadeOnce, proteins: list[FastaRecord]) -> Path:
     """Some 25 MB of real proteins, each time under another id and turned by some residues."""
+
+    def fill(folder: Path) -> None:
+        with (folder / "big.fasta").open("w") as file:
+            for turn in range(130):
+                for record in proteins:
+                    sequence = record.sequence[turn:] + record.sequence[:turn]
+                    file.write(f">{record.id}_{turn}\n{sequence}\n")
+
     path = tmp_path / "big.fasta"
-    with path.open("w") as file:
-        for turn in range(130):
-            for record in proteins:
-                sequence = record.sequence[turn:] + record.sequence[:turn]
-                file.write(f">{record.id}_{turn}\n{sequence}\n")
+    path.hardlink_to(made_once("big_fasta", fill) / "big.fasta")
     return path
 
 
-def start(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, *PREPARE, *arguments],
-        cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
-    )  # fmt: skip
-
-
-def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
-    deadline = time.time() + 60
+def wait_while_it_runs(condition: Callable[[], object], process: Running) -> None:
+    deadline = time.time() + 300
     while not condition():
-        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        assert process.poll() is None, process.communicate()[1]
         assert time.time() < deadline
         time.sleep(0.002)
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_it_leaves_no_store_and_can_be_run_again(tmp_path: Path, big_fasta: Path) -> None:
+def test_killed_at_any_moment_it_leaves_no_store_and_can_be_run_again(
+    tmp_path: Path, big_fasta: Path, start: Start
+) -> None:
     partial = tmp_path / ".big.h5.partial"
     stages: list[Callable[[], object]] = [
         lambda: partial.exists(),
@@ -159,15 +157,13 @@ def test_killed_at_any_moment_it_leaves_no_store_and_can_be_run_again(tmp_path: 
         lambda: (partial / "store.h5").exists() and (partial / "store.h5").stat().st_size > 10_000_000,
     ]
     for reached in stages:
-        process = start(tmp_path, "input=big.fasta", "output=big.h5")
-        wait_for(reached, process)
+        process = start(*PREPARE, "input=big.fasta", "output=big.h5")
+        wait_while_it_runs(reached, process)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        if process.stderr is not None:
-            process.stderr.close()
         assert not (tmp_path / "big.h5").exists()
         assert partial.exists()
-    process = start(tmp_path, "input=big.fasta", "output=big.h5")
+    process = start(*PREPARE, "input=big.fasta", "output=big.h5")
     _, errors = process.communicate()
     assert process.returncode == 0, errors
     assert not partial.exists()
@@ -175,9 +171,9 @@ def test_killed_at_any_moment_it_leaves_no_store_and_can_be_run_again(tmp_path: 
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_nothing(tmp_path: Path, big_fasta: Path) -> None:
-    process = start(tmp_path, "input=big.fasta", "output=big.h5")
-    wait_for((tmp_path / ".big.h5.partial/tokens").exists, process)
+def test_ctrl_c_leaves_nothing(tmp_path: Path, big_fasta: Path, start: Start) -> None:
+    process = start(*PREPARE, "input=big.fasta", "output=big.h5", new=True)
+    wait_while_it_runs((tmp_path / ".big.h5.partial/tokens").exists, process)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()
     assert process.returncode == 130, errors
@@ -186,11 +182,11 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path, big_fasta: Path) -> None:
 
 
 @pytest.mark.slow
-def test_of_two_writers_of_one_output_the_second_is_refused(tmp_path: Path, big_fasta: Path) -> None:
-    first = start(tmp_path, "input=big.fasta", "output=big.h5")
-    wait_for((tmp_path / ".big.h5.partial/tokens").exists, first)
+def test_of_two_writers_of_one_output_the_second_is_refused(tmp_path: Path, big_fasta: Path, start: Start) -> None:
+    first = start(*PREPARE, "input=big.fasta", "output=big.h5")
+    wait_while_it_runs((tmp_path / ".big.h5.partial/tokens").exists, first)
     first.send_signal(signal.SIGSTOP)
-    second = start(tmp_path, "input=big.fasta", "output=big.h5")
+    second = start(*PREPARE, "input=big.fasta", "output=big.h5")
     _, errors = second.communicate()
     first.send_signal(signal.SIGCONT)
     assert second.returncode == 1
@@ -235,16 +231,21 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
 
 def may_mount() -> bool:
     """Whether this process may mount, seen by trying in a namespace that ends with it."""
+    if shutil.which("unshare") is None:
+        return False
     tried = subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True, check=False)
     return tried.returncode == 0
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("unshare") or not may_mount(), reason="needs root to mount a small disk")
+@pytest.mark.system
 @pytest.mark.parametrize("size", [1, 16, 36])
-def test_a_full_disk(tmp_path: Path, big_fasta: Path, small_disk: Callable[[int], Path], size: int) -> None:
+def test_a_full_disk(
+    tmp_path: Path, big_fasta: Path, small_disk: Callable[[int], Path], size: int, start: Start
+) -> None:
+    require(may_mount(), "a small disk needs root to mount it")
     disk = small_disk(size)
-    process = start(tmp_path, "input=big.fasta", f"output={disk}/d/big.h5")
+    process = start(*PREPARE, "input=big.fasta", f"output={disk}/d/big.h5")
     _, errors = process.communicate()
     assert process.returncode == 1
     assert errors == f"error: {disk}/d/big.h5: cannot be written: No space left on device\n"

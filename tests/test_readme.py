@@ -1,6 +1,6 @@
 """Every command of the README and its Python, run as a new user would: in a copy of the repository, with an empty HOME.
 
-Only lengths are cut: SHORT is added to the commands that train, so that minutes become seconds, and UniRef50 comes from
+Only sizes are cut: SHORT is added to the commands that train, so that minutes become seconds, and UniRef50 comes from
 a server on loopback that has the bundled proteins under its name. `./scripts/test.sh` is what runs this test. Set-up
 finds an environment that is there already; test_setup covers its making.
 """
@@ -11,30 +11,36 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 from protlig_dd.data.build import SAMPLE_FOLDER
 from protlig_dd.data.fasta import read_fasta
 
 from .conftest import ROOT, require_program
 from .test_download import serving
+from .warm import Server
 
-QUICK = "trainer.eval_every=0 report.draws=1 report.steps=4"
-FULL_SIZE = f"{QUICK} trainer.max_steps=1 optim.packs_per_step=1 data.max_len=200 data.tokens_per_pack=400 "
-FULL_SIZE += "report.max_sequences=2 report.samples=0"
+Shell = Callable[..., str]
+
+QUICK = "trainer.eval_every=0 report.draws=1 report.steps=4 report.max_sequences=4"
+NARROW = "model.hidden_size=64 model.n_heads=2 model.n_blocks=1 model.cond_dim=16"
+FULL_SIZE = f"{QUICK} {NARROW} trainer.max_steps=1 optim.packs_per_step=1 data.max_len=200 data.tokens_per_pack=400 "
+FULL_SIZE += "report.samples=0"
 SHORT = {
-    "./start_fresh_training.sh": f"{QUICK} trainer.max_steps=6 report.samples=4 report.max_sequences=8",
+    "./start_fresh_training.sh": f"{QUICK} {NARROW} trainer.max_steps=6 report.samples=4",
     "run_train_uniref50_optimized": FULL_SIZE,
-    "-m protlig_dd.training": f"{QUICK} trainer.max_steps=25 data.tokens_per_pack=600 report.samples=2 "
-    "report.max_sequences=4",
+    "-m protlig_dd.training": f"{QUICK} {NARROW} trainer.max_steps=25 data.tokens_per_pack=600 report.samples=2",
     "protlig_dd.sample": "steps=4",
     "protlig_dd.infill": "steps=4",
-    "protlig_dd.evaluate": "draws=2",
-    "protlig_dd.judge": "bootstrap=5",
+    "protlig_dd.evaluate": "draws=2 max_sequences=20",
+    "protlig_dd.judge": "bootstrap=5 mmseqs=false",
 }
+WITH_MMSEQS = "checked.h5"  # the store that the README makes with it
 
 
 def readme_commands() -> list[str]:
@@ -67,25 +73,18 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shortened(command: str) -> str:
     for part, overrides in SHORT.items():
         if part in command and "--help" not in command and "plan=true" not in command:
-            kept = [o for o in overrides.split() if o.split("=")[0] not in command]
+            fixed = ("model.",) if "from=" in command else ()  # the source's network is taken as it is
+            kept = [o for o in overrides.split() if o.split("=")[0] not in command and not o.startswith(fixed)]
             return " ".join([command, *kept])
     return command
 
 
-@pytest.mark.slow
-def test_the_commands_work_in_order(checkout: Path) -> None:
-    require_program("curl")
-    commands = readme_commands()
-    assert len(commands) >= 12
-    assert any("from_pretrained" in command for command in commands)
+@pytest.fixture(scope="module")
+def shell(checkout: Path) -> Iterator[Shell]:
+    """Run a command line in the checkout, as a new user's shell would; modules run in forks (tests/warm.py)."""
     (checkout / "home").mkdir()
-    venv = checkout / "venv"  # runs this environment's Python, and leaves its packages alone
+    venv = checkout / "venv"  # has this environment's packages, and leaves them alone
     (venv / "bin").mkdir(parents=True)
-    wrapper = venv / "bin/python"
-    wrapper.write_text(f'#!/bin/sh\n[ "$1 $2" = "-m pip" ] && exit 0\nexec {sys.executable} "$@"\n')
-    wrapper.chmod(0o755)
-    if not shutil.which("mmseqs") and os.environ.get("PROTLIG_REQUIRE_SYSTEM") != "1":
-        commands = [command for command in commands if "checked.h5" not in command]  # made with split.check=mmseqs
     environment = {
         "HOME": str(checkout / "home"),
         "PATH": f"{venv / 'bin'}:/usr/bin:/bin",
@@ -94,18 +93,40 @@ def test_the_commands_work_in_order(checkout: Path) -> None:
         "OMP_NUM_THREADS": "1",
         "PROTLIG_TYPECHECK": os.environ.get("PROTLIG_TYPECHECK", "0"),
     }
+    server = Server(checkout, environment)
+    server.connect().close()
+    wrapper = venv / "bin/python"
+    wrapper.write_text(
+        f"""#!/bin/sh
+[ "$1 $2" = "-m pip" ] && exit 0
+exec {server.executable} "$@"
+"""
+    )
+    wrapper.chmod(0o755)
+
+    def run(command: str, **more: str) -> str:
+        process = subprocess.run(
+            ["bash", "-c", shortened(command)],
+            cwd=checkout, env=environment | more, capture_output=True, text=True, timeout=600, check=False,
+        )  # fmt: skip
+        assert process.returncode == 0, f"{command}\n{process.stdout}\n{process.stderr}"
+        return process.stdout
+
+    yield run
+    server.close()
+
+
+@pytest.mark.slow
+def test_the_commands_work_in_order(checkout: Path, shell: Shell) -> None:
+    require_program("curl")
+    commands = [command for command in readme_commands() if WITH_MMSEQS not in command]
+    assert len(commands) >= 12
+    assert any("from_pretrained" in command for command in commands)
     outputs = {}
     with serving((SAMPLE_FOLDER / "train.fasta.gz").read_bytes()) as server:
-        environment["UNIREF_URL"] = server.url
         for command in commands:
-            if command in ("./scripts/test.sh", "source .venv/bin/activate"):
-                continue
-            process = subprocess.run(
-                ["bash", "-c", shortened(command)],
-                cwd=checkout, env=environment, capture_output=True, text=True, timeout=600, check=False,
-            )  # fmt: skip
-            assert process.returncode == 0, f"{command}\n{process.stdout}\n{process.stderr}"
-            outputs[command] = process.stdout
+            if command not in ("./scripts/test.sh", "source .venv/bin/activate") and "PIP_" not in command:
+                outputs[command] = shell(command, UNIREF_URL=server.url)
     demo = outputs["./start_fresh_training.sh"]
     assert "run folder             runs/demo" in demo
     assert "NLL bound" in demo
@@ -125,6 +146,24 @@ def test_the_commands_work_in_order(checkout: Path) -> None:
     assert (checkout / "runs/uniref50_stable.1").is_dir()
     assert "data/uniref50.fasta.gz: release 2026_04" in outputs["scripts/download_uniref50.sh"]
     assert "data: data/uniref50.h5" in outputs["./run_train_uniref50_optimized.sh"]
+
+
+@pytest.mark.slow
+@pytest.mark.system
+def test_the_commands_with_mmseqs_work(checkout: Path, shell: Shell) -> None:
+    require_program("mmseqs")
+    prepare, inspect = (command for command in readme_commands() if WITH_MMSEQS in command)
+    assert "held-out sequences with a training sequence at >= " in shell(prepare)
+    assert "every checksum holds" in shell(inspect)
+
+
+def test_the_cpu_wheel_is_one_line() -> None:
+    """Only its form: PyTorch's index may be out of reach. pip prefers 2.13.0+cpu to 2.13.0, and the pin allows both."""
+    (line,) = (command for command in readme_commands() if "PIP_" in command)
+    assert re.fullmatch(r"PIP_EXTRA_INDEX_URL=https://download\.pytorch\.org/whl/cpu scripts/setup\.sh", line)
+    (pin,) = re.findall(r"^torch(==\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert SpecifierSet(pin).contains(Version(pin[2:] + "+cpu"))
+    assert Version(pin[2:] + "+cpu") > Version(pin[2:])
 
 
 def test_files_that_the_readme_names_exist() -> None:

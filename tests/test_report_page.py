@@ -7,8 +7,6 @@ import math
 import re
 import shutil
 import struct
-import subprocess
-import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from pathlib import Path
@@ -42,7 +40,7 @@ from protlig_dd.runtime.config import ReportPageConfig
 from protlig_dd.tokenizer import AMINO_ACIDS
 
 from .browser import Browser, chromium
-from .conftest import Command, require_program
+from .conftest import Command, MadeOnce, require_program
 from .test_training import overrides_for
 
 finite = st.floats(-1e6, 1e6)
@@ -50,20 +48,21 @@ NASTY = "<img src=x onerror=alert(1)>&\"'"
 
 
 @pytest.fixture(scope="module")
-def trained(store: SequenceStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(store: SequenceStore, python: Command, made_once: MadeOnce) -> Path:
     """A run of 20 steps with two attempts, validation, samples, TensorBoard and offline Weights & Biases."""
-    folder = tmp_path_factory.mktemp("trained")
     more = ("trainer.max_steps=20", "trainer.eval_every=8", "trainer.eval_max_sequences=4", "report.samples=14",
             "report.steps=4", "report.untrained=true")  # fmt: skip
     offline = ("logger=wandb", "logger.tensorboard=true", "logger.wandb_mode=offline")
-    for last in (("trainer.stop_at_step=10",), offline):
-        command = [sys.executable, "-m", "protlig_dd.training", *overrides_for(store, "tiny", *more, *last)]
-        process = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-        assert process.returncode == 0, process.stdout + process.stderr
-        kept = folder / f"runs/tiny/{len(last)}.html"
-        shutil.copy(folder / "runs/tiny/report.html", kept)
-    assert "report page            runs/tiny/report.html" in process.stdout
-    return folder / "runs/tiny"
+
+    def fill(folder: Path) -> None:
+        for last in (("trainer.stop_at_step=10",), offline):
+            process = python("-m", "protlig_dd.training", *overrides_for(store, "tiny", *more, *last), cwd=folder)
+            assert process.returncode == 0, process.stdout + process.stderr
+            kept = folder / f"runs/tiny/{len(last)}.html"
+            shutil.copy(folder / "runs/tiny/report.html", kept)
+        assert "report page            runs/tiny/report.html" in process.stdout
+
+    return made_once("tracked", fill) / "runs/tiny"
 
 
 @pytest.fixture
@@ -479,6 +478,7 @@ def assert_looks_well(browser: Browser, path: Path, width: int, dark: bool, plot
 
 
 @pytest.mark.slow
+@pytest.mark.system
 def test_pages_in_a_browser(trained: Path, copied: Callable[[str], Path], tmp_path: Path) -> None:
     require_program("chromium")
     folder = copied("a-run-with-a-very-long-name-" + "that-goes-on-" * 9)

@@ -55,7 +55,7 @@ def test_unknown_arguments_and_help(checkout: Path) -> None:
     assert process.stderr == "error: unknown argument --prod; see scripts/setup.sh --help\n"
     assert "--system" in run_setup(checkout, "--help").stdout
     tests = subprocess.run([str(ROOT / "scripts/test.sh"), "--help"], capture_output=True, text=True, check=True)
-    assert tests.stdout.startswith("Set up and run everything that must pass")
+    assert tests.stdout.startswith("Set up and run what must pass")
 
 
 def test_constraints_pin_every_requirement() -> None:

@@ -75,27 +75,27 @@ def read_rows(run_folder: Path) -> dict[int, list[int]]:
 def test_stop_and_resume_give_the_undisturbed_runs_bits(
     run_python: Command, store: SequenceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """40 steps, and 20 + resume + 20; then a third run that is killed with SIGKILL and started again."""
+    """16 steps, and 8 + resume + 8; then a third run that is killed with SIGKILL and started again."""
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # they wait for one another without keeping the cores busy
-    train(run_python, store, "whole", "trainer.max_steps=40")
-    stopped = train(run_python, store, "halves", "trainer.max_steps=40", "trainer.stop_at_step=20")
-    assert "stopped at step 20 of 40" in stopped
-    assert [path.name for path in complete_checkpoints(tmp_path / "runs/halves")] == ["step_00000020"]
-    resumed = train(run_python, store, "halves", "trainer.max_steps=40", "trainer.log_every=7")
-    assert "going on from runs/halves/checkpoints/step_00000020" in resumed
+    train(run_python, store, "whole", "trainer.max_steps=16")
+    stopped = train(run_python, store, "halves", "trainer.max_steps=16", "trainer.stop_at_step=8")
+    assert "stopped at step 8 of 16" in stopped
+    assert [path.name for path in complete_checkpoints(tmp_path / "runs/halves")] == ["step_00000008"]
+    resumed = train(run_python, store, "halves", "trainer.max_steps=16", "trainer.log_every=3")
+    assert "going on from runs/halves/checkpoints/step_00000008" in resumed
     assert_same_bits(tmp_path / "runs/whole", tmp_path / "runs/halves")
     losses = [read_metrics(tmp_path / f"runs/{name}/metrics.jsonl") for name in ("whole", "halves")]
-    assert sorted(losses[0]) == list(range(1, 41))
+    assert sorted(losses[0]) == list(range(1, 17))
     assert [row["loss"] for row in losses[0].values()] == [row["loss"] for row in losses[1].values()]
-    assert losses[1][20]["attempt"] == 1
-    assert losses[1][21]["attempt"] == 2
+    assert losses[1][8]["attempt"] == 1
+    assert losses[1][9]["attempt"] == 2
 
     report = json.loads((tmp_path / "runs/halves/report.json").read_text())
-    train(run_python, store, "halves", "trainer.max_steps=40")  # nothing left to train: the report is made again
+    train(run_python, store, "halves", "trainer.max_steps=16")  # nothing left to train: the report is made again
     assert json.loads((tmp_path / "runs/halves/report.json").read_text()) == report
 
-    command = overrides_for(store, "killed", "trainer.max_steps=40", "trainer.checkpoint_every=4")
+    command = overrides_for(store, "killed", "trainer.max_steps=16", "trainer.checkpoint_every=2")
     victim = subprocess.Popen(
         [sys.executable, "-m", "protlig_dd.training", *command], cwd=tmp_path, stdout=subprocess.DEVNULL
     )
@@ -105,7 +105,7 @@ def test_stop_and_resume_give_the_undisturbed_runs_bits(
         time.sleep(0.01)
     victim.send_signal(signal.SIGKILL)
     assert victim.wait() == -signal.SIGKILL
-    again = train(run_python, store, "killed", "trainer.max_steps=40", "trainer.checkpoint_every=4")
+    again = train(run_python, store, "killed", "trainer.max_steps=16", "trainer.checkpoint_every=2")
     assert "going on from runs/killed/checkpoints/step_" in again
     assert_same_bits(tmp_path / "runs/whole", tmp_path / "runs/killed")
 
@@ -388,7 +388,9 @@ def test_the_wheel_trains_in_an_empty_folder(run_python: Command, store: Sequenc
     site, empty = tmp_path / "site", tmp_path / "empty"
     subprocess.run([sys.executable, "-m", "zipfile", "-e", str(wheel), str(site)], check=True)
     empty.mkdir()
-    process = run_python("-m", "protlig_dd.training", *TINY, "trainer.max_steps=1", cwd=empty, PYTHONPATH=str(site))
+    process = run_python(
+        "-m", "protlig_dd.training", *TINY, "trainer.max_steps=1", cwd=empty, new=True, PYTHONPATH=str(site)
+    )
     assert process.returncode == 0, process.stdout + process.stderr
     found = run_python("-c", "import protlig_dd; print(protlig_dd.__file__)", cwd=empty, PYTHONPATH=str(site))
     assert found.stdout.startswith(str(site))
@@ -406,7 +408,7 @@ def test_a_compiled_run_has_the_losses_of_an_eager_one(
     for name in ("eager", "compiled"):
         more = ["trainer.max_steps=6", "trainer.eval_every=3", f"trainer.compile={name == 'compiled'}"]
         process = run_python(
-            "-m", "protlig_dd.training", *overrides_for(store, name, *more), PROTLIG_TYPECHECK="0",
+            "-m", "protlig_dd.training", *overrides_for(store, name, *more), new=True, PROTLIG_TYPECHECK="0",
             TORCH_LOGS="recompiles", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"),
         )  # fmt: skip
         assert process.returncode == 0, process.stderr

@@ -4,6 +4,8 @@ Exit codes: 0 done, 1 error, 75 stopped in time (the same command goes on), 130 
 traceback.
 """
 
+import argparse
+import contextlib
 import hashlib
 import os
 import re
@@ -13,13 +15,17 @@ import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig, OmegaConf
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 
 from protlig_dd.runtime.components import unknown_key
@@ -46,12 +52,10 @@ def run_verb(verb: Callable[[DictConfig], None], config_name: str, schema: type,
         return
     show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing its own report
-    # one search path for every launch: a config of the user's own may build on the shipped groups
-    main = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name)
     code, torchrun = 0, processes_from_environment().launch is not None
     try:
         if not wants_help(config_name):
-            main(Task(verb, schema, sys.argv[1:]))()
+            compose_and_run(Task(verb, schema, sys.argv[1:]), config_name)
     except KeyboardInterrupt:
         say("interrupted")
         code = 130
@@ -77,6 +81,41 @@ def run_verb(verb: Callable[[DictConfig], None], config_name: str, schema: type,
         leave_without_closing(code)
     if code:
         sys.exit(code)
+
+
+def compose_and_run(task: "Task", config_name: str) -> None:
+    """Compose the config and run the task, for each job of a sweep.
+
+    `hydra.main` composes everything twice, the first time to see whether it is a sweep. A plain command, which has
+    overrides and a config's name at most, is composed once; what else Hydra can do is left to it.
+    """
+    cfg, arguments = None, get_args_parser().parse_args()
+    if is_plain(arguments):
+        with (
+            contextlib.suppress(HydraException),  # which it raises again below, unless the user's own config sweeps
+            hydra.initialize_config_dir(arguments.config_path or str(config_folder()), version_base="1.3"),
+        ):
+            name = arguments.config_name or config_name
+            cfg = hydra.compose(name, arguments.overrides, return_hydra_config=True)
+    if cfg is not None and cfg.hydra.mode != RunMode.MULTIRUN:
+        HydraConfig.instance().set_config(cfg)
+        with open_dict(cfg):
+            del cfg["hydra"]
+        task(cfg)
+        return
+    # one search path for every launch: a config of the user's own may build on the shipped groups
+    hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name)(task)()
+
+
+def is_plain(arguments: argparse.Namespace) -> bool:
+    """Whether the command line has overrides, a config's name and an absolute path at most, none of them for Hydra."""
+    usual = {"overrides", "config_name", "run"}
+    if Path(arguments.config_path or "").is_absolute():
+        usual.add("config_path")
+    settings = [override.lstrip("+~") for override in arguments.overrides if override.lstrip("+~").startswith("hydra")]
+    return not any(value for name, value in vars(arguments).items() if name not in usual) and all(
+        setting.startswith("hydra.searchpath=") for setting in settings
+    )
 
 
 class Task:

@@ -71,9 +71,18 @@ def with_data(config: TrainConfig) -> TrainConfig:
 
 
 def plan(
-    config: TrainConfig, store: StoreGroup, device: torch.device, precision: str, processes: int
+    config: TrainConfig,
+    store: StoreGroup,
+    device: torch.device,
+    precision: str,
+    processes: int,
+    peak: float | None = None,
 ) -> dict[str, Any]:
-    """Parameters, FLOPs, memory and time of a run, as numbers."""
+    """Parameters, FLOPs, memory and time of a run, as numbers.
+
+    Args:
+        peak: FLOP/s of the device's matrix products; measured if None.
+    """
     data, optim = config.data, config.optim
     train = store.split("train")
     dataset = PackDataset(
@@ -89,7 +98,7 @@ def plan(
     flops = 3 * model.flops(tokens.tolist()) / int(tokens.sum())
     per_token = activation_bytes(config, precision)
     step_tokens, steps = optim.packs_per_step * data.tokens_per_pack, count_steps(config, dataset)
-    peak = matmul_peak(device, precision)
+    peak = matmul_peak(device, precision) if peak is None else peak
     devices = processes if device.type == "cuda" else 1  # processes on a CPU share its cores
     return {
         "parameters": parameters,

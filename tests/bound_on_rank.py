@@ -1,0 +1,38 @@
+"""The bound of 23 training proteins of a store, as one of several processes; test_faults compares their numbers.
+
+python -m tests.bound_on_rank STORE MEETING RANK WORLD_SIZE
+"""
+
+import json
+import sys
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from protlig_dd.data.loader import PackDataset
+from protlig_dd.data.store import SequenceStore
+from protlig_dd.diffusion.graph import Absorbing
+from protlig_dd.diffusion.noise import LogLinearNoise
+from protlig_dd.diffusion.score import ScoreFn
+from protlig_dd.evaluation.held_out import held_out_bound
+from protlig_dd.runtime.distributed import Processes
+from tests.conftest import make_model
+
+
+def main(path: str, meeting: str, rank: int, world_size: int) -> None:
+    """Meet the others in the file `meeting`, and print the summary of all proteins."""
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
+    store, graph = SequenceStore(path), Absorbing(20)
+    dataset = PackDataset(store, store.split("train")[:23], max_len=60, tokens_per_pack=130, seed=None)
+    found = held_out_bound(
+        ScoreFn(make_model(), graph, "x0"), graph, LogLinearNoise(), dataset, unigram=np.full(20, 0.05),
+        estimator="integral", draws=2, seed=3, device=torch.device("cpu"),
+        processes=Processes(rank, world_size, rank), description="",
+    )  # fmt: skip
+    print(json.dumps(found.summary()))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:3], int(sys.argv[3]), int(sys.argv[4]))

@@ -1,0 +1,107 @@
+"""A fork of the warm interpreter is what a new one would be; and each verb works in a new one."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from protlig_dd.data.store import SequenceStore
+
+from .conftest import Command, Start, wait_for
+from .warm import Server
+
+PROBE = """
+import atexit, os, sys, threading, time
+what = sys.argv[1]
+atexit.register(print, "at exit")
+print(os.getcwd(), os.environ.get("MINE"), sys.path[0] == os.getcwd(), __name__, sys.argv[1:], sys.stdin.read())
+if what == "text":
+    sys.exit("some text")
+if what == "number":
+    sys.exit(7)
+if what == "raise":
+    {}["key"]
+if what == "interrupt":
+    raise KeyboardInterrupt
+if what == "thread":
+    threading.Thread(target=lambda: (time.sleep(0.2), print("from a thread"))).start()
+if what == "leave":
+    os._exit(3)
+if what == "wait":
+    open("waiting", "w").close()
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def probe(tmp_path: Path) -> tuple[str, str]:
+    (tmp_path / "probe.py").write_text(PROBE)
+    return "-m", "probe"
+
+
+@pytest.mark.parametrize("what", ["nothing", "text", "number", "raise", "interrupt", "thread", "leave"])
+def test_a_fork_ends_as_a_new_interpreter_does(probe: tuple[str, str], run_python: Command, what: str) -> None:
+    forked, new = (run_python(*probe, what, new=new, MINE="here") for new in (False, True))
+    assert (forked.returncode, forked.stdout) == (new.returncode, new.stdout)
+    assert forked.stderr.splitlines()[-1:] == new.stderr.splitlines()[-1:]
+
+
+def test_a_fork_is_a_process_of_its_own(
+    probe: tuple[str, str], start: Start, run_python: Command, tmp_path: Path
+) -> None:
+    process = start(*probe, "wait")
+    wait_for((tmp_path / "waiting").exists)
+    assert process.pid != os.getpid()
+    assert process.poll() is None
+    assert os.getsid(process.pid) == process.pid  # `start` gives it a session
+    assert run_python(*probe, "nothing").returncode == 0  # beside it
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGTERM
+
+
+def test_what_a_fork_would_not_see_is_refused(warm: Server, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="PYTHONPATH=/other is read at import"):
+        warm.run(["-m", "probe"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": "/other"})
+    with pytest.raises(ValueError, match="only modules are run in a fork, not python -c"):
+        warm.run(["-c", "pass"], cwd=tmp_path, env=os.environ)
+
+
+def test_the_server_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+    server = Server()
+    server.connect().close()
+    assert server.process.stdin is not None
+    server.process.stdin.close()  # as when that process is killed
+    assert server.process.wait(60) == 0
+    with pytest.raises(RuntimeError, match="the interpreter that forks has ended"):
+        server.run(["-m", "probe"], cwd=tmp_path, env=os.environ)
+    server.close()
+
+
+VERBS: dict[str, Callable[[Path, Path], list[str]]] = {
+    "prepare": lambda run, store: ["input=in.fasta", "output=out", "split.validation_fraction=0.2"],
+    "sample": lambda run, store: [f"from={run}", "n=1", "steps=2", "output=out"],
+    "infill": lambda run, store: [f"from={run}", "input=in.fasta", "free=[2]", "steps=2", "output=out"],
+    "evaluate": lambda run, store: [f"from={run}", f"input={store}", "draws=1", "max_sequences=2", "output=out"],
+    "judge": lambda run, store: ["samples=in.fasta", f"natural={store}", "mmseqs=false", "bootstrap=2", "output=out"],
+    "variants": lambda run, store: [f"from={run}", "target=one.fasta", "output=out.csv"],
+    "embed": lambda run, store: [f"from={run}", "input=in.fasta", "output=out.npz"],
+    "export": lambda run, store: [f"from={run}", "to=out"],
+    "report": lambda run, store: [f"runs=[{run},{run}]", "output=out"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", VERBS)
+def test_each_verb_works_in_a_new_interpreter(
+    verb: str, trained_run: Path, store: SequenceStore, tmp_path: Path, run_python: Command
+) -> None:
+    """training is tested so with the wheel, and by Ctrl-C."""
+    (tmp_path / "in.fasta").write_text("".join(f">p{i}\nMKV{'ACDE'[i % 4] * (i + 1)}\n" for i in range(8)))
+    (tmp_path / "one.fasta").write_text(">p\nMKVA\n")
+    command = ["-m", f"protlig_dd.{verb}", *VERBS[verb](trained_run, store.path)]
+    process = run_python(*command, new=True, PROTLIG_TYPECHECK="0")
+    assert process.returncode == 0, process.stderr
+    assert list(tmp_path.glob("out*"))
