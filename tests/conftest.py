@@ -180,7 +180,8 @@ def warm() -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def python(warm: Server) -> Command:
-    """Run `python ARGUMENTS` in a folder: a module in a fork (tests/warm.py), all else in a new interpreter.
+    """Run `python ARGUMENTS` in a folder: a module and what it starts in forks (tests/warm.py), all else in new
+    interpreters.
 
     With `new=True` a module gets one too: for what only that shows, or variables that are read at import.
     """
@@ -226,7 +227,8 @@ def start(warm: Server, tmp_path: Path) -> Iterator[Start]:
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )  # fmt: skip
         else:
-            process = warm.start(arguments, cwd=tmp_path, env=os.environ, new_session=True)
+            environment = os.environ | {"PYTHON_EXEC": str(warm.executable)}
+            process = warm.start(arguments, cwd=tmp_path, env=environment, new_session=True)
         started.append(process)
         return process
 

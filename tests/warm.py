@@ -12,15 +12,18 @@ tested with one.
     output, errors = process.communicate(timeout=60)
 
 The server is this file as `python -m tests.warm SOCKET`. It ends when its standard input closes, which happens at the
-latest when the process that started it is gone. With PYTHON_EXEC=server.executable in its environment, the modules that
-a command starts are forks too, through torchrun or sys.executable.
+latest when the process that started it is gone. With PYTHON_EXEC=server.executable in its environment, the processes
+that a command starts are forks too: modules, through torchrun or sys.executable, and what multiprocessing spawns.
 """
 
 import atexit
 import contextlib
+import fcntl
 import gc
 import importlib
+import inspect
 import json
+import multiprocessing
 import os
 import pkgutil
 import runpy
@@ -47,11 +50,13 @@ ALSO = ("scipy.stats", "scipy.spatial.distance", "matplotlib.figure", "matplotli
         "torch._dynamo", "torch.utils.tensorboard", "torch.distributed.launcher.api",
         "Bio.Align.substitution_matrices")  # fmt: skip
 
-# a `python` of which modules are forks
+# a `python` of which modules and spawned processes are forks
 EXECUTABLE = """#!/bin/sh
 [ "$1" = -u ] && shift
-[ "$1" = -m ] && exec {python} -S {root}/tests/warm.py {address} "$@"
-exec {python} "$@"
+case "$*" in
+    "-m "* | *"multiprocessing.spawn import spawn_main"*) exec {python} -S {root}/tests/warm.py {address} "$@" ;;
+    *) exec {python} "$@" ;;
+esac
 """
 
 
@@ -80,17 +85,16 @@ class Server:
         Raises:
             ValueError: no module, or a variable that a fork would not see; such a command needs a new interpreter.
         """
-        flag, module, *rest = arguments
-        if flag != "-m":
-            raise ValueError(f"only modules are run in a fork, not python {flag}")
+        if arguments[0] != "-m":
+            raise ValueError(f"only modules are run in a fork, not python {arguments[0]}")
         for name in READ_AT_IMPORT:
             if env.get(name) != self.environment[name]:
                 raise ValueError(f"{name}={env.get(name)} is read at import, here {self.environment[name]}")
         connection = self.connect()
         outputs = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")  # noqa: SIM115
-        request = {"module": module, "arguments": rest, "cwd": str(cwd), "env": dict(env), "new_session": new_session}
+        request = {"arguments": list(arguments), "cwd": str(cwd), "env": dict(env), "new_session": new_session}
         with Path(os.devnull).open() as nothing:
-            send(connection, request, [file.fileno() for file in (nothing, *outputs)])
+            send(connection, request, {n: file.fileno() for n, file in enumerate((nothing, *outputs))})
         return Process(connection, outputs, list(arguments))
 
     def run(self, arguments: Sequence[str], *, cwd: Path, env: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
@@ -162,31 +166,53 @@ class Process:
 
     def send_signal(self, number: signal.Signals) -> None:
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it ends just now
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
 
 
-def send(connection: socket.socket, request: dict[str, Any], descriptors: list[int]) -> None:
-    """Ask for a fork, with its standard input, output and errors."""
-    message = json.dumps(request).encode()
-    socket.send_fds(connection, [len(message).to_bytes(8, "big")], descriptors)
+def send(connection: socket.socket, request: dict[str, Any], files: dict[int, int]) -> None:
+    """Ask for a fork that has our file `files[n]` as its file n."""
+    message = json.dumps(request | {"files": list(files)}).encode()
+    socket.send_fds(connection, [len(message).to_bytes(8, "big")], list(files.values()))
     connection.sendall(message)
 
 
-def command(address: str, module: str, arguments: list[str]) -> NoReturn:
-    """Be a command line: run in a fork with this process' own environment and files, and end with its exit code."""
+def command(address: str, arguments: list[str]) -> NoReturn:
+    """Be a command line: run in a fork with this process' environment and open files, and end as it ends.
+
+    If this process is killed, so is the fork.
+    """
+    files = {n: n for n in range(256) if is_handed_on(n)}
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(address)
-    request = {"module": module, "arguments": arguments, "cwd": str(Path.cwd()), "env": dict(os.environ)}
-    send(connection, request | {"new_session": False}, [0, 1, 2])
+    request = {"arguments": arguments, "cwd": str(Path.cwd()), "env": dict(os.environ), "new_session": False}
+    send(connection, request, files)
     with connection.makefile("r") as lines:
         pid = int(lines.readline())
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, lambda number, _: os.kill(pid, number))
         code = int(lines.readline())
-    sys.exit(code if code >= 0 else 128 - code)
+    end(code)
+
+
+def is_handed_on(file: int) -> bool:
+    """Whether it is open, and whoever started us left it to us."""
+    try:
+        return os.get_inheritable(file)
+    except OSError:
+        return False
+
+
+def end(code: int) -> NoReturn:
+    """With this exit code; if it is negative, by that signal."""
+    if code < 0:
+        if -code != signal.SIGKILL:
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code & 0xFF)
 
 
 def serve(address: str) -> None:
@@ -234,7 +260,7 @@ def import_everything() -> None:
 def watch(connection: socket.socket) -> NoReturn:
     """Fork once more for the command itself; tell its process id, and how it ended."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    header, descriptors, _, _ = socket.recv_fds(connection, 8, 3)
+    header, descriptors, _, _ = socket.recv_fds(connection, 8, 100)
     if not header:  # somebody only waited for the server
         os._exit(0)
     size = int.from_bytes(header, "big")
@@ -245,22 +271,31 @@ def watch(connection: socket.socket) -> NoReturn:
     pid = os.fork()
     if pid == 0:
         connection.close()
-        become(request, descriptors)
-    with contextlib.suppress(BrokenPipeError):  # a test that was broken off listens no more
-        connection.sendall(f"{pid}\n".encode())
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        become(request, dict(zip(request["files"], descriptors, strict=True)))
+    for descriptor in descriptors:  # a pipe ends when all who may write to it have gone
+        os.close(descriptor)
+    connection.sendall(f"{pid}\n".encode())
+    ended = os.pidfd_open(pid)
+    ready, _, _ = select.select([connection, ended], [], [])
+    if ended not in ready:  # who asked is gone
+        os.kill(pid, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    with contextlib.suppress(BrokenPipeError):
         connection.sendall(f"{code}\n".encode())
     os._exit(0)
 
 
-def become(request: dict[str, Any], descriptors: list[int]) -> NoReturn:
-    """Be `python -m MODULE ARGUMENTS`, from its first line to its exit code."""
+def become(request: dict[str, Any], files: dict[int, int]) -> NoReturn:
+    """Be `python ARGUMENTS`, from its first line to its end."""
     if request["new_session"]:
         os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for target, descriptor in enumerate(descriptors):
-        os.dup2(descriptor, target)
-        os.close(descriptor)
+    moved = {n: fcntl.fcntl(file, fcntl.F_DUPFD, 1000) for n, file in files.items()}  # none is in another's place
+    for file in files.values():
+        os.close(file)
+    for n, file in moved.items():
+        os.dup2(file, n)
+        os.close(file)
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
@@ -270,18 +305,20 @@ def become(request: dict[str, Any], descriptors: list[int]) -> NoReturn:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     sys.path[0] = request["cwd"]
     sys.path.append(str(ROOT))  # for scripts.*
-    sys.argv = ["-m", *request["arguments"]]
     sys.executable = os.environ.get("PYTHON_EXEC", sys.executable)
+    multiprocessing.set_executable(sys.executable)
+    # torch's launcher inspects its stack often; each time it would look for this file among all modules
+    inspect.modulesbyfile[inspect.getabsfile(runpy.run_module)] = "runpy"
     code = 0
     try:
-        runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
+        start_as(request["arguments"])
     except SystemExit as ended:
         if ended.code is not None and not isinstance(ended.code, int):
             print(ended.code, file=sys.stderr)
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except KeyboardInterrupt:
         traceback.print_exc()
-        code = -signal.SIGINT
+        code = -signal.SIGINT  # so that a shell stops too
     except BaseException:
         traceback.print_exc()
         code = 1
@@ -290,14 +327,22 @@ def become(request: dict[str, Any], descriptors: list[int]) -> NoReturn:
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    if code == -signal.SIGINT:  # it ends by the signal, so that a shell stops too
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGINT)
-    os._exit(code & 0xFF)
+    end(code)
+
+
+def start_as(arguments: list[str]) -> None:
+    """`-m MODULE ...`, or what multiprocessing spawns: `... -c PROGRAM ...`."""
+    if arguments[0] == "-m":
+        sys.argv = ["-m", *arguments[2:]]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        flag = arguments.index("-c")
+        sys.argv = ["-c", *arguments[flag + 2 :]]
+        exec(arguments[flag + 1], {"__name__": "__main__"})
 
 
 if __name__ == "__main__":
     if len(sys.argv) == 2:
         serve(sys.argv[1])
     else:
-        command(sys.argv[1], sys.argv[3], sys.argv[4:])
+        command(sys.argv[1], sys.argv[2:])

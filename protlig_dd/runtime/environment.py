@@ -72,14 +72,14 @@ def resolve_compile(choice: bool | str, device: torch.device) -> bool:
     return bool(choice)
 
 
-def matmul_peak(device: torch.device, precision: str, seconds: float = 0.3, size: int | None = None) -> float:
+def matmul_peak(device: torch.device, precision: str, seconds: float = 0.1, size: int | None = None) -> float:
     """FLOP/s of this device's matrix products: the fastest of those that fit into `seconds`, measured now.
 
     Args:
         size: rows and columns of the square matrices; None is large enough for the device to reach its peak.
     """
     if size is None:
-        size = 8192 if device.type == "cuda" else 1024
+        size = 8192 if device.type == "cuda" else min(512 * torch.get_num_threads(), 1024)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     x = torch.randn(size, size, generator=torch.Generator(device).manual_seed(0), device=device).to(dtype)
 
