@@ -73,7 +73,7 @@ def nodes_of(noise: LogLinearNoise) -> list[tuple[Tensor, float]]:
     ends = [float(noise(torch.tensor(t, dtype=torch.float64))[0]) for t in (noise.t_min, 1.0)]
     points, weights = np.polynomial.legendre.leggauss(16)
     found = []
-    for low, high in itertools.pairwise(np.linspace(*np.log(ends), 13)):
+    for low, high in itertools.pairwise(np.linspace(*np.log(ends), 8)):
         for point, weight in zip(points, weights, strict=True):
             sigma = math.exp((low + high) / 2 + (high - low) / 2 * point)
             t = torch.tensor(-math.expm1(-noise.rate * sigma) / (1 - noise.eps), dtype=torch.float64)
@@ -134,7 +134,7 @@ def own_likelihood(toy: brute_force.Toy, scores: Scores) -> Tensor:
 
     start = brute_force.prior(toy.graph, toy.n, highest)[xt].prod(1).numpy()
     span = (math.log(highest), math.log(lowest))
-    end = torch.from_numpy(solve_ivp(change, span, start, method="LSODA", rtol=1e-9, atol=1e-12).y[:, -1])
+    end = torch.from_numpy(solve_ivp(change, span, start, method="LSODA", rtol=1e-8, atol=1e-11).y[:, -1])
     sigma_T = torch.full((xt.numel(),), lowest, dtype=torch.float64)
     probs, _ = clamp_negative(graph.denoise_probs(scores(xt, lowest).view(-1, toy.n), xt.reshape(-1), sigma_T))
     decoded = probs.view(*xt.shape, -1)

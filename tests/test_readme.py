@@ -95,6 +95,7 @@ def shell(checkout: Path) -> Iterator[Shell]:
     }
     server = Server(checkout, environment)
     server.connect().close()
+    environment["PYTHON_EXEC"] = str(server.executable)
     wrapper = venv / "bin/python"
     wrapper.write_text(
         f"""#!/bin/sh

@@ -65,8 +65,8 @@ def frequencies(samples: list[np.ndarray], n: int) -> np.ndarray:
 def test_samples_have_the_distribution_of_the_exact_scores(
     name: str, predictor: str, steps: int, parametrisation: str
 ) -> None:
-    chains = 100_000 if thorough() else 10_000
-    steps = steps if thorough() else steps // 2  # the fewer chains, the larger the errors that pass
+    chains = 100_000 if thorough() else 4_000
+    steps = steps if thorough() else steps // 4  # the fewer chains, the larger the errors that pass
     toy = brute_force.random_toy(name, n=3, sites=2, seed=2)
     samples = sample(exact_score_fn(toy, parametrisation), NOISES[name], [2] * chains, steps, predictor, seeded(0))
     assert chisquare(frequencies(samples, 3), chains * toy.p0.flatten().numpy()).pvalue > 1e-3
@@ -124,21 +124,21 @@ def test_only_amino_acids_come_out_at_the_lengths_asked_for(name: str, predictor
 
 @pytest.mark.parametrize(("name", "predictor"), SAMPLERS)
 def test_what_a_sequence_draws_does_not_depend_on_its_pack(name: str, predictor: str) -> None:
-    """Nor on how many are asked for, or on what else is drawn: sequence i of 12 is sequence i of 7."""
+    """Nor on how many are asked for, or on what else is drawn: sequence i of 8 is sequence i of 5."""
     score_fn = ScoreFn(make_model(), graph_of(name, 20), "x0")
 
     def draw(n: int, tokens_per_pack: int, lengths: str) -> list[list[int]]:
         samples, _ = generate(
-            score_fn, LogLinearNoise(), lengths=choose_lengths(lengths, n, 7, [0] * 5 + [1] * 26), steps=6,
+            score_fn, LogLinearNoise(), lengths=choose_lengths(lengths, n, 7, [0] * 5 + [1] * 26), steps=4,
             predictor=predictor, tokens_per_pack=tokens_per_pack, seed=7, device=torch.device("cpu"), description="",
         )  # fmt: skip
         return [ids.tolist() for ids in samples]
 
     for lengths in ("empirical", "3-20", "9") if thorough() else ("empirical",):
-        together = draw(12, 1000, lengths)
-        assert draw(7, 1000, lengths) == together[:7]
-        assert draw(12, 30, lengths) == together
-        assert len({tuple(ids) for ids in together}) == 12
+        together = draw(8, 1000, lengths)
+        assert draw(5, 1000, lengths) == together[:5]
+        assert draw(8, 30, lengths) == together
+        assert len({tuple(ids) for ids in together}) == 8
 
 
 def test_ancestral_numbers_of_masks_follow_the_noise() -> None:
@@ -194,8 +194,7 @@ def independent_toy(n: int, graph: str = "absorbing") -> brute_force.Toy:
 @pytest.mark.parametrize("name", ["absorbing", "uniform", "substitution"])
 def test_temperature_and_top_p_sharpen_every_position(name: str, parametrisation: str) -> None:
     toy, chains = independent_toy(4, name), 10_000 if thorough() else 3_000
-
-    steps = 40 if name == "absorbing" else 120
+    steps = (40 if name == "absorbing" else 120) // (1 if thorough() else 2)
 
     score_fn = exact_score_fn(toy, parametrisation)
 
@@ -245,7 +244,7 @@ def test_a_bias_tilts_independent_positions_exactly(name: str, predictor: str, p
     bias = torch.randn(2, 4, generator=seeded(2), dtype=torch.float64)
     bias[1, 2] = -torch.inf
     tilted = (toy.p0 * bias[0].exp()[:, None] * bias[1].exp()).flatten().numpy()
-    steps = 40 if name == "absorbing" else 120
+    steps = (40 if name == "absorbing" else 120) // (1 if thorough() else 2)
     samples = sample(
         exact_score_fn(toy, parametrisation), NOISES[name], [2] * chains, steps, predictor, seeded(1),
         log_bias=bias.repeat(chains, 1),
