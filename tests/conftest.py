@@ -227,7 +227,7 @@ def start(warm: Server, tmp_path: Path) -> Iterator[Start]:
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )  # fmt: skip
         else:
-            environment = os.environ | {"PYTHON_EXEC": str(warm.executable)}
+            environment = {"PYTHON_EXEC": str(warm.executable)} | os.environ
             process = warm.start(arguments, cwd=tmp_path, env=environment, new_session=True)
         started.append(process)
         return process

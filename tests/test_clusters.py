@@ -194,9 +194,10 @@ def test_a_slurm_job_that_is_cancelled_or_fails_is_not_queued_again(
 
 
 def test_a_sweep_through_submitit_goes_on_after_its_limit(
-    run_python: Command, start: Start, store: SequenceStore, tmp_path: Path
-) -> None:  # fmt: skip
+    run_python: Command, start: Start, store: SequenceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """submitit tells a job of its limit by SIGUSR2, and starts it again."""
+    monkeypatch.setenv("PYTHON_EXEC", sys.executable)  # submitit knows its jobs by the process ids that it starts
     fewer = ("trainer.max_steps=100", "trainer.eval_every=0")
     swept = ["-m", "protlig_dd.training", "-m", *overrides_for(store, "swept", *LONG, *fewer), "optim.lr=3e-4,1e-3"]
     sweep = start(*swept, "hydra/launcher=submitit_local")

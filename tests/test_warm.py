@@ -62,6 +62,42 @@ def test_a_fork_is_a_process_of_its_own(
     assert process.returncode == -signal.SIGTERM
 
 
+SPAWNING = """
+import multiprocessing, os, signal, sys, time
+
+def child(connection):
+    connection.send("torch" in sys.modules)
+    if connection.recv() == "exit":
+        sys.exit(3)
+    time.sleep(60)
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    for what in ("exit", "SIGTERM", "SIGKILL"):
+        mine, its = context.Pipe()
+        process = context.Process(target=child, args=(its,))
+        process.start()
+        its.close()
+        print("imported torch already:", mine.recv(), file=sys.stderr)
+        mine.send(what)
+        if what != "exit":
+            os.kill(process.pid, signal.Signals[what])
+        process.join()
+        try:
+            mine.recv()
+        except (EOFError, ConnectionResetError):  # nobody holds the other end any more
+            print(what, process.exitcode, "gone")
+"""
+
+
+def test_what_a_fork_spawns_is_a_fork_that_ends_as_it_should(run_python: Command, tmp_path: Path) -> None:
+    (tmp_path / "spawning.py").write_text(SPAWNING)
+    for new in (False, True):
+        process = run_python("-m", "spawning", new=new)
+        assert process.stdout == "exit 3 gone\nSIGTERM -15 gone\nSIGKILL -9 gone\n", process.stderr
+        assert process.stderr == f"imported torch already: {not new}\n" * 3
+
+
 def test_what_a_fork_would_not_see_is_refused(warm: Server, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="PYTHONPATH=/other is read at import"):
         warm.run(["-m", "probe"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": "/other"})
