@@ -102,7 +102,7 @@ def test_the_data_benchmark_prints_the_tables_of_the_docs(run_python: Command) -
 @pytest.mark.slow
 def test_the_benchmark_measures_every_part(run_python: Command, tmp_path: Path) -> None:
     """Without the thorough profile: those parts that start no processes, and nothing is compiled."""
-    sizes = ("--models", "256 x 2", "--max-len", "100", "--tokens", "300", "--steps", "1", "--warmup", "1")
+    sizes = ("--models", "256 x 2", "--max-len", "100", "--tokens", "600", "--steps", "1", "--warmup", "1")
     sizes += ("--repeats", "2", "--sampling-steps", "3", "6", "--json", str(tmp_path / "found.json"))
     parts = PARTS if thorough() else ["throughput", "profile", "presets", "sampling"]
     process = run_python(
