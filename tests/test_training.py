@@ -405,16 +405,15 @@ def test_a_compiled_run_has_the_losses_of_an_eager_one(
     """Packs of many sizes, and an evaluation between them; compiled once, without the checks of shapes in its way."""
     require_program("g++")
     losses = []
+    more = ["trainer.max_steps=6", "trainer.eval_every=3", *([] if thorough() else ["model.n_blocks=1"])]
+    train(run_python, store, "eager", *more)
+    process = run_python(
+        "-m", "protlig_dd.training", *overrides_for(store, "compiled", *more, "trainer.compile=true"), new=True,
+        PROTLIG_TYPECHECK="0", TORCH_LOGS="recompiles", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"),
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert "Recompiling" not in process.stderr
     for name in ("eager", "compiled"):
-        more = ["trainer.max_steps=6", "trainer.eval_every=3", f"trainer.compile={name == 'compiled'}"]
-        more += [] if thorough() else ["model.n_blocks=1"]
-        logged = {"TORCH_LOGS": "recompiles", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-        process = run_python(
-            "-m", "protlig_dd.training", *overrides_for(store, name, *more), new=name == "compiled",
-            PROTLIG_TYPECHECK="0", **(logged if name == "compiled" else {}),
-        )  # fmt: skip
-        assert process.returncode == 0, process.stderr
-        assert "Recompiling" not in process.stderr
         rows = read_metrics(tmp_path / f"runs/{name}/metrics.jsonl").values()
         losses.append([row["loss"] for row in rows if "loss" in row])
         environment = json.loads((tmp_path / f"runs/{name}/environment.json").read_text())

@@ -274,13 +274,16 @@ def watch(connection: socket.socket) -> NoReturn:
         become(request, dict(zip(request["files"], descriptors, strict=True)))
     for descriptor in descriptors:  # a pipe ends when all who may write to it have gone
         os.close(descriptor)
-    connection.sendall(f"{pid}\n".encode())
-    ended = os.pidfd_open(pid)
-    ready, _, _ = select.select([connection, ended], [], [])
-    if ended not in ready:  # who asked is gone
-        os.kill(pid, signal.SIGKILL)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    def end_with_who_asked() -> None:
+        with contextlib.suppress(OSError):
+            connection.recv(1)  # nothing is ever sent: it returns when the other end is closed
+            os.kill(pid, signal.SIGKILL)
+
+    threading.Thread(target=end_with_who_asked, daemon=True).start()
     with contextlib.suppress(BrokenPipeError):
+        connection.sendall(f"{pid}\n".encode())
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         connection.sendall(f"{code}\n".encode())
     os._exit(0)
 
