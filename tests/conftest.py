@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import multiprocessing
 import os
 import re
 import shutil
@@ -31,7 +32,7 @@ from protlig_dd.diffusion.substitution import SubstitutionGraph
 from protlig_dd.model.dit import DiT
 
 from . import brute_force
-from .warm import Process, Server
+from .warm import READ_BY_LIBRARIES, Process, Server, start_server
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -170,33 +171,60 @@ def random_batch(lengths: list[int], seed: int = 0) -> PackedBatch:
     return PackedBatch.pack([torch.randint(0, 20, (length,), generator=generator) for length in lengths])
 
 
+SERVER = pytest.StashKey[Server]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Processes of the tests share one interpreter that forks."""
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        config.stash[SERVER] = start_server()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    node.workerinput["server"] = node.config.stash[SERVER].address
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if SERVER in config.stash:
+        config.stash[SERVER].close()
+
+
 @pytest.fixture(scope="session")
-def warm() -> Iterator[Server]:
-    """The interpreter whose forks run commands."""
-    server = Server()
+def libraries(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """The interpreter that has imported the libraries; what it forks imports the package as a new one would."""
+    shared = getattr(request.config, "workerinput", {}).get("server")
+    server = Server(READ_BY_LIBRARIES, os.environ, shared) if shared else start_server()
     yield server
     server.close()
 
 
 @pytest.fixture(scope="session")
-def python(warm: Server) -> Command:
-    """Run `python ARGUMENTS` in a folder: a module and what it starts in forks (tests/warm.py), all else in new
-    interpreters.
+def warm(libraries: Server) -> Iterator[Server]:
+    """The interpreter that has imported the package too; what it forks runs at once."""
+    server = libraries.import_package(ROOT, os.environ)
+    yield server
+    server.close()
 
-    With `new=True` a module gets one too: for what only that shows, or variables that are read at import.
+
+@pytest.fixture(scope="session")
+def python(warm: Server, libraries: Server) -> Command:
+    """Run `python ARGUMENTS` in a folder.
+
+    A module, and what it starts, runs in forks of an interpreter that has imported the package (tests/warm.py). A
+    program, and with `new=True` a module, imports the package itself: in a fork of one that has imported the libraries,
+    with --all in a new interpreter; and what it starts has new interpreters. That is for what only an import shows, and
+    for variables that the package reads when it is imported.
     """
 
     def run(*arguments: str, cwd: Path, new: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:
+        env = os.environ | environment
         if arguments[0] == "-m" and not new:
-            return warm.run(arguments, cwd=cwd, env=os.environ | {"PYTHON_EXEC": str(warm.executable)} | environment)
+            return warm.run(arguments, cwd=cwd, env={"PYTHON_EXEC": str(warm.executable)} | env)
+        if not thorough() and not any(name in environment for name in READ_BY_LIBRARIES):
+            return libraries.run(arguments, cwd=cwd, env=env)
         return subprocess.run(
-            [sys.executable, *arguments],
-            cwd=cwd,
-            env=os.environ | environment,
-            capture_output=True,
-            text=True,
-            timeout=600,
-            check=False,
+            [sys.executable, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=600, check=False
         )
 
     return run
@@ -213,13 +241,15 @@ def run_python(python: Command, tmp_path: Path) -> Command:
 
 
 @pytest.fixture
-def start(warm: Server, tmp_path: Path) -> Iterator[Start]:
-    """Start `python ARGUMENTS` in a session of its own, as a shell starts a job; what is left of it is killed."""
+def start(warm: Server, libraries: Server, tmp_path: Path) -> Iterator[Start]:
+    """The same, without waiting: in a session of its own, as a shell starts a job; what is left of it is killed."""
     started: list[Running] = []
 
     def start_one(*arguments: str, new: bool = False) -> Running:
         process: Running
-        if new:
+        if new and not thorough():
+            process = libraries.start(arguments, cwd=tmp_path, env=os.environ, new_session=True)
+        elif new:
             process = subprocess.Popen(
                 [sys.executable, *arguments], cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                 start_new_session=True,
@@ -240,6 +270,14 @@ def start(warm: Server, tmp_path: Path) -> Iterator[Start]:
         for pipe in (process.stdout, process.stderr):
             assert pipe is not None
             pipe.close()
+
+
+@pytest.fixture
+def spawned_in_forks(warm: Server) -> Iterator[None]:
+    """What the test itself spawns runs in forks; with --all in new interpreters."""
+    multiprocessing.set_executable(sys.executable if thorough() else str(warm.executable))
+    yield
+    multiprocessing.set_executable(sys.executable)
 
 
 def assert_one_line_error(process: subprocess.CompletedProcess[str], *parts: str) -> None:

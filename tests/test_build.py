@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import shutil
 import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +35,7 @@ from protlig_dd.tokenizer import LETTERS, ProteinTokenizer
 
 from .conftest import require_program
 from .test_encode import block_of
+from .warm import Server
 
 decode = ProteinTokenizer().decode
 
@@ -106,14 +106,14 @@ def test_the_same_input_and_options_give_the_same_bytes(tmp_path: Path) -> None:
     assert stores[0].fields(0).tax_id == 9605
 
 
-def test_gzip_stdin_and_several_files_give_the_same_contents(tmp_path: Path) -> None:
+def test_gzip_stdin_and_several_files_give_the_same_contents(tmp_path: Path, warm: Server) -> None:
     a = write_fasta(tmp_path / "a.fasta", ("A", "MKV"), ("B", "MKA"))
     b = write_fasta(tmp_path / "b.fasta", ("C", "MKC"))
     both = write_fasta(tmp_path / "both.fasta", ("A", "MKV"), ("B", "MKA"), ("C", "MKC"))
     zipped = tmp_path / "zipped"
     zipped.write_bytes(gzip.compress(both.read_bytes()))
     stores = [build_store(files, tmp_path / f"{i}.h5") for i, files in enumerate([[a, b], [both], [zipped]])]
-    command = [sys.executable, "-m", "protlig_dd.prepare", "input=-", "output=stdin.h5", "split.test_fraction=0"]
+    command = [warm.executable, "-m", "protlig_dd.prepare", "input=-", "output=stdin.h5", "split.test_fraction=0"]
     with zipped.open("rb") as stdin:
         subprocess.run([*command, "split.validation_fraction=0"], stdin=stdin, cwd=tmp_path, check=True)
     stores.append(SequenceStore(tmp_path / "stdin.h5"))

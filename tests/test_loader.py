@@ -122,7 +122,7 @@ def first_tokens(dataset: PackDataset) -> list[list[int]]:
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_fork_and_spawn_workers_read_the_same_bytes(store: SequenceStore, method: str) -> None:
+def test_fork_and_spawn_workers_read_the_same_bytes(store: SequenceStore, method: str, spawned_in_forks: None) -> None:
     dataset = make_dataset(store)
     expected = first_tokens(dataset)
     with multiprocessing.get_context(method).Pool(2) as pool:

@@ -2,7 +2,6 @@
 
 import gzip
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -197,17 +196,12 @@ def test_of_two_writers_of_one_output_the_second_is_refused(tmp_path: Path, big_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["big.fasta", "big.h5", "big.h5.manifest.json"]
 
 
-def limit_files(size: int) -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 12, 20])  # MB: in the first block, in the spool, in the store
-def test_a_file_that_may_not_grow(tmp_path: Path, big_fasta: Path, size: int) -> None:
-    process = subprocess.run(
-        [sys.executable, *PREPARE, "input=big.fasta", "output=d/big.h5"],
-        cwd=tmp_path, capture_output=True, text=True, check=False, preexec_fn=lambda: limit_files(size << 20),
-    )  # fmt: skip
+def test_a_file_that_may_not_grow(tmp_path: Path, big_fasta: Path, size: int, run_python: Command) -> None:
+    limited = f"import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, ({size << 20}, {size << 20}));"
+    limited += "runpy.run_module('protlig_dd.prepare', run_name='__main__')"
+    process = run_python("-c", limited, "input=big.fasta", "output=d/big.h5")
     assert_one_line_error(process, "d/big.h5: cannot be written: File too large")
     assert list((tmp_path / "d").iterdir()) == []
 

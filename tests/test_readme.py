@@ -80,7 +80,7 @@ def shortened(command: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def shell(checkout: Path) -> Iterator[Shell]:
+def shell(checkout: Path, libraries: Server) -> Iterator[Shell]:
     """Run a command line in the checkout, as a new user's shell would; modules run in forks (tests/warm.py)."""
     (checkout / "home").mkdir()
     venv = checkout / "venv"  # has this environment's packages, and leaves them alone
@@ -93,7 +93,7 @@ def shell(checkout: Path) -> Iterator[Shell]:
         "OMP_NUM_THREADS": "1",
         "PROTLIG_TYPECHECK": os.environ.get("PROTLIG_TYPECHECK", "0"),
     }
-    server = Server(checkout, environment)
+    server = libraries.import_package(checkout, environment)
     server.connect().close()
     environment["PYTHON_EXEC"] = str(server.executable)
     wrapper = venv / "bin/python"

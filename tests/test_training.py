@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from protlig_dd.runtime.checkpoint import complete_checkpoints
 from protlig_dd.runtime.config import config_folder
 from protlig_dd.runtime.metrics import read_metrics
 
-from .conftest import Command, assert_one_line_error, require_program, thorough
+from .conftest import Command, Start, assert_one_line_error, require_program, thorough, wait_for
 
 pytestmark = pytest.mark.slow  # each starts processes that train
 
@@ -73,7 +72,7 @@ def read_rows(run_folder: Path) -> dict[int, list[int]]:
 
 
 def test_stop_and_resume_give_the_undisturbed_runs_bits(
-    run_python: Command, store: SequenceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_python: Command, store: SequenceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: Start
 ) -> None:
     """16 steps, and 8 + resume + 8; then a third run that is killed with SIGKILL and started again."""
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
@@ -96,13 +95,8 @@ def test_stop_and_resume_give_the_undisturbed_runs_bits(
     assert json.loads((tmp_path / "runs/halves/report.json").read_text()) == report
 
     command = overrides_for(store, "killed", "trainer.max_steps=16", "trainer.checkpoint_every=2")
-    victim = subprocess.Popen(
-        [sys.executable, "-m", "protlig_dd.training", *command], cwd=tmp_path, stdout=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 120
-    while not complete_checkpoints(tmp_path / "runs/killed"):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    victim = start("-m", "protlig_dd.training", *command, new=True)
+    wait_for(lambda: complete_checkpoints(tmp_path / "runs/killed"))
     victim.send_signal(signal.SIGKILL)
     assert victim.wait() == -signal.SIGKILL
     again = train(run_python, store, "killed", "trainer.max_steps=16", "trainer.checkpoint_every=2")
@@ -110,21 +104,12 @@ def test_stop_and_resume_give_the_undisturbed_runs_bits(
     assert_same_bits(tmp_path / "runs/whole", tmp_path / "runs/killed")
 
 
-def test_ctrl_c_is_130_and_the_run_goes_on(store: SequenceStore, tmp_path: Path, run_python: Command) -> None:
+def test_ctrl_c_is_130_and_the_run_goes_on(
+    store: SequenceStore, tmp_path: Path, run_python: Command, start: Start
+) -> None:
     command = overrides_for(store, "stopped", "trainer.max_steps=3000", "trainer.checkpoint_every=2")
-
-    def heed_ctrl_c() -> None:
-        """A background job of a shell starts with SIGINT ignored, and so would what this test starts."""
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    process = subprocess.Popen(
-        [sys.executable, "-m", "protlig_dd.training", *command],
-        cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c,
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not complete_checkpoints(tmp_path / "runs/stopped"):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    process = start("-m", "protlig_dd.training", *command, new=True)
+    wait_for(lambda: complete_checkpoints(tmp_path / "runs/stopped"))
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -399,6 +384,7 @@ def test_the_wheel_trains_in_an_empty_folder(run_python: Command, store: Sequenc
 
 
 @pytest.mark.slow
+@pytest.mark.system
 def test_a_compiled_run_has_the_losses_of_an_eager_one(
     run_python: Command, store: SequenceStore, tmp_path: Path
 ) -> None:

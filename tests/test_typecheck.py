@@ -34,7 +34,8 @@ def test_what_is_refused_is_refused_without_it_too(run_python: Command) -> None:
         if any(isinstance(node, ast.Call) and ast.unparse(node.func) == "refuses" for node in ast.walk(function))
     ]
     assert len(tests) > 10
-    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    imported = ("-W", "ignore:Module already imported:pytest.PytestAssertRewriteWarning")
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *imported, *tests]
     process = run_python(*command, cwd=ROOT / "tests", new=True, PROTLIG_TYPECHECK="0")
     assert process.returncode == 0, process.stdout
     assert "passed" in process.stdout
@@ -60,14 +61,14 @@ def package(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("order", [("1", "0"), ("0", "1")], ids=["checked, then plain", "plain, then checked"])
-def test_bytecode_of_checked_and_of_plain_runs_lies_apart(order: tuple[str, str], package: Path) -> None:
+def test_bytecode_of_checked_and_of_plain_runs_lies_apart(
+    order: tuple[str, str], package: Path, run_python: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every verb starts, and is checked or not, whatever ran before it in this checkout."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
     for checked in order:
-        process = subprocess.run(
-            [sys.executable, "-c", START_ALL, *VERBS], cwd=package, capture_output=True, text=True, check=False,
-            env=environment | {"PYTHONPATH": str(package), "PROTLIG_TYPECHECK": checked},
-        )  # fmt: skip
+        own = {"PYTHONPATH": str(package), "PROTLIG_TYPECHECK": checked}
+        process = run_python("-c", START_ALL, *VERBS, cwd=package, **own)
         assert process.returncode == 0, process.stderr
         for verb in VERBS:
             assert f"{verb} checked: {checked == '1'}" in process.stdout.splitlines(), (order, checked)

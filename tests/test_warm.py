@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,8 +11,8 @@ import pytest
 
 from protlig_dd.data.store import SequenceStore
 
-from .conftest import Command, Start, wait_for
-from .warm import Server
+from .conftest import ROOT, Command, Start, wait_for
+from .warm import Server, start_server
 
 PROBE = """
 import atexit, os, sys, threading, time
@@ -42,10 +44,18 @@ def probe(tmp_path: Path) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("what", ["nothing", "text", "number", "raise", "interrupt", "thread", "leave"])
-def test_a_fork_ends_as_a_new_interpreter_does(probe: tuple[str, str], run_python: Command, what: str) -> None:
-    forked, new = (run_python(*probe, what, new=new, MINE="here") for new in (False, True))
-    assert (forked.returncode, forked.stdout) == (new.returncode, new.stdout)
-    assert forked.stderr.splitlines()[-1:] == new.stderr.splitlines()[-1:]
+def test_a_fork_ends_as_a_new_interpreter_does(
+    probe: tuple[str, str], what: str, warm: Server, libraries: Server, tmp_path: Path
+) -> None:
+    env = os.environ | {"MINE": "here"}
+    new = subprocess.run(
+        [sys.executable, *probe, what], cwd=tmp_path, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    for server in (warm, libraries):
+        forked = server.run([*probe, what], cwd=tmp_path, env=env)
+        assert (forked.returncode, forked.stdout) == (new.returncode, new.stdout)
+        assert forked.stderr.splitlines()[-1:] == new.stderr.splitlines()[-1:]
 
 
 def test_a_fork_is_a_process_of_its_own(
@@ -98,20 +108,49 @@ def test_what_a_fork_spawns_is_a_fork_that_ends_as_it_should(run_python: Command
         assert process.stderr == f"imported torch already: {not new}\n" * 3
 
 
-def test_what_a_fork_would_not_see_is_refused(warm: Server, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="PYTHONPATH=/other is read at import"):
-        warm.run(["-m", "probe"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": "/other"})
-    with pytest.raises(ValueError, match="only modules are run in a fork, not python -c"):
-        warm.run(["-c", "pass"], cwd=tmp_path, env=os.environ)
+def test_what_a_fork_would_not_see_is_refused(warm: Server, libraries: Server, tmp_path: Path) -> None:
+    for server, name in ((warm, "PYTHONPATH"), (warm, "TORCH_LOGS"), (libraries, "TORCH_LOGS")):
+        with pytest.raises(ValueError, match=f"{name}=/other is read at import"):
+            server.run(["-m", "probe"], cwd=tmp_path, env=os.environ | {name: "/other"})
+    with pytest.raises(ValueError, match=r"a fork runs -m MODULE or -c PROGRAM, not python probe\.py"):
+        warm.run(["probe.py"], cwd=tmp_path, env=os.environ)
 
 
-def test_the_server_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
-    server = Server()
-    server.connect().close()
-    assert server.process.stdin is not None
-    server.process.stdin.close()  # as when that process is killed
-    assert server.process.wait(60) == 0
-    with pytest.raises(RuntimeError, match="the interpreter that forks has ended"):
+def test_a_fork_of_the_libraries_imports_the_package_itself(libraries: Server, tmp_path: Path) -> None:
+    """With the environment of its own: the shape checks, and the folder that the package lies in."""
+    program = "import sys; print('torch' in sys.modules, 'protlig_dd' in sys.modules);"
+    program += "import protlig_dd.batch; print(hasattr(protlig_dd.batch.PackedBatch.pack, '__wrapped__'))"
+    for checked in ("0", "1"):
+        done = libraries.run(["-c", program], cwd=tmp_path, env=os.environ | {"PROTLIG_TYPECHECK": checked})
+        assert done.stdout == f"True False\n{checked == '1'}\n", done.stderr
+    (tmp_path / "protlig_dd").mkdir()
+    (tmp_path / "protlig_dd/__init__.py").write_text("print('another')\n")
+    done = libraries.run(["-c", "import protlig_dd"], cwd=Path("/"), env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert done.stdout == "another\n", done.stderr
+
+
+STARTING = """
+import os
+from pathlib import Path
+from tests.warm import start_server
+server = start_server(libraries=[])
+fork = server.start(["-c", "import time; time.sleep(600)"], cwd=Path.cwd(), env=os.environ)
+print(server.process.pid, fork.pid, flush=True)
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_server_and_its_forks_end_with_the_process_that_started_them() -> None:
+    killed = subprocess.run([sys.executable, "-c", STARTING], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    pids = killed.stdout.split()
+    assert len(pids) == 2, killed.stderr
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
+
+
+def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
+    server = start_server(libraries=["no_such_library"])
+    with pytest.raises(RuntimeError, match=r"the interpreter that forks has ended: [\s\S]*No module named"):
         server.run(["-m", "probe"], cwd=tmp_path, env=os.environ)
     server.close()
 

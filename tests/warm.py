@@ -1,19 +1,20 @@
-"""Start `python -m MODULE` in milliseconds: each run is a fork of one interpreter that has imported the package.
+"""Start `python -m MODULE` in milliseconds: each run is a fork of an interpreter that has imported what it needs.
 
 A fork is a process of its own: it has its own folder, environment, output, signals and exit code, and nothing that it
 does reaches another test. It does not import torch, Hydra and scipy again, which is what most of a command's time goes
-to. What only a new interpreter shows (import order, variables that are read at import, the end of the interpreter) is
-tested with one.
+to. There are two interpreters to fork from: one has imported the libraries, the other, a fork of it, the package too.
 
-    server = Server()
-    server.run(["-m", "protlig_dd.sample", "--help"], cwd=folder, env=os.environ).stdout
-    process = server.start(["-m", "protlig_dd.training", "experiment=demo"], cwd=folder, env=os.environ)
+    libraries = start_server()
+    warm = libraries.import_package(ROOT, os.environ)
+    warm.run(["-m", "protlig_dd.sample", "--help"], cwd=folder, env=os.environ).stdout
+    process = warm.start(["-m", "protlig_dd.training", "experiment=demo"], cwd=folder, env=os.environ)
     process.send_signal(signal.SIGTERM)
     output, errors = process.communicate(timeout=60)
 
-The server is this file as `python -m tests.warm SOCKET`. It ends when its standard input closes, which happens at the
-latest when the process that started it is gone. With PYTHON_EXEC=server.executable in its environment, the processes
-that a command starts are forks too: modules, through torchrun or sys.executable, and what multiprocessing spawns.
+The first is this file as `python warm.py libraries SOCKET NAME ...`. It ends when its standard input closes, which
+happens at the latest when the process that started it is gone; the second ends with the process that asked for it. With
+PYTHON_EXEC=warm.executable in its environment, the processes that a command starts are forks too: modules, through
+torchrun or sys.executable, and what multiprocessing spawns.
 """
 
 import atexit
@@ -34,62 +35,86 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
-ROOT = Path(__file__).resolve().parents[1]
-# Read when modules are imported: a fork would not see another value. PROTLIG_TYPECHECK is read then too: a fork is
-# checked if the tests are, and the variable holds for the interpreters that it starts.
-READ_AT_IMPORT = ("PYTHONPATH", "TORCH_LOGS", "MPLCONFIGDIR")
+# Read when libraries are imported: a fork would not see another value.
+READ_BY_LIBRARIES = ("TORCH_LOGS", "MPLCONFIGDIR")
+# And by the package. PROTLIG_TYPECHECK is read then too: a fork is checked if the tests are, and the variable holds for
+# the interpreters that it starts.
+READ_BY_PACKAGE = (*READ_BY_LIBRARIES, "PYTHONPATH")
 # a command of one thread, unless it asks for more; threads that wait keep no core busy
 THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-# imported where they are used; torch's optimizers import torch._dynamo
-ALSO = ("scipy.stats", "scipy.spatial.distance", "matplotlib.figure", "matplotlib.backends.backend_agg", "jinja2",
-        "torch._dynamo", "torch.utils.tensorboard", "torch.distributed.launcher.api",
-        "Bio.Align.substitution_matrices")  # fmt: skip
+# what the package imports, also where it is used only; torch's optimizers import torch._dynamo
+LIBRARIES = (
+    "Bio.Align.substitution_matrices", "beartype", "einops", "h5py", "hydra.main", "isal.igzip", "jaxtyping", "jinja2",
+    "matplotlib.backends.backend_agg", "matplotlib.figure", "omegaconf", "rich.progress", "safetensors.torch",
+    "scipy.spatial.distance", "scipy.stats", "torch._dynamo", "torch.distributed.launcher.api",
+    "torch.utils.tensorboard", "xxhash",
+)  # fmt: skip
 
 # a `python` of which modules and spawned processes are forks
 EXECUTABLE = """#!/bin/sh
 [ "$1" = -u ] && shift
 case "$*" in
-    "-m "* | *"multiprocessing.spawn import spawn_main"*) exec {python} -S {root}/tests/warm.py {address} "$@" ;;
+    "-m "* | *"multiprocessing.spawn import spawn_main"*) exec {python} -S {file} command {address} "$@" ;;
     *) exec {python} "$@" ;;
 esac
 """
 
 
-class Server:
-    """The interpreter that forks, for one process of the tests; its `executable` is a `python` that runs modules so."""
+def start_server(env: Mapping[str, str] = os.environ, libraries: Sequence[str] = LIBRARIES) -> "Server":
+    """An interpreter that has imported the libraries and not the package."""
+    server = Server(READ_BY_LIBRARIES, env)
+    server.process = subprocess.Popen(
+        [sys.executable, __file__, "libraries", server.address, *libraries],
+        env={name: value for name, value in env.items() if name != "PYTHONPATH"} | THREADS, start_new_session=True,
+        text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    return server
 
-    def __init__(self, root: Path = ROOT, env: Mapping[str, str] = os.environ) -> None:
+
+class Server:
+    """An interpreter that forks; its `executable` is a `python` that runs modules so.
+
+    Args:
+        read: variables that were read already, and that a fork cannot change.
+        env: has their values.
+        address: of the server where another process has started it.
+    """
+
+    def __init__(self, read: Sequence[str], env: Mapping[str, str], address: str | None = None) -> None:
         self.folder = tempfile.TemporaryDirectory(prefix="warm-")
-        self.address = str(Path(self.folder.name) / "socket")
-        self.environment = {name: env.get(name) for name in READ_AT_IMPORT}
-        self.log = (Path(self.folder.name) / "log").open("w+")
+        self.address = address or str(Path(self.folder.name) / "socket")
+        self.environment = {name: env.get(name) for name in read}
         self.executable = Path(self.folder.name) / "python"
-        self.executable.write_text(EXECUTABLE.format(python=sys.executable, root=root, address=self.address))
+        self.executable.write_text(EXECUTABLE.format(python=sys.executable, file=__file__, address=self.address))
         self.executable.chmod(0o755)
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.warm", self.address],
-            cwd=root, env=dict(env) | THREADS, start_new_session=True,
-            stdin=subprocess.PIPE, stdout=self.log, stderr=self.log,
-        )  # fmt: skip
+        self.process: subprocess.Popen[str] | Process | None = None
+
+    def import_package(self, root: Path, env: Mapping[str, str]) -> "Server":
+        """A fork that has imported the package of this folder too; it ends when this process does."""
+        server = Server(READ_BY_PACKAGE, env)
+        arguments = ["-m", "tests.warm", "package", server.address]
+        server.process = self.start(arguments, cwd=root, env=dict(env) | THREADS)
+        return server
 
     def start(
         self, arguments: Sequence[str], *, cwd: Path, env: Mapping[str, str], new_session: bool = False
     ) -> "Process":
-        """Fork for `["-m", MODULE, ...]`.
+        """Fork for `["-m", MODULE, ...]` or `["-c", PROGRAM, ...]`.
 
         Raises:
-            ValueError: no module, or a variable that a fork would not see; such a command needs a new interpreter.
+            ValueError: neither, or a variable that a fork would not see; such a command needs a new interpreter.
         """
-        if arguments[0] != "-m":
-            raise ValueError(f"only modules are run in a fork, not python {arguments[0]}")
-        for name in READ_AT_IMPORT:
-            if env.get(name) != self.environment[name]:
-                raise ValueError(f"{name}={env.get(name)} is read at import, here {self.environment[name]}")
+        if arguments[0] not in ("-m", "-c"):
+            raise ValueError(f"a fork runs -m MODULE or -c PROGRAM, not python {arguments[0]}")
+        for name, value in self.environment.items():
+            if env.get(name) != value:
+                raise ValueError(f"{name}={env.get(name)} is read at import, here {value}")
         connection = self.connect()
         outputs = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")  # noqa: SIM115
         request = {"arguments": list(arguments), "cwd": str(cwd), "env": dict(env), "new_session": new_session}
@@ -107,26 +132,26 @@ class Server:
         assert process.returncode is not None
         return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
-    def connect(self) -> socket.socket:
+    def connect(self, seconds: float = 300) -> socket.socket:
         """Wait for the server to have imported everything."""
-        connection = socket.socket(socket.AF_UNIX)
+        deadline = time.monotonic() + seconds
         while True:
+            connection = socket.socket(socket.AF_UNIX)
             try:
                 connection.connect(self.address)
             except (FileNotFoundError, ConnectionRefusedError):
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    self.process.wait(0.05)
-                    connection.close()
-                    self.log.seek(0)
-                    raise RuntimeError(f"the interpreter that forks has ended: {self.log.read()}") from None
+                connection.close()
+                if self.process is not None and self.process.poll() is not None:
+                    raise RuntimeError(f"the interpreter that forks has ended: {self.process.communicate()}") from None
+                assert time.monotonic() < deadline, f"nothing listens at {self.address}"
+                time.sleep(0.02)
             else:
                 return connection
 
     def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-        self.log.close()
+        if self.process is not None:
+            self.process.kill()
+            self.process.communicate()
         self.folder.cleanup()
 
 
@@ -215,28 +240,8 @@ def end(code: int) -> NoReturn:
     os._exit(code & 0xFF)
 
 
-def serve(address: str) -> None:
-    """Import everything once; then fork for each connection until standard input closes."""
-    import_everything()
-    gc.collect()
-    gc.freeze()  # the collector writes to what it looks at, and a page that is written to is copied
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the watching processes
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(address)
-        listener.listen(64)
-        while True:
-            ready, _, _ = select.select([listener, sys.stdin], [], [])
-            if sys.stdin in ready:
-                return
-            connection, _ = listener.accept()
-            if os.fork() == 0:
-                listener.close()
-                watch(connection)
-            connection.close()
-
-
-def import_everything() -> None:
-    """Every module of the package but the verbs, what they import late, Hydra's plugins, and its parser's tables."""
+def import_package() -> None:
+    """Every module of the package but the verbs, Hydra's plugins, and its parser's tables."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.plugins import Plugins
@@ -249,12 +254,29 @@ def import_everything() -> None:
             for inner in pkgutil.walk_packages(package.__path__, f"{module.name}."):
                 if not inner.name.endswith((".__main__", ".run_train_uniref50_optimized")):
                     importlib.import_module(inner.name)
-    for name in ALSO:
-        importlib.import_module(name)
     Plugins.instance()
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+    with initialize_config_dir(str(Path.cwd() / "configs"), version_base="1.3"):
         compose("train", ["experiment=demo", "optim.lr=0.1"])
     GlobalHydra.instance().clear()
+
+
+def serve(address: str, until: TextIO | None = None) -> None:
+    """Fork for each connection; until there is something to read from the file, or it ends."""
+    gc.collect()
+    gc.freeze()  # the collector writes to what it looks at, and a page that is written to is copied
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the watching processes
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen(64)
+        while True:
+            ready, _, _ = select.select([listener, *([until] if until else [])], [], [])
+            if until in ready:
+                return
+            connection, _ = listener.accept()
+            if os.fork() == 0:
+                listener.close()
+                watch(connection)
+            connection.close()
 
 
 def watch(connection: socket.socket) -> NoReturn:
@@ -302,12 +324,12 @@ def become(request: dict[str, Any], files: dict[int, int]) -> NoReturn:
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
-    import torch
-
-    if "OMP_NUM_THREADS" in os.environ:
+    if "OMP_NUM_THREADS" in os.environ and "torch" in sys.modules:
+        torch = sys.modules["torch"]
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    sys.path[0] = request["cwd"]
-    sys.path.append(str(ROOT))  # for scripts.*
+    more = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[:] = [request["cwd"], *(path for path in more if path and path not in sys.path), *sys.path[1:]]
+    sys.dont_write_bytecode = bool(os.environ.get("PYTHONDONTWRITEBYTECODE"))
     sys.executable = os.environ.get("PYTHON_EXEC", sys.executable)
     multiprocessing.set_executable(sys.executable)
     # torch's launcher inspects its stack often; each time it would look for this file among all modules
@@ -345,7 +367,13 @@ def start_as(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 2:
-        serve(sys.argv[1])
-    else:
-        command(sys.argv[1], sys.argv[2:])
+    match sys.argv[1:]:
+        case ["libraries", address, *names]:
+            for name in names:
+                importlib.import_module(name)
+            serve(address, until=sys.stdin)
+        case ["package", address]:
+            import_package()
+            serve(address)
+        case ["command", address, *arguments]:
+            command(address, arguments)
