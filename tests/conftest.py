@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import multiprocessing
 import os
 import re
@@ -87,15 +88,19 @@ def store(proteins: list[FastaRecord], made_once: MadeOnce) -> SequenceStore:
     """A store of them: 360 to train on, 20 and 20 held out."""
 
     def fill(folder: Path) -> None:
-        bounds = {"train": (0, 360), "validation": (360, 380), "test": (380, 400)}
-        inputs = {}
-        for split in SPLITS:
-            inputs[split] = folder / f"{split}.fasta"
-            lines = [f">{r.id} {r.description}\n{r.sequence}\n" for r in proteins[slice(*bounds[split])]]
-            inputs[split].write_text("".join(lines))
-        build_store(inputs, folder / "small.h5")
+        make_store(folder / "small.h5", proteins, train=360, held_out=20)
 
     return SequenceStore(made_once("store", fill) / "small.h5")
+
+
+def make_store(path: Path, proteins: list[FastaRecord], *, train: int, held_out: int) -> None:
+    """The first proteins to train on, and as many for validation as for testing."""
+    records, inputs = iter(proteins), {}
+    for split in SPLITS:
+        inputs[split] = path.with_name(f"{split}.fasta")
+        chosen = itertools.islice(records, train if split == "train" else held_out)
+        inputs[split].write_text("".join(f">{r.id} {r.description}\n{r.sequence}\n" for r in chosen))
+    build_store(inputs, path)
 
 
 @pytest.fixture(scope="session")

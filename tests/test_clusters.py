@@ -194,10 +194,9 @@ def test_a_slurm_job_that_is_cancelled_or_fails_is_not_queued_again(
 
 
 def test_a_sweep_through_submitit_goes_on_after_its_limit(
-    run_python: Command, start: Start, store: SequenceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_python: Command, start: Start, store: SequenceStore, tmp_path: Path
 ) -> None:
     """submitit tells a job of its limit by SIGUSR2, and starts it again."""
-    monkeypatch.setenv("PYTHON_EXEC", sys.executable)  # submitit knows its jobs by the process ids that it starts
     fewer = ("trainer.max_steps=100", "trainer.eval_every=0")
     swept = ["-m", "protlig_dd.training", "-m", *overrides_for(store, "swept", *LONG, *fewer), "optim.lr=3e-4,1e-3"]
     sweep = start(*swept, "hydra/launcher=submitit_local")
@@ -218,11 +217,10 @@ def test_what_ends_a_job_of_submitit_is_told_in_one_line(
     run_python: Command, store: SequenceStore, tmp_path: Path
 ) -> None:
     sweep = ["-m", "protlig_dd.training", "-m", "hydra/launcher=submitit_local", *overrides_for(store, "sweep", *LONG)]
-    own = {"PYTHON_EXEC": sys.executable}  # submitit knows its jobs by the process ids that it starts
-    missing = run_python(*sweep, "data.path=none.h5", **own)
+    missing = run_python(*sweep, "data.path=none.h5")
     assert missing.returncode == 1
     assert missing.stderr.splitlines()[-1].startswith("error: none.h5: no such data file")
-    late = run_python(*sweep, "trainer.max_time=0s", **own)
+    late = run_python(*sweep, "trainer.max_time=0s")
     assert late.returncode == 75
     assert late.stderr.splitlines()[-1] == "stopped by max_time after step 1 of 200"
     assert "Traceback" not in missing.stderr + late.stderr

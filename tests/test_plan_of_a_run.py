@@ -41,9 +41,10 @@ def kept_by(model: nn.Module, tokens: int, precision: str) -> int:
 @pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_activations_are_linear_in_tokens_and_depth(mlp: str, precision: str) -> None:
+    """Counted on fake tensors, in small networks; kept by real ones, in a deeper one."""
     config = config_of("model.n_blocks=5", f"model.mlp={mlp}")
     model = build_model(config.model, "sdpa", time_conditioning=False)
-    for tokens in (500, 2000):
+    for tokens in (250, 1000):
         expected = tokens * activation_bytes(config, precision)
         assert kept_by(model, tokens, precision) == pytest.approx(expected, rel=0.03)
 

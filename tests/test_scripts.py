@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from protlig_dd.data.store import SequenceStore
+from protlig_dd.data.fasta import FastaRecord
 from protlig_dd.runtime.config import TrainConfig, read_config
 from scripts import mutation_check
 from scripts.arms import SCREEN, overrides
 from scripts.benchmark import PARTS
 from scripts.diffusion_report import RUNS, samplers
 
-from .conftest import ROOT, Command, thorough
+from .conftest import ROOT, Command, make_store, thorough
 from .test_configs import composed
 from .test_sampling import NOISES, SAMPLERS
 
@@ -83,7 +83,7 @@ def test_the_checkpoint_benchmark_prints_the_table_of_the_docs(run_python: Comma
 
 @pytest.mark.slow
 def test_the_data_benchmark_prints_the_tables_of_the_docs(run_python: Command) -> None:
-    sizes = ("--gigabytes", "0.01", "--sequences", "100000", "--repeats", "1", "--seconds", "1", "--steps", "4")
+    sizes = ("--gigabytes", "0.01", "--sequences", "20000", "--repeats", "1", "--seconds", "1", "--steps", "4")
     process = run_python("-m", "scripts.benchmark_data", *sizes)
     assert process.returncode == 0, process.stderr
     printed = [line for line in process.stdout.splitlines() if line.startswith("|")]
@@ -133,9 +133,10 @@ def test_the_benchmark_measures_every_part(run_python: Command, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_arms_are_trained_once_and_compared(run_python: Command, store: SequenceStore, tmp_path: Path) -> None:
+def test_arms_are_trained_once_and_compared(run_python: Command, proteins: list[FastaRecord], tmp_path: Path) -> None:
+    make_store(tmp_path / "few.h5", proteins, train=60, held_out=3)
     names = ("SEDD (log-score), lr 0.001", "QK-norm, Muon, lr 0.01; EMA over 5%", "the defaults")
-    command = ("-m", "scripts.arms", "screen", "--data", str(store.path), "--sizes", "tiny", "--residues", "3000")
+    command = ("-m", "scripts.arms", "screen", "--data", "few.h5", "--sizes", "tiny", "--residues", "3000")
     command += ("--tokens", "1000", "--jobs", "2", "--threads", "1", "--only", *names)
     first = run_python(*command)
     assert first.returncode == 0, first.stderr

@@ -158,7 +158,7 @@ def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
 VERBS: dict[str, Callable[[Path, Path], list[str]]] = {
     "prepare": lambda run, store: ["input=in.fasta", "output=out", "split.validation_fraction=0.2"],
     "sample": lambda run, store: [f"from={run}", "n=1", "steps=2", "output=out"],
-    "infill": lambda run, store: [f"from={run}", "input=in.fasta", "free=[2]", "steps=2", "output=out"],
+    "infill": lambda run, store: [f"from={run}", "input=in.fasta", "free=[2]", "n=1", "steps=2", "output=out"],
     "evaluate": lambda run, store: [f"from={run}", f"input={store}", "draws=1", "max_sequences=2", "output=out"],
     "judge": lambda run, store: ["samples=in.fasta", f"natural={store}", "mmseqs=false", "bootstrap=2", "output=out"],
     "variants": lambda run, store: [f"from={run}", "target=one.fasta", "output=out.csv"],

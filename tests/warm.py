@@ -19,6 +19,7 @@ torchrun or sys.executable, and what multiprocessing spawns.
 
 import atexit
 import contextlib
+import ctypes
 import fcntl
 import gc
 import importlib
@@ -37,6 +38,7 @@ import tempfile
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
@@ -56,11 +58,13 @@ LIBRARIES = (
     "torch.utils.tensorboard", "xxhash",
 )  # fmt: skip
 
-# a `python` of which modules and spawned processes are forks
+# a `python` of which modules, programs and spawned processes are forks
 EXECUTABLE = """#!/bin/sh
 [ "$1" = -u ] && shift
 case "$*" in
-    "-m "* | *"multiprocessing.spawn import spawn_main"*) exec {python} -S {file} command {address} "$@" ;;
+    # submitit knows this one by its process id; the other is small
+    "-m submitit.local._local "* | *"multiprocessing.resource_tracker import main"*) exec {python} "$@" ;;
+    "-m "* | "-c "* | *"multiprocessing.spawn import spawn_main"*) exec {python} -S {file} command {address} "$@" ;;
     *) exec {python} "$@" ;;
 esac
 """
@@ -261,53 +265,79 @@ def import_package() -> None:
 
 
 def serve(address: str, until: TextIO | None = None) -> None:
-    """Fork for each connection; until there is something to read from the file, or it ends."""
+    """Fork for each connection, tell the process id and how it ended; until the file ends, or can be read.
+
+    A fork whose connection closes is killed: nobody waits for it any more.
+    """
+    for finalizer in weakref.finalize._registry:  # type: ignore[attr-defined]
+        finalizer.atexit = False  # the libraries have thousands; a command's own are run when it ends
     gc.collect()
     gc.freeze()  # the collector writes to what it looks at, and a page that is written to is copied
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the watching processes
+    hears, says = os.pipe()
+    os.set_blocking(says, False)
+    signal.set_wakeup_fd(says, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda number, frame: None)
+    asked: dict[int, socket.socket] = {}  # by process id
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
         listener.listen(64)
         while True:
-            ready, _, _ = select.select([listener, *([until] if until else [])], [], [])
+            watched = [listener, hears, *asked.values(), *([until] if until else [])]
+            ready, _, _ = select.select(watched, [], [])
+            for pid in [pid for pid, connection in asked.items() if connection in ready or until in ready]:
+                os.kill(pid, signal.SIGKILL)
+                asked.pop(pid).close()
             if until in ready:
                 return
-            connection, _ = listener.accept()
-            if os.fork() == 0:
-                listener.close()
-                watch(connection)
-            connection.close()
+            if hears in ready:
+                os.read(hears, 1000)
+                tell_ends(asked)
+            if listener in ready:
+                connection, _ = listener.accept()
+                fork(connection, asked, [listener.fileno(), hears, says])
 
 
-def watch(connection: socket.socket) -> NoReturn:
-    """Fork once more for the command itself; tell its process id, and how it ended."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+def tell_ends(asked: dict[int, socket.socket]) -> None:
+    with contextlib.suppress(ChildProcessError):  # there is none left
+        while (found := os.waitpid(-1, os.WNOHANG))[0]:
+            if connection := asked.pop(found[0], None):
+                with connection, contextlib.suppress(BrokenPipeError):
+                    connection.sendall(f"{os.waitstatus_to_exitcode(found[1])}\n".encode())
+
+
+def fork(connection: socket.socket, asked: dict[int, socket.socket], own: list[int]) -> None:
+    """For what this connection asks; the fork closes the files that are the server's own."""
     header, descriptors, _, _ = socket.recv_fds(connection, 8, 100)
     if not header:  # somebody only waited for the server
-        os._exit(0)
+        connection.close()
+        return
     size = int.from_bytes(header, "big")
     message = b""
     while len(message) < size:
         message += connection.recv(size - len(message))
     request = json.loads(message)
+    server = os.getpid()
     pid = os.fork()
     if pid == 0:
-        connection.close()
+        end_with_parent(server)
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for file in (*own, connection.detach(), *(other.detach() for other in asked.values())):
+            os.close(file)
         become(request, dict(zip(request["files"], descriptors, strict=True)))
     for descriptor in descriptors:  # a pipe ends when all who may write to it have gone
         os.close(descriptor)
-
-    def end_with_who_asked() -> None:
-        with contextlib.suppress(OSError):
-            connection.recv(1)  # nothing is ever sent: it returns when the other end is closed
-            os.kill(pid, signal.SIGKILL)
-
-    threading.Thread(target=end_with_who_asked, daemon=True).start()
+    asked[pid] = connection
     with contextlib.suppress(BrokenPipeError):
         connection.sendall(f"{pid}\n".encode())
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        connection.sendall(f"{code}\n".encode())
-    os._exit(0)
+
+
+def end_with_parent(parent: int) -> None:
+    """Linux kills this process when its parent is gone; elsewhere a killed server may leave forks behind."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os._exit(1)
 
 
 def become(request: dict[str, Any], files: dict[int, int]) -> NoReturn:

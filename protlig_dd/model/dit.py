@@ -390,13 +390,10 @@ class _RMSNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, gain)
+        ctx.eps = eps
         return (x * _rms_reciprocal(x, eps)).mul_(gain)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:2])
-        ctx.eps = inputs[2]
 
     @staticmethod
     @once_differentiable  # type: ignore[misc]
@@ -430,13 +427,10 @@ class _Spread(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(modulation_nH: Tensor, segment_ids: Tensor) -> Tensor:
+    def forward(ctx: Any, modulation_nH: Tensor, segment_ids: Tensor) -> Tensor:
+        ctx.n = modulation_nH.shape[0]
+        ctx.save_for_backward(segment_ids)
         return F.embedding(segment_ids, modulation_nH)  # index_select reads rows that are apart twice as slowly
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.n = inputs[0].shape[0]
-        ctx.save_for_backward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, None]:

@@ -78,12 +78,10 @@ class _Rotate(torch.autograd.Function):
     """The rotation with one tensor allocated in each direction: the gradient is turned back by the same angle."""
 
     @staticmethod
-    def forward(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        # with a setup_context of its own, torch would inspect this signature at every call, for 0.1 ms
+        ctx.save_for_backward(cos, sin)
         return _turned(qkv, cos, sin)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from protlig_dd.batch import PackedBatch
 from protlig_dd.data.loader import PackDataset
@@ -23,7 +24,7 @@ TOKENS = 128  # of the smaller pack whose activations are counted
 def activation_bytes(config: TrainConfig, precision: str) -> float:
     """Bytes of activations at their peak, for each token of a pack, in eager mode (compiled blocks keep less).
 
-    Counted on real tensors that the forward pass keeps, in networks of one block and of two: all blocks are alike.
+    Counted on the tensors that the forward pass keeps, in networks of one block and of two: all blocks are alike.
     With checkpointing one block's are there again while the backward pass is in it.
     """
 
@@ -40,21 +41,25 @@ def activation_bytes(config: TrainConfig, precision: str) -> float:
 
 
 def kept_bytes(config: TrainConfig, precision: str, blocks: int, checkpointing: bool, tokens: int) -> int:
-    """Bytes that a network of so many blocks keeps for its backward pass over a sequence, float32 weights left out."""
+    """Bytes that a network of so many blocks keeps for its backward pass over a sequence, float32 weights left out.
+
+    Its tensors are fake: they have shapes and types, and take neither memory nor arithmetic.
+    """
     batch = PackedBatch.pack([torch.zeros(tokens, dtype=torch.int64)])
     part = replace(config.model, n_blocks=blocks, checkpointing=checkpointing)
-    model = build_model(part, "sdpa", config.time_conditioning).train()
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
 
     def keep(x: torch.Tensor) -> torch.Tensor:
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
         return x
 
-    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16")
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), autocast:
-        model(batch, torch.ones(1))
-    return sum(size for place, size in kept.items() if place not in weights)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = build_model(part, "sdpa", config.time_conditioning).train()
+        weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16")
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), autocast:
+            model(batch, torch.ones(1))
+    return sum(size for storage, size in kept.items() if storage not in weights)
 
 
 def with_data(config: TrainConfig) -> TrainConfig:
