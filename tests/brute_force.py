@@ -47,14 +47,15 @@ def score_entropy(graph: str, n: int, sigma: float, log_score: Tensor, xt: int, 
 
     Returns the sum and its largest term, to which float32 errors are in proportion.
     """
-    q, p = rate_matrix(graph, n), transition(graph, n, sigma)
+    rates, p = rate_matrix(graph, n)[:, xt].tolist(), transition(graph, n, sigma)[x0].tolist()
+    log_s = log_score.tolist()
     terms = [0.0]
-    for y in range(len(q)):
-        if y == xt or q[y, xt] == 0:
+    for y, rate in enumerate(rates):
+        if y == xt or rate == 0:
             continue
-        r = float(p[x0, y] / p[x0, xt])
-        k = r * (torch.tensor(r).double().log().item() - 1) if r > 0 else 0.0
-        terms += [float(q[y, xt]) * term for term in (float(log_score[y].exp()), -r * float(log_score[y]), k)]
+        r = p[y] / p[xt]
+        k = r * (math.log(r) - 1) if r > 0 else 0.0
+        terms += [rate * term for term in (math.exp(log_s[y]), -r * log_s[y], k)]
     return sum(terms), max(abs(term) for term in terms)
 
 
