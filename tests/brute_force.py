@@ -80,12 +80,10 @@ class Toy:
     def log_score(self, xt: Tensor, sigma: float) -> Tensor:
         """(batch, sites) states -> (batch, sites, n) exact log p_t(x with site l set to y) / p_t(x); 0 at x_t."""
         log_p = self.marginal(sigma).log()
-        here = log_p[tuple(xt.T)]
-        out = torch.empty(*xt.shape, self.n, dtype=torch.float64)
-        for site, y in itertools.product(range(self.sites), range(self.n)):
-            changed = xt.clone()
-            changed[:, site] = y
-            out[:, site, y] = log_p[tuple(changed.T)] - here
+        changed = xt[:, None, None, :].repeat(1, self.sites, self.n, 1)  # (batch, site, y, sites)
+        for site in range(self.sites):
+            changed[:, site, :, site] = torch.arange(self.n)
+        out = log_p[changed.unbind(-1)] - log_p[xt.unbind(-1)][:, None, None]
         unmasked = xt < self.n if self.graph == "absorbing" else torch.zeros_like(xt, dtype=torch.bool)
         return torch.where(unmasked[..., None], 0.0, out)
 
@@ -94,7 +92,7 @@ class Toy:
         p = transition(self.graph, self.n, sigma)
         out = torch.zeros(*xt.shape, self.n, dtype=torch.float64)
         for x0 in itertools.product(range(self.n), repeat=self.sites):
-            like = torch.stack([p[x0[site], xt[:, site]] for site in range(self.sites)], dim=1)
+            like = p[torch.tensor(x0), xt]
             for site in range(self.sites):
                 others = torch.cat([like[:, :site], like[:, site + 1 :]], dim=1).prod(1)
                 out[:, site, x0[site]] += self.p0[x0] * others
