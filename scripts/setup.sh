@@ -54,5 +54,7 @@ echo "setting up $venv with $("$python" --version) (the first time takes a few m
 if ! "$venv/bin/python" -m pip --version > /dev/null 2>&1; then
     "$python" -m venv --clear "$venv" # also one that was left half-made
 fi
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".$extras"
+compile=--no-compile # Python compiles what is imported, once; all of it takes a third of the installation
+[ -z "${PYTHONDONTWRITEBYTECODE:-}" ] || compile=--compile # it may not, and would again at every start
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check $compile -c constraints.txt -e ".$extras"
 echo "$want $extras" > "$stamp"
