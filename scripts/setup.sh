@@ -57,4 +57,9 @@ fi
 compile=--no-compile # Python compiles what is imported, once; all of it takes a third of the installation
 [ -z "${PYTHONDONTWRITEBYTECODE:-}" ] || compile=--compile # it may not, and would again at every start
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check $compile -c constraints.txt -e ".$extras"
+if [ -n "$extras" ]; then # the tests' processes import these at the same time, and each would compile them
+    site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    "$venv/bin/python" -m compileall -qq -j 0 -x 'packages/.*/tests?/' \
+        "$site"/{torch,sympy,scipy,numpy,matplotlib} || true # a file of torch is for newer Pythons
+fi
 echo "$want $extras" > "$stamp"

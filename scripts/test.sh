@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set up and run what must pass: lint, format, types, and the tests with every annotated shape checked.
 #
-#   scripts/test.sh                   all tests but those marked `system` (Slurm, MMseqs2, a browser, root) and `campaign`
+#   scripts/test.sh                   all tests but those marked `system` (Slurm, MMseqs2, browser, g++) and `campaign`
 #   scripts/test.sh -m "not slow"     the quick ones, for the edit loop
 #   scripts/test.sh --all             every test, as .ci/run does; scripts/setup.sh --system installs what they need
 #   scripts/test.sh [arguments]       other arguments go to pytest: scripts/test.sh tests/test_noise.py -x
@@ -26,7 +26,7 @@ code=0
 PROTLIG_TYPECHECK=1 "$bin/python" -m pytest -n auto --maxprocesses 4 --dist worksteal \
     ${chosen[@]+"${chosen[@]}"} ${arguments[@]+"${arguments[@]}"} || code=$?
 if [ "${chosen[0]-}" = -m ]; then
-    echo "Left out, installed or not: tests marked system (Slurm, MMseqs2, a browser, root) and campaign (faults)."
+    echo "Left out, installed or not: tests marked system (Slurm, MMseqs2, browser, g++, root) and campaign (faults)."
     echo "./scripts/test.sh --all runs them too; docs/testing.md says what they prove."
 fi
 exit "$code"

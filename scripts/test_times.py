@@ -1,7 +1,8 @@
 """Say what each group of tests proves and how long it takes, as the table of docs/testing.md.
 
-scripts/test.sh --all --junitxml=times.xml
-python -m scripts.test_times times.xml           the groups, in Markdown
+scripts/test.sh --junitxml=times.xml
+scripts/test.sh -m "system or campaign" --hypothesis-profile=thorough --junitxml=rest.xml
+python -m scripts.test_times times.xml rest.xml           the groups, in Markdown
 python -m scripts.test_times times.xml --slowest 20
 """
 
@@ -31,6 +32,8 @@ GROUPS = (
     Group("MMseqs2", "the bundled splits share no homolog; homologs leave the held-out splits; relatives of samples",
           ("test_build", "test_judge", "test_readme"),
           ("test_bundled_held_out", "test_homologs_of", "test_the_folder_of_tables", "test_the_commands_with_mmseqs")),
+    Group("compiler", "a compiled run has the losses of an eager one, and compiles once for packs of all sizes",
+          ("test_training",), ("test_a_compiled_run",)),
     Group("fault campaign", "kills, lost ranks, hangs, damage and a full disk, one after the other: no bit is lost",
           ("test_faults",), ("test_the_short_fault_campaign",)),
     Group("README commands", "every command of the README, in order, in a copy with an empty HOME", ("test_readme",)),
@@ -42,9 +45,8 @@ GROUPS = (
           "half-made is left", ("test_fasta", "test_encode", "test_tokenizer", "test_build", "test_store",
                                 "test_prepare", "test_download")),
     Group("training and resume", "stop + resume = undisturbed to the bit; other configs, data and weights are refused; "
-          "optimizers; compiled = eager; the wheel trains", ("test_training", "test_trainer", "test_loop", "test_optim",
-                                                             "test_checkpoint", "test_finetune",
-                                                             "test_plan_of_a_run")),
+          "optimizers; the wheel trains", ("test_training", "test_trainer", "test_loop", "test_optim",
+                                           "test_checkpoint", "test_finetune", "test_plan_of_a_run")),
     Group("faults and DDP", "signals, time limits, lost ranks and loaders, damaged checkpoints; 1, 2 and 4 processes "
           "make the same run", ("test_faults",)),
     Group("schedulers", "submitit, PBS and the Slurm launcher's config", ("test_clusters",)),
@@ -101,14 +103,16 @@ def table(times: list[tuple[str, str, float]]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("xml", type=Path, help="written by pytest --junitxml")
+    parser.add_argument("xml", type=Path, nargs="+", help="written by pytest --junitxml, of tests that differ")
     parser.add_argument("--slowest", type=int, metavar="N", help="print the N slowest tests instead")
     arguments = parser.parse_args()
-    try:
-        times = read_times(arguments.xml)
-        lines = table(times)
-    except (OSError, ValueError, ElementTree.ParseError) as error:
-        sys.exit(f"error: {arguments.xml}: {error}")
+    times = []
+    for path in arguments.xml:
+        try:
+            times += read_times(path)
+            lines = table(times)
+        except (OSError, ValueError, ElementTree.ParseError) as error:
+            sys.exit(f"error: {path}: {error}")
     if arguments.slowest:
         slowest = sorted(times, key=lambda one: -one[2])[: arguments.slowest]
         lines = [f"{took:6.1f} s  {file}::{test}" for file, test, took in slowest]

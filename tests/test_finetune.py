@@ -1,8 +1,11 @@
 """Fine-tuning: what is taken over of the source, the first step's loss, resume, and what is refused."""
 
+import functools
 import json
 import math
 import shutil
+import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +29,7 @@ from protlig_dd.training.finetune import taken_over
 from protlig_dd.training.launch import starting_from
 from protlig_dd.training.trainer import count_residues
 
-from .conftest import Command, assert_one_line_error
+from .conftest import Command, MadeOnce, assert_one_line_error
 from .test_configs import composed
 from .test_training import TINY, assert_same_bits, train
 
@@ -116,35 +119,69 @@ def test_a_graph_of_a_matrix_file_is_the_same_without_the_file(tmp_path: Path) -
     assert len(str(error.value)) < 500
 
 
-@pytest.mark.slow
-def test_a_fine_tuned_run_begins_with_the_weights_and_resumes(
-    run_python: Command, store: SequenceStore, tmp_path: Path
-) -> None:
-    train(run_python, store, "base", "trainer.max_steps=30", "optim.lr=0.01", "model.dropout=0", "optim.ema_decay=0.8",
-          "optim.warmup_steps=5", "trainer.eval_every=30", "trainer.precision=fp32", "trainer.device=cpu")  # fmt: skip
-    kept = [o for o in TINY if not o.startswith("model.")]
-    command = [*kept, f"data.path={store.path}", "from=runs/base", "run.name=family", "data.max_len=150"]
-    command += ["seed=5", "trainer.max_steps=8", "trainer.eval_every=4", "trainer.precision=fp32", "trainer.device=cpu"]
+BASE = ("optim.lr=0.01", "model.dropout=0", "optim.ema_decay=0.8", "optim.warmup_steps=5", "trainer.eval_every=30",
+        "trainer.precision=fp32", "trainer.device=cpu")  # fmt: skip
+FAMILY = [option for option in TINY if not option.startswith("model.")]
+FAMILY += ["from=runs/base", "data.max_len=150", "seed=5", "trainer.max_steps=8", "trainer.eval_every=4"]
+FAMILY += ["trainer.precision=fp32", "trainer.device=cpu"]
 
-    def tune(*more: str) -> str:
-        process = run_python("-m", "protlig_dd.training", *command, *more)
+
+@pytest.fixture(scope="session")
+def made_runs(store: SequenceStore, python: Command, made_once: MadeOnce) -> Path:
+    """A folder with a run of 30 steps, `base`, and one that is fine-tuned from it, `family`, stopped at step 4 of 8."""
+
+    def fill(folder: Path) -> None:
+        train(functools.partial(python, cwd=folder), store, "base", *BASE, "trainer.max_steps=30")
+        options = [*FAMILY, f"data.path={store.path}", "run.name=family", "trainer.stop_at_step=4"]
+        process = python("-m", "protlig_dd.training", *options, cwd=folder)
         assert process.returncode == 0, process.stdout + process.stderr
-        return process.stdout
+        (folder / "printed").write_text(process.stdout)
 
-    out = tune("trainer.stop_at_step=4")
-    base = tmp_path / "runs/base/checkpoints/step_00000030"
-    assert "starting from the averaged weights of runs/base/checkpoints/step_00000030" in out
-    assert "step 0: validation" in out
-    run = tmp_path / "runs/family"
-    config = read_config(composed(*command), TrainConfig)
+    return made_once("finetune", fill)
+
+
+@pytest.fixture
+def runs(made_runs: Path, tmp_path: Path) -> Path:
+    """A copy of their folder."""
+    return shutil.copytree(made_runs / "runs", tmp_path / "runs")
+
+
+Tune = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def tune(run_python: Command, store: SequenceStore, runs: Path) -> Tune:
+    """Fine-tune `base` as `family` was, but for these options."""
+
+    def run(*more: str) -> subprocess.CompletedProcess[str]:
+        return run_python("-m", "protlig_dd.training", *FAMILY, f"data.path={store.path}", "run.name=family", *more)
+
+    return run
+
+
+@pytest.mark.slow
+def test_the_first_step_is_taken_with_the_sources_averaged_weights(made_runs: Path, store: SequenceStore) -> None:
+    printed, run = (made_runs / "printed").read_text(), made_runs / "runs/family"
+    assert "starting from the averaged weights of runs/base/checkpoints/step_00000030" in printed
+    assert "step 0: validation" in printed
     recorded = (run / "config.yaml").read_text()
     assert "from: runs/base\n" in recorded
-    assert f"from_sha256: {sha256(base / 'ema.safetensors')}\n" in recorded
+    assert f"from_sha256: {sha256(made_runs / 'runs/base/checkpoints/step_00000030/ema.safetensors')}\n" in recorded
     assert "hidden_size: 32\n" in recorded
     assert json.loads((complete_checkpoints(run)[0] / "state.json").read_text())["step"] == 4
 
-    # the first step's loss is that of the source's averaged weights on the same packs, noise and all
-    source = load_trained(str(tmp_path / "runs/base"), device="cpu", precision="fp32")
+    config = read_config(composed(*FAMILY), TrainConfig)
+    rows = read_metrics(run / "metrics.jsonl")
+    assert rows[1]["loss"] == pytest.approx(loss_before_training(made_runs / "runs/base", config, store), rel=1e-5)
+    untrained = read_metrics(made_runs / "runs/base/metrics.jsonl")[1]["loss"]
+    assert abs(rows[1]["loss"] - untrained) > 0.01
+    assert rows[0]["val_nll"] < math.log(20) - 0.05  # which is the untrained network's
+    assert rows[1]["lr"] == pytest.approx(config.optim.lr / config.optim.warmup_steps)
+
+
+def loss_before_training(run: Path, config: TrainConfig, store: SequenceStore) -> float:
+    """Of this run's averaged weights, on the packs and with the noise of the config's first step."""
+    source = load_trained(str(run), device="cpu", precision="fp32")
     packs = PackDataset(store, store.split("train"), max_len=150, tokens_per_pack=800, seed=5)
     losses, residues = [], 0
     for index in range(2):
@@ -154,51 +191,47 @@ def test_a_fine_tuned_run_begins_with_the_weights_and_resumes(
             loss, _ = score_entropy_loss(source.score_fn, packs[index], source.graph, source.noise, generator, 1.0, cap)
         losses.append(float(loss))
         residues += count_residues(packs[index])
-    rows = read_metrics(run / "metrics.jsonl")
-    assert rows[1]["loss"] == pytest.approx(sum(losses) / residues, rel=1e-5)
-    untrained = read_metrics(tmp_path / "runs/base/metrics.jsonl")[1]["loss"]
-    assert abs(rows[1]["loss"] - untrained) > 0.01
-    assert rows[0]["val_nll"] < math.log(20) - 0.05  # which is the untrained network's
-    assert rows[1]["lr"] == pytest.approx(config.optim.lr / config.optim.warmup_steps)
+    return sum(losses) / residues
 
-    # its own folder is enough to go on, and gives the bits of a run that was left alone
-    command[command.index("run.name=family")] = "run.name=whole"
-    tune()
-    command[command.index("run.name=whole")] = "run.name=family"
-    (tmp_path / "runs/base").rename(tmp_path / "runs/away")
+
+@pytest.mark.slow
+def test_a_fine_tuned_run_goes_on_without_its_source(runs: Path, tune: Tune) -> None:
+    """Its own folder is enough, and gives the bits of a run that was left alone."""
+    whole = tune("run.name=whole")
+    assert whole.returncode == 0, whole.stderr
+    (runs / "base").rename(runs / "away")
     resumed = tune("optim.lr=0.003")
-    assert "going on from runs/family/checkpoints/step_00000004" in resumed
-    assert "starting from" not in resumed
-    assert_same_bits(run, tmp_path / "runs/whole")
-    (tmp_path / "runs/away").rename(tmp_path / "runs/base")
-    assert_one_line_error(
-        run_python("-m", "protlig_dd.training", *[o for o in command if not o.startswith("from=")]),
-        "runs/family was started with another config", "from: runs/base -> None",
-    )  # fmt: skip
+    assert resumed.returncode == 0, resumed.stderr
+    assert "going on from runs/family/checkpoints/step_00000004" in resumed.stdout
+    assert "starting from" not in resumed.stdout
+    assert_same_bits(runs / "family", runs / "whole")
+    (runs / "away").rename(runs / "base")
+    assert_one_line_error(tune("from=null"), "runs/family was started with another config", "from: runs/base -> None")
 
-    # from a fine-tuned run, one goes on as from any other
-    again = [o for o in command if not o.startswith(("from=", "run.name="))] + ["from=runs/family", "run.name=second"]
-    process = run_python("-m", "protlig_dd.training", *again, "trainer.max_steps=1", "optim.lr=1e-30")
+
+@pytest.mark.slow
+def test_a_fine_tuned_run_is_a_source_like_any_other(runs: Path, tune: Tune) -> None:
+    process = tune("from=runs/family", "run.name=second", "trainer.max_steps=1", "optim.lr=1e-30")
     assert process.returncode == 0, process.stderr
-    before, after = (find_saved(str(tmp_path / "runs" / name)).weights for name in ("family", "second"))
+    before, after = (find_saved(str(runs / name)).weights for name in ("family", "second"))
     assert all(torch.equal(tensor, load_file(after)[name]) for name, tensor in load_file(before).items())
 
-    # weights that are no longer those that the run began with
-    shutil.rmtree(tmp_path / "runs/second/checkpoints")
-    train(run_python, store, "base", "trainer.max_steps=31", "optim.lr=0.01", "model.dropout=0", "optim.ema_decay=0.8",
-          "optim.warmup_steps=5", "trainer.eval_every=30", "trainer.precision=fp32", "trainer.device=cpu")  # fmt: skip
-    fresh = ["-m", "protlig_dd.training", *again[:-2], "run.name=third"]
-    wrong = run_python(*fresh, "from=runs/base", f"from_sha256={'0' * 64}")
-    assert_one_line_error(wrong, "from=runs/base has weights of SHA-256", "from_sha256=0000")
-    shutil.rmtree(tmp_path / "runs/family/checkpoints")
-    moved_on = run_python("-m", "protlig_dd.training", *command)
-    assert_one_line_error(moved_on, "step_00000031: weights of SHA-256", "run.fresh=true")
 
+@pytest.mark.slow
+def test_weights_that_are_not_those_the_run_began_with_are_refused(
+    runs: Path, tune: Tune, run_python: Command, store: SequenceStore
+) -> None:
+    train(run_python, store, "base", *BASE, "trainer.max_steps=31")
+    fresh = "run.name=third"
+    wrong = tune(fresh, f"from_sha256={'0' * 64}")
+    assert_one_line_error(wrong, "from=runs/base has weights of SHA-256", "from_sha256=0000")
+    shutil.rmtree(runs / "family/checkpoints")
+    assert_one_line_error(tune(), "step_00000031: weights of SHA-256", "run.fresh=true")
     for more, parts in (
         (["from=runs/none"], ["runs/none: neither a run folder with a complete checkpoint nor"]),
-        (["from=runs/base", "model=small"], ["from=runs/base is another model (model.hidden_size: 32 there, 512 here"]),
-        (["from=runs/base", "run.resume=runs/base"], ["from=runs/base and run.resume=runs/base"]),
-        ([f"from_sha256={'0' * 64}"], ["from_sha256 is that of from="]),
+        (["model=small"], ["from=runs/base is another model (model.hidden_size: 32 there, 512 here"]),
+        (["run.resume=runs/base"], ["from=runs/base and run.resume=runs/base"]),
+        (["from=null", f"from_sha256={'0' * 64}"], ["from_sha256 is that of from="]),
     ):
-        assert_one_line_error(run_python(*fresh, *more), *parts)
-    assert not (tmp_path / "runs/third").exists()
+        assert_one_line_error(tune(fresh, *more), *parts)
+    assert not (runs / "third").exists()

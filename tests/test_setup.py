@@ -22,7 +22,7 @@ def checkout(tmp_path: Path) -> Path:
         shutil.copy(ROOT / name, tmp_path / name)
     venv = tmp_path / ".venv/bin"
     venv.mkdir(parents=True)
-    (venv / "python").write_text(f'#!/bin/sh\n[ "$3" = --version ] || echo "$@" >> {tmp_path}/calls\n')
+    (venv / "python").write_text(f'#!/bin/sh\n[ "$3" != install ] || echo "$@" >> {tmp_path}/calls\n')
     (venv / "python").chmod(0o755)
     return tmp_path
 

@@ -301,7 +301,7 @@ def tell_ends(asked: dict[int, socket.socket]) -> None:
     with contextlib.suppress(ChildProcessError):  # there is none left
         while (found := os.waitpid(-1, os.WNOHANG))[0]:
             if connection := asked.pop(found[0], None):
-                with connection, contextlib.suppress(BrokenPipeError):
+                with connection, contextlib.suppress(ConnectionError):
                     connection.sendall(f"{os.waitstatus_to_exitcode(found[1])}\n".encode())
 
 
@@ -328,7 +328,7 @@ def fork(connection: socket.socket, asked: dict[int, socket.socket], own: list[i
     for descriptor in descriptors:  # a pipe ends when all who may write to it have gone
         os.close(descriptor)
     asked[pid] = connection
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(ConnectionError):
         connection.sendall(f"{pid}\n".encode())
 
 
