@@ -54,10 +54,12 @@ echo "setting up $venv with $("$python" --version) (the first time takes a few m
 if ! "$venv/bin/python" -m pip --version > /dev/null 2>&1; then
     "$python" -m venv --clear "$venv" # also one that was left half-made
 fi
-compile=--no-compile # Python compiles what is imported, once; all of it takes a third of the installation
-[ -z "${PYTHONDONTWRITEBYTECODE:-}" ] || compile=--compile # it may not, and would again at every start
+compile=--compile
+if [ -n "$extras" ] && [ -z "${PYTHONDONTWRITEBYTECODE:-}" ]; then
+    compile=--no-compile # all of it takes a third of the installation; Python compiles what the tests import, once
+fi
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check $compile -c constraints.txt -e ".$extras"
-if [ -n "$extras" ]; then # the tests' processes import these at the same time, and each would compile them
+if [ $compile = --no-compile ]; then # the tests' processes import these at the same time, and each would compile them
     site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
     "$venv/bin/python" -m compileall -qq -j 0 -x 'packages/.*/tests?/' \
         "$site"/{torch,sympy,scipy,numpy,matplotlib} || true # a file of torch is for newer Pythons

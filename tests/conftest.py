@@ -187,7 +187,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
-    node.workerinput["server"] = node.config.stash[SERVER].address
+    if SERVER in node.config.stash:
+        node.workerinput["server"] = node.config.stash[SERVER].address
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

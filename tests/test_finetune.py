@@ -211,6 +211,8 @@ def test_a_fine_tuned_run_goes_on_without_its_source(runs: Path, tune: Tune) -> 
 
 @pytest.mark.slow
 def test_a_fine_tuned_run_is_a_source_like_any_other(runs: Path, tune: Tune) -> None:
+    finished = tune()
+    assert finished.returncode == 0, finished.stderr
     process = tune("from=runs/family", "run.name=second", "trainer.max_steps=1", "optim.lr=1e-30")
     assert process.returncode == 0, process.stderr
     before, after = (find_saved(str(runs / name)).weights for name in ("family", "second"))

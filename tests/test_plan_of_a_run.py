@@ -9,7 +9,7 @@ from torch import nn
 from protlig_dd.batch import PackedBatch
 from protlig_dd.data.store import SequenceStore, StoreGroup
 from protlig_dd.runtime.config import TrainConfig, build_model, read_config
-from protlig_dd.training.plan import activation_bytes, plan, with_data
+from protlig_dd.training.plan import activation_bytes, kept_bytes, plan, with_data
 
 from .conftest import Command, assert_one_line_error
 from .test_configs import composed
@@ -21,8 +21,8 @@ def config_of(*overrides: str) -> TrainConfig:
     return config
 
 
-def kept_by(model: nn.Module, tokens: int, precision: str) -> int:
-    """Bytes that one forward pass over so many tokens keeps, weights left out, and their bf16 copies."""
+def kept_in(model: nn.Module, lengths: list[int], precision: str) -> int:
+    """Bytes of real tensors that one forward pass over sequences of these lengths keeps, float32 weights left out."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -30,12 +30,19 @@ def kept_by(model: nn.Module, tokens: int, precision: str) -> int:
         kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
-    batch = PackedBatch.pack([torch.zeros(250, dtype=torch.int64)] * (tokens // 250))
+    batch = PackedBatch.pack([torch.zeros(length, dtype=torch.int64) for length in lengths])
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), autocast:
-        model.train()(batch, torch.ones(tokens // 250))
-    copies = 2 * sum(part.weight.numel() for part in model.blocks.modules() if isinstance(part, nn.Linear))
-    return sum(size for place, size in kept.items() if place not in weights) - (copies if precision == "bf16" else 0)
+        model.train()(batch, torch.ones(len(lengths)))
+    return sum(size for place, size in kept.items() if place not in weights)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_fake_tensors_keep_the_bytes_of_real_ones(precision: str, checkpointing: bool) -> None:
+    config = config_of("model.n_blocks=2", f"model.checkpointing={checkpointing}")
+    model = build_model(config.model, "sdpa", time_conditioning=False)
+    assert kept_bytes(config, precision, 2, checkpointing, 128) == kept_in(model, [128], precision)
 
 
 @pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
@@ -46,7 +53,10 @@ def test_activations_are_linear_in_tokens_and_depth(mlp: str, precision: str) ->
     model = build_model(config.model, "sdpa", time_conditioning=False)
     for tokens in (250, 1000):
         expected = tokens * activation_bytes(config, precision)
-        assert kept_by(model, tokens, precision) == pytest.approx(expected, rel=0.03)
+        kept = kept_in(model, [250] * (tokens // 250), precision)
+        if precision == "bf16":  # copies of the weights are kept once
+            kept -= 2 * sum(part.weight.numel() for part in model.blocks.modules() if isinstance(part, nn.Linear))
+        assert kept == pytest.approx(expected, rel=0.03)
 
 
 def test_checkpointing_keeps_one_block_of_many() -> None:

@@ -23,7 +23,7 @@ from protlig_dd.data.fasta import read_fasta
 
 from .conftest import ROOT, require_program
 from .test_download import serving
-from .warm import Server
+from .warm import READ_BY_LIBRARIES, Server
 
 Shell = Callable[..., str]
 
@@ -81,7 +81,11 @@ def shortened(command: str) -> str:
 
 @pytest.fixture(scope="module")
 def shell(checkout: Path, libraries: Server) -> Iterator[Shell]:
-    """Run a command line in the checkout, as a new user's shell would; modules run in forks (tests/warm.py)."""
+    """Run a command line in the checkout, as a new user's shell would.
+
+    Modules run in forks of an interpreter that has imported the package of the checkout, programs (-c) in forks of one
+    that has imported the libraries alone (tests/warm.py).
+    """
     (checkout / "home").mkdir()
     venv = checkout / "venv"  # has this environment's packages, and leaves them alone
     (venv / "bin").mkdir(parents=True)
@@ -93,6 +97,7 @@ def shell(checkout: Path, libraries: Server) -> Iterator[Shell]:
         "OMP_NUM_THREADS": "1",
         "PROTLIG_TYPECHECK": os.environ.get("PROTLIG_TYPECHECK", "0"),
     }
+    environment |= {name: os.environ[name] for name in READ_BY_LIBRARIES if name in os.environ}
     server = libraries.import_package(checkout, environment)
     server.connect().close()
     environment["PYTHON_EXEC"] = str(server.executable)
@@ -100,6 +105,7 @@ def shell(checkout: Path, libraries: Server) -> Iterator[Shell]:
     wrapper.write_text(
         f"""#!/bin/sh
 [ "$1 $2" = "-m pip" ] && exit 0
+[ "$1" = -c ] && exec {libraries.executable} "$@"
 exec {server.executable} "$@"
 """
     )

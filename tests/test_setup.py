@@ -22,25 +22,31 @@ def checkout(tmp_path: Path) -> Path:
         shutil.copy(ROOT / name, tmp_path / name)
     venv = tmp_path / ".venv/bin"
     venv.mkdir(parents=True)
-    (venv / "python").write_text(f'#!/bin/sh\n[ "$3" != install ] || echo "$@" >> {tmp_path}/calls\n')
+    recorded = f'case "$*" in *install* | *compileall*) echo "$@" >> {tmp_path}/calls ;; esac'
+    (venv / "python").write_text(f"#!/bin/sh\n{recorded}\n")
     (venv / "python").chmod(0o755)
     return tmp_path
 
 
-def test_a_second_set_up_does_nothing_until_a_requirement_changes(checkout: Path) -> None:
+def test_a_second_set_up_does_nothing_until_a_requirement_changes(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = checkout / "calls"
     for _ in range(2):
         assert run_setup(checkout, PYTHON=sys.executable).returncode == 0
     assert len(calls.read_text().splitlines()) == 1
-    assert "-c constraints.txt -e ." in calls.read_text()
+    assert "--compile -c constraints.txt -e ." in calls.read_text()
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
     assert run_setup(checkout, "--dev", PYTHON=sys.executable).returncode == 0
-    assert ".[dev,esm,hmm,hub,slurm,wandb]" in calls.read_text().splitlines()[1]
+    _, installed, compiled = calls.read_text().splitlines()
+    assert installed.endswith("--no-compile -c constraints.txt -e .[dev,esm,hmm,hub,slurm,wandb]")
+    assert "compileall" in compiled
     assert run_setup(checkout, PYTHON=sys.executable).returncode == 0  # dev includes what training needs
-    assert len(calls.read_text().splitlines()) == 2
+    assert len(calls.read_text().splitlines()) == 3
     with (checkout / "constraints.txt").open("a") as file:
         file.write("six==1.17.0\n")
     assert run_setup(checkout, "--dev", PYTHON=sys.executable).returncode == 0
-    assert len(calls.read_text().splitlines()) == 3
+    assert len(calls.read_text().splitlines()) == 5
 
 
 def test_a_failed_install_is_not_taken_for_done(checkout: Path) -> None:

@@ -328,6 +328,8 @@ def test_the_flags_are_the_same_code(run_python: Command, store: SequenceStore, 
     for more in (["model=tiny"], full):
         process = run_python(*command, *more)
         assert process.returncode == 0, process.stdout + process.stderr
+    planned = run_python(*command[:2], "--config", command[5], "--datafile", str(store.path), "plan=true")
+    assert "parameters  34.7 M" in planned.stdout, planned.stderr
     if thorough():
         assert "34.7 M parameters" in process.stdout
         assert "slow on a CPU" in process.stdout or torch.cuda.is_available()

@@ -65,7 +65,8 @@ def test_bytecode_of_checked_and_of_plain_runs_lies_apart(
     order: tuple[str, str], package: Path, run_python: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every verb starts, and is checked or not, whatever ran before it in this checkout."""
-    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+    for name in ("PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX"):
+        monkeypatch.delenv(name, raising=False)
     for checked in order:
         own = {"PYTHONPATH": str(package), "PROTLIG_TYPECHECK": checked}
         process = run_python("-c", START_ALL, *VERBS, cwd=package, **own)

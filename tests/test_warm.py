@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -130,29 +131,59 @@ def test_a_fork_of_the_libraries_imports_the_package_itself(libraries: Server, t
 
 
 STARTING = """
-import os
+import os, sys
 from pathlib import Path
-from tests.warm import start_server
-server = start_server(libraries=[])
+from tests.warm import READ_BY_LIBRARIES, Server, start_server
+if sys.argv[1:]:
+    server = Server(READ_BY_LIBRARIES, os.environ, sys.argv[1]).import_package(Path.cwd(), os.environ)
+else:
+    server = start_server(libraries=[])
 fork = server.start(["-c", "import time; time.sleep(600)"], cwd=Path.cwd(), env=os.environ)
 print(server.process.pid, fork.pid, flush=True)
 os.kill(os.getpid(), 9)
 """
 
 
-def test_a_server_and_its_forks_end_with_the_process_that_started_them() -> None:
-    killed = subprocess.run([sys.executable, "-c", STARTING], cwd=ROOT, capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("imported", ["nothing", "the package"])
+def test_a_server_and_its_forks_end_with_the_process_that_asked_for_it(imported: str, libraries: Server) -> None:
+    libraries.connect().close()
+    address = [libraries.address] if imported == "the package" else []
+    killed = subprocess.run(
+        [sys.executable, "-c", STARTING, *address], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert killed.returncode == -signal.SIGKILL
     pids = killed.stdout.split()
     assert len(pids) == 2, killed.stderr
-    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
+    wait_for(lambda: not any(is_running(pid) for pid in pids))
+
+
+def is_running(pid: str) -> bool:
+    """A zombie is not."""
+    state = subprocess.run(["ps", "-o", "stat=", "-p", pid], capture_output=True, text=True, check=False).stdout.strip()
+    return state != "" and not state.startswith("Z")
 
 
 def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
     server = start_server(libraries=["no_such_library"])
-    with pytest.raises(RuntimeError, match=r"the interpreter that forks has ended: [\s\S]*No module named"):
-        server.run(["-m", "probe"], cwd=tmp_path, env=os.environ)
-    server.close()
+    elsewhere = Server((), {}, server.address)  # as in a process of the tests that has not started it
+    for asked in (server, elsewhere, server):
+        with pytest.raises(RuntimeError, match=r"the interpreter that forks has ended: [\s\S]*No module named"):
+            asked.run(["-m", "probe"], cwd=tmp_path, env=os.environ)
+    for one in (server, elsewhere):
+        one.close()
+
+
+def test_a_client_that_breaks_off_does_not_stop_a_server(libraries: Server, tmp_path: Path) -> None:
+    with libraries.connect() as connection, Path(os.devnull).open() as file:
+        socket.send_fds(connection, [(1000).to_bytes(8, "big")], [file.fileno()])
+        connection.sendall(b"{")
+    assert libraries.run(["-c", "print('served')"], cwd=tmp_path, env=os.environ).stdout == "served\n"
+
+
+def test_a_program_is_the_main_module(libraries: Server, tmp_path: Path) -> None:
+    program = "import pickle, sys\ndef f(): pass\nprint(pickle.loads(pickle.dumps(f)) is f, sys.argv, __name__)"
+    new = subprocess.run([sys.executable, "-c", program, "a"], capture_output=True, text=True, check=True)
+    assert libraries.run(["-c", program, "a"], cwd=tmp_path, env=os.environ).stdout == new.stdout
 
 
 VERBS: dict[str, Callable[[Path, Path], list[str]]] = {

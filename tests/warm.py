@@ -21,6 +21,7 @@ import atexit
 import contextlib
 import ctypes
 import fcntl
+import functools
 import gc
 import importlib
 import inspect
@@ -30,6 +31,7 @@ import os
 import pkgutil
 import runpy
 import select
+import shlex
 import signal
 import socket
 import subprocess
@@ -38,13 +40,14 @@ import tempfile
 import threading
 import time
 import traceback
+import types
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 # Read when libraries are imported: a fork would not see another value.
-READ_BY_LIBRARIES = ("TORCH_LOGS", "MPLCONFIGDIR")
+READ_BY_LIBRARIES = ("TORCH_LOGS", "TORCH_COMPILE_DISABLE", "MPLCONFIGDIR")
 # And by the package. PROTLIG_TYPECHECK is read then too: a fork is checked if the tests are, and the variable holds for
 # the interpreters that it starts.
 READ_BY_PACKAGE = (*READ_BY_LIBRARIES, "PYTHONPATH")
@@ -76,7 +79,7 @@ def start_server(env: Mapping[str, str] = os.environ, libraries: Sequence[str] =
     server.process = subprocess.Popen(
         [sys.executable, __file__, "libraries", server.address, *libraries],
         env={name: value for name, value in env.items() if name != "PYTHONPATH"} | THREADS, start_new_session=True,
-        text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     return server
 
@@ -95,9 +98,10 @@ class Server:
         self.address = address or str(Path(self.folder.name) / "socket")
         self.environment = {name: env.get(name) for name in read}
         self.executable = Path(self.folder.name) / "python"
-        self.executable.write_text(EXECUTABLE.format(python=sys.executable, file=__file__, address=self.address))
+        words = {"python": sys.executable, "file": __file__, "address": self.address}
+        self.executable.write_text(EXECUTABLE.format(**{name: shlex.quote(word) for name, word in words.items()}))
         self.executable.chmod(0o755)
-        self.process: subprocess.Popen[str] | Process | None = None
+        self.process: subprocess.Popen[bytes] | Process | None = None
 
     def import_package(self, root: Path, env: Mapping[str, str]) -> "Server":
         """A fork that has imported the package of this folder too; it ends when this process does."""
@@ -137,16 +141,22 @@ class Server:
         return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
     def connect(self, seconds: float = 300) -> socket.socket:
-        """Wait for the server to have imported everything."""
-        deadline = time.monotonic() + seconds
+        """Wait for the server to have imported everything.
+
+        Raises:
+            RuntimeError: it has ended; with its traceback, if it left one.
+        """
+        deadline, failure = time.monotonic() + seconds, Path(f"{self.address}.failed")
         while True:
+            ended = self.process is not None and self.process.poll() is not None
             connection = socket.socket(socket.AF_UNIX)
             try:
                 connection.connect(self.address)
             except (FileNotFoundError, ConnectionRefusedError):
                 connection.close()
-                if self.process is not None and self.process.poll() is not None:
-                    raise RuntimeError(f"the interpreter that forks has ended: {self.process.communicate()}") from None
+                if ended or failure.exists():
+                    why = failure.read_text() if failure.exists() else ""
+                    raise RuntimeError(f"the interpreter that forks has ended: {why}") from None
                 assert time.monotonic() < deadline, f"nothing listens at {self.address}"
                 time.sleep(0.02)
             else:
@@ -154,8 +164,9 @@ class Server:
 
     def close(self) -> None:
         if self.process is not None:
-            self.process.kill()
-            self.process.communicate()
+            with contextlib.suppress(RuntimeError):  # the one that forked it has ended before
+                self.process.kill()
+                self.process.communicate()
         self.folder.cleanup()
 
 
@@ -179,9 +190,12 @@ class Process:
             ready, _, _ = select.select([self.connection], [], [], timeout)
             if not ready:
                 raise subprocess.TimeoutExpired(self.args, timeout or 0)
-            self.returncode = int(self.lines.readline())
+            told = self.lines.readline()
             self.lines.close()
             self.connection.close()
+            if not told:
+                raise RuntimeError(f"the interpreter that forked python {' '.join(self.args)} has ended")
+            self.returncode = int(told)
         return self.returncode
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
@@ -242,6 +256,11 @@ def end(code: int) -> NoReturn:
             signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     os._exit(code & 0xFF)
+
+
+def import_libraries(names: Sequence[str]) -> None:
+    for name in names:
+        importlib.import_module(name)
 
 
 def import_package() -> None:
@@ -311,10 +330,14 @@ def fork(connection: socket.socket, asked: dict[int, socket.socket], own: list[i
     if not header:  # somebody only waited for the server
         connection.close()
         return
-    size = int.from_bytes(header, "big")
-    message = b""
+    size, message = int.from_bytes(header, "big"), b""
     while len(message) < size:
-        message += connection.recv(size - len(message))
+        part = connection.recv(size - len(message))
+        if not part:  # whoever asked has gone meanwhile
+            for file in (*descriptors, connection.detach()):
+                os.close(file)
+            return
+        message += part
     request = json.loads(message)
     server = os.getpid()
     pid = os.fork()
@@ -360,6 +383,7 @@ def become(request: dict[str, Any], files: dict[int, int]) -> NoReturn:
     more = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     sys.path[:] = [request["cwd"], *(path for path in more if path and path not in sys.path), *sys.path[1:]]
     sys.dont_write_bytecode = bool(os.environ.get("PYTHONDONTWRITEBYTECODE"))
+    sys.pycache_prefix = os.environ.get("PYTHONPYCACHEPREFIX") or None
     sys.executable = os.environ.get("PYTHON_EXEC", sys.executable)
     multiprocessing.set_executable(sys.executable)
     # torch's launcher inspects its stack often; each time it would look for this file among all modules
@@ -393,17 +417,25 @@ def start_as(arguments: list[str]) -> None:
     else:
         flag = arguments.index("-c")
         sys.argv = ["-c", *arguments[flag + 2 :]]
-        exec(arguments[flag + 1], {"__name__": "__main__"})
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(arguments[flag + 1], vars(sys.modules["__main__"]))
+
+
+def import_and_serve(address: str, imports: Callable[[], None], until: TextIO | None = None) -> None:
+    """If that fails, leave the traceback beside the socket."""
+    try:
+        imports()
+        serve(address, until)
+    except Exception:
+        Path(f"{address}.failed").write_text(traceback.format_exc())
+        raise
 
 
 if __name__ == "__main__":
     match sys.argv[1:]:
         case ["libraries", address, *names]:
-            for name in names:
-                importlib.import_module(name)
-            serve(address, until=sys.stdin)
+            import_and_serve(address, functools.partial(import_libraries, names), until=sys.stdin)
         case ["package", address]:
-            import_package()
-            serve(address)
+            import_and_serve(address, import_package)
         case ["command", address, *arguments]:
             command(address, arguments)
