@@ -110,7 +110,7 @@ def test_the_benchmark_measures_every_part(run_python: Command, tmp_path: Path) 
         TORCH_COMPILE_DISABLE="0" if thorough() else "1", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "compiled"),
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
-    assert (tmp_path / "compiled").exists() == thorough()
+    assert thorough() or not list((tmp_path / "compiled").rglob("*.so"))
     found = json.loads((tmp_path / "found.json").read_text())
     variants = found["throughput"] + found.get("cost", [])
     assert [row["ratio"] for row in variants if "baseline" in row["variant"]] == [1.0]
