@@ -2,6 +2,7 @@
 
     python -m scripts.fault_campaign            the campaign of docs/reliability.md, half an hour on 2 cores
     python -m scripts.fault_campaign --short    each fault once or twice, a few minutes
+    python -m scripts.fault_campaign damage     only what damages checkpoints
 
 Small runs are disturbed, started again until they are through, and compared with runs that were left alone: the same
 bits in weights, averaged weights and optimizer state, and the same sequences in every step. Prints Markdown; the exit
@@ -20,8 +21,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors.torch import load_file
@@ -50,6 +53,7 @@ SMALL = [
     "report.samples=0",
 ]
 TWO = ("trainer.devices=2",)
+RANKS = {1: (), 2: TWO}
 
 
 @dataclass
@@ -66,25 +70,45 @@ class Tally:
         self.survived += survived
 
 
+class Process(Protocol):
+    """The part of subprocess.Popen that the campaign uses."""
+
+    pid: int
+    returncode: int | None
+
+    def poll(self) -> int | None: ...
+    def send_signal(self, sig: signal.Signals, /) -> None: ...
+    def communicate(self, *, timeout: float | None = None) -> tuple[str, str]: ...
+
+
+def start_python(arguments: list[str], folder: Path) -> Process:
+    """`python ARGUMENTS` in a process group of its own, so that what is left of it can be told and ended."""
+    return subprocess.Popen(
+        [sys.executable, *arguments], cwd=folder, text=True, start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
 class Campaign:
-    """Runs of so many steps in `folder`, all on the bundled proteins."""
+    """Runs of 120 steps, or 40 if it is short, in `folder`, all on the bundled proteins.
 
-    def __init__(self, folder: Path, steps: int, seed: int) -> None:
-        self.folder, self.steps, self.random, self.store = folder, steps, random.Random(seed), bundled_store(folder)
-        for name, more in (("one", ()), ("two", TWO)):
-            self.finish(name, *more)
+    Args:
+        seed: of the moments at which faults strike.
+        start_process: how `python ARGUMENTS` is started in a folder.
+    """
 
-    def command(self, name: str, *more: str) -> list[str]:
+    def __init__(
+        self, folder: Path, *, short: bool, seed: int, start_process: Callable[[list[str], Path], Process]
+    ) -> None:
+        self.folder, self.short, self.random, self.store = folder, short, random.Random(seed), bundled_store(folder)
+        self.steps = 40 if short else 120
+        self.kills, self.others = (3, 2) if short else (30, 10)
+        self.start_process = start_process
+
+    def start(self, name: str, *more: str) -> Process:
         overrides = [*SMALL, f"data.path={self.store.path}", f"run.name={name}"]
         overrides += [f"trainer.max_steps={self.steps}", *more]
-        return [sys.executable, "-m", "protlig_dd.training", *overrides]
-
-    def start(self, name: str, *more: str) -> subprocess.Popen[str]:
-        """A run in a process group of its own, so that what is left of it can be told and ended."""
-        return subprocess.Popen(
-            self.command(name, *more), cwd=self.folder, text=True, start_new_session=True, env=ENVIRONMENT,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
+        return self.start_process(["-m", "protlig_dd.training", *overrides], self.folder)
 
     def attempt(self, name: str, *more: str) -> tuple[int, str, str]:
         """Run until it ends: exit code, what it printed, its last line on stderr."""
@@ -101,8 +125,16 @@ class Campaign:
     def run(self, name: str) -> Path:
         return self.folder / "runs" / name
 
-    def same(self, name: str, reference: str) -> bool:
-        """Whether two runs ended with the same bits and saw the same sequences in every step, each once."""
+    def undisturbed(self, ranks: int) -> str:
+        """The run of so many processes that was left alone, made when it is first asked for."""
+        name = f"undisturbed{ranks}"
+        if not self.run(name).exists():
+            self.finish(name, *RANKS[ranks])
+        return name
+
+    def same(self, name: str, ranks: int = 1) -> bool:
+        """Whether it ended with the undisturbed run's bits, and saw the same sequences in every step, each once."""
+        reference = self.undisturbed(ranks)
         first, second = (newest_sound_checkpoint(self.run(one))[0] for one in (name, reference))
         if first is None or second is None or step_of(first) != self.steps:
             return False
@@ -112,17 +144,17 @@ class Campaign:
                 return False
         return rows_of(self.run(name)) == rows_of(self.run(reference))
 
-    def wait_for_checkpoint(self, name: str, process: subprocess.Popen[str]) -> None:
+    def wait_for_checkpoint(self, name: str, process: Process) -> None:
         """Until one stands that did not before."""
         known = set(self.run(name).glob(f"checkpoints/*/{COMPLETE}"))
         while process.poll() is None and not set(self.run(name).glob(f"checkpoints/*/{COMPLETE}")) - known:
             time.sleep(0.01)
 
-    def kill_trainer(self, times: int) -> Tally:
+    def kill_trainer(self) -> Tally:
         """SIGKILL at random moments; every third while a checkpoint is being written."""
         tally = Tally("SIGKILL of the trainer")
         writing = 0
-        for turn in self.turns(times, "kill", "one", (), tally):
+        for turn in self.turns(self.kills, "kill", tally):
             process = self.start(turn)
             if tally.tried % 3 == 2:
                 parent = self.run(turn) / "checkpoints"
@@ -137,9 +169,9 @@ class Campaign:
         tally.notes = f"{writing} of them left half a checkpoint"
         return tally
 
-    def turns(self, times: int, name: str, reference: str, more: tuple[str, ...], tally: Tally) -> Iterator[str]:
+    def turns(self, times: int, name: str, tally: Tally) -> Iterator[str]:
         """Names of runs to disturb, `times` in all. One that is through is compared, and the next begins; a turn has
-        survived when the run that it disturbed ends like the reference."""
+        survived when the run that it disturbed ends like the undisturbed one."""
         number = waiting = 0
         with ProgressBar(tally.fault, times) as bar:
             for left in range(times, 0, -1):
@@ -149,16 +181,16 @@ class Campaign:
                 waiting += 1
                 bar.advance()
                 if left == 1 or (self.run(current) / "report.json").is_file() or waiting == 8:
-                    self.finish(current, *more)
-                    tally.survived += waiting * self.same(current, reference)
+                    self.finish(current)
+                    tally.survived += waiting * self.same(current)
                     number, waiting = number + 1, 0
 
-    def kill_rank(self, times: int) -> Tally:
+    def kill_rank(self) -> Tally:
         """SIGKILL of one of two ranks; the launcher starts both again."""
         tally = Tally("SIGKILL of one of two ranks, trainer.max_restarts")
         restarts = 5
-        for number, first in enumerate(range(0, times, restarts)):
-            name, own = f"rank{number}", min(restarts, times - first)
+        for number, first in enumerate(range(0, self.others, restarts)):
+            name, own = f"rank{number}", min(restarts, self.others - first)
             process = self.start(name, *TWO, f"trainer.max_restarts={own}")
             killed: set[int] = set()
             for _ in range(own):
@@ -169,17 +201,16 @@ class Campaign:
                     os.kill(self.random.choice(ranks), signal.SIGKILL)
                     tally.tried += 1
             process.communicate(timeout=600)
-            tally.survived += len(killed) // 2 * (process.returncode == 0 and self.same(name, "two"))
+            tally.survived += len(killed) // 2 * (process.returncode == 0 and self.same(name, 2))
         return tally
 
-    def terminate(self, times: int) -> Tally:
+    def terminate(self) -> Tally:
         """SIGTERM, to one process and to the launcher of two: a checkpoint and exit code 75."""
         tally = Tally("SIGTERM")
         slowest = 0.0
-        for number, (reference, more) in enumerate((("one", ()), ("two", TWO))):
-            name, good = f"term{number}", 0
-            own = times // 2 + (times % 2) * (number == 0)
-            for _ in range(own):
+        for ranks, more in RANKS.items():
+            name, good = f"term{ranks}", 0
+            for _ in range(self.others // 2):
                 process = self.start(name, *more)
                 self.wait_for_checkpoint(name, process)
                 began = time.monotonic()
@@ -188,8 +219,8 @@ class Campaign:
                 slowest = max(slowest, time.monotonic() - began)
                 good += process.returncode == 75
             self.finish(name, *more)
-            tally.tried += own
-            tally.survived += good * self.same(name, reference)
+            tally.tried += self.others // 2
+            tally.survived += good * self.same(name, ranks)
         tally.notes = f"at most {slowest:.1f} s to the exit"
         return tally
 
@@ -203,17 +234,17 @@ class Campaign:
         tally.notes = "exit code 1; names step and rank"
         self.finish("hung", *TWO)
         told = process.returncode == 1 and "did not answer within trainer.timeout" in errors
-        tally.count(told and self.same("hung", "two"))
+        tally.count(told and self.same("hung", 2))
         return tally
 
-    def damage(self, short: bool) -> Tally:
+    def damage(self) -> Tally:
         """Each file of the newest checkpoint truncated, with a flipped bit, or gone."""
         tally = Tally("newest checkpoint damaged: each file truncated, bit-flipped, deleted")
         tally.notes = "the one before is taken, and the damage named"
         self.finish("stopped", f"trainer.stop_at_step={self.steps // 2}")
         files = sorted([*FILES, COMPLETE])
         cases = [(file, how) for file in files for how in (truncate, flip, Path.unlink)]
-        cases = cases[1::10] if short else cases
+        cases = cases[1::10] if self.short else cases
         with ProgressBar("damaged checkpoints", len(cases)) as bar:
             for number, (file, how) in enumerate(cases):
                 name = f"damaged{number}"
@@ -224,7 +255,7 @@ class Campaign:
                 out = self.finish(name)
                 before = f"step_{step_of(newest) - 5:08d}"
                 told = f"skipped: runs/{name}/checkpoints/{newest.name}" in out and before in out
-                tally.count(told and self.same(name, "one"))
+                tally.count(told and self.same(name))
                 bar.advance()
         return tally
 
@@ -232,23 +263,23 @@ class Campaign:
         """A checkpoint that does not fit, and one that does once there is room."""
         tally = Tally("disk full while a checkpoint is written", notes="exit code 1; the checkpoint before is whole")
         disk = self.run("full")
-        mount(disk, 64)
-        self.finish("full", "trainer.stop_at_step=20")
-        ballast = disk / "ballast"
-        with ballast.open("wb") as file:
-            file.write(bytes(shutil.disk_usage(disk).free - 200_000))
-        code, _, errors = self.attempt("full")
-        before, skipped = newest_sound_checkpoint(disk)
-        told = code == 1 and "No space left on device" in errors and before is not None and not skipped
-        ballast.unlink()
-        self.finish("full")
-        tally.count(told and self.same("full", "one"))
+        with mounted(disk, 64):
+            self.finish("full", "trainer.stop_at_step=20")
+            ballast = disk / "ballast"
+            with ballast.open("wb") as file:
+                file.write(bytes(shutil.disk_usage(disk).free - 200_000))
+            code, _, errors = self.attempt("full")
+            before, skipped = newest_sound_checkpoint(disk)
+            told = code == 1 and "No space left on device" in errors and before is not None and not skipped
+            ballast.unlink()
+            self.finish("full")
+            tally.count(told and self.same("full"))
         return tally
 
     def read_only(self) -> Tally:
         tally = Tally("run folder that cannot be written", notes="exit code 1 before the first step")
-        mount(self.run("readonly"), 8, "ro")
-        code, out, errors = self.attempt("readonly")
+        with mounted(self.run("readonly"), 8, "ro"):
+            code, out, errors = self.attempt("readonly")
         tally.count(code == 1 and "Read-only file system" in errors and "training" not in out)
         return tally
 
@@ -261,11 +292,20 @@ class Campaign:
         first.send_signal(signal.SIGCONT)
         first.communicate(timeout=600)
         refused = code == 1 and "runs/shared is in use by another run" in errors
-        tally.count(refused and first.returncode == 0 and self.same("shared", "one"))
+        tally.count(refused and first.returncode == 0 and self.same("shared"))
         return tally
 
 
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+FAULTS: dict[str, Callable[[Campaign], Tally]] = {
+    "kill": Campaign.kill_trainer,
+    "kill-rank": Campaign.kill_rank,
+    "terminate": Campaign.terminate,
+    "hang": Campaign.stop_rank,
+    "damage": Campaign.damage,
+    "full-disk": Campaign.full_disk,
+    "read-only": Campaign.read_only,
+    "two-runs": Campaign.two_runs,
+}
 
 
 def rows_of(run: Path) -> dict[int, list[int]]:
@@ -274,19 +314,19 @@ def rows_of(run: Path) -> dict[int, list[int]]:
     return {row["step"]: row["rows"] for row in map(json.loads, lines)}
 
 
-def end_of(process: subprocess.Popen[str], seconds: float) -> None:
+def end_of(process: Process, seconds: float) -> None:
     """Wait for so long, or until the process has ended."""
     until = time.monotonic() + seconds
     while process.poll() is None and time.monotonic() < until:
         time.sleep(0.01)
 
 
-def kill(process: subprocess.Popen[str], number: signal.Signals) -> None:
+def kill(process: Process, number: signal.Signals) -> None:
     process.send_signal(number)
     process.communicate()
 
 
-def ranks_of(launcher: subprocess.Popen[str]) -> list[int]:
+def ranks_of(launcher: Process) -> list[int]:
     """Ids of the processes that a launcher has started, oldest first."""
     found = subprocess.run(
         ["pgrep", "-P", str(launcher.pid), "-f", "spawn_main"], capture_output=True, text=True, check=False
@@ -304,10 +344,16 @@ def flip(file: Path) -> None:
     file.write_bytes(content)
 
 
-def mount(folder: Path, megabytes: int, *options: str) -> None:
+@contextmanager
+def mounted(folder: Path, megabytes: int, *options: str) -> Iterator[None]:
+    """A small disk in a new folder, which is empty again afterwards."""
     folder.mkdir(parents=True)
     chosen = ",".join([f"size={megabytes}m", *options])
     subprocess.run(["mount", "-t", "tmpfs", "-o", chosen, "none", str(folder)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 def enter_namespace() -> None:
@@ -322,27 +368,19 @@ def enter_namespace() -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("faults", nargs="*", metavar="FAULT", help=f"of {', '.join(FAULTS)}; all without it")
     parser.add_argument("--short", action="store_true", help="each fault once or twice")
     parser.add_argument("--seed", type=int, default=0, help="of the moments at which it strikes")
     parser.add_argument("--folder", type=Path, default=Path(), help="for scratch files, some 100 MB")
     arguments = parser.parse_args()
+    if unknown := set(arguments.faults) - FAULTS.keys():
+        parser.error(f"no fault {', '.join(sorted(unknown))}; there are {', '.join(FAULTS)}")
     enter_namespace()
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="fault_campaign.") as folder:
-        campaign = Campaign(Path(folder).resolve(), 40 if arguments.short else 120, arguments.seed)
-        kills, others = (3, 2) if arguments.short else (30, 10)
-        faults: list[Callable[[], Tally]] = [
-            lambda: campaign.kill_trainer(kills),
-            lambda: campaign.kill_rank(others),
-            lambda: campaign.terminate(others),
-            campaign.stop_rank,
-            lambda: campaign.damage(arguments.short),
-            campaign.full_disk,
-            campaign.read_only,
-            campaign.two_runs,
-        ]
-        tallies = [fault() for fault in faults]
-        for mounted in ("full", "readonly"):
-            subprocess.run(["umount", str(campaign.run(mounted))], check=True)
+        campaign = Campaign(
+            Path(folder).resolve(), short=arguments.short, seed=arguments.seed, start_process=start_python
+        )
+        tallies = [FAULTS[name](campaign) for name in arguments.faults or FAULTS]
     print("\n| fault | tried | survived | lost | |\n| --- | --- | --- | --- | --- |")
     for tally in tallies:
         lost = tally.tried - tally.survived

@@ -35,7 +35,7 @@ GROUPS = (
     Group("compiler", "a compiled run has the losses of an eager one, and compiles once for packs of all sizes",
           ("test_training",), ("test_a_compiled_run",)),
     Group("fault campaign", "kills, lost ranks, hangs, damage and a full disk, one after the other: no bit is lost",
-          ("test_faults",), ("test_the_short_fault_campaign",)),
+          ("test_faults",), ("test_the_short_fault_campaign", "test_the_fault_campaign",)),
     Group("README commands", "every command of the README, in order, in a copy with an empty HOME", ("test_readme",)),
     Group("maths", "graphs, noise, scores, losses, bounds and samplers against brute force and exact models",
           ("test_graph", "test_noise", "test_rates", "test_score", "test_loss", "test_likelihood", "test_sampling")),

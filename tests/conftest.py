@@ -54,8 +54,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 MadeOnce = Callable[[str, Callable[[Path], None]], Path]
-Running = subprocess.Popen[str] | Process
-Start = Callable[..., Running]
+Start = Callable[..., Process]
 
 
 @pytest.fixture(scope="session")
@@ -219,15 +218,15 @@ def python(warm: Server, libraries: Server) -> Command:
 
     A module, and what it starts, runs in forks of an interpreter that has imported the package (tests/warm.py). A
     program, and with `new=True` a module, imports the package itself: in a fork of one that has imported the libraries,
-    with --all in a new interpreter; and what it starts has new interpreters. That is for what only an import shows, and
-    for variables that the package reads when it is imported.
+    or in a new interpreter where a variable is given that libraries read when they are imported; and what it starts has
+    new interpreters. That is for what only an import shows, and for variables that the package reads then.
     """
 
     def run(*arguments: str, cwd: Path, new: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:
         env = os.environ | environment
         if arguments[0] == "-m" and not new:
             return warm.run(arguments, cwd=cwd, env={"PYTHON_EXEC": str(warm.executable)} | env)
-        if not thorough() and not any(name in environment for name in READ_BY_LIBRARIES):
+        if not any(name in environment for name in READ_BY_LIBRARIES):
             return libraries.run(arguments, cwd=cwd, env=env)
         return subprocess.run(
             [sys.executable, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=600, check=False
@@ -249,22 +248,11 @@ def run_python(python: Command, tmp_path: Path) -> Command:
 @pytest.fixture
 def start(warm: Server, libraries: Server, tmp_path: Path) -> Iterator[Start]:
     """The same, without waiting: in a session of its own, as a shell starts a job; what is left of it is killed."""
-    started: list[Running] = []
+    started: list[Process] = []
 
-    def start_one(*arguments: str, new: bool = False) -> Running:
-        process: Running
-        if new and not thorough():
-            process = libraries.start(arguments, cwd=tmp_path, env=os.environ, new_session=True)
-        elif new:
-            process = subprocess.Popen(
-                [sys.executable, *arguments], cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                start_new_session=True,
-                # a shell's background jobs, and what they start, ignore it
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-            )  # fmt: skip
-        else:
-            environment = {"PYTHON_EXEC": str(warm.executable)} | os.environ
-            process = warm.start(arguments, cwd=tmp_path, env=environment, new_session=True)
+    def start_one(*arguments: str, new: bool = False) -> Process:
+        server, environment = (libraries, {}) if new else (warm, {"PYTHON_EXEC": str(warm.executable)})
+        process = server.start(arguments, cwd=tmp_path, env=environment | os.environ, new_session=True)
         started.append(process)
         return process
 
@@ -273,15 +261,14 @@ def start(warm: Server, libraries: Server, tmp_path: Path) -> Iterator[Start]:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        for pipe in (process.stdout, process.stderr):
-            assert pipe is not None
-            pipe.close()
+        for file in (process.stdout, process.stderr):
+            file.close()
 
 
 @pytest.fixture
 def spawned_in_forks(warm: Server) -> Iterator[None]:
-    """What the test itself spawns runs in forks; with --all in new interpreters."""
-    multiprocessing.set_executable(sys.executable if thorough() else str(warm.executable))
+    """What the test itself spawns runs in forks."""
+    multiprocessing.set_executable(str(warm.executable))
     yield
     multiprocessing.set_executable(sys.executable)
 

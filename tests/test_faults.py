@@ -29,13 +29,13 @@ from protlig_dd.runtime.distributed import RanksFailedError, count_devices
 from protlig_dd.runtime.files import locked
 from protlig_dd.runtime.metrics import read_metrics
 from protlig_dd.runtime.stop import REASONS, Stopped, StopRequests, seconds_of
-from scripts.fault_campaign import flip, ranks_of, truncate
+from scripts.fault_campaign import FAULTS, Campaign, flip, ranks_of, truncate
 
-from .conftest import ROOT, Command, Running, Start, assert_one_line_error, free_port, make_model, require, wait_for
+from .conftest import ROOT, Command, Start, assert_one_line_error, free_port, make_model, require, wait_for
 from .test_checkpoint import make_optimizer_for, save
 from .test_prepare import may_mount
 from .test_training import last_tensors, overrides_for, read_rows, torchrun, train
-from .warm import Server
+from .warm import Process, Server
 
 
 def reasons_asked(stop: StopRequests) -> list[str]:
@@ -150,7 +150,7 @@ def test_a_damaged_checkpoint_is_skipped_and_named(tmp_path: Path, name: str, ho
     assert newest_sound_checkpoint(tmp_path)[0] is None
 
 
-def stopped_by(process: Running, run: Path, number: signal.Signals) -> tuple[int, str]:
+def stopped_by(process: Process, run: Path, number: signal.Signals) -> tuple[int, str]:
     """Send a signal once there is a checkpoint; exit code and stderr."""
     wait_for(lambda: complete_checkpoints(run))
     process.send_signal(number)
@@ -519,14 +519,37 @@ def test_evaluation_is_the_same_on_any_number_of_processes(store: SequenceStore,
     assert math.isfinite(found[0]["nll"])
 
 
+@pytest.fixture
+def in_forks(warm: Server, libraries: Server) -> Callable[[list[str], Path], Process]:
+    """The campaign's runs are forks; a rank that is to hang is an interpreter that no signal needs handing on to."""
+
+    def start(arguments: list[str], folder: Path) -> Process:
+        hangs = any(argument.startswith("trainer.timeout=") for argument in arguments)
+        server, environment = (libraries, {}) if hangs else (warm, {"PYTHON_EXEC": str(warm.executable)})
+        return server.start(arguments, cwd=folder, env=os.environ | environment, new_session=True)
+
+    return start
+
+
 @pytest.mark.slow
 @pytest.mark.campaign
-def test_the_short_fault_campaign_loses_nothing(run_python: Command) -> None:
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_short_fault_campaign_loses_nothing(
+    fault: str, tmp_path: Path, in_forks: Callable[[list[str], Path], Process]
+) -> None:
     require(may_mount(), "a small disk needs root to mount it")
-    process = run_python(
-        "-m", "scripts.fault_campaign", "--short", new=True, PYTHONPATH=str(ROOT), PROTLIG_TYPECHECK="0"
-    )
+    tally = FAULTS[fault](Campaign(tmp_path, short=True, seed=0, start_process=in_forks))
+    assert tally.survived == tally.tried > 0, tally
+
+
+@pytest.mark.slow
+@pytest.mark.campaign
+def test_the_fault_campaign_as_a_command(run_python: Command) -> None:
+    require(may_mount(), "a small disk needs root to mount it")
+    here = {"PYTHONPATH": str(ROOT), "PROTLIG_TYPECHECK": "0"}
+    process = run_python("-m", "scripts.fault_campaign", "--short", "read-only", new=True, **here)
     assert process.returncode == 0, process.stdout + process.stderr
-    rows = [line.split(" | ") for line in process.stdout.splitlines() if line.startswith("| ")][2:]
-    assert len(rows) == 8
-    assert all(int(tried) == int(survived) > 0 and lost == "0" for _, tried, survived, lost, *_ in rows)
+    assert "| run folder that cannot be written | 1 | 1 | 0 | exit code 1 before the first step |" in process.stdout
+    wrong = run_python("-m", "scripts.fault_campaign", "flood", new=True, **here)
+    assert wrong.returncode == 2
+    assert "no fault flood; there are kill, kill-rank, terminate, hang, damage" in wrong.stderr

@@ -16,7 +16,8 @@ from protlig_dd.data.fasta import FastaRecord
 from protlig_dd.data.store import SequenceStore
 from protlig_dd.prepare import length_plot
 
-from .conftest import ROOT, Command, MadeOnce, Running, Start, assert_one_line_error, require
+from .conftest import ROOT, Command, MadeOnce, Start, assert_one_line_error, require
+from .warm import Process
 
 LETTERS_OF_BITS = {ord("0"): "A", ord("1"): "K"}
 PREPARE = ("-m", "protlig_dd.prepare")
@@ -136,7 +137,7 @@ def big_fasta(tmp_path: Path, made_once: MadeOnce, proteins: list[FastaRecord]) 
     return path
 
 
-def wait_while_it_runs(condition: Callable[[], object], process: Running) -> None:
+def wait_while_it_runs(condition: Callable[[], object], process: Process) -> None:
     deadline = time.time() + 300
     while not condition():
         assert process.poll() is None, process.communicate()[1]

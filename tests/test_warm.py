@@ -12,7 +12,8 @@ import pytest
 
 from protlig_dd.data.store import SequenceStore
 
-from .conftest import ROOT, Command, Start, wait_for
+from .conftest import ROOT, Command, Start, thorough, wait_for
+from .test_training import overrides_for
 from .warm import Server, start_server
 
 PROBE = """
@@ -187,6 +188,7 @@ def test_a_program_is_the_main_module(libraries: Server, tmp_path: Path) -> None
 
 
 VERBS: dict[str, Callable[[Path, Path], list[str]]] = {
+    "training": lambda run, store: overrides_for(SequenceStore(store), "out", "trainer.max_steps=1"),
     "prepare": lambda run, store: ["input=in.fasta", "output=out", "split.validation_fraction=0.2"],
     "sample": lambda run, store: [f"from={run}", "n=1", "steps=2", "output=out"],
     "infill": lambda run, store: [f"from={run}", "input=in.fasta", "free=[2]", "n=1", "steps=2", "output=out"],
@@ -201,13 +203,19 @@ VERBS: dict[str, Callable[[Path, Path], list[str]]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
-def test_each_verb_works_in_a_new_interpreter(
+def test_each_verb_imports_what_it_needs(
     verb: str, trained_run: Path, store: SequenceStore, tmp_path: Path, run_python: Command
 ) -> None:
-    """training is tested so with the wheel, and by Ctrl-C."""
+    """The package by default; with --all, in a new interpreter, the libraries too."""
     (tmp_path / "in.fasta").write_text("".join(f">p{i}\nMKV{'ACDE'[i % 4] * (i + 1)}\n" for i in range(8)))
     (tmp_path / "one.fasta").write_text(">p\nMKVA\n")
     command = ["-m", f"protlig_dd.{verb}", *VERBS[verb](trained_run, store.path)]
-    process = run_python(*command, new=True, PROTLIG_TYPECHECK="0")
+    if thorough():
+        process = subprocess.run(
+            [sys.executable, *command], cwd=tmp_path, env=os.environ | {"PROTLIG_TYPECHECK": "0"}, check=False,
+            capture_output=True, text=True,
+        )  # fmt: skip
+    else:
+        process = run_python(*command, new=True, PROTLIG_TYPECHECK="0")
     assert process.returncode == 0, process.stderr
-    assert list(tmp_path.glob("out*"))
+    assert list(tmp_path.rglob("out*"))
