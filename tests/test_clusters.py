@@ -7,7 +7,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -44,6 +43,7 @@ def steps_of(run: Path) -> int:
 
 SLURM_CONF = """\
 ClusterName=loopback
+FirstJobId={ports[0]}
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
 AuthType=auth/munge
@@ -77,6 +77,7 @@ def slurm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="slurm", dir="/tmp"))  # a socket's path must be short
     (folder / "state").mkdir()
     conf = folder / "slurm.conf"
+    # the launch script takes a job's port from its id, which must not be that of a job of another Slurm of the tests
     conf.write_text(SLURM_CONF.format(host=socket.gethostname(), ports=[free_port() for _ in range(3)], folder=folder))
     monkeypatch.setenv("SLURM_CONF", str(conf))
     subprocess.run(["mungekey", "--create", f"--keyfile={folder}/munge.key"], check=True)
@@ -126,13 +127,23 @@ def start_again(job: str) -> None:
     slurm_says("scontrol", "update", f"jobid={job}", "starttime=now")
 
 
+@pytest.fixture
+def forks_in_jobs(warm: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The python of the environment that a job of Slurm takes; each of its processes stands for a fork."""
+    monkeypatch.setenv("PROTLIG_VENV", str(warm.executable.parent))
+    monkeypatch.setenv("PYTHON_EXEC", str(warm.executable))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")  # the nodes' names are known to this Slurm alone
+    (warm.executable.parent / "bin").mkdir(exist_ok=True)
+    python = warm.executable.parent / "bin/python"
+    if not python.exists():
+        python.symlink_to(warm.executable)
+
+
 @pytest.mark.system
 def test_a_slurm_job_is_queued_again_at_its_limit_and_when_preempted(
-    slurm: Path, store: SequenceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_python: Command
+    slurm: Path, store: SequenceStore, tmp_path: Path, forks_in_jobs: None, run_python: Command
 ) -> None:
     """Two nodes; then what Slurm sends before the limit; then a job of a partition that comes first."""
-    monkeypatch.setenv("PROTLIG_VENV", sys.prefix)
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")  # the nodes' names are known to this Slurm alone
     script = str(ROOT / "scripts/slurm/train.sbatch")
     small = ["--gpus-per-node=0", "--cpus-per-task=1", "--output=out"]
     overrides = overrides_for(store, "given", *LONG, "run.fresh=true")
@@ -170,10 +181,8 @@ def test_a_slurm_job_is_queued_again_at_its_limit_and_when_preempted(
 
 @pytest.mark.system
 def test_a_slurm_job_that_is_cancelled_or_fails_is_not_queued_again(
-    slurm: Path, store: SequenceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    slurm: Path, store: SequenceStore, tmp_path: Path, forks_in_jobs: None
 ) -> None:
-    monkeypatch.setenv("PROTLIG_VENV", sys.prefix)
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     script = str(ROOT / "scripts/slurm/train.sbatch")
     submit = ["sbatch", "--parsable", "--gpus-per-node=0", "--cpus-per-task=1", "--output=out-%j", script]
     ended = {}
