@@ -10,7 +10,6 @@ from protlig_dd.data.fasta import FastaRecord
 from protlig_dd.runtime.config import TrainConfig, read_config
 from scripts import mutation_check
 from scripts.arms import SCREEN, overrides
-from scripts.benchmark import PARTS
 from scripts.diffusion_report import RUNS, samplers
 
 from .conftest import ROOT, Command, make_store, thorough
@@ -99,18 +98,21 @@ def test_the_data_benchmark_prints_the_tables_of_the_docs(run_python: Command) -
     assert len(printed) == 4 * 2 + 2 + 3 + 2 + 2
 
 
+DOCUMENTED = "\n".join((ROOT / f"docs/{name}.md").read_text() for name in ("performance", "scaling"))
+
+
 @pytest.mark.slow
-def test_the_benchmark_measures_every_part(run_python: Command, tmp_path: Path) -> None:
-    """Without the thorough profile: those parts that start no processes, and nothing is compiled."""
+def test_the_benchmark_measures_what_it_compares(run_python: Command, tmp_path: Path) -> None:
+    """Nothing is compiled: a compiled run has a test of its own."""
     sizes = ("--models", "256 x 2", "--max-len", "100", "--tokens", "600", "--steps", "1", "--warmup", "1")
     sizes += ("--repeats", "2", "--sampling-steps", "3", "6", "--json", str(tmp_path / "found.json"))
-    parts = PARTS if thorough() else ["throughput", "profile", "presets", "sampling"]
+    parts = ["throughput", "profile", "sampling", *(["cost", "presets"] if thorough() else [])]
     process = run_python(
         "-m", "scripts.benchmark", *parts, *sizes, new=True, PYTHONPATH=str(ROOT), PROTLIG_TYPECHECK="0",
-        TORCH_COMPILE_DISABLE="0" if thorough() else "1", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "compiled"),
+        TORCH_COMPILE_DISABLE="1", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "compiled"),
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
-    assert thorough() or not list((tmp_path / "compiled").rglob("*.so"))
+    assert not list((tmp_path / "compiled").rglob("*.so"))
     found = json.loads((tmp_path / "found.json").read_text())
     variants = found["throughput"] + found.get("cost", [])
     assert [row["ratio"] for row in variants if "baseline" in row["variant"]] == [1.0]
@@ -118,16 +120,26 @@ def test_the_benchmark_measures_every_part(run_python: Command, tmp_path: Path) 
     assert all(row["residues_per_s"] > 0 for row in variants)
     assert [row["steps"] for row in found["sampling"]] == [3, 6]
     assert all(0 < row["shares"]["aten::mm"] < 1 for row in found["profile"])
-    assert [row["preset"] for row in found["presets"]] == ["tiny", "small", "medium", "large"]
-    if thorough():
-        growth = found["growth"]
-        assert len({(row["what"], row["value"]) for row in growth}) == len(growth) == 4 + 5 + 3 + 3 + 2 + 2
-        assert all(row["ms_per_step"] > 0 for row in growth)
-    documented = (ROOT / "docs/performance.md").read_text() + (ROOT / "docs/scaling.md").read_text()
+    assert not thorough() or [row["preset"] for row in found["presets"]] == ["tiny", "small", "medium", "large"]
     headings = [line for line in process.stdout.splitlines() if line.startswith(HEADINGS)]
-    assert len(headings) == (5 if thorough() else 3)
-    assert not [line for line in headings if line not in documented]
-    assert not [row["variant"] for row in found.get("cost", []) if f"| {row['variant']} | " not in documented]
+    assert len(headings) == len(parts) - 1
+    assert not [line for line in headings if line not in DOCUMENTED]
+    assert not [row["variant"] for row in found.get("cost", []) if f"| {row['variant']} | " not in DOCUMENTED]
+
+
+@pytest.mark.slow
+def test_the_benchmark_measures_how_costs_grow(run_python: Command, tmp_path: Path) -> None:
+    process = run_python("-m", "scripts.benchmark", "growth", "--models", "256 x 2", "--tokens", "160")
+    assert process.returncode == 0, process.stderr
+    growth = json.loads((tmp_path / "benchmark.json").read_text())["growth"]
+    assert len({(row["what"], row["value"]) for row in growth}) == len(growth) == 4 + 5 + 3 + 3 + 2 + 2
+    assert all(row["ms_per_step"] > 0 for row in growth)
+    headings = [line for line in process.stdout.splitlines() if line.startswith(HEADINGS)]
+    assert len(headings) == 1
+    assert headings[0] in DOCUMENTED
+
+
+def test_a_part_that_the_benchmark_has_not_is_refused(run_python: Command) -> None:
     wrong = run_python("-m", "scripts.benchmark", "speed")
     assert wrong.returncode == 2
     assert "no part speed" in wrong.stderr
