@@ -1,124 +1,205 @@
-"""Break the diffusion code in ways that have really happened, and see that a test fails each time.
+"""Break the code in ways that have happened or could, one at a time, and see that a test fails each time.
 
-    python scripts/mutation_check.py      # prints a Markdown table; exit code 1 if a mutation survives
+    python -m scripts.mutation_check                    every mutation of scripts/mutations/*.toml
+    python -m scripts.mutation_check --room data model  those of some rooms
+    python -m scripts.mutation_check --draw 10          ten of them, others on each day
 
-Every mutation is made in a copy of the checkout, so nothing here is changed.
+Mutations are made in copies of the checkout, so nothing here is changed. What was found is kept in a file, and is not
+tried again as long as the code, the tests and the mutation are the same: what was broken off goes on. Prints two
+Markdown tables; the exit code is 1 if a mutation survives.
 """
 
+import argparse
+import hashlib
+import json
 import os
+import queue
+import random
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+import tomllib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 
+from protlig_dd.runtime.metrics import ProgressBar
+from tests.warm import Server, start_server
+
 ROOT = Path(__file__).resolve().parents[1]
+LISTS = ROOT / "scripts/mutations"
+TESTED = ("protlig_dd", "configs", "scripts", "tests")  # what a verdict depends on
+LONGEST = 600  # seconds of the tests of one mutation
+SURVIVED = "**none**"
 
 
 @dataclass(frozen=True)
 class Mutation:
+    """A fault: in `file`, `new` for `old`, which is there once; `tests` are the arguments of pytest."""
+
     what: str
     file: str
     old: str
     new: str
     tests: str
 
-
-GRAPH, SUBSTITUTION = "protlig_dd/diffusion/graph.py", "protlig_dd/diffusion/substitution.py"
-NUMERICS = "protlig_dd/diffusion/numerics.py"
-SAMPLING, LIKELIHOOD = "protlig_dd/diffusion/sampling.py", "protlig_dd/diffusion/likelihood.py"
-MUTATIONS = [
-    Mutation("Q[x, y] for Q[y, x] in the loss", SUBSTITUTION, "return self._spectrum(x).rates.T[x]",
-             "return self._spectrum(x).rates[x]", "tests/test_graph.py"),
-    Mutation("no constant term, absorbing", GRAPH, " + kappa * (log_kappa - 1)", "", "tests/test_graph.py"),
-    Mutation("no constant term, uniform, unmoved", GRAPH, " + (n - 1) / n * rho * (log_rho - 1)", "",
-             "tests/test_graph.py"),
-    Mutation("no constant term, uniform, moved", GRAPH, " + (k_inverse_rho - (n - 2)) / n", "", "tests/test_graph.py"),
-    Mutation("no constant term, substitution", SUBSTITUTION, " + r * (r.log() - 1)", "", "tests/test_graph.py"),
-    Mutation("exp() - 1 in float32 for expm1", SUBSTITUTION,
-             "growth = torch.expm1(sigma[:, None] * process.eigenvalues)",
-             "growth = ((sigma[:, None] * process.eigenvalues).float().exp() - 1).double()", "tests/test_graph.py"),
-    Mutation("s^T exp(-delta Q) with the factors swapped", SUBSTITUTION,
-             "return row + ((row @ process.left) * growth) @ process.right",
-             "return row + ((row @ process.right.T) * growth) @ process.left.T", "tests/test_graph.py"),
-    Mutation("P[x, z] for P[z, x] in the reverse steps", SUBSTITUTION, " * pi[xt.to(pi.device)][:, None] / pi", "",
-             "tests/test_graph.py"),
-    Mutation("the posterior step over sigma for sigma - left", SUBSTITUTION, "self._into(xt, sigma - left)",
-             "self._into(xt, sigma)", "tests/test_graph.py"),
-    Mutation("float32 Gumbel noise for the float64 inverse CDF", NUMERICS, "    cdf = probs_TS.cumsum(-1)\n",
-             "    noise = -(-torch.rand(probs_TS.shape).log()).log()\n"
-             "    return (probs_TS.float().log() + noise).argmax(-1)\n    cdf = probs_TS.cumsum(-1)\n",
-             "tests/test_graph.py"),
-    Mutation("draws with the digits of float32", NUMERICS, "device=generator.device, dtype=torch.float64)",
-             "device=generator.device).double()", "tests/test_graph.py"),
-    Mutation("logits rounded to bf16", "protlig_dd/diffusion/score.py", "return self.model(batch, shown).float()",
-             "return self.model(batch, shown).bfloat16().float()", "tests/test_score.py"),
-    Mutation("scores of the wrong sign of log(e^sigma - 1)", GRAPH,
-             "scaled = logits - (log_expm1(sigma) + math.log(self.n_states))[:, None]",
-             "scaled = logits + (log_expm1(sigma) - math.log(self.n_states))[:, None]", "tests/test_score.py"),
-    Mutation("cu_seqlens shifted by one", "protlig_dd/batch.py",
-             "bounds.astype(np.int32)", "(bounds + 1).astype(np.int32)", "tests/test_batch.py"),
-    Mutation("positions that run on through the pack", "protlig_dd/batch.py",
-             "np.arange(bounds[-1]) - np.repeat(bounds[:-1], length_n)", "np.arange(bounds[-1])",
-             "tests/test_batch.py"),
-    Mutation("no factor 1 - t_min in the loss", "protlig_dd/diffusion/loss.py", "(t_max - noise.t_min) * dsigma_T",
-             "t_max * dsigma_T", "tests/test_loss.py"),
-    Mutation("no prior term in the bound", LIKELIHOOD,
-             "nats_T += to_float64(graph.prior_kl(batch.tokens, sigma_T))",
-             "nats_T += 0 * to_float64(graph.prior_kl(batch.tokens, sigma_T))", "tests/test_likelihood.py"),
-    Mutation("no reconstruction term in the bound", LIKELIHOOD,
-             "draw_T + _reconstruction_draw(score_fn, batch, graph, noise, generator)", "draw_T",
-             "tests/test_likelihood.py"),
-    Mutation("no factor 1 - t_min in the bound", LIKELIHOOD, "return (1 - noise.t_min) * to_float64(dsigma",
-             "return to_float64(dsigma", "tests/test_likelihood.py -m 'not slow'"),
-    Mutation("k masked positions weighed by k/L", LIKELIHOOD,
-             "* (length_n / count_n).index", "* (count_n / length_n).index",
-             "tests/test_likelihood.py -m 'not slow'"),
-    Mutation("the trend over t counted as noise of the bound", LIKELIHOOD,
-             "variance_n = squares_kn.mean(0) / draws", "variance_n = nats_kn.var(0) / draws",
-             "tests/test_likelihood.py -k a_sequences_standard_error"),
-    Mutation("one generator for all sequences of a pack", SAMPLING,
-             "draw(length, one) for length, one in zip(lengths, generator, strict=True)",
-             "draw(length, generator[0]) for length, one in zip(lengths, generator, strict=True)",
-             "tests/test_sampling.py -m 'not slow'"),
-    Mutation("an Euler step over all times, t_min or not", SAMPLING, "float(dsigma[i]) * (1 - noise.t_min) / steps",
-             "float(dsigma[i]) / steps", "tests/test_sampling.py -m 'not slow'"),
-    Mutation("a cache that does not see the last change", SAMPLING, "        self.batch = batch\n",
-             "        self.batch = self.batch or batch\n", "tests/test_sampling.py -m 'not slow'"),
-    Mutation("steered log-scores replaced by those of the x0 that they imply",
-             "protlig_dd/diffusion/score.py", "return log_score + (after - before)", "return after",
-             "tests/test_sampling.py -m 'not slow'"),
-]  # fmt: skip
+    @property
+    def room(self) -> str:
+        """The folder of the package; its top has the verbs and the batch that all rooms know."""
+        parts = Path(self.file).parts
+        return parts[1] if len(parts) > 2 else "verbs, batch"
 
 
-def main() -> int:
-    survived = 0
+def read_mutations(path: Path) -> list[Mutation]:
+    """Those of a TOML file.
+
+    Raises:
+        ValueError: an entry that lacks a key or has another, or names a text that its file does not have once.
+    """
+    found = []
+    for number, entry in enumerate(tomllib.loads(path.read_text())["mutation"], 1):
+        try:
+            mutation = Mutation(**entry)
+        except TypeError as error:
+            raise ValueError(f"{path}, mutation {number}: {error}") from error
+        if (times := (ROOT / mutation.file).read_text().count(mutation.old)) != 1:
+            raise ValueError(f"{path}: {mutation.what}: {mutation.old!r} occurs {times} times in {mutation.file}")
+        found.append(mutation)
+    return found
+
+
+def check(mutations: Sequence[Mutation], results: Path, jobs: int) -> dict[Mutation, str]:
+    """The test that fails first for each mutation, or SURVIVED; appended to `results` as they come."""
+    state = digest_of(TESTED)
+    keys = {mutation: hashlib.sha256(f"{state}{asdict(mutation)}".encode()).hexdigest() for mutation in mutations}
+    known = {}
+    if results.exists():
+        known = {row["key"]: row["verdict"] for row in map(json.loads, results.read_text().splitlines())}
+    left = [mutation for mutation in mutations if keys[mutation] not in known]
+    with copies(min(jobs, len(left))) as free, started() as server, results.open("a") as file:
+
+        def one(mutation: Mutation) -> tuple[Mutation, str]:
+            copy = free.get()
+            try:
+                return mutation, verdict(mutation, copy, server)
+            finally:
+                free.put(copy)
+
+        with (
+            ThreadPoolExecutor(jobs) as pool,
+            ProgressBar("mutations", len(mutations), len(mutations) - len(left)) as bar,
+        ):
+            for mutation, found in pool.map(one, left):
+                known[keys[mutation]] = found
+                file.write(json.dumps({"key": keys[mutation], "what": mutation.what, "verdict": found}) + "\n")
+                file.flush()
+                bar.advance(note=mutation.what)
+    return {mutation: known[keys[mutation]] for mutation in mutations}
+
+
+def digest_of(folders: Sequence[str]) -> str:
+    """SHA-256 of the names and contents of the text files in them."""
+    digest = hashlib.sha256()
+    for folder in folders:
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in (".py", ".toml", ".yaml", ".jinja", ".sh"):
+                digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def copies(number: int) -> Iterator["queue.Queue[Path]"]:
+    """Copies of the checkout, one for each job."""
+    free: queue.Queue[Path] = queue.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(number):
+            copy = Path(folder) / str(i) / "checkout"
+            shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "runs", "data.h5", "*.egg-info"))
+            free.put(copy)
+        yield free
+
+
+@contextmanager
+def started() -> Iterator[Server]:
+    """The interpreter that the tests of each mutation are a fork of: it has imported torch already."""
+    server = start_server()
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+def verdict(mutation: Mutation, copy: Path, server: Server) -> str:
+    """The name of the first test that fails on the copy with this mutation, or SURVIVED.
+
+    Raises:
+        ValueError: pytest found no test, or the mutated code cannot be imported: such a mutation says nothing.
+    """
+    file, source = copy / mutation.file, (ROOT / mutation.file).read_text()
+    file.write_text(source.replace(mutation.old, mutation.new))
+    arguments = ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-W", "ignore", *shlex.split(mutation.tests)]
+    env = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+    process = server.start(arguments, cwd=copy, env=env, new_session=True)
+    try:
+        output, errors = process.communicate(timeout=LONGEST)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return f"no end within {LONGEST} s"
+    finally:
+        file.write_text(source)
+    if process.returncode == 0:
+        return SURVIVED
+    failed = re.search(r"^(?:FAILED|ERROR) ([^ \[]+)", output, re.MULTILINE)
+    if process.returncode != 1 or failed is None:
+        raise ValueError(f"{mutation.what}: pytest {mutation.tests} ended with {process.returncode}:\n{output}{errors}")
+    return f"`{failed[1]}`"
+
+
+def by_room(found: dict[Mutation, str]) -> list[str]:
+    """Rows of Markdown: how many mutations of each room were killed, and by the tests of which files."""
+    made = Counter(mutation.room for mutation in found)
+    killed = Counter(mutation.room for mutation, test in found.items() if test != SURVIVED)
+    rows = ["| room | mutations | killed | by tests of |", "| --- | ---: | ---: | --- |"]
+    for room in sorted(made):
+        tests = {re.sub(r"`tests/test_(\w+)\.py.*", r"\1", test) for one, test in found.items() if one.room == room}
+        rows.append(f"| {room} | {made[room]} | {killed[room]} | {', '.join(sorted(tests - {SURVIVED}))} |")
+    return [*rows, f"| all | {len(found)} | {sum(killed.values())} | |"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", type=Path, nargs="+", help="of mutations; without it all of scripts/mutations/")
+    parser.add_argument(
+        "--room", nargs="+", help="data, diffusion, evaluation, model, runtime, training or verbs, batch"
+    )
+    parser.add_argument("--draw", type=int, metavar="N", help="so many of them, drawn by the date")
+    parser.add_argument("--date", default=date.today().isoformat(), help="that they are drawn by; today without it")
+    parser.add_argument("--results", type=Path, default=Path("mutations.jsonl"), help="what was found before")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="at once")
+    options = parser.parse_args(arguments)
+    try:
+        mutations = [one for path in options.list or sorted(LISTS.glob("*.toml")) for one in read_mutations(path)]
+        if options.room:
+            mutations = [one for one in mutations if one.room in options.room]
+        if options.draw:
+            mutations = random.Random(options.date).sample(mutations, min(options.draw, len(mutations)))
+            print(f"{len(mutations)} mutations, drawn by --date {options.date}")
+        found = check(mutations, options.results, options.jobs)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     print("| mutation | file | the test that fails |\n| --- | --- | --- |")
-    for mutation in MUTATIONS:
-        with tempfile.TemporaryDirectory() as folder:
-            copy = Path(folder) / "checkout"
-            hidden = shutil.ignore_patterns(".*", "runs", "data.h5", "*.egg-info")
-            shutil.copytree(ROOT, copy, ignore=hidden)
-            source = (copy / mutation.file).read_text()
-            if source.count(mutation.old) != 1:
-                print(f"error: {mutation.what}: {mutation.old!r} occurs {source.count(mutation.old)} times",
-                      file=sys.stderr)  # fmt: skip
-                return 1
-            (copy / mutation.file).write_text(source.replace(mutation.old, mutation.new))
-            result = subprocess.run(
-                f"{sys.executable} -P -m pytest -x -q -p no:cacheprovider {mutation.tests}",
-                shell=True, cwd=copy, capture_output=True, text=True, env=environment(copy), check=False,
-            )  # fmt: skip
-        failed = [line.split(" - ")[0] for line in result.stdout.splitlines() if line.startswith("FAILED ")]
-        survived += not failed
-        verdict = f"`{failed[0].removeprefix('FAILED ').partition('[')[0]}`" if failed else "**none**"
-        print(f"| {mutation.what} | {Path(mutation.file).name} | {verdict} |", flush=True)
-    return int(survived > 0)
-
-
-def environment(copy: Path) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+    for mutation, test in found.items():
+        print(f"| {mutation.what} | {Path(mutation.file).name} | {test} |")
+    print("", *by_room(found), sep="\n")
+    return int(SURVIVED in found.values())
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protlig_dd.data import build
+from protlig_dd.data import build, homology
 from protlig_dd.data.build import (
     SAMPLE_FOLDER,
     Filters,
@@ -43,6 +43,17 @@ decode = ProteinTokenizer().decode
 def write_fasta(path: Path, *records: tuple[str, str]) -> Path:
     path.write_text("".join(f">{header}\n{sequence}\n" for header, sequence in records))
     return path
+
+
+def test_a_hit_is_near_if_it_covers_either_sequence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By what MMseqs2 says of hits, the best of a query first: identity, coverage of query and of target."""
+    said = ["0 0.95 0.9 0.3", "1 0.95 0.3 0.9", "2 0.95 0.79 0.79", "3 0.49 1 1", "4 0.5 0.8 0", "5 0.9 0.1 0.1",
+            "5 0.6 0.9 0.9", "6 0.9 0.9 0.9", "6 0.2 0.1 0.1"]  # fmt: skip
+    monkeypatch.setattr(homology, "_search", lambda *arguments: [line.split() for line in said])
+    found = homology.best_hits(tmp_path, tmp_path, tmp_path)
+    assert {query: hit.near for query, hit in found.items()} == {0: True, 1: True, 2: False, 3: False, 4: True, 5: True,
+                                                                6: True}  # fmt: skip
+    assert [hit.identity for hit in found.values()] == [0.95, 0.95, 0.95, 0.49, 0.5, 0.9, 0.9]
 
 
 def test_what_is_read_is_written(proteins: list[FastaRecord], store: SequenceStore) -> None:

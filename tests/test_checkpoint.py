@@ -1,5 +1,6 @@
 import hashlib
 import json
+import math
 import pickle
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 
 from protlig_dd.runtime.checkpoint import (
     COMPLETE,
+    best_checkpoint,
     complete_checkpoints,
     find_checkpoint,
     load_optimizer,
@@ -16,6 +18,7 @@ from protlig_dd.runtime.checkpoint import (
     remove_unfinished,
     save_checkpoint,
     snapshot,
+    write_best,
 )
 from protlig_dd.training.ema import EMA
 from protlig_dd.training.optim import make_optimizer
@@ -168,3 +171,15 @@ def test_a_pickle_is_never_loaded(tmp_path: Path) -> None:
         (path / name).write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(ValueError, match="cannot be read as safetensors"):
         load_weights(path / "model.safetensors", make_model())
+
+
+def test_the_best_checkpoint_is_one_that_is_there(tmp_path: Path) -> None:
+    assert best_checkpoint(tmp_path) == (None, math.inf)
+    path, _, _ = save(tmp_path, 7)
+    write_best(path.parent, 7, 2.5)
+    assert best_checkpoint(tmp_path) == (7, 2.5)
+    write_best(path.parent, 8, 2.4)  # of which nothing is left
+    assert best_checkpoint(tmp_path) == (None, math.inf)
+    write_best(path.parent, 7, 2.5)
+    (path / COMPLETE).unlink()
+    assert best_checkpoint(tmp_path) == (None, math.inf)

@@ -126,6 +126,7 @@ def test_layers_count_from_both_ends(layer: int, found: int) -> None:
 def test_the_command(run_python: Command, store: SequenceStore, tmp_path: Path) -> None:
     train(run_python, store, "small", "trainer.max_steps=2", "trainer.device=cpu", "trainer.precision=fp32")
     sequences = {f"p/{i}": ProteinTokenizer().decode(store[i])[:150] for i in range(12)}
+    sequences["p/200"] = "MKVLA" * 40  # as long as the model was trained on
     text = "".join(f">{id_} kept out of the ids\n{sequence.lower()}\n" for id_, sequence in sequences.items())
     (tmp_path / "some.fasta").write_text(text)
     (tmp_path / "long.fasta").write_text(text + f">giant\n{'MKV' * 150}\n")
@@ -137,7 +138,7 @@ def test_the_command(run_python: Command, store: SequenceStore, tmp_path: Path) 
         return process.stdout
 
     out = run("input=some.fasta", "output=out/mean.h5", "tokens_per_pack=300")
-    assert "out/mean.h5: 12 proteins, mean, 12 x 32 float32" in out
+    assert "out/mean.h5: 13 proteins, mean, 13 x 32 float32" in out
     run("input=some.fasta", "output=one.npz", "pooling=per_residue", "layer=1")
     trained = load_trained(str(tmp_path / "runs/small"), device="cpu", precision="fp32")
     parts = [trained.model, trained.score_fn, trained.noise, encoded(*sequences.values())]

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +19,10 @@ from protlig_dd.data.build import build_store
 from protlig_dd.data.fasta import FastaRecord
 from protlig_dd.data.store import SPLITS, SequenceStore
 from protlig_dd.diffusion.graph import Absorbing
-from protlig_dd.diffusion.likelihood import masked_cross_entropy, nll_bound, per_residue
+from protlig_dd.diffusion.likelihood import masked_cross_entropy, nll_bound
 from protlig_dd.diffusion.noise import LogLinearNoise
 from protlig_dd.diffusion.score import ScoreFn
-from protlig_dd.evaluate import Scored, cropped, find_baselines, letter_csv, score, summary
+from protlig_dd.evaluate import NAMES, Scored, cropped, find_baselines, letter_csv, score, summary
 from protlig_dd.evaluation.baselines import fit_baselines
 from protlig_dd.runtime.config import EvaluateConfig
 from protlig_dd.runtime.random import keyed_generator
@@ -141,12 +142,13 @@ def test_a_checkpoints_run_is_found_from_any_folder(tmp_path: Path, monkeypatch:
     assert run_folder(tmp_path / "models/demo") is None
 
 
-def test_of_a_time_conditioned_model_the_order_agnostic_bound_is_another_one(
-    trained_run: Path, store: SequenceStore
+@pytest.mark.parametrize("conditioned", [True, False])
+def test_only_of_a_time_conditioned_model_the_order_agnostic_bound_is_another_one(
+    conditioned: bool, trained_run: Path, store: SequenceStore
 ) -> None:
     trained = load_trained(str(trained_run), device="cpu", precision="fp32")
-    model = make_model(time_conditioning=True).eval()
-    trained = replace(trained, model=model, score_fn=ScoreFn(model, Absorbing(), "x0", time_conditioning=True))
+    model = make_model(time_conditioning=conditioned).eval()
+    trained = replace(trained, model=model, score_fn=ScoreFn(model, Absorbing(), "x0", time_conditioning=conditioned))
     config = EvaluateConfig(from_="", input="", split="test", train=None, output="", draws=2, masked=False,
                             max_sequences=None, seed=3, device="cpu", precision="fp32",
                             tokens_per_pack=10_000)  # fmt: skip
@@ -154,13 +156,18 @@ def test_of_a_time_conditioned_model_the_order_agnostic_bound_is_another_one(
     scored = score(trained, sequences, config, None)
     batch = PackedBatch.pack([torch.from_numpy(one.astype(np.int64)) for one in sequences])
     generator = keyed_generator(3, "evaluation", 0, torch.device("cpu"))
-    for name, estimator in (("bound", "integral"), ("oadm", "exact_count")):
+    found = None
+    for name, estimator in (("bound", "integral"), ("oadm", "exact_count"))[0 if conditioned else 1 :]:
         found = nll_bound(trained.score_fn, batch, Absorbing(), trained.noise, generator=generator, draws=2,
                           estimator=estimator)  # fmt: skip
         assert [one.nats[name] for one in scored] == pytest.approx(found.nats.tolist())
     assert [one.nats["evodiff"] for one in scored] == pytest.approx(found.pooled_nats.tolist())
+    assert found is not None
     figures = summary(scored)
-    assert abs(figures["bound"] - figures["oadm"]) > 0.01
+    if conditioned:
+        assert abs(figures["bound"] - figures["oadm"]) > 0.01
+    else:
+        assert [one.nats["bound"] for one in scored] == pytest.approx(found.nats.tolist())
     assert figures["evodiff"] == pytest.approx(float(found.pooled_nats.sum() / found.pooled.sum()))
 
 
@@ -174,6 +181,13 @@ def test_a_letter_that_one_protein_has_costs_no_known_error() -> None:
         ("A", "3", False), ("C", "4", False), ("W", "1", True)]  # fmt: skip
 
 
+def ratio_and_error(nats: np.ndarray, count: np.ndarray) -> tuple[float, float]:
+    """Total over total, and the usual standard error of such a ratio over proteins."""
+    n, ratio = len(nats), nats.sum() / count.sum()
+    residuals = nats - ratio * count
+    return ratio, math.sqrt((residuals**2).sum() * n / (n - 1)) / count.sum()
+
+
 def test_the_folder_holds_what_the_parts_sum_up_to(
     trained_run: Path, store: SequenceStore, tmp_path: Path, run_python: Command
 ) -> None:
@@ -182,24 +196,45 @@ def test_the_folder_holds_what_the_parts_sum_up_to(
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out/report.json").read_text())
     rows = list(csv.DictReader((tmp_path / "out/per_sequence.csv").read_text().splitlines()))
+    table = (tmp_path / "out/report.md").read_text()
     assert len(rows) == report["sequences"] == 20
     assert [row["id"] for row in rows] == [store.id(i) for i in store.split("test")]
     residues = np.array([int(row["residues"]) for row in rows])
     for name in ("bound", "unigram", "bigram", "oadm", "evodiff", "masked"):
         nats = np.array([float(row[f"{name}_nats"]) for row in rows])
         count = np.array([int(row[f"{name}_tokens"]) for row in rows]) if name in ("evodiff", "masked") else residues
-        assert per_residue(nats, count) == pytest.approx((report[name], report[f"{name}_se"]), abs=1e-5)
-    assert report["bound"] == report["oadm"]  # of a time-free model they are the same
+        mean, error = ratio_and_error(nats, count)
+        assert (report[name], report[f"{name}_se"]) == pytest.approx((mean, error), abs=1e-5)
+        assert report[f"{name}_perplexity"] == pytest.approx(math.exp(mean), rel=1e-5)
+        (line,) = [line for line in table.splitlines() if line.startswith(f"| {NAMES[name]} |")]
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert cells[1] == f"{mean:.4f} ± {error:.4f}"
+        assert cells[2] == f"{math.exp(mean):.3f} ± {math.exp(mean) * error:.3f}"  # as errors pass through exp
+        assert (cells[3] != "") is (name in ("bound", "bigram"))
+        if cells[3]:
+            unigram = np.array([float(row["unigram_nats"]) for row in rows])
+            assert cells[3] == "{:+.4f} ± {:.4f}".format(*ratio_and_error(nats - unigram, residues))
+    assert (report["residues"], report["draws"], report["max_len"]) == (residues.sum(), 4, 300)
+    heading = f"20 proteins, {residues.sum():,} residues; small, step 40; exact_count estimator, 4 draws"
+    assert table.splitlines()[0] == heading
     assert 2.5 < report["masked"] < 3.2
     assert 2.5 < report["evodiff"] < 3.2
     assert (report["baseline_store"], report["baseline_sequences"]) == (str(store.path), 360)
     for part in ("by_length", "by_amino_acid"):
         some = list(csv.DictReader((tmp_path / f"out/{part}.csv").read_text().splitlines()))
         counts = np.array([int(row["residues"]) for row in some])
+        assert counts.sum() == report["residues"]
         for name in ("bound", "unigram", "bigram"):
             total = sum(float(row[name]) * n for row, n in zip(some, counts, strict=True))
             assert total / counts.sum() == pytest.approx(report[name], abs=1e-4)
-    assert (tmp_path / "out/report.md").read_text() in done.stdout
+    for row in csv.DictReader((tmp_path / "out/by_length.csv").read_text().splitlines()):
+        inside = (residues >= int(row["from"])) & (residues <= float(row["to"] or math.inf))
+        assert (int(row["sequences"]), int(row["residues"])) == (inside.sum(), residues[inside].sum())
+        if inside.sum() > 1:
+            nats = np.array([float(one["bound_nats"]) for one in rows])[inside]
+            wanted = ratio_and_error(nats, residues[inside])
+            assert (float(row["bound"]), float(row["bound_se"])) == pytest.approx(wanted, abs=1e-4)
+    assert table in done.stdout
     again = run_python(*command, f"input={store.path}", "output=out")
     assert_one_line_error(again, "out exists already")
     # the same figures from two processes

@@ -33,6 +33,24 @@ def test_several_gzip_members_are_one_file(tmp_path: Path) -> None:
     assert [record.id for record in read_fasta(tmp_path / "two.gz")] == ["UniRef50_A0A8C0C0Z5", "P31007", "c"]
 
 
+def test_any_flipped_bit_of_a_gzip_is_an_error_or_changes_nothing(tmp_path: Path) -> None:
+    path, content = tmp_path / "flipped.gz", bytearray(gzip.compress(TEXT.encode(), mtime=0))
+    path.write_bytes(content)
+    whole, said = list(read_fasta(path)), []
+    for bit in range(8 * len(content)):
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        content[bit // 8] ^= 1 << bit % 8
+        try:
+            found = list(read_fasta(path))
+        except ValueError as error:
+            said.append(str(error))
+        else:
+            assert found == whole, f"bit {bit}"
+    assert all(message.startswith(f"{path}: ") for message in said)
+    assert len(said) > 0.9 * 8 * len(content)  # the others lie in the header: time, system
+
+
 def test_stdin_is_read_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     for content in (TEXT.encode(), gzip.compress(TEXT.encode())):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))

@@ -16,10 +16,14 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from protlig_dd import judge
 from protlig_dd.data.build import SAMPLE_FOLDER
 from protlig_dd.data.fasta import read_fasta
+from protlig_dd.data.homology import Hit
 from protlig_dd.data.store import SequenceStore
 from protlig_dd.evaluation.judges import (
+    Rows,
+    cheap_judges,
     kmer_divergence,
     kmers,
     low_complexity,
@@ -157,6 +161,95 @@ def test_controls_are_as_many_as_the_samples_and_apart_from_the_reference() -> N
     assert [one.tolist() for one in mixed] == [one.tolist() for one in natural]  # each of one letter only
     with pytest.raises(ValueError, match="20 natural proteins; 11 samples need 22, half of them as reference"):
         with_controls([np.zeros(30)] * 11, pool, seed=3)
+
+
+def test_controls_are_drawn_by_the_seed_and_shuffled_each_by_itself() -> None:
+    pool = [np.arange(50) * 100 + i for i in range(40)]  # the last two digits tell which
+    drawn = {}
+    for seed in (0, 1):
+        (_, natural, mixed), reference = with_controls([np.zeros(30)] * 20, pool, seed=seed)
+        drawn[seed] = [int(one[0] % 100) for one in [*natural, *reference]]
+        assert sorted(drawn[seed]) == list(range(40))
+        assert len(set(drawn[seed][:20]) & set(range(20))) < 16  # not the pool's order, which may mean something
+        for one, shuffle in zip(natural, mixed, strict=True):
+            assert sorted(shuffle) == one.tolist()
+            assert shuffle.tolist() != one.tolist()
+    assert drawn[0] != drawn[1]
+
+
+def test_every_row_is_what_its_name_says() -> None:
+    """Of sets in which no two rows agree: each by another way than the judge's own."""
+    texts = ("ACDEFGHIKLMNPQRSTVWY" * 2, "AAAAAAAAAAAACDEF", "ACACACWYWYKLMN", "ACDAAA", "ACDAAA")
+    some = [ids_of(text) for text in texts]
+    reference = [ids_of("MKVLAAGG" * n) for n in (1, 2, 5, 9)]
+    rows = {name: ask(some) for name, ask in cheap_judges(reference, bootstrap=20, seed=4).items()}
+    lengths = sorted(map(len, some))
+    assert lengths == [6, 6, 14, 16, 40]
+    places = sorted({*lengths, *map(len, reference)})
+    distance = max(
+        abs(sum(one <= place for one in lengths) / 5 - sum(len(one) <= place for one in reference) / 4)
+        for place in places
+    )
+    exact = {"proteins": 5, "residues": 82, "length, lower quartile": 6, "length, median": 14,
+             "length, upper quartile": 16, "length, Kolmogorov-Smirnov distance": distance,
+             "different sequences": 4 / 5, "residues in tandem repeats": (12 + 6) / 82}  # fmt: skip
+    for name, value in exact.items():
+        assert rows[name][0] == pytest.approx(value), name
+    flags = [low_complexity(one).tolist() for one in some]
+    assert sum(map(sum, flags)) not in (0, 18)  # or the two shares could be swapped unseen
+    assert rows["residues in low complexity"][0] == pytest.approx(sum(map(sum, flags)) / 82)
+    for k, name in ((1, "composition"), (2, "2-mers"), (3, "3-mers")):
+        counts = [Counter(str(one[i : i + k].tolist()) for one in group for i in range(len(one) - k + 1))
+                  for group in (some, reference)]  # fmt: skip
+        shares = [{word: n / sum(count.values()) for word, n in count.items()} for count in counts]
+        middle = {word: (shares[0].get(word, 0) + shares[1].get(word, 0)) / 2 for word in {*shares[0], *shares[1]}}
+        nats = sum(p * math.log(p / middle[word]) for share in shares for word, p in share.items()) / 2
+        value, error = rows[f"{name}, divergence in nats"]
+        assert value == pytest.approx(nats)
+        again = cheap_judges(reference, bootstrap=20, seed=4)[f"{name}, divergence in nats"](some)
+        other = cheap_judges(reference, bootstrap=20, seed=5)[f"{name}, divergence in nats"](some)
+        assert again == (value, error)
+        assert other[0] == value
+        assert other[1] != error
+
+
+def test_relatives_are_told_in_their_own_rows(
+    monkeypatch: pytest.MonkeyPatch, store: SequenceStore, tmp_path: Path
+) -> None:
+    """With what MMseqs2 would say given: a row swapped with another would be seen."""
+    sets = [[ids_of("ACDEFGHIKL")] * 4, [ids_of("LKIHGFEDCA")] * 4, [ids_of("AAAAACCCCC")] * 4]
+    clusters = {"samples": [[0, 2], [1], [3]], "natural": [[0], [1], [2], [3]], "shuffled": [[0, 1, 2, 3]]}
+    hits = {0: Hit(0.9, True), 1: Hit(0.6, False), 2: Hit(0.3, False), 7: Hit(0.5, True)}
+
+    def given_clusters(path: Path, scratch: Path, *, identity: float, coverage: float) -> list[list[int]]:
+        assert path.read_text().count(">") == 4
+        assert (identity, coverage) == (0.5, 0.8)
+        return clusters[path.name]
+
+    def given_hits(queries: Path, targets: Path, scratch: Path) -> dict[int, Hit]:
+        assert queries.read_text().split()[::2] == [f">{i}" for i in range(12)]
+        assert targets.read_text().count(">") == len(store.split("train"))
+        return hits
+
+    monkeypatch.setattr(judge, "clusters_of", given_clusters)
+    monkeypatch.setattr(judge, "best_hits", given_hits)
+    rows: Rows = {}
+    columns = judge.relatives(sets, store, tmp_path, rows)
+    alone, twins, hit, identity, close = rows
+    assert [round(value, 6) for value, _ in rows[alone]] == [0.75, 1.0, 0.25]
+    assert [value for value, _ in rows[twins]] == [0.5, 0.0, 1.0]
+    assert [value for value, _ in rows[hit]] == [0.75, 0.25, 0.0]
+    assert [value for value, _ in rows[identity]][:2] == [pytest.approx(0.6), 0.5]
+    assert math.isnan(rows[identity][2][0])
+    assert [value for value, _ in rows[close]] == [0.25, 0.25, 0.0]
+    assert rows[hit][0][1] == pytest.approx(math.sqrt(0.75 * 0.25 / 4))
+    assert rows[identity][0][1] == pytest.approx(0.3 / math.sqrt(3))
+    assert (alone, twins) == ("clusters at 50% identity, a protein", "with another of the set at >= 50% identity")
+    assert (hit, close) == ("with a training protein at E <= 0.001", "with one at >= 50% identity over >= 80%")
+    assert columns[twins] == [1, 0, 1, 0]
+    assert columns[hit] == [1, 1, 1, 0]
+    assert columns[identity][:3] == [0.9, 0.6, 0.3]
+    assert columns[close] == [1, 0, 0, 0]
 
 
 @pytest.fixture(scope="module")

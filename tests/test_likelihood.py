@@ -345,7 +345,8 @@ def test_the_corpus_figure_is_total_nats_over_total_residues(n: int, seed: int) 
     nats = residues * rng.normal(2.9, 0.1, n)
     mean, error = per_residue(nats, residues)
     assert mean == pytest.approx(nats.sum() / residues.sum())
-    assert error >= 0
+    deviations = [float(x - mean * r) for x, r in zip(nats, residues, strict=True)]
+    assert error == pytest.approx((sum(d * d for d in deviations) * n / (n - 1)) ** 0.5 / residues.sum())
     shifted, same = per_residue(nats + residues, residues)
     assert shifted == pytest.approx(mean + 1)
     assert same == pytest.approx(error, abs=1e-9)

@@ -2,6 +2,7 @@ import itertools
 import multiprocessing
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,11 +10,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from protlig_dd.data import loader
 from protlig_dd.data.build import build_store
+from protlig_dd.data.fasta import FastaRecord
 from protlig_dd.data.loader import PackDataset, RankPacks, check_pack_sizes, crop_bounds, pack_loader
 from protlig_dd.data.plan import clipped_tokens, plan_folder
 from protlig_dd.data.store import SequenceStore, StoreGroup
-from protlig_dd.tokenizer import BOS, EOS, ProteinTokenizer
+from protlig_dd.tokenizer import AMINO_ACIDS, BOS, EOS, ProteinTokenizer
+
+from .conftest import make_store
 
 
 def make_dataset(store: SequenceStore, *, seed: int | None = 1, max_len: int = 300, budget: int = 2000) -> PackDataset:
@@ -64,6 +69,43 @@ def test_sequences_are_whole_or_random_crops(store: SequenceStore) -> None:
             assert (tokens[-1] == EOS) == (start + 300 == len(stored) - 2)
             starts.add(start)
     assert len(starts) > 20
+
+
+def test_proteins_of_one_length_are_cropped_anew_in_each_pack_and_epoch(tmp_path: Path) -> None:
+    letters = np.random.default_rng(0).choice(list(AMINO_ACIDS), (14, 400))
+    make_store(tmp_path / "long.h5", [FastaRecord(f"p{i}", "", "".join(one), "") for i, one in enumerate(letters)],
+               train=12, held_out=1)  # fmt: skip
+    store = SequenceStore(tmp_path / "long.h5")
+    starts = {}
+    for seed in (1, 2):
+        dataset = make_dataset(store, seed=seed, budget=302)  # one a pack
+        packs = [dataset[pack] for pack in range(30)]
+        tokens = [pack.tokens[pack.tokens < 20].numpy().astype(np.uint8).tobytes() for pack in packs]
+        starts[seed] = [
+            store[int(pack.rows)].tobytes()[1:-1].find(crop) for pack, crop in zip(packs, tokens, strict=True)
+        ]
+        assert len(set(starts[seed])) > 15  # of 101, in 3 epochs
+    assert starts[1] != starts[2]
+
+
+def test_the_key_of_a_plan_tells_everything_that_a_plan_depends_on(
+    store: SequenceStore, proteins: list[FastaRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_store(tmp_path / "more.h5", proteins[100:], train=100, held_out=1)
+    make_store(tmp_path / "other.h5", [*proteins[101:200], proteins[100], *proteins[200:]], train=100, held_out=1)
+    more, other = SequenceStore(tmp_path / "more.h5"), SequenceStore(tmp_path / "other.h5")
+
+    def key(second: SequenceStore = more, first_row: int = 0, **changes: Any) -> str:
+        group = StoreGroup([store, second])
+        options = {"max_len": 300, "tokens_per_pack": 2000, "seed": 1, "weights": [1.0, 1.0]} | changes
+        return PackDataset(group, group.split("train")[first_row:], **options).key
+
+    keys = [key(), key(other), key(first_row=1), key(max_len=299), key(tokens_per_pack=2001), key(seed=2)]
+    keys.append(key(weights=[1.0, 2.0]))
+    assert key() == keys[0]
+    monkeypatch.setattr(loader, "PLAN_VERSION", 99)
+    keys.append(key())
+    assert len(set(keys)) == 8
 
 
 def test_crops_at_the_start_have_no_chance_in_them(store: SequenceStore) -> None:

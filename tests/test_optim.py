@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -67,6 +69,24 @@ def test_muon_is_torchs_with_a_fused_qkv_taken_apart() -> None:
     found = [part for n, p in hidden for part in p.detach().chunk(3 if "qkv" in n else 1)]
     for a, b, before in zip(found, theirs, start, strict=True):
         assert (a - b).norm() < 0.02 * (b - before).norm()
+
+
+@pytest.mark.parametrize("options", [{}, {"time_conditioning": False}, {"mlp": "swiglu", "norm": "rms"}])
+def test_muon_takes_the_matrices_that_tokens_pass_through_and_adamw_the_rest(options: dict[str, Any]) -> None:
+    model = make_model(**options)
+    optimizer = make_optimizer("muon", model, lr=1e-2, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    hidden, decayed, plain = ({names[parameter] for parameter in group["params"]} for group in optimizer.param_groups)
+    layers = ("qkv", "attention_out", "mlp")
+    assert hidden == {
+        f"{name}.weight" for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name.startswith("blocks.") and name.split(".")[2] in layers
+    }  # fmt: skip
+    assert len(hidden) >= 2 * 4
+    assert any(".adaln." in name for name in decayed) is options.get("time_conditioning", True)
+    assert not hidden & decayed
+    assert hidden | decayed | plain == set(names.values())
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.1, 0.0]
 
 
 def test_decay_acts_on_matrices_only() -> None:

@@ -114,6 +114,17 @@ def test_a_mixture_passes_its_longest_store_once_and_the_others_evenly(
         assert len(make_plan(epoch_order, lengths, max_len=max_len, tokens_per_pack=budget).starts) - 1 >= packs
 
 
+@given(st.integers(1, 30), st.integers(1, 3), st.lists(st.floats(0.2, 3), min_size=3, max_size=3))
+def test_an_epoch_fills_the_packs_that_it_is_said_to_fill(max_len: int, most: int, weights: list[float]) -> None:
+    """Of sequences as long as a crop, and packs as small as can be: then each sequence that is cut off is a pack."""
+    groups, budget = [[max_len] * 20, [max_len] * 15, [max_len] * 25], most * (max_len + 2)
+    rows, lengths = group_rows(groups)
+    totals = [total_tokens(lengths, group, max_len) for group in rows]
+    packs = packs_in_epoch(totals, quotas(totals, weights), budget, max_len)
+    for order in epochs(groups, weights, max_len, 3, 6):
+        assert len(make_plan(order, lengths, max_len=max_len, tokens_per_pack=budget).starts) - 1 >= packs
+
+
 def test_epochs_passes_and_stores_are_shuffled_apart() -> None:
     groups = [[9] * 50, [9] * 50]
     first, second = epochs(groups, None, 30, 1, 2)

@@ -94,6 +94,15 @@ def test_epochs_are_those_of_cropped_sequences(store: SequenceStore) -> None:
     assert work == pytest.approx(same)  # two processes share this CPU
 
 
+@pytest.mark.parametrize(("device", "share"), [("cuda", 3), ("cpu", 1)])
+def test_the_time_is_that_of_the_flops_on_so_many_devices(store: SequenceStore, device: str, share: int) -> None:
+    config = config_of("trainer.max_steps=10", "optim.packs_per_step=2")
+    for processes, devices in ((1, 1), (3, share)):
+        found = plan(config, StoreGroup([store]), torch.device(device), "fp32", processes, peak=1e12)
+        flops = 10 * 2 * config.data.tokens_per_pack * found["flops_per_token"]
+        assert found["seconds"] == pytest.approx(flops / (0.4 * 1e12 * devices))
+
+
 @pytest.mark.slow
 def test_ranks_of_torchrun_print_it_once_and_train_nothing(
     run_python: Command, store: SequenceStore, tmp_path: Path

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from protlig_dd.data.build import build_store
 from protlig_dd.data.fasta import FastaRecord
@@ -35,6 +36,7 @@ from protlig_dd.evaluation.page import (
 )
 from protlig_dd.evaluation.plots import Estimate, Series, dot_plot, nice_ticks, plot, smooth, thin, tick_texts
 from protlig_dd.report import report
+from protlig_dd.runtime.checkpoint import complete_checkpoints
 from protlig_dd.runtime.cli import run_verb
 from protlig_dd.runtime.config import ReportPageConfig
 from protlig_dd.tokenizer import AMINO_ACIDS
@@ -111,6 +113,45 @@ def test_a_run_ends_with_its_page(trained: Path) -> None:
     assert "versions.torch" in page
     assert "has no report yet" not in page
     assert "This run has made 10 steps of 20 and has no report yet." in (trained / "1.html").read_text()
+
+
+@pytest.mark.slow
+def test_the_pages_figures_are_recomputed_from_the_runs_rows(trained: Path) -> None:
+    """From report.csv, metrics.jsonl and the weights: the boxes at the top, and the table of bounds."""
+    page = html.unescape((trained / "report.html").read_text())
+    rows = list(csv.DictReader((trained / "report.csv").read_text().splitlines()))
+    residues, bound, unigram = (
+        np.array([float(row[key]) for row in rows]) for key in ("residues", "nll_nats", "unigram_nats")
+    )
+
+    def told(nats: np.ndarray, sign: str = "") -> list[str]:
+        """The ratio and its standard error over proteins, as a page writes them."""
+        ratio, n = nats.sum() / residues.sum(), len(nats)
+        error = math.sqrt(((nats - ratio * residues) ** 2).sum() * n / (n - 1)) / residues.sum()
+        return [f"{ratio:{sign}.4f}".replace("-", "−"), f"{error:.4f}"]
+
+    def cells(name: str) -> list[str]:
+        (row,) = re.findall(rf'<th scope="row">{name}</th>(.*?)</tr>', page)
+        return re.findall(r"<td class=\"number\">(.*?)</td>", row)
+
+    perplexities = [f"{math.exp(nats.sum() / residues.sum()):.3f}" for nats in (bound, unigram)]
+    assert cells("this model, bound") == [*told(bound), perplexities[0]]
+    assert cells("unigram model") == [*told(unigram), perplexities[1]]
+    assert cells("bound − unigram, paired") == [*told(bound - unigram), ""]
+    boxes = {name: (value, note) for name, value, note in re.findall(
+        r"<dt>(.*?)</dt><dd>(.*?)<small>(.*?)</small>", page)}  # fmt: skip
+    assert boxes["Bound, test set"] == (told(bound)[0], f"± {told(bound)[1]} nats/residue")
+    difference = told(bound - unigram, "+")
+    assert boxes["Against the unigram model"] == (difference[0], f"± {difference[1]} nats/residue, paired")
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    steps = {line["step"]: line for line in lines if "residues" in line}  # a later attempt's replaces an earlier one's
+    assert boxes["Steps"] == ("20", f"{steps[20]['residues']:,} residues seen")
+    speeds = sorted(line["residues_per_s"] for line in steps.values())
+    assert boxes["Speed"] == (f"{(speeds[9] + speeds[10]) / 2:,.0f}", "residues/s, median")
+    weights = load_file(complete_checkpoints(trained)[-1] / "model.safetensors")
+    millions = sum(tensor.numel() for tensor in weights.values()) / 1e6
+    assert boxes["Parameters"] == (f"{millions:,.1f} M", "2 blocks of width 32")
+    assert f"The test set: {len(rows)} proteins, {int(residues.sum()):,} residues, step 20" in page
 
 
 @pytest.mark.slow
@@ -556,6 +597,61 @@ def test_smoothing_is_a_weighted_mean_of_what_came_before(values: list[float], s
     for i, mean in enumerate(smooth(values, span)):
         weights = [keep ** (i - j) for j in range(i + 1)]
         assert mean == pytest.approx(np.average(values[: i + 1], weights=weights), rel=1e-9, abs=1e-6)
+
+
+def axis(texts: list[tuple[str, str]]) -> Callable[[str], float]:
+    """What a place means, by the places and the texts of an axis' ticks."""
+    units = {"k": 1e3, "M": 1e6, "G": 1e9}
+    places = [float(place) for place, _ in texts]
+    values = [float(text.replace("−", "-").rstrip("kMG")) * units.get(text[-1], 1.0) for _, text in texts]
+    slope, start = np.polyfit(places, values, 1)
+    assert np.allclose(np.polyval([slope, start], places), values, atol=abs(slope) * 0.2)  # places have one decimal
+    return lambda place: float(slope * float(place) + start)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 4e4])
+def test_estimates_and_their_bars_are_read_off_the_axis(scale: float) -> None:
+    rows = [Estimate("a", 2.0 * scale, 0.3 * scale), Estimate("b", -1.0 * scale, 0.05 * scale)]
+    (svg,) = drawings(dot_plot("Bound", "nats", rows))
+    drawn = ElementTree.tostring(svg, encoding="unicode")
+    at = axis(re.findall(r'<text x="([\d.]+)" y="[\d.]+" text-anchor="middle">([^<]+)<', drawn))
+    bars = re.findall(r'error" d="M([\d.]+) [\d.]+H([\d.]+)"', drawn)
+    dots = re.findall(r'cx="([\d.]+)"', drawn)
+    slack = 1e-2 * scale
+    for row, (left, right), dot in zip(rows, bars, dots, strict=True):
+        assert at(dot) == pytest.approx(row.value, abs=slack)
+        assert at(left) == pytest.approx(row.value - 2 * row.error, abs=slack)
+        assert at(right) == pytest.approx(row.value + 2 * row.error, abs=slack)
+    names = re.findall(r'<text class="row"[^>]*>([^<]+)<', drawn)
+    assert names == ["a", "b"]
+
+
+@pytest.mark.parametrize("style", ["line", "dots"])
+def test_points_and_their_bars_are_read_off_both_axes(style: str) -> None:
+    x, y, errors = [100.0, 250.0, 400.0, 1000.0], [2.9, 2.7, 2.65, 2.6], [0.05, 0.02, 0.01, 0.0]
+    (svg,) = drawings(plot("Loss", "nats", [Series("loss", x, y, style=style, errors=errors)]))
+    drawn = ElementTree.tostring(svg, encoding="unicode")
+    across = axis(re.findall(r'<text x="([\d.]+)" y="[\d.]+" text-anchor="middle">([^<]+)<', drawn))
+    lines = re.findall(r'class="grid" d="M[\d.]+ ([\d.]+)H', drawn)
+    texts = re.findall(r'text-anchor="end">([\d.−]+)<', drawn)
+    up = axis(list(zip(lines, texts, strict=True)))
+    (whiskers,) = re.findall(r'error" d="([^"]+)"', drawn)
+    bars = re.findall(r"M([\d.]+) ([\d.]+)V([\d.]+)", whiskers)
+    for one, value, error, (place, low, high) in zip(x, y, errors, bars, strict=True):
+        assert across(place) == pytest.approx(one, abs=2)
+        assert up(low) == pytest.approx(value - error, abs=2e-3)
+        assert up(high) == pytest.approx(value + error, abs=2e-3)
+    points = re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', drawn)
+    if style == "line":
+        (path,) = re.findall(r'class="c0 line" d="M([^"]+)"', drawn)
+        points += [tuple(point.split()) for point in path.split("L")]
+    assert len(points) == 2 * len(x)  # dots on the bars, and those of the style or the line's corners
+    for (place, height), one, value in zip(points, x * 2, y * 2, strict=True):
+        assert across(place) == pytest.approx(one, abs=2)
+        assert up(height) == pytest.approx(value, abs=2e-3)
+    shown = json.loads(re.findall(r'<script type="application/json">(.*?)</script>', plot(
+        "Loss", "nats", [Series("loss", x, y, style=style, errors=errors)]))[0])  # fmt: skip
+    assert (shown["series"][0]["x"], shown["series"][0]["y"]) == (x, y)
 
 
 def test_plots_of_little() -> None:

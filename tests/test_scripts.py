@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from protlig_dd.runtime.config import TrainConfig, read_config
 from scripts import mutation_check
 from scripts.arms import SCREEN, overrides
 from scripts.diffusion_report import RUNS, samplers
+from scripts.mutation_check import LISTS, read_mutations
 
 from .conftest import ROOT, Command, make_store, thorough
 from .test_configs import composed
@@ -26,43 +28,62 @@ def test_the_sampler_table_is_made(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.slow
 def test_a_mutation_fails_a_test_and_leaves_the_checkout_alone(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    (first,) = [m for m in mutation_check.MUTATIONS if m.what.startswith("Q[x, y]")]
-    harmless = mutation_check.Mutation(
-        "a comment", first.file, first.old, f"{first.old}  # kept", "tests/test_noise.py"
-    )
+    known = read_mutations(LISTS / "known.toml")
+    (first,) = [one for one in known if one.what.startswith("Q[x, y]")]
+    harmless = replace(first, what="a comment", new=f"{first.old}  # kept", tests="tests/test_noise.py")
     before = (ROOT / first.file).read_text()
-    monkeypatch.setattr(mutation_check, "MUTATIONS", [first, harmless])
-    assert mutation_check.main() == 1
-    table = capsys.readouterr().out
-    assert "tests/test_graph.py::test_score_entropy" in table
-    assert "| a comment | substitution.py | **none** |" in table
+    (tmp_path / "two.toml").write_text("".join(as_toml(one) for one in (first, harmless)))
+    command = ["--list", str(tmp_path / "two.toml"), "--results", str(tmp_path / "results")]
+    for results in (2, 2):  # the second time nothing is tried again
+        assert mutation_check.main(command) == 1
+        table = capsys.readouterr().out
+        assert "| `tests/test_graph.py::test_score_entropy" in table
+        assert "| a comment | substitution.py | **none** |" in table
+        assert "| diffusion | 2 | 1 | graph |" in table
+        assert len((tmp_path / "results").read_text().splitlines()) == results
     assert (ROOT / first.file).read_text() == before
+    untested = replace(first, tests="tests/test_graph.py -k nothing_of_this_name")
+    for wrong, message in (
+        (untested, "ended with 5"),
+        (replace(first, old="no such text"), "'no such text' occurs 0 times in protlig_dd/diffusion/substitution.py"),
+    ):
+        (tmp_path / "two.toml").write_text(as_toml(wrong))
+        assert mutation_check.main(command) == 1
+        assert message in capsys.readouterr().err
+
+
+def as_toml(mutation: mutation_check.Mutation) -> str:
+    return "[[mutation]]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in asdict(mutation).items())
 
 
 def test_every_mutation_can_still_be_made() -> None:
-    for mutation in mutation_check.MUTATIONS:
-        assert (ROOT / mutation.file).read_text().count(mutation.old) == 1, mutation.what
+    found = [one for path in LISTS.glob("*.toml") for one in read_mutations(path)]
+    assert len({one.what for one in found}) == len(found) >= 110
+    for one in found:
+        assert one.old != one.new
+        assert all((ROOT / word).is_file() for word in one.tests.split() if word.startswith("tests/")), one.what
 
 
 def test_the_docs_hold_every_row_of_the_tables() -> None:
     rows = {line.split(" | ")[0].removeprefix("| ") for line in (ROOT / "docs/diffusion.md").read_text().splitlines()}
-    missing = {mutation.what for mutation in mutation_check.MUTATIONS} - rows
+    missing = {one.what for one in read_mutations(LISTS / "known.toml") if one.room == "diffusion"} - rows
     missing |= {", ".join(sampler) for sampler in SAMPLERS} - rows
     missing |= {f"{graph}, analytic, infilled" for graph in NOISES} - rows
     missing |= set(RUNS) - rows
     assert not missing
 
 
-@pytest.mark.parametrize(
-    "name", ["diffusion.md", "likelihood.md", "multinode.md", "performance.md", "reliability.md", "scaling.md"]
-)
-def test_the_commands_of_the_docs_are_there(name: str) -> None:
-    text = (ROOT / "docs" / name).read_text()
-    for command in re.findall(r"`python -m (scripts\.\w+)|`python (scripts/\w+\.py)", text):
-        script = Path(command[1] or command[0].replace(".", "/") + ".py")
-        assert (ROOT / script).is_file()
+def test_the_commands_of_the_docs_are_there() -> None:
+    named = {}
+    for document in (ROOT / "docs").glob("*.md"):
+        modules = re.findall(r"\bpython -m ((?:scripts|protlig_dd)[\w.]*\w)", document.read_text())
+        files = re.findall(r"\bpython (scripts/\w+\.py)", document.read_text())
+        named |= {(document.name, name): ROOT / f"{name.replace('.', '/')}.py" for name in modules}
+        named |= {(document.name, name): ROOT / name for name in files}
+    assert len(named) > 20
+    assert not [name for name, path in named.items() if not (path.is_file() or path.with_suffix("").is_dir())]
 
 
 def test_the_files_that_the_docs_name_are_there() -> None:

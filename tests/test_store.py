@@ -12,7 +12,7 @@ import pytest
 from protlig_dd.data import store as store_module
 from protlig_dd.data.build import build_store
 from protlig_dd.data.fasta import FastaRecord
-from protlig_dd.data.store import SPLITS, SequenceStore, StoreGroup
+from protlig_dd.data.store import SPLITS, SequenceStore, StoreGroup, fingerprint_of
 from protlig_dd.tokenizer import ProteinTokenizer
 
 from .conftest import thorough
@@ -170,6 +170,24 @@ def test_verifying_counts_bytes(store: SequenceStore, monkeypatch: pytest.Monkey
     seen: list[int] = []
     store.verify(seen.append)
     assert sum(seen) == store.nbytes > store.lengths.sum()
+
+
+def test_columns_are_read_whole_in_blocks_of_any_size(store: SequenceStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    with h5py.File(store.path) as file:
+        offsets, split = file["offsets"][:], file["split"][:]
+    for size in (1, 7, len(store) - 1, len(store), 1 << 22):
+        monkeypatch.setattr(store_module, "COPY_BYTES", size)
+        found = SequenceStore(store.path)
+        assert found.lengths.tolist() == (np.diff(offsets) - 2).tolist()
+        for number, name in enumerate(SPLITS):
+            assert found.split(name).tolist() == np.flatnonzero(split == number).tolist()
+
+
+def test_the_fingerprint_is_of_every_column_but_the_manifest(store: SequenceStore) -> None:
+    """So that a store is known again by what it holds, and not by how it was made."""
+    for name in store.checksums:
+        other = fingerprint_of(store.checksums | {name: "0" * 32})
+        assert (other == store.fingerprint) is (name == "manifest"), name
 
 
 def test_a_group_numbers_the_rows_through(tmp_path: Path, store: SequenceStore) -> None:

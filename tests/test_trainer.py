@@ -1,5 +1,7 @@
-"""The training step by itself: that it never waits for the device."""
+"""The training step by itself: what it computes, and that it never waits for the device."""
 
+import copy
+import math
 from itertools import count
 
 import pytest
@@ -9,15 +11,22 @@ from protlig_dd.batch import StaticShape
 from protlig_dd.data.loader import PackDataset
 from protlig_dd.data.store import SequenceStore, StoreGroup
 from protlig_dd.diffusion.graph import Absorbing
+from protlig_dd.diffusion.loss import score_entropy_loss
 from protlig_dd.diffusion.noise import LogLinearNoise
 from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.runtime.distributed import Processes
+from protlig_dd.runtime.random import keyed_generator
 from protlig_dd.training.optim import OPTIMIZERS, make_optimizer
-from protlig_dd.training.trainer import Trainer
+from protlig_dd.training.trainer import SPIKE_STEPS, Trainer
 
 from .conftest import make_model
 
 SHAPE = StaticShape(512, 64, 102)
+OPTIONS = {"lr": 1.0, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "momentum": 0.95, "precision": "fp32"}
+
+
+def rate(step: int) -> float:
+    return 1e-3 * (step + 1)
 
 
 def make_trainer(store: SequenceStore, optimizer: str, device: torch.device, *, fast: bool) -> Trainer:
@@ -33,20 +42,82 @@ def make_trainer(store: SequenceStore, optimizer: str, device: torch.device, *, 
         make_score=lambda network: ScoreFn(network, graph, "x0", autocast=autocast),
         graph=graph,
         noise=LogLinearNoise(),
-        optimizer=make_optimizer(
-            optimizer, model, lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, momentum=0.95, precision="fp32"
-        ),
+        optimizer=make_optimizer(optimizer, model, **OPTIONS),
         dataset=PackDataset(group, group.split("train"), seed=0, max_len=100, tokens_per_pack=512),
         device=device,
         processes=Processes(0, 1, 0),
         seed=0,
         packs_per_step=2,
         max_steps=100,
-        learning_rate=lambda step: 1e-3,
-        grad_clip=1.0,
+        learning_rate=rate,
+        grad_clip=0.5,
         ema_decay=0.9,
         curriculum_steps=0,
     )
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_step_follows_the_gradient_of_all_its_packs(store: SequenceStore, optimizer: str) -> None:
+    """Three steps, written out: nats a residue of both packs, clipped gradients, the step's rate and average."""
+    trainer = make_trainer(store, optimizer, torch.device("cpu"), fast=False)
+    model = copy.deepcopy(trainer.model)
+    score_fn, stepper = ScoreFn(model, trainer.graph, "x0"), make_optimizer(optimizer, model, **OPTIONS)
+    average = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    seen = 0
+    for step in range(3):
+        packs = [trainer.dataset[2 * step], trainer.dataset[2 * step + 1]]
+        residues = sum(int((pack.tokens < 20).sum()) for pack in packs)
+        losses = [
+            score_entropy_loss(score_fn, pack, trainer.graph, trainer.noise,
+                               keyed_generator(0, "noise", 2 * step + i, torch.device("cpu")))[0]
+            for i, pack in enumerate(packs)
+        ]  # fmt: skip
+        (sum(losses) / residues).backward()
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        norm = sum(float(gradient.double().square().sum()) for gradient in gradients) ** 0.5
+        assert norm > 0.5  # or clipping would not be tried
+        for gradient in gradients:
+            gradient *= 0.5 / norm
+        for group in stepper.param_groups:
+            group["lr"] = rate(step)
+        stepper.step()
+        stepper.zero_grad()
+        decay = min(0.9, (2 + step) / (11 + step))
+        for name, parameter in model.named_parameters():
+            average[name] = decay * average[name] + (1 - decay) * parameter.detach()
+        seen += residues
+
+        record = trainer.step(step, iter(packs), [])
+        assert record["pack_loss"].tolist() == pytest.approx(
+            [float(loss.detach()) / residues for loss in losses], rel=1e-4
+        )
+        assert float(record["grad_norm"]) == pytest.approx(norm, rel=1e-4)
+        assert (record["lr"], record["residues"], trainer.residues_seen) == (rate(step), residues, seen)
+        assert record["rows"] == [row for pack in packs for row in pack.rows.tolist()]
+        assert record["flops"] == sum(3 * model.flops(pack.lengths) for pack in packs)
+        for name, parameter in trainer.model.named_parameters():
+            torch.testing.assert_close(parameter, model.get_parameter(name), rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(trainer.ema.weights[name], average[name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_loss_that_is_no_number_freezes_weights_and_a_spike_is_one_too(store: SequenceStore) -> None:
+    trainer = make_trainer(store, "adamw", torch.device("cpu"), fast=False)
+    trainer.loss_spike = 3.0
+    usual = torch.tensor(2.0)
+    assert not trainer.watch(0, usual, torch.tensor(1.0))
+    assert not trainer.watch(SPIKE_STEPS - 1, torch.tensor(100.0), torch.tensor(1.0))  # too early to tell
+    expected = 2.0 + (100.0 - 2.0) / SPIKE_STEPS
+    assert float(trainer.usual_loss) == pytest.approx(expected)
+    assert not trainer.watch(SPIKE_STEPS, torch.tensor(2.99 * expected), torch.tensor(1.0))
+    expected += (2.99 * expected - expected) / SPIKE_STEPS
+    assert trainer.watch(SPIKE_STEPS + 1, torch.tensor(3.01 * expected), torch.tensor(1.0))
+    assert float(trainer.usual_loss) == pytest.approx(expected)  # the spike is not part of it
+    assert float(trainer.frozen) == 1
+    assert not trainer.watch(SPIKE_STEPS + 2, torch.tensor(2.0), torch.tensor(1.0))
+    assert float(trainer.frozen) == 1  # from then on
+    for loss, norm in ((math.nan, 1.0), (2.0, math.inf)):
+        trainer.frozen.zero_()
+        assert trainer.watch(1, torch.tensor(loss), torch.tensor(norm))
 
 
 @pytest.mark.gpu

@@ -1,26 +1,35 @@
 """Whole runs, from the command line, on real proteins: resume, ranks, faults, sweeps and the report."""
 
+import csv
 import json
+import math
 import re
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from Bio.Align import substitution_matrices
 from safetensors.torch import load_file
 
+from protlig_dd.data.fasta import read_fasta
 from protlig_dd.data.store import SequenceStore
 from protlig_dd.runtime.checkpoint import complete_checkpoints
 from protlig_dd.runtime.config import config_folder
 from protlig_dd.runtime.metrics import read_metrics
+from protlig_dd.tokenizer import AMINO_ACIDS, ProteinTokenizer
+from protlig_dd.training.job import print_report
 
 from .conftest import Command, Start, assert_one_line_error, require_program, thorough, wait_for
 
 pytestmark = pytest.mark.slow  # each starts processes that train
+
+decode = ProteinTokenizer().decode
 
 TINY = [
     "experiment=demo",
@@ -175,7 +184,6 @@ def test_another_config_or_other_data_is_not_resumed(run_python: Command, store:
     assert "going on from" in out  # the same data under another name
     environment = tmp_path / "runs/same/environment.json"
     record = json.loads(environment.read_text())
-    environment.write_text(json.dumps(record | {"data_fingerprint": "0" * 64}))
     environment.write_text("{")
     broken = run_python("-m", "protlig_dd.training", *overrides_for(store, "same", "trainer.max_steps=6"))
     assert_one_line_error(broken, "runs/same/environment.json cannot be read")
@@ -385,6 +393,44 @@ def test_the_wheel_trains_in_an_empty_folder(run_python: Command, store: Sequenc
     assert found.stdout.startswith(str(site))
     assert (empty / "runs/demo/report.json").is_file()
     assert any(empty.glob("data/sample-*.h5"))
+
+
+def test_the_report_is_recomputed_from_its_rows_and_samples(
+    trained_run: Path, store: SequenceStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every number of report.json that a reader takes for a result, and as the run's last lines say it."""
+    report = json.loads((trained_run / "report.json").read_text())
+    rows = list(csv.DictReader((trained_run / "report.csv").read_text().splitlines()))
+    letters = Counter("".join(decode(store[row]) for row in store.split("train")))
+    frequencies = {letter: letters[letter] + 1 for letter in AMINO_ACIDS}
+    total = sum(frequencies.values())
+    shares = {letter: count / total for letter, count in frequencies.items()}
+    assert [row["id"] for row in rows] == [store.id(row) for row in store.split("test")]
+    for row, number in zip(rows, store.split("test"), strict=True):
+        residues = [letter for letter in decode(store[number])[:300] if letter in AMINO_ACIDS]
+        assert int(row["residues"]) == len(residues)
+        assert float(row["unigram_nats"]) == pytest.approx(-sum(math.log(shares[one]) for one in residues), rel=1e-5)
+    counts = np.array([int(row["residues"]) for row in rows])
+    bound, unigram = (np.array([float(row[key]) for row in rows]) for key in ("nll_nats", "unigram_nats"))
+    printed = {}
+    for key, nats in (("nll", bound), ("unigram_nll", unigram), ("difference", bound - unigram)):
+        ratio, n = nats.sum() / counts.sum(), len(rows)
+        error = math.sqrt(((nats - ratio * counts) ** 2).sum() * n / (n - 1)) / counts.sum()
+        assert (report[key], report[f"{key}_se"]) == pytest.approx((ratio, error), rel=1e-3, abs=1e-5)
+        printed[key] = f"{report[key]:{'+' if key == 'difference' else ''}.4f} ± {report[f'{key}_se']:.4f}"
+    assert (report["sequences"], report["residues"]) == (len(rows), counts.sum())
+    samples = "".join(record.sequence for record in read_fasta(trained_run / report["samples"]))
+    drawn = {letter: count / len(samples) for letter, count in Counter(samples).items()}
+    divergence = sum(share * math.log(share / shares[letter]) for letter, share in drawn.items())
+    assert report["composition_kl"] == pytest.approx(divergence, rel=1e-5)
+    weights = load_file(complete_checkpoints(trained_run)[-1] / "model.safetensors")
+    assert report["parameters"] == sum(tensor.numel() for tensor in weights.values())
+    print_report(trained_run, 40, report)
+    said = capsys.readouterr().out
+    for line in (f"NLL bound            {printed['nll']}", f"unigram NLL          {printed['unigram_nll']}",
+                 f"paired difference    {printed['difference']}", f"samples              {divergence:.4f}",
+                 f"test set, {len(rows)} proteins, {counts.sum():,} residues (the first 300 of each)"):  # fmt: skip
+        assert line in said
 
 
 @pytest.mark.slow

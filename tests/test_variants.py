@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -19,10 +20,11 @@ from scipy.stats import mannwhitneyu, spearmanr
 from protlig_dd.batch import PackedBatch
 from protlig_dd.data.store import SequenceStore
 from protlig_dd.diffusion.graph import Absorbing, Graph, Uniform
-from protlig_dd.diffusion.likelihood import masked_nats
+from protlig_dd.diffusion.likelihood import masked_nats, masked_sigma
 from protlig_dd.diffusion.noise import CosineNoise, GeometricNoise, LogLinearNoise
 from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.evaluation.assays import (
+    METRICS,
     Assay,
     Indel,
     Variant,
@@ -42,6 +44,7 @@ from protlig_dd.evaluation.fitness import (
     Scores,
     Work,
     choose_strategy,
+    column_streams,
     columns_of,
     exact_count_draw,
     integral_draw,
@@ -52,9 +55,11 @@ from protlig_dd.evaluation.fitness import (
     windowed,
 )
 from protlig_dd.evaluation.heatmap import heat_map, to_csv, to_png
+from protlig_dd.runtime.config import VariantsConfig
 from protlig_dd.runtime.files import sha256
+from protlig_dd.runtime.trained import load_trained
 from protlig_dd.tokenizer import AMINO_ACIDS, BOS, EOS, MASK, N_STATES, ProteinTokenizer
-from protlig_dd.variants import check_different, score
+from protlig_dd.variants import check_different, done_before, of_assay, score, settings_of
 
 from . import brute_force
 from .conftest import Command, MadeOnce, assert_one_line_error, exact_score_fn, graph_of, make_model, thorough
@@ -89,6 +94,68 @@ def scored(score_fn: ScoreFn, assay: Assay, strategy: str, target: np.ndarray = 
     settings = {"longest": 100, "draws": 8, "seed": 0, "tokens_per_pack": 70} | options
     work = Work(CPU, settings.pop("tokens_per_pack"))
     return score_variants(score_fn, NOISE, target, assay, work, strategy=strategy, **settings)
+
+
+def test_what_is_drawn_follows_from_the_seed() -> None:
+    deletion, pair = Variant(indel=Indel(3, 4, ())), Variant(((0, 0), (5, 2)))
+    for kind, graph in (("exact_count", Absorbing()), ("integral", Uniform())):
+        score_fn = ScoreFn(make_model(time_conditioning=kind == "integral"), graph, "x0", kind == "integral")
+        first, again, other = (scored(score_fn, assay_of(pair, deletion), "bound", seed=seed) for seed in (1, 1, 2))
+        assert first.nats.tolist() == again.nats.tolist()
+        assert (first.nats != other.nats).all()
+    streams = [stream for seed in (1, 2) for draw in (0, 1) for stream in column_streams(seed, draw)]
+    assert len({tuple(torch.rand(3, generator=stream).tolist()) for stream in streams}) == 8
+
+
+def test_residues_are_counted_without_letters_that_are_none() -> None:
+    """Of a wild type with X: the share that is masked, and the length that an indel changes."""
+    target, seen = ids("MKTXYXIAK"), []
+
+    def network(batch: PackedBatch, sigma: torch.Tensor) -> torch.Tensor:
+        seen.append(sigma)
+        return torch.zeros(len(batch.tokens), N_STATES)
+
+    score_fn = ScoreFn(network, Absorbing(), "x0")
+    found = scored(score_fn, assay_of(Variant(((0, 0), (2, 1)))), "masked_marginals", target)
+    assert found.nats.tolist() == [0.0]
+    assert seen[0].tolist() == pytest.approx(masked_sigma(NOISE, torch.tensor([2 / 7], dtype=torch.float64)).tolist())
+    indels = assay_of(Variant(indel=Indel(1, 2, ())), Variant(indel=Indel(4, 4, (5, 6))))
+    for draws in (4, 10):  # every residue costs log 20, so that no length is better than another
+        found = scored(ScoreFn(network, Absorbing(), "x0", False), indels, "bound", target, draws=draws)
+        assert found.nats.mean() == pytest.approx(0, abs=1e-9)
+        np.testing.assert_allclose(found.nats, 0, atol=1e-4)
+
+
+def test_scores_are_made_again_when_anything_that_they_depend_on_changes(trained_run: Path, tmp_path: Path) -> None:
+    trained = load_trained(str(trained_run), device="cpu", precision="fp32")
+    config = VariantsConfig(from_="", assay=None, target=WILD, reference=None, output="a.csv", column="nats",
+                            strategy="ratio", draws=4, seed=0, device="cpu", precision="fp32",
+                            tokens_per_pack=100)  # fmt: skip
+    settings = settings_of(trained, config) | of_assay(None, TARGET)
+    run = replace(trained.config, run=replace(trained.config.run, name="another"))
+    (tmp_path / "weights").write_bytes(b"others")
+    changes = [
+        settings_of(replace(trained, **change), config)
+        for change in ({"precision": "bf16"}, {"step": 7}, {"config": run}, {"weights": tmp_path / "weights"})
+    ]
+    changes += [
+        settings_of(trained, replace(config, **change))
+        for change in ({"strategy": "bound"}, {"draws": 6}, {"seed": 1}, {"column": "other"})
+    ]
+    changes += [of_assay(tmp_path / "weights", TARGET), of_assay(None, TARGET[1:])]
+    output = tmp_path / "a.csv"
+    earlier = settings | dict.fromkeys(METRICS)
+    (tmp_path / "a.json").write_text(json.dumps(earlier))
+    assert done_before(output, settings) is None  # it did not come to its end
+    output.write_text("")
+    assert done_before(output, settings) == earlier
+    keys = set()
+    for change in changes:
+        (key,) = [key for key in change if change[key] != settings[key]]
+        keys.add(key)
+        with pytest.raises(ValueError, match=f"a.json was made with {key}="):
+            done_before(output, settings | change)
+    assert keys == set(settings)
 
 
 # what files say
