@@ -76,19 +76,26 @@ def read_mutations(path: Path) -> list[Mutation]:
 
 
 def check(mutations: Sequence[Mutation], results: Path, jobs: int) -> dict[Mutation, str]:
-    """The test that fails first for each mutation, or SURVIVED; appended to `results` as they come."""
+    """The test that fails first for each mutation, or SURVIVED; appended to `results` as they come.
+
+    Raises:
+        ValueError: at the end, for mutations that say nothing.
+    """
     state = digest_of(TESTED)
     keys = {mutation: hashlib.sha256(f"{state}{asdict(mutation)}".encode()).hexdigest() for mutation in mutations}
     known = {}
     if results.exists():
         known = {row["key"]: row["verdict"] for row in map(json.loads, results.read_text().splitlines())}
     left = [mutation for mutation in mutations if keys[mutation] not in known]
+    problems: list[str] = []
     with copies(min(jobs, len(left))) as free, started() as server, results.open("a") as file:
 
-        def one(mutation: Mutation) -> tuple[Mutation, str]:
+        def one(mutation: Mutation) -> tuple[Mutation, str, str]:
             copy = free.get()
             try:
-                return mutation, verdict(mutation, copy, server)
+                return mutation, verdict(mutation, copy, server), ""
+            except ValueError as error:
+                return mutation, "", str(error)
             finally:
                 free.put(copy)
 
@@ -96,11 +103,16 @@ def check(mutations: Sequence[Mutation], results: Path, jobs: int) -> dict[Mutat
             ThreadPoolExecutor(jobs) as pool,
             ProgressBar("mutations", len(mutations), len(mutations) - len(left)) as bar,
         ):
-            for mutation, found in pool.map(one, left):
+            for mutation, found, problem in pool.map(one, left):
+                bar.advance(note=mutation.what)
+                if problem:
+                    problems.append(problem)
+                    continue
                 known[keys[mutation]] = found
                 file.write(json.dumps({"key": keys[mutation], "what": mutation.what, "verdict": found}) + "\n")
                 file.flush()
-                bar.advance(note=mutation.what)
+    if problems:
+        raise ValueError("\n".join(problems))
     return {mutation: known[keys[mutation]] for mutation in mutations}
 
 

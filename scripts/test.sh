@@ -23,7 +23,7 @@ bin=${PROTLIG_VENV:-.venv}/bin
 "$bin/ruff" format --check .
 "$bin/mypy"
 code=0
-PROTLIG_TYPECHECK=1 "$bin/python" -m pytest -n auto --maxprocesses 4 --dist worksteal \
+PROTLIG_TYPECHECK=1 "$bin/python" -m pytest -n auto --dist worksteal \
     ${chosen[@]+"${chosen[@]}"} ${arguments[@]+"${arguments[@]}"} || code=$?
 if [ "${chosen[0]-}" = -m ]; then
     echo "Left out, installed or not: tests marked system (Slurm, MMseqs2, browser, g++, root) and campaign (faults)."

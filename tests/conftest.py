@@ -38,7 +38,7 @@ from .warm import READ_BY_LIBRARIES, Process, Server, start_server
 ROOT = Path(__file__).resolve().parents[1]
 
 # `thorough` is for .ci/run (scripts/test.sh --all)
-settings.register_profile("thorough", deadline=None, derandomize=True, print_blob=True)
+settings.register_profile("thorough", max_examples=60, deadline=None, derandomize=True, print_blob=True)
 settings.register_profile("project", settings.get_profile("thorough"), max_examples=20)
 settings.load_profile("project")
 
@@ -115,6 +115,11 @@ def trained_run(store: SequenceStore, python: Command, made_once: MadeOnce) -> P
         assert done.returncode == 0, done.stderr
 
     return made_once("trained", fill) / "runs/small"
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One more than there are cores, as some tests wait for timeouts and schedulers; each takes some 600 MB."""
+    return min(4, (os.cpu_count() or 1) + 1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -43,6 +45,75 @@ def test_packed_equals_one_at_a_time_in_output_and_gradient(model: DiT, lengths:
         gradients(model, F.cross_entropy(packed, target)), gradients(model, F.cross_entropy(alone, target)), strict=True
     ):
         assert torch.allclose(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
+def written_out(model: DiT, tokens: torch.Tensor, sigma: float) -> torch.Tensor:
+    """Logits of one sequence by the formulas, from the weights by name: adaLN of DiT (arXiv 2212.09748) with SEDD's
+    sinusoids of sigma, rotary of RoFormer (arXiv 2104.09864) as products of complex numbers, pre-norm residuals.
+    """
+    w = {name: parameter.detach().double() for name, parameter in model.named_parameters()}
+    width, heads, length = model.embedding.embedding_dim, model.blocks[0].n_heads, len(tokens)
+    half = width // heads // 2
+
+    def linear(name: str, x: torch.Tensor) -> torch.Tensor:
+        return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0.0)
+
+    def norm(name: str, x: torch.Tensor, rms: bool) -> torch.Tensor:
+        centred = x if rms else x - x.mean(-1, keepdim=True)
+        scaled = centred / (centred.square().mean(-1, keepdim=True) + (1e-6 if rms else 1e-5)).sqrt()
+        return scaled * w[f"{name}.weight"] + w.get(f"{name}.bias", 0.0)
+
+    def gelu(x: torch.Tensor) -> torch.Tensor:
+        return 0.5 * x * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3)))
+
+    def silu(x: torch.Tensor) -> torch.Tensor:
+        return x / (1 + torch.exp(-x))
+
+    cond = None
+    if model.sigma_embedding is not None:
+        angles = sigma * torch.tensor([10000 ** (-i / 128) for i in range(128)], dtype=torch.float64)
+        hidden = silu(linear("sigma_embedding.mlp.0", torch.cat([angles.cos(), angles.sin()])))
+        cond = silu(linear("sigma_embedding.mlp.2", hidden))
+
+    def modulations(name: str, number: int) -> list[torch.Tensor | float]:
+        """shift, scale, gate of attention, then of the MLP; 0, 0, 1 without them."""
+        if cond is None:
+            return [0.0, 0.0, 1.0, 0.0, 0.0, 1.0][:number]
+        return list(linear(f"{name}.adaln", cond).chunk(number))
+
+    x = w["embedding.weight"][tokens]
+    frequencies = torch.tensor([10000 ** (-j / half) for j in range(half)], dtype=torch.float64)
+    turn = torch.exp(1j * torch.arange(length, dtype=torch.float64)[:, None] * frequencies)[:, None]
+    for i, block in enumerate(model.blocks):
+        name, rms = f"blocks.{i}", isinstance(block.attention_norm, RMSNorm)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulations(name, 6)
+        h = norm(f"{name}.attention_norm", x, rms) * (1 + scale_a) + shift_a
+        q, k, v = linear(f"{name}.qkv", h).view(length, 3, heads, 2 * half).unbind(1)
+        if block.q_norm is not None:
+            q, k = norm(f"{name}.q_norm", q, True), norm(f"{name}.k_norm", k, True)
+        q, k = ((torch.complex(z[..., :half], z[..., half:]) * turn) for z in (q, k))
+        # the real part of q k* is the product of the turned vectors
+        scores = torch.einsum("ihd,jhd->hij", q, k.conj()).real / (2 * half) ** 0.5
+        attended = torch.einsum("hij,jhd->ihd", scores.exp() / scores.exp().sum(-1, keepdim=True), v)
+        x = x + gate_a * linear(f"{name}.attention_out", attended.reshape(length, width))
+        h = linear(f"{name}.mlp.up", norm(f"{name}.mlp_norm", x, rms) * (1 + scale_m) + shift_m)
+        if block.mlp.kind == "swiglu":
+            h = silu(h[:, : h.shape[1] // 2]) * h[:, h.shape[1] // 2 :]
+        else:
+            h = gelu(h) if block.mlp.kind == "gelu" else h.clamp(min=0) ** 2
+        x = x + gate_m * linear(f"{name}.mlp.down", h)
+    shift, scale = modulations("head", 2)
+    return linear("head.out", norm("head.norm", x, isinstance(model.head.norm, RMSNorm)) * (1 + scale) + shift)
+
+
+@pytest.mark.parametrize("model", [MODEL, *VARIANTS], ids=["default", *map(str, OPTIONS)])
+def test_the_network_is_its_formulas(model: DiT) -> None:
+    batch, sigma = random_batch([7, 1, 12]), torch.tensor([0.01, 3.0, 0.7])
+    expected = [
+        written_out(model, tokens, float(level))
+        for tokens, level in zip(batch.unpack(batch.tokens), sigma.double(), strict=True)
+    ]
+    torch.testing.assert_close(model(batch, sigma).double(), torch.cat(expected), rtol=1e-4, atol=1e-4)
 
 
 def test_order_in_the_pack_does_not_matter() -> None:

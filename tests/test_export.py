@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import csv
 import hashlib
 import http.server
 import json
@@ -86,7 +87,16 @@ def test_an_export_is_the_checkpoint(exported: Path, store: SequenceStore, run_p
     assert words["ids"]["<mask>"] == 20
     report = json.loads((run / "report.json").read_text())
     card = (model / "README.md").read_text()
-    assert f"| bound on the negative log-likelihood | {report['nll']:.4f} ± {report['nll_se']:.4f} |" in card
+    for name, key, sign in (("bound on the negative log-likelihood", "nll", ""), ("unigram model", "unigram_nll", ""),
+                            ("paired difference", "difference", "+")):  # fmt: skip
+        assert f"| {name} | {report[key]:{sign}.4f} ± {report[f'{key}_se']:.4f} |" in card
+    rows = list(csv.DictReader((run / "report.csv").read_text().splitlines()))
+    residues = sum(int(row["residues"]) for row in rows)
+    bound = sum(float(row["nll_nats"]) for row in rows) / residues
+    assert f"| {bound:.4f} ± " in card
+    assert f"On {len(rows)} proteins of the test split, {residues:,} residues (the first 200 of each)" in card
+    assert "| network | 2 blocks, width 32, 4 heads |" in card
+    assert "| steps | 6, seed 0; averaged weights |" in card
     assert "# license: " in card
     assert find_saved(str(run)).data_fingerprint in card
 

@@ -14,7 +14,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protlig_dd.data.fasta import FastaRecord, read_fasta
-from protlig_dd.infill import Segment, draw_layout, draw_sizes, free_positions, infill, map_csv, place, read_records
+from protlig_dd.infill import (
+    MOST,
+    Segment,
+    draw_layout,
+    draw_sizes,
+    free_positions,
+    infill,
+    map_csv,
+    place,
+    read_records,
+)
 from protlig_dd.runtime import generate
 from protlig_dd.runtime.trained import Trained, load_trained
 from protlig_dd.sample import sample_proteins
@@ -22,6 +32,7 @@ from protlig_dd.tokenizer import MASK, ProteinTokenizer
 
 from .conftest import Command, assert_one_line_error
 from .test_configs import composed
+from .test_sample import assert_bounds_are_those_of_the_model
 
 RECORD = FastaRecord("p", "", "ACDEFGHIKL", "in.fasta")
 IDS = ProteinTokenizer().encode(RECORD.sequence)[1:-1]
@@ -170,6 +181,8 @@ def test_fixed_residues_stay_and_the_rest_is_new(trained_run: Path, tmp_path: Pa
         assert (record.sequence[0], record.sequence[4:6], len(record.sequence)) == ("A", "DX", 8)
         assert "_" not in record.sequence
     assert len({record.sequence for record in records[:3]}) > 1
+    numbers = [k * MOST + i for k in range(2) for i in range(3)]
+    assert_bounds_are_those_of_the_model(records, trained_run, numbers=numbers, seed=5, draws=8)
     rows = list(csv.DictReader((tmp_path / "out.map.csv").read_text().splitlines()))
     assert [row["start"] + "-" + row["end"] for row in rows if row["design"] == "wt_2" and row["free"] == "true"] == [
         "2-4"
@@ -194,6 +207,18 @@ def test_fixed_residues_stay_and_the_rest_is_new(trained_run: Path, tmp_path: Pa
         assert "nll=" not in record.description
         lengths.add(len(record.sequence))
     assert lengths == {16, 17, 18}
+    designs = {record.id: record.sequence for record in read_fasta(tmp_path / "scaffold.fasta")}
+    rows = list(csv.DictReader((tmp_path / "scaffold.map.csv").read_text().splitlines()))
+    for name, design in designs.items():
+        own = [row for row in rows if row["design"] == name]
+        ends = [(int(row["start"]), int(row["end"])) for row in own]
+        assert [first for first, _ in ends] == [1, *(last + 1 for _, last in ends[:-1])]
+        assert ends[-1][1] == len(design)
+        for row, (first, last) in zip(own, ends, strict=True):
+            assert (row["input_start"] == "") is (row["free"] == "true")
+            if row["input_start"]:
+                begin = int(row["input_start"]) - 1
+                assert design[first - 1 : last] == (RECORD.sequence * 4)[begin : begin + last - first + 1]
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from protlig_dd.data.fasta import read_fasta
 from protlig_dd.data.homology import Hit
 from protlig_dd.data.store import SequenceStore
 from protlig_dd.evaluation.judges import (
+    SETS,
     Rows,
     cheap_judges,
     kmer_divergence,
@@ -404,7 +405,26 @@ def test_without_mmseqs_the_rest_is_told(store: SequenceStore, tmp_path: Path, r
     names = [row["name"] for row in json.loads((tmp_path / "judged/judges.json").read_text())["rows"]]
     assert len(names) == 12
     assert json.loads((tmp_path / "judged/judges.json").read_text())["train"] is None  # none was searched
-    assert len((tmp_path / "judged/per_sequence.csv").read_text().splitlines()) == 1 + 4
+    # every figure of the table, of judges.csv and of judges.json are the same; some are counted again
+    said = json.loads((tmp_path / "judged/judges.json").read_text())["rows"]
+    table = (tmp_path / "judged/table.md").read_text().splitlines()[2:]
+    ones = list(csv.DictReader((tmp_path / "judged/per_sequence.csv").read_text().splitlines()))
+    cells = list(csv.reader((tmp_path / "judged/judges.csv").read_text().splitlines()))
+    assert cells[0] == ["judge", "samples", "samples_se", "natural", "natural_se", "shuffled", "shuffled_se"]
+    for row, line, own in zip(said, table, cells[1:], strict=True):
+        figures = [tuple(math.nan if row[key] is None else row[key] for key in (name, f"{name}_se")) for name in SETS]
+        assert line == f"| {' | '.join([row['name'], *(written(*figure) for figure in figures)])} |"
+        assert own == [row["name"], *(f"{value:.6f}" for value in itertools.chain(*figures))]
+    rows = {row["name"]: row for row in said}
+    assert len(ones) == rows["proteins"]["samples"] == 4
+    proteins = {f"n{i}": ProteinTokenizer().decode(store[i]) for i in range(8)}
+    chosen = [proteins[one["id"]] for one in ones]
+    assert [int(one["length"]) for one in ones] == [len(protein) for protein in chosen]
+    assert rows["residues"]["samples"] == sum(map(len, chosen))
+    assert rows["length, median"]["samples"] == np.median([len(protein) for protein in chosen])
+    for key, name in (("low_complexity", "low complexity"), ("tandem_repeats", "tandem repeats")):
+        flagged = sum(float(one[key]) * int(one["length"]) for one in ones)
+        assert rows[f"residues in {name}"]["samples"] == pytest.approx(flagged / sum(map(len, chosen)), abs=1e-6)
     process = run_python(*command, "mmseqs=true", "output=other", PATH="/nowhere")
     assert_one_line_error(process, "mmseqs=true, but no `mmseqs` is on the PATH: install it")
 

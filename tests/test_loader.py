@@ -86,6 +86,8 @@ def test_proteins_of_one_length_are_cropped_anew_in_each_pack_and_epoch(tmp_path
         ]
         assert len(set(starts[seed])) > 15  # of 101, in 3 epochs
     assert starts[1] != starts[2]
+    dataset = make_dataset(store, max_len=399, budget=401)
+    assert {int(dataset[pack].tokens[0]) == BOS for pack in range(30)} == {True, False}  # the last crop comes, too
 
 
 def test_the_key_of_a_plan_tells_everything_that_a_plan_depends_on(
@@ -128,7 +130,7 @@ def test_a_crop_never_takes_more_tokens_than_it_is_counted_for(max_len: int, mor
     residues = max_len + 1 + more
     starts = np.arange(residues - max_len + 1)
     first, last = crop_bounds(np.full(len(starts), residues), starts, max_len)
-    assert (last - first).max() <= clipped_tokens(np.array(residues), max_len)
+    assert (last - first).max() == clipped_tokens(np.array(residues), max_len)
     assert first.min() >= 0
     assert last.max() == residues + 2
 

@@ -1,6 +1,7 @@
 """`python -m protlig_dd.prepare` as a user runs it: every fault is one line and leaves nothing behind."""
 
 import gzip
+import itertools
 import os
 import shutil
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from protlig_dd.data.fasta import FastaRecord
-from protlig_dd.data.store import SequenceStore
+from protlig_dd.data.store import SPLITS, SequenceStore
 from protlig_dd.prepare import length_plot
 
 from .conftest import ROOT, Command, MadeOnce, Start, assert_one_line_error, require
@@ -35,13 +36,20 @@ def test_prepare_and_inspect(run_python: Command, tmp_path: Path) -> None:
     assert "600 lower-case letters were read as upper-case" in process.stdout
     assert 30 < len(SequenceStore(tmp_path / "d/my.h5").split("validation")) < 90
     assert sorted(path.name for path in (tmp_path / "d").iterdir()) == ["my.h5", "my.h5.manifest.json"]
+    # what it says of the store, counted again in the input
+    lengths = {f"p{i}": i + 12 for i in range(296)}
+    store = SequenceStore(tmp_path / "d/my.h5")
+    kept = {name: [lengths[store.id(row)] for row in store.split(name)] for name in SPLITS}
+    assert sorted(itertools.chain(*kept.values())) == sorted(lengths.values())
+    assert f"d/my.h5: 296 sequences, {sum(lengths.values()):,} residues\n" in process.stdout
+    for name, own in kept.items():
+        assert f"  {name:<10} {len(own):,} sequences, {sum(own):,} residues\n" in process.stdout
     shown = run_python(*PREPARE, "inspect=d/my.h5")
     assert shown.returncode == 0, shown.stderr
     for part in (
         '"max_length": 307',
         '"created": "20',
-        "    0-49 ",
-        "█",
+        *(f"{i:>5}-{i + 49:<5} {sum(i <= n < i + 50 for n in lengths.values()):>11,} █" for i in range(0, 300, 50)),
         ">p0 [b]\nMKVAAAAAAAAA\n",
         "every checksum holds",
     ):

@@ -1,15 +1,22 @@
 """What `python -m protlig_dd.sample` reads before it samples; the command itself is in test_training.py."""
 
 import re
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from protlig_dd.data.fasta import read_fasta
+from protlig_dd.batch import PackedBatch
+from protlig_dd.data.fasta import FastaRecord, read_fasta
+from protlig_dd.diffusion.likelihood import nll_bound
 from protlig_dd.runtime.generate import choose_lengths
+from protlig_dd.runtime.random import keyed_generator
 from protlig_dd.runtime.steering import read_log_bias
-from protlig_dd.tokenizer import AMINO_ACIDS
+from protlig_dd.runtime.trained import load_trained
+from protlig_dd.tokenizer import AMINO_ACIDS, ProteinTokenizer
 
 from .conftest import Command, assert_one_line_error
 
@@ -71,6 +78,12 @@ def test_a_wrong_bias_is_named(wanted: object, message: str) -> None:
         read_log_bias(wanted, [3])
 
 
+def test_a_range_of_lengths_has_both_its_ends() -> None:
+    drawn = Counter(choose_lengths("7-9", 3000, 1, None))
+    assert set(drawn) == {7, 8, 9}
+    assert all(abs(times / 3000 - 1 / 3) < 0.05 for times in drawn.values())
+
+
 @pytest.mark.parametrize("wanted", ["empirical", "5-9", "7"])
 def test_the_first_lengths_do_not_depend_on_how_many_there_are(wanted: str) -> None:
     counts = [0, 0, 0, 0, 0, 3, 3, 3, 3, 3]
@@ -92,6 +105,21 @@ def test_a_checkpoint_without_lengths_asks_for_them() -> None:
         choose_lengths("empirical", 2, 0, None)
 
 
+def assert_bounds_are_those_of_the_model(
+    records: Sequence[FastaRecord], run: Path, *, numbers: Sequence[int], seed: int, draws: int
+) -> None:
+    """nll and nll_se of each header, nats a residue, against the bound of that protein by itself."""
+    trained = load_trained(str(run), device="cpu", precision="fp32")
+    for number, record in zip(numbers, records, strict=True):
+        batch = PackedBatch.pack([torch.from_numpy(ProteinTokenizer().encode(record.sequence).astype(np.int64))])
+        generator = keyed_generator(seed, "bound", number, torch.device("cpu"))
+        bound = nll_bound(trained.score_fn, batch, trained.graph, trained.noise, generator=generator, draws=draws,
+                          estimator="exact_count")  # fmt: skip
+        residues = sum(letter in AMINO_ACIDS for letter in record.sequence)
+        expected = [f"{float(value) / residues:.4f}" for value in (bound.nats, bound.standard_error)]
+        assert re.findall(r" nll=(\S+) nll_se=(\S+)", record.description) == [tuple(expected)]
+
+
 def test_headers_bound_each_protein_and_ranks_share_the_work(
     trained_run: Path, tmp_path: Path, run_python: Command
 ) -> None:
@@ -107,8 +135,9 @@ def test_headers_bound_each_protein_and_ranks_share_the_work(
         )
         assert found, record.description
         assert int(found[1]) == len(record.sequence)
-        assert 2.5 < float(found[2]) < 3.6
-        assert 0 < float(found[3]) < 1
+    assert_bounds_are_those_of_the_model(records, trained_run, numbers=range(7), seed=0, draws=3)
+    residues = sum(len(record.sequence) for record in records)
+    assert f"7 proteins, {residues / 7:.0f} residues on average; 0.00% of draws clamped" in done.stdout
     few = run_python(*command, "output=few.fasta", "n=3", "tokens_per_pack=4000")
     assert few.returncode == 0, few.stderr
     assert (tmp_path / "one.fasta").read_text().startswith((tmp_path / "few.fasta").read_text())

@@ -194,8 +194,7 @@ def independent_toy(n: int, graph: str = "absorbing") -> brute_force.Toy:
 @pytest.mark.parametrize("name", ["absorbing", "uniform", "substitution"])
 def test_temperature_and_top_p_sharpen_every_position(name: str, parametrisation: str) -> None:
     toy, chains = independent_toy(4, name), 10_000 if thorough() else 3_000
-    steps = (40 if name == "absorbing" else 120) // (1 if thorough() else 2)
-
+    steps = 20 if name == "absorbing" else 60
     score_fn = exact_score_fn(toy, parametrisation)
 
     def draw(**options: float) -> np.ndarray:
@@ -244,7 +243,7 @@ def test_a_bias_tilts_independent_positions_exactly(name: str, predictor: str, p
     bias = torch.randn(2, 4, generator=seeded(2), dtype=torch.float64)
     bias[1, 2] = -torch.inf
     tilted = (toy.p0 * bias[0].exp()[:, None] * bias[1].exp()).flatten().numpy()
-    steps = (40 if name == "absorbing" else 120) // (1 if thorough() else 2)
+    steps = 20 if name == "absorbing" else 60
     samples = sample(
         exact_score_fn(toy, parametrisation), NOISES[name], [2] * chains, steps, predictor, seeded(1),
         log_bias=bias.repeat(chains, 1),

@@ -756,7 +756,12 @@ def test_a_scan_has_every_substitution_and_a_heat_map(run: Callable[..., str], t
     assert rows[0]["mutant"].startswith(f"{target[0]}1")
     assert len(rows) == 19 * sum(letter in AMINO_ACIDS for letter in target)
     assert Path("scan_heatmap.png").stat().st_size > 10_000
-    assert len(Path("scan_heatmap.csv").read_text().splitlines()) == len(target) + 1
+    cells = list(csv.DictReader(Path("scan_heatmap.csv").read_text().splitlines()))
+    assert [(int(row["position"]), row["wild_type"]) for row in cells] == list(enumerate(target, start=1))
+    found = {f"{row['wild_type']}{row['position']}{letter}": row[letter] for row in cells for letter in AMINO_ACIDS}
+    scores = {row["mutant"]: row["score"] for row in rows}
+    own = {f"{letter}{i}{letter}": "0.000000" for i, letter in enumerate(target, start=1) if letter in AMINO_ACIDS}
+    assert {mutant: score for mutant, score in found.items() if score} == scores | own
 
     lines = [f"{row['mutant']},{i}\n" for i, row in enumerate(rows[::97])]  # which are read as an assay's
     Path("some.csv").write_text("mutant,DMS_score\n" + "".join(lines))
@@ -792,6 +797,18 @@ def test_a_folder_of_assays_is_scored_in_two_goes(run: Callable[..., str]) -> No
     assert "B: 3 variants by strategy=bound (there are insertions or deletions)" in run(*FOLDER)
     total = json.loads(Path("out/summary.json").read_text())
     assert set(total["by_type"]) == {"Activity", "Stability"}
+    lines = list(csv.DictReader(Path("out/summary.csv").read_text().splitlines()))
+    for line in lines:  # each figure from the rows, and the averages from the assays'
+        rows = list(csv.DictReader(Path(f"out/{line['DMS_id']}.csv").read_text().splitlines()))
+        scores, measured = ([float(row[key]) for row in rows] for key in ("score", "DMS_score"))
+        fit = [row["DMS_score_bin"] == "1" for row in rows] if "DMS_score_bin" in rows[0] else [x > 1 for x in measured]
+        pairs = [(a > b) + 0.5 * (a == b) for a, x in zip(scores, fit, strict=True) if x
+                 for b, y in zip(scores, fit, strict=True) if not y]  # fmt: skip
+        assert int(line["variants"]) == len(rows)
+        assert float(line["spearman"]) == pytest.approx(spearmanr(scores, measured).statistic)
+        assert float(line["auc"]) == pytest.approx(sum(pairs) / len(pairs))
+    for metric in ("spearman", "auc"):
+        assert total[metric] == pytest.approx(sum(float(line[metric]) for line in lines) / 2)
     assert re.search(r"^A,P1,Activity,masked_marginals,", Path("out/summary.csv").read_text(), re.MULTILINE)
     Path("out/B.csv").rename("B.csv")  # as if it had been stopped before
     kept = Path("out/A.csv").stat().st_mtime_ns
