@@ -168,7 +168,7 @@ def verdict(mutation: Mutation, copy: Path, server: Server) -> str:
         file.write_text(source)
     if process.returncode == 0:
         return SURVIVED
-    failed = re.search(r"^(?:FAILED|ERROR) ([^ \[]+)", output, re.MULTILINE)
+    failed = re.search(r"^(?:FAILED|ERROR) ([^\s\[]+)", output, re.MULTILINE)
     if process.returncode != 1 or failed is None:
         raise ValueError(f"{mutation.what}: pytest {mutation.tests} ended with {process.returncode}:\n{output}{errors}")
     return f"`{failed[1]}`"

@@ -213,6 +213,7 @@ def libraries(request: pytest.FixtureRequest) -> Iterator[Server]:
 def warm(libraries: Server) -> Iterator[Server]:
     """The interpreter that has imported the package too; what it forks runs at once."""
     server = libraries.import_package(ROOT, os.environ)
+    server.connect().close()  # who takes its executable alone does not wait
     yield server
     server.close()
 

@@ -172,6 +172,12 @@ def test_filters_count_what_they_drop(tmp_path: Path, filters: Filters, dropped:
     store.verify()
 
 
+def test_lengths_at_the_limits_stay(tmp_path: Path) -> None:
+    file = write_fasta(tmp_path / "a.fasta", *((f"p{n}", "ACDEFG"[:n]) for n in range(1, 7)))
+    store = build_store([file], tmp_path / "a.h5", filters=Filters(min_length=3, max_length=5))
+    assert store.lengths.tolist() == [3, 4, 5]
+
+
 def test_a_share_of_unknown_letters_that_is_just_allowed_stays(tmp_path: Path) -> None:
     records = [(f"p{n}", "X" * n + "A" * (100 - n)) for n in range(1, 100)]
     file = write_fasta(tmp_path / "a.fasta", *records)

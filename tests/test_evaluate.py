@@ -258,6 +258,8 @@ def test_fasta_is_compared_with_the_runs_own_training_set(
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["cut_to_max_len"] == 1
     assert "their first 300 are scored" in done.stdout
+    rows = list(csv.DictReader((tmp_path / "out/per_sequence.csv").read_text().splitlines()))
+    assert {row["id"]: int(row["residues"]) for row in rows}["long"] == 300
     assert report["baseline_sequences"] == 360
     assert "masked" not in report
     exported = run_python("-m", "protlig_dd.export", f"from={trained_run}", "to=small")

@@ -49,6 +49,13 @@ def test_the_units_are_read_from_the_matrix(name: str) -> None:
     assert torch.allclose(graph.rates, make_substitution_graph(name, scale=other).rates)
 
 
+@pytest.mark.parametrize(("comment", "scale"), [("in 1/12 Bit Units", 1 / 12), ("scale = ln(2)/10", 1 / 10)])
+def test_units_of_several_digits_are_read(tmp_path: Path, comment: str, scale: float) -> None:
+    scores, _ = read_matrix("BLOSUM62")
+    path = write_matrix(tmp_path / "scores", scores, comment=comment)
+    assert np.array_equal(substitution_rates(path), substitution_rates(path, scale=scale))
+
+
 def test_files_of_scores_and_of_rates(tmp_path: Path) -> None:
     scores, _ = read_matrix("BLOSUM62")
     turned = AMINO_ACIDS[::-1]
