@@ -227,7 +227,7 @@ class Campaign:
     def stop_rank(self) -> Tally:
         """SIGSTOP of a rank for longer than the others wait."""
         tally = Tally("SIGSTOP of one of two ranks beyond trainer.timeout")
-        process = self.start("hung", *TWO, "trainer.timeout=5")
+        process = self.start("hung", *TWO, "trainer.timeout=20")
         self.wait_for_checkpoint("hung", process)
         os.kill(ranks_of(process)[-1], signal.SIGSTOP)
         _, errors = process.communicate(timeout=300)
@@ -353,7 +353,7 @@ def mounted(folder: Path, megabytes: int, *options: str) -> Iterator[None]:
     try:
         yield
     finally:
-        subprocess.run(["umount", str(folder)], check=True)
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)  # a run may still stand in it
 
 
 def enter_namespace() -> None:

@@ -6,7 +6,7 @@
 
 Mutations are made in copies of the checkout, so nothing here is changed. What was found is kept in a file, and is not
 tried again as long as the code, the tests and the mutation are the same: what was broken off goes on. Prints two
-Markdown tables; the exit code is 1 if a mutation survives.
+Markdown tables; the exit code is 1 if a mutation survives, and 2 if one says nothing.
 """
 
 import argparse
@@ -18,24 +18,27 @@ import random
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import tomllib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 
+from protlig_dd.runtime.files import drop_partial_line
 from protlig_dd.runtime.metrics import ProgressBar
 from tests.warm import Server, start_server
 
 ROOT = Path(__file__).resolve().parents[1]
 LISTS = ROOT / "scripts/mutations"
-TESTED = ("protlig_dd", "configs", "scripts", "tests")  # what a verdict depends on
+ROOMS = ("data", "diffusion", "evaluation", "model", "runtime", "training", "top")
+TESTED = ("protlig_dd", "configs", "scripts", "tests", "pyproject.toml", "constraints.txt")  # what verdicts depend on
 LONGEST = 600  # seconds of the tests of one mutation
 SURVIVED = "**none**"
 
@@ -52,9 +55,9 @@ class Mutation:
 
     @property
     def room(self) -> str:
-        """The folder of the package; its top has the verbs and the batch that all rooms know."""
+        """The folder of the package; at its top are the verbs, and the batch that all rooms know."""
         parts = Path(self.file).parts
-        return parts[1] if len(parts) > 2 else "verbs, batch"
+        return parts[1] if len(parts) > 2 else "top"
 
 
 def read_mutations(path: Path) -> list[Mutation]:
@@ -64,7 +67,11 @@ def read_mutations(path: Path) -> list[Mutation]:
         ValueError: an entry that lacks a key or has another, or names a text that its file does not have once.
     """
     found = []
-    for number, entry in enumerate(tomllib.loads(path.read_text())["mutation"], 1):
+    try:
+        entries = tomllib.loads(path.read_text()).get("mutation", [])
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path}: {error}") from error
+    for number, entry in enumerate(entries, 1):
         try:
             mutation = Mutation(**entry)
         except TypeError as error:
@@ -76,102 +83,129 @@ def read_mutations(path: Path) -> list[Mutation]:
 
 
 def check(mutations: Sequence[Mutation], results: Path, jobs: int) -> dict[Mutation, str]:
-    """The test that fails first for each mutation, or SURVIVED; appended to `results` as they come.
+    """The test that fails first for each mutation, or SURVIVED; each is appended to `results` once it is known.
 
     Raises:
-        ValueError: at the end, for mutations that say nothing.
+        ValueError: at the end, for mutations that say nothing, and for a damaged file of results.
     """
-    state = digest_of(TESTED)
+    state = digest_of_checkout()
     keys = {mutation: hashlib.sha256(f"{state}{asdict(mutation)}".encode()).hexdigest() for mutation in mutations}
-    known = {}
-    if results.exists():
-        known = {row["key"]: row["verdict"] for row in map(json.loads, results.read_text().splitlines())}
+    known = read_results(results)
     left = [mutation for mutation in mutations if keys[mutation] not in known]
     problems: list[str] = []
-    with copies(min(jobs, len(left))) as free, started() as server, results.open("a") as file:
+    with (
+        tempfile.TemporaryDirectory(prefix="mutation_check.") as folder,
+        started(left) as server,
+        results.open("a") as file,
+        ThreadPoolExecutor(jobs) as pool,
+        ProgressBar("mutations", len(mutations), len(mutations) - len(left)) as bar,
+    ):
+        copies = queue.Queue[Path]()
+        for number in range(min(jobs, len(left))):
+            copies.put(copy_checkout(Path(folder) / str(number)))
 
-        def one(mutation: Mutation) -> tuple[Mutation, str, str]:
-            copy = free.get()
+        def one(mutation: Mutation) -> str:
+            copy = copies.get()
             try:
-                return mutation, verdict(mutation, copy, server), ""
-            except ValueError as error:
-                return mutation, "", str(error)
+                return verdict(mutation, copy, server)
             finally:
-                free.put(copy)
+                copies.put(copy)
 
-        with (
-            ThreadPoolExecutor(jobs) as pool,
-            ProgressBar("mutations", len(mutations), len(mutations) - len(left)) as bar,
-        ):
-            for mutation, found, problem in pool.map(one, left):
-                bar.advance(note=mutation.what)
-                if problem:
-                    problems.append(problem)
-                    continue
-                known[keys[mutation]] = found
-                file.write(json.dumps({"key": keys[mutation], "what": mutation.what, "verdict": found}) + "\n")
-                file.flush()
+        running = {pool.submit(one, mutation): mutation for mutation in left}
+        for done in as_completed(running):
+            mutation = running[done]
+            bar.advance(note=mutation.what)
+            try:
+                found = known[keys[mutation]] = done.result()
+            except (ValueError, RuntimeError) as error:
+                problems.append(f"{mutation.what}: {error}")
+                continue
+            file.write(json.dumps({"key": keys[mutation], "what": mutation.what, "verdict": found}) + "\n")
+            file.flush()
     if problems:
         raise ValueError("\n".join(problems))
     return {mutation: known[keys[mutation]] for mutation in mutations}
 
 
-def digest_of(folders: Sequence[str]) -> str:
-    """SHA-256 of the names and contents of the text files in them."""
-    digest = hashlib.sha256()
-    for folder in folders:
-        for path in sorted((ROOT / folder).rglob("*")):
-            if path.suffix in (".py", ".toml", ".yaml", ".jinja", ".sh"):
+def read_results(path: Path) -> dict[str, str]:
+    """Verdicts by key; a line that a kill cut short is dropped."""
+    if not path.exists():
+        return {}
+    drop_partial_line(path)
+    try:
+        return {row["key"]: row["verdict"] for row in map(json.loads, path.read_text().splitlines())}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not what this program writes ({error}); move it away") from error
+
+
+def digest_of_checkout() -> str:
+    """SHA-256 of what verdicts depend on, but for the lists of mutations: names and contents of files."""
+    digest = hashlib.sha256(sys.version.encode())
+    for folder in TESTED:
+        for path in sorted((ROOT / folder).rglob("*") if (ROOT / folder).is_dir() else [ROOT / folder]):
+            if path.is_file() and path.suffix != ".pyc" and path.parent != LISTS:
                 digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     return digest.hexdigest()
 
 
-@contextmanager
-def copies(number: int) -> Iterator["queue.Queue[Path]"]:
-    """Copies of the checkout, one for each job."""
-    free: queue.Queue[Path] = queue.Queue()
-    with tempfile.TemporaryDirectory() as folder:
-        for i in range(number):
-            copy = Path(folder) / str(i) / "checkout"
-            shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "runs", "data.h5", "*.egg-info"))
-            free.put(copy)
-        yield free
+def copy_checkout(folder: Path) -> Path:
+    """A copy of the checkout, with a temporary folder of its own: epochs' plans are kept there."""
+    (folder / "tmp").mkdir(parents=True)
+    hidden = shutil.ignore_patterns(".*", "runs", "data.h5", "*.egg-info", "__pycache__")
+    return Path(shutil.copytree(ROOT, folder / "checkout", ignore=hidden))
 
 
 @contextmanager
-def started() -> Iterator[Server]:
-    """The interpreter that the tests of each mutation are a fork of: it has imported torch already."""
-    server = start_server()
+def started(left: Sequence[Mutation]) -> Iterator[Server | None]:
+    """The interpreter that the tests of each mutation are a fork of: it has imported torch. None for no mutation."""
+    server = start_server() if left else None
     try:
         yield server
     finally:
-        server.close()
+        if server is not None:
+            server.close()
 
 
-def verdict(mutation: Mutation, copy: Path, server: Server) -> str:
-    """The name of the first test that fails on the copy with this mutation, or SURVIVED.
+def verdict(mutation: Mutation, copy: Path, server: Server | None) -> str:
+    """The name of the first test that fails on the copy with this mutation and passes without it, or SURVIVED.
 
     Raises:
-        ValueError: pytest found no test, or the mutated code cannot be imported: such a mutation says nothing.
+        ValueError: pytest found no test or did not end, or the test that fails does so without the mutation too.
     """
-    file, source = copy / mutation.file, (ROOT / mutation.file).read_text()
+    file = copy / mutation.file
+    source = file.read_text()
     file.write_text(source.replace(mutation.old, mutation.new))
-    arguments = ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-W", "ignore", *shlex.split(mutation.tests)]
-    env = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
-    process = server.start(arguments, cwd=copy, env=env, new_session=True)
     try:
-        output, errors = process.communicate(timeout=LONGEST)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        return f"no end within {LONGEST} s"
+        code, output = run_tests(shlex.split(mutation.tests), copy, server)
     finally:
         file.write_text(source)
-    if process.returncode == 0:
+    if code == 0:
         return SURVIVED
-    failed = re.search(r"^(?:FAILED|ERROR) ([^\s\[]+)", output, re.MULTILINE)
-    if process.returncode != 1 or failed is None:
-        raise ValueError(f"{mutation.what}: pytest {mutation.tests} ended with {process.returncode}:\n{output}{errors}")
-    return f"`{failed[1]}`"
+    failed = re.search(r"^FAILED (.+?)(?: - .*)?$", output, re.MULTILINE)
+    if code != 1 or failed is None:
+        raise ValueError(f"pytest {mutation.tests} ended with {code}:\n{output}")
+    if run_tests([failed[1]], copy, server)[0] != 0:
+        raise ValueError(f"{failed[1]} fails without the mutation, too")
+    return f"`{failed[1].partition('[')[0]}`"
+
+
+def run_tests(arguments: Sequence[str], copy: Path, server: Server | None) -> tuple[int, str]:
+    """Exit code and output of pytest in the copy.
+
+    Raises:
+        ValueError: it did not end within LONGEST.
+    """
+    assert server is not None
+    command = ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-W", "ignore", *arguments]
+    own = {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": str(copy.parent / "tmp")}
+    process = server.start(command, cwd=copy, env={**os.environ, **own}, new_session=True)
+    try:
+        output, errors = process.communicate(timeout=LONGEST)
+    except subprocess.TimeoutExpired as error:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise ValueError(f"pytest {' '.join(arguments)} did not end within {LONGEST} s") from error
+    return process.returncode or 0, output + errors
 
 
 def by_room(found: dict[Mutation, str]) -> list[str]:
@@ -188,9 +222,7 @@ def by_room(found: dict[Mutation, str]) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list", type=Path, nargs="+", help="of mutations; without it all of scripts/mutations/")
-    parser.add_argument(
-        "--room", nargs="+", help="data, diffusion, evaluation, model, runtime, training or verbs, batch"
-    )
+    parser.add_argument("--room", nargs="+", choices=ROOMS, help=f"of {', '.join(ROOMS)}")
     parser.add_argument("--draw", type=int, metavar="N", help="so many of them, drawn by the date")
     parser.add_argument("--date", default=date.today().isoformat(), help="that they are drawn by; today without it")
     parser.add_argument("--results", type=Path, default=Path("mutations.jsonl"), help="what was found before")
@@ -198,15 +230,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         mutations = [one for path in options.list or sorted(LISTS.glob("*.toml")) for one in read_mutations(path)]
-        if options.room:
-            mutations = [one for one in mutations if one.room in options.room]
-        if options.draw:
+        mutations = [one for one in mutations if one.room in (options.room or ROOMS)]
+        if options.draw is not None:
             mutations = random.Random(options.date).sample(mutations, min(options.draw, len(mutations)))
             print(f"{len(mutations)} mutations, drawn by --date {options.date}")
+        if not mutations:
+            raise ValueError("no mutation is chosen")
         found = check(mutations, options.results, options.jobs)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     print("| mutation | file | the test that fails |\n| --- | --- | --- |")
     for mutation, test in found.items():
         print(f"| {mutation.what} | {Path(mutation.file).name} | {test} |")

@@ -34,7 +34,7 @@ GROUPS = (
           ("test_bundled_held_out", "test_homologs_of", "test_the_folder_of_tables", "test_the_commands_with_mmseqs")),
     Group("compiler", "a compiled run has the losses of an eager one, and compiles once for packs of all sizes",
           ("test_training",), ("test_a_compiled_run",)),
-    Group("fault campaign", "kills, lost ranks, hangs, damage and a full disk, one after the other: no bit is lost",
+    Group("fault campaign", "kills, lost ranks, hangs, damage and a full disk: no bit is lost",
           ("test_faults",), ("test_the_short_fault_campaign", "test_the_fault_campaign",)),
     Group("README commands", "every command of the README, in order, in a copy with an empty HOME", ("test_readme",)),
     Group("maths", "graphs, noise, scores, losses, bounds and samplers against brute force and exact models",

@@ -118,8 +118,9 @@ def trained_run(store: SequenceStore, python: Command, made_once: MadeOnce) -> P
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """One more than there are cores, as some tests wait for timeouts and schedulers; each takes some 600 MB."""
-    return min(4, (os.cpu_count() or 1) + 1)
+    """One more than there are cores, 4 at most: some tests wait for timeouts and schedulers. Each takes 600 MB."""
+    wanted = os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS")
+    return int(wanted) if wanted else min(4, (os.cpu_count() or 1) + 1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -213,9 +214,11 @@ def libraries(request: pytest.FixtureRequest) -> Iterator[Server]:
 def warm(libraries: Server) -> Iterator[Server]:
     """The interpreter that has imported the package too; what it forks runs at once."""
     server = libraries.import_package(ROOT, os.environ)
-    server.connect().close()  # who takes its executable alone does not wait
-    yield server
-    server.close()
+    try:
+        server.connect().close()  # who takes its executable alone does not wait
+        yield server
+    finally:
+        server.close()
 
 
 @pytest.fixture(scope="session")
@@ -256,9 +259,9 @@ def start(warm: Server, libraries: Server, tmp_path: Path) -> Iterator[Start]:
     """The same, without waiting: in a session of its own, as a shell starts a job; what is left of it is killed."""
     started: list[Process] = []
 
-    def start_one(*arguments: str, new: bool = False) -> Process:
+    def start_one(*arguments: str, new: bool = False, cwd: Path = tmp_path) -> Process:
         server, environment = (libraries, {}) if new else (warm, {"PYTHON_EXEC": str(warm.executable)})
-        process = server.start(arguments, cwd=tmp_path, env=environment | os.environ, new_session=True)
+        process = server.start(arguments, cwd=cwd, env=environment | os.environ, new_session=True)
         started.append(process)
         return process
 

@@ -77,7 +77,7 @@ def slurm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="slurm", dir="/tmp"))  # a socket's path must be short
     (folder / "state").mkdir()
     conf = folder / "slurm.conf"
-    # the launch script takes a job's port from its id, which must not be that of a job of another Slurm of the tests
+    # the launch script takes a job's port from its id, which should not be that of a job of another Slurm
     conf.write_text(SLURM_CONF.format(host=socket.gethostname(), ports=[free_port() for _ in range(3)], folder=folder))
     monkeypatch.setenv("SLURM_CONF", str(conf))
     subprocess.run(["mungekey", "--create", f"--keyfile={folder}/munge.key"], check=True)

@@ -319,9 +319,9 @@ def test_a_time_limit_ends_a_run_with_a_checkpoint_and_75(
     assert not (tmp_path / "runs/limited/stopped.json").exists()
     rows = read_metrics(tmp_path / "runs/limited/metrics.jsonl")
     spent = {key: [row[key] for row in rows.values() if key in row] for key in ("checkpoint_stall_s", "data_wait_s")}
-    assert 0 < spent["checkpoint_stall_s"][-1] < 60
+    assert spent["checkpoint_stall_s"][-1] > 0
     assert len(spent["data_wait_s"]) == step + 1
-    assert 0 < max(spent["data_wait_s"]) < 60
+    assert max(spent["data_wait_s"]) > 0
     assert 0.1 < rows[step]["peak_memory_gib"] < 8
     assert 0 < rows[step]["mfu"] < 10
 
@@ -527,15 +527,17 @@ def test_evaluation_is_the_same_on_any_number_of_processes(store: SequenceStore,
 
 
 @pytest.fixture
-def in_forks(warm: Server, libraries: Server) -> Callable[[list[str], Path], Process]:
+def in_forks(start: Start) -> Callable[[list[str], Path], Process]:
     """The campaign's runs are forks; a rank that is to hang is an interpreter that no signal needs handing on to."""
 
-    def start(arguments: list[str], folder: Path) -> Process:
+    def start_in(arguments: list[str], folder: Path) -> Process:
         hangs = any(argument.startswith("trainer.timeout=") for argument in arguments)
-        server, environment = (libraries, {}) if hangs else (warm, {"PYTHON_EXEC": str(warm.executable)})
-        return server.start(arguments, cwd=folder, env=os.environ | environment, new_session=True)
+        return start(*arguments, new=hangs, cwd=folder)
 
-    return start
+    return start_in
+
+
+TRIED = {"kill": 3, "kill-rank": 2, "terminate": 2, "damage": 2}  # the other faults once
 
 
 @pytest.mark.slow
@@ -546,7 +548,7 @@ def test_the_short_fault_campaign_loses_nothing(
 ) -> None:
     require(may_mount(), "a small disk needs root to mount it")
     tally = FAULTS[fault](Campaign(tmp_path, short=True, seed=0, start_process=in_forks))
-    assert tally.survived == tally.tried > 0, tally
+    assert tally.survived == tally.tried == TRIED.get(fault, 1), tally
 
 
 @pytest.mark.slow

@@ -179,7 +179,9 @@ def test_controls_are_drawn_by_the_seed_and_shuffled_each_by_itself() -> None:
 
 
 def test_every_row_is_what_its_name_says() -> None:
-    """Of sets in which no two rows agree: each by another way than the judge's own."""
+    """Of a set in which no two shares agree: each in another way than the judge's, but for low complexity, of which
+    only the name is told here (its residues have a test of their own).
+    """
     texts = ("ACDEFGHIKLMNPQRSTVWY" * 2, "AAAAAAAAAAAACDEF", "ACACACWYWYKLMN", "ACDAAA", "ACDAAA")
     some = [ids_of(text) for text in texts]
     reference = [ids_of("MKVLAAGG" * n) for n in (1, 2, 5, 9)]

@@ -28,7 +28,7 @@ def test_the_sampler_table_is_made(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.slow
 def test_a_mutation_fails_a_test_and_leaves_the_checkout_alone(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     known = read_mutations(LISTS / "known.toml")
     (first,) = [one for one in known if one.what.startswith("Q[x, y]")]
@@ -36,13 +36,13 @@ def test_a_mutation_fails_a_test_and_leaves_the_checkout_alone(
     before = (ROOT / first.file).read_text()
     (tmp_path / "two.toml").write_text("".join(as_toml(one) for one in (first, harmless)))
     command = ["--list", str(tmp_path / "two.toml"), "--results", str(tmp_path / "results")]
-    for results in (2, 2):  # the second time nothing is tried again
+    for _ in range(2):  # the second time nothing is tried again
         assert mutation_check.main(command) == 1
         table = capsys.readouterr().out
         assert "| `tests/test_graph.py::test_score_entropy" in table
         assert "| a comment | substitution.py | **none** |" in table
         assert "| diffusion | 2 | 1 | graph |" in table
-        assert len((tmp_path / "results").read_text().splitlines()) == results
+        assert len((tmp_path / "results").read_text().splitlines()) == 2
     assert (ROOT / first.file).read_text() == before
     untested = replace(first, tests="tests/test_graph.py -k nothing_of_this_name")
     for wrong, message in (
@@ -50,8 +50,22 @@ def test_a_mutation_fails_a_test_and_leaves_the_checkout_alone(
         (replace(first, old="no such text"), "'no such text' occurs 0 times in protlig_dd/diffusion/substitution.py"),
     ):
         (tmp_path / "two.toml").write_text(as_toml(wrong))
-        assert mutation_check.main(command) == 1
+        assert mutation_check.main(command) == 2
         assert message in capsys.readouterr().err
+    assert mutation_check.main(["--draw", "0"]) == 2
+    assert "no mutation is chosen" in capsys.readouterr().err
+    drawn = []
+    for day in ("2026-01-01", "2026-01-02", "2026-01-01"):  # results of a run that was killed while it wrote one
+        (tmp_path / "results").write_text('{"key"')
+        (tmp_path / "two.toml").write_text("".join(as_toml(one) for one in known[:4]))
+        asked: list[str] = []
+        monkeypatch.setattr(
+            mutation_check, "verdict", lambda mutation, *_, asked=asked: asked.append(mutation.what) or "x"
+        )
+        assert mutation_check.main([*command, "--draw", "2", "--date", day]) == 0
+        drawn.append(sorted(asked))
+        assert len((tmp_path / "results").read_text().splitlines()) == 2
+    assert drawn[0] == drawn[2] != drawn[1]
 
 
 def as_toml(mutation: mutation_check.Mutation) -> str:

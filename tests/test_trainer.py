@@ -96,8 +96,8 @@ def test_a_step_follows_the_gradient_of_all_its_packs(store: SequenceStore, opti
         assert record["rows"] == [row for pack in packs for row in pack.rows.tolist()]
         assert record["flops"] == sum(3 * model.flops(pack.lengths) for pack in packs)
         for name, parameter in trainer.model.named_parameters():
-            torch.testing.assert_close(parameter, model.get_parameter(name), rtol=1e-3, atol=1e-5)
-            torch.testing.assert_close(trainer.ema.weights[name], average[name], rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(parameter, model.get_parameter(name), rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(trainer.ema.weights[name], average[name], rtol=1e-3, atol=1e-4)
 
 
 def test_a_loss_that_is_no_number_freezes_weights_and_a_spike_is_one_too(store: SequenceStore) -> None:

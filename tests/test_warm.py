@@ -213,7 +213,7 @@ def test_each_verb_imports_what_it_needs(
     if thorough():
         process = subprocess.run(
             [sys.executable, *command], cwd=tmp_path, env=os.environ | {"PROTLIG_TYPECHECK": "0"}, check=False,
-            capture_output=True, text=True,
+            capture_output=True, text=True, timeout=600,
         )  # fmt: skip
     else:
         process = run_python(*command, new=True, PROTLIG_TYPECHECK="0")

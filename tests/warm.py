@@ -382,6 +382,7 @@ def become(request: dict[str, Any], files: dict[int, int]) -> NoReturn:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     more = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     sys.path[:] = [request["cwd"], *(path for path in more if path and path not in sys.path), *sys.path[1:]]
+    tempfile.tempdir = None  # as TMPDIR says
     sys.dont_write_bytecode = bool(os.environ.get("PYTHONDONTWRITEBYTECODE"))
     sys.pycache_prefix = os.environ.get("PYTHONPYCACHEPREFIX") or None
     sys.executable = os.environ.get("PYTHON_EXEC", sys.executable)
