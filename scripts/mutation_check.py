@@ -5,7 +5,7 @@
     python -m scripts.mutation_check --draw 10          ten of them, others on each day
 
 Mutations are made in copies of the checkout, so nothing here is changed. What was found is kept in a file, and is not
-tried again as long as the code, the tests and the mutation are the same: what was broken off goes on. Prints two
+tried again as long as the code, the tests and the mutation are the same: what Ctrl-C broke off goes on. Prints two
 Markdown tables; the exit code is 1 if a mutation survives, and 2 if one says nothing.
 """
 
@@ -27,7 +27,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import date
 from pathlib import Path
 
@@ -38,7 +38,8 @@ from tests.warm import Server, start_server
 ROOT = Path(__file__).resolve().parents[1]
 LISTS = ROOT / "scripts/mutations"
 ROOMS = ("data", "diffusion", "evaluation", "model", "runtime", "training", "top")
-TESTED = ("protlig_dd", "configs", "scripts", "tests", "pyproject.toml", "constraints.txt")  # what verdicts depend on
+# what verdicts depend on, and what is copied
+TESTED = ("protlig_dd", "configs", "scripts", "tests", "docs", "README.md", "pyproject.toml", "constraints.txt")
 LONGEST = 600  # seconds of the tests of one mutation
 SURVIVED = "**none**"
 
@@ -60,6 +61,9 @@ class Mutation:
         return parts[1] if len(parts) > 2 else "top"
 
 
+KEYS = tuple(field.name for field in fields(Mutation))
+
+
 def read_mutations(path: Path) -> list[Mutation]:
     """Those of a TOML file.
 
@@ -69,13 +73,16 @@ def read_mutations(path: Path) -> list[Mutation]:
     found = []
     try:
         entries = tomllib.loads(path.read_text()).get("mutation", [])
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # TOML or UTF-8 that it is not
         raise ValueError(f"{path}: {error}") from error
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"{path}: no [[mutation]] in it")
     for number, entry in enumerate(entries, 1):
-        try:
-            mutation = Mutation(**entry)
-        except TypeError as error:
-            raise ValueError(f"{path}, mutation {number}: {error}") from error
+        if {key: type(value) for key, value in entry.items()} != dict.fromkeys(KEYS, str):
+            raise ValueError(f"{path}, mutation {number}: want the texts {', '.join(KEYS)}, got {', '.join(entry)}")
+        mutation = Mutation(**entry)
+        if not (ROOT / mutation.file).is_file():
+            raise ValueError(f"{path}: {mutation.what}: no such file {mutation.file}")
         if (times := (ROOT / mutation.file).read_text().count(mutation.old)) != 1:
             raise ValueError(f"{path}: {mutation.what}: {mutation.old!r} occurs {times} times in {mutation.file}")
         found.append(mutation)
@@ -95,9 +102,9 @@ def check(mutations: Sequence[Mutation], results: Path, jobs: int) -> dict[Mutat
     problems: list[str] = []
     with (
         tempfile.TemporaryDirectory(prefix="mutation_check.") as folder,
-        started(left) as server,
         results.open("a") as file,
-        ThreadPoolExecutor(jobs) as pool,
+        ending(ThreadPoolExecutor(jobs)) as pool,
+        started(left) as server,  # ends before the pool does, and with it what the pool waits for
         ProgressBar("mutations", len(mutations), len(mutations) - len(left)) as bar,
     ):
         copies = queue.Queue[Path]()
@@ -151,8 +158,23 @@ def digest_of_checkout() -> str:
 def copy_checkout(folder: Path) -> Path:
     """A copy of the checkout, with a temporary folder of its own: epochs' plans are kept there."""
     (folder / "tmp").mkdir(parents=True)
-    hidden = shutil.ignore_patterns(".*", "runs", "data.h5", "*.egg-info", "__pycache__")
-    return Path(shutil.copytree(ROOT, folder / "checkout", ignore=hidden))
+    copy = folder / "checkout"
+    copy.mkdir()
+    for name in TESTED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, copy / name)
+    return copy
+
+
+@contextmanager
+def ending(pool: ThreadPoolExecutor) -> Iterator[ThreadPoolExecutor]:
+    """What has not begun when something ends the check (Ctrl-C, say) is left out."""
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 @contextmanager
@@ -219,27 +241,42 @@ def by_room(found: dict[Mutation, str]) -> list[str]:
     return [*rows, f"| all | {len(found)} | {sum(killed.values())} | |"]
 
 
+def count(text: str) -> int:
+    """A number from 1 on, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"give a number from 1 on, got {text}")
+    return int(text)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--list", type=Path, nargs="+", help="of mutations; without it all of scripts/mutations/")
-    parser.add_argument("--room", nargs="+", choices=ROOMS, help=f"of {', '.join(ROOMS)}")
-    parser.add_argument("--draw", type=int, metavar="N", help="so many of them, drawn by the date")
-    parser.add_argument("--date", default=date.today().isoformat(), help="that they are drawn by; today without it")
-    parser.add_argument("--results", type=Path, default=Path("mutations.jsonl"), help="what was found before")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="at once")
+    parser.add_argument("--list", type=Path, nargs="+", help="files of mutations; default: all of scripts/mutations/")
+    parser.add_argument(
+        "--room", nargs="+", choices=ROOMS, help="folders of the package, `top` for the verbs; default: all"
+    )
+    parser.add_argument(
+        "--draw", type=count, metavar="N", help="try N of the mutations, drawn by the date; default: all"
+    )
+    parser.add_argument("--date", default=date.today().isoformat(), help="the date to draw by; default: %(default)s")
+    parser.add_argument("--results", type=Path, default=Path("mutations.jsonl"), metavar="FILE",
+                        help="what was found before, which is not tried again; default: %(default)s here")  # fmt: skip
+    parser.add_argument("--jobs", type=count, default=os.cpu_count() or 1, help="tried at once; default: %(default)s")
     options = parser.parse_args(arguments)
     try:
         mutations = [one for path in options.list or sorted(LISTS.glob("*.toml")) for one in read_mutations(path)]
         mutations = [one for one in mutations if one.room in (options.room or ROOMS)]
         if options.draw is not None:
             mutations = random.Random(options.date).sample(mutations, min(options.draw, len(mutations)))
-            print(f"{len(mutations)} mutations, drawn by --date {options.date}")
+            print(f"{len(mutations)} mutations, drawn by --date {options.date}", flush=True)
         if not mutations:
             raise ValueError("no mutation is chosen")
         found = check(mutations, options.results, options.jobs)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"interrupted; the same command goes on with what is in {options.results}", file=sys.stderr)
+        return 130
     print("| mutation | file | the test that fails |\n| --- | --- | --- |")
     for mutation, test in found.items():
         print(f"| {mutation.what} | {Path(mutation.file).name} | {test} |")

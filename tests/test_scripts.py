@@ -2,6 +2,8 @@
 
 import json
 import re
+import signal
+import subprocess
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -12,9 +14,9 @@ from protlig_dd.runtime.config import TrainConfig, read_config
 from scripts import mutation_check
 from scripts.arms import SCREEN, overrides
 from scripts.diffusion_report import RUNS, samplers
-from scripts.mutation_check import LISTS, read_mutations
+from scripts.mutation_check import LISTS, read_mutations, read_results
 
-from .conftest import ROOT, Command, make_store, thorough
+from .conftest import ROOT, Command, Start, make_store, thorough, wait_for
 from .test_configs import composed
 from .test_sampling import NOISES, SAMPLERS
 
@@ -52,8 +54,15 @@ def test_a_mutation_fails_a_test_and_leaves_the_checkout_alone(
         (tmp_path / "two.toml").write_text(as_toml(wrong))
         assert mutation_check.main(command) == 2
         assert message in capsys.readouterr().err
-    assert mutation_check.main(["--draw", "0"]) == 2
-    assert "no mutation is chosen" in capsys.readouterr().err
+    for text, message in (
+        ("[[mutations]]", "two.toml: no [[mutation]] in it"),
+        ("[[mutation]]\nwhat = 5\n", "two.toml, mutation 1: want the texts what, file, old, new, tests, got what"),
+        ("[[mutation]\n", "two.toml: Expected"),
+        (as_toml(replace(first, file="protlig_dd/none.py")), "two.toml: Q[x, y] for Q[y, x] in the loss: no such file"),
+    ):
+        (tmp_path / "two.toml").write_text(text)
+        assert mutation_check.main(command) == 2
+        assert message in capsys.readouterr().err
     drawn = []
     for day in ("2026-01-01", "2026-01-02", "2026-01-01"):  # results of a run that was killed while it wrote one
         (tmp_path / "results").write_text('{"key"')
@@ -66,6 +75,26 @@ def test_a_mutation_fails_a_test_and_leaves_the_checkout_alone(
         drawn.append(sorted(asked))
         assert len((tmp_path / "results").read_text().splitlines()) == 2
     assert drawn[0] == drawn[2] != drawn[1]
+
+
+@pytest.mark.slow
+@pytest.mark.campaign
+def test_a_check_that_is_interrupted_goes_on(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And leaves nothing running, and nothing in the temporary folder."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    command = ["-m", "scripts.mutation_check", "--room", "data", "model", "--results", str(tmp_path / "results")]
+    process = start(*command, cwd=ROOT)
+    wait_for(lambda: (tmp_path / "results").exists() and (tmp_path / "results").read_text().count("\n") > 1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert errors == f"interrupted; the same command goes on with what is in {tmp_path / 'results'}\n"
+    left = subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True, text=True, check=False).stdout
+    assert left == ""
+    known = read_results(tmp_path / "results")
+    assert len(known) > 1
+    assert all(test.startswith("`tests/test_") for test in known.values())
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(("mutation_check.", "warm-"))]
 
 
 def as_toml(mutation: mutation_check.Mutation) -> str:
