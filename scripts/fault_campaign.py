@@ -227,7 +227,7 @@ class Campaign:
     def stop_rank(self) -> Tally:
         """SIGSTOP of a rank for longer than the others wait."""
         tally = Tally("SIGSTOP of one of two ranks beyond trainer.timeout")
-        process = self.start("hung", *TWO, "trainer.timeout=20")
+        process = self.start("hung", *TWO, "trainer.timeout=10")
         self.wait_for_checkpoint("hung", process)
         os.kill(ranks_of(process)[-1], signal.SIGSTOP)
         _, errors = process.communicate(timeout=300)
