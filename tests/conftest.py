@@ -118,9 +118,13 @@ def trained_run(store: SequenceStore, python: Command, made_once: MadeOnce) -> P
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """One more than there are cores, 4 at most: some tests wait for timeouts and schedulers. Each takes 600 MB."""
+    """One for each core, 4 at most; with --all one more, as tests of schedulers and of ranks that hang wait a lot."""
     wanted = os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS")
-    return int(wanted) if wanted else min(4, (os.cpu_count() or 1) + 1)
+    return (
+        int(wanted)
+        if wanted
+        else min(4, (os.cpu_count() or 1) + (config.getoption("hypothesis_profile") == "thorough"))
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
