@@ -5,8 +5,8 @@
     python -m scripts.mutation_check --draw 10          ten of them, others on each day
 
 Mutations are made in copies of the checkout, so nothing here is changed. What was found is kept in a file, and is not
-tried again as long as the code, the tests and the mutation are the same: a check that was broken off goes on. Prints two
-Markdown tables; the exit code is 1 if a mutation survives, and 2 if one says nothing.
+tried again as long as the code, the tests and the mutation are the same: a check that was broken off goes on. Prints
+two Markdown tables; the exit code is 1 if a mutation survives, and 2 if one says nothing.
 """
 
 import argparse
