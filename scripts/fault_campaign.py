@@ -90,7 +90,7 @@ def start_python(arguments: list[str], folder: Path) -> Process:
 
 
 class Campaign:
-    """Runs of 120 steps, or 40 if it is short, in `folder`, all on the bundled proteins.
+    """Runs of 120 steps, or 20 if it is short, in `folder`, all on the bundled proteins.
 
     Args:
         seed: of the moments at which faults strike.
@@ -101,7 +101,8 @@ class Campaign:
         self, folder: Path, *, short: bool, seed: int, start_process: Callable[[list[str], Path], Process]
     ) -> None:
         self.folder, self.short, self.random, self.store = folder, short, random.Random(seed), bundled_store(folder)
-        self.steps = 40 if short else 120
+        self.steps = 20 if short else 120
+        self.seconds: dict[str, float] = {}  # that each undisturbed run took
         self.kills, self.others = (3, 2) if short else (30, 10)
         self.start_process = start_process
 
@@ -128,8 +129,10 @@ class Campaign:
     def undisturbed(self, ranks: int) -> str:
         """The run of so many processes that was left alone, made when it is first asked for."""
         name = f"undisturbed{ranks}"
-        if not self.run(name).exists():
+        if name not in self.seconds:
+            began = time.monotonic()
             self.finish(name, *RANKS[ranks])
+            self.seconds[name] = time.monotonic() - began
         return name
 
     def same(self, name: str, ranks: int = 1) -> bool:
@@ -153,7 +156,7 @@ class Campaign:
     def kill_trainer(self) -> Tally:
         """SIGKILL at random moments; every third while a checkpoint is being written."""
         tally = Tally("SIGKILL of the trainer")
-        writing = 0
+        writing, took = 0, self.seconds[self.undisturbed(1)]
         for turn in self.turns(self.kills, "kill", tally):
             process = self.start(turn)
             if tally.tried % 3 == 2:
@@ -164,7 +167,7 @@ class Campaign:
                 kill(process, signal.SIGKILL)
                 writing += any(path.exists() for path in fresh)
             else:
-                end_of(process, self.random.uniform(0.5, 12))
+                end_of(process, self.random.uniform(0.1, 1) * took)
                 kill(process, signal.SIGKILL)
         tally.notes = f"{writing} of them left half a checkpoint"
         return tally
@@ -264,7 +267,7 @@ class Campaign:
         tally = Tally("disk full while a checkpoint is written", notes="exit code 1; the checkpoint before is whole")
         disk = self.run("full")
         with mounted(disk, 64):
-            self.finish("full", "trainer.stop_at_step=20")
+            self.finish("full", f"trainer.stop_at_step={self.steps // 2}")
             ballast = disk / "ballast"
             with ballast.open("wb") as file:
                 file.write(bytes(shutil.disk_usage(disk).free - 200_000))

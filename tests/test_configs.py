@@ -44,6 +44,7 @@ def options(group: str) -> list[str]:
     return sorted(path.stem for path in (config_folder() / group).glob("*.yaml"))
 
 
+@pytest.mark.slow
 def test_every_option_of_every_group_is_valid() -> None:
     for group in ("model", "graph", "noise", "optim", "data", "logger", "experiment"):
         assert options(group)
@@ -194,6 +195,7 @@ def test_cuda_without_cuda_is_one_line(run_python: Command, tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_plain_command_is_composed_once_and_a_sweep_is_left_to_hydra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -188,6 +188,7 @@ def ratio_and_error(nats: np.ndarray, count: np.ndarray) -> tuple[float, float]:
     return ratio, math.sqrt((residuals**2).sum() * n / (n - 1)) / count.sum()
 
 
+@pytest.mark.slow
 def test_the_folder_holds_what_the_parts_sum_up_to(
     trained_run: Path, store: SequenceStore, tmp_path: Path, run_python: Command
 ) -> None:

@@ -270,6 +270,7 @@ def esm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_esm2s_pseudo_perplexity_is_that_of_one_mask_at_a_time(esm_folder: Path) -> None:
     model = transformers.EsmForMaskedLM.from_pretrained(esm_folder).eval()
     protein = "MKVLAWGXCDEFHIKLMNPQRSTVWYMKVLAWGCDEFHIKLMNPQ"

@@ -51,6 +51,7 @@ def test_brackets_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().out == "runs/m[bold]/m[/x]: written\n"
 
 
+@pytest.mark.slow
 def test_wandb_gets_the_rows_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")

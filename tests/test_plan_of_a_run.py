@@ -45,6 +45,7 @@ def test_fake_tensors_keep_the_bytes_of_real_ones(precision: str, checkpointing:
     assert kept_bytes(config, precision, 2, checkpointing, 128) == kept_in(model, [128], precision)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_activations_are_linear_in_tokens_and_depth(mlp: str, precision: str) -> None:

@@ -27,14 +27,14 @@ from .warm import READ_BY_LIBRARIES, Server
 
 Shell = Callable[..., str]
 
-QUICK = "trainer.eval_every=0 report.draws=1 report.steps=4 report.max_sequences=4"
+QUICK = "trainer.eval_every=0 report.draws=1 report.steps=4 report.max_sequences=4 report.untrained=false"
 NARROW = "model.hidden_size=64 model.n_heads=2 model.n_blocks=1 model.cond_dim=16"
 FULL_SIZE = f"{QUICK} {NARROW} trainer.max_steps=1 optim.packs_per_step=1 data.max_len=200 data.tokens_per_pack=400 "
 FULL_SIZE += "report.samples=0"
 SHORT = {
     "./start_fresh_training.sh": f"{QUICK} {NARROW} trainer.max_steps=6 report.samples=4",
     "run_train_uniref50_optimized": FULL_SIZE,
-    "-m protlig_dd.training": f"{QUICK} {NARROW} trainer.max_steps=25 data.tokens_per_pack=600 report.samples=2",
+    "-m protlig_dd.training": f"{QUICK} {NARROW} trainer.max_steps=22 data.tokens_per_pack=600 report.samples=2",
     "protlig_dd.sample": "steps=4",
     "protlig_dd.infill": "steps=4",
     "protlig_dd.evaluate": "draws=2 max_sequences=20",

@@ -121,6 +121,7 @@ def assert_bounds_are_those_of_the_model(
         assert [float(value) for value in told] == pytest.approx(expected, abs=1.5e-4)
 
 
+@pytest.mark.slow
 def test_headers_bound_each_protein_and_ranks_share_the_work(
     trained_run: Path, tmp_path: Path, run_python: Command
 ) -> None:

@@ -34,6 +34,7 @@ def read_row(store: SequenceStore, row: int) -> list[int]:
     return store[row].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_other_processes_read_the_same(store: SequenceStore, method: str) -> None:

@@ -441,7 +441,7 @@ def test_a_compiled_run_has_the_losses_of_an_eager_one(
     """Packs of many sizes, and an evaluation between them; compiled once, without the checks of shapes in its way."""
     require_program("g++")
     losses = []
-    more = ["trainer.max_steps=6", "trainer.eval_every=3", *([] if thorough() else ["model.n_blocks=1"])]
+    more = ["trainer.max_steps=6", "trainer.eval_every=3", "model.n_blocks=1"]
     train(run_python, store, "eager", *more)
     process = run_python(
         "-m", "protlig_dd.training", *overrides_for(store, "compiled", *more, "trainer.compile=true"), new=True,

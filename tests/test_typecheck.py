@@ -25,6 +25,7 @@ def test_wrong_shapes_are_caught_with_the_variable_and_only_then(run_python: Com
     assert "TypeCheckError" not in plain.stderr
 
 
+@pytest.mark.slow
 def test_what_is_refused_is_refused_without_it_too(run_python: Command) -> None:
     tests = [
         f"{path.name}::{function.name}"
@@ -60,6 +61,7 @@ def package(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [("1", "0"), ("0", "1")], ids=["checked, then plain", "plain, then checked"])
 def test_bytecode_of_checked_and_of_plain_runs_lies_apart(
     order: tuple[str, str], package: Path, run_python: Command, monkeypatch: pytest.MonkeyPatch
@@ -78,6 +80,7 @@ def test_bytecode_of_checked_and_of_plain_runs_lies_apart(
     assert any("sample" in name and "shapes" not in name for name in written)
 
 
+@pytest.mark.slow
 def test_checking_the_package_compiles_no_other_package(package: Path, tmp_path: Path) -> None:
     """einops is imported by the package: its bytecode stays where the interpreter looks for it."""
     (tmp_path / "site").mkdir()
