@@ -1,3 +1,4 @@
+import fcntl
 import functools
 import gzip
 import itertools
@@ -7,7 +8,7 @@ import os
 import shutil
 import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -488,6 +489,26 @@ def test_a_repeated_id_in_a_pipe_is_named_without_reading_it_again(tmp_path: Pat
 
 def make_bundled(folder: Path) -> int:
     return len(bundled_store(folder))
+
+
+def test_anothers_folder_is_known_whenever_its_lock_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two looks at the folder another process may take it, and begin to write."""
+    folder, listed = tmp_path / ".x.h5.partial", Path.iterdir
+    folder.mkdir()
+    held = []
+
+    def taken_meanwhile(path: Path) -> Iterator[Path]:
+        if path == folder and not held:
+            held.append((folder / "lock").open("w"))
+            fcntl.flock(held[0], fcntl.LOCK_EX)
+            (folder / "tokens").touch()
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", taken_meanwhile)
+    write_fasta(tmp_path / "a.fasta", ("A", "MKV"))
+    with pytest.raises(build.AlreadyThereError, match=r"x.h5: another process is writing it"):
+        build_store([tmp_path / "a.fasta"], tmp_path / "x.h5")
+    held[0].close()
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")

@@ -613,7 +613,7 @@ def _partial_folder(output: Path) -> Iterator[Path]:
     folder = _partial(output)
     lock = None
     while lock is None:
-        if folder.exists() and not (folder / "lock").exists() and any(folder.iterdir()):
+        if _is_foreign(folder):
             raise ValueError(f"{folder} is in the way and was not made by this program; move it away")
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -640,6 +640,16 @@ def _partial_folder(output: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):  # the next writer may be in it already
             folder.rmdir()
         lock.close()
+
+
+def _is_foreign(folder: Path) -> bool:
+    """Whether it has files and no lock. Others of this program may take and leave it meanwhile: a lock comes before all
+    files and goes after them, so that of one who came between two looks the second sees it, or its files are gone."""
+    try:
+        found = [path for path in folder.iterdir() if path.name != "lock"]
+    except FileNotFoundError:
+        return False
+    return bool(found) and not (folder / "lock").exists() and any(map(os.path.lexists, found))
 
 
 def _clear(folder: Path) -> None:
