@@ -211,6 +211,19 @@ class PackedBatch:
         return replace(self, tokens=tokens)
 
 
+def split_lengths(lengths: Sequence[int], tokens_per_pack: int) -> list[list[int]]:
+    """Cut a list of lengths, in order, into packs of at most tokens_per_pack tokens (each at least one sequence)."""
+    packs: list[list[int]] = []
+    room = 0
+    for length in lengths:
+        if length + 2 > room or not packs:
+            packs.append([])
+            room = tokens_per_pack
+        packs[-1].append(length)
+        room -= length + 2
+    return packs
+
+
 def check_not_empty(lengths: tuple[int, ...]) -> None:
     """Raise unless there are sequences, of at least one token each."""
     if not lengths or min(lengths) < 1:

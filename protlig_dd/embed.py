@@ -15,19 +15,20 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from protlig_dd import __version__
-from protlig_dd.data.encode import encode_block
+from protlig_dd.batch import split_lengths
+from protlig_dd.data.encode import encode_block, nucleotide_warning
 from protlig_dd.data.fasta import FastaFile
 from protlig_dd.runtime.cli import run_verb
 from protlig_dd.runtime.config import EmbedConfig, read_config
-from protlig_dd.runtime.distributed import gather_objects
+from protlig_dd.runtime.distributed import gather_objects, processes_from_environment
 from protlig_dd.runtime.embedding import POOLINGS, embed, resolve_layer, window_starts
 from protlig_dd.runtime.files import replacing
-from protlig_dd.runtime.generate import split_lengths
 from protlig_dd.runtime.metrics import ProgressBar, announce
 from protlig_dd.runtime.trained import Trained, check_free, check_least, load_trained
 
 SUFFIXES = (".h5", ".npz")
 LONG = ("error", "window")
+MOST_ID_BYTES = 1 << 30
 
 
 def embed_proteins(cfg: DictConfig) -> None:
@@ -54,7 +55,7 @@ def embed_proteins(cfg: DictConfig) -> None:
         )
     blocks = embedded_blocks(trained, proteins, layer, config.pooling, config.tokens_per_pack)
     offsets = np.append(0, lengths.cumsum())
-    columns = {"ids": np.array(ids), "lengths": lengths}
+    columns = {"ids": ids_column(ids, output), "lengths": lengths}
     columns |= {"offsets": offsets} if config.pooling == "per_residue" else {}
     notes = {
         "run": trained.run,
@@ -75,6 +76,23 @@ def embed_proteins(cfg: DictConfig) -> None:
     announce(f"{output}: {len(ids)} proteins, {config.pooling}, {shape[0]} x {shape[1]} float32", trained.processes)
 
 
+def ids_column(ids: list[str], output: Path) -> np.ndarray:
+    """The ids as the file keeps them: HDF5 each at its length, NPZ all at that of the longest.
+
+    Raises:
+        ValueError: ids that would take more than MOST_ID_BYTES so.
+    """
+    if output.suffix == ".h5":
+        return np.array(ids, dtype=object)
+    longest = max(ids, key=len)
+    if (size := 4 * len(longest) * len(ids)) > MOST_ID_BYTES:
+        raise ValueError(
+            f"output={output}: NPZ keeps all ids at the length of the longest, {len(longest):,} letters "
+            f"({longest[:20]}...), {size / 1e9:.1f} GB in all; HDF5 does not (output=x.h5)"
+        )
+    return np.array(ids)
+
+
 def read_proteins(path: str) -> tuple[list[str], list[np.ndarray]]:
     """Ids and `<bos> residues <eos>` of a FASTA file's records.
 
@@ -83,10 +101,14 @@ def read_proteins(path: str) -> tuple[list[str], list[np.ndarray]]:
     """
     ids: list[str] = []
     proteins: list[np.ndarray] = []
+    nucleotides = 0
     for block in FastaFile(path).blocks():
         encoded = encode_block(block)
+        nucleotides += encoded.nucleotides
         ids += [id_.decode() for id_ in block.ids]
         proteins += np.split(encoded.tokens, encoded.lengths.cumsum()[:-1])
+    if nucleotides:
+        announce(nucleotide_warning(nucleotides, len(ids), path), processes_from_environment())
     return ids, proteins
 
 
@@ -113,6 +135,7 @@ def embedded_blocks(
                     layer=layer,
                     max_len=trained.max_len,
                     device=trained.device,
+                    tokens_per_pack=tokens_per_pack,
                 )
                 rows = [pooled(state, pooling).numpy() for state in states]
             for part in gather_objects(rows):
@@ -143,7 +166,7 @@ def write_hdf5(
     with h5py.File(path, "w") as file:
         fill(file.create_dataset("embeddings", shape, np.float32), blocks)
         for name, column in columns.items():
-            file[name] = column.astype(h5py.string_dtype()) if name == "ids" else column
+            file.create_dataset(name, data=column, dtype=h5py.string_dtype() if name == "ids" else column.dtype)
         file.attrs.update(notes)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 
-from protlig_dd.batch import PackedBatch
+from protlig_dd.batch import PackedBatch, split_lengths
 from protlig_dd.data.store import SequenceStore, StoreGroup
 from protlig_dd.diffusion.graph import Absorbing
 from protlig_dd.diffusion.likelihood import masked_cross_entropy, nll_bound, per_residue, pick_estimator
@@ -26,8 +26,7 @@ from protlig_dd.runtime.cli import run_verb
 from protlig_dd.runtime.config import EvaluateConfig, read_config
 from protlig_dd.runtime.distributed import gather_objects, opened_by
 from protlig_dd.runtime.files import write_folder
-from protlig_dd.runtime.generate import split_lengths
-from protlig_dd.runtime.metrics import ProgressBar, announce, console
+from protlig_dd.runtime.metrics import ProgressBar, announce, console, without_nan
 from protlig_dd.runtime.random import keyed_generator
 from protlig_dd.runtime.trained import Trained, check_free, check_least, load_trained, run_folder
 from protlig_dd.tokenizer import AMINO_ACIDS, N_STATES
@@ -45,8 +44,9 @@ class Scored:
     nats: dict[str, float]
     """By column; those that were measured."""
     bound_se: float
-    masked: dict[str, int]
-    """Tokens that were masked, over all draws, for the columns that are means over those and not over residues."""
+    masked: dict[str, float | int]
+    """Tokens that were masked, for the columns that are means over those and not over residues: in all draws, or a draw
+    on average."""
     counts: np.ndarray
     """(20,) how often each amino acid is there."""
     by_letter: dict[str, np.ndarray]
@@ -57,7 +57,7 @@ def evaluate(cfg: DictConfig) -> None:
     """Bound every sequence once, on all ranks, and write the folder of figures."""
     config = read_config(cfg, EvaluateConfig)
     output = check_free(config.output)
-    check_least((("draws", config.draws, 1), ("seed", config.seed, 0), ("max_sequences", config.max_sequences or 2, 2),
+    check_least((("draws", config.draws, 1), ("seed", config.seed, 0), ("max_sequences", config.max_sequences or 1, 1),
                  ("tokens_per_pack", config.tokens_per_pack, 1)))  # fmt: skip
     store, ids, sequences = read_sequences(Path(config.input), config.split, config.max_sequences, config.seed)
     trained = load_trained(config.from_, device=config.device, precision=config.precision)
@@ -93,7 +93,7 @@ def evaluate(cfg: DictConfig) -> None:
     }
     table = report_table(report)
     files = {
-        "report.json": json.dumps(report, indent=1) + "\n",
+        "report.json": json.dumps(without_nan(report), indent=1) + "\n",
         "report.md": table,
         "per_sequence.csv": sequence_csv(ids, scored),
         "by_length.csv": length_csv(scored),
@@ -193,7 +193,7 @@ def score_pack(
                 nats={name: float(values.sum()) for name, values in nats.items()}
                 | {name: float(values[i]) for name, values in whole.items()},
                 bound_se=float(bound.standard_error[i]),
-                masked={name: int(counts[i]) for name, counts in masked.items()},
+                masked={name: counts[i].item() for name, counts in masked.items()},
                 counts=np.bincount(letters, minlength=N_STATES),
                 by_letter={
                     name: np.bincount(letters, nats[name][inside], minlength=N_STATES)
@@ -220,6 +220,8 @@ def summary(scored: Sequence[Scored]) -> dict[str, Any]:
             continue
         count = np.array([one.masked.get(name, one.residues) for one in scored])
         found[name], found[f"{name}_se"] = per_residue(column(scored, name), count)
+        if len(scored) == 1 and name == "bound":  # there is no spread between proteins; the draws' own is known
+            found["bound_se"] = scored[0].bound_se / scored[0].residues
         found[f"{name}_perplexity"] = float(np.exp(found[name]))
     for name in ("bound", "bigram"):
         if name in found and "unigram" in found:
@@ -254,11 +256,17 @@ def report_table(report: dict[str, Any]) -> str:
         perplexity = report[f"{name}_perplexity"]
         difference = ""
         if f"{name}_to_unigram" in report:
-            difference = f"{report[f'{name}_to_unigram']:+.4f} ± {report[f'{name}_to_unigram_se']:.4f}"
-        lines.append(
-            f"| {NAMES[name]} | {nats:.4f} ± {error:.4f} | {perplexity:.3f} ± {perplexity * error:.3f} | {difference} |"
-        )
+            difference = told(report[f"{name}_to_unigram"], report[f"{name}_to_unigram_se"], "+.4f")
+        figures = told(nats, error, ".4f"), told(perplexity, perplexity * error, ".3f")
+        lines.append(f"| {NAMES[name]} | {' | '.join(figures)} | {difference} |")
+    if report["sequences"] == 1:
+        lines += ["", "Of a single protein: the standard error is that of the bound's draws."]
     return "\n".join(lines) + "\n"
+
+
+def told(value: float, error: float, digits: str) -> str:
+    """A figure with its standard error, where that is known."""
+    return f"{value:{digits}}" + ("" if math.isnan(error) else f" ± {error:{digits.lstrip('+')}}")
 
 
 def sequence_csv(ids: Sequence[str], scored: Sequence[Scored]) -> str:

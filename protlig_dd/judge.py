@@ -17,6 +17,7 @@ from protlig_dd.data.homology import best_hits, clusters_of, find_mmseqs
 from protlig_dd.data.store import SPLITS, SequenceStore
 from protlig_dd.evaluation.inputs import csv_text, is_store, read_sequences, thinned
 from protlig_dd.evaluation.judges import (
+    COLUMNS,
     SETS,
     Figure,
     Rows,
@@ -24,6 +25,7 @@ from protlig_dd.evaluation.judges import (
     figures,
     for_json,
     low_complexity,
+    perplexity,
     share,
     tandem_repeats,
     with_controls,
@@ -61,14 +63,15 @@ def judge(cfg: DictConfig) -> None:
     if len(chosen) < len(samples):
         console.print(f"{len(chosen)} of {len(samples)} samples are judged: half as many as there are natural proteins")
         ids, samples = [ids[i] for i in chosen], [samples[i] for i in chosen]
-    sets, reference = with_controls(samples, pool, config.seed)
+    controls = with_controls(samples, pool, config.seed)
+    sets = controls.sets
 
     rows: Rows = {}
-    cheap = cheap_judges(reference, bootstrap=config.bootstrap, seed=config.seed)
+    cheap = cheap_judges(controls, bootstrap=config.bootstrap, seed=config.seed)
     with ProgressBar("statistics", 3 * len(cheap)) as bar:
-        for name, ask in cheap.items():
+        for name, (ask, asked_of) in cheap.items():
             rows[name] = []
-            for some in sets:
+            for some in asked_of:
                 rows[name].append(ask(some))
                 bar.advance(note=name)
     columns: dict[str, Sequence[float]] = {}  # of per_sequence.csv
@@ -79,7 +82,7 @@ def judge(cfg: DictConfig) -> None:
     for name, (asked, summary) in others.items():
         with ProgressBar(name, sum(map(len, texts))) as bar:
             found = [asked(some, bar.advance) for some in texts]
-        rows[name] = [summary(some) for some in found]
+        rows[name] = [summary(values, some) for values, some in zip(found, texts, strict=True)]
         columns[name] = found[0]
     table = markdown(rows)
     if train is not None:  # which need not be what made the samples
@@ -89,8 +92,7 @@ def judge(cfg: DictConfig) -> None:
     files = {
         "judges.json": json.dumps(said | {"rows": for_json(rows)}, indent=1) + "\n",
         "judges.csv": csv_text(
-            ["judge", *(column for name in SETS for column in (name, f"{name}_se"))],
-            [[name, *(x for figure in row for x in figure)] for name, row in rows.items()],
+            ["judge", *COLUMNS], [[name, *(x for figure in row for x in figure)] for name, row in rows.items()]
         ),
         "table.md": table,
         "per_sequence.csv": per_sequence(ids, samples, columns),
@@ -100,14 +102,19 @@ def judge(cfg: DictConfig) -> None:
     console.print(f"{output}: {', '.join(files)}")
 
 
-def outside_judges(config: JudgeConfig) -> Iterator[tuple[str, tuple[Judge, Callable[[Sequence[float]], Figure]]]]:
+Summary = Callable[[Sequence[float], Sequence[str]], Figure]
+"""What a judge said of each of a set's proteins, and the proteins, to a figure of the set."""
+
+
+def outside_judges(config: JudgeConfig) -> Iterator[tuple[str, tuple[Judge, Summary]]]:
     """Row, judge and summary of those that other packages bring, loaded before time is spent on anything else."""
     if config.hmm is not None:
-        yield "with a hit to the HMMs", (pfam_hits(Path(config.hmm)), share)
+        yield "with a hit to the HMMs", (pfam_hits(Path(config.hmm)), lambda values, _: share(values))
     if config.esm2 is not None:
-        yield f"pseudo-perplexity, {config.esm2}", (esm2_pseudo_perplexities(config.esm2, config.device), figures)
+        asked = esm2_pseudo_perplexities(config.esm2, config.device)
+        yield f"pseudo-perplexity, {config.esm2}", (asked, lambda values, some: perplexity(values, [*map(len, some)]))
     if config.esmfold is not None:
-        yield f"pLDDT, {config.esmfold}", (esmfold_plddts(config.esmfold, config.device), figures)
+        yield f"pLDDT, {config.esmfold}", (esmfold_plddts(config.esmfold, config.device), lambda v, _: figures(v))
 
 
 def find_train(config: JudgeConfig, mmseqs: bool) -> SequenceStore | None:
@@ -151,7 +158,7 @@ def relatives(
             bar.advance(note=f"clusters, {name}")
             members = {i for cluster in clusters if len(cluster) > 1 for i in cluster}
             has_twin = [float(i in members) for i in range(len(sequences))]
-            rows[alone].append((len(clusters) / len(sequences), NAN))
+            rows[alone].append(Figure(len(clusters) / len(sequences)))
             rows[twins].append(share(has_twin))
             columns.setdefault(twins, has_twin)
         if train is not None:
@@ -182,7 +189,7 @@ def fasta(path: Path, sequences: Iterable[np.ndarray]) -> Path:
 
 def markdown(rows: Rows) -> str:
     lines = [f"| | {' | '.join(SETS)} |", "| --- | --- | --- | --- |"]
-    lines += [f"| {name} | {' | '.join(written(*figure) for figure in row)} |" for name, row in rows.items()]
+    lines += [f"| {name} | {' | '.join(map(written, row))} |" for name, row in rows.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from protlig_dd.data.build import Filters, Split, build_store, manifest_path
+from protlig_dd.data.encode import nucleotide_warning
 from protlig_dd.data.store import SPLITS, SequenceStore
 from protlig_dd.runtime.cli import run_verb
 from protlig_dd.runtime.config import PrepareConfig, read_config
@@ -71,6 +72,8 @@ def describe(store: SequenceStore) -> None:
         console.print("dropped " + ", ".join(f"{count:,} by {name}" for name, count in dropped.items()))
     if manifest["lower_case_letters"]:
         console.print(f"{manifest['lower_case_letters']:,} lower-case letters were read as upper-case")
+    if found := manifest.get("nucleotide_like"):  # which earlier versions did not count
+        console.print(nucleotide_warning(found, manifest["records"], "the input"))
     if (check := manifest["split_check"]) is not None:
         hits = ", ".join(f"{check['hits'][name]:,} of {check['searched'][name]:,} {name}" for name in check["hits"])
         done = "moved to train" if check["on_hit"] == "move" else "dropped"

@@ -25,7 +25,9 @@ def sample_proteins(cfg: DictConfig) -> None:
                  ("tokens_per_pack", config.tokens_per_pack, 1), ("nll_draws", config.nll_draws, 0)))  # fmt: skip
     trained = load_trained(config.from_, device=config.device, precision=config.precision)
     check_sampler(trained.graph, config.predictor, config.temperature, config.top_p)
-    lengths = choose_lengths(config.lengths, config.n, config.seed, trained.length_counts)
+    lengths = choose_lengths(config.lengths, config.n, config.seed, trained.lengths)
+    if config.lengths == "empirical" and trained.lengths is not None:
+        announce(f"lengths are drawn from {trained.lengths.told}", trained.processes)
     trained.check_length(max(lengths), f"lengths={config.lengths}: the longest protein")
     samples = sample_designs(trained, config, lengths=lengths, log_bias=read_log_bias(config.log_bias, lengths))
     names = [f"{trained.run}_{i}" for i in range(1, config.n + 1)]

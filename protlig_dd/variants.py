@@ -15,18 +15,17 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 
+from protlig_dd.data.encode import is_nucleotide, nucleotide_warning
 from protlig_dd.evaluation.assays import (
-    METRICS,
     Assay,
-    Reference,
-    aggregate,
     all_substitutions,
     read_assay,
     read_reference,
     read_target,
 )
-from protlig_dd.evaluation.fitness import Scores, Work, choose_strategy, pieces_of, score_variants
+from protlig_dd.evaluation.fitness import ASKED_FOR, Scores, Work, choose_strategy, pieces_of, score_variants
 from protlig_dd.evaluation.heatmap import heat_map, to_csv, to_png
+from protlig_dd.evaluation.measurements import METRICS, aggregate
 from protlig_dd.runtime.cli import run_verb
 from protlig_dd.runtime.config import VariantsConfig, read_config
 from protlig_dd.runtime.distributed import from_first
@@ -35,6 +34,9 @@ from protlig_dd.runtime.metrics import ProgressBar, announce
 from protlig_dd.runtime.trained import Trained, check_free, check_least, load_trained
 from protlig_dd.tokenizer import ProteinTokenizer
 
+BAD_ROWS = ("fail", "skip")
+SHOWN = 3  # rows that were left out
+
 
 def score(cfg: DictConfig) -> None:
     """Read everything, load the model, score one assay or a folder of them, and write."""
@@ -42,6 +44,8 @@ def score(cfg: DictConfig) -> None:
     check_least((("seed", config.seed, 0), ("tokens_per_pack", config.tokens_per_pack, 1), ("draws", config.draws, 4)))
     if config.draws % 2:
         raise ValueError(f"draws must be an even number, got {config.draws}")
+    if config.bad_rows not in BAD_ROWS:
+        raise ValueError(f"bad_rows={config.bad_rows}; there are {', '.join(BAD_ROWS)}")
     if config.reference is not None or (config.assay is not None and Path(config.assay).is_dir()):
         score_folder(config)
     else:
@@ -57,9 +61,10 @@ def score_one(config: VariantsConfig) -> None:
     if config.target is None:
         raise ValueError("target is required: give target=wt.fasta, or a bare sequence of letters")
     target = read_target(config.target)
-    assay = all_substitutions(target) if config.assay is None else read_assay(Path(config.assay), target)
-    check_columns(assay, config)
+    assay = all_substitutions(target) if config.assay is None else read_checked(Path(config.assay), target, config)
     trained = load_trained(config.from_, device=config.device, precision=config.precision)
+    if is_nucleotide(target.astype(np.uint8).tobytes()):
+        announce(nucleotide_warning(1, 1, "target="), trained.processes)
     settings = settings_of(trained, config) | of_assay(None if config.assay is None else Path(config.assay), target)
     score_assay(trained, config, assay, target, output, "variants", settings)
 
@@ -93,13 +98,19 @@ def score_folder(config: VariantsConfig) -> None:
         announce(f"{output}: {len(references) - len(left)} of {len(references)} are there already", trained.processes)
     with ProgressBar("reading", len(left), shown=trained.processes.first) as bar:
         for one in left:  # all of them, so that an error in the last is told before the first is scored
-            check_assay(trained, config, read_one(one, config), one.target)
+            check_assay(trained, config, read_checked(one.path, one.target, config), one.target)
             bar.advance()
     for one in left:
-        assay = read_one(one, config)
+        assay = read_checked(one.path, one.target, config)
         done[one.id] = score_assay(trained, config, assay, one.target, outputs[one.id], one.id, settings[one.id])
     results = [
-        {"DMS_id": one.id, "UniProt_ID": one.protein, "coarse_selection_type": one.type, **(done[one.id] or {})}
+        {
+            "DMS_id": one.id,
+            "UniProt_ID": one.protein,
+            "coarse_selection_type": one.type,
+            **one.more,
+            **(done[one.id] or {}),
+        }
         for one in references
     ]
     if trained.processes.first:
@@ -113,16 +124,13 @@ def score_folder(config: VariantsConfig) -> None:
         announce(f"{output}: {len(results)} assays, {metrics_line(total)}", trained.processes)
 
 
-def read_one(reference: Reference, config: VariantsConfig) -> Assay:
-    assay = read_assay(reference.path, reference.target)
-    check_columns(assay, config)
-    return assay
-
-
-def check_columns(assay: Assay, config: VariantsConfig) -> None:
+def read_checked(path: Path, target: np.ndarray, config: VariantsConfig) -> Assay:
+    """An assay whose file has no column yet of the names that are added."""
+    assay = read_assay(path, target, offset=config.offset, skip_bad=config.bad_rows == "skip")
     for name in (config.column, f"{config.column}_se"):
         if name in assay.header:
             raise ValueError(f"{assay.where[0]}: there is a column {name} already; name another with column=")
+    return assay
 
 
 def check_assay(trained: Trained, config: VariantsConfig, assay: Assay, target: np.ndarray) -> None:
@@ -169,6 +177,7 @@ def settings_of(trained: Trained, config: VariantsConfig) -> dict[str, Any]:
     """What the scores of every assay depend on, for the summary."""
     model = {"run": trained.run, "step": trained.step, "weights_sha256": sha256(trained.weights)}
     wanted = {"wanted": config.strategy, "draws": config.draws, "seed": config.seed, "column": config.column}
+    wanted |= {"offset": config.offset, "bad_rows": config.bad_rows}
     return {**model, "precision": trained.precision, **wanted}
 
 
@@ -197,6 +206,13 @@ def score_assay(
     lines = [f"{len(assay.rows)} variants by strategy={strategy} ({reason})"]
     if assay.most_changed > 1:
         lines.append(f"up to {assay.most_changed} substitutions in a row")
+    if assay.bad:
+        lines.append(f"{len(assay.bad)} more rows are left out: {'; '.join(assay.bad[:SHOWN])}")
+    if repeated := len(assay.variants) - len(set(assay.variants)):
+        lines.append(f"{repeated} of them are the protein of an earlier row, and have its score")
+    if strategy == "bound" and (whole := sum(one.indel is None for one in assay.variants)) and reason != ASKED_FOR:
+        passes = config.draws * len(assay.rows)
+        lines.append(f"{whole} have no insertion or deletion but are scored alike, in {passes:,} passes of the network")
     if assay.first_indel is not None:
         lines.append("where lengths differ, by nats per residue, since each residue more costs some 3 whatever it is")
     announce(f"{description}: {'; '.join(lines)}", trained.processes)
@@ -212,7 +228,7 @@ def score_assay(
         seed=config.seed,
     )
     metrics = assay.judge(scores.nats)
-    made = {"variants": len(assay.rows), "strategy": strategy, **metrics}
+    made = {"variants": len(assay.rows), "left_out": len(assay.bad), "strategy": strategy, **metrics}
     summary = {**made, "checkpoint": str(trained.checkpoint), **settings}
     files = beside(output)
     if trained.processes.first:

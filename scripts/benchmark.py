@@ -1,4 +1,4 @@
-"""Measure training on real proteins against the way public SEDD code runs, sampling, and how costs grow:
+"""Measure training on real proteins against padded batches, sampling, and how costs grow:
 
     python -m scripts.benchmark throughput cost profile presets sampling growth --fasta FILE
 

@@ -54,8 +54,9 @@ GROUPS = (
           ("test_sample", "test_infill", "test_evaluate", "test_judge", "test_variants", "test_embed",
            "test_linear_probe", "test_export")),
     Group("report page", "the page says what the run's files say, safely", ("test_report_page", "test_metrics")),
-    Group("configs and command line", "every config composes, every wrong one is one line, help, exit codes",
-          ("test_configs", "test_environment", "test_warm")),
+    Group("configs and command line", "every config composes, every wrong one is one line, help, exit codes, "
+          "what cannot be printed",
+          ("test_configs", "test_environment", "test_output", "test_warm")),
     Group("scripts and docs", "benchmarks print the tables of the docs; a mutation is caught; set-up",
           ("test_scripts", "test_setup", "test_testing")),
     Group("structure", "who may import whom; annotated shapes are enforced and leave no bytecode behind",

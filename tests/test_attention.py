@@ -1,5 +1,6 @@
 import dataclasses
-import importlib.util
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from protlig_dd.batch import PackedBatch
 from protlig_dd.model.attention import (
     check_attention_input,
+    has_flash_attn,
     resolve_attention_backend,
     varlen_attention,
 )
@@ -102,7 +104,7 @@ def test_unknown_backends_are_refused() -> None:
 
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-HAS_FLASH = importlib.util.find_spec("flash_attn") is not None
+HAS_FLASH = has_flash_attn()
 
 
 @pytest.mark.parametrize(
@@ -129,9 +131,21 @@ def test_explicit_backends_that_cannot_run_are_errors(monkeypatch: pytest.Monkey
         resolve_attention_backend("torch_varlen", CUDA, "bf16", 10)
     with refuses("no attention backend 'flash'"):
         resolve_attention_backend("flash", CPU, "bf16", 64)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
     with refuses(r"flash-attn is not installed: pip install 'protlig_dd\[flash\]'"):
         resolve_attention_backend("flash_attn", CUDA, "bf16", 64)
+
+
+def test_a_package_without_the_kernel_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As flash-attn 4 leaves one: its code is in flash_attn/cute, and flash_attn itself has nothing."""
+    (tmp_path / "flash_attn/cute").mkdir(parents=True)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "flash_attn"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert resolve_attention_backend("auto", CUDA, "bf16", 64) == "torch_varlen"
+    with refuses("flash-attn is not installed"):
+        resolve_attention_backend("flash_attn", CUDA, "bf16", 64)
+    sys.modules.pop("flash_attn", None)
 
 
 @pytest.mark.gpu

@@ -1,15 +1,17 @@
 """The shipped configs: all compose, fit the schema, and describe the models they say."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from protlig_dd.runtime.cli import run_verb
+from protlig_dd.runtime.cli import quoted, run_verb
 from protlig_dd.runtime.config import (
     RESUMABLE,
     EmbedConfig,
@@ -22,6 +24,7 @@ from protlig_dd.runtime.config import (
     SampleConfig,
     TrainConfig,
     VariantsConfig,
+    at_home,
     build_model,
     changed_keys,
     config_folder,
@@ -70,6 +73,38 @@ def test_every_key_has_a_default_and_resumable_keys_exist() -> None:
     assert all(any(key.startswith(entry) for key in keys) for entry in RESUMABLE)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["größe.fasta", "uniprot (1).fasta", "epoch=1.fasta", "a'b.fasta", 'a"b.fasta', "a\\b.fasta", "c:\\", "[1,2", "a b",
+     "a{b", "x,(y", "~/p.fasta", "$HOME", "a\\\"b("],
+)  # fmt: skip
+def test_a_file_may_have_any_name(name: str) -> None:
+    """Where Hydra's grammar takes it for something else, it is quoted."""
+    override = OverridesParser.create().parse_override(quoted(f"input={name}"))
+    assert override.value() == name or override.is_sweep_override()
+    assert quoted("optim.lr=1e-3,2e-3") == "optim.lr=1e-3,2e-3"  # what the grammar takes stays
+    assert quoted("free=[12-40,77]") == "free=[12-40,77]"
+    assert quoted("--help") == "--help"
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    cfg = composed(quoted("from=~/runs/a"), quoted("output=~/b.fasta"), name="sample")
+    config = read_config(cfg, SampleConfig)
+    assert (config.from_, config.output) == ("/home/me/runs/a", "/home/me/b.fasta")
+    assert at_home(["~", "~other/x", "a~/b", {"x": "~/y"}]) == ["/home/me", "~other/x", "a~/b", {"x": "/home/me/y"}]
+
+
+def test_what_a_launcher_left_in_the_environment_is_told(run_python: Command) -> None:
+    done = run_python("-m", "protlig_dd.prepare", "input=x.fasta", "output=x.h5", RANK="", WORLD_SIZE="")
+    assert_one_line_error(done, "x.fasta: no such file")
+    assert_one_line_error(
+        run_python("-m", "protlig_dd.prepare", "input=x.fasta", "output=x.h5", RANK="one"), "RANK=one: torchrun sets"
+    )
+    other = run_python("-m", "protlig_dd.prepare", "input=x.fasta", "output=x.h5", RANK="1", WORLD_SIZE="2")
+    assert other.stderr == "[rank 1] nothing to do: RANK=1 is set, and rank 0 does it all\n"
+
+
 def test_every_default_is_explained() -> None:
     for path in config_folder().rglob("*.yaml"):
         if path.stem in ("verb", "config_uniref50_stable") or path.parent.name == "experiment":
@@ -91,6 +126,19 @@ def test_presets_have_the_size_they_say(preset: str, millions: float) -> None:
     assert count == pytest.approx(millions * 1e6, rel=0.07)
     stated = (config_folder() / "model" / f"{preset}.yaml").read_text().splitlines()[0]
     assert stated.startswith(f"# {count / 1e6:.1f} M" if count < 1e7 else f"# {count / 1e6:.0f} M")
+
+
+@pytest.mark.parametrize("recipe", options("experiment"))
+def test_a_recipe_has_time_to_write_its_checkpoint_when_it_is_stopped(recipe: str) -> None:
+    """Twice what docs/reliability.md has for Muon's checkpoints of 12 bytes a parameter, on 2 CPU cores."""
+    table = (ROOT / "docs/reliability.md").read_text()
+    (row,) = re.findall(r"^\| medium, 149 M \| ([\d,]+) \| [\d.]+ \| [\d.]+ \| ([\d.]+) \|", table, re.MULTILINE)
+    seconds = float(row[1]) / (149e6 * 12)
+    config = read_config(composed(f"experiment={recipe}"), TrainConfig)
+    with torch.device("meta"):
+        model = build_model(config.model, "sdpa", time_conditioning=False)
+    size = 12 * sum(parameter.numel() for parameter in model.parameters())
+    assert config.trainer.stop_within > 2 * size * seconds
 
 
 def test_changed_keys_name_both_values_and_leave_out_what_may_change() -> None:
@@ -225,3 +273,30 @@ def test_a_plain_command_is_composed_once_and_a_sweep_is_left_to_hydra(
     with pytest.raises(SystemExit):
         ran("optim.lr=0.5,0.25")  # without -m
     assert "error: " in capsys.readouterr().err
+
+
+def test_the_package_lists_its_verbs(run_python: Command) -> None:
+    done = run_python("-m", "protlig_dd")
+    assert done.returncode == 0, done.stderr
+    listed = [line.split()[0] for line in done.stdout.splitlines()[2:]]
+    assert listed == sorted(
+        ["embed", "evaluate", "export", "infill", "judge", "prepare", "report", "sample", "training", "variants"]
+    )
+    assert "judge      Judge generated proteins, always beside natural held-out ones" in done.stdout
+
+
+def test_every_verb_that_reads_proteins_warns_of_dna(trained_run: Path, tmp_path: Path, run_python: Command) -> None:
+    (tmp_path / "dna.fasta").write_text(f">gene\n{'ACGTTGCA' * 9}\n>rna\n{'ACGUNNACGU' * 5}\n>protein\nMKVLAWGCDE\n")
+    told = "warning: 2 of 3 sequences of {} look like DNA or RNA, and were read as proteins"
+    source = f"from={trained_run}"
+    for verb, *more in (
+        ("prepare", "output=a.h5", "split.validation_fraction=0", "split.test_fraction=0"),
+        ("embed", source, "output=b.h5"),
+        ("evaluate", source, "output=c", "draws=1"),
+        ("infill", source, "output=d.fasta", "free=2", "n=1", "steps=2", "free_draws=0"),
+    ):
+        done = run_python("-m", f"protlig_dd.{verb}", "input=dna.fasta", *more)
+        assert done.returncode == 0, done.stderr
+        assert told.format("the input" if verb == "prepare" else "dna.fasta") in " ".join(done.stdout.split())
+    done = run_python("-m", "protlig_dd.variants", source, f"target={'ACGT' * 9}", "output=e.csv")
+    assert "warning: 1 of 1 sequences of target= look like DNA or RNA" in " ".join(done.stdout.split())

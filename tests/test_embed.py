@@ -18,6 +18,7 @@ from protlig_dd.data.store import SequenceStore
 from protlig_dd.diffusion.graph import Absorbing, Graph, Uniform
 from protlig_dd.diffusion.noise import NOISES
 from protlig_dd.diffusion.score import ScoreFn
+from protlig_dd.embed import ids_column
 from protlig_dd.runtime.embedding import embed, resolve_layer, window, window_starts
 from protlig_dd.runtime.trained import load_trained
 from protlig_dd.tokenizer import ProteinTokenizer
@@ -112,6 +113,31 @@ def test_a_long_protein_is_the_mean_over_its_windows() -> None:
             seen[start + i].append(hidden[len(ends[0]) + i])
     expected = torch.stack([torch.stack(own).mean(0) for own in seen])
     assert torch.allclose(states, expected, atol=1e-5)
+
+
+def test_a_giants_windows_are_computed_a_pack_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    (model, score_fn, noise), seen = network("time-free"), list[int]()
+    giant, hidden = encoded("MKVLAWGCDE" * 60), model.hidden_states
+    whole = embed(model, score_fn, noise, giant, layer=1, max_len=40, device=CPU)
+
+    def watched(batch: PackedBatch, *rest: object) -> torch.Tensor:
+        seen.append(len(batch.tokens))
+        return hidden(batch, *rest)
+
+    monkeypatch.setattr(model, "hidden_states", watched)
+    parts = embed(model, score_fn, noise, giant, layer=1, max_len=40, device=CPU, tokens_per_pack=100)
+    assert max(seen) <= 100
+    assert sum(seen) > 1100
+    assert torch.allclose(whole[0], parts[0], atol=1e-5)
+
+
+def test_ids_take_their_own_length_in_hdf5(tmp_path: Path) -> None:
+    """And are refused where the format would give each the length of the longest."""
+    ids = ["x" * 300_000, *(f"p{i}" for i in range(2000))]
+    assert sum(map(len, ids_column(ids, tmp_path / "x.h5"))) == sum(map(len, ids))
+    with pytest.raises(ValueError, match=r"output=.*x.npz: NPZ keeps all ids .* 300,000 letters \(xxxx.*2.4 GB in all"):
+        ids_column(ids, tmp_path / "x.npz")
+    assert ids_column(ids[1:], tmp_path / "x.npz").tolist() == ids[1:]
 
 
 @pytest.mark.parametrize(("layer", "found"), [(-1, 2), (-3, 0), (0, 0), (2, 2)])

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protlig_dd.data.encode import ID_SEED, encode_block
-from protlig_dd.data.fasta import FastaBlock, FastaFile
+from protlig_dd.data.fasta import FastaBlock, FastaFile, FastaRecord
 from protlig_dd.tokenizer import AMINO_ACIDS, CONTEXT_LETTERS, ProteinTokenizer
 
 SEQUENCES = st.lists(st.text(AMINO_ACIDS + CONTEXT_LETTERS, min_size=1, max_size=70), min_size=1, max_size=20)
@@ -84,3 +84,17 @@ def test_the_line_is_that_of_the_residue(tmp_path: Path) -> None:
     blocks = FastaFile(tmp_path / "a.fasta").blocks()
     with pytest.raises(ValueError, match=r"record 2 \(b\), line 7: illegal character '\?' at position 7 of 7"):
         list(map(encode_block, blocks))
+
+
+@given(st.lists(st.text("ACGTUNacgtunKW", min_size=1, max_size=150), min_size=1, max_size=9))
+def test_dna_and_rna_are_counted(sequences: list[str]) -> None:
+    """By nine in ten of the first hundred letters, of 20 at least."""
+    expected = 0
+    for sequence in sequences:
+        start = sequence.upper()[:100]
+        expected += len(start) >= 20 and sum(letter in "ACGTUN" for letter in start) >= 0.9 * len(start)
+    assert encode_block(block_of(*(sequence.encode() for sequence in sequences))).nucleotides == expected
+
+
+def test_proteins_are_no_dna(proteins: list[FastaRecord]) -> None:
+    assert encode_block(block_of(*(record.sequence.encode() for record in proteins))).nucleotides == 0

@@ -1,7 +1,18 @@
+import sysconfig
+from pathlib import Path
+
 import pytest
 import torch
 
-from protlig_dd.runtime.environment import describe_environment, matmul_peak, resolve_device, resolve_precision
+from protlig_dd.runtime.distributed import Processes, join_group
+from protlig_dd.runtime.environment import (
+    describe_environment,
+    matmul_peak,
+    missing_to_compile,
+    resolve_compile,
+    resolve_device,
+    resolve_precision,
+)
 from protlig_dd.runtime.random import keyed_generator, random_key
 
 
@@ -25,6 +36,37 @@ def test_explicit_devices_must_exist(name: str, message: str, monkeypatch: pytes
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ValueError, match=message):
         resolve_device(name)
+
+
+def test_one_process_computes_on_its_own_gpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA graphs are captured on the current device, whatever the tensors' is."""
+    chosen: list[torch.device] = []
+    monkeypatch.setattr("torch.cuda.set_device", chosen.append)
+    join_group(Processes(0, 1, 0), torch.device("cuda:1"), 1)
+    join_group(Processes(0, 1, 0), torch.device("cpu"), 1)
+    assert chosen == [torch.device("cuda:1")]
+
+
+def test_on_a_gpu_machine_that_cannot_compile_the_run_is_eager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda:0")
+    compiler = tmp_path / "bin/gcc"
+    compiler.parent.mkdir()
+    monkeypatch.setenv("PATH", str(compiler.parent))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    for missing in ("a C compiler", "Python's headers"):
+        assert str(missing_to_compile(cuda)).startswith(missing)
+        assert resolve_compile("auto", cuda) is False
+        with pytest.raises(ValueError, match=f"trainer.compile=true needs {missing}.*; install it, or use"):
+            resolve_compile(True, cuda)
+        assert resolve_compile(False, cuda) is False
+        compiler.touch(mode=0o755)
+    (tmp_path / "Python.h").touch()
+    assert missing_to_compile(cuda) is None
+    assert resolve_compile("auto", cuda) is resolve_compile(True, cuda) is True
+    compiler.rename(compiler.with_name("my-cc"))
+    monkeypatch.setenv("CC", "my-cc")
+    assert resolve_compile("auto", cuda) is True
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

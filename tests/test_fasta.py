@@ -1,6 +1,9 @@
+import bz2
 import gzip
 import hashlib
 import io
+import itertools
+import lzma
 import sys
 from pathlib import Path
 
@@ -9,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protlig_dd.data import fasta
+from protlig_dd.data.encode import encode_block
 from protlig_dd.data.fasta import FastaFile, Header, parse_header, read_fasta
 
 TEXT = (
@@ -26,6 +30,52 @@ def test_records_of_plain_and_gzipped_files(tmp_path: Path, zipped: bool) -> Non
     assert first.description.startswith("NADP-retinol dehydrogenase n=1 Tax=Buteo")
     assert first.sequence == "MATLVPRIVLITGCSSGIGL"
     assert second == ("P31007", "", "MPVKKQEAHRALE*", str(path))
+
+
+@given(
+    st.lists(
+        st.tuples(st.lists(st.text("ACD", max_size=9), min_size=1, max_size=3), st.booleans()), min_size=1, max_size=6
+    ),
+    st.lists(st.sampled_from(["\n", "\r\n", "\r\r\n", "\r"]), min_size=1, max_size=5),
+    st.integers(1, 9),
+    st.booleans(),
+)
+def test_line_ends_of_any_system_give_the_same_records(
+    records: list[tuple[list[str], bool]], ends: list[str], piece: int, marked: bool
+) -> None:
+    """Mixed in one file and cut anywhere as it is read; a byte-order mark may stand before it."""
+    lines = [line for i, (body, described) in enumerate(records) for line in (f">r{i}{' a b' * described}", *body)]
+    text = "".join(line + end for line, end in zip(lines, itertools.cycle(ends), strict=False))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fasta, "PIECE_BYTES", piece)
+        patch.setattr(fasta, "BLOCK_BYTES", 2 * piece)
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbf" * marked + text.encode())))
+        found = [(record.id, record.description, record.sequence) for record in read_fasta("-")]
+    assert found == [(f"r{i}", "a b" * described, "".join(body)) for i, (body, described) in enumerate(records)]
+
+
+def test_errors_count_the_lines_of_any_system(tmp_path: Path) -> None:
+    for end in ("\n", "\r\n", "\r"):
+        (tmp_path / "x.fasta").write_bytes(f">a{end}MKV{end}>b{end}MKV{end}M1V{end}".encode())
+        blocks = FastaFile(tmp_path / "x.fasta").blocks()
+        with pytest.raises(ValueError, match=r"x.fasta: record 2 \(b\), line 5: illegal character '1' at position 5"):
+            list(map(encode_block, blocks))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (TEXT.encode("utf-16"), "is UTF-16, not UTF-8; save it as UTF-8"),
+        (bz2.compress(TEXT.encode()), "is compressed by bzip2; only gzip is read"),
+        (lzma.compress(TEXT.encode()), "is compressed by xz; only gzip is read"),
+        (b"\x28\xb5\x2f\xfd\x04\x58", "is compressed by zstd; only gzip is read"),
+        (b"PK\x03\x04\x14\x00", "is a zip archive; only gzip is read"),
+    ],
+)
+def test_what_is_no_plain_text_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "x.fasta").write_bytes(content)
+    with pytest.raises(ValueError, match=f"x.fasta {message}"):
+        list(read_fasta(tmp_path / "x.fasta"))
 
 
 def test_several_gzip_members_are_one_file(tmp_path: Path) -> None:

@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from protlig_dd.data.store import SequenceStore
+from protlig_dd.data.fasta import FastaRecord
+from protlig_dd.data.loader import PackDataset
+from protlig_dd.data.store import SequenceStore, StoreGroup
 from protlig_dd.runtime.checkpoint import (
     COMPLETE,
     FILES,
@@ -26,12 +28,22 @@ from protlig_dd.runtime.checkpoint import (
     snapshot,
 )
 from protlig_dd.runtime.distributed import RanksFailedError, count_devices
-from protlig_dd.runtime.files import locked
+from protlig_dd.runtime.files import NO_LOCKS, locked
 from protlig_dd.runtime.metrics import read_metrics
-from protlig_dd.runtime.stop import REASONS, Stopped, StopRequests, seconds_of
+from protlig_dd.runtime.stop import REASONS, SIGNALS, Stopped, StopRequests, handled_signals, seconds_of
 from scripts.fault_campaign import FAULTS, Campaign, flip, ranks_of, truncate
 
-from .conftest import ROOT, Command, Start, assert_one_line_error, free_port, make_model, require, wait_for
+from .conftest import (
+    ROOT,
+    Command,
+    Start,
+    assert_one_line_error,
+    free_port,
+    make_model,
+    make_store,
+    require,
+    wait_for,
+)
 from .test_checkpoint import make_optimizer_for, save
 from .test_prepare import may_mount
 from .test_training import last_tensors, overrides_for, read_rows, torchrun, train
@@ -43,7 +55,7 @@ def reasons_asked(stop: StopRequests) -> list[str]:
 
 
 def test_a_signal_raises_at_once_or_is_noted() -> None:
-    for name in ("SIGTERM", "SIGUSR1", "SIGUSR2"):  # what schedulers send
+    for name in ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):  # what schedulers and lost terminals send
         with pytest.raises(Stopped) as raised, StopRequests():
             os.kill(os.getpid(), signal.Signals[name])
         assert (raised.value.reason, raised.value.exit_code) == (name, 75)
@@ -125,6 +137,34 @@ def test_a_folder_has_one_holder(tmp_path: Path, run_python: Command) -> None:
     assert run_python("-c", code).stdout == "in\n"
 
 
+@pytest.mark.parametrize("number", NO_LOCKS)
+def test_without_locks_the_work_is_done_with_a_warning(
+    number: int, proteins: list[FastaRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """As on NFS or Lustre that were mounted without them: a run's folder, a store that is built, an epoch's plan."""
+
+    def refuse(*arguments: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.lockf", refuse)
+    monkeypatch.setattr("fcntl.flock", refuse)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "plans"))
+    (tmp_path / "plans").mkdir()
+    with locked(tmp_path / "run"):
+        pass
+    make_store(tmp_path / "small.h5", proteins, train=20, held_out=2)
+    dataset = PackDataset(group := StoreGroup([SequenceStore(tmp_path / "small.h5")]), group.split("train"), seed=0,
+                          max_len=100, tokens_per_pack=500)  # fmt: skip
+    assert len(dataset.plan(0).rows) == 20
+    assert not list(tmp_path.glob(".*"))
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 3
+    for line, folder in zip(said, ("run", ".small.h5.partial", "plans"), strict=True):
+        assert line.startswith(f"warning: {tmp_path / folder}")
+        assert f"is on a file system without locks ({os.strerror(number)})" in line
+
+
 @pytest.mark.slow
 def test_a_fresh_run_holds_its_folder(store: SequenceStore, tmp_path: Path, run_python: Command, start: Start) -> None:
     train(run_python, store, "held", "trainer.max_steps=2")
@@ -159,6 +199,33 @@ def stopped_by(process: Process, run: Path, number: signal.Signals) -> tuple[int
     process.send_signal(number)
     _, errors = process.communicate(timeout=120)
     return process.returncode, errors
+
+
+def test_what_is_ignored_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """nohup has a run ignore the SIGHUP of a terminal that closes."""
+    assert signal.SIGHUP in handled_signals()
+    earlier = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert handled_signals() == SIGNALS - {signal.SIGHUP}
+        with StopRequests():
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, earlier)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_lost_connection_stops_a_run_in_time(
+    devices: int, store: SequenceStore, tmp_path: Path, start: Start
+) -> None:
+    """The terminal sends SIGHUP to the launcher and its ranks."""
+    options = overrides_for(store, "lost", *OFTEN, f"trainer.devices={devices}", "optim.packs_per_step=2")
+    process = start(*TRAINING, *options)
+    wait_for(lambda: complete_checkpoints(tmp_path / "runs/lost"))
+    os.killpg(process.pid, signal.SIGHUP)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 75, errors
+    assert re.fullmatch(r"stopped by SIGHUP after step \d+ of 3000\n", errors)
 
 
 TRAINING = ("-m", "protlig_dd.training")

@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,12 +11,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from protlig_dd.batch import PackedBatch
 from protlig_dd.data.fasta import FastaRecord, read_fasta
+from protlig_dd.diffusion.graph import Absorbing, Uniform
+from protlig_dd.diffusion.noise import LogLinearNoise
+from protlig_dd.diffusion.score import ScoreFn
+from protlig_dd.evaluation.fitness import Work
+from protlig_dd.evaluation.redesigns import Redesign, free_draws, free_nll
 from protlig_dd.infill import (
     MOST,
+    Design,
     Segment,
     draw_layout,
     draw_sizes,
@@ -28,14 +37,15 @@ from protlig_dd.infill import (
 from protlig_dd.runtime import generate
 from protlig_dd.runtime.trained import Trained, load_trained
 from protlig_dd.sample import sample_proteins
-from protlig_dd.tokenizer import MASK, ProteinTokenizer
+from protlig_dd.tokenizer import BOS, EOS, MASK, ProteinTokenizer
 
-from .conftest import Command, assert_one_line_error
+from .conftest import Command, assert_one_line_error, make_model
 from .test_configs import composed
 from .test_sample import assert_bounds_are_those_of_the_model
 
 RECORD = FastaRecord("p", "", "ACDEFGHIKL", "in.fasta")
 IDS = ProteinTokenizer().encode(RECORD.sequence)[1:-1]
+BOTH = dict.fromkeys("AB", (RECORD, IDS))
 
 
 def shown(ids: np.ndarray) -> str:
@@ -74,20 +84,24 @@ def test_a_position_without_a_residue_cannot_be_fixed() -> None:
 
 def test_a_contig_places_motifs_between_new_stretches() -> None:
     layout = draw_layout("2/A3-5/0-0/B9-10/1", None, np.random.default_rng(0))
-    assert layout == [Segment(2), Segment(3, 3), Segment(2, 9), Segment(1)]
-    design = place(RECORD, IDS, layout)
+    assert layout == [Segment(2), Segment(3, 3, "A"), Segment(2, 9, "B"), Segment(1)]
+    design = place(BOTH, layout)
     assert shown(design) == "__DEFKL_"
-    assert map_csv(["d"], [layout], [design]).splitlines()[1:] == [
-        "d,1,2,true,", "d,3,5,false,3", "d,6,7,false,9", "d,8,8,true,",
+    assert map_csv([Design("d", 0, layout, design, 0)]).splitlines()[1:] == [
+        "d,1,2,true,,", "d,3,5,false,A,3", "d,6,7,false,B,9", "d,8,8,true,,",
+    ]  # fmt: skip
+    next_to = draw_layout("A1-3/B4-6/1", None, np.random.default_rng(0))  # numbered through, but of two proteins
+    assert map_csv([Design("d", 0, next_to, place(BOTH, next_to), 0)]).splitlines()[1:] == [
+        "d,1,3,false,A,1", "d,4,6,false,B,4", "d,7,7,true,,",
     ]  # fmt: skip
     with pytest.raises(ValueError, match="contig wants residues 9-12, the sequence has 10"):
-        place(RECORD, IDS, draw_layout("A9-12/3", None, np.random.default_rng(0)))
+        place(BOTH, draw_layout("A9-12/3", None, np.random.default_rng(0)))
 
 
 def test_a_contig_that_can_have_a_new_residue_has_one() -> None:
     def layouts(contig: str, lengths: str | None = None, n: int = 200) -> Counter[str]:
         drawn = (draw_layout(contig, lengths, np.random.default_rng(i)) for i in range(n))
-        return Counter(shown(place(RECORD, IDS, layout)) for layout in drawn)
+        return Counter(shown(place(BOTH, layout)) for layout in drawn)
 
     seen = layouts("0-2/A1-5/0-2", n=2000)
     assert set(seen) == {"_" * a + "ACDEF" + "_" * b for a in range(3) for b in range(3) if a + b}
@@ -99,14 +113,15 @@ def test_a_contig_that_can_have_a_new_residue_has_one() -> None:
 
 def test_the_map_is_a_table_whatever_a_record_is_called() -> None:
     name = 'p,1"x'
-    (row,) = csv.DictReader(map_csv([name], [[Segment(10, 1)]], [IDS]).splitlines())
-    assert row == {"design": name, "start": "1", "end": "10", "free": "false", "input_start": "1"}
+    (row,) = csv.DictReader(map_csv([Design(name, 0, [Segment(10, 1)], IDS, 0)]).splitlines())
+    assert row == {"design": name, "start": "1", "end": "10", "free": "false", "input": "", "input_start": "1"}
 
 
 def test_the_map_tells_free_from_fixed_within_a_protein() -> None:
     template = free_positions(RECORD, IDS, fixed=None, free=["2-4", 10])
-    assert map_csv(["d"], [[Segment(10, 1)]], [template]).splitlines() == [
-        "design,start,end,free,input_start", "d,1,1,false,1", "d,2,4,true,2", "d,5,9,false,5", "d,10,10,true,10",
+    assert map_csv([Design("d", 0, [Segment(10, 1)], template, 0)]).splitlines() == [
+        "design,start,end,free,input,input_start", "d,1,1,false,,1", "d,2,4,true,,2", "d,5,9,false,,5",
+        "d,10,10,true,,10",
     ]  # fmt: skip
 
 
@@ -140,9 +155,11 @@ def test_sizes_are_uniform_among_all_that_fit() -> None:
     ("contig", "lengths", "message"),
     [
         ("", None, "contig=: '': give a number or a range"),
-        ("0/0-0", None, "contig=0/0-0 has no residue"),
+        ("0-0/0-0", None, "contig=0-0/0-0 has no residue"),
         ("5/A", None, "contig=5/A: 'A': give a number or a range"),
         ("5/A0-3", None, "'A0-3': give a number or a range"),
+        ("A1-3/0/B1-3", None, "contig=A1-3/0/B1-3: /0 is a break between two chains"),
+        ("A1-3/5/0 B1-3", None, "/0 is a break between two chains"),
         ("5-2/A1-3", None, "'5-2': give a number"),
         ("5-10/A1-3", "20-30", "lengths=20-30, but contig=5-10/A1-3 gives 8 to 13 residues"),
         ("5-10/A1-3", "x", "lengths=x: give a number"),
@@ -168,7 +185,8 @@ def test_the_input_may_have_gaps_and_lower_case_and_no_id_twice(tmp_path: Path) 
 @pytest.mark.slow
 def test_fixed_residues_stay_and_the_rest_is_new(trained_run: Path, tmp_path: Path, run_python: Command) -> None:
     (tmp_path / "in.fasta").write_text(f">wt a protein\n{RECORD.sequence * 4}\n>holes\nAC__DX__\n")
-    command = ["-m", "protlig_dd.infill", f"from={trained_run}", "input=in.fasta", "steps=8", "n=3", "device=cpu"]
+    command = ["-m", "protlig_dd.infill", f"from={trained_run}", "input=in.fasta", "steps=8", "n=3", "device=cpu",
+               "nll_draws=8", "free_draws=2"]  # fmt: skip
     done = run_python(*command, "output=out.fasta", "free=[2-4]", "seed=5")
     assert done.returncode == 0, done.stderr
     records = list(read_fasta(tmp_path / "out.fasta"))
@@ -176,7 +194,8 @@ def test_fixed_residues_stay_and_the_rest_is_new(trained_run: Path, tmp_path: Pa
     for record in records[:3]:
         assert record.sequence[0] == "A"
         assert record.sequence[4:] == (RECORD.sequence * 4)[4:]
-        assert "nll=" in record.description
+        assert " nll=" in record.description
+        assert " nll_free=" in record.description
         assert "seed=5" in record.description
     for record in records[3:]:
         assert (record.sequence[0], record.sequence[4:6], len(record.sequence)) == ("A", "DX", 8)
@@ -205,7 +224,7 @@ def test_fixed_residues_stay_and_the_rest_is_new(trained_run: Path, tmp_path: Pa
         place_of = record.sequence.find("FGHI")
         assert 3 <= place_of <= 9
         assert record.sequence[place_of + 6 : place_of + 9] == "CDE"
-        assert "nll=" not in record.description
+        assert " nll=" not in record.description
         lengths.add(len(record.sequence))
     assert lengths == {16, 17, 18}
     designs = {record.id: record.sequence for record in read_fasta(tmp_path / "scaffold.fasta")}
@@ -222,14 +241,146 @@ def test_fixed_residues_stay_and_the_rest_is_new(trained_run: Path, tmp_path: Pa
                 assert design[first - 1 : last] == (RECORD.sequence * 4)[begin : begin + last - first + 1]
 
 
+def run_in_process(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, run: Path, records: dict[str, str], *options: str
+) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "in.fasta").write_text("".join(f">{name}\n{sequence}\n" for name, sequence in records.items()))
+    more = [f"from={run}", "input=in.fasta", "output=out.fasta", "steps=4", "device=cpu", "precision=fp32"]
+    infill(composed(*more, *options, name="infill"))
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def test_two_letters_of_a_contig_are_two_records(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One letter is each record in turn."""
+    records = {"a": RECORD.sequence, "b": RECORD.sequence[::-1]}
+    for contig, wanted in (
+        ("A1-4/2/B5-9", {"a+b_1": ("ACDE", "GFEDC"), "a+b_2": ("ACDE", "GFEDC")}),
+        ("B1-4/2/B5-9", {"a_1": ("ACDE", "FGHIK"), "a_2": ("ACDE", "FGHIK"),
+                         "b_1": ("LKIH", "GFEDC"), "b_2": ("LKIH", "GFEDC")}),
+    ):  # fmt: skip
+        run_in_process(tmp_path, monkeypatch, trained_run, records, f"contig={contig}", "n=2", "free_draws=1")
+        found = {record.id: (record.sequence[:4], record.sequence[6:]) for record in read_fasta(Path("out.fasta"))}
+        assert found == wanted
+        assert [row["name"] for row in read_csv(Path("out.csv"))] == list(wanted)  # a contig has no input row
+        for path in ("out.fasta", "out.csv", "out.map.csv"):
+            Path(path).unlink()
+    capsys.readouterr()
+    with pytest.raises(ValueError, match="contig=A1-2/2/C1-2: C is record 3 of in.fasta, which has 2"):
+        run_in_process(tmp_path, monkeypatch, trained_run, records, "contig=A1-2/2/C1-2")
+    run_in_process(tmp_path, monkeypatch, trained_run, records, "contig=A5-8/2/A1-6/B1-2", "n=1", "free_draws=0")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "contig: A1-6 comes after A5-8" in said
+    assert "contig: A5-6 is in it twice, in A1-6 and A5-8" in said
+    assert "nll_free" not in Path("out.fasta").read_text()
+    assert {row["nll_free"] for row in read_csv(Path("out.csv"))} == {""}
+
+
+def test_the_table_has_what_one_orders_from(trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The input, each design's mutations and scores; what the input does not say is no mutation."""
+    wild = RECORD.sequence * 3
+    records = {"wt": wild, "holes": f"AC__D{RECORD.sequence}"}
+    run_in_process(tmp_path, monkeypatch, trained_run, records, "free=[3-9]", "n=6", "best=4", "free_draws=6")
+    rows = read_csv(Path("out.csv"))
+    assert rows[0]["name"] == "wt"
+    assert len(rows) == 1 + 4 + 4
+    designs = {record.id: record for record in read_fasta(Path("out.fasta"))}
+    assert list(designs) == [row["name"] for row in rows[1:]]
+    assert {row["design"] for row in read_csv(Path("out.map.csv"))} == set(designs)
+    assert (rows[0]["sequence"], rows[0]["mutations"]) == (wild, "")
+    assert float(rows[0]["score"]) == float(rows[0]["score_se"]) == 0
+    for row in rows[1:]:
+        own = wild if row["name"].startswith("wt") else records["holes"]
+        assert row["sequence"] == designs[row["name"]].sequence
+        changed = {(old, place, new) for place, (old, new) in enumerate(zip(own, row["sequence"], strict=True), 1)
+                   if old not in ("_", new)}  # fmt: skip
+        assert row["mutations"] == ":".join(
+            f"{old}{place}{new}" for old, place, new in sorted(changed, key=lambda c: c[1])
+        )
+        told = dict(part.split("=") for part in designs[row["name"]].description.split() if "=" in part)
+        assert float(told["nll_free"]) == pytest.approx(float(row["nll_free"]), abs=6e-5)
+        assert float(told["nll_free_se"]) == pytest.approx(float(row["nll_free_se"]), abs=6e-5)
+        assert (row["score"] == "") is row["name"].startswith("holes")
+        if row["score"]:
+            by_residue = 7 * (float(rows[0]["nll_free"]) - float(row["nll_free"]))
+            assert float(row["score"]) == pytest.approx(by_residue, abs=2e-5)
+    for some in (rows[1:5], rows[5:]):  # the best first
+        values = [float(row["nll_free"]) for row in some]
+        assert values == sorted(values)
+
+
+@pytest.mark.parametrize("conditioned", [False, True])
+def test_the_nll_of_free_residues_is_the_average_over_masks_of_them(conditioned: bool) -> None:
+    """Against every mask, with its probability: k uniform on 1..m, then each k of the m alike."""
+    model = make_model(time_conditioning=conditioned).eval()
+    score_fn, noise = ScoreFn(model, Absorbing(), "x0", time_conditioning=conditioned), LogLinearNoise()
+    free = np.zeros(10, bool)
+    free[[2, 3, 7, 8]] = True
+    designs = [Redesign(str(i), np.where(free, np.random.default_rng(i).integers(0, 20, 10), IDS), free, i % 2)
+               for i in range(4)]  # fmt: skip
+    drawn = free_draws(score_fn, noise, designs, Work(torch.device("cpu"), 100), draws=100, seed=0)
+    found = free_nll(drawn, designs, [0, None, 0, None])
+    exact = []
+    for design in designs:
+        batch, total = PackedBatch.pack([torch.tensor([BOS, *design.ids.tolist(), EOS])]), 0.0
+        for k in range(1, 5):
+            masks = list(itertools.combinations(np.flatnonzero(free) + 1, k))
+            for mask in masks:
+                masked = torch.zeros(12, dtype=torch.bool)
+                masked[list(mask)] = True
+                shown = batch.with_tokens(torch.where(masked, 20, batch.tokens))
+                sigma = torch.tensor([-math.log1p(-k / 10)])
+                with torch.no_grad():
+                    log_p = model(shown, sigma).double().log_softmax(-1)
+                total -= float(log_p[masked, batch.tokens[masked]].sum()) / k / len(masks)
+        exact.append(total)
+    for one, nats in zip(found, exact, strict=True):
+        assert one.nll == pytest.approx(nats / 4, abs=4 * one.nll_error)
+        assert one.nll_error < 0.2
+    assert found[2].score == pytest.approx(exact[0] - exact[2], abs=4 * found[2].score_error)
+    assert math.isnan(found[1].score)
+    alone = free_draws(score_fn, noise, designs[2:3], Work(torch.device("cpu"), 30), draws=8, seed=0)
+    packed = free_draws(score_fn, noise, designs, Work(torch.device("cpu"), 30), draws=8, seed=0)
+    assert alone[:, 0] == pytest.approx(packed[:, 2], rel=1e-5)
+
+
+def test_only_masks_of_an_absorbing_graph_rank_designs(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def uniform(*args: Any, **options: Any) -> Trained:
+        trained = load_trained(*args, **options)
+        score_fn = ScoreFn(trained.model, Uniform(), "log_score")
+        return replace(trained, score_fn=score_fn)
+
+    monkeypatch.setattr("protlig_dd.infill.load_trained", uniform)
+    records = {"wt": RECORD.sequence}
+    with pytest.raises(ValueError, match="best=1 ranks by nll_free, which is for the absorbing graph"):
+        run_in_process(tmp_path, monkeypatch, trained_run, records, "free=[2-4]", "n=2", "best=1")
+    run_in_process(tmp_path, monkeypatch, trained_run, records, "free=[2-4]", "n=2")
+    assert "infilling is an approximation with this model's graph" in " ".join(capsys.readouterr().out.split())
+    assert "nll_free" not in Path("out.fasta").read_text()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["input=whole.fasta", "free=1", "best=3", "n=2"], "best=3: of n=2 designs give 1 to 2"),
+        (["input=whole.fasta", "free=1", "best=1", "free_draws=0"], "best=1 ranks by nll_free"),
+        (["input=whole.fasta", "free=1", "output=out.csv"], "out.csv would be written twice"),
+        (["input=whole.fasta", "free=[]"], "record wt has no free position"),
         (["input=whole.fasta"], "record wt has no free position"),
         (["input=whole.fasta", "free=1", "fixed=2"], "give one of fixed=, free= and contig="),
         (["input=whole.fasta", "free=1", "lengths=9"], "lengths=9 is for contig="),
         (["input=whole.fasta", "contig=999/A1-2"], "the design has 1001 residues; this model was trained on 1 to"),
-        (["input=whole.fasta", "free=1", "map=./out.fasta"], "map=./out.fasta and output=out.fasta are the same file"),
+        (
+            ["input=whole.fasta", "free=1", "map=./out.fasta"],
+            "map=./out.fasta, output=out.fasta: out.fasta would be written twice",
+        ),
         (["input=whole.fasta", "free=1", "map=whole.fasta/x.csv"], "whole.fasta is no folder that one can write in"),
         (["input=whole.fasta", "free=1", "output=whole.fasta/new/x.fasta"], "is no folder that one can write in"),
         (["input=whole.fasta", "free=1", "n=0"], "n must be at least 1, got 0"),

@@ -22,12 +22,18 @@ from protlig_dd.data.fasta import read_fasta
 from protlig_dd.data.homology import Hit
 from protlig_dd.data.store import SequenceStore
 from protlig_dd.evaluation.judges import (
+    COLUMNS,
     SETS,
+    Controls,
+    Figure,
     Rows,
     cheap_judges,
     kmer_divergence,
     kmers,
     low_complexity,
+    match_lengths,
+    perplexity,
+    share,
     share_of_residues,
     shuffled,
     tandem_repeats,
@@ -40,6 +46,7 @@ from protlig_dd.tokenizer import ProteinTokenizer
 
 from .conftest import Command, assert_one_line_error, require_program
 
+ENDINGS = ("", "_se", "_low", "_high")
 ESM_LETTERS = ["<cls>", "<pad>", "<eos>", "<unk>", *"LAGVSERTIDPKQNFYMHWCXBUZO.-", "<null_1>", "<mask>"]
 SEQUENCES = st.lists(st.text("ACDX", min_size=1, max_size=30), min_size=1, max_size=5)
 
@@ -65,7 +72,7 @@ def test_divergence_is_jensen_and_shannons() -> None:
     p, q = {"A": 3 / 4, "C": 1 / 4}, {"A": 1 / 3, "D": 2 / 3}
     m = {letter: (p.get(letter, 0) + q.get(letter, 0)) / 2 for letter in "ACD"}
     by_hand = sum(x * math.log(x / m[letter]) for letter, x in [*p.items(), *q.items()]) / 2
-    value, error = kmer_divergence([ids_of("AAAC")] * 3, [ids_of("ADD")], 1, bootstrap=9,
+    value, error, *_ = kmer_divergence([ids_of("AAAC")] * 3, [ids_of("ADD")], 1, bootstrap=9,
                                    generator=np.random.default_rng(0))  # fmt: skip
     assert value == pytest.approx(by_hand)
     assert error == pytest.approx(0, abs=1e-12)  # the three are the same
@@ -81,7 +88,7 @@ def test_the_bootstraps_error_is_the_spread_of_other_draws() -> None:
         rates = generator.dirichlet(np.full(20, 5.0), 30)
         some = [generator.choice(20, 100, p=rate) for rate in rates]
         found.append(kmer_divergence(some, reference, 1, bootstrap=60, generator=generator))
-    values, errors = np.array(found).T
+    values, errors = np.array(found).T[:2]
     assert 0.6 < errors.mean() / values.std() < 1.6
 
 
@@ -120,19 +127,42 @@ def test_shares_and_shuffling() -> None:
     assert [sorted(one) for one in mixed] == [sorted(one) for one in some]
     assert mixed[0].tolist() != some[0].tolist()
     assert unique_share([some[0], some[1], some[0]]) == pytest.approx(2 / 3)
-    ratio, error = share_of_residues([np.array([True, False]), np.array([True, True, True, False])])
+    ratio, error, *_ = share_of_residues([np.array([True, False]), np.array([True, True, True, False])])
     assert ratio == pytest.approx(4 / 6)
     assert error == pytest.approx(math.sqrt(2 * ((1 - 4 / 3) ** 2 + (3 - 8 / 3) ** 2)) / 6)
 
 
 @pytest.mark.parametrize(
-    ("value", "error", "text"),
-    [(93138.0, math.nan, "93,138"), (206.75, math.nan, "206.8"), (math.nan, math.nan, ""), (0.0, 0.0, "0 ± 0"),
-     (0.05232, 0.0036, "0.0523 ± 0.0036"), (71.4, 12.3, "71 ± 12"), (0.000348, 0.000125, "0.00035 ± 0.00013"),
-     (0.5, 0.0, "0.5000 ± 0.0000")],
+    ("figure", "text"),
+    [(Figure(93138.0), "93,138"), (Figure(206.75), "206.8"), (Figure(math.nan), ""), (Figure(0.0, 0.0), "0 ± 0"),
+     (Figure(0.05232, 0.0036), "0.0523 ± 0.0036"), (Figure(71.4, 12.3), "71 ± 12"),
+     (Figure(0.000348, 0.000125), "0.00035 ± 0.00013"), (Figure(0.5, 0.0), "0.5000 ± 0.0000"),
+     (Figure(0.25, low=0.2, high=0.31), "0.250 (0.200 to 0.310)")],
 )  # fmt: skip
-def test_figures_are_written_to_the_second_digit_of_their_error(value: float, error: float, text: str) -> None:
-    assert written(value, error) == text
+def test_figures_are_written_to_the_second_digit_of_their_error(figure: Figure, text: str) -> None:
+    assert written(figure) == text
+
+
+@pytest.mark.parametrize(("hits", "n"), [(0, 300), (3, 10), (10, 10), (1, 4)])
+def test_a_share_has_wilsons_interval(hits: int, n: int) -> None:
+    """Those p whose own normal interval reaches the share: |hits / n - p| = z sqrt(p (1 - p) / n) at both ends."""
+    value, error, low, high = share([1.0] * hits + [0.0] * (n - hits))
+    assert value == hits / n
+    assert math.isnan(error)
+    assert 0 <= low <= value <= high <= 1
+    for end in {low, high} - {0.0, 1.0}:
+        assert abs(value - end) == pytest.approx(1.959964 * math.sqrt(end * (1 - end) / n), rel=1e-4, abs=1e-9)
+    if not hits:
+        assert written(share([0.0] * 300)) == "0.0000 (0.0000 to 0.0126)"
+
+
+def test_the_perplexity_of_a_set_is_that_of_all_its_residues() -> None:
+    nats, lengths = np.array([2.0, 3.0, 2.5]), [100, 10, 40]
+    value, error, *_ = perplexity(np.exp(nats).tolist(), lengths)
+    mean = (200 + 30 + 100) / 150
+    assert value == pytest.approx(math.exp(mean))
+    spread = sum(((one - mean) * length) ** 2 for one, length in zip(nats, lengths, strict=True))
+    assert error == pytest.approx(value * math.sqrt(spread * 3 / 2) / 150)
 
 
 def test_pseudo_perplexity_masks_one_residue_at_a_time() -> None:
@@ -154,21 +184,42 @@ def test_pseudo_perplexity_masks_one_residue_at_a_time() -> None:
 
 
 def test_controls_are_as_many_as_the_samples_and_apart_from_the_reference() -> None:
-    pool = [np.full(50, i) for i in range(20)]
-    (samples, natural, mixed), reference = with_controls([np.zeros(30), np.zeros(10)] * 4, pool, seed=3)
-    assert len(samples) == len(natural) == len(mixed) == 8
-    assert {len(one) for one in [*natural, *mixed, *reference]} == {30}
-    assert sorted(int(one[0]) for one in [*natural, *reference]) == list(range(20))
-    assert [one.tolist() for one in mixed] == [one.tolist() for one in natural]  # each of one letter only
+    pool = [np.full(50 + i, i) for i in range(20)]
+    controls = with_controls([np.zeros(30), np.zeros(10)] * 4, pool, seed=3)
+    for (samples, natural, mixed), others in (
+        (controls.sets, controls.reference), (controls.drawn, controls.others),
+    ):  # fmt: skip
+        assert len(samples) == len(natural) == len(mixed) == 8
+        assert sorted(int(one[0]) for one in [*natural, *others]) == list(range(20))
+        assert all(len(one) == 50 + one[0] for one in [*natural, *mixed, *others])  # whole
+        assert [one.tolist() for one in mixed] == [one.tolist() for one in natural]  # each of one letter only
     with pytest.raises(ValueError, match="20 natural proteins; 11 samples need 22, half of them as reference"):
         with_controls([np.zeros(30)] * 11, pool, seed=3)
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=12), st.lists(st.integers(1, 60), max_size=20))
+def test_each_sample_gets_a_natural_protein_of_its_length(wanted: list[int], more: list[int]) -> None:
+    """Each is the nearest of those that no earlier one took; where there is one of each length, all get theirs."""
+    generator = np.random.default_rng(0)
+    there = [*more, *wanted]
+    places = match_lengths(wanted, there, generator)
+    assert len(set(places)) == len(wanted)
+    assert sorted(there[place] for place in places) == sorted(wanted)
+    if len(more) >= len(wanted):
+        order, left = np.random.default_rng(1).permutation(len(wanted)).tolist(), set(range(len(more)))
+        found = match_lengths(wanted, more, np.random.default_rng(1))
+        for i in order:
+            assert found[i] in left
+            assert abs(more[found[i]] - wanted[i]) == min(abs(more[place] - wanted[i]) for place in left)
+            left.remove(found[i])
 
 
 def test_controls_are_drawn_by_the_seed_and_shuffled_each_by_itself() -> None:
     pool = [np.arange(50) * 100 + i for i in range(40)]  # the last two digits tell which
     drawn = {}
     for seed in (0, 1):
-        (_, natural, mixed), reference = with_controls([np.zeros(30)] * 20, pool, seed=seed)
+        controls = with_controls([np.zeros(30)] * 20, pool, seed=seed)
+        (_, natural, mixed), reference = controls.sets, controls.reference
         drawn[seed] = [int(one[0] % 100) for one in [*natural, *reference]]
         assert sorted(drawn[seed]) == list(range(40))
         assert len(set(drawn[seed][:20]) & set(range(20))) < 16  # not the pool's order, which may mean something
@@ -185,7 +236,8 @@ def test_every_row_is_what_its_name_says() -> None:
     texts = ("ACDEFGHIKLMNPQRSTVWY" * 2, "AAAAAAAAAAAACDEF", "ACACACWYWYKLMN", "ACDAAA", "ACDAAA")
     some = [ids_of(text) for text in texts]
     reference = [ids_of("MKVLAAGG" * n) for n in (1, 2, 5, 9)]
-    rows = {name: ask(some) for name, ask in cheap_judges(reference, bootstrap=20, seed=4).items()}
+    controls = Controls([some] * 3, [some] * 3, reference, reference)
+    rows = {name: ask(some) for name, (ask, _) in cheap_judges(controls, bootstrap=20, seed=4).items()}
     lengths = sorted(map(len, some))
     assert lengths == [6, 6, 14, 16, 40]
     places = sorted({*lengths, *map(len, reference)})
@@ -207,11 +259,12 @@ def test_every_row_is_what_its_name_says() -> None:
         shares = [{word: n / sum(count.values()) for word, n in count.items()} for count in counts]
         middle = {word: (shares[0].get(word, 0) + shares[1].get(word, 0)) / 2 for word in {*shares[0], *shares[1]}}
         nats = sum(p * math.log(p / middle[word]) for share in shares for word, p in share.items()) / 2
-        value, error = rows[f"{name}, divergence in nats"]
+        value, error, *_ = rows[f"{name}, divergence in nats"]
         assert value == pytest.approx(nats)
-        again = cheap_judges(reference, bootstrap=20, seed=4)[f"{name}, divergence in nats"](some)
-        other = cheap_judges(reference, bootstrap=20, seed=5)[f"{name}, divergence in nats"](some)
-        assert again == (value, error)
+        again, other = (
+            cheap_judges(controls, bootstrap=20, seed=seed)[f"{name}, divergence in nats"][0](some) for seed in (4, 5)
+        )
+        assert again[:2] == (value, error)
         assert other[0] == value
         assert other[1] != error
 
@@ -239,13 +292,13 @@ def test_relatives_are_told_in_their_own_rows(
     rows: Rows = {}
     columns = judge.relatives(sets, store, tmp_path, rows)
     alone, twins, hit, identity, close = rows
-    assert [round(value, 6) for value, _ in rows[alone]] == [0.75, 1.0, 0.25]
-    assert [value for value, _ in rows[twins]] == [0.5, 0.0, 1.0]
-    assert [value for value, _ in rows[hit]] == [0.75, 0.25, 0.0]
-    assert [value for value, _ in rows[identity]][:2] == [pytest.approx(0.6), 0.5]
+    assert [round(value, 6) for value, *_ in rows[alone]] == [0.75, 1.0, 0.25]
+    assert [value for value, *_ in rows[twins]] == [0.5, 0.0, 1.0]
+    assert [value for value, *_ in rows[hit]] == [0.75, 0.25, 0.0]
+    assert [value for value, *_ in rows[identity]][:2] == [pytest.approx(0.6), 0.5]
     assert math.isnan(rows[identity][2][0])
-    assert [value for value, _ in rows[close]] == [0.25, 0.25, 0.0]
-    assert rows[hit][0][1] == pytest.approx(math.sqrt(0.75 * 0.25 / 4))
+    assert [value for value, *_ in rows[close]] == [0.25, 0.25, 0.0]
+    assert rows[hit][0] == pytest.approx(share([1.0, 1.0, 1.0, 0.0]), nan_ok=True)
     assert rows[identity][0][1] == pytest.approx(0.3 / math.sqrt(3))
     assert (alone, twins) == ("clusters at 50% identity, a protein", "with another of the set at >= 50% identity")
     assert (hit, close) == ("with a training protein at E <= 0.001", "with one at >= 50% identity over >= 80%")
@@ -413,10 +466,14 @@ def test_without_mmseqs_the_rest_is_told(store: SequenceStore, tmp_path: Path, r
     table = (tmp_path / "judged/table.md").read_text().splitlines()[2:]
     ones = list(csv.DictReader((tmp_path / "judged/per_sequence.csv").read_text().splitlines()))
     cells = list(csv.reader((tmp_path / "judged/judges.csv").read_text().splitlines()))
-    assert cells[0] == ["judge", "samples", "samples_se", "natural", "natural_se", "shuffled", "shuffled_se"]
+    assert cells[0] == ["judge", *COLUMNS]
+    assert COLUMNS[:5] == ("samples", "samples_se", "samples_low", "samples_high", "natural")
     for row, line, own in zip(said, table, cells[1:], strict=True):
-        figures = [tuple(math.nan if row[key] is None else row[key] for key in (name, f"{name}_se")) for name in SETS]
-        assert line == f"| {' | '.join([row['name'], *(written(*figure) for figure in figures)])} |"
+        figures = [
+            Figure(*(math.nan if row[f"{name}{end}"] is None else row[f"{name}{end}"] for end in ENDINGS))
+            for name in SETS
+        ]
+        assert line == f"| {' | '.join([row['name'], *map(written, figures)])} |"
         assert own == [row["name"], *(f"{value:.6f}" for value in itertools.chain(*figures))]
     rows = {row["name"]: row for row in said}
     assert len(ones) == rows["proteins"]["samples"] == 4
@@ -432,13 +489,26 @@ def test_without_mmseqs_the_rest_is_told(store: SequenceStore, tmp_path: Path, r
     assert_one_line_error(process, "mmseqs=true, but no `mmseqs` is on the PATH: install it")
 
 
+def test_a_single_sample_is_judged(store: SequenceStore, tmp_path: Path, run_python: Command) -> None:
+    """Without the errors that take several."""
+    (tmp_path / "one.fasta").write_text(f">one\n{ProteinTokenizer().decode(store[0])}\n")
+    done = run_python(
+        "-m", "protlig_dd.judge", "samples=one.fasta", f"natural={store.path}", "mmseqs=false", "bootstrap=5"
+    )
+    assert done.returncode == 0, done.stderr
+    rows = {row["name"]: row for row in json.loads((tmp_path / "judged/judges.json").read_text())["rows"]}
+    assert rows["proteins"]["samples"] == rows["proteins"]["shuffled"] == 1
+    assert rows["residues in low complexity"]["samples_se"] is None
+    assert rows["composition, divergence in nats"]["samples_se"] is None
+    assert rows["composition, divergence in nats"]["samples"] > 0
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["samples=none.fasta"], "none.fasta: no such file"),
         (["samples=gaps.fasta"], "gaps.fasta: record b: illegal character '_' at position 2 of 3"),
-        (["samples=one.fasta"], "one.fasta has 1 sequences; a standard error needs at least 2"),
-        (["natural=one.fasta"], "one.fasta has 1 sequences"),
+        (["natural=one.fasta"], "one.fasta has 1 sequences; natural proteins and their reference need at least 4"),
         (["natural=two.fasta"], "two.fasta has 2 sequences; natural proteins and their reference need at least 4"),
         (["hmm=none.hmm"], "hmm=none.hmm: no such file"),
         (["esm2=none/such"], "none/such cannot be loaded"),

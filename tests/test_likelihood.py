@@ -1,6 +1,7 @@
 import itertools
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,17 +12,27 @@ from scipy.integrate import solve_ivp
 from torch import Tensor
 
 from protlig_dd.batch import PackedBatch
+from protlig_dd.data.store import SequenceStore
 from protlig_dd.diffusion.graph import Absorbing, Graph, Uniform
-from protlig_dd.diffusion.likelihood import integrand, nll_bound, per_residue, reconstruction
-from protlig_dd.diffusion.noise import GeometricNoise, LogLinearNoise
+from protlig_dd.diffusion.likelihood import (
+    error_of_pairs,
+    integrand,
+    nll_bound,
+    per_residue,
+    reconstruction,
+    spread_of,
+    strata,
+)
+from protlig_dd.diffusion.noise import CosineNoise, GeometricNoise, LogLinearNoise
 from protlig_dd.diffusion.numerics import clamp_negative
 from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.diffusion.substitution import SubstitutionGraph, make_substitution_graph
 from protlig_dd.runtime.config import build_noise
+from protlig_dd.runtime.trained import load_trained
 from protlig_dd.tokenizer import ProteinTokenizer
 
 from . import brute_force
-from .conftest import exact_score_fn, graph_of, make_model, random_batch, refuses
+from .conftest import exact_score_fn, graph_of, make_model, random_batch, refuses, thorough
 
 GRAPHS = ["absorbing", "uniform", "substitution"]
 NOISE = LogLinearNoise(eps=1e-7, t_min=1e-5)
@@ -364,30 +375,77 @@ def test_the_standard_error_covers_the_truth() -> None:
     assert 0.91 < hits / 400 < 0.98
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("draws", "covered"), [(8, 0.8), (32, 0.88)])
 @pytest.mark.parametrize("estimator", ["integral", "exact_count"])
-@pytest.mark.parametrize("draws", [8, 16])
-def test_a_sequences_standard_error_is_that_of_its_draws(estimator: str, draws: int) -> None:
-    """One sequence many times in a pack: its bounds scatter as their standard errors say.
+def test_a_proteins_standard_error_is_the_spread_of_its_bounds(
+    estimator: str, draws: int, covered: float, trained_run: Path, store: SequenceStore
+) -> None:
+    """One protein many times: of a trained network, whose residues cost unlike amounts."""
+    trained = load_trained(str(trained_run), device="cpu", precision="fp32")
+    tokens = next(store[row] for row in store.split("test") if 60 < len(store[row]) < 130)[:62]
+    times, margin = (4, 0.12) if thorough() else (2, 0.25)
+    found = [
+        nll_bound(
+            trained.score_fn, PackedBatch.pack([torch.from_numpy(tokens.astype(np.int64))] * 100), Absorbing(),
+            LogLinearNoise(), generator=torch.Generator().manual_seed(seed), draws=draws, estimator=estimator,
+        )
+        for seed in range(times)
+    ]  # fmt: skip
+    nats, errors = (torch.cat([getattr(one, name) for one in found]) for name in ("nats", "standard_error"))
+    assert 1 - margin < float(errors.square().mean().sqrt() / nats.std()) < 1 + margin
+    assert float(((nats - nats.mean()).abs() < 1.96 * errors).double().mean()) > covered
 
-    The more is masked, the less the network knows, as real ones do; that trend is not noise.
-    """
-    copies, tokens = 400, random_batch([100]).tokens
 
-    def network(batch: PackedBatch, sigma: torch.Tensor) -> torch.Tensor:
-        known = torch.exp(-sigma)[batch.segment_ids, None]
-        return torch.where(tokens.repeat(copies)[:, None] == torch.arange(20), 6 * known, 0.0)
+def test_strata_are_narrow_where_little_is_masked() -> None:
+    assert strata(8) == [
+        (low, high, (high - low) / 2) for low, high in ((0, 1 / 16), (1 / 16, 1 / 4), (1 / 4, 9 / 16), (9 / 16, 1))
+        for _ in range(2)
+    ]  # fmt: skip
+    assert strata(1) == [(0, 1, 1)]
+    for draws in range(1, 20):
+        for spread in (np.square, spread_of(Absorbing(), CosineNoise()), spread_of(Uniform(), GeometricNoise())):
+            levels = strata(draws, spread)
+            assert len(levels) == draws
+            assert sum(weight for *_, weight in levels) == pytest.approx(1)
+            assert all(0 <= low < high <= 1 for low, high, _ in levels)
+    linear, cosine = (spread_of(Absorbing(), noise)(np.array([0.5]))[0] for noise in (LogLinearNoise(), CosineNoise()))
+    assert linear == pytest.approx(0.25, abs=0.02)  # what is masked grows with t there, with its square here
+    assert cosine == pytest.approx(0.46, abs=0.02)
 
-    bound = nll_bound(
-        ScoreFn(network, Absorbing(), "x0"),
-        PackedBatch.pack([tokens] * copies),
-        Absorbing(),
-        LogLinearNoise(eps=0.05, t_min=0.05),
-        generator=torch.Generator().manual_seed(1),
-        draws=draws,
-        estimator=estimator,
-    )
-    said, seen = float(bound.standard_error.square().mean()), float(bound.nats.var())
-    assert 0.7 < said / seen < 1.5
+
+def test_an_odd_draw_is_left_out_of_the_error() -> None:
+    nats = torch.tensor([[1.0, 5.0], [2.0, 5.0], [7.0, 0.0], [4.0, 0.0], [99.0, 9.0]], dtype=torch.float64)
+    weighted = nats * torch.tensor([weight for *_, weight in strata(5)], dtype=torch.float64)[:, None]
+    # strata of a quarter and three quarters, without the last draw; half of each difference
+    expected = math.sqrt((0.25 * (1 - 2) / 2) ** 2 + (0.75 * (7 - 4) / 2) ** 2)
+    assert error_of_pairs(weighted).tolist() == pytest.approx([expected, 0])
+
+
+@pytest.mark.parametrize(
+    ("graph", "estimator"), [(Absorbing(), "exact_count"), (Absorbing(), "integral"), (Uniform(), "integral")]
+)
+@pytest.mark.parametrize("draws", [5, 8])
+def test_draws_that_are_computed_together_are_the_same(graph: Graph, estimator: str, draws: int) -> None:
+    batch, seen = random_batch([7, 4, 9]), list[int]()
+    model = make_model(time_conditioning=True).eval()
+
+    def network(some: PackedBatch, sigma: torch.Tensor) -> torch.Tensor:
+        seen.append(len(some.tokens))
+        with torch.no_grad():
+            return model(some, sigma)
+
+    found = [
+        nll_bound(
+            ScoreFn(network, graph, "x0"), batch, graph, LogLinearNoise(), draws=draws, estimator=estimator,
+            generator=torch.Generator().manual_seed(3), tokens_at_once=tokens,
+        )
+        for tokens in (0, 65, 1000)
+    ]  # fmt: skip
+    assert set(seen) == {20, 60, *([40] if draws % 3 else []), 20 * draws}
+    for other in found[1:]:
+        for name in ("nats", "standard_error", "token_nats", "pooled_nats", "pooled"):
+            torch.testing.assert_close(getattr(other, name), getattr(found[0], name), rtol=1e-4, atol=1e-5)
 
 
 def test_one_draw_has_no_standard_error() -> None:

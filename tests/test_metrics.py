@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from protlig_dd.batch import split_lengths
 from protlig_dd.runtime import metrics
 from protlig_dd.runtime.distributed import Processes
 from protlig_dd.runtime.files import free_name, replacing, write_atomic, write_folder, write_new
-from protlig_dd.runtime.generate import designs_fasta, draw_lengths, split_lengths
+from protlig_dd.runtime.generate import designs_fasta, draw_lengths
 from protlig_dd.runtime.metrics import MetricsLog, ProgressBar, announce, read_metrics
 
 from .conftest import wait_for

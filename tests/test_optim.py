@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protlig_dd.training.ema import EMA, HORIZON, run_length_decay
-from protlig_dd.training.optim import OPTIMIZERS, SCHEDULES, learning_rate, make_optimizer, orthogonal
+from protlig_dd.training.optim import OPTIMIZERS, SCHEDULES, learning_rate, make_optimizer, orthogonal, warmup_of
 
 from .conftest import make_model, random_batch
 
@@ -29,6 +29,15 @@ def test_the_schedule_warms_up_and_falls_to_its_floor(
         if schedule == "wsd":
             stable = max(warmup, round(max_steps * (1 - share)))
             assert lrs[warmup : stable + 1] == [2.0] * (min(stable, max_steps) + 1 - warmup)
+
+
+@given(st.integers(0, 3000), st.integers(1, 3000))
+def test_every_run_reaches_its_learning_rate(wanted: int, max_steps: int) -> None:
+    warmup = warmup_of(wanted, max_steps)
+    assert warmup == (wanted if wanted < max_steps else max_steps // 10)
+    options = {"schedule": "cosine", "lr": 2.0, "min_lr_ratio": 0.1, "decay_share": 0.2}
+    lrs = [learning_rate(step, warmup_steps=warmup, max_steps=max_steps, **options) for step in range(max_steps)]
+    assert max(lrs) == pytest.approx(2.0)
 
 
 def test_an_unknown_schedule_is_refused() -> None:

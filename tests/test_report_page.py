@@ -9,6 +9,7 @@ import shutil
 import struct
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,14 @@ from protlig_dd.data.build import build_store
 from protlig_dd.data.fasta import FastaRecord
 from protlig_dd.data.store import SPLITS, SequenceStore, StoreGroup
 from protlig_dd.evaluation.held_out import length_counts, training_frequencies, training_statistics
-from protlig_dd.evaluation.judges import written
+from protlig_dd.evaluation.judges import Figure, written
 from protlig_dd.evaluation.page import (
     LINE,
     NATS,
     RESIDUE_CLASSES,
     comparison_page,
     differing_keys,
+    has_capped_weights,
     protein,
     read_run,
     run_page,
@@ -158,7 +160,7 @@ def test_the_pages_figures_are_recomputed_from_the_runs_rows(trained: Path) -> N
 def test_the_curves_are_those_of_metrics_with_attempts_merged(trained: Path) -> None:
     run = read_run(trained)
     plots = hover_values(run_page(run))
-    x, y = plots["Loss and validation bound"]["loss, each step"]
+    x, y = plots["Loss and validation bound"]["loss, weights capped, each step"]
     assert x == list(range(1, 21))
     assert y == pytest.approx([run.metrics[step]["loss"] for step in range(1, 21)], rel=1e-4)
     assert {run.metrics[1]["attempt"], run.metrics[20]["attempt"]} == {1, 2}
@@ -175,7 +177,7 @@ def test_lengths_and_composition_are_those_of_the_store_and_the_samples(trained:
     run = read_run(trained)
     group = StoreGroup([store])
     plots, width = hover_values(run_page(run)), run.report["training"]["length_bin"]
-    lengths = [min(len(store[row]) - 2, 200) for row in store.split("train")]
+    lengths = [length for row in store.split("train") if (length := len(store[row]) - 2) <= 200]
     x, shares = plots["Length"]["training split"]
     for middle, share in zip(x, shares, strict=True):
         inside = [length for length in lengths if abs(length + 0.5 - middle) < width / 2]
@@ -188,7 +190,11 @@ def test_lengths_and_composition_are_those_of_the_store_and_the_samples(trained:
     assert plots["Composition"]["14 samples"][1] == pytest.approx(drawn, rel=1e-4)
     for max_len in (1, 39, 40, 200):
         statistics = training_statistics(group, max_len)
-        assert sum(statistics["length_counts"]) == sum(length_counts(group, max_len)) == 360
+        counts, cropped = length_counts(group, max_len)
+        assert sum(statistics["length_counts"]) == sum(counts) == 360 - cropped
+        assert (
+            statistics["cropped"] == cropped == sum(int(store.lengths[row]) > max_len for row in store.split("train"))
+        )
         assert len(statistics["length_counts"]) <= 40
 
 
@@ -317,24 +323,34 @@ def test_one_held_out_protein_is_enough_and_a_run_that_goes_on_keeps_its_reports
     assert "The validation set: 1 proteins" in page
 
 
+def test_a_loss_that_is_no_bound_is_called_so(trained: Path) -> None:
+    run = read_run(trained)
+    assert has_capped_weights(run)
+    for changes in ({"noise.max_weight": None}, {"graph.name": "uniform"}):
+        other = replace(run, config=run.config | changes)
+        assert not has_capped_weights(other)
+        assert "loss, each step" in hover_values(run_page(other))["Loss and validation bound"]
+    assert has_capped_weights(replace(run, config=run.config | {"graph.name": "uniform", "noise.max_weight": 5}))
+
+
 @pytest.mark.slow
 def test_every_run_judges_its_samples(copied: Callable[[str], Path], store: SequenceStore) -> None:
     run = read_run(copied("judged"))
     rows = {row["name"]: row for row in run.report["judges"]}
-    n = min(len(run.samples), len(store.split("test")) // 2)
-    assert n > 5
+    whole = [int(store.lengths[row]) for row in store.split("test") if int(store.lengths[row]) <= 200]
+    n = min(len(run.samples), len(whole) // 2)
+    assert n > 2
     assert rows["proteins"]["samples"] == rows["proteins"]["natural"] == n
     assert rows["residues"]["samples"] == sum(len(one.sequence) for one in run.samples[:n])
     natural = rows["residues"]["natural"]
     assert natural == rows["residues"]["shuffled"]
-    longest = max(len(one.sequence) for one in run.samples[:n])
-    held = sorted(min(int(store.lengths[row]), longest) for row in store.split("test"))
+    held = sorted(whole)
     assert sum(held[:n]) <= natural <= sum(held[-n:])
     page = run_page(run)
     assert "The samples beside proteins of the test set, and those shuffled." in page
     value = rows["3-mers, divergence in nats"]
     for column in ("samples", "natural", "shuffled"):
-        assert f'<td class="number">{written(value[column], value[f"{column}_se"])}</td>' in page
+        assert f'<td class="number">{written(Figure(value[column], value[f"{column}_se"]))}</td>' in page
 
 
 @pytest.mark.slow
@@ -545,7 +561,8 @@ def test_pages_in_a_browser(trained: Path, copied: Callable[[str], Path], tmp_pa
             assert browser.evaluate(shown) == ""
             browser.move_to(*frame)
             assert re.fullmatch(
-                r"step \d+\nloss, each step  \d\.\d+\nloss, smoothed  \d\.\d+.*", browser.evaluate(shown)
+                r"step \d+\nloss, weights capped, each step  \d\.\d+\nloss, weights capped, smoothed  \d\.\d+.*",
+                browser.evaluate(shown),
             )
             assert browser.evaluate("""(() => {
               const [tip, svg] = [".tip:not([hidden])", "figure:has(.tip:not([hidden])) svg"]

@@ -11,11 +11,13 @@ import torch
 
 from protlig_dd.batch import PackedBatch
 from protlig_dd.data.fasta import FastaRecord, read_fasta
+from protlig_dd.data.store import SequenceStore, StoreGroup
 from protlig_dd.diffusion.likelihood import nll_bound
+from protlig_dd.evaluation.held_out import length_counts
 from protlig_dd.runtime.generate import choose_lengths
 from protlig_dd.runtime.random import keyed_generator
 from protlig_dd.runtime.steering import read_log_bias
-from protlig_dd.runtime.trained import load_trained
+from protlig_dd.runtime.trained import Lengths, lengths_of, load_trained
 from protlig_dd.tokenizer import AMINO_ACIDS, ProteinTokenizer
 
 from .conftest import Command, assert_one_line_error
@@ -86,23 +88,51 @@ def test_a_range_of_lengths_has_both_its_ends() -> None:
 
 @pytest.mark.parametrize("wanted", ["empirical", "5-9", "7"])
 def test_the_first_lengths_do_not_depend_on_how_many_there_are(wanted: str) -> None:
-    counts = [0, 0, 0, 0, 0, 3, 3, 3, 3, 3]
-    few, many = (choose_lengths(wanted, n, 3, counts) for n in (10, 3000))
+    known = Lengths([0, 0, 0, 0, 0, 3, 3, 3, 3, 3], "some")
+    few, many = (choose_lengths(wanted, n, 3, known) for n in (10, 3000))
     assert many[:10] == few
     assert {"empirical": {5, 6, 7, 8, 9}, "5-9": {5, 6, 7, 8, 9}, "7": {7}}[wanted] == set(many)
-    assert wanted == "7" or choose_lengths(wanted, 10, 4, counts) != few
+    assert wanted == "7" or choose_lengths(wanted, 10, 4, known) != few
 
 
 @pytest.mark.parametrize("wanted", ["", "0", "9-5", "5-", "-5", "a", "5-9-12", "1.5"])
 def test_lengths_that_are_none_are_refused(wanted: str) -> None:
     with pytest.raises(ValueError, match=f"lengths={wanted}: give a number or a range"):
-        choose_lengths(wanted, 3, 0, [0, 1])
+        choose_lengths(wanted, 3, 0, Lengths([0, 1], "some"))
 
 
 def test_a_checkpoint_without_lengths_asks_for_them() -> None:
     assert choose_lengths("7", 2, 0, None) == [7, 7]
     with pytest.raises(ValueError, match="does not know its training lengths; give lengths="):
         choose_lengths("empirical", 2, 0, None)
+
+
+def test_lengths_of_cropped_proteins_are_not_drawn(store: SequenceStore) -> None:
+    """A protein of 800 residues is none of 200, whatever the model saw of it."""
+    group, max_len = StoreGroup([store]), 200
+    true = [int(store.lengths[row]) for row in store.split("train")]
+    counts, cropped = length_counts(group, max_len)
+    assert cropped == sum(length > max_len for length in true) > 20
+    assert counts == np.bincount([length for length in true if length <= max_len], minlength=max_len + 1).tolist()
+    known = lengths_of(counts, cropped, max_len)
+    assert known is not None
+    assert known.told == (
+        f"{len(true) - cropped:,} training proteins of up to 200 residues; "
+        f"{cropped:,} that are longer were cropped in training and are left out"
+    )
+    drawn = choose_lengths("empirical", 2000, 0, known)
+    assert drawn.count(max_len) / 2000 < 0.03
+    assert set(drawn) <= set(true)
+
+
+def test_what_earlier_versions_counted_at_max_len_is_left_out() -> None:
+    known = lengths_of([0, 0, 5, 0, 90], None, 4)
+    assert known is not None
+    assert known.counts == [0, 0, 5, 0, 0]
+    assert known.told.endswith("; 90 of 4, whole or cropped to it, are left out, as this model cannot tell which")
+    assert choose_lengths("empirical", 3, 0, known) == [2, 2, 2]
+    with pytest.raises(ValueError, match=r"no lengths to draw from \(0 training .* 95 of 4, .*\); give lengths="):
+        choose_lengths("empirical", 3, 0, lengths_of([0, 0, 0, 0, 95], None, 4))
 
 
 def assert_bounds_are_those_of_the_model(

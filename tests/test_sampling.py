@@ -8,12 +8,14 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from protlig_dd.batch import PackedBatch
+from protlig_dd.diffusion import sampling
 from protlig_dd.diffusion.graph import Absorbing, Graph, Uniform
 from protlig_dd.diffusion.noise import GeometricNoise, LogLinearNoise, Noise
 from protlig_dd.diffusion.sampling import sample
 from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.diffusion.substitution import make_substitution_graph
 from protlig_dd.runtime.generate import choose_lengths, generate
+from protlig_dd.runtime.trained import Lengths
 from protlig_dd.tokenizer import LETTERS
 
 from . import brute_force
@@ -93,6 +95,19 @@ def test_a_forbidden_residue_of_the_prior_is_drawn_again() -> None:
     assert 0.015 < (ids == LETTERS.index("K")).mean() < 0.035
 
 
+@pytest.mark.parametrize("predictor", ["analytic", "euler"])
+@pytest.mark.parametrize("conditioned", [False, True])
+def test_a_time_free_model_draws_every_residue_itself(predictor: str, conditioned: bool) -> None:
+    """Its bound is that of a decoder which begins with masks alone; the integral's prior holds residues at t = 1."""
+    logits = torch.where(torch.arange(20) == LETTERS.index("W"), 50.0, 0.0)
+    score_fn = ScoreFn(
+        lambda batch, sigma: logits.repeat(len(batch.tokens), 1), Absorbing(), "x0", time_conditioning=conditioned
+    )
+    (ids,) = sample(score_fn, LogLinearNoise(eps=0.5), [4000], 5, predictor, seeded(0))
+    share = (ids != LETTERS.index("W")).mean()
+    assert 0.4 < share / 0.95 < 0.6 if conditioned else share == 0
+
+
 def test_absorbing_samples_match_in_one_step_at_a_time_even_with_few_steps() -> None:
     """With a single site there is nothing to be wrong about: two steps are exact."""
     toy = brute_force.random_toy("absorbing", n=4, sites=1, seed=1)
@@ -129,7 +144,7 @@ def test_what_a_sequence_draws_does_not_depend_on_its_pack(name: str, predictor:
 
     def draw(n: int, tokens_per_pack: int, lengths: str) -> list[list[int]]:
         samples, _ = generate(
-            score_fn, LogLinearNoise(), lengths=choose_lengths(lengths, n, 7, [0] * 5 + [1] * 26), steps=4,
+            score_fn, LogLinearNoise(), lengths=choose_lengths(lengths, n, 7, Lengths([0] * 5 + [1] * 26, "")), steps=4,
             predictor=predictor, tokens_per_pack=tokens_per_pack, seed=7, device=torch.device("cpu"), description="",
         )  # fmt: skip
         return [ids.tolist() for ids in samples]
@@ -157,7 +172,7 @@ def test_ancestral_numbers_of_masks_follow_the_noise() -> None:
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "log_bias": torch.arange(20) / 10}], ids=["", "steered"])
 @pytest.mark.parametrize("predictor", ["analytic", "ancestral"])
 def test_a_time_free_network_is_not_asked_again_about_what_has_not_changed(
-    predictor: str, options: dict[str, object]
+    predictor: str, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
     model = make_model()
@@ -166,10 +181,10 @@ def test_a_time_free_network_is_not_asked_again_about_what_has_not_changed(
         asked.append(len(batch.lengths))
         return model(batch, torch.zeros_like(sigma))
 
-    def draw(time_conditioning: bool) -> tuple[list[list[int]], Counter[str]]:
+    def draw() -> tuple[list[list[int]], Counter[str]]:
         asked.clear()
         counts: Counter[str] = Counter()
-        score_fn = ScoreFn(network, Absorbing(), "x0", time_conditioning)
+        score_fn = ScoreFn(network, Absorbing(), "x0", time_conditioning=False)
         samples = sample(
             score_fn, LogLinearNoise(), [3, 9, 5], 60, predictor, seeded(3), counts=counts, **options  # type: ignore[arg-type]
         )  # fmt: skip
@@ -177,7 +192,11 @@ def test_a_time_free_network_is_not_asked_again_about_what_has_not_changed(
         assert counts["evaluated"] + counts["skipped"] == 3 * 61
         return [ids.tolist() for ids in samples], counts
 
-    plain, cached = draw(True), draw(False)
+    cached, remembered = draw(), sampling._Remembered
+    monkeypatch.setattr(
+        sampling, "_Remembered", lambda logits, counts, time_free: remembered(logits, counts, time_free=False)
+    )
+    plain = draw()
     assert plain[0] == cached[0]
     assert plain[1]["skipped"] == 0
     assert 3 + 3 <= cached[1]["evaluated"] <= 3 + 17  # every residue moves once

@@ -238,7 +238,7 @@ def test_arms_are_trained_once_and_compared(run_python: Command, proteins: list[
     assert "no arm 'Adam'" in unknown.stderr
 
 
-def test_the_baseline_is_sedd_s_own_recipe() -> None:
+def test_the_baseline_is_sedds_objective_and_network() -> None:
     """Whatever the defaults have become."""
     for name, arm in SCREEN.items():
         if not (thorough() or name.startswith("SEDD") or name == "the defaults" or "weight at most" in name):

@@ -3,11 +3,14 @@
 import csv
 import itertools
 import json
+import math
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,19 +27,15 @@ from protlig_dd.diffusion.likelihood import masked_nats, masked_sigma
 from protlig_dd.diffusion.noise import CosineNoise, GeometricNoise, LogLinearNoise
 from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.evaluation.assays import (
-    METRICS,
     Assay,
     Indel,
     Variant,
     above_median,
-    aggregate,
     all_substitutions,
-    auc,
     compare,
     read_assay,
     read_reference,
     read_target,
-    spearman,
 )
 from protlig_dd.evaluation.fitness import (
     GAP,
@@ -55,6 +54,7 @@ from protlig_dd.evaluation.fitness import (
     windowed,
 )
 from protlig_dd.evaluation.heatmap import heat_map, to_csv, to_png
+from protlig_dd.evaluation.measurements import METRICS, aggregate, auc, judge, matthews, ndcg, spearman, top_recall
 from protlig_dd.runtime.config import VariantsConfig
 from protlig_dd.runtime.files import sha256
 from protlig_dd.runtime.trained import load_trained
@@ -128,8 +128,8 @@ def test_residues_are_counted_without_letters_that_are_none() -> None:
 
 def test_scores_are_made_again_when_anything_that_they_depend_on_changes(trained_run: Path, tmp_path: Path) -> None:
     trained = load_trained(str(trained_run), device="cpu", precision="fp32")
-    config = VariantsConfig(from_="", assay=None, target=WILD, reference=None, output="a.csv", column="nats",
-                            strategy="ratio", draws=4, seed=0, device="cpu", precision="fp32",
+    config = VariantsConfig(from_="", assay=None, target=WILD, reference=None, output="a.csv", column="nats", offset=0,
+                            bad_rows="fail", strategy="ratio", draws=4, seed=0, device="cpu", precision="fp32",
                             tokens_per_pack=100)  # fmt: skip
     settings = settings_of(trained, config) | of_assay(None, TARGET)
     run = replace(trained.config, run=replace(trained.config.run, name="another"))
@@ -140,7 +140,14 @@ def test_scores_are_made_again_when_anything_that_they_depend_on_changes(trained
     ]
     changes += [
         settings_of(trained, replace(config, **change))
-        for change in ({"strategy": "bound"}, {"draws": 6}, {"seed": 1}, {"column": "other"})
+        for change in (
+            {"strategy": "bound"},
+            {"draws": 6},
+            {"seed": 1},
+            {"column": "other"},
+            {"offset": 3},
+            {"bad_rows": "skip"},
+        )
     ]
     changes += [of_assay(tmp_path / "weights", TARGET), of_assay(None, TARGET[1:])]
     output = tmp_path / "a.csv"
@@ -199,8 +206,10 @@ def test_both_columns_may_be_there_and_others_are_kept(tmp_path: Path) -> None:
         ("mutant\nM23A\n", "line 2: M23A is at position 23, but the target has 1 to 22"),
         ("mutant\nM1A:M1C\n", "line 2: M1A:M1C changes position 1 twice"),
         ("mutant\nM1X\n", "line 2: M1X: X is none of the amino acids"),
-        ("mutant\nM1A\n\nM1A\n", "line 4: the same protein as .*a.csv line 2"),
-        ("mutant\nM1A:K2D\nK2D:M1A\n", "line 3: the same protein as"),
+        ("mutant\nM1*\n", r"line 2: M1\* is a stop: give the whole protein in a column mutated_sequence"),
+        ("mutant\nM1Ter\n", "line 2: 'M1TER' is no mutation"),
+        ("mutant\nM1del:K2A\n", "line 2: M1DEL is a deletion beside other changes: give the whole protein"),
+        ("mutant\np.Met1Xyz\n", "line 2: 'MET1XYZ' is no mutation"),
         ("mutant,DMS_score\nM1A,high\n", "line 2: DMS_score 'high' is no finite number"),
         ("mutant,DMS_score\nM1A,1_0\n", "line 2: DMS_score '1_0' is no finite number"),
         ("mutant,DMS_score\nM1A,-inf\n", "line 2: DMS_score '-inf' is no finite number"),
@@ -214,6 +223,51 @@ def test_both_columns_may_be_there_and_others_are_kept(tmp_path: Path) -> None:
 def test_a_wrong_assay_is_named(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("mutant", "substitutions"),
+    [
+        ("WT", {}), ("_wt", {}), ("p.=", {}), ("M1M", {}), ("p.Met1=", {}), ("K2A", {1: "A"}), ("p.Lys2Ala", {1: "A"}),
+        ("p.K2A", {1: "A"}), ("K2A;T3P", {1: "A", 2: "P"}), ("K2A,T3P", {1: "A", 2: "P"}),
+        ("K2A; T3P", {1: "A", 2: "P"}),
+        ("p.[Lys2Ala;Thr3Pro]", {1: "A", 2: "P"}), ("lys2ala", {1: "A"}),
+    ],
+)  # fmt: skip
+def test_mutants_are_read_as_people_write_them(tmp_path: Path, mutant: str, substitutions: dict[int, str]) -> None:
+    assay = read(tmp_path, f'mutant\n"{mutant}"\nM1A\n')
+    assert assay.variants[0] == Variant(tuple((site, AMINO_ACIDS.index(new)) for site, new in substitutions.items()))
+
+
+def test_a_residue_may_be_missing_by_name(tmp_path: Path) -> None:
+    """Either of two alike that stand together leaves the same protein, which is scored twice."""
+    target = "MKKV"
+    assay = read(tmp_path, "mutant\nK2del\nK3del\nM1del\n", target)
+    assert assay.variants[0] == assay.variants[1] == compare(ids("MKV"), ids(target), "")
+    assert assay.variants[2] == Variant(indel=Indel(0, 1, ()))
+
+
+def test_positions_may_be_those_of_a_longer_construct(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("mutant\nM101A\nK102D\n")
+    assay = read_assay(tmp_path / "a.csv", TARGET, offset=100)
+    assert assay.variants == [Variant(((0, 0),)), Variant(((1, 2),))]
+    with pytest.raises(ValueError, match=r"line 2: M101A has M at position 2 \(offset=99\), but"):
+        read_assay(tmp_path / "a.csv", TARGET, offset=99)
+    with pytest.raises(ValueError, match=r"line 2: M101A is at position -4 \(offset=105\), but the target has 1 to 22"):
+        read_assay(tmp_path / "a.csv", TARGET, offset=105)
+
+
+def test_bad_rows_may_be_left_out_and_are_listed(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("mutant,DMS_score\nM1A,1\nM1*,2\nA2C,3\nK2A,4\n")
+    with pytest.raises(ValueError, match=r"line 3: M1\* is a stop.* \(bad_rows=skip leaves such rows out\)"):
+        read_assay(tmp_path / "a.csv", TARGET)
+    assay = read_assay(tmp_path / "a.csv", TARGET, skip_bad=True)
+    assert assay.measured.tolist() == [1, 4]
+    assert [row[0] for row in assay.rows] == ["M1A", "K2A"]
+    assert [re.sub(".*(line [0-9]).*", r"\1", one) for one in assay.bad] == ["line 3", "line 4"]
+    (tmp_path / "a.csv").write_text("mutant\nM1*\nA2C\n")
+    with pytest.raises(ValueError, match=r"line 2: M1\* is a stop.*; nor can any other row of .*a.csv be read"):
+        read_assay(tmp_path / "a.csv", TARGET, skip_bad=True)
 
 
 def test_letters_may_be_small_and_measurements_missing(tmp_path: Path) -> None:
@@ -339,7 +393,7 @@ def test_strategies_are_those_of_the_graph() -> None:
     assert choose_strategy("wildtype_marginals", Absorbing(), single)[0] == "wildtype_marginals"
     with pytest.raises(ValueError, match=r"strategy=masked_marginals: .*\(uniform\) can do ratio, bound"):
         choose_strategy("masked_marginals", Uniform(), single)
-    with pytest.raises(ValueError, match="can do masked_marginals, wildtype_marginals, bound"):
+    with pytest.raises(ValueError, match="can do masked_marginals, site_marginals, wildtype_marginals, bound"):
         choose_strategy("ratio", Absorbing(), single)
     with pytest.raises(ValueError, match="row 0: 1 residues become 0, but strategy=ratio needs equal lengths; use bou"):
         choose_strategy("ratio", Uniform(), indel)
@@ -356,6 +410,7 @@ MANY = assay_of(
     [
         (Absorbing(), "x0", False, "masked_marginals"),
         (Absorbing(), "log_score", True, "masked_marginals"),
+        (Absorbing(), "x0", False, "site_marginals"),
         (Absorbing(), "x0", False, "wildtype_marginals"),
         (Uniform(), "log_score", True, "ratio"),
         (graph_of("substitution", 20), "x0", True, "ratio"),
@@ -375,7 +430,7 @@ def test_marginals_are_those_of_one_row_at_a_time(
             shift = 1 - piece.start if piece.start == 0 else -piece.start
             sites = [site + shift for site, _ in piece.change.substitutions]
             level = float(NOISE(torch.tensor(NOISE.t_min))[0])
-            if strategy == "masked_marginals":
+            if strategy in ("masked_marginals", "site_marginals"):
                 tokens[sites] = MASK
                 level = -float(np.log1p(-len(sites) / (piece.stop - piece.start)))
             batch, sigma = PackedBatch.pack([tokens]), torch.tensor([level])
@@ -388,6 +443,9 @@ def test_marginals_are_those_of_one_row_at_a_time(
     found = scored(score_fn, MANY, strategy, longest=longest)
     np.testing.assert_allclose(found.nats, expected, atol=2e-5)
     assert found.standard_error is None
+    if strategy == "site_marginals":
+        singles = assay_of(*(Variant((one,)) for one in MANY.variants[4].substitutions))
+        assert found.nats[4] == pytest.approx(scored(score_fn, singles, strategy, longest=longest).nats.sum(), abs=2e-5)
 
 
 def toy_scores(name: str, parametrisation: str = "log_score") -> tuple[brute_force.Toy, ScoreFn]:
@@ -625,20 +683,117 @@ def test_what_was_not_measured_is_left_out() -> None:
     assert auc(scores, np.full(4, np.nan)) is None
 
 
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), min_size=10, max_size=60))
+def test_the_other_metrics_are_what_their_names_say(pairs: list[tuple[int, int]]) -> None:
+    """Each counted one by one, with the definitions of sklearn and of ProteinGym's script."""
+    scores, measured = np.array(pairs, dtype=np.float64).T
+    fit, high = above_median(measured), scores >= np.median(scores)
+    counts = Counter(zip(high.tolist(), (fit == 1).tolist(), strict=True))
+    tp, tn, fp, fn = (counts[key] for key in ((True, True), (False, False), (True, False), (False, True)))
+    below = math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+    if fit.min() == fit.max():
+        assert matthews(high, fit) is None
+    else:
+        assert matthews(high, fit) == pytest.approx((tp * tn - fp * fn) / below if below else 0, abs=1e-12)
+    if measured.min() == measured.max():
+        assert ndcg(scores, measured) is top_recall(scores, measured) is None
+        return
+    top = len(pairs) // 10
+    ranking = sorted(range(len(pairs)), key=lambda i: -scores[i])[:top]  # the earlier of two alike first
+    gain = [(value - measured.min()) / (measured.max() - measured.min()) for value in measured]
+    ideal = sorted(gain, reverse=True)[:top]
+    found, best = (
+        sum(g / math.log2(rank + 2) for rank, g in enumerate(some)) for some in ([gain[i] for i in ranking], ideal)
+    )
+    assert ndcg(scores, measured) == pytest.approx(found / best)
+    fittest, chosen = (
+        {i for i, v in enumerate(values) if v >= np.quantile(values, 0.9)} for values in (measured, scores)
+    )
+    assert top_recall(scores, measured) == pytest.approx(len(fittest & chosen) / len(fittest))
+    assert ndcg(scores[:9], measured[:9]) is None  # no tenth
+
+
+def test_an_assay_is_judged_by_mutation_depth_too() -> None:
+    rng = np.random.default_rng(0)
+    changed = [1] * 40 + [2] * 30 + [7] * 20 + [5] * 10 + [0]
+    measured = rng.normal(size=len(changed))
+    scores = measured + rng.normal(size=len(changed))
+    measured[:5] = np.nan
+    fit = above_median(measured)
+    found = judge(scores, measured, fit, changed)
+    assert found["spearman"] == pytest.approx(spearmanr(scores[5:], measured[5:]).statistic)
+    assert list(found["by_depth"]) == ["1", "2", "5+"]
+    deep = slice(70, 100)
+    assert found["by_depth"]["5+"]["spearman"] == pytest.approx(spearmanr(scores[deep], measured[deep]).statistic)
+    high = scores >= np.median(scores[5:])  # of the whole assay
+    assert found["by_depth"]["5+"]["mcc"] == pytest.approx(matthews(high[deep], fit[deep]))
+    assert found["by_depth"]["2"]["auc"] == pytest.approx(auc(scores[40:70], fit[40:70]))
+
+
+def result(protein: str, kind: str, rho: float, area: float | None, **more: Any) -> dict[str, Any]:
+    return {
+        "UniProt_ID": protein,
+        "coarse_selection_type": kind,
+        **dict.fromkeys(METRICS),
+        "spearman": rho,
+        "auc": area,
+    } | more
+
+
 def test_assays_are_averaged_as_proteingym_does() -> None:
     """By hand: P1's two stability assays first, then P1 with P2, then stability with activity."""
+    depths = [{"1": dict.fromkeys(METRICS) | {"spearman": rho}} for rho in (0.6, 0.2, 0.1)]
     results = [
-        {"UniProt_ID": protein, "coarse_selection_type": kind, "spearman": rho, "auc": area}
-        for protein, kind, rho, area in (
-            ("P1", "Stability", 0.2, 0.5), ("P1", "Stability", 0.4, 0.7), ("P2", "Stability", 0.5, None),
-            ("P1", "Activity", 0.1, 0.9),
-        )
-    ]  # fmt: skip
+        result("P1", "Stability", 0.2, 0.5, taxon="Human", by_depth=depths[0]),
+        result("P1", "Stability", 0.4, 0.7, taxon="Human", by_depth=depths[1]),
+        result("P2", "Stability", 0.5, None, taxon="Virus", by_depth={}),
+        result("P1", "Activity", 0.1, 0.9, taxon="Human", by_depth=depths[2]),
+    ]
     total = aggregate(results)
-    assert total["by_type"]["Stability"] == pytest.approx({"spearman": 0.4, "auc": 0.6, "assays": 3, "proteins": 2})
+    stability = total["by_type"]["Stability"]
+    assert {key: stability[key] for key in ("spearman", "auc", "assays", "proteins")} == pytest.approx(
+        {"spearman": 0.4, "auc": 0.6, "assays": 3, "proteins": 2}
+    )
+    assert stability["mcc"] is None
     assert total["spearman"] == pytest.approx(0.25)
     assert total["auc"] == pytest.approx(0.75)
     assert total["assays"] == 4
+    assert "by_msa_depth" not in total
+    assert total["by_taxon"]["Human"]["spearman"] == pytest.approx((0.2 + 0.4 + 0.1) / 3)
+    assert total["by_taxon"]["Virus"]["spearman"] == 0.5
+    assert list(total["by_mutation_depth"]) == ["1"]
+    assert total["by_mutation_depth"]["1"]["spearman"] == pytest.approx(((0.6 + 0.2) / 2 + 0.1) / 2)
+    # two proteins of 0.3 and 0.5 drawn with replacement, then half of that, as the other type has one protein
+    assert total["spearman_se"] == pytest.approx(0.1 / math.sqrt(2) / 2, rel=0.05)
+    assert total["mcc"] is total["mcc_se"] is None
+
+
+def test_proteingyms_clinical_files_are_scored_by_their_labels(tmp_path: Path) -> None:
+    """They name no UniProt_ID and no type, and have words for labels."""
+    folder, reference = tmp_path / "clinical", tmp_path / "reference.csv"
+    folder.mkdir()
+    (folder / "NP_1.1.csv").write_text(
+        f"protein,mutant,mutated_sequence,DMS_bin_score\nNP,K2A,{WILD[0]}A{WILD[2:]},Pathogenic\nNP,T3P,MKP{WILD[3:]},benign\n"
+    )
+    reference.write_text(f"DMS_id,target_seq,DMS_filename\nNP_1.1,{WILD},NP_1.1.csv\n")
+    (one,) = read_reference(reference, folder)
+    assert (one.protein, one.type, one.more) == ("NP_1.1", "Clinical", {})
+    assay = read_assay(one.path, one.target)
+    assert assay.fit.tolist() == [0, 1]
+    assert assay.judge(np.array([-2.0, -1.0]))["auc"] == 1
+    assert assay.judge(np.array([-2.0, -1.0]))["spearman"] is None
+
+
+def test_empty_columns_of_a_spreadsheet_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "excel.csv").write_text("mutant,DMS_score,,\nK2A,1,,\nT3A,0.5,,\n")
+    assay = read_assay(tmp_path / "excel.csv", TARGET)
+    assert assay.header == ["mutant", "DMS_score", "", ""]
+    assert assay.measured.tolist() == [1, 0.5]
+
+
+def test_a_target_without_amino_acids_has_no_scan() -> None:
+    with pytest.raises(ValueError, match="the target has no amino acid that could be substituted"):
+        all_substitutions(ids("UX"))
 
 
 def test_references_that_do_not_fit_the_folder_are_named(tmp_path: Path) -> None:

@@ -235,7 +235,7 @@ def command(address: str, arguments: list[str]) -> NoReturn:
     send(connection, request, files)
     with connection.makefile("r") as lines:
         pid = int(lines.readline())
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, lambda number, _: os.kill(pid, number))
         code = int(lines.readline())
     end(code)

@@ -25,7 +25,7 @@ from protlig_dd.data.encode import EncodedBlock, encode_block
 from protlig_dd.data.fasta import STDIN, FastaBlock, FastaFile, id_of, parse_header
 from protlig_dd.data.homology import COVERAGE, E_VALUE, IDENTITY, mmseqs_version, queries_with_hits
 from protlig_dd.data.store import COPY_BYTES, FORMAT_VERSION, SPLITS, SequenceStore, write_columns
-from protlig_dd.runtime.files import free_name, sha256, sync_folder, write_atomic
+from protlig_dd.runtime.files import free_name, lock_may_fail, sha256, sync_folder, write_atomic
 from protlig_dd.tokenizer import BOS, LETTERS, MASK, VOCAB_SIZE, ProteinTokenizer
 
 SAMPLE_FOLDER = Path(__file__).resolve().parent / "sample"
@@ -317,12 +317,13 @@ def _read_inputs(
 ) -> dict[str, Any]:
     """Parse, filter and spool every input; returns what was counted."""
     dropped = dict.fromkeys(("min_length", "max_length", "max_unknown", "fragments", "taxa", "duplicates"), 0)
-    records = lower_case = 0
+    records = lower_case = nucleotides = 0
     for number, (file, code) in enumerate(zip(files, codes, strict=True)):
         for block in file.blocks():
             encoded = encode_block(block)
             records += len(block.ids)
             lower_case += encoded.lower_case
+            nucleotides += encoded.nucleotides
             keep = np.ones(len(block.ids), dtype=bool)
             for name, failed in _failures(block, encoded, filters, taxa):
                 dropped[name] += int((keep & failed).sum())
@@ -343,7 +344,9 @@ def _read_inputs(
                 record=block.first_record + np.flatnonzero(keep),
                 split=np.full(len(headers), code or 0),
             )
-    return {"records": records, "lower_case_letters": lower_case, "dropped": dropped}
+    return {
+        "records": records, "lower_case_letters": lower_case, "nucleotide_like": nucleotides, "dropped": dropped,
+    }  # fmt: skip
 
 
 def _failures(
@@ -621,7 +624,8 @@ def _partial_folder(output: Path) -> Iterator[Path]:
         except FileNotFoundError:  # its owner has just removed it
             continue
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with lock_may_fail(folder):
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             handle.close()
             raise AlreadyThereError(f"{output}: another process is writing it (it holds {folder / 'lock'})") from None

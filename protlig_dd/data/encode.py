@@ -19,6 +19,9 @@ _CODES[ord("*")] = _STOP
 _TABLE = bytes(_CODES)
 _FOLD = bytes(code & ~_LOWER for code in range(256))
 
+_BASES = bytes(LETTERS.index(letter) for letter in "ACGTUN")
+FEWEST_BASES = 20  # a shorter protein may well be so
+
 # Never change these: the split of every sequence of every store follows from the first.
 ID_SEED, SEQUENCE_SEED = 0x70726F746C6967, 0x64647365646464
 
@@ -34,6 +37,8 @@ class EncodedBlock(NamedTuple):
     """(n,) uint64: 64-bit XXH3 of the id's UTF-8 bytes, keyed by ID_SEED."""
     lower_case: int
     """Letters that were lower-case; they are tokens like their upper-case twins."""
+    nucleotides: int
+    """Records that look like DNA or RNA."""
 
     def where(self, keep: np.ndarray) -> "EncodedBlock":
         """The records for which keep (n,) is True."""
@@ -41,7 +46,9 @@ class EncodedBlock(NamedTuple):
             return self
         sequences = list(itertools.compress(self.sequences, keep.tolist()))
         tokens = self.tokens[np.repeat(keep, self.lengths)]
-        return EncodedBlock(sequences, tokens, self.lengths[keep], self.id_hashes[keep], self.lower_case)
+        return EncodedBlock(
+            sequences, tokens, self.lengths[keep], self.id_hashes[keep], self.lower_case, self.nucleotides
+        )
 
     def sequence_hashes(self) -> np.ndarray:
         """(n, 2) uint64: the 128-bit XXH3 of each sequence, keyed by SEQUENCE_SEED."""
@@ -70,7 +77,21 @@ def encode_block(block: FastaBlock) -> EncodedBlock:
     lengths = np.array([len(sequence) + 2 for sequence in sequences])
     digest = xxhash.xxh3_64_digest
     digests = b"".join([digest(id_, ID_SEED) for id_ in block.ids])
-    return EncodedBlock(sequences, tokens, lengths, np.frombuffer(digests, ">u8").astype(np.uint64), lower_case)
+    hashes = np.frombuffer(digests, ">u8").astype(np.uint64)
+    return EncodedBlock(sequences, tokens, lengths, hashes, lower_case, sum(map(is_nucleotide, sequences)))
+
+
+def is_nucleotide(tokens: bytes) -> bool:
+    """Whether nine in ten of the first hundred residues are letters of DNA or RNA: A, C, G, T, U, N. Some true proteins
+    are so, but few.
+    """
+    start = tokens[:100]
+    return len(start) >= FEWEST_BASES and 10 * len(start.translate(None, _BASES)) <= len(start)
+
+
+def nucleotide_warning(found: int, records: int, name: str) -> str:
+    """What to tell a user of them."""
+    return f"warning: {found:,} of {records:,} sequences of {name} look like DNA or RNA, and were read as proteins"
 
 
 def _joined(sequences: list[bytes]) -> np.ndarray:

@@ -19,6 +19,16 @@ from isal import isal_zlib
 from isal.igzip import IGzipFile  # as gzip's, three times as fast
 
 GZIP_MAGIC = b"\x1f\x8b"
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # of UTF-8
+FOREIGN = {  # how files begin that are something else
+    b"\x89HDF": "is an HDF5 file, perhaps a store already, not FASTA",
+    b"\xff\xfe": "is UTF-16, not UTF-8; save it as UTF-8",
+    b"\xfe\xff": "is UTF-16, not UTF-8; save it as UTF-8",
+    b"\x28\xb5\x2f\xfd": "is compressed by zstd; only gzip is read",
+    b"BZh": "is compressed by bzip2; only gzip is read",
+    b"\xfd7zXZ": "is compressed by xz; only gzip is read",
+    b"PK\x03\x04": "is a zip archive; only gzip is read",
+}
 BLOCK_BYTES = 1 << 18  # what is cut off it stays in the processor's cache
 PIECE_BYTES = 1 << 16  # as much may be lost of what stands before damage in a gzip file
 LONGEST_RECORD = 16 << 20  # bytes; the longest known protein has some 45,000 residues
@@ -91,7 +101,7 @@ class FastaBlock(NamedTuple):
     first_line: int
     """Number of the line on which its header stands, from 1."""
     text: bytes
-    """The records as they stand."""
+    """The records as they stand, but that every line ends with a newline alone."""
     starts: list[int]
     """n + 1 places: where each record's `>` is in `text`, and where the last one ends."""
     ids: list[bytes]
@@ -153,21 +163,24 @@ class FastaFile:
     def _blocks(self, buffered: io.BufferedReader) -> Iterator[FastaBlock]:
         zipped = buffered.peek(2)[:2] == GZIP_MAGIC
         stream: io.BufferedIOBase = IGzipFile(fileobj=buffered) if zipped else buffered
-        rest, line, started = b"", 1, False
+        rest, held, line, started = b"", b"", 1, False
         while True:
-            chunk, damage = _read(stream)
+            read, damage = _read(stream)
+            last = not read and damage is None
+            chunk, held = _line_ends(held + read, last)
             text = rest + chunk
             if not started:
+                text = text.removeprefix(BYTE_ORDER_MARK)
                 stripped = text.lstrip(WHITESPACE)
                 line += text.count(b"\n", 0, len(text) - len(stripped))
                 text = stripped
                 started = bool(text)
-                if text[:4] == b"\x89HDF":
-                    raise ValueError(f"{self.name} is an HDF5 file, perhaps a store already, not FASTA")
+                for magic, what in FOREIGN.items():
+                    if text.startswith(magic):
+                        raise ValueError(f"{self.name} {what}")
                 if started and text[:1] != b">":
                     shown = text.partition(b"\n")[0][:40].decode("utf-8", "replace").strip()
                     raise ValueError(f"{self.name}: line {line} is not a FASTA header: {shown!r}")
-            last = not chunk and damage is None
             cut = len(text) if last else text.rfind(b"\n>") + 1
             block, rest = text[:cut], text[cut:]
             if block:
@@ -194,8 +207,6 @@ class FastaFile:
             header, _, body = text[start + 1 : end].partition(b"\n")
             headers.append(header)
             bodies.append(body)
-        if b"\r" in text:
-            headers = [header.removesuffix(b"\r") for header in headers]
         ids = [header.partition(b" ")[0] for header in headers]
         if b"\t" in text:
             ids = [id_.partition(b"\t")[0] for id_ in ids]
@@ -214,6 +225,21 @@ class FastaFile:
                 except UnicodeDecodeError as error:
                     raise ValueError(f"{block.where(i)}: the header is not UTF-8: {error.reason}") from error
         return block
+
+
+def _line_ends(text: bytes, last: bool) -> tuple[bytes, bytes]:
+    """The text with newlines for the line ends of other systems: CR LF, CR CR LF, and CR alone.
+
+    Returns:
+        The text and the carriage returns at its end, which may belong to a newline that is yet to come.
+    """
+    if b"\r" not in text:
+        return text, b""
+    whole = text if last else text.rstrip(b"\r")
+    held, text = text[len(whole) :], whole
+    while b"\r\n" in text:
+        text = text.replace(b"\r\n", b"\n")
+    return text.replace(b"\r", b"\n"), held
 
 
 def _too_long(where: str) -> str:

@@ -220,7 +220,7 @@ def end_workers(packs: Iterator[PackedBatch]) -> None:
 
 def ignore_signals(worker: int) -> None:
     """Ctrl-C in a terminal and a scheduler's signals reach loaders too; the trainer tells them when to end."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
 
 

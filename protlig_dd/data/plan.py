@@ -27,6 +27,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from protlig_dd.runtime.files import lock_may_fail
+
 _SHUFFLE, _PASS = 1, 3  # first words of the random keys, so that two purposes never share a stream
 AT_ONCE = 1 << 22  # rows
 
@@ -165,7 +167,8 @@ def shared_plan(key: str, epoch: int, make: Callable[[], Plan], *, wait: bool = 
         while (plan := _map(path)) is None:
             with (folder / f"{key}.lock").open("w") as lock:
                 try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                    with lock_may_fail(folder):
+                        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
                 except BlockingIOError:
                     return None
                 try:
@@ -177,12 +180,14 @@ def shared_plan(key: str, epoch: int, make: Callable[[], Plan], *, wait: bool = 
                     try:
                         for name, values in make()._asdict().items():
                             np.save(partial / f"{name}.npy", values)
-                        partial.rename(path)
+                        with contextlib.suppress(FileExistsError):  # another's, on a file system without locks
+                            partial.rename(path)
                     finally:
                         shutil.rmtree(partial, ignore_errors=True)
                 finally:
                     # Closing would not do: a process forked meanwhile has the descriptor too, and would keep the lock.
-                    fcntl.flock(lock, fcntl.LOCK_UN)
+                    with contextlib.suppress(OSError):
+                        fcntl.flock(lock, fcntl.LOCK_UN)
     except OSError as error:
         raise ValueError(f"{folder}: cannot keep the plan of an epoch there ({error}); set TMPDIR") from error
     return plan

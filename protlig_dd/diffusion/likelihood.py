@@ -11,7 +11,9 @@ so it has no prior or reconstruction term. With a time-conditioned network it is
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from protlig_dd.batch import PackedBatch
 from protlig_dd.diffusion.graph import Absorbing, Graph
-from protlig_dd.diffusion.noise import Noise
+from protlig_dd.diffusion.noise import GeometricNoise, Noise
 from protlig_dd.diffusion.numerics import (
     Tokens,
     clamp_negative,
@@ -43,7 +45,8 @@ class NLLBound:
 
     nats: Float64[Tensor, " n"]
     standard_error: Float64[Tensor, " n"]
-    """Of the Monte-Carlo draws, from the differences of neighbouring strata; NaN with a single draw."""
+    """Of the Monte-Carlo draws, from the differences of the two in each stratum. An odd number of draws leaves the last
+    one out of the error; a single draw has none (NaN)."""
     residues: Int64[Tensor, " n"]
     estimator: str
     draws: int
@@ -51,9 +54,10 @@ class NLLBound:
     token_nats: Float64[Tensor, " total"]
     """What each token adds to its sequence's bound; 0 for context letters."""
     pooled_nats: Float64[Tensor, " n"]
-    """Cross-entropies of the residues that the exact count's draws masked, without weights; 0 for the integral."""
-    pooled: Int64[Tensor, " n"]
-    """How many residues those are, over all draws."""
+    """Cross-entropies of the residues that the exact count's draws masked, a draw on average and without the bound's
+    L / k; 0 for the integral."""
+    pooled: Float64[Tensor, " n"]
+    """How many residues those are, a draw on average."""
 
 
 def pick_estimator(graph: Graph, parametrisation: str, time_conditioning: bool) -> str:
@@ -72,14 +76,16 @@ def nll_bound(
     generator: torch.Generator,
     draws: int = 8,
     estimator: str = "integral",
+    tokens_at_once: int = 0,
 ) -> NLLBound:
     """Bound -log p(x0) of each sequence of a pack; lengths and context letters are given, residues are scored.
 
     Args:
-        draws: Monte-Carlo draws per sequence, one in each of as many strata of t (or k), at a place within it that is
-            stratified over the sequences of the batch.
+        draws: Monte-Carlo draws per sequence, two in each stratum of t (or k), see `strata`, at places within it that
+            are stratified over the sequences of the batch.
         estimator: `integral` for every graph; `exact_count` for the absorbing one, of the decoder that normalises the
             scores of a masked token (which those of x0 are).
+        tokens_at_once: the network sees so many of several draws together; one draw at least.
 
     Raises:
         ValueError: an unknown estimator, exact_count with another graph, or no draws.
@@ -94,48 +100,105 @@ def nll_bound(
     nats_T = torch.zeros(len(batch.tokens), dtype=torch.float64, device=float64_device(device))
     drawn = []
     pooled_nats_n, pooled_n = torch.zeros(2, n, dtype=torch.float64, device=nats_T.device)
-    # draw k of each sequence lies in stratum k, at a place that is stratified over the sequences
-    for k in range(draws):
-        place_n = torch.randperm(n, generator=generator, device=generator.device) + uniform_draws(n, generator)
-        u_n = (k + place_n / n) / draws
+    levels = strata(draws) if estimator == "exact_count" else strata(draws, spread_of(graph, noise))
+    at_once = max(1, tokens_at_once // len(batch.tokens))
+    for some in (levels[first : first + at_once] for first in range(0, draws, at_once)):
+        places = [(low, high) for low, high, _ in some]
+        copies = batch if len(some) == 1 else PackedBatch.pack(batch.unpack(batch.tokens) * len(some))
+        weight_n = torch.tensor([weight for *_, weight in some], dtype=torch.float64).repeat_interleave(n).to(nats_T)
         if isinstance(graph, Absorbing) and estimator == "exact_count":
-            masked_T = _exact_count_mask(batch, graph, u_n, generator)
-            draw_T = masked_nats(score_fn, batch, graph, noise, masked_T)
-            count_n, length_n = sum_by_sequence(masked_T, batch), sum_by_sequence(batch.tokens < graph.n_states, batch)
-            pooled_nats_n += sum_by_sequence(draw_T, batch) * count_n / length_n.clamp(min=1)
-            pooled_n += count_n
+            draw_T, masked_T = _exact_count_draws(score_fn, batch, copies, graph, noise, places, generator)
+            count_n, length_n = (sum_by_sequence(what, copies) for what in (masked_T, copies.tokens < graph.n_states))
+            share_n = weight_n * count_n / length_n.clamp(min=1)
+            pooled_nats_n += (share_n * sum_by_sequence(draw_T, copies)).view(-1, n).sum(0)
+            pooled_n += (weight_n * count_n).view(-1, n).sum(0)
         else:
-            draw_T = _integral_draw(score_fn, batch, graph, noise, u_n.float().to(device), generator)
-            draw_T = draw_T + _reconstruction_draw(score_fn, batch, graph, noise, generator)
-        drawn.append(sum_by_sequence(draw_T, batch))
-        nats_T += draw_T / draws
-    nats_kn = torch.stack(drawn)
-    # second differences leave out the trend along t (or k), which strata take out of the mean as well
-    # (Wolter, Introduction to Variance Estimation, 2007, sec. 8.2: v3); first ones of two draws, NaN of one
-    squares_kn = nats_kn.diff(n=2, dim=0).square() / 6 if draws > 2 else nats_kn.diff(dim=0).square() / 2
-    variance_n = squares_kn.mean(0) / draws
+            draw_T = _integral_draws(score_fn, batch, copies, graph, noise, places, generator)
+        draw_T = draw_T * weight_n.index_select(0, copies.segment_ids.to(weight_n.device))
+        drawn.append(sum_by_sequence(draw_T, copies).view(-1, n))
+        nats_T += draw_T.view(len(some), -1).sum(0)
     if estimator == "integral":
         sigma_T = noise(torch.ones(len(batch.tokens), device=device))[0]
         nats_T += to_float64(graph.prior_kl(batch.tokens, sigma_T))
     return NLLBound(
         nats=sum_by_sequence(nats_T, batch).cpu(),
-        standard_error=variance_n.sqrt().cpu(),
+        standard_error=error_of_pairs(torch.cat(drawn)).cpu(),
         residues=sum_by_sequence(batch.tokens < graph.n_states, batch).long().cpu(),
         estimator=estimator,
         draws=draws,
         t_min=noise.t_min,
         token_nats=nats_T.cpu(),
         pooled_nats=pooled_nats_n.cpu(),
-        pooled=pooled_n.long().cpu(),
+        pooled=pooled_n.cpu(),
     )
 
 
-def _integral_draw(
-    score_fn: LogScores, batch: PackedBatch, graph: Graph, noise: Noise, u_n: Tensor, generator: torch.Generator
-) -> Float64[Tensor, " total"]:
-    t = (noise.t_min + (1 - noise.t_min) * u_n).clamp(max=1)
-    sigma_T = noise(t)[0].index_select(0, batch.segment_ids)
-    return integrand(score_fn, batch, graph, noise, t, graph.sample_transition(batch.tokens, sigma_T, generator))
+def strata(draws: int, spread: Callable[[np.ndarray], np.ndarray] = np.square) -> list[tuple[float, float, float]]:
+    """Where each draw lies in [0, 1), low to high, and its weight in the mean.
+
+    Two draws lie in each of draws // 2 strata; the last of an odd number lies anywhere. A draw of a share u of the
+    residues has a standard deviation of about 1 / sqrt(u), which strata that end at the squares of evenly spaced
+    numbers share out evenly (Neyman's allocation; Cochran, Sampling Techniques, 1977, sec. 5.5).
+
+    Args:
+        spread: evenly spaced numbers on [0, 1] to the ends of strata.
+    """
+    pairs = draws // 2
+    ends = spread(np.linspace(0, 1, pairs + 1)).tolist() if pairs else []
+    inside = [(low, high, (high - low) * pairs / draws) for low, high in pairwise(ends) for _ in range(2)]
+    return inside + [(0.0, 1.0, 1 / draws)] * (draws % 2)
+
+
+def spread_of(graph: Graph, noise: Noise) -> Callable[[np.ndarray], np.ndarray]:
+    """The same for times: the share of residues that have moved by then takes the place of u.
+
+    A geometric schedule gives every magnitude of noise its time already, and gets even strata.
+    """
+    if isinstance(noise, GeometricNoise):
+        return lambda even: even
+    place = torch.linspace(0, 1, 1001, dtype=torch.float64)
+    sigma = noise(noise.t_min + (1 - noise.t_min) * place)[0]
+    root = (-torch.expm1(graph.lambda_2 * sigma)).sqrt()
+    root = (root - root[0]) / (root[-1] - root[0])
+    return lambda even: np.interp(even, root.numpy(), place.numpy())
+
+
+def _places(low: float, high: float, n: int, generator: torch.Generator) -> Float64[Tensor, " {n}"]:
+    """(n,) places from low to high, one in each of n equal parts, in random order."""
+    place_n = torch.randperm(n, generator=generator, device=generator.device) + uniform_draws(n, generator)
+    return low + (high - low) * place_n / n
+
+
+def error_of_pairs(weighted_kn: Float64[Tensor, "draws n"]) -> Float64[Tensor, " n"]:
+    """Standard errors of the sums of the draws, two of each stratum, that `strata` weighed."""
+    draws = len(weighted_kn)
+    if draws == 1:
+        return torch.full_like(weighted_kn[0], torch.nan)
+    even = draws - draws % 2
+    first_sn, second_sn = weighted_kn[0:even:2], weighted_kn[1:even:2]
+    return (first_sn - second_sn).square().sum(0).sqrt() * draws / even
+
+
+def _integral_draws(
+    score_fn: LogScores,
+    batch: PackedBatch,
+    copies: PackedBatch,
+    graph: Graph,
+    noise: Noise,
+    places: Sequence[tuple[float, float]],
+    generator: torch.Generator,
+) -> Float64[Tensor, " total_of_copies"]:
+    """A draw of the integral and of the last step for each (low, high), seen together as copies of the batch."""
+    lowest_n = torch.full((len(batch.lengths),), noise.t_min, device=batch.tokens.device)
+    drawn = []
+    for low, high in places:  # drawn in turn, whatever is seen together
+        u_n = _places(low, high, len(batch.lengths), generator).float().to(batch.tokens.device)
+        t_n = (noise.t_min + (1 - noise.t_min) * u_n).clamp(max=1)
+        levels = (noise(times_n)[0].index_select(0, batch.segment_ids) for times_n in (t_n, lowest_n))
+        drawn.append((t_n, *(graph.sample_transition(batch.tokens, sigma_T, generator) for sigma_T in levels)))
+    t_n, xt, last = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+    sigma_n = noise(lowest_n)[0].repeat(len(places))
+    return integrand(score_fn, copies, graph, noise, t_n, xt) + reconstruction(score_fn, copies, graph, sigma_n, last)
 
 
 def integrand(
@@ -147,14 +210,6 @@ def integrand(
     log_score = score_fn(batch.with_tokens(xt), sigma)
     loss_T = to_float64(graph.score_entropy(log_score, sigma_T, xt, batch.tokens))
     return (1 - noise.t_min) * to_float64(dsigma.index_select(0, batch.segment_ids)) * loss_T
-
-
-def _reconstruction_draw(
-    score_fn: LogScores, batch: PackedBatch, graph: Graph, noise: Noise, generator: torch.Generator
-) -> Float64[Tensor, " total"]:
-    sigma = noise(torch.full((len(batch.lengths),), noise.t_min, device=batch.tokens.device))[0]
-    sigma_T = sigma.index_select(0, batch.segment_ids)
-    return reconstruction(score_fn, batch, graph, sigma, graph.sample_transition(batch.tokens, sigma_T, generator))
 
 
 def reconstruction(
@@ -174,13 +229,25 @@ def reconstruction(
     return nats_T
 
 
-def _exact_count_mask(
-    batch: PackedBatch, graph: Absorbing, u_n: Tensor, generator: torch.Generator
-) -> Bool[Tensor, " total"]:
+def _exact_count_draws(
+    score_fn: LogScores,
+    batch: PackedBatch,
+    copies: PackedBatch,
+    graph: Absorbing,
+    noise: Noise,
+    places: Sequence[tuple[float, float]],
+    generator: torch.Generator,
+) -> tuple[Float64[Tensor, " total_of_copies"], Bool[Tensor, " total_of_copies"]]:
+    """A draw of the exact count for each (low, high), seen together as copies of the batch; and what was masked."""
     residue_T = batch.tokens < graph.n_states
     length_n = sum_by_sequence(residue_T, batch).clamp(min=1)
-    count_n = ((u_n.to(length_n) * length_n).floor() + 1).clamp(max=length_n)  # uniform on 1..L
-    return batch.random_subset(residue_T, count_n, uniform_draws(len(residue_T), generator))
+    drawn = []
+    for low, high in places:
+        u_n = _places(low, high, len(batch.lengths), generator).to(length_n)
+        count_n = ((u_n * length_n).floor() + 1).clamp(max=length_n)  # uniform on 1..L
+        drawn.append(batch.random_subset(residue_T, count_n, uniform_draws(len(residue_T), generator)))
+    masked_T = torch.cat(drawn)
+    return masked_nats(score_fn, copies, graph, noise, masked_T), masked_T
 
 
 def masked_nats(
@@ -189,12 +256,19 @@ def masked_nats(
     """What the exact count's draw that masks these residues, k of the L of each sequence (at least one), adds to the
     bound at each token: L / k times the cross-entropies of the masked, nats.
     """
+    nats_T = cross_entropies(score_fn, batch, graph, noise, masked)
+    length_n, count_n = (sum_by_sequence(some, batch) for some in (batch.tokens < graph.n_states, masked))
+    return nats_T * (length_n / count_n.clamp(min=1)).index_select(0, batch.segment_ids.to(length_n.device))
+
+
+def cross_entropies(
+    score_fn: LogScores, batch: PackedBatch, graph: Absorbing, noise: Noise, masked: Bool[Tensor, " total"]
+) -> Float64[Tensor, " total"]:
+    """-log p of each residue that is masked given those that are shown, nats; 0 for the shown."""
     length_n = sum_by_sequence(batch.tokens < graph.n_states, batch).clamp(min=1)
-    count_n = sum_by_sequence(masked, batch).clamp(min=1)
-    sigma = masked_sigma(noise, count_n / length_n).to(batch.tokens.device)
+    sigma = masked_sigma(noise, sum_by_sequence(masked, batch).clamp(min=1) / length_n).to(batch.tokens.device)
     log_score = score_fn(batch.with_tokens(torch.where(masked, graph.mask, batch.tokens)), sigma)
-    nats_T = torch.where(masked, -pick(F.log_softmax(log_score, -1), batch.tokens), 0.0)
-    return to_float64(nats_T) * (length_n / count_n).index_select(0, batch.segment_ids.to(length_n.device))
+    return to_float64(torch.where(masked, -pick(F.log_softmax(log_score, -1), batch.tokens), 0.0))
 
 
 def masked_sigma(noise: Noise, share: Float64[Tensor, " n"]) -> Float32[Tensor, " n"]:

@@ -1,5 +1,6 @@
 """Rate matrices over the 20 amino acids from substitution matrices: what the substitution graph diffuses by."""
 
+import io
 import math
 import re
 from pathlib import Path
@@ -69,7 +70,12 @@ def read_matrix(matrix: str) -> tuple[np.ndarray, str]:
 
     path = Path(matrix)
     try:
-        table = substitution_matrices.read(path) if path.is_file() else substitution_matrices.load(matrix)
+        if path.is_file():
+            table = substitution_matrices.read(io.StringIO(path.read_text(encoding="utf-8-sig")))
+        else:
+            table = substitution_matrices.load(matrix)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{matrix} is no text in UTF-8: {error.reason}") from error
     except FileNotFoundError as error:
         known = ", ".join(
             name

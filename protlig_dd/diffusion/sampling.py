@@ -14,6 +14,7 @@ from torch import Tensor
 
 from protlig_dd.batch import PackedBatch
 from protlig_dd.diffusion.graph import Absorbing, Graph
+from protlig_dd.diffusion.likelihood import pick_estimator
 from protlig_dd.diffusion.noise import Noise
 from protlig_dd.diffusion.numerics import (
     categorical,
@@ -51,7 +52,8 @@ def sample(
     """Sample one pack of sequences of the given lengths.
 
     Runs `steps` reverse steps from t = 1 to t_min, then a denoising step over what noise is left; the mask is never
-    left over. All but the network is computed in float64.
+    left over. Begins with all residues masked where the exact count is the model's bound (and for `ancestral`),
+    elsewhere with a draw of the prior at t = 1. All but the network is computed in float64.
 
     Args:
         lengths: residues of each sequence.
@@ -104,7 +106,9 @@ def sample(
             return draw(sum(lengths), generator).to(home)
         return torch.cat([draw(length, one) for length, one in zip(lengths, generator, strict=True)]).to(home)
 
-    if predictor == "ancestral":
+    # the bound of a network that does not look at the noise is that of a decoder which begins with nothing but masks
+    exact = pick_estimator(graph, score_fn.parametrisation, score_fn.time_conditioning) == "exact_count"
+    if exact or predictor == "ancestral":
         start_R = torch.full((sum(lengths),), graph.n_states, device=home)
     else:
         start_R = per_residue(lambda n, one: graph.sample_limit(n, one, levels[0]))

@@ -5,7 +5,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,12 +13,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from protlig_dd.data.fasta import read_fasta
+from protlig_dd.evaluation.measurements import judge
 from protlig_dd.runtime.tables import csv_lines
 from protlig_dd.tokenizer import AMINO_ACIDS, N_STATES, ProteinTokenizer
 
-MUTATION = re.compile(r"([A-Z])([0-9]+)([A-Z])")
-REFERENCE = ("DMS_id", "target_seq", "UniProt_ID", "coarse_selection_type")
-METRICS = ("spearman", "auc")
+MUTATION = re.compile(r"([A-Z])([0-9]+)([A-Z*=]|DEL)")
+WILD_TYPES = ("WT", "WILDTYPE", "WILD-TYPE", "P.=", "P.(=)")
+REFERENCE = ("DMS_id", "target_seq")
+CLINICAL = {"BENIGN": "1", "PATHOGENIC": "0"}  # what ProteinGym's clinical files have for DMS_score_bin
+NOTHING: Mapping[str, str] = {}
+BREAKDOWNS = ("MSA_Neff_L_category", "taxon")  # of a reference file, where it has them
 
 
 class Indel(NamedTuple):
@@ -48,6 +52,8 @@ class Assay:
     """(rows,) DMS_score; NaN where there is none."""
     fit: np.ndarray
     """(rows,) 1 or 0: DMS_score_bin, else whether DMS_score is above its median; NaN where there is none."""
+    bad: Sequence[str] = ()
+    """What was wrong with rows that were left out."""
 
     @property
     def most_changed(self) -> int:
@@ -59,9 +65,9 @@ class Assay:
         """The first row with insertions or deletions."""
         return next((i for i, variant in enumerate(self.variants) if variant.indel), None)
 
-    def judge(self, scores: np.ndarray) -> dict[str, float | None]:
-        """Spearman's rank correlation with DMS_score and the AUC for DMS_score_bin; None where there is none."""
-        return {"spearman": spearman(scores, self.measured), "auc": auc(scores, self.fit)}
+    def judge(self, scores: np.ndarray) -> dict[str, Any]:
+        """How scores agree with DMS_score and DMS_score_bin, see protlig_dd.evaluation.measurements."""
+        return judge(scores, self.measured, self.fit, [len(variant.substitutions) for variant in self.variants])
 
 
 def read_target(given: str) -> np.ndarray:
@@ -94,6 +100,8 @@ def all_substitutions(target: np.ndarray) -> Assay:
         for residue in range(N_STATES)
         if target[site] < N_STATES and residue != target[site]
     ]
+    if not variants:
+        raise ValueError("the target has no amino acid that could be substituted")
     names = [name_of(variant, target) for variant in variants]
     nothing = np.full(len(variants), np.nan)
     return Assay(["mutant"], [[name] for name in names], variants, names, nothing, nothing)
@@ -107,36 +115,45 @@ def name_of(variant: Variant, target: np.ndarray) -> str:
     )
 
 
-def read_assay(path: Path, target: np.ndarray) -> Assay:
+def read_assay(path: Path, target: np.ndarray, *, offset: int = 0, skip_bad: bool = False) -> Assay:
     """An assay's CSV file.
+
+    Args:
+        offset: what positions in `mutant` are too large by; with 100, M101A changes the target's first residue.
+        skip_bad: leave out rows that cannot be read, and list them; otherwise the first is an error.
 
     Raises:
         ValueError: names the file and, where there is one, the line: no such file, none of the columns, no rows, a
             mutant that is malformed, out of range or not of this target, a `mutated_sequence` with illegal letters or
-            another one than `mutant` makes, a protein that is there twice, a measurement that is no number.
+            another one than `mutant` makes, a measurement that is no number.
     """
     header, lines = read_csv(path)
     if not {"mutant", "mutated_sequence"} & set(header):
         raise ValueError(f"{path}: no column mutant or mutated_sequence; there are {', '.join(header)}")
     if not lines:
         raise ValueError(f"{path}: no rows under the header")
-    variants, seen = [], dict[Variant, str]()
+    variants, kept, bad = [], [], []
     for where, row in lines:
         cells = dict(zip(header, row, strict=True))
-        variant = read_variant(
-            cells.get("mutant", "").strip().upper(), cells.get("mutated_sequence", "").strip().upper(), target, where
-        )
-        if variant in seen:
-            raise ValueError(f"{where}: the same protein as {seen[variant]}")
-        seen[variant] = where
-        variants.append(variant)
-    measured = numbers(header, lines, "DMS_score")
-    labels = numbers(header, lines, "DMS_score_bin")
+        mutant, sequence = (cells.get(name, "").strip().upper() for name in ("mutant", "mutated_sequence"))
+        try:
+            variants.append(read_variant(mutant, sequence, target, where, offset))
+        except ValueError as error:
+            if not skip_bad:
+                raise ValueError(f"{error} (bad_rows=skip leaves such rows out)") from error
+            bad.append(str(error))
+        else:
+            kept.append((where, row))
+    if not kept:
+        raise ValueError(f"{bad[0]}; nor can any other row of {path} be read")
+    measured = numbers(header, kept, "DMS_score")
+    binary = "DMS_bin_score" if "DMS_bin_score" in header else "DMS_score_bin"
+    labels = numbers(header, kept, binary, CLINICAL)
     wrong = np.flatnonzero(~np.isnan(labels) & (labels != 0) & (labels != 1))
     if len(wrong):
-        raise ValueError(f"{lines[wrong[0]][0]}: DMS_score_bin is 0 or 1, got {labels[wrong[0]]:g}")
-    fit = labels if "DMS_score_bin" in header else above_median(measured)
-    return Assay(header, [row for _, row in lines], variants, [where for where, _ in lines], measured, fit)
+        raise ValueError(f"{kept[wrong[0]][0]}: {binary} is 0 or 1, got {labels[wrong[0]]:g}")
+    fit = labels if binary in header else above_median(measured)
+    return Assay(header, [row for _, row in kept], variants, [where for where, _ in kept], measured, fit, bad)
 
 
 def read_csv(path: Path) -> tuple[list[str], list[tuple[str, list[str]]]]:
@@ -148,7 +165,7 @@ def read_csv(path: Path) -> tuple[list[str], list[tuple[str, list[str]]]]:
         raise ValueError(f"{path}: empty")
     header = [cell.strip() for cell in lines[0][1]]
     for name in header:
-        if header.count(name) > 1:
+        if name and header.count(name) > 1:  # a spreadsheet may leave empty columns without a name
             raise ValueError(f"{path}: the column {name} is there {header.count(name)} times")
     for where, row in lines[1:]:
         if len(row) != len(header):
@@ -156,13 +173,20 @@ def read_csv(path: Path) -> tuple[list[str], list[tuple[str, list[str]]]]:
     return header, lines[1:]
 
 
-def numbers(header: list[str], lines: Sequence[tuple[str, list[str]]], column: str) -> np.ndarray:
-    """(rows,) float64; NaN where the cell is empty, NA or NaN, or there is no such column."""
+def numbers(
+    header: list[str], lines: Sequence[tuple[str, list[str]]], column: str, words: Mapping[str, str] = NOTHING
+) -> np.ndarray:
+    """(rows,) float64; NaN where the cell is empty, NA or NaN, or there is no such column.
+
+    Args:
+        words: and the numbers that they stand for.
+    """
     values = np.full(len(lines), np.nan)
     if column in header:
         index = header.index(column)
         for i, (where, row) in enumerate(lines):
             text = row[index].strip()
+            text = words.get(text.upper(), text)
             if text in ("", "NA"):
                 continue
             try:
@@ -174,11 +198,11 @@ def numbers(header: list[str], lines: Sequence[tuple[str, list[str]]], column: s
     return values
 
 
-def read_variant(mutant: str, sequence: str, target: np.ndarray, where: str) -> Variant:
-    """What a row says; `mutant` may repeat the sequence, as ProteinGym's files of indels do."""
+def read_variant(mutant: str, sequence: str, target: np.ndarray, where: str, offset: int = 0) -> Variant:
+    """What a row says, in upper case; `mutant` may repeat the sequence, as ProteinGym's files of indels do."""
     if not mutant and not sequence:
         raise ValueError(f"{where}: neither a mutant nor a mutated_sequence")
-    by_name = read_mutant(mutant, target, where) if mutant and mutant != sequence else None
+    by_name = read_mutant(mutant, target, where, offset) if mutant and mutant != sequence else None
     if not sequence:
         assert by_name is not None
         return by_name
@@ -188,30 +212,59 @@ def read_variant(mutant: str, sequence: str, target: np.ndarray, where: str) -> 
     return by_sequence
 
 
-def read_mutant(mutant: str, target: np.ndarray, where: str) -> Variant:
-    """The substitutions of `A24P:D30N`; `A24A` is none."""
+def read_mutant(mutant: str, target: np.ndarray, where: str, offset: int = 0) -> Variant:
+    """What `A24P:D30N` changes; `;` and `,` separate as well as `:`, three-letter names and HGVS' `p.` are read too.
+
+    `WT` and `A24A` are the wild type, `A24DEL` lacks a residue.
+    """
+    if mutant.strip("_") in WILD_TYPES:
+        return Variant()
     found: dict[int, int] = {}
-    for mutation in mutant.split(":"):
-        if (match := MUTATION.fullmatch(mutation)) is None:
+    mutations = re.split("[:;,]", mutant.removeprefix("P.").strip("[]()"))
+    for mutation in mutations:
+        if (match := MUTATION.fullmatch(one_letter(mutation.strip().removeprefix("P.")))) is None:
             raise ValueError(
                 f"{where}: {mutation!r} is no mutation; write them as A24P or A24P:D30N, "
                 "and whole proteins in a column mutated_sequence"
             )
-        wild, position, letter = match[1], int(match[2]), match[3]
+        wild, number, letter = match[1], int(match[2]), match[3]
+        position, moved = number - offset, f" (offset={offset})" if offset else ""
         if not 1 <= position <= len(target):
-            raise ValueError(f"{where}: {mutation} is at position {position}, but the target has 1 to {len(target)}")
+            raise ValueError(
+                f"{where}: {mutation} is at position {position}{moved}, but the target has 1 to {len(target)}"
+            )
         site = position - 1
         expected = ProteinTokenizer().decode(target[site : site + 1])
         if wild != expected:
-            raise ValueError(f"{where}: {mutation} has {wild} at position {position}, but the target has {expected}")
+            raise ValueError(
+                f"{where}: {mutation} has {wild} at position {position}{moved}, but the target has {expected}"
+            )
+        if letter == "DEL" and len(mutations) == 1:
+            return compare(np.delete(target, site), target, where)
+        if letter in ("DEL", "*"):
+            what = "a deletion beside other changes" if letter == "DEL" else "a stop"
+            raise ValueError(f"{where}: {mutation} is {what}: give the whole protein in a column mutated_sequence")
         if site in found:
             raise ValueError(f"{where}: {mutant} changes position {position} twice")
+        letter = wild if letter == "=" else letter
         if letter not in AMINO_ACIDS:
             raise ValueError(f"{where}: {mutation}: {letter} is none of the amino acids {AMINO_ACIDS}")
         if wild not in AMINO_ACIDS:
             raise ValueError(f"{where}: {mutation} is at {wild} of the target, to which models give no probability")
         found[site] = AMINO_ACIDS.index(letter)
     return Variant(tuple((site, residue) for site, residue in sorted(found.items()) if residue != target[site]))
+
+
+def one_letter(mutation: str) -> str:
+    """`GLY2ALA` -> `G2A`; anything else as it is."""
+    match = re.fullmatch(r"([A-Z]{3})([0-9]+)([A-Z]{3}|[*=])", mutation)
+    if match is None:
+        return mutation
+    from Bio.Data.IUPACData import protein_letters_3to1
+
+    names = {name.upper(): letter for name, letter in protein_letters_3to1.items()} | {"TER": "*"}
+    wild, position, new = match.groups()
+    return f"{names.get(wild, wild)}{position}{names.get(new, new)}"
 
 
 def compare(sequence: np.ndarray, target: np.ndarray, where: str) -> Variant:
@@ -248,28 +301,6 @@ def above_median(measured: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(measured), np.nan, measured > np.nanmedian(measured))
 
 
-def spearman(scores: np.ndarray, measured: np.ndarray) -> float | None:
-    """Spearman's rank correlation where something was measured; None where one of the two is constant."""
-    known = ~np.isnan(measured)
-    if not known.any() or np.ptp(scores[known]) == 0 or np.ptp(measured[known]) == 0:
-        return None
-    from scipy.stats import spearmanr  # takes a second
-
-    return float(spearmanr(scores[known], measured[known]).statistic)
-
-
-def auc(scores: np.ndarray, fit: np.ndarray) -> float | None:
-    """How often a fit variant has a higher score than an unfit one, ties as a half; None without either."""
-    positive, negative = fit == 1, fit == 0
-    pairs = int(positive.sum()) * int(negative.sum())
-    if not pairs:
-        return None
-    from scipy.stats import rankdata
-
-    ranks = rankdata(scores[positive | negative])[positive[positive | negative]]
-    return float((ranks.sum() - len(ranks) * (len(ranks) + 1) / 2) / pairs)
-
-
 class Reference(NamedTuple):
     """One assay of a benchmark."""
 
@@ -280,6 +311,8 @@ class Reference(NamedTuple):
     """UniProt_ID."""
     type: str
     """coarse_selection_type."""
+    more: dict[str, str]
+    """Those of BREAKDOWNS that the file has."""
 
 
 def read_reference(path: Path, folder: Path) -> list[Reference]:
@@ -307,33 +340,12 @@ def read_reference(path: Path, folder: Path) -> list[Reference]:
         if file in found or name in {reference.id for reference in found.values()}:
             raise ValueError(f"{where}: {name} is there twice")
         target = encode(cells["target_seq"].upper(), f"{where}, target_seq")
-        found[file] = Reference(name, folder / file, target, cells["UniProt_ID"], cells["coarse_selection_type"])
+        more = {key: cells[key].capitalize() for key in BREAKDOWNS if cells.get(key)}
+        # clinical files name neither: each assay is a protein of its own
+        protein, kind = cells.get("UniProt_ID") or name, cells.get("coarse_selection_type") or "Clinical"
+        found[file] = Reference(name, folder / file, target, protein, kind, more)
     if not files:
         raise ValueError(f"{folder}: no CSV files in it")
     if unknown := sorted(files - found.keys()):
         raise ValueError(f"{folder / unknown[0]} is not in {path}")
     return list(found.values())
-
-
-def aggregate(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """ProteinGym's average: over the assays of a protein within each type, over a type's proteins, over types.
-
-    Args:
-        results: of each assay: UniProt_ID, coarse_selection_type, spearman and auc (None is left out).
-    """
-    groups: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
-    for result in results:
-        groups.setdefault(result["coarse_selection_type"], {}).setdefault(result["UniProt_ID"], []).append(result)
-    by_type = {
-        kind: {metric: mean(mean(one[metric] for one in assays) for assays in proteins.values()) for metric in METRICS}
-        | {"assays": sum(map(len, proteins.values())), "proteins": len(proteins)}
-        for kind, proteins in sorted(groups.items())
-    }
-    overall = {metric: mean(values[metric] for values in by_type.values()) for metric in METRICS}
-    return {**overall, "assays": len(results), "by_type": by_type}
-
-
-def mean(values: Iterable[float | None]) -> float | None:
-    """Of those that there are; None of none."""
-    known = [value for value in values if value is not None]
-    return math.fsum(known) / len(known) if known else None

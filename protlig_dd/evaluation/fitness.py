@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from protlig_dd.batch import PackedBatch
+from protlig_dd.batch import PackedBatch, split_lengths
 from protlig_dd.diffusion.graph import Absorbing, Graph
 from protlig_dd.diffusion.likelihood import integrand, masked_nats, masked_sigma, pick_estimator, reconstruction
 from protlig_dd.diffusion.noise import Noise
@@ -20,13 +20,15 @@ from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.evaluation.assays import Assay, Variant
 from protlig_dd.runtime.distributed import Processes, gather_objects
 from protlig_dd.runtime.embedding import window
-from protlig_dd.runtime.generate import ALONE, split_lengths
+from protlig_dd.runtime.generate import ALONE
 from protlig_dd.runtime.metrics import ProgressBar
 from protlig_dd.runtime.random import keyed_generator
 from protlig_dd.tokenizer import BOS, EOS, PAD
 
+ASKED_FOR = "as asked for"  # why a strategy was chosen
 GAP = PAD  # where the wild type has a residue that the variant lacks; no graph noises it
 UNMASKED = ("wildtype_marginals", "ratio")  # strategies that see nothing but the wild type
+ONE_BY_ONE = (*UNMASKED, "site_marginals")  # and that look at each site by itself
 CPU = torch.device("cpu")
 
 T = TypeVar("T")
@@ -51,7 +53,9 @@ class Scores:
 
 def strategies_of(graph: Graph) -> tuple[str, ...]:
     """The strategies that a graph has; the first is the one for substitutions."""
-    return ("masked_marginals", "wildtype_marginals", "bound") if isinstance(graph, Absorbing) else ("ratio", "bound")
+    if isinstance(graph, Absorbing):
+        return ("masked_marginals", "site_marginals", "wildtype_marginals", "bound")
+    return ("ratio", "bound")
 
 
 def choose_strategy(wanted: str, graph: Graph, assay: Assay) -> tuple[str, str]:
@@ -75,7 +79,7 @@ def choose_strategy(wanted: str, graph: Graph, assay: Assay) -> tuple[str, str]:
                 f"but strategy={wanted} needs equal lengths; use bound"
             )
     if wanted != "auto":
-        return wanted, "as asked for"
+        return wanted, ASKED_FOR
     return (able[0] if assay.first_indel is None else "bound"), reason
 
 
@@ -108,7 +112,7 @@ def pieces_of(assay: Assay, length: int, longest: int, strategy: str) -> list[Pi
             pieces.append(Piece(number, *around(start, stop, length, size), variant))
         groups: list[list[tuple[int, int]]] = []
         for site, residue in variant.substitutions:
-            if unmasked or not groups or site - groups[-1][0][0] >= longest:
+            if strategy in ONE_BY_ONE or not groups or site - groups[-1][0][0] >= longest:
                 groups.append([])
             groups[-1].append((site, residue))
         for group in groups:
@@ -219,9 +223,10 @@ def score_variants(
         target: (length,) ids of the wild type.
         strategy: one of `strategies_of` the graph:
 
-            - masked_marginals: sum over the changed sites of log p(variant) - log p(wild type), all of them masked
-              (Meier et al. 2021, "Language models enable zero-shot prediction of the effects of mutations on protein
-              function", doi 10.1101/2021.07.09.450648);
+            - masked_marginals: sum over the changed sites of log p(variant) - log p(wild type), all of them masked at
+              once (Meier et al. 2021, "Language models enable zero-shot prediction of the effects of mutations on
+              protein function", doi 10.1101/2021.07.09.450648);
+            - site_marginals: the same, each site masked by itself beside the wild type's residues at the others;
             - wildtype_marginals: the same from one look at the wild type, nothing masked (the same paper);
             - ratio: sum over the changed sites of the log-scores of the wild type at the schedule's smallest noise,
               log p(y) / p(x) itself for a single substitution (arXiv 2310.16834, sec. 3.1);
@@ -268,7 +273,7 @@ def marginals(
     """(pieces,) float64; the network is asked once for each context that they have."""
     contexts: dict[Context, list[int]] = {}
     for i, piece in enumerate(pieces):
-        masked = tuple(site for site, _ in piece.change.substitutions) if strategy == "masked_marginals" else ()
+        masked = () if strategy in UNMASKED else tuple(site for site, _ in piece.change.substitutions)
         contexts.setdefault((piece.start, piece.stop, masked), []).append(i)
     n_states = score_fn.graph.n_states
     least = float(noise(torch.tensor(noise.t_min, dtype=torch.float64))[0])

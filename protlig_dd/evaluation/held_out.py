@@ -119,23 +119,25 @@ def composition_kl(samples: list[np.ndarray], frequencies: np.ndarray) -> float:
     return float((shares[used] * np.log(shares[used] / frequencies[used])).sum())
 
 
-def length_counts(store: StoreGroup, max_len: int) -> list[int]:
-    """How many training sequences have 0, 1, ... max_len residues, as far as the model saw them; for sampling."""
+def length_counts(store: StoreGroup, max_len: int) -> tuple[list[int], int]:
+    """How many training sequences have 0, 1, ... max_len residues, and how many are longer: those the model saw parts
+    of, whose lengths are no lengths of proteins."""
     rows, counts = store.split("train"), np.zeros(max_len + 1, np.int64)
     for start in range(0, len(rows), AT_ONCE):
-        lengths = np.minimum(store.lengths[rows[start : start + AT_ONCE]], max_len)
-        counts += np.bincount(lengths, minlength=max_len + 1)
-    return counts.tolist()
+        lengths = store.lengths[rows[start : start + AT_ONCE]]
+        counts += np.bincount(lengths[lengths <= max_len], minlength=max_len + 1)
+    return counts.tolist(), len(rows) - int(counts.sum())
 
 
 def training_statistics(store: StoreGroup, max_len: int) -> dict[str, Any]:
-    """What samples are compared with: how many training sequences have [0, w), [w, 2w), ... residues, as far as the
-    model saw them, and the share of each amino acid.
+    """What samples are compared with: how many whole training sequences have [0, w), [w, 2w), ... residues, how many
+    were cropped, and the share of each amino acid.
     """
-    counts = length_counts(store, max_len)
+    counts, cropped = length_counts(store, max_len)
     width = -(-len(counts) // LENGTH_BINS)
     return {
         "length_bin": width,
         "length_counts": [sum(counts[start : start + width]) for start in range(0, len(counts), width)],
+        "cropped": cropped,
         "composition": dict(zip(AMINO_ACIDS, training_frequencies(store).tolist(), strict=True)),
     }

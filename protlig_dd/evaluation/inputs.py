@@ -7,8 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
+from protlig_dd.data.encode import is_nucleotide, nucleotide_warning
 from protlig_dd.data.fasta import read_fasta
 from protlig_dd.data.store import HDF5_MAGIC, SPLITS, SequenceStore
+from protlig_dd.runtime.distributed import processes_from_environment
+from protlig_dd.runtime.metrics import announce
 from protlig_dd.tokenizer import ProteinTokenizer
 
 
@@ -18,7 +21,7 @@ def read_sequences(
     """Ids and tokens of a store's split, or of a FASTA file; at most so many, drawn by the seed.
 
     Raises:
-        ValueError: no such file or split, illegal letters, an empty split, fewer than 2 sequences; named.
+        ValueError: no such file or split, illegal letters, an empty split; named.
     """
     if is_store(path):
         store = SequenceStore(path)
@@ -32,9 +35,10 @@ def read_sequences(
         records = [records[i] for i in thinned(np.arange(len(records)), most, seed)]
         ids = [record.id for record in records]
         sequences = [encode(record.sequence.upper(), record.name) for record in records]
-    if len(sequences) < 2:
-        where = f"{path}, split {split}," if store else str(path)
-        raise ValueError(f"{where} has {len(sequences)} sequences; a standard error needs at least 2")
+        if found := sum(is_nucleotide(tokens[1:-1].astype(np.uint8).tobytes()) for tokens in sequences):
+            announce(nucleotide_warning(found, len(records), str(path)), processes_from_environment())
+    if not sequences:
+        raise ValueError(f"{path}: the split {split} is empty")
     return store, ids, sequences
 
 

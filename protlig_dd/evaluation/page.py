@@ -17,7 +17,7 @@ from markupsafe import Markup
 from omegaconf import OmegaConf
 
 from protlig_dd.data.fasta import FastaRecord, read_fasta
-from protlig_dd.evaluation.judges import SETS, written
+from protlig_dd.evaluation.judges import SETS, Figure, written
 from protlig_dd.evaluation.plots import Estimate, Series, dot_plot, plot, smooth, thin
 from protlig_dd.runtime.config import flatten
 from protlig_dd.runtime.files import write_atomic
@@ -288,7 +288,8 @@ def curves(runs: Sequence[Run], names: Sequence[str] | None = None) -> list[Mark
 
     if names is None:
         (run,) = runs
-        plots = [plot("Loss and validation bound", NATS, [*raw_and_smooth(run, "loss", "loss, ", 0),
+        loss = "loss, weights capped, " if has_capped_weights(run) else "loss, "  # which is no bound
+        plots = [plot("Loss and validation bound", NATS, [*raw_and_smooth(run, "loss", loss, 0),
                                                           validation(run, "validation bound", 1)])]  # fmt: skip
     else:
         named = list(enumerate(zip(runs, names, strict=True)))
@@ -303,6 +304,12 @@ def curves(runs: Sequence[Run], names: Sequence[str] | None = None) -> list[Mark
                      for one in raw_and_smooth(run, key, (names or [""])[i], i, factor)]  # fmt: skip
         plots.append(plot(title, unit, lines, from_zero=key != "grad_norm"))
     return [one for one in plots if one]
+
+
+def has_capped_weights(run: Run) -> bool:
+    """Whether the training loss has other weights than the bound (noise.max_weight)."""
+    wanted = run.config.get("noise.max_weight")
+    return wanted is not None and (wanted != "auto" or run.config.get("graph.name") == "absorbing")
 
 
 def shapes(run: Run) -> list[Markup]:
@@ -324,8 +331,11 @@ def shapes(run: Run) -> list[Markup]:
         total = sum(letters[letter] for letter in AMINO_ACIDS)
         drawn = [100 * letters[letter] / total for letter in AMINO_ACIDS]
         composition.append(Series(name, places, drawn, 0, "dots"))
+    x_name = f"residues, at most {run.report['max_len']}"
+    if training.get("cropped"):
+        x_name += f"; {training['cropped']:,} longer proteins are left out"
     return [
-        plot("Length", "% of proteins", lengths, x_name=f"residues, at most {run.report['max_len']}", from_zero=True),
+        plot("Length", "% of proteins", lengths, x_name=x_name, from_zero=True),
         plot("Composition", "% of residues", composition, labels=list(AMINO_ACIDS), from_zero=True),
     ]
 
@@ -334,8 +344,8 @@ def judges_section(run: Run) -> dict[str, Any] | None:
     """The table of judges.json, or that of the report in its place, and the report's other figures of the samples."""
 
     def figure(row: dict[str, Any], column: str) -> str:
-        value, error = (with_nan(row).get(key, math.nan) for key in (column, f"{column}_se"))
-        return written(float(value), float(error)) if isinstance(value, int | float) else str(value)
+        value, *errors = (with_nan(row).get(f"{column}{end}", math.nan) for end in ("", "_se", "_low", "_high"))
+        return written(Figure(float(value), *map(float, errors))) if isinstance(value, int | float) else str(value)
 
     if run.judges:
         judged, note = run.judges["rows"], f"{run.judges['samples']} beside natural proteins of {run.judges['natural']}"

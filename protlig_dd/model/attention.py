@@ -5,7 +5,6 @@ torch_varlen   torch.nn.attention.varlen, the same kernel as shipped with torch;
 sdpa           one scaled_dot_product_attention call per sequence; any device, any float dtype, never pads
 """
 
-import importlib.util
 from collections.abc import Callable
 
 import torch
@@ -71,6 +70,16 @@ def flash_takes(head_dim: int) -> bool:
     return head_dim % 8 == 0 and head_dim <= 256
 
 
+def has_flash_attn() -> bool:
+    """Whether the kernel can be imported: version 4 has a package flash_attn without it, and a build for another torch
+    cannot be loaded."""
+    try:
+        from flash_attn import flash_attn_varlen_qkvpacked_func
+    except ImportError:
+        return False
+    return callable(flash_attn_varlen_qkvpacked_func)
+
+
 def resolve_attention_backend(name: str, device: torch.device, precision: str, head_dim: int) -> str:
     """Turn `auto` into a backend, and refuse an explicit one that cannot run here.
 
@@ -80,14 +89,13 @@ def resolve_attention_backend(name: str, device: torch.device, precision: str, h
     Raises:
         ValueError: an unknown backend, or one that this device, precision or installation does not allow.
     """
-    flash_installed = importlib.util.find_spec("flash_attn") is not None
     if name == "auto":
         if device.type != "cuda" or precision != "bf16" or not flash_takes(head_dim):
             return "sdpa"
-        return "flash_attn" if flash_installed else "torch_varlen"
+        return "flash_attn" if has_flash_attn() else "torch_varlen"
     if name not in _BACKENDS:
         raise ValueError(f"no attention backend {name!r}; the backends are auto, {', '.join(_BACKENDS)}")
-    if name == "flash_attn" and not flash_installed:
+    if name == "flash_attn" and not has_flash_attn():
         raise ValueError(f"model.attention_backend=flash_attn, but flash-attn is not installed: {FLASH_INSTALL}")
     if name != "sdpa" and device.type != "cuda":
         raise ValueError(f"model.attention_backend={name} runs on CUDA, the device is {device}; use sdpa or auto")

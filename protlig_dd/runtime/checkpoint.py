@@ -13,7 +13,8 @@ import json
 import math
 import os
 import shutil
-import tempfile
+import stat
+import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -70,15 +71,16 @@ def save_checkpoint(
     parent = run_folder / "checkpoints"
     parent.mkdir(parents=True, exist_ok=True)
     final = parent / f"step_{step:08d}"
-    temporary = Path(tempfile.mkdtemp(dir=parent, prefix=f".{final.name}."))
+    temporary = parent / f".{final.name}.{uuid.uuid4().hex[:8]}"
     try:
-        temporary.chmod(0o755)
+        temporary.mkdir()
         for stem, named in tensors.items():
             save_file(named, temporary / f"{stem}.safetensors")
         (temporary / "config.yaml").write_text(config_yaml)
         (temporary / "state.json").write_text(json.dumps({"format_version": FORMAT_VERSION, "step": step, **state}))
-        sums = {}
+        mode, sums = stat.S_IMODE((temporary / "state.json").stat().st_mode), {}
         for file in sorted(temporary.iterdir()):
+            file.chmod(mode)  # safetensors makes files for their owner alone, whatever the umask
             with file.open("rb") as handle:
                 sums[file.name] = hashlib.file_digest(handle, "sha256").hexdigest()
                 os.fsync(handle.fileno())

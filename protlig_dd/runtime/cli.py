@@ -31,11 +31,13 @@ from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 from protlig_dd.runtime.components import unknown_key
 from protlig_dd.runtime.config import config_folder, known_keys
 from protlig_dd.runtime.distributed import (
+    Processes,
     RanksFailedError,
     leave_group,
     leave_without_closing,
     processes_from_environment,
 )
+from protlig_dd.runtime.output import let_output_fail
 from protlig_dd.runtime.stop import SIGNALS, Stopped
 
 LONGEST_NAME = 200
@@ -48,16 +50,21 @@ def run_verb(verb: Callable[[DictConfig], None], config_name: str, schema: type,
         schema: the config's dataclass, from which a misspelt key's nearest neighbour is suggested.
         alone: of torchrun's processes, the first does it all.
     """
-    if alone and not processes_from_environment().first:
-        return
+    let_output_fail()
     show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing its own report
-    code, torchrun = 0, processes_from_environment().launch is not None
+    code, processes = 0, Processes(0, 1, 0)
     try:
+        processes = processes_from_environment()
+        if alone and not processes.first:
+            if processes.launch is None:
+                say(f"nothing to do: RANK={processes.rank} is set, and rank 0 does it all", processes)
+            return
+        sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]
         if not wants_help(config_name):
             compose_and_run(Task(verb, schema, sys.argv[1:]), config_name)
     except KeyboardInterrupt:
-        say("interrupted")
+        say("interrupted", processes)
         code = 130
     except (Exception, VerbEnded, Stopped) as error:
         cause = error.args[0] if isinstance(error, VerbEnded) else error
@@ -65,19 +72,19 @@ def run_verb(verb: Callable[[DictConfig], None], config_name: str, schema: type,
         if isinstance(cause, Stopped):
             for number in SIGNALS:  # schedulers repeat themselves; the exit code stands
                 signal.signal(number, signal.SIG_IGN)
-            code = 0 if torchrun else code  # it takes any other code for a failure; a marker tells
+            code = 0 if processes.launch is not None else code  # it takes any other code for a failure; a marker tells
         else:
             if show_traceback:
                 traceback.print_exc()
             elif isinstance(cause, RanksFailedError) and cause.trace and not cause.foreseen:
                 print(cause.trace, file=sys.stderr)
-            if torchrun:
+            if processes.launch is not None:
                 ErrorHandler().record_exception(cause)  # torchrun prints that of the first rank that failed
-        say(message)
+        say(message, processes)
     finally:
         leave_group()
         GlobalHydra.instance().clear()
-    if processes_from_environment().world_size > 1:
+    if processes.world_size > 1:
         leave_without_closing(code)
     if code:
         sys.exit(code)
@@ -163,6 +170,27 @@ def told(error: BaseException, schema: type) -> tuple[str, int]:
     return one_line(error, schema), 1
 
 
+def quoted(argument: str) -> str:
+    """An override that Hydra's grammar takes as it is; where it takes the value for none, the value in quotes.
+
+    A file may be called größe.fasta, a=1.fasta or uniprot (1).fasta.
+    """
+    key, equals, value = argument.partition("=")
+    if not equals or argument.startswith("-"):
+        return argument
+    parser = OverridesParser.create()
+    try:
+        parser.parse_override(argument)
+    except HydraException:
+        escaped = re.sub(r'(\\*)"', r'\1\1\\"', value)
+        trailing = len(escaped) - len(escaped.rstrip("\\"))
+        candidate = f'{key}="{escaped}{chr(92) * trailing}"'
+        with contextlib.suppress(HydraException):
+            parser.parse_override(candidate)
+            return candidate
+    return argument
+
+
 def wants_help(config_name: str) -> bool:
     """Check the command line's form; print the help and return True when it was asked for.
 
@@ -246,7 +274,6 @@ def swept_name(task_overrides: Sequence[str], job_number: int, arguments: Sequen
     return name or str(job_number)
 
 
-def say(message: str) -> None:
-    processes = processes_from_environment()
+def say(message: str, processes: Processes) -> None:
     prefix = f"[rank {processes.rank}] " if processes.world_size > 1 else ""
     print(prefix + message, file=sys.stderr, flush=True)

@@ -7,7 +7,8 @@ error, so a misspelt override can never be ignored.
 import inspect
 import keyword
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -175,6 +176,8 @@ class VariantsConfig:
     reference: str | None
     output: str
     column: str
+    offset: int
+    bad_rows: str
     strategy: str
     draws: int
     seed: int
@@ -194,11 +197,13 @@ class InfillConfig:
     fixed: Any
     contig: str | None
     lengths: str | None
+    best: int | None
     steps: int
     predictor: str
     temperature: float
     top_p: float
     log_bias: Any
+    free_draws: int
     nll_draws: int
     seed: int
     device: str
@@ -311,7 +316,20 @@ def read_config(cfg: DictConfig, schema: type[T]) -> T:
             what = "give a list: [a] or [a,b]"
         raise ValueError(f"{error.full_key}: {what}") from error
     assert isinstance(typed, schema)
-    return typed
+    return at_home(typed)
+
+
+def at_home(value: Any) -> Any:
+    """The value with the home folder for a `~` that paths in it begin with, which shells leave behind `key=`."""
+    if isinstance(value, str):
+        return str(Path(value).expanduser()) if value == "~" or value.startswith("~/") else value
+    if isinstance(value, list):
+        return [at_home(one) for one in value]
+    if isinstance(value, dict):
+        return {key: at_home(one) for key, one in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{field.name: at_home(getattr(value, field.name)) for field in dataclass_fields(value)})
+    return value
 
 
 def spelt(config: Any) -> dict[str, Any]:

@@ -9,13 +9,14 @@ import sys
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
-from protlig_dd.runtime.stop import SIGNALS, STOPPED, Stopped
+from protlig_dd.runtime.stop import STOPPED, Stopped, handled_signals
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,22 @@ class Processes:
 
 
 def processes_from_environment() -> Processes:
-    """What torchrun set; one process without it."""
-    names = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("TORCHELASTIC_RESTART_COUNT", 0)
-    rank, world_size, local_rank, restart = (int(os.environ.get(name, default)) for name, default in names)
+    """What torchrun set; one process without it.
+
+    Raises:
+        ValueError: something else than a number.
+    """
+    names = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("TORCHELASTIC_RESTART_COUNT", 0),
+             ("SLURM_RESTART_COUNT", 0))  # fmt: skip
+    found = []
+    for name, default in names:
+        text = os.environ.get(name) or str(default)
+        if not text.isdecimal():
+            raise ValueError(f"{name}={text}: torchrun sets a number; unset it, or start with torchrun")
+        found.append(int(text))
+    rank, world_size, local_rank, restart, requeues = found
     launch, job = os.environ.get("TORCHELASTIC_RUN_ID"), os.environ.get("SLURM_JOB_ID")
-    return Processes(rank, world_size, local_rank, restart, launch, job, int(os.environ.get("SLURM_RESTART_COUNT", 0)))
+    return Processes(rank, world_size, local_rank, restart, launch, job, requeues)
 
 
 def count_devices(wanted: Any, device: str) -> int:
@@ -63,16 +75,18 @@ def count_devices(wanted: Any, device: str) -> int:
 
 
 def join_group(processes: Processes, device: torch.device, timeout: int) -> None:
-    """Join torchrun's process group: nccl between GPUs, gloo between CPUs. Nothing to do for one process.
+    """Make the device this process's own, and join torchrun's process group, if it is one of several: nccl between
+    GPUs, gloo between CPUs.
 
     Args:
         timeout: seconds that a rank waits for the others before it gives up.
     """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # for one process too: CUDA graphs and new streams are the current device's
     if processes.world_size == 1:
         return
     limit = datetime.timedelta(seconds=timeout)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, timeout=limit)
     else:
         dist.init_process_group("gloo", timeout=limit)
@@ -141,14 +155,16 @@ def launch_ranks(
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
+        local_addr="localhost",  # processes of one machine need no name of it, which may not resolve
         max_restarts=max_restarts,
         start_method="spawn",
         shutdown_timeout=stop_within,
-        signals_to_handle=",".join(number.name for number in SIGNALS),
+        signals_to_handle=",".join(number.name for number in handled_signals()),
         logs_specs=DefaultLogsSpecs(),
     )
     environment, log = run_folder / "environment.json", run_folder / "logs" / "rank_0.log"
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}  # the launcher leaves its own
+    handlers = {number: signal.getsignal(number) for number in handled_signals()}  # the launcher leaves its own
+    start_resource_tracker()
     earlier = os.environ.copy()
     os.environ.update(variables)
     try:
@@ -176,6 +192,15 @@ def launch_ranks(
         os.environ.update(earlier)
     if opened_by(run_folder).get("launch") == config.run_id and (run_folder / STOPPED).is_file():
         raise Stopped(**json.loads((run_folder / STOPPED).read_text()))
+
+
+def start_resource_tracker() -> None:
+    """multiprocessing's own process, which a terminal's SIGHUP would end as any other's: now, with that ignored."""
+    earlier = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        signal.signal(signal.SIGHUP, earlier)
 
 
 def opened_by(run_folder: Path) -> dict[str, Any]:

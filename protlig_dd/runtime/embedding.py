@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from protlig_dd.batch import PackedBatch
+from protlig_dd.batch import PackedBatch, split_lengths
 from protlig_dd.diffusion.noise import Noise
 from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.model.dit import DiT
@@ -54,8 +54,9 @@ def embed(
     layer: int,
     max_len: int,
     device: torch.device,
+    tokens_per_pack: int = 1 << 62,
 ) -> list[Tensor]:
-    """Hidden states of the residues of proteins, computed in one pack.
+    """Hidden states of the residues of proteins.
 
     The network sees the clean sequence (no masks), and where it is conditioned on time the least noise it knows, t_min.
 
@@ -65,19 +66,25 @@ def embed(
         layer: see `DiT.hidden_states`.
         max_len: a longer protein is taken in windows of so many residues, which overlap by half; a residue's state is
             the mean over the windows that it is in.
+        tokens_per_pack: how much is computed at once, a window at least.
 
     Returns: (residues_i, hidden) float32 of each protein, on the CPU.
     """
     starts = [window_starts(len(tokens) - 2, max_len) for tokens in proteins]
     cut = [window(tokens, start, max_len) for tokens, own in zip(proteins, starts, strict=True) for start in own]
-    batch = PackedBatch.pack([torch.from_numpy(np.array(tokens)) for tokens in cut]).to(device)
-    sigma = noise(torch.full((len(cut),), noise.t_min, device=device))[0]
-    with torch.autocast(device.type, dtype=score_fn.autocast, enabled=score_fn.autocast is not None):
-        states_TH = model.hidden_states(batch, sigma if score_fn.time_conditioning else torch.zeros_like(sigma), layer)
-    states = iter(batch.unpack(states_TH.float().cpu()))
+    left, found = iter(cut), list[Tensor]()
+    for lengths in split_lengths([len(tokens) - 2 for tokens in cut], tokens_per_pack):
+        some = [torch.from_numpy(np.array(tokens)) for tokens in itertools.islice(left, len(lengths))]
+        batch = PackedBatch.pack(some).to(device)
+        sigma = noise(torch.full((len(some),), noise.t_min, device=device))[0]
+        with torch.autocast(device.type, dtype=score_fn.autocast, enabled=score_fn.autocast is not None):
+            seen = sigma if score_fn.time_conditioning else torch.zeros_like(sigma)
+            states_TH = model.hidden_states(batch, seen, layer)
+        found += batch.unpack(states_TH.float().cpu())
+    states = iter(found)
     embedded = []
     for tokens, own in zip(proteins, starts, strict=True):
-        sums = torch.zeros(len(tokens) - 2, states_TH.shape[1])
+        sums = torch.zeros(len(tokens) - 2, model.embedding.embedding_dim)
         counts = torch.zeros(len(tokens) - 2, 1)
         for start, state in zip(own, itertools.islice(states, len(own)), strict=True):
             residues = state[torch.from_numpy(window(tokens, start, max_len) < BOS)]

@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 from typing import Any
@@ -60,16 +61,33 @@ def resolve_precision(name: str, device: torch.device) -> str:
 
 
 def resolve_compile(choice: bool | str, device: torch.device) -> bool:
-    """Whether torch.compile is used: `auto` says yes on CUDA, where Triton comes with torch.
+    """Whether torch.compile is used: `auto` says yes on CUDA, where Triton comes with torch, unless it cannot work.
 
     Raises:
-        ValueError: wanted on a CPU that has no C++ compiler.
+        ValueError: wanted on a machine that lacks what it takes.
     """
     if choice == "auto":
-        return device.type == "cuda"
-    if choice and device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
-        raise ValueError("trainer.compile=true needs a C++ compiler on a CPU (g++); install one, or use compile=false")
+        return device.type == "cuda" and missing_to_compile(device) is None
+    if choice and (missing := missing_to_compile(device)):
+        raise ValueError(f"trainer.compile=true needs {missing}; install it, or use trainer.compile=false")
     return bool(choice)
+
+
+def missing_to_compile(device: torch.device) -> str | None:
+    """What torch.compile takes that this machine lacks; None if nothing.
+
+    On a CPU inductor compiles C++; on CUDA Triton compiles a launcher in C, which includes Python.h (its
+    runtime/build.py).
+    """
+    if device.type == "cpu":
+        there = any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
+        return None if there else "a C++ compiler on a CPU (g++)"
+    if device.type == "cuda":
+        if not any(map(shutil.which, (os.environ.get("CC", "gcc"), "gcc", "clang"))):
+            return "a C compiler (gcc)"
+        header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+        return None if header.is_file() else f"Python's headers ({header} is not there; the package python3-dev)"
+    return None
 
 
 def matmul_peak(device: torch.device, precision: str, seconds: float = 0.1, size: int | None = None) -> float:

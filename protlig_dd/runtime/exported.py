@@ -9,6 +9,7 @@ Reading one needs neither Hydra nor HDF5.
 """
 
 import json
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,6 @@ def write_exported(
     """
     folder.mkdir()
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, folder / WEIGHTS)
-    (folder / WEIGHTS).chmod(0o644)  # safetensors makes it for its owner alone
     found = sha256(folder / WEIGHTS)
     if description.get("weights_sha256", found) != found:
         description, card = {**description, "report": None}, None
@@ -80,6 +80,7 @@ def write_exported(
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
     (folder / VOCABULARY).write_text(json.dumps(vocabulary(), indent=1) + "\n")
     (folder / CARD).write_text(card or model_card(description))
+    (folder / WEIGHTS).chmod(stat.S_IMODE((folder / CARD).stat().st_mode))  # safetensors makes it for its owner alone
 
 
 def vocabulary() -> dict[str, Any]:

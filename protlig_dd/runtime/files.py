@@ -9,6 +9,7 @@ import shutil
 import socket
 import sys
 import tempfile
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -19,18 +20,18 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def write_atomic_bytes(path: Path, content: bytes) -> None:
-    """The same of bytes."""
+    """The same of bytes. Who may read it follows from the umask, as for any new file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=f".{path.name}.", delete=False) as handle:
-        try:
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with temporary.open("xb") as handle:
             handle.write(content)
             handle.flush()
             os.fsync(handle.fileno())
-            os.fchmod(handle.fileno(), 0o644)
-            os.replace(handle.name, path)
-        except BaseException:
-            os.unlink(handle.name)
-            raise
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_new(path: Path, text: str) -> None:
@@ -119,6 +120,24 @@ def drop_partial_line(path: Path) -> None:
             file.truncate(content.rfind(b"\n") + 1)
 
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems without them, as some NFS and Lustre are
+
+
+@contextlib.contextmanager
+def lock_may_fail(folder: Path) -> Iterator[None]:
+    """Take or leave a lock in here: where the file system has none, say so and go on without."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        print(
+            f"warning: {folder} is on a file system without locks ({error.strerror}): a second process that writes "
+            "there would not be noticed",
+            file=sys.stderr,
+        )
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold a folder for this process; a lock of POSIX, which ends with the process however that ends.
@@ -130,7 +149,8 @@ def locked(folder: Path) -> Iterator[None]:
     path = folder / "lock"
     with path.open("a+") as file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with lock_may_fail(folder):
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise

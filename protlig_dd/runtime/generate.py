@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from protlig_dd.batch import PackedBatch
+from protlig_dd.batch import PackedBatch, split_lengths
 from protlig_dd.diffusion.likelihood import nll_bound, pick_estimator
 from protlig_dd.diffusion.noise import Noise
 from protlig_dd.diffusion.sampling import sample
@@ -17,7 +17,7 @@ from protlig_dd.runtime.distributed import Processes, gather_objects
 from protlig_dd.runtime.metrics import ProgressBar, announce
 from protlig_dd.runtime.random import keyed_generator, random_key
 from protlig_dd.runtime.steering import Steering, describe_steering
-from protlig_dd.runtime.trained import Trained
+from protlig_dd.runtime.trained import Lengths, Trained
 from protlig_dd.tokenizer import BOS, EOS, MASK, ProteinTokenizer
 
 ALONE = Processes(0, 1, 0)
@@ -80,8 +80,12 @@ def describe_designs(
     *,
     names: Sequence[str],
     numbers: Sequence[int] | None = None,
+    notes: Sequence[str] | None = None,
 ) -> str:
-    """FASTA of samples, with the model's bound on the NLL of each; on every rank, which share the bounds."""
+    """FASTA of samples, with the model's bound on the NLL of each after what else there is to note; on every rank,
+    which share the bounds.
+    """
+    bounds = describe_bounds(trained, samples, numbers, options)
     return designs_fasta(
         samples,
         names=names,
@@ -91,18 +95,18 @@ def describe_designs(
         predictor=options.predictor,
         steps=options.steps,
         more=describe_steering(options),
-        notes=describe_bounds(trained, samples, numbers, draws=options.nll_draws, seed=options.seed),
+        notes=bounds if notes is None else [note + bound for note, bound in zip(notes, bounds, strict=True)],
     )
 
 
 def describe_bounds(
-    trained: Trained, samples: Sequence[np.ndarray], numbers: Sequence[int] | None, *, draws: int, seed: int
+    trained: Trained, samples: Sequence[np.ndarray], numbers: Sequence[int] | None, options: SamplerOptions
 ) -> list[str]:
     """` nll=2.8512 nll_se=0.0113` for each protein: the model's own bound, nats a residue; nothing without draws.
 
     A protein draws from (seed, "bound", its number), by itself, so that its bound does not depend on the others.
     """
-    if not draws:
+    if not options.nll_draws:
         return [""] * len(samples)
     processes, score_fn = trained.processes, trained.score_fn
     estimator = pick_estimator(trained.graph, score_fn.parametrisation, score_fn.time_conditioning)
@@ -110,9 +114,17 @@ def describe_bounds(
     with ProgressBar("NLL bounds", len(mine), shown=processes.first) as bar:
         for i in mine:
             batch = PackedBatch.pack([torch.tensor([BOS, *samples[i].tolist(), EOS])]).to(trained.device)
-            generator = keyed_generator(seed, "bound", i if numbers is None else numbers[i], trained.device)
-            bound = nll_bound(score_fn, batch, trained.graph, trained.noise, generator=generator, draws=draws,
-                              estimator=estimator)  # fmt: skip
+            number = i if numbers is None else numbers[i]
+            bound = nll_bound(
+                score_fn,
+                batch,
+                trained.graph,
+                trained.noise,
+                generator=keyed_generator(options.seed, "bound", number, trained.device),
+                draws=options.nll_draws,
+                estimator=estimator,
+                tokens_at_once=options.tokens_per_pack,
+            )
             residues = max(1, int(bound.residues))  # a design may consist of context letters alone
             notes[i] = f" nll={float(bound.nats) / residues:.4f} nll_se={float(bound.standard_error) / residues:.4f}"
             bar.advance()
@@ -200,19 +212,6 @@ def held_fixed(templates: Sequence[np.ndarray]) -> Callable[[Tensor], Tensor]:
     return project
 
 
-def split_lengths(lengths: Sequence[int], tokens_per_pack: int) -> list[list[int]]:
-    """Cut a list of lengths, in order, into packs of at most tokens_per_pack tokens (each at least one sequence)."""
-    packs: list[list[int]] = []
-    room = 0
-    for length in lengths:
-        if length + 2 > room or not packs:
-            packs.append([])
-            room = tokens_per_pack
-        packs[-1].append(length)
-        room -= length + 2
-    return packs
-
-
 def draw_lengths(counts: Sequence[int], n: int, seed: int) -> list[int]:
     """n lengths, drawn as often as counts[length] says (inverse CDF)."""
     ends = np.cumsum(counts)
@@ -224,19 +223,18 @@ def length_draws(n: int, seed: int) -> np.ndarray:
     return np.random.default_rng(random_key(seed, "lengths", 0)).random(n)
 
 
-def choose_lengths(wanted: str, n: int, seed: int, counts: list[int] | None) -> list[int]:
+def choose_lengths(wanted: str, n: int, seed: int, known: Lengths | None) -> list[int]:
     """n lengths: `empirical` (the training set's), a number, or `shortest-longest` (uniform).
 
-    Args:
-        counts: how many training sequences have each length, as the checkpoint keeps them.
-
     Raises:
-        ValueError: anything else; or a checkpoint without counts, from an earlier version.
+        ValueError: anything else; or empirical ones of a model that knows none.
     """
     if wanted == "empirical":
-        if counts is None:
+        if known is None:
             raise ValueError("this checkpoint does not know its training lengths; give lengths=, such as 100-300")
-        return draw_lengths(counts, n, seed)
+        if not sum(known.counts):
+            raise ValueError(f"no lengths to draw from ({known.told}); give lengths=, such as 100-300")
+        return draw_lengths(known.counts, n, seed)
     low, high = parse_range(wanted, f"lengths={wanted}", ", or empirical")
     return (low + np.floor(length_draws(n, seed) * (high - low + 1)).astype(int)).tolist()
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-EXIT_CODES = {"SIGINT": 130, "SIGTERM": 75, "SIGUSR1": 75, "SIGUSR2": 75, "max_time": 75}
+EXIT_CODES = {"SIGINT": 130, "SIGTERM": 75, "SIGHUP": 75, "SIGUSR1": 75, "SIGUSR2": 75, "max_time": 75}
 """Exit code for each reason to stop; of several the first counts, as a launcher that is interrupted twice sends SIGTERM
 after the SIGINT. 75 (EX_TEMPFAIL of sysexits.h) means: the same command goes on with the run."""
 REASONS = tuple(EXIT_CODES)
@@ -27,6 +27,11 @@ def seconds_of(time_limit: str) -> float:
     if unit not in UNITS or re.fullmatch(r"\d+(\.\d+)?", number) is None:
         raise ValueError(f"trainer.max_time={time_limit}: give a number and its unit, 90s, 30m, 11.5h or 2d")
     return float(number) * UNITS[unit]
+
+
+def handled_signals() -> set[signal.Signals]:
+    """SIGNALS, without SIGHUP where it is ignored, as under nohup."""
+    return {number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN}
 
 
 class Stopped(BaseException):
@@ -61,7 +66,9 @@ class StopRequests:
     def __enter__(self) -> "StopRequests":
         self._earlier = {}
         if threading.current_thread() is threading.main_thread():  # signals cannot be handled elsewhere
-            self._earlier = {number: signal.signal(number, self._handle) for number in {*SIGNALS, signal.SIGALRM}}
+            self._earlier = {
+                number: signal.signal(number, self._handle) for number in {*handled_signals(), signal.SIGALRM}
+            }
         return self
 
     def __exit__(self, *exception: object) -> None:

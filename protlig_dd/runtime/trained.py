@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from omegaconf import OmegaConf
@@ -28,6 +28,33 @@ TIMEOUT = 3600  # seconds that a rank waits for the others
 MODEL_KEYS = ("model", "graph", "noise", "parametrisation", "time_conditioning")  # what a model is, of a run's config
 
 
+class Lengths(NamedTuple):
+    """Of a model's training proteins."""
+
+    counts: list[int]
+    """How many have 0, 1, ... residues, those that were cropped in training left out."""
+    told: str
+    """How many there are, and what was left out."""
+
+
+def lengths_of(counts: list[int] | None, cropped: int | None, max_len: int) -> Lengths | None:
+    """What a checkpoint or an exported model keeps of them; None of one that keeps nothing.
+
+    Args:
+        counts: how many training proteins have 0, 1, ... max_len residues.
+        cropped: how many have more. None is what earlier versions wrote, which counted those as proteins of max_len:
+            what is there is then left out.
+    """
+    if counts is None:
+        return None
+    if cropped is not None:
+        left_out = f"{cropped:,} that are longer were cropped in training and are left out"
+    else:
+        counts, left = [*counts[:max_len], 0], counts[max_len]
+        left_out = f"{left:,} of {max_len}, whole or cropped to it, are left out, as this model cannot tell which"
+    return Lengths(counts, f"{sum(counts):,} training proteins of up to {max_len} residues; {left_out}")
+
+
 @dataclass(frozen=True)
 class Saved:
     """Averaged weights on the disk, and what belongs to them."""
@@ -39,6 +66,8 @@ class Saved:
     step: int
     length_counts: list[int] | None
     """How many training sequences have 0, 1, ... residues."""
+    cropped_sequences: int | None
+    """How many have more than the model saw and are not among those; None where they are, as those of max_len."""
     data_fingerprint: str
     skipped: list[str]
     """What is wrong with newer checkpoints of the same run."""
@@ -60,6 +89,7 @@ def find_saved(path: str) -> Saved:
                 config=config_of(found, folder / DESCRIPTION),
                 step=found["step"],
                 length_counts=found["length_counts"],
+                cropped_sequences=found.get("cropped_sequences"),
                 data_fingerprint=found["data_fingerprint"],
                 skipped=[],
             )
@@ -73,6 +103,7 @@ def find_saved(path: str) -> Saved:
         config=read_config(OmegaConf.load(checkpoint / "config.yaml"), TrainConfig),  # type: ignore[arg-type]
         step=state["step"],
         length_counts=state.get("length_counts"),
+        cropped_sequences=state.get("cropped_sequences"),
         data_fingerprint=state["data_fingerprint"],
         skipped=skipped,
     )
@@ -125,6 +156,7 @@ def describe(saved: Saved, report: dict[str, Any] | None) -> dict[str, Any]:
         **{key: parts.pop(key) for key in MODEL_KEYS},
         "max_len": config.data.max_len,
         "length_counts": saved.length_counts,
+        "cropped_sequences": saved.cropped_sequences,
         "data_fingerprint": saved.data_fingerprint,
         "fine_tuned_from": Path(config.from_).name if config.from_ else None,
         "report": report,
@@ -157,8 +189,8 @@ class Trained:
     """Its file of weights."""
     config: TrainConfig
     step: int
-    length_counts: list[int] | None
-    """How many training sequences have 0, 1, ... residues."""
+    lengths: Lengths | None
+    """Of its training proteins, where that is known."""
     data_fingerprint: str
     model: DiT
     score_fn: ScoreFn
@@ -208,7 +240,7 @@ def load_trained(path: str, *, device: str, precision: str) -> Trained:
         weights=saved.weights,
         config=saved.config,
         step=saved.step,
-        length_counts=saved.length_counts,
+        lengths=lengths_of(saved.length_counts, saved.cropped_sequences, saved.config.data.max_len),
         data_fingerprint=saved.data_fingerprint,
         model=loaded.model,
         score_fn=loaded.score_fn,

@@ -37,10 +37,11 @@ from protlig_dd.runtime.generate import designs_fasta, draw_lengths, generate
 from protlig_dd.runtime.metrics import MetricsLog, announce, console, without_nan
 from protlig_dd.runtime.random import random_key
 from protlig_dd.runtime.stop import StopRequests
+from protlig_dd.runtime.trained import lengths_of
 from protlig_dd.tokenizer import N_STATES, ProteinTokenizer
 from protlig_dd.training.ema import run_length_decay
 from protlig_dd.training.loop import fit
-from protlig_dd.training.optim import learning_rate, make_optimizer
+from protlig_dd.training.optim import learning_rate, make_optimizer, warmup_of
 from protlig_dd.training.plan import count_steps
 from protlig_dd.training.trainer import Trainer
 
@@ -97,6 +98,13 @@ def train(
 
     model = make_model()
     max_steps = count_steps(config, dataset)
+    warmup_steps = warmup_of(optim.warmup_steps, max_steps)
+    if warmup_steps != optim.warmup_steps:
+        announce(
+            f"optim.warmup_steps={optim.warmup_steps} is not below the run's {max_steps} steps: it warms up for "
+            f"{warmup_steps}",
+            processes,
+        )
     if compiled:
         model.compile_blocks(dynamic=device.type != "cuda")
     if compiled and device.type == "cuda":
@@ -130,7 +138,7 @@ def train(
             learning_rate,
             schedule=optim.schedule,
             lr=optim.lr,
-            warmup_steps=optim.warmup_steps,
+            warmup_steps=warmup_steps,
             max_steps=max_steps,
             min_lr_ratio=optim.min_lr_ratio,
             decay_share=optim.decay_share,
@@ -216,6 +224,7 @@ def train(
                 )
                 stack.callback(writer.close)
             if first_step < last_step or trainer.evaluation_due:
+                counts, cropped = length_counts(store, data.max_len)
                 peak = matmul_peak(device, precision)
                 fit(
                     trainer,
@@ -228,7 +237,11 @@ def train(
                     eval_every=control.eval_every,
                     writer=writer,
                     best=best_checkpoint(run_folder)[1],
-                    state={"data_fingerprint": store.fingerprint, "length_counts": length_counts(store, data.max_len)},
+                    state={
+                        "data_fingerprint": store.fingerprint,
+                        "length_counts": counts,
+                        "cropped_sequences": cropped,
+                    },
                     checkpoint_every=control.checkpoint_every,
                     metrics=metrics,
                     peak_flops=float(all_reduce_sum(torch.tensor(peak, dtype=torch.float64))),
@@ -296,12 +309,17 @@ def sample_report(
     metrics: MetricsLog,
 ) -> dict[str, Any]:
     """Sample, write samples/step_N.fasta and log them, and compare the composition with the training split's."""
-    wanted, lengths = config.report, length_counts(store, config.data.max_len)
+    wanted, max_len = config.report, config.data.max_len
+    lengths = lengths_of(*length_counts(store, max_len), max_len)
+    if lengths is None or not sum(lengths.counts):
+        console.print(f"no samples: every training protein has more than data.max_len={max_len} residues")
+        return {}
+    console.print(f"samples get lengths of {lengths.told}")
     frequencies = training_frequencies(store)
     draw = partial(
         generate,
         noise=noise,
-        lengths=draw_lengths(lengths, wanted.samples, config.seed),
+        lengths=draw_lengths(lengths.counts, wanted.samples, config.seed),
         steps=wanted.steps,
         predictor=wanted.predictor,
         tokens_per_pack=config.data.tokens_per_pack,
@@ -334,13 +352,13 @@ def sample_report(
     most = max(wanted.max_sequences, 4 * len(samples))  # for as many controls, and a reference
     places = store.places(subset(store, wanted.split, most, config.seed))
     natural = [
-        store.stores[number].tokens[begin + 1 : begin + 1 + min(residues, config.data.max_len)]
+        store.stores[number].tokens[begin + 1 : begin + 1 + residues]
         for number, begin, residues in zip(*(column.tolist() for column in places), strict=True)
+        if residues <= max_len  # as the samples are
     ]
     if len(judged := samples[: len(natural) // 2]) > 1:  # fewer have no standard errors
-        sets, reference = with_controls(judged, natural, config.seed)
-        judges = cheap_judges(reference, bootstrap=BOOTSTRAP, seed=config.seed)
-        result["judges"] = for_json({name: [ask(some) for some in sets] for name, ask in judges.items()})
+        judges = cheap_judges(with_controls(judged, natural, config.seed), bootstrap=BOOTSTRAP, seed=config.seed)
+        result["judges"] = for_json({name: [ask(some) for some in sets] for name, (ask, sets) in judges.items()})
     if untrained is not None:
         result["untrained_composition_kl"] = composition_kl(draw(untrained, description="untrained")[0], frequencies)
     return result

@@ -50,9 +50,16 @@ from protlig_dd.runtime.distributed import (
     opened_by,
     processes_from_environment,
 )
-from protlig_dd.runtime.environment import describe_environment, resolve_compile, resolve_device, resolve_precision
+from protlig_dd.runtime.environment import (
+    describe_environment,
+    missing_to_compile,
+    resolve_compile,
+    resolve_device,
+    resolve_precision,
+)
 from protlig_dd.runtime.files import free_name, locked, sha256, write_atomic, written_to
 from protlig_dd.runtime.metrics import announce, console, import_wandb
+from protlig_dd.runtime.output import let_output_fail
 from protlig_dd.runtime.stop import STOPPED, Stopped, StopRequests, seconds_of
 from protlig_dd.runtime.trained import find_saved
 from protlig_dd.training.finetune import FREE_KEYS, taken_over
@@ -138,6 +145,7 @@ def run(cfg: DictConfig) -> None:
 def rank_entry(config: TrainConfig, path: Path, deadline: float | None) -> None:
     """What each process that `launch_ranks` starts runs."""
     code = 1
+    let_output_fail()
     try:
         run_rank(config, path, deadline)
         code = 0
@@ -170,6 +178,8 @@ def run_rank(config: TrainConfig, path: Path, deadline: float | None) -> None:
     head_dim = config.model.hidden_size // config.model.n_heads
     backend = resolve_attention_backend(config.model.attention_backend, device, precision, head_dim)
     compiled = resolve_compile(config.trainer.compile, device)
+    if config.trainer.compile == "auto" and device.type == "cuda" and not compiled:
+        announce(f"not compiled, as that needs {missing_to_compile(device)}: slower by a half or so", processes)
     if config.logger.wandb_project:
         import_wandb()
     with contextlib.ExitStack() as stack:

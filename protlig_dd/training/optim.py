@@ -128,6 +128,11 @@ def orthogonal(matrices: Float[Tensor, "n rows columns"], dtype: torch.dtype) ->
     return (x if wide else x.mT).float()
 
 
+def warmup_of(wanted: int, max_steps: int) -> int:
+    """Steps of the warm-up: those that are wanted, or a tenth of a run that would be over by then."""
+    return wanted if wanted < max_steps else max_steps // 10
+
+
 def learning_rate(
     step: int,
     *,

@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from protlig_dd.runtime.cli import run_verb, say
 from protlig_dd.runtime.config import TrainConfig, config_folder
+from protlig_dd.runtime.distributed import Processes
 from protlig_dd.training.launch import run
 
 
@@ -86,7 +87,7 @@ def quoted(text: str) -> str:
 
 
 def fail(message: str) -> NoReturn:
-    say(f"error: {message}")
+    say(f"error: {message}", Processes(0, 1, 0))
     sys.exit(1)
 
 
