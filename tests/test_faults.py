@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -199,6 +200,22 @@ def stopped_by(process: Process, run: Path, number: signal.Signals) -> tuple[int
     process.send_signal(number)
     _, errors = process.communicate(timeout=120)
     return process.returncode, errors
+
+
+@pytest.mark.slow
+@pytest.mark.system
+def test_processes_of_one_machine_need_no_host_name(store: SequenceStore, tmp_path: Path) -> None:
+    """In a namespace of its own, whose name nothing resolves; with new interpreters, as forks keep their server's."""
+    require(may_mount(), "another host name needs root")
+    options = overrides_for(store, "nameless", "trainer.max_steps=2", "trainer.devices=2", "optim.packs_per_step=2")
+    command = " ".join([sys.executable, *TRAINING, *options, "trainer.timeout=60"])
+    done = subprocess.run(
+        ["unshare", "--uts", "bash", "-c", f"hostname no-such-host && {command}"],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT), "PROTLIG_TYPECHECK": "0"},
+        capture_output=True, text=True, timeout=180, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert complete_checkpoints(tmp_path / "runs/nameless")[-1].name == "step_00000002"
 
 
 def test_what_is_ignored_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import spearmanr
 
 from protlig_dd.batch import PackedBatch
 from protlig_dd.data.fasta import FastaRecord, read_fasta
+from protlig_dd.data.store import SequenceStore
 from protlig_dd.diffusion.graph import Absorbing, Uniform
 from protlig_dd.diffusion.noise import LogLinearNoise
 from protlig_dd.diffusion.score import ScoreFn
@@ -347,6 +349,26 @@ def test_the_nll_of_free_residues_is_the_average_over_masks_of_them(conditioned:
     alone = free_draws(score_fn, noise, designs[2:3], Work(torch.device("cpu"), 30), draws=8, seed=0)
     packed = free_draws(score_fn, noise, designs, Work(torch.device("cpu"), 30), draws=8, seed=0)
     assert alone[:, 0] == pytest.approx(packed[:, 2], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_two_seeds_rank_the_redesigns_of_a_loop_alike(trained_run: Path, store: SequenceStore) -> None:
+    """At the default number of draws."""
+    trained = load_trained(str(trained_run), device="cpu", precision="fp32")
+    protein = next(store[row][1:-1] for row in store.split("test") if 60 < len(store[row]) < 130)
+    template = protein.copy()
+    template[20:32] = MASK
+    samples, _ = generate.generate(
+        trained.score_fn, trained.noise, lengths=[len(template)] * 50, steps=8, predictor="analytic", seed=1,
+        tokens_per_pack=8000, device=trained.device, description="redesigning", templates=[template] * 50,
+    )  # fmt: skip
+    designs = [Redesign(str(i), ids, template == MASK, 0) for i, ids in enumerate(samples)]
+    draws = composed("from=x", "input=y", name="infill")["free_draws"]
+    first, second = (
+        free_draws(trained.score_fn, trained.noise, designs, Work(trained.device, 8000), draws=draws, seed=seed).sum(0)
+        for seed in (1, 2)
+    )
+    assert spearmanr(first, second).statistic > 0.9
 
 
 def test_only_masks_of_an_absorbing_graph_rank_designs(

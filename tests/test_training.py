@@ -359,6 +359,13 @@ def test_a_config_elsewhere_builds_on_the_shipped_groups(
                          f"data.path={store.path}", "trainer.max_steps=1", "model=tiny")  # fmt: skip
     assert process.returncode == 0, process.stdout + process.stderr
     assert "lr: 0.007" in (tmp_path / "runs/mine/config.yaml").read_text()
+    (tmp_path / "work").mkdir()  # the folder one stands in comes first, then --work_dir
+    (tmp_path / "mine.yaml").unlink()
+    for folder, name in (("work", "there"), ("", "here")):
+        (tmp_path / folder / "mine.yaml").write_text(f"defaults: [train, _self_]\noptim: {{schedule: {name}}}\n")
+        assert_one_line_error(run_python(*command, "--work_dir", "work"), f"optim.schedule={name}")
+    missing = run_python(*command[:3], "other.yaml", "--work_dir", "work")
+    assert_one_line_error(missing, f"--config other.yaml: no such file (looked in {tmp_path} and {tmp_path}/work)")
 
 
 def test_without_data_the_bundled_sample_is_taken_and_said(run_python: Command, tmp_path: Path) -> None:

@@ -23,10 +23,11 @@ def main() -> None:
     arguments = parse_arguments()
     if not arguments.work_dir.is_dir():
         fail(f"--work_dir {arguments.work_dir}: no such folder")
+    folders = list(dict.fromkeys([Path.cwd(), arguments.work_dir.resolve()]))
     os.chdir(arguments.work_dir)
-    config = arguments.config.resolve()
-    if not config.is_file():
-        fail(f"--config {arguments.config}: no such file (looked in {Path.cwd()})")
+    config = next((file for folder in folders if (file := folder / arguments.config).is_file()), None)
+    if config is None:
+        fail(f"--config {arguments.config}: no such file (looked in {' and '.join(map(str, folders))})")
     for override in arguments.overrides:
         if "=" not in override:
             fail(f"unknown argument {override!r}; behind the flags only Hydra overrides (key=value) may follow")
@@ -66,7 +67,7 @@ def parse_arguments() -> argparse.Namespace:
         "--config",
         type=Path,
         required=True,
-        help="primary config, relative to --work_dir; it may use the shipped groups",
+        help="primary config, relative to the current folder or to --work_dir; it may use the shipped groups",
     )
     parser.add_argument("--datafile", help="store made by `python -m protlig_dd.prepare` (default: the config's)")
     parser.add_argument("--fresh", action="store_true", help="move an existing run of this name aside and start anew")
