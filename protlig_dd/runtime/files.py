@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import os
 import shutil
@@ -125,17 +126,22 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems wit
 
 @contextlib.contextmanager
 def lock_may_fail(folder: Path) -> Iterator[None]:
-    """Take or leave a lock in here: where the file system has none, say so and go on without."""
+    """Take or leave a lock in here: where the file system has none, say so once and go on without."""
     try:
         yield
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-        print(
-            f"warning: {folder} is on a file system without locks ({error.strerror}): a second process that writes "
-            "there would not be noticed",
-            file=sys.stderr,
-        )
+        _tell_of_no_locks(folder, error.errno)
+
+
+@functools.cache
+def _tell_of_no_locks(folder: Path, number: int) -> None:
+    print(
+        f"warning: {folder} is on a file system without locks ({os.strerror(number)}): a second process that writes "
+        "there would not be noticed",
+        file=sys.stderr,
+    )
 
 
 @contextlib.contextmanager
