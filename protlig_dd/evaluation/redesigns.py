@@ -5,8 +5,6 @@ of protlig_dd.diffusion.likelihood with the fixed residues always shown. The des
 so that what differs between them is the residues.
 """
 
-import csv
-import io
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -20,6 +18,7 @@ from protlig_dd.diffusion.noise import Noise
 from protlig_dd.diffusion.numerics import sum_by_sequence, uniform_draws
 from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.evaluation.fitness import CPU, Work
+from protlig_dd.evaluation.inputs import csv_text
 from protlig_dd.runtime.random import keyed_generator
 from protlig_dd.tokenizer import AMINO_ACIDS, BOS, EOS, MASK, N_STATES, ProteinTokenizer
 
@@ -120,11 +119,8 @@ def mutations(ids: np.ndarray, wild_type: np.ndarray) -> str:
 
 def designs_csv(rows: Sequence[tuple[Redesign, str, FreeNLL | None]]) -> str:
     """A row for each design or input, with its mutations: what one orders from. Empty cells are not known."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["name", "sequence", "mutations", "nll_free", "nll_free_se", "score", "score_se"])
+    table = []
     for design, changed, found in rows:
-        figures = () if found is None else found
-        cells = ["" if np.isnan(value) else f"{value:.6f}" for value in figures] or [""] * 4
-        table.writerow([design.name, ProteinTokenizer().decode(design.ids), changed, *cells])
-    return text.getvalue()
+        figures = ["" if np.isnan(value) else value for value in found] if found is not None else [""] * 4
+        table.append([design.name, ProteinTokenizer().decode(design.ids), changed, *figures])
+    return csv_text(["name", "sequence", "mutations", "nll_free", "nll_free_se", "score", "score_se"], table)

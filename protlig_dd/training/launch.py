@@ -179,7 +179,7 @@ def run_rank(config: TrainConfig, path: Path, deadline: float | None) -> None:
     backend = resolve_attention_backend(config.model.attention_backend, device, precision, head_dim)
     compiled = resolve_compile(config.trainer.compile, device)
     if config.trainer.compile == "auto" and device.type == "cuda" and not compiled:
-        announce(f"not compiled, as that needs {missing_to_compile(device)}: slower by a half or so", processes)
+        announce(f"not compiled, as that needs {missing_to_compile(device)}", processes)
     if config.logger.wandb_project:
         import_wandb()
     with contextlib.ExitStack() as stack:
