@@ -2,12 +2,13 @@
 
 python -m protlig_dd.evaluate from=runs/demo input=data/my.h5 split=test output=evaluation
 python -m protlig_dd.evaluate from=runs/demo input=held.fasta train=data/my.h5 output=evaluation
+python -m protlig_dd.evaluate from=runs/tuned compare=runs/demo input=held.fasta output=before_and_after
 """
 
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from omegaconf import DictConfig
 from protlig_dd.batch import PackedBatch, split_lengths
 from protlig_dd.data.store import SequenceStore, StoreGroup
 from protlig_dd.diffusion.graph import Absorbing
-from protlig_dd.diffusion.likelihood import masked_cross_entropy, nll_bound, per_residue, pick_estimator
+from protlig_dd.diffusion.likelihood import ProteinDraws, masked_cross_entropy, nll_bound, per_residue, pick_estimator
 from protlig_dd.evaluation.baselines import Baselines, fit_baselines, training_sequences
 from protlig_dd.evaluation.inputs import csv_text, is_store, read_sequences
 from protlig_dd.runtime.cli import run_verb
@@ -27,13 +28,13 @@ from protlig_dd.runtime.config import EvaluateConfig, read_config
 from protlig_dd.runtime.distributed import gather_objects, opened_by
 from protlig_dd.runtime.files import write_folder
 from protlig_dd.runtime.metrics import ProgressBar, announce, console, without_nan
-from protlig_dd.runtime.random import keyed_generator
+from protlig_dd.runtime.random import places_of_set, protein_draws, protein_keys
 from protlig_dd.runtime.trained import Trained, check_free, check_least, load_trained, run_folder
 from protlig_dd.tokenizer import AMINO_ACIDS, N_STATES
 
 LENGTH_BINS = (0, 50, 100, 200, 300, 400, 500, 750, 1000)  # residues; a bin ends with the number that the next follows
 MASKED_SHARE = 0.15
-COLUMNS = ("bound", "unigram", "bigram", "oadm", "evodiff", "masked")
+COLUMNS = ("bound", "compared", "unigram", "bigram", "oadm", "evodiff", "masked")
 
 
 @dataclass
@@ -61,34 +62,38 @@ def evaluate(cfg: DictConfig) -> None:
                  ("tokens_per_pack", config.tokens_per_pack, 1)))  # fmt: skip
     store, ids, sequences = read_sequences(Path(config.input), config.split, config.max_sequences, config.seed)
     trained = load_trained(config.from_, device=config.device, precision=config.precision)
+    other = None
+    if config.compare is not None:
+        other = load_trained(config.compare, device=config.device, precision=config.precision)
+    max_len = min(model.max_len for model in (trained, other) if model is not None)
     told_by = find_baselines(config.train, store, trained)
     baselines = None if told_by is None else fit_baselines(training_sequences(told_by.stores))
-    cut = sum(len(tokens) - 2 > trained.max_len for tokens in sequences)
-    sequences = [cropped(tokens, trained.max_len) for tokens in sequences]
+    cut = sum(len(tokens) - 2 > max_len for tokens in sequences)
+    sequences = [cropped(tokens, max_len) for tokens in sequences]
     if cut:
-        told = f"{cut} proteins are longer than the {trained.max_len} residues this model was trained on"
-        announce(f"{told}: their first {trained.max_len} are scored", trained.processes)
+        these = "this model was" if other is None else "these models were both"
+        told = f"{cut} proteins are longer than the {max_len} residues {these} trained on"
+        announce(f"{told}: their first {max_len} are scored", trained.processes)
     scored = score(trained, sequences, config, baselines)
+    if other is not None:
+        for one, same in zip(scored, score(other, sequences, replace(config, masked=False), None), strict=True):
+            one.nats["compared"] = same.nats["bound"]
     if not trained.processes.first:
         return
     report = {
-        "run": trained.run,
-        "step": trained.step,
-        "checkpoint": str(trained.checkpoint),
+        **description_of(trained),
         "input": config.input,
         "split": config.split if store else None,
         "sequences": len(scored),
         "cut_to_max_len": cut,
-        "max_len": trained.max_len,
+        "max_len": max_len,
         "residues": sum(one.residues for one in scored),
-        "estimator": pick_estimator(
-            trained.graph, trained.score_fn.parametrisation, trained.score_fn.time_conditioning
-        ),
         "draws": config.draws,
         "seed": config.seed,
         "precision": trained.precision,
         "baseline_store": None if told_by is None else told_by.name,
         "baseline_sequences": None if baselines is None else baselines.sequences,
+        "compared_with": None if other is None else description_of(other),
         **summary(scored),
     }
     table = report_table(report)
@@ -102,6 +107,21 @@ def evaluate(cfg: DictConfig) -> None:
     write_folder(output, files)
     console.print(table)
     console.print(f"{output}: {', '.join(files)}")
+
+
+def estimator_of(trained: Trained) -> str:
+    """The estimator of a model's own bound."""
+    return pick_estimator(trained.graph, trained.score_fn.parametrisation, trained.score_fn.time_conditioning)
+
+
+def description_of(trained: Trained) -> dict[str, Any]:
+    """Which model, and how its bound is estimated."""
+    return {
+        "run": trained.run,
+        "step": trained.step,
+        "checkpoint": str(trained.checkpoint),
+        "estimator": estimator_of(trained),
+    }
 
 
 def cropped(tokens: np.ndarray, max_len: int) -> np.ndarray:
@@ -140,7 +160,10 @@ def own_data(store: SequenceStore | None, trained: Trained) -> StoreGroup | None
 def score(
     trained: Trained, sequences: Sequence[np.ndarray], config: EvaluateConfig, baselines: Baselines | None
 ) -> list[Scored]:
-    """Every sequence once, packs shared out over the ranks; what a pack draws depends on (seed, its number) alone."""
+    """Every sequence once, packs shared out over the ranks; what it draws follows from the seed and the set of
+    sequences, not from their packs."""
+    keys = protein_keys(sequences)
+    places = places_of_set(keys, config.draws, config.seed)
     packs = split_lengths([len(tokens) - 2 for tokens in sequences], config.tokens_per_pack)
     firsts = np.cumsum([0, *map(len, packs)]).tolist()
     processes, mine = trained.processes, range(trained.processes.rank, len(packs), trained.processes.world_size)
@@ -149,8 +172,8 @@ def score(
         for pack in mine:
             indices = range(firsts[pack], firsts[pack + 1])
             some = [sequences[i] for i in indices]
-            generator = keyed_generator(config.seed, "evaluation", pack, trained.device)
-            found.update(zip(indices, score_pack(trained, some, generator, config, baselines), strict=True))
+            drawn = protein_draws(keys[indices], places[:, indices], config.seed)
+            found.update(zip(indices, score_pack(trained, some, drawn, config, baselines), strict=True))
             bar.advance()
     found = {i: one for part in gather_objects(found) for i, one in part.items()}
     return [found[i] for i in range(len(sequences))]
@@ -159,25 +182,25 @@ def score(
 def score_pack(
     trained: Trained,
     sequences: Sequence[np.ndarray],
-    generator: torch.Generator,
+    drawn: ProteinDraws,
     config: EvaluateConfig,
     baselines: Baselines | None,
 ) -> list[Scored]:
     score_fn, graph, noise = trained.score_fn, trained.graph, trained.noise
     batch = PackedBatch.pack([torch.from_numpy(tokens.astype(np.int64)) for tokens in sequences]).to(trained.device)
-    estimator = pick_estimator(graph, score_fn.parametrisation, score_fn.time_conditioning)
-    bound = nll_bound(score_fn, batch, graph, noise, generator=generator, draws=config.draws, estimator=estimator)
+    estimator = estimator_of(trained)
+    bound = nll_bound(score_fn, batch, graph, noise, generator=drawn, draws=config.draws, estimator=estimator)
     per_token, whole, masked = {"bound": bound.token_nats}, {}, {}
     if isinstance(graph, Absorbing):
         oadm = bound
         if estimator != "exact_count":
-            oadm = nll_bound(score_fn, batch, graph, noise, generator=generator, draws=config.draws,
+            oadm = nll_bound(score_fn, batch, graph, noise, generator=drawn, draws=config.draws,
                              estimator="exact_count")  # fmt: skip
         per_token["oadm"] = oadm.token_nats
         whole["evodiff"], masked["evodiff"] = oadm.pooled_nats, oadm.pooled
         if config.masked:
             per_token["masked"], masked["masked"] = masked_cross_entropy(
-                score_fn, batch, graph, share=MASKED_SHARE, draws=config.draws, generator=generator
+                score_fn, batch, graph, share=MASKED_SHARE, draws=config.draws, generator=drawn.generators
             )
     parts = {name: [part.numpy() for part in batch.unpack(nats)] for name, nats in per_token.items()}
     scored = []
@@ -210,8 +233,8 @@ def column(scored: Sequence[Scored], name: str) -> np.ndarray:
 
 
 def summary(scored: Sequence[Scored]) -> dict[str, Any]:
-    """Nats a residue (or a masked token: see Scored) with standard errors over proteins, and differences to the
-    unigram model.
+    """Nats a residue (or a masked token: see Scored) with standard errors over proteins, and paired differences to the
+    unigram model and to the model compared with.
     """
     residues = np.array([one.residues for one in scored])
     found: dict[str, Any] = {}
@@ -223,15 +246,16 @@ def summary(scored: Sequence[Scored]) -> dict[str, Any]:
         if len(scored) == 1 and name == "bound":  # there is no spread between proteins; the draws' own is known
             found["bound_se"] = scored[0].bound_se / scored[0].residues
         found[f"{name}_perplexity"] = float(np.exp(found[name]))
-    for name in ("bound", "bigram"):
-        if name in found and "unigram" in found:
-            difference = column(scored, name) - column(scored, "unigram")
-            found[f"{name}_to_unigram"], found[f"{name}_to_unigram_se"] = per_residue(difference, residues)
+    for name, other in (("bound", "unigram"), ("compared", "unigram"), ("bigram", "unigram"), ("bound", "compared")):
+        if name in found and other in found:
+            difference = column(scored, name) - column(scored, other)
+            found[f"{name}_to_{other}"], found[f"{name}_to_{other}_se"] = per_residue(difference, residues)
     return found
 
 
 NAMES = {
     "bound": "model, NLL bound",
+    "compared": "model compared with, NLL bound",
     "unigram": "unigram model, NLL",
     "bigram": "bigram model, NLL",
     "oadm": "order-agnostic (OADM) NLL",
@@ -259,6 +283,17 @@ def report_table(report: dict[str, Any]) -> str:
             difference = told(report[f"{name}_to_unigram"], report[f"{name}_to_unigram_se"], "+.4f")
         figures = told(nats, error, ".4f"), told(perplexity, perplexity * error, ".3f")
         lines.append(f"| {NAMES[name]} | {' | '.join(figures)} | {difference} |")
+    if "unigram" in report:
+        of_what = f"{report['baseline_sequences']:,} training proteins of {report['baseline_store']}"
+        lines += ["", f"The unigram and bigram models are those of {of_what}."]
+    if "compared" in report:
+        other = report["compared_with"]
+        difference = told(report["bound_to_compared"], report["bound_to_compared_se"], "+.4f")
+        models = f"{report['run']}, step {report['step']}, minus {other['run']}, step {other['step']}"
+        lines += ["", f"{models} ({other['checkpoint']}), paired: {difference} nats/residue; below zero the first is "
+                  "better."]  # fmt: skip
+        if report["estimator"] != other["estimator"]:
+            lines += [f"Their estimators differ: {report['estimator']}, and {other['estimator']} of the second."]
     if report["sequences"] == 1:
         lines += ["", "Of a single protein: the standard error is that of the bound's draws."]
     return "\n".join(lines) + "\n"

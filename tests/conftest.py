@@ -102,16 +102,18 @@ def make_store(path: Path, proteins: list[FastaRecord], *, train: int, held_out:
     build_store(inputs, path)
 
 
+TRAINED = ["experiment=demo", "run.name=small", "data.tokens_per_pack=1200", "data.max_len=300", "model.hidden_size=32",
+           "model.n_heads=2", "trainer.max_steps=40", "trainer.device=cpu", "trainer.precision=fp32",
+           "trainer.eval_every=20", "trainer.eval_max_sequences=10", "report.samples=3", "report.steps=4",
+           "report.draws=2", "report.untrained=false"]  # fmt: skip
+
+
 @pytest.fixture(scope="session")
 def trained_run(store: SequenceStore, python: Command, made_once: MadeOnce) -> Path:
     """The folder of a run of 40 steps on those 360 proteins, for the verbs that use a model."""
-    options = ["experiment=demo", "run.name=small", f"data.path={store.path}", "data.tokens_per_pack=1200",
-               "data.max_len=300", "model.hidden_size=32", "model.n_heads=2", "trainer.max_steps=40",
-               "trainer.device=cpu", "trainer.precision=fp32", "trainer.eval_every=20", "trainer.eval_max_sequences=10",
-               "report.samples=3", "report.steps=4", "report.draws=2", "report.untrained=false"]  # fmt: skip
 
     def fill(folder: Path) -> None:
-        done = python("-m", "protlig_dd.training", *options, cwd=folder)
+        done = python("-m", "protlig_dd.training", *TRAINED, f"data.path={store.path}", cwd=folder)
         assert done.returncode == 0, done.stderr
 
     return made_once("trained", fill) / "runs/small"

@@ -18,14 +18,14 @@ from protlig_dd.batch import PackedBatch
 from protlig_dd.data.build import build_store
 from protlig_dd.data.fasta import FastaRecord
 from protlig_dd.data.store import SPLITS, SequenceStore
-from protlig_dd.diffusion.graph import Absorbing
+from protlig_dd.diffusion.graph import Absorbing, Graph, Uniform
 from protlig_dd.diffusion.likelihood import masked_cross_entropy, nll_bound
-from protlig_dd.diffusion.noise import LogLinearNoise
+from protlig_dd.diffusion.noise import GeometricNoise, LogLinearNoise, Noise
 from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.evaluate import NAMES, Scored, cropped, find_baselines, letter_csv, score, summary
 from protlig_dd.evaluation.baselines import fit_baselines
 from protlig_dd.runtime.config import EvaluateConfig
-from protlig_dd.runtime.random import keyed_generator
+from protlig_dd.runtime.random import places_of_set, protein_draws, protein_keys
 from protlig_dd.runtime.trained import load_trained, run_folder
 from protlig_dd.tokenizer import BOS, EOS, N_STATES, ProteinTokenizer
 
@@ -154,13 +154,14 @@ def test_only_of_a_time_conditioned_model_the_order_agnostic_bound_is_another_on
     trained = load_trained(str(trained_run), device="cpu", precision="fp32")
     model = make_model(time_conditioning=conditioned).eval()
     trained = replace(trained, model=model, score_fn=ScoreFn(model, Absorbing(), "x0", time_conditioning=conditioned))
-    config = EvaluateConfig(from_="", input="", split="test", train=None, output="", draws=2, masked=False,
-                            max_sequences=None, seed=3, device="cpu", precision="fp32",
+    config = EvaluateConfig(from_="", input="", split="test", train=None, compare=None, output="", draws=2,
+                            masked=False, max_sequences=None, seed=3, device="cpu", precision="fp32",
                             tokens_per_pack=10_000)  # fmt: skip
     sequences = [store[row] for row in store.split("test")[:3]]
     scored = score(trained, sequences, config, None)
     batch = PackedBatch.pack([torch.from_numpy(one.astype(np.int64)) for one in sequences])
-    generator = keyed_generator(3, "evaluation", 0, torch.device("cpu"))
+    keys = protein_keys(sequences)
+    generator = protein_draws(keys, places_of_set(keys, 2, 3), 3)
     found = None
     for name, estimator in (("bound", "integral"), ("oadm", "exact_count"))[0 if conditioned else 1 :]:
         found = nll_bound(trained.score_fn, batch, Absorbing(), trained.noise, generator=generator, draws=2,
@@ -174,6 +175,91 @@ def test_only_of_a_time_conditioned_model_the_order_agnostic_bound_is_another_on
     else:
         assert [one.nats["bound"] for one in scored] == pytest.approx(found.nats.tolist())
     assert figures["evodiff"] == pytest.approx(float(found.pooled_nats.sum() / found.pooled.sum()))
+
+
+@pytest.mark.parametrize(
+    ("graph", "noise", "estimator"),
+    [
+        (Absorbing(), LogLinearNoise(), "exact_count"),
+        (Absorbing(), LogLinearNoise(), "integral"),
+        (Uniform(), GeometricNoise(sigma_max=7.0), "integral"),
+    ],
+)
+def test_what_a_protein_draws_follows_from_the_set(graph: Graph, noise: Noise, estimator: str) -> None:
+    """In one pack, in packs of one, in another order: the same masks and times, so that bounds differ by rounding."""
+    score_fn = ScoreFn(make_model(), graph, "x0", time_conditioning=True)
+    proteins = [random_batch([length], seed=length).tokens for length in (9, 30, 4)]
+
+    def bounds(order: list[int], at_once: int, seed: int = 7) -> list[float]:
+        some = [proteins[i] for i in order]
+        keys = protein_keys(one.numpy() for one in some)
+        places, found = places_of_set(keys, 3, seed), {}
+        for first in range(0, 3, at_once):
+            these = slice(first, first + at_once)
+            bound = nll_bound(score_fn, PackedBatch.pack(some[these]), graph, noise, draws=3, estimator=estimator,
+                              generator=protein_draws(keys[these], places[:, these], seed))  # fmt: skip
+            found.update(zip(order[these], bound.nats.tolist(), strict=True))
+        return [found[i] for i in range(3)]
+
+    together = bounds([0, 1, 2], 3)
+    assert bounds([0, 1, 2], 1) == pytest.approx(together, rel=1e-4)
+    assert bounds([2, 0, 1], 2) == pytest.approx(together, rel=1e-4)
+    assert bounds([0, 1, 2], 3, seed=8) != pytest.approx(together, rel=1e-3)
+
+
+def test_the_places_of_a_set_are_stratified_over_it() -> None:
+    keys = protein_keys([np.array([i % 20, i // 20]) for i in range(60)])
+    places = places_of_set(keys, 3, seed=0)
+    assert places.shape == (3, 60)
+    for draw in places:
+        assert sorted((60 * draw).long().tolist()) == list(range(60))
+    assert not torch.equal(places[0], places[1])
+    order = np.random.default_rng(0).permutation(60)
+    torch.testing.assert_close(places_of_set(keys[order], 3, seed=0), places[:, order])
+    assert not torch.equal(places_of_set(keys, 3, seed=1), places)
+
+
+def test_the_page_and_evaluate_have_one_figure(
+    trained_run: Path, store: SequenceStore, tmp_path: Path, run_python: Command
+) -> None:
+    """The run's packs hold 1,200 tokens, these 5,000."""
+    command = ["-m", "protlig_dd.evaluate", f"from={trained_run}", f"input={store.path}", "precision=fp32", "draws=2",
+               "masked=false", "tokens_per_pack=5000"]  # fmt: skip
+    done = run_python(*command, "output=out")
+    assert done.returncode == 0, done.stderr
+    found, page = (json.loads(file.read_text()) for file in (tmp_path / "out/report.json", trained_run / "report.json"))
+    for name, there in (("bound", "nll"), ("unigram", "unigram_nll"), ("bound_to_unigram", "difference")):
+        assert found[name] == pytest.approx(page[there], abs=2e-6)
+        assert found[f"{name}_se"] == pytest.approx(page[f"{there}_se"], abs=2e-6)
+
+
+def test_two_models_are_compared_protein_by_protein(
+    trained_run: Path, store: SequenceStore, tmp_path: Path, run_python: Command
+) -> None:
+    start = trained_run / "checkpoints/step_00000020"
+    command = ["-m", "protlig_dd.evaluate", f"from={trained_run}", f"input={store.path}", "precision=fp32", "draws=2"]
+    done = run_python(*command, f"compare={start}", "output=out")
+    assert done.returncode == 0, done.stderr
+    report, table = json.loads((tmp_path / "out/report.json").read_text()), (tmp_path / "out/report.md").read_text()
+    rows = list(csv.DictReader((tmp_path / "out/per_sequence.csv").read_text().splitlines()))
+    own, other, residues = (
+        np.array([float(row[key]) for row in rows]) for key in ("bound_nats", "compared_nats", "residues")
+    )
+    assert report["compared_with"] == {
+        "run": "small", "step": 20, "checkpoint": str(start), "estimator": "exact_count"}  # fmt: skip
+    for name, nats in (("compared", other), ("bound_to_compared", own - other)):
+        wanted = ratio_and_error(nats, residues)
+        assert (report[name], report[f"{name}_se"]) == pytest.approx(wanted, abs=1e-6)
+    difference, error = ratio_and_error(own - other, residues)
+    assert difference < 0  # of 40 steps and of 20
+    line = f"small, step 40, minus small, step 20 ({start}), paired: {difference:+.4f} ± {error:.4f} nats/residue"
+    assert line in table
+    assert f"of 360 training proteins of {store.path}." in table
+    assert error < ratio_and_error(own, residues)[1]
+    alone = run_python(*command[:-1], "draws=2", "output=alone", f"from={start}")
+    assert alone.returncode == 0, alone.stderr
+    same = csv.DictReader((tmp_path / "alone/per_sequence.csv").read_text().splitlines())
+    assert [float(row["bound_nats"]) for row in same] == pytest.approx(other.tolist(), abs=1e-4)
 
 
 def test_a_letter_that_one_protein_has_costs_no_known_error() -> None:

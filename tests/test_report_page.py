@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from protlig_dd.data.build import build_store
 from protlig_dd.data.fasta import FastaRecord
 from protlig_dd.data.store import SPLITS, SequenceStore, StoreGroup
+from protlig_dd.diffusion.likelihood import per_residue
 from protlig_dd.evaluation.held_out import length_counts, training_frequencies, training_statistics
 from protlig_dd.evaluation.judges import Figure, written
 from protlig_dd.evaluation.page import (
@@ -78,6 +79,13 @@ def copied(trained: Path, tmp_path: Path) -> Callable[[str], Path]:
         return Path(shutil.copytree(trained, tmp_path / "runs" / name, ignore=ignored))
 
     return copy
+
+
+def paired_cells(page: str) -> list[list[str]]:
+    """The columns "minus the first" and its error, a row for each run."""
+    table = page[page.index("minus the first") :]
+    rows = re.findall(r"<tr>(<t[hd].*?)</tr>", table[: table.index("</table>")], re.DOTALL)
+    return [re.findall(r"<td.*?>(.*?)</td>", row)[3:5] for row in rows]
 
 
 def judged(*rows: dict[str, Any]) -> dict[str, Any]:
@@ -309,8 +317,11 @@ def test_one_held_out_protein_is_enough_and_a_run_that_goes_on_keeps_its_reports
     assert f"| bound on the negative log-likelihood | {report['nll']:.4f} ± nan |" in card
     assert page == run_page(read_run(folder))
     assert drawings(comparison_page([read_run(folder)]))
-    done = run_python(*command, "trainer.max_steps=8", "trainer.stop_at_step=6")
+    done = run_python(*command, "trainer.max_steps=8", "trainer.stop_at_step=6", "run.resume=extend")
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "This run has made 6 steps of 8 and has no report yet." in (folder / "report.html").read_text()
+    shutil.copy(folder / "reports/step_00000004/report.json", folder)  # where earlier versions left it
+    write_run_page(folder)
     run = read_run(folder)
     assert (run.last_step, run.report["step"]) == (6, 4)
     page = (folder / "report.html").read_text()
@@ -435,6 +446,24 @@ def test_the_verb_remakes_compares_and_refuses(
     assert ("optim.lr", "0.003", "0.5") in rows
     assert "not of the same proteins" not in page
     assert set(hover_values(page)["Loss, smoothed"]) == {"first", "second"}
+    # protein by protein: the second is 0.01 nats a residue better in all but the first, which is 5 nats worse in all
+    rows_of = list(csv.DictReader((first / "report.csv").read_text().splitlines()))
+    residues = np.array([int(row["residues"]) for row in rows_of])
+    moved = np.where(np.arange(len(residues)) == 0, 5.0, -0.01 * residues)
+    nats = [f"{float(row['nll_nats']) + more:.6f}" for row, more in zip(rows_of, moved, strict=True)]
+    kept = (second / "report.csv").read_text()
+    lines = [",".join([row["id"], row["residues"], one, row["unigram_nats"]])
+             for row, one in zip(rows_of, nats, strict=True)]  # fmt: skip
+    (second / "report.csv").write_text("\n".join(["id,residues,nll_nats,unigram_nats", *lines]))
+    difference, error = per_residue(moved, residues)
+    cells = [f"{difference:.4f}".replace("-", "−"), f"{error:.4f}"]
+    assert paired_cells(comparison_page([read_run(first), read_run(second)])) == [["", ""], cells]
+    (second / "report.csv").write_text(kept.replace(rows_of[0]["id"], "another"))  # not the same proteins
+    assert paired_cells(comparison_page([read_run(first), read_run(second)])) == [["", ""], ["", ""]]
+    (second / "report.csv").write_text("id,residues\nP1,7\n")
+    with pytest.raises(ValueError, match=r"second/report.csv: not what protlig_dd has written"):
+        comparison_page([read_run(first), read_run(second)])
+    (second / "report.csv").write_text(kept)
     (first / "judges.json").write_text("{")
     capsys.readouterr()
     for arguments, parts in (

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,13 +20,16 @@ from safetensors.torch import load_file
 
 from protlig_dd.data.fasta import read_fasta
 from protlig_dd.data.store import SequenceStore
+from protlig_dd.evaluation.page import read_run, run_page
 from protlig_dd.runtime.checkpoint import complete_checkpoints
-from protlig_dd.runtime.config import config_folder
+from protlig_dd.runtime.config import TrainConfig, config_folder, read_config
 from protlig_dd.runtime.metrics import read_metrics
 from protlig_dd.tokenizer import AMINO_ACIDS, ProteinTokenizer
 from protlig_dd.training.job import print_report
+from protlig_dd.training.launch import changes_the_end
 
-from .conftest import Command, Start, assert_one_line_error, require_program, thorough, wait_for
+from .conftest import TRAINED, Command, Start, assert_one_line_error, require_program, thorough, wait_for
+from .test_configs import composed
 
 pytestmark = pytest.mark.slow  # each starts processes that train
 
@@ -99,10 +103,6 @@ def test_stop_and_resume_give_the_undisturbed_runs_bits(
     assert losses[1][8]["attempt"] == 1
     assert losses[1][9]["attempt"] == 2
 
-    report = json.loads((tmp_path / "runs/halves/report.json").read_text())
-    train(run_python, store, "halves", "trainer.max_steps=16")  # nothing left to train: the report is made again
-    assert json.loads((tmp_path / "runs/halves/report.json").read_text()) == report
-
     command = overrides_for(store, "killed", "trainer.max_steps=16", "trainer.checkpoint_every=2")
     victim = start("-m", "protlig_dd.training", *command, new=True)
     wait_for(lambda: complete_checkpoints(tmp_path / "runs/killed"))
@@ -111,6 +111,65 @@ def test_stop_and_resume_give_the_undisturbed_runs_bits(
     again = train(run_python, store, "killed", "trainer.max_steps=16", "trainer.checkpoint_every=2")
     assert "going on from runs/killed/checkpoints/step_" in again
     assert_same_bits(tmp_path / "runs/whole", tmp_path / "runs/killed")
+
+
+def test_a_finished_run_says_so_and_is_extended_by_name_alone(
+    trained_run: Path, store: SequenceStore, run_python: Command, tmp_path: Path
+) -> None:
+    run = tmp_path / "runs/small"
+    shutil.copytree(trained_run, run)
+    command = ["-m", "protlig_dd.training", *TRAINED, f"data.path={store.path}"]
+    report, metrics = (run / "report.json").read_text(), (run / "metrics.jsonl").read_text()
+    (run / "report.html").unlink()  # killed before the page was there
+    again = run_python(*command)
+    assert again.returncode == 0, again.stderr
+    assert "runs/small has finished, at step 40: runs/small/report.html" in again.stdout
+    assert (run / "report.html").read_text() == run_page(read_run(run))
+    refused = run_python(*command, "trainer.max_steps=43")
+    assert_one_line_error(
+        refused, "trainer.max_steps was 40, now 43", "come down to 0.1 of optim.lr=0.003", "run.resume=extend"
+    )
+    fewer = run_python(*command, "trainer.max_steps=39")
+    assert_one_line_error(fewer, "step_00000040 is beyond trainer.max_steps=39")
+    assert (run / "report.json").read_text() == report
+    assert (run / "metrics.jsonl").read_text() == metrics
+    assert not (run / "reports").exists()
+
+    more = run_python(*command, "trainer.max_steps=43", "run.resume=extend")
+    assert more.returncode == 0, more.stderr
+    assert "the earlier report is now in runs/small/reports/step_00000040" in more.stdout
+    assert (run / "reports/step_00000040/report.json").read_text() == report
+    assert {path.name for path in (run / "reports/step_00000040").iterdir()} == {
+        "report.csv", "report.html", "report.json"}  # fmt: skip
+    assert json.loads((run / "report.json").read_text())["step"] == 43
+    assert sorted(read_metrics(run / "metrics.jsonl")) == list(range(1, 44))
+    draws = run_python(*command, "trainer.max_steps=43", "report.draws=3")
+    assert draws.returncode == 0, draws.stderr
+    assert json.loads((run / "report.json").read_text())["draws"] == 3
+    assert json.loads((run / "reports/step_00000043/report.json").read_text())["draws"] == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "refused"),
+    [
+        (["trainer.max_steps=50"], True),
+        (["trainer.max_steps=null", "trainer.epochs=3"], True),
+        (["trainer.max_steps=50", "run.resume=extend"], False),
+        (["trainer.max_steps=50", "optim.min_lr_ratio=1"], False),
+        (["trainer.max_steps=50", "optim.schedule=wsd"], True),
+        (["trainer.max_steps=50", "optim.schedule=wsd", "optim.decay_share=0"], False),
+        (["trainer.max_steps=30"], False),
+    ],
+)
+def test_a_schedule_that_has_come_down_is_not_raised_without_a_word(
+    trained_run: Path, changes: list[str], refused: bool
+) -> None:
+    config = read_config(composed(*TRAINED, *changes), TrainConfig)
+    if refused:
+        with pytest.raises(ValueError, match="learning rate has come down to 0.1 of optim.lr"):
+            changes_the_end(trained_run, config)
+    else:
+        assert changes_the_end(trained_run, config)
 
 
 def test_ctrl_c_is_130_and_the_run_goes_on(
@@ -180,7 +239,7 @@ def test_another_config_or_other_data_is_not_resumed(run_python: Command, store:
     assert_one_line_error(never, "runs/same exists and run.resume=never")
     copy = tmp_path / "elsewhere.h5"
     copy.write_bytes(store.path.read_bytes())
-    out = train(run_python, store, "same", "trainer.max_steps=4", f"data.path={copy}")
+    out = train(run_python, store, "same", "trainer.max_steps=4", f"data.path={copy}", "run.resume=extend")
     assert "going on from" in out  # the same data under another name
     environment = tmp_path / "runs/same/environment.json"
     record = json.loads(environment.read_text())
@@ -220,7 +279,7 @@ def test_a_sweep_has_a_folder_for_each_job_and_fails_with_its_jobs(
         assert f"lr: {lr}" in (folder / "config.yaml").read_text()
         assert complete_checkpoints(folder)
     again = run_python(*sweep, "optim.lr=3e-4,1e-3")
-    assert again.stdout.count("going on from") == 2  # the same sweep finds its runs again
+    assert again.stdout.count("has finished, at step 2") == 2  # the same sweep finds its runs again
     failing = run_python(*sweep, "model.n_heads=4,5")
     assert failing.returncode == 1
     assert "n_heads=5" in failing.stderr
@@ -311,7 +370,7 @@ def test_the_other_processes_train_too(
         assert_one_line_error(changed, "runs/other was started with another config (graph.rates: ")
         assert len(changed.stderr) < 500
         matrix.unlink()  # the rates went with the run
-        assert "going on from" in train(run_python, store, "other", *more, "trainer.max_steps=12")
+        assert "going on from" in train(run_python, store, "other", *more, "trainer.max_steps=12", "run.resume=extend")
         steered = ["n=2", "steps=4", "lengths=50", "temperature=0.8", "log_bias={C:-inf,W:1}"]
         process = run_python("-m", "protlig_dd.sample", "from=runs/other", "output=s.fasta", *steered)
         assert process.returncode == 0, process.stderr
@@ -432,9 +491,10 @@ def test_the_report_is_recomputed_from_its_rows_and_samples(
     assert report["composition_kl"] == pytest.approx(divergence, rel=1e-5)
     weights = load_file(complete_checkpoints(trained_run)[-1] / "model.safetensors")
     assert report["parameters"] == sum(tensor.numel() for tensor in weights.values())
-    print_report(trained_run, 40, report)
+    print_report(trained_run, 40, report, "some.h5")
     said = capsys.readouterr().out
-    for line in (f"NLL bound            {printed['nll']}", f"unigram NLL          {printed['unigram_nll']}",
+    for line in (f"NLL bound            {printed['nll']}",
+                 f"unigram NLL          {printed['unigram_nll']}, of the training split of some.h5",
                  f"paired difference    {printed['difference']}", f"samples              {divergence:.4f}",
                  f"test set, {len(rows)} proteins, {counts.sum():,} residues (the first 300 of each)"):  # fmt: skip
         assert line in said

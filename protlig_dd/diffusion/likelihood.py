@@ -25,6 +25,8 @@ from protlig_dd.batch import PackedBatch
 from protlig_dd.diffusion.graph import Absorbing, Graph
 from protlig_dd.diffusion.noise import GeometricNoise, Noise
 from protlig_dd.diffusion.numerics import (
+    Generators,
+    Sigma,
     Tokens,
     clamp_negative,
     float64_device,
@@ -36,6 +38,7 @@ from protlig_dd.diffusion.numerics import (
 from protlig_dd.diffusion.score import LogScores
 
 ESTIMATORS = ("integral", "exact_count")
+Place = tuple[float, float, Tensor | None]  # the ends of a stratum, and where in it each sequence's draw lies, if given
 FLOOR = 1e-9  # least probability of a residue in the last denoising step
 
 
@@ -60,6 +63,16 @@ class NLLBound:
     """How many residues those are, a draw on average."""
 
 
+@dataclass(frozen=True)
+class ProteinDraws:
+    """What sequences draw whose bounds are not to depend on the pack that they are in."""
+
+    generators: Sequence[torch.Generator]
+    """Each sequence's own."""
+    places: Float64[Tensor, "draws n"]
+    """Where in its stratum each draw of a sequence lies, on [0, 1)."""
+
+
 def pick_estimator(graph: Graph, parametrisation: str, time_conditioning: bool) -> str:
     """exact_count where it is the model's own bound (absorbing, x0, time-free); the integral elsewhere."""
     exact = isinstance(graph, Absorbing) and parametrisation == "x0" and not time_conditioning
@@ -73,7 +86,7 @@ def nll_bound(
     graph: Graph,
     noise: Noise,
     *,
-    generator: torch.Generator,
+    generator: torch.Generator | ProteinDraws,
     draws: int = 8,
     estimator: str = "integral",
     tokens_at_once: int = 0,
@@ -81,8 +94,9 @@ def nll_bound(
     """Bound -log p(x0) of each sequence of a pack; lengths and context letters are given, residues are scored.
 
     Args:
-        draws: Monte-Carlo draws per sequence, two in each stratum of t (or k), see `strata`, at places within it that
-            are stratified over the sequences of the batch.
+        generator: one for all sequences, which stratifies their places in each stratum as well; or what is drawn for
+            each sequence by itself.
+        draws: Monte-Carlo draws per sequence, two in each stratum of t (or k), see `strata`.
         estimator: `integral` for every graph; `exact_count` for the absorbing one, of the decoder that normalises the
             scores of a masked token (which those of x0 are).
         tokens_at_once: the network sees so many of several draws together; one draw at least.
@@ -102,18 +116,25 @@ def nll_bound(
     pooled_nats_n, pooled_n = torch.zeros(2, n, dtype=torch.float64, device=nats_T.device)
     levels = strata(draws) if estimator == "exact_count" else strata(draws, spread_of(graph, noise))
     at_once = max(1, tokens_at_once // len(batch.tokens))
-    for some in (levels[first : first + at_once] for first in range(0, draws, at_once)):
-        places = [(low, high) for low, high, _ in some]
+    given_dn: Sequence[Tensor | None] = [None] * draws
+    generators: Generators
+    if isinstance(generator, torch.Generator):
+        generators = generator
+    else:
+        given_dn, generators = list(generator.places), generator.generators
+    for first in range(0, draws, at_once):
+        some = levels[first : first + at_once]
+        places = [(low, high, given_dn[first + i]) for i, (low, high, _) in enumerate(some)]
         copies = batch if len(some) == 1 else PackedBatch.pack(batch.unpack(batch.tokens) * len(some))
         weight_n = torch.tensor([weight for *_, weight in some], dtype=torch.float64).repeat_interleave(n).to(nats_T)
         if isinstance(graph, Absorbing) and estimator == "exact_count":
-            draw_T, masked_T = _exact_count_draws(score_fn, batch, copies, graph, noise, places, generator)
+            draw_T, masked_T = _exact_count_draws(score_fn, batch, copies, graph, noise, places, generators)
             count_n, length_n = (sum_by_sequence(what, copies) for what in (masked_T, copies.tokens < graph.n_states))
             share_n = weight_n * count_n / length_n.clamp(min=1)
             pooled_nats_n += (share_n * sum_by_sequence(draw_T, copies)).view(-1, n).sum(0)
             pooled_n += (weight_n * count_n).view(-1, n).sum(0)
         else:
-            draw_T = _integral_draws(score_fn, batch, copies, graph, noise, places, generator)
+            draw_T = _integral_draws(score_fn, batch, copies, graph, noise, places, generators)
         draw_T = draw_T * weight_n.index_select(0, copies.segment_ids.to(weight_n.device))
         drawn.append(sum_by_sequence(draw_T, copies).view(-1, n))
         nats_T += draw_T.view(len(some), -1).sum(0)
@@ -163,10 +184,29 @@ def spread_of(graph: Graph, noise: Noise) -> Callable[[np.ndarray], np.ndarray]:
     return lambda even: np.interp(even, root.numpy(), place.numpy())
 
 
-def _places(low: float, high: float, n: int, generator: torch.Generator) -> Float64[Tensor, " {n}"]:
-    """(n,) places from low to high, one in each of n equal parts, in random order."""
-    place_n = torch.randperm(n, generator=generator, device=generator.device) + uniform_draws(n, generator)
-    return low + (high - low) * place_n / n
+def _places(low: float, high: float, inside: Tensor | None, n: int, generator: Generators) -> Float64[Tensor, " {n}"]:
+    """(n,) places from low to high: those given on [0, 1), or one in each of n equal parts, in random order."""
+    if inside is None:
+        assert isinstance(generator, torch.Generator)
+        inside = (torch.randperm(n, generator=generator, device=generator.device) + uniform_draws(n, generator)) / n
+    return low + (high - low) * inside
+
+
+def _uniform(batch: PackedBatch, generator: Generators) -> Float64[Tensor, " total"]:
+    """Draws on [0, 1) for each token, on the device of the batch or on the CPU where that has no float64."""
+    home = float64_device(batch.tokens.device)
+    if isinstance(generator, torch.Generator):
+        return uniform_draws(len(batch.tokens), generator).to(home)
+    return torch.cat([uniform_draws(n, one) for n, one in zip(batch.lengths, generator, strict=True)]).to(home)
+
+
+def _transition(batch: PackedBatch, graph: Graph, sigma_T: Sigma, generator: Generators) -> Tokens:
+    """x_t of a batch, each sequence's from its own generator where there are several."""
+    if isinstance(generator, torch.Generator):
+        return graph.sample_transition(batch.tokens, sigma_T, generator)
+    home = generator[0].device  # once for all: a copy of each would wait for the device
+    parts = zip(batch.unpack(batch.tokens.to(home)), batch.unpack(sigma_T.to(home)), generator, strict=True)
+    return torch.cat([graph.sample_transition(*part) for part in parts]).to(batch.tokens.device)
 
 
 def error_of_pairs(weighted_kn: Float64[Tensor, "draws n"]) -> Float64[Tensor, " n"]:
@@ -185,17 +225,17 @@ def _integral_draws(
     copies: PackedBatch,
     graph: Graph,
     noise: Noise,
-    places: Sequence[tuple[float, float]],
-    generator: torch.Generator,
+    places: Sequence[Place],
+    generator: Generators,
 ) -> Float64[Tensor, " total_of_copies"]:
-    """A draw of the integral and of the last step for each (low, high), seen together as copies of the batch."""
+    """A draw of the integral and of the last step for each place, seen together as copies of the batch."""
     lowest_n = torch.full((len(batch.lengths),), noise.t_min, device=batch.tokens.device)
     drawn = []
-    for low, high in places:  # drawn in turn, whatever is seen together
-        u_n = _places(low, high, len(batch.lengths), generator).float().to(batch.tokens.device)
+    for place in places:  # drawn in turn, whatever is seen together
+        u_n = _places(*place, len(batch.lengths), generator).float().to(batch.tokens.device)
         t_n = (noise.t_min + (1 - noise.t_min) * u_n).clamp(max=1)
         levels = (noise(times_n)[0].index_select(0, batch.segment_ids) for times_n in (t_n, lowest_n))
-        drawn.append((t_n, *(graph.sample_transition(batch.tokens, sigma_T, generator) for sigma_T in levels)))
+        drawn.append((t_n, *(_transition(batch, graph, sigma_T, generator) for sigma_T in levels)))
     t_n, xt, last = (torch.cat(parts) for parts in zip(*drawn, strict=True))
     sigma_n = noise(lowest_n)[0].repeat(len(places))
     return integrand(score_fn, copies, graph, noise, t_n, xt) + reconstruction(score_fn, copies, graph, sigma_n, last)
@@ -235,17 +275,17 @@ def _exact_count_draws(
     copies: PackedBatch,
     graph: Absorbing,
     noise: Noise,
-    places: Sequence[tuple[float, float]],
-    generator: torch.Generator,
+    places: Sequence[Place],
+    generator: Generators,
 ) -> tuple[Float64[Tensor, " total_of_copies"], Bool[Tensor, " total_of_copies"]]:
-    """A draw of the exact count for each (low, high), seen together as copies of the batch; and what was masked."""
+    """A draw of the exact count for each place, seen together as copies of the batch; and what was masked."""
     residue_T = batch.tokens < graph.n_states
     length_n = sum_by_sequence(residue_T, batch).clamp(min=1)
     drawn = []
-    for low, high in places:
-        u_n = _places(low, high, len(batch.lengths), generator).to(length_n)
+    for place in places:
+        u_n = _places(*place, len(batch.lengths), generator).to(length_n)
         count_n = ((u_n * length_n).floor() + 1).clamp(max=length_n)  # uniform on 1..L
-        drawn.append(batch.random_subset(residue_T, count_n, uniform_draws(len(residue_T), generator)))
+        drawn.append(batch.random_subset(residue_T, count_n, _uniform(batch, generator)))
     masked_T = torch.cat(drawn)
     return masked_nats(score_fn, copies, graph, noise, masked_T), masked_T
 
@@ -285,7 +325,7 @@ def masked_cross_entropy(
     *,
     share: float,
     draws: int,
-    generator: torch.Generator,
+    generator: Generators,
 ) -> tuple[Float64[Tensor, " total"], Int64[Tensor, " n"]]:
     """-log p of residues that were masked, `share` of each sequence at a time, given the others: no likelihood.
 
@@ -301,7 +341,7 @@ def masked_cross_entropy(
     nats_T = torch.zeros(len(batch.tokens), dtype=torch.float64, device=float64_device(batch.tokens.device))
     masked_n = torch.zeros(len(batch.lengths), dtype=torch.int64)
     for _ in range(draws):
-        masked_T = batch.random_subset(residue_T, count_n, uniform_draws(len(residue_T), generator))
+        masked_T = batch.random_subset(residue_T, count_n, _uniform(batch, generator))
         log_score = score_fn(batch.with_tokens(torch.where(masked_T, graph.mask, batch.tokens)), sigma)
         nats_T += to_float64(torch.where(masked_T, -pick(F.log_softmax(log_score, -1), batch.tokens), 0.0))
         masked_n += sum_by_sequence(masked_T, batch).long().cpu()

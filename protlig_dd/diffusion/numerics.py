@@ -3,6 +3,8 @@
 Shape suffixes: T tokens, V amino acids, S states.
 """
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float, Float64, Int64, Shaped
 from torch import Tensor
@@ -11,6 +13,8 @@ from protlig_dd.batch import PackedBatch
 
 Tokens = Int64[Tensor, " T"]
 Sigma = Float[Tensor, " T"]
+Generators = torch.Generator | Sequence[torch.Generator]
+"""One for all sequences of a pack; or one for each, and what a sequence draws does not depend on the others."""
 
 
 def log_expm1(sigma: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:

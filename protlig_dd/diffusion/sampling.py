@@ -17,6 +17,7 @@ from protlig_dd.diffusion.graph import Absorbing, Graph
 from protlig_dd.diffusion.likelihood import pick_estimator
 from protlig_dd.diffusion.noise import Noise
 from protlig_dd.diffusion.numerics import (
+    Generators,
     categorical,
     clamp_negative,
     float64_device,
@@ -28,8 +29,6 @@ from protlig_dd.diffusion.score import LEAST, Network, ScoreFn
 from protlig_dd.tokenizer import BOS, EOS
 
 PREDICTORS = ("analytic", "euler", "ancestral")
-
-Generators = torch.Generator | Sequence[torch.Generator]
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from protlig_dd.batch import PackedBatch
-from protlig_dd.data.loader import PackDataset, pack_loader
+from protlig_dd.data.loader import PackDataset
 from protlig_dd.data.plan import AT_ONCE
 from protlig_dd.data.store import SPLITS, StoreGroup
 from protlig_dd.diffusion.graph import Graph
@@ -17,7 +17,7 @@ from protlig_dd.diffusion.score import LogScores
 from protlig_dd.evaluation.inputs import csv_text
 from protlig_dd.runtime.distributed import Processes, gather_objects
 from protlig_dd.runtime.metrics import ProgressBar
-from protlig_dd.runtime.random import keyed_generator
+from protlig_dd.runtime.random import places_of_set, protein_draws, protein_keys
 from protlig_dd.tokenizer import AMINO_ACIDS, N_STATES
 
 LENGTH_BINS = 40  # at most
@@ -66,7 +66,8 @@ def held_out_bound(
     processes: Processes,
     description: str,
 ) -> HeldOut:
-    """Bound every sequence of the dataset once, spread over the ranks; the draws depend on (seed, pack) alone.
+    """Bound every sequence of the dataset once, spread over the ranks; what it draws follows from the seed and the set
+    of sequences, not from their packs.
 
     Args:
         dataset: unshuffled (seed None); sequences beyond its max_len are scored on their first max_len residues.
@@ -74,12 +75,17 @@ def held_out_bound(
     """
     log_unigram = torch.from_numpy(np.log(unigram))
     packs = range(processes.rank, len(dataset), processes.world_size)
+    batches = map(dataset.__getitem__, range(len(dataset)))
+    keys_of = [protein_keys(tokens.numpy() for tokens in batch.unpack(batch.tokens)) for batch in batches]
+    places = places_of_set(np.concatenate(keys_of), draws, seed)
+    firsts = np.cumsum([0, *map(len, keys_of)])
     parts: list[tuple[np.ndarray, ...]] = []
     with ProgressBar(description, len(packs), shown=processes.first) as bar:
-        for pack, batch in zip(packs, pack_loader(dataset, packs, workers=0, pin_memory=False), strict=True):
-            generator = keyed_generator(seed, "evaluation", pack, device)
+        for pack in packs:
+            batch = dataset[pack]
+            drawn = protein_draws(keys_of[pack], places[:, firsts[pack] : firsts[pack + 1]], seed)
             bound = nll_bound(
-                score_fn, batch.to(device), graph, noise, generator=generator, draws=draws, estimator=estimator
+                score_fn, batch.to(device), graph, noise, generator=drawn, draws=draws, estimator=estimator
             )
             expected = (-residue_counts(batch) @ log_unigram).numpy()
             parts.append((batch.rows.numpy(), bound.nats.numpy(), bound.residues.numpy(), expected))

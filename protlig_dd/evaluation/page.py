@@ -3,6 +3,7 @@
 A page is made from the run folder alone, of whatever is there: a run that was stopped has no report.json yet.
 """
 
+import csv
 import itertools
 import json
 import math
@@ -17,6 +18,7 @@ from markupsafe import Markup
 from omegaconf import OmegaConf
 
 from protlig_dd.data.fasta import FastaRecord, read_fasta
+from protlig_dd.diffusion.likelihood import per_residue
 from protlig_dd.evaluation.judges import SETS, Figure, written
 from protlig_dd.evaluation.plots import Estimate, Series, dot_plot, plot, smooth, thin
 from protlig_dd.runtime.config import flatten
@@ -159,7 +161,7 @@ def run_page(run: Run) -> str:
         ) + (f" · {device} in {run.environment.get('precision')}" if device else ""),
         notices=notices,
         figures=headline(run, what, bounds),
-        bounds=bounds_section(what, bounds),
+        bounds=bounds_section(what, bounds, run.environment.get("data_path")),
         curves=curves([run]),
         shapes=shapes(run),
         judges=judges_section(run),
@@ -181,24 +183,54 @@ def comparison_page(runs: Sequence[Run]) -> str:
     }
     estimates = [Estimate(name, bounds["nll"], bounds["nll_se"], i)
                  for i, (name, (_, bounds)) in enumerate(zip(names, found, strict=True)) if bounds]  # fmt: skip
+    nats = [nats_of_proteins(run) for run in runs]
     rows = [
-        [name, what, *with_error(bounds, "nll"), *with_error(bounds, "unigram_nll"), *with_error(bounds, "difference"),
-         f"{bounds['step']:,}", f"{bounds['sequences']:,}"]
-        for name, (what, bounds) in zip(names, found, strict=True) if bounds
+        [name, what, *with_error(bounds, "nll"), *paired(own, nats[0]), *with_error(bounds, "unigram_nll"),
+         *with_error(bounds, "difference"), f"{bounds['step']:,}", f"{bounds['sequences']:,}"]
+        for name, own, (what, bounds) in zip(names, nats, found, strict=True) if bounds
     ]  # fmt: skip
-    head = ["run", "on", "bound", "± SE", "unigram", "± SE", "difference", "± SE", "step", "proteins"]
+    head = ["run", "on", "bound", "± SE", "minus the first", "± SE", "unigram", "± SE", "minus unigram", "± SE",
+            "step", "proteins"]  # fmt: skip
     return render(
         title="Comparison of runs" if len(runs) > 1 else runs[0].name,
         subtitle=", ".join(names),
         notices=["The bounds are not of the same proteins: compare each with its own unigram model."]
         if len(scored) > 1 else [],
         bounds={"plot": dot_plot("Bound", NATS, estimates), "head": head, "rows": rows, "wide": True,
-                "note": "Nats per residue, averaged weights. Bars are two standard errors each way; runs scored on the "
-                "same proteins share their ups and downs, so that differences are more certain than the bars say."}
+                "note": "Nats per residue, averaged weights. Bars are two standard errors each way; the difference to "
+                "the first run is paired, protein by protein, and more certain than the bars say. It is left out where "
+                "the proteins are not the same. Each unigram model is that of its run's own training split: "
+                + "; ".join(f"{name}: {run.environment.get('data_path', 'unknown')}"
+                            for name, run in zip(names, runs, strict=True)) + "."}
         if rows else None,
         curves=curves(runs, names),
         differing={"head": ["key", *names], "rows": differing_keys([run.config for run in runs])},
     )  # fmt: skip
+
+
+def nats_of_proteins(run: Run) -> list[tuple[str, int, float]]:
+    """(id, residues, nats of its bound) of each protein that the report scored; [] where there is no report.
+
+    Raises:
+        ValueError: a file that protlig_dd has not written, named.
+    """
+    path = run.folder / "report.csv"
+    if not run.report or not path.is_file():
+        return []
+    try:
+        rows = csv.DictReader(path.read_text().splitlines())
+        return [(row["id"], int(row["residues"]), float(row["nll_nats"])) for row in rows]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not what protlig_dd has written ({error!r})") from error
+
+
+def paired(own: list[tuple[str, int, float]], first: list[tuple[str, int, float]]) -> list[str]:
+    """The difference to the first run a residue and its standard error; empty cells where the proteins differ."""
+    if own is first or not own or [row[:2] for row in own] != [row[:2] for row in first]:
+        return ["", ""]
+    nats = np.array([mine[2] - other[2] for mine, other in zip(own, first, strict=True)])
+    difference, error = per_residue(nats, np.array([row[1] for row in own]))
+    return with_error({"d": difference, "d_se": error}, "d")
 
 
 def render(**content: Any) -> str:
@@ -241,10 +273,11 @@ def headline(run: Run, what: str, bounds: dict[str, Any]) -> list[tuple[str, str
     return found
 
 
-def bounds_section(what: str, bounds: dict[str, Any]) -> dict[str, Any] | None:
+def bounds_section(what: str, bounds: dict[str, Any], data: str | None) -> dict[str, Any] | None:
     """Dots and a table of the model's bound and every baseline that the figures have, `NAME_nll` with `NAME_nll_se`."""
     if not bounds:
         return None
+    of_what = f" of {data}" if data else ""
     precision = f", {bounds['precision']}" if "precision" in bounds else ""
     baselines = [key for key in bounds if key.endswith("_nll") and f"{key}_se" in bounds]
     kept = [("this model, bound", "nll"), *((f"{key.removesuffix('_nll')} model", key) for key in baselines)]
@@ -257,6 +290,7 @@ def bounds_section(what: str, bounds: dict[str, Any]) -> dict[str, Any] | None:
         "rows": rows,
         "note": f"The {what}: {bounds['sequences']:,} proteins, {bounds['residues']:,} residues, step "
         f"{bounds['step']:,}, averaged weights{precision}. "
+        f"The unigram model is that of the training split{of_what}. "
         "Lower is better; bars are two standard errors each way.",
     }
 

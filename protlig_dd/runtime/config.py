@@ -230,6 +230,7 @@ class EvaluateConfig:
     input: str
     split: str
     train: str | None
+    compare: str | None
     output: str
     draws: int
     masked: bool

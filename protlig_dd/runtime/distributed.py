@@ -75,15 +75,15 @@ def count_devices(wanted: Any, device: str) -> int:
 
 
 def join_group(processes: Processes, device: torch.device, timeout: int) -> None:
-    """Make the device this process's own, and join torchrun's process group, if it is one of several: nccl between
-    GPUs, gloo between CPUs.
+    """Make the device this process's own, and join torchrun's process group, if it is one of several and has not yet:
+    nccl between GPUs, gloo between CPUs.
 
     Args:
         timeout: seconds that a rank waits for the others before it gives up.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)  # for one process too: CUDA graphs and new streams are the current device's
-    if processes.world_size == 1:
+    if processes.world_size == 1 or dist.is_initialized():
         return
     limit = datetime.timedelta(seconds=timeout)
     if device.type == "cuda":

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -269,16 +270,18 @@ def train(
             report["precision"] = precision
             if processes.first:
                 report |= {"parameters": parameters, "training": training_statistics(store, data.max_len)}
-            if metrics is not None and config.report.samples:
-                untrained = make_score(make_model().eval()) if config.report.untrained else None
-                report |= sample_report(
-                    config, store, run_folder, max_steps, trainer.eval_score_fn, untrained, noise, device, metrics
-                )
+            if config.report.samples:
+                # of a fine-tune, the untrained network is not what it began with
+                wanted = config.report.untrained and config.from_ is None
+                untrained = make_score(make_model().eval()) if wanted else None
+                samples = draw_samples(config, store, trainer.eval_score_fn, untrained, noise, device, processes)
+                if metrics is not None and samples is not None:
+                    report |= sample_report(config, store, run_folder, max_steps, samples, metrics)
         if processes.first:
             write_atomic(run_folder / "report.csv", per_sequence(store, held))
             write_atomic(run_folder / "report.json", json.dumps(without_nan(report), indent=1) + "\n")
             write_run_page(run_folder)
-            print_report(run_folder, max_steps, report)
+            print_report(run_folder, max_steps, report, store.name)
 
 
 def subset(store: StoreGroup, split: str, most: int, seed: int) -> np.ndarray:
@@ -297,25 +300,33 @@ def subset(store: StoreGroup, split: str, most: int, seed: int) -> np.ndarray:
     return rows
 
 
-def sample_report(
+@dataclass(frozen=True)
+class Samples:
+    """Amino-acid ids of what the model gives, and of what the untrained network gives where that was asked for."""
+
+    trained: list[np.ndarray]
+    untrained: list[np.ndarray] | None
+    clamped_draws: float
+    """The share of the draws that had a negative probability."""
+
+
+def draw_samples(
     config: TrainConfig,
     store: StoreGroup,
-    run_folder: Path,
-    step: int,
     score_fn: ScoreFn,
     untrained: ScoreFn | None,
     noise: Noise,
     device: torch.device,
-    metrics: MetricsLog,
-) -> dict[str, Any]:
-    """Sample, write samples/step_N.fasta and log them, and compare the composition with the training split's."""
+    processes: Processes,
+) -> Samples | None:
+    """Proteins of lengths of the training split, sampled by all ranks together; the same on each. None where no
+    training protein is whole."""
     wanted, max_len = config.report, config.data.max_len
     lengths = lengths_of(*length_counts(store, max_len), max_len)
     if lengths is None or not sum(lengths.counts):
-        console.print(f"no samples: every training protein has more than data.max_len={max_len} residues")
-        return {}
-    console.print(f"samples get lengths of {lengths.told}")
-    frequencies = training_frequencies(store)
+        announce(f"no samples: every training protein has more than data.max_len={max_len} residues", processes)
+        return None
+    announce(f"samples get lengths of {lengths.told}", processes)
     draw = partial(
         generate,
         noise=noise,
@@ -325,8 +336,20 @@ def sample_report(
         tokens_per_pack=config.data.tokens_per_pack,
         seed=config.seed,
         device=device,
+        processes=processes,
     )
     samples, counts = draw(score_fn, description="sampling")
+    others = None if untrained is None else draw(untrained, description="untrained")[0]
+    return Samples(samples, others, counts["clamped"] / counts["draws"])
+
+
+def sample_report(
+    config: TrainConfig, store: StoreGroup, run_folder: Path, step: int, drawn: Samples, metrics: MetricsLog
+) -> dict[str, Any]:
+    """Write samples/step_N.fasta and log them, and compare them with the training split's composition and with
+    proteins of a split."""
+    wanted, max_len = config.report, config.data.max_len
+    samples, frequencies = drawn.trained, training_frequencies(store)
     file = run_folder / "samples" / f"step_{step:08d}.fasta"
     names = [f"{run_folder.name}_{i}" for i in range(1, len(samples) + 1)]
     text = designs_fasta(
@@ -346,7 +369,7 @@ def sample_report(
     result = {
         "samples": str(file.relative_to(run_folder)),
         "shown": decoded[:SHOWN_SAMPLES],
-        "clamped_draws": counts["clamped"] / counts["draws"],
+        "clamped_draws": drawn.clamped_draws,
         "composition_kl": composition_kl(samples, frequencies),
     }
     most = max(wanted.max_sequences, 4 * len(samples))  # for as many controls, and a reference
@@ -359,13 +382,17 @@ def sample_report(
     if len(judged := samples[: len(natural) // 2]) > 1:  # fewer have no standard errors
         judges = cheap_judges(with_controls(judged, natural, config.seed), bootstrap=BOOTSTRAP, seed=config.seed)
         result["judges"] = for_json({name: [ask(some) for some in sets] for name, (ask, sets) in judges.items()})
-    if untrained is not None:
-        result["untrained_composition_kl"] = composition_kl(draw(untrained, description="untrained")[0], frequencies)
+    if drawn.untrained is not None:
+        result["untrained_composition_kl"] = composition_kl(drawn.untrained, frequencies)
     return result
 
 
-def print_report(run_folder: Path, step: int, report: dict[str, Any]) -> None:
-    """The run's last words: where it is, how good it is, what it makes."""
+def print_report(run_folder: Path, step: int, report: dict[str, Any], data: str) -> None:
+    """The run's last words: where it is, how good it is, what it makes.
+
+    Args:
+        data: the store whose training split gives the unigram model.
+    """
     lines = [
         "",
         f"run folder             {run_folder}",
@@ -374,7 +401,8 @@ def print_report(run_folder: Path, step: int, report: dict[str, Any]) -> None:
         f"{report['max_len']} of each), "
         f"step {step}, averaged weights, {report['estimator']} estimator; nats/residue:",
         f"  NLL bound            {report['nll']:.4f} ± {report['nll_se']:.4f}",
-        f"  unigram NLL          {report['unigram_nll']:.4f} ± {report['unigram_nll_se']:.4f}",
+        f"  unigram NLL          {report['unigram_nll']:.4f} ± {report['unigram_nll_se']:.4f}, of the training split "
+        f"of {data}",
         f"  paired difference    {report['difference']:+.4f} ± {report['difference_se']:.4f}",
     ]
     if "samples" in report:

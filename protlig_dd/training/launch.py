@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from protlig_dd.data.build import bundled_store
 from protlig_dd.data.store import SequenceStore, StoreGroup
 from protlig_dd.diffusion.score import is_time_free
+from protlig_dd.evaluation.page import PAGE, read_json, write_run_page
 from protlig_dd.model.attention import resolve_attention_backend
 from protlig_dd.runtime.checkpoint import (
     complete_checkpoints,
@@ -28,6 +29,7 @@ from protlig_dd.runtime.checkpoint import (
     put_aside_newer,
     read_state,
     remove_unfinished,
+    step_of,
 )
 from protlig_dd.runtime.config import (
     TrainConfig,
@@ -65,7 +67,7 @@ from protlig_dd.runtime.trained import find_saved
 from protlig_dd.training.finetune import FREE_KEYS, taken_over
 from protlig_dd.training.job import train
 from protlig_dd.training.plan import print_plan, with_data
-from protlig_dd.training.validate import check_train_config
+from protlig_dd.training.validate import RESUME, check_train_config
 
 UNIREF50 = Path("data/uniref50.h5")
 PATIENCE = 10.0  # seconds within which all ranks get a signal that is sent to all of them
@@ -95,6 +97,8 @@ class RunFolder:
     """Of `from=`, where there is no checkpoint yet."""
     deadline: float | None
     """time.time() at which the run is to stop; a process that is started again gets no more of it."""
+    finished: int | None
+    """The last step of a run that has made its report and is not to go on."""
 
 
 def run(cfg: DictConfig) -> None:
@@ -208,6 +212,15 @@ def run_rank(config: TrainConfig, path: Path, deadline: float | None) -> None:
                     move_aside(path)
                 stack.enter_context(locked(path))
             folder = open_run_folder(path, config, resolved, processes, deadline)
+            if folder.finished is not None:
+                if processes.first:
+                    write_run_page(path)  # a run that was killed here may lack it
+                announce(
+                    f"{path} has finished, at step {folder.finished:,}: {path / PAGE}. To train these weights further: "
+                    f"another run.name with from={path}",
+                    processes,
+                )
+                return
             if not processes.first:
                 stack.enter_context(written_to(folder.path / "logs" / f"rank_{processes.rank}.log"))
             with failures_logged(folder.path / "logs" / f"rank_{processes.rank}.log"):
@@ -361,14 +374,20 @@ def open_run_folder(
         remove_unfinished(path)
         if started and config.run.resume == "never":
             raise ValueError(f"{path} exists and run.resume=never; use another run.name, or run.fresh=true")
-        attempt = check_same_run(path, config, resolved) + 1 if started else 1
+        attempt, finished = 1, None
+        if started:
+            earlier = check_same_run(path, config, resolved)
+            attempt, finished = int(earlier["attempt"]) + 1, finished_at(path)
+            if finished is not None and not changes_the_end(path, config):
+                return from_first(RunFolder(path, attempt, None, {}, None, deadline, finished))  # type: ignore[no-any-return]
+            say_what_changed(path, config, resolved, earlier)
         checkpoint, skipped = newest_sound_checkpoint(path)
         if skipped and checkpoint is None:
             raise ValueError(
                 f"{path}: none of its checkpoints can be read ({'; '.join(skipped)}); "
                 "run.fresh=true moves it aside and starts anew"
             )
-        if checkpoint is None and config.run.resume not in ("auto", "never"):
+        if checkpoint is None and config.run.resume not in RESUME:
             checkpoint, skipped = find_checkpoint(Path(config.run.resume))
             check_same_data(checkpoint, config, resolved)
         for problem in skipped:
@@ -380,6 +399,8 @@ def open_run_folder(
         most = config.trainer.max_steps
         if state and most is not None and state["step"] > most:
             raise ValueError(f"{checkpoint} is beyond trainer.max_steps={most}")
+        if finished is not None:
+            console.print(f"the earlier report is now in {put_report_aside(path, finished)}")
         record = {
             "attempt": attempt,
             "launch": processes.launch,
@@ -391,9 +412,51 @@ def open_run_folder(
         }
         write_atomic(path / "environment.json", json.dumps(record, indent=1) + "\n")
         write_atomic(path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(spelt(config))))  # last: now it is a run
-        folder = RunFolder(path, attempt, checkpoint, state, weights, deadline)
+        folder = RunFolder(path, attempt, checkpoint, state, weights, deadline, None)
     opened: RunFolder = from_first(folder)
     return opened
+
+
+def finished_at(path: Path) -> int | None:
+    """The last step of a run that has made its report; None of one that has not, or has gone on since."""
+    step = read_json(path / "report.json").get("step")
+    checkpoints = complete_checkpoints(path)
+    return step if checkpoints and step == step_of(checkpoints[-1]) else None
+
+
+def changes_the_end(path: Path, config: TrainConfig) -> bool:
+    """Whether a run that has finished is to take other steps than it did, or to report otherwise.
+
+    Raises:
+        ValueError: more steps, whose learning rate would jump from the end of its schedule to the middle of a longer
+            one.
+    """
+    before, now = (flatten(cfg) for cfg in (OmegaConf.load(path / "config.yaml"), spelt(config)))
+    longer = [
+        key for key in ("trainer.max_steps", "trainer.epochs")
+        if before[key] != now[key] and (before[key] is None or now[key] is None or before[key] < now[key])
+    ]  # fmt: skip
+    level = config.optim.min_lr_ratio == 1 or (config.optim.schedule == "wsd" and config.optim.decay_share == 0)
+    if longer and not level and config.run.resume != "extend":
+        told = " and ".join(f"{key} was {before[key]}, now {now[key]}" for key in longer)
+        raise ValueError(
+            f"{path} has finished ({told}): its learning rate has come down to {config.optim.min_lr_ratio:g} of "
+            f"optim.lr={config.optim.lr:g}, and a longer schedule would raise it again. run.resume=extend does that; "
+            f"another run.name with from={path} fine-tunes its weights"
+        )
+    ends = ("trainer.max_steps", "trainer.epochs", "report.")
+    return any(before.get(key) != now[key] for key in now if key.startswith(ends))
+
+
+def put_report_aside(path: Path, step: int) -> Path:
+    """Move a finished run's report to a folder of its own, as the run will make another."""
+    folder = path / "reports" / f"step_{step:08d}"
+    folder = free_name(folder) if folder.exists() else folder
+    folder.mkdir(parents=True)
+    for name in ("report.csv", PAGE, "report.json"):  # the last makes the run a finished one
+        if (path / name).is_file():
+            (path / name).replace(folder / name)
+    return folder
 
 
 def move_aside(path: Path) -> None:
@@ -441,8 +504,8 @@ def check_same_data(checkpoint: Path, config: TrainConfig, resolved: Resolved) -
         raise ValueError(f"{checkpoint} was made with data_fingerprint {found}, now {resolved.data_fingerprint}")
 
 
-def check_same_run(path: Path, config: TrainConfig, resolved: Resolved) -> int:
-    """Compare with the run that stands in `path`; returns its attempt number.
+def check_same_run(path: Path, config: TrainConfig, resolved: Resolved) -> dict[str, Any]:
+    """Compare with the run that stands in `path`; returns its environment.json.
 
     Raises:
         ValueError: another config (bar the keys that may change), precision or data.
@@ -461,6 +524,11 @@ def check_same_run(path: Path, config: TrainConfig, resolved: Resolved) -> int:
     for key in ("precision", "data_fingerprint"):
         if earlier[key] != getattr(resolved, key):
             raise ValueError(f"{path} was started with {key} {earlier[key]}, now {getattr(resolved, key)}; {remedy}")
+    return earlier
+
+
+def say_what_changed(path: Path, config: TrainConfig, resolved: Resolved, earlier: dict[str, Any]) -> None:
+    """Print what may differ between two starts of a run, and does."""
     before, now = (flatten(cfg) for cfg in (OmegaConf.load(path / "config.yaml"), spelt(config)))
     for key in ("trainer.max_steps", "trainer.epochs"):
         if before[key] != now[key]:
@@ -470,4 +538,3 @@ def check_same_run(path: Path, config: TrainConfig, resolved: Resolved) -> int:
     for key in ("device", "attention_backend", "compiled", "world_size", "data_path"):
         if earlier[key] != getattr(resolved, key):
             console.print(f"{key} was {earlier[key]}, now {getattr(resolved, key)}")
-    return int(earlier["attempt"])

@@ -10,6 +10,8 @@ from protlig_dd.model.dit import MLPS, NORMS, check_choice, check_dimensions
 from protlig_dd.runtime.config import DataConfig, TrainConfig, build_graph, build_noise
 from protlig_dd.training.optim import OPTIMIZERS, SCHEDULES
 
+RESUME = ("auto", "never", "extend")  # of run.resume, beside a path
+
 
 def check_data(data: DataConfig) -> None:
     """Raise for a path that is neither a file nor a list of files, or weights that do not go with it."""
@@ -89,11 +91,13 @@ def check_train_config(config: TrainConfig) -> None:
         raise ValueError(f"noise.max_weight must be auto, null or above 0, got {max_weight}")
     if trainer.compile not in ("auto", True, False):
         raise ValueError(f"trainer.compile={trainer.compile}; there are auto, true and false")
-    if config.run.resume not in ("auto", "never") and not Path(config.run.resume).is_dir():
-        raise ValueError(f"run.resume={config.run.resume}; there are auto, never, and folders of checkpoints or runs")
+    if config.run.resume not in RESUME and not Path(config.run.resume).is_dir():
+        raise ValueError(
+            f"run.resume={config.run.resume}; there are {', '.join(RESUME)}, and folders of checkpoints or runs"
+        )
     if config.logger.wandb_mode not in (None, "online", "offline"):
         raise ValueError(f"logger.wandb_mode={config.logger.wandb_mode}; there are online, offline and null")
-    if config.from_ is not None and config.run.resume not in ("auto", "never"):
+    if config.from_ is not None and config.run.resume not in RESUME:
         raise ValueError(f"from={config.from_} and run.resume={config.run.resume}: a run starts from one of them")
     if config.from_ is None and config.from_sha256 is not None:
         raise ValueError("from_sha256 is that of from=, which is not given")
