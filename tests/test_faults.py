@@ -503,7 +503,9 @@ def test_a_run_may_start_from_another_runs_checkpoint(
     assert "going on from runs/whole/checkpoints/step_00000004" in out
     mine, theirs = last_tensors(tmp_path / "runs/branch"), last_tensors(tmp_path / "runs/whole")
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
-    assert "going on from runs/branch/" in train(run_python, store, "branch", "trainer.max_steps=9", branch)
+    assert "going on from runs/branch/" in train(
+        run_python, store, "branch", "trainer.max_steps=9", "run.resume=extend"
+    )
     other = run_python(*TRAINING, *overrides_for(store, "other", branch, "optim.lr=1"))
     assert_one_line_error(other, "step_00000004 was made with another config (optim.lr: 0.003 -> 1.0)")
     missing = run_python(*TRAINING, *overrides_for(store, "other", "run.resume=runs/nothing"))

@@ -225,7 +225,7 @@ def test_a_fine_tuned_run_is_a_source_like_any_other(runs: Path, tune: Tune) -> 
 def test_weights_that_are_not_those_the_run_began_with_are_refused(
     runs: Path, tune: Tune, run_python: Command, store: SequenceStore
 ) -> None:
-    train(run_python, store, "base", *BASE, "trainer.max_steps=31")
+    train(run_python, store, "base", *BASE, "trainer.max_steps=31", "run.resume=extend")
     fresh = "run.name=third"
     wrong = tune(fresh, f"from_sha256={'0' * 64}")
     assert_one_line_error(wrong, "from=runs/base has weights of SHA-256", "from_sha256=0000")
