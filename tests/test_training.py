@@ -26,7 +26,7 @@ from protlig_dd.runtime.config import TrainConfig, config_folder, read_config
 from protlig_dd.runtime.metrics import read_metrics
 from protlig_dd.tokenizer import AMINO_ACIDS, ProteinTokenizer
 from protlig_dd.training.job import print_report
-from protlig_dd.training.launch import changes_the_end
+from protlig_dd.training.launch import changes_the_end, finished_at
 
 from .conftest import TRAINED, Command, Start, assert_one_line_error, require_program, thorough, wait_for
 from .test_configs import composed
@@ -120,6 +120,11 @@ def test_a_finished_run_says_so_and_is_extended_by_name_alone(
     shutil.copytree(trained_run, run)
     command = ["-m", "protlig_dd.training", *TRAINED, f"data.path={store.path}"]
     report, metrics = (run / "report.json").read_text(), (run / "metrics.jsonl").read_text()
+    last = run / "checkpoints/step_00000040"
+    assert finished_at(run) == 40
+    shutil.copytree(last, last.with_name("step_00000041"))
+    assert finished_at(run) is None  # it has gone on
+    shutil.rmtree(last.with_name("step_00000041"))
     (run / "report.html").unlink()  # killed before the page was there
     again = run_python(*command)
     assert again.returncode == 0, again.stderr
