@@ -2,8 +2,8 @@
 
     python -m scripts.benchmark_checkpoint
 
-Training waits for the copy to host memory; a thread writes, syncs and hashes the files meanwhile. Without the thread it
-would wait for both.
+Training waits for the copy to host memory; a thread writes the files meanwhile, and syncs and hashes each at once.
+Without the thread it would wait for both.
 """
 
 import argparse

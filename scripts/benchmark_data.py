@@ -142,7 +142,8 @@ def plan_once(lengths: np.ndarray, step: int) -> None:
     times = {}
     for name in ("seconds", "mapped"):
         began = time.perf_counter()
-        dataset = PackDataset(group, everything, max_len=MAX_LEN, tokens_per_pack=BUDGET, seed=0, ahead=False)
+        dataset = PackDataset(group, everything, max_len=MAX_LEN, tokens_per_pack=BUDGET, seed=0)
+        dataset.ahead = False
         dataset.pack_rows(last)
         times[name] = time.perf_counter() - began
     epoch = last // len(dataset)

@@ -1,14 +1,18 @@
 import hashlib
 import json
 import math
+import os
 import pickle
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from protlig_dd.runtime import checkpoint
 from protlig_dd.runtime.checkpoint import (
     COMPLETE,
+    FILES,
     best_checkpoint,
     complete_checkpoints,
     find_checkpoint,
@@ -130,6 +134,58 @@ def test_incomplete_and_damaged_checkpoints_are_not_taken(tmp_path: Path) -> Non
         read_state(path)
     with pytest.raises(ValueError, match="neither a run folder with a complete checkpoint nor a checkpoint"):
         find_checkpoint(tmp_path / "elsewhere")
+
+
+def test_checksums_are_those_of_memory_and_not_of_what_was_read_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a file that was damaged on its way to the disk would be called sound."""
+    path, _, _ = save(tmp_path, 1)
+    sums = json.loads((path / COMPLETE).read_text())
+    assert list(sums) == sorted(FILES)
+    assert sums == {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in FILES}
+
+    def damaging(tensors: dict[str, torch.Tensor], file: Path) -> None:
+        save_file(tensors, file)
+        with file.open("r+b") as handle:
+            handle.seek(-3, os.SEEK_END)
+            handle.write(b"\x7f")
+
+    monkeypatch.setattr(checkpoint, "save_file", damaging)
+    path, _, _ = save(tmp_path, 2)
+    with pytest.raises(ValueError, match=r"ema\.safetensors: damaged, SHA-256"):
+        read_state(path)
+    assert find_checkpoint(tmp_path)[0].name == "step_00000001"
+
+
+def test_tensors_of_any_type_and_shape_have_the_checksum_of_their_file(tmp_path: Path) -> None:
+    types = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool)
+    tensors = {f"{i}/{shape}": torch.ones(shape).to(dtype)
+               for i, dtype in enumerate(types) for shape in ((), (3,), (2, 5), (0, 4))}  # fmt: skip
+    file = tmp_path / "any.safetensors"
+    written = checkpoint.write_tensors(tensors, file, 0o640)
+    assert written == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert file.stat().st_mode & 0o777 == 0o640
+    loaded = checkpoint.load_tensors(file)
+    assert all(torch.equal(loaded[name], tensor) and loaded[name].dtype == tensor.dtype
+               for name, tensor in tensors.items())  # fmt: skip
+    save_file(tensors, tmp_path / "library.safetensors")
+    assert file.read_bytes() == (tmp_path / "library.safetensors").read_bytes()
+
+
+def test_a_disk_that_fails_when_a_file_is_synced_leaves_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1)
+
+    def failing(descriptor: int) -> None:
+        if Path(f"/proc/self/fd/{descriptor}").readlink().suffix == ".safetensors":
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        save(tmp_path, 2)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
 
 
 def test_what_a_kill_left_of_a_checkpoint_is_removed(tmp_path: Path) -> None:

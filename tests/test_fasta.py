@@ -4,9 +4,11 @@ import hashlib
 import io
 import itertools
 import lzma
+import re
 import sys
 from pathlib import Path
 
+import Bio.SeqIO
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -76,6 +78,46 @@ def test_what_is_no_plain_text_is_named(tmp_path: Path, content: bytes, message:
     (tmp_path / "x.fasta").write_bytes(content)
     with pytest.raises(ValueError, match=f"x.fasta {message}"):
         list(read_fasta(tmp_path / "x.fasta"))
+
+
+PIR = """>P1;CRAB_ANAPL
+ALPHA CRYSTALLIN B CHAIN
+  MDITIHNPLI RRPLFSWLAP
+  SRIFDQIFGE*
+
+>P1;CRAB_BOVIN
+alpha crystallin B chain (alpha(B)-crystallin) - bovine
+MDIAIHHPWI*
+"""
+
+
+@pytest.mark.parametrize("first", ["", ">whole\nMKV\n"])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_pir_is_refused_and_what_converts_it_does(tmp_path: Path, first: str, zipped: bool) -> None:
+    """Else the first protein would begin with the letters of its description."""
+    text = (first + PIR).encode()
+    (tmp_path / "x.pir").write_bytes(gzip.compress(text) if zipped else text)
+    line = 3 if first else 1
+    with pytest.raises(ValueError, match=rf"x.pir: record .* \(P1;CRAB_ANAPL\), line {line}.* looks like PIR") as error:
+        list(read_fasta(tmp_path / "x.pir"))
+    assert "\n" not in str(error.value)
+    told = re.search(r'Bio\.SeqIO\.convert\("(.*?)", "(.*?)", "(.*?)", "(.*?)"\)', str(error.value))
+    assert told is not None
+    (tmp_path / told[1]).write_text(PIR)
+    with (tmp_path / told[1]).open() as file:  # Biopython leaves it open
+        Bio.SeqIO.convert(file, told[2], tmp_path / told[3], told[4])
+    records = list(read_fasta(tmp_path / "out.fasta"))
+    assert [record.id for record in records] == ["CRAB_ANAPL", "CRAB_BOVIN"]
+    assert records[0].sequence == "MDITIHNPLIRRPLFSWLAPSRIFDQIFGE"
+
+
+@pytest.mark.parametrize(
+    "text", ["P1;x\nMKV\n>y\nMKV*\n", "P1x\nMKV*\n", "PP1;x\nMKV*\n", "ab;x\nMKV*\n", "x\nP1;*\n>P"]
+)
+def test_fasta_that_has_a_part_of_pir_is_fasta(tmp_path: Path, text: str) -> None:
+    """PIR is told by both its code before the id and the * that ends a sequence."""
+    (tmp_path / "x.fasta").write_text(f">{text}")
+    assert len(list(read_fasta(tmp_path / "x.fasta"))) == 1 + text.count(">")
 
 
 def test_several_gzip_members_are_one_file(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 import itertools
+import mmap
 import multiprocessing
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protlig_dd.data import loader
 from protlig_dd.data.build import build_store
+from protlig_dd.data.draws import VERSIONS
 from protlig_dd.data.fasta import FastaRecord
 from protlig_dd.data.loader import PackDataset, RankPacks, check_pack_sizes, crop_bounds, pack_loader
 from protlig_dd.data.plan import clipped_tokens, plan_folder
@@ -19,6 +21,7 @@ from protlig_dd.data.store import SequenceStore, StoreGroup
 from protlig_dd.tokenizer import AMINO_ACIDS, BOS, EOS, ProteinTokenizer
 
 from .conftest import make_store
+from .test_plan import other_numpy
 
 
 def make_dataset(store: SequenceStore, *, seed: int | None = 1, max_len: int = 300, budget: int = 2000) -> PackDataset:
@@ -91,7 +94,7 @@ def test_proteins_of_one_length_are_cropped_anew_in_each_pack_and_epoch(tmp_path
 
 
 def test_the_key_of_a_plan_tells_everything_that_a_plan_depends_on(
-    store: SequenceStore, proteins: list[FastaRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: SequenceStore, proteins: list[FastaRecord], tmp_path: Path
 ) -> None:
     make_store(tmp_path / "more.h5", proteins[100:], train=100, held_out=1)
     make_store(tmp_path / "other.h5", [*proteins[101:200], proteins[100], *proteins[200:]], train=100, held_out=1)
@@ -103,11 +106,26 @@ def test_the_key_of_a_plan_tells_everything_that_a_plan_depends_on(
         return PackDataset(group, group.split("train")[first_row:], **options).key
 
     keys = [key(), key(other), key(first_row=1), key(max_len=299), key(tokens_per_pack=2001), key(seed=2)]
-    keys.append(key(weights=[1.0, 2.0]))
+    keys += [key(weights=[1.0, 2.0]), key(version=1)]
     assert key() == keys[0]
-    monkeypatch.setattr(loader, "PLAN_VERSION", 99)
-    keys.append(key())
     assert len(set(keys)) == 8
+
+
+def test_another_numpy_changes_no_pack(store: SequenceStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def packs(version: int) -> list[list[int]]:
+        dataset = PackDataset(store, store.split("train"), max_len=100, tokens_per_pack=2000, seed=1, version=version)
+        dataset.forget_plans()
+        found = first_tokens(dataset)
+        dataset.forget_plans()
+        return found
+
+    before = {version: packs(version) for version in VERSIONS}
+    other_numpy(monkeypatch)
+    assert packs(1) != before[1]
+    assert packs(2) == before[2]
+    of_rows = PackDataset(store, store.split("train"), max_len=100, tokens_per_pack=2000, seed=1, version=1)
+    of_rows.plan = PackDataset(store, store.split("train"), max_len=100, tokens_per_pack=2000, seed=1).plan
+    assert first_tokens(of_rows) != before[2]  # the same rows, other crops
 
 
 def test_crops_at_the_start_have_no_chance_in_them(store: SequenceStore) -> None:
@@ -162,6 +180,47 @@ def test_ranks_and_workers_read_the_plan_in_order(store: SequenceStore, workers:
 
 def first_tokens(dataset: PackDataset) -> list[list[int]]:
     return [dataset[pack].tokens.tolist() for pack in (0, len(dataset) + 1)]
+
+
+def advised(array: np.ndarray) -> bool | None:
+    """Whether the system was told that this mapped array is read at random; None where it does not show that."""
+    address, here = array.__array_interface__["data"][0], False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            here = int(found[1], 16) <= address < int(found[2], 16)
+        elif here and line.startswith("VmFlags:"):
+            return "rr" in line.split()
+    return None
+
+
+def reads_at_random(dataset: PackDataset) -> list[bool]:
+    _ = dataset[0]
+    return [advised(dataset.tokens[0]), advised(dataset.group.stores[0].tokens)]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_only_training_reads_at_random(store: SequenceStore, method: str, spawned_in_forks: None) -> None:
+    """What is read in order keeps what the system reads ahead, in the same process and of the same store."""
+    training = make_dataset(store)
+    shown = advised(store.tokens) is not None
+    assert reads_at_random(training) == ([True, False] if shown else [None, None])
+    assert not any(reads_at_random(make_dataset(store, seed=None)))
+    with multiprocessing.get_context(method).Pool(1) as pool:
+        assert pool.apply(reads_at_random, [training]) == reads_at_random(training)
+    assert len(pickle.dumps(training)) < 4 * len(training.rows) + 4000
+
+
+@pytest.mark.parametrize("missing", ["constant", "call"])
+def test_a_system_that_takes_no_advice_reads_all_the_same(
+    store: SequenceStore, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    expected = first_tokens(make_dataset(store))
+    if missing == "constant":
+        monkeypatch.delattr(mmap, "MADV_RANDOM")
+    else:
+        monkeypatch.setattr(mmap, "MADV_RANDOM", -1)  # which the kernel refuses
+    assert first_tokens(make_dataset(store)) == expected
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])

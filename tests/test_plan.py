@@ -6,13 +6,16 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import chi2, chisquare
 
-from protlig_dd.data import plan
+from protlig_dd.data import draws, plan
+from protlig_dd.data.draws import VERSIONS, below, shuffled, some_of
 from protlig_dd.data.plan import (
     Plan,
     clipped_tokens,
@@ -66,13 +69,14 @@ def group_rows(groups: list[list[int]]) -> tuple[list[np.ndarray], np.ndarray]:
 
 
 def epochs(
-    groups: list[list[int]], weights: list[float] | None, max_len: int, seed: int, count: int
+    groups: list[list[int]], weights: list[float] | None, max_len: int, seed: int, count: int, version: int = 2
 ) -> list[np.ndarray]:
     rows, lengths = group_rows(groups)
     totals = [total_tokens(lengths, group, max_len) for group in rows]
     wanted = quotas(totals, weights)
     return [
-        epoch_rows(rows, lengths, totals, wanted, max_len=max_len, seed=seed, epoch=epoch) for epoch in range(count)
+        epoch_rows(rows, lengths, totals, wanted, max_len=max_len, seed=seed, epoch=epoch, version=version)
+        for epoch in range(count)
     ]
 
 
@@ -137,6 +141,80 @@ def test_epochs_passes_and_stores_are_shuffled_apart() -> None:
     assert [len(rows) for rows in twice] == [25] * 4
     assert twice[0] | twice[1] == set(range(50, 100))  # one pass
     assert twice[0] not in (twice[2], twice[3])  # another order in the next
+
+
+KEYS = st.lists(st.integers(0, 2**40), min_size=1, max_size=3)
+
+
+def test_an_order_of_this_version_stays_what_it_is() -> None:
+    """Else runs would go on in another order."""
+    assert shuffled(np.arange(10, dtype=np.uint32), [7, 1, 0], 2).tolist() == [1, 3, 2, 7, 8, 4, 5, 9, 0, 6]
+    assert shuffled(np.arange(10), [7, 1, 1], 2).tolist() == [9, 8, 2, 6, 7, 4, 1, 5, 0, 3]
+    assert below(np.array([1, 2, 10, 1000, 10**6]), [7, 2, 0], 2).tolist() == [0, 1, 0, 570, 439288]
+    assert some_of(np.arange(100, 200), 5, 3, 2).tolist() == [121, 182, 187, 193, 196]
+
+
+@given(st.integers(0, 200), st.sampled_from([1, 2, 16, 1 << 25]), KEYS)
+def test_an_order_has_every_row_once_however_it_is_cut(n: int, part: int, key: list[int]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(draws, "PART", part)
+        patch.setattr(draws, "AT_ONCE", 7)
+        cut = shuffled(np.arange(n, dtype=np.uint32) * 3, key, 2)
+    assert sorted(cut.tolist()) == list(range(0, 3 * n, 3))
+    assert cut.dtype == np.uint32
+    assert cut.tolist() == shuffled(np.arange(n, dtype=np.uint32) * 3, key, 2).tolist()
+    if n > 30:
+        assert cut.tolist() != shuffled(np.arange(n, dtype=np.uint32) * 3, [*key[:-1], key[-1] + 1], 2).tolist()
+
+
+def test_every_row_comes_everywhere_alike() -> None:
+    n, times = 16, 4800
+    orders = np.array([shuffled(np.arange(n), [0, epoch], 2) for epoch in range(times)])
+    rows = np.arange(n)
+    counts = np.array([(orders == row).sum(0) for row in rows])  # (row, place)
+    # n^2 counts whose rows and columns have given sums: (n - 1)^2 degrees of freedom
+    assert chi2.sf(((counts - times / n) ** 2 / (times / n)).sum(), (n - 1) ** 2) > 0.001
+    after = np.zeros((n, n))
+    np.add.at(after, (orders[:, :-1].ravel(), orders[:, 1:].ravel()), 1)
+    after, expected = after[~np.eye(n, dtype=bool)], times / n  # (n - 1) places of n (n - 1) pairs
+    assert chi2.sf(((after - expected) ** 2 / expected).sum(), n * (n - 1) - 1) > 0.001
+    places = below(np.full(6000, 6), [5, 1], 2)
+    assert chisquare(np.bincount(places, minlength=6)).pvalue > 0.001
+    assert set(below(np.full(200, 3), [5, 2], 2).tolist()) == {0, 1, 2}
+
+
+class OtherGenerator(np.random.Generator):
+    """numpy's after an upgrade that changed its streams."""
+
+    def shuffle(self, x: Any, axis: int = 0) -> None:  # `permutation` calls it too
+        super().shuffle(x, axis)
+        x[:] = x[::-1].copy()
+
+    def integers(self, *arguments: Any, **options: Any) -> Any:
+        return super().integers(*arguments, **options)[::-1]
+
+
+def other_numpy(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(np.random, "default_rng", lambda seed: OtherGenerator(np.random.PCG64(seed)))
+
+
+@pytest.mark.parametrize("weights", [None, [2.0, 3.0]])
+def test_another_numpy_changes_no_plan(weights: list[float] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = [[9] * 50, [9] * 50]
+    before = {version: epochs(groups, weights, 30, 1, 3, version) for version in VERSIONS}
+    other_numpy(monkeypatch)
+    for version, moved in ((1, True), (2, False)):
+        after = epochs(groups, weights, 30, 1, 3, version)
+        assert ([rows.tolist() for rows in after] != [rows.tolist() for rows in before[version]]) == moved
+
+
+def test_the_first_version_is_numpys_shuffle() -> None:
+    rows = np.arange(1000, dtype=np.uint32)
+    in_place = rows.copy()
+    np.random.default_rng([3, 1, 2]).shuffle(in_place)
+    assert shuffled(rows, [3, 1, 2], 1).tolist() == in_place.tolist()
+    drawn = np.random.default_rng([3, 2, 5]).integers(np.array([5, 1000]))
+    assert below(np.array([5, 1000]), [3, 2, 5], 1).tolist() == drawn.tolist()
 
 
 def make() -> Plan:

@@ -19,13 +19,15 @@ from Bio.Align import substitution_matrices
 from safetensors.torch import load_file
 
 from protlig_dd.data.fasta import read_fasta
-from protlig_dd.data.store import SequenceStore
+from protlig_dd.data.loader import PackDataset
+from protlig_dd.data.store import SequenceStore, StoreGroup
 from protlig_dd.evaluation.page import read_run, run_page
-from protlig_dd.runtime.checkpoint import complete_checkpoints
+from protlig_dd.runtime.checkpoint import COMPLETE, complete_checkpoints
 from protlig_dd.runtime.config import TrainConfig, config_folder, read_config
+from protlig_dd.runtime.files import sha256
 from protlig_dd.runtime.metrics import read_metrics
 from protlig_dd.tokenizer import AMINO_ACIDS, ProteinTokenizer
-from protlig_dd.training.job import print_report
+from protlig_dd.training.job import print_report, subset
 from protlig_dd.training.launch import changes_the_end, finished_at
 
 from .conftest import TRAINED, Command, Start, assert_one_line_error, require_program, thorough, wait_for
@@ -175,6 +177,46 @@ def test_a_schedule_that_has_come_down_is_not_raised_without_a_word(
             changes_the_end(trained_run, config)
     else:
         assert changes_the_end(trained_run, config)
+
+
+def set_plan_version(run_folder: Path, version: int | None) -> None:
+    """In the newest checkpoint's state; None takes it out, as in checkpoints of before there were versions."""
+    checkpoint = complete_checkpoints(run_folder)[-1]
+    file, sums = checkpoint / "state.json", json.loads((checkpoint / COMPLETE).read_text())
+    state = {key: value for key, value in json.loads(file.read_text()).items() if key != "plan_version"}
+    file.write_text(json.dumps(state if version is None else state | {"plan_version": version}))
+    (checkpoint / COMPLETE).write_text(json.dumps(sums | {file.name: sha256(file)}))
+
+
+def test_a_run_keeps_the_order_in_which_it_has_begun(run_python: Command, store: SequenceStore, tmp_path: Path) -> None:
+    """From a checkpoint of before plans had versions to the end, and from the one of step 5 on the way there again."""
+    steps, runs = ("trainer.max_steps=8", "trainer.checkpoint_every=5"), tmp_path / "runs"
+    train(run_python, store, "whole", *steps, "trainer.stop_at_step=2")
+    set_plan_version(runs / "whole", None)
+    train(run_python, store, "whole", *steps)
+    shutil.copytree(runs / "whole", runs / "parts")
+    shutil.rmtree(runs / "parts/checkpoints/step_00000008")
+    (runs / "parts/rows.jsonl").unlink()
+    assert "going on from runs/parts/checkpoints/step_00000005" in train(run_python, store, "parts", *steps)
+    mine, theirs = last_tensors(runs / "parts"), last_tensors(runs / "whole")
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    group, rows = StoreGroup([store]), read_rows(runs / "whole")
+    assert read_rows(runs / "parts") == {step: rows[step] for step in (6, 7, 8)}
+    for version, first, last in ((2, 0, 2), (1, 2, 8)):  # a new run has the newest
+        dataset = PackDataset(group, group.split("train"), max_len=200, tokens_per_pack=800, seed=0, version=version)
+        packs = [np.concatenate([dataset.pack_rows(2 * step + i) for i in (0, 1)]) for step in range(first, last)]
+        assert [rows[step + 1] for step in range(first, last)] == [sorted(pack.tolist()) for pack in packs]
+    with (runs / "parts/report.csv").open() as file:
+        reported = [row["id"] for row in csv.DictReader(file)]
+    assert reported == [store.id(row) for row in subset(group, "test", 4, 0, version=1)]
+    assert reported != [store.id(row) for row in subset(group, "test", 4, 0, version=2)]
+
+    set_plan_version(runs / "whole", 3)
+    before = (runs / "whole/environment.json").read_text()
+    more = overrides_for(store, "whole", "trainer.max_steps=9", "run.resume=extend")
+    refused = run_python("-m", "protlig_dd.training", *more)
+    assert_one_line_error(refused, "runs/whole/checkpoints/step_00000008", "plan version 3", "knows 1 and 2")
+    assert (runs / "whole/environment.json").read_text() == before
 
 
 def test_ctrl_c_is_130_and_the_run_goes_on(

@@ -29,11 +29,12 @@ FOREIGN = {  # how files begin that are something else
     b"\xfd7zXZ": "is compressed by xz; only gzip is read",
     b"PK\x03\x04": "is a zip archive; only gzip is read",
 }
+PIR_CODES = {b"P1", b"F1", b"DL", b"DC", b"RL", b"RC", b"N1", b"N3", b"XX"}  # kinds of molecule, before `;` and the id
 BLOCK_BYTES = 1 << 18  # what is cut off it stays in the processor's cache
 PIECE_BYTES = 1 << 16  # as much may be lost of what stands before damage in a gzip file
 LONGEST_RECORD = 16 << 20  # bytes; the longest known protein has some 45,000 residues
 WHITESPACE = b" \t\r\n\v\f"
-NEWLINE, SIGN = b"\n>"
+NEWLINE, SIGN, SEMICOLON = b"\n>;"
 STDIN = "-"
 
 
@@ -130,8 +131,8 @@ class FastaFile:
 
     Raises:
         ValueError: naming the file and, where there is one, the record and the line: no such file, no records, text
-            before the first `>`, a header without an id or that is not UTF-8, a record beyond LONGEST_RECORD,
-            truncated or damaged gzip.
+            before the first `>`, a header without an id or that is not UTF-8, a record beyond LONGEST_RECORD or in
+            PIR format, truncated or damaged gzip.
     """
 
     def __init__(self, path: Path | str, on_bytes: Callable[[int], None] | None = None) -> None:
@@ -218,6 +219,14 @@ class FastaFile:
             i = ids.index(b"")
             shown = ">" + headers[i].decode("utf-8", "replace")
             raise ValueError(f"{block.where(i)}: no id in the header {shown!r}")
+        codes_end = np.array(starts[:-1]) + 3
+        for i in np.flatnonzero(letters[np.minimum(codes_end, len(text) - 1)] == SEMICOLON).tolist():
+            if ids[i][:2] in PIR_CODES and b"*" in bodies[i]:  # whose first line would be read as residues
+                raise ValueError(
+                    f"{block.where(i)} looks like PIR, not FASTA: `{ids[i][:3].decode()}` before its id, a line of "
+                    'description, and * behind its sequence. Bio.SeqIO.convert("in.pir", "pir", "out.fasta", "fasta") '
+                    f"makes FASTA of PIR; if this is FASTA, take `{ids[i][:3].decode()}` out of its ids"
+                )
         if not text.isascii():
             for i, header in enumerate(headers):
                 try:

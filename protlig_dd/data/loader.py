@@ -9,6 +9,7 @@ ranks or workers.
 import signal
 import threading
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ import xxhash
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from protlig_dd.batch import PackedBatch
+from protlig_dd.data.draws import NEWEST, below
 from protlig_dd.data.plan import (
     Plan,
     epoch_rows,
@@ -30,7 +32,6 @@ from protlig_dd.data.store import SequenceStore, StoreGroup
 
 _CROP = 2  # first word of the random key; plan.py has the others
 CROPS = ("random", "start")
-PLAN_VERSION = 1  # of how plans are made: others' plans are not used
 PREFETCH = 4  # packs that each worker keeps ready
 
 
@@ -45,7 +46,7 @@ class PackDataset(Dataset[PackedBatch]):
             a number shuffles, every epoch anew (training).
         crop: where training crops a long sequence: at `random`, anew in every epoch, or at its `start`.
         weights: shares of tokens of the group's stores; None passes each once in an epoch.
-        ahead: plan the next epoch in the background as soon as one begins.
+        version: of how chance enters (see draws.py); a run keeps the one that it has begun with.
 
     Raises:
         ValueError: a split without rows, a sequence that cannot fit, (training) less than one pack of data, or weights
@@ -62,11 +63,13 @@ class PackDataset(Dataset[PackedBatch]):
         seed: int | None,
         crop: str = "random",
         weights: Sequence[float] | None = None,
-        ahead: bool = True,
+        version: int = NEWEST,
     ) -> None:
         group = stores if isinstance(stores, StoreGroup) else StoreGroup([stores])
         self.group, self.rows, self.max_len = group, rows.astype(group.row_type, copy=False), max_len
-        self.tokens_per_pack, self.seed, self.crop, self.ahead = tokens_per_pack, seed, crop, ahead
+        self.tokens_per_pack, self.seed, self.crop, self.version = tokens_per_pack, seed, crop, version
+        self.ahead = True
+        """Whether the next epoch is planned in the background as soon as one begins."""
         self._planned: tuple[int, Plan] | None = None
         self.planner: threading.Thread | None = None
         check_pack_sizes(max_len, tokens_per_pack)
@@ -92,16 +95,25 @@ class PackDataset(Dataset[PackedBatch]):
                 f"data.tokens_per_pack={tokens_per_pack}; lower that"
             )
         rows_digest = xxhash.xxh3_128_hexdigest(self.rows.data)
-        parts = [PLAN_VERSION, group.fingerprint, rows_digest, max_len, tokens_per_pack, seed, self._quotas]
+        parts = [version, group.fingerprint, rows_digest, max_len, tokens_per_pack, seed, self._quotas]
         self.key = xxhash.xxh3_128_hexdigest(repr(parts).encode())
 
     def __getstate__(self) -> dict[str, object]:
         planned = self._planned if self.seed is None else None
-        return self.__dict__ | {"planner": None, "_planned": planned}
+        state = self.__dict__ | {"planner": None, "_planned": planned}
+        state.pop("tokens", None)
+        return state
 
     def __len__(self) -> int:
         """Packs in one epoch; training indices run on beyond it, epoch after epoch."""
         return self.packs_per_epoch
+
+    @cached_property
+    def tokens(self) -> list[np.ndarray]:
+        """Of each store, (total,) uint8, mapped by this process; in training for reads at random."""
+        if self.seed is None:
+            return [store.tokens for store in self.group.stores]
+        return [store.tokens_at_random() for store in self.group.stores]
 
     def pack_rows(self, pack: int) -> np.ndarray:
         """(n,) int64 rows of one pack, by global index."""
@@ -111,17 +123,16 @@ class PackDataset(Dataset[PackedBatch]):
 
     def __getitem__(self, pack: int) -> PackedBatch:
         rows = self.pack_rows(pack)
-        store_of, begins, residues = self.group.places(rows)
+        store_of, begins, residues = self.group.places(rows, self.tokens)
         cut = np.flatnonzero(residues > self.max_len)
         starts = np.zeros(len(cut), np.int64)
         if self.seed is not None and self.crop == "random" and len(cut):
-            starts = np.random.default_rng([self.seed, _CROP, pack]).integers(residues[cut] - self.max_len + 1)
+            starts = below(residues[cut] - self.max_len + 1, [self.seed, _CROP, pack], self.version)
         ends = begins + residues + 2
         first, last = crop_bounds(residues[cut], starts, self.max_len)
         begins[cut], ends[cut] = begins[cut] + first, begins[cut] + last
-        tokens = [store.tokens for store in self.group.stores]
         bounds = zip(store_of.tolist(), begins.tolist(), ends.tolist(), strict=True)
-        flat = np.concatenate([tokens[store][begin:end] for store, begin, end in bounds])
+        flat = np.concatenate([self.tokens[store][begin:end] for store, begin, end in bounds])
         return PackedBatch.from_flat(torch.from_numpy(flat), (ends - begins).tolist(), rows.tolist())
 
     def plan(self, epoch: int) -> Plan:
@@ -167,6 +178,7 @@ class PackDataset(Dataset[PackedBatch]):
                 max_len=self.max_len,
                 seed=self.seed,
                 epoch=epoch,
+                version=self.version,
             )
         return make_plan(rows, lengths, max_len=self.max_len, tokens_per_pack=self.tokens_per_pack)
 

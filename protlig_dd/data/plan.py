@@ -1,4 +1,5 @@
 """Which sequences are in which pack of an epoch: a pure function of (seed, epoch), kept in a file that processes share.
+How chance enters has a version, which a run keeps (see draws.py).
 
 An epoch shuffles the rows and fills packs in that order: a pack closes when the next sequence would exceed the token
 budget. With lengths 5, 6, 4, 1 in shuffled order and a budget of 12 tokens the packs are [5, 6] and [4, 1].
@@ -27,6 +28,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from protlig_dd.data.draws import shuffled
 from protlig_dd.runtime.files import lock_may_fail
 
 _SHUFFLE, _PASS = 1, 3  # first words of the random keys, so that two purposes never share a stream
@@ -81,6 +83,7 @@ def epoch_rows(
     max_len: int,
     seed: int,
     epoch: int,
+    version: int,
 ) -> np.ndarray:
     """Rows of one epoch, shuffled.
 
@@ -88,6 +91,7 @@ def epoch_rows(
         groups: rows of each store.
         lengths: residues of every row.
         totals, wanted: tokens of each store, and those that it gives to an epoch.
+        version: see draws.py.
     """
     parts = []
     for number, (rows, total, quota) in enumerate(zip(groups, totals, wanted, strict=True)):
@@ -97,12 +101,11 @@ def epoch_rows(
             if (first, last) == (0, total):
                 parts.append(rows)
                 continue
-            order = np.random.default_rng([seed, _PASS, number, turn]).permutation(rows)
+            order = shuffled(rows, [seed, _PASS, number, turn], version)
             begins = np.cumsum(tokens := clipped_tokens(lengths[order], max_len), dtype=np.int64) - tokens
             parts.append(order[slice(*np.searchsorted(begins, [first, last]))])
-    shuffled = np.concatenate(parts)
-    np.random.default_rng([seed, _SHUFFLE, epoch]).shuffle(shuffled)
-    return shuffled
+    every = parts[0] if len(parts) == 1 else np.concatenate(parts)  # 70 million rows are not copied without need
+    return shuffled(every, [seed, _SHUFFLE, epoch], version)
 
 
 def pack_starts(token_blocks: Iterable[np.ndarray], tokens_per_pack: int) -> np.ndarray:

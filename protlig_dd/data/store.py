@@ -12,7 +12,9 @@ Layout, format version 2 (`n` sequences, every dataset contiguous so that it can
     attributes      format_version, alphabet, fingerprint; each dataset carries its checksum, 128-bit XXH3, as `xxh3`
 """
 
+import contextlib
 import json
+import mmap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from operator import index
@@ -179,10 +181,17 @@ class SequenceStore:
             raise IndexError(f"{self.path}: row {row} of {len(self)}")
         return row
 
-    def _map(self, name: str) -> np.ndarray:
+    def _map(self, name: str, *, at_random: bool = False) -> np.ndarray:
         place, size = self._places[name]
-        # asarray: slices of a plain array cost a tenth of slices of a memmap
-        return np.asarray(np.memmap(self.path, mode="r", dtype=_COLUMNS[name], offset=place, shape=(size,)))
+        mapped = np.memmap(self.path, mode="r", dtype=_COLUMNS[name], offset=place, shape=(size,))
+        if at_random and hasattr(mmap, "MADV_RANDOM"):
+            with contextlib.suppress(OSError):  # a system that takes no advice reads the same, and more beside it
+                mapped._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
+        return np.asarray(mapped)  # slices of a plain array cost a tenth of slices of a memmap
+
+    def tokens_at_random(self) -> np.ndarray:
+        """`tokens`, mapped once more for reads here and there: of these the system reads the pages and none around."""
+        return self._map("tokens", at_random=True)
 
     @cached_property
     def tokens(self) -> np.ndarray:
@@ -256,8 +265,13 @@ class StoreGroup:
         number = int(np.searchsorted(self.bases, index(row), side="right")) - 1
         return self.stores[number].id(index(row) - int(self.bases[number]))
 
-    def places(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def places(
+        self, rows: np.ndarray, tokens: Sequence[np.ndarray] | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Where sequences lie: for each row the number of its store, its first token there, and its residues.
+
+        Args:
+            tokens: of each store, to look at; None for `store.tokens`.
 
         Raises:
             ValueError: tokens that do not begin with <bos> and end with <eos>: a damaged store; names store and row.
@@ -266,11 +280,12 @@ class StoreGroup:
         begins, residues = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)
         for number in np.unique(numbers).tolist():
             store, mine = self.stores[number], numbers == number
+            flat = store.tokens if tokens is None else tokens[number]
             own = rows[mine] - self.bases[number]
             start, end = store.offsets[own], store.offsets[own + 1]
-            whole = (start >= 0) & (end - start > 2) & (end <= len(store.tokens))
+            whole = (start >= 0) & (end - start > 2) & (end <= len(flat))
             if whole.all():
-                whole = (store.tokens[start] == BOS) & (store.tokens[end - 1] == EOS)
+                whole = (flat[start] == BOS) & (flat[end - 1] == EOS)
             if not whole.all():
                 row = int(own[np.argmin(whole)])
                 raise ValueError(f"{store.path}: row {row} is damaged; `prepare inspect={store.path}` tells more")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from protlig_dd.data.draws import some_of
 from protlig_dd.data.encode import is_nucleotide, nucleotide_warning
 from protlig_dd.data.fasta import read_fasta
 from protlig_dd.data.store import HDF5_MAGIC, SPLITS, SequenceStore
@@ -50,9 +51,7 @@ def is_store(path: Path) -> bool:
 
 
 def thinned(rows: np.ndarray, most: int | None, seed: int) -> np.ndarray:
-    if most is None or len(rows) <= most:
-        return rows
-    return np.sort(np.random.default_rng([seed, most]).permutation(rows)[:most])
+    return rows if most is None else some_of(rows, most, seed)
 
 
 def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -220,7 +220,8 @@ def draw_lengths(counts: Sequence[int], n: int, seed: int) -> list[int]:
 
 def length_draws(n: int, seed: int) -> np.ndarray:
     """(n,) uniform draws on [0, 1); the first of many are those of few."""
-    return np.random.default_rng(random_key(seed, "lengths", 0)).random(n)
+    # as Generator.random makes them, but of the stream that numpy promises to keep
+    return (np.random.PCG64(random_key(seed, "lengths", 0)).random_raw(n) >> np.uint64(11)) * 2.0**-53
 
 
 def choose_lengths(wanted: str, n: int, seed: int, known: Lengths | None) -> list[int]:

@@ -13,6 +13,7 @@ import torch
 from omegaconf import OmegaConf
 
 from protlig_dd.batch import StaticShape, spare_sequences
+from protlig_dd.data.draws import NEWEST, check_version, some_of
 from protlig_dd.data.loader import PackDataset
 from protlig_dd.data.store import StoreGroup
 from protlig_dd.diffusion.likelihood import pick_estimator
@@ -80,10 +81,11 @@ def train(
     noise = build_noise(config.noise, graph)
     data, optim, control = config.data, config.optim, config.trainer
     packs_of = partial(PackDataset, store, max_len=data.max_len, tokens_per_pack=data.tokens_per_pack)
-    dataset = packs_of(store.split("train"), seed=config.seed, crop=data.crop, weights=data.weights)
+    version = plan_version(checkpoint, state)
+    dataset = packs_of(store.split("train"), seed=config.seed, crop=data.crop, weights=data.weights, version=version)
 
     def held_out(split: str, most: int) -> PackDataset:
-        return packs_of(subset(store, split, most, config.seed), seed=None)
+        return packs_of(subset(store, split, most, config.seed, version), seed=None)
 
     validation = held_out("validation", control.eval_max_sequences) if control.eval_every else None
     reported = held_out(config.report.split, config.report.max_sequences)
@@ -240,6 +242,7 @@ def train(
                     best=best_checkpoint(run_folder)[1],
                     state={
                         "data_fingerprint": store.fingerprint,
+                        "plan_version": version,
                         "length_counts": counts,
                         "cropped_sequences": cropped,
                     },
@@ -276,7 +279,7 @@ def train(
                 untrained = make_score(make_model().eval()) if wanted else None
                 samples = draw_samples(config, store, trainer.eval_score_fn, untrained, noise, device, processes)
                 if metrics is not None and samples is not None:
-                    report |= sample_report(config, store, run_folder, max_steps, samples, metrics)
+                    report |= sample_report(config, store, run_folder, max_steps, samples, metrics, version)
         if processes.first:
             write_atomic(run_folder / "report.csv", per_sequence(store, held))
             write_atomic(run_folder / "report.json", json.dumps(without_nan(report), indent=1) + "\n")
@@ -284,8 +287,17 @@ def train(
             print_report(run_folder, max_steps, report, store.name)
 
 
-def subset(store: StoreGroup, split: str, most: int, seed: int) -> np.ndarray:
-    """At most `most` rows of a split, the same ones at every evaluation.
+def plan_version(checkpoint: Path | None, state: dict[str, Any]) -> int:
+    """Of the run that has this checkpoint (see draws.py): the newest of one that begins, 1 where its state has none.
+
+    Raises:
+        ValueError: one that is not known here.
+    """
+    return NEWEST if checkpoint is None else check_version(state.get("plan_version", 1), checkpoint)
+
+
+def subset(store: StoreGroup, split: str, most: int, seed: int, version: int) -> np.ndarray:
+    """At most `most` rows of a split, the same ones at every evaluation of a run.
 
     Raises:
         ValueError: an empty split.
@@ -295,9 +307,7 @@ def subset(store: StoreGroup, split: str, most: int, seed: int) -> np.ndarray:
         raise ValueError(
             f"{store.name} has no {split} sequences; prepare it with a larger split.{split}_fraction or a {split} file"
         )
-    if len(rows) > most:
-        rows = np.sort(np.random.default_rng([seed, most]).permutation(rows)[:most])
-    return rows
+    return some_of(rows, most, seed, version)
 
 
 @dataclass(frozen=True)
@@ -344,10 +354,16 @@ def draw_samples(
 
 
 def sample_report(
-    config: TrainConfig, store: StoreGroup, run_folder: Path, step: int, drawn: Samples, metrics: MetricsLog
+    config: TrainConfig,
+    store: StoreGroup,
+    run_folder: Path,
+    step: int,
+    drawn: Samples,
+    metrics: MetricsLog,
+    version: int,
 ) -> dict[str, Any]:
     """Write samples/step_N.fasta and log them, and compare them with the training split's composition and with
-    proteins of a split."""
+    proteins of a split, chosen by this version."""
     wanted, max_len = config.report, config.data.max_len
     samples, frequencies = drawn.trained, training_frequencies(store)
     file = run_folder / "samples" / f"step_{step:08d}.fasta"
@@ -373,7 +389,7 @@ def sample_report(
         "composition_kl": composition_kl(samples, frequencies),
     }
     most = max(wanted.max_sequences, 4 * len(samples))  # for as many controls, and a reference
-    places = store.places(subset(store, wanted.split, most, config.seed))
+    places = store.places(subset(store, wanted.split, most, config.seed, version))
     natural = [
         store.stores[number].tokens[begin + 1 : begin + 1 + residues]
         for number, begin, residues in zip(*(column.tolist() for column in places), strict=True)

@@ -65,7 +65,7 @@ from protlig_dd.runtime.output import let_output_fail
 from protlig_dd.runtime.stop import STOPPED, Stopped, StopRequests, seconds_of
 from protlig_dd.runtime.trained import find_saved
 from protlig_dd.training.finetune import FREE_KEYS, taken_over
-from protlig_dd.training.job import train
+from protlig_dd.training.job import plan_version, train
 from protlig_dd.training.plan import print_plan, with_data
 from protlig_dd.training.validate import RESUME, check_train_config
 
@@ -365,7 +365,8 @@ def open_run_folder(
     """Make or reopen the run folder (rank 0), and find the checkpoint to go on from.
 
     Raises:
-        ValueError: a run that exists and may not be resumed, or whose config or data differ; names what differs.
+        ValueError: a run that exists and may not be resumed, or whose config or data differ; names what differs. Or one
+            that a newer version of the program has begun.
     """
     folder = None
     if processes.first:
@@ -395,6 +396,7 @@ def open_run_folder(
         for aside in put_aside_newer(path, checkpoint) if checkpoint is not None else []:
             console.print(f"{aside} is what is left of it, and may be deleted")
         state = read_state(checkpoint) if checkpoint is not None else {}
+        plan_version(checkpoint, state)  # refused before anything is written
         weights = first_weights(config) if checkpoint is None and config.from_ is not None else None
         most = config.trainer.max_steps
         if state and most is not None and state["step"] > most:
