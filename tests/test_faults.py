@@ -156,7 +156,8 @@ def test_without_locks_the_work_is_done_with_a_warning(
         pass
     make_store(tmp_path / "small.h5", proteins, train=20, held_out=2)
     dataset = PackDataset(group := StoreGroup([SequenceStore(tmp_path / "small.h5")]), group.split("train"), seed=0,
-                          max_len=100, tokens_per_pack=500, ahead=False)  # fmt: skip
+                          max_len=100, tokens_per_pack=500)  # fmt: skip
+    dataset.ahead = False
     assert len(dataset.plan(0).rows) == len(dataset.plan(1).rows) == 20  # of which it says so once
     assert not list(tmp_path.glob(".*"))
     said = capfd.readouterr().err.splitlines()
