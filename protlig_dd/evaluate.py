@@ -18,14 +18,17 @@ import torch
 from omegaconf import DictConfig
 
 from protlig_dd.batch import PackedBatch, split_lengths
+from protlig_dd.data.homology import find_mmseqs
 from protlig_dd.data.store import SequenceStore, StoreGroup
 from protlig_dd.diffusion.graph import Absorbing
 from protlig_dd.diffusion.likelihood import ProteinDraws, masked_cross_entropy, nll_bound, per_residue, pick_estimator
 from protlig_dd.evaluation.baselines import Baselines, fit_baselines, training_sequences
-from protlig_dd.evaluation.inputs import csv_text, is_store, read_sequences
+from protlig_dd.evaluation.inputs import csv_text, read_sequences
+from protlig_dd.evaluation.leaks import FEWEST, Leaks, find_leaks
+from protlig_dd.evaluation.trained_on import NO_STORE, Source, own_data, sources_before
 from protlig_dd.runtime.cli import run_verb
 from protlig_dd.runtime.config import EvaluateConfig, read_config
-from protlig_dd.runtime.distributed import gather_objects, opened_by
+from protlig_dd.runtime.distributed import gather_objects
 from protlig_dd.runtime.files import write_folder
 from protlig_dd.runtime.metrics import ProgressBar, announce, console, without_nan
 from protlig_dd.runtime.random import places_of_set, protein_draws, protein_keys
@@ -60,6 +63,7 @@ def evaluate(cfg: DictConfig) -> None:
     output = check_free(config.output)
     check_least((("draws", config.draws, 1), ("seed", config.seed, 0), ("max_sequences", config.max_sequences or 1, 1),
                  ("tokens_per_pack", config.tokens_per_pack, 1)))  # fmt: skip
+    find_mmseqs(config.near, "near")
     store, ids, sequences = read_sequences(Path(config.input), config.split, config.max_sequences, config.seed)
     trained = load_trained(config.from_, device=config.device, precision=config.precision)
     other = None
@@ -68,6 +72,13 @@ def evaluate(cfg: DictConfig) -> None:
     max_len = min(model.max_len for model in (trained, other) if model is not None)
     told_by = find_baselines(config.train, store, trained)
     baselines = None if told_by is None else fit_baselines(training_sequences(told_by.stores))
+    leaks = None
+    if trained.processes.first:
+        sources = all_sources(config.train, store, trained)
+        if other is not None:
+            sources += all_sources(None, store, other, called="the model compared with")
+        leaks = find_leaks(sequences, sources, config.near)
+        console.print("\n".join(leaks.lines()))
     cut = sum(len(tokens) - 2 > max_len for tokens in sequences)
     sequences = [cropped(tokens, max_len) for tokens in sequences]
     if cut:
@@ -78,7 +89,7 @@ def evaluate(cfg: DictConfig) -> None:
     if other is not None:
         for one, same in zip(scored, score(other, sequences, replace(config, masked=False), None), strict=True):
             one.nats["compared"] = same.nats["bound"]
-    if not trained.processes.first:
+    if leaks is None:  # not the first rank
         return
     report = {
         **description_of(trained),
@@ -95,12 +106,13 @@ def evaluate(cfg: DictConfig) -> None:
         "baseline_sequences": None if baselines is None else baselines.sequences,
         "compared_with": None if other is None else description_of(other),
         **summary(scored),
+        "in_training": in_training(leaks, scored),
     }
     table = report_table(report)
     files = {
         "report.json": json.dumps(without_nan(report), indent=1) + "\n",
         "report.md": table,
-        "per_sequence.csv": sequence_csv(ids, scored),
+        "per_sequence.csv": sequence_csv(ids, scored, leaks.cells(len(ids))),
         "by_length.csv": length_csv(scored),
         "by_amino_acid.csv": letter_csv(scored),
     }
@@ -131,7 +143,10 @@ def cropped(tokens: np.ndarray, max_len: int) -> np.ndarray:
 
 def find_baselines(wanted: str | None, store: SequenceStore | None, trained: Trained) -> StoreGroup | None:
     """Whose training split unigram and bigram models are made of: `train=`, else what the model was trained on."""
-    found = own_data(store, trained) if wanted is None else StoreGroup([SequenceStore(wanted)])
+    given = [] if store is None else [store]
+    found = (
+        StoreGroup([SequenceStore(wanted)]) if wanted else own_data(given, trained.checkpoint, trained.data_fingerprint)
+    )
     if found is None:
         announce("the model's training set was not found: give train=store.h5 for unigram and bigram models",
                  trained.processes)  # fmt: skip
@@ -140,21 +155,18 @@ def find_baselines(wanted: str | None, store: SequenceStore | None, trained: Tra
     return found
 
 
-def own_data(store: SequenceStore | None, trained: Trained) -> StoreGroup | None:
-    """The stores that the model was trained on, known by their fingerprint: the input, or those of its run.
-
-    A run's record has paths as they were given: from where it was started, which is a folder that the run lies in.
-    """
-    candidates = [] if store is None else [[store.path]]
-    run = run_folder(trained.checkpoint)
-    if run is not None and (paths := opened_by(run).get("data_path")):
-        candidates += [[folder / path for path in paths.split(", ")] for folder in (Path(), *run.parents)]
-    for paths in candidates:
-        if all(map(is_store, paths)):
-            group = StoreGroup([SequenceStore(path) for path in paths])
-            if group.fingerprint == trained.data_fingerprint:
-                return group
-    return None
+def all_sources(
+    wanted: str | None, store: SequenceStore | None, trained: Trained, called: str = "this model"
+) -> list[Source]:
+    """What trained the model and those that it began from; of a training set that is not found, `train=` tells."""
+    named = [] if wanted is None else [SequenceStore(wanted)]
+    given = named + ([] if store is None else [store])
+    own = own_data(given, trained.checkpoint, trained.data_fingerprint)
+    if own is None and named:
+        first = Source(f"{called}, as train= says", StoreGroup(named))
+    else:
+        first = Source(called, own, "" if own else f"{NO_STORE} (train=store.h5 names it)")
+    return [first, *sources_before(trained.config, run_folder(trained.checkpoint), given)]
 
 
 def score(
@@ -253,6 +265,13 @@ def summary(scored: Sequence[Scored]) -> dict[str, Any]:
     return found
 
 
+def in_training(leaks: Leaks, scored: Sequence[Scored]) -> dict[str, Any]:
+    """What is known of proteins that trained the model and, where some have, the figures of the others."""
+    others = [one for one, leaked in zip(scored, leaks.leaked, strict=True) if not leaked] if leaks.leaked.any() else []
+    figures = {"sequences": len(others), **without_nan(summary(others))} if len(others) >= FEWEST else None
+    return {**leaks.report(), "others": figures}
+
+
 NAMES = {
     "bound": "model, NLL bound",
     "compared": "model compared with, NLL bound",
@@ -294,6 +313,15 @@ def report_table(report: dict[str, Any]) -> str:
                   "better."]  # fmt: skip
         if report["estimator"] != other["estimator"]:
             lines += [f"Their estimators differ: {report['estimator']}, and {other['estimator']} of the second."]
+    if (leaks := report["in_training"])["copies"] or leaks["near"]:
+        near = f" and {leaks['near']:,} near ones" if leaks["near"] else ""
+        line = f"{leaks['copies']:,} are exact copies{near} of proteins that trained the model; the "
+        others = leaks["others"]
+        if others is None:
+            lines += ["", f"{line}others are too few for a bound of their own."]
+        else:
+            bound = told(others["bound"], others["bound_se"], ".4f")
+            lines += ["", f"{line}{others['sequences']:,} others have an NLL bound of {bound} nats/residue."]
     if report["sequences"] == 1:
         lines += ["", "Of a single protein: the standard error is that of the bound's draws."]
     return "\n".join(lines) + "\n"
@@ -304,16 +332,20 @@ def told(value: float, error: float, digits: str) -> str:
     return f"{value:{digits}}" + ("" if math.isnan(error) else f" ± {error:{digits.lstrip('+')}}")
 
 
-def sequence_csv(ids: Sequence[str], scored: Sequence[Scored]) -> str:
-    """A row for each protein: whole nats, so that two models can be compared protein by protein."""
+def sequence_csv(ids: Sequence[str], scored: Sequence[Scored], trained_by: Sequence[str]) -> str:
+    """A row for each protein: whole nats, so that two models can be compared protein by protein.
+
+    Args:
+        trained_by: of each, whether it has trained the model.
+    """
     names = [name for name in COLUMNS if name in scored[0].nats]
     masked = list(scored[0].masked)
     header = ["id", "residues", *(f"{name}_nats" for name in names), "bound_nats_se"]
     return csv_text(
-        [*header, *(f"{name}_tokens" for name in masked)],
+        [*header, *(f"{name}_tokens" for name in masked), "in_training"],
         [
-            [id_, one.residues, *(one.nats[name] for name in names), one.bound_se, *one.masked.values()]
-            for id_, one in zip(ids, scored, strict=True)
+            [id_, one.residues, *(one.nats[name] for name in names), one.bound_se, *one.masked.values(), cell]
+            for id_, one, cell in zip(ids, scored, trained_by, strict=True)
         ],
     )
 

@@ -42,6 +42,8 @@ def report_of(checkpoint: Path, step: int) -> dict[str, Any] | None:
     report = read_json(file) if file is not None and file.is_file() else {}
     if report.get("step") != step:
         return None
+    if isinstance(leaks := report.get("in_training"), dict):  # without the paths of this machine
+        report["in_training"] = {key: leaks.get(key) for key in ("copies", "others")}
     return {key: value for key, value in report.items() if key not in ("samples", "shown", "judges")}
 
 

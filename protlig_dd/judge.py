@@ -7,7 +7,7 @@ python -m protlig_dd.judge samples=designs.fasta natural=held.fasta train=data/m
 import itertools
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from protlig_dd.data.homology import best_hits, clusters_of, find_mmseqs
 from protlig_dd.data.store import SPLITS, SequenceStore
-from protlig_dd.evaluation.inputs import csv_text, is_store, read_sequences, thinned
+from protlig_dd.evaluation.inputs import csv_text, is_store, numbered_fasta, read_sequences, thinned
 from protlig_dd.evaluation.judges import (
     COLUMNS,
     SETS,
@@ -154,7 +154,9 @@ def relatives(
     columns: dict[str, Sequence[float]] = {}
     with ProgressBar("MMseqs2", len(SETS) + (train is not None)) as bar:
         for name, sequences in zip(SETS, sets, strict=True):
-            clusters = clusters_of(fasta(scratch / name, sequences), scratch / "work", identity=NEAR, coverage=COVERED)
+            clusters = clusters_of(
+                numbered_fasta(scratch / name, sequences), scratch / "work", identity=NEAR, coverage=COVERED
+            )
             bar.advance(note=f"clusters, {name}")
             members = {i for cluster in clusters if len(cluster) > 1 for i in cluster}
             has_twin = [float(i in members) for i in range(len(sequences))]
@@ -162,8 +164,8 @@ def relatives(
             rows[twins].append(share(has_twin))
             columns.setdefault(twins, has_twin)
         if train is not None:
-            targets = fasta(scratch / "train", (train[row][1:-1] for row in train.split("train")))
-            queries = fasta(scratch / "all", itertools.chain(*sets))
+            targets = numbered_fasta(scratch / "train", (train[row][1:-1] for row in train.split("train")))
+            queries = numbered_fasta(scratch / "all", itertools.chain(*sets))
             found = best_hits(queries, targets, scratch / "work")
             bar.advance(note="relatives in the training set")
             numbers = iter(range(sum(map(len, sets))))
@@ -177,14 +179,6 @@ def relatives(
                 columns.setdefault(identity, [one.identity if one else NAN for one in hits])
                 columns.setdefault(close, near)
     return columns
-
-
-def fasta(path: Path, sequences: Iterable[np.ndarray]) -> Path:
-    """Written to `path`, with numbers as names."""
-    decode = ProteinTokenizer().decode
-    with path.open("w") as file:
-        file.writelines(f">{i}\n{decode(one)}\n" for i, one in enumerate(sequences))
-    return path
 
 
 def markdown(rows: Rows) -> str:

@@ -70,6 +70,12 @@ def describe(store: SequenceStore) -> None:
     dropped = {name: count for name, count in manifest["dropped"].items() if count}
     if dropped:
         console.print("dropped " + ", ".join(f"{count:,} by {name}" for name, count in dropped.items()))
+    for both in manifest.get("shared", ()):  # which earlier versions did not look for
+        equal = ", ".join(f"{own} = {other}" for own, other in both["first"])
+        more = ", ..." if both["sequences"] > len(both["first"]) else ""
+        left = "are kept in both" if manifest["options"]["filters"]["duplicates"] else f"are left to {both['in']}"
+        told = f"{both['sequences']:,} sequences of {both['of']} are in {both['in']} too and {left}"
+        console.print(f"warning: {told}: {equal}{more}")
     if manifest["lower_case_letters"]:
         console.print(f"{manifest['lower_case_letters']:,} lower-case letters were read as upper-case")
     if found := manifest.get("nucleotide_like"):  # which earlier versions did not count

@@ -23,6 +23,14 @@ from protlig_dd.evaluation.assays import (
     read_reference,
     read_target,
 )
+from protlig_dd.evaluation.composition import (
+    Background,
+    aggregate_composition,
+    background,
+    beside_composition,
+    composition_line,
+    composition_scores,
+)
 from protlig_dd.evaluation.fitness import ASKED_FOR, Scores, Work, choose_strategy, pieces_of, score_variants
 from protlig_dd.evaluation.heatmap import heat_map, to_csv, to_png
 from protlig_dd.evaluation.measurements import METRICS, aggregate
@@ -65,8 +73,10 @@ def score_one(config: VariantsConfig) -> None:
     trained = load_trained(config.from_, device=config.device, precision=config.precision)
     if is_nucleotide(target.astype(np.uint8).tobytes()):
         announce(nucleotide_warning(1, 1, "target="), trained.processes)
-    settings = settings_of(trained, config) | of_assay(None if config.assay is None else Path(config.assay), target)
-    score_assay(trained, config, assay, target, output, "variants", settings)
+    frequencies = background(trained)
+    settings = settings_of(trained, config) | {"frequencies": frequencies.name}
+    settings |= of_assay(None if config.assay is None else Path(config.assay), target)
+    score_assay(trained, config, assay, target, output, "variants", settings, frequencies)
 
 
 def score_folder(config: VariantsConfig) -> None:
@@ -89,7 +99,8 @@ def score_folder(config: VariantsConfig) -> None:
     outputs = {one.id: output / f"{one.id}.csv" for one in references}
     check_different([*outputs.values(), output / "summary.csv"])
     trained = load_trained(config.from_, device=config.device, precision=config.precision)
-    common = settings_of(trained, config)
+    frequencies = background(trained)
+    common = settings_of(trained, config) | {"frequencies": frequencies.name}
     settings = {one.id: common | of_assay(one.path, one.target) for one in references}
     done_before(output / "summary.csv", common)
     done = from_first({name: done_before(path, settings[name]) for name, path in outputs.items()})
@@ -102,7 +113,9 @@ def score_folder(config: VariantsConfig) -> None:
             bar.advance()
     for one in left:
         assay = read_checked(one.path, one.target, config)
-        done[one.id] = score_assay(trained, config, assay, one.target, outputs[one.id], one.id, settings[one.id])
+        done[one.id] = score_assay(
+            trained, config, assay, one.target, outputs[one.id], one.id, settings[one.id], frequencies
+        )
     results = [
         {
             "DMS_id": one.id,
@@ -114,20 +127,26 @@ def score_folder(config: VariantsConfig) -> None:
         for one in references
     ]
     if trained.processes.first:
-        total = common | aggregate(results)
+        total = common | aggregate(results) | {"composition": aggregate_composition(results)}
         columns = ["DMS_id", "UniProt_ID", "coarse_selection_type", "strategy", "variants", *METRICS]
-        rows = [["" if result[key] is None else result[key] for key in columns] for result in results]
+        more = {f"composition_{key}": key for key in ("spearman_with_scores", "spearman", "auc")}
+        cells = [
+            [*(result[key] for key in columns), *(result["composition"][key] for key in more.values())]
+            for result in results
+        ]
+        rows = [["" if cell is None else cell for cell in row] for row in cells]
         write_atomic(output / "summary.json", as_json(total))
-        write_atomic(output / "summary.csv", as_csv([columns, *rows]))
+        write_atomic(output / "summary.csv", as_csv([[*columns, *more], *rows]))
         for kind, values in total["by_type"].items():
             announce(f"{kind}: {metrics_line(values)} ({values['proteins']} proteins)", trained.processes)
         announce(f"{output}: {len(results)} assays, {metrics_line(total)}", trained.processes)
+        announce(f"composition alone: {metrics_line(total['composition'])}", trained.processes)
 
 
 def read_checked(path: Path, target: np.ndarray, config: VariantsConfig) -> Assay:
     """An assay whose file has no column yet of the names that are added."""
     assay = read_assay(path, target, offset=config.offset, skip_bad=config.bad_rows == "skip")
-    for name in (config.column, f"{config.column}_se"):
+    for name in (config.column, f"{config.column}_se", f"{config.column}_minus_composition"):
         if name in assay.header:
             raise ValueError(f"{assay.where[0]}: there is a column {name} already; name another with column=")
     return assay
@@ -200,6 +219,7 @@ def score_assay(
     output: Path,
     description: str,
     settings: dict[str, Any],
+    frequencies: Background,
 ) -> dict[str, Any]:
     """Score on all ranks, have rank 0 write and say what it wrote; returns the summary."""
     strategy, reason = choose_strategy(config.strategy, trained.graph, assay)
@@ -229,6 +249,8 @@ def score_assay(
     )
     metrics = assay.judge(scores.nats)
     made = {"variants": len(assay.rows), "left_out": len(assay.bad), "strategy": strategy, **metrics}
+    baseline = composition_scores(assay.variants, target, frequencies.logs)
+    made["composition"] = beside_composition(assay, scores.nats, baseline, frequencies.told)
     summary = {**made, "checkpoint": str(trained.checkpoint), **settings}
     files = beside(output)
     if trained.processes.first:
@@ -237,17 +259,25 @@ def score_assay(
         if table is not None:
             write_atomic(files["map"], to_csv(table, target))
             write_atomic_bytes(files["picture"], to_png(table, target, f"{output.stem}: {strategy}"))
-        write_atomic(files["scores"], scored_rows(assay, scores, config.column))  # last: an assay with it is done
+        rows = scored_rows(assay, scores, baseline, config.column)
+        write_atomic(files["scores"], rows)  # last: an assay with it is done
     announce(f"{output}: {metrics_line(metrics)}", trained.processes)
+    announce(composition_line(made["composition"]), trained.processes)
     return summary
 
 
-def scored_rows(assay: Assay, scores: Scores, column: str) -> str:
-    """The assay's own rows and columns, and the scores behind them."""
+def scored_rows(assay: Assay, scores: Scores, baseline: np.ndarray, column: str) -> str:
+    """The assay's own rows and columns, and the scores behind them.
+
+    Args:
+        baseline: (rows,) scores of composition alone; where NaN, the column of the difference is empty.
+    """
     columns = {column: scores.nats}
     if scores.standard_error is not None:
         columns[f"{column}_se"] = scores.standard_error
-    added = zip(*([f"{value:.6f}" for value in values] for values in columns.values()), strict=True)
+    columns[f"{column}_minus_composition"] = scores.nats - baseline
+    cells = ([("" if np.isnan(value) else f"{value:.6f}") for value in values] for values in columns.values())
+    added = zip(*cells, strict=True)
     return as_csv([[*assay.header, *columns], *([*row, *more] for row, more in zip(assay.rows, added, strict=True))])
 
 

@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 from protlig_dd.batch import PackedBatch
 from protlig_dd.data.build import build_store
 from protlig_dd.data.fasta import FastaRecord
-from protlig_dd.data.store import SPLITS, SequenceStore
+from protlig_dd.data.store import SPLITS, SequenceStore, StoreGroup
 from protlig_dd.diffusion.graph import Absorbing, Graph, Uniform
 from protlig_dd.diffusion.likelihood import masked_cross_entropy, nll_bound
 from protlig_dd.diffusion.noise import GeometricNoise, LogLinearNoise, Noise
 from protlig_dd.diffusion.score import ScoreFn
-from protlig_dd.evaluate import NAMES, Scored, cropped, find_baselines, letter_csv, score, summary
+from protlig_dd.evaluate import NAMES, Scored, all_sources, cropped, find_baselines, letter_csv, score, summary
+from protlig_dd.evaluation import leaks
 from protlig_dd.evaluation.baselines import fit_baselines
 from protlig_dd.runtime.config import EvaluateConfig
 from protlig_dd.runtime.random import places_of_set, protein_draws, protein_keys
@@ -30,7 +31,15 @@ from protlig_dd.runtime.trained import load_trained, run_folder
 from protlig_dd.tokenizer import BOS, EOS, N_STATES, ProteinTokenizer
 
 from . import brute_force
-from .conftest import Command, assert_one_line_error, exact_score_fn, graph_of, make_model, random_batch
+from .conftest import (
+    Command,
+    assert_one_line_error,
+    exact_score_fn,
+    graph_of,
+    make_model,
+    random_batch,
+    require_program,
+)
 
 encode = ProteinTokenizer().encode
 
@@ -154,7 +163,7 @@ def test_only_of_a_time_conditioned_model_the_order_agnostic_bound_is_another_on
     trained = load_trained(str(trained_run), device="cpu", precision="fp32")
     model = make_model(time_conditioning=conditioned).eval()
     trained = replace(trained, model=model, score_fn=ScoreFn(model, Absorbing(), "x0", time_conditioning=conditioned))
-    config = EvaluateConfig(from_="", input="", split="test", train=None, compare=None, output="", draws=2,
+    config = EvaluateConfig(from_="", input="", split="test", train=None, compare=None, near=False, output="", draws=2,
                             masked=False, max_sequences=None, seed=3, device="cpu", precision="fp32",
                             tokens_per_pack=10_000)  # fmt: skip
     sequences = [store[row] for row in store.split("test")[:3]]
@@ -224,7 +233,7 @@ def test_the_page_and_evaluate_have_one_figure(
 ) -> None:
     """The run's packs hold 1,200 tokens, these 5,000."""
     command = ["-m", "protlig_dd.evaluate", f"from={trained_run}", f"input={store.path}", "precision=fp32", "draws=2",
-               "masked=false", "tokens_per_pack=5000"]  # fmt: skip
+               "masked=false", "near=false", "tokens_per_pack=5000"]  # fmt: skip
     done = run_python(*command, "output=out")
     assert done.returncode == 0, done.stderr
     found, page = (json.loads(file.read_text()) for file in (tmp_path / "out/report.json", trained_run / "report.json"))
@@ -237,9 +246,12 @@ def test_two_models_are_compared_protein_by_protein(
     trained_run: Path, store: SequenceStore, tmp_path: Path, run_python: Command
 ) -> None:
     start = trained_run / "checkpoints/step_00000020"
-    command = ["-m", "protlig_dd.evaluate", f"from={trained_run}", f"input={store.path}", "precision=fp32", "draws=2"]
+    command = ["-m", "protlig_dd.evaluate", f"from={trained_run}", f"input={store.path}", "precision=fp32",
+               "near=false", "draws=2"]  # fmt: skip
     done = run_python(*command, f"compare={start}", "output=out")
     assert done.returncode == 0, done.stderr
+    assert f"none of 20 proteins is an exact copy of one that trained this model ({store.path}) or the model compared" \
+           f" with ({store.path})" in done.stdout  # fmt: skip
     report, table = json.loads((tmp_path / "out/report.json").read_text()), (tmp_path / "out/report.md").read_text()
     rows = list(csv.DictReader((tmp_path / "out/per_sequence.csv").read_text().splitlines()))
     own, other, residues = (
@@ -256,7 +268,7 @@ def test_two_models_are_compared_protein_by_protein(
     assert line in table
     assert f"of 360 training proteins of {store.path}." in table
     assert error < ratio_and_error(own, residues)[1]
-    alone = run_python(*command[:-1], "draws=2", "output=alone", f"from={start}")
+    alone = run_python(*command, "output=alone", f"from={start}")
     assert alone.returncode == 0, alone.stderr
     same = csv.DictReader((tmp_path / "alone/per_sequence.csv").read_text().splitlines())
     assert [float(row["bound_nats"]) for row in same] == pytest.approx(other.tolist(), abs=1e-4)
@@ -283,7 +295,15 @@ def ratio_and_error(nats: np.ndarray, count: np.ndarray) -> tuple[float, float]:
 def test_the_folder_holds_what_the_parts_sum_up_to(
     trained_run: Path, store: SequenceStore, tmp_path: Path, run_python: Command
 ) -> None:
-    command = ["-m", "protlig_dd.evaluate", f"from={trained_run}", "draws=4", "tokens_per_pack=900", "precision=fp32"]
+    command = [
+        "-m",
+        "protlig_dd.evaluate",
+        f"from={trained_run}",
+        "near=false",
+        "draws=4",
+        "tokens_per_pack=900",
+        "precision=fp32",
+    ]
     done = run_python(*command, f"input={store.path}", "output=out")
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out/report.json").read_text())
@@ -345,6 +365,7 @@ def test_fasta_is_compared_with_the_runs_own_training_set(
     text = "".join(f">{store.id(i)}\n{decode(store[i]).lower()}\n" for i in short)
     (tmp_path / "held.fasta").write_text(f"{text}>long\n{long}\n")
     command = ["-m", "protlig_dd.evaluate", f"from={trained_run}", "input=held.fasta", "draws=1", "masked=false"]
+    command += ["near=false"]
     done = run_python(*command, "output=out")
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out/report.json").read_text())
@@ -398,12 +419,98 @@ def test_baselines_are_those_of_what_the_model_was_trained_on(
     assert named.fingerprint == other.fingerprint
 
 
+def test_copies_are_those_that_a_set_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all lengths, down to one residue; also those that share their length and middle with a training protein."""
+    monkeypatch.setattr(leaks, "ROWS_AT_ONCE", 7)
+    generator = np.random.default_rng(0)
+    text = ["".join(generator.choice(list("ACDX"), generator.integers(1, 14))) for _ in range(300)]
+    train = list(dict.fromkeys(text[:150]))
+    (tmp_path / "train.fasta").write_text("".join(f">t{i}\n{one}\n" for i, one in enumerate(train)))
+    held = [one for one in dict.fromkeys(text[150:]) if one not in train]
+    (tmp_path / "test.fasta").write_text("".join(f">h{i}\n{one}\n" for i, one in enumerate(held)))
+    store = build_store({"train": tmp_path / "train.fasta", "test": tmp_path / "test.fasta"}, tmp_path / "a.h5")
+    twins = [f"W{one[1:-1]}W" for one in train if len(one) > 9]
+    asked = [*text, *twins, text[0], "W" * 60]
+    found = leaks.copies([encode(one) for one in asked], StoreGroup([store]))
+    assert found.tolist() == [one in train for one in asked]
+    assert 20 < found.sum() < len(asked) - 20
+    assert len(twins) > 10
+
+
+def test_proteins_that_trained_the_model_are_counted_and_left_out_of_a_second_bound(
+    trained_run: Path, store: SequenceStore, tmp_path: Path, run_python: Command
+) -> None:
+    decode = ProteinTokenizer().decode
+    long = next(i for i in store.split("train") if store.lengths[i] > 300)  # scored cropped, compared whole
+    short = [i for i in store.split("test") if store.lengths[i] <= 300][:3]
+    chosen = [0, 1, long, *short]
+    (tmp_path / "held.fasta").write_text("".join(f">p{i}\n{decode(store[i]).lower()}\n" for i in chosen))
+    command = ["-m", "protlig_dd.evaluate", f"from={trained_run}", "draws=2", "masked=false", "near=false"]
+    done = run_python(*command, "input=held.fasta", "output=out")
+    assert done.returncode == 0, done.stderr
+    told = f"3 of 6 proteins are exact copies of proteins that trained this model ({store.path})"
+    assert f"warning: {told}" in done.stdout
+    assert "near ones were not looked for: near=false" in done.stdout
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    rows = list(csv.DictReader((tmp_path / "out/per_sequence.csv").read_text().splitlines()))
+    assert [row["in_training"] for row in rows] == ["copy"] * 3 + ["no"] * 3
+    found = report["in_training"]
+    assert (found["copies"], found["near"], found["not_searched"]) == (3, None, [])
+    assert found["searched"] == [{"model": "this model", "store": str(store.path), "copies": 3}]
+    nats, residues = (np.array([float(row[key]) for row in rows[3:]]) for key in ("bound_nats", "residues"))
+    mean, error = ratio_and_error(nats, residues)
+    others = found["others"]
+    assert (others["sequences"], others["bound"], others["bound_se"]) == pytest.approx((3, mean, error), abs=1e-5)
+    assert abs(others["bound"] - report["bound"]) > 1e-4
+    line = f"3 are exact copies of proteins that trained the model; the 3 others have an NLL bound of {mean:.4f}"
+    assert line in (tmp_path / "out/report.md").read_text()
+    assert line in done.stdout
+
+
+def test_where_the_training_set_is_not_found_no_leak_was_looked_for(
+    trained_run: Path, store: SequenceStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = load_trained(str(trained_run), device="cpu", precision="fp32")
+    away = replace(trained, data_fingerprint="0" * 32)
+    (source,) = all_sources(None, store, away)
+    found = leaks.find_leaks([store[0], store[1]], [source], "auto")
+    assert found.lines() == ["copies of what trained this model were not looked for among the proteins: its training "
+                             "set was not found (train=store.h5 names it)"]  # fmt: skip
+    assert (found.report()["copies"], found.report()["near"], found.cells(2)) == (None, None, ["", ""])
+    told = leaks.find_leaks([store[0], store[390]], all_sources(str(store.path), None, away), False).lines()
+    assert told[0] == ("warning: 1 of 2 proteins are exact copies of proteins that trained this model, as train= says "
+                       f"({store.path})")  # fmt: skip
+    clean = leaks.find_leaks([store[390]], all_sources(None, store, trained), False)
+    assert clean.lines()[0] == f"none of 1 proteins is an exact copy of one that trained this model ({store.path})"
+
+
+@pytest.mark.slow
+@pytest.mark.system
+def test_near_copies_of_training_proteins_are_found_with_mmseqs(
+    trained_run: Path, store: SequenceStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require_program("mmseqs")
+    sources = all_sources(None, store, load_trained(str(trained_run), device="cpu", precision="fp32"))
+    changed = store[1].copy()
+    changed[5::10] = np.where(changed[5::10] < N_STATES, (changed[5::10] + 1) % N_STATES, changed[5::10])
+    shuffled = store[2].copy()
+    shuffled[1:-1] = np.random.default_rng(0).permutation(shuffled[1:-1])
+    monkeypatch.setattr(leaks, "MOST_RESIDUES", 1000)
+    some = [store[0], changed, shuffled]
+    assert leaks.find_leaks(some, sources, "auto").near is None
+    found = leaks.find_leaks(some, sources, True)
+    assert found.cells(3) == ["copy", "near", "no"]
+    assert (
+        "warning: 1 more of 3 are near a training protein (at >= 50% identity over >= 80% of either)" in found.lines()
+    )
+
+
 def test_a_single_protein_has_the_error_of_its_draws(
     trained_run: Path, store: SequenceStore, tmp_path: Path, run_python: Command
 ) -> None:
     (tmp_path / "one.fasta").write_text(f">one\n{ProteinTokenizer().decode(store[0])[:120]}\n")
     done = run_python("-m", "protlig_dd.evaluate", f"from={trained_run}", "input=one.fasta", "output=out", "draws=4",
-                      f"train={store.path}", "device=cpu", "precision=fp32")  # fmt: skip
+                      f"train={store.path}", "device=cpu", "precision=fp32", "near=false")  # fmt: skip
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out/report.json").read_text())
     (row,) = csv.DictReader((tmp_path / "out/per_sequence.csv").read_text().splitlines())
@@ -423,6 +530,7 @@ def test_a_single_protein_has_the_error_of_its_draws(
         (["input=bad.fasta"], "bad.fasta: record b: illegal character '_' at position 2 of 3"),
         (["input=STORE", "split=tests"], "split=tests; there are train, validation, test"),
         (["input=one.fasta", "draws=0"], "draws must be at least 1, got 0"),
+        (["input=one.fasta", "near=perhaps"], "near=perhaps; there are auto, true and false"),
         (["input=STORE", "from=nothing"], "nothing: neither a run folder"),
     ],
 )

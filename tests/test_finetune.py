@@ -1,5 +1,6 @@
 """Fine-tuning: what is taken over of the source, the first step's loss, resume, and what is refused."""
 
+import csv
 import functools
 import json
 import math
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -16,15 +18,21 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf, open_dict
 from safetensors.torch import load_file
 
+from protlig_dd.data.build import build_store
 from protlig_dd.data.loader import PackDataset
 from protlig_dd.data.store import SequenceStore
+from protlig_dd.diffusion.likelihood import per_residue
 from protlig_dd.diffusion.loss import score_entropy_loss
+from protlig_dd.evaluation.trained_on import sources_before
+from protlig_dd.export import report_of
 from protlig_dd.runtime.checkpoint import complete_checkpoints
 from protlig_dd.runtime.config import TrainConfig, config_folder, flatten, read_config, resolve_max_weight, spelt
+from protlig_dd.runtime.exported import measured
 from protlig_dd.runtime.files import sha256
 from protlig_dd.runtime.metrics import read_metrics
 from protlig_dd.runtime.random import keyed_generator
 from protlig_dd.runtime.trained import find_saved, load_trained
+from protlig_dd.tokenizer import ProteinTokenizer
 from protlig_dd.training.finetune import taken_over
 from protlig_dd.training.launch import starting_from
 from protlig_dd.training.optim import warmup_of
@@ -219,6 +227,77 @@ def test_a_fine_tuned_run_is_a_source_like_any_other(runs: Path, tune: Tune) -> 
     assert process.returncode == 0, process.stderr
     before, after = (find_saved(str(runs / name)).weights for name in ("family", "second"))
     assert all(torch.equal(tensor, load_file(after)[name]) for name, tensor in load_file(before).items())
+
+
+@pytest.mark.slow
+def test_held_out_proteins_that_trained_the_source_are_counted(
+    runs: Path, run_python: Command, store: SequenceStore, tmp_path: Path
+) -> None:
+    """When the run begins, in its report, and by `evaluate`, which follows `from=` to the source's store."""
+    decode = ProteinTokenizer().decode
+    test = store.split("test")
+    chosen = {"train": test[:12], "validation": [*range(5), *test[12:14]], "test": [*range(5, 8), *test[14:18]]}
+    for split, rows in chosen.items():
+        text = "".join(f">{split}{i}\n{decode(store[i])}\n" for i in rows)
+        (tmp_path / f"{split}.fasta").write_text(text)
+    family = build_store({split: tmp_path / f"{split}.fasta" for split in chosen}, tmp_path / "family.h5")
+    options = [*FAMILY, "data.path=family.h5", "run.name=leaky", "trainer.max_steps=1", "report.max_sequences=15"]
+    process = run_python("-m", "protlig_dd.training", *options)
+    assert process.returncode == 0, process.stdout + process.stderr
+    trained = f"are exact copies of proteins that trained its source runs/base ({store.path})"
+    assert f"warning: 5 of 7 validation proteins {trained}\n" in process.stdout
+    assert f"warning: 3 of 7 test proteins {trained}\n" in process.stdout
+    report = json.loads((runs / "leaky/report.json").read_text())
+    source = {"model": "its source runs/base", "store": str(store.path), "copies": 3}
+    own = {"model": "this run", "store": "family.h5", "copies": 0}
+    found = report["in_training"]
+    assert (found["copies"], found["searched"], found["not_searched"]) == (3, [own, source], [])
+    rows = list(csv.DictReader((runs / "leaky/report.csv").read_text().splitlines()))[3:]
+    nats, residues = (np.array([float(row[key]) for row in rows]) for key in ("nll_nats", "residues"))
+    assert (found["others"]["nll"], found["others"]["nll_se"]) == pytest.approx(per_residue(nats, residues), abs=1e-6)
+    assert f"without 3 copies {found['others']['nll']:.4f} ± {found['others']['nll_se']:.4f}" in process.stdout
+
+    assert "none of 7 test proteins is an exact copy of one that trained this run (family.h5)\n" in process.stdout
+    told = "3 of 7 proteins of the test set are exact copies of proteins that trained the model"
+    assert told in (runs / "leaky/report.html").read_text()
+    exported = report_of(find_saved(str(runs / "leaky")).path, 1)
+    assert "3 of these are exact copies of proteins that trained the model." in measured(exported)
+    assert store.path.name not in json.dumps(exported)  # no paths of this machine
+
+    options = [option for option in options if not option.startswith(("from=", "data.path", "run.name"))]
+    both = run_python("-m", "protlig_dd.training", *options, f"data.path=[family.h5,{store.path}]", "run.name=both")
+    assert both.returncode == 0, both.stdout + both.stderr
+    report = json.loads((runs / "both/report.json").read_text())  # of two stores, each may hold out what the other has
+    judged = {row["id"] for row in csv.DictReader((runs / "both/report.csv").read_text().splitlines())}
+    copied = {f"test{i}" for i in range(5, 8)} | {store.id(i) for i in test[:12]}
+    assert report["in_training"]["copies"] == len(judged & copied)
+    assert 3 < len(judged & copied) < len(judged)
+
+    command = ["-m", "protlig_dd.evaluate", "from=runs/leaky", "input=family.h5", "draws=1", "near=false"]
+    done = run_python(*command, "output=out", "device=cpu")
+    assert done.returncode == 0, done.stderr
+    assert f"warning: 3 of 7 proteins {trained}" in done.stdout
+    assert "none of 7 proteins is an exact copy of one that trained this model (family.h5)" in done.stdout
+    assert json.loads((tmp_path / "out/report.json").read_text())["in_training"]["copies"] == 3
+
+    run = load_trained(str(runs / "leaky"), device="cpu", precision="fp32")
+    before = functools.partial(sources_before, run.config, runs / "leaky")
+    assert [one.stores is not None for one in before([])] == [True]
+    (checkpoint,) = complete_checkpoints(runs / "base")
+    shutil.copytree(checkpoint, moved := checkpoint.with_name("step_00000031"))  # the run has gone on
+    sums = json.loads((moved / "complete.json").read_text())
+    (moved / "complete.json").write_text(json.dumps(sums | {"ema.safetensors": "0"}))
+    assert [one.stores is not None for one in before([])] == [True]
+    (runs / "base/environment.json").unlink()  # so its store is not named
+    assert [one.why for one in before([])] == ["its training set was not found"]
+    assert [one.stores is not None for one in before([store])] == [True]
+    shutil.rmtree(checkpoint)
+    assert [one.why for one in before([])] == ["it has other weights by now"]
+    (runs / "base").rename(runs / "away")
+    assert [one.why for one in before([])] == ["there is no runs/base"]
+    (unknown,) = sources_before(replace(run.config, from_=None), None, [])
+    assert (unknown.model, unknown.why) == ("the model that it began from", "an exported model does not name it")
+    assert family.fingerprint != store.fingerprint
 
 
 @pytest.mark.slow

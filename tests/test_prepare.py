@@ -121,6 +121,62 @@ def test_what_is_odd_but_good(run_python: Command, tmp_path: Path) -> None:
     assert store.manifest["lower_case_letters"] == 2
 
 
+def test_sequences_that_two_splits_share_are_counted(run_python: Command, tmp_path: Path) -> None:
+    """In whatever order the splits come, whatever the letters' case, and whether or not equal ones are kept."""
+    files = {
+        "train": ">t1 x\nMKVA\n>t2\nMKVC\n>t3\nMKVD\n>t4\nMKVE\n>t5\nMKVF\n>t6\nMKVF\n",
+        "validation": ">v1\nMKVW\n>v2\nMKVY\n",
+        "test": ">s1 y\nmkva*\n>s2\nMKVC\n>s3\nMKVG\n>s4\nMKVD\n>s5\nMKVE\n>s6\nMKVW\n",
+    }
+    for split, text in files.items():
+        (tmp_path / f"{split}.fasta").write_text(text)
+
+    def prepared(output: str, *more: str, splits: tuple[str, ...] = SPLITS) -> str:
+        given = ", ".join(f"{split}: {split}.fasta" for split in splits)
+        process = run_python(*PREPARE, f"input={{{given}}}", f"output={output}", *more)
+        assert process.returncode == 0, process.stderr
+        return process.stdout
+
+    out = prepared("a.h5")
+    shared = "warning: 4 sequences of test are in train too and are left to train: s1 = t1, s2 = t2, s4 = t3, ...\n"
+    assert shared in out
+    assert "warning: 1 sequences of test are in validation too and are left to validation: s6 = v1\n" in out
+    assert out.count("too and") == 2
+    assert "dropped 6 by duplicates" in out
+    assert shared in run_python(*PREPARE, "inspect=a.h5").stdout
+    out = prepared("b.h5", "filter.duplicates=true")
+    assert "warning: 4 sequences of test are in train too and are kept in both: s1 = t1" in out
+    out = prepared("c.h5", splits=("test", "train"))
+    assert "warning: 4 sequences of train are in test too and are left to test: t1 = s1, t2 = s2, t3 = s4, ...\n" in out
+    (tmp_path / "all.fasta").write_text("".join(f">p{i}\nMKV\n" for i in range(40)))
+    process = run_python(
+        *PREPARE, "input=all.fasta", "output=d.h5", "filter.duplicates=true", "split.test_fraction=0.5"
+    )
+    assert "too and are kept in both: p" in process.stdout
+    process = run_python(*PREPARE, "input=all.fasta", "output=e.h5", "split.test_fraction=0.5")
+    assert "too and" not in process.stdout  # of equal sequences one is left, in whatever split
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["input={train: short.fasta, test: long.fasta}", "filter.min_length=3"],
+         ["none of the 2 records of short.fasta is left (dropped of all 3 records: 2 by min_length)"]),
+        (["input={test: long.fasta, train: same.fasta}"], ["1 records of same.fasta is left", "1 by duplicates"]),
+        (["input=long.fasta", "split.test_fraction=0.9999"], ["in the shares that are put aside, which are too large"]),
+    ],
+)  # fmt: skip
+def test_an_empty_training_split_is_an_error(
+    run_python: Command, tmp_path: Path, options: list[str], parts: list[str]
+) -> None:
+    (tmp_path / "short.fasta").write_text(">a\nMK\n>b\nMA\n")
+    (tmp_path / "long.fasta").write_text(">c\nMKVAA\n")
+    (tmp_path / "same.fasta").write_text(">d\nMKVAA\n")
+    process = run_python(*PREPARE, *options, "split.validation_fraction=0", "output=d/a.h5")
+    assert_one_line_error(process, "d/a.h5: the train split is empty: ", *parts)
+    assert list((tmp_path / "d").iterdir()) == []
+
+
 def test_arguments_that_do_not_go_together(run_python: Command, tmp_path: Path) -> None:
     assert_one_line_error(run_python(*PREPARE), "give one of input=", "inspect=")
     assert_one_line_error(run_python(*PREPARE, "input=a"), "output=")

@@ -37,7 +37,7 @@ SHORT = {
     "-m protlig_dd.training": f"{QUICK} {NARROW} trainer.max_steps=22 data.tokens_per_pack=600 report.samples=2",
     "protlig_dd.sample": "steps=4",
     "protlig_dd.infill": "steps=4",
-    "protlig_dd.evaluate": "draws=2 max_sequences=20",
+    "protlig_dd.evaluate": "draws=2 max_sequences=20 near=false",
     "protlig_dd.judge": "bootstrap=5 mmseqs=false",
 }
 WITH_MMSEQS = "checked.h5"  # the store that the README makes with it

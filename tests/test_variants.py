@@ -25,6 +25,7 @@ from protlig_dd.data.store import SequenceStore
 from protlig_dd.diffusion.graph import Absorbing, Graph, Uniform
 from protlig_dd.diffusion.likelihood import masked_nats, masked_sigma
 from protlig_dd.diffusion.noise import CosineNoise, GeometricNoise, LogLinearNoise
+from protlig_dd.diffusion.rates import SWISS_PROT
 from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.evaluation.assays import (
     Assay,
@@ -37,6 +38,7 @@ from protlig_dd.evaluation.assays import (
     read_reference,
     read_target,
 )
+from protlig_dd.evaluation.composition import background, beside_composition, composition_line, composition_scores
 from protlig_dd.evaluation.fitness import (
     GAP,
     Piece,
@@ -854,6 +856,51 @@ def test_assays_whose_files_would_collide_are_refused() -> None:
             check_different([Path(f"out/{one}.csv"), Path(f"out/{other}.csv")])
 
 
+def test_composition_scores_are_sums_of_log_ratios() -> None:
+    frequencies = np.arange(1.0, 21) / 210
+    pair, same = Variant(((0, 3), (4, 7))), Variant()
+    found = composition_scores([pair, same, Variant(indel=Indel(3, 4, ()))], TARGET, np.log(frequencies))
+    expected = math.log(4 / (TARGET[0] + 1)) + math.log(8 / (TARGET[4] + 1))
+    assert found[:2].tolist() == pytest.approx([expected, 0])
+    assert math.isnan(found[2])
+
+
+def test_the_baseline_is_judged_over_rows_without_indels() -> None:
+    """And so are the scores once more, to stand beside it."""
+    generator = np.random.default_rng(0)
+    variants = [Variant(((i % 9, i % 7),)) for i in range(30)] + [Variant(indel=Indel(3, 4, ()))] * 10
+    baseline = composition_scores(variants, TARGET, np.log(SWISS_PROT))
+    scores, measured = generator.normal(size=(2, 40))
+    assay = replace(assay_of(*variants), measured=measured, fit=(measured > 0).astype(float))
+    found = beside_composition(assay, scores, baseline, "nature")
+    assert (found["rows"], found["of"]) == (30, "nature")
+    assert found["spearman_with_scores"] == pytest.approx(spearmanr(scores[:30], baseline[:30])[0])
+    for metrics, values in ((found, baseline), (found["score_minus_composition"], scores - baseline),
+                            (found["scores_of_the_same_rows"], scores)):  # fmt: skip
+        expected = judge(values[:30], measured[:30], assay.fit[:30], [1] * 30)
+        assert {key: metrics[key] for key in METRICS} == {key: expected[key] for key in METRICS}
+    line = composition_line(found)
+    assert f"Spearman {found['spearman_with_scores']:.4f} with the scores; with the measurements spearman " in line
+    assert "over the 30 rows without insertion or deletion, where the model has spearman" in line
+    only = beside_composition(assay_of(variants[-1]), scores[-1:], baseline[-1:], "nature")
+    assert "says nothing of insertions and deletions" in composition_line(only)
+
+
+def test_the_frequencies_are_those_of_the_training_proteins_where_they_are_found(
+    trained_run: Path, store: SequenceStore
+) -> None:
+    trained = load_trained(str(trained_run), device="cpu", precision="fp32")
+    found = background(trained)
+    tokens = np.concatenate([store[row] for row in store.split("train")])
+    counts = np.bincount(tokens, minlength=30)[:N_STATES] + 1
+    np.testing.assert_allclose(np.exp(found.logs), counts / counts.sum())
+    assert (found.name, found.told) == (
+        f"training split of {store.fingerprint}", f"the training split of {store.path}")  # fmt: skip
+    other = background(replace(trained, data_fingerprint="0" * 32))
+    np.testing.assert_allclose(np.exp(other.logs), SWISS_PROT / SWISS_PROT.sum())
+    assert other.told == "UniProtKB/Swiss-Prot, as the training set was not found"
+
+
 # the command
 
 FOLDER = ("assay=dms", "reference=reference.csv", "output=out", "draws=4")
@@ -904,19 +951,35 @@ def run(short_run: Path, target: str, capsys: pytest.CaptureFixture[str]) -> Cal
     return run
 
 
+def log_ratios(mutants: list[str], store: SequenceStore) -> list[float]:
+    """Of single substitutions: log f(mutant) - log f(wild type) in the training split, with a pseudo-count."""
+    counts = dict(zip(AMINO_ACIDS, (store.token_counts[0] + 1).tolist(), strict=False))
+    return [math.log(counts[mutant[-1]]) - math.log(counts[mutant[0]]) for mutant in mutants]
+
+
 @pytest.mark.slow
-def test_a_scan_has_every_substitution_and_a_heat_map(run: Callable[..., str], target: str) -> None:
-    assert "strategy=masked_marginals (the graph is absorbing)" in run("target=wt.fasta", "output=scan.csv")
+def test_a_scan_has_every_substitution_and_a_heat_map(
+    run: Callable[..., str], target: str, store: SequenceStore
+) -> None:
+    printed = run("target=wt.fasta", "output=scan.csv")
+    assert "strategy=masked_marginals (the graph is absorbing)" in printed
     rows = list(csv.DictReader(Path("scan.csv").read_text().splitlines()))
     assert rows[0]["mutant"].startswith(f"{target[0]}1")
     assert len(rows) == 19 * sum(letter in AMINO_ACIDS for letter in target)
     assert Path("scan_heatmap.png").stat().st_size > 10_000
     cells = list(csv.DictReader(Path("scan_heatmap.csv").read_text().splitlines()))
     assert [(int(row["position"]), row["wild_type"]) for row in cells] == list(enumerate(target, start=1))
-    found = {f"{row['wild_type']}{row['position']}{letter}": row[letter] for row in cells for letter in AMINO_ACIDS}
+    table = {f"{row['wild_type']}{row['position']}{letter}": row[letter] for row in cells for letter in AMINO_ACIDS}
     scores = {row["mutant"]: row["score"] for row in rows}
+    baseline = [float(row["score"]) - float(row["score_minus_composition"]) for row in rows]
+    ratios = log_ratios([row["mutant"] for row in rows], store)
+    assert baseline == pytest.approx(ratios, abs=2e-6)
+    rank = spearmanr([float(row["score"]) for row in rows], ratios)[0]
+    found = json.loads(Path("scan.json").read_text())["composition"]["spearman_with_scores"]
+    assert found == pytest.approx(rank, abs=1e-5)  # scores are written with six decimals
+    assert f"{store.path}): Spearman {found:.4f} with the scores" in printed
     own = {f"{letter}{i}{letter}": "0.000000" for i, letter in enumerate(target, start=1) if letter in AMINO_ACIDS}
-    assert {mutant: score for mutant, score in found.items() if score} == scores | own
+    assert {mutant: score for mutant, score in table.items() if score} == scores | own
 
     lines = [f"{row['mutant']},{i}\n" for i, row in enumerate(rows[::97])]  # which are read as an assay's
     Path("some.csv").write_text("mutant,DMS_score\n" + "".join(lines))
@@ -941,14 +1004,14 @@ def test_an_assay_keeps_its_columns_and_two_ranks_score_it_alike(
     assert Path("one.csv").read_text() == Path("two.csv").read_text()
     one = list(csv.DictReader(Path("one.csv").read_text().splitlines()))
     assert [",".join(list(row.values())[:4]) for row in one] == Path("dms/A.csv").read_text().splitlines()[1:]
-    assert list(one[0])[4:] == ["score", "score_se"]
+    assert list(one[0])[4:] == ["score", "score_se", "score_minus_composition"]
     scores = [float(row["score"]) for row in one]
     expected = spearmanr(scores, [int(row["DMS_score"]) for row in one])[0]
     assert json.loads(Path("one.json").read_text())["spearman"] == pytest.approx(expected)
 
 
 @pytest.mark.slow
-def test_a_folder_of_assays_is_scored_in_two_goes(run: Callable[..., str]) -> None:
+def test_a_folder_of_assays_is_scored_in_two_goes(run: Callable[..., str], store: SequenceStore) -> None:
     assert "B: 3 variants by strategy=bound (there are insertions or deletions)" in run(*FOLDER)
     total = json.loads(Path("out/summary.json").read_text())
     assert set(total["by_type"]) == {"Activity", "Stability"}
@@ -962,6 +1025,12 @@ def test_a_folder_of_assays_is_scored_in_two_goes(run: Callable[..., str]) -> No
         assert int(line["variants"]) == len(rows)
         assert float(line["spearman"]) == pytest.approx(spearmanr(scores, measured).statistic)
         assert float(line["auc"]) == pytest.approx(sum(pairs) / len(pairs))
+        if line["DMS_id"] == "B":  # of insertions and deletions
+            assert {row["score_minus_composition"] for row in rows} == {line["composition_spearman"]} == {""}
+            continue
+        baseline = log_ratios([row["mutant"] for row in rows], store)
+        assert float(line["composition_spearman"]) == pytest.approx(spearmanr(baseline, measured).statistic)
+        assert total["composition"]["spearman"] == pytest.approx(float(line["composition_spearman"]))
     for metric in ("spearman", "auc"):
         assert total[metric] == pytest.approx(sum(float(line[metric]) for line in lines) / 2)
     assert re.search(r"^A,P1,Activity,masked_marginals,", Path("out/summary.csv").read_text(), re.MULTILINE)
@@ -972,6 +1041,7 @@ def test_a_folder_of_assays_is_scored_in_two_goes(run: Callable[..., str]) -> No
     assert Path("out/A.csv").stat().st_mtime_ns == kept
     assert Path("out/B.csv").read_text() == Path("B.csv").read_text()
     entry = json.loads(Path("out/A.json").read_text())
+    assert entry["frequencies"] == total["frequencies"] == f"training split of {store.fingerprint}"
     assert entry["checkpoint"] == "runs/v/checkpoints/step_00000004"
     assert entry["weights_sha256"] == sha256(Path(entry["checkpoint"]) / "ema.safetensors")
 

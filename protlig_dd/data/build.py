@@ -32,6 +32,7 @@ SAMPLE_FOLDER = Path(__file__).resolve().parent / "sample"
 LENGTH_BIN = 50
 TRAIN, VALIDATION, TEST = range(3)
 ROWS_AT_ONCE = 1 << 16
+SHOWN_IDS = 3  # of sequences that are in two splits
 
 
 @dataclass(frozen=True)
@@ -140,13 +141,16 @@ def build_store(
         if not spool.rows:
             failed = ", ".join(f"{count:,} by {name}" for name, count in counts["dropped"].items() if count)
             raise ValueError(f"{output}: no sequences left: of {counts['records']:,} records were dropped {failed}")
-        keep = _keep(spool, files, duplicates=filters.duplicates)
+        keep, repeats = _keep(spool, files, duplicates=filters.duplicates)
         counts["dropped"]["duplicates"] = int((~keep).sum())
         splits = spool.load("split") if named else hashed_splits(spool.load("id_hash"), split)
+        shared = _shared(spool, splits, repeats) if named or filters.duplicates else []
         checked = None
         if split.check:
             with progress("searching held-out sequences in the training set", None):
                 checked = {"mmseqs": version, **_check_split(spool, keep, splits, split.on_hit)}
+        if ("train" in named or not named) and not (keep & (splits == TRAIN)).any():
+            raise _nothing_to_train_on(output, files[list(named).index("train")] if named else None, counts)
         source = {
             "format_version": FORMAT_VERSION,
             "inputs": [
@@ -156,6 +160,7 @@ def build_store(
             ],
             "options": _options(named, filters, split),
             **counts,
+            "shared": shared,
             "split_check": checked,
         }
         finished = folder / "store.h5"
@@ -381,8 +386,9 @@ def hashed_splits(id_hashes: np.ndarray, split: Split) -> np.ndarray:
     return codes
 
 
-def _keep(spool: Spool, files: Sequence[FastaFile], *, duplicates: bool) -> np.ndarray:
-    """(rows,) bool: False for sequences that are equal to an earlier one, unless `duplicates` are kept.
+def _keep(spool: Spool, files: Sequence[FastaFile], *, duplicates: bool) -> tuple[np.ndarray, np.ndarray]:
+    """(rows,) bool: False for sequences that are equal to an earlier one, unless `duplicates` are kept; and (k, 2)
+    rows: each that is equal to an earlier one, and the first of its equals.
 
     Raises:
         ValueError: an id that occurs twice; names both records.
@@ -391,15 +397,52 @@ def _keep(spool: Spool, files: Sequence[FastaFile], *, duplicates: bool) -> np.n
     if len(rows):
         _refuse_repeated_ids(spool, files, rows)
     keep = np.ones(spool.rows, dtype=bool)
-    if duplicates:
-        return keep
     rows = repeated_rows(spool.load("hash_high"))
-    if len(rows):
-        high, low = (np.memmap(spool.path(name), np.uint64, "r")[rows] for name in ("hash_high", "hash_low"))
-        order = np.lexsort((rows, low, high))
-        same = (np.diff(high[order]) == 0) & (np.diff(low[order]) == 0)
-        keep[rows[order[1:][same]]] = False
-    return keep
+    if not len(rows):
+        return keep, np.empty((0, 2), np.int64)
+    high, low = (np.memmap(spool.path(name), np.uint64, "r")[rows] for name in ("hash_high", "hash_low"))
+    order = np.lexsort((rows, low, high))
+    same = (np.diff(high[order]) == 0) & (np.diff(low[order]) == 0)
+    firsts = np.maximum.accumulate(np.where(np.append(False, same), 0, np.arange(len(order))))
+    repeats = rows[np.stack([order[1:][same], order[firsts[1:][same]]], axis=1)]
+    if not duplicates:
+        keep[repeats[:, 0]] = False
+    return keep, repeats
+
+
+def _shared(spool: Spool, splits: np.ndarray, repeats: np.ndarray) -> list[dict[str, Any]]:
+    """Of each two splits how many sequences of one are in the other, where they were read first, and the first of them.
+
+    Args:
+        repeats: (k, 2) rows, each equal to an earlier one, and the first of its equals.
+    """
+    repeats = repeats[np.argsort(repeats[:, 0])]
+    found = []
+    for code, name in enumerate(SPLITS):
+        for other, earlier in enumerate(SPLITS):
+            both = repeats[(splits[repeats[:, 0]] == code) & (splits[repeats[:, 1]] == other)]
+            if code != other and len(both):
+                ids = [[_id(spool, row) for row in rows] for rows in both[:SHOWN_IDS].tolist()]
+                found.append({"of": name, "in": earlier, "sequences": len(both), "first": ids})
+    return found
+
+
+def _id(spool: Spool, row: int) -> str:
+    lengths = np.memmap(spool.path("header_length"), np.int32, "r")
+    start = int(lengths[:row].sum(dtype=np.int64))
+    with spool.path("headers").open("rb") as file:
+        file.seek(start)
+        return id_of(file.read(int(lengths[row])).decode())
+
+
+def _nothing_to_train_on(output: Path, file: FastaFile | None, counts: Mapping[str, Any]) -> ValueError:
+    failed = ", ".join(f"{count:,} by {name}" for name, count in counts["dropped"].items() if count) or "none"
+    dropped = f"dropped of all {counts['records']:,} records: {failed}"
+    if file is None:
+        why = f"the ids of all sequences are in the shares that are put aside, which are too large ({dropped})"
+    else:
+        why = f"none of the {file.records:,} records of {file.name} is left ({dropped})"
+    return ValueError(f"{output}: the train split is empty: {why}")
 
 
 def repeated_rows(hashes: np.ndarray) -> np.ndarray:

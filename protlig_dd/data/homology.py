@@ -25,17 +25,20 @@ def mmseqs_version() -> str:
     return _run("version").strip()
 
 
-def find_mmseqs(wanted: object) -> bool:
+def find_mmseqs(wanted: object, key: str = "mmseqs") -> bool:
     """Whether MMseqs2 is to be used: `auto` says yes where it is installed.
+
+    Args:
+        key: of the config, that says so.
 
     Raises:
         ValueError: wanted and not installed, or neither auto, true nor false.
     """
     if wanted not in ("auto", True, False):
-        raise ValueError(f"mmseqs={wanted}; there are auto, true and false")
+        raise ValueError(f"{key}={wanted}; there are auto, true and false")
     there = shutil.which("mmseqs") is not None
     if wanted is True and not there:
-        raise ValueError(f"mmseqs=true, but no `mmseqs` is on the PATH: {INSTALL}")
+        raise ValueError(f"{key}=true, but no `mmseqs` is on the PATH: {INSTALL}")
     return bool(wanted) and there
 
 

@@ -61,3 +61,11 @@ def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     writer.writerow(header)
     writer.writerows([f"{cell:.6f}" if isinstance(cell, float) else cell for cell in row] for row in rows)
     return text.getvalue()
+
+
+def numbered_fasta(path: Path, sequences: Iterable[np.ndarray]) -> Path:
+    """Write residues, without <bos> and <eos>, as FASTA with numbers as names; returns `path`."""
+    decode = ProteinTokenizer().decode
+    with path.open("w") as file:
+        file.writelines(f">{i}\n{decode(one)}\n" for i, one in enumerate(sequences))
+    return path

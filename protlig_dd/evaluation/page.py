@@ -151,6 +151,9 @@ def run_page(run: Run) -> str:
         notices = [f"{made} and has no report yet."]
     elif run.metrics and run.report["step"] != run.last_step:
         notices = [f"{made}; its report, the bound and the samples, is of step {run.report['step']:,}."]
+    if copies := (run.report.get("in_training") or {}).get("copies"):
+        many = f"{copies:,} of {run.report['sequences']:,} proteins of the {run.report['split']} set"
+        notices.append(f"{many} are exact copies of proteins that trained the model, and are in its bound.")
     records = [("config.yaml", [*run.config.items()]), ("environment.json", [*flatten(run.environment).items()])]
     return render(
         title=run.name,

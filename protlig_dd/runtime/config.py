@@ -231,6 +231,7 @@ class EvaluateConfig:
     split: str
     train: str | None
     compare: str | None
+    near: Any  # true, false or auto
     output: str
     draws: int
     masked: bool

@@ -138,6 +138,10 @@ def measured(report: Mapping[str, Any] | None) -> list[str]:
     if report is None:
         return ["The run has no report of this step."]
     report = {key: float("nan") if value is None else value for key, value in report.items()}  # errors of one protein
+    leaks: Mapping[str, Any] = report.get("in_training") or {}
+    copied = []
+    if leaks.get("copies"):
+        copied = ["", f"{leaks['copies']} of these are exact copies of proteins that trained the model."]
     return [
         f"On {report['sequences']} proteins of the {report['split']} split, {report['residues']:,} residues "
         f"(the first {report['max_len']} of each), {report['estimator']} estimator, {report['draws']} draws; "
@@ -148,4 +152,5 @@ def measured(report: Mapping[str, Any] | None) -> list[str]:
         f"| bound on the negative log-likelihood | {report['nll']:.4f} ± {report['nll_se']:.4f} |",
         f"| unigram model | {report['unigram_nll']:.4f} ± {report['unigram_nll_se']:.4f} |",
         f"| paired difference | {report['difference']:+.4f} ± {report['difference_se']:.4f} |",
+        *copied,
     ]

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from protlig_dd.diffusion.likelihood import pick_estimator
 from protlig_dd.diffusion.noise import Noise
 from protlig_dd.diffusion.score import Network, ScoreFn
 from protlig_dd.evaluation.held_out import (
+    HeldOut,
     composition_kl,
     held_out_bound,
     length_counts,
@@ -28,7 +29,9 @@ from protlig_dd.evaluation.held_out import (
     training_statistics,
 )
 from protlig_dd.evaluation.judges import cheap_judges, for_json, with_controls
+from protlig_dd.evaluation.leaks import FEWEST, Leaks, find_leaks, may_repeat
 from protlig_dd.evaluation.page import PAGE, write_run_page
+from protlig_dd.evaluation.trained_on import Source, sources_before
 from protlig_dd.model.dit import DiT
 from protlig_dd.runtime.checkpoint import CheckpointWriter, best_checkpoint
 from protlig_dd.runtime.config import TrainConfig, build_graph, build_model, build_noise, resolve_max_weight, spelt
@@ -84,11 +87,16 @@ def train(
     version = plan_version(checkpoint, state)
     dataset = packs_of(store.split("train"), seed=config.seed, crop=data.crop, weights=data.weights, version=version)
 
+    held_rows: dict[str, np.ndarray] = {}
+
     def held_out(split: str, most: int) -> PackDataset:
-        return packs_of(subset(store, split, most, config.seed, version), seed=None)
+        rows = subset(store, split, most, config.seed, version)
+        held_rows[split] = np.union1d(held_rows.get(split, rows), rows)
+        return packs_of(rows, seed=None)
 
     validation = held_out("validation", control.eval_max_sequences) if control.eval_every else None
     reported = held_out(config.report.split, config.report.max_sequences)
+    leaks = find_held_out_leaks(config, store, run_folder, held_rows) if processes.first else {}
 
     def make_model() -> DiT:
         torch.manual_seed(random_key(config.seed, "weights", 0))
@@ -273,6 +281,7 @@ def train(
             report["precision"] = precision
             if processes.first:
                 report |= {"parameters": parameters, "training": training_statistics(store, data.max_len)}
+                report["in_training"] = in_training(leaks[config.report.split], held_rows[config.report.split], held)
             if config.report.samples:
                 # of a fine-tune, the untrained network is not what it began with
                 wanted = config.report.untrained and config.from_ is None
@@ -308,6 +317,44 @@ def subset(store: StoreGroup, split: str, most: int, seed: int, version: int) ->
             f"{store.name} has no {split} sequences; prepare it with a larger split.{split}_fraction or a {split} file"
         )
     return some_of(rows, most, seed, version)
+
+
+def find_held_out_leaks(
+    config: TrainConfig, store: StoreGroup, run_folder: Path, held_rows: dict[str, np.ndarray]
+) -> dict[str, Leaks]:
+    """For each split of {split: rows}, which of its proteins train this run or have trained the models that it begins
+    from (`from=`); says so. One store in which `prepare` kept no sequence twice need not be looked through.
+    """
+    own, before = Source("this run", store), list(sources_before(config, run_folder, store.stores))
+    repeats, found = may_repeat(store), {}
+    for split, rows in held_rows.items():
+        places = store.places(rows)
+        proteins = [
+            store.stores[number].tokens[begin : begin + residues + 2]
+            for number, begin, residues in zip(*(column.tolist() for column in places), strict=True)
+        ]
+        leaks = find_leaks(proteins, [own, *before] if repeats else before, near=None)
+        if not repeats:
+            leaks = replace(leaks, sources=[own, *before], copies=[np.zeros(len(rows), bool), *leaks.copies])
+        if before or leaks.copied.any():
+            console.print("\n".join(leaks.lines(f"{split} proteins")))
+        found[split] = leaks
+    return found
+
+
+def in_training(leaks: Leaks, rows: np.ndarray, held: HeldOut) -> dict[str, Any]:
+    """What the report says of held-out proteins that have trained the model, with the bound of the others.
+
+    Args:
+        rows: those that `leaks` tells of; `held` may have fewer.
+    """
+    known = np.isin(rows, held.rows)
+    leaks = replace(leaks, copies=[found[known] for found in leaks.copies])
+    figures = None
+    if leaks.copied.any() and (~leaks.copied).sum() >= FEWEST:
+        columns = {name: getattr(held, name)[~leaks.copied] for name in ("rows", "nats", "residues", "unigram_nats")}
+        figures = without_nan(replace(held, **columns).summary())
+    return {**leaks.report(), "others": figures}
 
 
 @dataclass(frozen=True)
@@ -421,6 +468,10 @@ def print_report(run_folder: Path, step: int, report: dict[str, Any], data: str)
         f"of {data}",
         f"  paired difference    {report['difference']:+.4f} ± {report['difference_se']:.4f}",
     ]
+    if copies := report["in_training"]["copies"]:
+        others = report["in_training"]["others"]
+        rest = "too few for a bound" if others is None else f"{others['nll']:.4f} ± {others['nll_se']:.4f}"
+        lines.append(f"  without {copies} copies {rest} (proteins that have trained the model)")
     if "samples" in report:
         lines.append("composition, KL to the training set in nats:")
         lines.append(f"  samples              {report['composition_kl']:.4f}")
