@@ -9,6 +9,7 @@ torchrun --nproc-per-node=8 -m protlig_dd.variants from=runs/demo assay=DMS/ ref
 import csv
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from omegaconf import DictConfig
 
 from protlig_dd.data.encode import is_nucleotide, nucleotide_warning
 from protlig_dd.evaluation.assays import (
+    AS_THE_TARGET,
     Assay,
+    Numbering,
     all_substitutions,
     read_assay,
     read_reference,
@@ -31,7 +34,7 @@ from protlig_dd.evaluation.composition import (
     composition_line,
     composition_scores,
 )
-from protlig_dd.evaluation.fitness import ASKED_FOR, Scores, Work, choose_strategy, pieces_of, score_variants
+from protlig_dd.evaluation.fitness import Scores, Work, choose_strategies, pieces_of, rows_by_strategy, score_each
 from protlig_dd.evaluation.heatmap import heat_map, to_csv, to_png
 from protlig_dd.evaluation.measurements import METRICS, aggregate
 from protlig_dd.runtime.cli import run_verb
@@ -44,6 +47,7 @@ from protlig_dd.tokenizer import ProteinTokenizer
 
 BAD_ROWS = ("fail", "skip")
 SHOWN = 3  # rows that were left out
+ENOUGH = 10  # measured variants of a strategy, to judge it by itself
 
 
 def score(cfg: DictConfig) -> None:
@@ -73,9 +77,9 @@ def score_one(config: VariantsConfig) -> None:
     trained = load_trained(config.from_, device=config.device, precision=config.precision)
     if is_nucleotide(target.astype(np.uint8).tobytes()):
         announce(nucleotide_warning(1, 1, "target="), trained.processes)
-    frequencies = background(trained)
+    file, frequencies = None if config.assay is None else Path(config.assay), background(trained)
     settings = settings_of(trained, config) | {"frequencies": frequencies.name}
-    settings |= of_assay(None if config.assay is None else Path(config.assay), target)
+    settings |= of_assay(file, target, numbered(config, AS_THE_TARGET).offset)
     score_assay(trained, config, assay, target, output, "variants", settings, frequencies)
 
 
@@ -101,7 +105,9 @@ def score_folder(config: VariantsConfig) -> None:
     trained = load_trained(config.from_, device=config.device, precision=config.precision)
     frequencies = background(trained)
     common = settings_of(trained, config) | {"frequencies": frequencies.name}
-    settings = {one.id: common | of_assay(one.path, one.target) for one in references}
+    settings = {
+        one.id: common | of_assay(one.path, one.target, numbered(config, one.numbering).offset) for one in references
+    }
     done_before(output / "summary.csv", common)
     done = from_first({name: done_before(path, settings[name]) for name, path in outputs.items()})
     left = [one for one in references if done[one.id] is None]
@@ -109,10 +115,10 @@ def score_folder(config: VariantsConfig) -> None:
         announce(f"{output}: {len(references) - len(left)} of {len(references)} are there already", trained.processes)
     with ProgressBar("reading", len(left), shown=trained.processes.first) as bar:
         for one in left:  # all of them, so that an error in the last is told before the first is scored
-            check_assay(trained, config, read_checked(one.path, one.target, config), one.target)
+            check_assay(trained, config, read_checked(one.path, one.target, config, one.numbering), one.target)
             bar.advance()
     for one in left:
-        assay = read_checked(one.path, one.target, config)
+        assay = read_checked(one.path, one.target, config, one.numbering)
         done[one.id] = score_assay(
             trained, config, assay, one.target, outputs[one.id], one.id, settings[one.id], frequencies
         )
@@ -143,10 +149,15 @@ def score_folder(config: VariantsConfig) -> None:
         announce(f"composition alone: {metrics_line(total['composition'])}", trained.processes)
 
 
-def read_checked(path: Path, target: np.ndarray, config: VariantsConfig) -> Assay:
+def numbered(config: VariantsConfig, known: Numbering) -> Numbering:
+    """How an assay's positions are to be read: as `offset` says, or by what is known of the assay."""
+    return known if config.offset is None else Numbering(config.offset)
+
+
+def read_checked(path: Path, target: np.ndarray, config: VariantsConfig, numbering: Numbering = AS_THE_TARGET) -> Assay:
     """An assay whose file has no column yet of the names that are added."""
-    assay = read_assay(path, target, offset=config.offset, skip_bad=config.bad_rows == "skip")
-    for name in (config.column, f"{config.column}_se", f"{config.column}_minus_composition"):
+    assay = read_assay(path, target, numbering=numbered(config, numbering), skip_bad=config.bad_rows == "skip")
+    for name in (config.column, *(f"{config.column}_{more}" for more in ("strategy", "se", "minus_composition"))):
         if name in assay.header:
             raise ValueError(f"{assay.where[0]}: there is a column {name} already; name another with column=")
     return assay
@@ -154,8 +165,9 @@ def read_checked(path: Path, target: np.ndarray, config: VariantsConfig) -> Assa
 
 def check_assay(trained: Trained, config: VariantsConfig, assay: Assay, target: np.ndarray) -> None:
     """Raise for what cannot be scored with this model."""
-    strategy, _ = choose_strategy(config.strategy, trained.graph, assay)
-    pieces_of(assay, len(target), trained.max_len, strategy)
+    strategies, _ = choose_strategies(config.strategy, trained.graph, assay)
+    for strategy, rows in rows_by_strategy(strategies).items():
+        pieces_of(assay.only(rows), len(target), trained.max_len, strategy)
 
 
 def check_different(outputs: list[Path]) -> None:
@@ -196,13 +208,13 @@ def settings_of(trained: Trained, config: VariantsConfig) -> dict[str, Any]:
     """What the scores of every assay depend on, for the summary."""
     model = {"run": trained.run, "step": trained.step, "weights_sha256": sha256(trained.weights)}
     wanted = {"wanted": config.strategy, "draws": config.draws, "seed": config.seed, "column": config.column}
-    wanted |= {"offset": config.offset, "bad_rows": config.bad_rows}
-    return {**model, "precision": trained.precision, **wanted}
+    return {**model, "precision": trained.precision, **wanted, "bad_rows": config.bad_rows}
 
 
-def of_assay(path: Path | None, target: np.ndarray) -> dict[str, Any]:
+def of_assay(path: Path | None, target: np.ndarray, offset: int) -> dict[str, Any]:
     """What the scores of one assay depend on besides."""
-    return {"assay_sha256": None if path is None else sha256(path), "target": ProteinTokenizer().decode(target)}
+    sequence = ProteinTokenizer().decode(target)
+    return {"offset": offset, "assay_sha256": None if path is None else sha256(path), "target": sequence}
 
 
 def beside(output: Path) -> dict[str, Path]:
@@ -222,36 +234,40 @@ def score_assay(
     frequencies: Background,
 ) -> dict[str, Any]:
     """Score on all ranks, have rank 0 write and say what it wrote; returns the summary."""
-    strategy, reason = choose_strategy(config.strategy, trained.graph, assay)
-    lines = [f"{len(assay.rows)} variants by strategy={strategy} ({reason})"]
+    strategies, reason = choose_strategies(config.strategy, trained.graph, assay)
+    names = rows_by_strategy(strategies)
+    if len(names) == 1:
+        lines = [f"{len(assay.rows)} variants by strategy={strategies[0]} ({reason})"]
+    else:
+        kinds = {name: "insertions and deletions" if name == "bound" else "substitutions" for name in names}
+        own = [f"{len(rows)} by strategy={name} ({kinds[name]})" for name, rows in names.items()]
+        lines = [f"{len(assay.rows)} variants, {', '.join(own)}"]
     if assay.most_changed > 1:
         lines.append(f"up to {assay.most_changed} substitutions in a row")
     if assay.bad:
         lines.append(f"{len(assay.bad)} more rows are left out: {'; '.join(assay.bad[:SHOWN])}")
     if repeated := len(assay.variants) - len(set(assay.variants)):
         lines.append(f"{repeated} of them are the protein of an earlier row, and have its score")
-    if strategy == "bound" and (whole := sum(one.indel is None for one in assay.variants)) and reason != ASKED_FOR:
-        passes = config.draws * len(assay.rows)
-        lines.append(f"{whole} have no insertion or deletion but are scored alike, in {passes:,} passes of the network")
     if assay.first_indel is not None:
         lines.append("where lengths differ, by nats per residue, since each residue more costs some 3 whatever it is")
     announce(f"{description}: {'; '.join(lines)}", trained.processes)
-    scores = score_variants(
+    scores = score_each(
         trained.score_fn,
         trained.noise,
         target,
         assay,
         Work(trained.device, config.tokens_per_pack, description, trained.processes),
-        strategy=strategy,
+        strategies=strategies,
         longest=trained.max_len,
         draws=config.draws,
         seed=config.seed,
     )
-    metrics = assay.judge(scores.nats)
+    metrics, strategy = assay.judge(scores.nats), "+".join(names)
+    alone = judged_alone(assay, scores, names) if len(names) > 1 else {}
     made = {"variants": len(assay.rows), "left_out": len(assay.bad), "strategy": strategy, **metrics}
     baseline = composition_scores(assay.variants, target, frequencies.logs)
     made["composition"] = beside_composition(assay, scores.nats, baseline, frequencies.told)
-    summary = {**made, "checkpoint": str(trained.checkpoint), **settings}
+    summary = {**made, "by_strategy": alone, "checkpoint": str(trained.checkpoint), **settings}
     files = beside(output)
     if trained.processes.first:
         write_atomic(files["summary"], as_json(summary))
@@ -259,26 +275,47 @@ def score_assay(
         if table is not None:
             write_atomic(files["map"], to_csv(table, target))
             write_atomic_bytes(files["picture"], to_png(table, target, f"{output.stem}: {strategy}"))
-        rows = scored_rows(assay, scores, baseline, config.column)
+        rows = scored_rows(assay, strategies, scores, baseline, config.column)
         write_atomic(files["scores"], rows)  # last: an assay with it is done
     announce(f"{output}: {metrics_line(metrics)}", trained.processes)
     announce(composition_line(made["composition"]), trained.processes)
+    if len(names) > 1 and any(metrics[name] is not None for name in METRICS):
+        own = [f"{name} alone: {metrics_line(values)}" for name, values in alone.items()]
+        few = f"too few measurements to judge each by itself, fewer than {ENOUGH} of one"
+        line = f"these figures mix scores by {' and '.join(names)}; {'; '.join(own) or few}"
+        announce(f"{output}: {line}", trained.processes)
     return summary
 
 
-def scored_rows(assay: Assay, scores: Scores, baseline: np.ndarray, column: str) -> str:
-    """The assay's own rows and columns, and the scores behind them.
+def judged_alone(assay: Assay, scores: Scores, names: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+    """The metrics of each strategy's rows alone; nothing where one has fewer than ENOUGH that were measured."""
+    parts = {name: assay.only(rows) for name, rows in names.items()}
+    if any(max((~np.isnan(known)).sum() for known in (one.measured, one.fit)) < ENOUGH for one in parts.values()):
+        return {}
+    judged = {name: one.judge(scores.nats[names[name]]) for name, one in parts.items()}
+    return {
+        name: {"variants": len(names[name]), **{metric: one[metric] for metric in METRICS}}
+        for name, one in judged.items()
+    }
+
+
+def scored_rows(assay: Assay, strategies: list[str], scores: Scores, baseline: np.ndarray, column: str) -> str:
+    """The assay's own rows and columns, and the scores behind them, with the strategy of each.
 
     Args:
         baseline: (rows,) scores of composition alone; where NaN, the column of the difference is empty.
     """
-    columns = {column: scores.nats}
+    columns = {column: written(scores.nats), f"{column}_strategy": strategies}
     if scores.standard_error is not None:
-        columns[f"{column}_se"] = scores.standard_error
-    columns[f"{column}_minus_composition"] = scores.nats - baseline
-    cells = ([("" if np.isnan(value) else f"{value:.6f}") for value in values] for values in columns.values())
-    added = zip(*cells, strict=True)
+        columns[f"{column}_se"] = written(scores.standard_error)
+    columns[f"{column}_minus_composition"] = written(scores.nats - baseline)
+    added = zip(*columns.values(), strict=True)
     return as_csv([[*assay.header, *columns], *([*row, *more] for row, more in zip(assay.rows, added, strict=True))])
+
+
+def written(values: np.ndarray) -> list[str]:
+    """Cells with six decimals, empty for NaN."""
+    return ["" if math.isnan(value) else f"{value:.6f}" for value in values.tolist()]
 
 
 def metrics_line(metrics: dict[str, Any]) -> str:

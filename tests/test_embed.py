@@ -129,6 +129,10 @@ def test_a_giants_windows_are_computed_a_pack_at_a_time(monkeypatch: pytest.Monk
     assert max(seen) <= 100
     assert sum(seen) > 1100
     assert torch.allclose(whole[0], parts[0], atol=1e-5)
+    seen.clear()
+    embed(model, score_fn, noise, encoded("MKVLAWGCDE" * 1200), layer=1, max_len=400, device=CPU)
+    assert len(seen) == 2  # 24,000 tokens and no number given
+    assert max(seen) <= 16_384
 
 
 def test_ids_take_their_own_length_in_hdf5(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.evaluation.assays import (
     Assay,
     Indel,
+    Numbering,
     Variant,
     above_median,
     all_substitutions,
@@ -44,24 +45,26 @@ from protlig_dd.evaluation.fitness import (
     Piece,
     Scores,
     Work,
-    choose_strategy,
+    choose_strategies,
     column_streams,
     columns_of,
     exact_count_draw,
+    groups_of,
     integral_draw,
     mirrored_places,
     over_draws,
     pieces_of,
+    score_each,
     score_variants,
     windowed,
 )
 from protlig_dd.evaluation.heatmap import heat_map, to_csv, to_png
 from protlig_dd.evaluation.measurements import METRICS, aggregate, auc, judge, matthews, ndcg, spearman, top_recall
-from protlig_dd.runtime.config import VariantsConfig
+from protlig_dd.runtime.config import VariantsConfig, read_config
 from protlig_dd.runtime.files import sha256
 from protlig_dd.runtime.trained import load_trained
 from protlig_dd.tokenizer import AMINO_ACIDS, BOS, EOS, MASK, N_STATES, ProteinTokenizer
-from protlig_dd.variants import check_different, done_before, of_assay, score, settings_of
+from protlig_dd.variants import check_different, done_before, of_assay, read_checked, score, settings_of
 
 from . import brute_force
 from .conftest import Command, MadeOnce, assert_one_line_error, exact_score_fn, graph_of, make_model, thorough
@@ -133,7 +136,7 @@ def test_scores_are_made_again_when_anything_that_they_depend_on_changes(trained
     config = VariantsConfig(from_="", assay=None, target=WILD, reference=None, output="a.csv", column="nats", offset=0,
                             bad_rows="fail", strategy="ratio", draws=4, seed=0, device="cpu", precision="fp32",
                             tokens_per_pack=100)  # fmt: skip
-    settings = settings_of(trained, config) | of_assay(None, TARGET)
+    settings = settings_of(trained, config) | of_assay(None, TARGET, 0)
     run = replace(trained.config, run=replace(trained.config.run, name="another"))
     (tmp_path / "weights").write_bytes(b"others")
     changes = [
@@ -147,11 +150,10 @@ def test_scores_are_made_again_when_anything_that_they_depend_on_changes(trained
             {"draws": 6},
             {"seed": 1},
             {"column": "other"},
-            {"offset": 3},
             {"bad_rows": "skip"},
         )
     ]
-    changes += [of_assay(tmp_path / "weights", TARGET), of_assay(None, TARGET[1:])]
+    changes += [of_assay(tmp_path / "weights", TARGET, 0), of_assay(None, TARGET[1:], 0), of_assay(None, TARGET, 3)]
     output = tmp_path / "a.csv"
     earlier = settings | dict.fromkeys(METRICS)
     (tmp_path / "a.json").write_text(json.dumps(earlier))
@@ -251,12 +253,12 @@ def test_a_residue_may_be_missing_by_name(tmp_path: Path) -> None:
 
 def test_positions_may_be_those_of_a_longer_construct(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("mutant\nM101A\nK102D\n")
-    assay = read_assay(tmp_path / "a.csv", TARGET, offset=100)
+    assay = read_assay(tmp_path / "a.csv", TARGET, numbering=Numbering(100))
     assert assay.variants == [Variant(((0, 0),)), Variant(((1, 2),))]
     with pytest.raises(ValueError, match=r"line 2: M101A has M at position 2 \(offset=99\), but"):
-        read_assay(tmp_path / "a.csv", TARGET, offset=99)
+        read_assay(tmp_path / "a.csv", TARGET, numbering=Numbering(99))
     with pytest.raises(ValueError, match=r"line 2: M101A is at position -4 \(offset=105\), but the target has 1 to 22"):
-        read_assay(tmp_path / "a.csv", TARGET, offset=105)
+        read_assay(tmp_path / "a.csv", TARGET, numbering=Numbering(105))
 
 
 def test_bad_rows_may_be_left_out_and_are_listed(tmp_path: Path) -> None:
@@ -335,6 +337,42 @@ def test_windows_hold_their_sites_and_are_as_large_as_can_be(length: int, longes
     assert len(pieces) == 1 or sites[-1] - sites[0] >= longest
 
 
+def partitions(n: int) -> list[list[tuple[int, int]]]:
+    """Of n sites in a row into groups of neighbours."""
+    cuts = itertools.product((False, True), repeat=n - 1)
+    ends = [[0, *(i + 1 for i, cut in enumerate(some) if cut), n] for some in cuts]
+    return [list(itertools.pairwise(some)) for some in ends]
+
+
+@given(st.integers(1, 60), st.integers(1, 12), st.data())
+def test_sites_share_windows_as_well_as_they_can(length: int, longest: int, data: st.DataObject) -> None:
+    """Of all partitions: the fewest windows, then the nearest edge as far away as can be, then the next nearest."""
+    sites = sorted(data.draw(st.sets(st.integers(0, length - 1), min_size=1, max_size=8)))
+    shown = min(length, longest)
+
+    def quality(groups: list[tuple[int, int]]) -> tuple[int, list[int]]:
+        margins = []
+        for first, last in groups:
+            low, high = sites[first], sites[last - 1]
+            start = min(max(0, (low + high + 1 - shown) // 2), length - shown)
+            left, right = low - start, start + shown - 1 - high
+            margins.append(min(left if start else length, right if start + shown < length else length))
+        return -len(groups), sorted(margins)
+
+    able = [one for one in partitions(len(sites)) if all(sites[b - 1] - sites[a] < longest for a, b in one)]
+    found = groups_of(sites, length, longest)
+    assert found in able
+    assert quality(found) == max(quality(one) for one in able)
+
+
+def test_far_sites_share_a_window_with_the_nearer_neighbour() -> None:
+    far = Variant(((4999, 0), (5399, 9), (5599, 19)))
+    pieces = in_windows(assay_of(far), 512, 7000, "masked_marginals")
+    assert [[site for site, _ in piece.change.substitutions] for piece in pieces] == [[4999], [5399, 5599]]
+    assert groups_of([0, 7, 12], 30, 10) == [(0, 1), (1, 3)]  # a site at the protein's end lacks nothing
+    assert groups_of([], 22, 5) == []
+
+
 @given(st.integers(1, 200), st.integers(1, 40))
 def test_windows_of_the_wild_type_alone_are_few(length: int, longest: int) -> None:
     """Each site has as many residues on both sides as a quarter of a window, or all that there are."""
@@ -389,16 +427,43 @@ def test_an_indel_is_seen_through_one_window() -> None:
 
 def test_strategies_are_those_of_the_graph() -> None:
     single, indel = assay_of(Variant(((0, 0),))), assay_of(Variant(indel=Indel(0, 1, ())))
-    assert choose_strategy("auto", Absorbing(), single) == ("masked_marginals", "the graph is absorbing")
-    assert choose_strategy("auto", Uniform(), single) == ("ratio", "the graph is uniform")
-    assert choose_strategy("auto", Uniform(), indel) == ("bound", "there are insertions or deletions")
-    assert choose_strategy("wildtype_marginals", Absorbing(), single)[0] == "wildtype_marginals"
+    both = assay_of(*single.variants, *indel.variants, Variant())
+    assert choose_strategies("auto", Absorbing(), single) == (["masked_marginals"], "the graph is absorbing")
+    assert choose_strategies("auto", Uniform(), single) == (["ratio"], "the graph is uniform")
+    assert choose_strategies("auto", Uniform(), indel) == (["bound"], "there are insertions or deletions")
+    assert choose_strategies("auto", Uniform(), both)[0] == ["ratio", "bound", "ratio"]
+    assert choose_strategies("bound", Uniform(), both) == (["bound"] * 3, "as asked for")
+    assert choose_strategies("wildtype_marginals", Absorbing(), single)[0] == ["wildtype_marginals"]
     with pytest.raises(ValueError, match=r"strategy=masked_marginals: .*\(uniform\) can do ratio, bound"):
-        choose_strategy("masked_marginals", Uniform(), single)
+        choose_strategies("masked_marginals", Uniform(), single)
     with pytest.raises(ValueError, match="can do masked_marginals, site_marginals, wildtype_marginals, bound"):
-        choose_strategy("ratio", Absorbing(), single)
+        choose_strategies("ratio", Absorbing(), single)
     with pytest.raises(ValueError, match="row 0: 1 residues become 0, but strategy=ratio needs equal lengths; use bou"):
-        choose_strategy("ratio", Uniform(), indel)
+        choose_strategies("ratio", Uniform(), indel)
+
+
+@pytest.mark.parametrize("graph", [Absorbing(), Uniform()])
+def test_an_indel_leaves_the_scores_of_substitutions_alone(graph: Graph) -> None:
+    """Each variant has the score that its strategy gives it in an assay of its own kind."""
+    score_fn = ScoreFn(make_model(), graph, "x0" if isinstance(graph, Absorbing) else "log_score")
+    substitutions = [Variant(((3, 7),)), Variant(((0, 1), (19, 5))), Variant()]
+    indels = [Variant(indel=Indel(4, 6, (1,))), Variant(indel=Indel(9, 9, (2,)))]
+    mixed = assay_of(substitutions[0], indels[0], substitutions[1], indels[1], substitutions[2])
+    strategies, _ = choose_strategies("auto", graph, mixed)
+    settings: dict[str, Any] = {"longest": 100, "draws": 8, "seed": 0}
+    found = score_each(score_fn, NOISE, TARGET, mixed, Work(CPU, 70), strategies=strategies, **settings)
+    own = scored(score_fn, assay_of(*substitutions), strategies[0])
+    bound = scored(score_fn, assay_of(*indels), "bound")
+    np.testing.assert_allclose(found.nats[[0, 2, 4]], own.nats, atol=1e-5)
+    np.testing.assert_allclose(found.nats[[1, 3]], bound.nats, atol=1e-5)
+    assert found.standard_error is not None
+    assert bound.standard_error is not None
+    np.testing.assert_allclose(found.standard_error[[1, 3]], bound.standard_error, atol=1e-5)
+    assert np.isnan(found.standard_error[[0, 2, 4]]).all()
+    alone = score_each(
+        score_fn, NOISE, TARGET, assay_of(*substitutions), Work(CPU, 70), strategies=[strategies[0]] * 3, **settings
+    )
+    assert alone.standard_error is None
 
 
 MANY = assay_of(
@@ -827,6 +892,39 @@ def test_references_that_do_not_fit_the_folder_are_named(tmp_path: Path) -> None
             read_reference(reference, folder)
 
 
+def test_a_reference_says_how_its_assays_are_numbered(tmp_path: Path) -> None:
+    (tmp_path / "dms").mkdir()
+    (tmp_path / "dms/A.csv").write_text("mutant\nM101A\nK102D\n")
+    (tmp_path / "dms/B.csv").write_text("mutant\nM1A\n")
+    reference = tmp_path / "reference.csv"
+    head = "DMS_id,target_seq,start_idx,raw_mut_offset"
+    reference.write_text(f"{head}\nA,{WILD},101,\nB,{WILD},,25\n")
+
+    def one(number: int, offset: int | None = None) -> Assay:
+        given = "null" if offset is None else str(offset)
+        config = read_config(composed("from=x", f"offset={given}", name="variants"), VariantsConfig)
+        found = read_reference(reference, tmp_path / "dms")[number]
+        return read_checked(found.path, found.target, config, found.numbering)
+
+    assert one(0).variants == one(0, 100).variants == [Variant(((0, 0),)), Variant(((1, 2),))]
+    assert one(1).variants == [Variant(((0, 0),))]  # which raw_mut_offset, that of the raw file, does not move
+    with pytest.raises(ValueError, match=r"line 2: M101A is at position 101, but the target has 1 to 22"):
+        one(0, 0)
+    reference.write_text(f"{head}\nA,{WILD},100.0,\nB,{WILD},,25\n")
+    with pytest.raises(
+        ValueError, match=r"M101A has M at position 2 \(offset=99, as start_idx=100.0 in .*reference.csv "
+    ):
+        one(0)
+    (tmp_path / "dms/B.csv").write_text("mutant\nK1A\n")
+    with pytest.raises(
+        ValueError, match=r"K1A has K at position 1 \(offset=0; raw_mut_offset=25 in .*reference.csv is "
+    ):
+        one(1)
+    reference.write_text(f"{head}\nA,{WILD},first,\nB,{WILD},,25\n")
+    with pytest.raises(ValueError, match="line 2: start_idx is a whole number, got 'first'"):
+        read_reference(reference, tmp_path / "dms")
+
+
 def test_a_heat_map_has_a_cell_for_each_single_substitution() -> None:
     target = ids("MXK")
     assay = assay_of(Variant(((0, 0),)), Variant(((2, 5),)), Variant(((0, 1), (2, 1))))
@@ -1004,7 +1102,7 @@ def test_an_assay_keeps_its_columns_and_two_ranks_score_it_alike(
     assert Path("one.csv").read_text() == Path("two.csv").read_text()
     one = list(csv.DictReader(Path("one.csv").read_text().splitlines()))
     assert [",".join(list(row.values())[:4]) for row in one] == Path("dms/A.csv").read_text().splitlines()[1:]
-    assert list(one[0])[4:] == ["score", "score_se", "score_minus_composition"]
+    assert list(one[0])[4:] == ["score", "score_strategy", "score_se", "score_minus_composition"]
     scores = [float(row["score"]) for row in one]
     expected = spearmanr(scores, [int(row["DMS_score"]) for row in one])[0]
     assert json.loads(Path("one.json").read_text())["spearman"] == pytest.approx(expected)
@@ -1044,6 +1142,35 @@ def test_a_folder_of_assays_is_scored_in_two_goes(run: Callable[..., str], store
     assert entry["frequencies"] == total["frequencies"] == f"training split of {store.fingerprint}"
     assert entry["checkpoint"] == "runs/v/checkpoints/step_00000004"
     assert entry["weights_sha256"] == sha256(Path(entry["checkpoint"]) / "ema.safetensors")
+
+
+@pytest.mark.slow
+def test_each_variant_is_scored_by_its_own_strategy(run: Callable[..., str], target: str) -> None:
+    """And figures that mix two are given for each as well."""
+    sites = [i for i, letter in enumerate(target) if letter in AMINO_ACIDS][:24]
+    sequences = [target[:i] + ("K" if target[i] == "W" else "W") + target[i + 1 :] for i in sites[:12]]
+    sequences += [target[:i] + target[i + 1 :] for i in sites[::2]]
+    rows = [f"{sequence},{i * 7 % 5}\n" for i, sequence in enumerate(sequences)]
+    Path("both.csv").write_text("mutated_sequence,DMS_score\n" + "".join(rows))
+    out = run("assay=both.csv", "target=wt.fasta", "output=both_scored.csv", "draws=4")
+    assert (
+        "24 variants, 12 by strategy=masked_marginals (substitutions), 12 by strategy=bound (insertions and dele" in out
+    )
+    found = list(csv.DictReader(Path("both_scored.csv").read_text().splitlines()))
+    assert [row["score_strategy"] for row in found] == ["masked_marginals"] * 12 + ["bound"] * 12
+    assert [row["score_se"] != "" for row in found] == [False] * 12 + [True] * 12
+    summary = json.loads(Path("both_scored.json").read_text())
+    assert summary["strategy"] == "masked_marginals+bound"
+    Path("half.csv").write_text("mutated_sequence,DMS_score\n" + "".join(rows[:12]))
+    run("assay=half.csv", "target=wt.fasta", "output=half_scored.csv")
+    half = list(csv.DictReader(Path("half_scored.csv").read_text().splitlines()))
+    assert [row["score"] for row in half] == [row["score"] for row in found[:12]]
+    assert {row["score_strategy"] for row in half} == {"masked_marginals"}
+    alone = json.loads(Path("half_scored.json").read_text())
+    assert summary["by_strategy"]["masked_marginals"]["spearman"] == pytest.approx(alone["spearman"], abs=1e-6)
+    assert summary["by_strategy"]["bound"]["variants"] == 12
+    assert f"alone: spearman {alone['spearman']:.4f}" in out
+    assert alone["by_strategy"] == {}
 
 
 @pytest.mark.slow

@@ -65,9 +65,36 @@ class Assay:
         """The first row with insertions or deletions."""
         return next((i for i, variant in enumerate(self.variants) if variant.indel), None)
 
+    def only(self, rows: np.ndarray) -> "Assay":
+        """The assay of these rows alone; what was left out of it is not said again."""
+        chosen = rows.tolist()
+        return Assay(
+            self.header,
+            [self.rows[i] for i in chosen],
+            [self.variants[i] for i in chosen],
+            [self.where[i] for i in chosen],
+            self.measured[rows],
+            self.fit[rows],
+        )
+
     def judge(self, scores: np.ndarray) -> dict[str, Any]:
         """How scores agree with DMS_score and DMS_score_bin, see protlig_dd.evaluation.measurements."""
         return judge(scores, self.measured, self.fit, [len(variant.substitutions) for variant in self.variants])
+
+
+class Numbering(NamedTuple):
+    """How the positions of an assay's mutants are to be read."""
+
+    offset: int = 0
+    """What they are too large by; with 100, M101A changes the target's first residue."""
+    note: str = ""
+    """What else error messages about a position say."""
+
+    def __str__(self) -> str:
+        return f" (offset={self.offset}{self.note})" if self.offset or self.note else ""
+
+
+AS_THE_TARGET = Numbering()
 
 
 def read_target(given: str) -> np.ndarray:
@@ -115,11 +142,13 @@ def name_of(variant: Variant, target: np.ndarray) -> str:
     )
 
 
-def read_assay(path: Path, target: np.ndarray, *, offset: int = 0, skip_bad: bool = False) -> Assay:
+def read_assay(
+    path: Path, target: np.ndarray, *, numbering: Numbering = AS_THE_TARGET, skip_bad: bool = False
+) -> Assay:
     """An assay's CSV file.
 
     Args:
-        offset: what positions in `mutant` are too large by; with 100, M101A changes the target's first residue.
+        numbering: of the positions in `mutant`.
         skip_bad: leave out rows that cannot be read, and list them; otherwise the first is an error.
 
     Raises:
@@ -137,7 +166,7 @@ def read_assay(path: Path, target: np.ndarray, *, offset: int = 0, skip_bad: boo
         cells = dict(zip(header, row, strict=True))
         mutant, sequence = (cells.get(name, "").strip().upper() for name in ("mutant", "mutated_sequence"))
         try:
-            variants.append(read_variant(mutant, sequence, target, where, offset))
+            variants.append(read_variant(mutant, sequence, target, where, numbering))
         except ValueError as error:
             if not skip_bad:
                 raise ValueError(f"{error} (bad_rows=skip leaves such rows out)") from error
@@ -198,11 +227,13 @@ def numbers(
     return values
 
 
-def read_variant(mutant: str, sequence: str, target: np.ndarray, where: str, offset: int = 0) -> Variant:
+def read_variant(
+    mutant: str, sequence: str, target: np.ndarray, where: str, numbering: Numbering = AS_THE_TARGET
+) -> Variant:
     """What a row says, in upper case; `mutant` may repeat the sequence, as ProteinGym's files of indels do."""
     if not mutant and not sequence:
         raise ValueError(f"{where}: neither a mutant nor a mutated_sequence")
-    by_name = read_mutant(mutant, target, where, offset) if mutant and mutant != sequence else None
+    by_name = read_mutant(mutant, target, where, numbering) if mutant and mutant != sequence else None
     if not sequence:
         assert by_name is not None
         return by_name
@@ -212,7 +243,7 @@ def read_variant(mutant: str, sequence: str, target: np.ndarray, where: str, off
     return by_sequence
 
 
-def read_mutant(mutant: str, target: np.ndarray, where: str, offset: int = 0) -> Variant:
+def read_mutant(mutant: str, target: np.ndarray, where: str, numbering: Numbering = AS_THE_TARGET) -> Variant:
     """What `A24P:D30N` changes; `;` and `,` separate as well as `:`, three-letter names and HGVS' `p.` are read too.
 
     `WT` and `A24A` are the wild type, `A24DEL` lacks a residue.
@@ -228,16 +259,16 @@ def read_mutant(mutant: str, target: np.ndarray, where: str, offset: int = 0) ->
                 "and whole proteins in a column mutated_sequence"
             )
         wild, number, letter = match[1], int(match[2]), match[3]
-        position, moved = number - offset, f" (offset={offset})" if offset else ""
+        position = number - numbering.offset
         if not 1 <= position <= len(target):
             raise ValueError(
-                f"{where}: {mutation} is at position {position}{moved}, but the target has 1 to {len(target)}"
+                f"{where}: {mutation} is at position {position}{numbering}, but the target has 1 to {len(target)}"
             )
         site = position - 1
         expected = ProteinTokenizer().decode(target[site : site + 1])
         if wild != expected:
             raise ValueError(
-                f"{where}: {mutation} has {wild} at position {position}{moved}, but the target has {expected}"
+                f"{where}: {mutation} has {wild} at position {position}{numbering}, but the target has {expected}"
             )
         if letter == "DEL" and len(mutations) == 1:
             return compare(np.delete(target, site), target, where)
@@ -313,6 +344,7 @@ class Reference(NamedTuple):
     """coarse_selection_type."""
     more: dict[str, str]
     """Those of BREAKDOWNS that the file has."""
+    numbering: Numbering = AS_THE_TARGET
 
 
 def read_reference(path: Path, folder: Path) -> list[Reference]:
@@ -343,9 +375,31 @@ def read_reference(path: Path, folder: Path) -> list[Reference]:
         more = {key: cells[key].capitalize() for key in BREAKDOWNS if cells.get(key)}
         # clinical files name neither: each assay is a protein of its own
         protein, kind = cells.get("UniProt_ID") or name, cells.get("coarse_selection_type") or "Clinical"
-        found[file] = Reference(name, folder / file, target, protein, kind, more)
+        numbering = numbering_of(cells, where, path)
+        found[file] = Reference(name, folder / file, target, protein, kind, more, numbering)
     if not files:
         raise ValueError(f"{folder}: no CSV files in it")
     if unknown := sorted(files - found.keys()):
         raise ValueError(f"{folder / unknown[0]} is not in {path}")
     return list(found.values())
+
+
+def numbering_of(cells: Mapping[str, str], where: str, path: Path) -> Numbering:
+    """What a reference file says of the positions in an assay's `mutant`.
+
+    ProteinGym numbers its assays as their target_seq. Its script for ESM reads a column start_idx, which its own files
+    do not have: the number of the target's first residue. Their column raw_mut_offset is of the files that the assays
+    were made from, whose positions are smaller by so many, and only explains letters that do not fit.
+    """
+    start, raw = cells.get("start_idx", ""), cells.get("raw_mut_offset", "")
+    if start:
+        try:
+            offset = float(start) - 1  # spreadsheets write 101.0 where other rows have none
+        except ValueError:
+            offset = math.nan
+        if not offset.is_integer():
+            raise ValueError(f"{where}: start_idx is a whole number, got {start!r}")
+        return Numbering(int(offset), f", as start_idx={start} in {path} says")
+    if raw:
+        return Numbering(0, f"; raw_mut_offset={raw} in {path} is of the raw file: if this is it, offset=-{raw}")
+    return AS_THE_TARGET

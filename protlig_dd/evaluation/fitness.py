@@ -3,6 +3,7 @@
 A protein longer than the model was trained on is seen through windows of that length around what a variant changes.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -58,29 +59,26 @@ def strategies_of(graph: Graph) -> tuple[str, ...]:
     return ("ratio", "bound")
 
 
-def choose_strategy(wanted: str, graph: Graph, assay: Assay) -> tuple[str, str]:
-    """The strategy, and why.
+def choose_strategies(wanted: str, graph: Graph, assay: Assay) -> tuple[list[str], str]:
+    """The strategy of each variant, and why: `auto` is each one's own, insertions and deletions by bound.
 
     Raises:
         ValueError: one that this graph does not have, or that has no place for insertions and deletions; says which do.
     """
-    able = strategies_of(graph)
+    able, first = strategies_of(graph), assay.first_indel
     if wanted not in ("auto", *able):
         raise ValueError(f"strategy={wanted}: a model with this graph ({graph_name(graph)}) can do {', '.join(able)}")
-    if assay.first_indel is None:
-        reason = f"the graph is {graph_name(graph)}"
-    else:
-        reason = "there are insertions or deletions"
-        if wanted not in ("auto", "bound"):
-            indel = assay.variants[assay.first_indel].indel
-            assert indel is not None
-            raise ValueError(
-                f"{assay.where[assay.first_indel]}: {indel.stop - indel.start} residues become {len(indel.ids)}, "
-                f"but strategy={wanted} needs equal lengths; use bound"
-            )
-    if wanted != "auto":
-        return wanted, ASKED_FOR
-    return (able[0] if assay.first_indel is None else "bound"), reason
+    if wanted == "auto":
+        why = f"the graph is {graph_name(graph)}" if first is None else "there are insertions or deletions"
+        return [able[0] if one.indel is None else "bound" for one in assay.variants], why
+    if first is not None and wanted != "bound":
+        indel = assay.variants[first].indel
+        assert indel is not None
+        raise ValueError(
+            f"{assay.where[first]}: {indel.stop - indel.start} residues become {len(indel.ids)}, "
+            f"but strategy={wanted} needs equal lengths; use bound"
+        )
+    return [wanted] * len(assay.variants), ASKED_FOR
 
 
 def graph_name(graph: Graph) -> str:
@@ -91,7 +89,8 @@ def pieces_of(assay: Assay, length: int, longest: int, strategy: str) -> list[Pi
     """The windows through which a model that sees `longest` residues sees the variants of a protein of this length.
 
     A window lies around the middle of the changes, as far inside the protein as it can. Substitutions that no window
-    holds together are scored in several, each with the wild type's residues at the other windows' sites, and summed.
+    holds together are scored in several (`groups_of`), each with the wild type's residues at the other windows' sites,
+    and summed.
     Where nothing is masked, each site has a window by itself; these begin at multiples of a quarter of their length,
     so that all sites share a few.
 
@@ -110,15 +109,53 @@ def pieces_of(assay: Assay, length: int, longest: int, strategy: str) -> list[Pi
                 )
             size = longest - max(0, longer(variant))  # of the wild type's window; the variant's is no longer either
             pieces.append(Piece(number, *around(start, stop, length, size), variant))
-        groups: list[list[tuple[int, int]]] = []
-        for site, residue in variant.substitutions:
-            if strategy in ONE_BY_ONE or not groups or site - groups[-1][0][0] >= longest:
-                groups.append([])
-            groups[-1].append((site, residue))
-        for group in groups:
-            start, stop = around(group[0][0], group[-1][0] + 1, length, longest, grid)
-            pieces.append(Piece(number, start, stop, Variant(tuple(group))))
+        alone, sites = strategy in ONE_BY_ONE, [site for site, _ in variant.substitutions]
+        for first, last in [(i, i + 1) for i in range(len(sites))] if alone else groups_of(sites, length, longest):
+            start, stop = around(sites[first], sites[last - 1] + 1, length, longest, grid)
+            pieces.append(Piece(number, start, stop, Variant(variant.substitutions[first:last])))
     return pieces
+
+
+def groups_of(sites: Sequence[int], length: int, longest: int) -> list[tuple[int, int]]:
+    """Which sites share a window: first, last (not among them) of each group of neighbours.
+
+    As few windows as hold all the sites; of such partitions the one whose site nearest to its window's edge lies
+    furthest inside, then the next nearest window's, and so on. So the part of a best partition that ends at a site is
+    itself best, and a table over the sites finds it.
+
+    Args:
+        sites: in ascending order, without repeats; none has no groups.
+    """
+    if not sites or sites[-1] - sites[0] < longest:
+        return [(0, len(sites))] if sites else []
+    # of the sites before each: how many windows, their margins in ascending order, and where the last group begins
+    best: list[tuple[int, list[int], int]] = [(0, [], 0)]
+    for last in range(1, len(sites) + 1):
+        lowest = bisect_right(sites, sites[last - 1] - longest)  # the first site that a window with the last can hold
+        windows, margins, begin = best[lowest][0] + 1, list[int](), lowest
+        for first in range(lowest, last):
+            if best[first][0] + 1 > windows:  # more sites never need fewer
+                break
+            others = best[first][1]
+            if margins and others and others[0] < margins[0]:
+                continue  # whatever the last group's
+            mine = margin(sites[first], sites[last - 1], length, longest)
+            if margins and mine < margins[0]:
+                continue  # not worth sorting
+            if (candidate := sorted([*others, mine])) > margins:
+                margins, begin = candidate, first
+        best.append((windows, margins, begin))
+    groups, last = [], len(sites)
+    while last:
+        groups.append((best[last][2], last))
+        last = best[last][2]
+    return groups[::-1]
+
+
+def margin(first: int, last: int, length: int, longest: int) -> int:
+    """Residues between the sites first..last and the nearer edge of their window; the protein's ends are no edges."""
+    start, stop = around(first, last + 1, length, longest)
+    return min(first - start if start else length, stop - 1 - last if stop < length else length)
 
 
 def longer(change: Variant) -> int:
@@ -251,6 +288,40 @@ def score_variants(
     if len(wrong):
         raise ValueError(f"{assay.where[wrong[0]]}: the score is not finite")
     return scores
+
+
+def score_each(
+    score_fn: ScoreFn,
+    noise: Noise,
+    target: np.ndarray,
+    assay: Assay,
+    work: Work,
+    *,
+    strategies: Sequence[str],
+    **settings: int,
+) -> Scores:
+    """Score each variant by its own strategy; the standard error of those that have none is NaN, None if no one has.
+
+    All estimate log p(variant) - log p(wild type) in nats, so that they may stand in one column.
+
+    Args:
+        strategies: of each variant.
+        settings: longest, draws and seed of `score_variants`, which has the other arguments and errors too.
+    """
+    n = len(assay.variants)
+    nats, errors = np.zeros(n), np.full(n, np.nan)
+    for strategy, rows in rows_by_strategy(strategies).items():
+        some = assay.only(rows)
+        scores = score_variants(score_fn, noise, target, some, work, strategy=strategy, **settings)
+        nats[rows] = scores.nats
+        if scores.standard_error is not None:
+            errors[rows] = scores.standard_error
+    return Scores(nats, None if np.isnan(errors).all() else errors)
+
+
+def rows_by_strategy(strategies: Sequence[str]) -> dict[str, np.ndarray]:
+    """Of each strategy the rows that have it, (rows,); the one of the first row first."""
+    return {name: np.flatnonzero(np.array(strategies) == name) for name in dict.fromkeys(strategies)}
 
 
 def over_draws(nats_kn: np.ndarray) -> Scores:

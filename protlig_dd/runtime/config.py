@@ -176,7 +176,7 @@ class VariantsConfig:
     reference: str | None
     output: str
     column: str
-    offset: int
+    offset: int | None
     bad_rows: str
     strategy: str
     draws: int

@@ -15,6 +15,7 @@ from protlig_dd.model.dit import DiT
 from protlig_dd.tokenizer import BOS
 
 POOLINGS = ("mean", "per_residue")
+TOKENS_PER_PACK = 16_384  # as in configs/embed.yaml
 
 
 def resolve_layer(layer: int, n_blocks: int) -> int:
@@ -54,7 +55,7 @@ def embed(
     layer: int,
     max_len: int,
     device: torch.device,
-    tokens_per_pack: int = 1 << 62,
+    tokens_per_pack: int = TOKENS_PER_PACK,
 ) -> list[Tensor]:
     """Hidden states of the residues of proteins.
 
