@@ -44,7 +44,7 @@ def report_of(checkpoint: Path, step: int) -> dict[str, Any] | None:
         return None
     if isinstance(leaks := report.get("in_training"), dict):  # without the paths of this machine
         report["in_training"] = {key: leaks.get(key) for key in ("copies", "others")}
-    return {key: value for key, value in report.items() if key not in ("samples", "shown", "judges")}
+    return {key: value for key, value in report.items() if key not in ("samples", "shown", "judges", "verdicts")}
 
 
 def main() -> None:

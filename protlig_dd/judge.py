@@ -6,6 +6,7 @@ python -m protlig_dd.judge samples=designs.fasta natural=held.fasta train=data/m
 
 import itertools
 import json
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from omegaconf import DictConfig
 
+from protlig_dd.data.fasta import read_fasta
 from protlig_dd.data.homology import best_hits, clusters_of, find_mmseqs
 from protlig_dd.data.store import SPLITS, SequenceStore
 from protlig_dd.evaluation.inputs import csv_text, is_store, numbered_fasta, read_sequences, thinned
@@ -32,6 +34,7 @@ from protlig_dd.evaluation.judges import (
     written,
 )
 from protlig_dd.evaluation.outside import Judge, esm2_pseudo_perplexities, esmfold_plddts, pfam_hits
+from protlig_dd.evaluation.verdicts import verdicts
 from protlig_dd.runtime.cli import run_verb
 from protlig_dd.runtime.config import JudgeConfig, read_config
 from protlig_dd.runtime.files import write_folder
@@ -81,16 +84,18 @@ def judge(cfg: DictConfig) -> None:
     texts = [[ProteinTokenizer().decode(one) for one in some] for some in sets]
     for name, (asked, summary) in others.items():
         with ProgressBar(name, sum(map(len, texts))) as bar:
-            found = [asked(some, bar.advance) for some in texts]
-        rows[name] = [summary(values, some) for values, some in zip(found, texts, strict=True)]
-        columns[name] = found[0]
-    table = markdown(rows)
+            said_of = [asked(some, bar.advance) for some in texts]
+        rows[name] = [summary(values, some) for values, some in zip(said_of, texts, strict=True)]
+        columns[name] = said_of[0]
+    found = verdicts(rows, len(controls.others), requested_lengths(Path(config.samples), samples))
+    table = markdown(rows) + "\n" + "".join(f"- {one}\n" for one in found)
     if train is not None:  # which need not be what made the samples
         table += f"\nTraining proteins are those of {train.path}.\n"
     said = {"samples": config.samples, "natural": config.natural, "train": str(train.path) if train else None,
             "seed": config.seed}  # fmt: skip
+    told = said | {"rows": for_json(rows), "verdicts": [one._asdict() for one in found]}
     files = {
-        "judges.json": json.dumps(said | {"rows": for_json(rows)}, indent=1) + "\n",
+        "judges.json": json.dumps(told, indent=1) + "\n",
         "judges.csv": csv_text(
             ["judge", *COLUMNS], [[name, *(x for figure in row for x in figure)] for name, row in rows.items()]
         ),
@@ -136,6 +141,21 @@ def read(config: JudgeConfig, path: str) -> tuple[list[str], list[np.ndarray]]:
     """Ids and residues, without <bos> and <eos>."""
     _, ids, tokens = read_sequences(Path(path), config.split, None, 0)
     return ids, [one[1:-1] for one in tokens]
+
+
+def requested_lengths(path: Path, samples: Sequence[np.ndarray]) -> str | None:
+    """Why the lengths of samples say nothing of the model that made them, where that is so: by their headers, which
+    `sample` and `infill` write, or as all are alike.
+    """
+    told = [] if is_store(path) else [f" {record.description} " for record in read_fasta(path)]
+    asked = {match[1] if (match := re.search(r" (lengths=\S+) ", one)) else None for one in told}
+    if asked and None not in asked:
+        return f"they were asked for ({', '.join(sorted(filter(None, asked)))})"
+    if told and all(" nll_free=" in one for one in told):
+        return "infill was given them"
+    if len(samples) > 1 and len({len(one) for one in samples}) == 1:
+        return f"all have {len(samples[0])} residues"
+    return None
 
 
 def relatives(

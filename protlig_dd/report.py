@@ -2,15 +2,21 @@
 
 python -m protlig_dd.report runs=[runs/demo]
 python -m protlig_dd.report runs=[runs/demo,runs/mine] output=comparison.html
+python -m protlig_dd.report runs=runs/lr_sweep output=sweep.html
+python -m protlig_dd.report 'runs=multirun/*/0*' output=firsts.html
 
 A page is one file that needs nothing else: it opens from disk, and can be sent or printed.
 """
 
+import glob
+import os
+import re
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
-from protlig_dd.evaluation.page import PAGE, comparison_page, read_run, run_page
+from protlig_dd.evaluation.page import CONFIG, METRICS, PAGE, comparison_page, read_run, run_page
 from protlig_dd.runtime.cli import run_verb
 from protlig_dd.runtime.config import ReportPageConfig, read_config
 from protlig_dd.runtime.files import write_atomic, write_new
@@ -21,9 +27,7 @@ from protlig_dd.runtime.trained import check_free
 def report(cfg: DictConfig) -> None:
     """Read the run folders and write the page."""
     config = read_config(cfg, ReportPageConfig)
-    if not config.runs:
-        raise ValueError("runs=[] names no run folder; give runs=[runs/demo]")
-    folders = [Path(run) for run in config.runs]
+    folders = find_runs(config.runs)
     own = folders[0] / PAGE if len(folders) == 1 else None
     output = Path(config.output or own or "comparison.html")
     remade = own is not None and output.resolve() == own.resolve()
@@ -33,6 +37,53 @@ def report(cfg: DictConfig) -> None:
     write = write_atomic if remade else write_new
     write(output, run_page(runs[0]) if len(runs) == 1 else comparison_page(runs))
     console.print(f"{output}: {', '.join(run.name for run in runs)}")
+
+
+def find_runs(wanted: Any) -> list[Path]:
+    """The run folders that `runs=` means, each once: one or a list of run folders, folders of runs (a sweep's, or
+    Hydra's multirun: up to two levels deep) and patterns (`*`, `?`, `[...]`).
+
+    Raises:
+        ValueError: something else, or one of them means no run; named.
+    """
+    entries = [str(wanted)] if isinstance(wanted, str | int | float) else wanted
+    if not isinstance(entries, list) or not all(isinstance(one, str | int | float) for one in entries):
+        raise ValueError("runs: give a folder, a pattern, or a list of them")
+    if not entries:
+        raise ValueError("runs=[] names no run folder; give runs=[runs/demo]")
+    found: dict[Path, Path] = {}
+    for entry in map(str, entries):
+        folders = [Path(entry)]
+        if not os.path.lexists(entry):
+            if not glob.has_magic(entry):
+                raise ValueError(f"runs={entry} does not exist")
+            folders = [path for path in map(Path, glob.iglob(entry)) if path.is_dir()]  # noqa: PTH207
+            if not folders:
+                raise ValueError(f"runs={entry}: nothing has such a name")
+        runs = [run for folder in sorted(folders, key=in_order) for run in runs_in(folder)]
+        if not runs:
+            raise ValueError(f"runs={entry}: no run in this folder or the two levels below it")
+        for run in runs:
+            found.setdefault(run.resolve(), run)
+    return list(found.values())
+
+
+def runs_in(folder: Path, levels: int = 2) -> list[Path]:
+    """The folder if it is a run's, else those of the runs below it."""
+    if (folder / CONFIG).is_file():
+        return [folder]
+    found = []
+    for one in sorted(folder.iterdir(), key=in_order) if folder.is_dir() and levels else ():
+        if (one / CONFIG).is_file() and not (one / METRICS).is_file():
+            console.print(f"{one} is left out: it has no {METRICS}, as of a run that has not begun")
+        else:
+            found += runs_in(one, levels - 1)
+    return found
+
+
+def in_order(path: Path) -> list[tuple[int, str]]:
+    """A key that puts job 10 behind job 9."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", str(path))]
 
 
 def main() -> None:

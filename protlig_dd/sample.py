@@ -31,7 +31,8 @@ def sample_proteins(cfg: DictConfig) -> None:
     trained.check_length(max(lengths), f"lengths={config.lengths}: the longest protein")
     samples = sample_designs(trained, config, lengths=lengths, log_bias=read_log_bias(config.log_bias, lengths))
     names = [f"{trained.run}_{i}" for i in range(1, config.n + 1)]
-    text = describe_designs(trained, config, samples, names=names)
+    asked = "" if config.lengths == "empirical" else f" lengths={config.lengths}"
+    text = describe_designs(trained, config, samples, names=names, notes=[asked] * config.n)
     if trained.processes.first:
         write_new(output, text)
     announce(f"{output}: {len(samples)} proteins", trained.processes)

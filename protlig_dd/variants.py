@@ -86,6 +86,8 @@ def score_one(config: VariantsConfig) -> None:
 def score_folder(config: VariantsConfig) -> None:
     """Each assay by itself, so that what is done stays done; then ProteinGym's average."""
     folder = Path(config.assay or "")
+    if not folder.exists():  # without an assay, the current folder
+        raise ValueError(f"assay={config.assay} does not exist")
     if config.assay is None or not folder.is_dir():
         raise ValueError(f"assay={config.assay}: with reference=, give a folder of CSV files")
     if config.reference is None:

@@ -1,8 +1,9 @@
-"""Measure training on real proteins against padded batches, sampling, and how costs grow:
+"""Measure training on real proteins against padded batches and a concatenated stream, sampling, and how costs grow:
 
     python -m scripts.benchmark throughput cost profile presets sampling growth --fasta FILE
 
-The baseline is the same network on batches padded to max_len, in float32, eager, with AdamW. Every figure is a ratio of
+The baseline is the same network on batches padded to max_len, in float32, eager, with AdamW; beside it stands SEDD's,
+all proteins end to end as one stream that is cut into blocks of max_len + 2 tokens. Every figure is a ratio of
 steps that were made in turn in this one process; only real residues count. Prints Markdown tables and writes JSON.
 """
 
@@ -62,10 +63,10 @@ LOADED = 100  # packs; at 512 their padding ratio is within 2% of the whole set'
 SAMPLED = {"hidden_size": 256, "n_heads": 8, "n_blocks": 2, "cond_dim": 128, "dropout": 0.0}
 
 
-class PaddedDiT(DiT):
-    """The same network, computed as on a rectangle: (sequences, max_len) with one attention call and no mask.
+class RectangleDiT(DiT):
+    """The same network, computed as on a rectangle: (sequences, length) with one attention call and no mask.
 
-    It reads a pack whose sequences were all filled up to the same length.
+    It reads a pack whose sequences were all filled up, or cut, to the same length.
     """
 
     def forward(self, batch: PackedBatch, sigma: Tensor) -> Tensor:
@@ -99,6 +100,19 @@ def rectangles(packs: Iterator[PackedBatch], sequences: int, length: int) -> Ite
             del waiting[:sequences]
 
 
+def blocks(packs: Iterator[PackedBatch], rows: int, length: int) -> Iterator[PackedBatch]:
+    """The same tokens in the same order as one stream, cut every `length` tokens, so many blocks at a time.
+
+    As SEDD cuts its texts: a block holds the end of one protein and the start of the next, which see one another.
+    """
+    left = torch.empty(0, dtype=torch.int64)
+    for pack in packs:
+        left = torch.cat([left, pack.tokens])
+        while len(left) >= rows * length:
+            yield PackedBatch.from_flat(left[: rows * length], [length] * rows)
+            left = left[rows * length :]
+
+
 @dataclass
 class Variant:
     name: str
@@ -122,18 +136,22 @@ def make_variant(
     tokens: int,
     device: torch.device,
     precision: str,
-    padded: bool = False,
+    baseline: str | None = None,
     compiled: bool = False,
     filled: bool = False,
     graphed: bool = False,
     **options: Any,
 ) -> Variant:
-    """A trainer of its own over the same packs. A padded one takes as many whole rows as have fewer slots than that."""
+    """A trainer of its own over the same packs.
+
+    Args:
+        baseline: padded or concatenated; it takes as many rows of max_len as have fewer slots than `tokens`.
+    """
     time_conditioning, optimizer = options.pop("time_conditioning", True), options.pop("optimizer", "adamw")
     backend = resolve_attention_backend("auto", device, precision, sizes["hidden_size"] // sizes["n_heads"])
     torch.manual_seed(0)
     with device:
-        model = (PaddedDiT if padded else DiT)(
+        model = (RectangleDiT if baseline else DiT)(
             **sizes,
             cond_dim=128,
             dropout=0.0,
@@ -170,14 +188,15 @@ def make_variant(
         curriculum_steps=0,
     )
     stream: Iterator[PackedBatch] = (dataset[i] for i in count())
-    if padded:
-        stream = rectangles(stream, tokens // (max_len + 2), max_len + 2)
+    if baseline:
+        cut = {"padded": rectangles, "concatenated": blocks}[baseline]
+        stream = cut(stream, tokens // (max_len + 2), max_len + 2)
     ready = list(islice(stream, LOADED))  # the loader, which is far ahead in training, is not measured
     batches = cycle([batch.pin_memory() for batch in ready] if device.type == "cuda" else ready)
     steps = count()
     residues = statistics.mean(count_residues(batch) for batch in ready)
     flops = 3 * statistics.mean(model.flops(batch.lengths) for batch in ready)
-    slots = len(ready[0].tokens) if padded else tokens
+    slots = len(ready[0].tokens) if baseline else tokens
     return Variant(name, lambda: trainer.step(next(steps), batches, []), precision, residues, flops, slots)
 
 
@@ -202,9 +221,11 @@ def throughput(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             make = partial(
                 make_variant, store=store, sizes=MODELS[size], max_len=max_len, tokens=arguments.tokens, device=device
             )
-            variants = [make("padded fp32, eager (baseline)", precision="fp32", padded=True)]
+            variants = [make("padded fp32, eager (baseline)", precision="fp32", baseline="padded")]
             if best == "bf16":
-                variants.append(make("padded bf16, eager", precision="bf16", padded=True))
+                variants.append(make("padded bf16, eager", precision="bf16", baseline="padded"))
+            for precision in dict.fromkeys(("fp32", best)):
+                variants.append(make(f"concatenated {precision}, eager", precision=precision, baseline="concatenated"))
             variants.append(make(f"packed {best}, eager", precision=best))
             fast = {"compiled": True}
             if device.type == "cuda":
@@ -280,7 +301,9 @@ def compare(
                 "ratio": statistics.median(ratios),
                 "ratio_low": min(ratios),
                 "ratio_high": max(ratios),
-                "mfu": None if "padded" in variant.name else statistics.median(mfus[variant.name]),
+                "mfu": None
+                if variant.name.startswith(("padded", "concatenated"))
+                else statistics.median(mfus[variant.name]),
                 "slots_per_residue": variant.slots / variant.residues,
                 "first_step_s": variant.first_s,
             }

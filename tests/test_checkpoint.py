@@ -132,7 +132,7 @@ def test_incomplete_and_damaged_checkpoints_are_not_taken(tmp_path: Path) -> Non
     (path / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"model\.safetensors: missing from the checkpoint"):
         read_state(path)
-    with pytest.raises(ValueError, match="neither a run folder with a complete checkpoint nor a checkpoint"):
+    with pytest.raises(ValueError, match="elsewhere does not exist"):
         find_checkpoint(tmp_path / "elsewhere")
 
 

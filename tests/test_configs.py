@@ -11,6 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from protlig_dd.data.store import SequenceStore
 from protlig_dd.runtime.cli import quoted, run_verb
 from protlig_dd.runtime.config import (
     RESUMABLE,
@@ -300,3 +301,70 @@ def test_every_verb_that_reads_proteins_warns_of_dna(trained_run: Path, tmp_path
         assert told.format("the input" if verb == "prepare" else "dna.fasta") in " ".join(done.stdout.split())
     done = run_python("-m", "protlig_dd.variants", source, f"target={'ACGT' * 9}", "output=e.csv")
     assert "warning: 1 of 1 sequences of target= look like DNA or RNA" in " ".join(done.stdout.split())
+
+
+MODEL = ("from=nowhere", "output=out")
+MISSING: list[tuple[str, tuple[str, ...]]] = [
+    ("sample", MODEL),
+    ("sample", ("from=RUN/nowhere", "output=out")),
+    ("sample", ("from=RUN/checkpoints/nowhere", "output=out")),
+    ("sample", ("from=RUN", "output=out", "lengths=9", "log_bias=nowhere.csv")),
+    ("infill", (*MODEL, "input=two.fasta", "free=2")),
+    ("infill", ("from=RUN", "input=nowhere", "free=2", "output=out")),
+    ("evaluate", (*MODEL, "input=two.fasta")),
+    ("evaluate", ("from=RUN", "input=nowhere", "output=out")),
+    ("evaluate", ("from=RUN", "input=two.fasta", "train=nowhere", "output=out")),
+    ("embed", ("from=nowhere", "input=two.fasta", "output=out.h5")),
+    ("embed", ("from=RUN", "input=nowhere", "output=out.h5")),
+    ("variants", ("from=nowhere", "target=one.fasta", "output=out.csv")),
+    ("variants", ("from=RUN", "target=nowhere.fasta", "output=out.csv")),
+    ("variants", ("from=RUN", "target=one.fasta", "assay=nowhere", "output=out.csv")),
+    ("variants", ("from=RUN", "assay=nowhere", "reference=one.fasta", "output=out")),
+    ("variants", ("from=RUN", "assay=.", "reference=nowhere", "output=out")),
+    ("judge", ("samples=nowhere", "natural=STORE", "output=out")),
+    ("judge", ("samples=two.fasta", "natural=nowhere", "output=out")),
+    ("judge", ("samples=two.fasta", "natural=STORE", "train=nowhere", "output=out")),
+    ("judge", ("samples=two.fasta", "natural=STORE", "hmm=nowhere", "output=out")),
+    ("export", ("from=nowhere", "to=out")),
+    ("report", ("runs=[nowhere]", "output=out")),
+    ("report", ("runs=nowhere", "output=out")),
+    ("prepare", ("input=nowhere", "output=out.h5")),
+    ("prepare", ("input=[two.fasta,nowhere]", "output=out.h5")),
+    ("prepare", ("input={train: two.fasta, validation: nowhere, test: two.fasta}", "output=out.h5")),
+    ("prepare", ("inspect=nowhere",)),
+    ("prepare", ("input=two.fasta", "output=out.h5", "filter.taxa=[2]", "filter.taxa_nodes=nowhere")),
+    ("training", ("experiment=demo", "data.path=nowhere")),
+    ("training", ("experiment=demo", "data.path=[STORE,nowhere]")),
+    ("training", ("experiment=demo", "data.path=STORE", "from=nowhere")),
+    ("training", ("experiment=demo", "data.path=STORE", "run.resume=nowhere")),
+    ("training", ("experiment=demo", "data.path=STORE", "graph=substitution", "graph.matrix=nowhere")),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", sorted({verb for verb, _ in MISSING}))
+def test_a_path_that_does_not_exist_is_said_not_to_exist(
+    verb: str, trained_run: Path, store: SequenceStore, tmp_path: Path, run_python: Command
+) -> None:
+    (tmp_path / "one.fasta").write_text(">a\nMKVLAWGCDEFH\n")
+    (tmp_path / "two.fasta").write_text(">a\nMKVLAWGCDEFH\n>b\nMKVLAWGCDEFHA\n")
+    before = sorted(tmp_path.rglob("*"))
+    for options in (options for one, options in MISSING if one == verb):
+        given = [one.replace("RUN", str(trained_run)).replace("STORE", str(store.path)) for one in options]
+        process = run_python("-m", f"protlig_dd.{verb}", *given, HYDRA_FULL_ERROR="0")
+        assert_one_line_error(process, "nowhere")
+        assert re.search(r"nowhere\S* (does not exist|is no file)|no such (data )?(file|folder)", process.stderr), (
+            options
+        )
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_every_from_names_the_same_three_sources() -> None:
+    """In the comment that --help prints; `export` does not make an export of an export."""
+    found = [path for path in (ROOT / "configs").glob("*.yaml") if re.search("^from:", path.read_text(), re.MULTILINE)]
+    assert len(found) == 7
+    for path in found:
+        if path.stem == "export":
+            continue
+        (line,) = re.findall(r"^from:.*", path.read_text(), re.MULTILINE)
+        assert re.search(r"a run( folder \(its newest checkpoint\))?, a checkpoint or an exported model", line), path

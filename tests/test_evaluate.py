@@ -531,7 +531,7 @@ def test_a_single_protein_has_the_error_of_its_draws(
         (["input=STORE", "split=tests"], "split=tests; there are train, validation, test"),
         (["input=one.fasta", "draws=0"], "draws must be at least 1, got 0"),
         (["input=one.fasta", "near=perhaps"], "near=perhaps; there are auto, true and false"),
-        (["input=STORE", "from=nothing"], "nothing: neither a run folder"),
+        (["input=STORE", "from=nothing"], "nothing does not exist"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(

@@ -20,6 +20,7 @@ import torch
 from Bio.Align import substitution_matrices
 from safetensors.torch import save_file
 
+from protlig_dd import __version__
 from protlig_dd.data.store import SequenceStore
 from protlig_dd.hub import ProteinDiffusion
 from protlig_dd.runtime.checkpoint import complete_checkpoints, load_tensors
@@ -103,6 +104,8 @@ def test_an_export_is_the_checkpoint(exported: Path, store: SequenceStore, run_p
     assert "| network | 2 blocks, width 32, 4 heads |" in card
     assert "| steps | 6, seed 0; averaged weights |" in card
     assert "# license: " in card
+    assert "protlig_dd is on no package index: `pip install .` in a checkout" in card
+    assert f", protlig_dd-{__version__}-py3-none-any.whl. Then" in card  # test_training.py makes that wheel
     assert find_saved(str(run)).data_fingerprint in card
 
     sampled = []

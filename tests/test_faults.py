@@ -510,7 +510,7 @@ def test_a_run_may_start_from_another_runs_checkpoint(
     other = run_python(*TRAINING, *overrides_for(store, "other", branch, "optim.lr=1"))
     assert_one_line_error(other, "step_00000004 was made with another config (optim.lr: 0.003 -> 1.0)")
     missing = run_python(*TRAINING, *overrides_for(store, "other", "run.resume=runs/nothing"))
-    assert_one_line_error(missing, "run.resume=runs/nothing; there are auto, never, extend, and folders")
+    assert_one_line_error(missing, "run.resume=runs/nothing does not exist; there are auto, never, extend, and folders")
 
 
 @pytest.mark.slow

@@ -311,7 +311,7 @@ def test_weights_that_are_not_those_the_run_began_with_are_refused(
     shutil.rmtree(runs / "family/checkpoints")
     assert_one_line_error(tune(), "step_00000031: weights of SHA-256", "run.fresh=true")
     for more, parts in (
-        (["from=runs/none"], ["runs/none: neither a run folder with a complete checkpoint nor"]),
+        (["from=runs/none"], ["runs/none does not exist"]),
         (["model=small"], ["from=runs/base is another model (model.hidden_size: 32 there, 512 here"]),
         (["run.resume=runs/base"], ["from=runs/base and run.resume=runs/base"]),
         (["from=null", f"from_sha256={'0' * 64}"], ["from_sha256 is that of from="]),

@@ -188,7 +188,7 @@ def test_the_input_may_have_gaps_and_lower_case_and_no_id_twice(tmp_path: Path) 
 def test_fixed_residues_stay_and_the_rest_is_new(trained_run: Path, tmp_path: Path, run_python: Command) -> None:
     (tmp_path / "in.fasta").write_text(f">wt a protein\n{RECORD.sequence * 4}\n>holes\nAC__DX__\n")
     command = ["-m", "protlig_dd.infill", f"from={trained_run}", "input=in.fasta", "steps=8", "n=3", "device=cpu",
-               "nll_draws=8", "free_draws=2"]  # fmt: skip
+               "precision=fp32", "nll_draws=8", "free_draws=2"]  # fmt: skip
     done = run_python(*command, "output=out.fasta", "free=[2-4]", "seed=5")
     assert done.returncode == 0, done.stderr
     records = list(read_fasta(tmp_path / "out.fasta"))
@@ -407,7 +407,7 @@ def test_only_masks_of_an_absorbing_graph_rank_designs(
         (["input=whole.fasta", "free=1", "output=whole.fasta/new/x.fasta"], "is no folder that one can write in"),
         (["input=whole.fasta", "free=1", "n=0"], "n must be at least 1, got 0"),
         (["input=none.fasta"], "none.fasta: no such file"),
-        (["input=whole.fasta", "free=1", "from=nothing"], "nothing: neither a run folder"),
+        (["input=whole.fasta", "free=1", "from=nothing"], "nothing does not exist"),
         (["input=whole.fasta", "free=1", "output=whole.fasta"], "whole.fasta exists already"),
     ],
 )

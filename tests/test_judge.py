@@ -42,6 +42,7 @@ from protlig_dd.evaluation.judges import (
     written,
 )
 from protlig_dd.evaluation.outside import esm2_pseudo_perplexities, esmfold_plddts, pfam_hits, pseudo_perplexity
+from protlig_dd.evaluation.verdicts import Verdict, verdicts
 from protlig_dd.tokenizer import ProteinTokenizer
 
 from .conftest import Command, assert_one_line_error, require_program
@@ -437,7 +438,11 @@ def test_the_folder_of_tables(store: SequenceStore, hmm: Path, tmp_path: Path, r
     )
     table = (tmp_path / "out/table.md").read_text()
     assert table in done.stdout
-    assert table.splitlines()[2 + len(rows) :] == ["", f"Training proteins are those of {store.path}."]
+    told = [f"- {one['group']}: {one['told']}" for one in said["verdicts"]]
+    assert [one["group"] for one in said["verdicts"]] == [
+        "proteins and residues", "lengths", "composition and words", "repeats", "variety", "relatives", "families"
+    ]  # fmt: skip
+    assert table.splitlines()[2 + len(rows) :] == ["", *told, "", f"Training proteins are those of {store.path}."]
     ones = list(csv.DictReader((tmp_path / "out/per_sequence.csv").read_text().splitlines()))
     assert [one["id"] for one in ones] == [f"s{i}" for i in range(10)]
     assert ones[9]["same_as"] == "s4"
@@ -463,7 +468,7 @@ def test_without_mmseqs_the_rest_is_told(store: SequenceStore, tmp_path: Path, r
     assert json.loads((tmp_path / "judged/judges.json").read_text())["train"] is None  # none was searched
     # every figure of the table, of judges.csv and of judges.json are the same; some are counted again
     said = json.loads((tmp_path / "judged/judges.json").read_text())["rows"]
-    table = (tmp_path / "judged/table.md").read_text().splitlines()[2:]
+    table = (tmp_path / "judged/table.md").read_text().splitlines()[2:14]
     ones = list(csv.DictReader((tmp_path / "judged/per_sequence.csv").read_text().splitlines()))
     cells = list(csv.reader((tmp_path / "judged/judges.csv").read_text().splitlines()))
     assert cells[0] == ["judge", *COLUMNS]
@@ -531,3 +536,128 @@ def test_what_is_wrong_is_said_in_one_line(
     process = run_python("-m", "protlig_dd.judge", *arguments, HF_HUB_OFFLINE="1")
     assert_one_line_error(process, message)
     assert sorted(tmp_path.iterdir()) == before
+
+
+def sentences(samples: list[np.ndarray], pool: list[np.ndarray], requested: str | None = None) -> dict[str, Verdict]:
+    """By its group, each verdict."""
+    controls = with_controls(samples, pool, seed=0)
+    cheap = cheap_judges(controls, bootstrap=10, seed=0)
+    rows = {name: [ask(some) for some in sets] for name, (ask, sets) in cheap.items()}
+    first, *found = verdicts(rows, len(controls.others), requested)
+    assert (first.group, first.verdict) == ("proteins and residues", "not judged")  # natural ones are matched to them
+    return {one.group: one for one in found}
+
+
+@pytest.fixture(scope="module")
+def bundled() -> list[np.ndarray]:
+    """The bundled sample's training proteins, in random order."""
+    found = [ids_of(record.sequence) for record in read_fasta(SAMPLE_FOLDER / "train.fasta.gz")]
+    return [found[i] for i in np.random.default_rng(0).permutation(len(found))]
+
+
+@pytest.mark.slow
+def test_natural_proteins_are_as_natural(bundled: list[np.ndarray]) -> None:
+    found = sentences(bundled[:1000], bundled[1000:3000])
+    assert {one.verdict for one in found.values()} == {"as natural"}, found
+    assert list(found) == ["lengths", "composition and words", "repeats", "variety"]
+
+
+@pytest.mark.slow
+def test_shuffled_and_dull_proteins_are_worse(bundled: list[np.ndarray]) -> None:
+    """And the sentence says in what, and what to try."""
+    mixed = sentences(shuffled(bundled[:400], np.random.default_rng(0)), bundled[1000:1800])
+    assert mixed["repeats"].verdict == mixed["composition and words"].verdict == "worse"
+    assert mixed["lengths"].verdict == mixed["variety"].verdict == "as natural"
+    assert "residues in low complexity (less than natural)" in mixed["repeats"].told
+    assert "try a lower temperature" in mixed["repeats"].told
+    dull = sentences([np.zeros(60, np.uint8)] * 50, bundled[:200])
+    assert {one.verdict for one in dull.values()} == {"worse"}
+    assert "composition (more than natural)" in dull["composition and words"].told
+    assert "try a higher temperature" in dull["repeats"].told
+    assert "different sequences (less than natural)" in dull["variety"].told
+    assert "try lengths=empirical" in dull["lengths"].told
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_few_proteins_cannot_tell(bundled: list[np.ndarray], n: int) -> None:
+    found = sentences(bundled[:n], bundled[20:60])
+    assert {one.verdict for one in found.values()} == {"cannot tell"}, found
+    for one in found.values():
+        assert f"{n} samples are too few; try n=" in one.told
+    few = sentences(bundled[:n], bundled[20:60], "their lengths were asked for")
+    assert str(few["lengths"]) == "lengths: not judged: their lengths were asked for"
+
+
+@pytest.mark.parametrize(
+    ("samples", "natural", "shuffled", "verdict", "more"),
+    [
+        (Figure(0.10, 0.01), Figure(0.11, 0.01), Figure(0.02, 0.01), "as natural", ""),
+        (Figure(0.05, 0.01), Figure(0.11, 0.01), Figure(0.02, 0.01), "worse", "less"),
+        (Figure(0.17, 0.01), Figure(0.11, 0.01), Figure(0.02, 0.01), "worse", "more"),
+        (Figure(0.10, 0.03), Figure(0.11, 0.03), Figure(0.02, 0.01), "cannot tell", ""),  # as wide as the limit
+        (Figure(0.10, 0.01), Figure(0.11, 0.01), Figure(0.11, 0.01), "cannot tell", ""),  # shuffling changes nothing
+        (Figure(0.00, 0.00), Figure(0.02, 0.008), Figure(0.00, 0.00), "cannot tell", ""),  # none seen is no error of 0
+        (Figure(0.10), Figure(0.11), Figure(0.02), "cannot tell", ""),
+    ],
+)
+def test_a_verdict_follows_from_the_difference_and_its_error(
+    samples: Figure, natural: Figure, shuffled: Figure, verdict: str, more: str
+) -> None:
+    rows = {
+        "proteins": [Figure(200.0)] * 3,
+        "length, Kolmogorov-Smirnov distance": [Figure(0.05)] * 3,
+        "residues in low complexity": [samples, natural, shuffled],
+    }
+    *_, found = verdicts(rows, 400)
+    assert found.verdict == verdict
+    assert f"({more} than natural)" in found.told or not more
+
+
+@pytest.mark.parametrize(
+    ("name", "samples", "natural", "verdict"),
+    [
+        ("different sequences", 0.8, 1.0, "worse"),
+        ("different sequences", 1.0, 1.0, "as natural"),
+        ("different sequences", 1.0, 0.8, "as natural"),
+        ("with another of the set at >= 50% identity", 0.2, 0.02, "worse"),
+        ("with another of the set at >= 50% identity", 0.02, 0.2, "as natural"),
+        ("with a training protein at E <= 0.001", 0.0, 0.9, "worse"),
+        ("with a training protein at E <= 0.001", 0.9, 0.9, "as natural"),
+        ("with a hit to the HMMs", 0.2, 0.7, "worse"),
+        ("with a hit to the HMMs", 0.9, 0.7, "as natural"),
+    ],
+)
+def test_each_row_has_its_bad_side(name: str, samples: float, natural: float, verdict: str) -> None:
+    rows = {
+        "proteins": [Figure(200.0)] * 3,
+        "length, Kolmogorov-Smirnov distance": [Figure(0.5)] * 3,
+        name: [share([1.0] * round(200 * one) + [0.0] * round(200 * (1 - one))) for one in (samples, natural, 0.0)],
+    }
+    if name == "different sequences":  # has no error of its own, and shuffling changes nothing
+        rows[name] = [Figure(samples), Figure(natural), Figure(natural)]
+    _, lengths, found = verdicts(rows, 400)
+    assert (found.verdict, lengths.verdict) == (verdict, "worse")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("headers", "told"), [
+    ("lengths=60-90", "lengths: not judged: they were asked for (lengths=60-90)"),
+    ("nll_free=2.8", "lengths: not judged: infill was given them"),
+    ("", "lengths: cannot tell: 6 samples are too few"),
+])  # fmt: skip
+def test_the_verdicts_are_printed_and_written(
+    store: SequenceStore, tmp_path: Path, run_python: Command, headers: str, told: str
+) -> None:
+    texts = "".join(f">n{i} length=3 {headers}\n{ProteinTokenizer().decode(store[i])}\n" for i in range(6))
+    (tmp_path / "samples.fasta").write_text(texts)
+    done = run_python(
+        "-m", "protlig_dd.judge", "samples=samples.fasta", f"natural={store.path}", "mmseqs=false", "bootstrap=5"
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "judged/judges.json").read_text())["verdicts"]
+    assert [one["group"] for one in found[1:]] == ["lengths", "composition and words", "repeats", "variety"]
+    table = (tmp_path / "judged/table.md").read_text()
+    for one in found:
+        assert f"- {one['group']}: {one['told']}\n" in table
+    assert table in done.stdout
+    assert told in table

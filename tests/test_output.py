@@ -78,3 +78,60 @@ def test_who_may_read_what_is_written_follows_the_umask(trained_run: Path, tmp_p
         found.pop(Path("wt.fasta"))
         assert len(found) > 12
         assert set(found.values()) == {mode}, found
+
+
+LIMITED = """import os, resource, runpy
+os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # stdout is a file here, which is limited too
+resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE, SIZE))
+runpy.run_module("VERB", run_name="__main__")"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("verb", "limit", "file", "options"),
+    [
+        ("sample", 400, "out.fasta", ["from=RUN", "n=9", "steps=2", "output=out.fasta"]),
+        (
+            "infill",
+            400,
+            "out.map.csv",
+            ["from=RUN", "input=wt.fasta", "free=2-9", "n=30", "steps=2", "free_draws=2", "output=out.fasta"],
+        ),
+        ("evaluate", 400, "out", ["from=RUN", "input=wt.fasta", "draws=1", "output=out"]),
+        ("judge", 400, "out", ["samples=wt.fasta", "natural=STORE", "mmseqs=false", "bootstrap=2", "output=out"]),
+        ("variants", 400, "out.json", ["from=RUN", "target=wt.fasta", "output=out.csv"]),
+        ("embed", 400, "out.npz", ["from=RUN", "input=wt.fasta", "output=out.npz"]),
+        ("embed", 400, "out.h5", ["from=RUN", "input=wt.fasta", "output=out.h5"]),
+        ("export", 400, "out", ["from=RUN", "to=out"]),
+        ("export", 60_000_000, None, ["from=RUN", "to=out"]),  # enough
+        ("report", 400, "out.html", ["runs=[RUN]", "output=out.html"]),
+        ("training", 400, "runs/out/environment.json", []),
+        ("training", 6000, "runs/out/metrics.jsonl", []),
+        ("training", 50_000, "checkpoints/step_00000002/model.safetensors", []),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_named(
+    verb: str, limit: int, file: str | None, options: list[str], trained_run: Path, store: SequenceStore,
+    tmp_path: Path, run_python: Command,
+) -> None:  # fmt: skip
+    """A file may not grow beyond the limit, which writing meets as it meets a full disk: in the middle of the file."""
+    (tmp_path / "wt.fasta").write_text(">wt\nMKVLAWGCDEFH\n")
+    before = {path.name for path in tmp_path.iterdir()}
+    given = [one.replace("RUN", str(trained_run)).replace("STORE", str(store.path)) for one in options]
+    given += ["device=cpu", "precision=fp32"] if verb in ("sample", "infill", "evaluate", "variants", "embed") else []
+    if verb == "training":
+        most = 2 if limit > 6000 else 30  # steps: one checkpoint at the end, or some rows of metrics.jsonl
+        given = overrides_for(store, "out", f"trainer.max_steps={most}", "trainer.log_every=1", "report.samples=0")
+        given.append("logger.tensorboard=false")
+    code = LIMITED.replace("(SIZE, SIZE)", f"({limit}, {limit})").replace("VERB", f"protlig_dd.{verb}")
+    done = run_python("-c", code, *given, HYDRA_FULL_ERROR="0")
+    if file is None:
+        assert done.returncode == 0, done.stderr
+        return
+    assert done.returncode == 1
+    line = done.stderr.strip().splitlines()[-1]
+    assert "File too large" in line
+    assert file in line
+    if verb != "training":
+        assert file == "out.h5" or len(done.stderr.splitlines()) == 1, done.stderr  # h5py has lines of its own
+        assert {path.name for path in tmp_path.iterdir()} == before

@@ -360,6 +360,11 @@ def test_every_run_judges_its_samples(copied: Callable[[str], Path], store: Sequ
     page = run_page(run)
     assert "The samples beside proteins of the test set, and those shuffled." in page
     value = rows["3-mers, divergence in nats"]
+    _, lengths, *others = run.report["verdicts"]
+    assert lengths["told"] == "not judged: they were drawn from those of the training set"
+    assert [one["group"] for one in others] == ["composition and words", "repeats", "variety"]
+    for one in (lengths, *others):
+        assert f"<li>{one['group']}: {html.escape(one['told'])}</li>" in page
     for column in ("samples", "natural", "shuffled"):
         assert f'<td class="number">{written(Figure(value[column], value[f"{column}_se"]))}</td>' in page
 
@@ -369,7 +374,9 @@ def test_untrusted_text_stays_text(copied: Callable[[str], Path]) -> None:
     folder = copied(NASTY)
     fasta = next((folder / "samples").glob("*.fasta"))
     fasta.write_text(fasta.read_text().replace(">tiny_1 ", f">{NASTY.replace(' ', '_')}</script><b> "))
-    (folder / "judges.json").write_text(json.dumps(judged({"name": NASTY, "samples": NASTY, "natural": 0.5})))
+    said = judged({"name": NASTY, "samples": NASTY, "natural": 0.5})
+    said["verdicts"] = [{"group": NASTY, "verdict": "worse", "told": NASTY}]
+    (folder / "judges.json").write_text(json.dumps(said))
     with (folder / "config.yaml").open("a") as file:
         file.write(f"extra: {json.dumps(NASTY)}\n")
     run = read_run(folder)
@@ -468,10 +475,9 @@ def test_the_verb_remakes_compares_and_refuses(
     capsys.readouterr()
     for arguments, parts in (
         (compare, ("both.html exists already",)),
-        (("runs=[runs/none]",), ("runs/none is no run folder",)),
+        (("runs=[runs/none]",), ("runs/none does not exist",)),
         (("runs=[]",), ("runs=[]",)),
         (("runs=[runs/first]",), ("judges.json", "not JSON")),
-        (("runs=runs/first",), ("runs", "give a list")),
     ):
         assert run_report(*arguments) == 1
         (line,) = capsys.readouterr().err.splitlines()
@@ -482,6 +488,7 @@ def test_the_verb_remakes_compares_and_refuses(
         ("judges.json", '[{"name": "length", "samples": 3}]'),
         ("judges.json", json.dumps(judged({"samples": 3}))),
         ("judges.json", json.dumps({"rows": []})),
+        ("judges.json", json.dumps(judged() | {"verdicts": ["worse"]})),
         ("report.json", "[]"),
         ("report.json", '{"nll": 3.0}'),
         ("environment.json", "7"),
@@ -494,6 +501,53 @@ def test_the_verb_remakes_compares_and_refuses(
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(f"error: runs/first/{name}")
         (first / name).write_text(kept)
+
+
+@pytest.mark.slow
+def test_runs_are_a_sweeps_folder_or_a_pattern(
+    copied: Callable[[str], Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a sweep of ours makes them, one level down, and as Hydra's multirun does, two."""
+    runs = [copied(name) for name in ("sweep/lr-0.1", "sweep/lr-0.2", "multirun/2026-11-28/10-00-00/0",
+                                      "multirun/2026-11-28/10-00-00/1", "multirun/2026-11-28/10-00-00/10")]  # fmt: skip
+    monkeypatch.chdir(runs[0].parents[2])
+    (runs[0] / "checkpoints/step_1").mkdir(parents=True)
+    shutil.copy(runs[0] / "config.yaml", runs[0] / "checkpoints/step_1")  # which is no run
+    Path("runs/sweep/.submitit").mkdir()
+    Path("runs/sweep/lr-0.3").mkdir()
+    shutil.copy(runs[0] / "config.yaml", "runs/sweep/lr-0.3")
+    Path("runs/empty/deep/deeper/too_deep").mkdir(parents=True)
+    shutil.copy(runs[0] / "config.yaml", "runs/empty/deep/deeper/too_deep")
+    shutil.copy(runs[0] / "metrics.jsonl", "runs/empty/deep/deeper/too_deep")
+    for wanted, names in (
+        ("runs=runs/sweep", ["lr-0.1", "lr-0.2"]),
+        ("runs=[runs/sweep]", ["lr-0.1", "lr-0.2"]),
+        ("runs=runs/multirun/2026-11-28", ["0", "1", "10"]),
+        ("runs=runs/multirun/*/*/0*", ["0"]),
+        ("runs=runs/multirun/*/*/1*", ["1", "10"]),
+        ("runs=runs/sweep/lr-0.[12]", ["lr-0.1", "lr-0.2"]),
+        ("runs=[runs/sweep/*2,runs/multirun/*]", ["lr-0.2", "0", "1", "10"]),
+        ("runs=[runs/sweep/lr-0.1,runs/sweep]", ["lr-0.1", "lr-0.2"]),  # each once
+        ("runs=runs/sweep/lr-0.2", ["lr-0.2"]),
+    ):
+        output = f"output={len(list(Path().glob('*.html')))}.html"
+        assert run_report(wanted, output) == 0, wanted
+        printed = "".join(capsys.readouterr().out.split("\n"))
+        assert printed.endswith(f".html: {', '.join(names)}"), printed
+        left_out = "runs/sweep/lr-0.3 is left out: it has no metrics.jsonl" in printed
+        assert left_out == ("sweep" in wanted.split("/")[-1])
+    for wanted, part in (
+        ("runs=runs/sweep/x*", "runs=runs/sweep/x*: nothing has such a name"),
+        ("runs=[runs/sweep,runs/y?]", "runs=runs/y?: nothing has such a name"),
+        ("runs=runs/empty", "runs=runs/empty: no run in this folder or the two levels below it"),
+        ("runs=runs/empty*", "runs=runs/empty*: no run in"),
+        ("runs=runs/none", "runs=runs/none does not exist"),
+        ("runs=7", "runs=7 does not exist"),
+        ("runs={a:1}", "runs: give a folder, a pattern, or a list of them"),
+    ):
+        assert run_report(wanted) == 1, wanted
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: {part}"), line
 
 
 LOOKS = r"""

@@ -163,7 +163,8 @@ def test_headers_bound_each_protein_and_ranks_share_the_work(
     assert [record.id for record in records] == [f"small_{i}" for i in range(1, 8)]
     for record in records:
         found = re.fullmatch(
-            r"run=small step=40 seed=0 length=(\d+) sampler=analytic steps=4 nll=(\S+) nll_se=(\S+)", record.description
+            r"run=small step=40 seed=0 length=(\d+) sampler=analytic steps=4 lengths=20-60 nll=(\S+) nll_se=(\S+)",
+            record.description,
         )
         assert found, record.description
         assert int(found[1]) == len(record.sequence)

@@ -9,15 +9,19 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from protlig_dd.batch import PackedBatch
 from protlig_dd.data.fasta import FastaRecord
 from protlig_dd.runtime.config import TrainConfig, read_config
+from protlig_dd.tokenizer import PAD
 from scripts import mutation_check
 from scripts.arms import SCREEN, overrides
+from scripts.benchmark import blocks
 from scripts.diffusion_report import RUNS, samplers
 from scripts.mutation_check import LISTS, read_mutations, read_results
 
-from .conftest import ROOT, Command, Start, make_store, thorough, wait_for
+from .conftest import ROOT, Command, Start, make_model, make_store, thorough, wait_for
 from .test_configs import composed
 from .test_sampling import NOISES, SAMPLERS
 
@@ -182,7 +186,9 @@ def test_the_benchmark_measures_what_it_compares(run_python: Command, tmp_path: 
     found = json.loads((tmp_path / "found.json").read_text())
     variants = found["throughput"] + found.get("cost", [])
     assert [row["ratio"] for row in variants if "baseline" in row["variant"]] == [1.0]
-    assert len({row["variant"] for row in found["throughput"]}) == len(found["throughput"]) >= 5
+    assert len({row["variant"] for row in found["throughput"]}) == len(found["throughput"]) >= 6
+    (concatenated,) = [row for row in found["throughput"] if row["variant"].startswith("concatenated fp32")]
+    assert 1 < concatenated["slots_per_residue"] < 1.05  # <bos> and <eos> are no residues; nothing is padded
     assert all(row["residues_per_s"] > 0 for row in variants)
     assert [row["steps"] for row in found["sampling"]] == [3, 6]
     assert all(0 < row["shares"]["aten::mm"] < 1 for row in found["profile"])
@@ -203,6 +209,26 @@ def test_the_benchmark_measures_how_costs_grow(run_python: Command, tmp_path: Pa
     headings = [line for line in process.stdout.splitlines() if line.startswith(HEADINGS)]
     assert len(headings) == 1
     assert headings[0] in DOCUMENTED
+
+
+def test_concatenated_blocks_are_the_same_tokens_cut_anywhere() -> None:
+    """As SEDD cuts its stream: all of one length, without <pad>, and attention from one protein to the next."""
+    generator = torch.Generator().manual_seed(0)
+    proteins = [torch.randint(0, 20, (length,), generator=generator) for length in (9, 4, 30, 7, 11, 5)]
+    packs = [PackedBatch.pack(proteins[:2]), PackedBatch.pack(proteins[2:5]), PackedBatch.pack(proteins[5:])]
+    found = list(blocks(iter(packs), 2, 8))
+    assert [batch.lengths for batch in found] == [(8, 8)] * (66 // 16)
+    stream = torch.cat(proteins)
+    assert torch.equal(torch.cat([batch.tokens for batch in found]), stream[: 16 * len(found)])
+    assert not any((batch.tokens == PAD).any() for batch in found)
+    # token 8, the last of the first protein and the first of block 1, sees that block and nothing else
+    model = make_model()
+    logits = model(found[0], torch.ones(2))[8]
+    for place, seen in ((12, True), (3, False)):  # another protein's in this block; its own protein's in block 0
+        changed = found[0].tokens.clone()
+        changed[place] = (changed[place] + 1) % 20
+        other = model(PackedBatch.from_flat(changed, found[0].lengths), torch.ones(2))[8]
+        assert torch.allclose(logits, other) != seen
 
 
 def test_a_part_that_the_benchmark_has_not_is_refused(run_python: Command) -> None:

@@ -1,4 +1,5 @@
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -6,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import ROOT
+from .conftest import ROOT, assert_one_line_error
 
 
 def run_setup(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -77,3 +78,28 @@ def test_constraints_pin_every_requirement() -> None:
     for requirement in [*project["dependencies"], *extras["dev"], *extras["slurm"], *extras["wandb"]]:
         assert requirement.split(">=")[0].lower() in pinned, requirement
     assert "torch==2.13.0\n" in (ROOT / "constraints.txt").read_text()
+
+
+def test_a_verb_without_the_environment_says_how_to_make_one(tmp_path: Path) -> None:
+    """By an interpreter without site-packages, from a checkout and from an installed wheel's folder."""
+
+    def run(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-S", *arguments]
+        env = os.environ | {"PYTHONPATH": "", "HYDRA_FULL_ERROR": "0", "PROTLIG_TYPECHECK": "0"} | environment
+        return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
+
+    listed = run("-m", "protlig_dd")  # needs nothing
+    assert listed.returncode == 0, listed.stderr
+    verbs = re.findall(r"^([a-z]+) +[A-Z]", listed.stdout, re.MULTILINE)
+    assert len(verbs) == 10
+    for verb in (*verbs, "training.run_train_uniref50_optimized"):
+        for typecheck in "01":
+            done = run("-m", f"protlig_dd.{verb}", "--help", PROTLIG_TYPECHECK=typecheck)
+            assert_one_line_error(done, "is not installed for", "run scripts/setup.sh in", ".venv/bin/python")
+    # a wheel's folder has no scripts beside it
+    shutil.copytree(ROOT / "protlig_dd", tmp_path / "site/protlig_dd", ignore=shutil.ignore_patterns("sample", "*.pyc"))
+    assert_one_line_error(run("-m", "protlig_dd.sample", cwd=tmp_path / "site"), "pip install the wheel again")
+    assert "Traceback" in run("-m", "protlig_dd.sample", HYDRA_FULL_ERROR="1").stderr
+    assert "Traceback" in run("-c", "import protlig_dd.sample").stderr  # of a program of the user's own, as always
+    unknown = run("-m", "protlig_dd.nosuch")
+    assert "No module named protlig_dd.nosuch" in unknown.stderr

@@ -18,6 +18,7 @@ import torch
 from Bio.Align import substitution_matrices
 from safetensors.torch import load_file
 
+from protlig_dd import __version__
 from protlig_dd.data.fasta import read_fasta
 from protlig_dd.data.loader import PackDataset
 from protlig_dd.data.store import SequenceStore, StoreGroup
@@ -495,6 +496,7 @@ def test_the_wheel_trains_in_an_empty_folder(run_python: Command, store: Sequenc
         cwd=root, check=True, capture_output=True,
     )  # fmt: skip
     (wheel,) = (tmp_path / "dist").glob("*.whl")
+    assert wheel.name == f"protlig_dd-{__version__}-py3-none-any.whl"  # as model cards say
     site, empty = tmp_path / "site", tmp_path / "empty"
     subprocess.run([sys.executable, "-m", "zipfile", "-e", str(wheel), str(site)], check=True)
     empty.mkdir()

@@ -26,7 +26,7 @@ from protlig_dd.runtime.files import write_atomic
 from protlig_dd.runtime.metrics import read_metrics, with_nan
 from protlig_dd.tokenizer import AMINO_ACIDS
 
-PAGE = "report.html"
+PAGE, CONFIG, METRICS = "report.html", "config.yaml", "metrics.jsonl"
 LINE = 60  # residues
 MOST_PROTEINS = 12
 SMOOTHED = 12.0  # points of a curve that its mean spans
@@ -98,17 +98,20 @@ def read_run(folder: Path) -> Run:
     Raises:
         ValueError: no run folder, or a file in it that cannot be read, named.
     """
-    if not (folder / "config.yaml").is_file():
-        raise ValueError(f"{folder} is no run folder: it has no config.yaml")
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"{folder} is no run folder: it has no {CONFIG}")
     report, judges = (read_json(folder / name, keys) for name, keys in WRITTEN.items())
     rows = judges.get("rows", [])
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "name" in row for row in rows):
         raise ValueError(f"{folder / 'judges.json'}: want rows with name, {', '.join(SETS)}")
-    metrics = folder / "metrics.jsonl"
+    said = judges.get("verdicts", [])  # earlier versions wrote none
+    if not isinstance(said, list) or not all(isinstance(one, dict) and {"group", "told"} <= one.keys() for one in said):
+        raise ValueError(f"{folder / 'judges.json'}: want verdicts with group and told")
+    metrics = folder / METRICS
     fasta = folder / str(report.get("samples"))
     return Run(
         folder=folder,
-        config=flatten(OmegaConf.load(folder / "config.yaml")),
+        config=flatten(OmegaConf.load(folder / CONFIG)),
         environment=read_json(folder / "environment.json"),
         metrics=read_metrics(metrics) if metrics.is_file() else {},
         report=report,
@@ -400,7 +403,11 @@ def judges_section(run: Run) -> dict[str, Any] | None:
         rows += [[name, told(run.report[key]), "", ""] for name, key in named if key in run.report]
     if not rows:
         return None
-    return {"title": "What judges say", "note": f"{note}, and those shuffled.", "head": ["judge", *SETS], "rows": rows}
+    verdicts = [f"{one['group']}: {one['told']}" for one in (run.judges or run.report).get("verdicts", [])]
+    return {
+        "title": "What judges say", "note": f"{note}, and those shuffled.", "verdicts": verdicts,
+        "head": ["judge", *SETS], "rows": rows,
+    }  # fmt: skip
 
 
 def told(value: Any) -> str:

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from protlig_dd.runtime.files import free_name, sha256, sync_folder, write_atomic
+from protlig_dd.runtime.files import free_name, sha256, sync_folder, write_atomic, writing
 
 FORMAT_VERSION = 3
 COMPLETE, BEST = "complete.json", "best.json"
@@ -77,12 +77,14 @@ def save_checkpoint(
         numbers = {"format_version": FORMAT_VERSION, "step": step, **state}
         sums = {}
         for name, text in (("config.yaml", config_yaml), ("state.json", json.dumps(numbers))):
-            write_atomic(temporary / name, text)
+            with writing(final / name):
+                write_atomic(temporary / name, text)
             sums[name] = hashlib.sha256(text.encode()).hexdigest()
         mode = stat.S_IMODE((temporary / "state.json").stat().st_mode)
         for stem, named in tensors.items():
             name = f"{stem}.safetensors"
-            sums[name] = write_tensors(named, temporary / name, mode)
+            with writing(final / name):
+                sums[name] = write_tensors(named, temporary / name, mode)
         sync_folder(temporary)
         if final.exists():  # killed before it was marked complete, damaged, or the run went back to an earlier step
             _remove(final)
@@ -230,14 +232,16 @@ def find_checkpoint(path: Path) -> tuple[Path, list[str]]:
     """The checkpoint that `path` means: itself, or the newest sound one of a run folder; and what is wrong with newer.
 
     Raises:
-        ValueError: no sound checkpoint there; says what is wrong with those that are.
+        ValueError: no such path, or no sound checkpoint there; says what is wrong with those that are.
     """
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; give a run folder, a checkpoint or an exported model")
     if (path / COMPLETE).is_file():
         return path, []
     found, skipped = newest_sound_checkpoint(path)
     if found is None:
         why = f" ({'; '.join(skipped)})" if skipped else ""
-        raise ValueError(f"{path}: neither a run folder with a complete checkpoint nor a checkpoint{why}")
+        raise ValueError(f"{path}: no run folder with a complete checkpoint, no checkpoint and no exported model{why}")
     return found, skipped
 
 

@@ -37,6 +37,7 @@ from protlig_dd.runtime.distributed import (
     leave_without_closing,
     processes_from_environment,
 )
+from protlig_dd.runtime.files import FULL
 from protlig_dd.runtime.output import let_output_fail
 from protlig_dd.runtime.stop import SIGNALS, Stopped
 
@@ -257,6 +258,8 @@ def one_line(error: BaseException, schema: type) -> str:
         return "error: " + unknown_key(misspelt.group(1), [*known_keys(schema), *groups])
     if isinstance(error, RanksFailedError):
         return f"error: {text}"
+    if isinstance(error, OSError) and error.errno in FULL and error.filename:
+        return f"error: {error.filename}: cannot be written: {error.strerror}"
     if not isinstance(error, ValueError) and not type(error).__module__.startswith(("hydra", "omegaconf")):
         text = f"{type(error).__name__}: {text}"  # not one of ours: the type says more than the text
     return f"error: {text}"

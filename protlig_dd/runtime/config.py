@@ -260,7 +260,7 @@ class JudgeConfig:
 
 @dataclass
 class ReportPageConfig:
-    runs: list[str]
+    runs: Any  # a run's folder, a folder of runs, a pattern, or a list of them
     output: str | None
 
 

@@ -6,6 +6,7 @@ import fcntl
 import functools
 import hashlib
 import os
+import re
 import shutil
 import socket
 import sys
@@ -13,6 +14,28 @@ import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk, a quota, or a limit on a file
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name the file that is written inside where the disk is full: an error of `write` names none, that of a file which
+    gets its name later an invisible one, and HDF5 and safetensors have kinds of their own.
+
+    Raises:
+        OSError: of FULL, with `path` as its filename.
+    """
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:
+        told = re.search(r"(?:errno = |os error )(\d+)", str(error))
+        number = int(told[1]) if told else getattr(error, "errno", None)
+        if number not in FULL:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -25,7 +48,7 @@ def write_atomic_bytes(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        with temporary.open("xb") as handle:
+        with writing(path), temporary.open("xb") as handle:
             handle.write(content)
             handle.flush()
             os.fsync(handle.fileno())
@@ -69,7 +92,8 @@ def replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
-        yield temporary / path.name
+        with writing(path):
+            yield temporary / path.name
         try:
             _name(temporary / path.name, path)
         except FileExistsError:
@@ -162,9 +186,10 @@ def locked(folder: Path) -> Iterator[None]:
                 raise
             file.seek(0)
             raise ValueError(f"{folder} is in use by another run ({file.read().strip()})") from error
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        with writing(path):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
         yield
 
 

@@ -22,7 +22,7 @@ from rich.progress import (
 )
 
 from protlig_dd.runtime.distributed import Processes
-from protlig_dd.runtime.files import drop_partial_line, write_atomic
+from protlig_dd.runtime.files import drop_partial_line, write_atomic, writing
 
 console = Console(highlight=False, markup=False, soft_wrap=True)  # brackets in paths are no markup
 
@@ -71,13 +71,14 @@ class MetricsLog:
         wandb = import_wandb() if wandb_project else None
         self.attempt = attempt
         drop_partial_line(folder / "metrics.jsonl")
-        self.file = (folder / "metrics.jsonl").open("a")
+        self.path, self.events = folder / "metrics.jsonl", folder / "tensorboard"
+        self.file = self.path.open("a")
         self.tensorboard: Any = None
         self.wandb: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.tensorboard = SummaryWriter(folder / "tensorboard")  # type: ignore[no-untyped-call]
+            self.tensorboard = SummaryWriter(self.events)  # type: ignore[no-untyped-call]
         if wandb is not None:
             id_file = folder / "wandb_id"  # one id for the run's whole life, another one for a fresh run
             if not id_file.exists():
@@ -96,15 +97,18 @@ class MetricsLog:
     def write(self, rows: list[Row]) -> None:
         """Append rows, each with a `step`; a value that is no finite number is written as null."""
         for row in rows:
-            self.file.write(json.dumps(without_nan(row) | {"attempt": self.attempt}) + "\n")
+            with writing(self.path):
+                self.file.write(json.dumps(without_nan(row) | {"attempt": self.attempt}) + "\n")
             step = int(row["step"])
             values = {key: value for key, value in row.items() if key != "step"}
             if self.tensorboard is not None:
-                for key, value in values.items():
-                    self.tensorboard.add_scalar(key, value, step)
+                with writing(self.events):
+                    for key, value in values.items():
+                        self.tensorboard.add_scalar(key, value, step)
             if self.wandb is not None:
                 self.wandb.log(values, step=step)
-        self.file.flush()
+        with writing(self.path):
+            self.file.flush()
 
     def write_samples(self, step: int, sequences: Mapping[str, str]) -> None:
         """Proteins by name, as text."""
@@ -124,9 +128,11 @@ class MetricsLog:
             self.wandb.log({name: histogram}, step=step)
 
     def close(self) -> None:
-        self.file.close()
+        with writing(self.path):  # what a full disk did not take is tried again
+            self.file.close()
         if self.tensorboard is not None:
-            self.tensorboard.close()
+            with writing(self.events):
+                self.tensorboard.close()
         if self.wandb is not None:
             self.wandb.finish()
 

@@ -32,6 +32,7 @@ from protlig_dd.evaluation.judges import cheap_judges, for_json, with_controls
 from protlig_dd.evaluation.leaks import FEWEST, Leaks, find_leaks, may_repeat
 from protlig_dd.evaluation.page import PAGE, write_run_page
 from protlig_dd.evaluation.trained_on import Source, sources_before
+from protlig_dd.evaluation.verdicts import verdicts
 from protlig_dd.model.dit import DiT
 from protlig_dd.runtime.checkpoint import CheckpointWriter, best_checkpoint
 from protlig_dd.runtime.config import TrainConfig, build_graph, build_model, build_noise, resolve_max_weight, spelt
@@ -443,8 +444,11 @@ def sample_report(
         if residues <= max_len  # as the samples are
     ]
     if len(judged := samples[: len(natural) // 2]) > 1:  # fewer have no standard errors
-        judges = cheap_judges(with_controls(judged, natural, config.seed), bootstrap=BOOTSTRAP, seed=config.seed)
-        result["judges"] = for_json({name: [ask(some) for some in sets] for name, (ask, sets) in judges.items()})
+        controls = with_controls(judged, natural, config.seed)
+        judges = cheap_judges(controls, bootstrap=BOOTSTRAP, seed=config.seed)
+        rows = {name: [ask(some) for some in sets] for name, (ask, sets) in judges.items()}
+        found = verdicts(rows, len(controls.others), "they were drawn from those of the training set")
+        result |= {"judges": for_json(rows), "verdicts": [one._asdict() for one in found]}
     if drawn.untrained is not None:
         result["untrained_composition_kl"] = composition_kl(drawn.untrained, frequencies)
     return result

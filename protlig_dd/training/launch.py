@@ -252,9 +252,10 @@ def failures_logged(log: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        log.parent.mkdir(exist_ok=True)
-        with log.open("a") as file:  # its last line is the whole message
-            file.write(f"{traceback.format_exc()}{type(error).__name__}: {' '.join(str(error).split())}\n")
+        with contextlib.suppress(OSError):  # where the disk is full, the error itself is still to be told
+            log.parent.mkdir(exist_ok=True)
+            with log.open("a") as file:  # its last line is the whole message
+                file.write(f"{traceback.format_exc()}{type(error).__name__}: {' '.join(str(error).split())}\n")
         raise
 
 

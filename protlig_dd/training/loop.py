@@ -16,7 +16,7 @@ from protlig_dd.data.loader import PackDataset, RankPacks, end_workers, pack_loa
 from protlig_dd.runtime.checkpoint import CheckpointWriter
 from protlig_dd.runtime.distributed import Processes, gather_objects
 from protlig_dd.runtime.environment import peak_memory
-from protlig_dd.runtime.files import drop_partial_line
+from protlig_dd.runtime.files import drop_partial_line, writing
 from protlig_dd.runtime.metrics import MetricsLog, ProgressBar, Row, announce
 from protlig_dd.runtime.stop import REASONS, Stopped, StopRequests
 from protlig_dd.training.trainer import Trainer
@@ -246,7 +246,7 @@ def write_rows(path: Path, pending: list[dict[str, Any]], processes: Processes) 
     gathered = gather_objects([record["rows"] for record in pending])
     if not processes.first:
         return
-    with path.open("a") as file:
+    with writing(path), path.open("a") as file:
         for i, record in enumerate(pending):
             rows = sorted(row for rank_rows in gathered for row in rank_rows[i])
             file.write(json.dumps({"step": record["step"], "rows": rows}) + "\n")

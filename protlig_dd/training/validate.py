@@ -91,9 +91,10 @@ def check_train_config(config: TrainConfig) -> None:
         raise ValueError(f"noise.max_weight must be auto, null or above 0, got {max_weight}")
     if trainer.compile not in ("auto", True, False):
         raise ValueError(f"trainer.compile={trainer.compile}; there are auto, true and false")
-    if config.run.resume not in RESUME and not Path(config.run.resume).is_dir():
+    if config.run.resume not in RESUME and not (named := Path(config.run.resume)).is_dir():
+        what = "is no folder" if named.exists() else "does not exist"
         raise ValueError(
-            f"run.resume={config.run.resume}; there are {', '.join(RESUME)}, and folders of checkpoints or runs"
+            f"run.resume={config.run.resume} {what}; there are {', '.join(RESUME)}, and folders of checkpoints or runs"
         )
     if config.logger.wandb_mode not in (None, "online", "offline"):
         raise ValueError(f"logger.wandb_mode={config.logger.wandb_mode}; there are online, offline and null")
