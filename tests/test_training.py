@@ -425,7 +425,7 @@ def test_the_other_processes_train_too(
         lines = (tmp_path / "s.fasta").read_text().splitlines()
         assert [len(line) for line in lines[1::2]] == [50, 50]
         assert "C" not in "".join(lines[1::2])
-        assert " steps=4 temperature=0.8 log_bias=C:-inf,W:1 nll=" in lines[0]
+        assert " steps=4 temperature=0.8 log_bias=C:-inf,W:1 lengths=50 nll=" in lines[0]
         wrong = run_python("-m", "protlig_dd.sample", "from=runs/other", "output=t.fasta", "log_bias={Z:1}")
         assert_one_line_error(wrong, "log_bias: 'Z'")
 
