@@ -6,8 +6,11 @@ from types import TracebackType
 
 
 def _say_how_to_install(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """One line for a package that is not installed; the traceback of anything else, and with HYDRA_FULL_ERROR=1."""
-    if not isinstance(error, ModuleNotFoundError) or os.environ.get("HYDRA_FULL_ERROR") == "1":
+    """One line for a package that is not installed; the traceback of all else (a module that a package lacks, say),
+    and with HYDRA_FULL_ERROR=1.
+    """
+    missing = error.name if isinstance(error, ModuleNotFoundError) else None
+    if missing is None or "." in missing or os.environ.get("HYDRA_FULL_ERROR") == "1":
         sys.__excepthook__(kind, error, trace)
         return
     from pathlib import Path
@@ -16,7 +19,7 @@ def _say_how_to_install(kind: type[BaseException], error: BaseException, trace: 
     told = "pip install the wheel again, with what it needs"
     if (root / "scripts/setup.sh").is_file():
         told = f"run scripts/setup.sh in {root}, then .venv/bin/python there (or: pip install -e {root})"
-    print(f"error: {error.name} is not installed for {sys.executable}: {told}", file=sys.stderr)
+    print(f"error: {missing} is not installed for {sys.executable}: {told}", file=sys.stderr)
 
 
 if sys.argv[:1] == ["-m"] and any(one.startswith("protlig_dd.") for one in sys.orig_argv):

@@ -1,6 +1,8 @@
 """`python -m protlig_dd` lists what there is to run."""
 
 import ast
+import difflib
+import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
@@ -19,7 +21,14 @@ def verbs() -> dict[str, str]:
 
 
 def main() -> None:
-    """Print them."""
+    """Print them; of a verb behind a space, say how it is run, with exit code 1."""
+    given = [one for one in sys.argv[1:] if one not in ("-h", "--help")]
+    if given:
+        (near, *_) = [*difflib.get_close_matches(given[0], verbs(), 1), "VERB"]
+        print(
+            f"error: there is no `python -m protlig_dd {given[0]}`: it is python -m protlig_dd.{near}", file=sys.stderr
+        )
+        sys.exit(1)
     print("python -m protlig_dd.VERB key=value ...; --help says which keys there are\n")
     for name, told in verbs().items():
         print(f"{name:10} {told}")

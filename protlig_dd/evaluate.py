@@ -8,7 +8,7 @@ python -m protlig_dd.evaluate from=runs/tuned compare=runs/demo input=held.fasta
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from protlig_dd.runtime.cli import run_verb
 from protlig_dd.runtime.config import EvaluateConfig, read_config
 from protlig_dd.runtime.distributed import gather_objects
 from protlig_dd.runtime.files import write_folder
-from protlig_dd.runtime.metrics import ProgressBar, announce, console, without_nan
+from protlig_dd.runtime.metrics import ProgressBar, announce, console, with_nan, without_nan
 from protlig_dd.runtime.random import places_of_set, protein_draws, protein_keys
 from protlig_dd.runtime.trained import Trained, check_free, check_least, load_trained, run_folder
 from protlig_dd.tokenizer import AMINO_ACIDS, N_STATES
@@ -72,13 +72,7 @@ def evaluate(cfg: DictConfig) -> None:
     max_len = min(model.max_len for model in (trained, other) if model is not None)
     told_by = find_baselines(config.train, store, trained)
     baselines = None if told_by is None else fit_baselines(training_sequences(told_by.stores))
-    leaks = None
-    if trained.processes.first:
-        sources = all_sources(config.train, store, trained)
-        if other is not None:
-            sources += all_sources(None, store, other, called="the model compared with")
-        leaks = find_leaks(sequences, sources, config.near)
-        console.print("\n".join(leaks.lines()))
+    whole = sequences
     cut = sum(len(tokens) - 2 > max_len for tokens in sequences)
     sequences = [cropped(tokens, max_len) for tokens in sequences]
     if cut:
@@ -87,10 +81,15 @@ def evaluate(cfg: DictConfig) -> None:
         announce(f"{told}: their first {max_len} are scored", trained.processes)
     scored = score(trained, sequences, config, baselines)
     if other is not None:
-        for one, same in zip(scored, score(other, sequences, replace(config, masked=False), None), strict=True):
+        for one, same in zip(scored, score(other, sequences, config, None, alone=True), strict=True):
             one.nats["compared"] = same.nats["bound"]
-    if leaks is None:  # not the first rank
+    if not trained.processes.first:
         return
+    sources = all_sources(config.train, store, trained)  # the other ranks need not wait for a search
+    if other is not None:
+        sources += all_sources(config.train, store, other, called="the model compared with")
+    leaks = find_leaks(whole, sources, config.near)
+    console.print("\n".join(leaks.lines()))
     report = {
         **description_of(trained),
         "input": config.input,
@@ -158,11 +157,15 @@ def find_baselines(wanted: str | None, store: SequenceStore | None, trained: Tra
 def all_sources(
     wanted: str | None, store: SequenceStore | None, trained: Trained, called: str = "this model"
 ) -> list[Source]:
-    """What trained the model and those that it began from; of a training set that is not found, `train=` tells."""
+    """What trained the model and those that it began from; of a training set that is not found, `train=` tells.
+
+    Args:
+        called: what messages call the model; `train=` may be another one's where it is not "this model".
+    """
     named = [] if wanted is None else [SequenceStore(wanted)]
     given = named + ([] if store is None else [store])
     own = own_data(given, trained.checkpoint, trained.data_fingerprint)
-    if own is None and named:
+    if own is None and named and called == "this model":
         first = Source(f"{called}, as train= says", StoreGroup(named))
     else:
         first = Source(called, own, "" if own else f"{NO_STORE} (train=store.h5 names it)")
@@ -170,7 +173,12 @@ def all_sources(
 
 
 def score(
-    trained: Trained, sequences: Sequence[np.ndarray], config: EvaluateConfig, baselines: Baselines | None
+    trained: Trained,
+    sequences: Sequence[np.ndarray],
+    config: EvaluateConfig,
+    baselines: Baselines | None,
+    *,
+    alone: bool = False,
 ) -> list[Scored]:
     """Every sequence once, packs shared out over the ranks; what it draws follows from the seed and the set of
     sequences, not from their packs."""
@@ -185,7 +193,7 @@ def score(
             indices = range(firsts[pack], firsts[pack + 1])
             some = [sequences[i] for i in indices]
             drawn = protein_draws(keys[indices], places[:, indices], config.seed)
-            found.update(zip(indices, score_pack(trained, some, drawn, config, baselines), strict=True))
+            found.update(zip(indices, score_pack(trained, some, drawn, config, baselines, alone=alone), strict=True))
             bar.advance()
     found = {i: one for part in gather_objects(found) for i, one in part.items()}
     return [found[i] for i in range(len(sequences))]
@@ -197,13 +205,16 @@ def score_pack(
     drawn: ProteinDraws,
     config: EvaluateConfig,
     baselines: Baselines | None,
+    *,
+    alone: bool,
 ) -> list[Scored]:
+    """Those of one pack; of the bound alone, or of what else is measured too."""
     score_fn, graph, noise = trained.score_fn, trained.graph, trained.noise
     batch = PackedBatch.pack([torch.from_numpy(tokens.astype(np.int64)) for tokens in sequences]).to(trained.device)
     estimator = estimator_of(trained)
     bound = nll_bound(score_fn, batch, graph, noise, generator=drawn, draws=config.draws, estimator=estimator)
     per_token, whole, masked = {"bound": bound.token_nats}, {}, {}
-    if isinstance(graph, Absorbing):
+    if isinstance(graph, Absorbing) and not alone:
         oadm = bound
         if estimator != "exact_count":
             oadm = nll_bound(score_fn, batch, graph, noise, generator=drawn, draws=config.draws,
@@ -268,7 +279,8 @@ def summary(scored: Sequence[Scored]) -> dict[str, Any]:
 def in_training(leaks: Leaks, scored: Sequence[Scored]) -> dict[str, Any]:
     """What is known of proteins that trained the model and, where some have, the figures of the others."""
     others = [one for one, leaked in zip(scored, leaks.leaked, strict=True) if not leaked] if leaks.leaked.any() else []
-    figures = {"sequences": len(others), **without_nan(summary(others))} if len(others) >= FEWEST else None
+    enough = len(others) >= FEWEST and sum(one.residues for one in others) > 0
+    figures = {"sequences": len(others), **without_nan(summary(others))} if enough else None
     return {**leaks.report(), "others": figures}
 
 
@@ -315,15 +327,22 @@ def report_table(report: dict[str, Any]) -> str:
             lines += [f"Their estimators differ: {report['estimator']}, and {other['estimator']} of the second."]
     if (leaks := report["in_training"])["copies"] or leaks["near"]:
         near = f" and {leaks['near']:,} near ones" if leaks["near"] else ""
-        line = f"{leaks['copies']:,} are exact copies{near} of proteins that trained the model; the "
+        line = f"{leaks['copies']:,} are exact copies{near} of proteins that trained a model named above"
         others = leaks["others"]
         if others is None:
-            lines += ["", f"{line}others are too few for a bound of their own."]
+            lines += ["", f"{line}, and no others, or too few, are left: these are no held-out figures."]
         else:
-            bound = told(others["bound"], others["bound_se"], ".4f")
-            lines += ["", f"{line}{others['sequences']:,} others have an NLL bound of {bound} nats/residue."]
+            others = with_nan(others)
+            parts = [f"an NLL bound of {told(others['bound'], others['bound_se'], '.4f')}"]
+            for key, to in (
+                ("bound_to_unigram", "the unigram model"),
+                ("bound_to_compared", "the model compared with"),
+            ):
+                if key in others:
+                    parts.append(f"{told(others[key], others[f'{key}_se'], '+.4f')} to {to}")
+            lines += ["", f"{line}; the {others['sequences']:,} others have {', '.join(parts)} (nats/residue)."]
     if report["sequences"] == 1:
-        lines += ["", "Of a single protein: the standard error is that of the bound's draws."]
+        lines += ["", "Of a single protein: the standard error is that of the bound's own draws; others are not known."]
     return "\n".join(lines) + "\n"
 
 

@@ -144,7 +144,8 @@ def download(name: str, revision: str | None) -> Path:
     try:
         return Path(hugging_face().snapshot_download(name, revision=revision, allow_patterns=list(EXPORTED)))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{name}: no folder here, and not found on the hub: {error}") from error
+        why = str(error).strip().splitlines()[0]
+        raise ValueError(f"{name} does not exist here, and was not found on the hub: {why}") from error
 
 
 def hugging_face() -> Any:

@@ -77,7 +77,8 @@ def score_one(config: VariantsConfig) -> None:
     trained = load_trained(config.from_, device=config.device, precision=config.precision)
     if is_nucleotide(target.astype(np.uint8).tobytes()):
         announce(nucleotide_warning(1, 1, "target="), trained.processes)
-    file, frequencies = None if config.assay is None else Path(config.assay), background(trained)
+    file = None if config.assay is None else Path(config.assay)
+    frequencies = from_first(background(trained) if trained.processes.first else None)
     settings = settings_of(trained, config) | {"frequencies": frequencies.name}
     settings |= of_assay(file, target, numbered(config, AS_THE_TARGET).offset)
     score_assay(trained, config, assay, target, output, "variants", settings, frequencies)
@@ -105,7 +106,7 @@ def score_folder(config: VariantsConfig) -> None:
     outputs = {one.id: output / f"{one.id}.csv" for one in references}
     check_different([*outputs.values(), output / "summary.csv"])
     trained = load_trained(config.from_, device=config.device, precision=config.precision)
-    frequencies = background(trained)
+    frequencies = from_first(background(trained) if trained.processes.first else None)
     common = settings_of(trained, config) | {"frequencies": frequencies.name}
     settings = {
         one.id: common | of_assay(one.path, one.target, numbered(config, one.numbering).offset) for one in references
@@ -198,6 +199,8 @@ def done_before(output: Path, settings: dict[str, Any]) -> dict[str, Any] | None
         earlier = json.loads(path.read_text())
     except ValueError:
         earlier = None
+    if isinstance(earlier, dict) and "weights_sha256" in earlier and (lacking := settings.keys() - earlier.keys()):
+        raise ValueError(f"{path} is an earlier version's, without {', '.join(sorted(lacking))}; give another output")
     if not isinstance(earlier, dict) or not {*METRICS, *settings} <= earlier.keys():
         raise ValueError(f"{path} is not what this verb writes; give another output or move it away")
     for key, value in settings.items():
@@ -247,7 +250,8 @@ def score_assay(
     if assay.most_changed > 1:
         lines.append(f"up to {assay.most_changed} substitutions in a row")
     if assay.bad:
-        lines.append(f"{len(assay.bad)} more rows are left out: {'; '.join(assay.bad[:SHOWN])}")
+        shown = f"the first {SHOWN}: " if len(assay.bad) > SHOWN else ""
+        announce(f"{len(assay.bad)} rows are left out, {shown}{' | '.join(assay.bad[:SHOWN])}", trained.processes)
     if repeated := len(assay.variants) - len(set(assay.variants)):
         lines.append(f"{repeated} of them are the protein of an earlier row, and have its score")
     if assay.first_indel is not None:
@@ -279,7 +283,9 @@ def score_assay(
             write_atomic_bytes(files["picture"], to_png(table, target, f"{output.stem}: {strategy}"))
         rows = scored_rows(assay, strategies, scores, baseline, config.column)
         write_atomic(files["scores"], rows)  # last: an assay with it is done
-    announce(f"{output}: {metrics_line(metrics)}", trained.processes)
+    measurements = int(max((~np.isnan(known)).sum() for known in (assay.measured, assay.fit)))
+    few = f" (of {measurements} measurements, too few to tell)" if 0 < measurements < ENOUGH else ""
+    announce(f"{output}: {metrics_line(metrics)}{few}", trained.processes)
     announce(composition_line(made["composition"]), trained.processes)
     if len(names) > 1 and any(metrics[name] is not None for name in METRICS):
         own = [f"{name} alone: {metrics_line(values)}" for name, values in alone.items()]
@@ -322,7 +328,7 @@ def written(values: np.ndarray) -> list[str]:
 
 def metrics_line(metrics: dict[str, Any]) -> str:
     known = [f"{name} {metrics[name]:.4f}" for name in METRICS if metrics[name] is not None]
-    return ", ".join(known) or "no measurements to compare with"
+    return ", ".join(known) or "no measurements to compare with, or too few"
 
 
 def as_csv(rows: list[list[Any]]) -> str:

@@ -284,6 +284,9 @@ def test_the_package_lists_its_verbs(run_python: Command) -> None:
         ["embed", "evaluate", "export", "infill", "judge", "prepare", "report", "sample", "training", "variants"]
     )
     assert "judge      Judge generated proteins, always beside natural held-out ones" in done.stdout
+    for given, meant in (("evalute", "evaluate"), ("sample", "sample"), ("nothing-like-it", "VERB")):
+        wrong = run_python("-m", "protlig_dd", given, "from=runs/demo")
+        assert_one_line_error(wrong, f"no `python -m protlig_dd {given}`: it is python -m protlig_dd.{meant}")
 
 
 def test_every_verb_that_reads_proteins_warns_of_dna(trained_run: Path, tmp_path: Path, run_python: Command) -> None:

@@ -223,6 +223,9 @@ def test_the_places_of_a_set_are_stratified_over_it() -> None:
     for draw in places:
         assert sorted((60 * draw).long().tolist()) == list(range(60))
     assert not torch.equal(places[0], places[1])
+    twins = protein_keys([np.array([3, 4]), np.array([5]), np.array([3, 4])])
+    assert len(set(twins.tolist())) == 3  # equal proteins have draws of their own
+    assert protein_keys([np.array([5]), np.array([3, 4]), np.array([3, 4])]).tolist() == twins[[1, 0, 2]].tolist()
     order = np.random.default_rng(0).permutation(60)
     torch.testing.assert_close(places_of_set(keys[order], 3, seed=0), places[:, order])
     assert not torch.equal(places_of_set(keys, 3, seed=1), places)
@@ -462,9 +465,56 @@ def test_proteins_that_trained_the_model_are_counted_and_left_out_of_a_second_bo
     others = found["others"]
     assert (others["sequences"], others["bound"], others["bound_se"]) == pytest.approx((3, mean, error), abs=1e-5)
     assert abs(others["bound"] - report["bound"]) > 1e-4
-    line = f"3 are exact copies of proteins that trained the model; the 3 others have an NLL bound of {mean:.4f}"
+    line = (
+        f"3 are exact copies of proteins that trained a model named above; the 3 others have an NLL bound of {mean:.4f}"
+    )
     assert line in (tmp_path / "out/report.md").read_text()
+    unigram = np.array([float(row["unigram_nats"]) for row in rows[3:]])
+    assert "{:+.4f} ± {:.4f} to the unigram model (nats/residue).".format(
+        *ratio_and_error(nats - unigram, residues)
+    ) in (done.stdout)
     assert line in done.stdout
+
+
+def test_proteins_without_residues_beside_copies_end_no_evaluation(
+    trained_run: Path, store: SequenceStore, tmp_path: Path, run_python: Command
+) -> None:
+    text = f">copy\n{ProteinTokenizer().decode(store[0])}\n>x\nXXX\n>y\nXXXX\n"
+    (tmp_path / "held.fasta").write_text(text)
+    command = ["-m", "protlig_dd.evaluate", f"from={trained_run}", "draws=2", "masked=false", "near=false"]
+    done = run_python(*command, "input=held.fasta", "output=out")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out/report.json").read_text())["in_training"]["others"] is None
+    assert "named above, and no others, or too few, are left: these are no held-out figures." in done.stdout
+
+
+def test_a_store_that_cannot_be_read_ends_no_evaluation(
+    trained_run: Path, store: SequenceStore, tmp_path: Path, run_python: Command
+) -> None:
+    run = tmp_path / "runs/small"
+    shutil.copytree(trained_run, run)
+    record = json.loads((run / "environment.json").read_text())
+    (tmp_path / "damaged.h5").write_bytes(store.path.read_bytes()[:3000])
+    (run / "environment.json").write_text(json.dumps(record | {"data_path": "damaged.h5"}))
+    (tmp_path / "held.fasta").write_text(f">a\n{ProteinTokenizer().decode(store[0])}\n")
+    command = ["-m", "protlig_dd.evaluate", "from=runs/small", "draws=2", "masked=false", "near=false"]
+    done = run_python(*command, "input=held.fasta", "output=out")
+    assert done.returncode == 0, done.stderr
+    assert "its training set was not found, or cannot be read" in done.stdout
+
+
+def test_the_training_set_of_the_model_compared_with_is_found_as_given(
+    trained_run: Path, store: SequenceStore, tmp_path: Path
+) -> None:
+    trained = load_trained(str(trained_run), device="cpu", precision="fp32")
+    away = replace(trained, checkpoint=tmp_path)  # which knows of no store
+    (found,) = all_sources(str(store.path), None, away, called="the model compared with")
+    assert found.model == "the model compared with"
+    assert found.stores is not None
+    assert found.stores.fingerprint == store.fingerprint
+    other = replace(away, data_fingerprint="0" * 32)  # train= is another model's
+    (found,) = all_sources(str(store.path), None, other, called="the model compared with")
+    assert found.stores is None
 
 
 def test_where_the_training_set_is_not_found_no_leak_was_looked_for(
@@ -475,7 +525,7 @@ def test_where_the_training_set_is_not_found_no_leak_was_looked_for(
     (source,) = all_sources(None, store, away)
     found = leaks.find_leaks([store[0], store[1]], [source], "auto")
     assert found.lines() == ["copies of what trained this model were not looked for among the proteins: its training "
-                             "set was not found (train=store.h5 names it)"]  # fmt: skip
+                             "set was not found, or cannot be read (train=store.h5 names it)"]  # fmt: skip
     assert (found.report()["copies"], found.report()["near"], found.cells(2)) == (None, None, ["", ""])
     told = leaks.find_leaks([store[0], store[390]], all_sources(str(store.path), None, away), False).lines()
     assert told[0] == ("warning: 1 of 2 proteins are exact copies of proteins that trained this model, as train= says "
@@ -519,7 +569,7 @@ def test_a_single_protein_has_the_error_of_its_draws(
     table = (tmp_path / "out/report.md").read_text()
     assert f"| {report['bound']:.4f} ± {report['bound_se']:.4f} |" in table
     assert f"| unigram model, NLL | {report['unigram']:.4f} |" in table
-    assert "Of a single protein: the standard error is that of the bound's draws." in table
+    assert "Of a single protein: the standard error is that of the bound's own draws; others are not known." in table
     assert "nan" not in table
 
 

@@ -343,7 +343,9 @@ def test_to_a_hub_and_back(exported: Path, tmp_path: Path, run_python: Command) 
     process = run_python(*CLIENT, "pull", REPOSITORY, "cached", **offline)
     assert process.returncode == 0, process.stderr
     assert (tmp_path / "cached" / WEIGHTS).read_bytes() == (model / WEIGHTS).read_bytes()
-    assert_one_line_error(run_python(*CLIENT, "pull", "someone/else", "x", **offline), "someone/else: no folder here")
     assert_one_line_error(
-        run_python(*CLIENT, "pull", "no/such/folder", "x", **offline), "no/such/folder: no folder here"
+        run_python(*CLIENT, "pull", "someone/else", "x", **offline), "someone/else does not exist here"
+    )
+    assert_one_line_error(
+        run_python(*CLIENT, "pull", "no/such/folder", "x", **offline), "no/such/folder does not exist here"
     )

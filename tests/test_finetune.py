@@ -255,13 +255,23 @@ def test_held_out_proteins_that_trained_the_source_are_counted(
     rows = list(csv.DictReader((runs / "leaky/report.csv").read_text().splitlines()))[3:]
     nats, residues = (np.array([float(row[key]) for row in rows]) for key in ("nll_nats", "residues"))
     assert (found["others"]["nll"], found["others"]["nll_se"]) == pytest.approx(per_residue(nats, residues), abs=1e-6)
-    assert f"without 3 copies {found['others']['nll']:.4f} ± {found['others']['nll_se']:.4f}" in process.stdout
+    said = process.stdout.partition("3 of these proteins have trained the model; without them:\n")[2]
+    assert said.splitlines()[:3] == [
+        f"  NLL bound            {found['others']['nll']:.4f} ± {found['others']['nll_se']:.4f}",
+        f"  unigram NLL          {found['others']['unigram_nll']:.4f} ± {found['others']['unigram_nll_se']:.4f}",
+        f"  paired difference    {found['others']['difference']:+.4f} ± {found['others']['difference_se']:.4f}",
+    ]
 
     assert "none of 7 test proteins is an exact copy of one that trained this run (family.h5)\n" in process.stdout
     told = "3 of 7 proteins of the test set are exact copies of proteins that trained the model"
     assert told in (runs / "leaky/report.html").read_text()
     exported = report_of(find_saved(str(runs / "leaky")).path, 1)
-    assert "3 of these are exact copies of proteins that trained the model." in measured(exported)
+    others = found["others"]
+    clean = f"{others['nll']:.4f} ± {others['nll_se']:.4f}, the paired difference {others['difference']:+.4f}"
+    assert measured(exported)[-1].startswith(
+        "3 of these are exact copies of proteins that trained the model. Over the "
+    )
+    assert f" others the bound is {clean}" in measured(exported)[-1]
     assert store.path.name not in json.dumps(exported)  # no paths of this machine
 
     options = [option for option in options if not option.startswith(("from=", "data.path", "run.name"))]

@@ -42,7 +42,7 @@ from protlig_dd.evaluation.judges import (
     written,
 )
 from protlig_dd.evaluation.outside import esm2_pseudo_perplexities, esmfold_plddts, pfam_hits, pseudo_perplexity
-from protlig_dd.evaluation.verdicts import Verdict, verdicts
+from protlig_dd.evaluation.verdicts import KINDS, Verdict, difference, verdict_on_lengths, verdicts
 from protlig_dd.tokenizer import ProteinTokenizer
 
 from .conftest import Command, assert_one_line_error, require_program
@@ -586,6 +586,26 @@ def test_few_proteins_cannot_tell(bundled: list[np.ndarray], n: int) -> None:
         assert f"{n} samples are too few; try n=" in one.told
     few = sentences(bundled[:n], bundled[20:60], "their lengths were asked for")
     assert str(few["lengths"]) == "lengths: not judged: their lengths were asked for"
+
+
+def test_lengths_are_as_natural_only_where_all_of_the_band_is_near() -> None:
+    assert verdict_on_lengths(0.02, 1000, 1000, None).verdict == "as natural"  # the band ends at 0.08
+    assert verdict_on_lengths(0.19, 100, 100, None).verdict == "cannot tell"  # at 0.38
+    assert verdict_on_lengths(0.10, 100, 100, None).verdict == "cannot tell"
+    assert verdict_on_lengths(0.10, 1000, 1000, None).verdict == "worse"
+
+
+@pytest.mark.parametrize(("hits", "verdict"), [(0.02, "cannot tell"), (0.5, "worse")])
+def test_the_identity_of_few_hits_tells_nothing(hits: float, verdict: str) -> None:
+    """Of 100 samples: two with hits have one degree of freedom, fifty have 49."""
+    rows = {
+        "proteins": [Figure(100.0)] * 3,
+        "length, Kolmogorov-Smirnov distance": [Figure(0.05)] * 3,
+        "identity to the best of those": [Figure(0.305, 0.005), Figure(0.36, 0.01), Figure(0.30, 0.01)],
+    }
+    beside = {"with a training protein at E <= 0.001": [Figure(hits), Figure(0.8), Figure(0.0)]}
+    kind = next(kind for kind in KINDS if kind.begins == "identity to the best")
+    assert difference(kind, rows | beside, "identity to the best of those", 0.95).verdict("either") == verdict
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ runpy.run_module("VERB", run_name="__main__")"""
             "out.map.csv",
             ["from=RUN", "input=wt.fasta", "free=2-9", "n=30", "steps=2", "free_draws=2", "output=out.fasta"],
         ),
-        ("evaluate", 400, "out", ["from=RUN", "input=wt.fasta", "draws=1", "output=out"]),
+        ("evaluate", 400, "out", ["from=RUN", "input=wt.fasta", "draws=1", "near=false", "output=out"]),
         ("judge", 400, "out", ["samples=wt.fasta", "natural=STORE", "mmseqs=false", "bootstrap=2", "output=out"]),
         ("variants", 400, "out.json", ["from=RUN", "target=wt.fasta", "output=out.csv"]),
         ("embed", 400, "out.npz", ["from=RUN", "input=wt.fasta", "output=out.npz"]),

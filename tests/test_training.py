@@ -29,7 +29,7 @@ from protlig_dd.runtime.files import sha256
 from protlig_dd.runtime.metrics import read_metrics
 from protlig_dd.tokenizer import AMINO_ACIDS, ProteinTokenizer
 from protlig_dd.training.job import print_report, subset
-from protlig_dd.training.launch import changes_the_end, finished_at
+from protlig_dd.training.launch import check_extension, finished_at, put_report_aside, reports_otherwise
 
 from .conftest import TRAINED, Command, Start, assert_one_line_error, require_program, thorough, wait_for
 from .test_configs import composed
@@ -135,10 +135,12 @@ def test_a_finished_run_says_so_and_is_extended_by_name_alone(
     assert (run / "report.html").read_text() == run_page(read_run(run))
     refused = run_python(*command, "trainer.max_steps=43")
     assert_one_line_error(
-        refused, "trainer.max_steps was 40, now 43", "come down to 0.1 of optim.lr=0.003", "run.resume=extend"
+        refused, "trainer.max_steps was 40, now 43", "down to 0.1 of optim.lr=0.003", "run.resume=extend"
     )
     fewer = run_python(*command, "trainer.max_steps=39")
     assert_one_line_error(fewer, "step_00000040 is beyond trainer.max_steps=39")
+    epochs = run_python(*command, "trainer.max_steps=null", "trainer.epochs=0.5", "run.resume=extend")
+    assert_one_line_error(epochs, "step_00000040 is beyond the 34 steps of trainer.epochs=0.5")
     assert (run / "report.json").read_text() == report
     assert (run / "metrics.jsonl").read_text() == metrics
     assert not (run / "reports").exists()
@@ -174,10 +176,58 @@ def test_a_schedule_that_has_come_down_is_not_raised_without_a_word(
 ) -> None:
     config = read_config(composed(*TRAINED, *changes), TrainConfig)
     if refused:
-        with pytest.raises(ValueError, match="learning rate has come down to 0.1 of optim.lr"):
-            changes_the_end(trained_run, config)
+        with pytest.raises(ValueError, match=r"step 40 \(.*learning rate is down to 0.1 of optim.lr"):
+            check_extension(trained_run, config)
     else:
-        assert changes_the_end(trained_run, config)
+        check_extension(trained_run, config)
+        assert reports_otherwise(trained_run, config)
+
+
+def test_a_run_that_was_told_to_go_on_has_not_finished(trained_run: Path, tmp_path: Path) -> None:
+    """As an earlier version left it, killed before its next checkpoint; and one that trains by epochs."""
+    run = tmp_path / "small"
+    shutil.copytree(trained_run, run)
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("max_steps: 40", "max_steps: 50"))
+    assert finished_at(run) is None
+    check_extension(run, read_config(composed(*TRAINED, "trainer.max_steps=50"), TrainConfig))  # as it was told
+    with pytest.raises(ValueError, match="max_steps was 50, now 60"):
+        check_extension(run, read_config(composed(*TRAINED, "trainer.max_steps=60"), TrainConfig))
+    by_epochs = text.replace("max_steps: 40", "max_steps: null").replace("epochs: null", "epochs: 2.0")
+    last = run / "checkpoints/step_00000040"
+    for folder in (run, last):
+        (folder / "config.yaml").write_text(by_epochs)
+    assert finished_at(run) == 40
+    state = json.loads((last / "state.json").read_text())
+    assert state["max_steps"] == 40
+    (last / "state.json").write_text(json.dumps(state | {"max_steps": 80}))  # stopped half-way
+    assert finished_at(run) is None
+    check_extension(run, read_config(composed(*TRAINED, "trainer.max_steps=null", "trainer.epochs=3"), TrainConfig))
+
+
+def test_a_report_that_is_put_aside_is_never_in_parts(trained_run: Path, tmp_path: Path) -> None:
+    """Killed at any of its steps, one of the two places has all files."""
+    names = {"report.csv", "report.html", "report.json"}
+    for at in range(3):
+        run = tmp_path / str(at)
+        shutil.copytree(trained_run, run, ignore=shutil.ignore_patterns("checkpoints", "reports"))
+        with pytest.MonkeyPatch.context() as patch:
+            copies: list[Path] = []
+
+            def copy(source: Path, target: Path, copies: list[Path] = copies, at: int = at) -> None:
+                if len(copies) == at:
+                    raise KeyboardInterrupt
+                copies.append(source)
+                shutil.copy(source, target)
+
+            patch.setattr(shutil, "copy2", copy)
+            with pytest.raises(KeyboardInterrupt):
+                put_report_aside(run, 40)
+        assert names <= {path.name for path in run.iterdir()}
+        assert not (run / "reports/step_00000040").exists()
+    assert put_report_aside(run, 40) == run / "reports/step_00000040"
+    assert {path.name for path in (run / "reports/step_00000040").iterdir()} == names
+    assert not names & {path.name for path in run.iterdir()}
 
 
 def set_plan_version(run_folder: Path, version: int | None) -> None:

@@ -438,7 +438,10 @@ def test_strategies_are_those_of_the_graph() -> None:
         choose_strategies("masked_marginals", Uniform(), single)
     with pytest.raises(ValueError, match="can do masked_marginals, site_marginals, wildtype_marginals, bound"):
         choose_strategies("ratio", Absorbing(), single)
-    with pytest.raises(ValueError, match="row 0: 1 residues become 0, but strategy=ratio needs equal lengths; use bou"):
+    with pytest.raises(
+        ValueError,
+        match="row 0: 0 residues stand in the place of 1, but strategy=ratio needs equal lengths; use auto, or bou",
+    ):
         choose_strategies("ratio", Uniform(), indel)
 
 

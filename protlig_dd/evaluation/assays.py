@@ -166,23 +166,35 @@ def read_assay(
         cells = dict(zip(header, row, strict=True))
         mutant, sequence = (cells.get(name, "").strip().upper() for name in ("mutant", "mutated_sequence"))
         try:
-            variants.append(read_variant(mutant, sequence, target, where, numbering))
+            variant = read_variant(mutant, sequence, target, where, numbering)
+            if skip_bad:
+                measurements(header, [(where, row)])
         except ValueError as error:
             if not skip_bad:
                 raise ValueError(f"{error} (bad_rows=skip leaves such rows out)") from error
             bad.append(str(error))
         else:
+            variants.append(variant)
             kept.append((where, row))
     if not kept:
         raise ValueError(f"{bad[0]}; nor can any other row of {path} be read")
-    measured = numbers(header, kept, "DMS_score")
+    measured, labels = measurements(header, kept)
+    fit = above_median(measured) if labels is None else labels
+    return Assay(header, [row for _, row in kept], variants, [where for where, _ in kept], measured, fit, bad)
+
+
+def measurements(header: list[str], rows: list[tuple[str, list[str]]]) -> tuple[np.ndarray, np.ndarray | None]:
+    """DMS_score of each row, and whether it is fit (0 or 1) where a column says so; NaN where nothing was measured.
+
+    Raises:
+        ValueError: a measurement that is no number, or no 0 or 1; names the row.
+    """
     binary = "DMS_bin_score" if "DMS_bin_score" in header else "DMS_score_bin"
-    labels = numbers(header, kept, binary, CLINICAL)
+    measured, labels = numbers(header, rows, "DMS_score"), numbers(header, rows, binary, CLINICAL)
     wrong = np.flatnonzero(~np.isnan(labels) & (labels != 0) & (labels != 1))
     if len(wrong):
-        raise ValueError(f"{kept[wrong[0]][0]}: {binary} is 0 or 1, got {labels[wrong[0]]:g}")
-    fit = labels if binary in header else above_median(measured)
-    return Assay(header, [row for _, row in kept], variants, [where for where, _ in kept], measured, fit, bad)
+        raise ValueError(f"{rows[wrong[0]][0]}: {binary} is 0 or 1, got {labels[wrong[0]]:g}")
+    return measured, labels if binary in header else None
 
 
 def read_csv(path: Path) -> tuple[list[str], list[tuple[str, list[str]]]]:
@@ -252,6 +264,7 @@ def read_mutant(mutant: str, target: np.ndarray, where: str, numbering: Numberin
         return Variant()
     found: dict[int, int] = {}
     mutations = re.split("[:;,]", mutant.removeprefix("P.").strip("[]()"))
+    hint = "; offset= tells of another numbering" if numbering == AS_THE_TARGET else ""
     for mutation in mutations:
         if (match := MUTATION.fullmatch(one_letter(mutation.strip().removeprefix("P.")))) is None:
             raise ValueError(
@@ -262,13 +275,13 @@ def read_mutant(mutant: str, target: np.ndarray, where: str, numbering: Numberin
         position = number - numbering.offset
         if not 1 <= position <= len(target):
             raise ValueError(
-                f"{where}: {mutation} is at position {position}{numbering}, but the target has 1 to {len(target)}"
+                f"{where}: {mutation} is at position {position}{numbering}, but the target has 1 to {len(target)}{hint}"
             )
         site = position - 1
         expected = ProteinTokenizer().decode(target[site : site + 1])
         if wild != expected:
             raise ValueError(
-                f"{where}: {mutation} has {wild} at position {position}{numbering}, but the target has {expected}"
+                f"{where}: {mutation} has {wild} at position {position}{numbering}, but the target has {expected}{hint}"
             )
         if letter == "DEL" and len(mutations) == 1:
             return compare(np.delete(target, site), target, where)

@@ -75,8 +75,8 @@ def choose_strategies(wanted: str, graph: Graph, assay: Assay) -> tuple[list[str
         indel = assay.variants[first].indel
         assert indel is not None
         raise ValueError(
-            f"{assay.where[first]}: {indel.stop - indel.start} residues become {len(indel.ids)}, "
-            f"but strategy={wanted} needs equal lengths; use bound"
+            f"{assay.where[first]}: {len(indel.ids)} residues stand in the place of {indel.stop - indel.start}, "
+            f"but strategy={wanted} needs equal lengths; use auto, or bound"
         )
     return [wanted] * len(assay.variants), ASKED_FOR
 

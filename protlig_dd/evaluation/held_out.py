@@ -75,15 +75,16 @@ def held_out_bound(
     """
     log_unigram = torch.from_numpy(np.log(unigram))
     packs = range(processes.rank, len(dataset), processes.world_size)
+    firsts = np.cumsum([0, *(len(dataset.pack_rows(pack)) for pack in range(len(dataset)))])
     batches = map(dataset.__getitem__, range(len(dataset)))
-    keys_of = [protein_keys(tokens.numpy() for tokens in batch.unpack(batch.tokens)) for batch in batches]
-    places = places_of_set(np.concatenate(keys_of), draws, seed)
-    firsts = np.cumsum([0, *map(len, keys_of)])
+    keys = protein_keys(tokens.numpy() for batch in batches for tokens in batch.unpack(batch.tokens))
+    places = places_of_set(keys, draws, seed)
     parts: list[tuple[np.ndarray, ...]] = []
     with ProgressBar(description, len(packs), shown=processes.first) as bar:
         for pack in packs:
             batch = dataset[pack]
-            drawn = protein_draws(keys_of[pack], places[:, firsts[pack] : firsts[pack + 1]], seed)
+            these = slice(firsts[pack], firsts[pack + 1])
+            drawn = protein_draws(keys[these], places[:, these], seed)
             bound = nll_bound(
                 score_fn, batch.to(device), graph, noise, generator=drawn, draws=draws, estimator=estimator
             )

@@ -12,6 +12,7 @@ from protlig_dd.data.encode import is_nucleotide, nucleotide_warning
 from protlig_dd.data.fasta import read_fasta
 from protlig_dd.data.store import HDF5_MAGIC, SPLITS, SequenceStore
 from protlig_dd.runtime.distributed import processes_from_environment
+from protlig_dd.runtime.files import writing
 from protlig_dd.runtime.metrics import announce
 from protlig_dd.tokenizer import ProteinTokenizer
 
@@ -66,6 +67,6 @@ def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 def numbered_fasta(path: Path, sequences: Iterable[np.ndarray]) -> Path:
     """Write residues, without <bos> and <eos>, as FASTA with numbers as names; returns `path`."""
     decode = ProteinTokenizer().decode
-    with path.open("w") as file:
+    with writing(path), path.open("w") as file:
         file.writelines(f">{i}\n{decode(one)}\n" for i, one in enumerate(sequences))
     return path

@@ -154,9 +154,18 @@ def run_page(run: Run) -> str:
         notices = [f"{made} and has no report yet."]
     elif run.metrics and run.report["step"] != run.last_step:
         notices = [f"{made}; its report, the bound and the samples, is of step {run.report['step']:,}."]
-    if copies := (run.report.get("in_training") or {}).get("copies"):
+    leaks = run.report.get("in_training") or {}
+    if copies := leaks.get("copies"):
         many = f"{copies:,} of {run.report['sequences']:,} proteins of the {run.report['split']} set"
-        notices.append(f"{many} are exact copies of proteins that trained the model, and are in its bound.")
+        notice = f"{many} are exact copies of proteins that trained the model, and are in its bound."
+        if leaks.get("others"):
+            clean = with_nan(leaks["others"])
+            difference = f"{clean['difference']:+.4f}".replace("-", "−")
+            notice += (
+                f" Over the {clean['sequences']:,} others it is {clean['nll']:.4f} {plus_minus(clean['nll_se'])}, and "
+                f"{difference} {plus_minus(clean['difference_se'])} against the unigram model."
+            )
+        notices.append(notice)
     records = [("config.yaml", [*run.config.items()]), ("environment.json", [*flatten(run.environment).items()])]
     return render(
         title=run.name,

@@ -5,16 +5,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from omegaconf import OmegaConf
+
 from protlig_dd.data.store import SequenceStore, StoreGroup
 from protlig_dd.evaluation.inputs import is_store
 from protlig_dd.runtime.checkpoint import COMPLETE, complete_checkpoints
-from protlig_dd.runtime.config import TrainConfig
+from protlig_dd.runtime.config import TrainConfig, read_config
 from protlig_dd.runtime.distributed import opened_by
 from protlig_dd.runtime.exported import is_exported
 from protlig_dd.runtime.files import sha256
-from protlig_dd.runtime.trained import Saved, find_saved, run_folder
+from protlig_dd.runtime.trained import find_saved, run_folder
 
-NO_STORE = "its training set was not found"
+NO_STORE = "its training set was not found, or cannot be read"
 
 
 class Source(NamedTuple):
@@ -25,6 +27,14 @@ class Source(NamedTuple):
     stores: StoreGroup | None
     why: str = ""
     """What was not found, where there are no stores."""
+
+
+class Known(NamedTuple):
+    """A model that another began from."""
+
+    path: Path
+    config: TrainConfig
+    data_fingerprint: str
 
 
 def own_data(given: Sequence[SequenceStore], checkpoint: Path, fingerprint: str) -> StoreGroup | None:
@@ -38,7 +48,10 @@ def own_data(given: Sequence[SequenceStore], checkpoint: Path, fingerprint: str)
         candidates += [[folder / path for path in paths.split(", ")] for folder in (Path(), *run.parents)]
     for paths in candidates:
         if all(map(is_store, paths)):
-            group = StoreGroup([SequenceStore(path) for path in paths])
+            try:
+                group = StoreGroup([SequenceStore(path) for path in paths])
+            except (ValueError, OSError):  # damaged, or an earlier format's: as good as gone, and no reason to stop
+                continue
             if group.fingerprint == fingerprint:
                 return group
     return None
@@ -63,7 +76,7 @@ def sources_before(config: TrainConfig, run: Path | None, given: Sequence[Sequen
         config, run = saved.config, run_folder(saved.path)
 
 
-def find_source(config: TrainConfig, run: Path | None) -> tuple[Saved | None, str]:
+def find_source(config: TrainConfig, run: Path | None) -> tuple[Known | None, str]:
     """The model of `from=` with the weights that the run began with; or None and what became of it."""
     if config.from_ is None:
         return None, "an exported model does not name it"
@@ -74,10 +87,27 @@ def find_source(config: TrainConfig, run: Path | None) -> tuple[Saved | None, st
             there = True
             try:
                 if weights_of(model) == config.from_sha256:
-                    return find_saved(str(model)), ""
+                    return read_known(model), ""
             except ValueError as error:
                 return None, str(error)
     return None, "it has other weights by now" if there else f"there is no {config.from_}"
+
+
+def read_known(model: Path) -> Known:
+    """The config and data of a model. The weights of a checkpoint are not read: this is not to load them.
+
+    Raises:
+        ValueError: a damaged model; named.
+    """
+    if is_exported(model):
+        saved = find_saved(str(model))
+        return Known(saved.path, saved.config, saved.data_fingerprint)
+    try:
+        fingerprint = json.loads((model / "state.json").read_text())["data_fingerprint"]
+        config = read_config(OmegaConf.load(model / "config.yaml"), TrainConfig)  # type: ignore[arg-type]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{model}: damaged ({error})") from error
+    return Known(model, config, fingerprint)
 
 
 def weights_of(model: Path) -> str | None:

@@ -9,7 +9,8 @@ A row compares the difference of samples and natural proteins with its error, an
 A group is worse if one of its rows is, else as natural if one is; intervals hold for all rows of a group together
 (Bonferroni). Student's t has as many degrees of freedom as there are samples, less one. Where shuffling changes
 nothing, other limits stand in its place: a tenth of the proteins for shares of proteins, a fifth for the distance of
-lengths. A composition can only say worse.
+lengths with its own uncertainty. Limits are taken as known, and shares of different sequences and of clusters as
+those of proteins by themselves; both are approximations. A composition can only say worse.
 """
 
 import math
@@ -46,6 +47,8 @@ class Kind(NamedTuple):
     """Residues of a k-mer, where few of them make a figure larger than it is."""
     of_proteins: bool = False
     """Whether the figure is a share of the proteins."""
+    of_those: str = ""
+    """How the row begins whose share of the proteins the figure is a mean of."""
 
 
 KINDS = (
@@ -61,7 +64,8 @@ KINDS = (
          of_proteins=True),
     Kind("with one at", "relatives", "either", "other training proteins or fewer epochs: it copies", WILD,
          of_proteins=True),
-    Kind("identity to the best", "relatives", "either", "other training proteins or fewer epochs: it copies", WILD),
+    Kind("identity to the best", "relatives", "either", "other training proteins or fewer epochs: it copies", WILD,
+         of_those="with a training protein"),
     Kind("with a hit to the HMMs", "families", "less", if_less=WILD, of_proteins=True),
     Kind("pseudo-perplexity", "ESM-2", "more", WILD),
     Kind("pLDDT", "ESMFold", "less", if_less=WILD),
@@ -169,9 +173,9 @@ def verdict_on_lengths(distance: float, n: int, others: int, requested: str | No
     limit = float(kstwobign.ppf(LEVEL)) * math.sqrt((n + others) / (n * others))
     if distance > limit:
         return Verdict("lengths", WORSE, "worse; try lengths=empirical, or training proteins like the natural ones")
-    if limit < OF_LENGTHS:
+    if distance + limit < OF_LENGTHS:
         return Verdict("lengths", NATURAL, NATURAL)
-    alike = (limit / OF_LENGTHS) ** 2 * n * others / (n + others)  # n m / (n + m) at which the limit is OF_LENGTHS
+    alike = (2 * limit / OF_LENGTHS) ** 2 * n * others / (n + others)  # n m / (n + m) that halves OF_LENGTHS
     wanted = math.ceil(2 * alike)  # of as many in the reference
     return Verdict("lengths", UNKNOWN, too_few(n, wanted))
 
@@ -183,6 +187,9 @@ def difference(kind: Kind, rows: Rows, name: str, level: float) -> Difference:
     n = round(rows["proteins"][0].value)
     samples, natural, shuffled = rows[name]
     more, away = samples.value - natural.value, abs(shuffled.value - natural.value)
+    if kind.of_those:  # of the set that has fewer of them
+        (shares,) = (row for other, row in rows.items() if other.startswith(kind.of_those))
+        n = round(n * min(shares[0].value, shares[1].value))
     times = float(t.ppf((1 + level) / 2, n - 1)) if n > 1 else math.nan
     if kind.of_proteins:
         (low, high), (below, above) = (ends(figure, n) for figure in (samples, natural))

@@ -145,6 +145,12 @@ def measured(report: Mapping[str, Any] | None) -> list[str]:
     copied = []
     if leaks.get("copies"):
         copied = ["", f"{leaks['copies']} of these are exact copies of proteins that trained the model."]
+        if others := leaks.get("others"):
+            others = {key: float("nan") if value is None else value for key, value in others.items()}
+            copied[1] += (
+                f" Over the {others['sequences']} others the bound is {others['nll']:.4f} ± {others['nll_se']:.4f}, "
+                f"the paired difference {others['difference']:+.4f} ± {others['difference_se']:.4f}."
+            )
     return [
         f"On {report['sequences']} proteins of the {report['split']} split, {report['residues']:,} residues "
         f"(the first {report['max_len']} of each), {report['estimator']} estimator, {report['draws']} draws; "

@@ -33,7 +33,9 @@ def writing(path: Path) -> Iterator[None]:
     except Exception as error:
         told = re.search(r"(?:errno = |os error )(\d+)", str(error))
         number = int(told[1]) if told else getattr(error, "errno", None)
-        if number not in FULL:
+        named = getattr(error, "filename", None)
+        elsewhere = isinstance(named, str) and not Path(named).absolute().is_relative_to(path.parent.absolute())
+        if number not in FULL or elsewhere:
             raise
         raise OSError(number, os.strerror(number), str(path)) from error
 

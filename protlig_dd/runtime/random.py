@@ -1,6 +1,7 @@
 """Random streams keyed by (seed, purpose, index): the same on every rank, in every order, after any restart."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable
 
 import numpy as np
@@ -24,8 +25,14 @@ def keyed_generator(seed: int, purpose: str, index: int, device: torch.device) -
 
 
 def protein_keys(sequences: Iterable[np.ndarray]) -> UInt64[np.ndarray, " n"]:
-    """A number for each sequence of tokens, which follows from them alone."""
-    return np.array([xxhash.xxh3_64_intdigest(one.astype(np.uint8).tobytes()) for one in sequences], np.uint64)
+    """A number for each sequence of tokens, which follows from them and, of equal ones, from how many came before."""
+    seen: Counter[bytes] = Counter()
+    keys = []
+    for one in sequences:
+        digest = xxhash.xxh3_128_digest(one.astype(np.uint8).tobytes())
+        keys.append(xxhash.xxh3_64_intdigest(digest, seed=seen[digest]))
+        seen[digest] += 1
+    return np.array(keys, np.uint64)
 
 
 def places_of_set(keys: UInt64[np.ndarray, " n"], draws: int, seed: int) -> Float64[torch.Tensor, "draws n"]:

@@ -40,7 +40,7 @@ from protlig_dd.runtime.distributed import Processes, all_reduce_sum
 from protlig_dd.runtime.environment import matmul_peak
 from protlig_dd.runtime.files import write_atomic
 from protlig_dd.runtime.generate import designs_fasta, draw_lengths, generate
-from protlig_dd.runtime.metrics import MetricsLog, announce, console, without_nan
+from protlig_dd.runtime.metrics import MetricsLog, announce, console, with_nan, without_nan
 from protlig_dd.runtime.random import random_key
 from protlig_dd.runtime.stop import StopRequests
 from protlig_dd.runtime.trained import lengths_of
@@ -252,6 +252,7 @@ def train(
                     state={
                         "data_fingerprint": store.fingerprint,
                         "plan_version": version,
+                        "max_steps": max_steps,
                         "length_counts": counts,
                         "cropped_sequences": cropped,
                     },
@@ -336,7 +337,8 @@ def find_held_out_leaks(
         ]
         leaks = find_leaks(proteins, [own, *before] if repeats else before, near=None)
         if not repeats:
-            leaks = replace(leaks, sources=[own, *before], copies=[np.zeros(len(rows), bool), *leaks.copies])
+            known = np.full(len(rows), split == "train")
+            leaks = replace(leaks, sources=[own, *before], copies=[known, *leaks.copies])
         if before or leaks.copied.any():
             console.print("\n".join(leaks.lines(f"{split} proteins")))
         found[split] = leaks
@@ -352,8 +354,9 @@ def in_training(leaks: Leaks, rows: np.ndarray, held: HeldOut) -> dict[str, Any]
     known = np.isin(rows, held.rows)
     leaks = replace(leaks, copies=[found[known] for found in leaks.copies])
     figures = None
-    if leaks.copied.any() and (~leaks.copied).sum() >= FEWEST:
-        columns = {name: getattr(held, name)[~leaks.copied] for name in ("rows", "nats", "residues", "unigram_nats")}
+    others = ~leaks.copied if len(leaks.copied) else np.zeros(0, bool)
+    if leaks.copied.any() and others.sum() >= FEWEST and held.residues[others].sum():
+        columns = {name: getattr(held, name)[others] for name in ("rows", "nats", "residues", "unigram_nats")}
         figures = without_nan(replace(held, **columns).summary())
     return {**leaks.report(), "others": figures}
 
@@ -385,13 +388,14 @@ def draw_samples(
         announce(f"no samples: every training protein has more than data.max_len={max_len} residues", processes)
         return None
     announce(f"samples get lengths of {lengths.told}", processes)
+    chosen = draw_lengths(lengths.counts, wanted.samples, config.seed)
     draw = partial(
         generate,
         noise=noise,
-        lengths=draw_lengths(lengths.counts, wanted.samples, config.seed),
+        lengths=chosen,
         steps=wanted.steps,
         predictor=wanted.predictor,
-        tokens_per_pack=config.data.tokens_per_pack,
+        tokens_per_pack=min(config.data.tokens_per_pack, -(-sum(chosen) // processes.world_size)),
         seed=config.seed,
         device=device,
         processes=processes,
@@ -454,6 +458,18 @@ def sample_report(
     return result
 
 
+def without_copies(others: dict[str, Any] | None) -> list[str]:
+    """The lines of a report's figures over the proteins that have not trained the model."""
+    if others is None:
+        return ["  none, or too few for a bound"]
+    found = with_nan(others)
+    return [
+        f"  NLL bound            {found['nll']:.4f} ± {found['nll_se']:.4f}",
+        f"  unigram NLL          {found['unigram_nll']:.4f} ± {found['unigram_nll_se']:.4f}",
+        f"  paired difference    {found['difference']:+.4f} ± {found['difference_se']:.4f}",
+    ]
+
+
 def print_report(run_folder: Path, step: int, report: dict[str, Any], data: str) -> None:
     """The run's last words: where it is, how good it is, what it makes.
 
@@ -473,9 +489,8 @@ def print_report(run_folder: Path, step: int, report: dict[str, Any], data: str)
         f"  paired difference    {report['difference']:+.4f} ± {report['difference_se']:.4f}",
     ]
     if copies := report["in_training"]["copies"]:
-        others = report["in_training"]["others"]
-        rest = "too few for a bound" if others is None else f"{others['nll']:.4f} ± {others['nll_se']:.4f}"
-        lines.append(f"  without {copies} copies {rest} (proteins that have trained the model)")
+        lines.append(f"{copies} of these proteins have trained the model; without them:")
+        lines += without_copies(report["in_training"]["others"])
     if "samples" in report:
         lines.append("composition, KL to the training set in nats:")
         lines.append(f"  samples              {report['composition_kl']:.4f}")

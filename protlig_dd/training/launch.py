@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import json
+import shutil
 import threading
 import time
 import traceback
@@ -18,6 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from protlig_dd.data.build import bundled_store
+from protlig_dd.data.loader import PackDataset
 from protlig_dd.data.store import SequenceStore, StoreGroup
 from protlig_dd.diffusion.score import is_time_free
 from protlig_dd.evaluation.page import PAGE, read_json, write_run_page
@@ -59,14 +61,14 @@ from protlig_dd.runtime.environment import (
     resolve_device,
     resolve_precision,
 )
-from protlig_dd.runtime.files import free_name, locked, sha256, write_atomic, written_to
+from protlig_dd.runtime.files import free_name, locked, replacing, sha256, write_atomic, written_to
 from protlig_dd.runtime.metrics import announce, console, import_wandb
 from protlig_dd.runtime.output import let_output_fail
 from protlig_dd.runtime.stop import STOPPED, Stopped, StopRequests, seconds_of
 from protlig_dd.runtime.trained import find_saved
 from protlig_dd.training.finetune import FREE_KEYS, taken_over
 from protlig_dd.training.job import plan_version, train
-from protlig_dd.training.plan import print_plan, with_data
+from protlig_dd.training.plan import count_steps, print_plan, with_data
 from protlig_dd.training.validate import RESUME, check_train_config
 
 UNIREF50 = Path("data/uniref50.h5")
@@ -211,13 +213,13 @@ def run_rank(config: TrainConfig, path: Path, deadline: float | None) -> None:
                 if config.run.fresh:
                     move_aside(path)
                 stack.enter_context(locked(path))
-            folder = open_run_folder(path, config, resolved, processes, deadline)
+            folder = open_run_folder(path, config, store, resolved, processes, deadline)
             if folder.finished is not None:
-                if processes.first:
-                    write_run_page(path)  # a run that was killed here may lack it
+                if processes.first and not (path / PAGE).is_file():  # killed just before it was written
+                    write_run_page(path)
                 announce(
-                    f"{path} has finished, at step {folder.finished:,}: {path / PAGE}. To train these weights further: "
-                    f"another run.name with from={path}",
+                    f"{path} has finished, at step {folder.finished:,}: {path / PAGE}. To go on: run.resume=extend "
+                    f"with a larger trainer.max_steps, or another run.name with from={path}",
                     processes,
                 )
                 return
@@ -361,7 +363,12 @@ def graph_of_run(path: Path) -> dict[str, Any]:
 
 
 def open_run_folder(
-    path: Path, config: TrainConfig, resolved: Resolved, processes: Processes, deadline: float | None
+    path: Path,
+    config: TrainConfig,
+    store: StoreGroup,
+    resolved: Resolved,
+    processes: Processes,
+    deadline: float | None,
 ) -> RunFolder:
     """Make or reopen the run folder (rank 0), and find the checkpoint to go on from.
 
@@ -376,13 +383,13 @@ def open_run_folder(
         remove_unfinished(path)
         if started and config.run.resume == "never":
             raise ValueError(f"{path} exists and run.resume=never; use another run.name, or run.fresh=true")
-        attempt, finished = 1, None
+        attempt, finished, earlier = 1, None, {}
         if started:
             earlier = check_same_run(path, config, resolved)
+            check_extension(path, config)
             attempt, finished = int(earlier["attempt"]) + 1, finished_at(path)
-            if finished is not None and not changes_the_end(path, config):
+            if finished is not None and not reports_otherwise(path, config):
                 return from_first(RunFolder(path, attempt, None, {}, None, deadline, finished))  # type: ignore[no-any-return]
-            say_what_changed(path, config, resolved, earlier)
         checkpoint, skipped = newest_sound_checkpoint(path)
         if skipped and checkpoint is None:
             raise ValueError(
@@ -399,9 +406,10 @@ def open_run_folder(
         state = read_state(checkpoint) if checkpoint is not None else {}
         plan_version(checkpoint, state)  # refused before anything is written
         weights = first_weights(config) if checkpoint is None and config.from_ is not None else None
-        most = config.trainer.max_steps
-        if state and most is not None and state["step"] > most:
-            raise ValueError(f"{checkpoint} is beyond trainer.max_steps={most}")
+        if state:
+            check_not_beyond(checkpoint, state["step"], config, store)
+        if started:
+            say_what_changed(path, config, resolved, earlier)
         if finished is not None:
             console.print(f"the earlier report is now in {put_report_aside(path, finished)}")
         record = {
@@ -420,45 +428,85 @@ def open_run_folder(
     return opened
 
 
+def check_not_beyond(checkpoint: Path | None, step: int, config: TrainConfig, store: StoreGroup) -> None:
+    """Raise for a run that is to end before the step of its checkpoint."""
+    control, data = config.trainer, config.data
+    most, told = control.max_steps, f"trainer.max_steps={control.max_steps}"
+    if most is None:
+        most = count_steps(config, PackDataset(store, store.split("train"), max_len=data.max_len, seed=config.seed,
+                                               tokens_per_pack=data.tokens_per_pack, weights=data.weights))  # fmt: skip
+        told = f"the {most} steps of trainer.epochs={control.epochs:g}"
+    if step > most:
+        raise ValueError(f"{checkpoint} is beyond {told}")
+
+
 def finished_at(path: Path) -> int | None:
     """The last step of a run that has made its report; None of one that has not, or has gone on since."""
-    step = read_json(path / "report.json").get("step")
-    checkpoints = complete_checkpoints(path)
-    return step if checkpoints and step == step_of(checkpoints[-1]) else None
+    step, checkpoints = read_json(path / "report.json").get("step"), complete_checkpoints(path)
+    if not checkpoints or step != step_of(checkpoints[-1]) or not at_its_end(path, checkpoints[-1]):
+        return None
+    # an earlier version may have been told to go on, and been killed before it had a checkpoint
+    ends = [ends_of(OmegaConf.load(folder / "config.yaml")) for folder in (path, checkpoints[-1])]
+    return step if ends[0] == ends[1] else None
 
 
-def changes_the_end(path: Path, config: TrainConfig) -> bool:
-    """Whether a run that has finished is to take other steps than it did, or to report otherwise.
+def at_its_end(path: Path, checkpoint: Path) -> bool:
+    """Whether the learning rate of the run has come to the end of its schedule at this checkpoint."""
+    step, config = step_of(checkpoint), OmegaConf.load(checkpoint / "config.yaml")
+    most = read_json(checkpoint / "state.json").get("max_steps", config.trainer.max_steps)
+    if most is None:  # an earlier version's, of trainer.epochs: the report tells
+        return bool(read_json(path / "report.json").get("step") == step)
+    return bool(step >= most)
+
+
+def ends_of(config: Any) -> dict[str, Any]:
+    """trainer.max_steps and trainer.epochs of a config."""
+    return {key: flatten(config)[key] for key in ("trainer.max_steps", "trainer.epochs")}
+
+
+def check_extension(path: Path, config: TrainConfig) -> None:
+    """Compare the steps that a run has been told to make with those that it is to make now.
 
     Raises:
-        ValueError: more steps, whose learning rate would jump from the end of its schedule to the middle of a longer
-            one.
+        ValueError: more, after it has come to the end of its schedule: the learning rate would jump from there to the
+            middle of a longer one.
     """
-    before, now = (flatten(cfg) for cfg in (OmegaConf.load(path / "config.yaml"), spelt(config)))
+    before, now = ends_of(OmegaConf.load(path / "config.yaml")), ends_of(spelt(config))
     longer = [
-        key for key in ("trainer.max_steps", "trainer.epochs")
+        key for key in now
         if before[key] != now[key] and (before[key] is None or now[key] is None or before[key] < now[key])
     ]  # fmt: skip
     level = config.optim.min_lr_ratio == 1 or (config.optim.schedule == "wsd" and config.optim.decay_share == 0)
-    if longer and not level and config.run.resume != "extend":
+    checkpoints = complete_checkpoints(path)
+    if longer and checkpoints and at_its_end(path, checkpoints[-1]) and not level and config.run.resume != "extend":
         told = " and ".join(f"{key} was {before[key]}, now {now[key]}" for key in longer)
         raise ValueError(
-            f"{path} has finished ({told}): its learning rate has come down to {config.optim.min_lr_ratio:g} of "
-            f"optim.lr={config.optim.lr:g}, and a longer schedule would raise it again. run.resume=extend does that; "
-            f"another run.name with from={path} fine-tunes its weights"
+            f"{path} has come to its end, step {step_of(checkpoints[-1])} ({told}): its learning rate is down to "
+            f"{config.optim.min_lr_ratio:g} of optim.lr={config.optim.lr:g}, and a longer schedule would raise it "
+            f"again. run.resume=extend does that; another run.name with from={path} fine-tunes its weights"
         )
+
+
+def reports_otherwise(path: Path, config: TrainConfig) -> bool:
+    """Whether a run that has finished is to take other steps than it did, or to report otherwise."""
+    before, now = (flatten(cfg) for cfg in (OmegaConf.load(path / "config.yaml"), spelt(config)))
     ends = ("trainer.max_steps", "trainer.epochs", "report.")
     return any(before.get(key) != now[key] for key in now if key.startswith(ends))
 
 
 def put_report_aside(path: Path, step: int) -> Path:
-    """Move a finished run's report to a folder of its own, as the run will make another."""
+    """Copy a finished run's report to a folder of its own and take it out of the run, which will make another. Killed
+    on the way, it is in one place at least as a whole.
+    """
     folder = path / "reports" / f"step_{step:08d}"
     folder = free_name(folder) if folder.exists() else folder
-    folder.mkdir(parents=True)
-    for name in ("report.csv", PAGE, "report.json"):  # the last makes the run a finished one
-        if (path / name).is_file():
-            (path / name).replace(folder / name)
+    files = [file for name in ("report.json", "report.csv", PAGE) if (file := path / name).is_file()]
+    with replacing(folder) as temporary:
+        temporary.mkdir()
+        for file in files:
+            shutil.copy2(file, temporary)
+    for file in files:  # report.json first: without it the run is no finished one
+        file.unlink()
     return folder
 
 
