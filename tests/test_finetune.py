@@ -299,7 +299,7 @@ def test_held_out_proteins_that_trained_the_source_are_counted(
     (moved / "complete.json").write_text(json.dumps(sums | {"ema.safetensors": "0"}))
     assert [one.stores is not None for one in before([])] == [True]
     (runs / "base/environment.json").unlink()  # so its store is not named
-    assert [one.why for one in before([])] == ["its training set was not found"]
+    assert [one.why for one in before([])] == ["its training set was not found, or cannot be read"]
     assert [one.stores is not None for one in before([store])] == [True]
     shutil.rmtree(checkpoint)
     assert [one.why for one in before([])] == ["it has other weights by now"]
