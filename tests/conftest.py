@@ -191,7 +191,10 @@ SERVER = pytest.StashKey[Server]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Processes of the tests share one interpreter that forks."""
+    """Processes of the tests share one interpreter that forks. Under nohup, SIGHUP is ignored by all that is started
+    here; the tests send it.
+    """
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
         config.stash[SERVER] = start_server()
 
