@@ -214,6 +214,9 @@ def test_what_a_protein_draws_follows_from_the_set(graph: Graph, noise: Noise, e
     assert bounds([0, 1, 2], 1) == pytest.approx(together, rel=1e-4)
     assert bounds([2, 0, 1], 2) == pytest.approx(together, rel=1e-4)
     assert bounds([0, 1, 2], 3, seed=8) != pytest.approx(together, rel=1e-3)
+    keys = protein_keys(one.numpy() for one in proteins)
+    first, other = (protein_draws(keys, places_of_set(keys, 3, 7), seed).generators for seed in (7, 8))
+    assert len({one.initial_seed() for one in (*first, *other)}) == 6
 
 
 def test_the_places_of_a_set_are_stratified_over_it() -> None:
