@@ -168,7 +168,8 @@ def all_sources(
     if own is None and named and called == "this model":
         first = Source(f"{called}, as train= says", StoreGroup(named))
     else:
-        first = Source(called, own, "" if own else f"{NO_STORE} (train=store.h5 names it)")
+        hint = " (train=store.h5 names it)" if called == "this model" else ""
+        first = Source(called, own, "" if own else NO_STORE + hint)
     return [first, *sources_before(trained.config, run_folder(trained.checkpoint), given)]
 
 

@@ -89,6 +89,7 @@ def judge(cfg: DictConfig) -> None:
         columns[name] = said_of[0]
     found = verdicts(rows, len(controls.others), requested_lengths(Path(config.samples), samples))
     table = markdown(rows) + "\n" + "".join(f"- {one}\n" for one in found)
+    table += "\nNatural proteins are of the samples' lengths; in rows of lengths they are drawn at random.\n"
     if train is not None:  # which need not be what made the samples
         table += f"\nTraining proteins are those of {train.path}.\n"
     said = {"samples": config.samples, "natural": config.natural, "train": str(train.path) if train else None,

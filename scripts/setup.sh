@@ -22,13 +22,13 @@ done
 
 if [ "$system" = yes ]; then
     if ! command -v mmseqs > /dev/null || ! command -v curl > /dev/null || ! command -v slurmd > /dev/null ||
-        ! command -v g++ > /dev/null || ! command -v chromium > /dev/null; then
+        ! command -v g++ > /dev/null || ! command -v ip > /dev/null || ! command -v chromium > /dev/null; then
         if [ "$(id -u)" != 0 ] || ! command -v apt-get > /dev/null; then
-            echo "error: --system needs root and apt-get; otherwise install mmseqs2, curl, g++, chromium, Slurm yourself" >&2
+            echo "error: --system needs root and apt-get; otherwise install mmseqs2, curl, g++, iproute2, chromium, Slurm yourself" >&2
             exit 1
         fi
         apt-get update -qq
-        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq mmseqs2 curl g++ chromium munge slurmctld slurmd slurm-client
+        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq mmseqs2 curl g++ iproute2 chromium munge slurmctld slurmd slurm-client
     fi
 fi
 

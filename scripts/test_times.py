@@ -48,7 +48,9 @@ GROUPS = (
           "optimizers; the wheel trains", ("test_training", "test_trainer", "test_loop", "test_optim",
                                            "test_checkpoint", "test_finetune", "test_plan_of_a_run")),
     Group("faults and DDP", "signals, time limits, lost ranks and loaders, damaged checkpoints; 1, 2 and 4 processes "
-          "make the same run", ("test_faults",)),
+          "make the same run; ranks that were started otherwise refuse", ("test_faults", "test_meeting")),
+    Group("two hosts", "network namespaces: what disagrees is refused on both, cuts and lost hosts change no bit",
+          ("test_hosts",)),
     Group("schedulers", "submitit, PBS and the Slurm launcher's config", ("test_clusters",)),
     Group("using a model", "sample, infill, evaluate, judge, variants, embed, linear probe, export and hub",
           ("test_sample", "test_infill", "test_evaluate", "test_judge", "test_variants", "test_embed",

@@ -248,7 +248,7 @@ def test_every_row_is_what_its_name_says() -> None:
     )
     exact = {"proteins": 5, "residues": 82, "length, lower quartile": 6, "length, median": 14,
              "length, upper quartile": 16, "length, Kolmogorov-Smirnov distance": distance,
-             "different sequences": 4 / 5, "residues in tandem repeats": (12 + 6) / 82}  # fmt: skip
+             "share of different sequences": 4 / 5, "residues in tandem repeats": (12 + 6) / 82}  # fmt: skip
     for name, value in exact.items():
         assert rows[name][0] == pytest.approx(value), name
     flags = [low_complexity(one).tolist() for one in some]
@@ -422,7 +422,7 @@ def test_the_folder_of_tables(store: SequenceStore, hmm: Path, tmp_path: Path, r
     rows = {row["name"]: row for row in said["rows"]}
     assert (said["samples"], said["natural"], said["train"]) == ("samples.fasta", str(store.path), str(store.path))
     assert rows["proteins"]["samples"] == rows["proteins"]["natural"] == rows["proteins"]["shuffled"] == 10
-    assert rows["different sequences"]["samples"] == pytest.approx(0.9)
+    assert rows["share of different sequences"]["samples"] == pytest.approx(0.9)
     assert rows["with a training protein at E <= 0.001"]["samples"] == pytest.approx(0.4)
     assert rows["with a training protein at E <= 0.001"]["shuffled"] == 0
     assert rows["identity to the best of those"]["samples"] == pytest.approx(1)
@@ -574,7 +574,7 @@ def test_shuffled_and_dull_proteins_are_worse(bundled: list[np.ndarray]) -> None
     assert {one.verdict for one in dull.values()} == {"worse"}
     assert "composition (more than natural)" in dull["composition and words"].told
     assert "try a higher temperature" in dull["repeats"].told
-    assert "different sequences (less than natural)" in dull["variety"].told
+    assert "share of different sequences (less than natural)" in dull["variety"].told
     assert "try lengths=empirical" in dull["lengths"].told
 
 
@@ -636,9 +636,9 @@ def test_a_verdict_follows_from_the_difference_and_its_error(
 @pytest.mark.parametrize(
     ("name", "samples", "natural", "verdict"),
     [
-        ("different sequences", 0.8, 1.0, "worse"),
-        ("different sequences", 1.0, 1.0, "as natural"),
-        ("different sequences", 1.0, 0.8, "as natural"),
+        ("share of different sequences", 0.8, 1.0, "worse"),
+        ("share of different sequences", 1.0, 1.0, "as natural"),
+        ("share of different sequences", 1.0, 0.8, "as natural"),
         ("with another of the set at >= 50% identity", 0.2, 0.02, "worse"),
         ("with another of the set at >= 50% identity", 0.02, 0.2, "as natural"),
         ("with a training protein at E <= 0.001", 0.0, 0.9, "worse"),
@@ -653,7 +653,7 @@ def test_each_row_has_its_bad_side(name: str, samples: float, natural: float, ve
         "length, Kolmogorov-Smirnov distance": [Figure(0.5)] * 3,
         name: [share([1.0] * round(200 * one) + [0.0] * round(200 * (1 - one))) for one in (samples, natural, 0.0)],
     }
-    if name == "different sequences":  # has no error of its own, and shuffling changes nothing
+    if name == "share of different sequences":  # has no error of its own, and shuffling changes nothing
         rows[name] = [Figure(samples), Figure(natural), Figure(natural)]
     _, lengths, found = verdicts(rows, 400)
     assert (found.verdict, lengths.verdict) == (verdict, "worse")

@@ -73,11 +73,17 @@ esac
 """
 
 
-def start_server(env: Mapping[str, str] = os.environ, libraries: Sequence[str] = LIBRARIES) -> "Server":
-    """An interpreter that has imported the libraries and not the package."""
+def start_server(
+    env: Mapping[str, str] = os.environ, libraries: Sequence[str] = LIBRARIES, inside: Sequence[str] = ()
+) -> "Server":
+    """An interpreter that has imported the libraries and not the package.
+
+    Args:
+        inside: a command that runs another one in its own place, as unshare does.
+    """
     server = Server(READ_BY_LIBRARIES, env)
     server.process = subprocess.Popen(
-        [sys.executable, __file__, "libraries", server.address, *libraries],
+        [*inside, sys.executable, __file__, "libraries", server.address, *libraries],
         env={name: value for name, value in env.items() if name != "PYTHONPATH"} | THREADS, start_new_session=True,
         stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip

@@ -235,7 +235,7 @@ def cheap_judges(controls: Controls, *, bootstrap: int, seed: int) -> dict[str, 
         "composition, divergence in nats": divergence(1),
         "2-mers, divergence in nats": divergence(2),
         "3-mers, divergence in nats": divergence(3),
-        "different sequences": lambda some: Figure(unique_share(some)),
+        "share of different sequences": lambda some: Figure(unique_share(some)),
         "residues in low complexity": lambda some: share_of_residues([low_complexity(one) for one in some]),
         "residues in tandem repeats": lambda some: share_of_residues([tandem_repeats(one) for one in some]),
     }

@@ -57,7 +57,7 @@ KINDS = (
     Kind("3-mers", "composition and words", "more", WEAK, k=3),
     Kind("residues in low complexity", "repeats", "either", DULL, WILD),
     Kind("residues in tandem repeats", "repeats", "either", DULL, WILD),
-    Kind("different sequences", "variety", "less", if_less=DULL, of_proteins=True),
+    Kind("share of different sequences", "variety", "less", if_less=DULL, of_proteins=True),
     Kind("clusters at", "variety", "less", if_less=DULL, of_proteins=True),
     Kind("with another of the set", "variety", "more", DULL, of_proteins=True),
     Kind("with a training protein", "relatives", "either", "other training proteins or fewer epochs", WILD,

@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from protlig_dd.runtime.distributed import busy
 from protlig_dd.runtime.files import free_name, sha256, sync_folder, write_atomic, writing
 
 FORMAT_VERSION = 3
@@ -186,7 +187,8 @@ class CheckpointWriter:
         if self.pending is not None:
             pending, self.pending = self.pending, None
             try:
-                pending.result()
+                with busy(f"waits for the disk to take a checkpoint in {self.folder}"):
+                    pending.result()
             except (OSError, SafetensorError) as error:
                 raise ValueError(f"{self.folder}: a checkpoint cannot be written: {error}") from error
 

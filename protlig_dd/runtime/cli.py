@@ -38,6 +38,7 @@ from protlig_dd.runtime.distributed import (
     processes_from_environment,
 )
 from protlig_dd.runtime.files import FULL
+from protlig_dd.runtime.meeting import meeting_of
 from protlig_dd.runtime.output import let_output_fail
 from protlig_dd.runtime.stop import SIGNALS, Stopped
 
@@ -63,7 +64,7 @@ def run_verb(verb: Callable[[DictConfig], None], config_name: str, schema: type,
             return
         sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]
         if not wants_help(config_name):
-            compose_and_run(Task(verb, schema, sys.argv[1:]), config_name)
+            compose_and_run(Task(verb, schema, sys.argv[1:], alone), config_name)
     except KeyboardInterrupt:
         say("interrupted", processes)
         code = 130
@@ -131,20 +132,24 @@ class Task:
 
     Args:
         arguments: of the command line that was given.
+        alone: whether one of torchrun's processes does it all, and no other waits for it.
     """
 
-    def __init__(self, verb: Callable[[DictConfig], None], schema: type, arguments: list[str]) -> None:
-        self.verb, self.schema, self.arguments = verb, schema, arguments
+    def __init__(
+        self, verb: Callable[[DictConfig], None], schema: type, arguments: list[str], alone: bool = False
+    ) -> None:
+        self.verb, self.schema, self.arguments, self.alone = verb, schema, arguments, alone
         self.__name__ = "task"  # Hydra wants one
         OmegaConf.register_new_resolver("swept", partial(swept_name, arguments=arguments), replace=True)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Task, (self.verb, self.schema, self.arguments)  # the resolver is wanted there, too
+        return Task, (self.verb, self.schema, self.arguments, self.alone)  # the resolver is wanted there, too
 
     def __call__(self, cfg: DictConfig) -> None:
         elsewhere, requeue = "SUBMITIT_EXECUTOR" in os.environ, signal.getsignal(signal.SIGUSR2)
         try:
-            self.verb(cfg)
+            with contextlib.nullcontext() if self.alone else meeting_of(processes_from_environment()):
+                self.verb(cfg)
         except (Exception, Stopped) as error:
             if not elsewhere:
                 raise VerbEnded(error) from error

@@ -1,22 +1,29 @@
 """The processes of a run: torchrun starts them, or `launch_ranks`; one process is the same code without waiting."""
 
+import contextlib
 import datetime
 import json
 import logging
 import os
+import re
 import signal
+import socket
 import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
 
 from protlig_dd.runtime.stop import STOPPED, Stopped, handled_signals
+
+T = TypeVar("T")
+_store: Store | None = None  # through which the ranks of this process's group have found one another
 
 
 @dataclass(frozen=True)
@@ -74,22 +81,102 @@ def count_devices(wanted: Any, device: str) -> int:
     return wanted
 
 
-def join_group(processes: Processes, device: torch.device, timeout: int) -> None:
+def join_group(processes: Processes, device: torch.device, timeout: int, store: Store | None) -> None:
     """Make the device this process's own, and join torchrun's process group, if it is one of several and has not yet:
     nccl between GPUs, gloo between CPUs.
 
     Args:
         timeout: seconds that a rank waits for the others before it gives up.
+        store: through which the ranks find one another; of a Meeting.
+
+    Raises:
+        ValueError: they cannot connect; names host and rank.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)  # for one process too: CUDA graphs and new streams are the current device's
     if processes.world_size == 1 or dist.is_initialized():
         return
+    global _store
+    _store = store
+    leave_word("")
+    backend, own = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
     limit = datetime.timedelta(seconds=timeout)
-    if device.type == "cuda":
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, timeout=limit)
-    else:
-        dist.init_process_group("gloo", timeout=limit)
+    try:
+        dist.init_process_group(
+            backend, store=store, rank=processes.rank, world_size=processes.world_size, timeout=limit, device_id=own
+        )
+    except RuntimeError as error:
+        raise ValueError(
+            f"rank {processes.rank} on {socket.gethostname()} cannot connect to the others: {in_one_line(error)}; "
+            "with several hosts, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the interface that joins them"
+        ) from error
+
+
+@contextlib.contextmanager
+def busy(what: str) -> Iterator[None]:
+    """Leave word of what this rank does inside, which others may wait for longer than they wait."""
+    leave_word(what)
+    try:
+        yield
+    finally:
+        leave_word("")
+
+
+def leave_word(what: str) -> None:
+    """For ranks that wait for this one in vain; "" for nothing."""
+    if _store is not None:
+        with contextlib.suppress(dist.DistError):  # rank 0, which serves the store, is gone
+            _store.set(f"word {os.environ['RANK']}", f"on {socket.gethostname()} {what}" if what else "")
+
+
+def words_of_others() -> list[str]:
+    """What the other ranks have left word of; nothing where rank 0, which serves the store, is gone."""
+    found: list[str] = []
+    if _store is None:
+        return found
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    with contextlib.suppress(dist.DistError):
+        for other in range(world_size):
+            _store.wait([f"word {other}"], datetime.timedelta(seconds=5))  # the network may be cut
+            if other != rank and (what := _store.get(f"word {other}").decode()):
+                found.append(f"rank {other} {what}")
+    acknowledge()
+    return found
+
+
+def acknowledge() -> None:
+    """Let rank 0, with which the store ends, know that this rank has heard why others ended."""
+    if _store is not None:
+        with contextlib.suppress(dist.DistError):
+            _store.set(f"heard {os.environ['RANK']}", "")
+
+
+class RankLostError(ValueError):
+    """Another rank is gone, or did not answer in time."""
+
+
+@contextlib.contextmanager
+def losses_named(where: str) -> Iterator[None]:
+    """Turn what torch says of a rank that is gone, or that others wait for in vain, into one line.
+
+    Args:
+        where: the step and this rank.
+
+    Raises:
+        RankLostError: with the word that another rank has left, if one has.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not dist.is_initialized() or not any(word in str(error) for word in ("gloo", "NCCL", "process group")):
+            raise
+        met = re.sub(
+            r"^\[\S+\] |\. This is typically.*", "", " ".join(str(error).split())
+        )  # gloo's line numbers and wishes
+        words = "; ".join(words_of_others()) or met
+        raise RankLostError(
+            f"{where}: another rank is gone or did not answer within trainer.timeout ({words})"
+        ) from error
 
 
 class RanksFailedError(Exception):
@@ -111,6 +198,13 @@ class RanksFailedError(Exception):
         super().__init__(told if f"rank {rank}" in told else f"rank {rank}: {told}")
 
 
+class OtherRankError(ValueError):
+    """What another rank met, which ends this one too."""
+
+    def __init__(self, rank: int, host: str, met: str) -> None:
+        super().__init__(f"rank {rank} on {host}: {met}")
+
+
 def names_of(kind: type[Exception]) -> set[str]:
     """An exception's name and those of its descendants."""
     return {kind.__name__}.union(*map(names_of, kind.__subclasses__()))
@@ -123,6 +217,7 @@ def launch_ranks(
     processes: int,
     max_restarts: int,
     stop_within: int,
+    timeout: int,
     run_folder: Path,
 ) -> None:
     """Run `entry(*arguments)` in several processes on this machine, through torch's elastic launcher.
@@ -130,6 +225,7 @@ def launch_ranks(
     Args:
         max_restarts: times that all of them are started again when one fails or is killed.
         stop_within: seconds between a signal that is passed on to them and SIGKILL.
+        timeout: seconds that the launcher waits for an answer of its own store.
         run_folder: where rank 0 leaves environment.json once it is open, and STOPPED when it was asked to stop.
 
     Raises:
@@ -155,6 +251,7 @@ def launch_ranks(
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
+        rdzv_configs={"read_timeout": timeout},
         local_addr="localhost",  # processes of one machine need no name of it, which may not resolve
         max_restarts=max_restarts,
         start_method="spawn",
@@ -212,8 +309,16 @@ def opened_by(run_folder: Path) -> dict[str, Any]:
 
 
 def first_failure(failures: dict[int, Any]) -> RanksFailedError:
-    """What to report of several: who was killed, as the others fail for lack of it; else who failed first."""
-    rank, failure = min(failures.items(), key=lambda item: (item[1].exitcode != -signal.SIGKILL, item[1].timestamp))
+    """What to report of several: who was killed, as the others fail for lack of it; else who failed first, of those
+    that met something themselves.
+    """
+
+    def blame(item: tuple[int, Any]) -> tuple[bool, bool, int]:
+        failure = item[1]
+        told = failure.message["message"] if isinstance(failure.message, dict) else ""
+        return failure.exitcode != -signal.SIGKILL, OtherRankError.__name__ in told, failure.timestamp
+
+    rank, failure = min(failures.items(), key=blame)
     if isinstance(failure.message, dict):  # it wrote its exception down
         return RanksFailedError(rank, failure.message["message"], failure.message["extraInfo"]["py_callstack"])
     killed = f"ended by {failure.signal_name()}, for memory perhaps; the same command goes on from the last checkpoint"
@@ -253,3 +358,31 @@ def gather_objects(value: Any) -> list[Any]:
 def from_first(value: Any) -> Any:
     """Rank 0's value on every rank; also a barrier."""
     return gather_objects(value)[0]
+
+
+def together(action: Callable[[], T]) -> T:
+    """Run something on every rank that may fail on some; where it does, all raise.
+
+    Raises:
+        OtherRankError: on the ranks where it did not; names the first that failed, its host and what it met.
+    """
+    result, failure = None, None
+    try:
+        result = action()
+    except (ValueError, OSError) as error:
+        failure = error
+    told = gather_objects(None if failure is None else (socket.gethostname(), in_one_line(failure)))
+    if any(told):
+        acknowledge()
+    if failure is not None:
+        raise failure
+    for rank, met in enumerate(told):
+        if met is not None:
+            raise OtherRankError(rank, *met)
+    return cast(T, result)
+
+
+def in_one_line(error: BaseException) -> str:
+    """An error's text; with its type, where it is not one of ours, whose texts stand alone."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {text}"

@@ -86,9 +86,9 @@ class StopRequests:
             raise Stopped(reason)
 
     def at(self, deadline: float | None) -> None:
-        """Have max_time come at this time.time(), or at once where that is over; None for never."""
+        """Have max_time come at this time.monotonic(), or at once where that is over; None for never."""
         if deadline is not None and self._earlier:
-            signal.setitimer(signal.ITIMER_REAL, max(1e-6, deadline - time.time()))
+            signal.setitimer(signal.ITIMER_REAL, max(1e-6, deadline - time.monotonic()))
 
     def stopped(self, reason: str, when: str) -> Stopped:
         """To be raised for what the ranks agreed on, of which this one may not have heard itself."""

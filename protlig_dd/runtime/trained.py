@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from protlig_dd.runtime.config import LoggerConfig, RunConfig, TrainConfig, read
 from protlig_dd.runtime.distributed import Processes, join_group, processes_from_environment
 from protlig_dd.runtime.environment import resolve_device, resolve_precision
 from protlig_dd.runtime.exported import DESCRIPTION, FORMAT, FORMAT_VERSION, WEIGHTS, is_exported, read_description
+from protlig_dd.runtime.meeting import meeting_of
 from protlig_dd.runtime.metrics import announce
 
 TIMEOUT = 3600  # seconds that a rank waits for the others
@@ -233,7 +235,10 @@ def load_trained(path: str, *, device: str, precision: str) -> Trained:
     where = resolve_device(device, processes.local_rank)
     precision = resolve_precision(precision, where)
     loaded = load_saved(saved, where, precision)
-    join_group(processes, where, TIMEOUT)
+    meeting = meeting_of(processes)
+    facts = {"command line": sys.argv[1:], "step": saved.step, "precision": precision, "device": where.type}
+    meeting.agree(facts | {"protlig_dd": __version__, "torch": str(torch.__version__)}, TIMEOUT)
+    join_group(processes, where, TIMEOUT, meeting.store)
     announce(f"{saved.path} on {where} in {precision}, attention {loaded.attention_backend}", processes)
     return Trained(
         checkpoint=saved.path,

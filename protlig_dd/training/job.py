@@ -36,7 +36,7 @@ from protlig_dd.evaluation.verdicts import verdicts
 from protlig_dd.model.dit import DiT
 from protlig_dd.runtime.checkpoint import CheckpointWriter, best_checkpoint
 from protlig_dd.runtime.config import TrainConfig, build_graph, build_model, build_noise, resolve_max_weight, spelt
-from protlig_dd.runtime.distributed import Processes, all_reduce_sum
+from protlig_dd.runtime.distributed import Processes, all_reduce_sum, busy
 from protlig_dd.runtime.environment import matmul_peak
 from protlig_dd.runtime.files import write_atomic
 from protlig_dd.runtime.generate import designs_fasta, draw_lengths, generate
@@ -79,7 +79,7 @@ def train(
     Args:
         state: of that checkpoint, whose files were found to match their checksums.
         weights: of another model, to begin with where there is no checkpoint.
-        deadline: time.time() at which to stop, after one step at least.
+        deadline: time.monotonic() at which to stop, after one step at least.
     """
     graph = build_graph(config.graph)
     noise = build_noise(config.noise, graph)
@@ -97,7 +97,8 @@ def train(
 
     validation = held_out("validation", control.eval_max_sequences) if control.eval_every else None
     reported = held_out(config.report.split, config.report.max_sequences)
-    leaks = find_held_out_leaks(config, store, run_folder, held_rows) if processes.first else {}
+    with busy("looks for copies of the held-out proteins in what trains the model"):
+        leaks = find_held_out_leaks(config, store, run_folder, held_rows) if processes.first else {}
 
     def make_model() -> DiT:
         torch.manual_seed(random_key(config.seed, "weights", 0))
@@ -288,7 +289,8 @@ def train(
                 # of a fine-tune, the untrained network is not what it began with
                 wanted = config.report.untrained and config.from_ is None
                 untrained = make_score(make_model().eval()) if wanted else None
-                samples = draw_samples(config, store, trainer.eval_score_fn, untrained, noise, device, processes)
+                with busy("samples for the report"):
+                    samples = draw_samples(config, store, trainer.eval_score_fn, untrained, noise, device, processes)
                 if metrics is not None and samples is not None:
                     report |= sample_report(config, store, run_folder, max_steps, samples, metrics, version)
         if processes.first:

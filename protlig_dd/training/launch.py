@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import json
 import shutil
+import tempfile
 import threading
 import time
 import traceback
@@ -18,6 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from protlig_dd import __version__
 from protlig_dd.data.build import bundled_store
 from protlig_dd.data.loader import PackDataset
 from protlig_dd.data.store import SequenceStore, StoreGroup
@@ -44,15 +46,22 @@ from protlig_dd.runtime.config import (
     spelt,
 )
 from protlig_dd.runtime.distributed import (
+    OtherRankError,
     Processes,
+    RankLostError,
     count_devices,
     from_first,
+    in_one_line,
     join_group,
     launch_ranks,
     leave_group,
     leave_without_closing,
+    leave_word,
+    losses_named,
     opened_by,
     processes_from_environment,
+    together,
+    words_of_others,
 )
 from protlig_dd.runtime.environment import (
     describe_environment,
@@ -62,6 +71,7 @@ from protlig_dd.runtime.environment import (
     resolve_precision,
 )
 from protlig_dd.runtime.files import free_name, locked, replacing, sha256, write_atomic, written_to
+from protlig_dd.runtime.meeting import Meeting, meeting_of
 from protlig_dd.runtime.metrics import announce, console, import_wandb
 from protlig_dd.runtime.output import let_output_fail
 from protlig_dd.runtime.stop import STOPPED, Stopped, StopRequests, seconds_of
@@ -97,8 +107,8 @@ class RunFolder:
     """state.json of that checkpoint."""
     weights: Path | None
     """Of `from=`, where there is no checkpoint yet."""
-    deadline: float | None
-    """time.time() at which the run is to stop; a process that is started again gets no more of it."""
+    seconds_left: float | None
+    """Until the run is to stop, by no host's clock; a process that is started again gets no more of it."""
     finished: int | None
     """The last step of a run that has made its report and is not to go on."""
 
@@ -112,6 +122,7 @@ def run(cfg: DictConfig) -> None:
         RanksFailedError: what a process that was started from here met.
         Stopped: by a signal or trainer.max_time.
     """
+    processes = processes_from_environment()
     config = read_config(cfg, TrainConfig)
     path = run_path(config)
     if config.from_ is not None:
@@ -121,21 +132,16 @@ def run(cfg: DictConfig) -> None:
     if config.time_conditioning == "auto":
         config.time_conditioning = not is_time_free(build_graph(config.graph), config.parametrisation)
     seconds = None if config.trainer.max_time is None else seconds_of(config.trainer.max_time)
-    deadline = None if seconds is None else time.time() + seconds
-    processes = processes_from_environment()
+    deadline = None if seconds is None else time.monotonic() + seconds
     launched = processes.launch is not None
     devices = processes.world_size if launched else count_devices(config.trainer.devices, config.trainer.device)
     check_shares(config, devices)
     if config.plan:
         if processes.first:
             device, config = resolve_device(config.trainer.device), with_data(config)
-            store = open_data(config.data.path, Processes(0, 1, 0))
+            store = open_data(config.data.path, processes)
             print_plan(config, store, device, resolve_precision(config.trainer.precision, device), devices)
-        return
-    if launched:
-        run_rank(config, path, deadline)
-        return
-    if devices == 1 and not config.trainer.max_restarts:
+    elif launched or (devices == 1 and not config.trainer.max_restarts):
         run_rank(config, path, deadline)
     else:
         launch_ranks(
@@ -144,6 +150,7 @@ def run(cfg: DictConfig) -> None:
             processes=devices,
             max_restarts=config.trainer.max_restarts,
             stop_within=config.trainer.stop_within,
+            timeout=config.trainer.timeout,
             run_folder=path,
         )
 
@@ -153,7 +160,8 @@ def rank_entry(config: TrainConfig, path: Path, deadline: float | None) -> None:
     code = 1
     let_output_fail()
     try:
-        run_rank(config, path, deadline)
+        with meeting_of(processes_from_environment()):
+            run_rank(config, path, deadline)
         code = 0
     except Stopped:  # the marker in the run folder tells; a launcher that passed a signal on does not wait for returns
         code = 0
@@ -192,28 +200,34 @@ def run_rank(config: TrainConfig, path: Path, deadline: float | None) -> None:
         patience = PATIENCE if processes.world_size > 1 else 0.0
         stop = stack.enter_context(StopRequests(insist=processes.launch is None, patience=patience))
         stack.callback(leave_group)
-        join_group(processes, device, config.trainer.timeout)
         store = open_data(config.data.path, processes)
         resolved = Resolved(
             str(device), precision, backend, compiled, processes.world_size, store.name, store.fingerprint
         )
+        meeting = meeting_of(processes)
+        meeting.agree(facts_of(config, resolved), config.trainer.timeout)
+        join_group(processes, device, config.trainer.timeout, meeting.store)
+
+        def open_as_first() -> RunFolder | None:
+            if not processes.first:
+                return None
+            left = None if deadline is None else deadline - time.monotonic()
+            if meeting.restart:
+                most = config.trainer.max_restarts
+                console.print(f"a process was lost: all start again ({meeting.restart}{f' of {most}' if most else ''})")
+            earlier = opened_by(path)
+            if is_continued(earlier, meeting):  # its first start has made the folder
+                config.run.fresh = False
+                config.run.resume = "auto" if config.run.resume == "never" else config.run.resume
+                if earlier["requeues"] == processes.requeues:
+                    left = seconds_left(path, earlier)
+            if config.run.fresh:
+                move_aside(path)
+            stack.enter_context(locked(path))
+            return open_run_folder(path, config, store, resolved, meeting, left)
+
         try:
-            if processes.first:
-                if processes.restart:
-                    most = config.trainer.max_restarts
-                    console.print(
-                        f"a process was lost: all start again ({processes.restart}{f' of {most}' if most else ''})"
-                    )
-                earlier = opened_by(path)
-                if goes_on(earlier, processes):  # its first start has made the folder
-                    config.run.fresh = False
-                    config.run.resume = "auto" if config.run.resume == "never" else config.run.resume
-                    if processes.restart and earlier["requeues"] == processes.requeues:
-                        deadline = earlier["deadline"]
-                if config.run.fresh:
-                    move_aside(path)
-                stack.enter_context(locked(path))
-            folder = open_run_folder(path, config, store, resolved, processes, deadline)
+            folder: RunFolder = from_first(together(open_as_first))
             if folder.finished is not None:
                 if processes.first and not (path / PAGE).is_file():  # killed just before it was written
                     write_run_page(path)
@@ -223,9 +237,10 @@ def run_rank(config: TrainConfig, path: Path, deadline: float | None) -> None:
                     processes,
                 )
                 return
-            if not processes.first:
-                stack.enter_context(written_to(folder.path / "logs" / f"rank_{processes.rank}.log"))
-            with failures_logged(folder.path / "logs" / f"rank_{processes.rank}.log"):
+            log = folder.path / "logs" / f"rank_{processes.rank}.log"
+            together(lambda: None if processes.first else stack.enter_context(written_to(log)))
+            left = folder.seconds_left
+            with failures_logged(log), losses_named(f"rank {processes.rank}"):
                 train(
                     config,
                     store,
@@ -240,10 +255,11 @@ def run_rank(config: TrainConfig, path: Path, deadline: float | None) -> None:
                     device=device,
                     processes=processes,
                     stop=stop,
-                    deadline=folder.deadline,
+                    deadline=None if left is None else time.monotonic() + left,
                 )
         except Stopped as stopped:
-            if processes.first and (path / "config.yaml").is_file():
+            for_another = any(" failed: " in word for word in words_of_others())  # torchrun ends ranks when one fails
+            if processes.first and not for_another and (path / "config.yaml").is_file():
                 write_atomic(path / STOPPED, json.dumps({"reason": stopped.reason, "when": stopped.when}) + "\n")
             raise
 
@@ -254,11 +270,21 @@ def failures_logged(log: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if not isinstance(error, (OtherRankError, RankLostError)):
+            leave_word(f"failed: {in_one_line(error)}")
         with contextlib.suppress(OSError):  # where the disk is full, the error itself is still to be told
             log.parent.mkdir(exist_ok=True)
             with log.open("a") as file:  # its last line is the whole message
                 file.write(f"{traceback.format_exc()}{type(error).__name__}: {' '.join(str(error).split())}\n")
         raise
+
+
+def facts_of(config: TrainConfig, resolved: Resolved) -> dict[str, Any]:
+    """What all ranks of a run must have alike. A host may keep its copy of the data under another path."""
+    same = {key: value for key, value in flatten(spelt(config)).items() if not key.startswith("data.path")}
+    found = {key: value for key, value in vars(resolved).items() if key not in ("data_path", "world_size")}
+    versions = {"protlig_dd": __version__, "torch": str(torch.__version__)}
+    return {**same, **found, "device": resolved.device.partition(":")[0], **versions}
 
 
 def open_data(path: str | list[str], processes: Processes) -> StoreGroup:
@@ -268,7 +294,7 @@ def open_data(path: str | list[str], processes: Processes) -> StoreGroup:
     if UNIREF50.is_file():
         announce(f"data: {UNIREF50}", processes)
         return StoreGroup([SequenceStore(UNIREF50)])
-    store = SequenceStore(from_first(bundled_store().path if processes.first else None))
+    store = bundled_store()
     announce(f"data: the bundled sample of {len(store):,} proteins ({UNIREF50} has not been prepared)", processes)
     return StoreGroup([store])
 
@@ -367,65 +393,63 @@ def open_run_folder(
     config: TrainConfig,
     store: StoreGroup,
     resolved: Resolved,
-    processes: Processes,
-    deadline: float | None,
+    meeting: Meeting,
+    left: float | None,
 ) -> RunFolder:
-    """Make or reopen the run folder (rank 0), and find the checkpoint to go on from.
+    """Make or reopen the run folder, and find the checkpoint to go on from: on rank 0.
 
     Raises:
         ValueError: a run that exists and may not be resumed, or whose config or data differ; names what differs. Or one
             that a newer version of the program has begun.
     """
-    folder = None
-    if processes.first:
-        started = has_steps(path)
-        (path / STOPPED).unlink(missing_ok=True)
-        remove_unfinished(path)
-        if started and config.run.resume == "never":
-            raise ValueError(f"{path} exists and run.resume=never; use another run.name, or run.fresh=true")
-        attempt, finished, earlier = 1, None, {}
-        if started:
-            earlier = check_same_run(path, config, resolved)
-            check_extension(path, config)
-            attempt, finished = int(earlier["attempt"]) + 1, finished_at(path)
-            if finished is not None and not reports_otherwise(path, config):
-                return from_first(RunFolder(path, attempt, None, {}, None, deadline, finished))  # type: ignore[no-any-return]
-        checkpoint, skipped = newest_sound_checkpoint(path)
-        if skipped and checkpoint is None:
-            raise ValueError(
-                f"{path}: none of its checkpoints can be read ({'; '.join(skipped)}); "
-                "run.fresh=true moves it aside and starts anew"
-            )
-        if checkpoint is None and config.run.resume not in RESUME:
-            checkpoint, skipped = find_checkpoint(Path(config.run.resume))
-            check_same_data(checkpoint, config, resolved)
-        for problem in skipped:
-            console.print(f"skipped: {problem}")
-        for aside in put_aside_newer(path, checkpoint) if checkpoint is not None else []:
-            console.print(f"{aside} is what is left of it, and may be deleted")
-        state = read_state(checkpoint) if checkpoint is not None else {}
-        plan_version(checkpoint, state)  # refused before anything is written
-        weights = first_weights(config) if checkpoint is None and config.from_ is not None else None
-        if state:
-            check_not_beyond(checkpoint, state["step"], config, store)
-        if started:
-            say_what_changed(path, config, resolved, earlier)
-        if finished is not None:
-            console.print(f"the earlier report is now in {put_report_aside(path, finished)}")
-        record = {
-            "attempt": attempt,
-            "launch": processes.launch,
-            "job": processes.job,
-            "requeues": processes.requeues,
-            "deadline": deadline,
-            **vars(resolved),
-            **describe_environment(torch.device(resolved.device)),
-        }
-        write_atomic(path / "environment.json", json.dumps(record, indent=1) + "\n")
-        write_atomic(path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(spelt(config))))  # last: now it is a run
-        folder = RunFolder(path, attempt, checkpoint, state, weights, deadline, None)
-    opened: RunFolder = from_first(folder)
-    return opened
+    started = has_steps(path)
+    (path / STOPPED).unlink(missing_ok=True)
+    remove_unfinished(path)
+    if started and config.run.resume == "never":
+        raise ValueError(f"{path} exists and run.resume=never; use another run.name, or run.fresh=true")
+    attempt, finished, earlier = 1, None, {}
+    if started:
+        earlier = check_same_run(path, config, resolved)
+        check_extension(path, config)
+        attempt, finished = int(earlier["attempt"]) + 1, finished_at(path)
+        if finished is not None and not reports_otherwise(path, config):
+            return RunFolder(path, attempt, None, {}, None, left, finished)
+    checkpoint, skipped = newest_sound_checkpoint(path)
+    if skipped and checkpoint is None:
+        raise ValueError(
+            f"{path}: none of its checkpoints can be read ({'; '.join(skipped)}); "
+            "run.fresh=true moves it aside and starts anew"
+        )
+    if checkpoint is None and config.run.resume not in RESUME:
+        checkpoint, skipped = find_checkpoint(Path(config.run.resume))
+        check_same_data(checkpoint, config, resolved)
+    for problem in skipped:
+        console.print(f"skipped: {problem}")
+    for aside in put_aside_newer(path, checkpoint) if checkpoint is not None else []:
+        console.print(f"{aside} is what is left of it, and may be deleted")
+    state = read_state(checkpoint) if checkpoint is not None else {}
+    plan_version(checkpoint, state)  # refused before anything is written
+    weights = first_weights(config) if checkpoint is None and config.from_ is not None else None
+    if state:
+        check_not_beyond(checkpoint, state["step"], config, store)
+    if started:
+        say_what_changed(path, config, resolved, earlier)
+    if finished is not None:
+        console.print(f"the earlier report is now in {put_report_aside(path, finished)}")
+    processes = meeting.processes
+    record = {
+        "attempt": attempt,
+        "agents": sorted(set(meeting.agents)),
+        "launch": processes.launch,
+        "job": processes.job,
+        "requeues": processes.requeues,
+        "seconds_left": left,
+        **vars(resolved),
+        **describe_environment(torch.device(resolved.device)),
+    }
+    write_atomic(path / "environment.json", json.dumps(record, indent=1) + "\n")
+    write_atomic(path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(spelt(config))))  # last: now it is a run
+    return RunFolder(path, attempt, checkpoint, state, weights, left, None)
 
 
 def check_not_beyond(checkpoint: Path | None, step: int, config: TrainConfig, store: StoreGroup) -> None:
@@ -510,6 +534,17 @@ def put_report_aside(path: Path, step: int) -> Path:
     return folder
 
 
+def seconds_left(path: Path, earlier: dict[str, Any]) -> float | None:
+    """Of the time that the start which opened the folder was given; by the clock of the file system, which is the same
+    on every host.
+    """
+    if earlier["seconds_left"] is None:
+        return None
+    opened = (path / "environment.json").stat().st_mtime
+    with tempfile.NamedTemporaryFile(dir=path) as file:
+        return float(earlier["seconds_left"] - (Path(file.name).stat().st_mtime - opened))
+
+
 def move_aside(path: Path) -> None:
     """Give an earlier run in this folder another name.
 
@@ -523,13 +558,16 @@ def move_aside(path: Path) -> None:
         console.print(f"the earlier {path} is now {aside}")
 
 
-def goes_on(earlier: dict[str, Any], processes: Processes) -> bool:
-    """Whether this start continues the one that opened the folder last: after a lost process, or as the same Slurm job
-    that was queued again since.
+def is_continued(earlier: dict[str, Any], meeting: Meeting) -> bool:
+    """Whether this start continues the one that opened the folder last: after a lost process, with another number of
+    hosts, or as the same Slurm job that was queued again since.
     """
-    restarted = processes.restart > 0 and earlier.get("launch") == processes.launch != "none"  # torchrun's default
+    processes = meeting.processes
+    same_launch = processes.launch is not None and earlier.get("launch") == processes.launch
+    restarted = meeting.restart > 0 and processes.launch != "none"  # torchrun's default
+    same_agent = bool(set(earlier.get("agents", ())) & set(meeting.agents))
     requeued = processes.job is not None and earlier.get("job") == processes.job
-    return restarted or (requeued and earlier["requeues"] < processes.requeues)
+    return (same_launch and (restarted or same_agent)) or (requeued and earlier["requeues"] < processes.requeues)
 
 
 def has_steps(path: Path) -> bool:

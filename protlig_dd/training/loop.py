@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from protlig_dd.data.loader import PackDataset, RankPacks, end_workers, pack_loader
 from protlig_dd.runtime.checkpoint import CheckpointWriter
-from protlig_dd.runtime.distributed import Processes, gather_objects
+from protlig_dd.runtime.distributed import Processes, gather_objects, losses_named
 from protlig_dd.runtime.environment import peak_memory
 from protlig_dd.runtime.files import drop_partial_line, writing
 from protlig_dd.runtime.metrics import MetricsLog, ProgressBar, Row, announce
@@ -34,10 +35,6 @@ class LossSpikeError(ValueError):
 
 class LoaderDiedError(ValueError):
     """A process that loads packs is gone: killed for memory, say."""
-
-
-class RankLostError(ValueError):
-    """Another rank is gone, or did not answer in time."""
 
 
 def fit(
@@ -68,7 +65,7 @@ def fit(
         state: what checkpoints keep beside the trainer's own state.
         rows_file: where to log the store rows of every step; None not to.
         metrics: rank 0's log, None on the others.
-        deadline: time.time() at which to stop; the step that is being made then, or the first, is finished.
+        deadline: time.monotonic() at which to stop; the step that is being made then, or the first, is finished.
         peak_flops: FLOP/s that all devices together reach in matrix products, which MFU is the share of.
 
     Raises:
@@ -151,8 +148,21 @@ def fit(
             if saving or stopping or new_best is not None:
                 save(done, new_best)
             if stopping:
-                raise stop.stopped(stopping, f"after step {done} of {trainer.max_steps}")
+                whose = hosts_stopped(stopping in stop.noted) if any(record["asked"]) else ""
+                raise stop.stopped(stopping, f"after step {done} of {trainer.max_steps}{whose}")
             since = time.perf_counter()  # evaluation and checkpoints do not count as training time
+
+
+def hosts_stopped(told: bool) -> str:
+    """Which hosts were told to stop, where others were not."""
+    ranks = gather_objects((socket.gethostname(), told))
+    every, some = {host for host, _ in ranks}, {host for host, told in ranks if told}
+    if not some or some == every:
+        return ""
+    return (
+        f"; only {', '.join(sorted(some))} was told: torchrun there was stopped, or lost the other hosts, whose own may "
+        "wait five minutes for it"
+    )
 
 
 @contextlib.contextmanager
@@ -171,12 +181,8 @@ def named_losses(trainer: Trainer) -> Iterator[None]:
                 f"{where}: a loader process is gone, killed for memory perhaps ({' '.join(str(error).split())}); "
                 f"wanted were sequences {ids}"
             ) from error
-        if trainer.processes.world_size > 1 and any(word in str(error) for word in ("gloo", "NCCL", "process group")):
-            raise RankLostError(
-                f"{where}: another rank is gone or did not answer within trainer.timeout "
-                f"({' '.join(str(error).split())})"
-            ) from error
-        raise
+        with losses_named(where):
+            raise
 
 
 def ids_of_packs(dataset: PackDataset, packs: Sequence[int]) -> list[str]:

@@ -1,0 +1,212 @@
+"""Ranks that start together: two of them as two threads here, with torch's own store between them."""
+
+import os
+import re
+import socket
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from protlig_dd.data.store import SequenceStore
+from protlig_dd.runtime import meeting as module
+from protlig_dd.runtime.distributed import OtherRankError, Processes, in_one_line
+from protlig_dd.runtime.meeting import Meeting, loopback_name
+from protlig_dd.training.launch import is_continued, seconds_left
+
+from .conftest import Command, Start, assert_one_line_error, free_port
+from .test_training import overrides_for
+from .warm import Server
+
+Outcome = Exception | list[str]
+
+
+@pytest.fixture
+def meet(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[Outcome]]]:
+    """Let ranks with these facts meet, each on a host of its own: what each raised, or its hosts."""
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setattr(module, "loopback_name", lambda: None)
+
+    kept = []  # rank 0 goes on after it has agreed, and with it the store
+
+    def one(rank: int, world_size: int, facts: dict[str, Any] | Exception, timeout: int | float) -> Outcome:
+        meeting = Meeting(Processes(rank, world_size, 0))
+        kept.append(meeting)
+        meeting.host = f"host-{rank}"
+        try:
+            with meeting:
+                if isinstance(facts, Exception):
+                    raise facts
+                meeting.agree(facts, timeout)
+        except Exception as error:
+            return error
+        return meeting.hosts
+
+    def all_of(*facts: dict[str, Any] | Exception | None, timeout: int | float = 20) -> list[Outcome]:
+        monkeypatch.setenv("MASTER_PORT", str(free_port()))
+        coming = [(rank, given) for rank, given in enumerate(facts) if given is not None]
+        with ThreadPoolExecutor(len(coming)) as pool:
+            return list(pool.map(lambda item: one(item[0], len(facts), item[1], timeout), coming))
+
+    return all_of
+
+
+def test_ranks_that_were_started_alike_know_their_hosts(meet: Callable[..., list[Outcome]]) -> None:
+    assert meet(*[{"optim.lr": 0.1, "optim.betas": [0.9, 0.99]}] * 3) == [["host-0", "host-1", "host-2"]] * 3
+
+
+def test_every_rank_names_what_differs(meet: Callable[..., list[Outcome]]) -> None:
+    found = meet({"optim.lr": 0.1, "seed": 0}, {"optim.lr": 0.1, "seed": 0}, {"optim.lr": 0.2, "seed": 0, "new": 1})
+    assert [str(one) for one in found] == [
+        "the ranks were not started alike: new is None for rank 0 on host-0 and 1 for rank 2 on host-2; "
+        "optim.lr is 0.1 for rank 0 on host-0 and 0.2 for rank 2 on host-2"
+    ] * 3  # fmt: skip
+    assert all(isinstance(one, ValueError) for one in found)
+
+
+def test_of_many_differences_some_are_named_and_long_values_cut(meet: Callable[..., list[Outcome]]) -> None:
+    found = meet({f"key{i}": "x" * 200 for i in range(8)}, {f"key{i}": "y" for i in range(8)})
+    assert str(found[1]).count(" for rank 0 on ") == 5
+    assert str(found[1]).endswith("; and 3 more")
+    assert f"key0 is {'x' * 80}... for rank 0" in str(found[1])
+
+
+def test_a_rank_that_fails_before_it_is_told_by_all(meet: Callable[..., list[Outcome]]) -> None:
+    for failing in range(3):
+        facts: list[Any] = [{}, {}, {}]
+        facts[failing] = ValueError("x.h5: no such\ndata file")
+        began = time.monotonic()
+        found = meet(*facts)
+        assert time.monotonic() - began < 15  # nobody waits for a timeout
+        assert found[failing] is facts[failing]
+        for rank in {0, 1, 2} - {failing}:
+            assert isinstance(found[rank], OtherRankError)
+            assert str(found[rank]) == f"rank {failing} on host-{failing}: x.h5: no such data file"
+
+
+def test_rank_0_ends_after_the_others_have_read_why(
+    meet: Callable[..., list[Outcome]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With it the store ends, when it is another process."""
+    read, ended = Meeting._has_read, []
+
+    def slowly(meeting: Meeting) -> None:
+        if not meeting.processes.first:
+            time.sleep(1)
+            ended.append(meeting.processes.rank)
+        read(meeting)
+
+    leave = Meeting.__exit__
+
+    def noted(meeting: Meeting, *raised: Any) -> None:
+        leave(meeting, *raised)
+        ended.append(meeting.processes.rank)
+
+    monkeypatch.setattr(Meeting, "_has_read", slowly)
+    monkeypatch.setattr(Meeting, "__exit__", noted)
+    meet(ValueError("no"), {})
+    assert ended[0] == 1
+
+
+def test_what_continues_an_earlier_start() -> None:
+    """A restart, another number of hosts, a Slurm job that was queued again; not another launch of the same name."""
+
+    def continued(
+        launch: str | None, earlier: dict[str, Any], *, restart: int = 0, agents: str = "a 1", **slurm: Any
+    ) -> bool:
+        meeting = Meeting(Processes(0, 2, 0, 0, launch, slurm.get("job"), slurm.get("requeues", 0)))
+        meeting.restart, meeting.agents = restart, [agents, "b 2"]
+        return is_continued({"requeues": 0, "agents": ["a 7", "c 3"], **earlier}, meeting)
+
+    assert continued("x", {"launch": "x"}, restart=1)
+    assert not continued("none", {"launch": "none"}, restart=1)  # torchrun's default, which other launches have too
+    assert continued("x", {"launch": "x"}, agents="a 7")  # a host has joined
+    assert continued("none", {"launch": "none"}, agents="c 3")
+    assert not continued("x", {"launch": "x"})
+    assert not continued("x", {"launch": "y"}, restart=1, agents="a 7")
+    assert not continued(None, {"launch": None}, agents="a 7")  # two commands of one shell
+    assert not continued("x", {}, restart=1)
+    assert continued("y", {"launch": "x", "job": "4"}, job="4", requeues=1)
+    assert not continued("y", {"launch": "x", "job": "4"}, job="4")
+
+
+def test_the_time_that_is_left_follows_no_hosts_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "environment.json"
+    file.touch()
+    os.utime(file, (file.stat().st_mtime - 100,) * 2)
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    assert seconds_left(tmp_path, {"seconds_left": 1000.0}) == pytest.approx(900, abs=5)
+    assert seconds_left(tmp_path, {"seconds_left": None}) is None
+    assert [path.name for path in tmp_path.iterdir()] == ["environment.json"]
+
+
+def test_an_error_that_is_not_ours_is_told_with_its_type() -> None:
+    assert in_one_line(KeyError("x")) == "KeyError: 'x'"
+    assert in_one_line(FileNotFoundError(2, "No such file", "a b")) == "[Errno 2] No such file: 'a b'"
+
+
+def test_a_rank_that_does_not_come_is_named(
+    meet: Callable[..., list[Outcome]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "SAY_EVERY", 0.5)
+    monkeypatch.setattr(module, "READ_WITHIN", 0.5)
+    found = meet({}, {}, None, timeout=1.2)
+    assert [str(one) for one in found] == [
+        f"host-{rank} waited 1.2 s for rank 2, which did not start" for rank in (0, 1)
+    ]
+    assert "host-0 waits for rank 2 to start, 1 s so far" in capsys.readouterr().out
+    without_first = meet(None, {}, timeout=0.7)
+    assert re.match(r"host-1 did not reach rank 0 at localhost:\d+ within 0.7 s: ", str(without_first[0]))
+
+
+def test_a_host_without_a_name_is_told(meet: Callable[..., list[Outcome]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
+    monkeypatch.setattr(module, "RESOLVE_WITHIN", 0.1)
+    (found,) = meet(None, {})
+    assert str(found).startswith("host-1 cannot resolve no-such-host.invalid, the host of rank 0: ")
+    assert "--local-addr" in str(found)
+
+
+def test_the_address_of_ones_own_name(meet: Callable[..., list[Outcome]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "loopback_name", lambda: "127.0.1.1")
+    for error in meet({}, {}):
+        assert str(error).startswith("host-0 has 127.0.1.1 for its own name, where no other host reaches it")
+    monkeypatch.setattr(socket, "gethostname", lambda: "localhost")
+    assert loopback_name() == "127.0.0.1" or loopback_name() == "::1"
+    monkeypatch.setattr(socket, "gethostname", lambda: "no-such-host.invalid")
+    assert loopback_name() == "no address"
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
+    assert loopback_name() is None
+
+
+@pytest.mark.slow
+def test_agents_that_were_given_other_commands_refuse_and_train_nothing(
+    store: SequenceStore, tmp_path: Path, start: Start, warm: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHON_EXEC", str(warm.executable))
+    agent = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d",
+             "--rdzv-id=pair", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "-m", "protlig_dd.training"]  # fmt: skip
+    agents = [start(*agent, *overrides_for(store, "pair", f"optim.lr={lr}")) for lr in (0.001, 0.002)]
+    for process in agents:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 1
+        assert re.search(r"^\[rank [01]\] error: the ranks were not started alike: optim.lr is ", errors, re.MULTILINE)
+    assert not (tmp_path / "runs/pair").exists()
+
+
+@pytest.mark.slow
+def test_a_slow_disk_is_not_blamed_on_a_rank(run_python: Command, store: SequenceStore, tmp_path: Path) -> None:
+    slow = "import runpy\nimport time\nimport protlig_dd.runtime.checkpoint as checkpoint\n"
+    slow += "save = checkpoint.save_checkpoint\n"
+    slow += "def slowly(*given, **named):\n    time.sleep(7)\n    return save(*given, **named)\n"
+    slow += "checkpoint.save_checkpoint = slowly\n"
+    slow += "if __name__ == '__main__':\n    runpy.run_module('protlig_dd.training', run_name='__main__')\n"
+    (tmp_path / "slow.py").write_text(slow)  # which each rank imports too, as multiprocessing does with __main__
+    overrides = overrides_for(store, "disk", "trainer.max_steps=5", "trainer.devices=2", "trainer.checkpoint_every=1")
+    process = run_python("-m", "slow", *overrides, "trainer.timeout=3")
+    assert_one_line_error(
+        process, "rank 0 on ", "waits for the disk to take a checkpoint in runs/disk", "trainer.timeout"
+    )
