@@ -1,5 +1,6 @@
 """Runs under schedulers: a real Slurm on loopback, submitit's local executor, PBS with stand-ins for its commands."""
 
+import contextlib
 import json
 import os
 import re
@@ -200,6 +201,27 @@ def test_a_slurm_job_that_is_cancelled_or_fails_is_not_queued_again(
     assert ended == {"cancelled": ("CANCELLED", 0), "wrong": ("FAILED", 0)}
     assert "error: optim.lr must be above 0, got -1.0" in out
     wait_for(lambda: complete_checkpoints(tmp_path / "runs/cancelled"))
+
+
+@pytest.mark.system
+def test_a_slurm_job_whose_nodes_lost_one_another_is_queued_again(
+    slurm: Path, store: SequenceStore, tmp_path: Path, forks_in_jobs: None
+) -> None:
+    """torchrun that loses the others ends its ranks with SIGTERM, which nobody sent, and ends with 1."""
+    submit = ["sbatch", "--parsable", "--gpus-per-node=0", "--cpus-per-task=1", "--output=out"]
+    job = subprocess.run(
+        [*submit, str(ROOT / "scripts/slurm/train.sbatch"), "lost", *overrides_for(store, "given", *LONG)],
+        cwd=tmp_path, capture_output=True, text=True, check=True,
+    ).stdout.strip()  # fmt: skip
+    wait_for(lambda: steps_of(tmp_path / "runs/lost") > 4)
+    first, second = slurm_says("pgrep", "-f", f"warm.py command .*rdzv-id={job} ").split()
+    os.kill(int(first), signal.SIGTERM)
+    wait_for((tmp_path / "runs/lost/stopped.json").is_file)
+    time.sleep(1)
+    with contextlib.suppress(ProcessLookupError):  # it has lost the store, which was the other's
+        os.kill(int(second), signal.SIGKILL)  # it would wait five minutes for the other
+    wait_for(lambda: state_of(job) == ("PENDING", 1))
+    assert "the nodes lost one another, and stopped with a checkpoint: queued again" in (tmp_path / "out").read_text()
 
 
 def test_a_sweep_through_submitit_goes_on_after_its_limit(

@@ -159,9 +159,10 @@ def hosts_stopped(told: bool) -> str:
     every, some = {host for host, _ in ranks}, {host for host, told in ranks if told}
     if not some or some == every:
         return ""
+    told_ones = ", ".join(sorted(some))
     return (
-        f"; only {', '.join(sorted(some))} was told: torchrun there was stopped, or lost the other hosts, whose own may "
-        "wait five minutes for it"
+        f"; only {told_ones} was told: torchrun there was stopped, or lost the other hosts, whose own may wait five "
+        "minutes for it"
     )
 
 
