@@ -240,25 +240,27 @@ class Trials:
         return trial
 
     def no_store(self) -> Trial:
-        trial = Trial("no store on one", "both say which host lacks which file")
-        self.refused(trial, self.agents("missing", other=["data.path=nowhere.h5"]), "nowhere.h5")
+        trial = Trial("no store on one", "it names the file, and the other one the host and the file")
+        said = self.refused(trial, self.agents("missing", other=["data.path=nowhere.h5"]), "nowhere.h5")
+        trial.check("rank 1 on host-b: nowhere.h5" in said[0], f"host-a says {said[0]}")
         return trial
 
     def read_only(self) -> Trial:
-        trial = Trial("run folder read-only on one", "both say which host cannot write which file")
+        trial = Trial("run folder read-only on one", "it names the file, and the other one the host and the file")
         runs = self.folder / "runs"
         runs.mkdir(exist_ok=True)
         self.hosts[1].run("mount", "--bind", "-o", "ro", str(runs), str(runs))
         try:
-            self.refused(trial, self.agents("readonly"), "Read-only file system", "runs/readonly")
+            said = self.refused(trial, self.agents("readonly"), "Read-only file system", "runs/readonly")
+            trial.check("rank 1 on host-b: " in said[0], f"host-a says {said[0]}")
         finally:
             self.hosts[1].run("umount", str(runs))
         return trial
 
     def cut_short(self) -> Trial:
-        trial = Trial("network cut for 5 s, less than `trainer.timeout`", "goes on; the bits of one process")
-        agents = self.agents("short")
-        self.cut("short", agents, 5)
+        trial = Trial("network cut for 20 s, less than `trainer.timeout=60`", "goes on; the bits of one process")
+        agents = self.agents("short", "trainer.timeout=60")
+        self.cut("short", agents, 20)
         self.through(trial, "short", agents)
         return trial
 
@@ -332,7 +334,7 @@ class Trials:
         return trial
 
     def clocks(self) -> Trial:
-        trial = Trial("one host's clock an hour ahead, `trainer.max_time=30m`", "goes on to the end")
+        trial = Trial("the clock of one host's rank an hour ahead, `trainer.max_time=30m`", "goes on to the end")
         self.port += 1
         agents = [
             self.agent(host, "clocks", "trainer.max_time=30m", module=module)

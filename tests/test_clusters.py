@@ -134,6 +134,7 @@ def forks_in_jobs(warm: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PROTLIG_VENV", str(warm.executable.parent))
     monkeypatch.setenv("PYTHON_EXEC", str(warm.executable))
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")  # the nodes' names are known to this Slurm alone
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")  # and are this machine
     (warm.executable.parent / "bin").mkdir(exist_ok=True)
     python = warm.executable.parent / "bin/python"
     if not python.exists():

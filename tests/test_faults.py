@@ -586,14 +586,21 @@ def test_two_agents_make_one_run(
     """Two nodes, as torchrun sees them, on loopback."""
     agent = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d",
              "--rdzv-id=pair", f"--rdzv-endpoint=127.0.0.1:{free_port()}", *TRAINING]  # fmt: skip
-    arguments = overrides_for(store, "nodes", "trainer.max_steps=6")
+    more = ("trainer.max_steps=6", "report.samples=5")
+    arguments = overrides_for(store, "nodes", *more)
     monkeypatch.setenv("PYTHON_EXEC", str(warm.executable))
     agents = [start(*agent, *arguments) for _ in range(2)]
     printed = [process.communicate(timeout=300) for process in agents]
     assert [process.returncode for process in agents] == [0, 0], printed
     assert sum("2 process(es)" in out for out, _ in printed) == 1
-    train(run_python, store, "node", "trainer.max_steps=6")
+    train(run_python, store, "node", *more)
     assert read_rows(tmp_path / "runs/nodes") == read_rows(tmp_path / "runs/node")
+    designs = [tmp_path / f"runs/{name}/samples/step_00000006.fasta" for name in ("nodes", "node")]
+    assert len(designs[0].read_text().split(">")) == 6  # each rank samples a part of them
+    assert (
+        designs[0].read_text().split()
+        == designs[1].read_text().replace(">node_", ">nodes_").replace("run=node ", "run=nodes ").split()
+    )
     for step, row in read_metrics(tmp_path / "runs/nodes/metrics.jsonl").items():
         assert row["loss"] == pytest.approx(read_metrics(tmp_path / "runs/node/metrics.jsonl")[step]["loss"], rel=1e-5)
 

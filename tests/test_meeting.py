@@ -13,7 +13,7 @@ import pytest
 
 from protlig_dd.data.store import SequenceStore
 from protlig_dd.runtime import meeting as module
-from protlig_dd.runtime.distributed import OtherRankError, Processes, in_one_line
+from protlig_dd.runtime.distributed import OtherRankError, Processes, in_one_line, within
 from protlig_dd.runtime.meeting import Meeting, loopback_name
 from protlig_dd.training.launch import is_continued, seconds_left
 
@@ -72,6 +72,9 @@ def test_of_many_differences_some_are_named_and_long_values_cut(meet: Callable[.
     assert str(found[1]).count(" for rank 0 on ") == 5
     assert str(found[1]).endswith("; and 3 more")
     assert f"key0 is {'x' * 80}... for rank 0" in str(found[1])
+    paths = [f"/{'scratch/' * 30}{name}/x.h5" for name in ("one", "two")]
+    told = str(meet({"x": paths[0]}, {"x": paths[1]})[0])
+    assert re.search(r"x is \.\.\.\S+/one/x.h5 for rank 0 on host-0 and \.\.\.\S+/two/x.h5 for rank 1", told)
 
 
 def test_a_rank_that_fails_before_it_is_told_by_all(meet: Callable[..., list[Outcome]]) -> None:
@@ -141,6 +144,27 @@ def test_the_time_that_is_left_follows_no_hosts_clock(tmp_path: Path, monkeypatc
     assert seconds_left(tmp_path, {"seconds_left": 1000.0}) == pytest.approx(900, abs=5)
     assert seconds_left(tmp_path, {"seconds_left": None}) is None
     assert [path.name for path in tmp_path.iterdir()] == ["environment.json"]
+
+
+def test_several_hosts_wait_longer_for_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    meeting = Meeting(Processes(0, 4, 0))
+    assert meeting._patience() == module.READ_WITHIN
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert meeting._patience() == module.COME_WITHIN
+
+
+def test_without_torchrun_the_variables_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(ValueError, match="WORLD_SIZE=2, but MASTER_ADDR=None and MASTER_PORT=: torchrun sets all"):
+        Meeting(Processes(0, 2, 0)).agree({}, 1)
+    with pytest.raises(KeyError), Meeting(Processes(0, 2, 0)):
+        raise KeyError("its own error is what counts")
+
+
+def test_a_store_that_does_not_answer_is_not_waited_for() -> None:
+    began = time.monotonic()
+    within(1, lambda: time.sleep(30))
+    assert time.monotonic() - began < 10
 
 
 def test_an_error_that_is_not_ours_is_told_with_its_type() -> None:

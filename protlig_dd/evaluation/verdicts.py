@@ -172,7 +172,8 @@ def verdict_on_lengths(distance: float, n: int, others: int, requested: str | No
 
     limit = float(kstwobign.ppf(LEVEL)) * math.sqrt((n + others) / (n * others))
     if distance > limit:
-        return Verdict("lengths", WORSE, "worse; try lengths=empirical, or training proteins like the natural ones")
+        remedy = "lengths=empirical, training proteins like the natural ones, or a larger data.max_len, which none exceeds"
+        return Verdict("lengths", WORSE, f"worse; try {remedy}")
     if distance + limit < OF_LENGTHS:
         return Verdict("lengths", NATURAL, NATURAL)
     alike = (2 * limit / OF_LENGTHS) ** 2 * n * others / (n + others)  # n m / (n + m) that halves OF_LENGTHS

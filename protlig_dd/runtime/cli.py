@@ -35,6 +35,7 @@ from protlig_dd.runtime.distributed import (
     RanksFailedError,
     leave_group,
     leave_without_closing,
+    losses_named,
     processes_from_environment,
 )
 from protlig_dd.runtime.files import FULL
@@ -148,7 +149,11 @@ class Task:
     def __call__(self, cfg: DictConfig) -> None:
         elsewhere, requeue = "SUBMITIT_EXECUTOR" in os.environ, signal.getsignal(signal.SIGUSR2)
         try:
-            with contextlib.nullcontext() if self.alone else meeting_of(processes_from_environment()):
+            processes = processes_from_environment()
+            with (
+                contextlib.nullcontext() if self.alone else meeting_of(processes),
+                losses_named(f"rank {processes.rank}", "an hour"),
+            ):
                 self.verb(cfg)
         except (Exception, Stopped) as error:
             if not elsewhere:
@@ -284,4 +289,5 @@ def swept_name(task_overrides: Sequence[str], job_number: int, arguments: Sequen
 
 def say(message: str, processes: Processes) -> None:
     prefix = f"[rank {processes.rank}] " if processes.world_size > 1 else ""
-    print(prefix + message, file=sys.stderr, flush=True)
+    sys.stderr.write(f"{prefix}{message}\n")  # in one piece, as ranks share it
+    sys.stderr.flush()

@@ -9,6 +9,7 @@ import re
 import signal
 import socket
 import sys
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -107,7 +108,7 @@ def join_group(processes: Processes, device: torch.device, timeout: int, store: 
         )
     except RuntimeError as error:
         raise ValueError(
-            f"rank {processes.rank} on {socket.gethostname()} cannot connect to the others: {in_one_line(error)}; "
+            f"rank {processes.rank} on {host_name()} cannot connect to the others: {in_one_line(error)}; "
             "with several hosts, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the interface that joins them"
         ) from error
 
@@ -126,29 +127,56 @@ def leave_word(what: str) -> None:
     """For ranks that wait for this one in vain; "" for nothing."""
     if _store is not None:
         with contextlib.suppress(dist.DistError):  # rank 0, which serves the store, is gone
-            _store.set(f"word {os.environ['RANK']}", f"on {socket.gethostname()} {what}" if what else "")
+            _store.set(f"word {os.environ['RANK']}", f"on {host_name()} {what}" if what else "")
 
 
 def words_of_others() -> list[str]:
-    """What the other ranks have left word of; nothing where rank 0, which serves the store, is gone."""
+    """What the other ranks have left word of, as far as the store tells within some seconds: rank 0, which serves it,
+    may be gone, or the network cut.
+    """
     found: list[str] = []
-    if _store is None:
-        return found
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    with contextlib.suppress(dist.DistError):
+
+    def read() -> None:
+        assert _store is not None
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         for other in range(world_size):
-            _store.wait([f"word {other}"], datetime.timedelta(seconds=5))  # the network may be cut
             if other != rank and (what := _store.get(f"word {other}").decode()):
                 found.append(f"rank {other} {what}")
-    acknowledge()
-    return found
+
+    if _store is not None:
+        within(5, read)
+        acknowledge()
+    return list(found)
 
 
 def acknowledge() -> None:
-    """Let rank 0, with which the store ends, know that this rank has heard why others ended."""
+    """Let rank 0, with which the store ends, know that this rank has heard why others ended, or has its own reason."""
     if _store is not None:
+        within(5, lambda: _store.set(f"heard {os.environ['RANK']}", ""))
+
+
+def within(seconds: int, action: Callable[[], object]) -> None:
+    """Ask the store for something, and go on after so long: where the network is cut, torch's client may wait without
+    end, whatever timeout it was given.
+    """
+
+    def ask() -> None:
         with contextlib.suppress(dist.DistError):
-            _store.set(f"heard {os.environ['RANK']}", "")
+            action()
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+
+
+def host_name() -> str:
+    """Of this host: Slurm's name of the node, or its own."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def launcher_name() -> str:
+    """Of the agent that has started this rank: its host and its folder of error files, which is new each time."""
+    return f"{host_name()} {Path(os.environ.get('TORCHELASTIC_ERROR_FILE', '')).parent.parent.parent}"
 
 
 class RankLostError(ValueError):
@@ -156,11 +184,12 @@ class RankLostError(ValueError):
 
 
 @contextlib.contextmanager
-def losses_named(where: str) -> Iterator[None]:
+def losses_named(where: str, limit: str = "trainer.timeout") -> Iterator[None]:
     """Turn what torch says of a rank that is gone, or that others wait for in vain, into one line.
 
     Args:
         where: the step and this rank.
+        limit: what a rank waits for the others.
 
     Raises:
         RankLostError: with the word that another rank has left, if one has.
@@ -174,9 +203,7 @@ def losses_named(where: str) -> Iterator[None]:
             r"^\[\S+\] |\. This is typically.*", "", " ".join(str(error).split())
         )  # gloo's line numbers and wishes
         words = "; ".join(words_of_others()) or met
-        raise RankLostError(
-            f"{where}: another rank is gone or did not answer within trainer.timeout ({words})"
-        ) from error
+        raise RankLostError(f"{where}: another rank is gone or did not answer within {limit} ({words})") from error
 
 
 class RanksFailedError(Exception):
@@ -251,7 +278,7 @@ def launch_ranks(
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
-        rdzv_configs={"read_timeout": timeout},
+        rdzv_configs={"read_timeout": max(60, timeout)},  # torchrun's own is 60
         local_addr="localhost",  # processes of one machine need no name of it, which may not resolve
         max_restarts=max_restarts,
         start_method="spawn",
@@ -369,9 +396,9 @@ def together(action: Callable[[], T]) -> T:
     result, failure = None, None
     try:
         result = action()
-    except (ValueError, OSError) as error:
+    except Exception as error:
         failure = error
-    told = gather_objects(None if failure is None else (socket.gethostname(), in_one_line(failure)))
+    told = gather_objects(None if failure is None else (host_name(), in_one_line(failure)))
     if any(told):
         acknowledge()
     if failure is not None:

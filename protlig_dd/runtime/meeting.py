@@ -16,12 +16,25 @@ from typing import Any
 from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from protlig_dd.runtime.distributed import OtherRankError, Processes, RankLostError, in_one_line
+from protlig_dd.runtime.distributed import (
+    OtherRankError,
+    Processes,
+    RankLostError,
+    host_name,
+    in_one_line,
+    launcher_name,
+)
 
 SAY_EVERY = 30.0  # seconds of waiting between two lines about it
 RESOLVE_WITHIN = 30.0  # seconds after which a host name that cannot be resolved is an error
-READ_WITHIN = 10.0  # seconds that a rank that failed waits for the others to read why
+READ_WITHIN = 10.0  # seconds that a rank that failed waits for the others to come and read why
+COME_WITHIN = 120.0  # the same where there are several hosts, which read their libraries from slow disks
 SHOWN = 5  # differences in one message
+SHOWN_LETTERS = 80  # of a value
+
+
+class RankMissingError(ValueError):
+    """A rank does not come in time."""
 
 
 class Meeting:
@@ -35,11 +48,11 @@ class Meeting:
     """
 
     def __init__(self, processes: Processes) -> None:
-        self.processes, self.host = processes, socket.gethostname()
+        self.processes, self.host = processes, host_name()
         self.hosts: list[str] = []
         """The host of each rank, once they have agreed."""
-        self.agents = [f"{self.host} {os.getppid()}"]
-        """The launcher of each rank: host and process id."""
+        self.agents = [launcher_name()]
+        """The launcher of each rank."""
         self.restart = processes.restart
         """How often any of them has started its ranks again; that of a host which joins later knows of none."""
         self.store: Store | None = None
@@ -51,13 +64,15 @@ class Meeting:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if not isinstance(error, Exception) or self.processes.world_size == 1:
             return
-        with contextlib.suppress(ValueError, DistError):  # the error itself is what to report
+        with contextlib.suppress(ValueError, OverflowError, DistError):  # the error itself is what to report
             if not self._came:
-                self._connect(READ_WITHIN)
+                self._connect(self._patience())
                 self._post({"failed": in_one_line(error)})
                 self._has_read()
             if self.store is not None and not isinstance(error, RankLostError):  # of that, no other needs to know
-                self._wait_for_others("heard" if self._agreed else "read")
+                late = self._agreed or isinstance(error, RankMissingError)
+                seconds = READ_WITHIN if late else self._patience()
+                self._wait_for_others("heard" if self._agreed else "read", seconds)
 
     def agree(self, facts: Mapping[str, Any], timeout: int | float) -> None:
         """Wait for all ranks and compare what each was started with; the first time that it is called.
@@ -100,7 +115,7 @@ class Meeting:
         found: dict[tuple[str, str], str] = {}
         for rank, other in enumerate(facts):
             for key in sorted({*facts[0], *other}):
-                mine, theirs = shown(facts[0].get(key)), shown(other.get(key))
+                mine, theirs = shown(facts[0].get(key), other.get(key))
                 if facts[0].get(key) != other.get(key):
                     found.setdefault(
                         (key, theirs),
@@ -116,7 +131,13 @@ class Meeting:
             ValueError: the host of rank 0 cannot be resolved or reached.
         """
         processes = self.processes
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        address, number = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
+        if not address or not number.isdecimal():
+            raise ValueError(
+                f"WORLD_SIZE={processes.world_size}, but MASTER_ADDR={address} and MASTER_PORT={number}: torchrun sets "
+                "all; unset them, or start with torchrun"
+            )
+        port = int(number)
         torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         serves = processes.first and not torchruns
         if not serves:
@@ -181,7 +202,7 @@ class Meeting:
             ranks = ", ".join(str(rank) for rank in missing if rank not in notes)
             waited = time.monotonic() - began
             if waited > timeout:
-                raise ValueError(f"{self.host} waited {timeout:g} s for rank {ranks}, which did not start")
+                raise RankMissingError(f"{self.host} waited {timeout:g} s for rank {ranks}, which did not start")
             if time.monotonic() - said > SAY_EVERY:
                 said = time.monotonic()
                 self._say(f"{self.host} waits for rank {ranks} to start, {waited:.0f} s so far")
@@ -191,12 +212,16 @@ class Meeting:
         assert self.store is not None
         self.store.set(f"read {self.processes.rank}", "")
 
-    def _wait_for_others(self, what: str) -> None:
-        """Rank 0, with which the store ends, waits until all others have read why, for READ_WITHIN at most."""
+    def _wait_for_others(self, what: str, seconds: float) -> None:
+        """Rank 0, with which the store ends, waits so long at most until all others have read why."""
         assert self.store is not None
         if self.processes.first and (what == "read" or len(set(self.hosts)) > 1):  # on one host, the launcher tells
             keys = [f"{what} {rank}" for rank in range(1, self.processes.world_size)]
-            self.store.wait(keys, timedelta(seconds=READ_WITHIN))
+            self.store.wait(keys, timedelta(seconds=seconds))
+
+    def _patience(self) -> float:
+        several = os.environ.get("LOCAL_WORLD_SIZE", str(self.processes.world_size)) != str(self.processes.world_size)
+        return COME_WITHIN if several else READ_WITHIN
 
     def _say(self, message: str) -> None:
         if self.processes.local_rank == 0:  # once a host
@@ -223,6 +248,13 @@ def loopback_name() -> str | None:
     return address if ipaddress.ip_address(address.partition("%")[0]).is_loopback else None
 
 
-def shown(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."
+def shown(*values: Any) -> list[str]:
+    """Texts of values; of long ones, from a little before where they differ."""
+    texts = [str(value) for value in values]
+    same = next((i for i, letters in enumerate(zip(*texts, strict=False)) if len(set(letters)) > 1), 0)
+    start = max(0, same - 30) if max(map(len, texts)) > SHOWN_LETTERS else 0
+    cut = [text[start : start + SHOWN_LETTERS] for text in texts]
+    return [
+        f"{'...' if start else ''}{part}{'...' if start + SHOWN_LETTERS < len(text) else ''}"
+        for part, text in zip(cut, texts, strict=True)
+    ]

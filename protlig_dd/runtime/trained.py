@@ -27,6 +27,7 @@ from protlig_dd.runtime.meeting import meeting_of
 from protlig_dd.runtime.metrics import announce
 
 TIMEOUT = 3600  # seconds that a rank waits for the others
+OF_A_HOST = ("from", "compare", "input", "train", "output")  # paths, which may be other ones on each host
 MODEL_KEYS = ("model", "graph", "noise", "parametrisation", "time_conditioning")  # what a model is, of a run's config
 
 
@@ -236,7 +237,14 @@ def load_trained(path: str, *, device: str, precision: str) -> Trained:
     precision = resolve_precision(precision, where)
     loaded = load_saved(saved, where, precision)
     meeting = meeting_of(processes)
-    facts = {"command line": sys.argv[1:], "step": saved.step, "precision": precision, "device": where.type}
+    given = (argument.partition("=") for argument in sys.argv[1:])
+    facts: dict[str, Any] = {key: value for key, _, value in given if key not in OF_A_HOST}
+    facts |= {
+        "step": saved.step,
+        "data_fingerprint": saved.data_fingerprint,
+        "precision": precision,
+        "device": where.type,
+    }
     meeting.agree(facts | {"protlig_dd": __version__, "torch": str(torch.__version__)}, TIMEOUT)
     join_group(processes, where, TIMEOUT, meeting.store)
     announce(f"{saved.path} on {where} in {precision}, attention {loaded.attention_backend}", processes)

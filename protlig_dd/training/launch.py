@@ -49,6 +49,8 @@ from protlig_dd.runtime.distributed import (
     OtherRankError,
     Processes,
     RankLostError,
+    acknowledge,
+    busy,
     count_devices,
     from_first,
     in_one_line,
@@ -219,7 +221,7 @@ def run_rank(config: TrainConfig, path: Path, deadline: float | None) -> None:
             if is_continued(earlier, meeting):  # its first start has made the folder
                 config.run.fresh = False
                 config.run.resume = "auto" if config.run.resume == "never" else config.run.resume
-                if earlier["requeues"] == processes.requeues:
+                if shares_launcher(earlier, meeting) and earlier["requeues"] == processes.requeues:
                     left = seconds_left(path, earlier)
             if config.run.fresh:
                 move_aside(path)
@@ -227,7 +229,9 @@ def run_rank(config: TrainConfig, path: Path, deadline: float | None) -> None:
             return open_run_folder(path, config, store, resolved, meeting, left)
 
         try:
-            folder: RunFolder = from_first(together(open_as_first))
+            stack.enter_context(losses_named(f"rank {processes.rank}"))
+            with busy(f"opens {path}"):
+                folder: RunFolder = from_first(together(open_as_first))
             if folder.finished is not None:
                 if processes.first and not (path / PAGE).is_file():  # killed just before it was written
                     write_run_page(path)
@@ -238,9 +242,12 @@ def run_rank(config: TrainConfig, path: Path, deadline: float | None) -> None:
                 )
                 return
             log = folder.path / "logs" / f"rank_{processes.rank}.log"
+            if not processes.first and processes.local_rank == 0:
+                told = f"rank {processes.rank} of {processes.world_size} on {meeting.host}"
+                print(f"{told}: what it prints goes to {log}, the run's course to the terminal of rank 0", flush=True)
             together(lambda: None if processes.first else stack.enter_context(written_to(log)))
             left = folder.seconds_left
-            with failures_logged(log), losses_named(f"rank {processes.rank}"):
+            with failures_logged(log):
                 train(
                     config,
                     store,
@@ -258,8 +265,12 @@ def run_rank(config: TrainConfig, path: Path, deadline: float | None) -> None:
                     deadline=None if left is None else time.monotonic() + left,
                 )
         except Stopped as stopped:
-            for_another = any(" failed: " in word for word in words_of_others())  # torchrun ends ranks when one fails
-            if processes.first and not for_another and (path / "config.yaml").is_file():
+            # torchrun ends all ranks when one fails
+            if (
+                processes.first
+                and (path / "config.yaml").is_file()
+                and not any(" failed: " in word for word in words_of_others())
+            ):
                 write_atomic(path / STOPPED, json.dumps({"reason": stopped.reason, "when": stopped.when}) + "\n")
             raise
 
@@ -272,6 +283,7 @@ def failures_logged(log: Path) -> Iterator[None]:
     except Exception as error:
         if not isinstance(error, (OtherRankError, RankLostError)):
             leave_word(f"failed: {in_one_line(error)}")
+            acknowledge()
         with contextlib.suppress(OSError):  # where the disk is full, the error itself is still to be told
             log.parent.mkdir(exist_ok=True)
             with log.open("a") as file:  # its last line is the whole message
@@ -280,8 +292,12 @@ def failures_logged(log: Path) -> Iterator[None]:
 
 
 def facts_of(config: TrainConfig, resolved: Resolved) -> dict[str, Any]:
-    """What all ranks of a run must have alike. A host may keep its copy of the data under another path."""
-    same = {key: value for key, value in flatten(spelt(config)).items() if not key.startswith("data.path")}
+    """What all ranks of a run must have alike. A host may keep its copies of the data, and of the model that the run
+    begins from, under other paths: their checksums are compared.
+    """
+    same = {
+        key: value for key, value in flatten(spelt(config)).items() if key != "from" and not key.startswith("data.path")
+    }
     found = {key: value for key, value in vars(resolved).items() if key not in ("data_path", "world_size")}
     versions = {"protlig_dd": __version__, "torch": str(torch.__version__)}
     return {**same, **found, "device": resolved.device.partition(":")[0], **versions}
@@ -565,9 +581,14 @@ def is_continued(earlier: dict[str, Any], meeting: Meeting) -> bool:
     processes = meeting.processes
     same_launch = processes.launch is not None and earlier.get("launch") == processes.launch
     restarted = meeting.restart > 0 and processes.launch != "none"  # torchrun's default
-    same_agent = bool(set(earlier.get("agents", ())) & set(meeting.agents))
     requeued = processes.job is not None and earlier.get("job") == processes.job
-    return (same_launch and (restarted or same_agent)) or (requeued and earlier["requeues"] < processes.requeues)
+    return (same_launch and (restarted or shares_launcher(earlier, meeting))) or (
+        requeued and earlier["requeues"] < processes.requeues
+    )
+
+
+def shares_launcher(earlier: dict[str, Any], meeting: Meeting) -> bool:
+    return bool(set(earlier.get("agents", ())) & set(meeting.agents))
 
 
 def has_steps(path: Path) -> bool:

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from protlig_dd.data.loader import PackDataset, RankPacks, end_workers, pack_loader
 from protlig_dd.runtime.checkpoint import CheckpointWriter
-from protlig_dd.runtime.distributed import Processes, gather_objects, losses_named
+from protlig_dd.runtime.distributed import Processes, gather_objects, host_name, losses_named
 from protlig_dd.runtime.environment import peak_memory
 from protlig_dd.runtime.files import drop_partial_line, writing
 from protlig_dd.runtime.metrics import MetricsLog, ProgressBar, Row, announce
@@ -145,17 +144,18 @@ def fit(
                     new_best = evaluated(done)
                 except Stopped as stopped:
                     stopping = stopped.reason
+            signalled = stopping is not None and any(record["asked"]) and stopping.startswith("SIG")
+            whose = hosts_stopped(stopping in stop.noted) if signalled else ""  # before rank 0 is long at the disk
             if saving or stopping or new_best is not None:
                 save(done, new_best)
             if stopping:
-                whose = hosts_stopped(stopping in stop.noted) if any(record["asked"]) else ""
                 raise stop.stopped(stopping, f"after step {done} of {trainer.max_steps}{whose}")
             since = time.perf_counter()  # evaluation and checkpoints do not count as training time
 
 
 def hosts_stopped(told: bool) -> str:
     """Which hosts were told to stop, where others were not."""
-    ranks = gather_objects((socket.gethostname(), told))
+    ranks = gather_objects((host_name(), told))
     every, some = {host for host, _ in ranks}, {host for host, told in ranks if told}
     if not some or some == every:
         return ""
