@@ -442,7 +442,9 @@ def test_the_folder_of_tables(store: SequenceStore, hmm: Path, tmp_path: Path, r
     assert [one["group"] for one in said["verdicts"]] == [
         "proteins and residues", "lengths", "composition and words", "repeats", "variety", "relatives", "families"
     ]  # fmt: skip
-    assert table.splitlines()[2 + len(rows) :] == ["", *told, "", f"Training proteins are those of {store.path}."]
+    notes = ["Natural proteins are of the samples' lengths; in rows of lengths they are drawn at random.",
+             f"Training proteins are those of {store.path}."]  # fmt: skip
+    assert table.splitlines()[2 + len(rows) :] == ["", *told, "", notes[0], "", notes[1]]
     ones = list(csv.DictReader((tmp_path / "out/per_sequence.csv").read_text().splitlines()))
     assert [one["id"] for one in ones] == [f"s{i}" for i in range(10)]
     assert ones[9]["same_as"] == "s4"
