@@ -172,7 +172,7 @@ def verdict_on_lengths(distance: float, n: int, others: int, requested: str | No
 
     limit = float(kstwobign.ppf(LEVEL)) * math.sqrt((n + others) / (n * others))
     if distance > limit:
-        remedy = "lengths=empirical, training proteins like the natural ones, or a larger data.max_len, which none exceeds"
+        remedy = "lengths=empirical, training proteins like the natural ones, or a larger data.max_len, which ends them"
         return Verdict("lengths", WORSE, f"worse; try {remedy}")
     if distance + limit < OF_LENGTHS:
         return Verdict("lengths", NATURAL, NATURAL)
