@@ -42,8 +42,8 @@ def test_one_process_computes_on_its_own_gpu_too(monkeypatch: pytest.MonkeyPatch
     """CUDA graphs are captured on the current device, whatever the tensors' is."""
     chosen: list[torch.device] = []
     monkeypatch.setattr("torch.cuda.set_device", chosen.append)
-    join_group(Processes(0, 1, 0), torch.device("cuda:1"), 1)
-    join_group(Processes(0, 1, 0), torch.device("cpu"), 1)
+    join_group(Processes(0, 1, 0), torch.device("cuda:1"), 1, None)
+    join_group(Processes(0, 1, 0), torch.device("cpu"), 1, None)
     assert chosen == [torch.device("cuda:1")]
 
 
