@@ -42,17 +42,19 @@ def trials(tmp_path_factory: pytest.TempPathFactory, warm: Server) -> Iterator[T
 
     switch = subprocess.Popen([*APART, "sleep", "infinity"])
     servers = [start_server(inside=APART) for _ in NAMES]
+    packages = []
     try:
         hosts = []
         for name, server in zip(NAMES, servers, strict=True):
             assert server.process is not None
             package = server.import_package(ROOT, env)
+            packages.append(package)
             package.connect().close()
             hosts.append(Host(name, wait_until_apart(server.process.pid), partial(start, package)))
         join_hosts(hosts, wait_until_apart(switch.pid))
         yield Trials(tmp_path_factory.mktemp("hosts"), hosts, start_here)
     finally:
-        for server in servers:
+        for server in (*packages, *servers):
             server.close()
         switch.kill()
         switch.wait()
