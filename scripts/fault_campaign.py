@@ -331,9 +331,16 @@ def kill(process: Process, number: signal.Signals) -> None:
 
 def ranks_of(launcher: Process) -> list[int]:
     """Ids of the processes that a launcher has started, oldest first."""
-    found = subprocess.run(
-        ["pgrep", "-P", str(launcher.pid), "-f", "spawn_main"], capture_output=True, text=True, check=False
-    )
+    return children_of(launcher, "-f", "spawn_main")
+
+
+def children_of(process: Process, *chosen: str) -> list[int]:
+    """Ids of its children, oldest first.
+
+    Args:
+        chosen: which ones, for pgrep.
+    """
+    found = subprocess.run(["pgrep", "-P", str(process.pid), *chosen], capture_output=True, text=True, check=False)
     return [int(line) for line in found.stdout.split()]
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from protlig_dd.data.build import build_store
 from protlig_dd.data.store import SPLITS
 from protlig_dd.runtime.metrics import ProgressBar
-from scripts.fault_campaign import SMALL, Campaign, Process
+from scripts.fault_campaign import SMALL, Campaign, Process, children_of, start_python
 
 NAMES = ("host-a", "host-b")
 NETWORK = "10.77.0"
@@ -112,7 +112,6 @@ class Trial:
     expected: str
     found: list[str] = field(default_factory=list)
     """What went otherwise; empty if nothing did."""
-    seconds: float = 0.0
 
     def check(self, good: object, otherwise: str) -> None:
         if not good:
@@ -383,11 +382,6 @@ TRIALS: dict[str, Callable[[Trials], Trial]] = {
 }
 
 
-def children_of(process: Process) -> list[int]:
-    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False)
-    return [int(line) for line in found.stdout.split()]
-
-
 def last_lines(said: Sequence[str]) -> list[str]:
     return [(text.strip().splitlines() or [""])[-1] for text in said]
 
@@ -420,8 +414,6 @@ def main() -> int:
         parser.error(f"no trial {', '.join(sorted(unknown))}; there are {', '.join(TRIALS)}")
     if missing := missing_here():
         parser.error(f"this machine lacks {missing}")
-    from scripts.fault_campaign import start_python
-
     holders = [subprocess.Popen([*APART, "sleep", "infinity"]) for _ in (*NAMES, "switch")]
     try:
         *pids, switch = [wait_until_apart(holder.pid) for holder in holders]
@@ -433,9 +425,7 @@ def main() -> int:
             chosen = arguments.trials or list(TRIALS)
             with ProgressBar("trials", len(chosen)) as bar:
                 for name in chosen:
-                    began = time.monotonic()
                     done.append(TRIALS[name](trials))
-                    done[-1].seconds = time.monotonic() - began
                     bar.advance()
     finally:
         for holder in holders:

@@ -199,9 +199,8 @@ def losses_named(where: str, limit: str = "trainer.timeout") -> Iterator[None]:
     except RuntimeError as error:
         if not dist.is_initialized() or not any(word in str(error) for word in ("gloo", "NCCL", "process group")):
             raise
-        met = re.sub(
-            r"^\[\S+\] |\. This is typically.*", "", " ".join(str(error).split())
-        )  # gloo's line numbers and wishes
+        # without gloo's line numbers and advice
+        met = re.sub(r"^\[\S+\] |\. This is typically.*", "", " ".join(str(error).split()))
         words = "; ".join(words_of_others()) or met
         raise RankLostError(f"{where}: another rank is gone or did not answer within {limit} ({words})") from error
 

@@ -551,8 +551,8 @@ def put_report_aside(path: Path, step: int) -> Path:
 
 
 def seconds_left(path: Path, earlier: dict[str, Any]) -> float | None:
-    """Of the time that the start which opened the folder was given; by the clock of the file system, which is the same
-    on every host.
+    """Seconds left of the time limit of the start that opened the folder, by the clock that stamps the folder's files:
+    mostly a file server's, and so the same for every host.
     """
     if earlier["seconds_left"] is None:
         return None
@@ -588,6 +588,7 @@ def is_continued(earlier: dict[str, Any], meeting: Meeting) -> bool:
 
 
 def shares_launcher(earlier: dict[str, Any], meeting: Meeting) -> bool:
+    """Whether a launcher of the start that opened the folder last has started ranks of this one too."""
     return bool(set(earlier.get("agents", ())) & set(meeting.agents))
 
 
