@@ -213,7 +213,7 @@ def timed(variant: Variant, steps: int, device: torch.device) -> float:
 def throughput(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Residues/s of each variant, in turn, against the padded baseline."""
     device = resolve_device(arguments.device)
-    best = resolve_precision("auto", device)
+    best = resolve_precision(arguments.precision, device)
     store = open_store(arguments.fasta, arguments.folder)
     found = []
     for size in arguments.models:
@@ -243,7 +243,7 @@ def throughput(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def cost(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """What the arms of scripts/arms.py cost for each residue, eager, against the SEDD network with AdamW."""
     device = resolve_device(arguments.device)
-    precision, store = resolve_precision("auto", device), open_store(arguments.fasta, arguments.folder)
+    precision, store = resolve_precision(arguments.precision, device), open_store(arguments.fasta, arguments.folder)
     free = {"time_conditioning": False}
     qk = {**free, "qk_norm": True}
     muon = {**qk, "optimizer": "muon"}
@@ -329,7 +329,7 @@ def compare(
 def sampling(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Sequences/s of `sample`, asked anew at every step, and with the scores kept of sequences that did not change."""
     device = resolve_device(arguments.device)
-    precision = resolve_precision("auto", device)
+    precision = resolve_precision(arguments.precision, device)
     backend = resolve_attention_backend("auto", device, precision, 32)
     torch.manual_seed(0)
     with device:
@@ -366,7 +366,7 @@ def sampling(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def profiled(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Where the time of an eager packed step goes: shares of what each operator takes by itself."""
     device = resolve_device(arguments.device)
-    precision, store = resolve_precision("auto", device), open_store(arguments.fasta, arguments.folder)
+    precision, store = resolve_precision(arguments.precision, device), open_store(arguments.fasta, arguments.folder)
     networks = {"SEDD network": {}, "default network": {"time_conditioning": False, "qk_norm": True, "norm": "rms"}}
     shares: dict[str, dict[str, float]] = {}
     for size in arguments.models:
@@ -528,6 +528,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="turns of each variant")
     parser.add_argument("--sampling-steps", nargs="+", type=int, default=[64, 256, 1024])
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="of what is not a baseline")
     parser.add_argument("--json", type=Path, default=Path("benchmark.json"), help="file to write")
     arguments = parser.parse_args()
     if unknown := set(arguments.parts) - PARTS.keys():
