@@ -27,7 +27,7 @@ if sys.argv[:1] == ["-m"] and any(one.startswith("protlig_dd.") for one in sys.o
 
 if os.environ.get("PROTLIG_TYPECHECK") == "1":
     # Installed here, before any submodule is imported, so that spawned ranks and command lines are checked too.
-    from protlig_dd.runtime.typecheck import install
+    from protlig_dd.system.typecheck import install
 
     install("protlig_dd")
 

@@ -16,15 +16,17 @@ from torch import Tensor
 
 from protlig_dd import __version__
 from protlig_dd.batch import split_lengths
+from protlig_dd.config.cli import run_verb
+from protlig_dd.config.read import check_least, read_config
+from protlig_dd.config.verbs import EmbedConfig
+from protlig_dd.data.crops import window_starts
 from protlig_dd.data.encode import encode_block, nucleotide_warning
 from protlig_dd.data.fasta import FastaFile
-from protlig_dd.runtime.cli import run_verb
-from protlig_dd.runtime.config import EmbedConfig, read_config
-from protlig_dd.runtime.distributed import gather_objects, processes_from_environment
-from protlig_dd.runtime.embedding import POOLINGS, embed, resolve_layer, window_starts
-from protlig_dd.runtime.files import replacing
-from protlig_dd.runtime.metrics import ProgressBar, announce
-from protlig_dd.runtime.trained import Trained, check_free, check_least, load_trained
+from protlig_dd.inference.embedding import POOLINGS, embed, resolve_layer
+from protlig_dd.inference.model import Trained, load_trained
+from protlig_dd.system.distributed import gather_objects, processes_from_environment
+from protlig_dd.system.files import check_free, replacing
+from protlig_dd.system.terminal import ProgressBar, announce
 
 SUFFIXES = (".h5", ".npz")
 LONG = ("error", "window")

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from protlig_dd.runtime.checkpoint import load_tensors
-from protlig_dd.runtime.cli import run_verb
-from protlig_dd.runtime.config import ExportConfig, read_config
-from protlig_dd.runtime.exported import CARD, is_exported, read_description, read_json, write_exported
-from protlig_dd.runtime.files import replacing
-from protlig_dd.runtime.metrics import console
-from protlig_dd.runtime.trained import check_free, describe, find_saved, load_saved, run_folder
+from protlig_dd.config.cli import run_verb
+from protlig_dd.config.read import read_config
+from protlig_dd.config.verbs import ExportConfig
+from protlig_dd.inference.exported import CARD, is_exported, read_description, read_json, write_exported
+from protlig_dd.inference.model import describe, find_saved, load_saved, run_folder
+from protlig_dd.runs.checkpoint import load_tensors
+from protlig_dd.system.files import check_free, replacing
+from protlig_dd.system.terminal import console
 
 
 def export(cfg: DictConfig) -> None:

@@ -19,10 +19,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from protlig_dd.batch import PackedBatch
-from protlig_dd.runtime.components import ModelConfig, load_model
-from protlig_dd.runtime.embedding import embed, resolve_layer
-from protlig_dd.runtime.environment import resolve_device, resolve_precision
-from protlig_dd.runtime.exported import (
+from protlig_dd.config.components import load_model
+from protlig_dd.inference.embedding import embed, resolve_layer
+from protlig_dd.inference.exported import (
     CARD,
     DESCRIPTION,
     EXPORTED,
@@ -31,7 +30,9 @@ from protlig_dd.runtime.exported import (
     read_description,
     write_exported,
 )
-from protlig_dd.runtime.files import replacing
+from protlig_dd.model.config import ModelConfig
+from protlig_dd.system.device import resolve_device, resolve_precision
+from protlig_dd.system.files import replacing
 from protlig_dd.tokenizer import ProteinTokenizer
 
 

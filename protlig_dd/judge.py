@@ -4,46 +4,29 @@ python -m protlig_dd.judge samples=designs.fasta natural=data/my.h5 output=judge
 python -m protlig_dd.judge samples=designs.fasta natural=held.fasta train=data/my.h5 hmm=Pfam-A.hmm output=judged
 """
 
-import itertools
 import json
-import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from omegaconf import DictConfig
 
-from protlig_dd.data.fasta import read_fasta
-from protlig_dd.data.homology import best_hits, clusters_of, find_mmseqs
-from protlig_dd.data.store import SPLITS, SequenceStore
-from protlig_dd.evaluation.inputs import csv_text, is_store, numbered_fasta, read_sequences, thinned
-from protlig_dd.evaluation.judges import (
-    COLUMNS,
-    SETS,
-    Figure,
-    Rows,
-    cheap_judges,
-    figures,
-    for_json,
-    low_complexity,
-    perplexity,
-    share,
-    tandem_repeats,
-    with_controls,
-    written,
-)
-from protlig_dd.evaluation.outside import Judge, esm2_pseudo_perplexities, esmfold_plddts, pfam_hits
-from protlig_dd.evaluation.verdicts import verdicts
-from protlig_dd.runtime.cli import run_verb
-from protlig_dd.runtime.config import JudgeConfig, read_config
-from protlig_dd.runtime.files import write_folder
-from protlig_dd.runtime.metrics import ProgressBar, console
-from protlig_dd.runtime.trained import check_free, check_least
+from protlig_dd.config.cli import run_verb
+from protlig_dd.config.read import check_least, read_config
+from protlig_dd.config.verbs import JudgeConfig
+from protlig_dd.data.mmseqs import find_mmseqs
+from protlig_dd.data.store import SPLITS
+from protlig_dd.evaluation.inputs import read_sequences, thinned
+from protlig_dd.evaluation.samples.external import outside_judges
+from protlig_dd.evaluation.samples.relatives import find_train, relatives
+from protlig_dd.evaluation.samples.statistics import COLUMNS, Rows, cheap_judges, for_json, with_controls
+from protlig_dd.evaluation.samples.tables import markdown, per_sequence
+from protlig_dd.evaluation.samples.verdicts import requested_lengths, verdicts
+from protlig_dd.system.files import check_free, write_folder
+from protlig_dd.system.tables import csv_text
+from protlig_dd.system.terminal import ProgressBar, console
 from protlig_dd.tokenizer import ProteinTokenizer
-
-NEAR, COVERED = 0.5, 0.8  # identity and coverage of a near relative
-NAN = float("nan")
 
 
 def judge(cfg: DictConfig) -> None:
@@ -108,118 +91,10 @@ def judge(cfg: DictConfig) -> None:
     console.print(f"{output}: {', '.join(files)}")
 
 
-Summary = Callable[[Sequence[float], Sequence[str]], Figure]
-"""What a judge said of each of a set's proteins, and the proteins, to a figure of the set."""
-
-
-def outside_judges(config: JudgeConfig) -> Iterator[tuple[str, tuple[Judge, Summary]]]:
-    """Row, judge and summary of those that other packages bring, loaded before time is spent on anything else."""
-    if config.hmm is not None:
-        yield "with a hit to the HMMs", (pfam_hits(Path(config.hmm)), lambda values, _: share(values))
-    if config.esm2 is not None:
-        asked = esm2_pseudo_perplexities(config.esm2, config.device)
-        yield f"pseudo-perplexity, {config.esm2}", (asked, lambda values, some: perplexity(values, [*map(len, some)]))
-    if config.esmfold is not None:
-        yield f"pLDDT, {config.esmfold}", (esmfold_plddts(config.esmfold, config.device), lambda v, _: figures(v))
-
-
-def find_train(config: JudgeConfig, mmseqs: bool) -> SequenceStore | None:
-    """The store whose training split is searched, if any: `train`, or `natural` where that is a store."""
-    named = config.train or (config.natural if is_store(Path(config.natural)) else None)
-    if named is None:
-        console.print("no training set to search for relatives: give train=store.h5")
-        return None
-    store = SequenceStore(named)
-    if not len(store.split("train")):
-        raise ValueError(f"{named} has no training sequences")
-    if not mmseqs:
-        console.print("MMseqs2 is not used, so relatives and clusters are not searched for")
-        return None
-    return store
-
-
 def read(config: JudgeConfig, path: str) -> tuple[list[str], list[np.ndarray]]:
     """Ids and residues, without <bos> and <eos>."""
     _, ids, tokens = read_sequences(Path(path), config.split, None, 0)
     return ids, [one[1:-1] for one in tokens]
-
-
-def requested_lengths(path: Path, samples: Sequence[np.ndarray]) -> str | None:
-    """Why the lengths of samples say nothing of the model that made them, where that is so: by their headers, which
-    `sample` and `infill` write, or as all are alike.
-    """
-    told = [] if is_store(path) else [f" {record.description} " for record in read_fasta(path)]
-    asked = {match[1] if (match := re.search(r" (lengths=\S+) ", one)) else None for one in told}
-    if asked and None not in asked:
-        return f"they were asked for ({', '.join(sorted(filter(None, asked)))})"
-    if told and all(" nll_free=" in one for one in told):
-        return "infill was given them"
-    if len(samples) > 1 and len({len(one) for one in samples}) == 1:
-        return f"all have {len(samples[0])} residues"
-    return None
-
-
-def relatives(
-    sets: Sequence[Sequence[np.ndarray]], train: SequenceStore | None, scratch: Path, rows: Rows
-) -> dict[str, Sequence[float]]:
-    """Add MMseqs2's rows: relatives within each set and, where one is given, in the training set.
-
-    Returns:
-        By its name, a column of what each sample got.
-    """
-    alone, twins = f"clusters at {NEAR:.0%} identity, a protein", f"with another of the set at >= {NEAR:.0%} identity"
-    hit, identity = "with a training protein at E <= 0.001", "identity to the best of those"
-    close = f"with one at >= {NEAR:.0%} identity over >= {COVERED:.0%}"
-    for name in (alone, twins, *((hit, identity, close) if train is not None else ())):
-        rows[name] = []
-    columns: dict[str, Sequence[float]] = {}
-    with ProgressBar("MMseqs2", len(SETS) + (train is not None)) as bar:
-        for name, sequences in zip(SETS, sets, strict=True):
-            clusters = clusters_of(
-                numbered_fasta(scratch / name, sequences), scratch / "work", identity=NEAR, coverage=COVERED
-            )
-            bar.advance(note=f"clusters, {name}")
-            members = {i for cluster in clusters if len(cluster) > 1 for i in cluster}
-            has_twin = [float(i in members) for i in range(len(sequences))]
-            rows[alone].append(Figure(len(clusters) / len(sequences)))
-            rows[twins].append(share(has_twin))
-            columns.setdefault(twins, has_twin)
-        if train is not None:
-            targets = numbered_fasta(scratch / "train", (train[row][1:-1] for row in train.split("train")))
-            queries = numbered_fasta(scratch / "all", itertools.chain(*sets))
-            found = best_hits(queries, targets, scratch / "work")
-            bar.advance(note="relatives in the training set")
-            numbers = iter(range(sum(map(len, sets))))
-            for sequences in sets:
-                hits = [found.get(i) for i in itertools.islice(numbers, len(sequences))]
-                near = [float(one is not None and one.near) for one in hits]
-                rows[hit].append(share([float(one is not None) for one in hits]))
-                rows[identity].append(figures([one.identity for one in hits if one]))
-                rows[close].append(share(near))
-                columns.setdefault(hit, [float(one is not None) for one in hits])
-                columns.setdefault(identity, [one.identity if one else NAN for one in hits])
-                columns.setdefault(close, near)
-    return columns
-
-
-def markdown(rows: Rows) -> str:
-    lines = [f"| | {' | '.join(SETS)} |", "| --- | --- | --- | --- |"]
-    lines += [f"| {name} | {' | '.join(map(written, row))} |" for name, row in rows.items()]
-    return "\n".join(lines) + "\n"
-
-
-def per_sequence(ids: Sequence[str], samples: list[np.ndarray], columns: dict[str, Sequence[float]]) -> str:
-    """A row for each sample."""
-    seen: dict[bytes, int] = {}
-    rows = []
-    for i, (id_, one) in enumerate(zip(ids, samples, strict=True)):
-        first = seen.setdefault(one.tobytes(), i)
-        flags = low_complexity(one), tandem_repeats(one)
-        shares = [float(flag.mean()) for flag in flags]
-        rows.append(
-            [id_, len(one), ids[first] if first != i else "", *shares, *(values[i] for values in columns.values())]
-        )
-    return csv_text(["id", "length", "same_as", "low_complexity", "tandem_repeats", *columns], rows)
 
 
 def main() -> None:

@@ -14,12 +14,16 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from protlig_dd.data.build import Filters, Split, build_store, manifest_path
+from protlig_dd.config.cli import run_verb
+from protlig_dd.config.read import read_config
+from protlig_dd.config.verbs import PrepareConfig
 from protlig_dd.data.encode import nucleotide_warning
+from protlig_dd.data.prepare.build import build_store
+from protlig_dd.data.prepare.filters import Filters
+from protlig_dd.data.prepare.output import manifest_path
+from protlig_dd.data.prepare.splits import Split
 from protlig_dd.data.store import SPLITS, SequenceStore
-from protlig_dd.runtime.cli import run_verb
-from protlig_dd.runtime.config import PrepareConfig, read_config
-from protlig_dd.runtime.metrics import ByteBar, console
+from protlig_dd.system.terminal import ByteBar, console
 from protlig_dd.tokenizer import ProteinTokenizer
 
 PLOT_ROWS, PLOT_WIDTH = 20, 50

@@ -16,12 +16,13 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from protlig_dd.evaluation.page import CONFIG, METRICS, PAGE, comparison_page, read_run, run_page
-from protlig_dd.runtime.cli import run_verb
-from protlig_dd.runtime.config import ReportPageConfig, read_config
-from protlig_dd.runtime.files import write_atomic, write_new
-from protlig_dd.runtime.metrics import console
-from protlig_dd.runtime.trained import check_free
+from protlig_dd.config.cli import run_verb
+from protlig_dd.config.read import read_config
+from protlig_dd.config.verbs import ReportPageConfig
+from protlig_dd.evaluation.report.page import comparison_page, run_page
+from protlig_dd.evaluation.report.run import CONFIG, METRICS, PAGE, read_run
+from protlig_dd.system.files import check_free, write_atomic, write_new
+from protlig_dd.system.terminal import console
 
 
 def report(cfg: DictConfig) -> None:

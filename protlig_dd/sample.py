@@ -7,14 +7,16 @@ torchrun --nproc-per-node=8 -m protlig_dd.sample from=runs/demo output=designs.f
 
 from omegaconf import DictConfig
 
+from protlig_dd.config.cli import run_verb
+from protlig_dd.config.read import check_least, read_config
+from protlig_dd.config.verbs import SampleConfig
 from protlig_dd.diffusion.sampling import check_sampler
-from protlig_dd.runtime.cli import run_verb
-from protlig_dd.runtime.config import SampleConfig, read_config
-from protlig_dd.runtime.files import write_new
-from protlig_dd.runtime.generate import choose_lengths, describe_designs, sample_designs
-from protlig_dd.runtime.metrics import announce
-from protlig_dd.runtime.steering import read_log_bias
-from protlig_dd.runtime.trained import check_free, check_least, load_trained
+from protlig_dd.inference.generate import describe_designs, sample_designs
+from protlig_dd.inference.lengths import choose_lengths
+from protlig_dd.inference.model import load_trained
+from protlig_dd.inference.steering import read_log_bias
+from protlig_dd.system.files import check_free, write_new
+from protlig_dd.system.terminal import announce
 
 
 def sample_proteins(cfg: DictConfig) -> None:

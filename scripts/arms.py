@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from protlig_dd.diffusion.likelihood import per_residue
-from protlig_dd.runtime.metrics import ProgressBar
+from protlig_dd.evaluation.averages import per_residue
+from protlig_dd.system.terminal import ProgressBar
 
 SIZES = {
     "tiny": ["model=tiny"],

@@ -33,23 +33,25 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 from protlig_dd.batch import PackedBatch, StaticShape, spare_sequences
-from protlig_dd.data.build import bundled_store
+from protlig_dd.config.read import config_folder, read_config
+from protlig_dd.config.train import TrainConfig
 from protlig_dd.data.loader import PackDataset
+from protlig_dd.data.prepare.bundled import bundled_store
 from protlig_dd.data.store import SequenceStore, StoreGroup
-from protlig_dd.diffusion.graph import Absorbing
+from protlig_dd.diffusion.graphs.absorbing import Absorbing
 from protlig_dd.diffusion.noise import LogLinearNoise
 from protlig_dd.diffusion.sampling import sample
 from protlig_dd.diffusion.score import ScoreFn
-from protlig_dd.model.attention import resolve_attention_backend
-from protlig_dd.model.dit import DiT, modulate
-from protlig_dd.model.rotary import apply_rotary_pos_emb, rotary_cos_sin
-from protlig_dd.runtime.config import TrainConfig, config_folder, read_config
-from protlig_dd.runtime.distributed import Processes
-from protlig_dd.runtime.environment import matmul_peak, peak_memory, resolve_device, resolve_precision
-from protlig_dd.runtime.metrics import ProgressBar
+from protlig_dd.model.dit import DiT
+from protlig_dd.model.layers import modulate
+from protlig_dd.model.mixers.attention import resolve_attention_backend
+from protlig_dd.model.positions.rotary import apply_rotary_pos_emb, rotary_cos_sin
+from protlig_dd.system.device import matmul_peak, peak_memory, resolve_device, resolve_precision
+from protlig_dd.system.distributed import Processes
+from protlig_dd.system.terminal import ProgressBar
 from protlig_dd.tokenizer import PAD
-from protlig_dd.training.optim import make_optimizer
-from protlig_dd.training.plan import H100_FLOPS, MFU, plan
+from protlig_dd.training.cost import H100_FLOPS, MFU, plan
+from protlig_dd.training.optim.make import make_optimizer
 from protlig_dd.training.trainer import Trainer, count_residues
 from scripts.benchmark_data import table
 
@@ -528,7 +530,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="turns of each variant")
     parser.add_argument("--sampling-steps", nargs="+", type=int, default=[64, 256, 1024])
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="of what is not a baseline")
+    parser.add_argument(
+        "--precision", default="auto", choices=["auto", "fp32", "bf16"], help="of what is not a baseline"
+    )
     parser.add_argument("--json", type=Path, default=Path("benchmark.json"), help="file to write")
     arguments = parser.parse_args()
     if unknown := set(arguments.parts) - PARTS.keys():

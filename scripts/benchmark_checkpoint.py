@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
+from protlig_dd.config.read import config_folder
 from protlig_dd.model.dit import DiT
-from protlig_dd.runtime.checkpoint import CheckpointWriter, snapshot
-from protlig_dd.runtime.config import config_folder
+from protlig_dd.runs.checkpoint import CheckpointWriter, snapshot
 from protlig_dd.training.ema import EMA
-from protlig_dd.training.optim import make_optimizer
+from protlig_dd.training.optim.make import make_optimizer
 from scripts.benchmark_data import table
 
 

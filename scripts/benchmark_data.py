@@ -28,16 +28,16 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from protlig_dd.data.build import SAMPLE_FOLDER
+from protlig_dd.config.read import config_folder
 from protlig_dd.data.fasta import read_fasta
 from protlig_dd.data.loader import PackDataset, pack_loader
-from protlig_dd.data.plan import total_tokens
+from protlig_dd.data.packing import total_tokens
+from protlig_dd.data.prepare.bundled import SAMPLE_FOLDER
 from protlig_dd.data.store import SequenceStore, StoreGroup
 from protlig_dd.model.dit import DiT
-from protlig_dd.runtime.config import config_folder
-from protlig_dd.runtime.files import sha256
-from protlig_dd.runtime.metrics import ProgressBar
-from protlig_dd.training.plan import H100_FLOPS, MFU
+from protlig_dd.system.files import sha256
+from protlig_dd.system.terminal import ProgressBar
+from protlig_dd.training.cost import H100_FLOPS, MFU
 
 UNIREF50_CLUSTERS = 70_198_728
 MAX_LEN, BUDGET, PACKS_PER_STEP = 1024, 32_768, 16
@@ -77,7 +77,7 @@ def measured(code: str, folder: Path) -> dict[str, Any]:
 PREPARE = """
 import json, os, sys
 from pathlib import Path
-from protlig_dd.data.build import Split, build_store
+from protlig_dd.data.prepare.build import Split, build_store
 store = build_store([Path({input!r})], Path({output!r}), split=Split(0.01, 0.01))
 print(json.dumps({{"sequences": len(store), "residues": int(store.lengths.sum())}}))
 """

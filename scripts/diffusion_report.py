@@ -20,15 +20,17 @@ import torch
 from omegaconf import OmegaConf
 
 from protlig_dd.batch import PackedBatch
-from protlig_dd.data.build import bundled_store
+from protlig_dd.config.components import build_graph, build_model, build_noise
+from protlig_dd.config.read import read_config
+from protlig_dd.config.train import TrainConfig
 from protlig_dd.data.loader import PackDataset
+from protlig_dd.data.prepare.bundled import bundled_store
 from protlig_dd.diffusion.likelihood import nll_bound
 from protlig_dd.diffusion.noise import CosineNoise, LogLinearNoise, Noise
 from protlig_dd.diffusion.sampling import sample
 from protlig_dd.diffusion.score import ScoreFn
-from protlig_dd.runtime.checkpoint import find_checkpoint, load_weights
-from protlig_dd.runtime.config import TrainConfig, build_graph, build_model, build_noise, read_config
-from protlig_dd.runtime.metrics import ProgressBar
+from protlig_dd.runs.checkpoint import find_checkpoint, load_weights
+from protlig_dd.system.terminal import ProgressBar
 from tests import brute_force
 from tests.conftest import exact_score_fn
 from tests.test_sampling import NOISES, SAMPLERS, frequencies

@@ -29,9 +29,9 @@ from typing import Protocol
 import torch
 from safetensors.torch import load_file
 
-from protlig_dd.data.build import bundled_store
-from protlig_dd.runtime.checkpoint import COMPLETE, FILES, newest_sound_checkpoint, step_of
-from protlig_dd.runtime.metrics import ProgressBar
+from protlig_dd.data.prepare.bundled import bundled_store
+from protlig_dd.runs.checkpoint import COMPLETE, FILES, newest_sound_checkpoint, step_of
+from protlig_dd.system.terminal import ProgressBar
 
 SMALL = [
     "experiment=demo",

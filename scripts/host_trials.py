@@ -21,9 +21,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from protlig_dd.data.build import build_store
+from protlig_dd.data.prepare.build import build_store
 from protlig_dd.data.store import SPLITS
-from protlig_dd.runtime.metrics import ProgressBar
+from protlig_dd.system.terminal import ProgressBar
 from scripts.fault_campaign import SMALL, Campaign, Process, children_of, start_python
 
 NAMES = ("host-a", "host-b")

@@ -31,13 +31,13 @@ from dataclasses import asdict, dataclass, fields
 from datetime import date
 from pathlib import Path
 
-from protlig_dd.runtime.files import drop_partial_line
-from protlig_dd.runtime.metrics import ProgressBar
+from protlig_dd.system.files import drop_partial_line
+from protlig_dd.system.terminal import ProgressBar
 from tests.warm import Server, start_server
 
 ROOT = Path(__file__).resolve().parents[1]
 LISTS = ROOT / "scripts/mutations"
-ROOMS = ("data", "diffusion", "evaluation", "model", "runtime", "training", "top")
+ROOMS = ("config", "data", "diffusion", "evaluation", "inference", "model", "runs", "system", "training", "top")
 # what verdicts depend on, and what is copied
 TESTED = ("protlig_dd", "configs", "scripts", "tests", "docs", "README.md", "pyproject.toml", "constraints.txt")
 LONGEST = 600  # seconds of the tests of one mutation

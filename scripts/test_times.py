@@ -61,8 +61,8 @@ GROUPS = (
           ("test_configs", "test_environment", "test_output", "test_warm")),
     Group("scripts and docs", "benchmarks print the tables of the docs; a mutation is caught; set-up",
           ("test_scripts", "test_setup", "test_testing")),
-    Group("earlier versions", "seeded runs give the recorded figures, on the recording machine to the bit; what an earlier "
-          "version wrote is read and continued", ("test_golden",)),
+    Group("earlier versions", "seeded runs give the recorded figures, on the recording machine to the bit; what an "
+          "earlier version wrote is read and continued", ("test_golden",)),
     Group("structure", "who may import whom; annotated shapes are enforced and leave no bytecode behind",
           ("test_layering", "test_typecheck")),
 )  # fmt: skip

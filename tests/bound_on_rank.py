@@ -12,11 +12,11 @@ import torch.distributed as dist
 
 from protlig_dd.data.loader import PackDataset
 from protlig_dd.data.store import SequenceStore
-from protlig_dd.diffusion.graph import Absorbing
+from protlig_dd.diffusion.graphs.absorbing import Absorbing
 from protlig_dd.diffusion.noise import LogLinearNoise
 from protlig_dd.diffusion.score import ScoreFn
-from protlig_dd.evaluation.held_out import held_out_bound
-from protlig_dd.runtime.distributed import Processes
+from protlig_dd.evaluation.likelihood.held_out import held_out_bound
+from protlig_dd.system.distributed import Processes
 from tests.conftest import make_model
 
 

@@ -24,12 +24,15 @@ from hypothesis import settings
 from jaxtyping import TypeCheckError
 
 from protlig_dd.batch import PackedBatch
-from protlig_dd.data.build import SAMPLE_FOLDER, build_store
 from protlig_dd.data.fasta import FastaRecord, read_fasta
+from protlig_dd.data.prepare.build import build_store
+from protlig_dd.data.prepare.bundled import SAMPLE_FOLDER
 from protlig_dd.data.store import SPLITS, SequenceStore
-from protlig_dd.diffusion.graph import Absorbing, Graph, Uniform
+from protlig_dd.diffusion.graphs.absorbing import Absorbing
+from protlig_dd.diffusion.graphs.registry import Graph
+from protlig_dd.diffusion.graphs.substitution import SubstitutionGraph
+from protlig_dd.diffusion.graphs.uniform import Uniform
 from protlig_dd.diffusion.score import ScoreFn
-from protlig_dd.diffusion.substitution import SubstitutionGraph
 from protlig_dd.model.dit import DiT
 
 from . import brute_force

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from protlig_dd.batch import PackedBatch
-from protlig_dd.model.attention import (
+from protlig_dd.model.mixers.attention import (
     check_attention_input,
     has_flash_attn,
     resolve_attention_backend,

@@ -16,21 +16,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protlig_dd.data import build, homology
-from protlig_dd.data.build import (
-    SAMPLE_FOLDER,
-    Filters,
-    Split,
-    build_store,
-    bundled_store,
-    count_tokens,
-    hashed_splits,
-    manifest_path,
-    repeated_rows,
-    taxa_below,
-)
+from protlig_dd.data import mmseqs
 from protlig_dd.data.encode import EncodedBlock, encode_block
 from protlig_dd.data.fasta import FastaFile, FastaRecord, read_fasta
+from protlig_dd.data.prepare import build, duplicates, read, splits, spool, write
+from protlig_dd.data.prepare.build import build_store
+from protlig_dd.data.prepare.bundled import SAMPLE_FOLDER, bundled_store
+from protlig_dd.data.prepare.duplicates import repeated_rows
+from protlig_dd.data.prepare.filters import Filters, taxa_below
+from protlig_dd.data.prepare.output import manifest_path
+from protlig_dd.data.prepare.splits import Split, hashed_splits
+from protlig_dd.data.prepare.write import count_tokens
 from protlig_dd.data.store import SPLITS, SequenceStore
 from protlig_dd.tokenizer import LETTERS, ProteinTokenizer
 
@@ -50,8 +46,8 @@ def test_a_hit_is_near_if_it_covers_either_sequence(monkeypatch: pytest.MonkeyPa
     """By what MMseqs2 says of hits, the best of a query first: identity, coverage of query and of target."""
     said = ["0 0.95 0.9 0.3", "1 0.95 0.3 0.9", "2 0.95 0.79 0.79", "3 0.49 1 1", "4 0.5 0.8 0", "5 0.9 0.1 0.1",
             "5 0.6 0.9 0.9", "6 0.9 0.9 0.9", "6 0.2 0.1 0.1"]  # fmt: skip
-    monkeypatch.setattr(homology, "_search", lambda *arguments: [line.split() for line in said])
-    found = homology.best_hits(tmp_path, tmp_path, tmp_path)
+    monkeypatch.setattr(mmseqs, "_search", lambda *arguments: [line.split() for line in said])
+    found = mmseqs.best_hits(tmp_path, tmp_path, tmp_path)
     assert {query: hit.near for query, hit in found.items()} == {0: True, 1: True, 2: False, 3: False, 4: True, 5: True,
                                                                 6: True}  # fmt: skip
     assert [hit.identity for hit in found.values()] == [0.95, 0.95, 0.95, 0.49, 0.5, 0.9, 0.9]
@@ -86,8 +82,9 @@ def test_pieces_of_any_size_give_the_same_store(
         text = f"{text[:start]}>copy{i}\n{text[start + len(record.id) + 2 :]}"
     file.write_text(text)
     whole = build_store([file], tmp_path / "whole.h5", split=Split(0.2, 0.1))
-    monkeypatch.setattr(build, "ROWS_AT_ONCE", rows_at_once)
-    monkeypatch.setattr(build, "COPY_BYTES", 700)
+    for module in (spool, duplicates, write):
+        monkeypatch.setattr(module, "ROWS_AT_ONCE", rows_at_once)
+    monkeypatch.setattr(spool, "COPY_BYTES", 700)
     pieces = build_store([file], tmp_path / "pieces.h5", split=Split(0.2, 0.1))
     assert whole.path.read_bytes() == pieces.path.read_bytes()
     assert whole.manifest["dropped"]["duplicates"] == 90
@@ -214,7 +211,7 @@ def test_taxa_include_what_is_below_them(tmp_path: Path) -> None:
 @given(st.lists(st.integers(0, 29), min_size=1, max_size=400))
 def test_tokens_are_counted(tokens: list[int]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "ROWS_AT_ONCE", 37)
+        patch.setattr(write, "ROWS_AT_ONCE", 37)
         array = np.array(tokens, np.uint8)
         assert count_tokens(array).tolist() == np.bincount(array, minlength=30).tolist()
 
@@ -222,7 +219,7 @@ def test_tokens_are_counted(tokens: list[int]) -> None:
 @given(st.lists(st.integers(0, 6), max_size=60))
 def test_repeated_rows(values: list[int]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "ROWS_AT_ONCE", 7)
+        patch.setattr(duplicates, "ROWS_AT_ONCE", 7)
         rows = repeated_rows(np.array(values, np.uint64))
     assert rows.tolist() == [row for row, value in enumerate(values) if values.count(value) > 1]
 
@@ -240,20 +237,20 @@ def test_equal_halves_of_a_hash_are_no_duplicates(tmp_path: Path, monkeypatch: p
 
     original = EncodedBlock.sequence_hashes
     monkeypatch.setattr(EncodedBlock, "sequence_hashes", colliding)
-    monkeypatch.setattr(build, "encode_block", no_ids)
+    monkeypatch.setattr(read, "encode_block", no_ids)
     records = [(f"p{i}", "MKV" + "ACDEFGHIKL"[i % 10]) for i in range(30)]
     store = build_store([write_fasta(tmp_path / "a.fasta", *records)], tmp_path / "a.h5")
     assert [store.id(row) for row in range(len(store))] == [f"p{i}" for i in range(10)]
 
 
 def test_a_spool_that_lost_bytes_becomes_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def cut_short(spool: build.Spool, *others: object, **options: object) -> np.ndarray:
-        os.truncate(spool.path("tokens"), spool.size("tokens") - 3)
-        return original(spool, *others, **options)
+    def cut_short(spooled: spool.Spool, *others: object, **options: object) -> np.ndarray:
+        os.truncate(spooled.path("tokens"), spooled.size("tokens") - 3)
+        return original(spooled, *others, **options)
 
-    original = build._keep
-    monkeypatch.setattr(build, "_keep", cut_short)
-    monkeypatch.setattr(build, "COPY_BYTES", 50)
+    original = build.kept_rows
+    monkeypatch.setattr(build, "kept_rows", cut_short)
+    monkeypatch.setattr(spool, "COPY_BYTES", 50)
     records = [(f"p{i}", "MKV" + "ACDEFGHIKL"[i % 10] * i) for i in range(1, 30)]
     with pytest.raises(ValueError, match=r"tokens: 31 bytes where 34 were written"):
         build_store([write_fasta(tmp_path / "a.fasta", *records)], tmp_path / "a.h5")
@@ -278,8 +275,8 @@ def test_hashed_splits_have_their_shares_and_stay_put() -> None:
 @given(st.text("ABC0123_", min_size=1), st.floats(0, 0.4), st.floats(0, 0.4))
 def test_growing_the_test_share_never_moves_a_test_sequence_out(id_: str, validation: float, test: float) -> None:
     hashes = ids_hashed([id_])
-    if hashed_splits(hashes, Split(validation, test))[0] == build.TEST:
-        assert hashed_splits(hashes, Split(validation, test + 0.1))[0] == build.TEST
+    if hashed_splits(hashes, Split(validation, test))[0] == splits.TEST:
+        assert hashed_splits(hashes, Split(validation, test + 0.1))[0] == splits.TEST
 
 
 def test_a_duplicate_of_a_training_sequence_is_not_held_out(tmp_path: Path) -> None:
@@ -444,7 +441,7 @@ def test_missing_misnamed_and_existing_files(tmp_path: Path) -> None:
 
 def test_an_output_that_appears_meanwhile_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write_fasta(tmp_path / "a.fasta", ("a", "MKV"))
-    for place in ("_write", "_put"):
+    for place in ("write_store", "put_in_place"):
 
         def interfere(original: Callable, *arguments: object) -> None:
             (tmp_path / "a.h5").write_text("precious")

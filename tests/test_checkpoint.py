@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from protlig_dd.runtime import checkpoint
-from protlig_dd.runtime.checkpoint import (
+from protlig_dd.runs import checkpoint
+from protlig_dd.runs.checkpoint import (
     COMPLETE,
     FILES,
     best_checkpoint,
@@ -25,7 +25,7 @@ from protlig_dd.runtime.checkpoint import (
     write_best,
 )
 from protlig_dd.training.ema import EMA
-from protlig_dd.training.optim import make_optimizer
+from protlig_dd.training.optim.make import make_optimizer
 
 from .conftest import make_model, random_batch
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from protlig_dd.data.store import SequenceStore
-from protlig_dd.runtime.checkpoint import complete_checkpoints
-from protlig_dd.runtime.metrics import read_metrics
+from protlig_dd.runs.checkpoint import complete_checkpoints
+from protlig_dd.runs.metrics import read_metrics
 
 from .conftest import ROOT, Command, Start, free_port, require, require_program, wait_for
 from .test_training import assert_same_bits, overrides_for, train

@@ -11,10 +11,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from protlig_dd.data.store import SequenceStore
-from protlig_dd.runtime.cli import quoted, run_verb
-from protlig_dd.runtime.config import (
-    RESUMABLE,
+from protlig_dd.config.cli import quoted, run_verb
+from protlig_dd.config.components import build_model
+from protlig_dd.config.read import at_home, config_folder, flatten, known_keys, read_config
+from protlig_dd.config.train import RESUMABLE, TrainConfig, changed_keys, check_train_config
+from protlig_dd.config.verbs import (
     EmbedConfig,
     EvaluateConfig,
     ExportConfig,
@@ -23,18 +24,10 @@ from protlig_dd.runtime.config import (
     PrepareConfig,
     ReportPageConfig,
     SampleConfig,
-    TrainConfig,
     VariantsConfig,
-    at_home,
-    build_model,
-    changed_keys,
-    config_folder,
-    flatten,
-    known_keys,
-    read_config,
 )
+from protlig_dd.data.store import SequenceStore
 from protlig_dd.training.launch import run
-from protlig_dd.training.validate import check_train_config
 
 from .conftest import ROOT, Command, assert_one_line_error
 

@@ -10,7 +10,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from protlig_dd.batch import PackedBatch, StaticShape
-from protlig_dd.model.dit import DiT, RMSNorm, per_token
+from protlig_dd.model.dit import DiT
+from protlig_dd.model.kernels import per_token
+from protlig_dd.model.layers import RMSNorm
 
 from .conftest import make_model, random_batch, refuses
 

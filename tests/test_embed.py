@@ -14,13 +14,16 @@ from hypothesis import strategies as st
 
 from protlig_dd import __version__
 from protlig_dd.batch import PackedBatch
+from protlig_dd.data.crops import window, window_starts
 from protlig_dd.data.store import SequenceStore
-from protlig_dd.diffusion.graph import Absorbing, Graph, Uniform
+from protlig_dd.diffusion.graphs.absorbing import Absorbing
+from protlig_dd.diffusion.graphs.registry import Graph
+from protlig_dd.diffusion.graphs.uniform import Uniform
 from protlig_dd.diffusion.noise import NOISES
 from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.embed import ids_column
-from protlig_dd.runtime.embedding import embed, resolve_layer, window, window_starts
-from protlig_dd.runtime.trained import load_trained
+from protlig_dd.inference.embedding import embed, resolve_layer
+from protlig_dd.inference.model import load_trained
 from protlig_dd.tokenizer import ProteinTokenizer
 
 from .conftest import Command, assert_one_line_error, make_model

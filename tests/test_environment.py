@@ -4,8 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from protlig_dd.runtime.distributed import Processes, join_group
-from protlig_dd.runtime.environment import (
+from protlig_dd.system.device import (
     describe_environment,
     matmul_peak,
     missing_to_compile,
@@ -13,7 +12,8 @@ from protlig_dd.runtime.environment import (
     resolve_device,
     resolve_precision,
 )
-from protlig_dd.runtime.random import keyed_generator, random_key
+from protlig_dd.system.distributed import Processes, join_group
+from protlig_dd.system.random import keyed_generator, random_key
 
 
 def test_auto_is_what_this_machine_has() -> None:

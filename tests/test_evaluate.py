@@ -15,19 +15,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protlig_dd.batch import PackedBatch
-from protlig_dd.data.build import build_store
+from protlig_dd.config.verbs import EvaluateConfig
+from protlig_dd.data.crops import cropped
 from protlig_dd.data.fasta import FastaRecord
+from protlig_dd.data.prepare.build import build_store
 from protlig_dd.data.store import SPLITS, SequenceStore, StoreGroup
-from protlig_dd.diffusion.graph import Absorbing, Graph, Uniform
-from protlig_dd.diffusion.likelihood import masked_cross_entropy, nll_bound
+from protlig_dd.diffusion.exact_count import masked_cross_entropy
+from protlig_dd.diffusion.graphs.absorbing import Absorbing
+from protlig_dd.diffusion.graphs.registry import Graph
+from protlig_dd.diffusion.graphs.uniform import Uniform
+from protlig_dd.diffusion.likelihood import nll_bound, protein_draws
 from protlig_dd.diffusion.noise import GeometricNoise, LogLinearNoise, Noise
 from protlig_dd.diffusion.score import ScoreFn
-from protlig_dd.evaluate import NAMES, Scored, all_sources, cropped, find_baselines, letter_csv, score, summary
-from protlig_dd.evaluation import leaks
-from protlig_dd.evaluation.baselines import fit_baselines
-from protlig_dd.runtime.config import EvaluateConfig
-from protlig_dd.runtime.random import places_of_set, protein_draws, protein_keys
-from protlig_dd.runtime.trained import load_trained, run_folder
+from protlig_dd.evaluation.likelihood import leaks
+from protlig_dd.evaluation.likelihood.baselines import find_baselines, fit_baselines
+from protlig_dd.evaluation.likelihood.scoring import Scored, score, summary
+from protlig_dd.evaluation.likelihood.tables import NAMES, letter_csv
+from protlig_dd.evaluation.likelihood.trained_on import all_sources
+from protlig_dd.inference.model import load_trained, run_folder
+from protlig_dd.system.random import places_of_set, protein_keys
 from protlig_dd.tokenizer import BOS, EOS, N_STATES, ProteinTokenizer
 
 from . import brute_force

@@ -23,10 +23,10 @@ from safetensors.torch import save_file
 from protlig_dd import __version__
 from protlig_dd.data.store import SequenceStore
 from protlig_dd.hub import ProteinDiffusion
-from protlig_dd.runtime.checkpoint import complete_checkpoints, load_tensors
-from protlig_dd.runtime.exported import EXPORTED, WEIGHTS
-from protlig_dd.runtime.files import sha256
-from protlig_dd.runtime.trained import find_saved, load_trained
+from protlig_dd.inference.exported import EXPORTED, WEIGHTS
+from protlig_dd.inference.model import find_saved, load_trained
+from protlig_dd.runs.checkpoint import complete_checkpoints, load_tensors
+from protlig_dd.system.files import sha256
 from protlig_dd.tokenizer import AMINO_ACIDS
 
 from .conftest import Command, MadeOnce, assert_one_line_error, random_batch, thorough

@@ -19,7 +19,7 @@ import torch
 from protlig_dd.data.fasta import FastaRecord
 from protlig_dd.data.loader import PackDataset
 from protlig_dd.data.store import SequenceStore, StoreGroup
-from protlig_dd.runtime.checkpoint import (
+from protlig_dd.runs.checkpoint import (
     COMPLETE,
     FILES,
     complete_checkpoints,
@@ -28,10 +28,10 @@ from protlig_dd.runtime.checkpoint import (
     save_checkpoint,
     snapshot,
 )
-from protlig_dd.runtime.distributed import RanksFailedError, count_devices
-from protlig_dd.runtime.files import NO_LOCKS, locked
-from protlig_dd.runtime.metrics import read_metrics
-from protlig_dd.runtime.stop import REASONS, SIGNALS, Stopped, StopRequests, handled_signals, seconds_of
+from protlig_dd.runs.metrics import read_metrics
+from protlig_dd.system.files import NO_LOCKS, locked
+from protlig_dd.system.launcher import RanksFailedError, count_devices
+from protlig_dd.system.signals import REASONS, SIGNALS, Stopped, StopRequests, handled_signals, seconds_of
 from scripts.fault_campaign import FAULTS, Campaign, flip, ranks_of, truncate
 
 from .conftest import (
@@ -129,9 +129,7 @@ def test_how_many_processes_are_started() -> None:
 
 
 def test_a_folder_has_one_holder(tmp_path: Path, run_python: Command) -> None:
-    code = (
-        "from pathlib import Path; from protlig_dd.runtime.files import locked\nwith locked(Path('run')): print('in')"
-    )
+    code = "from pathlib import Path; from protlig_dd.system.files import locked\nwith locked(Path('run')): print('in')"
     with locked(tmp_path / "run"):
         refused = run_python("-c", code)
         assert f"run is in use by another run (process {os.getpid()} on " in refused.stderr

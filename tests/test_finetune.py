@@ -18,24 +18,25 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf, open_dict
 from safetensors.torch import load_file
 
-from protlig_dd.data.build import build_store
+from protlig_dd.config.components import resolve_max_weight
+from protlig_dd.config.read import config_folder, flatten, read_config, spelt
+from protlig_dd.config.train import TrainConfig
 from protlig_dd.data.loader import PackDataset
+from protlig_dd.data.prepare.build import build_store
 from protlig_dd.data.store import SequenceStore
-from protlig_dd.diffusion.likelihood import per_residue
 from protlig_dd.diffusion.loss import score_entropy_loss
-from protlig_dd.evaluation.trained_on import sources_before
+from protlig_dd.evaluation.averages import per_residue
+from protlig_dd.evaluation.likelihood.trained_on import sources_before
 from protlig_dd.export import report_of
-from protlig_dd.runtime.checkpoint import complete_checkpoints
-from protlig_dd.runtime.config import TrainConfig, config_folder, flatten, read_config, resolve_max_weight, spelt
-from protlig_dd.runtime.exported import measured
-from protlig_dd.runtime.files import sha256
-from protlig_dd.runtime.metrics import read_metrics
-from protlig_dd.runtime.random import keyed_generator
-from protlig_dd.runtime.trained import find_saved, load_trained
+from protlig_dd.inference.exported import measured
+from protlig_dd.inference.model import find_saved, load_trained
+from protlig_dd.runs.checkpoint import complete_checkpoints
+from protlig_dd.runs.metrics import read_metrics
+from protlig_dd.system.files import sha256
+from protlig_dd.system.random import keyed_generator
 from protlig_dd.tokenizer import ProteinTokenizer
-from protlig_dd.training.finetune import taken_over
-from protlig_dd.training.launch import starting_from
-from protlig_dd.training.optim import warmup_of
+from protlig_dd.training.finetune import starting_from, taken_over
+from protlig_dd.training.optim.schedule import warmup_of
 from protlig_dd.training.trainer import count_residues
 
 from .conftest import Command, MadeOnce, assert_one_line_error

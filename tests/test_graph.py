@@ -6,9 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protlig_dd.diffusion.graph import Absorbing, Graph, Uniform
+from protlig_dd.diffusion.graphs import absorbing, uniform
+from protlig_dd.diffusion.graphs.absorbing import Absorbing
+from protlig_dd.diffusion.graphs.registry import Graph
+from protlig_dd.diffusion.graphs.substitution import SubstitutionGraph
+from protlig_dd.diffusion.graphs.uniform import Uniform
 from protlig_dd.diffusion.numerics import categorical, clamp_negative, log_expm1, uniform_draws
-from protlig_dd.diffusion.substitution import SubstitutionGraph
 
 from . import brute_force
 from .conftest import graph_of, refuses
@@ -88,7 +91,8 @@ def test_transitions_have_the_probabilities_of_the_matrix_exponential(
     points, expected = 400_000, brute_force.transition(name, n, sigma)[2]
     reach = min(1.0, 2 * float(1 - expected[2]))
     grid = (torch.arange(points, dtype=torch.float64) + 0.5) / points * reach
-    monkeypatch.setattr("protlig_dd.diffusion.graph.uniform_draws", lambda length, generator: grid)
+    for module in (absorbing, uniform):
+        monkeypatch.setattr(module, "uniform_draws", lambda length, generator: grid)
     xt = graph_of(name, n).sample_transition(
         torch.full((points,), 2), torch.full((points,), sigma, dtype=torch.float64), torch.Generator()
     )

@@ -19,25 +19,26 @@ from scipy.stats import spearmanr
 from protlig_dd.batch import PackedBatch
 from protlig_dd.data.fasta import FastaRecord, read_fasta
 from protlig_dd.data.store import SequenceStore
-from protlig_dd.diffusion.graph import Absorbing, Uniform
+from protlig_dd.diffusion.graphs.absorbing import Absorbing
+from protlig_dd.diffusion.graphs.uniform import Uniform
 from protlig_dd.diffusion.noise import LogLinearNoise
 from protlig_dd.diffusion.score import ScoreFn
-from protlig_dd.evaluation.fitness import Work
-from protlig_dd.evaluation.redesigns import Redesign, free_draws, free_nll
-from protlig_dd.infill import (
+from protlig_dd.evaluation.samples.redesigns import Redesign, free_draws, free_nll
+from protlig_dd.inference import generate
+from protlig_dd.inference.layouts import (
     MOST,
     Design,
     Segment,
     draw_layout,
     draw_sizes,
     free_positions,
-    infill,
     map_csv,
     place,
     read_records,
 )
-from protlig_dd.runtime import generate
-from protlig_dd.runtime.trained import Trained, load_trained
+from protlig_dd.inference.model import Trained, load_trained
+from protlig_dd.inference.sharing import Work
+from protlig_dd.infill import infill
 from protlig_dd.sample import sample_proteins
 from protlig_dd.tokenizer import BOS, EOS, MASK, ProteinTokenizer
 

@@ -16,12 +16,18 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protlig_dd import judge
-from protlig_dd.data.build import SAMPLE_FOLDER
 from protlig_dd.data.fasta import read_fasta
-from protlig_dd.data.homology import Hit
+from protlig_dd.data.mmseqs import Hit
+from protlig_dd.data.prepare.bundled import SAMPLE_FOLDER
 from protlig_dd.data.store import SequenceStore
-from protlig_dd.evaluation.judges import (
+from protlig_dd.evaluation.samples import relatives
+from protlig_dd.evaluation.samples.external import (
+    esm2_pseudo_perplexities,
+    esmfold_plddts,
+    pfam_hits,
+    pseudo_perplexity,
+)
+from protlig_dd.evaluation.samples.statistics import (
     COLUMNS,
     SETS,
     Controls,
@@ -41,8 +47,7 @@ from protlig_dd.evaluation.judges import (
     with_controls,
     written,
 )
-from protlig_dd.evaluation.outside import esm2_pseudo_perplexities, esmfold_plddts, pfam_hits, pseudo_perplexity
-from protlig_dd.evaluation.verdicts import KINDS, Verdict, difference, verdict_on_lengths, verdicts
+from protlig_dd.evaluation.samples.verdicts import KINDS, Verdict, difference, verdict_on_lengths, verdicts
 from protlig_dd.tokenizer import ProteinTokenizer
 
 from .conftest import Command, assert_one_line_error, require_program
@@ -288,10 +293,10 @@ def test_relatives_are_told_in_their_own_rows(
         assert targets.read_text().count(">") == len(store.split("train"))
         return hits
 
-    monkeypatch.setattr(judge, "clusters_of", given_clusters)
-    monkeypatch.setattr(judge, "best_hits", given_hits)
+    monkeypatch.setattr(relatives, "clusters_of", given_clusters)
+    monkeypatch.setattr(relatives, "best_hits", given_hits)
     rows: Rows = {}
-    columns = judge.relatives(sets, store, tmp_path, rows)
+    columns = relatives.relatives(sets, store, tmp_path, rows)
     alone, twins, hit, identity, close = rows
     assert [round(value, 6) for value, *_ in rows[alone]] == [0.75, 1.0, 0.25]
     assert [value for value, *_ in rows[twins]] == [0.5, 0.0, 1.0]

@@ -1,6 +1,7 @@
-"""Who may import whom: read off the source, not off sys.modules."""
+"""Who may import whom, and how large a file may grow: read off the source, not off sys.modules."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -10,34 +11,24 @@ from .conftest import ROOT
 PACKAGE = ROOT / "protlig_dd"
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
 
-PROCESS = ["diffusion.score", "diffusion.graph", "diffusion.noise", "diffusion.numerics"]
-# longest matching prefix wins; each may import these and itself
-ALLOWED = {
-    "protlig_dd.tokenizer": [],
-    "protlig_dd.batch": ["tokenizer"],
-    "protlig_dd.data.fasta": [],
-    "protlig_dd.data.encode": ["data.fasta", "tokenizer"],
-    "protlig_dd.data.store": ["data.fasta", "tokenizer"],
-    "protlig_dd.data.homology": [],
-    "protlig_dd.data.build": ["data", "tokenizer", "runtime.files"],
-    "protlig_dd.data.draws": [],
-    "protlig_dd.data.plan": ["data.draws", "runtime.files"],
-    "protlig_dd.data.loader": ["data.store", "data.plan", "data.draws", "batch"],
-    "protlig_dd.model": ["batch", "tokenizer"],
-    "protlig_dd.diffusion.noise": [],
-    "protlig_dd.diffusion.rates": ["tokenizer"],
-    "protlig_dd.diffusion.numerics": ["batch"],
-    "protlig_dd.diffusion.substitution": ["diffusion.numerics", "diffusion.rates", "tokenizer"],
-    "protlig_dd.diffusion.graph": ["diffusion.numerics", "diffusion.substitution", "tokenizer"],
-    "protlig_dd.diffusion.score": ["diffusion.numerics", "diffusion.graph", "batch"],
-    "protlig_dd.diffusion.loss": [*PROCESS, "batch"],
-    "protlig_dd.diffusion.likelihood": [*PROCESS, "batch"],
-    "protlig_dd.diffusion.sampling": [*PROCESS, "diffusion.likelihood", "batch", "tokenizer"],
-    "protlig_dd.runtime": ["model", "diffusion", "batch", "tokenizer"],
-    "protlig_dd.evaluation": ["runtime", "data", "diffusion", "model", "batch", "tokenizer"],
-    "protlig_dd.training": ["evaluation", "runtime", "data", "diffusion", "model", "batch", "tokenizer"],
-    "protlig_dd": ["evaluation", "runtime", "data", "diffusion", "model", "batch", "tokenizer"],  # the verbs
-}
+# From the ground up. A room may import what stands on a lower floor, and itself; rooms of one floor do not know each
+# other. Files that stand in no room are the verbs, and the package's own.
+FLOORS = (
+    ("system", "tokenizer"),
+    ("batch",),
+    ("runs", "model", "diffusion", "data"),
+    ("config",),
+    ("inference",),
+    ("evaluation",),
+    ("training",),
+)
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+LONGEST, MEDIAN = 350, 150  # lines of a file
+
+
+def room_of(module: str) -> str:
+    """The first part of its name within the package."""
+    return module.removeprefix("protlig_dd").lstrip(".").partition(".")[0]
 
 
 def imports_of(path: Path) -> set[str]:
@@ -45,26 +36,44 @@ def imports_of(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names if node.module == "protlig_dd"}
             found.add(node.module or "")
         elif isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
-    return {name for name in found if name.startswith("protlig_dd.")}  # the package itself is its version
+    return {name for name in found if name.startswith("protlig_dd.") and name != "protlig_dd.__version__"}
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_imports_go_downwards(module: str) -> None:
-    layer = max((name for name in ALLOWED if f"{module}.".startswith(f"{name}.")), key=len)
-    allowed = [layer] if layer != "protlig_dd" else []  # a verb imports no other verb
-    allowed += [*(f"protlig_dd.{name}" for name in ALLOWED[layer])]
+    room = room_of(module)
+    floor = FLOOR_OF.get(room, len(FLOORS))
     for name in imports_of(MODULES[module]):
-        assert any(f"{name}.".startswith(f"{prefix}.") for prefix in allowed), f"{module} imports {name}"
+        other = room_of(name)
+        assert other in FLOOR_OF, f"{module} imports {name}: a verb imports no other verb"
+        assert other == room or FLOOR_OF[other] < floor, f"{module} imports {name}, which does not stand below it"
 
 
 def test_only_verbs_and_training_see_the_config() -> None:
-    below = [path for name, path in MODULES.items() if ".".join(name.split(".")[:2]) in (
-        "protlig_dd.model", "protlig_dd.diffusion", "protlig_dd.data", "protlig_dd.batch", "protlig_dd.tokenizer"
-    )]  # fmt: skip
-    assert len(below) > 10
-    for path in below:
-        assert "omegaconf" not in path.read_text(), path
+    below = {"system", "tokenizer", "batch", "runs", "model", "diffusion", "data"}
+    files = [path for name, path in MODULES.items() if room_of(name) in below]
+    assert len(files) > 30
+    for path in files:
+        assert not re.search(r"^\s*(import|from) omegaconf", path.read_text(), re.MULTILINE), path
         assert "cfg" not in path.read_text(), path
+
+
+def test_files_are_short() -> None:
+    lines = {name: len(path.read_text().splitlines()) for name, path in MODULES.items()}
+    assert {name: count for name, count in lines.items() if count > LONGEST} == {}
+    counts = sorted(lines.values())
+    assert counts[len(counts) // 2] < MEDIAN
+
+
+def test_earlier_places_of_public_functions_work() -> None:
+    from protlig_dd.diffusion.graph import Absorbing
+    from protlig_dd.model.attention import varlen_attention
+    from protlig_dd.model.rotary import apply_rotary_pos_emb, rotary_cos_sin
+
+    assert Absorbing.__module__ == "protlig_dd.diffusion.graphs.absorbing"
+    assert varlen_attention.__module__ == "protlig_dd.model.mixers.attention"
+    assert {one.__module__ for one in (apply_rotary_pos_emb, rotary_cos_sin)} == {"protlig_dd.model.positions.rotary"}

@@ -12,23 +12,19 @@ from scipy.integrate import solve_ivp
 from torch import Tensor
 
 from protlig_dd.batch import PackedBatch
+from protlig_dd.config.components import build_noise
 from protlig_dd.data.store import SequenceStore
-from protlig_dd.diffusion.graph import Absorbing, Graph, Uniform
-from protlig_dd.diffusion.likelihood import (
-    error_of_pairs,
-    integrand,
-    nll_bound,
-    per_residue,
-    reconstruction,
-    spread_of,
-    strata,
-)
+from protlig_dd.diffusion.graphs.absorbing import Absorbing
+from protlig_dd.diffusion.graphs.registry import Graph
+from protlig_dd.diffusion.graphs.substitution import SubstitutionGraph, make_substitution_graph
+from protlig_dd.diffusion.graphs.uniform import Uniform
+from protlig_dd.diffusion.likelihood import integrand, nll_bound, reconstruction
 from protlig_dd.diffusion.noise import CosineNoise, GeometricNoise, LogLinearNoise
 from protlig_dd.diffusion.numerics import clamp_negative
 from protlig_dd.diffusion.score import ScoreFn
-from protlig_dd.diffusion.substitution import SubstitutionGraph, make_substitution_graph
-from protlig_dd.runtime.config import build_noise
-from protlig_dd.runtime.trained import load_trained
+from protlig_dd.diffusion.strata import error_of_pairs, spread_of, strata
+from protlig_dd.evaluation.averages import per_residue
+from protlig_dd.inference.model import load_trained
 from protlig_dd.tokenizer import ProteinTokenizer
 
 from . import brute_force

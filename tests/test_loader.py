@@ -12,11 +12,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protlig_dd.data.build import build_store
+from protlig_dd.data.crops import crop_bounds
 from protlig_dd.data.draws import VERSIONS
 from protlig_dd.data.fasta import FastaRecord
-from protlig_dd.data.loader import PackDataset, RankPacks, check_pack_sizes, crop_bounds, pack_loader
-from protlig_dd.data.plan import clipped_tokens, plan_folder
+from protlig_dd.data.loader import PackDataset, RankPacks, check_pack_sizes, pack_loader
+from protlig_dd.data.packing import clipped_tokens
+from protlig_dd.data.plan_cache import plan_folder
+from protlig_dd.data.prepare.build import build_store
 from protlig_dd.data.store import SequenceStore, StoreGroup
 from protlig_dd.tokenizer import AMINO_ACIDS, BOS, EOS, ProteinTokenizer
 

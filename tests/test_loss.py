@@ -5,7 +5,9 @@ import torch
 from torch.nn import functional as F
 
 from protlig_dd.batch import PackedBatch
-from protlig_dd.diffusion.graph import Absorbing, Graph, Uniform
+from protlig_dd.diffusion.graphs.absorbing import Absorbing
+from protlig_dd.diffusion.graphs.registry import Graph
+from protlig_dd.diffusion.graphs.uniform import Uniform
 from protlig_dd.diffusion.loss import score_entropy_loss
 from protlig_dd.diffusion.noise import CosineNoise, GeometricNoise, LogLinearNoise, Noise, stratified_times
 from protlig_dd.diffusion.score import ScoreFn

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from protlig_dd.data.store import SequenceStore
-from protlig_dd.runtime import meeting as module
-from protlig_dd.runtime.distributed import OtherRankError, Processes, in_one_line, within
-from protlig_dd.runtime.meeting import Meeting, loopback_name
-from protlig_dd.training.launch import is_continued, seconds_left
+from protlig_dd.system import meeting as module
+from protlig_dd.system.distributed import OtherRankError, Processes, in_one_line, within
+from protlig_dd.system.meeting import Meeting, loopback_name
+from protlig_dd.training.resume import is_continued, seconds_left
 
 from .conftest import Command, Start, assert_one_line_error, free_port
 from .test_training import overrides_for
@@ -223,7 +223,7 @@ def test_agents_that_were_given_other_commands_refuse_and_train_nothing(
 
 @pytest.mark.slow
 def test_a_slow_disk_is_not_blamed_on_a_rank(run_python: Command, store: SequenceStore, tmp_path: Path) -> None:
-    slow = "import runpy\nimport time\nimport protlig_dd.runtime.checkpoint as checkpoint\n"
+    slow = "import runpy\nimport time\nimport protlig_dd.runs.checkpoint as checkpoint\n"
     slow += "save = checkpoint.save_checkpoint\n"
     slow += "def slowly(*given, **named):\n    time.sleep(7)\n    return save(*given, **named)\n"
     slow += "checkpoint.save_checkpoint = slowly\n"

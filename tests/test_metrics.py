@@ -7,11 +7,13 @@ import pytest
 from rich.console import Console
 
 from protlig_dd.batch import split_lengths
-from protlig_dd.runtime import metrics
-from protlig_dd.runtime.distributed import Processes
-from protlig_dd.runtime.files import free_name, replacing, write_atomic, write_folder, write_new
-from protlig_dd.runtime.generate import designs_fasta, draw_lengths
-from protlig_dd.runtime.metrics import MetricsLog, ProgressBar, announce, read_metrics
+from protlig_dd.inference.generate import designs_fasta
+from protlig_dd.inference.lengths import draw_lengths
+from protlig_dd.runs.metrics import MetricsLog, read_metrics
+from protlig_dd.system import terminal
+from protlig_dd.system.distributed import Processes
+from protlig_dd.system.files import free_name, replacing, write_atomic, write_folder, write_new
+from protlig_dd.system.terminal import ProgressBar, announce
 
 from .conftest import wait_for
 
@@ -86,7 +88,7 @@ def test_without_a_terminal_progress_is_a_few_plain_lines(capsys: pytest.Capture
 
 def test_on_a_terminal_a_validation_bar_lives_within_the_training_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
-    monkeypatch.setattr(metrics, "console", Console(file=screen, force_terminal=True, width=100))
+    monkeypatch.setattr(terminal, "console", Console(file=screen, force_terminal=True, width=100))
     with ProgressBar("training", 2) as training:
         training.advance(note="loss 2.9")
         with ProgressBar("validation", 3) as validation:

@@ -5,6 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from protlig_dd.config.components import build_noise
+from protlig_dd.diffusion.graphs.substitution import make_substitution_graph
 from protlig_dd.diffusion.noise import (
     CosineNoise,
     GeometricNoise,
@@ -13,8 +15,6 @@ from protlig_dd.diffusion.noise import (
     curriculum_t_max,
     stratified_times,
 )
-from protlig_dd.diffusion.substitution import make_substitution_graph
-from protlig_dd.runtime.config import build_noise
 
 
 def describe(value: object) -> str:

@@ -5,8 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from protlig_dd.config.train import OPTIMIZERS, SCHEDULES
 from protlig_dd.training.ema import EMA, HORIZON, run_length_decay
-from protlig_dd.training.optim import OPTIMIZERS, SCHEDULES, learning_rate, make_optimizer, orthogonal, warmup_of
+from protlig_dd.training.optim.make import make_optimizer
+from protlig_dd.training.optim.muon import orthogonal
+from protlig_dd.training.optim.schedule import learning_rate, warmup_of
 
 from .conftest import make_model, random_batch
 

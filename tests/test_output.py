@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from protlig_dd.data.store import SequenceStore
-from protlig_dd.runtime.checkpoint import complete_checkpoints
-from protlig_dd.runtime.output import Unfailing, let_output_fail
+from protlig_dd.runs.checkpoint import complete_checkpoints
+from protlig_dd.system.output import Unfailing, let_output_fail
 
 from .conftest import Command, thorough
 from .test_training import overrides_for

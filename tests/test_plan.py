@@ -14,21 +14,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chi2, chisquare
 
-from protlig_dd.data import draws, plan
+from protlig_dd.data import draws, plan_cache
 from protlig_dd.data.draws import VERSIONS, below, shuffled, some_of
-from protlig_dd.data.plan import (
+from protlig_dd.data.packing import (
     Plan,
     clipped_tokens,
     epoch_rows,
     make_plan,
     pack_starts,
     packs_in_epoch,
-    plan_folder,
     quotas,
-    remove_plans,
-    shared_plan,
     total_tokens,
 )
+from protlig_dd.data.plan_cache import plan_folder, remove_plans, shared_plan
 
 
 @pytest.fixture(autouse=True)
@@ -332,4 +330,4 @@ def test_a_temporary_folder_that_takes_nothing_is_named(tmp_path: Path) -> None:
     plan_folder().rmdir()
     (tmp_path / f"protlig_dd-{os.getuid()}").write_text("a file")
     with pytest.raises(ValueError, match="cannot keep the plan of an epoch there"):
-        plan.plan_folder()
+        plan_cache.plan_folder()

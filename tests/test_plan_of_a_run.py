@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 from protlig_dd.batch import PackedBatch
+from protlig_dd.config.components import build_model
+from protlig_dd.config.read import read_config
+from protlig_dd.config.train import TrainConfig
 from protlig_dd.data.store import SequenceStore, StoreGroup
-from protlig_dd.runtime.config import TrainConfig, build_model, read_config
-from protlig_dd.training.plan import activation_bytes, kept_bytes, plan, with_data
+from protlig_dd.training.cost import activation_bytes, kept_bytes, plan, with_data
 
 from .conftest import Command, assert_one_line_error
 from .test_configs import composed

@@ -325,7 +325,7 @@ def test_memory_grows_by_less_than_40_bytes_a_sequence(tmp_path: Path) -> None:
         with (tmp_path / "a.fasta").open("w") as file:
             file.writelines(f">p{i}\n{i:024b}\n".translate(LETTERS_OF_BITS) for i in range(count))
         code = (
-            "from pathlib import Path; from protlig_dd.data.build import build_store;"
+            "from pathlib import Path; from protlig_dd.data.prepare.build import build_store;"
             f"build_store([Path('a.fasta')], Path('a{count}.h5'));"
             "print(open('/proc/self/status').read().partition('VmHWM:')[2].split()[0])"
         )

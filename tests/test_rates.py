@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from protlig_dd.diffusion.rates import SWISS_PROT, read_matrix, substitution_rates
-from protlig_dd.diffusion.substitution import SubstitutionGraph, make_substitution_graph
+from protlig_dd.diffusion.graphs.rates import SWISS_PROT, read_matrix, substitution_rates
+from protlig_dd.diffusion.graphs.substitution import SubstitutionGraph, make_substitution_graph
 from protlig_dd.tokenizer import AMINO_ACIDS
 
 from .conftest import refuses

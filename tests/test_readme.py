@@ -18,8 +18,8 @@ import pytest
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from protlig_dd.data.build import SAMPLE_FOLDER
 from protlig_dd.data.fasta import read_fasta
+from protlig_dd.data.prepare.bundled import SAMPLE_FOLDER
 
 from .conftest import ROOT, require_program
 from .test_download import serving

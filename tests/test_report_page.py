@@ -19,29 +19,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from protlig_dd.data.build import build_store
+from protlig_dd.config.cli import run_verb
+from protlig_dd.config.verbs import ReportPageConfig
 from protlig_dd.data.fasta import FastaRecord
+from protlig_dd.data.prepare.build import build_store
 from protlig_dd.data.store import SPLITS, SequenceStore, StoreGroup
-from protlig_dd.diffusion.likelihood import per_residue
-from protlig_dd.evaluation.held_out import length_counts, training_frequencies, training_statistics
-from protlig_dd.evaluation.judges import Figure, written
-from protlig_dd.evaluation.page import (
-    LINE,
-    NATS,
-    RESIDUE_CLASSES,
-    comparison_page,
-    differing_keys,
-    has_capped_weights,
-    protein,
-    read_run,
-    run_page,
-    write_run_page,
-)
-from protlig_dd.evaluation.plots import Estimate, Series, dot_plot, nice_ticks, plot, smooth, thin, tick_texts
+from protlig_dd.evaluation.averages import per_residue
+from protlig_dd.evaluation.likelihood.held_out import length_counts, training_frequencies, training_statistics
+from protlig_dd.evaluation.report.curves import NATS, has_capped_weights
+from protlig_dd.evaluation.report.page import comparison_page, run_page, write_run_page
+from protlig_dd.evaluation.report.plots import Estimate, Series, dot_plot, nice_ticks, plot, smooth, thin, tick_texts
+from protlig_dd.evaluation.report.run import differing_keys, read_run
+from protlig_dd.evaluation.report.sections import LINE, RESIDUE_CLASSES, protein
+from protlig_dd.evaluation.samples.statistics import Figure, written
 from protlig_dd.report import report
-from protlig_dd.runtime.checkpoint import complete_checkpoints
-from protlig_dd.runtime.cli import run_verb
-from protlig_dd.runtime.config import ReportPageConfig
+from protlig_dd.runs.checkpoint import complete_checkpoints
 from protlig_dd.tokenizer import AMINO_ACIDS
 
 from .browser import Browser, chromium

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protlig_dd.model.rotary import apply_rotary_pos_emb, gather_rotary, rotary_cos_sin
+from protlig_dd.model.positions.rotary import apply_rotary_pos_emb, gather_rotary, rotary_cos_sin
 
 from .conftest import random_batch, refuses
 

@@ -13,11 +13,11 @@ from protlig_dd.batch import PackedBatch
 from protlig_dd.data.fasta import FastaRecord, read_fasta
 from protlig_dd.data.store import SequenceStore, StoreGroup
 from protlig_dd.diffusion.likelihood import nll_bound
-from protlig_dd.evaluation.held_out import length_counts
-from protlig_dd.runtime.generate import choose_lengths
-from protlig_dd.runtime.random import keyed_generator
-from protlig_dd.runtime.steering import read_log_bias
-from protlig_dd.runtime.trained import Lengths, lengths_of, load_trained
+from protlig_dd.evaluation.likelihood.held_out import length_counts
+from protlig_dd.inference.lengths import Lengths, choose_lengths, lengths_of
+from protlig_dd.inference.model import load_trained
+from protlig_dd.inference.steering import read_log_bias
+from protlig_dd.system.random import keyed_generator
 from protlig_dd.tokenizer import AMINO_ACIDS, ProteinTokenizer
 
 from .conftest import Command, assert_one_line_error

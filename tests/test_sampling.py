@@ -9,13 +9,15 @@ from scipy.stats import chisquare
 
 from protlig_dd.batch import PackedBatch
 from protlig_dd.diffusion import sampling
-from protlig_dd.diffusion.graph import Absorbing, Graph, Uniform
+from protlig_dd.diffusion.graphs.absorbing import Absorbing
+from protlig_dd.diffusion.graphs.registry import Graph
+from protlig_dd.diffusion.graphs.substitution import make_substitution_graph
+from protlig_dd.diffusion.graphs.uniform import Uniform
 from protlig_dd.diffusion.noise import GeometricNoise, LogLinearNoise, Noise
 from protlig_dd.diffusion.sampling import sample
 from protlig_dd.diffusion.score import ScoreFn
-from protlig_dd.diffusion.substitution import make_substitution_graph
-from protlig_dd.runtime.generate import choose_lengths, generate
-from protlig_dd.runtime.trained import Lengths
+from protlig_dd.inference.generate import generate
+from protlig_dd.inference.lengths import Lengths, choose_lengths
 from protlig_dd.tokenizer import LETTERS
 
 from . import brute_force

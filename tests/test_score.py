@@ -5,11 +5,13 @@ import pytest
 import torch
 
 from protlig_dd.batch import PackedBatch
-from protlig_dd.diffusion.graph import Absorbing, Graph, Uniform
+from protlig_dd.diffusion.graphs.absorbing import Absorbing
+from protlig_dd.diffusion.graphs.registry import Graph
+from protlig_dd.diffusion.graphs.substitution import make_substitution_graph
+from protlig_dd.diffusion.graphs.uniform import Uniform
 from protlig_dd.diffusion.loss import score_entropy_loss
 from protlig_dd.diffusion.noise import LogLinearNoise
 from protlig_dd.diffusion.score import ScoreFn
-from protlig_dd.diffusion.substitution import make_substitution_graph
 
 from . import brute_force
 from .conftest import make_model, random_batch

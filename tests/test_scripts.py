@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from protlig_dd.batch import PackedBatch
+from protlig_dd.config.read import read_config
+from protlig_dd.config.train import TrainConfig
 from protlig_dd.data.fasta import FastaRecord
-from protlig_dd.runtime.config import TrainConfig, read_config
 from protlig_dd.tokenizer import PAD
 from scripts import mutation_check
 from scripts.arms import SCREEN, overrides
@@ -54,7 +55,10 @@ def test_a_mutation_fails_a_test_and_leaves_the_checkout_alone(
     untested = replace(first, tests="tests/test_graph.py -k nothing_of_this_name")
     for wrong, message in (
         (untested, "ended with 5"),
-        (replace(first, old="no such text"), "'no such text' occurs 0 times in protlig_dd/diffusion/substitution.py"),
+        (
+            replace(first, old="no such text"),
+            "'no such text' occurs 0 times in protlig_dd/diffusion/graphs/substitution.py",
+        ),
     ):
         (tmp_path / "two.toml").write_text(as_toml(wrong))
         assert mutation_check.main(command) == 2

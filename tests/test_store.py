@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from protlig_dd.data import store as store_module
-from protlig_dd.data.build import build_store
 from protlig_dd.data.fasta import FastaRecord
+from protlig_dd.data.prepare.build import build_store
 from protlig_dd.data.store import SPLITS, SequenceStore, StoreGroup, fingerprint_of
 from protlig_dd.tokenizer import ProteinTokenizer
 

@@ -8,15 +8,16 @@ import pytest
 import torch
 
 from protlig_dd.batch import StaticShape
+from protlig_dd.config.train import OPTIMIZERS
 from protlig_dd.data.loader import PackDataset
 from protlig_dd.data.store import SequenceStore, StoreGroup
-from protlig_dd.diffusion.graph import Absorbing
+from protlig_dd.diffusion.graphs.absorbing import Absorbing
 from protlig_dd.diffusion.loss import score_entropy_loss
 from protlig_dd.diffusion.noise import LogLinearNoise
 from protlig_dd.diffusion.score import ScoreFn
-from protlig_dd.runtime.distributed import Processes
-from protlig_dd.runtime.random import keyed_generator
-from protlig_dd.training.optim import OPTIMIZERS, make_optimizer
+from protlig_dd.system.distributed import Processes
+from protlig_dd.system.random import keyed_generator
+from protlig_dd.training.optim.make import make_optimizer
 from protlig_dd.training.trainer import SPIKE_STEPS, Trainer
 
 from .conftest import make_model

@@ -19,17 +19,20 @@ from Bio.Align import substitution_matrices
 from safetensors.torch import load_file
 
 from protlig_dd import __version__
+from protlig_dd.config.read import config_folder, read_config
+from protlig_dd.config.train import TrainConfig
 from protlig_dd.data.fasta import read_fasta
 from protlig_dd.data.loader import PackDataset
 from protlig_dd.data.store import SequenceStore, StoreGroup
-from protlig_dd.evaluation.page import read_run, run_page
-from protlig_dd.runtime.checkpoint import COMPLETE, complete_checkpoints
-from protlig_dd.runtime.config import TrainConfig, config_folder, read_config
-from protlig_dd.runtime.files import sha256
-from protlig_dd.runtime.metrics import read_metrics
+from protlig_dd.evaluation.report.page import run_page
+from protlig_dd.evaluation.report.run import read_run
+from protlig_dd.runs.checkpoint import COMPLETE, complete_checkpoints
+from protlig_dd.runs.metrics import read_metrics
+from protlig_dd.system.files import sha256
 from protlig_dd.tokenizer import AMINO_ACIDS, ProteinTokenizer
-from protlig_dd.training.job import print_report, subset
-from protlig_dd.training.launch import check_extension, finished_at, put_report_aside, reports_otherwise
+from protlig_dd.training.extend import check_extension, finished_at, put_report_aside, reports_otherwise
+from protlig_dd.training.held_out import subset
+from protlig_dd.training.report import print_report
 
 from .conftest import TRAINED, Command, Start, assert_one_line_error, require_program, thorough, wait_for
 from .test_configs import composed

@@ -12,7 +12,7 @@ import pytest
 from .conftest import ROOT, Command
 
 WRONG_SHAPE = (
-    "import torch; from protlig_dd.diffusion.graph import Absorbing; "
+    "import torch; from protlig_dd.diffusion.graphs.absorbing import Absorbing; "
     "Absorbing().prior_kl(torch.zeros(3, dtype=torch.int64), torch.zeros(4))"
 )
 

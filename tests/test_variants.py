@@ -21,50 +21,53 @@ from matplotlib.image import imread
 from scipy.stats import mannwhitneyu, spearmanr
 
 from protlig_dd.batch import PackedBatch
+from protlig_dd.config.read import read_config
+from protlig_dd.config.verbs import VariantsConfig
 from protlig_dd.data.store import SequenceStore
-from protlig_dd.diffusion.graph import Absorbing, Graph, Uniform
-from protlig_dd.diffusion.likelihood import masked_nats, masked_sigma
+from protlig_dd.diffusion.exact_count import masked_nats, masked_sigma
+from protlig_dd.diffusion.graphs.absorbing import Absorbing
+from protlig_dd.diffusion.graphs.rates import SWISS_PROT
+from protlig_dd.diffusion.graphs.registry import Graph
+from protlig_dd.diffusion.graphs.uniform import Uniform
 from protlig_dd.diffusion.noise import CosineNoise, GeometricNoise, LogLinearNoise
-from protlig_dd.diffusion.rates import SWISS_PROT
 from protlig_dd.diffusion.score import ScoreFn
-from protlig_dd.evaluation.assays import (
-    Assay,
-    Indel,
-    Numbering,
-    Variant,
-    above_median,
-    all_substitutions,
-    compare,
-    read_assay,
-    read_reference,
-    read_target,
-)
-from protlig_dd.evaluation.composition import background, beside_composition, composition_line, composition_scores
-from protlig_dd.evaluation.fitness import (
+from protlig_dd.evaluation.variants.assays import Assay, above_median, all_substitutions, read_assay, read_target
+from protlig_dd.evaluation.variants.bounds import (
     GAP,
-    Piece,
-    Scores,
-    Work,
-    choose_strategies,
     column_streams,
     columns_of,
     exact_count_draw,
-    groups_of,
     integral_draw,
     mirrored_places,
-    over_draws,
-    pieces_of,
-    score_each,
-    score_variants,
-    windowed,
 )
-from protlig_dd.evaluation.heatmap import heat_map, to_csv, to_png
-from protlig_dd.evaluation.measurements import METRICS, aggregate, auc, judge, matthews, ndcg, spearman, top_recall
-from protlig_dd.runtime.config import VariantsConfig, read_config
-from protlig_dd.runtime.files import sha256
-from protlig_dd.runtime.trained import load_trained
+from protlig_dd.evaluation.variants.composition import (
+    background,
+    beside_composition,
+    composition_line,
+    composition_scores,
+)
+from protlig_dd.evaluation.variants.fitness import Scores, over_draws, score_each, score_variants
+from protlig_dd.evaluation.variants.heatmap import heat_map, to_csv, to_png
+from protlig_dd.evaluation.variants.measurements import (
+    METRICS,
+    aggregate,
+    auc,
+    judge,
+    matthews,
+    ndcg,
+    spearman,
+    top_recall,
+)
+from protlig_dd.evaluation.variants.mutants import Indel, Numbering, Variant, compare
+from protlig_dd.evaluation.variants.references import read_reference
+from protlig_dd.evaluation.variants.scoring import check_different, done_before, of_assay, read_checked, settings_of
+from protlig_dd.evaluation.variants.strategies import choose_strategies
+from protlig_dd.evaluation.variants.windows import Piece, groups_of, pieces_of, windowed
+from protlig_dd.inference.model import load_trained
+from protlig_dd.inference.sharing import Work
+from protlig_dd.system.files import sha256
 from protlig_dd.tokenizer import AMINO_ACIDS, BOS, EOS, MASK, N_STATES, ProteinTokenizer
-from protlig_dd.variants import check_different, done_before, of_assay, read_checked, score, settings_of
+from protlig_dd.variants import score
 
 from . import brute_force
 from .conftest import Command, MadeOnce, assert_one_line_error, exact_score_fn, graph_of, make_model, thorough

@@ -17,21 +17,13 @@ import xxhash
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from protlig_dd.batch import PackedBatch
+from protlig_dd.data.crops import check_crop, crop_bounds
 from protlig_dd.data.draws import NEWEST, below
-from protlig_dd.data.plan import (
-    Plan,
-    epoch_rows,
-    make_plan,
-    packs_in_epoch,
-    quotas,
-    remove_plans,
-    shared_plan,
-    total_tokens,
-)
+from protlig_dd.data.packing import Plan, epoch_rows, make_plan, packs_in_epoch, quotas, total_tokens
+from protlig_dd.data.plan_cache import remove_plans, shared_plan
 from protlig_dd.data.store import SequenceStore, StoreGroup
 
 _CROP = 2  # first word of the random key; plan.py has the others
-CROPS = ("random", "start")
 PREFETCH = 4  # packs that each worker keeps ready
 
 
@@ -183,14 +175,6 @@ class PackDataset(Dataset[PackedBatch]):
         return make_plan(rows, lengths, max_len=self.max_len, tokens_per_pack=self.tokens_per_pack)
 
 
-def crop_bounds(residues: np.ndarray, starts: np.ndarray, max_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """First and end token, in `<bos> residues <eos>`, of the crops to residues start .. start + max_len - 1.
-
-    A crop lacks the end that was cut: `<bos>` stays with start = 0, `<eos>` with the last residue.
-    """
-    return starts + (starts > 0), starts + max_len + 1 + (starts + max_len == residues)
-
-
 class RankPacks(Sampler[int]):
     """Global pack indices that one rank reads, from `first_step` up to `last_step` (exclusive)."""
 
@@ -245,12 +229,6 @@ def check_pack_sizes(max_len: int, tokens_per_pack: int) -> None:
             f"data.tokens_per_pack={tokens_per_pack} cannot hold one sequence of data.max_len={max_len} residues "
             f"(with <bos> and <eos> that is {max_len + 2} tokens)"
         )
-
-
-def check_crop(crop: str) -> None:
-    """Raise unless it is one of CROPS."""
-    if crop not in CROPS:
-        raise ValueError(f"data.crop={crop}; there are {', '.join(CROPS)}")
 
 
 def check_weights(weights: Sequence[float], stores: int) -> None:

@@ -10,35 +10,26 @@ so it has no prior or reconstruction term. With a time-conditioned network it is
 1 - e^-sigma = k/L.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float, Float32, Float64, Int64
+from jaxtyping import Float, Float64, Int64, UInt64
 from torch import Tensor
 
 from protlig_dd.batch import PackedBatch
-from protlig_dd.diffusion.graph import Absorbing, Graph
-from protlig_dd.diffusion.noise import GeometricNoise, Noise
-from protlig_dd.diffusion.numerics import (
-    Generators,
-    Sigma,
-    Tokens,
-    clamp_negative,
-    float64_device,
-    pick,
-    sum_by_sequence,
-    to_float64,
-    uniform_draws,
-)
+from protlig_dd.diffusion.exact_count import exact_count_draws
+from protlig_dd.diffusion.graphs.absorbing import Absorbing
+from protlig_dd.diffusion.graphs.registry import Graph
+from protlig_dd.diffusion.noise import Noise
+from protlig_dd.diffusion.numerics import Generators, Sigma, Tokens, clamp_negative, pick, sum_by_sequence, to_float64
 from protlig_dd.diffusion.score import LogScores
+from protlig_dd.diffusion.strata import Place, error_of_pairs, places_between, spread_of, strata
+from protlig_dd.system.device import float64_device
+from protlig_dd.system.random import keyed_generator
 
 ESTIMATORS = ("integral", "exact_count")
-Place = tuple[float, float, Tensor | None]  # the ends of a stratum, and where in it each sequence's draw lies, if given
 FLOOR = 1e-9  # least probability of a residue in the last denoising step
 
 
@@ -128,7 +119,7 @@ def nll_bound(
         copies = batch if len(some) == 1 else PackedBatch.pack(batch.unpack(batch.tokens) * len(some))
         weight_n = torch.tensor([weight for *_, weight in some], dtype=torch.float64).repeat_interleave(n).to(nats_T)
         if isinstance(graph, Absorbing) and estimator == "exact_count":
-            draw_T, masked_T = _exact_count_draws(score_fn, batch, copies, graph, noise, places, generators)
+            draw_T, masked_T = exact_count_draws(score_fn, batch, copies, graph, noise, places, generators)
             count_n, length_n = (sum_by_sequence(what, copies) for what in (masked_T, copies.tokens < graph.n_states))
             share_n = weight_n * count_n / length_n.clamp(min=1)
             pooled_nats_n += (share_n * sum_by_sequence(draw_T, copies)).view(-1, n).sum(0)
@@ -154,52 +145,6 @@ def nll_bound(
     )
 
 
-def strata(draws: int, spread: Callable[[np.ndarray], np.ndarray] = np.square) -> list[tuple[float, float, float]]:
-    """Where each draw lies in [0, 1), low to high, and its weight in the mean.
-
-    Two draws lie in each of draws // 2 strata; the last of an odd number lies anywhere. A draw of a share u of the
-    residues has a standard deviation of about 1 / sqrt(u), which strata that end at the squares of evenly spaced
-    numbers share out evenly (Neyman's allocation; Cochran, Sampling Techniques, 1977, sec. 5.5).
-
-    Args:
-        spread: evenly spaced numbers on [0, 1] to the ends of strata.
-    """
-    pairs = draws // 2
-    ends = spread(np.linspace(0, 1, pairs + 1)).tolist() if pairs else []
-    inside = [(low, high, (high - low) * pairs / draws) for low, high in pairwise(ends) for _ in range(2)]
-    return inside + [(0.0, 1.0, 1 / draws)] * (draws % 2)
-
-
-def spread_of(graph: Graph, noise: Noise) -> Callable[[np.ndarray], np.ndarray]:
-    """The same for times: the share of residues that have moved by then takes the place of u.
-
-    A geometric schedule gives every magnitude of noise its time already, and gets even strata.
-    """
-    if isinstance(noise, GeometricNoise):
-        return lambda even: even
-    place = torch.linspace(0, 1, 1001, dtype=torch.float64)
-    sigma = noise(noise.t_min + (1 - noise.t_min) * place)[0]
-    root = (-torch.expm1(graph.lambda_2 * sigma)).sqrt()
-    root = (root - root[0]) / (root[-1] - root[0])
-    return lambda even: np.interp(even, root.numpy(), place.numpy())
-
-
-def _places(low: float, high: float, inside: Tensor | None, n: int, generator: Generators) -> Float64[Tensor, " {n}"]:
-    """(n,) places from low to high: those given on [0, 1), or one in each of n equal parts, in random order."""
-    if inside is None:
-        assert isinstance(generator, torch.Generator)
-        inside = (torch.randperm(n, generator=generator, device=generator.device) + uniform_draws(n, generator)) / n
-    return low + (high - low) * inside
-
-
-def _uniform(batch: PackedBatch, generator: Generators) -> Float64[Tensor, " total"]:
-    """Draws on [0, 1) for each token, on the device of the batch or on the CPU where that has no float64."""
-    home = float64_device(batch.tokens.device)
-    if isinstance(generator, torch.Generator):
-        return uniform_draws(len(batch.tokens), generator).to(home)
-    return torch.cat([uniform_draws(n, one) for n, one in zip(batch.lengths, generator, strict=True)]).to(home)
-
-
 def _transition(batch: PackedBatch, graph: Graph, sigma_T: Sigma, generator: Generators) -> Tokens:
     """x_t of a batch, each sequence's from its own generator where there are several."""
     if isinstance(generator, torch.Generator):
@@ -207,16 +152,6 @@ def _transition(batch: PackedBatch, graph: Graph, sigma_T: Sigma, generator: Gen
     home = generator[0].device  # once for all: a copy of each would wait for the device
     parts = zip(batch.unpack(batch.tokens.to(home)), batch.unpack(sigma_T.to(home)), generator, strict=True)
     return torch.cat([graph.sample_transition(*part) for part in parts]).to(batch.tokens.device)
-
-
-def error_of_pairs(weighted_kn: Float64[Tensor, "draws n"]) -> Float64[Tensor, " n"]:
-    """Standard errors of the sums of the draws, two of each stratum, that `strata` weighed."""
-    draws = len(weighted_kn)
-    if draws == 1:
-        return torch.full_like(weighted_kn[0], torch.nan)
-    even = draws - draws % 2
-    first_sn, second_sn = weighted_kn[0:even:2], weighted_kn[1:even:2]
-    return (first_sn - second_sn).square().sum(0).sqrt() * draws / even
 
 
 def _integral_draws(
@@ -232,7 +167,7 @@ def _integral_draws(
     lowest_n = torch.full((len(batch.lengths),), noise.t_min, device=batch.tokens.device)
     drawn = []
     for place in places:  # drawn in turn, whatever is seen together
-        u_n = _places(*place, len(batch.lengths), generator).float().to(batch.tokens.device)
+        u_n = places_between(*place, len(batch.lengths), generator).float().to(batch.tokens.device)
         t_n = (noise.t_min + (1 - noise.t_min) * u_n).clamp(max=1)
         levels = (noise(times_n)[0].index_select(0, batch.segment_ids) for times_n in (t_n, lowest_n))
         drawn.append((t_n, *(_transition(batch, graph, sigma_T, generator) for sigma_T in levels)))
@@ -269,97 +204,6 @@ def reconstruction(
     return nats_T
 
 
-def _exact_count_draws(
-    score_fn: LogScores,
-    batch: PackedBatch,
-    copies: PackedBatch,
-    graph: Absorbing,
-    noise: Noise,
-    places: Sequence[Place],
-    generator: Generators,
-) -> tuple[Float64[Tensor, " total_of_copies"], Bool[Tensor, " total_of_copies"]]:
-    """A draw of the exact count for each place, seen together as copies of the batch; and what was masked."""
-    residue_T = batch.tokens < graph.n_states
-    length_n = sum_by_sequence(residue_T, batch).clamp(min=1)
-    drawn = []
-    for place in places:
-        u_n = _places(*place, len(batch.lengths), generator).to(length_n)
-        count_n = ((u_n * length_n).floor() + 1).clamp(max=length_n)  # uniform on 1..L
-        drawn.append(batch.random_subset(residue_T, count_n, _uniform(batch, generator)))
-    masked_T = torch.cat(drawn)
-    return masked_nats(score_fn, copies, graph, noise, masked_T), masked_T
-
-
-def masked_nats(
-    score_fn: LogScores, batch: PackedBatch, graph: Absorbing, noise: Noise, masked: Bool[Tensor, " total"]
-) -> Float64[Tensor, " total"]:
-    """What the exact count's draw that masks these residues, k of the L of each sequence (at least one), adds to the
-    bound at each token: L / k times the cross-entropies of the masked, nats.
-    """
-    nats_T = cross_entropies(score_fn, batch, graph, noise, masked)
-    length_n, count_n = (sum_by_sequence(some, batch) for some in (batch.tokens < graph.n_states, masked))
-    return nats_T * (length_n / count_n.clamp(min=1)).index_select(0, batch.segment_ids.to(length_n.device))
-
-
-def cross_entropies(
-    score_fn: LogScores, batch: PackedBatch, graph: Absorbing, noise: Noise, masked: Bool[Tensor, " total"]
-) -> Float64[Tensor, " total"]:
-    """-log p of each residue that is masked given those that are shown, nats; 0 for the shown."""
-    length_n = sum_by_sequence(batch.tokens < graph.n_states, batch).clamp(min=1)
-    sigma = masked_sigma(noise, sum_by_sequence(masked, batch).clamp(min=1) / length_n).to(batch.tokens.device)
-    log_score = score_fn(batch.with_tokens(torch.where(masked, graph.mask, batch.tokens)), sigma)
-    return to_float64(torch.where(masked, -pick(F.log_softmax(log_score, -1), batch.tokens), 0.0))
-
-
-def masked_sigma(noise: Noise, share: Float64[Tensor, " n"]) -> Float32[Tensor, " n"]:
-    """The noise level at which this share of the residues is masked, 1 - e^-sigma; the last one at most."""
-    last_sigma = noise(torch.ones(1))[0].to(share.device)
-    return torch.minimum(-torch.log1p(-share.float()), last_sigma)  # all of them would be infinite
-
-
-@torch.no_grad()
-def masked_cross_entropy(
-    score_fn: LogScores,
-    batch: PackedBatch,
-    graph: Absorbing,
-    *,
-    share: float,
-    draws: int,
-    generator: Generators,
-) -> tuple[Float64[Tensor, " total"], Int64[Tensor, " n"]]:
-    """-log p of residues that were masked, `share` of each sequence at a time, given the others: no likelihood.
-
-    As masked language models are measured (ESM-2, doi 10.1126/science.ade2574, with 15%), but that all of these are
-    masked: none is kept or replaced by another amino acid.
-
-    Returns:
-        nats of each token, summed over the draws that masked it, and how many tokens of each sequence were masked.
-    """
-    residue_T = batch.tokens < graph.n_states
-    count_n = (share * sum_by_sequence(residue_T, batch)).round().clamp(min=1)
-    sigma = torch.full((len(batch.lengths),), -math.log1p(-share), device=batch.tokens.device)
-    nats_T = torch.zeros(len(batch.tokens), dtype=torch.float64, device=float64_device(batch.tokens.device))
-    masked_n = torch.zeros(len(batch.lengths), dtype=torch.int64)
-    for _ in range(draws):
-        masked_T = batch.random_subset(residue_T, count_n, _uniform(batch, generator))
-        log_score = score_fn(batch.with_tokens(torch.where(masked_T, graph.mask, batch.tokens)), sigma)
-        nats_T += to_float64(torch.where(masked_T, -pick(F.log_softmax(log_score, -1), batch.tokens), 0.0))
-        masked_n += sum_by_sequence(masked_T, batch).long().cpu()
-    return nats_T.cpu(), masked_n
-
-
-def per_residue(nats: np.ndarray, residues: np.ndarray) -> tuple[float, float]:
-    """Total nats / total residues and its standard error over sequences.
-
-    The error is that of a ratio estimator, sqrt( n/(n-1) sum (nats_i - r L_i)^2 ) / sum L; it holds the spread
-    between proteins and the Monte-Carlo noise alike. NaN for a single sequence.
-
-    Args:
-        nats, residues: (n,) per sequence; nats may be a difference of two models (a paired comparison).
-    """
-    if len(nats) != len(residues) or not residues.sum():
-        raise ValueError(f"cannot average {len(nats)} sequences over {residues.sum()} residues ({len(residues)} rows)")
-    ratio = nats.sum() / residues.sum()
-    n = len(nats)
-    spread = ((nats - ratio * residues) ** 2).sum() * n / (n - 1) if n > 1 else float("nan")
-    return float(ratio), float(np.sqrt(spread) / residues.sum())
+def protein_draws(keys: UInt64[np.ndarray, " n"], places: Float64[torch.Tensor, "draws n"], seed: int) -> ProteinDraws:
+    """What proteins with these keys and places draw: each from a generator of its own, which lives on the CPU."""
+    return ProteinDraws([keyed_generator(seed, "evaluation", int(key), torch.device("cpu")) for key in keys], places)

@@ -5,7 +5,7 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from protlig_dd.batch import PackedBatch
-from protlig_dd.diffusion.graph import Graph
+from protlig_dd.diffusion.graphs.registry import Graph
 from protlig_dd.diffusion.noise import Noise, stratified_times
 from protlig_dd.diffusion.score import LogScores
 

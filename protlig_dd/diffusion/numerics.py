@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Float64, Int64, Shaped
 from torch import Tensor
 
 from protlig_dd.batch import PackedBatch
+from protlig_dd.system.device import float64_device
 
 Tokens = Int64[Tensor, " T"]
 Sigma = Float[Tensor, " T"]
@@ -32,11 +33,6 @@ def pick(values_TV: Float[Tensor, "T V"], index: Tokens) -> Float[Tensor, " T"]:
 def one_hot(tokens: Tokens, n: int) -> Float[Tensor, "T {n}"]:
     """(T, n) float32 indicator; rows of ids outside 0..n-1 are all zero."""
     return (tokens[:, None] == torch.arange(n, device=tokens.device)).float()
-
-
-def float64_device(device: torch.device) -> torch.device:
-    """The device itself, or the CPU where it has no float64 (MPS)."""
-    return torch.device("cpu") if device.type == "mps" else device
 
 
 def to_float64(x: Shaped[Tensor, "*n"], generator: torch.Generator | None = None) -> Float64[Tensor, "*n"]:

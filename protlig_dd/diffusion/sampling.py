@@ -13,19 +13,13 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from protlig_dd.batch import PackedBatch
-from protlig_dd.diffusion.graph import Absorbing, Graph
+from protlig_dd.diffusion.graphs.absorbing import Absorbing
+from protlig_dd.diffusion.graphs.registry import Graph
 from protlig_dd.diffusion.likelihood import pick_estimator
 from protlig_dd.diffusion.noise import Noise
-from protlig_dd.diffusion.numerics import (
-    Generators,
-    categorical,
-    clamp_negative,
-    float64_device,
-    pick,
-    sum_by_sequence,
-    uniform_draws,
-)
+from protlig_dd.diffusion.numerics import Generators, categorical, clamp_negative, pick, sum_by_sequence, uniform_draws
 from protlig_dd.diffusion.score import LEAST, Network, ScoreFn
+from protlig_dd.system.device import float64_device
 from protlig_dd.tokenizer import BOS, EOS
 
 PREDICTORS = ("analytic", "euler", "ancestral")

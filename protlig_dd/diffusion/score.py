@@ -8,7 +8,8 @@ from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
 from protlig_dd.batch import PackedBatch
-from protlig_dd.diffusion.graph import Absorbing, Graph
+from protlig_dd.diffusion.graphs.absorbing import Absorbing
+from protlig_dd.diffusion.graphs.registry import Graph
 from protlig_dd.diffusion.numerics import Sigma, Tokens
 
 PARAMETRISATIONS = ("log_score", "x0")

@@ -1,8 +1,6 @@
 """Proteins to be measured, from a store or FASTA, and the tables that come of it."""
 
-import csv
-import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +9,9 @@ from protlig_dd.data.draws import some_of
 from protlig_dd.data.encode import is_nucleotide, nucleotide_warning
 from protlig_dd.data.fasta import read_fasta
 from protlig_dd.data.store import HDF5_MAGIC, SPLITS, SequenceStore
-from protlig_dd.runtime.distributed import processes_from_environment
-from protlig_dd.runtime.files import writing
-from protlig_dd.runtime.metrics import announce
+from protlig_dd.system.distributed import processes_from_environment
+from protlig_dd.system.files import writing
+from protlig_dd.system.terminal import announce
 from protlig_dd.tokenizer import ProteinTokenizer
 
 
@@ -53,15 +51,6 @@ def is_store(path: Path) -> bool:
 
 def thinned(rows: np.ndarray, most: int | None, seed: int) -> np.ndarray:
     return rows if most is None else some_of(rows, most, seed)
-
-
-def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """CSV; numbers that are not whole with six decimals."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows([f"{cell:.6f}" if isinstance(cell, float) else cell for cell in row] for row in rows)
-    return text.getvalue()
 
 
 def numbered_fasta(path: Path, sequences: Iterable[np.ndarray]) -> Path:

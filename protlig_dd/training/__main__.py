@@ -9,8 +9,8 @@ python -m protlig_dd.training --config-name config_uniref50_stable trainer.devic
 torchrun --nproc-per-node=4 -m protlig_dd.training --config-name config_uniref50_stable
 """
 
-from protlig_dd.runtime.cli import run_verb
-from protlig_dd.runtime.config import TrainConfig
+from protlig_dd.config.cli import run_verb
+from protlig_dd.config.train import TrainConfig
 from protlig_dd.training.launch import run
 
 

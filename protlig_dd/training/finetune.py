@@ -2,10 +2,22 @@
 
 from collections.abc import Collection
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from protlig_dd.runtime.components import ModelConfig
-from protlig_dd.runtime.config import TrainConfig, graph_with_rates, shorten, spelt
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from protlig_dd.config.components import graph_with_rates
+from protlig_dd.config.read import flatten, read_config, shorten, spelt
+from protlig_dd.config.train import TrainConfig
+from protlig_dd.inference.model import find_saved
+from protlig_dd.model.config import ModelConfig
+from protlig_dd.system.distributed import processes_from_environment
+from protlig_dd.system.files import sha256
+from protlig_dd.system.terminal import announce
+from protlig_dd.training.resume import has_steps
 
 FREE = {"model": ("dropout",), "noise": ("curriculum", "max_weight"), "graph": ()}
 FREE_KEYS = {f"{section}.{key}" for section, keys in FREE.items() for key in keys}
@@ -53,3 +65,60 @@ def taken_over(config: TrainConfig, source: TrainConfig, given: Collection[str])
         parametrisation=theirs["parametrisation"],
         time_conditioning=theirs["time_conditioning"],
     )
+
+
+def starting_from(config: TrainConfig, path: Path) -> TrainConfig:
+    """The config of a run that begins with another model's averaged weights: its network, graph, noise and
+    parametrisation are that model's, and the checksum of the weights is kept with it.
+
+    Raises:
+        ValueError: no such model, or another than the command line describes.
+    """
+    overrides = OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))
+    given = {override.key_or_group for override in overrides}
+    recipe = set_by_experiment()
+    begun = None
+    if has_steps(path) and not config.run.fresh:  # it remembers, whatever has become of what it began with
+        begun = read_config(OmegaConf.load(path / "config.yaml"), TrainConfig)  # type: ignore[arg-type]
+    if begun is not None and begun.from_ == config.from_:
+        source, found = begun, begun.from_sha256
+    else:
+        saved = find_saved(str(config.from_))
+        source, found = saved.config, sha256(saved.weights)
+    if config.from_sha256 not in (None, found):
+        raise ValueError(f"from={config.from_} has weights of SHA-256 {found}, not from_sha256={config.from_sha256}")
+    taken = taken_over(config, source, given | (recipe & FREE_KEYS))
+    before, after = flatten(spelt(config)), flatten(spelt(taken))
+    left_out = [
+        f"{key}={shorten(str(value))} ({shorten(str(after.get(key)))} there)"
+        for key, value in before.items()
+        if (key in recipe or key.partition(".")[0] in recipe) and value != after.get(key)
+    ]
+    if left_out:
+        announce(
+            f"from={config.from_} is another model than the experiment's, of which is left out: {', '.join(left_out)}",
+            processes_from_environment(),
+        )
+    return replace(taken, from_sha256=found)
+
+
+def set_by_experiment() -> set[str]:
+    """The keys and groups that the file of the chosen experiment sets, and those of experiments that it builds on."""
+    runtime = HydraConfig.get().runtime
+    folders = [Path(source.path) / "experiment" for source in runtime.config_sources if source.schema == "file"]
+
+    def named(experiment: str) -> set[str]:
+        file = next((file for folder in folders if (file := folder / f"{experiment}.yaml").is_file()), None)
+        if file is None:
+            return set()
+        content = dict(OmegaConf.to_container(OmegaConf.load(file)) or {})  # type: ignore[arg-type]
+        found: set[str] = set()
+        for entry in content.pop("defaults", []):
+            if isinstance(entry, dict):  # `override /model: tiny`
+                found |= {str(key).split()[-1].lstrip("/") for key in entry}
+            elif entry != "_self_":
+                found |= named(entry)
+        return found | set(flatten(content))
+
+    chosen = runtime.choices.get("experiment")
+    return named(chosen) if chosen else set()

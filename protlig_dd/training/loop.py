@@ -2,9 +2,8 @@
 
 import contextlib
 import json
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from protlig_dd.data.loader import PackDataset, RankPacks, end_workers, pack_loader
-from protlig_dd.runtime.checkpoint import CheckpointWriter
-from protlig_dd.runtime.distributed import Processes, gather_objects, host_name, losses_named
-from protlig_dd.runtime.environment import peak_memory
-from protlig_dd.runtime.files import drop_partial_line, writing
-from protlig_dd.runtime.metrics import MetricsLog, ProgressBar, Row, announce
-from protlig_dd.runtime.stop import REASONS, Stopped, StopRequests
+from protlig_dd.data.loader import RankPacks, end_workers, pack_loader
+from protlig_dd.runs.checkpoint import CheckpointWriter
+from protlig_dd.runs.metrics import MetricsLog, Row
+from protlig_dd.system.device import peak_memory
+from protlig_dd.system.distributed import Processes, gather_objects
+from protlig_dd.system.files import drop_partial_line, writing
+from protlig_dd.system.signals import REASONS, Stopped, StopRequests
+from protlig_dd.system.terminal import ProgressBar, announce
+from protlig_dd.training.failures import hosts_stopped, named_losses, raise_frozen
 from protlig_dd.training.trainer import Trainer
 
 WEIGHTS_SHOWN = 10_000  # of a tensor, at most, in a histogram
-
-
-class NonFiniteLossError(ValueError):
-    """The loss or the gradient stopped being a number; the weights were frozen before that step."""
-
-
-class LossSpikeError(ValueError):
-    """The loss rose far above its running mean; the weights were frozen before that step."""
-
-
-class LoaderDiedError(ValueError):
-    """A process that loads packs is gone: killed for memory, say."""
 
 
 def fit(
@@ -153,43 +142,6 @@ def fit(
             since = time.perf_counter()  # evaluation and checkpoints do not count as training time
 
 
-def hosts_stopped(told: bool) -> str:
-    """Which hosts were told to stop, where others were not."""
-    ranks = gather_objects((host_name(), told))
-    every, some = {host for host, _ in ranks}, {host for host, told in ranks if told}
-    if not some or some == every:
-        return ""
-    told_ones = ", ".join(sorted(some))
-    return (
-        f"; only {told_ones} was told: torchrun there was stopped, or lost the other hosts, whose own may wait five "
-        "minutes for it"
-    )
-
-
-@contextlib.contextmanager
-def named_losses(trainer: Trainer) -> Iterator[None]:
-    """Turn what torch says of a lost loader process or rank into one line that names step, rank and sequences."""
-    try:
-        yield
-    except RuntimeError as error:
-        step = trainer.current_step
-        where = f"step {step + 1}, rank {trainer.processes.rank}"
-        if "DataLoader worker" in str(error) and "Original Traceback" not in str(error):
-            first = step * trainer.packs_per_step
-            mine = range(trainer.processes.rank, trainer.packs_per_step, trainer.processes.world_size)
-            ids = ", ".join(ids_of_packs(trainer.dataset, [first + pack for pack in mine]))
-            raise LoaderDiedError(
-                f"{where}: a loader process is gone, killed for memory perhaps ({' '.join(str(error).split())}); "
-                f"wanted were sequences {ids}"
-            ) from error
-        with losses_named(where):
-            raise
-
-
-def ids_of_packs(dataset: PackDataset, packs: Sequence[int]) -> list[str]:
-    return [dataset.group.id(row) for pack in packs for row in dataset.pack_rows(pack)]
-
-
 def flush(pending: list[dict[str, Any]], seconds: float, memory: int, peak_flops: float) -> list[Row]:
     """The steps since the last flush as rows of numbers: here the host waits for the device.
 
@@ -214,27 +166,6 @@ def flush(pending: list[dict[str, Any]], seconds: float, memory: int, peak_flops
         }
         for record in pending
     ]
-
-
-def raise_frozen(trainer: Trainer, pending: list[dict[str, Any]]) -> None:
-    """Raise for the first step since the last flush after which the weights stood still."""
-    for record in pending:
-        if not record["bad"].item():
-            continue
-        losses = record["pack_loss"].tolist()
-        bad = [pack for pack, loss in enumerate(losses) if not math.isfinite(loss)]
-        first = (record["step"] - 1) * trainer.packs_per_step
-        ids = ids_of_packs(trainer.dataset, [first + pack for pack in bad or range(trainer.packs_per_step)])
-        where = (
-            f"in step {record['step']}, pack {', '.join(str(p) for p in bad) or 'unknown'} of {trainer.packs_per_step}"
-        )
-        after = f"sequences {', '.join(ids)}; the weights are those before that step"
-        if bad or trainer.loss_spike is None or not math.isfinite(float(record["grad_norm"])):
-            raise NonFiniteLossError(f"non-finite {'loss' if bad else 'gradient'} {where}; {after}")
-        raise LossSpikeError(
-            f"loss {sum(losses):.4g} {where} is more than trainer.loss_spike={trainer.loss_spike} times the usual "
-            f"{float(trainer.usual_loss):.4g}; {after}"
-        )
 
 
 def weights_by_part(model: nn.Module) -> dict[str, np.ndarray]:

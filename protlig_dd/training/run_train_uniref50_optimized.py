@@ -12,9 +12,10 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from protlig_dd.runtime.cli import run_verb, say
-from protlig_dd.runtime.config import TrainConfig, config_folder
-from protlig_dd.runtime.distributed import Processes
+from protlig_dd.config.cli import run_verb, say
+from protlig_dd.config.read import config_folder
+from protlig_dd.config.train import TrainConfig
+from protlig_dd.system.distributed import Processes
 from protlig_dd.training.launch import run
 
 

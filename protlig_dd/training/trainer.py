@@ -14,14 +14,14 @@ from torch.nn.utils import clip_grads_with_norm_
 
 from protlig_dd.batch import PackedBatch
 from protlig_dd.data.loader import PackDataset
-from protlig_dd.diffusion.graph import Graph
+from protlig_dd.diffusion.graphs.registry import Graph
 from protlig_dd.diffusion.loss import score_entropy_loss
 from protlig_dd.diffusion.noise import Noise, curriculum_t_max
 from protlig_dd.diffusion.score import Network, ScoreFn
 from protlig_dd.model.dit import DiT
-from protlig_dd.runtime.checkpoint import Tensors, load_optimizer, load_weights, snapshot
-from protlig_dd.runtime.distributed import Processes, all_reduce_sum
-from protlig_dd.runtime.random import keyed_generator, random_key
+from protlig_dd.runs.checkpoint import Tensors, load_optimizer, load_weights, snapshot
+from protlig_dd.system.distributed import Processes, all_reduce_sum
+from protlig_dd.system.random import keyed_generator, random_key
 from protlig_dd.tokenizer import N_STATES
 from protlig_dd.training.ema import EMA
 

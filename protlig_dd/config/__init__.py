@@ -1,0 +1,1 @@
+"""Configurations: their schemas, their checks, and the command line."""

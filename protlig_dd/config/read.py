@@ -1,0 +1,110 @@
+"""The configuration's schema and its checks; components.py makes networks, graphs and schedules of it.
+
+Values, defaults and their one-line comments live in configs/*.yaml; here are the types. A key that is not here is an
+error, so a misspelt override can never be ignored.
+"""
+
+import inspect
+import keyword
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, is_dataclass, replace
+from dataclasses import fields as dataclass_fields
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from protlig_dd.config.components import TRAINING_NOISE, unknown_key
+from protlig_dd.diffusion.graphs.registry import GRAPHS
+from protlig_dd.diffusion.noise import NOISES
+
+T = TypeVar("T")
+COMPONENTS: dict[str, Mapping[str, Callable[..., Any]]] = {"graph": GRAPHS, "noise": NOISES}
+
+
+def config_folder() -> Path:
+    """The shipped configs: inside an installed package, or beside the package in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def read_config(cfg: DictConfig, schema: type[T]) -> T:
+    """Check a composed config against its schema and return it as that dataclass.
+
+    Raises:
+        ValueError: an unknown key (with the nearest known one), a missing value, or a value of the wrong type.
+    """
+    values = {str(key): value for key, value in cfg.items_ex(resolve=False)}
+    fields = {f"{key}_" if keyword.iskeyword(key) else key: value for key, value in values.items()}
+    try:
+        typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), fields))
+    except ConfigKeyError as error:
+        raise ValueError(unknown_key(str(error.full_key), known_keys(schema))) from error
+    except MissingMandatoryValue as error:
+        key = str(error.full_key).removesuffix("_")
+        raise ValueError(f"{key} is required: give {key}=...") from error
+    except OmegaConfBaseException as error:
+        what = str(error).splitlines()[0]
+        if "is not a ListConfig" in what:
+            what = "give a list: [a] or [a,b]"
+        raise ValueError(f"{error.full_key}: {what}") from error
+    assert isinstance(typed, schema)
+    return at_home(typed)
+
+
+def at_home(value: Any) -> Any:
+    """The value with the home folder for a `~` that paths in it begin with, which shells leave behind `key=`."""
+    if isinstance(value, str):
+        return str(Path(value).expanduser()) if value == "~" or value.startswith("~/") else value
+    if isinstance(value, list):
+        return [at_home(one) for one in value]
+    if isinstance(value, dict):
+        return {key: at_home(one) for key, one in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{field.name: at_home(getattr(value, field.name)) for field in dataclass_fields(value)})
+    return value
+
+
+def spelt(config: Any) -> dict[str, Any]:
+    """A config as YAML and the command line spell it: `from`, not `from_`."""
+    return {key.removesuffix("_"): value for key, value in asdict(config).items()}
+
+
+def known_keys(schema: type, prefix: str = "") -> list[str]:
+    """Dotted keys of a schema, as they are spelt on the command line."""
+    keys: list[str] = []
+    for name, kind in get_type_hints(schema).items():
+        key = prefix + name.removesuffix("_")
+        if isinstance(kind, type) and is_dataclass(kind):
+            keys += known_keys(kind, f"{key}.")
+        elif key in COMPONENTS:
+            options = {option for make in COMPONENTS[key].values() for option in inspect.signature(make).parameters}
+            options |= {"name", *TRAINING_NOISE} if key == "noise" else {"name"}
+            keys += [f"{key}.{option}" for option in sorted(options)]
+        else:
+            keys.append(key)
+    return keys
+
+
+def flatten(cfg: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested config -> {"optim.lr": 0.001, ...}; missing values are kept as `???`."""
+    content = OmegaConf.to_container(cfg, throw_on_missing=False) if OmegaConf.is_config(cfg) else cfg
+    if not isinstance(content, Mapping):
+        return {prefix: content}
+    if not content:
+        return {prefix: content} if prefix else {}
+    parts = [flatten(value, f"{prefix}.{key!s}" if prefix else str(key)) for key, value in content.items()]
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def shorten(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def check_least(options: Iterable[tuple[str, int, int]]) -> None:
+    """Raise for the first (key, value, least) whose value is below that."""
+    for key, value, least in options:
+        if value < least:
+            raise ValueError(f"{key} must be at least {least}, got {value}")

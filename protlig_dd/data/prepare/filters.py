@@ -1,0 +1,77 @@
+"""Which sequences are left out of a store, and why."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from protlig_dd.data.encode import EncodedBlock
+from protlig_dd.data.fasta import FastaBlock, parse_header
+from protlig_dd.tokenizer import BOS, MASK
+
+
+@dataclass(frozen=True)
+class Filters:
+    """What is left out. Every sequence dropped is counted once, under the first of these that it fails."""
+
+    min_length: int = 1
+    max_length: int | None = None
+    max_unknown: float = 1.0
+    """Largest share of letters that are no amino acid (X B Z J U O)."""
+    fragments: bool = True
+    """False drops what its header calls a (Fragment)."""
+    taxa: Sequence[int] | None = None
+    """TaxIDs to keep; with taxa_nodes, everything below them as well."""
+    taxa_nodes: Path | None = None
+    """nodes.dmp of the NCBI taxonomy."""
+    duplicates: bool = False
+    """True keeps sequences that are equal to an earlier one."""
+
+
+def taxa_below(taxa: Sequence[int], nodes: Path | None) -> np.ndarray:
+    """The TaxIDs themselves and, with nodes.dmp of the NCBI taxonomy, everything below them; ascending.
+
+    Raises:
+        ValueError: a file that is no nodes.dmp, or a TaxID that is not in it.
+    """
+    if nodes is None:
+        return np.unique(np.array(taxa, dtype=np.int64))
+    if not nodes.is_file():
+        raise ValueError(f"{nodes}: no such file (nodes.dmp is in NCBI's taxdump.tar.gz)")
+    try:
+        pairs = np.loadtxt(nodes, dtype=np.int64, delimiter="|", usecols=(0, 1), comments=None, ndmin=2)
+    except (ValueError, IndexError) as error:
+        raise ValueError(f"{nodes}: not a nodes.dmp of the NCBI taxonomy: {error}") from error
+    parent = np.full(int(pairs.max()) + 1, -1, dtype=np.int64)
+    parent[pairs[:, 0]] = pairs[:, 1]
+    for taxon in taxa:
+        if not 0 < taxon < len(parent) or parent[taxon] < 0:
+            raise ValueError(f"{nodes}: no TaxID {taxon}")
+    wanted = np.zeros(len(parent), dtype=bool)
+    wanted[list(taxa)] = True
+    while True:  # once for each level of the tree
+        grown = wanted | (wanted[parent] & (parent >= 0))
+        if (grown == wanted).all():
+            return np.flatnonzero(wanted)
+        wanted = grown
+
+
+def failures(
+    block: FastaBlock, encoded: EncodedBlock, filters: Filters, taxa: np.ndarray | None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(name of a filter, (n,) whether each record fails it), for the filters that are on."""
+    residues = encoded.lengths - 2
+    if filters.min_length > 1:
+        yield "min_length", residues < filters.min_length
+    if filters.max_length is not None:
+        yield "max_length", residues > filters.max_length
+    if filters.max_unknown < 1:
+        starts = np.cumsum(encoded.lengths) - encoded.lengths
+        unknown = (encoded.tokens > MASK) & (encoded.tokens < BOS)
+        yield "max_unknown", np.add.reduceat(unknown, starts, dtype=np.int64) / residues > filters.max_unknown
+    if not filters.fragments:
+        yield "fragments", np.array([b"(Fragment" in header for header in block.headers])
+    if taxa is not None:
+        tax_ids = [parse_header(header.decode()).tax_id for header in block.headers]
+        yield "taxa", ~np.isin([-1 if tax_id is None else tax_id for tax_id in tax_ids], taxa)

@@ -1,0 +1,106 @@
+"""What was read of FASTA, as columns in files."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, ClassVar
+
+import numpy as np
+
+from protlig_dd.data.store import COPY_BYTES
+from protlig_dd.tokenizer import ProteinTokenizer
+
+ROWS_AT_ONCE = 1 << 16
+
+
+class Spool:
+    """Columns of what was read, as files in a folder: appended to, then read back."""
+
+    COLUMNS: ClassVar = {
+        "tokens": np.uint8,
+        "headers": np.uint8,
+        "length": np.int32,
+        "header_length": np.int32,
+        "id_hash": np.uint64,
+        "hash_high": np.uint64,
+        "hash_low": np.uint64,
+        "file": np.int32,
+        "record": np.int32,
+        "split": np.uint8,
+    }
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.rows = folder, 0
+        self.files: dict[str, BinaryIO] = {name: self.path(name).open("wb") for name in self.COLUMNS}
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+    def append(self, rows: int, **columns: np.ndarray | bytes) -> None:
+        for name, values in columns.items():
+            self.files[name].write(values if isinstance(values, bytes) else values.astype(self.COLUMNS[name]).data)
+        self.rows += rows
+
+    def close(self) -> None:
+        """Also where the disk is full and a file cannot be flushed: the others are closed as well."""
+        with contextlib.ExitStack() as stack:
+            for file in self.files.values():
+                stack.callback(file.close)
+
+    def size(self, name: str) -> int:
+        """Bytes of a column."""
+        return self.path(name).stat().st_size
+
+    def load(self, name: str) -> np.ndarray:
+        """A column of one number for each sequence."""
+        return np.fromfile(self.path(name), self.COLUMNS[name])
+
+    def pieces(self, name: str, lengths: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
+        """(first row, end row, their bytes end to end) of `tokens` or `headers`, some megabytes at a time.
+
+        The bytes are overwritten by the next ones.
+        """
+        buffer = np.empty(COPY_BYTES, np.uint8)
+        with self.path(name).open("rb") as file:
+            for first in range(0, len(lengths), ROWS_AT_ONCE):
+                ends = np.cumsum(lengths[first : first + ROWS_AT_ONCE], dtype=np.int64)
+                start = row = 0
+                while row < len(ends):
+                    end = max(row + 1, int(np.searchsorted(ends, start + COPY_BYTES, side="right")))
+                    size = int(ends[end - 1]) - start
+                    if size > len(buffer):
+                        buffer = np.empty(size, np.uint8)
+                    if (found := file.readinto(buffer[:size].data)) != size:
+                        raise ValueError(f"{self.path(name)}: {found} bytes where {size} were written")
+                    yield first + row, first + end, buffer[:size]
+                    row, start = end, start + size
+
+
+def write_fasta(path: Path, spool: Spool, wanted: np.ndarray) -> None:
+    """FASTA of some rows, named by their numbers."""
+    decode, lengths = ProteinTokenizer().decode, spool.load("length")
+    with path.open("w") as file:
+        for first, end, tokens in spool.pieces("tokens", lengths):
+            ends = np.cumsum(lengths[first:end])
+            for i in np.flatnonzero(wanted[first:end]).tolist():
+                file.write(f">{first + i}\n{decode(tokens[ends[i] - lengths[first + i] : ends[i]])}\n")
+
+
+def wanted_rows(block: np.ndarray, lengths: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """The bytes of the wanted rows of a block."""
+    if wanted.all():
+        return block
+    runs = np.flatnonzero(np.diff(wanted, prepend=False, append=False)).reshape(-1, 2)  # first and end rows
+    bounds = np.append(0, np.cumsum(lengths, dtype=np.int64))[runs].tolist()
+    return np.concatenate([block[:0], *(block[start:end] for start, end in bounds)])
+
+
+def offsets_of(lengths: np.ndarray, keep: np.ndarray) -> Iterator[np.ndarray]:
+    """0 and the running total of the kept lengths."""
+    total = np.zeros(1, np.int64)
+    yield total
+    for first in range(0, len(lengths), ROWS_AT_ONCE):
+        block = slice(first, first + ROWS_AT_ONCE)
+        ends = total[-1] + np.cumsum(lengths[block][keep[block]], dtype=np.int64)
+        yield ends
+        total = ends if len(ends) else total

@@ -1,0 +1,18 @@
+"""The graphs by their names."""
+
+from collections.abc import Callable
+from functools import partial
+
+from protlig_dd.diffusion.graphs.absorbing import Absorbing
+from protlig_dd.diffusion.graphs.substitution import SubstitutionGraph, make_substitution_graph
+from protlig_dd.diffusion.graphs.uniform import Uniform
+from protlig_dd.tokenizer import N_STATES
+
+Graph = Absorbing | Uniform | SubstitutionGraph
+
+
+GRAPHS: dict[str, Callable[..., Graph]] = {
+    "absorbing": partial(Absorbing, N_STATES),  # the vocabulary is not an option
+    "uniform": partial(Uniform, N_STATES),
+    "substitution": make_substitution_graph,
+}

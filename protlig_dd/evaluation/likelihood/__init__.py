@@ -1,0 +1,1 @@
+"""Bounds on the likelihood of held-out proteins."""

@@ -1,0 +1,151 @@
+"""What a run says of itself: held-out bounds beside the unigram model, and samples beside the training proteins."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from protlig_dd.batch import PackedBatch
+from protlig_dd.data.loader import PackDataset
+from protlig_dd.data.packing import AT_ONCE
+from protlig_dd.data.store import SPLITS, StoreGroup
+from protlig_dd.diffusion.graphs.registry import Graph
+from protlig_dd.diffusion.likelihood import nll_bound, protein_draws
+from protlig_dd.diffusion.noise import Noise
+from protlig_dd.diffusion.score import LogScores
+from protlig_dd.evaluation.averages import per_residue
+from protlig_dd.system.distributed import Processes, gather_objects
+from protlig_dd.system.random import places_of_set, protein_keys
+from protlig_dd.system.tables import csv_text
+from protlig_dd.system.terminal import ProgressBar
+from protlig_dd.tokenizer import AMINO_ACIDS, N_STATES
+
+LENGTH_BINS = 40  # at most
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Per-sequence bounds of one split, in row order, the same on every rank."""
+
+    rows: np.ndarray
+    nats: np.ndarray
+    residues: np.ndarray
+    unigram_nats: np.ndarray
+    """The unigram model's exact NLL of the same residues."""
+    estimator: str
+
+    def summary(self) -> dict[str, Any]:
+        """Nats per residue with standard errors: the model's bound, the unigram NLL, their paired difference."""
+        nll, nll_se = per_residue(self.nats, self.residues)
+        unigram, unigram_se = per_residue(self.unigram_nats, self.residues)
+        difference, difference_se = per_residue(self.nats - self.unigram_nats, self.residues)
+        return {
+            "nll": nll,
+            "nll_se": nll_se,
+            "unigram_nll": unigram,
+            "unigram_nll_se": unigram_se,
+            "difference": difference,
+            "difference_se": difference_se,
+            "sequences": len(self.rows),
+            "residues": int(self.residues.sum()),
+            "estimator": self.estimator,
+        }
+
+
+def held_out_bound(
+    score_fn: LogScores,
+    graph: Graph,
+    noise: Noise,
+    dataset: PackDataset,
+    *,
+    unigram: np.ndarray,
+    estimator: str,
+    draws: int,
+    seed: int,
+    device: torch.device,
+    processes: Processes,
+    description: str,
+) -> HeldOut:
+    """Bound every sequence of the dataset once, spread over the ranks; what it draws follows from the seed and the set
+    of sequences, not from their packs.
+
+    Args:
+        dataset: unshuffled (seed None); sequences beyond its max_len are scored on their first max_len residues.
+        unigram: (20,) frequencies.
+    """
+    log_unigram = torch.from_numpy(np.log(unigram))
+    packs = range(processes.rank, len(dataset), processes.world_size)
+    firsts = np.cumsum([0, *(len(dataset.pack_rows(pack)) for pack in range(len(dataset)))])
+    batches = map(dataset.__getitem__, range(len(dataset)))
+    keys = protein_keys(tokens.numpy() for batch in batches for tokens in batch.unpack(batch.tokens))
+    places = places_of_set(keys, draws, seed)
+    parts: list[tuple[np.ndarray, ...]] = []
+    with ProgressBar(description, len(packs), shown=processes.first) as bar:
+        for pack in packs:
+            batch = dataset[pack]
+            these = slice(firsts[pack], firsts[pack + 1])
+            drawn = protein_draws(keys[these], places[:, these], seed)
+            bound = nll_bound(
+                score_fn, batch.to(device), graph, noise, generator=drawn, draws=draws, estimator=estimator
+            )
+            expected = (-residue_counts(batch) @ log_unigram).numpy()
+            parts.append((batch.rows.numpy(), bound.nats.numpy(), bound.residues.numpy(), expected))
+            bar.advance()
+    gathered = [part for rank_parts in gather_objects(parts) for part in rank_parts]
+    rows, nats, residues, unigram_nats = (np.concatenate(column) for column in zip(*gathered, strict=True))
+    order = rows.argsort()
+    return HeldOut(rows[order], nats[order], residues[order], unigram_nats[order], estimator)
+
+
+def per_sequence(store: StoreGroup, held: HeldOut) -> str:
+    """CSV: the nats of each sequence, whole, so that two models can be compared sequence by sequence."""
+    ids = [store.id(row) for row in held.rows]
+    columns = zip(ids, held.residues, held.nats, held.unigram_nats, strict=True)
+    return csv_text(["id", "residues", "nll_nats", "unigram_nats"], columns)
+
+
+def residue_counts(batch: PackedBatch) -> torch.Tensor:
+    """(n, 20) float64: how often each amino acid occurs in each sequence."""
+    counts = torch.zeros(len(batch.lengths), N_STATES, dtype=torch.float64)
+    inside = batch.tokens < N_STATES
+    flat = batch.segment_ids[inside] * N_STATES + batch.tokens[inside]
+    return counts.view(-1).index_add_(0, flat, torch.ones(len(flat), dtype=torch.float64)).view_as(counts)
+
+
+def training_frequencies(store: StoreGroup) -> np.ndarray:
+    """(20,) amino-acid frequencies of the training split, with one pseudo-count each."""
+    counts = store.token_counts[SPLITS.index("train")][:N_STATES] + 1
+    return counts / counts.sum()
+
+
+def composition_kl(samples: list[np.ndarray], frequencies: np.ndarray) -> float:
+    """KL( pooled composition of the samples || frequencies ) in nats."""
+    counts = np.bincount(np.concatenate(samples), minlength=N_STATES)[:N_STATES]
+    shares = counts / counts.sum()
+    used = shares > 0
+    return float((shares[used] * np.log(shares[used] / frequencies[used])).sum())
+
+
+def length_counts(store: StoreGroup, max_len: int) -> tuple[list[int], int]:
+    """How many training sequences have 0, 1, ... max_len residues, and how many are longer: those the model saw parts
+    of, whose lengths are no lengths of proteins."""
+    rows, counts = store.split("train"), np.zeros(max_len + 1, np.int64)
+    for start in range(0, len(rows), AT_ONCE):
+        lengths = store.lengths[rows[start : start + AT_ONCE]]
+        counts += np.bincount(lengths[lengths <= max_len], minlength=max_len + 1)
+    return counts.tolist(), len(rows) - int(counts.sum())
+
+
+def training_statistics(store: StoreGroup, max_len: int) -> dict[str, Any]:
+    """What samples are compared with: how many whole training sequences have [0, w), [w, 2w), ... residues, how many
+    were cropped, and the share of each amino acid.
+    """
+    counts, cropped = length_counts(store, max_len)
+    width = -(-len(counts) // LENGTH_BINS)
+    return {
+        "length_bin": width,
+        "length_counts": [sum(counts[start : start + width]) for start in range(0, len(counts), width)],
+        "cropped": cropped,
+        "composition": dict(zip(AMINO_ACIDS, training_frequencies(store).tolist(), strict=True)),
+    }

@@ -1,0 +1,1 @@
+"""Generated proteins beside natural ones."""

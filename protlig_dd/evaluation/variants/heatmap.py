@@ -1,0 +1,64 @@
+"""A deep mutational scan as a picture and a table: positions by amino acids."""
+
+from io import BytesIO
+
+import numpy as np
+
+from protlig_dd.evaluation.variants.assays import Assay
+from protlig_dd.tokenizer import AMINO_ACIDS, N_STATES, ProteinTokenizer
+
+ROW = 100  # positions side by side in the picture
+LARGEST = 20  # rows of a picture
+
+
+def heat_map(assay: Assay, target: np.ndarray, scores: np.ndarray) -> np.ndarray | None:
+    """(length, 20) scores of the single substitutions, 0 for the wild type's own residues, NaN for what was not
+    scored; None where there are no single substitutions.
+    """
+    table = np.full((len(target), N_STATES), np.nan)
+    for variant, score in zip(assay.variants, scores, strict=True):
+        if len(variant.substitutions) == 1:
+            table[variant.substitutions[0]] = score
+    if np.isnan(table).all():
+        return None
+    known = np.flatnonzero(target < N_STATES)
+    table[known, target[known]] = 0.0
+    return table
+
+
+def to_csv(table: np.ndarray, target: np.ndarray) -> str:
+    """A line for each position, from 1; empty where nothing was scored."""
+    letters = ProteinTokenizer().decode(target)
+    lines = [
+        ",".join([str(position), letter, *("" if np.isnan(score) else f"{score:.6f}" for score in row)])
+        for position, (letter, row) in enumerate(zip(letters, table, strict=True), start=1)
+    ]
+    return "\n".join([",".join(["position", "wild_type", *AMINO_ACIDS]), *lines]) + "\n"
+
+
+def to_png(table: np.ndarray, target: np.ndarray, title: str) -> bytes:
+    """White is as fit as the wild type, red less, blue more; grey was not scored. The first 2,000 positions that have
+    scores, ROW of them in each row; wild-type residues are marked by a dot.
+    """
+    from matplotlib.figure import Figure  # only where there is a picture to draw
+
+    scored = np.flatnonzero(np.isnan(table).sum(1) < N_STATES - 1)
+    blocks = sorted({int(position) // ROW for position in scored})[:LARGEST]
+    limit = float(np.nanquantile(np.abs(table), 0.98)) or 1.0
+    figure = Figure(figsize=(16, 0.8 + 3.6 * len(blocks)), layout="constrained")
+    axes = figure.subplots(len(blocks), squeeze=False)[:, 0]
+    for axis, block in zip(axes, blocks, strict=True):
+        start, stop = block * ROW, min(len(table), (block + 1) * ROW)
+        axis.set_facecolor("0.8")
+        image = axis.imshow(table[start:stop].T, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto",
+                            extent=(start + 0.5, stop + 0.5, N_STATES - 0.5, -0.5))  # fmt: skip
+        own = [position for position in range(start, stop) if target[position] < N_STATES]
+        axis.plot([position + 1 for position in own], target[own], "k.", markersize=3)
+        axis.set_xlim(start + 0.5, start + ROW + 0.5)
+        axis.set_yticks(range(N_STATES), list(AMINO_ACIDS), fontsize=7)
+        figure.colorbar(image, ax=axis, label="score, nats", pad=0.01)
+    axes[0].set_title(title)
+    axes[-1].set_xlabel("position")
+    picture = BytesIO()
+    figure.savefig(picture, format="png", dpi=100, metadata={"Software": None})
+    return picture.getvalue()

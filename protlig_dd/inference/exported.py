@@ -1,0 +1,165 @@
+"""An exported model: a folder that holds what using it takes, and nothing that can run code.
+
+    model.safetensors    the averaged weights
+    config.json          network, graph, noise, parametrisation; lengths; origin; what was measured
+    vocabulary.json      token ids
+    README.md            the model card
+
+Reading one needs neither Hydra nor HDF5.
+"""
+
+import json
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from protlig_dd.system.files import sha256
+from protlig_dd.tokenizer import BOS, EOS, LETTERS, MASK, N_STATES, PAD
+
+FORMAT, FORMAT_VERSION = "protlig_dd", 1
+WEIGHTS, DESCRIPTION, VOCABULARY, CARD = "model.safetensors", "config.json", "vocabulary.json", "README.md"
+EXPORTED = (WEIGHTS, DESCRIPTION, VOCABULARY, CARD)
+
+
+def is_exported(folder: Path) -> bool:
+    return (folder / DESCRIPTION).is_file()
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """config.json of an exported model, whose other files were found to belong to it.
+
+    Raises:
+        ValueError: a missing or damaged file, another format version or another vocabulary; named.
+    """
+    file = folder / DESCRIPTION
+    description = read_json(file)
+    if description.get("format") != FORMAT:
+        raise ValueError(f"{file}: not a model that protlig_dd has exported")
+    if (version := description.get("format_version")) != FORMAT_VERSION:
+        raise ValueError(f"{file}: format {version}, this version reads {FORMAT_VERSION}")
+    if read_json(folder / VOCABULARY) != vocabulary():
+        raise ValueError(f"{folder / VOCABULARY}: other token ids than this version's")
+    weights = folder / WEIGHTS
+    if not weights.is_file():
+        raise ValueError(f"{weights}: no such file")
+    found, written = sha256(weights), str(description.get("weights_sha256"))
+    if found != written:
+        raise ValueError(f"{weights}: SHA-256 {found[:12]}, where {file} belongs to {written[:12]}")
+    return description
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file}: cannot be read ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: not a JSON object")
+    return content
+
+
+def write_exported(
+    folder: Path, weights: Mapping[str, Tensor], description: Mapping[str, Any], card: str | None = None
+) -> None:
+    """Make a folder of weights and their description, to which their checksum is added.
+
+    Args:
+        description: with the checksum of other weights, its report is theirs and is left out.
+        card: README.md, where there is one for these weights already.
+    """
+    folder.mkdir()
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, folder / WEIGHTS)
+    found = sha256(folder / WEIGHTS)
+    if description.get("weights_sha256", found) != found:
+        description, card = {**description, "report": None}, None
+    description = {**description, "weights_sha256": found}
+    (folder / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
+    (folder / VOCABULARY).write_text(json.dumps(vocabulary(), indent=1) + "\n")
+    (folder / CARD).write_text(card or model_card(description))
+    (folder / WEIGHTS).chmod(stat.S_IMODE((folder / CARD).stat().st_mode))  # safetensors makes it for its owner alone
+
+
+def vocabulary() -> dict[str, Any]:
+    """Token ids by letter or name; the first n_states are what is diffused."""
+    ids = {letter: i for i, letter in enumerate(LETTERS) if i != MASK}
+    return {"n_states": N_STATES, "ids": ids | {"<mask>": MASK, "<bos>": BOS, "<eos>": EOS, "<pad>": PAD}}
+
+
+def model_card(description: Mapping[str, Any]) -> str:
+    """README.md: what the model is, what was measured, how to load it. The licence is the user's to name."""
+    model, training = description["model"], description["training"]
+    graph = " ".join(str(description["graph"][key]) for key in ("name", "matrix") if key in description["graph"])
+    lines = [
+        "---",
+        "library_name: protlig_dd",
+        "tags: [protein, protein-language-model, discrete-diffusion]",
+        "# license: which one? Yours to name.",
+        "---",
+        f"# {description['run']}",
+        "",
+        "A protein language model by score-entropy discrete diffusion (SEDD, arXiv 2310.16834).",
+        "",
+        "| | |",
+        "| --- | --- |",
+        f"| network | {model['n_blocks']} blocks, width {model['hidden_size']}, {model['n_heads']} heads |",
+        f"| graph | {graph}, {description['parametrisation']}, "
+        f"{'with' if description['time_conditioning'] else 'without'} time conditioning |",
+        f"| noise | {description['noise']['name']} |",
+        f"| trained on | proteins of up to {description['max_len']} residues; data {description['data_fingerprint']} |",
+        *([f"| fine-tuned from | {origin} |"] if (origin := description.get("fine_tuned_from")) else []),
+        f"| steps | {description['step']}, seed {training['seed']}; averaged weights |",
+        f"| weights, SHA-256 | {description['weights_sha256']} |",
+        f"| made by | protlig_dd {description['protlig_dd']} |",
+        "",
+        "## Measured",
+        "",
+        *measured(description["report"]),
+        "",
+        "## Use",
+        "",
+        "protlig_dd is on no package index: `pip install .` in a checkout of it, or `pip install` the wheel that",
+        f"`pip wheel --no-deps .` makes there, protlig_dd-{description['protlig_dd']}-py3-none-any.whl. Then",
+        "",
+        "```python",
+        "from protlig_dd.hub import ProteinDiffusion",
+        "",
+        'model = ProteinDiffusion.from_pretrained("this folder, or owner/name on the Hugging Face Hub")',
+        "```",
+        "",
+        "or `from=FOLDER` in any command of protlig_dd: sample, embed, or training, to fine-tune it.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def measured(report: Mapping[str, Any] | None) -> list[str]:
+    """A run's report as Markdown."""
+    if report is None:
+        return ["The run has no report of this step."]
+    report = {key: float("nan") if value is None else value for key, value in report.items()}  # errors of one protein
+    leaks: Mapping[str, Any] = report.get("in_training") or {}
+    copied = []
+    if leaks.get("copies"):
+        copied = ["", f"{leaks['copies']} of these are exact copies of proteins that trained the model."]
+        if others := leaks.get("others"):
+            others = {key: float("nan") if value is None else value for key, value in others.items()}
+            copied[1] += (
+                f" Over the {others['sequences']} others the bound is {others['nll']:.4f} ± {others['nll_se']:.4f}, "
+                f"the paired difference {others['difference']:+.4f} ± {others['difference_se']:.4f}."
+            )
+    return [
+        f"On {report['sequences']} proteins of the {report['split']} split, {report['residues']:,} residues "
+        f"(the first {report['max_len']} of each), {report['estimator']} estimator, {report['draws']} draws; "
+        "nats/residue, ± one standard error over proteins:",
+        "",
+        "| | |",
+        "| --- | --- |",
+        f"| bound on the negative log-likelihood | {report['nll']:.4f} ± {report['nll_se']:.4f} |",
+        f"| unigram model | {report['unigram_nll']:.4f} ± {report['unigram_nll_se']:.4f} |",
+        f"| paired difference | {report['difference']:+.4f} ± {report['difference_se']:.4f} |",
+        *copied,
+    ]

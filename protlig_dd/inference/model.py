@@ -1,0 +1,237 @@
+"""A trained model, ready to use, from a run, a checkpoint or an export: what every verb but training begins with."""
+
+import json
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from protlig_dd import __version__
+from protlig_dd.config.components import Loaded, load_model
+from protlig_dd.config.read import read_config
+from protlig_dd.config.train import LoggerConfig, RunConfig, TrainConfig
+from protlig_dd.diffusion.graphs.rates import substitution_rates
+from protlig_dd.diffusion.graphs.registry import Graph
+from protlig_dd.diffusion.noise import Noise
+from protlig_dd.diffusion.score import ScoreFn
+from protlig_dd.inference.exported import DESCRIPTION, FORMAT, FORMAT_VERSION, WEIGHTS, is_exported, read_description
+from protlig_dd.inference.lengths import Lengths, lengths_of
+from protlig_dd.model.dit import DiT
+from protlig_dd.runs.checkpoint import find_checkpoint, read_state
+from protlig_dd.system.device import resolve_device, resolve_precision
+from protlig_dd.system.distributed import Processes, join_group, processes_from_environment
+from protlig_dd.system.meeting import meeting_of
+from protlig_dd.system.terminal import announce
+
+TIMEOUT = 3600  # seconds that a rank waits for the others
+OF_A_HOST = ("from", "compare", "input", "train", "output")  # paths, which may be other ones on each host
+MODEL_KEYS = ("model", "graph", "noise", "parametrisation", "time_conditioning")  # what a model is, of a run's config
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Averaged weights on the disk, and what belongs to them."""
+
+    path: Path
+    """A checkpoint or an exported model."""
+    weights: Path
+    config: TrainConfig
+    step: int
+    length_counts: list[int] | None
+    """How many training sequences have 0, 1, ... residues."""
+    cropped_sequences: int | None
+    """How many have more than the model saw and are not among those; None where they are, as those of max_len."""
+    data_fingerprint: str
+    skipped: list[str]
+    """What is wrong with newer checkpoints of the same run."""
+
+
+def find_saved(path: str) -> Saved:
+    """The newest sound checkpoint of a run folder, a checkpoint, or an exported model; its checksums were compared.
+
+    Raises:
+        ValueError: none of these there, or a damaged or foreign file; named.
+    """
+    folder = Path(path)
+    if is_exported(folder):
+        found = read_description(folder)
+        try:
+            return Saved(
+                path=folder,
+                weights=folder / WEIGHTS,
+                config=config_of(found, folder / DESCRIPTION),
+                step=found["step"],
+                length_counts=found["length_counts"],
+                cropped_sequences=found.get("cropped_sequences"),
+                data_fingerprint=found["data_fingerprint"],
+                skipped=[],
+            )
+        except KeyError as error:
+            raise ValueError(f"{folder / DESCRIPTION}: not what protlig_dd has written ({error!r})") from error
+    checkpoint, skipped = find_checkpoint(folder)
+    state = read_state(checkpoint)
+    return Saved(
+        path=checkpoint,
+        weights=checkpoint / "ema.safetensors",
+        config=read_config(OmegaConf.load(checkpoint / "config.yaml"), TrainConfig),  # type: ignore[arg-type]
+        step=state["step"],
+        length_counts=state.get("length_counts"),
+        cropped_sequences=state.get("cropped_sequences"),
+        data_fingerprint=state["data_fingerprint"],
+        skipped=skipped,
+    )
+
+
+def run_folder(checkpoint: Path) -> Path | None:
+    """The folder of the run that a checkpoint stands in, however its path is spelt; None of what stands in no run."""
+    folder = checkpoint.resolve().parent
+    return folder.parent if folder.name == "checkpoints" else None
+
+
+def load_saved(saved: Saved, device: torch.device, precision: str) -> Loaded:
+    return load_model(
+        saved.weights,
+        model=saved.config.model,
+        graph=saved.config.graph,
+        noise=saved.config.noise,
+        parametrisation=saved.config.parametrisation,
+        time_conditioning=saved.config.time_conditioning,
+        device=device,
+        precision=precision,
+    )
+
+
+def describe(saved: Saved, report: dict[str, Any] | None) -> dict[str, Any]:
+    """What config.json of an exported model says of it; no paths of this machine, and not what it logged to.
+
+    Args:
+        report: that the run made of these weights, if it did.
+    """
+    config, graph = saved.config, dict(saved.config.graph)
+    if (matrix := graph.get("matrix")) is not None:  # its rates, so that it needs neither the file nor Biopython
+        if graph["rates"] is None:
+            graph["rates"] = substitution_rates(matrix, graph["kind"], graph["scale"]).tolist()
+        graph["matrix"] = Path(matrix).name
+    training = replace(
+        config,
+        from_=None,
+        run=RunConfig(name=config.run.name, fresh=False, resume="auto"),
+        data=replace(config.data, path=None),
+        logger=LoggerConfig(tensorboard=False, wandb_project=None, wandb_name=None),
+    )
+    parts = {**asdict(training), "graph": graph}
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "protlig_dd": __version__,
+        "run": config.run.name,
+        "step": saved.step,
+        **{key: parts.pop(key) for key in MODEL_KEYS},
+        "max_len": config.data.max_len,
+        "length_counts": saved.length_counts,
+        "cropped_sequences": saved.cropped_sequences,
+        "data_fingerprint": saved.data_fingerprint,
+        "fine_tuned_from": Path(config.from_).name if config.from_ else None,
+        "report": report,
+        "training": parts,
+    }
+
+
+def config_of(description: dict[str, Any], file: Path) -> TrainConfig:
+    """The run's config, out of what `describe` has made of it.
+
+    Raises:
+        ValueError: something else; or an interpolation, which would read what is not in the file.
+    """
+    try:
+        parts = {**description["training"], **{key: description[key] for key in MODEL_KEYS}}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{file}: not what protlig_dd has written ({error!r})") from error
+    if "${" in json.dumps(parts):
+        raise ValueError(f"{file}: has an interpolation, ${{...}}, which no exported model has")
+    return read_config(OmegaConf.create(parts), TrainConfig)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The averaged weights of a checkpoint in an evaluating model, and all that goes with them."""
+
+    checkpoint: Path
+    """Or an exported model."""
+    weights: Path
+    """Its file of weights."""
+    config: TrainConfig
+    step: int
+    lengths: Lengths | None
+    """Of its training proteins, where that is known."""
+    data_fingerprint: str
+    model: DiT
+    score_fn: ScoreFn
+    noise: Noise
+    device: torch.device
+    precision: str
+    processes: Processes
+
+    @property
+    def run(self) -> str:
+        """The run's name; white space, which earlier versions took, would end an id in a FASTA header."""
+        return "_".join(self.config.run.name.split())
+
+    @property
+    def graph(self) -> Graph:
+        return self.score_fn.graph
+
+    @property
+    def max_len(self) -> int:
+        """Residues of the longest sequence that it was trained on."""
+        return self.config.data.max_len
+
+    def check_length(self, residues: int, name: str) -> None:
+        """Raise for a protein of no length, or a longer one than the model was trained on."""
+        if not 1 <= residues <= self.max_len:
+            raise ValueError(f"{name} has {residues} residues; this model was trained on 1 to {self.max_len}")
+
+
+def load_trained(path: str, *, device: str, precision: str) -> Trained:
+    """The model that `find_saved` finds; under torchrun on each rank's own device.
+
+    Raises:
+        ValueError: nothing sound there, a device or precision that this machine does not have, weights that do not fit
+            the config that came with them.
+    """
+    saved = find_saved(path)
+    processes = processes_from_environment()
+    for problem in saved.skipped:
+        announce(f"skipped: {problem}", processes)
+    where = resolve_device(device, processes.local_rank)
+    precision = resolve_precision(precision, where)
+    loaded = load_saved(saved, where, precision)
+    meeting = meeting_of(processes)
+    given = (argument.partition("=") for argument in sys.argv[1:])
+    facts: dict[str, Any] = {key: value for key, _, value in given if key not in OF_A_HOST}
+    facts |= {
+        "step": saved.step,
+        "data_fingerprint": saved.data_fingerprint,
+        "precision": precision,
+        "device": where.type,
+    }
+    meeting.agree(facts | {"protlig_dd": __version__, "torch": str(torch.__version__)}, TIMEOUT)
+    join_group(processes, where, TIMEOUT, meeting.store)
+    announce(f"{saved.path} on {where} in {precision}, attention {loaded.attention_backend}", processes)
+    return Trained(
+        checkpoint=saved.path,
+        weights=saved.weights,
+        config=saved.config,
+        step=saved.step,
+        lengths=lengths_of(saved.length_counts, saved.cropped_sequences, saved.config.data.max_len),
+        data_fingerprint=saved.data_fingerprint,
+        model=loaded.model,
+        score_fn=loaded.score_fn,
+        noise=loaded.noise,
+        device=where,
+        precision=precision,
+        processes=processes,
+    )

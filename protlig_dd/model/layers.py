@@ -1,0 +1,98 @@
+"""The parts of a block: norms, the MLP, the output head."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from protlig_dd.model.kernels import RMSNormFunction, per_token
+from protlig_dd.tokenizer import N_STATES
+
+MLP_RATIO = 4
+RMS_EPS = 1e-6
+
+
+class MLP(nn.Module):
+    """Two layers with a nonlinearity between them; for swiglu the first is two, one of which gates the other."""
+
+    def __init__(self, hidden_size: int, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        inner = MLP_RATIO * hidden_size if kind != "swiglu" else 8 * round(2 * MLP_RATIO * hidden_size / 3 / 8)
+        self.up = nn.Linear(hidden_size, inner if kind != "swiglu" else 2 * inner)
+        self.down = nn.Linear(inner, hidden_size)
+
+    def forward(self, x: Float[Tensor, "total hidden"]) -> Float[Tensor, "total hidden"]:
+        x = self.up(x)
+        if self.kind == "gelu":
+            x = F.gelu(x, approximate="tanh")
+        elif self.kind == "relu2":
+            x = F.relu(x).square()
+        else:
+            gate, x = x.chunk(2, dim=-1)
+            x = F.silu(gate) * x
+        return self.down(x)
+
+
+class Head(nn.Module):
+    """Final adaLN and the projection to the 20 amino acids."""
+
+    def __init__(self, hidden_size: int, cond_dim: int | None, norm: str) -> None:
+        super().__init__()
+        self.adaln = None if cond_dim is None else zero_linear(cond_dim, 2 * hidden_size)
+        self.norm = make_norm(norm, hidden_size, modulated=cond_dim is not None)
+        self.out = zero_linear(hidden_size, N_STATES)
+
+    def forward(
+        self,
+        x_TH: Float[Tensor, "total hidden"],
+        cond_nC: Float[Tensor, "n cond_dim"] | None,
+        segment_ids: Int64[Tensor, " total"],
+    ) -> Float[Tensor, "total 20"]:
+        x_TH = self.normed(x_TH, cond_nC, segment_ids)
+        with torch.autocast(x_TH.device.type, enabled=False):  # logits in full precision, or their exp() is off by 0.2%
+            return self.out(x_TH.to(self.out.weight.dtype))
+
+    def normed(
+        self,
+        x_TH: Float[Tensor, "total hidden"],
+        cond_nC: Float[Tensor, "n cond_dim"] | None,
+        segment_ids: Int64[Tensor, " total"],
+    ) -> Float[Tensor, "total hidden"]:
+        """What the projection sees."""
+        x_TH = self.norm(x_TH)
+        if self.adaln is None:
+            return x_TH
+        shift, scale = per_token(self.adaln(cond_nC).chunk(2, dim=-1), segment_ids)
+        return modulate(x_TH, shift, scale)
+
+
+def make_norm(kind: str, width: int, *, modulated: bool = True) -> nn.Module:
+    """A norm with a gain; a layer norm whose shift is not adaLN's has one of its own."""
+    return RMSNorm(width, eps=RMS_EPS) if kind == "rms" else nn.LayerNorm(width, bias=not modulated)
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean x^2 + eps), times a gain."""
+
+    def forward(self, x: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:
+        if torch.compiler.is_compiling() or x.device.type != "cpu":
+            return super().forward(x)
+        out = RMSNormFunction.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
+        assert isinstance(out, Tensor)
+        return out
+
+
+def modulate(
+    x: Float[Tensor, "total hidden"], shift: Float[Tensor, "total hidden"], scale: Float[Tensor, "total hidden"]
+) -> Float[Tensor, "total hidden"]:
+    """adaLN: x * (1 + scale) + shift."""
+    return x * (1 + scale) + shift
+
+
+def zero_linear(in_features: int, out_features: int) -> nn.Linear:
+    """A linear layer that starts at zero."""
+    linear = nn.Linear(in_features, out_features)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear

@@ -1,0 +1,1 @@
+"""What lets the tokens of a sequence see one another."""

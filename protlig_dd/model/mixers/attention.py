@@ -1,0 +1,136 @@
+"""Attention within each sequence of a pack, behind one checked entry.
+
+flash_attn     the flash-attn package's varlen kernel; CUDA, bf16/fp16
+torch_varlen   torch.nn.attention.varlen, the same kernel as shipped with torch; CUDA, bf16/fp16
+sdpa           one scaled_dot_product_attention call per sequence; any device, any float dtype, never pads
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from protlig_dd.batch import PackedBatch
+
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+FLASH_INSTALL = "pip install 'protlig_dd[flash]' (needs a CUDA toolkit), or use model.attention_backend=torch_varlen"
+
+
+def varlen_attention(
+    qkv: Float[Tensor, "..."], batch: PackedBatch, backend: str
+) -> Float[Tensor, "total heads head_dim"]:
+    """softmax(q k^T / sqrt(head_dim)) v, each token seeing its own sequence only, in both directions.
+
+    Args:
+        qkv: (total, 3, heads, head_dim), packed as `batch` says.
+        batch: geometry: cu_seqlens, lengths, max_seqlen.
+        backend: flash_attn | torch_varlen | sdpa.
+
+    Returns:
+        (total, heads, head_dim) in qkv's dtype.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that the backend cannot take; raised before any kernel is called, since
+            the kernels themselves accept some nonsense.
+    """
+    check_attention_input(qkv, batch, backend)
+    return _BACKENDS[backend](qkv, batch)
+
+
+def check_attention_input(qkv: Tensor, batch: PackedBatch, backend: str) -> None:
+    """The one check that stands before every backend."""
+    if backend not in _BACKENDS:
+        raise ValueError(f"no attention backend {backend!r}; the backends are {', '.join(_BACKENDS)}")
+    if qkv.ndim != 4 or qkv.shape[1] != 3:
+        raise ValueError(f"qkv must be (total, 3, heads, head_dim), got {tuple(qkv.shape)}")
+    total = sum(batch.lengths)
+    if qkv.shape[0] != total:
+        raise ValueError(f"qkv has {qkv.shape[0]} tokens but the pack's lengths sum to {total}")
+    if batch.cu_seqlens.dtype != torch.int32 or tuple(batch.cu_seqlens.shape) != (len(batch.lengths) + 1,):
+        raise ValueError(
+            f"cu_seqlens must be ({len(batch.lengths) + 1},) torch.int32, "
+            f"got {tuple(batch.cu_seqlens.shape)} {batch.cu_seqlens.dtype}"
+        )
+    if batch.cu_seqlens.device != qkv.device:
+        raise ValueError(f"qkv is on {qkv.device} but cu_seqlens is on {batch.cu_seqlens.device}")
+    if backend == "sdpa":
+        return
+    if qkv.device.type != "cuda":
+        raise ValueError(f"attention backend {backend} runs on CUDA, qkv is on {qkv.device}; use sdpa")
+    if qkv.dtype not in HALF_DTYPES:
+        raise ValueError(f"attention backend {backend} takes bfloat16 or float16, qkv is {qkv.dtype}; use sdpa")
+    if not flash_takes(qkv.shape[3]):
+        raise ValueError(f"attention backend {backend} takes a head_dim in 8, 16, .. 256, got {qkv.shape[3]}")
+
+
+def flash_takes(head_dim: int) -> bool:
+    """Whether the flash kernels have this head_dim."""
+    return head_dim % 8 == 0 and head_dim <= 256
+
+
+def has_flash_attn() -> bool:
+    """Whether the kernel can be imported: version 4 has a package flash_attn without it, and a build for another torch
+    cannot be loaded."""
+    try:
+        from flash_attn import flash_attn_varlen_qkvpacked_func
+    except ImportError:
+        return False
+    return callable(flash_attn_varlen_qkvpacked_func)
+
+
+def resolve_attention_backend(name: str, device: torch.device, precision: str, head_dim: int) -> str:
+    """Turn `auto` into a backend, and refuse an explicit one that cannot run here.
+
+    Args:
+        precision: bf16 | fp32, as resolved.
+
+    Raises:
+        ValueError: an unknown backend, or one that this device, precision or installation does not allow.
+    """
+    if name == "auto":
+        if device.type != "cuda" or precision != "bf16" or not flash_takes(head_dim):
+            return "sdpa"
+        return "flash_attn" if has_flash_attn() else "torch_varlen"
+    if name not in _BACKENDS:
+        raise ValueError(f"no attention backend {name!r}; the backends are auto, {', '.join(_BACKENDS)}")
+    if name == "flash_attn" and not has_flash_attn():
+        raise ValueError(f"model.attention_backend=flash_attn, but flash-attn is not installed: {FLASH_INSTALL}")
+    if name != "sdpa" and device.type != "cuda":
+        raise ValueError(f"model.attention_backend={name} runs on CUDA, the device is {device}; use sdpa or auto")
+    if name != "sdpa" and precision != "bf16":
+        raise ValueError(f"model.attention_backend={name} needs bf16, the precision is {precision}; use sdpa or auto")
+    if name != "sdpa" and not flash_takes(head_dim):
+        raise ValueError(f"model.attention_backend={name} takes a head_dim in 8, 16, .. 256, got {head_dim}; use sdpa")
+    return name
+
+
+def _flash_attn(qkv: Tensor, batch: PackedBatch) -> Tensor:
+    from flash_attn import flash_attn_varlen_qkvpacked_func
+
+    return flash_attn_varlen_qkvpacked_func(qkv, batch.cu_seqlens, batch.max_seqlen)
+
+
+def _torch_varlen(qkv: Tensor, batch: PackedBatch) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = qkv.unbind(1)
+    cu_seqlens, longest = batch.cu_seqlens, batch.max_seqlen
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _sdpa(qkv: Tensor, batch: PackedBatch) -> Tensor:
+    # split, not slices: the backward pass of n slices allocates n whole gradients
+    parts = qkv.split([length for length in batch.lengths if length])
+    heads_first = (part.permute(1, 2, 0, 3).unsqueeze(1) for part in parts)  # each (3, 1, heads, length, head_dim)
+    return torch.cat([F.scaled_dot_product_attention(*part).squeeze(0).transpose(0, 1) for part in heads_first])
+
+
+_BACKENDS: dict[str, Callable[[Tensor, PackedBatch], Tensor]] = {
+    "flash_attn": _flash_attn,
+    "torch_varlen": _torch_varlen,
+    "sdpa": _sdpa,
+}

@@ -1,0 +1,1 @@
+"""How the network is told where a token stands."""

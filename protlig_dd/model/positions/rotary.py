@@ -1,0 +1,105 @@
+"""Rotary position embedding (RoFormer, arXiv 2104.09864) in plain torch.
+
+Dimension j < d/2 is paired with j + d/2 and turned by the angle position * base^(-2 j / d). The tables are built in
+float32 for the true sequence length; a table of any other length than qkv's is an error, never tiled or cut.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor
+
+from protlig_dd.batch import PackedBatch
+
+
+def rotary_cos_sin(
+    seq_len: int, head_dim: int, base: float = 10000.0, device: torch.device | str = "cpu"
+) -> tuple[Float32[Tensor, "1 {seq_len} 1 1 {head_dim}"], Float32[Tensor, "1 {seq_len} 1 1 {head_dim}"]]:
+    """cos and sin of every position 0 .. seq_len - 1, each (1, seq_len, 1, 1, head_dim) float32.
+
+    Raises:
+        ValueError: an odd head_dim or a length below 1.
+    """
+    if head_dim % 2 or head_dim < 2:
+        raise ValueError(f"rotary pairs dimensions, so head_dim must be even, got {head_dim}")
+    if seq_len < 1:
+        raise ValueError(f"rotary tables need a length of at least 1, got {seq_len}")
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    angle = torch.outer(torch.arange(seq_len, dtype=torch.float32, device=device), base**-exponent)
+    angle = torch.cat([angle, angle], dim=-1).view(1, seq_len, 1, 1, head_dim)
+    return angle.cos(), angle.sin()
+
+
+def gather_rotary(
+    cos: Float32[Tensor, "1 table 1 1 head_dim"], sin: Float32[Tensor, "1 table 1 1 head_dim"], batch: PackedBatch
+) -> tuple[Float32[Tensor, "1 total 1 1 head_dim"], Float32[Tensor, "1 total 1 1 head_dim"]]:
+    """The tables' rows at every packed token's position: (1, total, 1, 1, head_dim).
+
+    Raises:
+        ValueError: a sequence longer than the table. Checked on the host, without waiting for the device.
+    """
+    if batch.max_seqlen > cos.shape[1]:
+        raise ValueError(f"the rotary table has {cos.shape[1]} positions but a sequence has {batch.max_seqlen} tokens")
+    return cos.index_select(1, batch.positions), sin.index_select(1, batch.positions)
+
+
+def apply_rotary_pos_emb(
+    qkv: Float[Tensor, "..."], cos: Float32[Tensor, "..."], sin: Float32[Tensor, "..."]
+) -> Float[Tensor, "batch seq_len 3 heads head_dim"]:
+    """Rotate q and k of a fused qkv; v passes through untouched.
+
+    Args:
+        qkv: (batch, seq_len, 3, heads, head_dim), any float dtype.
+        cos, sin: (1, seq_len, 1, 1, head_dim) float32, for exactly qkv's length.
+
+    Returns:
+        A new tensor of qkv's shape and dtype; the rotation itself is float32.
+
+    Raises:
+        ValueError: another rank, or a table whose length or head_dim differs from qkv's, in either direction.
+    """
+    if qkv.ndim != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"qkv must be (batch, seq_len, 3, heads, head_dim), got {tuple(qkv.shape)}")
+    for name, table in (("cos", cos), ("sin", sin)):
+        expected = (1, qkv.shape[1], 1, 1, qkv.shape[4])
+        if tuple(table.shape) != expected:
+            raise ValueError(
+                f"rotary {name} has shape {tuple(table.shape)} but qkv {tuple(qkv.shape)} needs {expected}: "
+                f"length {table.shape[1] if table.ndim == 5 else '?'} against {qkv.shape[1]}, "
+                f"head_dim {table.shape[-1]} against {qkv.shape[4]}"
+            )
+    rotated = _Rotate.apply(qkv, cos, sin)  # type: ignore[no-untyped-call]
+    assert isinstance(rotated, Tensor)
+    return rotated
+
+
+class _Rotate(torch.autograd.Function):
+    """The rotation with one tensor allocated in each direction: the gradient is turned back by the same angle."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        # with a setup_context of its own, torch would inspect this signature at every call, for 0.1 ms
+        ctx.save_for_backward(cos, sin)
+        return _turned(qkv, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turned(grad, cos, -sin), None, None
+
+
+def _turned(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    (cos, _), (sin, _) = cos.chunk(2, dim=-1), sin.chunk(2, dim=-1)  # both halves of a table are the same
+    qk, v = qkv.split([2, 1], dim=2)
+    first, second = qk.chunk(2, dim=-1)
+    if torch.compiler.is_compiling() or qkv.device.type != "cpu":  # compilers fuse this; the CPU is slow at it
+        turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+        return torch.cat([turned.to(qkv.dtype), v], dim=2)
+    out = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    out_qk, out_v = out.split([2, 1], dim=2)
+    out_first, out_second = out_qk.chunk(2, dim=-1)
+    out_first.copy_((first * cos).addcmul_(second, sin, value=-1))
+    out_second.copy_((second * cos).addcmul_(first, sin))
+    out_v.copy_(v)
+    return out

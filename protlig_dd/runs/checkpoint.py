@@ -1,0 +1,327 @@
+"""Checkpoints: safetensors and JSON, written so that a folder under its final name is whole.
+
+    checkpoints/step_00001000/
+        model.safetensors  ema.safetensors  optimizer.safetensors   tensors by parameter name
+        config.yaml  state.json
+        complete.json      SHA-256 of each file; written last, so its presence means the rest is there
+
+Loading never unpickles and never runs code that a file names.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import stat
+import uuid
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from protlig_dd.system.distributed import busy
+from protlig_dd.system.files import free_name, sha256, sync_folder, write_atomic, writing
+
+FORMAT_VERSION = 3
+COMPLETE, BEST = "complete.json", "best.json"
+FILES = {"model.safetensors", "ema.safetensors", "optimizer.safetensors", "config.yaml", "state.json"}
+Tensors = dict[str, dict[str, Tensor]]
+
+
+def snapshot(model: nn.Module, ema: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> Tensors:
+    """{file stem: {name: copy on the host}}: what a checkpoint keeps, free to be written while training goes on."""
+    state = {
+        f"{name}/{field}": value
+        for name, parameter in model.named_parameters()
+        for field, value in optimizer.state[parameter].items()
+    }
+    parts: dict[str, Mapping[str, Tensor]] = {"model": model.state_dict(), "ema": ema, "optimizer": state}
+    return {
+        stem: {name: tensor.detach().contiguous().to("cpu", copy=True) for name, tensor in tensors.items()}
+        for stem, tensors in parts.items()
+    }
+
+
+def save_checkpoint(
+    run_folder: Path,
+    step: int,
+    tensors: Tensors,
+    *,
+    config_yaml: str,
+    state: Mapping[str, Any],
+    keep_last: int,
+    keep_every: int | None = None,
+    best: float | None = None,
+) -> Path:
+    """Write the checkpoint of `step` and drop complete ones that are no longer to be kept.
+
+    The files are written to a temporary folder and synced, the folder is renamed, then marked complete: a kill at any
+    moment leaves either no such checkpoint or a whole one.
+
+    Args:
+        keep_last, keep_every: kept are the newest `keep_last`, those of steps that `keep_every` divides, and the best.
+        best: the validation bound that makes this the best one so far; None where it is not.
+    """
+    parent = run_folder / "checkpoints"
+    parent.mkdir(parents=True, exist_ok=True)
+    final = parent / f"step_{step:08d}"
+    temporary = parent / f".{final.name}.{uuid.uuid4().hex[:8]}"
+    try:
+        temporary.mkdir()
+        numbers = {"format_version": FORMAT_VERSION, "step": step, **state}
+        sums = {}
+        for name, text in (("config.yaml", config_yaml), ("state.json", json.dumps(numbers))):
+            with writing(final / name):
+                write_atomic(temporary / name, text)
+            sums[name] = hashlib.sha256(text.encode()).hexdigest()
+        mode = stat.S_IMODE((temporary / "state.json").stat().st_mode)
+        for stem, named in tensors.items():
+            name = f"{stem}.safetensors"
+            with writing(final / name):
+                sums[name] = write_tensors(named, temporary / name, mode)
+        sync_folder(temporary)
+        if final.exists():  # killed before it was marked complete, damaged, or the run went back to an earlier step
+            _remove(final)
+        temporary.replace(final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_folder(parent)
+    write_atomic(final / COMPLETE, json.dumps(sums, indent=1, sort_keys=True))
+    sync_folder(final)
+    if best is not None:
+        write_best(parent, step, best)
+    kept = {step, best_checkpoint(run_folder)[0]}
+    for old in complete_checkpoints(run_folder)[:-keep_last]:
+        number = step_of(old)
+        if number not in kept and not (keep_every and number % keep_every == 0):
+            _remove(old)
+    return final
+
+
+def write_tensors(tensors: Mapping[str, Tensor], file: Path, mode: int) -> str:
+    """Write and sync a safetensors file of tensors on the host; returns its SHA-256.
+
+    The bytes are hashed where they are in memory, in the order that the file's header tells, while the system brings
+    the file to the disk: nothing is read back, and what was damaged on the way has another checksum.
+
+    Args:
+        mode: permissions; safetensors makes files for their owner alone, whatever the umask.
+    """
+    save_file(dict(tensors), file)
+    file.chmod(mode)
+    with file.open("rb") as handle, ThreadPoolExecutor(1, "sync") as thread:
+        synced = thread.submit(os.fsync, handle.fileno())
+        size = handle.read(8)  # of the header, little-endian
+        header = handle.read(int.from_bytes(size, "little"))
+        digest = hashlib.sha256(size + header)
+        entries: dict[str, Any] = json.loads(header)
+        begins = {name: entry["data_offsets"] for name, entry in entries.items() if name in tensors}
+        for name in sorted(begins, key=begins.__getitem__):
+            digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+        synced.result()
+    return digest.hexdigest()
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def write_best(checkpoints: Path, step: int, val_nll: float) -> None:
+    write_atomic(checkpoints / BEST, json.dumps({"step": step, "val_nll": val_nll}) + "\n")
+
+
+def best_checkpoint(run_folder: Path) -> tuple[int | None, float]:
+    """Step and validation bound of the run's best checkpoint; None and infinity where there is none."""
+    file = run_folder / "checkpoints" / BEST
+    if not file.is_file():
+        return None, math.inf
+    found = json.loads(file.read_text())
+    if not (file.parent / f"step_{found['step']:08d}" / COMPLETE).is_file():  # damaged, and put aside
+        return None, math.inf
+    return found["step"], found["val_nll"]
+
+
+def put_aside_newer(run_folder: Path, checkpoint: Path) -> list[Path]:
+    """Rename what is left of checkpoints beyond this one: they would be counted among the newest to be kept.
+
+    Returns: where they are now.
+    """
+    damaged = [path for path in (run_folder / "checkpoints").glob("step_*") if path.name > checkpoint.name]
+    return [path.rename(free_name(path.with_name(f"damaged_{path.name}"))) for path in damaged]
+
+
+class CheckpointWriter:
+    """Writes checkpoints in a background thread, one after the other: training waits for the copy to the host alone.
+
+    Raises:
+        ValueError: from `save`, `wait` or `close`: the checkpoint before could not be written; says why.
+    """
+
+    def __init__(self, run_folder: Path, *, config_yaml: str, keep_last: int, keep_every: int | None) -> None:
+        self.folder = run_folder / "checkpoints"
+        self.write = partial(
+            save_checkpoint, run_folder, config_yaml=config_yaml, keep_last=keep_last, keep_every=keep_every
+        )
+        self.thread = ThreadPoolExecutor(1, "checkpoint")
+        self.pending: Future[Path] | None = None
+
+    def save(self, step: int, copy: Callable[[], Tensors], state: Mapping[str, Any], best: float | None) -> None:
+        """Have the checkpoint of `step` written; `copy` is called once the one before stands."""
+        self.wait()
+        self.pending = self.thread.submit(self.write, step, copy(), state=state, best=best)
+
+    def mark_best(self, step: int, val_nll: float) -> None:
+        """The checkpoint of `step`, which stands already, is the best one so far."""
+        write_best(self.folder, step, val_nll)
+
+    def wait(self) -> None:
+        """Return when what was saved is on the disk."""
+        if self.pending is not None:
+            pending, self.pending = self.pending, None
+            try:
+                with busy(f"waits for the disk to take a checkpoint in {self.folder}"):
+                    pending.result()
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"{self.folder}: a checkpoint cannot be written: {error}") from error
+
+    def close(self) -> None:
+        try:
+            self.wait()
+        finally:
+            self.thread.shutdown()
+
+
+def remove_unfinished(run_folder: Path) -> None:
+    """Delete the temporary folders of checkpoints whose writing was killed."""
+    for folder in (run_folder / "checkpoints").glob(".step_*"):
+        shutil.rmtree(folder)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Unmark, then delete: a kill in between must not leave a checkpoint that says it is complete."""
+    (checkpoint / COMPLETE).unlink(missing_ok=True)
+    sync_folder(checkpoint)
+    shutil.rmtree(checkpoint)
+
+
+def complete_checkpoints(run_folder: Path) -> list[Path]:
+    """The run's checkpoints that were finished, oldest first."""
+    return sorted(path.parent for path in (run_folder / "checkpoints").glob(f"step_*/{COMPLETE}"))
+
+
+def newest_sound_checkpoint(run_folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole and matches its checksums, and what is wrong with each newer one."""
+    skipped = []
+    for checkpoint in sorted((run_folder / "checkpoints").glob("step_*"), reverse=True):
+        try:
+            read_state(checkpoint)
+        except ValueError as error:
+            skipped.append(str(error))
+        else:
+            return checkpoint, skipped
+    return None, skipped
+
+
+def find_checkpoint(path: Path) -> tuple[Path, list[str]]:
+    """The checkpoint that `path` means: itself, or the newest sound one of a run folder; and what is wrong with newer.
+
+    Raises:
+        ValueError: no such path, or no sound checkpoint there; says what is wrong with those that are.
+    """
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; give a run folder, a checkpoint or an exported model")
+    if (path / COMPLETE).is_file():
+        return path, []
+    found, skipped = newest_sound_checkpoint(path)
+    if found is None:
+        why = f" ({'; '.join(skipped)})" if skipped else ""
+        raise ValueError(f"{path}: no run folder with a complete checkpoint, no checkpoint and no exported model{why}")
+    return found, skipped
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """state.json of a complete checkpoint, after all its files were compared with their checksums.
+
+    Raises:
+        ValueError: an incomplete checkpoint, a damaged or missing file, or another format version; named.
+    """
+    try:
+        sums = json.loads((checkpoint / COMPLETE).read_text())
+        missing = FILES - sums.keys()
+    except FileNotFoundError as error:
+        raise ValueError(f"{checkpoint}: not a complete checkpoint, {COMPLETE} is missing") from error
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{checkpoint / COMPLETE}: damaged ({error})") from error
+    if missing:
+        raise ValueError(f"{checkpoint / COMPLETE}: damaged, no checksum of {min(missing)}")
+    for name, expected in sums.items():
+        file = checkpoint / name
+        if not file.is_file():
+            raise ValueError(f"{file}: missing from the checkpoint")
+        if (found := sha256(file)) != expected:
+            raise ValueError(f"{file}: damaged, SHA-256 {found[:12]} where {expected[:12]} was written")
+    state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
+    if state["format_version"] != FORMAT_VERSION:
+        raise ValueError(f"{checkpoint}: format {state['format_version']}, this version reads {FORMAT_VERSION}")
+    return state
+
+
+def load_weights(file: Path, model: nn.Module) -> None:
+    """Load a safetensors file of named weights into a model, strictly.
+
+    Raises:
+        ValueError: a missing, extra or differently shaped tensor; names it and both shapes.
+    """
+    own = model.state_dict()
+    loaded = load_tensors(file)
+    check_same_tensors(file, own, loaded)
+    model.load_state_dict(loaded, strict=True)
+
+
+def load_tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (FileNotFoundError, SafetensorError) as error:
+        raise ValueError(f"{file}: cannot be read as safetensors ({error})") from error
+
+
+def check_same_tensors(file: Path, own: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> None:
+    for name in own.keys() | loaded.keys():
+        if name not in loaded:
+            raise ValueError(f"{file}: {name} is missing; the model has it with shape {tuple(own[name].shape)}")
+        if name not in own:
+            raise ValueError(f"{file}: {name} {tuple(loaded[name].shape)} is not part of this model")
+    for name, tensor in own.items():
+        if tensor.shape != loaded[name].shape:
+            raise ValueError(
+                f"{file}: {name} has shape {tuple(loaded[name].shape)} in the checkpoint "
+                f"and {tuple(tensor.shape)} in this model"
+            )
+
+
+def load_optimizer(file: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Restore the optimizer's per-parameter state, by parameter name.
+
+    Raises:
+        ValueError: state that is missing or belongs to no parameter.
+    """
+    by_parameter: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in load_tensors(file).items():
+        name, _, field = key.rpartition("/")
+        by_parameter.setdefault(name, {})[field] = tensor
+    for name, parameter in model.named_parameters():
+        if name not in by_parameter:
+            raise ValueError(f"{file}: no optimizer state for {name}")
+        optimizer.state[parameter] = {
+            field: tensor.to(parameter.device) for field, tensor in by_parameter.pop(name).items()
+        }
+    if by_parameter:
+        raise ValueError(f"{file}: optimizer state for {next(iter(by_parameter))}, which the model does not have")

@@ -1,0 +1,143 @@
+"""Where a run's numbers go: metrics.jsonl, TensorBoard, Weights & Biases, and the terminal."""
+
+import json
+import math
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from protlig_dd.system.files import drop_partial_line, write_atomic, writing
+
+Row = dict[str, float | int]
+
+
+def without_nan(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with None, JSON's null, for numbers that JSON does not have: NaN and infinities."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+
+def with_nan(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What was read back of it: NaN for None."""
+    return {k: math.nan if v is None else v for k, v in values.items()}
+
+
+class MetricsLog:
+    """Appends flat rows, and hands them to the trackers; samples and histograms go to those alone. Rank 0 makes one.
+
+    Args:
+        config: of the run, for Weights & Biases.
+        wandb_mode: online, offline, or what the environment's WANDB_MODE says (None).
+
+    Raises:
+        ValueError: wandb was asked for and is not installed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        attempt: int,
+        *,
+        config: Mapping[str, Any] | None = None,
+        tensorboard: bool,
+        wandb_project: str | None,
+        wandb_name: str | None,
+        wandb_mode: str | None = None,
+    ) -> None:
+        wandb = import_wandb() if wandb_project else None
+        self.attempt = attempt
+        drop_partial_line(folder / "metrics.jsonl")
+        self.path, self.events = folder / "metrics.jsonl", folder / "tensorboard"
+        self.file = self.path.open("a")
+        self.tensorboard: Any = None
+        self.wandb: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(self.events)  # type: ignore[no-untyped-call]
+        if wandb is not None:
+            id_file = folder / "wandb_id"  # one id for the run's whole life, another one for a fresh run
+            if not id_file.exists():
+                write_atomic(id_file, uuid.uuid4().hex[:12])
+            self.wandb = wandb.init(
+                project=wandb_project,
+                name=wandb_name,
+                config=None if config is None else dict(config),
+                allow_val_change=True,  # a run that goes on may have other steps and devices
+                dir=folder.resolve(),  # wandb's service may be that of a parent process, which stands elsewhere
+                id=id_file.read_text(),
+                resume="allow",
+                mode=wandb_mode,
+            )
+
+    def write(self, rows: list[Row]) -> None:
+        """Append rows, each with a `step`; a value that is no finite number is written as null."""
+        for row in rows:
+            with writing(self.path):
+                self.file.write(json.dumps(without_nan(row) | {"attempt": self.attempt}) + "\n")
+            step = int(row["step"])
+            values = {key: value for key, value in row.items() if key != "step"}
+            if self.tensorboard is not None:
+                with writing(self.events):
+                    for key, value in values.items():
+                        self.tensorboard.add_scalar(key, value, step)
+            if self.wandb is not None:
+                self.wandb.log(values, step=step)
+        with writing(self.path):
+            self.file.flush()
+
+    def write_samples(self, step: int, sequences: Mapping[str, str]) -> None:
+        """Proteins by name, as text."""
+        if self.tensorboard is not None:
+            lines = "\n".join(f"    {name}  {sequence}" for name, sequence in sequences.items())
+            self.tensorboard.add_text("samples", lines, step)  # indented: Markdown's way to leave it as it is
+        if self.wandb is not None:
+            table = import_wandb().Table(columns=["name", "sequence"], data=[list(one) for one in sequences.items()])
+            self.wandb.log({"samples": table}, step=step)
+
+    def write_histogram(self, step: int, name: str, values: np.ndarray, bins: np.ndarray | int = 64) -> None:
+        """The distribution of finite values (n,) over so many bins, or between these edges."""
+        if self.tensorboard is not None:
+            self.tensorboard.add_histogram(name, values, step, bins=bins)
+        if self.wandb is not None:
+            histogram = import_wandb().Histogram(np_histogram=np.histogram(values, bins))
+            self.wandb.log({name: histogram}, step=step)
+
+    def close(self) -> None:
+        with writing(self.path):  # what a full disk did not take is tried again
+            self.file.close()
+        if self.tensorboard is not None:
+            with writing(self.events):
+                self.tensorboard.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def import_wandb() -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError(
+            "logger.wandb_project is set, but wandb is not installed: pip install 'protlig_dd[wandb]'"
+        ) from error
+    return wandb
+
+
+def read_metrics(path: Path) -> dict[int, dict[str, Any]]:
+    """metrics.jsonl as {step: row}; a later attempt's row replaces an earlier one's, key by key.
+
+    What follows the last newline is a row that is being written, or that a kill cut short: it is left out.
+
+    Raises:
+        ValueError: any other line that is no row; names file and line.
+    """
+    rows: dict[int, dict[str, Any]] = {}
+    for number, line in enumerate(path.read_text().rpartition("\n")[0].splitlines(), 1):
+        try:
+            row = json.loads(line)
+            rows.setdefault(row["step"], {}).update(row)
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path}, line {number}: damaged, no row of metrics ({error})") from error
+    return rows

@@ -1,1 +1,0 @@
-"""What every verb shares: configuration, environment, checkpoints, processes and metrics."""

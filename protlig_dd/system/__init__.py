@@ -1,0 +1,1 @@
+"""Files, devices, signals and processes; knows nothing of proteins."""

@@ -1,0 +1,85 @@
+"""The optimizers and the learning-rate schedules."""
+
+import math
+from collections.abc import Sequence
+from itertools import groupby
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # kellerjordan.github.io/posts/muon: steepest at zero, ends within 0.7 .. 1.2
+NEWTON_SCHULZ_STEPS = 5
+ADAMW_RMS = 0.2  # of AdamW's usual update, which Muon's is scaled to (arXiv 2502.16982, section 2.2)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrix is orthogonalised before it is added (kellerjordan.github.io/posts/muon, arXiv 2502.16982).
+
+    The update is torch.optim.Muon's with adjust_lr_fn="match_rms_adamw", but that matrices of one shape are taken
+    together, that those stacked in a fused qkv are orthogonalised one by one, and that it can be frozen.
+
+    Args:
+        hidden: matrices; one of (3 h, h) is three of (h, h).
+        adamw: for the other parameters; its groups are this optimizer's too.
+        dtype: of the Newton-Schulz iteration.
+    """
+
+    def __init__(
+        self,
+        hidden: Sequence[nn.Parameter],
+        adamw: torch.optim.AdamW,
+        *,
+        lr: float,
+        weight_decay: float,
+        momentum: float,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__([{"params": list(hidden)}], {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.adamw, self.dtype = adamw, dtype
+        self.param_groups += adamw.param_groups
+        adamw.state = self.state  # one table, by parameter
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update from the gradients of all parameters; none where `found_inf` is 1."""
+        frozen = getattr(self, "found_inf", None)
+        self.adamw.found_inf = frozen  # type: ignore[attr-defined]
+        self.adamw.step()
+        group = self.param_groups[0]
+        weights = [p for p in group["params"] if p.grad is not None]
+        gradients = [p.grad for p in weights]
+        for p in weights:
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        averages = [self.state[p]["momentum_buffer"] for p in weights]
+        torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
+        updates = torch._foreach_lerp(gradients, averages, group["momentum"])  # Nesterov's
+        pieces = [piece for pair in zip(weights, updates, strict=True) for piece in self.matrices(*pair)]
+        for shape, same in groupby(sorted(pieces, key=lambda pair: pair[0].shape), key=lambda pair: pair[0].shape):
+            old, new = zip(*same, strict=True)
+            update = orthogonal(torch.stack(new), self.dtype) * (ADAMW_RMS * math.sqrt(max(shape)))
+            if group["weight_decay"]:
+                update += group["weight_decay"] * torch.stack(old)
+            if frozen is not None:
+                update = torch.where(frozen > 0, 0.0, update)
+            torch._foreach_add_(list(old), list(update.unbind()), alpha=-group["lr"])
+
+    @staticmethod
+    def matrices(weight: Tensor, update: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """A weight and its update, cut into the square matrices that a fused qkv stacks."""
+        stacked = 3 if weight.shape[0] == 3 * weight.shape[1] else 1
+        return list(zip(weight.chunk(stacked), update.chunk(stacked), strict=True))
+
+
+def orthogonal(matrices: Float[Tensor, "n rows columns"], dtype: torch.dtype) -> Float[Tensor, "n rows columns"]:
+    """U V^T of each matrix U S V^T, nearly: singular values end between 0.7 and 1.2. Float32, computed in `dtype`."""
+    a, b, c = NEWTON_SCHULZ
+    x = matrices.to(dtype)
+    wide = x.shape[1] <= x.shape[2]
+    x = x if wide else x.mT
+    x = x / x.flatten(1).norm(dim=1).clamp(min=1e-7)[:, None, None]
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x if wide else x.mT).float()
