@@ -23,7 +23,7 @@ from protlig_dd.data.crops import window_starts
 from protlig_dd.data.encode import encode_block, nucleotide_warning
 from protlig_dd.data.fasta import FastaFile
 from protlig_dd.inference.embedding import POOLINGS, embed, resolve_layer
-from protlig_dd.inference.model import Trained, load_trained
+from protlig_dd.inference.model import TrainedModel, load_trained
 from protlig_dd.system.distributed import gather_objects, processes_from_environment
 from protlig_dd.system.files import check_free, replacing
 from protlig_dd.system.terminal import ProgressBar, announce
@@ -48,7 +48,7 @@ def embed_proteins(cfg: DictConfig) -> None:
     ids, proteins = read_proteins(config.input)
     lengths = np.array([len(tokens) - 2 for tokens in proteins])
     trained = load_trained(config.from_, device=config.device, precision=config.precision)
-    layer = resolve_layer(config.layer, len(trained.model.blocks))
+    layer = resolve_layer(config.layer, len(trained.network.blocks))
     if config.long == "error" and lengths.max() > trained.max_len:
         first = int((lengths > trained.max_len).argmax())
         raise ValueError(
@@ -62,12 +62,12 @@ def embed_proteins(cfg: DictConfig) -> None:
     notes = {
         "run": trained.run,
         "step": trained.step,
-        "checkpoint": str(trained.checkpoint),
+        "checkpoint": str(trained.saved.path),
         "layer": layer,
         "pooling": config.pooling,
         "protlig_dd": __version__,
     }
-    shape = (len(ids) if config.pooling == "mean" else int(offsets[-1]), trained.model.embedding.embedding_dim)
+    shape = (len(ids) if config.pooling == "mean" else int(offsets[-1]), trained.network.embedding.embedding_dim)
     if trained.processes.first:
         write = write_hdf5 if output.suffix == ".h5" else write_npz
         with replacing(output) as file:
@@ -115,7 +115,7 @@ def read_proteins(path: str) -> tuple[list[str], list[np.ndarray]]:
 
 
 def embedded_blocks(
-    trained: Trained, proteins: list[np.ndarray], layer: int, pooling: str, tokens_per_pack: int
+    trained: TrainedModel, proteins: list[np.ndarray], layer: int, pooling: str, tokens_per_pack: int
 ) -> Iterator[np.ndarray]:
     """Float32 rows in the order of the proteins, a pack of each rank at a time; the same on every rank."""
     processes = trained.processes
@@ -130,13 +130,11 @@ def embedded_blocks(
             rows: list[np.ndarray] = []
             if (mine := first + processes.rank) < n_packs:
                 states = embed(
-                    trained.model,
+                    trained.network,
                     trained.score_fn,
-                    trained.noise,
                     proteins[firsts[mine] : firsts[mine + 1]],
                     layer=layer,
                     max_len=trained.max_len,
-                    device=trained.device,
                     tokens_per_pack=tokens_per_pack,
                 )
                 rows = [pooled(state, pooling).numpy() for state in states]

@@ -19,10 +19,10 @@ from protlig_dd.data.mmseqs import find_mmseqs
 from protlig_dd.evaluation.inputs import read_sequences
 from protlig_dd.evaluation.likelihood.baselines import find_baselines, fit_baselines, training_sequences
 from protlig_dd.evaluation.likelihood.leaks import find_leaks
-from protlig_dd.evaluation.likelihood.scoring import estimator_of, in_training, score, summary
+from protlig_dd.evaluation.likelihood.scoring import in_training, score, summary
 from protlig_dd.evaluation.likelihood.tables import length_csv, letter_csv, report_table, sequence_csv
 from protlig_dd.evaluation.likelihood.trained_on import all_sources
-from protlig_dd.inference.model import Trained, load_trained
+from protlig_dd.inference.model import TrainedModel, load_trained
 from protlig_dd.runs.metrics import without_nan
 from protlig_dd.system.files import check_free, write_folder
 from protlig_dd.system.terminal import announce, console
@@ -91,13 +91,13 @@ def evaluate(cfg: DictConfig) -> None:
     console.print(f"{output}: {', '.join(files)}")
 
 
-def description_of(trained: Trained) -> dict[str, Any]:
+def description_of(trained: TrainedModel) -> dict[str, Any]:
     """Which model, and how its bound is estimated."""
     return {
         "run": trained.run,
         "step": trained.step,
-        "checkpoint": str(trained.checkpoint),
-        "estimator": estimator_of(trained),
+        "checkpoint": str(trained.saved.path),
+        "estimator": trained.score_fn.estimator,
     }
 
 

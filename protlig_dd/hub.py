@@ -31,6 +31,7 @@ from protlig_dd.inference.exported import (
     write_exported,
 )
 from protlig_dd.model.config import ModelConfig
+from protlig_dd.model.dit import DiT
 from protlig_dd.system.device import resolve_device, resolve_precision
 from protlig_dd.system.files import replacing
 from protlig_dd.tokenizer import ProteinTokenizer
@@ -47,7 +48,7 @@ class ProteinDiffusion(nn.Module):
         self.description = read_description(folder)
         self.card = (folder / CARD).read_text()
         try:
-            loaded = load_model(
+            self.score_fn = load_model(
                 folder / WEIGHTS,
                 model=ModelConfig(**self.description["model"]),
                 graph=self.description["graph"],
@@ -59,7 +60,9 @@ class ProteinDiffusion(nn.Module):
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder / DESCRIPTION}: not what protlig_dd has written ({error!r})") from error
-        self.network, self.score_fn, self.noise = loaded.model, loaded.score_fn, loaded.noise
+        network = self.score_fn.model
+        assert isinstance(network, DiT)
+        self.network, self.noise = network, self.score_fn.noise
         self.eval()
 
     @classmethod
@@ -108,13 +111,9 @@ class ProteinDiffusion(nn.Module):
         encode = ProteinTokenizer().encode
         tokens = [encode(sequence.upper(), f"sequence {i}") for i, sequence in enumerate(sequences, start=1)]
         chosen = resolve_layer(layer, len(self.network.blocks))
-        device = self.network.embedding.weight.device
         means = [
-            embed(
-                self.network, self.score_fn, self.noise, [one], layer=chosen, max_len=self.max_len, device=device
-            )[0].mean(0)
-            for one in tokens
-        ]  # fmt: skip
+            embed(self.network, self.score_fn, [one], layer=chosen, max_len=self.max_len)[0].mean(0) for one in tokens
+        ]
         return torch.stack(means)
 
     def save_pretrained(self, folder: str | Path) -> None:

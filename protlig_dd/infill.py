@@ -18,10 +18,9 @@ from protlig_dd.config.cli import run_verb
 from protlig_dd.config.read import check_least, read_config
 from protlig_dd.config.verbs import InfillConfig
 from protlig_dd.data.encode import is_nucleotide, nucleotide_warning
-from protlig_dd.diffusion.graphs.absorbing import Absorbing
 from protlig_dd.diffusion.sampling import check_sampler
 from protlig_dd.evaluation.samples.redesigns import FreeNLL, Redesign, designs_csv, free_draws, free_nll, mutations
-from protlig_dd.inference.generate import describe_designs, sample_designs
+from protlig_dd.inference.generate import describe_designs, options_of, sample_designs
 from protlig_dd.inference.layouts import (
     MOST,
     Design,
@@ -32,7 +31,7 @@ from protlig_dd.inference.layouts import (
     read_records,
     stretches_of,
 )
-from protlig_dd.inference.model import Trained, load_trained
+from protlig_dd.inference.model import TrainedModel, load_trained
 from protlig_dd.inference.sharing import Work
 from protlig_dd.inference.steering import read_log_bias
 from protlig_dd.system.files import check_free, write_new
@@ -64,8 +63,8 @@ def infill(cfg: DictConfig) -> None:
     trained = load_trained(config.from_, device=config.device, precision=config.precision)
     if nucleotides := sum(is_nucleotide(ids.astype(np.uint8).tobytes()) for _, ids in records):
         announce(nucleotide_warning(nucleotides, len(records), config.input), trained.processes)
-    check_sampler(trained.graph, config.predictor, config.temperature, config.top_p)
-    ranked = isinstance(trained.graph, Absorbing) and config.free_draws > 0
+    check_sampler(trained.graph, options_of(config))
+    ranked = trained.graph.masks and config.free_draws > 0
     if config.best is not None and not ranked:
         why = f"free_draws={config.free_draws}" if not config.free_draws else "the model's graph is another"
         raise ValueError(f"best={config.best} ranks by nll_free, which is for the absorbing graph; {why}")
@@ -93,8 +92,8 @@ def infill(cfg: DictConfig) -> None:
     both = made + inputs
     found: list[FreeNLL | None] = [None] * len(both)
     if ranked:
-        work = Work(trained.device, config.tokens_per_pack, "NLL of free residues", trained.processes)
-        drawn = free_draws(trained.score_fn, trained.noise, both, work, draws=config.free_draws, seed=config.seed)
+        work = Work(config.tokens_per_pack, "NLL of free residues", trained.processes)
+        drawn = free_draws(trained.score_fn, both, work, draws=config.free_draws, seed=config.seed)
         place = {one.protein: len(made) + i for i, one in enumerate(inputs)}
         found = list(free_nll(drawn, both, [place.get(one.protein) for one in both]))
     kept = best_of(made, found, config.best) if config.best is not None else range(len(made))
@@ -117,9 +116,9 @@ def infill(cfg: DictConfig) -> None:
     announce(f"{output}: {len(samples)} designs; {scores}: their scores; {table}: what was free", trained.processes)
 
 
-def tell_what_is_odd(config: InfillConfig, trained: Trained) -> None:
+def tell_what_is_odd(config: InfillConfig, trained: TrainedModel) -> None:
     """What a user may not have meant, or may not know."""
-    if not isinstance(trained.graph, Absorbing):
+    if not trained.graph.masks:
         announce(
             "infilling is an approximation with this model's graph, which nll_free is not for (docs/diffusion.md): "
             "designs are not ranked",

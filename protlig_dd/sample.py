@@ -11,7 +11,7 @@ from protlig_dd.config.cli import run_verb
 from protlig_dd.config.read import check_least, read_config
 from protlig_dd.config.verbs import SampleConfig
 from protlig_dd.diffusion.sampling import check_sampler
-from protlig_dd.inference.generate import describe_designs, sample_designs
+from protlig_dd.inference.generate import describe_designs, options_of, sample_designs
 from protlig_dd.inference.lengths import choose_lengths
 from protlig_dd.inference.model import load_trained
 from protlig_dd.inference.steering import read_log_bias
@@ -26,7 +26,7 @@ def sample_proteins(cfg: DictConfig) -> None:
     check_least((("n", config.n, 1), ("steps", config.steps, 1), ("seed", config.seed, 0),
                  ("tokens_per_pack", config.tokens_per_pack, 1), ("nll_draws", config.nll_draws, 0)))  # fmt: skip
     trained = load_trained(config.from_, device=config.device, precision=config.precision)
-    check_sampler(trained.graph, config.predictor, config.temperature, config.top_p)
+    check_sampler(trained.graph, options_of(config))
     lengths = choose_lengths(config.lengths, config.n, config.seed, trained.lengths)
     if config.lengths == "empirical" and trained.lengths is not None:
         announce(f"lengths are drawn from {trained.lengths.told}", trained.processes)

@@ -13,6 +13,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from protlig_dd.data.loader import PackDataset
 from protlig_dd.data.prepare.bundled import bundled_store
 from protlig_dd.diffusion.likelihood import nll_bound
 from protlig_dd.diffusion.noise import CosineNoise, LogLinearNoise, Noise
-from protlig_dd.diffusion.sampling import sample
+from protlig_dd.diffusion.sampling import SamplerOptions, sample
 from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.runs.checkpoint import find_checkpoint, load_weights
 from protlig_dd.system.terminal import ProgressBar
@@ -56,8 +57,8 @@ def samplers(chains: int, steps: list[int]) -> None:
                 generator = torch.Generator().manual_seed(number)
                 counts: Counter[str] = Counter()
                 samples = sample(
-                    exact_score_fn(toy_of[name]), NOISES[name], [SITES] * chains, number,
-                    predictor, generator, counts=counts,
+                    replace(exact_score_fn(toy_of[name]), noise=NOISES[name]), [SITES] * chains,
+                    SamplerOptions(number, predictor), generator, counts=counts,
                 )  # fmt: skip
                 expected = toy_of[name].p0.flatten().numpy()
                 row.append(np.abs(frequencies(samples, STATES) / chains - expected).sum() / 2)
@@ -74,7 +75,7 @@ def samplers(chains: int, steps: list[int]) -> None:
                     return tokens.view(-1)
 
                 samples = sample(
-                    exact_score_fn(toy), NOISES[name], [SITES] * chains, number, "analytic",
+                    replace(exact_score_fn(toy), noise=NOISES[name]), [SITES] * chains, SamplerOptions(number),
                     torch.Generator().manual_seed(number), project,
                 )  # fmt: skip
                 seen = np.bincount(np.stack(samples)[:, 1], minlength=STATES) / chains
@@ -117,13 +118,14 @@ def likelihood(run: Path, proteins: int, repeats: int) -> None:
     graph = build_graph(config.graph)
     model = build_model(config.model, "sdpa", config.time_conditioning).eval()
     load_weights(checkpoint / "ema.safetensors", model)
-    score_fn = ScoreFn(model, graph, config.parametrisation, time_conditioning=config.time_conditioning)
+    noise = build_noise(config.noise, graph)
+    score_fn = ScoreFn(model, graph, noise, config.parametrisation, time_conditioning=config.time_conditioning)
     store, data = bundled_store(), config.data
     rows = store.split("test")[:proteins]
     packs = PackDataset(store, rows, seed=None, max_len=data.max_len, tokens_per_pack=data.tokens_per_pack)
     batches: list[PackedBatch] = [packs[i] for i in range(len(packs))]
     time_free = not config.time_conditioning
-    noises = {"the run's noise": build_noise(config.noise, graph)}
+    noises = {"the run's noise": noise}
     if time_free:  # the bound is the same integral for every schedule
         noises = {"log-linear": LogLinearNoise(), "cosine": CosineNoise()}
     kinds: list[tuple[str, str, Noise]] = [(f"integral, {name}", "integral", noise) for name, noise in noises.items()]
@@ -136,8 +138,9 @@ def likelihood(run: Path, proteins: int, repeats: int) -> None:
             nats = []
             for repeat in range(repeats):
                 generator = torch.Generator().manual_seed(repeat)
+                by_schedule = replace(score_fn, noise=noise)
                 bounds = [
-                    nll_bound(score_fn, batch, graph, noise, generator=generator, draws=draws, estimator=estimator)
+                    nll_bound(by_schedule, batch, generator=generator, draws=draws, estimator=estimator)
                     for batch in batches
                 ]
                 nats.append(torch.cat([bound.nats for bound in bounds]))

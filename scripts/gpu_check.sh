@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # On a machine with a CUDA GPU: run the tests that need one, then the throughput benchmark, which ends with its tables.
 #
-#   scripts/gpu_check.sh [--fasta proteins.fasta.gz] [other arguments of scripts/benchmark.py]
+#   scripts/gpu_check.sh [--fasta proteins.fasta.gz] [other arguments of scripts.benchmarks]
 set -euo pipefail
 case " $* " in *" -h "* | *" --help "*) sed -n '2,4s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -11,4 +11,4 @@ if ! "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())
     exit 1
 fi
 "$python" -m pytest -q -m gpu tests
-"$python" -m scripts.benchmark --tokens 16384 --steps 5 "$@"
+"$python" -m scripts.benchmarks --tokens 16384 --steps 5 "$@"

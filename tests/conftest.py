@@ -16,23 +16,29 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hydra
 import pytest
 import torch
 import torch.nn.functional as F
 from filelock import FileLock
 from hypothesis import settings
 from jaxtyping import TypeCheckError
+from omegaconf import DictConfig
 
 from protlig_dd.batch import PackedBatch
+from protlig_dd.config.read import config_folder, read_config
+from protlig_dd.config.train import TrainConfig
 from protlig_dd.data.fasta import FastaRecord, read_fasta
 from protlig_dd.data.prepare.build import build_store
 from protlig_dd.data.prepare.bundled import SAMPLE_FOLDER
 from protlig_dd.data.store import SPLITS, SequenceStore
 from protlig_dd.diffusion.graphs.absorbing import Absorbing
-from protlig_dd.diffusion.graphs.registry import Graph
+from protlig_dd.diffusion.graphs.base import Graph
 from protlig_dd.diffusion.graphs.substitution import SubstitutionGraph
 from protlig_dd.diffusion.graphs.uniform import Uniform
+from protlig_dd.diffusion.noise import LogLinearNoise
 from protlig_dd.diffusion.score import ScoreFn
+from protlig_dd.model.config import ModelConfig
 from protlig_dd.model.dit import DiT
 
 from . import brute_force
@@ -172,14 +178,33 @@ def exact_score_fn(toy: brute_force.Toy, parametrisation: str = "log_score") -> 
             logits[at_level] = table(float(level))[index[at_level]]
         return F.pad(logits, (0, 0, edges, edges)).view(-1, toy.n)
 
-    return ScoreFn(network, graph, parametrisation)
+    return ScoreFn(network, graph, LogLinearNoise(), parametrisation)
+
+
+SMALL_MODEL: dict[str, Any] = {
+    "hidden_size": 32, "n_heads": 4, "n_blocks": 2, "cond_dim": 16, "dropout": 0.0, "attention_backend": "sdpa",
+    "norm": "layer", "mlp": "gelu", "qk_norm": False, "checkpointing": False,
+}  # fmt: skip
+
+
+def composed(*overrides: str, name: str = "train") -> DictConfig:
+    """A shipped config with overrides, as a command line would have it."""
+    with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
+        return hydra.compose(name, list(overrides))
+
+
+@functools.lru_cache
+def train_config(*overrides: str) -> TrainConfig:
+    """The config of a run with overrides; not to be changed."""
+    return read_config(composed(*overrides), TrainConfig)
 
 
 def make_model(*, dropout: float = 0.0, seed: int = 0, **options: Any) -> DiT:
     """A small DiT with random weights everywhere (the zero-initialised layers too), so that every path matters."""
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 32, "n_heads": 4, "n_blocks": 2, "cond_dim": 16, "attention_backend": "sdpa"} | options
-    model = DiT(**sizes, dropout=dropout)
+    timed = options.pop("time_conditioning", True)
+    config = ModelConfig(**{**SMALL_MODEL, "dropout": dropout, **options})
+    model = DiT(config, config.attention_backend, time_conditioning=timed)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return model

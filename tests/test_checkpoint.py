@@ -3,6 +3,7 @@ import json
 import math
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,11 +28,11 @@ from protlig_dd.runs.checkpoint import (
 from protlig_dd.training.ema import EMA
 from protlig_dd.training.optim.make import make_optimizer
 
-from .conftest import make_model, random_batch
+from .conftest import make_model, random_batch, train_config
 
 
 def make_optimizer_for(model: torch.nn.Module) -> torch.optim.Optimizer:
-    return make_optimizer("adamw", model, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
+    return make_optimizer(model, replace(train_config().optim, name="adamw", lr=1e-3, weight_decay=0.1), "fp32")
 
 
 def train_a_little(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ema: EMA, steps: int) -> None:

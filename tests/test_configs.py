@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
@@ -27,14 +26,9 @@ from protlig_dd.config.verbs import (
     VariantsConfig,
 )
 from protlig_dd.data.store import SequenceStore
-from protlig_dd.training.launch import run
+from protlig_dd.training.build import run
 
-from .conftest import ROOT, Command, assert_one_line_error
-
-
-def composed(*overrides: str, name: str = "train") -> DictConfig:
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        return compose(name, list(overrides))
+from .conftest import ROOT, Command, assert_one_line_error, composed
 
 
 def options(group: str) -> list[str]:

@@ -10,11 +10,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from protlig_dd.batch import PackedBatch, StaticShape
+from protlig_dd.model.config import ModelConfig
 from protlig_dd.model.dit import DiT
 from protlig_dd.model.kernels import per_token
 from protlig_dd.model.layers import RMSNorm
 
-from .conftest import make_model, random_batch, refuses
+from .conftest import SMALL_MODEL, make_model, random_batch, refuses
 
 MODEL = make_model()
 OPTIONS = [
@@ -54,7 +55,7 @@ def written_out(model: DiT, tokens: torch.Tensor, sigma: float) -> torch.Tensor:
     sinusoids of sigma, rotary of RoFormer (arXiv 2104.09864) as products of complex numbers, pre-norm residuals.
     """
     w = {name: parameter.detach().double() for name, parameter in model.named_parameters()}
-    width, heads, length = model.embedding.embedding_dim, model.blocks[0].n_heads, len(tokens)
+    width, heads, length = model.embedding.embedding_dim, model.blocks[0].mixer.n_heads, len(tokens)
     half = width // heads // 2
 
     def linear(name: str, x: torch.Tensor) -> torch.Tensor:
@@ -91,7 +92,7 @@ def written_out(model: DiT, tokens: torch.Tensor, sigma: float) -> torch.Tensor:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulations(name, 6)
         h = norm(f"{name}.attention_norm", x, rms) * (1 + scale_a) + shift_a
         q, k, v = linear(f"{name}.qkv", h).view(length, 3, heads, 2 * half).unbind(1)
-        if block.q_norm is not None:
+        if block.mixer.q_norm is not None:
             q, k = norm(f"{name}.q_norm", q, True), norm(f"{name}.k_norm", k, True)
         q, k = ((torch.complex(z[..., :half], z[..., half:]) * turn) for z in (q, k))
         # the real part of q k* is the product of the turned vectors
@@ -130,7 +131,7 @@ def test_order_in_the_pack_does_not_matter() -> None:
 
 def test_a_new_model_returns_zeros_and_sees_its_inputs_once_trained() -> None:
     torch.manual_seed(0)
-    fresh = DiT(hidden_size=32, n_heads=4, n_blocks=2, cond_dim=16, dropout=0.0, attention_backend="sdpa")
+    fresh = DiT(ModelConfig(**SMALL_MODEL), "sdpa")
     batch = random_batch([7, 12])
     assert torch.equal(fresh(batch, torch.ones(2)), torch.zeros(19, 20))
     out = MODEL(batch, torch.ones(2))
@@ -192,7 +193,7 @@ def test_the_whole_model_runs_on_fake_cuda_tensors(backend: str, dtype: torch.dt
     """Shapes, dtypes and devices of the CUDA path, without a GPU: nothing may be left on the CPU."""
     with FakeTensorMode(), torch.no_grad():
         # built on the fake CPU and moved by hand: initialisers, Module.to and autocast want a real CUDA build
-        model = DiT(hidden_size=64, n_heads=4, n_blocks=2, cond_dim=16, dropout=0.1, attention_backend=backend)
+        model = DiT(ModelConfig(**SMALL_MODEL | {"hidden_size": 64, "dropout": 0.1}), backend)
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 setattr(module, name, torch.nn.Parameter(parameter.to("cuda:0", dtype)))
@@ -304,9 +305,7 @@ def test_a_graph_of_filled_packs_gives_the_gradients_of_plain_ones(compiled: boo
     packs = [random_batch([7, 120]).to("cuda"), random_batch([50, 9, 31]).to("cuda")]
     found = []
     for fast in (False, True):
-        model = DiT(
-            hidden_size=64, n_heads=4, n_blocks=2, cond_dim=16, dropout=0.0, attention_backend="torch_varlen"
-        ).to("cuda")
+        model = DiT(ModelConfig(**SMALL_MODEL | {"hidden_size": 64}), "torch_varlen").to("cuda")
         torch.manual_seed(0)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.1)

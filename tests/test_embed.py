@@ -17,9 +17,9 @@ from protlig_dd.batch import PackedBatch
 from protlig_dd.data.crops import window, window_starts
 from protlig_dd.data.store import SequenceStore
 from protlig_dd.diffusion.graphs.absorbing import Absorbing
-from protlig_dd.diffusion.graphs.registry import Graph
+from protlig_dd.diffusion.graphs.base import Graph
 from protlig_dd.diffusion.graphs.uniform import Uniform
-from protlig_dd.diffusion.noise import NOISES
+from protlig_dd.diffusion.noise import LogLinearNoise
 from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.embed import ids_column
 from protlig_dd.inference.embedding import embed, resolve_layer
@@ -35,10 +35,10 @@ LAYERS = 2
 
 @functools.cache
 def network(kind: str) -> tuple:
-    """A model, its score function and noise: `time-free`, or `conditioned` on time."""
+    """A model and its score function: `time-free`, or `conditioned` on time."""
     graph: Graph = Absorbing() if kind == "time-free" else Uniform()
     model = make_model(time_conditioning=kind != "time-free", n_blocks=LAYERS, norm="rms").eval()
-    return model, ScoreFn(model, graph, "x0", kind != "time-free"), NOISES["loglinear"]()
+    return model, ScoreFn(model, graph, LogLinearNoise(), "x0", kind != "time-free")
 
 
 def encoded(*sequences: str) -> list[np.ndarray]:
@@ -55,7 +55,7 @@ def random_proteins(lengths: list[int], seed: int) -> list[np.ndarray]:
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=5), seed=st.integers(0, 9))
 def test_alone_equals_packed(kind: str, layer: int, lengths: list[int], seed: int) -> None:
     proteins = random_proteins(lengths, seed)
-    run = functools.partial(embed, *network(kind), layer=layer, max_len=25, device=CPU)
+    run = functools.partial(embed, *network(kind), layer=layer, max_len=25)
     packed = run(proteins)
     assert [tuple(states.shape) for states in packed] == [(length, 32) for length in lengths]
     for protein, states in zip(proteins, packed, strict=True):
@@ -65,9 +65,10 @@ def test_alone_equals_packed(kind: str, layer: int, lengths: list[int], seed: in
 
 @pytest.mark.parametrize("kind", ["time-free", "conditioned"])
 def test_the_last_layer_gives_the_logits_and_the_first_is_the_embedding(kind: str) -> None:
-    model, score_fn, noise = network(kind)
+    model, score_fn = network(kind)
+    noise = score_fn.noise
     (tokens,) = encoded("MKTAYIAKQRX")
-    last, first = (embed(model, score_fn, noise, [tokens], layer=layer, max_len=11, device=CPU)[0] for layer in (2, 0))
+    last, first = (embed(model, score_fn, [tokens], layer=layer, max_len=11)[0] for layer in (2, 0))
     batch = PackedBatch.pack([torch.from_numpy(tokens)])
     sigma = noise(torch.full((1,), noise.t_min))[0]
     assert 0 < float(sigma) < 0.01
@@ -76,7 +77,7 @@ def test_the_last_layer_gives_the_logits_and_the_first_is_the_embedding(kind: st
     assert torch.equal(first, model.embedding.weight[batch.tokens[1:-1]])
     shown = sigma if kind == "conditioned" else torch.zeros(1)
     between = model.hidden_states(batch, shown, 1)
-    assert torch.equal(embed(model, score_fn, noise, [tokens], layer=1, max_len=11, device=CPU)[0], between[1:-1])
+    assert torch.equal(embed(model, score_fn, [tokens], layer=1, max_len=11)[0], between[1:-1])
     with pytest.raises(ValueError, match=r"layer 3: this network has 0 \(the embedding\) to 2"):
         model.hidden_states(batch, shown, 3)
 
@@ -102,9 +103,9 @@ def test_windows_cover_a_protein_and_overlap_by_half(residues: int, most: int) -
 
 
 def test_a_long_protein_is_the_mean_over_its_windows() -> None:
-    model, score_fn, noise = network("time-free")
+    model, score_fn = network("time-free")
     (tokens,) = random_proteins([23], 3)
-    (states,) = embed(model, score_fn, noise, [tokens], layer=2, max_len=10, device=CPU)
+    (states,) = embed(model, score_fn, [tokens], layer=2, max_len=10)
     assert window_starts(23, 10) == [0, 4, 9, 13]
     seen: list[list[torch.Tensor]] = [[] for _ in range(23)]
     for start in (0, 4, 9, 13):
@@ -119,21 +120,21 @@ def test_a_long_protein_is_the_mean_over_its_windows() -> None:
 
 
 def test_a_giants_windows_are_computed_a_pack_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    (model, score_fn, noise), seen = network("time-free"), list[int]()
+    (model, score_fn), seen = network("time-free"), list[int]()
     giant, hidden = encoded("MKVLAWGCDE" * 60), model.hidden_states
-    whole = embed(model, score_fn, noise, giant, layer=1, max_len=40, device=CPU)
+    whole = embed(model, score_fn, giant, layer=1, max_len=40)
 
     def watched(batch: PackedBatch, *rest: object) -> torch.Tensor:
         seen.append(len(batch.tokens))
         return hidden(batch, *rest)
 
     monkeypatch.setattr(model, "hidden_states", watched)
-    parts = embed(model, score_fn, noise, giant, layer=1, max_len=40, device=CPU, tokens_per_pack=100)
+    parts = embed(model, score_fn, giant, layer=1, max_len=40, tokens_per_pack=100)
     assert max(seen) <= 100
     assert sum(seen) > 1100
     assert torch.allclose(whole[0], parts[0], atol=1e-5)
     seen.clear()
-    embed(model, score_fn, noise, encoded("MKVLAWGCDE" * 1200), layer=1, max_len=400, device=CPU)
+    embed(model, score_fn, encoded("MKVLAWGCDE" * 1200), layer=1, max_len=400)
     assert len(seen) == 2  # 24,000 tokens and no number given
     assert max(seen) <= 16_384
 
@@ -174,8 +175,8 @@ def test_the_command(run_python: Command, store: SequenceStore, tmp_path: Path) 
     assert "out/mean.h5: 13 proteins, mean, 13 x 32 float32" in out
     run("input=some.fasta", "output=one.npz", "pooling=per_residue", "layer=1")
     trained = load_trained(str(tmp_path / "runs/small"), device="cpu", precision="fp32")
-    parts = [trained.model, trained.score_fn, trained.noise, encoded(*sequences.values())]
-    expected = embed(*parts, layer=2, max_len=200, device=CPU)
+    parts = [trained.network, trained.score_fn, encoded(*sequences.values())]
+    expected = embed(*parts, layer=2, max_len=200)
     with h5py.File(tmp_path / "out/mean.h5") as file:
         assert file["ids"].asstr()[:].tolist() == list(sequences)
         assert file["lengths"][:].tolist() == [len(sequence) for sequence in sequences.values()]
@@ -191,7 +192,7 @@ def test_the_command(run_python: Command, store: SequenceStore, tmp_path: Path) 
         assert (int(file["step"]), int(file["layer"]), str(file["pooling"])) == (2, 1, "per_residue")
         offsets = file["offsets"]
         assert np.diff(offsets).tolist() == file["lengths"].tolist()
-        for i, states in enumerate(embed(*parts, layer=1, max_len=200, device=CPU)):
+        for i, states in enumerate(embed(*parts, layer=1, max_len=200)):
             mine = torch.from_numpy(file["embeddings"][offsets[i] : offsets[i + 1]])
             assert torch.allclose(mine, states, atol=1e-5)
 

@@ -22,7 +22,7 @@ from protlig_dd.data.prepare.build import build_store
 from protlig_dd.data.store import SPLITS, SequenceStore, StoreGroup
 from protlig_dd.diffusion.exact_count import masked_cross_entropy
 from protlig_dd.diffusion.graphs.absorbing import Absorbing
-from protlig_dd.diffusion.graphs.registry import Graph
+from protlig_dd.diffusion.graphs.base import Graph
 from protlig_dd.diffusion.graphs.uniform import Uniform
 from protlig_dd.diffusion.likelihood import nll_bound, protein_draws
 from protlig_dd.diffusion.noise import GeometricNoise, LogLinearNoise, Noise
@@ -41,7 +41,6 @@ from .conftest import (
     Command,
     assert_one_line_error,
     exact_score_fn,
-    graph_of,
     make_model,
     random_batch,
     require_program,
@@ -79,9 +78,9 @@ def test_a_baselines_nats_are_summed_position_by_position(sequences: list[str]) 
 
 def test_what_each_token_adds_sums_up_to_the_bound() -> None:
     batch = random_batch([5, 9, 2])
-    score_fn = ScoreFn(make_model(), Absorbing(), "x0")
+    score_fn = ScoreFn(make_model(), Absorbing(), LogLinearNoise(), "x0")
     for estimator in ("integral", "exact_count"):
-        bound = nll_bound(score_fn, batch, Absorbing(), LogLinearNoise(), draws=3, estimator=estimator,
+        bound = nll_bound(score_fn, batch, draws=3, estimator=estimator,
                           generator=torch.Generator().manual_seed(0))  # fmt: skip
         sums = [float(part.sum()) for part in bound.token_nats.split(list(batch.lengths))]
         assert sums == pytest.approx(bound.nats.tolist())
@@ -100,7 +99,8 @@ def test_masked_cross_entropy_is_that_of_masks_made_by_hand() -> None:
         seen.append(noised.tokens)
         return table[noised.positions]
 
-    nats, masked = masked_cross_entropy(ScoreFn(network, Absorbing(), "x0"), batch, Absorbing(), share=0.3, draws=40,
+    score_fn = ScoreFn(network, Absorbing(), LogLinearNoise(), "x0")
+    nats, masked = masked_cross_entropy(score_fn, batch, share=0.3, draws=40,
                                         generator=torch.Generator().manual_seed(0))  # fmt: skip
     assert masked.tolist() == [40 * 2, 40 * 1]  # round(0.3 * 6), round(0.3 * 3)
     times = sum((one == 20).double() for one in seen)
@@ -121,7 +121,7 @@ def test_pooled_nats_are_those_of_the_masks_that_were_drawn() -> None:
         seen.append(noised.tokens)
         return table[noised.positions]
 
-    bound = nll_bound(ScoreFn(network, Absorbing(), "x0"), batch, Absorbing(), LogLinearNoise(), draws=6,
+    bound = nll_bound(ScoreFn(network, Absorbing(), LogLinearNoise(), "x0"), batch, draws=6,
                       estimator="exact_count", generator=torch.Generator().manual_seed(0))  # fmt: skip
     # two draws of each third, which end at a ninth, four ninths and nine, each counted by its width
     times = sum(width / 18 * (one == 20).double() for width, one in zip((1, 1, 3, 3, 5, 5), seen, strict=True))
@@ -135,8 +135,8 @@ def test_pooled_nats_are_those_of_the_masks_that_were_drawn() -> None:
 def test_pooled_nats_of_a_model_that_can_be_enumerated() -> None:
     """Two sites: of one given the other, or both, each by itself, the average."""
     toy, x0, copies = brute_force.random_toy("absorbing", n=3, sites=2), (2, 1), 400
-    bound = nll_bound(exact_score_fn(toy), PackedBatch.pack([torch.tensor(x0)] * copies), graph_of("absorbing", 3),
-                      LogLinearNoise(), draws=2, estimator="exact_count",
+    batch = PackedBatch.pack([torch.tensor(x0)] * copies)
+    bound = nll_bound(exact_score_fn(toy), batch, draws=2, estimator="exact_count",
                       generator=torch.Generator().manual_seed(0))  # fmt: skip
     assert set(bound.pooled.tolist()) == {1, 1.5, 2}
     assert float(bound.pooled.mean()) == pytest.approx(1.5, abs=0.01)
@@ -168,7 +168,8 @@ def test_only_of_a_time_conditioned_model_the_order_agnostic_bound_is_another_on
 ) -> None:
     trained = load_trained(str(trained_run), device="cpu", precision="fp32")
     model = make_model(time_conditioning=conditioned).eval()
-    trained = replace(trained, model=model, score_fn=ScoreFn(model, Absorbing(), "x0", time_conditioning=conditioned))
+    score_fn = ScoreFn(model, Absorbing(), trained.score_fn.noise, "x0", time_conditioning=conditioned)
+    trained = replace(trained, score_fn=score_fn)
     config = EvaluateConfig(from_="", input="", split="test", train=None, compare=None, near=False, output="", draws=2,
                             masked=False, max_sequences=None, seed=3, device="cpu", precision="fp32",
                             tokens_per_pack=10_000)  # fmt: skip
@@ -179,7 +180,7 @@ def test_only_of_a_time_conditioned_model_the_order_agnostic_bound_is_another_on
     generator = protein_draws(keys, places_of_set(keys, 2, 3), 3)
     found = None
     for name, estimator in (("bound", "integral"), ("oadm", "exact_count"))[0 if conditioned else 1 :]:
-        found = nll_bound(trained.score_fn, batch, Absorbing(), trained.noise, generator=generator, draws=2,
+        found = nll_bound(trained.score_fn, batch, generator=generator, draws=2,
                           estimator=estimator)  # fmt: skip
         assert [one.nats[name] for one in scored] == pytest.approx(found.nats.tolist())
     assert [one.nats["evodiff"] for one in scored] == pytest.approx(found.pooled_nats.tolist())
@@ -202,7 +203,7 @@ def test_only_of_a_time_conditioned_model_the_order_agnostic_bound_is_another_on
 )
 def test_what_a_protein_draws_follows_from_the_set(graph: Graph, noise: Noise, estimator: str) -> None:
     """In one pack, in packs of one, in another order: the same masks and times, so that bounds differ by rounding."""
-    score_fn = ScoreFn(make_model(), graph, "x0", time_conditioning=True)
+    score_fn = ScoreFn(make_model(), graph, noise, "x0", time_conditioning=True)
     proteins = [random_batch([length], seed=length).tokens for length in (9, 30, 4)]
 
     def bounds(order: list[int], at_once: int, seed: int = 7) -> list[float]:
@@ -211,7 +212,7 @@ def test_what_a_protein_draws_follows_from_the_set(graph: Graph, noise: Noise, e
         places, found = places_of_set(keys, 3, seed), {}
         for first in range(0, 3, at_once):
             these = slice(first, first + at_once)
-            bound = nll_bound(score_fn, PackedBatch.pack(some[these]), graph, noise, draws=3, estimator=estimator,
+            bound = nll_bound(score_fn, PackedBatch.pack(some[these]), draws=3, estimator=estimator,
                               generator=protein_draws(keys[these], places[:, these], seed))  # fmt: skip
             found.update(zip(order[these], bound.nats.tolist(), strict=True))
         return [found[i] for i in range(3)]
@@ -516,12 +517,12 @@ def test_the_training_set_of_the_model_compared_with_is_found_as_given(
     trained_run: Path, store: SequenceStore, tmp_path: Path
 ) -> None:
     trained = load_trained(str(trained_run), device="cpu", precision="fp32")
-    away = replace(trained, checkpoint=tmp_path)  # which knows of no store
+    away = replace(trained, saved=replace(trained.saved, path=tmp_path))  # which knows of no store
     (found,) = all_sources(str(store.path), None, away, called="the model compared with")
     assert found.model == "the model compared with"
     assert found.stores is not None
     assert found.stores.fingerprint == store.fingerprint
-    other = replace(away, data_fingerprint="0" * 32)  # train= is another model's
+    other = replace(away, saved=replace(away.saved, data_fingerprint="0" * 32))  # train= is another model's
     (found,) = all_sources(str(store.path), None, other, called="the model compared with")
     assert found.stores is None
 
@@ -530,7 +531,7 @@ def test_where_the_training_set_is_not_found_no_leak_was_looked_for(
     trained_run: Path, store: SequenceStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trained = load_trained(str(trained_run), device="cpu", precision="fp32")
-    away = replace(trained, data_fingerprint="0" * 32)
+    away = replace(trained, saved=replace(trained.saved, data_fingerprint="0" * 32))
     (source,) = all_sources(None, store, away)
     found = leaks.find_leaks([store[0], store[1]], [source], "auto")
     assert found.lines() == ["copies of what trained this model were not looked for among the proteins: its training "

@@ -79,11 +79,11 @@ def test_an_export_is_the_checkpoint(exported: Path, store: SequenceStore, run_p
             assert torch.equal(first.score_fn(batch, sigma), other(batch, sigma))
         assert torch.equal(logits, hub(batch, sigma))
     t = torch.rand(50, generator=torch.Generator().manual_seed(0))
-    for other in (second.noise, hub.noise):
-        assert torch.equal(torch.stack(first.noise(t)), torch.stack(other(t)))
+    for other in (second.score_fn.noise, hub.noise):
+        assert torch.equal(torch.stack(first.score_fn.noise(t)), torch.stack(other(t)))
     assert (second.run, second.step, second.max_len) == (first.run, 6, 200)
     assert second.lengths == first.lengths is not None
-    assert second.config.optim == first.config.optim
+    assert second.saved.config.optim == first.saved.config.optim
     for text in (path.read_text() for path in model.iterdir() if path.name != WEIGHTS):
         assert "private" not in text  # no paths of this machine
         assert str(exported) not in text

@@ -39,8 +39,7 @@ from protlig_dd.training.finetune import starting_from, taken_over
 from protlig_dd.training.optim.schedule import warmup_of
 from protlig_dd.training.trainer import count_residues
 
-from .conftest import Command, MadeOnce, assert_one_line_error
-from .test_configs import composed
+from .conftest import Command, MadeOnce, assert_one_line_error, composed
 from .test_training import TINY, assert_same_bits, train
 
 
@@ -199,7 +198,7 @@ def loss_before_training(run: Path, config: TrainConfig, store: SequenceStore) -
         generator = keyed_generator(5, "noise", index, torch.device("cpu"))
         cap = resolve_max_weight(config.noise, source.graph)
         with torch.no_grad():
-            loss, _ = score_entropy_loss(source.score_fn, packs[index], source.graph, source.noise, generator, 1.0, cap)
+            loss, _ = score_entropy_loss(source.score_fn, packs[index], generator, 1.0, cap)
         losses.append(float(loss))
         residues += count_residues(packs[index])
     return sum(losses) / residues
@@ -292,7 +291,7 @@ def test_held_out_proteins_that_trained_the_source_are_counted(
     assert json.loads((tmp_path / "out/report.json").read_text())["in_training"]["copies"] == 3
 
     run = load_trained(str(runs / "leaky"), device="cpu", precision="fp32")
-    before = functools.partial(sources_before, run.config, runs / "leaky")
+    before = functools.partial(sources_before, run.saved.config, runs / "leaky")
     assert [one.stores is not None for one in before([])] == [True]
     (checkpoint,) = complete_checkpoints(runs / "base")
     shutil.copytree(checkpoint, moved := checkpoint.with_name("step_00000031"))  # the run has gone on
@@ -306,7 +305,7 @@ def test_held_out_proteins_that_trained_the_source_are_counted(
     assert [one.why for one in before([])] == ["it has other weights by now"]
     (runs / "base").rename(runs / "away")
     assert [one.why for one in before([])] == ["there is no runs/base"]
-    (unknown,) = sources_before(replace(run.config, from_=None), None, [])
+    (unknown,) = sources_before(replace(run.saved.config, from_=None), None, [])
     assert (unknown.model, unknown.why) == ("the model that it began from", "an exported model does not name it")
     assert family.fingerprint != store.fingerprint
 

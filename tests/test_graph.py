@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from protlig_dd.diffusion.graphs import absorbing, uniform
 from protlig_dd.diffusion.graphs.absorbing import Absorbing
-from protlig_dd.diffusion.graphs.registry import Graph
+from protlig_dd.diffusion.graphs.base import Graph
 from protlig_dd.diffusion.graphs.substitution import SubstitutionGraph
 from protlig_dd.diffusion.graphs.uniform import Uniform
 from protlig_dd.diffusion.numerics import categorical, clamp_negative, log_expm1, uniform_draws

@@ -22,6 +22,7 @@ from protlig_dd.data.store import SequenceStore
 from protlig_dd.diffusion.graphs.absorbing import Absorbing
 from protlig_dd.diffusion.graphs.uniform import Uniform
 from protlig_dd.diffusion.noise import LogLinearNoise
+from protlig_dd.diffusion.sampling import SamplerOptions
 from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.evaluation.samples.redesigns import Redesign, free_draws, free_nll
 from protlig_dd.inference import generate
@@ -36,14 +37,13 @@ from protlig_dd.inference.layouts import (
     place,
     read_records,
 )
-from protlig_dd.inference.model import Trained, load_trained
+from protlig_dd.inference.model import TrainedModel, load_trained
 from protlig_dd.inference.sharing import Work
 from protlig_dd.infill import infill
 from protlig_dd.sample import sample_proteins
 from protlig_dd.tokenizer import BOS, EOS, MASK, ProteinTokenizer
 
-from .conftest import Command, assert_one_line_error, make_model
-from .test_configs import composed
+from .conftest import Command, assert_one_line_error, composed, make_model
 from .test_sample import assert_bounds_are_those_of_the_model
 
 RECORD = FastaRecord("p", "", "ACDEFGHIKL", "in.fasta")
@@ -321,12 +321,12 @@ def test_the_table_has_what_one_orders_from(trained_run: Path, tmp_path: Path, m
 def test_the_nll_of_free_residues_is_the_average_over_masks_of_them(conditioned: bool) -> None:
     """Against every mask, with its probability: k uniform on 1..m, then each k of the m alike."""
     model = make_model(time_conditioning=conditioned).eval()
-    score_fn, noise = ScoreFn(model, Absorbing(), "x0", time_conditioning=conditioned), LogLinearNoise()
+    score_fn = ScoreFn(model, Absorbing(), LogLinearNoise(), "x0", time_conditioning=conditioned)
     free = np.zeros(10, bool)
     free[[2, 3, 7, 8]] = True
     designs = [Redesign(str(i), np.where(free, np.random.default_rng(i).integers(0, 20, 10), IDS), free, i % 2)
                for i in range(4)]  # fmt: skip
-    drawn = free_draws(score_fn, noise, designs, Work(torch.device("cpu"), 100), draws=100, seed=0)
+    drawn = free_draws(score_fn, designs, Work(100), draws=100, seed=0)
     found = free_nll(drawn, designs, [0, None, 0, None])
     exact = []
     for design in designs:
@@ -347,8 +347,8 @@ def test_the_nll_of_free_residues_is_the_average_over_masks_of_them(conditioned:
         assert one.nll_error < 0.2
     assert found[2].score == pytest.approx(exact[0] - exact[2], abs=4 * found[2].score_error)
     assert math.isnan(found[1].score)
-    alone = free_draws(score_fn, noise, designs[2:3], Work(torch.device("cpu"), 30), draws=8, seed=0)
-    packed = free_draws(score_fn, noise, designs, Work(torch.device("cpu"), 30), draws=8, seed=0)
+    alone = free_draws(score_fn, designs[2:3], Work(30), draws=8, seed=0)
+    packed = free_draws(score_fn, designs, Work(30), draws=8, seed=0)
     assert alone[:, 0] == pytest.approx(packed[:, 2], rel=1e-5)
 
 
@@ -360,14 +360,12 @@ def test_two_seeds_rank_the_redesigns_of_a_loop_alike(trained_run: Path, store: 
     template = protein.copy()
     template[20:32] = MASK
     samples, _ = generate.generate(
-        trained.score_fn, trained.noise, lengths=[len(template)] * 50, steps=8, predictor="analytic", seed=1,
-        tokens_per_pack=8000, device=trained.device, description="redesigning", templates=[template] * 50,
-    )  # fmt: skip
+        trained.score_fn, [len(template)] * 50, SamplerOptions(8), Work(8000), seed=1, templates=[template] * 50
+    )
     designs = [Redesign(str(i), ids, template == MASK, 0) for i, ids in enumerate(samples)]
     draws = composed("from=x", "input=y", name="infill")["free_draws"]
     first, second = (
-        free_draws(trained.score_fn, trained.noise, designs, Work(trained.device, 8000), draws=draws, seed=seed).sum(0)
-        for seed in (1, 2)
+        free_draws(trained.score_fn, designs, Work(8000), draws=draws, seed=seed).sum(0) for seed in (1, 2)
     )
     assert spearmanr(first, second).statistic > 0.9
 
@@ -375,9 +373,9 @@ def test_two_seeds_rank_the_redesigns_of_a_loop_alike(trained_run: Path, store: 
 def test_only_masks_of_an_absorbing_graph_rank_designs(
     trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def uniform(*args: Any, **options: Any) -> Trained:
+    def uniform(*args: Any, **options: Any) -> TrainedModel:
         trained = load_trained(*args, **options)
-        score_fn = ScoreFn(trained.model, Uniform(), "log_score")
+        score_fn = ScoreFn(trained.network, Uniform(), LogLinearNoise(), "log_score")
         return replace(trained, score_fn=score_fn)
 
     monkeypatch.setattr("protlig_dd.infill.load_trained", uniform)
@@ -470,9 +468,11 @@ def test_what_appeared_while_it_sampled_stays(
 def test_a_run_name_with_spaces_of_an_earlier_version_makes_whole_ids(
     trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def load_spaced(*args: Any, **options: Any) -> Trained:
+    def load_spaced(*args: Any, **options: Any) -> TrainedModel:
         trained = load_trained(*args, **options)
-        return replace(trained, config=replace(trained.config, run=replace(trained.config.run, name="my\t old run")))
+        saved = trained.saved
+        config = replace(saved.config, run=replace(saved.config.run, name="my\t old run"))
+        return replace(trained, saved=replace(saved, config=config))
 
     monkeypatch.setattr("protlig_dd.sample.load_trained", load_spaced)
     verb_with(trained_run, tmp_path, monkeypatch, "sample", lambda found: found)

@@ -1,6 +1,7 @@
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from protlig_dd.batch import PackedBatch
 from protlig_dd.config.components import build_noise
 from protlig_dd.data.store import SequenceStore
 from protlig_dd.diffusion.graphs.absorbing import Absorbing
-from protlig_dd.diffusion.graphs.registry import Graph
+from protlig_dd.diffusion.graphs.base import Graph
 from protlig_dd.diffusion.graphs.substitution import SubstitutionGraph, make_substitution_graph
 from protlig_dd.diffusion.graphs.uniform import Uniform
 from protlig_dd.diffusion.likelihood import integrand, nll_bound, reconstruction
@@ -53,10 +54,8 @@ def test_with_exact_scores_the_bound_is_the_likelihood(name: str, estimator: str
     for x0 in [(0, 0), (2, 1)]:
         batch = PackedBatch.pack([torch.tensor(x0)] * copies)
         bound = nll_bound(
-            exact_score_fn(toy),
+            replace(exact_score_fn(toy), noise=NOISE if name == "absorbing" else GeometricNoise(0.001, 12.0, 0.001)),
             batch,
-            graph_of(name, 3),
-            NOISE if name == "absorbing" else GeometricNoise(1e-3, 12.0, 1e-3),
             generator=torch.Generator().manual_seed(5),
             draws=16,
             estimator=estimator,
@@ -65,6 +64,13 @@ def test_with_exact_scores_the_bound_is_the_likelihood(name: str, estimator: str
         assert abs(mean + math.log(toy.p0[x0])) < 4 * error + 1e-3
         assert error < 0.15
         assert bound.residues.tolist() == [2] * copies
+
+
+class GivenScores(ScoreFn):
+    """Log-scores as they are given, in any precision."""
+
+    def __call__(self, batch: PackedBatch, sigma: Tensor) -> Tensor:
+        return self.model(batch, sigma)
 
 
 def all_states(graph: Graph, sites: int) -> Tensor:
@@ -99,8 +105,10 @@ def exact_bound(
     clean = torch.tensor(x0).expand_as(xt)
     batch = PackedBatch.pack(list(clean))  # as many copies as there are x_t
 
-    def score_fn(noised: PackedBatch, sigma: Tensor) -> Tensor:
+    def given(noised: PackedBatch, sigma: Tensor) -> Tensor:
         return scores(noised.tokens.view_as(xt), float(sigma[0])).view(-1, toy.n)
+
+    score_fn = GivenScores(given, graph, noise, "log_score")
 
     def probability(sigma: float) -> Tensor:
         """Of every x_t."""
@@ -108,11 +116,11 @@ def exact_bound(
 
     total = 0.0
     for t, weight in nodes_of(noise):
-        nats = integrand(score_fn, batch, graph, noise, t.expand(len(xt)), xt.reshape(-1)).view_as(xt).sum(1)
+        nats = integrand(score_fn, batch, t.expand(len(xt)), xt.reshape(-1)).view_as(xt).sum(1)
         total += weight * float(probability(float(noise(t)[0])) @ nats)
     lowest, highest = (noise(torch.tensor(t, dtype=torch.float64))[0] for t in (noise.t_min, 1.0))
     total += float(graph.prior_kl(torch.tensor(x0), highest.expand(toy.sites)).sum())
-    nats = reconstruction(score_fn, batch, graph, lowest.expand(len(xt)), xt.reshape(-1)).view_as(xt).sum(1)
+    nats = reconstruction(score_fn, batch, lowest.expand(len(xt)), xt.reshape(-1)).view_as(xt).sum(1)
     return total + float(probability(float(lowest)) @ nats)
 
 
@@ -195,7 +203,7 @@ def test_the_exact_count_is_the_average_over_orders_of_a_wrong_network() -> None
     def network(batch: PackedBatch, sigma: torch.Tensor) -> torch.Tensor:
         return logits[tuple(batch.tokens.view(-1, 2).T)].view(-1, 3)
 
-    score_fn = ScoreFn(network, Absorbing(3), "x0", time_conditioning=False)
+    score_fn = ScoreFn(network, Absorbing(3), NOISE, "x0", time_conditioning=False)
     copies = 400
     for x0 in [(0, 1), (2, 2)]:
         orders = [
@@ -206,8 +214,6 @@ def test_the_exact_count_is_the_average_over_orders_of_a_wrong_network() -> None
         bound = nll_bound(
             score_fn,
             PackedBatch.pack([torch.tensor(x0)] * copies),
-            Absorbing(3),
-            NOISE,
             generator=torch.Generator().manual_seed(0),
             draws=8,
             estimator="exact_count",
@@ -221,20 +227,16 @@ def test_the_exact_count_is_the_average_over_orders_of_a_wrong_network() -> None
 def test_a_zero_network_scores_log_20_a_residue() -> None:
     batch = random_batch([50] * 40)
 
-    score_fn = ScoreFn(zeros, Absorbing(), "x0")
+    score_fn = ScoreFn(zeros, Absorbing(), LogLinearNoise(), "x0")
     exact = nll_bound(
         score_fn,
         batch,
-        Absorbing(),
-        LogLinearNoise(),
         generator=torch.Generator().manual_seed(0),
         draws=4,
         estimator="exact_count",
     )
     assert torch.allclose(exact.nats, torch.full((40,), 50 * math.log(20)).double(), rtol=1e-6)
-    integral = nll_bound(
-        score_fn, batch, Absorbing(), LogLinearNoise(), generator=torch.Generator().manual_seed(0), draws=16
-    )
+    integral = nll_bound(score_fn, batch, generator=torch.Generator().manual_seed(0), draws=16)
     nll, error = per_residue(integral.nats.numpy(), integral.residues.numpy())
     assert abs(nll - math.log(20)) < 4 * error
     for i in range(40):  # the per-sequence errors are of the right size too
@@ -252,8 +254,8 @@ def test_every_term_of_the_bound_counts(graph: Graph) -> None:
     """
     noise, batch = LogLinearNoise(eps=0.1, t_min=0.1), random_batch([80] * 40)
     pi = graph.pi if isinstance(graph, SubstitutionGraph) else torch.full((20,), 0.05).double()
-    score_fn = ScoreFn(zeros, graph, "log_score")
-    bound = nll_bound(score_fn, batch, graph, noise, generator=torch.Generator().manual_seed(0), draws=32)
+    score_fn = ScoreFn(zeros, graph, noise, "log_score")
+    bound = nll_bound(score_fn, batch, generator=torch.Generator().manual_seed(0), draws=32)
     expected = -pi.log()[batch.tokens].view(40, 80).sum(1)
     excess, error = per_residue((bound.nats - expected).numpy(), bound.residues.numpy())
     assert error < 0.02
@@ -270,8 +272,8 @@ def test_a_network_that_is_wrong_at_high_noise_pays_for_it(matrix: str) -> None:
     def network(batch: PackedBatch, sigma: torch.Tensor) -> torch.Tensor:
         return v - v[batch.tokens][:, None]
 
-    score_fn, batch = ScoreFn(network, graph, "log_score"), random_batch([80] * 40)
-    bound = nll_bound(score_fn, batch, graph, noise, generator=torch.Generator().manual_seed(0), draws=32)
+    score_fn, batch = ScoreFn(network, graph, noise, "log_score"), random_batch([80] * 40)
+    bound = nll_bound(score_fn, batch, generator=torch.Generator().manual_seed(0), draws=32)
     excess, error = per_residue(bound.nats.numpy(), bound.residues.numpy())
     expected, every = 0.0, PackedBatch.pack(list(torch.arange(20).repeat_interleave(20)[:, None]))
     xt, counts = torch.arange(20).repeat(20), torch.bincount(batch.tokens, minlength=20) / 3200
@@ -283,26 +285,25 @@ def test_a_network_that_is_wrong_at_high_noise_pays_for_it(matrix: str) -> None:
     def exact(batch: PackedBatch, sigma: torch.Tensor) -> torch.Tensor:
         return score_fn.log_score(network(batch, sigma).double(), batch.tokens, sigma)
 
+    exact_fn = GivenScores(exact, graph, noise, "log_score")
     for t, weight in nodes_of(noise):
-        nats = integrand(exact, every, graph, noise, t.expand(400), xt)
+        nats = integrand(exact_fn, every, t.expand(400), xt)
         expected += weight * mean_over_x(nats, float(noise(t)[0]))
     lowest, highest = (noise(torch.tensor(t, dtype=torch.float64))[0] for t in (noise.t_min, 1.0))
     expected += float((counts * graph.prior_kl(torch.arange(20), highest.expand(20))).sum())
-    expected += mean_over_x(reconstruction(exact, every, graph, lowest.expand(400), xt), float(lowest))
+    expected += mean_over_x(reconstruction(exact_fn, every, lowest.expand(400), xt), float(lowest))
     assert abs(excess - expected) < 4 * error
     assert error < 0.1 * expected
 
 
 def test_both_estimators_agree_on_a_network_and_exact_count_has_less_variance() -> None:
     batch = random_batch([40] * 25)
-    score_fn = ScoreFn(make_model(), Absorbing(), "x0", time_conditioning=False)
+    score_fn = ScoreFn(make_model(), Absorbing(), LogLinearNoise(), "x0", time_conditioning=False)
     results = {}
     for estimator in ("integral", "exact_count"):
         results[estimator] = nll_bound(
             score_fn,
             batch,
-            Absorbing(),
-            LogLinearNoise(),
             generator=torch.Generator().manual_seed(1),
             draws=16,
             estimator=estimator,
@@ -316,12 +317,10 @@ def test_both_estimators_agree_on_a_network_and_exact_count_has_less_variance() 
 def test_context_letters_are_given_not_scored() -> None:
     tokens = torch.from_numpy(ProteinTokenizer().encode("MKXVBZJUOA")).long()
     nothing = torch.from_numpy(ProteinTokenizer().encode("XX")).long()
-    score_fn = ScoreFn(make_model(), Absorbing(), "x0", time_conditioning=False)
+    score_fn = ScoreFn(make_model(), Absorbing(), LogLinearNoise(), "x0", time_conditioning=False)
     bound = nll_bound(
         score_fn,
         PackedBatch.pack([tokens, nothing]),
-        Absorbing(),
-        LogLinearNoise(),
         generator=torch.Generator().manual_seed(1),
         draws=4,
         estimator="exact_count",
@@ -333,14 +332,14 @@ def test_context_letters_are_given_not_scored() -> None:
 
 def test_options_that_cannot_work_are_refused() -> None:
     batch = random_batch([5])
-    score_fn = ScoreFn(make_model(), Uniform(), "log_score")
+    score_fn = ScoreFn(make_model(), Uniform(), LogLinearNoise(), "log_score")
     generator = torch.Generator()
     with refuses("exact_count is for the absorbing graph"):
-        nll_bound(score_fn, batch, Uniform(), LogLinearNoise(), generator=generator, estimator="exact_count")
+        nll_bound(score_fn, batch, generator=generator, estimator="exact_count")
     with refuses("no estimator 'elbo'"):
-        nll_bound(score_fn, batch, Uniform(), LogLinearNoise(), generator=generator, estimator="elbo")
+        nll_bound(score_fn, batch, generator=generator, estimator="elbo")
     with refuses("draws must be at least 1, got 0"):
-        nll_bound(score_fn, batch, Uniform(), LogLinearNoise(), generator=generator, draws=0)
+        nll_bound(score_fn, batch, generator=generator, draws=0)
     with refuses("cannot average"):
         per_residue(np.zeros(2), np.zeros(2))
 
@@ -383,8 +382,8 @@ def test_a_proteins_standard_error_is_the_spread_of_its_bounds(
     times, margin = (4, 0.12) if thorough() else (2, 0.25)
     found = [
         nll_bound(
-            trained.score_fn, PackedBatch.pack([torch.from_numpy(tokens.astype(np.int64))] * 100), Absorbing(),
-            LogLinearNoise(), generator=torch.Generator().manual_seed(seed), draws=draws, estimator=estimator,
+            trained.score_fn, PackedBatch.pack([torch.from_numpy(tokens.astype(np.int64))] * 100),
+            generator=torch.Generator().manual_seed(seed), draws=draws, estimator=estimator,
         )
         for seed in range(times)
     ]  # fmt: skip
@@ -433,7 +432,7 @@ def test_draws_that_are_computed_together_are_the_same(graph: Graph, estimator: 
 
     found = [
         nll_bound(
-            ScoreFn(network, graph, "x0"), batch, graph, LogLinearNoise(), draws=draws, estimator=estimator,
+            ScoreFn(network, graph, LogLinearNoise(), "x0"), batch, draws=draws, estimator=estimator,
             generator=torch.Generator().manual_seed(3), tokens_at_once=tokens,
         )
         for tokens in (0, 65, 1000)
@@ -446,8 +445,7 @@ def test_draws_that_are_computed_together_are_the_same(graph: Graph, estimator: 
 
 def test_one_draw_has_no_standard_error() -> None:
     bound = nll_bound(
-        ScoreFn(zeros, Absorbing(), "x0"), random_batch([9, 4]), Absorbing(), LogLinearNoise(),
-        generator=torch.Generator(), draws=1,
+        ScoreFn(zeros, Absorbing(), LogLinearNoise(), "x0"), random_batch([9, 4]), generator=torch.Generator(), draws=1,
     )  # fmt: skip
     assert torch.isnan(bound.standard_error).all()
     assert torch.isfinite(bound.nats).all()
@@ -464,7 +462,7 @@ def test_the_places_of_the_draws_are_stratified_over_the_batch() -> None:
         return torch.zeros(len(batch.tokens), 20)
 
     nll_bound(
-        ScoreFn(network, Absorbing(), "x0"), random_batch([50] * 50), Absorbing(), LogLinearNoise(),
+        ScoreFn(network, Absorbing(), LogLinearNoise(), "x0"), random_batch([50] * 50),
         generator=torch.Generator().manual_seed(0), draws=1, estimator="exact_count",
     )  # fmt: skip
     assert sorted(seen) == list(range(1, 51))

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from protlig_dd.batch import PackedBatch
 from protlig_dd.diffusion.graphs.absorbing import Absorbing
-from protlig_dd.diffusion.graphs.registry import Graph
+from protlig_dd.diffusion.graphs.base import Graph
 from protlig_dd.diffusion.graphs.uniform import Uniform
 from protlig_dd.diffusion.loss import score_entropy_loss
 from protlig_dd.diffusion.noise import CosineNoise, GeometricNoise, LogLinearNoise, Noise, stratified_times
@@ -22,8 +22,8 @@ from .conftest import make_model, random_batch
 )
 def test_the_loss_is_that_of_its_parts_put_together_by_hand(graph: Graph, noise: Noise) -> None:
     batch = random_batch([6, 11, 3])
-    score_fn = ScoreFn(make_model(), graph, "log_score")
-    loss_sum, n_residues = score_entropy_loss(score_fn, batch, graph, noise, torch.Generator().manual_seed(4))
+    score_fn = ScoreFn(make_model(), graph, noise, "log_score")
+    loss_sum, n_residues = score_entropy_loss(score_fn, batch, torch.Generator().manual_seed(4))
     generator = torch.Generator().manual_seed(4)
     t = stratified_times(3, noise.t_min, generator, "cpu")
     sigma, dsigma = noise(t)
@@ -39,8 +39,8 @@ def test_x0_and_time_free_is_weighted_cross_entropy() -> None:
     """For log-linear noise, kappa dsigma = 1/t (1 - eps cancels): the loss is masked cross-entropy over t."""
     graph, noise, batch = Absorbing(), LogLinearNoise(), random_batch([40, 25])
     model = make_model()
-    score_fn = ScoreFn(model, graph, "x0", time_conditioning=False)
-    loss_sum, _ = score_entropy_loss(score_fn, batch, graph, noise, torch.Generator().manual_seed(4))
+    score_fn = ScoreFn(model, graph, noise, "x0", time_conditioning=False)
+    loss_sum, _ = score_entropy_loss(score_fn, batch, torch.Generator().manual_seed(4))
     generator = torch.Generator().manual_seed(4)
     t = stratified_times(2, noise.t_min, generator, "cpu")
     xt = graph.sample_transition(batch.tokens, noise(t)[0][batch.segment_ids], generator)
@@ -53,10 +53,10 @@ def test_x0_and_time_free_is_weighted_cross_entropy() -> None:
 def test_a_curriculums_loss_is_the_integral_up_to_its_cap() -> None:
     """A zero network costs log 20 a masked residue, so the part of the integral below the cap is in proportion."""
     graph, noise, batch = Absorbing(), LogLinearNoise(), random_batch([60] * 400)
-    score_fn = ScoreFn(lambda batch, sigma: torch.zeros(len(batch.tokens), 20), graph, "x0")
+    score_fn = ScoreFn(lambda batch, sigma: torch.zeros(len(batch.tokens), 20), graph, noise, "x0")
     for cap in (0.1, 0.6, 1.0):
         generator = torch.Generator().manual_seed(0)
-        losses = [score_entropy_loss(score_fn, batch, graph, noise, generator, cap)[0] / 24_000 for _ in range(20)]
+        losses = [score_entropy_loss(score_fn, batch, generator, cap)[0] / 24_000 for _ in range(20)]
         mean, error = torch.stack(losses).mean(), torch.stack(losses).std() / 20**0.5
         assert abs(mean - (cap - 1e-3) * math.log(20)) < 4 * error + 0.002 * cap
         assert error < 0.05 * cap
@@ -65,17 +65,15 @@ def test_a_curriculums_loss_is_the_integral_up_to_its_cap() -> None:
 def test_context_letters_are_counted_out() -> None:
     tokens = torch.from_numpy(ProteinTokenizer().encode("MKXVBZ"))
     batch = PackedBatch.pack([tokens.long()])
-    score_fn = ScoreFn(make_model(), Absorbing(), "x0")
-    _, n_residues = score_entropy_loss(score_fn, batch, Absorbing(), LogLinearNoise(), torch.Generator())
+    score_fn = ScoreFn(make_model(), Absorbing(), LogLinearNoise(), "x0")
+    _, n_residues = score_entropy_loss(score_fn, batch, torch.Generator())
     assert int(n_residues) == 3
 
 
 def test_gradients_reach_every_parameter() -> None:
     model = make_model()
-    score_fn = ScoreFn(model, Absorbing(), "log_score")
-    loss_sum, _ = score_entropy_loss(
-        score_fn, random_batch([30, 20]), Absorbing(), LogLinearNoise(), torch.Generator().manual_seed(0)
-    )
+    score_fn = ScoreFn(model, Absorbing(), LogLinearNoise(), "log_score")
+    loss_sum, _ = score_entropy_loss(score_fn, random_batch([30, 20]), torch.Generator().manual_seed(0))
     loss_sum.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
@@ -86,12 +84,12 @@ def test_gradients_reach_every_parameter() -> None:
 @pytest.mark.parametrize("t_max", [1.0, 0.7])
 def test_a_capped_weight_scales_a_time_down_to_the_cap(noise: Noise, t_max: float) -> None:
     graph, cap, scaled = Absorbing(), 5.0, 0
-    score_fn = ScoreFn(make_model(), graph, "x0", time_conditioning=False)
+    score_fn = ScoreFn(make_model(), graph, noise, "x0", time_conditioning=False)
     for seed in range(40):
         batch = random_batch([50], seed)
         plain, capped, drawn = (torch.Generator().manual_seed(seed) for _ in range(3))
-        whole, _ = score_entropy_loss(score_fn, batch, graph, noise, plain, t_max)
-        less, _ = score_entropy_loss(score_fn, batch, graph, noise, capped, t_max, cap)
+        whole, _ = score_entropy_loss(score_fn, batch, plain, t_max)
+        less, _ = score_entropy_loss(score_fn, batch, capped, t_max, cap)
         sigma, dsigma = noise(stratified_times(1, noise.t_min, drawn, "cpu", t_max))
         weight = float((t_max - noise.t_min) * dsigma / torch.expm1(sigma))
         assert torch.allclose(less, whole * min(1.0, cap / weight), rtol=1e-4, atol=1e-4)

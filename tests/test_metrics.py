@@ -7,7 +7,8 @@ import pytest
 from rich.console import Console
 
 from protlig_dd.batch import split_lengths
-from protlig_dd.inference.generate import designs_fasta
+from protlig_dd.diffusion.sampling import SamplerOptions
+from protlig_dd.inference.generate import Origin, designs_fasta
 from protlig_dd.inference.lengths import draw_lengths
 from protlig_dd.runs.metrics import MetricsLog, read_metrics
 from protlig_dd.system import terminal
@@ -159,10 +160,8 @@ def test_lengths_are_drawn_as_often_as_they_occur_and_packed_in_order() -> None:
 def test_designs_say_what_made_them() -> None:
     import numpy as np
 
-    text = designs_fasta(
-        [np.arange(20, dtype=np.uint8).repeat(4)],
-        names=["demo_1"], run="demo", step=5, seed=3, predictor="euler", steps=9, notes=[" nll=2.8"],
-    )  # fmt: skip
+    origin = Origin("demo", 5, 3, SamplerOptions(9, "euler"))
+    text = designs_fasta([np.arange(20, dtype=np.uint8).repeat(4)], ["demo_1"], origin, [" nll=2.8"])
     header, first, second = text.splitlines()
     assert header == ">demo_1 run=demo step=5 seed=3 length=80 sampler=euler steps=9 nll=2.8"
     assert (len(first), len(second)) == (60, 20)

@@ -1,5 +1,6 @@
 """`plan=true`: what a config costs, against what its training then keeps and computes."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,19 +9,15 @@ from torch import nn
 
 from protlig_dd.batch import PackedBatch
 from protlig_dd.config.components import build_model
-from protlig_dd.config.read import read_config
 from protlig_dd.config.train import TrainConfig
 from protlig_dd.data.store import SequenceStore, StoreGroup
 from protlig_dd.training.cost import activation_bytes, kept_bytes, plan, with_data
 
-from .conftest import Command, assert_one_line_error
-from .test_configs import composed
+from .conftest import Command, assert_one_line_error, train_config
 
 
 def config_of(*overrides: str) -> TrainConfig:
-    config = read_config(composed("model=tiny", *overrides), TrainConfig)
-    config.time_conditioning = False
-    return config
+    return replace(train_config("model=tiny", *overrides), time_conditioning=False)
 
 
 def kept_in(model: nn.Module, lengths: list[int], precision: str) -> int:

@@ -1,4 +1,7 @@
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,14 +13,15 @@ from scipy.stats import chisquare
 from protlig_dd.batch import PackedBatch
 from protlig_dd.diffusion import sampling
 from protlig_dd.diffusion.graphs.absorbing import Absorbing
-from protlig_dd.diffusion.graphs.registry import Graph
+from protlig_dd.diffusion.graphs.base import Graph
 from protlig_dd.diffusion.graphs.substitution import make_substitution_graph
 from protlig_dd.diffusion.graphs.uniform import Uniform
 from protlig_dd.diffusion.noise import GeometricNoise, LogLinearNoise, Noise
-from protlig_dd.diffusion.sampling import sample
+from protlig_dd.diffusion.sampling import SamplerOptions, sample
 from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.inference.generate import generate
 from protlig_dd.inference.lengths import Lengths, choose_lengths
+from protlig_dd.inference.sharing import Work
 from protlig_dd.tokenizer import LETTERS
 
 from . import brute_force
@@ -38,6 +42,20 @@ NOISES: dict[str, Noise] = {
     "uniform": GeometricNoise(1e-3, 8.0, 1e-3),
     "substitution": GeometricNoise(1e-3, 11.0, 1e-3),
 }
+
+
+def sampled(
+    score_fn: ScoreFn,
+    lengths: list[int],
+    steps: int,
+    predictor: str,
+    generator: torch.Generator,
+    project: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    **more: Any,
+) -> list[np.ndarray]:
+    """`sample`, with the sampler's options and the others side by side."""
+    sharpened = {name: more.pop(name) for name in ("temperature", "top_p") if name in more}
+    return sample(score_fn, lengths, SamplerOptions(steps, predictor, **sharpened), generator, project, **more)
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -72,17 +90,20 @@ def test_samples_have_the_distribution_of_the_exact_scores(
     chains = 20_000 if thorough() else 4_000
     steps //= 2 if thorough() else 4  # the fewer chains, the larger the errors that pass
     toy = brute_force.random_toy(name, n=3, sites=2, seed=2)
-    samples = sample(exact_score_fn(toy, parametrisation), NOISES[name], [2] * chains, steps, predictor, seeded(0))
+    samples = sampled(
+        replace(exact_score_fn(toy, parametrisation), noise=NOISES[name]), [2] * chains, steps, predictor, seeded(0)
+    )
     assert chisquare(frequencies(samples, 3), chains * toy.p0.flatten().numpy()).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("parametrisation", ["log_score", "x0"])
 def test_euler_and_analytic_are_the_same_steps_for_absorbing_and_loglinear(parametrisation: str) -> None:
-    score_fn = ScoreFn(make_model(), Absorbing(), parametrisation)
+    noise = LogLinearNoise(eps=0.1, t_min=0.1)
+    score_fn = ScoreFn(make_model(), Absorbing(), noise, parametrisation)
     if parametrisation == "log_score":  # scores that are too large for a probability are clamped in both, otherwise
-        score_fn = exact_score_fn(brute_force.random_toy("absorbing", n=20, sites=2, seed=3))
-    noise, lengths = LogLinearNoise(eps=0.1, t_min=0.1), [2] * 400 if parametrisation == "log_score" else [300, 100]
-    euler, analytic = (sample(score_fn, noise, lengths, 7, name, seeded(0)) for name in ("euler", "analytic"))
+        score_fn = replace(exact_score_fn(brute_force.random_toy("absorbing", n=20, sites=2, seed=3)), noise=noise)
+    lengths = [2] * 400 if parametrisation == "log_score" else [300, 100]
+    euler, analytic = (sampled(score_fn, lengths, 7, name, seeded(0)) for name in ("euler", "analytic"))
     assert [ids.tolist() for ids in euler] == [ids.tolist() for ids in analytic]
 
 
@@ -90,9 +111,9 @@ def test_a_forbidden_residue_of_the_prior_is_drawn_again() -> None:
     """By the network, which is sure of tryptophan, and not from all that is allowed: lysine was there before."""
     logits = torch.where(torch.arange(20) == LETTERS.index("W"), 50.0, 0.0)
     bias = torch.full((20,), -torch.inf).scatter(0, torch.tensor([LETTERS.index(a) for a in "WK"]), 0.0)
-    score_fn = ScoreFn(lambda batch, sigma: logits.expand(len(batch.tokens), -1), Absorbing(), "x0")
     noise = LogLinearNoise(eps=0.5)  # half of the residues are not masked at t = 1; 1 in 20 of those is lysine
-    (ids,) = sample(score_fn, noise, [4000], 5, "analytic", seeded(0), log_bias=bias)
+    score_fn = ScoreFn(lambda batch, sigma: logits.expand(len(batch.tokens), -1), Absorbing(), noise, "x0")
+    (ids,) = sampled(score_fn, [4000], 5, "analytic", seeded(0), log_bias=bias)
     assert set(np.unique(ids)) == {LETTERS.index("W"), LETTERS.index("K")}
     assert 0.015 < (ids == LETTERS.index("K")).mean() < 0.035
 
@@ -103,9 +124,13 @@ def test_a_time_free_model_draws_every_residue_itself(predictor: str, conditione
     """Its bound is that of a decoder which begins with masks alone; the integral's prior holds residues at t = 1."""
     logits = torch.where(torch.arange(20) == LETTERS.index("W"), 50.0, 0.0)
     score_fn = ScoreFn(
-        lambda batch, sigma: logits.repeat(len(batch.tokens), 1), Absorbing(), "x0", time_conditioning=conditioned
+        lambda batch, sigma: logits.repeat(len(batch.tokens), 1),
+        Absorbing(),
+        LogLinearNoise(eps=0.5),
+        "x0",
+        time_conditioning=conditioned,
     )
-    (ids,) = sample(score_fn, LogLinearNoise(eps=0.5), [4000], 5, predictor, seeded(0))
+    (ids,) = sampled(score_fn, [4000], 5, predictor, seeded(0))
     share = (ids != LETTERS.index("W")).mean()
     assert 0.4 < share / 0.95 < 0.6 if conditioned else share == 0
 
@@ -113,7 +138,9 @@ def test_a_time_free_model_draws_every_residue_itself(predictor: str, conditione
 def test_absorbing_samples_match_in_one_step_at_a_time_even_with_few_steps() -> None:
     """With a single site there is nothing to be wrong about: two steps are exact."""
     toy = brute_force.random_toy("absorbing", n=4, sites=1, seed=1)
-    samples = sample(exact_score_fn(toy), LogLinearNoise(1e-5, 1e-5), [1] * 20_000, 2, "analytic", seeded(0))
+    samples = sampled(
+        replace(exact_score_fn(toy), noise=LogLinearNoise(1e-5, 1e-5)), [1] * 20_000, 2, "analytic", seeded(0)
+    )
     assert chisquare(frequencies(samples, 4), 20_000 * toy.p0.numpy()).pvalue > 1e-3
 
 
@@ -121,12 +148,12 @@ def test_absorbing_samples_match_in_one_step_at_a_time_even_with_few_steps() -> 
 @pytest.mark.parametrize(("name", "predictor"), SAMPLERS)
 def test_only_amino_acids_come_out_at_the_lengths_asked_for(name: str, predictor: str, parametrisation: str) -> None:
     graph = graph_of(name, 20)
-    score_fn = ScoreFn(make_model(), graph, parametrisation)
+    score_fn = ScoreFn(make_model(), graph, LogLinearNoise(), parametrisation)
     counts: Counter[str] = Counter()
     ticks: list[int] = []
     lengths = [1, 30, 7]
-    samples = sample(
-        score_fn, LogLinearNoise(), lengths, 5, predictor, seeded(0),
+    samples = sampled(
+        score_fn, lengths, 5, predictor, seeded(0),
         on_step=lambda: ticks.append(1), counts=counts,
     )  # fmt: skip
     assert [len(ids) for ids in samples] == lengths
@@ -135,20 +162,18 @@ def test_only_amino_acids_come_out_at_the_lengths_asked_for(name: str, predictor
     assert counts["draws"] == 38 * 6
     if parametrisation == "x0" and predictor != "euler":
         assert counts["clamped"] == 0  # the posterior's probabilities are never negative, not by rounding either
-    again = sample(score_fn, LogLinearNoise(), lengths, 5, predictor, seeded(0))
+    again = sampled(score_fn, lengths, 5, predictor, seeded(0))
     assert all(np.array_equal(a, b) for a, b in zip(samples, again, strict=True))
 
 
 @pytest.mark.parametrize(("name", "predictor"), SAMPLERS)
 def test_what_a_sequence_draws_does_not_depend_on_its_pack(name: str, predictor: str) -> None:
     """Nor on how many are asked for, or on what else is drawn: sequence i of 8 is sequence i of 5."""
-    score_fn = ScoreFn(make_model(), graph_of(name, 20), "x0")
+    score_fn = ScoreFn(make_model(), graph_of(name, 20), LogLinearNoise(), "x0")
 
     def draw(n: int, tokens_per_pack: int, lengths: str) -> list[list[int]]:
-        samples, _ = generate(
-            score_fn, LogLinearNoise(), lengths=choose_lengths(lengths, n, 7, Lengths([0] * 5 + [1] * 26, "")), steps=4,
-            predictor=predictor, tokens_per_pack=tokens_per_pack, seed=7, device=torch.device("cpu"), description="",
-        )  # fmt: skip
+        chosen = choose_lengths(lengths, n, 7, Lengths([0] * 5 + [1] * 26, ""))
+        samples, _ = generate(score_fn, chosen, SamplerOptions(4, predictor), Work(tokens_per_pack), seed=7)
         return [ids.tolist() for ids in samples]
 
     for lengths in ("empirical", "3-20", "9") if thorough() else ("empirical",):
@@ -165,8 +190,8 @@ def test_ancestral_numbers_of_masks_follow_the_noise() -> None:
         seen.append([int((tokens == 20).sum()) for tokens in batch.unpack(batch.tokens)])
         return torch.randn(len(batch.tokens), 20, generator=seeded(1))
 
-    score_fn = ScoreFn(network, Absorbing(), "x0")
-    sample(score_fn, LogLinearNoise(1e-9, 1e-9), [40, 7], 10, "ancestral", seeded(0))
+    score_fn = ScoreFn(network, Absorbing(), LogLinearNoise(1e-9, 1e-9), "x0")
+    sampled(score_fn, [40, 7], 10, "ancestral", seeded(0))
     assert [masked for masked, _ in seen] == [40, 36, 32, 28, 24, 20, 16, 12, 8, 4, 0]
     assert [masked for _, masked in seen] == [round(7 * (1 - i / 10)) for i in range(11)]
 
@@ -186,17 +211,17 @@ def test_a_time_free_network_is_not_asked_again_about_what_has_not_changed(
     def draw() -> tuple[list[list[int]], Counter[str]]:
         asked.clear()
         counts: Counter[str] = Counter()
-        score_fn = ScoreFn(network, Absorbing(), "x0", time_conditioning=False)
-        samples = sample(
-            score_fn, LogLinearNoise(), [3, 9, 5], 60, predictor, seeded(3), counts=counts, **options  # type: ignore[arg-type]
+        score_fn = ScoreFn(network, Absorbing(), LogLinearNoise(), "x0", time_conditioning=False)
+        samples = sampled(
+            score_fn, [3, 9, 5], 60, predictor, seeded(3), counts=counts, **options  # type: ignore[arg-type]
         )  # fmt: skip
         assert sum(asked) == counts["evaluated"]
         assert counts["evaluated"] + counts["skipped"] == 3 * 61
         return [ids.tolist() for ids in samples], counts
 
-    cached, remembered = draw(), sampling._Remembered
+    cached, remembered = draw(), sampling.UnchangedLogits
     monkeypatch.setattr(
-        sampling, "_Remembered", lambda logits, counts, time_free: remembered(logits, counts, time_free=False)
+        sampling, "UnchangedLogits", lambda logits, counts, time_free: remembered(logits, counts, time_free=False)
     )
     plain = draw()
     assert plain[0] == cached[0]
@@ -219,7 +244,7 @@ def test_temperature_and_top_p_sharpen_every_position(name: str, parametrisation
     score_fn = exact_score_fn(toy, parametrisation)
 
     def draw(**options: float) -> np.ndarray:
-        samples = sample(score_fn, NOISES[name], [2] * chains, steps, "analytic", seeded(0), **options)
+        samples = sampled(replace(score_fn, noise=NOISES[name]), [2] * chains, steps, "analytic", seeded(0), **options)
         return frequencies(samples, 4)
 
     cold = toy.p0 ** (1 / 0.6)
@@ -237,9 +262,9 @@ def test_temperature_and_top_p_sharpen_every_position(name: str, parametrisation
 
 
 def test_without_sharpening_the_model_itself_is_sampled() -> None:
-    score_fn = ScoreFn(make_model(), Absorbing(), "x0")
+    score_fn = ScoreFn(make_model(), Absorbing(), LogLinearNoise(), "x0")
     plain, same, cold = (
-        sample(score_fn, LogLinearNoise(), [200], 10, "analytic", seeded(0), **options)[0]
+        sampled(score_fn, [200], 10, "analytic", seeded(0), **options)[0]
         for options in ({}, {"temperature": 1.0, "top_p": 1.0}, {"temperature": 0.2})
     )
     assert np.array_equal(plain, same)
@@ -265,8 +290,8 @@ def test_a_bias_tilts_independent_positions_exactly(name: str, predictor: str, p
     bias[1, 2] = -torch.inf
     tilted = (toy.p0 * bias[0].exp()[:, None] * bias[1].exp()).flatten().numpy()
     steps = 20 if name == "absorbing" else 60
-    samples = sample(
-        exact_score_fn(toy, parametrisation), NOISES[name], [2] * chains, steps, predictor, seeded(1),
+    samples = sampled(
+        replace(exact_score_fn(toy, parametrisation), noise=NOISES[name]), [2] * chains, steps, predictor, seeded(1),
         log_bias=bias.repeat(chains, 1),
     )  # fmt: skip
     seen = frequencies(samples, 4)
@@ -283,8 +308,8 @@ def test_a_forbidden_residue_never_comes(name: str, steps: int) -> None:
     noise = LogLinearNoise(0.2, 1e-3)  # leaves a fifth of the residues unmoved at t = 1
     for predictor in ("analytic", "euler") + (("ancestral",) if name == "absorbing" else ()):
         for options in ({}, {"temperature": 0.5, "top_p": 0.9}):
-            score_fn = ScoreFn(make_model(), graph, "x0")
-            samples = sample(score_fn, noise, [200, 100], steps, predictor, seeded(0), log_bias=bias, **options)
+            score_fn = ScoreFn(make_model(), graph, noise, "x0")
+            samples = sampled(score_fn, [200, 100], steps, predictor, seeded(0), log_bias=bias, **options)
             assert all(1 not in ids for ids in samples)
             assert len(np.unique(np.concatenate(samples))) > 5
 
@@ -303,7 +328,7 @@ def test_no_score_changes_by_more_than_the_bias(
     bias = size * (bias - bias.amin(-1, keepdim=True)) / (bias.amax(-1, keepdim=True) - bias.amin(-1, keepdim=True))
     xt = torch.full((30,), 20) if isinstance(graph, Absorbing) else torch.arange(30) % 20
     sigma_T = torch.full((30,), sigma, dtype=torch.float64)
-    score_fn = ScoreFn(lambda batch, sigma: logits, graph, parametrisation)
+    score_fn = ScoreFn(lambda batch, sigma: logits, graph, LogLinearNoise(), parametrisation)
     plain = score_fn.log_score(logits, xt, sigma_T)
     steered = score_fn.log_score(logits, xt, sigma_T, lambda log_q: log_q + bias)
     assert (steered - plain).abs().max() <= size + 1e-9
@@ -314,9 +339,9 @@ def test_few_steps_of_slow_mixing_rates_lose_nothing_to_rounding() -> None:
     """PAM30 ends at sigma = 24.9, where undoing the noise would multiply errors by e^48."""
     graph, counts = make_substitution_graph("PAM30"), Counter[str]()
     q = torch.rand(20, generator=seeded(0)).log()
-    score_fn = ScoreFn(lambda batch, sigma: q.expand(len(batch.tokens), -1), graph, "x0")
     noise = LogLinearNoise(eps=float(np.exp(-graph.sigma_max)))
-    samples = sample(score_fn, noise, [20_000], 1, "analytic", seeded(1), counts=counts)
+    score_fn = ScoreFn(lambda batch, sigma: q.expand(len(batch.tokens), -1), graph, noise, "x0")
+    samples = sampled(score_fn, [20_000], 1, "analytic", seeded(1), counts=counts)
     assert counts["clamped"] == 0
     seen = np.bincount(samples[0], minlength=20)
     assert chisquare(seen, 20_000 * q.double().softmax(0).numpy()).pvalue > 1e-3
@@ -326,10 +351,13 @@ def test_a_network_that_is_not_finite_is_an_error() -> None:
     for graph in (Absorbing(), Uniform(), BLOSUM62):
         for parametrisation in ("log_score", "x0"):
             score_fn = ScoreFn(
-                lambda batch, sigma: torch.full((len(batch.tokens), 20), torch.nan), graph, parametrisation
+                lambda batch, sigma: torch.full((len(batch.tokens), 20), torch.nan),
+                graph,
+                LogLinearNoise(),
+                parametrisation,
             )
             with refuses(r"scores are not finite in sampling step 1, at sigma = 6.91"):
-                sample(score_fn, LogLinearNoise(), [5], 3, "analytic", seeded(0))
+                sampled(score_fn, [5], 3, "analytic", seeded(0))
 
 
 @pytest.mark.parametrize("name", ["absorbing", "uniform", "substitution"])
@@ -338,10 +366,8 @@ def test_each_position_can_have_its_own_bias(name: str) -> None:
     lengths, allowed = [4, 9, 2, 30], torch.Generator().manual_seed(3)
     wanted = [torch.randint(20, (length,), generator=allowed) for length in lengths]
     bias = [torch.full((len(ids), 20), -torch.inf).scatter(1, ids[:, None], 0.0) for ids in wanted]
-    samples, _ = generate(
-        ScoreFn(make_model(), graph_of(name, 20), "x0"), LogLinearNoise(), lengths=lengths, steps=3,
-        predictor="analytic", tokens_per_pack=20, seed=0, device=torch.device("cpu"), description="", log_bias=bias,
-    )  # fmt: skip
+    score_fn = ScoreFn(make_model(), graph_of(name, 20), LogLinearNoise(), "x0")
+    samples, _ = generate(score_fn, lengths, SamplerOptions(3), Work(20), seed=0, log_bias=bias)
     assert [ids.tolist() for ids in samples] == [ids.tolist() for ids in wanted]
 
 
@@ -351,8 +377,8 @@ def test_context_letters_can_be_imposed() -> None:
 
     for name, predictor in SAMPLERS:
         for options in ({}, {"log_bias": torch.zeros(20), "top_p": 0.9}):
-            score_fn = ScoreFn(make_model(), graph_of(name, 20), "x0")
-            (ids,) = sample(score_fn, LogLinearNoise(), [12], 5, predictor, seeded(0), project, **options)
+            score_fn = ScoreFn(make_model(), graph_of(name, 20), LogLinearNoise(), "x0")
+            (ids,) = sampled(score_fn, [12], 5, predictor, seeded(0), project, **options)
             assert ids[[2, 3, 7]].tolist() == [X, 7, X]
             assert np.delete(ids, [2, 3, 7]).max() < 20
 
@@ -367,8 +393,8 @@ def test_projected_residues_stay() -> None:
     for name, predictor in SAMPLERS:
         for bias in (None, barred):
             graph = graph_of(name, 20)
-            score_fn = ScoreFn(make_model(), graph, "log_score")
-            (ids,) = sample(score_fn, LogLinearNoise(), [20], 5, predictor, seeded(0), project, log_bias=bias)
+            score_fn = ScoreFn(make_model(), graph, LogLinearNoise(), "log_score")
+            (ids,) = sampled(score_fn, [20], 5, predictor, seeded(0), project, log_bias=bias)
             assert ids[:5].tolist() == [0, 1, 2, 3, 4]
             assert bias is None or ids[5:].min() > 2
 
@@ -383,7 +409,14 @@ def infilled(name: str, chains: int, steps: int, parametrisation: str = "log_sco
         return tokens.view(-1)
 
     samples = np.stack(
-        sample(exact_score_fn(toy, parametrisation), NOISES[name], [2] * chains, steps, "analytic", seeded(0), project)
+        sampled(
+            replace(exact_score_fn(toy, parametrisation), noise=NOISES[name]),
+            [2] * chains,
+            steps,
+            "analytic",
+            seeded(0),
+            project,
+        )
     )
     assert (samples[:, 0] == 1).all()
     return np.bincount(samples[:, 1], minlength=3), (toy.p0[1] / toy.p0[1].sum()).numpy()
@@ -404,12 +437,13 @@ def test_infilling_shows_the_network_the_noise_level_of_what_is_masked() -> None
         tokens[203:213] = 4
         return tokens
 
-    noise, score_fn = LogLinearNoise(), ScoreFn(network, Absorbing(), "log_score")
+    noise = LogLinearNoise()
+    score_fn = ScoreFn(network, Absorbing(), noise, "log_score")
     times = torch.linspace(1, noise.t_min, 5, dtype=torch.float64)
     least, most = noise(times)[0].float()[[-1, 0]]
     for imposed in (project, None):
         shown.clear()
-        sample(score_fn, noise, [200, 20], 4, "analytic", seeded(0), imposed)
+        sampled(score_fn, [200, 20], 4, "analytic", seeded(0), imposed)
         for step, (sigma, shares) in enumerate(shown):
             assert sigma.dtype == torch.float32
             of_masked = -torch.log1p(-torch.tensor(shares))
@@ -450,12 +484,12 @@ def test_infilling_is_near_but_not_exact_for_the_others(name: str) -> None:
 def test_requests_that_cannot_work_are_refused(
     lengths: list[int], steps: int, predictor: str, options: dict[str, object], message: str
 ) -> None:
-    score_fn = ScoreFn(make_model(), Absorbing(), "x0")
+    score_fn = ScoreFn(make_model(), Absorbing(), LogLinearNoise(), "x0")
     with refuses(message):
-        sample(score_fn, LogLinearNoise(), lengths, steps, predictor, torch.Generator(), **options)
+        sampled(score_fn, lengths, steps, predictor, torch.Generator(), **options)
 
 
 def test_ancestral_sampling_is_for_the_absorbing_graph() -> None:
-    score_fn = ScoreFn(make_model(), Uniform(), "x0")
+    score_fn = ScoreFn(make_model(), Uniform(), LogLinearNoise(), "x0")
     with refuses("ancestral is for the absorbing graph"):
-        sample(score_fn, LogLinearNoise(), [5], 4, "ancestral", torch.Generator())
+        sampled(score_fn, [5], 4, "ancestral", torch.Generator())

@@ -6,7 +6,7 @@ import torch
 
 from protlig_dd.batch import PackedBatch
 from protlig_dd.diffusion.graphs.absorbing import Absorbing
-from protlig_dd.diffusion.graphs.registry import Graph
+from protlig_dd.diffusion.graphs.base import Graph
 from protlig_dd.diffusion.graphs.substitution import make_substitution_graph
 from protlig_dd.diffusion.graphs.uniform import Uniform
 from protlig_dd.diffusion.loss import score_entropy_loss
@@ -31,7 +31,7 @@ def test_scores_are_float32_and_zero_at_xt(graph: Graph, parametrisation: str) -
     sigma = torch.tensor([0.3, 2.0])
     xt = graph.sample_transition(batch.tokens, sigma[batch.segment_ids], torch.Generator().manual_seed(0))
     for autocast in (None, torch.bfloat16):
-        score_fn = ScoreFn(make_model(), graph, parametrisation, autocast=autocast)
+        score_fn = ScoreFn(make_model(), graph, LogLinearNoise(), parametrisation, autocast=autocast)
         log_score = score_fn(batch.with_tokens(xt), sigma)
         assert log_score.dtype == torch.float32
         assert (log_score != log_score.bfloat16().float()).double().mean() > 0.5 * (log_score != 0).double().mean()
@@ -49,9 +49,9 @@ def test_autocast_is_active_inside_the_network_and_nowhere_else() -> None:
     model, batch = make_model(), random_batch([6, 9])
     seen: dict[str, torch.dtype] = {}
     model.blocks[0].qkv.register_forward_hook(lambda module, inputs, out: seen.update(qkv=out.dtype))
-    ScoreFn(model, Absorbing(), "x0", autocast=torch.bfloat16)(batch, torch.ones(2))
+    ScoreFn(model, Absorbing(), LogLinearNoise(), "x0", autocast=torch.bfloat16)(batch, torch.ones(2))
     assert seen["qkv"] == torch.bfloat16
-    ScoreFn(model, Absorbing(), "x0")(batch, torch.ones(2))
+    ScoreFn(model, Absorbing(), LogLinearNoise(), "x0")(batch, torch.ones(2))
     assert seen["qkv"] == torch.float32
 
 
@@ -66,10 +66,10 @@ def test_logits_leave_the_network_in_full_precision() -> None:
 def test_a_time_free_network_sees_no_sigma() -> None:
     batch = random_batch([6, 9])
     masked = batch.with_tokens(torch.where(torch.arange(15) % 2 == 0, 20, batch.tokens))
-    free = ScoreFn(make_model(), Absorbing(), "x0", time_conditioning=False)
+    free = ScoreFn(make_model(), Absorbing(), LogLinearNoise(), "x0", time_conditioning=False)
     low, high = free(masked, torch.full((2,), 0.1)), free(masked, torch.full((2,), 3.0))
     assert torch.allclose(low.log_softmax(-1), high.log_softmax(-1), atol=1e-6)
-    conditioned = ScoreFn(make_model(), Absorbing(), "x0")
+    conditioned = ScoreFn(make_model(), Absorbing(), LogLinearNoise(), "x0")
     low, high = conditioned(masked, torch.full((2,), 0.1)), conditioned(masked, torch.full((2,), 3.0))
     assert not torch.allclose(low.log_softmax(-1), high.log_softmax(-1), atol=1e-3)
 
@@ -91,11 +91,11 @@ def test_a_zero_network_on_the_absorbing_graph_costs_log_20_a_residue(parametris
         weight = ((noised.tokens == 20) / t[noised.segment_ids]).sum()
         return zeros(noised, sigma)
 
-    score_fn = ScoreFn(network, graph, parametrisation)
+    score_fn = ScoreFn(network, graph, noise, parametrisation)
     generator = torch.Generator().manual_seed(0)
     estimates = []
     for _ in range(20):
-        loss_sum, n_residues = score_entropy_loss(score_fn, batch, graph, noise, generator)
+        loss_sum, n_residues = score_entropy_loss(score_fn, batch, generator)
         assert int(n_residues) == 30_000
         assert float(loss_sum) == pytest.approx(float((1 - 1e-3) * math.log(20) * weight), rel=1e-5)
         estimates.append(float(loss_sum) / 30_000)
@@ -139,7 +139,7 @@ def test_bf16_changes_the_loss_at_the_smallest_time_by_less_than_half_a_percent(
     sigma_T = sigma[batch.segment_ids]
     xt = graph.sample_transition(batch.tokens, sigma_T, torch.Generator().manual_seed(0))
     with torch.no_grad():
-        score_fn = ScoreFn(model, graph, parametrisation, autocast=torch.bfloat16)
+        score_fn = ScoreFn(model, graph, LogLinearNoise(), parametrisation, autocast=torch.bfloat16)
         loss = graph.score_entropy(score_fn(batch.with_tokens(xt), sigma), sigma_T, xt, batch.tokens).double().sum()
         model.sigma_embedding.mlp.register_forward_pre_hook(lambda _, args: (args[0].double(),))
         logits = model.double()(batch.with_tokens(xt), sigma)
@@ -162,4 +162,4 @@ def test_combinations_that_are_not_valid_are_refused(
     graph: Graph, parametrisation: str, time: bool, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        ScoreFn(zeros, graph, parametrisation, time_conditioning=time)
+        ScoreFn(zeros, graph, LogLinearNoise(), parametrisation, time_conditioning=time)

@@ -18,12 +18,11 @@ from protlig_dd.data.fasta import FastaRecord
 from protlig_dd.tokenizer import PAD
 from scripts import mutation_check
 from scripts.arms import SCREEN, overrides
-from scripts.benchmark import blocks
+from scripts.benchmarks.variants import blocks
 from scripts.diffusion_report import RUNS, samplers
 from scripts.mutation_check import LISTS, read_mutations, read_results
 
-from .conftest import ROOT, Command, Start, make_model, make_store, thorough, wait_for
-from .test_configs import composed
+from .conftest import ROOT, Command, Start, composed, make_model, make_store, thorough, wait_for
 from .test_sampling import NOISES, SAMPLERS
 
 
@@ -147,7 +146,7 @@ def test_the_files_that_the_docs_name_are_there() -> None:
 
 @pytest.mark.slow
 def test_the_checkpoint_benchmark_prints_the_table_of_the_docs(run_python: Command) -> None:
-    process = run_python("-m", "scripts.benchmark_checkpoint", "--models", "tiny", "--repeats", "2")
+    process = run_python("-m", "scripts.benchmarks.checkpoint", "--models", "tiny", "--repeats", "2")
     assert process.returncode == 0, process.stderr
     heading, rule, row = process.stdout.splitlines()
     text = (ROOT / "docs/reliability.md").read_text()
@@ -157,7 +156,7 @@ def test_the_checkpoint_benchmark_prints_the_table_of_the_docs(run_python: Comma
 @pytest.mark.slow
 def test_the_data_benchmark_prints_the_tables_of_the_docs(run_python: Command) -> None:
     sizes = ("--gigabytes", "0.01", "--sequences", "20000", "--repeats", "1", "--seconds", "1", "--steps", "4")
-    process = run_python("-m", "scripts.benchmark_data", *sizes)
+    process = run_python("-m", "scripts.benchmarks.data", *sizes)
     assert process.returncode == 0, process.stderr
     printed = [line for line in process.stdout.splitlines() if line.startswith("|")]
     sections = (ROOT / "docs/scaling.md").read_text().split("\n## ")
@@ -182,7 +181,7 @@ def test_the_benchmark_measures_what_it_compares(run_python: Command, tmp_path: 
     sizes += ("--repeats", "2", "--sampling-steps", "3", "6", "--json", str(tmp_path / "found.json"))
     parts = ["throughput", "profile", "sampling", *(["cost", "presets"] if thorough() else [])]
     process = run_python(
-        "-m", "scripts.benchmark", *parts, *sizes, new=True, PYTHONPATH=str(ROOT), PROTLIG_TYPECHECK="0",
+        "-m", "scripts.benchmarks", *parts, *sizes, new=True, PYTHONPATH=str(ROOT), PROTLIG_TYPECHECK="0",
         TORCH_COMPILE_DISABLE="1", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "compiled"),
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
@@ -205,7 +204,7 @@ def test_the_benchmark_measures_what_it_compares(run_python: Command, tmp_path: 
 
 @pytest.mark.slow
 def test_the_benchmark_measures_how_costs_grow(run_python: Command, tmp_path: Path) -> None:
-    process = run_python("-m", "scripts.benchmark", "growth", "--models", "256 x 2", "--tokens", "160")
+    process = run_python("-m", "scripts.benchmarks", "growth", "--models", "256 x 2", "--tokens", "160")
     assert process.returncode == 0, process.stderr
     growth = json.loads((tmp_path / "benchmark.json").read_text())["growth"]
     assert len({(row["what"], row["value"]) for row in growth}) == len(growth) == 4 + 5 + 3 + 3 + 2 + 2
@@ -236,7 +235,7 @@ def test_concatenated_blocks_are_the_same_tokens_cut_anywhere() -> None:
 
 
 def test_a_part_that_the_benchmark_has_not_is_refused(run_python: Command) -> None:
-    wrong = run_python("-m", "scripts.benchmark", "speed")
+    wrong = run_python("-m", "scripts.benchmarks", "speed")
     assert wrong.returncode == 2
     assert "no part speed" in wrong.stderr
 

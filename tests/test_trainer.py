@@ -3,6 +3,7 @@
 import copy
 import math
 from itertools import count
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,47 +15,41 @@ from protlig_dd.data.store import SequenceStore, StoreGroup
 from protlig_dd.diffusion.graphs.absorbing import Absorbing
 from protlig_dd.diffusion.loss import score_entropy_loss
 from protlig_dd.diffusion.noise import LogLinearNoise
-from protlig_dd.diffusion.score import ScoreFn
-from protlig_dd.system.distributed import Processes
+from protlig_dd.system.distributed import ALONE
 from protlig_dd.system.random import keyed_generator
+from protlig_dd.system.signals import StopRequests
+from protlig_dd.training.context import RunContext, Start
+from protlig_dd.training.objective import Objective
 from protlig_dd.training.optim.make import make_optimizer
 from protlig_dd.training.trainer import SPIKE_STEPS, Trainer
 
-from .conftest import make_model
+from .conftest import make_model, train_config
 
 SHAPE = StaticShape(512, 64, 102)
-OPTIONS = {"lr": 1.0, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "momentum": 0.95, "precision": "fp32"}
+OVERRIDES = ("optim.lr=1e-3", "optim.betas=[0.9,0.99]", "optim.weight_decay=0.1", "optim.grad_clip=0.5",
+             "optim.ema_decay=0.9", "optim.warmup_steps=90", "optim.packs_per_step=2", "trainer.max_steps=100",
+             "trainer.loss_spike=3.0", "seed=0")  # fmt: skip
 
 
 def rate(step: int) -> float:
-    return 1e-3 * (step + 1)
+    return 1e-3 * (step + 1) / 90
 
 
 def make_trainer(store: SequenceStore, optimizer: str, device: torch.device, *, fast: bool) -> Trainer:
-    backend, autocast = ("torch_varlen", torch.bfloat16) if fast else ("sdpa", None)
-    graph, model = Absorbing(), make_model(attention_backend=backend).to(device).train()
+    backend, precision = ("torch_varlen", "bf16") if fast else ("sdpa", "fp32")
+    context = RunContext(
+        folder=Path(), attempt=1, start=Start(), device=device, precision=precision, attention_backend=backend,
+        compiled=fast, processes=ALONE, stop=StopRequests(), deadline=None,
+    )  # fmt: skip
+    model = make_model(attention_backend=backend).to(device).train()
     if fast:
         model.compile_blocks(dynamic=False)
         model.fill_packs(SHAPE)
-        model.capture(autocast)
+        model.capture(context.autocast)
     group = StoreGroup([store])
-    return Trainer(
-        model=model,
-        make_score=lambda network: ScoreFn(network, graph, "x0", autocast=autocast),
-        graph=graph,
-        noise=LogLinearNoise(),
-        optimizer=make_optimizer(optimizer, model, **OPTIONS),
-        dataset=PackDataset(group, group.split("train"), seed=0, max_len=100, tokens_per_pack=512),
-        device=device,
-        processes=Processes(0, 1, 0),
-        seed=0,
-        packs_per_step=2,
-        max_steps=100,
-        learning_rate=rate,
-        grad_clip=0.5,
-        ema_decay=0.9,
-        curriculum_steps=0,
-    )
+    dataset = PackDataset(group, group.split("train"), seed=0, max_len=100, tokens_per_pack=512)
+    objective = Objective(Absorbing(), LogLinearNoise(), "x0", True, context.autocast)
+    return Trainer(model, objective, dataset, train_config(f"optim={optimizer}", *OVERRIDES), context)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -62,17 +57,16 @@ def test_a_step_follows_the_gradient_of_all_its_packs(store: SequenceStore, opti
     """Three steps, written out: nats a residue of both packs, clipped gradients, the step's rate and average."""
     trainer = make_trainer(store, optimizer, torch.device("cpu"), fast=False)
     model = copy.deepcopy(trainer.model)
-    score_fn, stepper = ScoreFn(model, trainer.graph, "x0"), make_optimizer(optimizer, model, **OPTIONS)
+    score_fn, stepper = trainer.objective.score_fn(model), make_optimizer(model, trainer.config.optim, "fp32")
     average = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     seen = 0
     for step in range(3):
         packs = [trainer.dataset[2 * step], trainer.dataset[2 * step + 1]]
         residues = sum(int((pack.tokens < 20).sum()) for pack in packs)
         losses = [
-            score_entropy_loss(score_fn, pack, trainer.graph, trainer.noise,
-                               keyed_generator(0, "noise", 2 * step + i, torch.device("cpu")))[0]
+            score_entropy_loss(score_fn, pack, keyed_generator(0, "noise", 2 * step + i, torch.device("cpu")))[0]
             for i, pack in enumerate(packs)
-        ]  # fmt: skip
+        ]
         (sum(losses) / residues).backward()
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         norm = sum(float(gradient.double().square().sum()) for gradient in gradients) ** 0.5
@@ -103,7 +97,6 @@ def test_a_step_follows_the_gradient_of_all_its_packs(store: SequenceStore, opti
 
 def test_a_loss_that_is_no_number_freezes_weights_and_a_spike_is_one_too(store: SequenceStore) -> None:
     trainer = make_trainer(store, "adamw", torch.device("cpu"), fast=False)
-    trainer.loss_spike = 3.0
     usual = torch.tensor(2.0)
     assert not trainer.watch(0, usual, torch.tensor(1.0))
     assert not trainer.watch(SPIKE_STEPS - 1, torch.tensor(100.0), torch.tensor(1.0))  # too early to tell

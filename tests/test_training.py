@@ -31,11 +31,10 @@ from protlig_dd.runs.metrics import read_metrics
 from protlig_dd.system.files import sha256
 from protlig_dd.tokenizer import AMINO_ACIDS, ProteinTokenizer
 from protlig_dd.training.extend import check_extension, finished_at, put_report_aside, reports_otherwise
-from protlig_dd.training.held_out import subset
+from protlig_dd.training.packs import subset
 from protlig_dd.training.report import print_report
 
-from .conftest import TRAINED, Command, Start, assert_one_line_error, require_program, thorough, wait_for
-from .test_configs import composed
+from .conftest import TRAINED, Command, Start, assert_one_line_error, composed, require_program, thorough, wait_for
 
 pytestmark = pytest.mark.slow  # each starts processes that train
 

@@ -26,8 +26,8 @@ from protlig_dd.config.verbs import VariantsConfig
 from protlig_dd.data.store import SequenceStore
 from protlig_dd.diffusion.exact_count import masked_nats, masked_sigma
 from protlig_dd.diffusion.graphs.absorbing import Absorbing
+from protlig_dd.diffusion.graphs.base import Graph
 from protlig_dd.diffusion.graphs.rates import SWISS_PROT
-from protlig_dd.diffusion.graphs.registry import Graph
 from protlig_dd.diffusion.graphs.uniform import Uniform
 from protlig_dd.diffusion.noise import CosineNoise, GeometricNoise, LogLinearNoise
 from protlig_dd.diffusion.score import ScoreFn
@@ -70,8 +70,7 @@ from protlig_dd.tokenizer import AMINO_ACIDS, BOS, EOS, MASK, N_STATES, ProteinT
 from protlig_dd.variants import score
 
 from . import brute_force
-from .conftest import Command, MadeOnce, assert_one_line_error, exact_score_fn, graph_of, make_model, thorough
-from .test_configs import composed
+from .conftest import Command, MadeOnce, assert_one_line_error, composed, exact_score_fn, graph_of, make_model, thorough
 from .test_likelihood import exact_bound
 from .test_training import TINY
 
@@ -100,14 +99,16 @@ def read(tmp_path: Path, text: str, target: str = WILD) -> Assay:
 
 def scored(score_fn: ScoreFn, assay: Assay, strategy: str, target: np.ndarray = TARGET, **options: int) -> Scores:
     settings = {"longest": 100, "draws": 8, "seed": 0, "tokens_per_pack": 70} | options
-    work = Work(CPU, settings.pop("tokens_per_pack"))
-    return score_variants(score_fn, NOISE, target, assay, work, strategy=strategy, **settings)
+    work = Work(settings.pop("tokens_per_pack"))
+    return score_variants(replace(score_fn, noise=NOISE), target, assay, work, strategy=strategy, **settings)
 
 
 def test_what_is_drawn_follows_from_the_seed() -> None:
     deletion, pair = Variant(indel=Indel(3, 4, ())), Variant(((0, 0), (5, 2)))
     for kind, graph in (("exact_count", Absorbing()), ("integral", Uniform())):
-        score_fn = ScoreFn(make_model(time_conditioning=kind == "integral"), graph, "x0", kind == "integral")
+        score_fn = ScoreFn(
+            make_model(time_conditioning=kind == "integral"), graph, LogLinearNoise(), "x0", kind == "integral"
+        )
         first, again, other = (scored(score_fn, assay_of(pair, deletion), "bound", seed=seed) for seed in (1, 1, 2))
         assert first.nats.tolist() == again.nats.tolist()
         assert (first.nats != other.nats).all()
@@ -123,13 +124,15 @@ def test_residues_are_counted_without_letters_that_are_none() -> None:
         seen.append(sigma)
         return torch.zeros(len(batch.tokens), N_STATES)
 
-    score_fn = ScoreFn(network, Absorbing(), "x0")
+    score_fn = ScoreFn(network, Absorbing(), LogLinearNoise(), "x0")
     found = scored(score_fn, assay_of(Variant(((0, 0), (2, 1)))), "masked_marginals", target)
     assert found.nats.tolist() == [0.0]
     assert seen[0].tolist() == pytest.approx(masked_sigma(NOISE, torch.tensor([2 / 7], dtype=torch.float64)).tolist())
     indels = assay_of(Variant(indel=Indel(1, 2, ())), Variant(indel=Indel(4, 4, (5, 6))))
     for draws in (4, 10):  # every residue costs log 20, so that no length is better than another
-        found = scored(ScoreFn(network, Absorbing(), "x0", False), indels, "bound", target, draws=draws)
+        found = scored(
+            ScoreFn(network, Absorbing(), LogLinearNoise(), "x0", False), indels, "bound", target, draws=draws
+        )
         assert found.nats.mean() == pytest.approx(0, abs=1e-9)
         np.testing.assert_allclose(found.nats, 0, atol=1e-4)
 
@@ -140,11 +143,11 @@ def test_scores_are_made_again_when_anything_that_they_depend_on_changes(trained
                             bad_rows="fail", strategy="ratio", draws=4, seed=0, device="cpu", precision="fp32",
                             tokens_per_pack=100)  # fmt: skip
     settings = settings_of(trained, config) | of_assay(None, TARGET, 0)
-    run = replace(trained.config, run=replace(trained.config.run, name="another"))
+    run = replace(trained.saved.config, run=replace(trained.saved.config.run, name="another"))
     (tmp_path / "weights").write_bytes(b"others")
-    changes = [
-        settings_of(replace(trained, **change), config)
-        for change in ({"precision": "bf16"}, {"step": 7}, {"config": run}, {"weights": tmp_path / "weights"})
+    changes = [settings_of(replace(trained, precision="bf16"), config)] + [
+        settings_of(replace(trained, saved=replace(trained.saved, **change)), config)
+        for change in ({"step": 7}, {"config": run}, {"weights": tmp_path / "weights"})
     ]
     changes += [
         settings_of(trained, replace(config, **change))
@@ -451,13 +454,13 @@ def test_strategies_are_those_of_the_graph() -> None:
 @pytest.mark.parametrize("graph", [Absorbing(), Uniform()])
 def test_an_indel_leaves_the_scores_of_substitutions_alone(graph: Graph) -> None:
     """Each variant has the score that its strategy gives it in an assay of its own kind."""
-    score_fn = ScoreFn(make_model(), graph, "x0" if isinstance(graph, Absorbing) else "log_score")
+    score_fn = ScoreFn(make_model(), graph, NOISE, "x0" if isinstance(graph, Absorbing) else "log_score")
     substitutions = [Variant(((3, 7),)), Variant(((0, 1), (19, 5))), Variant()]
     indels = [Variant(indel=Indel(4, 6, (1,))), Variant(indel=Indel(9, 9, (2,)))]
     mixed = assay_of(substitutions[0], indels[0], substitutions[1], indels[1], substitutions[2])
     strategies, _ = choose_strategies("auto", graph, mixed)
     settings: dict[str, Any] = {"longest": 100, "draws": 8, "seed": 0}
-    found = score_each(score_fn, NOISE, TARGET, mixed, Work(CPU, 70), strategies=strategies, **settings)
+    found = score_each(score_fn, TARGET, mixed, Work(70), strategies=strategies, **settings)
     own = scored(score_fn, assay_of(*substitutions), strategies[0])
     bound = scored(score_fn, assay_of(*indels), "bound")
     np.testing.assert_allclose(found.nats[[0, 2, 4]], own.nats, atol=1e-5)
@@ -466,9 +469,7 @@ def test_an_indel_leaves_the_scores_of_substitutions_alone(graph: Graph) -> None
     assert bound.standard_error is not None
     np.testing.assert_allclose(found.standard_error[[1, 3]], bound.standard_error, atol=1e-5)
     assert np.isnan(found.standard_error[[0, 2, 4]]).all()
-    alone = score_each(
-        score_fn, NOISE, TARGET, assay_of(*substitutions), Work(CPU, 70), strategies=[strategies[0]] * 3, **settings
-    )
+    alone = score_each(score_fn, TARGET, assay_of(*substitutions), Work(70), strategies=[strategies[0]] * 3, **settings)
     assert alone.standard_error is None
 
 
@@ -494,7 +495,7 @@ def test_marginals_are_those_of_one_row_at_a_time(
 ) -> None:
     """Each window by itself, its log-probabilities read off the whole table."""
     model = make_model(time_conditioning=timed).eval()
-    score_fn = ScoreFn(model, graph, parametrisation, timed)
+    score_fn = ScoreFn(model, graph, LogLinearNoise(), parametrisation, timed)
     expected = []
     for number, variant in enumerate(MANY.variants):
         total = 0.0
@@ -542,7 +543,7 @@ def test_exact_ratios_of_single_substitutions_are_those_of_the_data(name: str) -
     toy, score_fn = toy_scores(name)
     noise = GeometricNoise(1e-6, 12.0, 1e-6)
     found = score_variants(
-        score_fn, noise, TOY_WILD, assay_of(*ALL_OF_THE_TOY), Work(CPU, 70),
+        replace(score_fn, noise=noise), TOY_WILD, assay_of(*ALL_OF_THE_TOY), Work(70),
         strategy="ratio", longest=9, draws=4, seed=0,
     )  # fmt: skip
     singles = [i for i, variant in enumerate(ALL_OF_THE_TOY) if len(variant.substitutions) == 1]
@@ -561,11 +562,10 @@ def test_with_all_masks_enumerated_the_bound_is_the_likelihood() -> None:
     toy, score_fn = toy_scores("absorbing", "x0")
     for pair in itertools.product(range(3), repeat=2):
         batch = PackedBatch.pack([torch.tensor([BOS, *pair, EOS])])
-        graph = Absorbing(3)
         total = 0.0
         for masked, weight in (([0, 1], 0.5), ([1, 0], 0.5), ([1, 1], 1.0)):
             where = torch.tensor([False, *map(bool, masked), False])
-            total += weight / 2 * float(masked_nats(score_fn, batch, graph, NOISE, where).sum())
+            total += weight / 2 * float(masked_nats(replace(score_fn, noise=NOISE), batch, where).sum())
         assert total == pytest.approx(-float(toy.p0[pair].log()), abs=1e-5)
 
 
@@ -581,7 +581,7 @@ def test_the_bound_of_an_exact_model_is_the_true_difference(name: str, parametri
     noise = CosineNoise(eps=1e-3, t_min=0.02, rate=-score_fn.graph.lambda_2)
     draws = 200 if thorough() else 64
     found = score_variants(
-        score_fn, noise, TOY_WILD, assay_of(*ALL_OF_THE_TOY), Work(CPU, 400),
+        replace(score_fn, noise=noise), TOY_WILD, assay_of(*ALL_OF_THE_TOY), Work(400),
         strategy="bound", longest=9, draws=draws, seed=2,
     )  # fmt: skip
     assert found.standard_error is not None
@@ -594,7 +594,9 @@ def test_the_bound_of_an_exact_model_is_the_true_difference(name: str, parametri
 def without_time(score_fn: ScoreFn) -> ScoreFn:
     """The exact posterior does not depend on the time, but the toy's table needs one above 0."""
     exact = score_fn.model
-    return ScoreFn(lambda batch, sigma: exact(batch, torch.full_like(sigma, 0.5)), score_fn.graph, "x0", False)
+    return ScoreFn(
+        lambda batch, sigma: exact(batch, torch.full_like(sigma, 0.5)), score_fn.graph, LogLinearNoise(), "x0", False
+    )
 
 
 def test_draws_are_mirrored_and_stratified() -> None:
@@ -617,13 +619,13 @@ class Recorded:
 def test_mirrored_draws_mask_what_the_other_shows() -> None:
     """Of 22 residues 7 and 16, or 1 and 22: all of them once, and one in both."""
     network = Recorded()
-    score_fn = ScoreFn(network, Absorbing(), "x0", False)
+    score_fn = ScoreFn(network, Absorbing(), NOISE, "x0", False)
     columns = [columns_of(TARGET, Piece(0, 0, 22, Variant()))]
     batch = PackedBatch.pack([columns[0].aligned])
     for k in (0, 2):
         for place in (0.3, 0.01):
             for draw, at in ((k, place), (k + 1, 1 - place)):
-                exact_count_draw(score_fn, NOISE, batch, columns, at, draw, 7, CPU)
+                exact_count_draw(score_fn, batch, columns, at, draw, 7)
     masked = torch.stack(network.seen)[:, 1:-1] == MASK
     assert masked.sum(1).tolist() == [7, 16, 1, 22] * 2
     assert (masked[0::2] | masked[1::2]).all()
@@ -661,7 +663,7 @@ def test_with_all_noise_enumerated_the_integral_is_the_bound(name: str, monkeypa
         place = (1 + float(point)) / 2
         t = torch.tensor(noise.t_min + (1 - noise.t_min) * place, dtype=torch.float64)
         with torch.no_grad():
-            nats = integral_draw(score_fn, noise, batch, copies, place, 0, 0, CPU).view(9, 9, 4).sum(2)
+            nats = integral_draw(replace(score_fn, noise=noise), batch, copies, place, 0, 0).view(9, 9, 4).sum(2)
         total += weight / 2 * float(probability(float(noise(t)[0])) @ nats.double() @ lowest)
     assert total == pytest.approx(exact_bound(toy, toy.log_score, (0, 2), noise), abs=1e-4)
 
@@ -670,10 +672,14 @@ def test_with_all_noise_enumerated_the_integral_is_the_bound(name: str, monkeypa
 def test_a_model_of_the_background_alone_gives_indels_nothing(longest: int) -> None:
     """Of one whose amino acids are equal exactly 0; else what the residues differ from the wild type's mean."""
     changes = [Variant(indel=one) for one in (Indel(4, 4, (3, 3, 9)), Indel(8, 11, ()), Indel(3, 6, (1,)))]
-    found = scored(ScoreFn(Recorded(), Absorbing(), "x0", False), assay_of(*changes), "bound", longest=longest)
+    found = scored(
+        ScoreFn(Recorded(), Absorbing(), LogLinearNoise(), "x0", False), assay_of(*changes), "bound", longest=longest
+    )
     np.testing.assert_allclose(found.nats, 0, atol=1e-4)  # float32 of some 60 nats
     background = torch.randn(N_STATES, generator=torch.Generator().manual_seed(0)).log_softmax(0)
-    score_fn = ScoreFn(lambda batch, sigma: background.expand(len(batch.tokens), -1), Absorbing(), "x0", False)
+    score_fn = ScoreFn(
+        lambda batch, sigma: background.expand(len(batch.tokens), -1), Absorbing(), LogLinearNoise(), "x0", False
+    )
     found = scored(score_fn, assay_of(*changes), "bound", longest=longest, draws=96, tokens_per_pack=10_000)
     assert found.standard_error is not None
     for i, piece in enumerate(in_windows(assay_of(*changes), longest)):
@@ -689,9 +695,9 @@ def test_a_model_of_the_background_alone_gives_indels_nothing(longest: int) -> N
 def test_wild_type_and_variants_are_noised_alike(name: str) -> None:
     """With a residue inserted and one deleted: every residue that the two share is shown noised in the same way."""
     network, timed = Recorded(), name != "absorbing"
-    score_fn = ScoreFn(network, graph_of(name, 20), "x0", timed)
-    draw = integral_draw if timed else exact_count_draw
     noise = LogLinearNoise(t_min=0.3) if timed else NOISE  # so much that the last denoising step shows some as well
+    score_fn = ScoreFn(network, graph_of(name, 20), noise, "x0", timed)
+    draw = integral_draw if timed else exact_count_draw
     for change, places in (
         (Variant(((5, 3),)), [(i, i) for i in range(24) if i != 6]),
         (Variant(indel=Indel(5, 6, ())), [(i, i - (i > 6)) for i in range(24) if i != 6]),
@@ -700,7 +706,7 @@ def test_wild_type_and_variants_are_noised_alike(name: str) -> None:
         network.seen.clear()
         columns = [columns_of(TARGET, Piece(0, 0, 22, one)) for one in (Variant(), change)]
         batch = PackedBatch.pack([one.join(one.aligned, one.inserted) for one in columns])
-        draw(score_fn, noise, batch, columns, 0.4, 3, 7, CPU)
+        draw(score_fn, batch, columns, 0.4, 3, 7)
         assert len(network.seen) == (4 if timed else 2)  # of the integral, and of the last denoising step
         for wild, variant in zip(network.seen[0::2], network.seen[1::2], strict=True):
             differ = sum(int(wild[i] != variant[j]) for i, j in places)
@@ -713,7 +719,7 @@ def test_wild_type_and_variants_are_noised_alike(name: str) -> None:
 
 
 def test_scores_depend_on_the_seed_and_not_on_packs() -> None:
-    score_fn = ScoreFn(make_model(time_conditioning=False).eval(), Absorbing(), "x0", False)
+    score_fn = ScoreFn(make_model(time_conditioning=False).eval(), Absorbing(), LogLinearNoise(), "x0", False)
     assay = assay_of(*MANY.variants, Variant(indel=Indel(4, 6, (1,))))
     one, other, third = (
         scored(score_fn, assay, "bound", tokens_per_pack=tokens, seed=seed)
@@ -1000,7 +1006,7 @@ def test_the_frequencies_are_those_of_the_training_proteins_where_they_are_found
     np.testing.assert_allclose(np.exp(found.logs), counts / counts.sum())
     assert (found.name, found.told) == (
         f"training split of {store.fingerprint}", f"the training split of {store.path}")  # fmt: skip
-    other = background(replace(trained, data_fingerprint="0" * 32))
+    other = background(replace(trained, saved=replace(trained.saved, data_fingerprint="0" * 32)))
     np.testing.assert_allclose(np.exp(other.logs), SWISS_PROT / SWISS_PROT.sum())
     assert other.told == "UniProtKB/Swiss-Prot, as the training set was not found"
 

@@ -9,13 +9,13 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
-from protlig_dd.diffusion.graphs.absorbing import Absorbing
+from protlig_dd.diffusion.graphs.base import Graph
 from protlig_dd.diffusion.graphs.rates import substitution_rates
-from protlig_dd.diffusion.graphs.registry import GRAPHS, Graph
+from protlig_dd.diffusion.graphs.registry import GRAPHS
 from protlig_dd.diffusion.noise import NOISES, Noise
 from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.model.config import ModelConfig
@@ -28,15 +28,6 @@ T = TypeVar("T")
 TRAINING_NOISE = ("curriculum", "max_weight")  # of the noise's keys, those that only the training loss knows
 
 
-class Loaded(NamedTuple):
-    """A trained network, evaluating, and what turns its logits into scores."""
-
-    model: DiT
-    score_fn: ScoreFn
-    noise: Noise
-    attention_backend: str
-
-
 def load_model(
     weights: Path,
     *,
@@ -47,8 +38,8 @@ def load_model(
     time_conditioning: bool,
     device: torch.device,
     precision: str,
-) -> Loaded:
-    """The network of a config with weights from a safetensors file.
+) -> ScoreFn:
+    """The network of a config with weights from a safetensors file, evaluating, as a score function.
 
     Args:
         precision: bf16 | fp32, that the network computes in.
@@ -62,8 +53,7 @@ def load_model(
         network = build_model(model, backend, time_conditioning).eval()
     load_weights(weights, network)
     autocast = torch.bfloat16 if precision == "bf16" else None
-    score_fn = ScoreFn(network, process, parametrisation, time_conditioning, autocast)
-    return Loaded(network, score_fn, build_noise(noise, process), backend)
+    return ScoreFn(network, process, build_noise(noise, process), parametrisation, time_conditioning, autocast)
 
 
 def build_graph(spec: Mapping[str, Any]) -> Graph:
@@ -85,19 +75,7 @@ def build_noise(spec: Mapping[str, Any], graph: Graph) -> Noise:
 
 def build_model(config: ModelConfig, attention_backend: str, time_conditioning: bool) -> DiT:
     """The network of a config, with the attention backend as resolved for this machine."""
-    return DiT(
-        hidden_size=config.hidden_size,
-        n_heads=config.n_heads,
-        n_blocks=config.n_blocks,
-        cond_dim=config.cond_dim,
-        dropout=config.dropout,
-        attention_backend=attention_backend,
-        time_conditioning=time_conditioning,
-        norm=config.norm,
-        mlp=config.mlp,
-        qk_norm=config.qk_norm,
-        checkpointing=config.checkpointing,
-    )
+    return DiT(config, attention_backend, time_conditioning=time_conditioning)
 
 
 def build(kind: str, registry: Mapping[str, Callable[..., T]], spec: Mapping[str, Any]) -> T:
@@ -136,7 +114,7 @@ def resolve_max_weight(spec: Mapping[str, Any], graph: Graph) -> float | None:
     """The cap on the loss' weight that a noise's config asks for; `auto` is MAX_WEIGHT where it was found to help."""
     wanted = spec.get("max_weight")
     if wanted == "auto":
-        return MAX_WEIGHT if isinstance(graph, Absorbing) else None
+        return MAX_WEIGHT if graph.masks else None
     return wanted
 
 

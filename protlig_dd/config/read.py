@@ -72,6 +72,11 @@ def spelt(config: Any) -> dict[str, Any]:
     return {key.removesuffix("_"): value for key, value in asdict(config).items()}
 
 
+def as_yaml(config: Any) -> str:
+    """A config as the file that `read_config` reads."""
+    return OmegaConf.to_yaml(OmegaConf.create(spelt(config)))
+
+
 def known_keys(schema: type, prefix: str = "") -> list[str]:
     """Dotted keys of a schema, as they are spelt on the command line."""
     keys: list[str] = []

@@ -5,14 +5,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
 from protlig_dd.config.components import build_graph, build_noise
-from protlig_dd.config.read import flatten, shorten
+from protlig_dd.config.read import flatten, read_config, shorten
 from protlig_dd.data.crops import check_crop
 from protlig_dd.data.loader import check_pack_sizes, check_weights
 from protlig_dd.data.store import SPLITS
-from protlig_dd.diffusion.sampling import check_sampler
+from protlig_dd.diffusion.sampling import SamplerOptions, check_sampler
 from protlig_dd.diffusion.score import check_parametrisation
-from protlig_dd.model.config import MLPS, NORMS, ModelConfig, check_choice, check_dimensions
+from protlig_dd.model.config import ModelConfig
+from protlig_dd.model.dit import check_model
 
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "wsd")
@@ -132,6 +137,22 @@ class TrainConfig:
     from_sha256: str | None = None
 
 
+def config_in(folder: Path) -> TrainConfig:
+    """The config of a run, or of a checkpoint, that was written to this folder; keys that its version did not have yet
+    are as that version behaved.
+
+    Raises:
+        ValueError: a key that this version does not have, or a damaged file; names the file.
+    """
+    file = folder / "config.yaml"
+    try:
+        loaded = OmegaConf.load(file)
+        assert isinstance(loaded, DictConfig)
+        return read_config(loaded, TrainConfig)
+    except (ValueError, OmegaConfBaseException, YAMLError) as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """`key: old -> new` for every key that differs and may not when a run is resumed."""
     old_flat, new_flat = flatten(old), flatten(new)
@@ -155,10 +176,8 @@ def check_data(data: DataConfig) -> None:
 
 def check_train_config(config: TrainConfig) -> None:
     """Raise a ValueError, before any data is read, for values that cannot work together."""
-    model, optim, trainer = config.model, config.optim, config.trainer
-    check_dimensions(model.hidden_size, model.n_heads, model.n_blocks, model.cond_dim, model.dropout)
-    check_choice("norm", model.norm, NORMS)
-    check_choice("mlp", model.mlp, MLPS)
+    optim, trainer = config.optim, config.trainer
+    check_model(config.model)
     check_pack_sizes(config.data.max_len, config.data.tokens_per_pack)
     check_data(config.data)
     graph = build_graph(config.graph)
@@ -166,7 +185,7 @@ def check_train_config(config: TrainConfig) -> None:
     if config.time_conditioning not in ("auto", True, False):
         raise ValueError(f"time_conditioning={config.time_conditioning}; there are auto, true and false")
     check_parametrisation(graph, config.parametrisation, time_conditioning=config.time_conditioning is not False)
-    check_sampler(graph, config.report.predictor)
+    check_sampler(graph, SamplerOptions(config.report.steps, config.report.predictor))
     if (trainer.max_steps is None) == (trainer.epochs is None):
         raise ValueError(f"give one of trainer.max_steps={trainer.max_steps} and trainer.epochs={trainer.epochs}")
     for key, value, least in (

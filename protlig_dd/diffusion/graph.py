@@ -1,7 +1,8 @@
 """The earlier place of `protlig_dd.diffusion.graphs`; kept for one release."""
 
 from protlig_dd.diffusion.graphs.absorbing import Absorbing
-from protlig_dd.diffusion.graphs.registry import GRAPHS, Graph
+from protlig_dd.diffusion.graphs.base import Graph
+from protlig_dd.diffusion.graphs.registry import GRAPHS
 from protlig_dd.diffusion.graphs.substitution import SubstitutionGraph
 from protlig_dd.diffusion.graphs.uniform import Uniform
 

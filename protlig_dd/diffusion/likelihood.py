@@ -20,11 +20,9 @@ from torch import Tensor
 
 from protlig_dd.batch import PackedBatch
 from protlig_dd.diffusion.exact_count import exact_count_draws
-from protlig_dd.diffusion.graphs.absorbing import Absorbing
-from protlig_dd.diffusion.graphs.registry import Graph
-from protlig_dd.diffusion.noise import Noise
+from protlig_dd.diffusion.graphs.base import Graph
 from protlig_dd.diffusion.numerics import Generators, Sigma, Tokens, clamp_negative, pick, sum_by_sequence, to_float64
-from protlig_dd.diffusion.score import LogScores
+from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.diffusion.strata import Place, error_of_pairs, places_between, spread_of, strata
 from protlig_dd.system.device import float64_device
 from protlig_dd.system.random import keyed_generator
@@ -64,22 +62,14 @@ class ProteinDraws:
     """Where in its stratum each draw of a sequence lies, on [0, 1)."""
 
 
-def pick_estimator(graph: Graph, parametrisation: str, time_conditioning: bool) -> str:
-    """exact_count where it is the model's own bound (absorbing, x0, time-free); the integral elsewhere."""
-    exact = isinstance(graph, Absorbing) and parametrisation == "x0" and not time_conditioning
-    return "exact_count" if exact else "integral"
-
-
 @torch.no_grad()
 def nll_bound(
-    score_fn: LogScores,
+    score_fn: ScoreFn,
     batch: PackedBatch,
-    graph: Graph,
-    noise: Noise,
     *,
     generator: torch.Generator | ProteinDraws,
     draws: int = 8,
-    estimator: str = "integral",
+    estimator: str | None = None,
     tokens_at_once: int = 0,
 ) -> NLLBound:
     """Bound -log p(x0) of each sequence of a pack; lengths and context letters are given, residues are scored.
@@ -89,15 +79,16 @@ def nll_bound(
             each sequence by itself.
         draws: Monte-Carlo draws per sequence, two in each stratum of t (or k), see `strata`.
         estimator: `integral` for every graph; `exact_count` for the absorbing one, of the decoder that normalises the
-            scores of a masked token (which those of x0 are).
+            scores of a masked token (which those of x0 are); None for the score function's own.
         tokens_at_once: the network sees so many of several draws together; one draw at least.
 
     Raises:
         ValueError: an unknown estimator, exact_count with another graph, or no draws.
     """
+    graph, noise, estimator = score_fn.graph, score_fn.noise, estimator or score_fn.estimator
     if estimator not in ESTIMATORS:
         raise ValueError(f"no estimator {estimator!r}; there are {', '.join(ESTIMATORS)}")
-    if estimator == "exact_count" and not isinstance(graph, Absorbing):
+    if estimator == "exact_count" and not graph.masks:
         raise ValueError("estimator=exact_count is for the absorbing graph; use integral")
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}")
@@ -118,14 +109,14 @@ def nll_bound(
         places = [(low, high, given_dn[first + i]) for i, (low, high, _) in enumerate(some)]
         copies = batch if len(some) == 1 else PackedBatch.pack(batch.unpack(batch.tokens) * len(some))
         weight_n = torch.tensor([weight for *_, weight in some], dtype=torch.float64).repeat_interleave(n).to(nats_T)
-        if isinstance(graph, Absorbing) and estimator == "exact_count":
-            draw_T, masked_T = exact_count_draws(score_fn, batch, copies, graph, noise, places, generators)
+        if estimator == "exact_count":
+            draw_T, masked_T = exact_count_draws(score_fn, batch, copies, places, generators)
             count_n, length_n = (sum_by_sequence(what, copies) for what in (masked_T, copies.tokens < graph.n_states))
             share_n = weight_n * count_n / length_n.clamp(min=1)
             pooled_nats_n += (share_n * sum_by_sequence(draw_T, copies)).view(-1, n).sum(0)
             pooled_n += (weight_n * count_n).view(-1, n).sum(0)
         else:
-            draw_T = _integral_draws(score_fn, batch, copies, graph, noise, places, generators)
+            draw_T = _integral_draws(score_fn, batch, copies, places, generators)
         draw_T = draw_T * weight_n.index_select(0, copies.segment_ids.to(weight_n.device))
         drawn.append(sum_by_sequence(draw_T, copies).view(-1, n))
         nats_T += draw_T.view(len(some), -1).sum(0)
@@ -155,15 +146,14 @@ def _transition(batch: PackedBatch, graph: Graph, sigma_T: Sigma, generator: Gen
 
 
 def _integral_draws(
-    score_fn: LogScores,
+    score_fn: ScoreFn,
     batch: PackedBatch,
     copies: PackedBatch,
-    graph: Graph,
-    noise: Noise,
     places: Sequence[Place],
     generator: Generators,
 ) -> Float64[Tensor, " total_of_copies"]:
     """A draw of the integral and of the last step for each place, seen together as copies of the batch."""
+    graph, noise = score_fn.graph, score_fn.noise
     lowest_n = torch.full((len(batch.lengths),), noise.t_min, device=batch.tokens.device)
     drawn = []
     for place in places:  # drawn in turn, whatever is seen together
@@ -173,25 +163,24 @@ def _integral_draws(
         drawn.append((t_n, *(_transition(batch, graph, sigma_T, generator) for sigma_T in levels)))
     t_n, xt, last = (torch.cat(parts) for parts in zip(*drawn, strict=True))
     sigma_n = noise(lowest_n)[0].repeat(len(places))
-    return integrand(score_fn, copies, graph, noise, t_n, xt) + reconstruction(score_fn, copies, graph, sigma_n, last)
+    return integrand(score_fn, copies, t_n, xt) + reconstruction(score_fn, copies, sigma_n, last)
 
 
-def integrand(
-    score_fn: LogScores, batch: PackedBatch, graph: Graph, noise: Noise, t: Float[Tensor, " n"], xt: Tokens
-) -> Float64[Tensor, " total"]:
+def integrand(score_fn: ScoreFn, batch: PackedBatch, t: Float[Tensor, " n"], xt: Tokens) -> Float64[Tensor, " total"]:
     """What the integral's draw at times t and noised tokens x_t adds to the bound at each token, nats."""
+    noise = score_fn.noise
     sigma, dsigma = noise(t)
     sigma_T = sigma.index_select(0, batch.segment_ids)
     log_score = score_fn(batch.with_tokens(xt), sigma)
-    loss_T = to_float64(graph.score_entropy(log_score, sigma_T, xt, batch.tokens))
+    loss_T = to_float64(score_fn.graph.score_entropy(log_score, sigma_T, xt, batch.tokens))
     return (1 - noise.t_min) * to_float64(dsigma.index_select(0, batch.segment_ids)) * loss_T
 
 
 def reconstruction(
-    score_fn: LogScores, batch: PackedBatch, graph: Graph, sigma: Float[Tensor, " n"], xt: Tokens
+    score_fn: ScoreFn, batch: PackedBatch, sigma: Float[Tensor, " n"], xt: Tokens
 ) -> Float64[Tensor, " total"]:
     """-log p(x0 | x_t) of each token under the last denoising step, from sigma; nats."""
-    sigma_T = sigma.index_select(0, batch.segment_ids)
+    graph, sigma_T = score_fn.graph, sigma.index_select(0, batch.segment_ids)
     log_score = score_fn(batch.with_tokens(xt), sigma)
     residue_T = batch.tokens < graph.n_states
     probs, _ = clamp_negative(

@@ -5,16 +5,13 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from protlig_dd.batch import PackedBatch
-from protlig_dd.diffusion.graphs.registry import Graph
-from protlig_dd.diffusion.noise import Noise, stratified_times
-from protlig_dd.diffusion.score import LogScores
+from protlig_dd.diffusion.noise import stratified_times
+from protlig_dd.diffusion.score import ScoreFn
 
 
 def score_entropy_loss(
-    score_fn: LogScores,
+    score_fn: ScoreFn,
     batch: PackedBatch,
-    graph: Graph,
-    noise: Noise,
     generator: torch.Generator,
     t_max: float = 1.0,
     max_weight: float | None = None,
@@ -36,7 +33,7 @@ def score_entropy_loss(
         loss_sum: nats, summed over the pack; differentiable.
         n_residues: how many residues it is summed over (context letters are not counted); on the batch's device.
     """
-    x0 = batch.tokens
+    graph, noise, x0 = score_fn.graph, score_fn.noise, batch.tokens
     t = stratified_times(len(batch.lengths), noise.t_min, generator, x0.device, t_max)
     sigma, dsigma = noise(t)
     sigma_T = sigma.index_select(0, batch.segment_ids)

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Float32, Float64
-from torch import Tensor
+from torch import Tensor, nn
 
 from protlig_dd.batch import PackedBatch
-from protlig_dd.diffusion.graphs.absorbing import Absorbing
-from protlig_dd.diffusion.graphs.registry import Graph
+from protlig_dd.diffusion.graphs.base import Graph
+from protlig_dd.diffusion.noise import Noise
 from protlig_dd.diffusion.numerics import Sigma, Tokens
 
 PARAMETRISATIONS = ("log_score", "x0")
@@ -18,19 +18,17 @@ LEAST = 1e-30  # of a probability whose logarithm is taken
 Network = Callable[[PackedBatch, Tensor], Tensor]
 """(batch at x_t, sigma (n,) float32) -> logits (total, 20)."""
 
-LogScores = Callable[[PackedBatch, Tensor], Tensor]
-"""(batch at x_t, sigma (n,) float32) -> log_score (total, 20) float32, 0 at x_t. A `ScoreFn` is one."""
-
 Steer = Callable[[Tensor], Tensor]
 """log q (T, V) of x0 at each token given the others -> the same, changed (up to a constant for each token)."""
 
 
 @dataclass(frozen=True)
 class ScoreFn:
-    """A network as a score function.
+    """A network as a score function, with the process that it is the score of.
 
     Args:
         model: (batch, sigma) -> logits.
+        graph, noise: the forward process.
         parametrisation: `log_score`, SEDD's; or `x0`: the network's softmax q is the distribution of x0 at a token
             given all the others, and the graph turns it into scores exactly, s_y = (q P)_y / (q P)_x.
         time_conditioning: False shows the network sigma = 0 always; valid where the posterior of x0 does not depend
@@ -44,12 +42,27 @@ class ScoreFn:
 
     model: Network
     graph: Graph
+    noise: Noise
     parametrisation: str
     time_conditioning: bool = True
     autocast: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         check_parametrisation(self.graph, self.parametrisation, self.time_conditioning)
+
+    @property
+    def estimator(self) -> str:
+        """Of its bound (likelihood.py): exact_count where that is the bound of the model, which is absorbing, x0 and
+        time-free; the integral elsewhere.
+        """
+        exact = self.graph.time_free_with(self.parametrisation) and not self.time_conditioning
+        return "exact_count" if exact else "integral"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is; the CPU for one without parameters."""
+        parameters = self.model.parameters() if isinstance(self.model, nn.Module) else iter(())
+        return next((parameter.device for parameter in parameters), torch.device("cpu"))
 
     def __call__(self, batch: PackedBatch, sigma: Float32[Tensor, " n"]) -> Float32[Tensor, "total V"]:
         sigma_T = sigma.index_select(0, batch.segment_ids)
@@ -85,7 +98,7 @@ class ScoreFn:
     ) -> Float64[Tensor, "T S"]:
         """Probabilities of each token's state when `left` is left of sigma: for x0 exact, else Tweedie's analytic step.
 
-        With nothing left no token stays masked. Not normalised; a score that is none may make some negative.
+        With nothing left no token stays masked. Unnormalised; inconsistent scores can give negative entries.
         """
         if self.parametrisation == "x0":
             log_q = logits if steer is None else steer(logits.log_softmax(-1))
@@ -96,16 +109,11 @@ class ScoreFn:
         return self.graph.analytic_probs(log_score, xt, sigma - left)
 
 
-def is_time_free(graph: Graph, parametrisation: str) -> bool:
-    """Whether the best network is the same at every noise level: what is not masked is then clean."""
-    return isinstance(graph, Absorbing) and parametrisation == "x0"
-
-
 def check_parametrisation(graph: Graph, parametrisation: str, time_conditioning: bool) -> None:
     """Raise unless this graph can be used with this parametrisation."""
     if parametrisation not in PARAMETRISATIONS:
         raise ValueError(f"no parametrisation {parametrisation!r}; there are {', '.join(PARAMETRISATIONS)}")
-    if not time_conditioning and not is_time_free(graph, parametrisation):
+    if not time_conditioning and not graph.time_free_with(parametrisation):
         raise ValueError(
             "time_conditioning=false is valid only with graph=absorbing and parametrisation=x0; "
             "with others, add time_conditioning=true"

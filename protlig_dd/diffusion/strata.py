@@ -9,7 +9,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from protlig_dd.batch import PackedBatch
-from protlig_dd.diffusion.graphs.registry import Graph
+from protlig_dd.diffusion.graphs.base import Graph
 from protlig_dd.diffusion.noise import GeometricNoise, Noise
 from protlig_dd.diffusion.numerics import Generators, uniform_draws
 from protlig_dd.system.device import float64_device

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from protlig_dd.batch import PackedBatch, split_lengths
 from protlig_dd.data.crops import window, window_starts
-from protlig_dd.diffusion.noise import Noise
 from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.model.dit import DiT
 from protlig_dd.tokenizer import BOS
@@ -31,14 +30,12 @@ def resolve_layer(layer: int, n_blocks: int) -> int:
 
 @torch.no_grad()
 def embed(
-    model: DiT,
+    network: DiT,
     score_fn: ScoreFn,
-    noise: Noise,
     proteins: Sequence[np.ndarray],
     *,
     layer: int,
     max_len: int,
-    device: torch.device,
     tokens_per_pack: int = TOKENS_PER_PACK,
 ) -> list[Tensor]:
     """Hidden states of the residues of proteins.
@@ -46,7 +43,7 @@ def embed(
     The network sees the clean sequence (no masks), and where it is conditioned on time the least noise it knows, t_min.
 
     Args:
-        model: that of score_fn, evaluating.
+        network: that of score_fn, evaluating.
         proteins: `<bos> residues <eos>` each.
         layer: see `DiT.hidden_states`.
         max_len: a longer protein is taken in windows of so many residues, which overlap by half; a residue's state is
@@ -55,6 +52,7 @@ def embed(
 
     Returns: (residues_i, hidden) float32 of each protein, on the CPU.
     """
+    noise, device = score_fn.noise, score_fn.device
     starts = [window_starts(len(tokens) - 2, max_len) for tokens in proteins]
     cut = [window(tokens, start, max_len) for tokens, own in zip(proteins, starts, strict=True) for start in own]
     left, found = iter(cut), list[Tensor]()
@@ -64,12 +62,12 @@ def embed(
         sigma = noise(torch.full((len(some),), noise.t_min, device=device))[0]
         with torch.autocast(device.type, dtype=score_fn.autocast, enabled=score_fn.autocast is not None):
             seen = sigma if score_fn.time_conditioning else torch.zeros_like(sigma)
-            states_TH = model.hidden_states(batch, seen, layer)
+            states_TH = network.hidden_states(batch, seen, layer)
         found += batch.unpack(states_TH.float().cpu())
     states = iter(found)
     embedded = []
     for tokens, own in zip(proteins, starts, strict=True):
-        sums = torch.zeros(len(tokens) - 2, model.embedding.embedding_dim)
+        sums = torch.zeros(len(tokens) - 2, network.embedding.embedding_dim)
         counts = torch.zeros(len(tokens) - 2, 1)
         for start, state in zip(own, itertools.islice(states, len(own)), strict=True):
             residues = state[torch.from_numpy(window(tokens, start, max_len) < BOS)]

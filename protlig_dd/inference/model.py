@@ -10,12 +10,11 @@ import torch
 from omegaconf import OmegaConf
 
 from protlig_dd import __version__
-from protlig_dd.config.components import Loaded, load_model
+from protlig_dd.config.components import load_model
 from protlig_dd.config.read import read_config
-from protlig_dd.config.train import LoggerConfig, RunConfig, TrainConfig
+from protlig_dd.config.train import LoggerConfig, RunConfig, TrainConfig, config_in
+from protlig_dd.diffusion.graphs.base import Graph
 from protlig_dd.diffusion.graphs.rates import substitution_rates
-from protlig_dd.diffusion.graphs.registry import Graph
-from protlig_dd.diffusion.noise import Noise
 from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.inference.exported import DESCRIPTION, FORMAT, FORMAT_VERSION, WEIGHTS, is_exported, read_description
 from protlig_dd.inference.lengths import Lengths, lengths_of
@@ -32,7 +31,7 @@ MODEL_KEYS = ("model", "graph", "noise", "parametrisation", "time_conditioning")
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedModel:
     """Averaged weights on the disk, and what belongs to them."""
 
     path: Path
@@ -49,7 +48,7 @@ class Saved:
     """What is wrong with newer checkpoints of the same run."""
 
 
-def find_saved(path: str) -> Saved:
+def find_saved(path: str) -> SavedModel:
     """The newest sound checkpoint of a run folder, a checkpoint, or an exported model; its checksums were compared.
 
     Raises:
@@ -59,7 +58,7 @@ def find_saved(path: str) -> Saved:
     if is_exported(folder):
         found = read_description(folder)
         try:
-            return Saved(
+            return SavedModel(
                 path=folder,
                 weights=folder / WEIGHTS,
                 config=config_of(found, folder / DESCRIPTION),
@@ -73,10 +72,10 @@ def find_saved(path: str) -> Saved:
             raise ValueError(f"{folder / DESCRIPTION}: not what protlig_dd has written ({error!r})") from error
     checkpoint, skipped = find_checkpoint(folder)
     state = read_state(checkpoint)
-    return Saved(
+    return SavedModel(
         path=checkpoint,
         weights=checkpoint / "ema.safetensors",
-        config=read_config(OmegaConf.load(checkpoint / "config.yaml"), TrainConfig),  # type: ignore[arg-type]
+        config=config_in(checkpoint),
         step=state["step"],
         length_counts=state.get("length_counts"),
         cropped_sequences=state.get("cropped_sequences"),
@@ -91,7 +90,7 @@ def run_folder(checkpoint: Path) -> Path | None:
     return folder.parent if folder.name == "checkpoints" else None
 
 
-def load_saved(saved: Saved, device: torch.device, precision: str) -> Loaded:
+def load_saved(saved: SavedModel, device: torch.device, precision: str) -> ScoreFn:
     return load_model(
         saved.weights,
         model=saved.config.model,
@@ -104,7 +103,7 @@ def load_saved(saved: Saved, device: torch.device, precision: str) -> Loaded:
     )
 
 
-def describe(saved: Saved, report: dict[str, Any] | None) -> dict[str, Any]:
+def describe(saved: SavedModel, report: dict[str, Any] | None) -> dict[str, Any]:
     """What config.json of an exported model says of it; no paths of this machine, and not what it logged to.
 
     Args:
@@ -156,38 +155,46 @@ def config_of(description: dict[str, Any], file: Path) -> TrainConfig:
 
 
 @dataclass(frozen=True)
-class Trained:
-    """The averaged weights of a checkpoint in an evaluating model, and all that goes with them."""
+class TrainedModel:
+    """Averaged weights in an evaluating network, ready to use, and what they were saved with."""
 
-    checkpoint: Path
-    """Or an exported model."""
-    weights: Path
-    """Its file of weights."""
-    config: TrainConfig
-    step: int
-    lengths: Lengths | None
-    """Of its training proteins, where that is known."""
-    data_fingerprint: str
-    model: DiT
+    saved: SavedModel
     score_fn: ScoreFn
-    noise: Noise
-    device: torch.device
     precision: str
     processes: Processes
 
     @property
-    def run(self) -> str:
-        """The run's name; white space, which earlier versions took, would end an id in a FASTA header."""
-        return "_".join(self.config.run.name.split())
+    def network(self) -> DiT:
+        network = self.score_fn.model
+        assert isinstance(network, DiT)
+        return network
 
     @property
     def graph(self) -> Graph:
         return self.score_fn.graph
 
     @property
+    def device(self) -> torch.device:
+        return self.score_fn.device
+
+    @property
+    def run(self) -> str:
+        """The run's name; white space, which earlier versions took, would end an id in a FASTA header."""
+        return "_".join(self.saved.config.run.name.split())
+
+    @property
+    def step(self) -> int:
+        return self.saved.step
+
+    @property
     def max_len(self) -> int:
         """Residues of the longest sequence that it was trained on."""
-        return self.config.data.max_len
+        return self.saved.config.data.max_len
+
+    @property
+    def lengths(self) -> Lengths | None:
+        """Of its training proteins, where that is known."""
+        return lengths_of(self.saved.length_counts, self.saved.cropped_sequences, self.max_len)
 
     def check_length(self, residues: int, name: str) -> None:
         """Raise for a protein of no length, or a longer one than the model was trained on."""
@@ -195,7 +202,7 @@ class Trained:
             raise ValueError(f"{name} has {residues} residues; this model was trained on 1 to {self.max_len}")
 
 
-def load_trained(path: str, *, device: str, precision: str) -> Trained:
+def load_trained(path: str, *, device: str, precision: str) -> TrainedModel:
     """The model that `find_saved` finds; under torchrun on each rank's own device.
 
     Raises:
@@ -208,7 +215,7 @@ def load_trained(path: str, *, device: str, precision: str) -> Trained:
         announce(f"skipped: {problem}", processes)
     where = resolve_device(device, processes.local_rank)
     precision = resolve_precision(precision, where)
-    loaded = load_saved(saved, where, precision)
+    trained = TrainedModel(saved, load_saved(saved, where, precision), precision, processes)
     meeting = meeting_of(processes)
     given = (argument.partition("=") for argument in sys.argv[1:])
     facts: dict[str, Any] = {key: value for key, _, value in given if key not in OF_A_HOST}
@@ -220,18 +227,5 @@ def load_trained(path: str, *, device: str, precision: str) -> Trained:
     }
     meeting.agree(facts | {"protlig_dd": __version__, "torch": str(torch.__version__)}, TIMEOUT)
     join_group(processes, where, TIMEOUT, meeting.store)
-    announce(f"{saved.path} on {where} in {precision}, attention {loaded.attention_backend}", processes)
-    return Trained(
-        checkpoint=saved.path,
-        weights=saved.weights,
-        config=saved.config,
-        step=saved.step,
-        lengths=lengths_of(saved.length_counts, saved.cropped_sequences, saved.config.data.max_len),
-        data_fingerprint=saved.data_fingerprint,
-        model=loaded.model,
-        score_fn=loaded.score_fn,
-        noise=loaded.noise,
-        device=where,
-        precision=precision,
-        processes=processes,
-    )
+    announce(f"{saved.path} on {where} in {precision}, attention {trained.network.attention_backend}", processes)
+    return trained

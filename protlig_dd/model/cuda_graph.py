@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from protlig_dd.batch import PackedBatch
@@ -30,3 +32,27 @@ class NetworkOnTensors(nn.Module):
             self.geometry, tokens=tokens, cu_seqlens=cu_seqlens, segment_ids=segment_ids, positions=positions
         )
         return self.network(batch, sigma)
+
+
+def capture(
+    model: nn.Module,
+    network: Callable[[PackedBatch, Tensor], Tensor],
+    blank: PackedBatch,
+    autocast: torch.dtype | None,
+) -> Callable[..., Tensor]:
+    """Record the forward and the backward pass over packs of the shape of `blank`.
+
+    The gradients of the model's parameters then live in fixed memory and are accumulated into.
+
+    Returns:
+        (tokens, cu_seqlens, segment_ids, positions, sigma) -> logits.
+    """
+    sigma = torch.ones(len(blank.lengths), device=blank.tokens.device)
+    inputs = (blank.tokens, blank.cu_seqlens, blank.segment_ids, blank.positions, sigma)
+    graphed = NetworkOnTensors(model, network, blank)
+    with torch.autocast(sigma.device.type, dtype=autocast, enabled=autocast is not None, cache_enabled=False):
+        recorded: Any = torch.cuda.make_graphed_callables(graphed, inputs)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    replay: Callable[..., Tensor] = recorded
+    return replay

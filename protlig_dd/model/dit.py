@@ -19,10 +19,11 @@ from torch.utils.checkpoint import checkpoint
 from protlig_dd.batch import PackedBatch, StaticShape, check_tokens
 from protlig_dd.model.block import Block
 from protlig_dd.model.conditioning import SigmaEmbedding
-from protlig_dd.model.config import MLPS, NORMS, check_choice, check_dimensions
-from protlig_dd.model.cuda_graph import NetworkOnTensors
+from protlig_dd.model.config import MLPS, NORMS, ModelConfig
+from protlig_dd.model.cuda_graph import capture
 from protlig_dd.model.layers import Head
-from protlig_dd.model.positions.rotary import gather_rotary, rotary_cos_sin
+from protlig_dd.model.mixers import MIXERS
+from protlig_dd.model.positions import POSITIONS
 from protlig_dd.tokenizer import PAD, VOCAB_SIZE
 
 
@@ -30,11 +31,9 @@ class DiT(nn.Module):
     """Maps a pack of tokens and one sigma per sequence to 20 logits per token.
 
     Args:
+        config: the network's dimensions and kinds of parts.
+        attention_backend: as resolved for this machine.
         time_conditioning: False builds a network that ignores sigma.
-        norm: layer | rms (arXiv 1910.07467).
-        mlp: gelu | relu2 (squared ReLU, arXiv 2109.08668) | swiglu (arXiv 2002.05202; 8/3 as wide, for the same size).
-        qk_norm: RMS-normalise q and k of each head before they are rotated (arXiv 2010.04245).
-        checkpointing: keep only each block's input for the backward pass and compute the rest again.
 
     The output layer, every shift and every scale start at zero, so a new model returns zeros; the residual gates start
     at one (docs/decisions.md).
@@ -44,36 +43,20 @@ class DiT(nn.Module):
             another device than the weights (at the first line of forward).
     """
 
-    def __init__(
-        self,
-        *,
-        hidden_size: int,
-        n_heads: int,
-        n_blocks: int,
-        cond_dim: int,
-        dropout: float,
-        attention_backend: str,
-        time_conditioning: bool = True,
-        norm: str = "layer",
-        mlp: str = "gelu",
-        qk_norm: bool = False,
-        checkpointing: bool = False,
-    ) -> None:
+    def __init__(self, config: ModelConfig, attention_backend: str, *, time_conditioning: bool = True) -> None:
         super().__init__()
-        check_dimensions(hidden_size, n_heads, n_blocks, cond_dim, dropout)
-        check_choice("norm", norm, NORMS)
-        check_choice("mlp", mlp, MLPS)
-        self.head_dim = hidden_size // n_heads
-        self.checkpointing = checkpointing
+        check_model(config)
+        self.attention_backend, self.checkpointing = attention_backend, config.checkpointing
         self.shape: StaticShape | None = None
         self.graphed: Callable[..., Tensor] | None = None
-        self.embedding = nn.Embedding(VOCAB_SIZE, hidden_size)
-        self.sigma_embedding = SigmaEmbedding(cond_dim) if time_conditioning else None
-        width = cond_dim if time_conditioning else None
+        self.positions = POSITIONS[config.positions](config.head_dim)
+        self.embedding = nn.Embedding(VOCAB_SIZE, config.hidden_size)
+        self.sigma_embedding = SigmaEmbedding(config.cond_dim) if time_conditioning else None
         self.blocks = nn.ModuleList(
-            Block(hidden_size, n_heads, width, dropout, attention_backend, norm, mlp, qk_norm) for _ in range(n_blocks)
+            Block(config, attention_backend, self.positions, time_conditioning=time_conditioning)
+            for _ in range(config.n_blocks)
         )
-        self.head = Head(hidden_size, width, norm)
+        self.head = Head(config.hidden_size, config.cond_dim if time_conditioning else None, config.norm)
         nn.init.normal_(self.embedding.weight, std=0.02)
         linear = {name: part.weight.numel() for name, part in self.named_modules() if isinstance(part, nn.Linear)}
         self.weights_per_sequence = sum(n for name, n in linear.items() if "adaln" in name or "sigma" in name)
@@ -116,15 +99,14 @@ class DiT(nn.Module):
 
     def trunk(self, batch: PackedBatch, sigma: Tensor, n_blocks: int) -> tuple[Tensor, Tensor | None]:
         """The residual stream after the first n_blocks, and what conditions the norms."""
-        cos, sin = rotary_cos_sin(batch.max_seqlen, self.head_dim, device=sigma.device)
-        cos_sin = gather_rotary(cos, sin, batch)
+        tables = self.positions.tables(batch)
         cond_nC = None if self.sigma_embedding is None else self.sigma_embedding(sigma)
-        x_TH = self.embedding(batch.tokens)
+        x_TH = self.positions.add(self.embedding(batch.tokens), batch)
         for block in list(self.blocks)[:n_blocks]:
             if self.checkpointing and torch.is_grad_enabled():
-                x_TH = checkpoint(block, x_TH, cond_nC, batch, cos_sin, use_reentrant=False)
+                x_TH = checkpoint(block, x_TH, cond_nC, batch, tables, use_reentrant=False)
             else:
-                x_TH = block(x_TH, cond_nC, batch, cos_sin)
+                x_TH = block(x_TH, cond_nC, batch, tables)
         return x_TH, cond_nC
 
     def check(self, batch: PackedBatch, sigma: Tensor) -> None:
@@ -150,11 +132,11 @@ class DiT(nn.Module):
         for block in self.blocks:
             assert isinstance(block, Block)
             block.compiled = tuple(
-                torch.compile(part, dynamic=dynamic) for part in (block.before_attention, block.after_attention)
+                torch.compile(part, dynamic=dynamic) for part in (block.before_mixing, block.after_mixing)
             )
 
     def fill_packs(self, shape: StaticShape) -> None:
-        """From now on every training pack that fits is filled up to this shape, which its logits do not show."""
+        """Pad training packs to a fixed shape from now on; padding is removed from the logits."""
         self.shape = shape
 
     def capture(self, autocast: torch.dtype | None) -> None:
@@ -170,19 +152,13 @@ class DiT(nn.Module):
             ValueError: a backend whose calls depend on the pack's lengths.
         """
         assert self.shape is not None
-        if any(block.attention_backend == "sdpa" for block in self.blocks):
+        if self.attention_backend == "sdpa":
             raise ValueError(
                 "attention backend sdpa reads lengths on the host, which a CUDA graph does not; use another"
             )
-        device = self.embedding.weight.device
-        blank = PackedBatch.pack([torch.full((self.shape.longest,), PAD)]).to(device).filled(self.shape)
-        sigma = torch.ones(self.shape.sequences, device=device)
-        inputs = (blank.tokens, blank.cu_seqlens, blank.segment_ids, blank.positions, sigma)
-        graphed = NetworkOnTensors(self, self.network, blank)
-        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None, cache_enabled=False):
-            self.__dict__["graphed"] = torch.cuda.make_graphed_callables(graphed, inputs)  # no submodule: it holds us
-        for parameter in self.parameters():
-            parameter.grad = torch.zeros_like(parameter)
+        blank = PackedBatch.pack([torch.full((self.shape.longest,), PAD)]).to(self.embedding.weight.device)
+        # no submodule, as it holds us
+        self.__dict__["graphed"] = capture(self, self.network, blank.filled(self.shape), autocast)
 
     def flops(self, lengths: Sequence[int]) -> int:
         """FLOPs of the matrix products of one forward pass over sequences of these lengths (tokens), two for each
@@ -191,3 +167,37 @@ class DiT(nn.Module):
         products = self.weights_per_token * sum(lengths) + self.weights_per_sequence * len(lengths)
         attention = 2 * len(self.blocks) * self.embedding.embedding_dim * sum(length**2 for length in lengths)
         return 2 * (products + attention)
+
+
+def check_model(config: ModelConfig) -> None:
+    """Raise a ValueError that names the numbers unless a network of these dimensions can exist."""
+    for name, value in (
+        ("hidden_size", config.hidden_size),
+        ("n_heads", config.n_heads),
+        ("n_blocks", config.n_blocks),
+        ("cond_dim", config.cond_dim),
+    ):
+        if value < 1:
+            raise ValueError(f"model.{name} must be at least 1, got {value}")
+    if not 0 <= config.dropout < 1:
+        raise ValueError(f"model.dropout must lie in [0, 1), got {config.dropout}")
+    for name, choice, choices in (
+        ("norm", config.norm, NORMS),
+        ("mlp", config.mlp, MLPS),
+        ("positions", config.positions, POSITIONS),
+        ("mixer", config.mixer, MIXERS),
+    ):
+        if choice not in choices:
+            raise ValueError(f"model.{name}={choice}; there are {', '.join(choices)}")
+    hidden_size, n_heads = config.hidden_size, config.n_heads
+    if hidden_size % n_heads:
+        raise ValueError(
+            f"model.hidden_size={hidden_size} is not divisible by model.n_heads={n_heads} "
+            f"({hidden_size} = {n_heads} * {config.head_dim} + {hidden_size % n_heads})"
+        )
+    try:
+        POSITIONS[config.positions](config.head_dim)
+    except ValueError as error:
+        raise ValueError(
+            f"model.hidden_size={hidden_size} / model.n_heads={n_heads} gives head_dim {config.head_dim}: {error}"
+        ) from error

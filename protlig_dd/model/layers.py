@@ -12,6 +12,14 @@ MLP_RATIO = 4
 RMS_EPS = 1e-6
 
 
+class StackedLinear(nn.Linear):
+    """Several linear layers of one input as one product. Muon orthogonalises their matrices one by one."""
+
+    def __init__(self, in_features: int, out_features: int, *, stacked: int) -> None:
+        super().__init__(in_features, stacked * out_features, bias=False)
+        self.stacked = stacked
+
+
 class MLP(nn.Module):
     """Two layers with a nonlinearity between them; for swiglu the first is two, one of which gates the other."""
 

@@ -39,6 +39,9 @@ class Processes:
         return self.rank == 0
 
 
+ALONE = Processes(0, 1, 0)
+
+
 def processes_from_environment() -> Processes:
     """What torchrun set; one process without it.
 

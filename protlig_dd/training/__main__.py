@@ -11,7 +11,7 @@ torchrun --nproc-per-node=4 -m protlig_dd.training --config-name config_uniref50
 
 from protlig_dd.config.cli import run_verb
 from protlig_dd.config.train import TrainConfig
-from protlig_dd.training.launch import run
+from protlig_dd.training.build import run
 
 
 def main() -> None:

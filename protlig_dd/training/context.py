@@ -1,8 +1,13 @@
 """What a start of a run has resolved."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from protlig_dd.system.distributed import Processes
+from protlig_dd.system.signals import StopRequests
 
 
 @dataclass(frozen=True)
@@ -19,15 +24,47 @@ class Resolved:
 
 
 @dataclass(frozen=True)
+class Start:
+    """Where a run begins: a checkpoint, another model's weights, or neither."""
+
+    checkpoint: Path | None = None
+    state: dict[str, Any] = field(default_factory=dict)
+    """state.json of that checkpoint."""
+    weights: Path | None = None
+    """Of `from=`, where there is no checkpoint yet."""
+
+
+@dataclass(frozen=True)
 class RunFolder:
+    """A run folder that was opened."""
+
     path: Path
     attempt: int
-    checkpoint: Path | None
-    state: dict[str, Any]
-    """state.json of that checkpoint."""
-    weights: Path | None
-    """Of `from=`, where there is no checkpoint yet."""
+    start: Start
     seconds_left: float | None
     """Until the run is to stop, by no host's clock; a process that is started again gets no more of it."""
     finished: int | None
     """The last step of a run that has made its report and is not to go on."""
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """Where and how this start of a run computes."""
+
+    folder: Path
+    attempt: int
+    start: Start
+    device: torch.device
+    precision: str
+    """bf16 | fp32."""
+    attention_backend: str
+    compiled: bool
+    processes: Processes
+    stop: StopRequests
+    deadline: float | None
+    """time.monotonic() at which to stop, after one step at least."""
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """What the network computes in; None for the type of its weights."""
+        return torch.bfloat16 if self.precision == "bf16" else None

@@ -16,6 +16,7 @@ from protlig_dd.data.store import StoreGroup
 from protlig_dd.system.device import matmul_peak
 from protlig_dd.system.terminal import console
 from protlig_dd.training.optim.make import make_optimizer
+from protlig_dd.training.optim.schedule import count_steps
 
 MFU = 0.4  # assumed where nothing was measured: of what matrix products reach
 H100_FLOPS = 989e12  # dense bf16
@@ -96,7 +97,7 @@ def plan(
     )
     with torch.device("meta"):
         model = build_model(config.model, "sdpa", config.time_conditioning)
-        optimizer = make_optimizer(optim.name, model, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=0.0)
+        optimizer = make_optimizer(model, replace(optim, weight_decay=0.0), "fp32")
     parameters = sum(parameter.numel() for parameter in model.parameters())
     by_muon = sum(p.numel() for p in optimizer.param_groups[0]["params"]) if optim.name == "muon" else 0
     some = np.sort(np.random.default_rng(0).choice(train, min(100_000, len(train)), replace=False))
@@ -121,14 +122,6 @@ def plan(
         "peak_flops": peak,
         "seconds": steps * step_tokens * flops / (MFU * peak * devices),
     }
-
-
-def count_steps(config: TrainConfig, dataset: PackDataset) -> int:
-    """trainer.max_steps, or trainer.epochs turned into steps."""
-    if config.trainer.max_steps is not None:
-        return config.trainer.max_steps
-    assert config.trainer.epochs is not None  # one of the two, checked with the config
-    return max(1, round(config.trainer.epochs * dataset.packs_per_epoch / config.optim.packs_per_step))
 
 
 def figure(x: float) -> str:

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 HORIZON = 0.05  # of `ema_decay=auto`: the steps that the average reaches back, as a share of the run
 
 
-def run_length_decay(max_steps: int) -> float:
-    """The decay whose average reaches back over HORIZON of a run of max_steps."""
-    return 1 - 1 / max(1.0, HORIZON * max_steps)
+def decay_of(wanted: float | str, max_steps: int) -> float:
+    """The decay that is wanted; `auto` is one whose average reaches back over HORIZON of a run of max_steps."""
+    return 1 - 1 / max(1.0, HORIZON * max_steps) if wanted == "auto" else float(wanted)
 
 
 class EMA:

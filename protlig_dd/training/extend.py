@@ -4,10 +4,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from protlig_dd.config.read import flatten, spelt
-from protlig_dd.config.train import TrainConfig
+from protlig_dd.config.train import TrainConfig, config_in
 from protlig_dd.evaluation.report.run import PAGE, read_json
 from protlig_dd.runs.checkpoint import complete_checkpoints, step_of
 from protlig_dd.system.files import free_name, replacing
@@ -19,22 +17,22 @@ def finished_at(path: Path) -> int | None:
     if not checkpoints or step != step_of(checkpoints[-1]) or not at_its_end(path, checkpoints[-1]):
         return None
     # an earlier version may have been told to go on, and been killed before it had a checkpoint
-    ends = [ends_of(OmegaConf.load(folder / "config.yaml")) for folder in (path, checkpoints[-1])]
+    ends = [ends_of(config_in(folder)) for folder in (path, checkpoints[-1])]
     return step if ends[0] == ends[1] else None
 
 
 def at_its_end(path: Path, checkpoint: Path) -> bool:
     """Whether the learning rate of the run has come to the end of its schedule at this checkpoint."""
-    step, config = step_of(checkpoint), OmegaConf.load(checkpoint / "config.yaml")
+    step, config = step_of(checkpoint), config_in(checkpoint)
     most = read_json(checkpoint / "state.json").get("max_steps", config.trainer.max_steps)
     if most is None:  # an earlier version's, of trainer.epochs: the report tells
         return bool(read_json(path / "report.json").get("step") == step)
     return bool(step >= most)
 
 
-def ends_of(config: Any) -> dict[str, Any]:
+def ends_of(config: TrainConfig) -> dict[str, Any]:
     """trainer.max_steps and trainer.epochs of a config."""
-    return {key: flatten(config)[key] for key in ("trainer.max_steps", "trainer.epochs")}
+    return {"trainer.max_steps": config.trainer.max_steps, "trainer.epochs": config.trainer.epochs}
 
 
 def check_extension(path: Path, config: TrainConfig) -> None:
@@ -44,7 +42,7 @@ def check_extension(path: Path, config: TrainConfig) -> None:
         ValueError: more, after it has come to the end of its schedule: the learning rate would jump from there to the
             middle of a longer one.
     """
-    before, now = ends_of(OmegaConf.load(path / "config.yaml")), ends_of(spelt(config))
+    before, now = ends_of(config_in(path)), ends_of(config)
     longer = [
         key for key in now
         if before[key] != now[key] and (before[key] is None or now[key] is None or before[key] < now[key])
@@ -62,7 +60,7 @@ def check_extension(path: Path, config: TrainConfig) -> None:
 
 def reports_otherwise(path: Path, config: TrainConfig) -> bool:
     """Whether a run that has finished is to take other steps than it did, or to report otherwise."""
-    before, now = (flatten(cfg) for cfg in (OmegaConf.load(path / "config.yaml"), spelt(config)))
+    before, now = (flatten(spelt(one)) for one in (config_in(path), config))
     ends = ("trainer.max_steps", "trainer.epochs", "report.")
     return any(before.get(key) != now[key] for key in now if key.startswith(ends))
 

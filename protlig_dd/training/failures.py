@@ -72,9 +72,10 @@ def raise_frozen(trainer: Trainer, pending: list[dict[str, Any]]) -> None:
             f"in step {record['step']}, pack {', '.join(str(p) for p in bad) or 'unknown'} of {trainer.packs_per_step}"
         )
         after = f"sequences {', '.join(ids)}; the weights are those before that step"
-        if bad or trainer.loss_spike is None or not math.isfinite(float(record["grad_norm"])):
+        limit = trainer.config.trainer.loss_spike
+        if bad or limit is None or not math.isfinite(float(record["grad_norm"])):
             raise NonFiniteLossError(f"non-finite {'loss' if bad else 'gradient'} {where}; {after}")
         raise LossSpikeError(
-            f"loss {sum(losses):.4g} {where} is more than trainer.loss_spike={trainer.loss_spike} times the usual "
+            f"loss {sum(losses):.4g} {where} is more than trainer.loss_spike={limit} times the usual "
             f"{float(trainer.usual_loss):.4g}; {after}"
         )

@@ -10,8 +10,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from protlig_dd.config.components import graph_with_rates
-from protlig_dd.config.read import flatten, read_config, shorten, spelt
-from protlig_dd.config.train import TrainConfig
+from protlig_dd.config.read import flatten, shorten, spelt
+from protlig_dd.config.train import TrainConfig, config_in
 from protlig_dd.inference.model import find_saved
 from protlig_dd.model.config import ModelConfig
 from protlig_dd.system.distributed import processes_from_environment
@@ -79,7 +79,7 @@ def starting_from(config: TrainConfig, path: Path) -> TrainConfig:
     recipe = set_by_experiment()
     begun = None
     if has_steps(path) and not config.run.fresh:  # it remembers, whatever has become of what it began with
-        begun = read_config(OmegaConf.load(path / "config.yaml"), TrainConfig)  # type: ignore[arg-type]
+        begun = config_in(path)
     if begun is not None and begun.from_ == config.from_:
         source, found = begun, begun.from_sha256
     else:

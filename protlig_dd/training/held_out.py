@@ -7,36 +7,12 @@ from typing import Any
 import numpy as np
 
 from protlig_dd.config.train import TrainConfig
-from protlig_dd.data.draws import NEWEST, check_version, some_of
 from protlig_dd.data.store import StoreGroup
 from protlig_dd.evaluation.likelihood.held_out import HeldOut
 from protlig_dd.evaluation.likelihood.leaks import FEWEST, Leaks, find_leaks, may_repeat
 from protlig_dd.evaluation.likelihood.trained_on import Source, sources_before
 from protlig_dd.runs.metrics import without_nan
 from protlig_dd.system.terminal import console
-
-
-def plan_version(checkpoint: Path | None, state: dict[str, Any]) -> int:
-    """Of the run that has this checkpoint (see draws.py): the newest of one that begins, 1 where its state has none.
-
-    Raises:
-        ValueError: one that is not known here.
-    """
-    return NEWEST if checkpoint is None else check_version(state.get("plan_version", 1), checkpoint)
-
-
-def subset(store: StoreGroup, split: str, most: int, seed: int, version: int) -> np.ndarray:
-    """At most `most` rows of a split, the same ones at every evaluation of a run.
-
-    Raises:
-        ValueError: an empty split.
-    """
-    rows = store.split(split)
-    if not len(rows):
-        raise ValueError(
-            f"{store.name} has no {split} sequences; prepare it with a larger split.{split}_fraction or a {split} file"
-        )
-    return some_of(rows, most, seed, version)
 
 
 def find_held_out_leaks(

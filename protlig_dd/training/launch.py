@@ -1,4 +1,4 @@
-"""From a composed config to a run: validate, resolve every `auto`, open the run folder, hand over to the job."""
+"""The processes of a run: started, met, and given the run folder."""
 
 import atexit
 import contextlib
@@ -6,22 +6,18 @@ import json
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
-from omegaconf import DictConfig
 
 from protlig_dd import __version__
-from protlig_dd.config.components import build_graph, graph_with_rates
-from protlig_dd.config.read import flatten, read_config, spelt
-from protlig_dd.config.train import TrainConfig, check_train_config
+from protlig_dd.config.read import flatten, spelt
+from protlig_dd.config.train import TrainConfig
 from protlig_dd.data.prepare.bundled import bundled_store
 from protlig_dd.data.store import SequenceStore, StoreGroup
-from protlig_dd.diffusion.score import is_time_free
 from protlig_dd.evaluation.report.page import write_run_page
 from protlig_dd.evaluation.report.run import PAGE
 from protlig_dd.model.mixers.attention import resolve_attention_backend
@@ -45,16 +41,13 @@ from protlig_dd.system.distributed import (
 )
 from protlig_dd.system.files import locked, write_atomic, written_to
 from protlig_dd.system.launcher import count_devices, launch_ranks, leave_without_closing, opened_by
-from protlig_dd.system.meeting import meeting_of
+from protlig_dd.system.meeting import Meeting, meeting_of
 from protlig_dd.system.output import let_output_fail
 from protlig_dd.system.signals import STOPPED, Stopped, StopRequests, seconds_of
 from protlig_dd.system.terminal import announce, console
-from protlig_dd.training.build import train
-from protlig_dd.training.context import Resolved, RunFolder
+from protlig_dd.training.context import Resolved, RunContext, RunFolder
 from protlig_dd.training.cost import print_plan, with_data
-from protlig_dd.training.finetune import starting_from
 from protlig_dd.training.resume import (
-    graph_of_run,
     is_continued,
     move_aside,
     open_run_folder,
@@ -65,56 +58,68 @@ from protlig_dd.training.resume import (
 UNIREF50 = Path("data/uniref50.h5")
 PATIENCE = 10.0  # seconds within which all ranks get a signal that is sent to all of them
 
+Deadline = float | None
+"""time.monotonic() at which to stop."""
 
-def run(cfg: DictConfig) -> None:
-    """Train as the config says: here, on several processes started from here, or as one rank under torchrun.
+TrainRank = Callable[[TrainConfig, Path, Deadline], None]
+
+
+def launch(train_rank: TrainRank, config: TrainConfig, path: Path) -> None:
+    """Call `train_rank` with the config, the run folder and the deadline: here, in several processes that this starts,
+    or as one rank under torchrun.
 
     Raises:
-        ValueError: whatever is wrong with the config, the machine or the data, before any training; and what ends a
-            run, such as a loss that stopped being a number.
+        ValueError: packs that do not go with the number of processes; what `train_rank` raises.
         RanksFailedError: what a process that was started from here met.
         Stopped: by a signal or trainer.max_time.
     """
-    processes = processes_from_environment()
-    config = read_config(cfg, TrainConfig)
-    path = run_path(config)
-    if config.from_ is not None:
-        config = starting_from(config, path)
-    config.graph = graph_with_rates(config.graph, {} if config.run.fresh else graph_of_run(path))
-    check_train_config(config)
-    if config.time_conditioning == "auto":
-        config.time_conditioning = not is_time_free(build_graph(config.graph), config.parametrisation)
     seconds = None if config.trainer.max_time is None else seconds_of(config.trainer.max_time)
     deadline = None if seconds is None else time.monotonic() + seconds
-    launched = processes.launch is not None
-    devices = processes.world_size if launched else count_devices(config.trainer.devices, config.trainer.device)
-    check_shares(config, devices)
-    if config.plan:
-        if processes.first:
-            device, config = resolve_device(config.trainer.device), with_data(config)
-            store = open_data(config.data.path, processes)
-            print_plan(config, store, device, resolve_precision(config.trainer.precision, device), devices)
-    elif launched or (devices == 1 and not config.trainer.max_restarts):
-        run_rank(config, path, deadline)
-    else:
-        launch_ranks(
-            rank_entry,
-            (config, path, deadline),
-            processes=devices,
-            max_restarts=config.trainer.max_restarts,
-            stop_within=config.trainer.stop_within,
-            timeout=config.trainer.timeout,
-            run_folder=path,
-        )
+    devices = count_processes(config)
+    if processes_from_environment().launch is not None or (devices == 1 and not config.trainer.max_restarts):
+        train_rank(config, path, deadline)
+        return
+    launch_ranks(
+        rank_entry,
+        (train_rank, config, path, deadline),
+        processes=devices,
+        max_restarts=config.trainer.max_restarts,
+        stop_within=config.trainer.stop_within,
+        timeout=config.trainer.timeout,
+        run_folder=path,
+    )
 
 
-def rank_entry(config: TrainConfig, path: Path, deadline: float | None) -> None:
+def count_processes(config: TrainConfig) -> int:
+    """How many make the run.
+
+    Raises:
+        ValueError: they cannot share the packs of a step.
+    """
+    processes, control = processes_from_environment(), config.trainer
+    devices = processes.world_size if processes.launch is not None else count_devices(control.devices, control.device)
+    if config.optim.packs_per_step % devices:
+        raise ValueError(f"optim.packs_per_step={config.optim.packs_per_step} is not divisible by {devices} processes")
+    return devices
+
+
+def print_cost(config: TrainConfig) -> None:
+    """What a run will cost, on rank 0."""
+    processes, devices = processes_from_environment(), count_processes(config)
+    if not processes.first:
+        return
+    device, config = resolve_device(config.trainer.device), with_data(config)
+    store = open_data(config.data.path, processes)
+    print_plan(config, store, device, resolve_precision(config.trainer.precision, device), devices)
+
+
+def rank_entry(train_rank: TrainRank, config: TrainConfig, path: Path, deadline: Deadline) -> None:
     """What each process that `launch_ranks` starts runs."""
     code = 1
     let_output_fail()
     try:
         with meeting_of(processes_from_environment()):
-            run_rank(config, path, deadline)
+            train_rank(config, path, deadline)
         code = 0
     except Stopped:  # the marker in the run folder tells; a launcher that passed a signal on does not wait for returns
         code = 0
@@ -125,38 +130,22 @@ def rank_entry(config: TrainConfig, path: Path, deadline: float | None) -> None:
         atexit.register(leave_without_closing, code)
 
 
-def check_shares(config: TrainConfig, processes: int) -> None:
-    if config.optim.packs_per_step % processes:
-        raise ValueError(
-            f"optim.packs_per_step={config.optim.packs_per_step} is not divisible by {processes} processes"
-        )
+@contextlib.contextmanager
+def opened_run(config: TrainConfig, path: Path, deadline: Deadline) -> Iterator[tuple[StoreGroup, RunContext] | None]:
+    """The data and the context of a run in this process, which may be one of several that meet here; None for a run
+    that has finished already, which is said. What fails inside is logged in the run folder; a stop leaves its marker.
 
-
-def run_rank(config: TrainConfig, path: Path, deadline: float | None) -> None:
-    """Train in this process, which may be one of several."""
+    Raises:
+        ValueError: what is wrong with the machine, the data or the run folder, or differs between the ranks.
+    """
     processes = processes_from_environment()
-    check_shares(config, processes.world_size)
-    device = resolve_device(config.trainer.device, processes.local_rank)
-    if processes.world_size > 1 and device.type == "cuda" and config.trainer.device not in ("auto", "cuda"):
-        raise ValueError(
-            f"trainer.device={config.trainer.device} with {processes.world_size} processes: use auto or cuda"
-        )
-    precision = resolve_precision(config.trainer.precision, device)
-    head_dim = config.model.hidden_size // config.model.n_heads
-    backend = resolve_attention_backend(config.model.attention_backend, device, precision, head_dim)
-    compiled = resolve_compile(config.trainer.compile, device)
-    if config.trainer.compile == "auto" and device.type == "cuda" and not compiled:
-        announce(f"not compiled, as that needs {missing_to_compile(device)}", processes)
-    if config.logger.wandb_project:
-        import_wandb()
+    resolved, device = resolve_machine(config, processes)
     with contextlib.ExitStack() as stack:
         patience = PATIENCE if processes.world_size > 1 else 0.0
         stop = stack.enter_context(StopRequests(insist=processes.launch is None, patience=patience))
         stack.callback(leave_group)
         store = open_data(config.data.path, processes)
-        resolved = Resolved(
-            str(device), precision, backend, compiled, processes.world_size, store.name, store.fingerprint
-        )
+        resolved = replace(resolved, data_path=store.name, data_fingerprint=store.fingerprint)
         meeting = meeting_of(processes)
         meeting.agree(facts_of(config, resolved), config.trainer.timeout)
         join_group(processes, device, config.trainer.timeout, meeting.store)
@@ -164,33 +153,22 @@ def run_rank(config: TrainConfig, path: Path, deadline: float | None) -> None:
         def open_as_first() -> RunFolder | None:
             if not processes.first:
                 return None
-            left = None if deadline is None else deadline - time.monotonic()
             if meeting.restart:
                 most = config.trainer.max_restarts
                 console.print(f"a process was lost: all start again ({meeting.restart}{f' of {most}' if most else ''})")
-            earlier = opened_by(path)
-            if is_continued(earlier, meeting):  # its first start has made the folder
-                config.run.fresh = False
-                config.run.resume = "auto" if config.run.resume == "never" else config.run.resume
-                if shares_launcher(earlier, meeting) and earlier["requeues"] == processes.requeues:
-                    left = seconds_left(path, earlier)
-            if config.run.fresh:
+            wanted, left = as_continued(config, path, meeting, deadline)
+            if wanted.run.fresh:
                 move_aside(path)
             stack.enter_context(locked(path))
-            return open_run_folder(path, config, store, resolved, meeting, left)
+            return open_run_folder(path, wanted, store, resolved, meeting, left)
 
         try:
             stack.enter_context(losses_named(f"rank {processes.rank}"))
             with busy(f"opens {path}"):
                 folder: RunFolder = from_first(together(open_as_first))
             if folder.finished is not None:
-                if processes.first and not (path / PAGE).is_file():  # killed just before it was written
-                    write_run_page(path)
-                announce(
-                    f"{path} has finished, at step {folder.finished:,}: {path / PAGE}. To go on: run.resume=extend "
-                    f"with a larger trainer.max_steps, or another run.name with from={path}",
-                    processes,
-                )
+                say_finished(folder, processes)
+                yield None
                 return
             log = folder.path / "logs" / f"rank_{processes.rank}.log"
             if not processes.first and processes.local_rank == 0:
@@ -199,21 +177,20 @@ def run_rank(config: TrainConfig, path: Path, deadline: float | None) -> None:
             together(lambda: None if processes.first else stack.enter_context(written_to(log)))
             left = folder.seconds_left
             with failures_logged(log):
-                train(
-                    config,
+                yield (
                     store,
-                    run_folder=folder.path,
-                    attempt=folder.attempt,
-                    checkpoint=folder.checkpoint,
-                    state=folder.state,
-                    weights=folder.weights,
-                    precision=precision,
-                    attention_backend=backend,
-                    compiled=compiled,
-                    device=device,
-                    processes=processes,
-                    stop=stop,
-                    deadline=None if left is None else time.monotonic() + left,
+                    RunContext(
+                        folder=folder.path,
+                        attempt=folder.attempt,
+                        start=folder.start,
+                        device=device,
+                        precision=resolved.precision,
+                        attention_backend=resolved.attention_backend,
+                        compiled=resolved.compiled,
+                        processes=processes,
+                        stop=stop,
+                        deadline=None if left is None else time.monotonic() + left,
+                    ),
                 )
         except Stopped as stopped:
             # torchrun ends all ranks when one fails
@@ -224,6 +201,52 @@ def run_rank(config: TrainConfig, path: Path, deadline: float | None) -> None:
             ):
                 write_atomic(path / STOPPED, json.dumps({"reason": stopped.reason, "when": stopped.when}) + "\n")
             raise
+
+
+def resolve_machine(config: TrainConfig, processes: Processes) -> tuple[Resolved, torch.device]:
+    """What this process computes on and in; the data are not known yet.
+
+    Raises:
+        ValueError: a device, precision or kernel that this machine does not have.
+    """
+    count_processes(config)
+    device = resolve_device(config.trainer.device, processes.local_rank)
+    if processes.world_size > 1 and device.type == "cuda" and config.trainer.device not in ("auto", "cuda"):
+        raise ValueError(
+            f"trainer.device={config.trainer.device} with {processes.world_size} processes: use auto or cuda"
+        )
+    precision = resolve_precision(config.trainer.precision, device)
+    backend = resolve_attention_backend(config.model.attention_backend, device, precision, config.model.head_dim)
+    compiled = resolve_compile(config.trainer.compile, device)
+    if config.trainer.compile == "auto" and device.type == "cuda" and not compiled:
+        announce(f"not compiled, as that needs {missing_to_compile(device)}", processes)
+    if config.logger.wandb_project:
+        import_wandb()
+    return Resolved(str(device), precision, backend, compiled, processes.world_size, "", ""), device
+
+
+def as_continued(
+    config: TrainConfig, path: Path, meeting: Meeting, deadline: Deadline
+) -> tuple[TrainConfig, float | None]:
+    """The config without `run.fresh` where this start continues one that has made the folder, and the seconds left."""
+    left, earlier = None if deadline is None else deadline - time.monotonic(), opened_by(path)
+    if not is_continued(earlier, meeting):
+        return config, left
+    resume = "auto" if config.run.resume == "never" else config.run.resume
+    if shares_launcher(earlier, meeting) and earlier["requeues"] == meeting.processes.requeues:
+        left = seconds_left(path, earlier)
+    return replace(config, run=replace(config.run, fresh=False, resume=resume)), left
+
+
+def say_finished(folder: RunFolder, processes: Processes) -> None:
+    """Say that there is nothing to do, and write the page if a kill has left it out."""
+    if processes.first and not (folder.path / PAGE).is_file():
+        write_run_page(folder.path)
+    announce(
+        f"{folder.path} has finished, at step {folder.finished:,}: {folder.path / PAGE}. To go on: run.resume=extend "
+        f"with a larger trainer.max_steps, or another run.name with from={folder.path}",
+        processes,
+    )
 
 
 @contextlib.contextmanager
@@ -264,11 +287,3 @@ def open_data(path: str | list[str], processes: Processes) -> StoreGroup:
     store = bundled_store()
     announce(f"data: the bundled sample of {len(store):,} proteins ({UNIREF50} has not been prepared)", processes)
     return StoreGroup([store])
-
-
-def run_path(config: TrainConfig) -> Path:
-    """runs/<run.name>, or the job's own folder in a sweep. No timestamps: the same command finds its run again."""
-    hydra_config = HydraConfig.get()
-    if hydra_config.mode == RunMode.MULTIRUN:
-        return Path(hydra_config.runtime.output_dir)
-    return Path("runs") / config.run.name

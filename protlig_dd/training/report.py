@@ -1,7 +1,8 @@
 """What a run reports at its end."""
 
+import json
+from collections import Counter
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +11,33 @@ import torch
 
 from protlig_dd.config.train import TrainConfig
 from protlig_dd.data.store import StoreGroup
-from protlig_dd.diffusion.noise import Noise
+from protlig_dd.diffusion.sampling import SamplerOptions
 from protlig_dd.diffusion.score import ScoreFn
-from protlig_dd.evaluation.likelihood.held_out import composition_kl, length_counts, training_frequencies
+from protlig_dd.evaluation.likelihood.held_out import (
+    HeldOut,
+    composition_kl,
+    length_counts,
+    per_sequence,
+    training_frequencies,
+    training_statistics,
+)
+from protlig_dd.evaluation.likelihood.leaks import Leaks
+from protlig_dd.evaluation.report.page import write_run_page
 from protlig_dd.evaluation.report.run import PAGE
 from protlig_dd.evaluation.samples.statistics import cheap_judges, for_json, with_controls
 from protlig_dd.evaluation.samples.verdicts import verdicts
-from protlig_dd.inference.generate import designs_fasta, generate
+from protlig_dd.inference.generate import Origin, designs_fasta, generate
 from protlig_dd.inference.lengths import draw_lengths, lengths_of
-from protlig_dd.runs.metrics import MetricsLog, with_nan
-from protlig_dd.system.distributed import Processes
+from protlig_dd.inference.sharing import Work
+from protlig_dd.runs.metrics import MetricsLog, with_nan, without_nan
+from protlig_dd.system.distributed import busy
 from protlig_dd.system.files import write_atomic
 from protlig_dd.system.terminal import announce, console
 from protlig_dd.tokenizer import N_STATES, ProteinTokenizer
-from protlig_dd.training.held_out import subset
+from protlig_dd.training.context import RunContext
+from protlig_dd.training.held_out import in_training
+from protlig_dd.training.packs import Packs, subset
+from protlig_dd.training.trainer import Trainer, make_model
 
 BOOTSTRAP = 100  # draws for the standard errors of the samples' divergences
 SHOWN_SAMPLES = 3
@@ -40,17 +54,46 @@ class Samples:
     """The share of the draws that had a negative probability."""
 
 
-def draw_samples(
-    config: TrainConfig,
+def report_run(
+    trainer: Trainer,
+    packs: Packs,
     store: StoreGroup,
-    score_fn: ScoreFn,
-    untrained: ScoreFn | None,
-    noise: Noise,
-    device: torch.device,
-    processes: Processes,
-) -> Samples | None:
+    held: HeldOut,
+    leaks: dict[str, Leaks],
+    metrics: MetricsLog | None,
+    context: RunContext,
+) -> None:
+    """Sample from the averaged weights on all ranks; rank 0 writes the report, its page and the samples.
+
+    Args:
+        held: the bound of the report's split.
+        leaks: of the held-out proteins, by split; on rank 0.
+    """
+    config, noise = trainer.config, trainer.objective.noise
+    split, sigma_max = config.report.split, float(noise(torch.ones(1))[0])
+    report: dict[str, Any] = {"split": split, "max_len": config.data.max_len, **held.summary()}
+    report |= {"step": trainer.max_steps, "draws": config.report.draws, "t_min": noise.t_min, "sigma_max": sigma_max}
+    report["precision"] = context.precision
+    if context.processes.first:
+        parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+        report |= {"parameters": parameters, "training": training_statistics(store, config.data.max_len)}
+        report["in_training"] = in_training(leaks[split], packs.held_out[split], held)
+    if config.report.samples:
+        with busy("samples for the report"):
+            samples = draw_samples(trainer, store, context)
+        if metrics is not None and samples is not None:
+            report |= sample_report(trainer, store, samples, metrics, context)
+    if context.processes.first:
+        write_atomic(context.folder / "report.csv", per_sequence(store, held))
+        write_atomic(context.folder / "report.json", json.dumps(without_nan(report), indent=1) + "\n")
+        write_run_page(context.folder)
+        print_report(context.folder, trainer.max_steps, report, store.name)
+
+
+def draw_samples(trainer: Trainer, store: StoreGroup, context: RunContext) -> Samples | None:
     """Proteins of lengths of the training split, sampled by all ranks together; the same on each. None where no
     training protein is whole."""
+    config, processes = trainer.config, context.processes
     wanted, max_len = config.report, config.data.max_len
     lengths = lengths_of(*length_counts(store, max_len), max_len)
     if lengths is None or not sum(lengths.counts):
@@ -58,47 +101,37 @@ def draw_samples(
         return None
     announce(f"samples get lengths of {lengths.told}", processes)
     chosen = draw_lengths(lengths.counts, wanted.samples, config.seed)
-    draw = partial(
-        generate,
-        noise=noise,
-        lengths=chosen,
-        steps=wanted.steps,
-        predictor=wanted.predictor,
-        tokens_per_pack=min(config.data.tokens_per_pack, -(-sum(chosen) // processes.world_size)),
-        seed=config.seed,
-        device=device,
-        processes=processes,
-    )
-    samples, counts = draw(score_fn, description="sampling")
-    others = None if untrained is None else draw(untrained, description="untrained")[0]
+    tokens_per_pack = min(config.data.tokens_per_pack, -(-sum(chosen) // processes.world_size))
+
+    def draw(score_fn: ScoreFn, description: str) -> tuple[list[np.ndarray], Counter[str]]:
+        work = Work(tokens_per_pack, description, processes)
+        return generate(score_fn, chosen, options_of(config), work, seed=config.seed)
+
+    samples, counts = draw(trainer.eval_score_fn, "sampling")
+    others = None
+    if wanted.untrained and config.from_ is None:  # of a fine-tune, it is not what the run began with
+        untrained = make_model(config, context.device, context.attention_backend).eval()
+        others, _ = draw(trainer.objective.score_fn(untrained), "untrained")
     return Samples(samples, others, counts["clamped"] / counts["draws"])
 
 
+def options_of(config: TrainConfig) -> SamplerOptions:
+    """The sampler of the report."""
+    return SamplerOptions(config.report.steps, config.report.predictor)
+
+
 def sample_report(
-    config: TrainConfig,
-    store: StoreGroup,
-    run_folder: Path,
-    step: int,
-    drawn: Samples,
-    metrics: MetricsLog,
-    version: int,
+    trainer: Trainer, store: StoreGroup, drawn: Samples, metrics: MetricsLog, context: RunContext
 ) -> dict[str, Any]:
     """Write samples/step_N.fasta and log them, and compare them with the training split's composition and with
-    proteins of a split, chosen by this version."""
+    proteins of the report's split."""
+    config, step, run_folder = trainer.config, trainer.max_steps, context.folder
     wanted, max_len = config.report, config.data.max_len
     samples, frequencies = drawn.trained, training_frequencies(store)
     file = run_folder / "samples" / f"step_{step:08d}.fasta"
     names = [f"{run_folder.name}_{i}" for i in range(1, len(samples) + 1)]
-    text = designs_fasta(
-        samples,
-        names=names,
-        run=run_folder.name,
-        step=step,
-        seed=config.seed,
-        predictor=wanted.predictor,
-        steps=wanted.steps,
-    )
-    write_atomic(file, text)
+    origin = Origin(run_folder.name, step, config.seed, options_of(config))
+    write_atomic(file, designs_fasta(samples, names, origin))
     decoded = [ProteinTokenizer().decode(ids) for ids in samples]
     metrics.write_samples(step, dict(zip(names[:LOGGED_SAMPLES], decoded, strict=False)))
     metrics.write_histogram(step, "samples/length", np.array([len(ids) for ids in samples]))
@@ -110,7 +143,7 @@ def sample_report(
         "composition_kl": composition_kl(samples, frequencies),
     }
     most = max(wanted.max_sequences, 4 * len(samples))  # for as many controls, and a reference
-    places = store.places(subset(store, wanted.split, most, config.seed, version))
+    places = store.places(subset(store, wanted.split, most, config.seed, trainer.dataset.version))
     natural = [
         store.stores[number].tokens[begin + 1 : begin + 1 + residues]
         for number, begin, residues in zip(*(column.tolist() for column in places), strict=True)

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
-from protlig_dd.config.read import flatten, spelt
-from protlig_dd.config.train import RESUME, TrainConfig, changed_keys
+from protlig_dd.config.read import as_yaml, flatten, spelt
+from protlig_dd.config.train import RESUME, TrainConfig, changed_keys, config_in
 from protlig_dd.data.loader import PackDataset
 from protlig_dd.data.store import StoreGroup
 from protlig_dd.inference.model import find_saved
@@ -26,10 +25,10 @@ from protlig_dd.system.files import free_name, locked, sha256, write_atomic
 from protlig_dd.system.meeting import Meeting
 from protlig_dd.system.signals import STOPPED
 from protlig_dd.system.terminal import console
-from protlig_dd.training.context import Resolved, RunFolder
-from protlig_dd.training.cost import count_steps
+from protlig_dd.training.context import Resolved, RunFolder, Start
 from protlig_dd.training.extend import check_extension, finished_at, put_report_aside, reports_otherwise
-from protlig_dd.training.held_out import plan_version
+from protlig_dd.training.optim.schedule import count_steps
+from protlig_dd.training.packs import plan_version
 
 
 def first_weights(config: TrainConfig) -> Path:
@@ -52,8 +51,7 @@ def first_weights(config: TrainConfig) -> Path:
 
 def graph_of_run(path: Path) -> dict[str, Any]:
     """The graph's config of the run in this folder; {} where there is none."""
-    file = path / "config.yaml"
-    return dict(OmegaConf.to_container(OmegaConf.load(file))["graph"]) if file.is_file() else {}  # type: ignore
+    return config_in(path).graph if (path / "config.yaml").is_file() else {}
 
 
 def open_run_folder(
@@ -81,7 +79,7 @@ def open_run_folder(
         check_extension(path, config)
         attempt, finished = int(earlier["attempt"]) + 1, finished_at(path)
         if finished is not None and not reports_otherwise(path, config):
-            return RunFolder(path, attempt, None, {}, None, left, finished)
+            return RunFolder(path, attempt, Start(), left, finished)
     checkpoint, skipped = newest_sound_checkpoint(path)
     if skipped and checkpoint is None:
         raise ValueError(
@@ -116,8 +114,8 @@ def open_run_folder(
         **describe_environment(torch.device(resolved.device)),
     }
     write_atomic(path / "environment.json", json.dumps(record, indent=1) + "\n")
-    write_atomic(path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(spelt(config))))  # last: now it is a run
-    return RunFolder(path, attempt, checkpoint, state, weights, left, None)
+    write_atomic(path / "config.yaml", as_yaml(config))  # last: now it is a run
+    return RunFolder(path, attempt, Start(checkpoint, state, weights), left, None)
 
 
 def check_not_beyond(checkpoint: Path | None, step: int, config: TrainConfig, store: StoreGroup) -> None:
@@ -186,10 +184,7 @@ def check_same_data(checkpoint: Path, config: TrainConfig, resolved: Resolved) -
     Raises:
         ValueError: another config (bar the keys that may change) or other data.
     """
-    changed = changed_keys(
-        OmegaConf.to_container(OmegaConf.load(checkpoint / "config.yaml")),  # type: ignore[arg-type]
-        spelt(config),
-    )
+    changed = changed_keys(spelt(config_in(checkpoint)), spelt(config))
     if changed:
         raise ValueError(f"{checkpoint} was made with another config ({'; '.join(changed)})")
     found = read_state(checkpoint)["data_fingerprint"]
@@ -204,10 +199,7 @@ def check_same_run(path: Path, config: TrainConfig, resolved: Resolved) -> dict[
         ValueError: another config (bar the keys that may change), precision or data.
     """
     remedy = f"use another run.name, or run.fresh=true to move {path} aside"
-    changed = changed_keys(
-        OmegaConf.to_container(OmegaConf.load(path / "config.yaml")),  # type: ignore[arg-type]
-        spelt(config),
-    )
+    changed = changed_keys(spelt(config_in(path)), spelt(config))
     if changed:
         raise ValueError(f"{path} was started with another config ({'; '.join(changed)}); {remedy}")
     try:
@@ -222,7 +214,7 @@ def check_same_run(path: Path, config: TrainConfig, resolved: Resolved) -> dict[
 
 def say_what_changed(path: Path, config: TrainConfig, resolved: Resolved, earlier: dict[str, Any]) -> None:
     """Print what may differ between two starts of a run, and does."""
-    before, now = (flatten(cfg) for cfg in (OmegaConf.load(path / "config.yaml"), spelt(config)))
+    before, now = (flatten(spelt(one)) for one in (config_in(path), config))
     for key in ("trainer.max_steps", "trainer.epochs"):
         if before[key] != now[key]:
             console.print(

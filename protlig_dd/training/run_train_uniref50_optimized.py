@@ -16,7 +16,7 @@ from protlig_dd.config.cli import run_verb, say
 from protlig_dd.config.read import config_folder
 from protlig_dd.config.train import TrainConfig
 from protlig_dd.system.distributed import Processes
-from protlig_dd.training.launch import run
+from protlig_dd.training.build import run
 
 
 def main() -> None:

@@ -2,8 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +12,19 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_
 
 from protlig_dd.batch import PackedBatch
+from protlig_dd.config.components import build_model
+from protlig_dd.config.train import TrainConfig
 from protlig_dd.data.loader import PackDataset
-from protlig_dd.diffusion.graphs.registry import Graph
-from protlig_dd.diffusion.loss import score_entropy_loss
-from protlig_dd.diffusion.noise import Noise, curriculum_t_max
-from protlig_dd.diffusion.score import Network, ScoreFn
 from protlig_dd.model.dit import DiT
 from protlig_dd.runs.checkpoint import Tensors, load_optimizer, load_weights, snapshot
-from protlig_dd.system.distributed import Processes, all_reduce_sum
+from protlig_dd.system.distributed import all_reduce_sum
 from protlig_dd.system.random import keyed_generator, random_key
 from protlig_dd.tokenizer import N_STATES
-from protlig_dd.training.ema import EMA
+from protlig_dd.training.context import RunContext
+from protlig_dd.training.ema import EMA, decay_of
+from protlig_dd.training.objective import Objective
+from protlig_dd.training.optim.make import make_optimizer
+from protlig_dd.training.optim.schedule import count_steps, learning_rate
 
 SPIKE_STEPS = 50  # over which the usual loss is averaged, and before which no loss is a spike
 
@@ -36,38 +37,19 @@ class Trainer:
     """
 
     def __init__(
-        self,
-        *,
-        model: DiT,
-        make_score: Callable[[Network], ScoreFn],
-        graph: Graph,
-        noise: Noise,
-        optimizer: torch.optim.Optimizer,
-        dataset: PackDataset,
-        device: torch.device,
-        processes: Processes,
-        seed: int,
-        packs_per_step: int,
-        max_steps: int,
-        learning_rate: Callable[[int], float],
-        grad_clip: float,
-        ema_decay: float,
-        curriculum_steps: int,
-        max_weight: float | None = None,
-        loss_spike: float | None = None,
+        self, model: DiT, objective: Objective, dataset: PackDataset, config: TrainConfig, context: RunContext
     ) -> None:
-        self.model, self.graph, self.noise, self.optimizer, self.dataset = model, graph, noise, optimizer, dataset
-        self.device, self.processes, self.seed = device, processes, seed
-        self.packs_per_step, self.grad_clip, self.max_steps = packs_per_step, grad_clip, max_steps
-        self.t_max = partial(curriculum_t_max, steps=curriculum_steps, t_min=noise.t_min)
-        self.learning_rate, self.max_weight = learning_rate, max_weight
-        self.ema = EMA(model, ema_decay)
-        self.wrapped: nn.Module = DistributedDataParallel(model) if processes.world_size > 1 else model
-        self.score_fn: ScoreFn = make_score(self.wrapped)
-        self.eval_score_fn: ScoreFn = make_score(model)  # ranks evaluate different numbers of packs: no DDP there
-        self.frozen = torch.zeros((), device=device)  # 1 from the first non-finite loss or gradient on
-        optimizer.found_inf = self.frozen  # type: ignore[attr-defined]
-        self.loss_spike, self.usual_loss = loss_spike, torch.zeros((), device=device)
+        self.model, self.objective, self.dataset, self.config = model, objective, dataset, config
+        self.device, self.processes = context.device, context.processes
+        self.packs_per_step, self.max_steps = config.optim.packs_per_step, count_steps(config, dataset)
+        self.optimizer = make_optimizer(model, config.optim, context.precision)
+        self.ema = EMA(model, decay_of(config.optim.ema_decay, self.max_steps))
+        self.wrapped: nn.Module = DistributedDataParallel(model) if self.processes.world_size > 1 else model
+        self.score_fn = objective.score_fn(self.wrapped)
+        self.eval_score_fn = objective.score_fn(model)  # ranks evaluate different numbers of packs: no DDP there
+        self.frozen = torch.zeros((), device=self.device)  # 1 from the first non-finite loss or gradient on
+        self.optimizer.found_inf = self.frozen  # type: ignore[attr-defined]
+        self.usual_loss = torch.zeros((), device=self.device)
         self.residues_seen = self.current_step = 0
         self.evaluation_due = False  # a stop came before the evaluation of this step
 
@@ -88,27 +70,19 @@ class Trainer:
         pack_loss = torch.zeros(self.packs_per_step, device=self.device)
         for pack, batch in zip(mine, batches, strict=True):
             index = step * self.packs_per_step + pack
-            torch.manual_seed(random_key(self.seed, "dropout", index))
-            generator = keyed_generator(self.seed, "noise", index, self.device)
+            torch.manual_seed(random_key(self.config.seed, "dropout", index))
+            generator = keyed_generator(self.config.seed, "noise", index, self.device)
             with self.accumulate(last=pack == mine[-1]):
-                loss_sum, _ = score_entropy_loss(
-                    self.score_fn,
-                    batch.to(self.device),
-                    self.graph,
-                    self.noise,
-                    generator,
-                    self.t_max(step),
-                    self.max_weight,
-                )
+                loss_sum = self.objective.loss(self.score_fn, batch.to(self.device), generator, step)
                 # DDP averages over ranks; the objective is the sum over all packs / residues of all packs
                 (loss_sum * world_size / max(residues, 1)).backward()
             pack_loss[pack] = loss_sum.detach() / max(residues, 1)
         all_reduce_sum(pack_loss)
         norms = torch.stack(torch._foreach_norm([p.grad for p in self.model.parameters() if p.grad is not None]))
         grad_norm = torch.linalg.vector_norm(norms)
-        clip_grads_with_norm_(self.model.parameters(), self.grad_clip, grad_norm)
+        clip_grads_with_norm_(self.model.parameters(), self.config.optim.grad_clip, grad_norm)
         bad = self.watch(step, pack_loss.sum(), grad_norm)
-        lr = self.learning_rate(step)
+        lr = learning_rate(step, self.config.optim, self.max_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()  # changes nothing where self.frozen is 1
@@ -125,8 +99,9 @@ class Trainer:
         Returns: a flag on the device, whether this step is such a one.
         """
         bad = ~torch.isfinite(loss + grad_norm)
-        if self.loss_spike is not None and step >= SPIKE_STEPS:
-            bad |= loss > self.loss_spike * self.usual_loss
+        spike = self.config.trainer.loss_spike
+        if spike is not None and step >= SPIKE_STEPS:
+            bad |= loss > spike * self.usual_loss
         self.frozen.copy_(torch.maximum(self.frozen, bad.float()))
         usual = loss if step == 0 else torch.lerp(self.usual_loss, loss, 1 / SPIKE_STEPS)
         self.usual_loss.copy_(torch.where(self.frozen > 0, self.usual_loss, usual))
@@ -179,3 +154,10 @@ class Trainer:
 def count_residues(batch: PackedBatch) -> int:
     """Residues of a pack that is still on the host."""
     return int((batch.tokens < N_STATES).sum())
+
+
+def make_model(config: TrainConfig, device: torch.device, attention_backend: str) -> DiT:
+    """The network of a config with its first weights, which follow from the seed."""
+    torch.manual_seed(random_key(config.seed, "weights", 0))
+    with device:
+        return build_model(config.model, attention_backend, config.time_conditioning)

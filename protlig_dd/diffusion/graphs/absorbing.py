@@ -1,15 +1,4 @@
-"""Forward processes on the 20 amino acids: corruption, score entropy, prior and reverse steps.
-
-Everything is elementwise over tokens; nothing here knows of packs. Rates have the row convention: Q[i, j] is the rate
-i -> j, rows sum to 0, P(sigma) = exp(sigma Q). The score of state y is s_y ~ p_t(y) / p_t(x_t). Ids from n_states up
-(bar the mask) are context: never moved, never in the loss.
-
-Shape suffixes: T tokens, V the n_states amino acids, S the states that a reverse step can land on (V, and the mask
-for the absorbing graph).
-
-Every graph says how fast it forgets: its slowest mode decays as exp(sigma lambda_2), and `sigma_max` is the total noise
-at which exp(sigma_max lambda_2) = 1e-3.
-"""
+"""Residues decay to a mask."""
 
 import math
 
@@ -18,20 +7,20 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from protlig_dd.diffusion.graphs.base import FORGOTTEN
+from protlig_dd.diffusion.graphs.base import FORGOTTEN, Graph
 from protlig_dd.diffusion.numerics import Sigma, Tokens, log_expm1, one_hot, pick, to_float64, uniform_draws
 from protlig_dd.tokenizer import N_STATES
 
 
-class Absorbing:
+class Absorbing(Graph):
     """Every residue decays to the mask at rate 1: Q[i, mask] = 1 (SEDD, arXiv 2310.16834, eq. 15)."""
 
+    name, masks = "absorbing", True
     lambda_2 = -1.0
     sigma_max = -math.log(FORGOTTEN)
 
     def __init__(self, n_states: int = N_STATES) -> None:
         self.n_states = n_states
-        self.mask = n_states
         self.n_reverse_states = n_states + 1
 
     def sample_transition(self, x0: Tokens, sigma: Sigma, generator: torch.Generator) -> Tokens:

@@ -4,12 +4,10 @@ from collections.abc import Callable
 from functools import partial
 
 from protlig_dd.diffusion.graphs.absorbing import Absorbing
-from protlig_dd.diffusion.graphs.substitution import SubstitutionGraph, make_substitution_graph
+from protlig_dd.diffusion.graphs.base import Graph
+from protlig_dd.diffusion.graphs.substitution import make_substitution_graph
 from protlig_dd.diffusion.graphs.uniform import Uniform
 from protlig_dd.tokenizer import N_STATES
-
-Graph = Absorbing | Uniform | SubstitutionGraph
-
 
 GRAPHS: dict[str, Callable[..., Graph]] = {
     "absorbing": partial(Absorbing, N_STATES),  # the vocabulary is not an option

@@ -46,6 +46,8 @@ class SubstitutionGraph(ResidueGraph):
         ValueError: rates that are no rate matrix, are not reversible, or leave states that hardly reach one another.
     """
 
+    name = "substitution"
+
     def __init__(self, rates: Sequence[Sequence[float]] | Float64[np.ndarray, "n n"]) -> None:
         q = np.array(rates, dtype=np.float64)
         if q.ndim != 2 or q.shape[0] != q.shape[1] or len(q) < 2:

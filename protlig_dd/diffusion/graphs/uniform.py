@@ -15,6 +15,7 @@ from protlig_dd.tokenizer import N_STATES
 class Uniform(ResidueGraph):
     """Every residue jumps to a uniformly drawn one: Q = 1/N - I (SEDD, arXiv 2310.16834, eq. 16)."""
 
+    name = "uniform"
     lambda_2 = -1.0
     sigma_max = -math.log(FORGOTTEN)
 

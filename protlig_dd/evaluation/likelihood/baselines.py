@@ -7,7 +7,7 @@ import numpy as np
 
 from protlig_dd.data.store import SequenceStore, StoreGroup
 from protlig_dd.evaluation.likelihood.trained_on import own_data
-from protlig_dd.inference.model import Trained
+from protlig_dd.inference.model import TrainedModel
 from protlig_dd.system.terminal import announce
 from protlig_dd.tokenizer import N_STATES, VOCAB_SIZE
 
@@ -67,11 +67,13 @@ def training_sequences(stores: Sequence[SequenceStore]) -> Iterable[np.ndarray]:
             yield store[row]
 
 
-def find_baselines(wanted: str | None, store: SequenceStore | None, trained: Trained) -> StoreGroup | None:
+def find_baselines(wanted: str | None, store: SequenceStore | None, trained: TrainedModel) -> StoreGroup | None:
     """Whose training split unigram and bigram models are made of: `train=`, else what the model was trained on."""
     given = [] if store is None else [store]
     found = (
-        StoreGroup([SequenceStore(wanted)]) if wanted else own_data(given, trained.checkpoint, trained.data_fingerprint)
+        StoreGroup([SequenceStore(wanted)])
+        if wanted
+        else own_data(given, trained.saved.path, trained.saved.data_fingerprint)
     )
     if found is None:
         announce("the model's training set was not found: give train=store.h5 for unigram and bigram models",

@@ -10,15 +10,13 @@ from protlig_dd.batch import PackedBatch
 from protlig_dd.data.loader import PackDataset
 from protlig_dd.data.packing import AT_ONCE
 from protlig_dd.data.store import SPLITS, StoreGroup
-from protlig_dd.diffusion.graphs.registry import Graph
 from protlig_dd.diffusion.likelihood import nll_bound, protein_draws
-from protlig_dd.diffusion.noise import Noise
-from protlig_dd.diffusion.score import LogScores
+from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.evaluation.averages import per_residue
-from protlig_dd.system.distributed import Processes, gather_objects
+from protlig_dd.inference.sharing import Tick, share
+from protlig_dd.system.distributed import Processes
 from protlig_dd.system.random import places_of_set, protein_keys
 from protlig_dd.system.tables import csv_text
-from protlig_dd.system.terminal import ProgressBar
 from protlig_dd.tokenizer import AMINO_ACIDS, N_STATES
 
 LENGTH_BINS = 40  # at most
@@ -54,16 +52,12 @@ class HeldOut:
 
 
 def held_out_bound(
-    score_fn: LogScores,
-    graph: Graph,
-    noise: Noise,
+    score_fn: ScoreFn,
     dataset: PackDataset,
     *,
     unigram: np.ndarray,
-    estimator: str,
     draws: int,
     seed: int,
-    device: torch.device,
     processes: Processes,
     description: str,
 ) -> HeldOut:
@@ -75,27 +69,24 @@ def held_out_bound(
         unigram: (20,) frequencies.
     """
     log_unigram = torch.from_numpy(np.log(unigram))
-    packs = range(processes.rank, len(dataset), processes.world_size)
     firsts = np.cumsum([0, *(len(dataset.pack_rows(pack)) for pack in range(len(dataset)))])
     batches = map(dataset.__getitem__, range(len(dataset)))
     keys = protein_keys(tokens.numpy() for batch in batches for tokens in batch.unpack(batch.tokens))
     places = places_of_set(keys, draws, seed)
-    parts: list[tuple[np.ndarray, ...]] = []
-    with ProgressBar(description, len(packs), shown=processes.first) as bar:
-        for pack in packs:
-            batch = dataset[pack]
-            these = slice(firsts[pack], firsts[pack + 1])
-            drawn = protein_draws(keys[these], places[:, these], seed)
-            bound = nll_bound(
-                score_fn, batch.to(device), graph, noise, generator=drawn, draws=draws, estimator=estimator
-            )
-            expected = (-residue_counts(batch) @ log_unigram).numpy()
-            parts.append((batch.rows.numpy(), bound.nats.numpy(), bound.residues.numpy(), expected))
-            bar.advance()
-    gathered = [part for rank_parts in gather_objects(parts) for part in rank_parts]
-    rows, nats, residues, unigram_nats = (np.concatenate(column) for column in zip(*gathered, strict=True))
+
+    def bound_of(pack: int, tick: Tick) -> dict[int, tuple[np.ndarray, ...]]:
+        batch = dataset[pack]
+        these = slice(firsts[pack], firsts[pack + 1])
+        drawn = protein_draws(keys[these], places[:, these], seed)
+        bound = nll_bound(score_fn, batch.to(score_fn.device), generator=drawn, draws=draws)
+        expected = (-residue_counts(batch) @ log_unigram).numpy()
+        tick()
+        return {pack: (batch.rows.numpy(), bound.nats.numpy(), bound.residues.numpy(), expected)}
+
+    found = share(range(len(dataset)), bound_of, description=description, processes=processes)
+    rows, nats, residues, unigram_nats = (np.concatenate(column) for column in zip(*found.values(), strict=True))
     order = rows.argsort()
-    return HeldOut(rows[order], nats[order], residues[order], unigram_nats[order], estimator)
+    return HeldOut(rows[order], nats[order], residues[order], unigram_nats[order], score_fn.estimator)
 
 
 def per_sequence(store: StoreGroup, held: HeldOut) -> str:

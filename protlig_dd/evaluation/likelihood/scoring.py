@@ -7,19 +7,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from protlig_dd.batch import PackedBatch, split_lengths
+from protlig_dd.batch import PackedBatch
 from protlig_dd.config.verbs import EvaluateConfig
 from protlig_dd.diffusion.exact_count import masked_cross_entropy
-from protlig_dd.diffusion.graphs.absorbing import Absorbing
-from protlig_dd.diffusion.likelihood import ProteinDraws, nll_bound, pick_estimator, protein_draws
+from protlig_dd.diffusion.likelihood import ProteinDraws, nll_bound, protein_draws
 from protlig_dd.evaluation.averages import per_residue
 from protlig_dd.evaluation.likelihood.baselines import Baselines
 from protlig_dd.evaluation.likelihood.leaks import FEWEST, Leaks
-from protlig_dd.inference.model import Trained
+from protlig_dd.inference.model import TrainedModel
+from protlig_dd.inference.sharing import Tick, Work
 from protlig_dd.runs.metrics import without_nan
-from protlig_dd.system.distributed import gather_objects
 from protlig_dd.system.random import places_of_set, protein_keys
-from protlig_dd.system.terminal import ProgressBar
 from protlig_dd.tokenizer import N_STATES
 
 MASKED_SHARE = 0.15
@@ -43,13 +41,8 @@ class Scored:
     """(20,) nats of each amino acid, for bound, unigram and bigram."""
 
 
-def estimator_of(trained: Trained) -> str:
-    """The estimator of a model's own bound."""
-    return pick_estimator(trained.graph, trained.score_fn.parametrisation, trained.score_fn.time_conditioning)
-
-
 def score(
-    trained: Trained,
+    trained: TrainedModel,
     sequences: Sequence[np.ndarray],
     config: EvaluateConfig,
     baselines: Baselines | None,
@@ -60,23 +53,20 @@ def score(
     sequences, not from their packs."""
     keys = protein_keys(sequences)
     places = places_of_set(keys, config.draws, config.seed)
-    packs = split_lengths([len(tokens) - 2 for tokens in sequences], config.tokens_per_pack)
-    firsts = np.cumsum([0, *map(len, packs)]).tolist()
-    processes, mine = trained.processes, range(trained.processes.rank, len(packs), trained.processes.world_size)
-    found: dict[int, Scored] = {}
-    with ProgressBar("evaluating", len(mine), shown=processes.first) as bar:
-        for pack in mine:
-            indices = range(firsts[pack], firsts[pack + 1])
-            some = [sequences[i] for i in indices]
-            drawn = protein_draws(keys[indices], places[:, indices], config.seed)
-            found.update(zip(indices, score_pack(trained, some, drawn, config, baselines, alone=alone), strict=True))
-            bar.advance()
-    found = {i: one for part in gather_objects(found) for i, one in part.items()}
+
+    def score_some(indices: range, tick: Tick) -> dict[int, Scored]:
+        some = [sequences[i] for i in indices]
+        drawn = protein_draws(keys[indices], places[:, indices], config.seed)
+        tick()
+        return dict(zip(indices, score_pack(trained, some, drawn, config, baselines, alone=alone), strict=True))
+
+    work = Work(config.tokens_per_pack, "evaluating", trained.processes)
+    found = work.share([len(tokens) - 2 for tokens in sequences], score_some)
     return [found[i] for i in range(len(sequences))]
 
 
 def score_pack(
-    trained: Trained,
+    trained: TrainedModel,
     sequences: Sequence[np.ndarray],
     drawn: ProteinDraws,
     config: EvaluateConfig,
@@ -85,21 +75,19 @@ def score_pack(
     alone: bool,
 ) -> list[Scored]:
     """Those of one pack; of the bound alone, or of what else is measured too."""
-    score_fn, graph, noise = trained.score_fn, trained.graph, trained.noise
+    score_fn = trained.score_fn
     batch = PackedBatch.pack([torch.from_numpy(tokens.astype(np.int64)) for tokens in sequences]).to(trained.device)
-    estimator = estimator_of(trained)
-    bound = nll_bound(score_fn, batch, graph, noise, generator=drawn, draws=config.draws, estimator=estimator)
+    bound = nll_bound(score_fn, batch, generator=drawn, draws=config.draws)
     per_token, whole, masked = {"bound": bound.token_nats}, {}, {}
-    if isinstance(graph, Absorbing) and not alone:
+    if trained.graph.masks and not alone:
         oadm = bound
-        if estimator != "exact_count":
-            oadm = nll_bound(score_fn, batch, graph, noise, generator=drawn, draws=config.draws,
-                             estimator="exact_count")  # fmt: skip
+        if bound.estimator != "exact_count":
+            oadm = nll_bound(score_fn, batch, generator=drawn, draws=config.draws, estimator="exact_count")
         per_token["oadm"] = oadm.token_nats
         whole["evodiff"], masked["evodiff"] = oadm.pooled_nats, oadm.pooled
         if config.masked:
             per_token["masked"], masked["masked"] = masked_cross_entropy(
-                score_fn, batch, graph, share=MASKED_SHARE, draws=config.draws, generator=drawn.generators
+                score_fn, batch, share=MASKED_SHARE, draws=config.draws, generator=drawn.generators
             )
     parts = {name: [part.numpy() for part in batch.unpack(nats)] for name, nats in per_token.items()}
     scored = []

@@ -5,14 +5,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from omegaconf import OmegaConf
-
-from protlig_dd.config.read import read_config
-from protlig_dd.config.train import TrainConfig
+from protlig_dd.config.train import TrainConfig, config_in
 from protlig_dd.data.store import SequenceStore, StoreGroup
 from protlig_dd.evaluation.inputs import is_store
 from protlig_dd.inference.exported import is_exported
-from protlig_dd.inference.model import Trained, find_saved, run_folder
+from protlig_dd.inference.model import TrainedModel, find_saved, run_folder
 from protlig_dd.runs.checkpoint import COMPLETE, complete_checkpoints
 from protlig_dd.system.files import sha256
 from protlig_dd.system.launcher import opened_by
@@ -105,7 +102,7 @@ def read_known(model: Path) -> Known:
         return Known(saved.path, saved.config, saved.data_fingerprint)
     try:
         fingerprint = json.loads((model / "state.json").read_text())["data_fingerprint"]
-        config = read_config(OmegaConf.load(model / "config.yaml"), TrainConfig)  # type: ignore[arg-type]
+        config = config_in(model)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{model}: damaged ({error})") from error
     return Known(model, config, fingerprint)
@@ -126,7 +123,7 @@ def weights_of(model: Path) -> str | None:
 
 
 def all_sources(
-    wanted: str | None, store: SequenceStore | None, trained: Trained, called: str = "this model"
+    wanted: str | None, store: SequenceStore | None, trained: TrainedModel, called: str = "this model"
 ) -> list[Source]:
     """What trained the model and those that it began from; of a training set that is not found, `train=` tells.
 
@@ -135,10 +132,10 @@ def all_sources(
     """
     named = [] if wanted is None else [SequenceStore(wanted)]
     given = named + ([] if store is None else [store])
-    own = own_data(given, trained.checkpoint, trained.data_fingerprint)
+    own = own_data(given, trained.saved.path, trained.saved.data_fingerprint)
     if own is None and named and called == "this model":
         first = Source(f"{called}, as train= says", StoreGroup(named))
     else:
         hint = " (train=store.h5 names it)" if called == "this model" else ""
         first = Source(called, own, "" if own else NO_STORE + hint)
-    return [first, *sources_before(trained.config, run_folder(trained.checkpoint), given)]
+    return [first, *sources_before(trained.saved.config, run_folder(trained.saved.path), given)]

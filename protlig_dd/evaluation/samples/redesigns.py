@@ -5,7 +5,7 @@ of protlig_dd.diffusion.likelihood with the fixed residues always shown. The des
 so that what differs between them is the residues.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,16 +13,15 @@ import torch
 
 from protlig_dd.batch import PackedBatch
 from protlig_dd.diffusion.exact_count import cross_entropies
-from protlig_dd.diffusion.graphs.absorbing import Absorbing
-from protlig_dd.diffusion.noise import Noise
 from protlig_dd.diffusion.numerics import sum_by_sequence, uniform_draws
 from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.diffusion.strata import error_of_pairs, strata
-from protlig_dd.inference.sharing import CPU, Work
+from protlig_dd.inference.sharing import Tick, Work
 from protlig_dd.system.random import keyed_generator
 from protlig_dd.system.tables import csv_text
 from protlig_dd.tokenizer import AMINO_ACIDS, BOS, EOS, MASK, N_STATES, ProteinTokenizer
 
+CPU = torch.device("cpu")
 MOST_DRAWS = 1 << 20
 
 
@@ -39,15 +38,11 @@ class Redesign(NamedTuple):
 
 
 @torch.no_grad()
-def free_draws(
-    score_fn: ScoreFn, noise: Noise, designs: Sequence[Redesign], work: Work, *, draws: int, seed: int
-) -> np.ndarray:
+def free_draws(score_fn: ScoreFn, designs: Sequence[Redesign], work: Work, *, draws: int, seed: int) -> np.ndarray:
     """(draws, designs) nats whose sum over draws bounds -log p of each design's free residues given the fixed ones.
 
     Draw k masks by (seed, "free residues", protein, k) alone.
     """
-    graph = score_fn.graph
-    assert isinstance(graph, Absorbing)
     levels = strata(draws)
 
     def masks(design: Redesign, k: int) -> tuple[int, torch.Tensor]:
@@ -57,22 +52,22 @@ def free_draws(
         place, order = float(uniform_draws(1, generator)), uniform_draws(m, generator)
         return min(m, int((low + (high - low) * place) * m) + 1), order
 
-    def score(keys: Sequence[int], tick: Callable[[], None]) -> dict[int, np.ndarray]:
+    def score(keys: range, tick: Tick) -> dict[int, np.ndarray]:
         some = [designs[i] for i in keys]
         batch = PackedBatch.pack([torch.tensor([BOS, *one.ids.tolist(), EOS]) for one in some])
         free_T = torch.cat([torch.tensor([False, *one.free.tolist(), False]) for one in some])
-        there, m_n, found = batch.to(work.device), sum_by_sequence(free_T, batch).clamp(min=1), []
+        there, m_n, found = batch.to(score_fn.device), sum_by_sequence(free_T, batch).clamp(min=1), []
         for k, (_, _, weight) in enumerate(levels):
             counts, orders = zip(*(masks(one, k) for one in some), strict=True)
             u_T = torch.ones(len(free_T), dtype=torch.float64).masked_scatter(free_T, torch.cat(orders))
             count_n = torch.tensor(counts, dtype=torch.float64)
-            masked_T = batch.random_subset(free_T, count_n, u_T).to(work.device)
-            nats_T = cross_entropies(score_fn, there, graph, noise, masked_T).cpu()
+            masked_T = batch.random_subset(free_T, count_n, u_T).to(score_fn.device)
+            nats_T = cross_entropies(score_fn, there, masked_T).cpu()
             found.append((weight * m_n / count_n * sum_by_sequence(nats_T, batch)).numpy())
             tick()
         return dict(zip(keys, np.stack(found, axis=1), strict=True))
 
-    found = work.share(range(len(designs)), [len(one.ids) for one in designs], score, ticks=draws)
+    found = work.share([len(one.ids) for one in designs], score, ticks=draws)
     return np.array([found[i] for i in range(len(designs))]).T
 
 

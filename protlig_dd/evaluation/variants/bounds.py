@@ -1,6 +1,6 @@
 """Variants scored by the difference of their bounds to the wild type's, with the same noise for both."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -9,17 +9,16 @@ from torch import Tensor
 
 from protlig_dd.batch import PackedBatch
 from protlig_dd.diffusion.exact_count import masked_nats
-from protlig_dd.diffusion.graphs.absorbing import Absorbing
-from protlig_dd.diffusion.likelihood import integrand, pick_estimator, reconstruction
-from protlig_dd.diffusion.noise import Noise
+from protlig_dd.diffusion.likelihood import integrand, reconstruction
 from protlig_dd.diffusion.numerics import sum_by_sequence, uniform_draws
 from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.evaluation.variants.mutants import Variant
 from protlig_dd.evaluation.variants.windows import Piece, longer, windowed
-from protlig_dd.inference.sharing import CPU, Work
+from protlig_dd.inference.sharing import Tick, Work
 from protlig_dd.system.random import keyed_generator
 from protlig_dd.tokenizer import PAD
 
+CPU = torch.device("cpu")
 GAP = PAD  # where the wild type has a residue that the variant lacks; no graph noises it
 
 
@@ -56,7 +55,7 @@ def columns_of(target: np.ndarray, piece: Piece) -> Columns:
 
 @torch.no_grad()
 def bound_differences(
-    score_fn: ScoreFn, noise: Noise, target: np.ndarray, pieces: Sequence[Piece], work: Work, *, draws: int, seed: int
+    score_fn: ScoreFn, target: np.ndarray, pieces: Sequence[Piece], work: Work, *, draws: int, seed: int
 ) -> np.ndarray:
     """(draws, pieces) float64: the wild type's draws of the NLL bound, drawn out to the variant's length, less the
     variant's.
@@ -70,21 +69,20 @@ def bound_differences(
     windows = list(dict.fromkeys((piece.start, piece.stop) for piece in pieces))
     items = [Piece(-1, start, stop, Variant()) for start, stop in windows] + list(pieces)
     places = mirrored_places(draws, keyed_generator(seed, "variants, times", 0, CPU))
-    estimator = pick_estimator(score_fn.graph, score_fn.parametrisation, score_fn.time_conditioning)
-    one_draw = exact_count_draw if estimator == "exact_count" else integral_draw
+    one_draw = exact_count_draw if score_fn.estimator == "exact_count" else integral_draw
 
-    def score(numbers: Sequence[int], tick: Callable[[], None]) -> dict[int, np.ndarray]:
+    def score(numbers: range, tick: Tick) -> dict[int, np.ndarray]:
         columns = [columns_of(target, items[i]) for i in numbers]
         batch = PackedBatch.pack([one.join(one.aligned, one.inserted) for one in columns])
         nats = []
         for k, place in enumerate(places):
-            nats_T = one_draw(score_fn, noise, batch, columns, place, k, seed, work.device).cpu()
+            nats_T = one_draw(score_fn, batch, columns, place, k, seed).cpu()
             nats.append(sum_by_sequence(nats_T, batch).numpy())
             tick()
         return dict(zip(numbers, np.stack(nats, axis=1), strict=True))
 
     lengths = [piece.stop - piece.start + longer(piece.change) for piece in items]
-    found = work.share(range(len(items)), lengths, score, ticks=draws)
+    found = work.share(lengths, score, ticks=draws)
     wild = {window: found[i] for i, window in enumerate(windows)}
     nats = []
     for i, piece in enumerate(pieces):
@@ -106,18 +104,10 @@ def column_streams(seed: int, draw: int) -> tuple[torch.Generator, torch.Generat
 
 
 def exact_count_draw(
-    score_fn: ScoreFn,
-    noise: Noise,
-    batch: PackedBatch,
-    columns: Sequence[Columns],
-    place: float,
-    k: int,
-    seed: int,
-    device: torch.device,
+    score_fn: ScoreFn, batch: PackedBatch, columns: Sequence[Columns], place: float, k: int, seed: int
 ) -> Tensor:
     """(total,) nats: draw k, with the count at this place in 1..L, for sequences laid over the wild type's."""
-    graph = score_fn.graph
-    assert isinstance(graph, Absorbing)
+    graph, device = score_fn.graph, score_fn.device
     drawn = []
     for one in columns:
         aligned, inserted = column_streams(seed, k // 2)
@@ -127,21 +117,14 @@ def exact_count_draw(
     length_n = sum_by_sequence(residue_T, batch)
     count_n = torch.minimum((place * length_n).floor() + 1, length_n)
     masked_T = batch.random_subset(residue_T, count_n, 1 - u_T if k % 2 else u_T)
-    return masked_nats(score_fn, batch.to(device), graph, noise, masked_T.to(device))
+    return masked_nats(score_fn, batch.to(device), masked_T.to(device))
 
 
 def integral_draw(
-    score_fn: ScoreFn,
-    noise: Noise,
-    batch: PackedBatch,
-    columns: Sequence[Columns],
-    place: float,
-    k: int,
-    seed: int,
-    device: torch.device,
+    score_fn: ScoreFn, batch: PackedBatch, columns: Sequence[Columns], place: float, k: int, seed: int
 ) -> Tensor:
     """(total,) nats: draw k of the integral at this place in its times, with the reconstruction and prior terms."""
-    graph, n = score_fn.graph, len(columns)
+    graph, noise, device, n = score_fn.graph, score_fn.noise, score_fn.device, len(columns)
     streams = [column_streams(seed, k) for _ in columns]
 
     def noised(sigma: Tensor) -> Tensor:
@@ -156,6 +139,6 @@ def integral_draw(
     t = torch.tensor(noise.t_min + (1 - noise.t_min) * place).clamp(max=1)
     (now, lowest, highest), _ = noise(torch.stack([t, torch.tensor(noise.t_min), torch.tensor(1.0)]))
     there = batch.to(device)
-    nats = integrand(score_fn, there, graph, noise, t.expand(n).to(device), noised(now))
-    nats = nats + reconstruction(score_fn, there, graph, lowest.expand(n).to(device), noised(lowest))
+    nats = integrand(score_fn, there, t.expand(n).to(device), noised(now))
+    nats = nats + reconstruction(score_fn, there, lowest.expand(n).to(device), noised(lowest))
     return nats.cpu() + graph.prior_kl(batch.tokens, highest.expand(len(batch.tokens)))

@@ -11,7 +11,7 @@ from protlig_dd.evaluation.likelihood.trained_on import own_data
 from protlig_dd.evaluation.variants.assays import Assay
 from protlig_dd.evaluation.variants.measurements import METRICS, aggregate, judge, spearman
 from protlig_dd.evaluation.variants.mutants import Variant
-from protlig_dd.inference.model import Trained
+from protlig_dd.inference.model import TrainedModel
 
 
 class Background(NamedTuple):
@@ -25,9 +25,9 @@ class Background(NamedTuple):
     """The same for the user."""
 
 
-def background(trained: Trained) -> Background:
+def background(trained: TrainedModel) -> Background:
     """Frequencies in the training split of the model where its stores are found, else those of Swiss-Prot."""
-    stores = own_data([], trained.checkpoint, trained.data_fingerprint)
+    stores = own_data([], trained.saved.path, trained.saved.data_fingerprint)
     if stores is None:
         name = "UniProtKB/Swiss-Prot"
         return Background(np.log(SWISS_PROT / SWISS_PROT.sum()), name, f"{name}, as the training set was not found")

@@ -3,7 +3,7 @@
 A protein longer than the model was trained on is seen through windows of that length around what a variant changes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,13 +11,12 @@ import torch
 
 from protlig_dd.batch import PackedBatch
 from protlig_dd.diffusion.exact_count import masked_sigma
-from protlig_dd.diffusion.noise import Noise
 from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.evaluation.variants.assays import Assay
 from protlig_dd.evaluation.variants.bounds import bound_differences
 from protlig_dd.evaluation.variants.strategies import UNMASKED, rows_by_strategy
 from protlig_dd.evaluation.variants.windows import Piece, pieces_of, windowed
-from protlig_dd.inference.sharing import Work
+from protlig_dd.inference.sharing import Tick, Work
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,6 @@ class Scores:
 
 def score_variants(
     score_fn: ScoreFn,
-    noise: Noise,
     target: np.ndarray,
     assay: Assay,
     work: Work,
@@ -66,10 +64,10 @@ def score_variants(
     pieces = pieces_of(assay, len(target), longest, strategy)
     owner, n = np.array([piece.variant for piece in pieces], dtype=np.int64), len(assay.variants)
     if strategy == "bound":
-        found_kp = bound_differences(score_fn, noise, target, pieces, work, draws=draws, seed=seed)
+        found_kp = bound_differences(score_fn, target, pieces, work, draws=draws, seed=seed)
         scores = over_draws(np.stack([np.bincount(owner, row, n) for row in found_kp]))
     else:
-        scores = Scores(np.bincount(owner, marginals(score_fn, noise, target, pieces, work, strategy), n), None)
+        scores = Scores(np.bincount(owner, marginals(score_fn, target, pieces, work, strategy), n), None)
     wrong = np.flatnonzero(~np.isfinite(scores.nats))
     if len(wrong):
         raise ValueError(f"{assay.where[wrong[0]]}: the score is not finite")
@@ -78,7 +76,6 @@ def score_variants(
 
 def score_each(
     score_fn: ScoreFn,
-    noise: Noise,
     target: np.ndarray,
     assay: Assay,
     work: Work,
@@ -98,7 +95,7 @@ def score_each(
     nats, errors = np.zeros(n), np.full(n, np.nan)
     for strategy, rows in rows_by_strategy(strategies).items():
         some = assay.only(rows)
-        scores = score_variants(score_fn, noise, target, some, work, strategy=strategy, **settings)
+        scores = score_variants(score_fn, target, some, work, strategy=strategy, **settings)
         nats[rows] = scores.nats
         if scores.standard_error is not None:
             errors[rows] = scores.standard_error
@@ -119,26 +116,26 @@ Context = tuple[int, int, tuple[int, ...]]
 
 
 @torch.no_grad()
-def marginals(
-    score_fn: ScoreFn, noise: Noise, target: np.ndarray, pieces: Sequence[Piece], work: Work, strategy: str
-) -> np.ndarray:
+def marginals(score_fn: ScoreFn, target: np.ndarray, pieces: Sequence[Piece], work: Work, strategy: str) -> np.ndarray:
     """(pieces,) float64; the network is asked once for each context that they have."""
     contexts: dict[Context, list[int]] = {}
     for i, piece in enumerate(pieces):
         masked = () if strategy in UNMASKED else tuple(site for site, _ in piece.change.substitutions)
         contexts.setdefault((piece.start, piece.stop, masked), []).append(i)
-    n_states = score_fn.graph.n_states
+    n_states, noise, device = score_fn.graph.n_states, score_fn.noise, score_fn.device
+    contexts_in_order = list(contexts)
     least = float(noise(torch.tensor(noise.t_min, dtype=torch.float64))[0])
 
-    def score(keys: Sequence[Context], tick: Callable[[], None]) -> dict[int, float]:
+    def score(indices: range, tick: Tick) -> dict[int, float]:
+        keys = contexts_in_order[indices.start : indices.stop]
         tokens, shares, found = [], [], {}
         for start, stop, masked in keys:
             ids = torch.from_numpy(windowed(target, start, stop))
             ids[torch.tensor(masked, dtype=torch.int64) + (start == 0) - start] = n_states
             tokens.append(ids)
             shares.append(len(masked) / max(1, int((target[start:stop] < n_states).sum())))
-        batch = PackedBatch.pack(tokens).to(work.device)
-        sigma = masked_sigma(noise, torch.tensor(shares, dtype=torch.float64)).clamp(min=least).to(work.device)
+        batch = PackedBatch.pack(tokens).to(device)
+        sigma = masked_sigma(noise, torch.tensor(shares, dtype=torch.float64)).clamp(min=least).to(device)
         values = score_fn.logits(batch, sigma) if strategy == "wildtype_marginals" else score_fn(batch, sigma)
         for key, values_TV in zip(keys, batch.unpack(values.cpu().double()), strict=True):
             table = values_TV[1 if key[0] == 0 else 0 :].numpy()  # without <bos>
@@ -149,6 +146,5 @@ def marginals(
         tick()
         return found
 
-    keys = list(contexts)
-    found = work.share(keys, [stop - start for start, stop, _ in keys], score)
+    found = work.share([stop - start for start, stop, _ in contexts_in_order], score)
     return np.array([found[i] for i in range(len(pieces))])

@@ -21,7 +21,7 @@ from protlig_dd.evaluation.variants.measurements import METRICS
 from protlig_dd.evaluation.variants.mutants import AS_THE_TARGET, Numbering
 from protlig_dd.evaluation.variants.strategies import choose_strategies, rows_by_strategy
 from protlig_dd.evaluation.variants.windows import pieces_of
-from protlig_dd.inference.model import Trained
+from protlig_dd.inference.model import TrainedModel
 from protlig_dd.inference.sharing import Work
 from protlig_dd.system.files import check_free, sha256, write_atomic, write_atomic_bytes
 from protlig_dd.system.tables import as_csv, as_json
@@ -46,7 +46,7 @@ def read_checked(path: Path, target: np.ndarray, config: VariantsConfig, numberi
     return assay
 
 
-def check_assay(trained: Trained, config: VariantsConfig, assay: Assay, target: np.ndarray) -> None:
+def check_assay(trained: TrainedModel, config: VariantsConfig, assay: Assay, target: np.ndarray) -> None:
     """Raise for what cannot be scored with this model."""
     strategies, _ = choose_strategies(config.strategy, trained.graph, assay)
     for strategy, rows in rows_by_strategy(strategies).items():
@@ -89,9 +89,9 @@ def done_before(output: Path, settings: dict[str, Any]) -> dict[str, Any] | None
     return earlier if output.exists() else None
 
 
-def settings_of(trained: Trained, config: VariantsConfig) -> dict[str, Any]:
+def settings_of(trained: TrainedModel, config: VariantsConfig) -> dict[str, Any]:
     """What the scores of every assay depend on, for the summary."""
-    model = {"run": trained.run, "step": trained.step, "weights_sha256": sha256(trained.weights)}
+    model = {"run": trained.run, "step": trained.step, "weights_sha256": sha256(trained.saved.weights)}
     wanted = {"wanted": config.strategy, "draws": config.draws, "seed": config.seed, "column": config.column}
     return {**model, "precision": trained.precision, **wanted, "bad_rows": config.bad_rows}
 
@@ -109,7 +109,7 @@ def beside(output: Path) -> dict[str, Path]:
 
 
 def score_assay(
-    trained: Trained,
+    trained: TrainedModel,
     config: VariantsConfig,
     assay: Assay,
     target: np.ndarray,
@@ -139,10 +139,9 @@ def score_assay(
     announce(f"{description}: {'; '.join(lines)}", trained.processes)
     scores = score_each(
         trained.score_fn,
-        trained.noise,
         target,
         assay,
-        Work(trained.device, config.tokens_per_pack, description, trained.processes),
+        Work(config.tokens_per_pack, description, trained.processes),
         strategies=strategies,
         longest=trained.max_len,
         draws=config.draws,
@@ -153,7 +152,7 @@ def score_assay(
     made = {"variants": len(assay.rows), "left_out": len(assay.bad), "strategy": strategy, **metrics}
     baseline = composition_scores(assay.variants, target, frequencies.logs)
     made["composition"] = beside_composition(assay, scores.nats, baseline, frequencies.told)
-    summary = {**made, "by_strategy": alone, "checkpoint": str(trained.checkpoint), **settings}
+    summary = {**made, "by_strategy": alone, "checkpoint": str(trained.saved.path), **settings}
     files = beside(output)
     if trained.processes.first:
         write_atomic(files["summary"], as_json(summary))

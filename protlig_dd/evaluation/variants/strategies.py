@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from protlig_dd.diffusion.graphs.absorbing import Absorbing
-from protlig_dd.diffusion.graphs.registry import Graph
+from protlig_dd.diffusion.graphs.base import Graph
 from protlig_dd.evaluation.variants.assays import Assay
 
 ASKED_FOR = "as asked for"  # why a strategy was chosen
@@ -15,7 +14,7 @@ ONE_BY_ONE = (*UNMASKED, "site_marginals")  # and that look at each site by itse
 
 def strategies_of(graph: Graph) -> tuple[str, ...]:
     """The strategies that a graph has; the first is the one for substitutions."""
-    if isinstance(graph, Absorbing):
+    if graph.masks:
         return ("masked_marginals", "site_marginals", "wildtype_marginals", "bound")
     return ("ratio", "bound")
 
@@ -28,9 +27,9 @@ def choose_strategies(wanted: str, graph: Graph, assay: Assay) -> tuple[list[str
     """
     able, first = strategies_of(graph), assay.first_indel
     if wanted not in ("auto", *able):
-        raise ValueError(f"strategy={wanted}: a model with this graph ({graph_name(graph)}) can do {', '.join(able)}")
+        raise ValueError(f"strategy={wanted}: a model with this graph ({graph.name}) can do {', '.join(able)}")
     if wanted == "auto":
-        why = f"the graph is {graph_name(graph)}" if first is None else "there are insertions or deletions"
+        why = f"the graph is {graph.name}" if first is None else "there are insertions or deletions"
         return [able[0] if one.indel is None else "bound" for one in assay.variants], why
     if first is not None and wanted != "bound":
         indel = assay.variants[first].indel
@@ -40,10 +39,6 @@ def choose_strategies(wanted: str, graph: Graph, assay: Assay) -> tuple[list[str
             f"but strategy={wanted} needs equal lengths; use auto, or bound"
         )
     return [wanted] * len(assay.variants), ASKED_FOR
-
-
-def graph_name(graph: Graph) -> str:
-    return type(graph).__name__.removesuffix("Graph").lower()
 
 
 def rows_by_strategy(strategies: Sequence[str]) -> dict[str, np.ndarray]:

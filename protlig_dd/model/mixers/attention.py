@@ -9,13 +9,49 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from protlig_dd.batch import PackedBatch
+from protlig_dd.model.config import ModelConfig
+from protlig_dd.model.layers import StackedLinear, make_norm
+from protlig_dd.model.mixers.base import Mixer
+from protlig_dd.model.positions.base import PositionEncoding
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 FLASH_INSTALL = "pip install 'protlig_dd[flash]' (needs a CUDA toolkit), or use model.attention_backend=torch_varlen"
+
+
+class Attention(Mixer):
+    """Multi-head attention from a fused qkv, whose q and k may be RMS-normalised (arXiv 2010.04245)."""
+
+    def __init__(self, config: ModelConfig, backend: str) -> None:
+        nn.Module.__init__(self)
+        self.n_heads, self.backend = config.n_heads, backend
+        self.qkv = StackedLinear(config.hidden_size, config.hidden_size, stacked=3)
+        self.q_norm, self.k_norm = (make_norm("rms", config.head_dim) if config.qk_norm else None for _ in "qk")
+        self.attention_out = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def project(
+        self, x: Float[Tensor, "total hidden"], positions: PositionEncoding, *tables: Tensor
+    ) -> Float[Tensor, "total 3 heads head_dim"]:
+        """Queries and keys, turned by their positions, and values."""
+        qkv = rearrange(self.qkv(x), "t (three h d) -> t three h d", three=3, h=self.n_heads)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k, v = qkv.unbind(1)
+            qkv = torch.stack([self.q_norm(q.float()).to(v.dtype), self.k_norm(k.float()).to(v.dtype), v], dim=1)
+        return positions.rotate(qkv, *tables)
+
+    def mix(
+        self, projected: Float[Tensor, "total 3 heads head_dim"], batch: PackedBatch
+    ) -> Float[Tensor, "total heads head_dim"]:
+        """Attention within each sequence."""
+        return varlen_attention(projected, batch, self.backend)
+
+    def out(self, mixed: Float[Tensor, "total heads head_dim"]) -> Float[Tensor, "total hidden"]:
+        """The output projection."""
+        return self.attention_out(rearrange(mixed, "t h d -> t (h d)"))
 
 
 def varlen_attention(

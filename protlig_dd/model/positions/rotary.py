@@ -11,6 +11,32 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from protlig_dd.batch import PackedBatch
+from protlig_dd.model.positions.base import PositionEncoding
+
+
+class Rotary(PositionEncoding):
+    """Queries and keys are turned by angles that grow with their positions, so that products know distances."""
+
+    def __init__(self, head_dim: int) -> None:
+        check_head_dim(head_dim)
+        super().__init__(head_dim)
+
+    def tables(self, batch: PackedBatch) -> tuple[Tensor, ...]:
+        """cos and sin of each token, (1, total, 1, 1, head_dim) float32."""
+        cos, sin = rotary_cos_sin(batch.max_seqlen, self.head_dim, device=batch.tokens.device)
+        return gather_rotary(cos, sin, batch)
+
+    def rotate(
+        self, qkv: Float[Tensor, "total 3 heads head_dim"], *tables: Tensor
+    ) -> Float[Tensor, "total 3 heads head_dim"]:
+        """See apply_rotary_pos_emb."""
+        cos, sin = tables
+        return apply_rotary_pos_emb(qkv.unsqueeze(0), cos, sin).squeeze(0)
+
+
+def check_head_dim(head_dim: int) -> None:
+    if head_dim % 2 or head_dim < 2:
+        raise ValueError(f"rotary pairs dimensions, so head_dim must be even, got {head_dim}")
 
 
 def rotary_cos_sin(
@@ -21,8 +47,7 @@ def rotary_cos_sin(
     Raises:
         ValueError: an odd head_dim or a length below 1.
     """
-    if head_dim % 2 or head_dim < 2:
-        raise ValueError(f"rotary pairs dimensions, so head_dim must be even, got {head_dim}")
+    check_head_dim(head_dim)
     if seq_len < 1:
         raise ValueError(f"rotary tables need a length of at least 1, got {seq_len}")
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim

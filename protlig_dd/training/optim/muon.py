@@ -1,7 +1,7 @@
 """The optimizers and the learning-rate schedules."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from itertools import groupby
 
 import torch
@@ -20,14 +20,14 @@ class Muon(torch.optim.Optimizer):
     together, that those stacked in a fused qkv are orthogonalised one by one, and that it can be frozen.
 
     Args:
-        hidden: matrices; one of (3 h, h) is three of (h, h).
+        hidden: matrices, and how many are stacked in each, one below the other.
         adamw: for the other parameters; its groups are this optimizer's too.
         dtype: of the Newton-Schulz iteration.
     """
 
     def __init__(
         self,
-        hidden: Sequence[nn.Parameter],
+        hidden: Mapping[nn.Parameter, int],
         adamw: torch.optim.AdamW,
         *,
         lr: float,
@@ -36,7 +36,7 @@ class Muon(torch.optim.Optimizer):
         dtype: torch.dtype,
     ) -> None:
         super().__init__([{"params": list(hidden)}], {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-        self.adamw, self.dtype = adamw, dtype
+        self.adamw, self.dtype, self.stacked = adamw, dtype, dict(hidden)
         self.param_groups += adamw.param_groups
         adamw.state = self.state  # one table, by parameter
 
@@ -65,10 +65,9 @@ class Muon(torch.optim.Optimizer):
                 update = torch.where(frozen > 0, 0.0, update)
             torch._foreach_add_(list(old), list(update.unbind()), alpha=-group["lr"])
 
-    @staticmethod
-    def matrices(weight: Tensor, update: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """A weight and its update, cut into the square matrices that a fused qkv stacks."""
-        stacked = 3 if weight.shape[0] == 3 * weight.shape[1] else 1
+    def matrices(self, weight: nn.Parameter, update: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """A weight and its update, cut into the matrices that are stacked in it."""
+        stacked = self.stacked[weight]
         return list(zip(weight.chunk(stacked), update.chunk(stacked), strict=True))
 
 

@@ -1,6 +1,6 @@
 """How long training waits for a checkpoint, and how long its writing takes; prints the table of docs/reliability.md.
 
-    python -m scripts.benchmark_checkpoint
+    python -m scripts.benchmarks.checkpoint
 
 Training waits for the copy to host memory; a thread writes the files meanwhile, and syncs and hashes each at once.
 Without the thread it would wait for both.
@@ -11,24 +11,24 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
-from protlig_dd.config.read import config_folder
-from protlig_dd.model.dit import DiT
+from protlig_dd.config.components import build_model
+from protlig_dd.config.read import read_config
+from protlig_dd.config.train import TrainConfig
 from protlig_dd.runs.checkpoint import CheckpointWriter, snapshot
 from protlig_dd.training.ema import EMA
 from protlig_dd.training.optim.make import make_optimizer
-from scripts.benchmark_data import table
+from scripts.benchmarks.tables import table
+from scripts.benchmarks.variants import composed
 
 
 def measure(name: str, device: str, repeats: int, folder: Path) -> list[str]:
-    config: Any = OmegaConf.to_container(OmegaConf.load(config_folder() / "model" / f"{name}.yaml"))
+    config = read_config(composed(f"model={name}", "optim=muon"), TrainConfig)
     with torch.device(device):
-        model = DiT(**config | {"attention_backend": "sdpa", "time_conditioning": False})
-    optimizer = make_optimizer("muon", model, lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
+        model = build_model(config.model, "sdpa", time_conditioning=False)
+    optimizer = make_optimizer(model, config.optim, "fp32")
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()  # which makes its state
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="checkpoints of each model")
     parser.add_argument("--folder", type=Path, default=Path(), help="for scratch files, twice a checkpoint")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="benchmark_checkpoint.") as name:
+    with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="benchmarks.checkpoint.") as name:
         rows = [measure(model, arguments.device, arguments.repeats, Path(name)) for model in arguments.models]
     table(["checkpoint of", "MB", "training waits s, median", "at most", "written meanwhile s"], rows)
 

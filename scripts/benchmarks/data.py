@@ -1,7 +1,7 @@
 """How fast FASTA becomes a store, an epoch is planned, and packs are loaded; and what GPUs would eat.
 
-    python -m scripts.benchmark_data                                     the bundled proteins, a few minutes
-    python -m scripts.benchmark_data --fasta my.fasta --gigabytes 2      proteins of your own
+    python -m scripts.benchmarks.data                                     the bundled proteins, a few minutes
+    python -m scripts.benchmarks.data --fasta my.fasta --gigabytes 2      proteins of your own
 
 The FASTA is made of the given proteins over and over, wrapped at 60 columns, each time under other ids and turned by
 some residues, so that none is an exact duplicate. Prepare and the plan run in processes of their own: their CPU seconds
@@ -26,18 +26,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
 
-from protlig_dd.config.read import config_folder
+from protlig_dd.config.components import build_model
+from protlig_dd.config.read import read_config
+from protlig_dd.config.train import TrainConfig
 from protlig_dd.data.fasta import read_fasta
 from protlig_dd.data.loader import PackDataset, pack_loader
 from protlig_dd.data.packing import total_tokens
 from protlig_dd.data.prepare.bundled import SAMPLE_FOLDER
 from protlig_dd.data.store import SequenceStore, StoreGroup
-from protlig_dd.model.dit import DiT
 from protlig_dd.system.files import sha256
 from protlig_dd.system.terminal import ProgressBar
 from protlig_dd.training.cost import H100_FLOPS, MFU
+from scripts.benchmarks.tables import table
+from scripts.benchmarks.variants import composed
 
 UNIREF50_CLUSTERS = 70_198_728
 MAX_LEN, BUDGET, PACKS_PER_STEP = 1024, 32_768, 16
@@ -67,7 +69,7 @@ def measured(code: str, folder: Path) -> dict[str, Any]:
     code += "\nprint(open('/proc/self/status').read().partition('VmHWM:')[2].split()[0])"
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
-        sys.exit(f"benchmark_data: {done.stderr.strip().splitlines()[-1]}")
+        sys.exit(f"benchmarks.data: {done.stderr.strip().splitlines()[-1]}")
     after = os.times()
     values, peak = done.stdout.strip().splitlines()[-2:]
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
@@ -155,7 +157,7 @@ def plan_once(lengths: np.ndarray, step: int) -> None:
 
 PLAN = """
 import numpy as np
-from scripts.benchmark_data import plan_once
+from scripts.benchmarks.data import plan_once
 plan_once(np.load({lengths!r}), {step})
 """
 
@@ -167,7 +169,7 @@ def plan(folder: Path, store: SequenceStore, sequences: int) -> None:
     last = total_tokens(lengths, np.arange(sequences, dtype=np.uint32), MAX_LEN) // BUDGET // PACKS_PER_STEP
     rows = []
     os.environ["TMPDIR"] = str(folder)
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     steps = (0, last // 2, 10 * last)
     with ProgressBar("plan", len(steps)) as bar:
         for step in steps:
@@ -230,9 +232,8 @@ def appetite(store: SequenceStore, rate: float) -> None:
     seen = float((tokens**2).sum() / tokens.sum())  # tokens that a token attends to, on average
     rows = []
     for name in ("medium", "large"):
-        config: Any = OmegaConf.to_container(OmegaConf.load(config_folder() / "model" / f"{name}.yaml"))
         with torch.device("meta"):
-            model = DiT(**config | {"attention_backend": "sdpa", "time_conditioning": False})
+            model = build_model(read_config(composed(f"model={name}"), TrainConfig).model, "sdpa", False)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         flops = 3 * model.flops(tokens.tolist()) / tokens.sum()
         eaten = H100_FLOPS * MFU / flops
@@ -241,11 +242,6 @@ def appetite(store: SequenceStore, rate: float) -> None:
     print(f"\nOne node of {GPUS} H100 at {MFU:.0%} of {H100_FLOPS / 1e12:.0f} TFLOP/s (assumed), a token "
           f"attending to {seen:.0f} on average; a loader worker gives {rate / 1e6:.1f} M residues/s\n")  # fmt: skip
     table(["model", "GFLOP a token", "M tokens/s a GPU", "M tokens/s a node", "times one worker a GPU"], rows)
-
-
-def table(columns: list[str], rows: list[list[str]]) -> None:
-    for cells in (columns, ["---"] * len(columns), *rows):
-        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def main() -> None:
@@ -258,7 +254,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40, help="of the training run that the loader is compared with")
     parser.add_argument("--folder", type=Path, default=Path(), help="for scratch files, 4 times the FASTA")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="benchmark_data.") as name:
+    with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="benchmarks.") as name:
         folder = Path(name).resolve()
         fasta = folder / "proteins.fasta"
         make_fasta(arguments.fasta, fasta, int(arguments.gigabytes * 1e9))

@@ -1,0 +1,109 @@
+"""What a run does between its steps: it logs, evaluates and writes checkpoints."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from protlig_dd.config.read import as_yaml, spelt
+from protlig_dd.runs.checkpoint import CheckpointWriter, best_checkpoint
+from protlig_dd.runs.metrics import MetricsLog, Row
+from protlig_dd.system.terminal import announce
+from protlig_dd.training.context import RunContext
+from protlig_dd.training.trainer import Trainer
+
+WEIGHTS_SHOWN = 10_000  # of a tensor, at most, in a histogram
+
+
+class Hooks:
+    """The log and the checkpoints of a run, on rank 0, and its evaluation, on all ranks.
+
+    Args:
+        bound: () -> {"val_nll": ..., "val_nll_se": ..., ...} of the model as it is.
+        state: what checkpoints keep beside the trainer's own state.
+    """
+
+    def __init__(self, trainer: Trainer, bound: Callable[[], Row], state: dict[str, Any], context: RunContext) -> None:
+        self.trainer, self.bound, self.state, self.context = trainer, bound, state, context
+        self.best = best_checkpoint(context.folder)[1]
+        """The lowest validation bound so far."""
+        self.metrics: MetricsLog | None = None
+        self.writer: CheckpointWriter | None = None
+        if context.processes.first:
+            config, control = spelt(trainer.config), trainer.config.trainer
+            self.metrics = MetricsLog(context.folder, context.attempt, config=config, **config["logger"])
+            self.writer = CheckpointWriter(
+                context.folder,
+                config_yaml=as_yaml(trainer.config),
+                keep_last=control.keep_last,
+                keep_every=control.keep_every,
+            )
+
+    @contextlib.contextmanager
+    def closed_at_end(self) -> Iterator[None]:
+        """The log is closed at the end of this."""
+        with contextlib.ExitStack() as stack:
+            if self.metrics is not None:
+                stack.callback(self.metrics.close)
+            yield
+
+    @contextlib.contextmanager
+    def written_at_end(self) -> Iterator[None]:
+        """Checkpoints that are being written are complete at the end of this."""
+        with contextlib.ExitStack() as stack:
+            if self.writer is not None:
+                stack.callback(self.writer.close)
+            yield
+
+    def log(self, rows: list[Row]) -> None:
+        """Append rows to metrics.jsonl and the trackers."""
+        if self.metrics is not None:
+            self.metrics.write(rows)
+
+    def log_gradients(self, done: int, norms: Tensor) -> None:
+        """A histogram of the gradient norms of all parameters."""
+        if self.metrics is not None:
+            self.metrics.write_histogram(done, "grad_norm/of_each_parameter", norms.cpu().numpy())
+
+    def save(self, done: int, new_best: float | None) -> None:
+        """Write a checkpoint; `new_best` is its validation bound if that is the lowest so far."""
+        began = time.perf_counter()
+        if self.writer is not None:
+            self.writer.save(done, self.trainer.snapshot, self.state | self.trainer.state(), new_best)
+        self.log([{"step": done, "checkpoint_stall_s": time.perf_counter() - began}])
+
+    def mark_best(self, done: int, bound: float) -> None:
+        """The checkpoint that is there already is the best so far."""
+        if self.writer is not None:
+            self.writer.mark_best(done, bound)
+
+    def evaluate(self, done: int) -> float | None:
+        """Log the validation bound of this step; returns it where it is the lowest so far."""
+        with self.trainer.averaged(), self.context.stop.immediate():
+            values = self.bound()
+        self.trainer.evaluation_due = False
+        self.log([{"step": done, **values}])
+        if self.metrics is not None:
+            for part, weights in weights_by_part(self.trainer.model).items():
+                self.metrics.write_histogram(done, f"weights/{part}", weights)
+        bound, error = values["val_nll"], values["val_nll_se"]
+        announce(f"step {done}: validation {bound:.4f} ± {error:.4f} nats/residue", self.context.processes)
+        if done == 0 or not bound < self.best:  # step 0 is the starting weights, not a checkpoint of this run
+            return None
+        self.best = bound
+        return bound
+
+
+def weights_by_part(model: nn.Module) -> dict[str, np.ndarray]:
+    """Finite weights of each block and of what is outside the blocks, evenly thinned out, for histograms."""
+    parts: dict[str, list[Tensor]] = {}
+    for name, weights in model.named_parameters():
+        part = ".".join(name.split(".")[: 2 if name.startswith("blocks.") else 1])
+        flat = weights.detach().flatten()
+        parts.setdefault(part, []).append(flat[:: -(-len(flat) // WEIGHTS_SHOWN)].float())
+    values = {part: torch.cat(some).cpu().numpy() for part, some in parts.items()}
+    return {part: some[np.isfinite(some)] for part, some in values.items()}

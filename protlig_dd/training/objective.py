@@ -1,0 +1,57 @@
+"""What training minimises."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
+from protlig_dd.batch import PackedBatch
+from protlig_dd.config.components import build_graph, build_noise, resolve_max_weight
+from protlig_dd.config.train import TrainConfig
+from protlig_dd.diffusion.graphs.base import Graph
+from protlig_dd.diffusion.loss import score_entropy_loss
+from protlig_dd.diffusion.noise import Noise, curriculum_t_max
+from protlig_dd.diffusion.score import Network, ScoreFn
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The score entropy of a process, and which times count how much.
+
+    Args:
+        autocast: what the network computes in; None for the type of its weights.
+        curriculum_steps: over which the largest time grows to 1.
+        max_weight: cap on a time's weight; see `score_entropy_loss`.
+    """
+
+    graph: Graph
+    noise: Noise
+    parametrisation: str
+    time_conditioning: bool
+    autocast: torch.dtype | None = None
+    curriculum_steps: int = 0
+    max_weight: float | None = None
+
+    def score_fn(self, network: Network) -> ScoreFn:
+        """A network as a score function of this process."""
+        return ScoreFn(network, self.graph, self.noise, self.parametrisation, self.time_conditioning, self.autocast)
+
+    def loss(self, score_fn: ScoreFn, batch: PackedBatch, generator: torch.Generator, step: int) -> Float32[Tensor, ""]:
+        """Nats, summed over the pack, at a step counted from 0."""
+        t_max = curriculum_t_max(step, self.curriculum_steps, self.noise.t_min)
+        return score_entropy_loss(score_fn, batch, generator, t_max, self.max_weight)[0]
+
+
+def objective_of(config: TrainConfig, autocast: torch.dtype | None) -> Objective:
+    """The objective that a config describes."""
+    graph = build_graph(config.graph)
+    return Objective(
+        graph=graph,
+        noise=build_noise(config.noise, graph),
+        parametrisation=config.parametrisation,
+        time_conditioning=config.time_conditioning,
+        autocast=autocast,
+        curriculum_steps=config.noise.get("curriculum", 0),
+        max_weight=resolve_max_weight(config.noise, graph),
+    )

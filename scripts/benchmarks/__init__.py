@@ -1,0 +1,1 @@
+"""How fast what is, and what it costs."""

@@ -1,0 +1,188 @@
+"""Ways to make a training step, to be compared: padded and concatenated baselines, and packs."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import count, cycle, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+from torch import Tensor
+
+from protlig_dd.batch import PackedBatch, StaticShape, spare_sequences
+from protlig_dd.config.read import config_folder, read_config
+from protlig_dd.config.train import TrainConfig
+from protlig_dd.data.loader import PackDataset
+from protlig_dd.data.store import StoreGroup
+from protlig_dd.diffusion.graphs.absorbing import Absorbing
+from protlig_dd.diffusion.noise import LogLinearNoise
+from protlig_dd.model.config import ModelConfig
+from protlig_dd.model.dit import DiT
+from protlig_dd.model.layers import modulate
+from protlig_dd.model.mixers.attention import resolve_attention_backend
+from protlig_dd.model.positions.rotary import apply_rotary_pos_emb, rotary_cos_sin
+from protlig_dd.system.distributed import ALONE
+from protlig_dd.system.signals import StopRequests
+from protlig_dd.tokenizer import PAD
+from protlig_dd.training.context import RunContext, Start
+from protlig_dd.training.objective import Objective
+from protlig_dd.training.trainer import Trainer, count_residues
+
+MODELS = {
+    "256 x 2": {"hidden_size": 256, "n_heads": 8, "n_blocks": 2},
+    "384 x 6": {"hidden_size": 384, "n_heads": 6, "n_blocks": 6},
+    "768 x 12": {"hidden_size": 768, "n_heads": 12, "n_blocks": 12},
+}
+NETWORK: dict[str, Any] = {"cond_dim": 128, "dropout": 0.0, "attention_backend": "auto", "norm": "layer", "mlp": "gelu",
+                           "qk_norm": False, "checkpointing": False}  # fmt: skip
+DEFAULT_NETWORK = {"time_conditioning": False, "qk_norm": True, "norm": "rms"}
+TRAINED = ("optim.lr=1e-3", "optim.betas=[0.9,0.99]", "optim.ema_decay=0.999", "optim.packs_per_step=1",
+           "optim.warmup_steps=0", "optim.min_lr_ratio=1", "trainer.max_steps=1000000", "seed=0")  # fmt: skip
+LOADED = 100  # packs; at 512 their padding ratio is within 2% of the whole set's
+
+
+class RectangleDiT(DiT):
+    """The same network, computed as on a rectangle: (sequences, length) with one attention call and no mask.
+
+    It reads a pack whose sequences were all filled up, or cut, to the same length.
+    """
+
+    def forward(self, batch: PackedBatch, sigma: Tensor) -> Tensor:
+        length = batch.max_seqlen
+        cos, sin = rotary_cos_sin(length, self.positions.head_dim, device=sigma.device)
+        x = self.embedding(batch.tokens.view(-1, length))
+        assert self.sigma_embedding is not None
+        cond = self.sigma_embedding(sigma)
+        for block in self.blocks:
+            shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = block.adaln(cond)[:, None].chunk(6, dim=-1)
+            h = modulate(block.attention_norm(x), shift_a, scale_a)
+            qkv = block.qkv(h).unflatten(-1, (3, block.mixer.n_heads, self.positions.head_dim))
+            q, k, v = apply_rotary_pos_emb(qkv, cos, sin).permute(2, 0, 3, 1, 4)
+            attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            x = x + gate_a * F.dropout(block.attention_out(attended), block.dropout, self.training)
+            hidden = block.mlp(modulate(block.mlp_norm(x), shift_m, scale_m))
+            x = x + gate_m * F.dropout(hidden, block.dropout, self.training)
+        shift, scale = self.head.adaln(cond)[:, None].chunk(2, dim=-1)
+        x = modulate(self.head.norm(x), shift, scale).flatten(0, 1)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.head.out(x.float())
+
+
+def rectangles(packs: Iterator[PackedBatch], sequences: int, length: int) -> Iterator[PackedBatch]:
+    """The same sequences in the same order, so many at a time, each filled up to `length` with <pad>."""
+    waiting: list[Tensor] = []
+    for pack in packs:
+        waiting += pack.unpack(pack.tokens)
+        while len(waiting) >= sequences:
+            yield PackedBatch.pack([F.pad(one, (0, length - len(one)), value=PAD) for one in waiting[:sequences]])
+            del waiting[:sequences]
+
+
+def blocks(packs: Iterator[PackedBatch], rows: int, length: int) -> Iterator[PackedBatch]:
+    """The same tokens in the same order as one stream, cut every `length` tokens, so many blocks at a time.
+
+    As SEDD cuts its texts: a block holds the end of one protein and the start of the next, which see one another.
+    """
+    left = torch.empty(0, dtype=torch.int64)
+    for pack in packs:
+        left = torch.cat([left, pack.tokens])
+        while len(left) >= rows * length:
+            yield PackedBatch.from_flat(left[: rows * length], [length] * rows)
+            left = left[rows * length :]
+
+
+@dataclass
+class Variant:
+    name: str
+    step: Callable[[], object]
+    precision: str
+    residues: float
+    """Real ones of a step, on average."""
+    flops: float
+    """That they need in the packed network."""
+    slots: int
+    """That are computed, <pad> included; on a GPU packs are filled up to their budget."""
+    first_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What variants that are compared have in common."""
+
+    store: StoreGroup
+    sizes: dict[str, int]
+    """Of the network."""
+    max_len: int
+    tokens: int
+    """In a pack, and the most slots of a rectangle."""
+    device: torch.device
+
+
+def make_variant(
+    name: str, setup: Setup, precision: str, *, baseline: str | None = None, compiled: bool = False, **options: Any
+) -> Variant:
+    """A trainer of its own over the same packs.
+
+    Args:
+        baseline: padded or concatenated; it takes as many rows of max_len as have fewer slots than `tokens`.
+        compiled: on a GPU with packs filled to one shape, and CUDA graphs.
+        options: of the network, time_conditioning and optimizer.
+    """
+    timed, optimizer = options.pop("time_conditioning", True), options.pop("optimizer", "adamw")
+    network = ModelConfig(**{**NETWORK, **setup.sizes, **options})
+    context = context_of(setup.device, precision, network)
+    torch.manual_seed(0)
+    with setup.device:
+        model = (RectangleDiT if baseline else DiT)(network, context.attention_backend, time_conditioning=timed)
+    dataset = PackDataset(
+        setup.store, setup.store.split("train"), seed=0, max_len=setup.max_len, tokens_per_pack=setup.tokens
+    )
+    if compiled:
+        model.compile_blocks(dynamic=setup.device.type != "cuda")
+        if setup.device.type == "cuda":
+            spare = spare_sequences(setup.tokens, dataset.mean_tokens)
+            model.fill_packs(StaticShape(setup.tokens, spare, setup.max_len + 2))
+            model.capture(context.autocast)
+    objective = Objective(Absorbing(), LogLinearNoise(), "x0", timed, context.autocast)
+    config = read_config(composed(f"optim={optimizer}", *TRAINED), TrainConfig)
+    trainer = Trainer(model, objective, dataset, config, context)
+    stream: Iterator[PackedBatch] = (dataset[i] for i in count())
+    if baseline:
+        cut = {"padded": rectangles, "concatenated": blocks}[baseline]
+        stream = cut(stream, setup.tokens // (setup.max_len + 2), setup.max_len + 2)
+    ready = list(islice(stream, LOADED))  # the loader, which is far ahead in training, is not measured
+    batches = cycle([batch.pin_memory() for batch in ready] if setup.device.type == "cuda" else ready)
+    steps = count()
+    residues = statistics.mean(count_residues(batch) for batch in ready)
+    flops = 3 * statistics.mean(model.flops(batch.lengths) for batch in ready)
+    slots = len(ready[0].tokens) if baseline else setup.tokens
+    return Variant(name, lambda: trainer.step(next(steps), batches, []), precision, residues, flops, slots)
+
+
+def context_of(device: torch.device, precision: str, network: ModelConfig) -> RunContext:
+    """One process that writes nothing."""
+    backend = resolve_attention_backend("auto", device, precision, network.head_dim)
+    return RunContext(
+        folder=Path(), attempt=1, start=Start(), device=device, precision=precision, attention_backend=backend,
+        compiled=False, processes=ALONE, stop=StopRequests(), deadline=None,
+    )  # fmt: skip
+
+
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(config_folder()), version_base=None):
+        return compose("train", overrides=list(overrides))
+
+
+def timed(variant: Variant, steps: int, device: torch.device) -> float:
+    """Seconds of a step, of so many."""
+    began = time.perf_counter()
+    for _ in range(steps):
+        variant.step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - began) / steps
