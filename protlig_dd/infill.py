@@ -8,7 +8,6 @@ python -m protlig_dd.infill from=runs/demo input=two.fasta output=designs.fasta 
 """
 
 import itertools
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,24 +18,32 @@ from protlig_dd.config.read import check_least, read_config
 from protlig_dd.config.verbs import InfillConfig
 from protlig_dd.data.encode import is_nucleotide, nucleotide_warning
 from protlig_dd.diffusion.sampling import check_sampler
-from protlig_dd.evaluation.samples.redesigns import FreeNLL, Redesign, designs_csv, free_draws, free_nll, mutations
+from protlig_dd.evaluation.samples.redesigns import (
+    FreeNLL,
+    Redesign,
+    best_of,
+    designs_csv,
+    free_draws,
+    free_nll,
+    inputs_of,
+    mutations,
+    note_of,
+)
 from protlig_dd.inference.generate import describe_designs, options_of, sample_designs
 from protlig_dd.inference.layouts import (
     MOST,
-    Design,
-    Protein,
     designs_of_contig,
     designs_of_positions,
     map_csv,
     read_records,
-    stretches_of,
+    tell_what_is_odd,
 )
-from protlig_dd.inference.model import TrainedModel, load_trained
+from protlig_dd.inference.model import load_trained
 from protlig_dd.inference.sharing import Work
 from protlig_dd.inference.steering import read_log_bias
 from protlig_dd.system.files import check_free, write_new
 from protlig_dd.system.terminal import announce
-from protlig_dd.tokenizer import MASK, N_STATES
+from protlig_dd.tokenizer import MASK
 
 
 def infill(cfg: DictConfig) -> None:
@@ -114,56 +121,6 @@ def infill(cfg: DictConfig) -> None:
         write_new(scores, scored)
         write_new(output, text)
     announce(f"{output}: {len(samples)} designs; {scores}: their scores; {table}: what was free", trained.processes)
-
-
-def tell_what_is_odd(config: InfillConfig, trained: TrainedModel) -> None:
-    """What a user may not have meant, or may not know."""
-    if not trained.graph.masks:
-        announce(
-            "infilling is an approximation with this model's graph, which nll_free is not for (docs/diffusion.md): "
-            "designs are not ranked",
-            trained.processes,
-        )
-    if config.contig is None:
-        return
-    for letter, stretches in stretches_of(config.contig).items():
-        for (first, last), (start, end) in itertools.pairwise(stretches):
-            if start <= first:
-                announce(f"contig: {letter}{start}-{end} comes after {letter}{first}-{last}", trained.processes)
-        for (first, last), (start, end) in itertools.combinations(sorted(stretches), 2):
-            if start <= last:
-                both = f"{letter}{start}-{min(last, end)}"
-                announce(f"contig: {both} is in it twice, in {letter}{first}-{last} and {letter}{start}-{end}",
-                         trained.processes)  # fmt: skip
-
-
-def inputs_of(records: Sequence[Protein], designs: Sequence[Design]) -> list[Redesign]:
-    """The inputs that have a residue at every position that their designs have free, as rows of their own."""
-    free = {design.protein: design.template == MASK for design in designs}
-    return [
-        Redesign(record.id, ids, free[k], k)
-        for k, (record, ids) in enumerate(records)
-        if (ids[free[k]] < N_STATES).all()
-    ]
-
-
-def best_of(designs: Sequence[Redesign], found: Sequence[FreeNLL | None], best: int) -> list[int]:
-    """The numbers of the best designs of each protein, the best first."""
-    of_protein: dict[int, list[int]] = {}
-    for i, design in enumerate(designs):
-        of_protein.setdefault(design.protein, []).append(i)
-
-    def nll(i: int) -> float:
-        one = found[i]
-        assert one is not None
-        return one.nll
-
-    return [i for numbers in of_protein.values() for i in sorted(numbers, key=nll)[:best]]
-
-
-def note_of(found: FreeNLL | None) -> str:
-    """What the header of a design says of it."""
-    return "" if found is None else f" nll_free={found.nll:.4f} nll_free_se={found.nll_error:.4f}"
 
 
 def main() -> None:

@@ -21,8 +21,8 @@ from protlig_dd.diffusion.graphs.base import Graph
 from protlig_dd.diffusion.graphs.uniform import Uniform
 from protlig_dd.diffusion.noise import LogLinearNoise
 from protlig_dd.diffusion.score import ScoreFn
-from protlig_dd.embed import ids_column
 from protlig_dd.inference.embedding import embed, resolve_layer
+from protlig_dd.inference.embedding_file import ids_column
 from protlig_dd.inference.model import load_trained
 from protlig_dd.tokenizer import ProteinTokenizer
 

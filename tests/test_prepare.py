@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from protlig_dd.data.fasta import FastaRecord
+from protlig_dd.data.prepare.describe import length_plot
 from protlig_dd.data.store import SPLITS, SequenceStore
-from protlig_dd.prepare import length_plot
 
 from .conftest import ROOT, Command, MadeOnce, Start, assert_one_line_error, require
 from .warm import Process

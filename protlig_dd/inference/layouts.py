@@ -13,7 +13,9 @@ import numpy as np
 from protlig_dd.config.verbs import InfillConfig
 from protlig_dd.data.fasta import FastaRecord, read_fasta
 from protlig_dd.inference.lengths import parse_range
+from protlig_dd.inference.model import TrainedModel
 from protlig_dd.system.random import random_key
+from protlig_dd.system.terminal import announce
 from protlig_dd.tokenizer import MASK, ProteinTokenizer
 
 FREE = "_"
@@ -249,3 +251,24 @@ def map_csv(designs: Sequence[Design]) -> str:
             free = "true" if template[start] == MASK else "false"
             table.writerow([name, start + 1, end, free, source[start], origin[start] or ""])
     return text.getvalue()
+
+
+def tell_what_is_odd(config: InfillConfig, trained: TrainedModel) -> None:
+    """What a user may not have meant, or may not know."""
+    if not trained.graph.masks:
+        announce(
+            "infilling is an approximation with this model's graph, which nll_free is not for (docs/diffusion.md): "
+            "designs are not ranked",
+            trained.processes,
+        )
+    if config.contig is None:
+        return
+    for letter, stretches in stretches_of(config.contig).items():
+        for (first, last), (start, end) in itertools.pairwise(stretches):
+            if start <= first:
+                announce(f"contig: {letter}{start}-{end} comes after {letter}{first}-{last}", trained.processes)
+        for (first, last), (start, end) in itertools.combinations(sorted(stretches), 2):
+            if start <= last:
+                both = f"{letter}{start}-{min(last, end)}"
+                announce(f"contig: {both} is in it twice, in {letter}{first}-{last} and {letter}{start}-{end}",
+                         trained.processes)  # fmt: skip

@@ -47,13 +47,7 @@ from protlig_dd.system.signals import STOPPED, Stopped, StopRequests, seconds_of
 from protlig_dd.system.terminal import announce, console
 from protlig_dd.training.context import Resolved, RunContext, RunFolder
 from protlig_dd.training.cost import print_plan, with_data
-from protlig_dd.training.resume import (
-    is_continued,
-    move_aside,
-    open_run_folder,
-    seconds_left,
-    shares_launcher,
-)
+from protlig_dd.training.resume import is_continued, move_aside, open_run_folder, seconds_left, shares_launcher
 
 UNIREF50 = Path("data/uniref50.h5")
 PATIENCE = 10.0  # seconds within which all ranks get a signal that is sent to all of them

@@ -16,6 +16,10 @@ from protlig_dd.diffusion.exact_count import cross_entropies
 from protlig_dd.diffusion.numerics import sum_by_sequence, uniform_draws
 from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.diffusion.strata import error_of_pairs, strata
+from protlig_dd.inference.layouts import (
+    Design,
+    Protein,
+)
 from protlig_dd.inference.sharing import Tick, Work
 from protlig_dd.system.random import keyed_generator
 from protlig_dd.system.tables import csv_text
@@ -120,3 +124,32 @@ def designs_csv(rows: Sequence[tuple[Redesign, str, FreeNLL | None]]) -> str:
         figures = ["" if np.isnan(value) else value for value in found] if found is not None else [""] * 4
         table.append([design.name, ProteinTokenizer().decode(design.ids), changed, *figures])
     return csv_text(["name", "sequence", "mutations", "nll_free", "nll_free_se", "score", "score_se"], table)
+
+
+def inputs_of(records: Sequence[Protein], designs: Sequence[Design]) -> list[Redesign]:
+    """The inputs that have a residue at every position that their designs have free, as rows of their own."""
+    free = {design.protein: design.template == MASK for design in designs}
+    return [
+        Redesign(record.id, ids, free[k], k)
+        for k, (record, ids) in enumerate(records)
+        if (ids[free[k]] < N_STATES).all()
+    ]
+
+
+def best_of(designs: Sequence[Redesign], found: Sequence[FreeNLL | None], best: int) -> list[int]:
+    """The numbers of the best designs of each protein, the best first."""
+    of_protein: dict[int, list[int]] = {}
+    for i, design in enumerate(designs):
+        of_protein.setdefault(design.protein, []).append(i)
+
+    def nll(i: int) -> float:
+        one = found[i]
+        assert one is not None
+        return one.nll
+
+    return [i for numbers in of_protein.values() for i in sorted(numbers, key=nll)[:best]]
+
+
+def note_of(found: FreeNLL | None) -> str:
+    """What the header of a design says of it."""
+    return "" if found is None else f" nll_free={found.nll:.4f} nll_free_se={found.nll_error:.4f}"

@@ -1,0 +1,87 @@
+"""What a store holds, for people."""
+
+import itertools
+import json
+from typing import Any
+
+from protlig_dd.data.encode import nucleotide_warning
+from protlig_dd.data.prepare.output import manifest_path
+from protlig_dd.data.store import SPLITS, SequenceStore
+from protlig_dd.system.terminal import ByteBar, console
+from protlig_dd.tokenizer import ProteinTokenizer
+
+PLOT_ROWS, PLOT_WIDTH = 20, 50
+SHOWN_RECORDS = 3
+
+
+def describe(store: SequenceStore) -> None:
+    """What is in it and what was left out."""
+    manifest = store.manifest
+    residues = sum(split["residues"] for split in manifest["splits"].values())
+    console.print(f"{store.path}: {len(store):,} sequences, {residues:,} residues")
+    for name in SPLITS:
+        held = manifest["splits"][name]
+        console.print(f"  {name:<10} {held['sequences']:,} sequences, {held['residues']:,} residues")
+    dropped = {name: count for name, count in manifest["dropped"].items() if count}
+    if dropped:
+        console.print("dropped " + ", ".join(f"{count:,} by {name}" for name, count in dropped.items()))
+    for both in manifest.get("shared", ()):  # which earlier versions did not look for
+        equal = ", ".join(f"{own} = {other}" for own, other in both["first"])
+        more = ", ..." if both["sequences"] > len(both["first"]) else ""
+        left = "are kept in both" if manifest["options"]["filters"]["duplicates"] else f"are left to {both['in']}"
+        told = f"{both['sequences']:,} sequences of {both['of']} are in {both['in']} too and {left}"
+        console.print(f"warning: {told}: {equal}{more}")
+    if manifest["lower_case_letters"]:
+        console.print(f"{manifest['lower_case_letters']:,} lower-case letters were read as upper-case")
+    if found := manifest.get("nucleotide_like"):  # which earlier versions did not count
+        console.print(nucleotide_warning(found, manifest["records"], "the input"))
+    if (check := manifest["split_check"]) is not None:
+        hits = ", ".join(f"{check['hits'][name]:,} of {check['searched'][name]:,} {name}" for name in check["hits"])
+        done = "moved to train" if check["on_hit"] == "move" else "dropped"
+        console.print(
+            f"held-out sequences with a training sequence at >= {check['identity']:.0%} identity over "
+            f">= {check['coverage']:.0%} of either: {hits}; {done}, searches: {check['rounds']}"
+        )
+
+
+def inspect(store: SequenceStore) -> None:
+    """Print the manifest, a plot of the lengths and the first records, then verify every byte.
+
+    Raises:
+        ValueError: the store is damaged; names the part.
+    """
+    shown = {key: value for key, value in store.manifest.items() if key not in ("splits", "length_bin")}
+    beside = manifest_path(store.path)
+    if beside.is_file():
+        try:
+            told = json.loads(beside.read_text())
+        except ValueError as error:
+            raise ValueError(f"{beside}: not JSON: {error}") from error
+        if told.get("fingerprint") == store.fingerprint:
+            shown |= {key: told[key] for key in ("created", "seconds", "software")}
+    console.print_json(json.dumps(shown | {"fingerprint": store.fingerprint}), indent=1)
+    describe(store)
+    console.print("\n".join(length_plot(store.manifest)))
+    decode = ProteinTokenizer().decode
+    for row in range(min(SHOWN_RECORDS, len(store))):
+        sequence = decode(store[row])
+        more = f"... {len(sequence):,} residues" if len(sequence) > 60 else ""
+        console.print(f">{store.header(row)}\n{sequence[:60]}{more}")
+    with ByteBar("verifying", store.nbytes) as bar:
+        store.verify(bar.advance)
+    console.print(f"{store.path}: every checksum holds")
+
+
+def length_plot(manifest: dict[str, Any]) -> list[str]:
+    """Lines of a histogram of all lengths, at most PLOT_ROWS of them; the last gathers what is longer."""
+    width = manifest["length_bin"]
+    splits = [split["lengths"] for split in manifest["splits"].values()]
+    counts = [sum(column) for column in itertools.zip_longest(*splits, fillvalue=0)]
+    if len(counts) > PLOT_ROWS:
+        counts = [*counts[: PLOT_ROWS - 1], sum(counts[PLOT_ROWS - 1 :])]
+    lines = ["residues      sequences"]
+    for i, count in enumerate(counts):
+        last = i == PLOT_ROWS - 1
+        bounds = f"{i * width:>5}+    " if last else f"{i * width:>5}-{(i + 1) * width - 1:<5}"
+        lines.append(f"{bounds} {count:>11,} {'█' * round(PLOT_WIDTH * count / max(counts))}")
+    return lines
