@@ -10,11 +10,10 @@ from omegaconf import DictConfig
 
 from protlig_dd import __version__
 from protlig_dd.config.cli import run_verb
-from protlig_dd.config.read import check_least, read_config
+from protlig_dd.config.read import read_config
 from protlig_dd.config.verbs import EmbedConfig
-from protlig_dd.inference.embedding import POOLINGS, resolve_layer
+from protlig_dd.inference.embedding import resolve_layer
 from protlig_dd.inference.embedding_file import (
-    LONG,
     SUFFIXES,
     embedded_blocks,
     ids_column,
@@ -31,14 +30,8 @@ def embed_proteins(cfg: DictConfig) -> None:
     """Load a run's newest checkpoint (averaged weights), embed a FASTA file, and write HDF5 or NPZ."""
     config = read_config(cfg, EmbedConfig)
     output = check_free(config.output)
-    for key, value, choices in (
-        ("pooling", config.pooling, POOLINGS),
-        ("long", config.long, LONG),
-        ("output's suffix", output.suffix, SUFFIXES),
-    ):
-        if value not in choices:
-            raise ValueError(f"{key}={value}: there are {', '.join(choices)}")
-    check_least([("tokens_per_pack", config.tokens_per_pack, 1)])
+    if output.suffix not in SUFFIXES:
+        raise ValueError(f"output's suffix={output.suffix}: there are {', '.join(SUFFIXES)}")
     ids, proteins = read_proteins(config.input)
     lengths = np.array([len(tokens) - 2 for tokens in proteins])
     trained = load_trained(config.from_, device=config.device, precision=config.precision)

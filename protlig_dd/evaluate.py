@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from protlig_dd.config.cli import run_verb
-from protlig_dd.config.read import check_least, read_config
+from protlig_dd.config.read import read_config
 from protlig_dd.config.verbs import EvaluateConfig
 from protlig_dd.data.crops import cropped
 from protlig_dd.data.mmseqs import find_mmseqs
@@ -32,8 +32,6 @@ def evaluate(cfg: DictConfig) -> None:
     """Bound every sequence once, on all ranks, and write the folder of figures."""
     config = read_config(cfg, EvaluateConfig)
     output = check_free(config.output)
-    check_least((("draws", config.draws, 1), ("seed", config.seed, 0), ("max_sequences", config.max_sequences or 1, 1),
-                 ("tokens_per_pack", config.tokens_per_pack, 1)))  # fmt: skip
     find_mmseqs(config.near, "near")
     store, ids, sequences = read_sequences(Path(config.input), config.split, config.max_sequences, config.seed)
     trained = load_trained(config.from_, device=config.device, precision=config.precision)

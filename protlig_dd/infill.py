@@ -14,7 +14,7 @@ import numpy as np
 from omegaconf import DictConfig
 
 from protlig_dd.config.cli import run_verb
-from protlig_dd.config.read import check_least, read_config
+from protlig_dd.config.read import read_config
 from protlig_dd.config.verbs import InfillConfig
 from protlig_dd.data.encode import is_nucleotide, nucleotide_warning
 from protlig_dd.diffusion.sampling import check_sampler
@@ -55,12 +55,9 @@ def infill(cfg: DictConfig) -> None:
     for one, other in itertools.combinations((output, table, scores), 2):
         if one.resolve() == other.resolve():
             raise ValueError(f"map={config.map}, output={config.output}: {one} would be written twice")
-    check_least((("n", config.n, 1), ("steps", config.steps, 1), ("seed", config.seed, 0),
-                 ("tokens_per_pack", config.tokens_per_pack, 1), ("nll_draws", config.nll_draws, 0),
-                 ("free_draws", config.free_draws, 0)))  # fmt: skip
     if config.n > MOST:
         raise ValueError(f"n must be at most {MOST}, got {config.n}")
-    if config.best is not None and not 1 <= config.best <= config.n:
+    if config.best is not None and config.best > config.n:
         raise ValueError(f"best={config.best}: of n={config.n} designs give 1 to {config.n}")
     if sum(value is not None for value in (config.fixed, config.free, config.contig)) > 1:
         raise ValueError("give one of fixed=, free= and contig=")

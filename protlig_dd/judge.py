@@ -13,10 +13,9 @@ import numpy as np
 from omegaconf import DictConfig
 
 from protlig_dd.config.cli import run_verb
-from protlig_dd.config.read import check_least, read_config
+from protlig_dd.config.read import read_config
 from protlig_dd.config.verbs import JudgeConfig
 from protlig_dd.data.mmseqs import find_mmseqs
-from protlig_dd.data.store import SPLITS
 from protlig_dd.evaluation.inputs import read_sequences, thinned
 from protlig_dd.evaluation.samples.external import outside_judges
 from protlig_dd.evaluation.samples.relatives import find_train, relatives
@@ -33,9 +32,6 @@ def judge(cfg: DictConfig) -> None:
     """Read the sets, ask every judge that is there, and write the folder of tables."""
     config = read_config(cfg, JudgeConfig)
     output = check_free(config.output)
-    check_least((("bootstrap", config.bootstrap, 2), ("seed", config.seed, 0)))
-    if config.split not in SPLITS:
-        raise ValueError(f"split={config.split}; there are {', '.join(SPLITS)}")
     mmseqs = find_mmseqs(config.mmseqs)
     train = find_train(config, mmseqs)
     ids, samples = read(config, config.samples)

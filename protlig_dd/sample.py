@@ -8,7 +8,7 @@ torchrun --nproc-per-node=8 -m protlig_dd.sample from=runs/demo output=designs.f
 from omegaconf import DictConfig
 
 from protlig_dd.config.cli import run_verb
-from protlig_dd.config.read import check_least, read_config
+from protlig_dd.config.read import read_config
 from protlig_dd.config.verbs import SampleConfig
 from protlig_dd.diffusion.sampling import check_sampler
 from protlig_dd.inference.generate import describe_designs, options_of, sample_designs
@@ -23,8 +23,6 @@ def sample_proteins(cfg: DictConfig) -> None:
     """Load a run's newest checkpoint (averaged weights), sample, and write FASTA."""
     config = read_config(cfg, SampleConfig)
     output = check_free(config.output)
-    check_least((("n", config.n, 1), ("steps", config.steps, 1), ("seed", config.seed, 0),
-                 ("tokens_per_pack", config.tokens_per_pack, 1), ("nll_draws", config.nll_draws, 0)))  # fmt: skip
     trained = load_trained(config.from_, device=config.device, precision=config.precision)
     check_sampler(trained.graph, options_of(config))
     lengths = choose_lengths(config.lengths, config.n, config.seed, trained.lengths)

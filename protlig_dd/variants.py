@@ -12,7 +12,7 @@ import numpy as np
 from omegaconf import DictConfig
 
 from protlig_dd.config.cli import run_verb
-from protlig_dd.config.read import check_least, read_config
+from protlig_dd.config.read import read_config
 from protlig_dd.config.verbs import VariantsConfig
 from protlig_dd.data.encode import is_nucleotide, nucleotide_warning
 from protlig_dd.evaluation.variants.assays import all_substitutions, read_target
@@ -32,17 +32,10 @@ from protlig_dd.system.distributed import from_first
 from protlig_dd.system.files import check_free
 from protlig_dd.system.terminal import announce
 
-BAD_ROWS = ("fail", "skip")
-
 
 def score(cfg: DictConfig) -> None:
     """Read everything, load the model, score one assay or a folder of them, and write."""
     config = read_config(cfg, VariantsConfig)
-    check_least((("seed", config.seed, 0), ("tokens_per_pack", config.tokens_per_pack, 1), ("draws", config.draws, 4)))
-    if config.draws % 2:
-        raise ValueError(f"draws must be an even number, got {config.draws}")
-    if config.bad_rows not in BAD_ROWS:
-        raise ValueError(f"bad_rows={config.bad_rows}; there are {', '.join(BAD_ROWS)}")
     if config.reference is not None or (config.assay is not None and Path(config.assay).is_dir()):
         score_folder(config)
     else:

@@ -1,21 +1,22 @@
-"""The configuration's schema and its checks; components.py makes networks, graphs and schedules of it.
+"""From a composed config to a dataclass, and back.
 
-Values, defaults and their one-line comments live in configs/*.yaml; here are the types. A key that is not here is an
-error, so a misspelt override can never be ignored.
+Values, defaults and their one-line comments live in configs/*.yaml; types and what a value must be in train.py and
+verbs.py. A key that is not there is an error, so a misspelt override can never be ignored.
 """
 
 import inspect
 import keyword
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, is_dataclass, replace
-from dataclasses import fields as dataclass_fields
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import TypeAdapter, ValidationError
 
 from protlig_dd.config.components import TRAINING_NOISE, unknown_key
+from protlig_dd.config.fields import first_problem
 from protlig_dd.diffusion.graphs.registry import GRAPHS
 from protlig_dd.diffusion.noise import NOISES
 
@@ -34,24 +35,26 @@ def read_config(cfg: DictConfig, schema: type[T]) -> T:
     """Check a composed config against its schema and return it as that dataclass.
 
     Raises:
-        ValueError: an unknown key (with the nearest known one), a missing value, or a value of the wrong type.
+        ValueError: an unknown key (with the nearest known one), a missing value, or one that its field does not allow.
     """
-    values = {str(key): value for key, value in cfg.items_ex(resolve=False)}
-    fields = {f"{key}_" if keyword.iskeyword(key) else key: value for key, value in values.items()}
     try:
-        typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), fields))
-    except ConfigKeyError as error:
-        raise ValueError(unknown_key(str(error.full_key), known_keys(schema))) from error
-    except MissingMandatoryValue as error:
-        key = str(error.full_key).removesuffix("_")
-        raise ValueError(f"{key} is required: give {key}=...") from error
+        content = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
-        what = str(error).splitlines()[0]
-        if "is not a ListConfig" in what:
-            what = "give a list: [a] or [a,b]"
-        raise ValueError(f"{error.full_key}: {what}") from error
-    assert isinstance(typed, schema)
-    return at_home(typed)
+        raise ValueError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    assert isinstance(content, dict)
+    missing = next((key for key, value in flatten(content).items() if isinstance(value, str) and value == "???"), None)
+    if missing is not None:
+        raise ValueError(f"{missing} is required: give {missing}=...")
+    named = ((str(key), at_home(value)) for key, value in content.items())
+    fields = {f"{key}_" if keyword.iskeyword(key) else key: value for key, value in named}
+    try:
+        return TypeAdapter(schema).validate_python(fields)
+    except ValidationError as error:
+        unknown = next((one for one in error.errors() if one["type"] == "unexpected_keyword_argument"), None)
+        if unknown is not None:
+            key = ".".join(str(part).removesuffix("_") for part in unknown["loc"])
+            raise ValueError(unknown_key(key, known_keys(schema))) from error
+        raise ValueError(first_problem(error)) from error
 
 
 def at_home(value: Any) -> Any:
@@ -62,8 +65,6 @@ def at_home(value: Any) -> Any:
         return [at_home(one) for one in value]
     if isinstance(value, dict):
         return {key: at_home(one) for key, one in value.items()}
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{field.name: at_home(getattr(value, field.name)) for field in dataclass_fields(value)})
     return value
 
 
@@ -106,10 +107,3 @@ def flatten(cfg: Any, prefix: str = "") -> dict[str, Any]:
 
 def shorten(text: str) -> str:
     return text if len(text) <= 80 else f"{text[:80]}..."
-
-
-def check_least(options: Iterable[tuple[str, int, int]]) -> None:
-    """Raise for the first (key, value, least) whose value is below that."""
-    for key, value, least in options:
-        if value < least:
-            raise ValueError(f"{key} must be at least {least}, got {value}")

@@ -1,33 +1,33 @@
 """The configurations of the verbs that use a model or data."""
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from protlig_dd.config.components import build_graph as build_graph
-from protlig_dd.config.components import build_model as build_model
-from protlig_dd.config.components import build_noise as build_noise
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from protlig_dd.config.fields import STRICT, AtLeast0, AtLeast1, AtLeast2, Auto, Number, Share, SplitName, Whole
 
 
-@dataclass
+@dataclass(config=STRICT)
 class FilterConfig:
-    min_length: int
-    max_length: int | None
-    max_unknown: float
+    min_length: AtLeast1
+    max_length: AtLeast1 | None
+    max_unknown: Share
     fragments: bool
     duplicates: bool
     taxa: list[int] | None
     taxa_nodes: str | None
 
 
-@dataclass
+@dataclass(config=STRICT)
 class SplitConfig:
-    validation_fraction: float
-    test_fraction: float
-    check: str | None
-    on_hit: str
+    validation_fraction: Share
+    test_fraction: Share
+    check: Literal["mmseqs"] | None
+    on_hit: Literal["move", "drop"]
 
 
-@dataclass
+@dataclass(config=STRICT)
 class PrepareConfig:
     input: Any
     output: str | None
@@ -36,25 +36,25 @@ class PrepareConfig:
     split: SplitConfig
 
 
-@dataclass
+@dataclass(config=STRICT)
 class SampleConfig:
     from_: str  # `from` on the command line and in YAML
     output: str
-    n: int
+    n: AtLeast1
     lengths: str
-    steps: int
+    steps: AtLeast1
     predictor: str
-    temperature: float
-    top_p: float
+    temperature: Number
+    top_p: Number
     log_bias: Any
-    nll_draws: int
-    seed: int
+    nll_draws: AtLeast0
+    seed: AtLeast0
     device: str
     precision: str
-    tokens_per_pack: int
+    tokens_per_pack: AtLeast1
 
 
-@dataclass
+@dataclass(config=STRICT)
 class VariantsConfig:
     from_: str
     assay: str | None
@@ -62,95 +62,95 @@ class VariantsConfig:
     reference: str | None
     output: str
     column: str
-    offset: int | None
-    bad_rows: str
+    offset: Whole | None
+    bad_rows: Literal["fail", "skip"]
     strategy: str
-    draws: int
-    seed: int
+    draws: Annotated[Whole, Field(ge=4, multiple_of=2)]
+    seed: AtLeast0
     device: str
     precision: str
-    tokens_per_pack: int
+    tokens_per_pack: AtLeast1
 
 
-@dataclass
+@dataclass(config=STRICT)
 class InfillConfig:
     from_: str
     input: str
     output: str
     map: str | None
-    n: int
+    n: AtLeast1
     free: Any  # ranges such as 12-40, or a list of them
     fixed: Any
     contig: str | None
     lengths: str | None
-    best: int | None
-    steps: int
+    best: AtLeast1 | None
+    steps: AtLeast1
     predictor: str
-    temperature: float
-    top_p: float
+    temperature: Number
+    top_p: Number
     log_bias: Any
-    free_draws: int
-    nll_draws: int
-    seed: int
+    free_draws: AtLeast0
+    nll_draws: AtLeast0
+    seed: AtLeast0
     device: str
     precision: str
-    tokens_per_pack: int
+    tokens_per_pack: AtLeast1
 
 
-@dataclass
+@dataclass(config=STRICT)
 class EmbedConfig:
     from_: str
     input: str
     output: str
-    pooling: str
-    layer: int
-    long: str
+    pooling: Literal["mean", "per_residue"]
+    layer: Whole
+    long: Literal["error", "window"]
     device: str
     precision: str
-    tokens_per_pack: int
+    tokens_per_pack: AtLeast1
 
 
-@dataclass
+@dataclass(config=STRICT)
 class EvaluateConfig:
     from_: str
     input: str
-    split: str
+    split: SplitName
     train: str | None
     compare: str | None
-    near: Any  # true, false or auto
+    near: Auto
     output: str
-    draws: int
+    draws: AtLeast1
     masked: bool
-    max_sequences: int | None
-    seed: int
+    max_sequences: AtLeast1 | None
+    seed: AtLeast0
     device: str
     precision: str
-    tokens_per_pack: int
+    tokens_per_pack: AtLeast1
 
 
-@dataclass
+@dataclass(config=STRICT)
 class JudgeConfig:
     samples: str
     natural: str
-    split: str
+    split: SplitName
     train: str | None
     output: str
-    mmseqs: Any  # true, false or auto
+    mmseqs: Auto
     hmm: str | None
     esm2: str | None
     esmfold: str | None
-    bootstrap: int
-    seed: int
+    bootstrap: AtLeast2
+    seed: AtLeast0
     device: str
 
 
-@dataclass
+@dataclass(config=STRICT)
 class ReportPageConfig:
     runs: Any  # a run's folder, a folder of runs, a pattern, or a list of them
     output: str | None
 
 
-@dataclass
+@dataclass(config=STRICT)
 class ExportConfig:
     from_: str
     to: str

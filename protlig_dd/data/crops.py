@@ -1,10 +1,12 @@
 """Parts of proteins that are longer than a model sees: crops and windows."""
 
 import math
+from typing import Literal, get_args
 
 import numpy as np
 
-CROPS = ("random", "start")
+Crop = Literal["random", "start"]
+CROPS = get_args(Crop)
 
 
 def crop_bounds(residues: np.ndarray, starts: np.ndarray, max_len: int) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ import numpy as np
 from protlig_dd.data.draws import some_of
 from protlig_dd.data.encode import is_nucleotide, nucleotide_warning
 from protlig_dd.data.fasta import read_fasta
-from protlig_dd.data.store import HDF5_MAGIC, SPLITS, SequenceStore
+from protlig_dd.data.store import HDF5_MAGIC, SequenceStore
 from protlig_dd.system.distributed import processes_from_environment
 from protlig_dd.system.files import writing
 from protlig_dd.system.terminal import announce
@@ -25,8 +25,6 @@ def read_sequences(
     """
     if is_store(path):
         store = SequenceStore(path)
-        if split not in SPLITS:
-            raise ValueError(f"split={split}; there are {', '.join(SPLITS)}")
         rows = thinned(store.split(split), most, seed)
         ids, sequences = [store.id(row) for row in rows], [store[row] for row in rows]
     else:

@@ -13,7 +13,6 @@ from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.model.dit import DiT
 from protlig_dd.tokenizer import BOS
 
-POOLINGS = ("mean", "per_residue")
 TOKENS_PER_PACK = 16_384  # as in configs/embed.yaml
 
 

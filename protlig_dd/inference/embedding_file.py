@@ -18,7 +18,6 @@ from protlig_dd.system.distributed import gather_objects, processes_from_environ
 from protlig_dd.system.terminal import ProgressBar, announce
 
 SUFFIXES = (".h5", ".npz")
-LONG = ("error", "window")
 MOST_ID_BYTES = 1 << 30
 
 

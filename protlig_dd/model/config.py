@@ -1,7 +1,10 @@
 """What defines a network."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
+COMPUTING = "says how the network is computed, not what it is"
+TUNABLE = "may be set anew when the network is fine-tuned"
 NORMS = ("layer", "rms")
 MLPS = ("gelu", "relu2", "swiglu")
 
@@ -14,12 +17,12 @@ class ModelConfig:
     n_heads: int
     n_blocks: int
     cond_dim: int
-    dropout: float
-    attention_backend: str
+    dropout: Annotated[float, TUNABLE]
+    attention_backend: Annotated[str, COMPUTING]
     norm: str
     mlp: str
     qk_norm: bool
-    checkpointing: bool
+    checkpointing: Annotated[bool, COMPUTING]
     positions: str = "rope"
     mixer: str = "attention"
 

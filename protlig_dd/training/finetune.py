@@ -9,19 +9,20 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from protlig_dd.config.components import graph_with_rates
+from protlig_dd.config.components import TRAINING_NOISE, graph_with_rates
+from protlig_dd.config.fields import marked
 from protlig_dd.config.read import flatten, shorten, spelt
 from protlig_dd.config.train import TrainConfig, config_in
 from protlig_dd.inference.model import find_saved
-from protlig_dd.model.config import ModelConfig
+from protlig_dd.model.config import COMPUTING, TUNABLE, ModelConfig
 from protlig_dd.system.distributed import processes_from_environment
 from protlig_dd.system.files import sha256
 from protlig_dd.system.terminal import announce
 from protlig_dd.training.resume import has_steps
 
-FREE = {"model": ("dropout",), "noise": ("curriculum", "max_weight"), "graph": ()}
+FREE = {"model": marked(ModelConfig, TUNABLE), "noise": TRAINING_NOISE, "graph": ()}
 FREE_KEYS = {f"{section}.{key}" for section, keys in FREE.items() for key in keys}
-THIS_MACHINE = ("attention_backend", "checkpointing")  # of the model's keys: how it is computed, not what
+THIS_MACHINE = marked(ModelConfig, COMPUTING)
 
 
 def taken_over(config: TrainConfig, source: TrainConfig, given: Collection[str]) -> TrainConfig:
