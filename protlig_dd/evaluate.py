@@ -5,7 +5,6 @@ python -m protlig_dd.evaluate from=runs/demo input=held.fasta train=data/my.h5 o
 python -m protlig_dd.evaluate from=runs/tuned compare=runs/demo input=held.fasta output=before_and_after
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from omegaconf import DictConfig
 from protlig_dd.config.cli import run_verb
 from protlig_dd.config.read import read_config
 from protlig_dd.config.verbs import EvaluateConfig
-from protlig_dd.data.crops import cropped
+from protlig_dd.data.crops import window
 from protlig_dd.data.mmseqs import find_mmseqs
 from protlig_dd.evaluation.inputs import read_sequences
 from protlig_dd.evaluation.likelihood.baselines import find_baselines, fit_baselines, training_sequences
@@ -25,6 +24,7 @@ from protlig_dd.evaluation.likelihood.trained_on import all_sources
 from protlig_dd.inference.model import TrainedModel, load_trained
 from protlig_dd.runs.metrics import without_nan
 from protlig_dd.system.files import check_free, write_folder
+from protlig_dd.system.tables import as_json
 from protlig_dd.system.terminal import announce, console
 
 
@@ -43,7 +43,7 @@ def evaluate(cfg: DictConfig) -> None:
     baselines = None if told_by is None else fit_baselines(training_sequences(told_by.stores))
     whole = sequences
     cut = sum(len(tokens) - 2 > max_len for tokens in sequences)
-    sequences = [cropped(tokens, max_len) for tokens in sequences]
+    sequences = [window(tokens, 0, max_len) for tokens in sequences]
     if cut:
         these = "this model was" if other is None else "these models were both"
         told = f"{cut} proteins are longer than the {max_len} residues {these} trained on"
@@ -78,7 +78,7 @@ def evaluate(cfg: DictConfig) -> None:
     }
     table = report_table(report)
     files = {
-        "report.json": json.dumps(without_nan(report), indent=1) + "\n",
+        "report.json": as_json(without_nan(report)),
         "report.md": table,
         "per_sequence.csv": sequence_csv(ids, scored, leaks.cells(len(ids))),
         "by_length.csv": length_csv(scored),

@@ -4,7 +4,6 @@ python -m protlig_dd.judge samples=designs.fasta natural=data/my.h5 output=judge
 python -m protlig_dd.judge samples=designs.fasta natural=held.fasta train=data/my.h5 hmm=Pfam-A.hmm output=judged
 """
 
-import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from protlig_dd.evaluation.samples.statistics import COLUMNS, Rows, cheap_judges
 from protlig_dd.evaluation.samples.tables import markdown, per_sequence
 from protlig_dd.evaluation.samples.verdicts import requested_lengths, verdicts
 from protlig_dd.system.files import check_free, write_folder
-from protlig_dd.system.tables import csv_text
+from protlig_dd.system.tables import as_json, csv_text
 from protlig_dd.system.terminal import ProgressBar, console
 from protlig_dd.tokenizer import ProteinTokenizer
 
@@ -71,11 +70,15 @@ def judge(cfg: DictConfig) -> None:
     table += "\nNatural proteins are of the samples' lengths; in rows of lengths they are drawn at random.\n"
     if train is not None:  # which need not be what made the samples
         table += f"\nTraining proteins are those of {train.path}.\n"
-    said = {"samples": config.samples, "natural": config.natural, "train": str(train.path) if train else None,
-            "seed": config.seed}  # fmt: skip
+    said = {
+        "samples": config.samples,
+        "natural": config.natural,
+        "train": str(train.path) if train else None,
+        "seed": config.seed,
+    }
     told = said | {"rows": for_json(rows), "verdicts": [one._asdict() for one in found]}
     files = {
-        "judges.json": json.dumps(told, indent=1) + "\n",
+        "judges.json": as_json(told),
         "judges.csv": csv_text(
             ["judge", *COLUMNS], [[name, *(x for figure in row for x in figure)] for name, row in rows.items()]
         ),

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from protlig_dd.batch import PackedBatch
 from protlig_dd.config.verbs import EvaluateConfig
-from protlig_dd.data.crops import cropped
+from protlig_dd.data.crops import window
 from protlig_dd.data.fasta import FastaRecord
 from protlig_dd.data.prepare.build import build_store
 from protlig_dd.data.store import SPLITS, SequenceStore, StoreGroup
@@ -148,9 +148,9 @@ def test_pooled_nats_of_a_model_that_can_be_enumerated() -> None:
 
 
 def test_a_crop_is_the_first_residues_without_an_end() -> None:
-    assert ProteinTokenizer().decode(cropped(encode("ACDEF"), 3)) == "ACD"
-    assert cropped(encode("ACDEF"), 3).tolist()[-1] == 2
-    assert cropped(encode("ACDEF"), 5).tolist() == encode("ACDEF").tolist()
+    assert ProteinTokenizer().decode(window(encode("ACDEF"), 0, 3)) == "ACD"
+    assert window(encode("ACDEF"), 0, 3).tolist()[-1] == 2
+    assert window(encode("ACDEF"), 0, 5).tolist() == encode("ACDEF").tolist()
 
 
 def test_a_checkpoints_run_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

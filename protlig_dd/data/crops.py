@@ -1,7 +1,7 @@
 """Parts of proteins that are longer than a model sees: crops and windows."""
 
 import math
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 
@@ -9,10 +9,16 @@ Crop = Literal["random", "start"]
 CROPS = get_args(Crop)
 
 
-def crop_bounds(residues: np.ndarray, starts: np.ndarray, max_len: int) -> tuple[np.ndarray, np.ndarray]:
+Count = TypeVar("Count", int, np.ndarray)
+
+
+def crop_bounds(residues: Count, starts: Count, max_len: int) -> tuple[Count, Count]:
     """First and end token, in `<bos> residues <eos>`, of the crops to residues start .. start + max_len - 1.
 
     A crop lacks the end that was cut: `<bos>` stays with start = 0, `<eos>` with the last residue.
+
+    Args:
+        residues, starts: of one protein, or (n,) of several.
     """
     return starts + (starts > 0), starts + max_len + 1 + (starts + max_len == residues)
 
@@ -21,11 +27,6 @@ def check_crop(crop: str) -> None:
     """Raise unless it is one of CROPS."""
     if crop not in CROPS:
         raise ValueError(f"data.crop={crop}; there are {', '.join(CROPS)}")
-
-
-def cropped(tokens: np.ndarray, max_len: int) -> np.ndarray:
-    """The first max_len residues; a crop lacks <eos>, as in training."""
-    return tokens if len(tokens) - 2 <= max_len else tokens[: max_len + 1]
 
 
 def window_starts(residues: int, most: int) -> list[int]:
@@ -37,8 +38,7 @@ def window_starts(residues: int, most: int) -> list[int]:
 
 
 def window(tokens: np.ndarray, start: int, most: int) -> np.ndarray:
-    """At most `most` residues from `start` on, of `<bos> residues <eos>`: as in training, an end that is cut lacks its
-    token."""
-    first = 0 if start == 0 else start + 1
-    last = len(tokens) if start + most >= len(tokens) - 2 else start + most + 1
-    return tokens[first:last]
+    """The crop of `<bos> residues <eos>` to at most `most` residues from `start` on."""
+    residues = len(tokens) - 2
+    first, end = crop_bounds(residues, start, min(most, residues - start))
+    return tokens[first:end]

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from protlig_dd.system.files import sha256
+from protlig_dd.system.tables import as_json
 from protlig_dd.tokenizer import BOS, EOS, LETTERS, MASK, N_STATES, PAD
 
 FORMAT, FORMAT_VERSION = "protlig_dd", 1
@@ -77,8 +78,8 @@ def write_exported(
     if description.get("weights_sha256", found) != found:
         description, card = {**description, "report": None}, None
     description = {**description, "weights_sha256": found}
-    (folder / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
-    (folder / VOCABULARY).write_text(json.dumps(vocabulary(), indent=1) + "\n")
+    (folder / DESCRIPTION).write_text(as_json(description))
+    (folder / VOCABULARY).write_text(as_json(vocabulary()))
     (folder / CARD).write_text(card or model_card(description))
     (folder / WEIGHTS).chmod(stat.S_IMODE((folder / CARD).stat().st_mode))  # safetensors makes it for its owner alone
 

@@ -1,7 +1,5 @@
 """What of a protein is free and what is fixed: from positions or a contig to designs to sample."""
 
-import csv
-import io
 import itertools
 import string
 from collections.abc import Mapping, Sequence
@@ -15,6 +13,7 @@ from protlig_dd.data.fasta import FastaRecord, read_fasta
 from protlig_dd.inference.lengths import parse_range
 from protlig_dd.inference.model import TrainedModel
 from protlig_dd.system.random import random_key
+from protlig_dd.system.tables import as_csv
 from protlig_dd.system.terminal import announce
 from protlig_dd.tokenizer import MASK, ProteinTokenizer
 
@@ -235,9 +234,7 @@ def map_csv(designs: Sequence[Design]) -> str:
     `input_start` is empty for what is new in a contig, and `input` where there is only one; the positions are 1-based
     and inclusive.
     """
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["design", "start", "end", "free", "input", "input_start"])
+    table: list[list[object]] = [["design", "start", "end", "free", "input", "input_start"]]
     for name, _, layout, template, _ in designs:
         origin = np.concatenate(
             [np.arange(s.length) + (s.start or 0) if s.start else np.zeros(s.length, int) for s in layout]
@@ -249,8 +246,8 @@ def map_csv(designs: Sequence[Design]) -> str:
         bounds = [0, *(np.flatnonzero(steps) + 1).tolist(), len(template)]
         for start, end in itertools.pairwise(bounds):
             free = "true" if template[start] == MASK else "false"
-            table.writerow([name, start + 1, end, free, source[start], origin[start] or ""])
-    return text.getvalue()
+            table.append([name, start + 1, end, free, source[start], origin[start] or ""])
+    return as_csv(table)
 
 
 def tell_what_is_odd(config: InfillConfig, trained: TrainedModel) -> None:
@@ -270,5 +267,7 @@ def tell_what_is_odd(config: InfillConfig, trained: TrainedModel) -> None:
         for (first, last), (start, end) in itertools.combinations(sorted(stretches), 2):
             if start <= last:
                 both = f"{letter}{start}-{min(last, end)}"
-                announce(f"contig: {both} is in it twice, in {letter}{first}-{last} and {letter}{start}-{end}",
-                         trained.processes)  # fmt: skip
+                announce(
+                    f"contig: {both} is in it twice, in {letter}{first}-{last} and {letter}{start}-{end}",
+                    trained.processes,
+                )

@@ -48,8 +48,13 @@ def processes_from_environment() -> Processes:
     Raises:
         ValueError: something else than a number.
     """
-    names = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("TORCHELASTIC_RESTART_COUNT", 0),
-             ("SLURM_RESTART_COUNT", 0))  # fmt: skip
+    names = (
+        ("RANK", 0),
+        ("WORLD_SIZE", 1),
+        ("LOCAL_RANK", 0),
+        ("TORCHELASTIC_RESTART_COUNT", 0),
+        ("SLURM_RESTART_COUNT", 0),
+    )
     found = []
     for name, default in names:
         text = os.environ.get(name) or str(default)

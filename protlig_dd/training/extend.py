@@ -6,9 +6,10 @@ from typing import Any
 
 from protlig_dd.config.read import flatten, spelt
 from protlig_dd.config.train import TrainConfig, config_in
-from protlig_dd.evaluation.report.run import PAGE, read_json
+from protlig_dd.evaluation.report.run import PAGE
 from protlig_dd.runs.checkpoint import complete_checkpoints, step_of
 from protlig_dd.system.files import free_name, replacing
+from protlig_dd.system.tables import read_json
 
 
 def finished_at(path: Path) -> int | None:
@@ -44,9 +45,10 @@ def check_extension(path: Path, config: TrainConfig) -> None:
     """
     before, now = ends_of(config_in(path)), ends_of(config)
     longer = [
-        key for key in now
+        key
+        for key in now
         if before[key] != now[key] and (before[key] is None or now[key] is None or before[key] < now[key])
-    ]  # fmt: skip
+    ]
     level = config.optim.min_lr_ratio == 1 or (config.optim.schedule == "wsd" and config.optim.decay_share == 0)
     checkpoints = complete_checkpoints(path)
     if longer and checkpoints and at_its_end(path, checkpoints[-1]) and not level and config.run.resume != "extend":

@@ -1,6 +1,5 @@
 """What a run reports at its end."""
 
-import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from protlig_dd.inference.sharing import Work
 from protlig_dd.runs.metrics import MetricsLog, with_nan, without_nan
 from protlig_dd.system.distributed import busy
 from protlig_dd.system.files import write_atomic
+from protlig_dd.system.tables import as_json
 from protlig_dd.system.terminal import announce, console
 from protlig_dd.tokenizer import N_STATES, ProteinTokenizer
 from protlig_dd.training.context import RunContext
@@ -85,7 +85,7 @@ def report_run(
             report |= sample_report(trainer, store, samples, metrics, context)
     if context.processes.first:
         write_atomic(context.folder / "report.csv", per_sequence(store, held))
-        write_atomic(context.folder / "report.json", json.dumps(without_nan(report), indent=1) + "\n")
+        write_atomic(context.folder / "report.json", as_json(without_nan(report)))
         write_run_page(context.folder)
         print_report(context.folder, trainer.max_steps, report, store.name)
 

@@ -24,6 +24,7 @@ from protlig_dd.system.device import describe_environment
 from protlig_dd.system.files import free_name, locked, sha256, write_atomic
 from protlig_dd.system.meeting import Meeting
 from protlig_dd.system.signals import STOPPED
+from protlig_dd.system.tables import as_json
 from protlig_dd.system.terminal import console
 from protlig_dd.training.context import Resolved, RunFolder, Start
 from protlig_dd.training.extend import check_extension, finished_at, put_report_aside, reports_otherwise
@@ -113,7 +114,7 @@ def open_run_folder(
         **vars(resolved),
         **describe_environment(torch.device(resolved.device)),
     }
-    write_atomic(path / "environment.json", json.dumps(record, indent=1) + "\n")
+    write_atomic(path / "environment.json", as_json(record))
     write_atomic(path / "config.yaml", as_yaml(config))  # last: now it is a run
     return RunFolder(path, attempt, Start(checkpoint, state, weights), left, None)
 
@@ -123,8 +124,17 @@ def check_not_beyond(checkpoint: Path | None, step: int, config: TrainConfig, st
     control, data = config.trainer, config.data
     most, told = control.max_steps, f"trainer.max_steps={control.max_steps}"
     if most is None:
-        most = count_steps(config, PackDataset(store, store.split("train"), max_len=data.max_len, seed=config.seed,
-                                               tokens_per_pack=data.tokens_per_pack, weights=data.weights))  # fmt: skip
+        most = count_steps(
+            config,
+            PackDataset(
+                store,
+                store.split("train"),
+                max_len=data.max_len,
+                seed=config.seed,
+                tokens_per_pack=data.tokens_per_pack,
+                weights=data.weights,
+            ),
+        )
         told = f"the {most} steps of trainer.epochs={control.epochs:g}"
     if step > most:
         raise ValueError(f"{checkpoint} is beyond {told}")

@@ -90,8 +90,18 @@ class Trainer:
         self.ema.update(self.model, step + 1)
         self.residues_seen += residues
         rows = [row for batch in batches for row in batch.rows.tolist()]
-        return {"pack_loss": pack_loss, "grad_norm": grad_norm, "grad_norms": norms, "lr": lr, "residues": residues,
-                "rows": rows, "flops": 3 * flops, "waited": waited, "asked": asked, "bad": bad}  # fmt: skip
+        return {
+            "pack_loss": pack_loss,
+            "grad_norm": grad_norm,
+            "grad_norms": norms,
+            "lr": lr,
+            "residues": residues,
+            "rows": rows,
+            "flops": 3 * flops,
+            "waited": waited,
+            "asked": asked,
+            "bad": bad,
+        }
 
     def watch(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
         """Freeze the weights from the first loss or gradient on that is no number, or a loss far above the usual.

@@ -5,7 +5,6 @@ there too, so that memory holds a few columns of numbers at a time and never the
 """
 
 import contextlib
-import json
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -33,6 +32,7 @@ from protlig_dd.data.prepare.spool import Spool
 from protlig_dd.data.prepare.write import write_store
 from protlig_dd.data.store import FORMAT_VERSION, SPLITS, SequenceStore
 from protlig_dd.system.files import free_name, sha256, sync_folder, write_atomic
+from protlig_dd.system.tables import as_json
 
 
 def build_store(
@@ -122,7 +122,7 @@ def build_store(
         when = {"created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "seconds": round(time.time() - began, 1)}
         told = SequenceStore(finished)
         told_by = {"fingerprint": told.fingerprint, "software": f"protlig_dd {__version__}"}
-        write_atomic(folder / "manifest", json.dumps(told.manifest | when | told_by, indent=1) + "\n")
+        write_atomic(folder / "manifest", as_json(told.manifest | when | told_by))
         if output.exists():  # somebody else made it meanwhile
             raise already_there(output)
         beside = manifest_path(output)

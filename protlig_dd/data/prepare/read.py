@@ -68,5 +68,8 @@ def read_inputs(
                 split=np.full(len(headers), code or 0),
             )
     return {
-        "records": records, "lower_case_letters": lower_case, "nucleotide_like": nucleotides, "dropped": dropped,
-    }  # fmt: skip
+        "records": records,
+        "lower_case_letters": lower_case,
+        "nucleotide_like": nucleotides,
+        "dropped": dropped,
+    }

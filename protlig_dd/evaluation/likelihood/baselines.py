@@ -76,8 +76,10 @@ def find_baselines(wanted: str | None, store: SequenceStore | None, trained: Tra
         else own_data(given, trained.saved.path, trained.saved.data_fingerprint)
     )
     if found is None:
-        announce("the model's training set was not found: give train=store.h5 for unigram and bigram models",
-                 trained.processes)  # fmt: skip
+        announce(
+            "the model's training set was not found: give train=store.h5 for unigram and bigram models",
+            trained.processes,
+        )
         return None
     announce(f"unigram and bigram models are those of the training split of {found.name}", trained.processes)
     return found

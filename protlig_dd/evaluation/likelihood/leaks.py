@@ -53,8 +53,10 @@ class Leaks:
         for source, found in zip(self.searched, self.copies, strict=True):
             name = named(source)
             if found.any():
-                told.append(f"warning: {found.sum():,} of {len(found):,} {proteins} are exact copies of proteins that "
-                            f"trained {name}")  # fmt: skip
+                told.append(
+                    f"warning: {found.sum():,} of {len(found):,} {proteins} are exact copies of proteins that "
+                    f"trained {name}"
+                )
             else:
                 clean.append(name)
         if clean:

@@ -53,8 +53,10 @@ def report_table(report: dict[str, Any]) -> str:
         other = report["compared_with"]
         difference = told(report["bound_to_compared"], report["bound_to_compared_se"], "+.4f")
         models = f"{report['run']}, step {report['step']}, minus {other['run']}, step {other['step']}"
-        lines += ["", f"{models} ({other['checkpoint']}), paired: {difference} nats/residue; below zero the first is "
-                  "better."]  # fmt: skip
+        lines += [
+            "",
+            f"{models} ({other['checkpoint']}), paired: {difference} nats/residue; below zero the first is better.",
+        ]
         if report["estimator"] != other["estimator"]:
             lines += [f"Their estimators differ: {report['estimator']}, and {other['estimator']} of the second."]
     if (leaks := report["in_training"])["copies"] or leaks["near"]:

@@ -34,8 +34,10 @@ def curves(runs: Sequence[Run], names: Sequence[str] | None = None) -> list[Mark
         y = [value * factor for value in y]
         if names:
             return [Series(name, x, smooth(y, SMOOTHED), colour)]
-        return [Series(f"{name}each step", x, y, colour, "faint"),
-                Series(f"{name}smoothed", x, smooth(y, SMOOTHED), colour)]  # fmt: skip
+        return [
+            Series(f"{name}each step", x, y, colour, "faint"),
+            Series(f"{name}smoothed", x, smooth(y, SMOOTHED), colour),
+        ]
 
     def validation(run: Run, name: str, colour: int) -> Series:
         x, y = run.column("val_nll")
@@ -45,19 +47,27 @@ def curves(runs: Sequence[Run], names: Sequence[str] | None = None) -> list[Mark
     if names is None:
         (run,) = runs
         loss = "loss, weights capped, " if has_capped_weights(run) else "loss, "  # which is no bound
-        plots = [plot("Loss and validation bound", NATS, [*raw_and_smooth(run, "loss", loss, 0),
-                                                          validation(run, "validation bound", 1)])]  # fmt: skip
+        plots = [
+            plot(
+                "Loss and validation bound",
+                NATS,
+                [*raw_and_smooth(run, "loss", loss, 0), validation(run, "validation bound", 1)],
+            )
+        ]
     else:
         named = list(enumerate(zip(runs, names, strict=True)))
         losses = [one for i, (run, name) in named for one in raw_and_smooth(run, "loss", name, i)]
-        plots = [plot("Loss, smoothed", NATS, losses),
-                 plot("Validation bound", NATS, [validation(run, name, i) for i, (run, name) in named])]  # fmt: skip
+        plots = [
+            plot("Loss, smoothed", NATS, losses),
+            plot("Validation bound", NATS, [validation(run, name, i) for i, (run, name) in named]),
+        ]
     for key, title, unit, factor in CURVES:
         if key in ("lr", "residues_per_s"):
             lines = [Series((names or [title])[i], *thin(*run.column(key)), i) for i, run in enumerate(runs)]
         else:
-            lines = [one for i, run in enumerate(runs)
-                     for one in raw_and_smooth(run, key, (names or [""])[i], i, factor)]  # fmt: skip
+            lines = [
+                one for i, run in enumerate(runs) for one in raw_and_smooth(run, key, (names or [""])[i], i, factor)
+            ]
         plots.append(plot(title, unit, lines, from_zero=key != "grad_norm"))
     return [one for one in plots if one]
 

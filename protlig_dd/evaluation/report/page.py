@@ -62,7 +62,8 @@ def run_page(run: Run) -> str:
             f"{run.config[key]} {name}"
             for key, name in (("graph.name", "diffusion"), ("noise.name", "noise"), ("optim.name", "optimizer"))
             if key in run.config
-        ) + (f" · {device} in {run.environment.get('precision')}" if device else ""),
+        )
+        + (f" · {device} in {run.environment.get('precision')}" if device else ""),
         notices=notices,
         figures=headline(run, what, bounds),
         bounds=bounds_section(what, bounds, run.environment.get("data_path")),
@@ -71,9 +72,10 @@ def run_page(run: Run) -> str:
         judges=judges_section(run),
         proteins=[protein(record) for record in run.samples[:MOST_PROTEINS]],
         more=f"{len(run.samples) - MOST_PROTEINS} more in {run.report['samples']}"
-        if len(run.samples) > MOST_PROTEINS else "",
+        if len(run.samples) > MOST_PROTEINS
+        else "",
         records=[(name, rows) for name, rows in records if rows],
-    )  # fmt: skip
+    )
 
 
 def comparison_page(runs: Sequence[Run]) -> str:
@@ -85,31 +87,64 @@ def comparison_page(runs: Sequence[Run]) -> str:
         for run, (what, bounds) in zip(runs, found, strict=True)
         if bounds
     }
-    estimates = [Estimate(name, bounds["nll"], bounds["nll_se"], i)
-                 for i, (name, (_, bounds)) in enumerate(zip(names, found, strict=True)) if bounds]  # fmt: skip
+    estimates = [
+        Estimate(name, bounds["nll"], bounds["nll_se"], i)
+        for i, (name, (_, bounds)) in enumerate(zip(names, found, strict=True))
+        if bounds
+    ]
     nats = [nats_of_proteins(run) for run in runs]
     rows = [
-        [name, what, *with_error(bounds, "nll"), *paired(own, nats[0]), *with_error(bounds, "unigram_nll"),
-         *with_error(bounds, "difference"), f"{bounds['step']:,}", f"{bounds['sequences']:,}"]
-        for name, own, (what, bounds) in zip(names, nats, found, strict=True) if bounds
-    ]  # fmt: skip
-    head = ["run", "on", "bound", "± SE", "minus the first", "± SE", "unigram", "± SE", "minus unigram", "± SE",
-            "step", "proteins"]  # fmt: skip
+        [
+            name,
+            what,
+            *with_error(bounds, "nll"),
+            *paired(own, nats[0]),
+            *with_error(bounds, "unigram_nll"),
+            *with_error(bounds, "difference"),
+            f"{bounds['step']:,}",
+            f"{bounds['sequences']:,}",
+        ]
+        for name, own, (what, bounds) in zip(names, nats, found, strict=True)
+        if bounds
+    ]
+    head = [
+        "run",
+        "on",
+        "bound",
+        "± SE",
+        "minus the first",
+        "± SE",
+        "unigram",
+        "± SE",
+        "minus unigram",
+        "± SE",
+        "step",
+        "proteins",
+    ]
     return render(
         title="Comparison of runs" if len(runs) > 1 else runs[0].name,
         subtitle=", ".join(names),
         notices=["The bounds are not of the same proteins: compare each with its own unigram model."]
-        if len(scored) > 1 else [],
-        bounds={"plot": dot_plot("Bound", NATS, estimates), "head": head, "rows": rows, "wide": True,
-                "note": "Nats per residue, averaged weights. Bars are two standard errors each way; the difference to "
-                "the first run is paired, protein by protein, and more certain than the bars say. It is left out where "
-                "the proteins are not the same. Each unigram model is that of its run's own training split: "
-                + "; ".join(f"{name}: {run.environment.get('data_path', 'unknown')}"
-                            for name, run in zip(names, runs, strict=True)) + "."}
-        if rows else None,
+        if len(scored) > 1
+        else [],
+        bounds={
+            "plot": dot_plot("Bound", NATS, estimates),
+            "head": head,
+            "rows": rows,
+            "wide": True,
+            "note": "Nats per residue, averaged weights. Bars are two standard errors each way; the difference to "
+            "the first run is paired, protein by protein, and more certain than the bars say. It is left out where "
+            "the proteins are not the same. Each unigram model is that of its run's own training split: "
+            + "; ".join(
+                f"{name}: {run.environment.get('data_path', 'unknown')}" for name, run in zip(names, runs, strict=True)
+            )
+            + ".",
+        }
+        if rows
+        else None,
         curves=curves(runs, names),
         differing={"head": ["key", *names], "rows": differing_keys([run.config for run in runs])},
-    )  # fmt: skip
+    )
 
 
 def render(**content: Any) -> str:

@@ -127,8 +127,9 @@ def plot(
     if labels is None:
         ticks = nice_ticks(x_low, x_high, 4)
         parts += [x_tick(across(tick), text) for tick, text in zip(ticks, tick_texts(ticks), strict=True)]
-        parts.append(Markup('<text class="name" x="{}" y="{}" text-anchor="end">{}</text>').format(
-            RIGHT, HEIGHT - 3, x_name))  # fmt: skip
+        parts.append(
+            Markup('<text class="name" x="{}" y="{}" text-anchor="end">{}</text>').format(RIGHT, HEIGHT - 3, x_name)
+        )
     else:
         parts += [x_tick(across(float(i)), text) for i, text in enumerate(labels)]
     for one in series:
@@ -140,9 +141,14 @@ def plot(
             parts += [circle(one.colour % COLOURS, across(x), up(y), 3.0) for x, y in zip(one.x, one.y, strict=True)]
     parts.append(Markup('<path class="rule" d="M0 {}V{}" hidden=""/>').format(TOP, BOTTOM))
     hover = {
-        "left": LEFT, "right": RIGHT, "low": x_low, "high": x_high, "xName": x_name, "labels": labels,
+        "left": LEFT,
+        "right": RIGHT,
+        "low": x_low,
+        "high": x_high,
+        "xName": x_name,
+        "labels": labels,
         "series": [{"name": one.name, "x": rounded(one.x), "y": rounded(one.y)} for one in series],
-    }  # fmt: skip
+    }
     return figure(title, unit, svg(title, unit, HEIGHT, parts), series if len(series) > 1 else [], hover)
 
 
@@ -158,8 +164,10 @@ def dot_plot(title: str, unit: str, rows: Sequence[Estimate]) -> Markup:
 
     ticks, parts = nice_ticks(low, high, 4), []
     for tick, text in zip(ticks, tick_texts(ticks), strict=True):
-        parts += [Markup('<path class="grid" d="M{} {}V{}"/>').format(f"{across(tick):.1f}", TOP, bottom),
-                  x_tick(across(tick), text, bottom + 17)]  # fmt: skip
+        parts += [
+            Markup('<path class="grid" d="M{} {}V{}"/>').format(f"{across(tick):.1f}", TOP, bottom),
+            x_tick(across(tick), text, bottom + 17),
+        ]
     for i, (row, bar) in enumerate(zip(rows, bars, strict=True)):
         y, colour = TOP + ROW * i + 27, row.colour % COLOURS
         parts.append(Markup('<text class="row" x="12" y="{}">{}</text>').format(f"{y - 10:.1f}", shortened(row.name)))
@@ -175,8 +183,10 @@ def drawn(series: Series, x: Sequence[float], y: Sequence[float], bottom: float)
     dashed = " dashed" if series.colour >= COLOURS else ""
     width = min((b - a for a, b in itertools.pairwise(x)), default=RIGHT - LEFT)
     if series.style == "bars":
-        path = "".join(f"M{a - 0.4 * width:.1f} {bottom:.1f}V{b:.1f}h{0.8 * width:.1f}V{bottom:.1f}z"
-                       for a, b in zip(x, y, strict=True))  # fmt: skip
+        path = "".join(
+            f"M{a - 0.4 * width:.1f} {bottom:.1f}V{b:.1f}h{0.8 * width:.1f}V{bottom:.1f}z"
+            for a, b in zip(x, y, strict=True)
+        )
         return Markup('<path class="c{} bars" d="{}"/>').format(colour, path)
     if series.style == "dots":
         return Markup("").join(circle(colour, a, b, 3.5) for a, b in zip(x, y, strict=True))

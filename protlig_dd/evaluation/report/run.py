@@ -1,7 +1,6 @@
 """What a run folder holds."""
 
 import csv
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from protlig_dd.config.read import flatten
 from protlig_dd.data.fasta import FastaRecord, read_fasta
 from protlig_dd.evaluation.samples.statistics import SETS
 from protlig_dd.runs.metrics import read_metrics, with_nan
+from protlig_dd.system.tables import read_json
 
 PAGE, CONFIG, METRICS = "report.html", "config.yaml", "metrics.jsonl"
 BOUNDS = ("nll", "unigram_nll", "difference")
@@ -87,24 +87,6 @@ def read_run(folder: Path) -> Run:
         samples=list(read_fasta(fasta)) if fasta.is_file() else [],
         judges=judges,
     )
-
-
-def read_json(path: Path, keys: Sequence[str] = ()) -> dict[str, Any]:
-    """The object in a file; {} where there is no file.
-
-    Raises:
-        ValueError: something else, or one without one of these keys; names the file.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
-    if not isinstance(found, dict) or not set(keys) <= found.keys():
-        wanted = f"an object with {', '.join(keys)}" if keys else "an object"
-        raise ValueError(f"{path}: not what protlig_dd has written, {wanted}")
-    return found
 
 
 def nats_of_proteins(run: Run) -> list[tuple[str, int, float]]:

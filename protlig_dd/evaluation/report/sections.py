@@ -41,9 +41,12 @@ def headline(run: Run, what: str, bounds: dict[str, Any]) -> list[tuple[str, str
     if bounds:
         found = [
             (f"Bound, {what}", f"{bounds['nll']:.4f}", f"{plus_minus(bounds['nll_se'])} {NATS}"),
-            ("Against the unigram model", f"{bounds['difference']:+.4f}".replace("-", "−"),
-             f"{plus_minus(bounds['difference_se'])} {NATS}, paired"),
-        ]  # fmt: skip
+            (
+                "Against the unigram model",
+                f"{bounds['difference']:+.4f}".replace("-", "−"),
+                f"{plus_minus(bounds['difference_se'])} {NATS}, paired",
+            ),
+        ]
     if run.metrics:
         _, residues = run.column("residues")
         found.append(("Steps", f"{run.last_step:,}", f"{max(residues, default=0):,.0f} residues seen"))
@@ -112,9 +115,12 @@ def judges_section(run: Run) -> dict[str, Any] | None:
         return None
     verdicts = [f"{one['group']}: {one['told']}" for one in (run.judges or run.report).get("verdicts", [])]
     return {
-        "title": "What judges say", "note": f"{note}, and those shuffled.", "verdicts": verdicts,
-        "head": ["judge", *SETS], "rows": rows,
-    }  # fmt: skip
+        "title": "What judges say",
+        "note": f"{note}, and those shuffled.",
+        "verdicts": verdicts,
+        "head": ["judge", *SETS],
+        "rows": rows,
+    }
 
 
 def told(value: Any) -> str:

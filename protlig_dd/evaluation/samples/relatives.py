@@ -7,13 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from protlig_dd.config.verbs import JudgeConfig
-from protlig_dd.data.mmseqs import best_hits, clusters_of
+from protlig_dd.data.mmseqs import COVERAGE, E_VALUE, IDENTITY, best_hits, clusters_of
 from protlig_dd.data.store import SequenceStore
 from protlig_dd.evaluation.inputs import is_store, numbered_fasta
 from protlig_dd.evaluation.samples.statistics import SETS, Figure, Rows, figures, share
 from protlig_dd.system.terminal import ProgressBar, console
 
-NEAR, COVERED = 0.5, 0.8  # identity and coverage of a near relative
 NAN = float("nan")
 
 
@@ -40,16 +39,19 @@ def relatives(
     Returns:
         By its name, a column of what each sample got.
     """
-    alone, twins = f"clusters at {NEAR:.0%} identity, a protein", f"with another of the set at >= {NEAR:.0%} identity"
-    hit, identity = "with a training protein at E <= 0.001", "identity to the best of those"
-    close = f"with one at >= {NEAR:.0%} identity over >= {COVERED:.0%}"
+    alone, twins = (
+        f"clusters at {IDENTITY:.0%} identity, a protein",
+        f"with another of the set at >= {IDENTITY:.0%} identity",
+    )
+    hit, identity = f"with a training protein at E <= {E_VALUE}", "identity to the best of those"
+    close = f"with one at >= {IDENTITY:.0%} identity over >= {COVERAGE:.0%}"
     for name in (alone, twins, *((hit, identity, close) if train is not None else ())):
         rows[name] = []
     columns: dict[str, Sequence[float]] = {}
     with ProgressBar("MMseqs2", len(SETS) + (train is not None)) as bar:
         for name, sequences in zip(SETS, sets, strict=True):
             clusters = clusters_of(
-                numbered_fasta(scratch / name, sequences), scratch / "work", identity=NEAR, coverage=COVERED
+                numbered_fasta(scratch / name, sequences), scratch / "work", identity=IDENTITY, coverage=COVERAGE
             )
             bar.advance(note=f"clusters, {name}")
             members = {i for cluster in clusters if len(cluster) > 1 for i in cluster}

@@ -65,16 +65,34 @@ KINDS = (
     Kind("share of different sequences", "variety", "less", if_less=DULL, of_proteins=True),
     Kind("clusters at", "variety", "less", if_less=DULL, of_proteins=True),
     Kind("with another of the set", "variety", "more", DULL, of_proteins=True),
-    Kind("with a training protein", "relatives", "either", "other training proteins or fewer epochs", WILD,
-         of_proteins=True),
-    Kind("with one at", "relatives", "either", "other training proteins or fewer epochs: it copies", WILD,
-         of_proteins=True),
-    Kind("identity to the best", "relatives", "either", "other training proteins or fewer epochs: it copies", WILD,
-         of_those="with a training protein"),
+    Kind(
+        "with a training protein",
+        "relatives",
+        "either",
+        "other training proteins or fewer epochs",
+        WILD,
+        of_proteins=True,
+    ),
+    Kind(
+        "with one at",
+        "relatives",
+        "either",
+        "other training proteins or fewer epochs: it copies",
+        WILD,
+        of_proteins=True,
+    ),
+    Kind(
+        "identity to the best",
+        "relatives",
+        "either",
+        "other training proteins or fewer epochs: it copies",
+        WILD,
+        of_those="with a training protein",
+    ),
     Kind("with a hit to the HMMs", "families", "less", if_less=WILD, of_proteins=True),
     Kind("pseudo-perplexity", "ESM-2", "more", WILD),
     Kind("pLDDT", "ESMFold", "less", if_less=WILD),
-)  # fmt: skip
+)
 DISTANCE = "length, Kolmogorov-Smirnov distance"
 
 

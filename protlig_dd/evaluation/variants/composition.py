@@ -91,8 +91,10 @@ def composition_line(report: Mapping[str, Any]) -> str:
     if figures := told(report):
         parts += [f"with the measurements {figures}", f"score - composition {told(report['score_minus_composition'])}"]
     if same := report.get("scores_of_the_same_rows"):
-        parts.append(f"over the {report['rows']:,} rows without insertion or deletion"
-                     + (f", where the model has {told(same)}" if told(same) else ""))  # fmt: skip
+        parts.append(
+            f"over the {report['rows']:,} rows without insertion or deletion"
+            + (f", where the model has {told(same)}" if told(same) else "")
+        )
     return f"composition alone (residue frequencies of {report['of']}): {'; '.join(parts)}"
 
 

@@ -5,6 +5,7 @@ from io import BytesIO
 import numpy as np
 
 from protlig_dd.evaluation.variants.assays import Assay
+from protlig_dd.system.tables import as_csv
 from protlig_dd.tokenizer import AMINO_ACIDS, N_STATES, ProteinTokenizer
 
 ROW = 100  # positions side by side in the picture
@@ -29,11 +30,11 @@ def heat_map(assay: Assay, target: np.ndarray, scores: np.ndarray) -> np.ndarray
 def to_csv(table: np.ndarray, target: np.ndarray) -> str:
     """A line for each position, from 1; empty where nothing was scored."""
     letters = ProteinTokenizer().decode(target)
-    lines = [
-        ",".join([str(position), letter, *("" if np.isnan(score) else f"{score:.6f}" for score in row)])
+    rows = [
+        [position, letter, *("" if np.isnan(score) else f"{score:.6f}" for score in row)]
         for position, (letter, row) in enumerate(zip(letters, table, strict=True), start=1)
     ]
-    return "\n".join([",".join(["position", "wild_type", *AMINO_ACIDS]), *lines]) + "\n"
+    return as_csv([["position", "wild_type", *AMINO_ACIDS], *rows])
 
 
 def to_png(table: np.ndarray, target: np.ndarray, title: str) -> bytes:
@@ -50,8 +51,14 @@ def to_png(table: np.ndarray, target: np.ndarray, title: str) -> bytes:
     for axis, block in zip(axes, blocks, strict=True):
         start, stop = block * ROW, min(len(table), (block + 1) * ROW)
         axis.set_facecolor("0.8")
-        image = axis.imshow(table[start:stop].T, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto",
-                            extent=(start + 0.5, stop + 0.5, N_STATES - 0.5, -0.5))  # fmt: skip
+        image = axis.imshow(
+            table[start:stop].T,
+            cmap="RdBu",
+            vmin=-limit,
+            vmax=limit,
+            aspect="auto",
+            extent=(start + 0.5, stop + 0.5, N_STATES - 0.5, -0.5),
+        )
         own = [position for position in range(start, stop) if target[position] < N_STATES]
         axis.plot([position + 1 for position in own], target[own], "k.", markersize=3)
         axis.set_xlim(start + 0.5, start + ROW + 0.5)

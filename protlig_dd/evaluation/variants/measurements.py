@@ -72,13 +72,12 @@ def spearman(scores: np.ndarray, measured: np.ndarray) -> float | None:
 def auc(scores: np.ndarray, fit: np.ndarray) -> float | None:
     """How often a fit variant has a higher score than an unfit one, ties as a half; None without either."""
     positive, negative = fit == 1, fit == 0
-    pairs = int(positive.sum()) * int(negative.sum())
-    if not pairs:
+    if not positive.any() or not negative.any():
         return None
-    from scipy.stats import rankdata
+    from scipy.stats import mannwhitneyu
 
-    ranks = rankdata(scores[positive | negative])[positive[positive | negative]]
-    return float((ranks.sum() - len(ranks) * (len(ranks) + 1) / 2) / pairs)
+    wins = mannwhitneyu(scores[positive], scores[negative], method="asymptotic").statistic
+    return float(wins / (positive.sum() * negative.sum()))
 
 
 def matthews(high: np.ndarray, fit: np.ndarray) -> float | None:
