@@ -24,6 +24,7 @@ FLOORS = (
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 LONGEST, MEDIAN = 350, 150  # lines of a file
+MOST_PARAMETERS = 8
 
 
 def room_of(module: str) -> str:
@@ -67,6 +68,36 @@ def test_files_are_short() -> None:
     assert {name: count for name, count in lines.items() if count > LONGEST} == {}
     counts = sorted(lines.values())
     assert counts[len(counts) // 2] < MEDIAN
+
+
+def functions() -> list[tuple[str, ast.FunctionDef]]:
+    """Every function and method of the package, with the name of its module."""
+    found = []
+    for name, path in MODULES.items():
+        nodes = ast.walk(ast.parse(path.read_text()))
+        found += [(name, node) for node in nodes if isinstance(node, ast.FunctionDef)]
+    return found
+
+
+def test_no_function_takes_more_than_eight_parameters() -> None:
+    for module, function in functions():
+        arguments = function.args
+        names = [one.arg for one in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
+        names += [one.arg for one in (arguments.vararg, arguments.kwarg) if one is not None]
+        taken = [name for name in names if name not in ("self", "cls")]
+        assert len(taken) <= MOST_PARAMETERS, f"{module}.{function.name} takes {len(taken)} parameters"
+
+
+def test_nothing_assigns_to_a_config() -> None:
+    """`resolve` and what follows make others with dataclasses.replace."""
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            for target in targets:
+                text = ast.unparse(target) if isinstance(target, ast.Attribute | ast.Subscript) else ""
+                assert not re.match(r"(self\.)?(config|data|optim|control|trainer\.config)[.\[]", text), (
+                    f"{name}: {text}"
+                )
 
 
 def test_earlier_places_of_public_functions_work() -> None:

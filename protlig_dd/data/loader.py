@@ -2,7 +2,7 @@
 
     rank r of R reads packs  step * packs_per_step + r, + R, + 2 R, ...
 
-What is in a pack follows from (seed, epoch) (see plan.py) and where its crops lie from (seed, pack): neither knows of
+What is in a pack follows from (seed, epoch) (see packing.py) and where its crops lie from (seed, pack): neither knows of
 ranks or workers.
 """
 
@@ -23,7 +23,7 @@ from protlig_dd.data.packing import Plan, epoch_rows, make_plan, packs_in_epoch,
 from protlig_dd.data.plan_cache import remove_plans, shared_plan
 from protlig_dd.data.store import SequenceStore, StoreGroup
 
-_CROP = 2  # first word of the random key; plan.py has the others
+_CROP = 2  # first word of the random key; packing.py has the others
 PREFETCH = 4  # packs that each worker keeps ready
 
 
