@@ -2,8 +2,8 @@
 
     rank r of R reads packs  step * packs_per_step + r, + R, + 2 R, ...
 
-What is in a pack follows from (seed, epoch) (see packing.py) and where its crops lie from (seed, pack): neither knows of
-ranks or workers.
+What is in a pack follows from (seed, epoch) (see packing.py) and where its crops lie from (seed, pack): neither knows
+of ranks or workers.
 """
 
 import signal
