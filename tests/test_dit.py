@@ -269,7 +269,7 @@ def test_filled_packs_give_the_same_logits_and_gradients() -> None:
     batch, sigma = random_batch([7, 40, 12]), torch.rand(3)
     plain = model(batch, sigma)
     expected = gradients(model, F.cross_entropy(plain, batch.tokens))
-    model.fill_packs(StaticShape(128, 8, 40))
+    model.pad_packs(StaticShape(128, 8, 40))
     filled = model(batch, sigma)
     assert torch.allclose(filled, plain, atol=1e-5)
     for mine, theirs in zip(gradients(model, F.cross_entropy(filled, batch.tokens)), expected, strict=True):
@@ -312,7 +312,7 @@ def test_a_graph_of_filled_packs_gives_the_gradients_of_plain_ones(compiled: boo
         if fast:
             if compiled:
                 model.compile_blocks(dynamic=False)
-            model.fill_packs(StaticShape(256, 8, 130))
+            model.pad_packs(StaticShape(256, 8, 130))
             model.capture(torch.bfloat16)
         for batch in packs:
             with torch.autocast("cuda", torch.bfloat16):

@@ -44,7 +44,7 @@ def make_trainer(store: SequenceStore, optimizer: str, device: torch.device, *, 
     model = make_model(attention_backend=backend).to(device).train()
     if fast:
         model.compile_blocks(dynamic=False)
-        model.fill_packs(SHAPE)
+        model.pad_packs(SHAPE)
         model.capture(context.autocast)
     group = StoreGroup([store])
     dataset = PackDataset(group, group.split("train"), seed=0, max_len=100, tokens_per_pack=512)

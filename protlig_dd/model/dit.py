@@ -135,12 +135,12 @@ class DiT(nn.Module):
                 torch.compile(part, dynamic=dynamic) for part in (block.before_mixing, block.after_mixing)
             )
 
-    def fill_packs(self, shape: StaticShape) -> None:
+    def pad_packs(self, shape: StaticShape) -> None:
         """Pad training packs to a fixed shape from now on; padding is removed from the logits."""
         self.shape = shape
 
     def capture(self, autocast: torch.dtype | None) -> None:
-        """Record the forward and the backward pass over a pack of `fill_packs`' shape as two CUDA graphs.
+        """Record the forward and the backward pass over a pack of `pad_packs`' shape as two CUDA graphs.
 
         A replay costs the host one launch instead of a thousand. Gradients then live in fixed memory: they must be
         zeroed, not dropped, between steps (`zero_grad(set_to_none=False)`), as they are accumulated into.

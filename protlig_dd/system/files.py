@@ -196,7 +196,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def written_to(log: Path) -> Iterator[None]:
+def redirected_to(log: Path) -> Iterator[None]:
     """What this process and its children print goes to the end of a file."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as file:

@@ -115,7 +115,7 @@ def launch_ranks(
         elastic_launch(config, entry)(*arguments)
     except SignalException as error:
         name = signal.Signals(error.sigval).name
-        if opened_by(run_folder).get("launch") != config.run_id:
+        if recorded_environment(run_folder).get("launch") != config.run_id:
             raise Stopped(name) from error
         if not (run_folder / STOPPED).is_file():
             if log.is_file() and log.stat().st_mtime >= environment.stat().st_mtime:  # not of an earlier start
@@ -134,7 +134,7 @@ def launch_ranks(
         for name in variables:
             os.environ.pop(name)
         os.environ.update(earlier)
-    if opened_by(run_folder).get("launch") == config.run_id and (run_folder / STOPPED).is_file():
+    if recorded_environment(run_folder).get("launch") == config.run_id and (run_folder / STOPPED).is_file():
         raise Stopped(**json.loads((run_folder / STOPPED).read_text()))
 
 
@@ -147,7 +147,7 @@ def start_resource_tracker() -> None:
         signal.signal(signal.SIGHUP, earlier)
 
 
-def opened_by(run_folder: Path) -> dict[str, Any]:
+def recorded_environment(run_folder: Path) -> dict[str, Any]:
     """environment.json of the start that opened the folder last; {} where there was none, or it cannot be read."""
     try:
         return dict(json.loads((run_folder / "environment.json").read_text()))

@@ -129,7 +129,7 @@ def prepare_kernels(model: DiT, packs: PackDataset, config: TrainConfig, context
     if not on_gpu:
         return
     tokens = config.data.tokens_per_pack
-    model.fill_packs(StaticShape(tokens, spare_sequences(tokens, packs.mean_tokens), config.data.max_len + 2))
+    model.pad_packs(StaticShape(tokens, spare_sequences(tokens, packs.mean_tokens), config.data.max_len + 2))
     # neither recomputation, which sets the random state, nor sdpa's loop over sequences can be replayed
     if not config.model.checkpointing and context.attention_backend != "sdpa":
         model.capture(context.autocast)

@@ -39,8 +39,8 @@ from protlig_dd.system.distributed import (
     together,
     words_of_others,
 )
-from protlig_dd.system.files import locked, write_atomic, written_to
-from protlig_dd.system.launcher import count_devices, launch_ranks, leave_without_closing, opened_by
+from protlig_dd.system.files import locked, redirected_to, write_atomic
+from protlig_dd.system.launcher import count_devices, launch_ranks, leave_without_closing, recorded_environment
 from protlig_dd.system.meeting import Meeting, meeting_of
 from protlig_dd.system.output import let_output_fail
 from protlig_dd.system.signals import STOPPED, Stopped, StopRequests, seconds_of
@@ -168,7 +168,7 @@ def opened_run(config: TrainConfig, path: Path, deadline: Deadline) -> Iterator[
             if not processes.first and processes.local_rank == 0:
                 told = f"rank {processes.rank} of {processes.world_size} on {meeting.host}"
                 print(f"{told}: what it prints goes to {log}, the run's course to the terminal of rank 0", flush=True)
-            together(lambda: None if processes.first else stack.enter_context(written_to(log)))
+            together(lambda: None if processes.first else stack.enter_context(redirected_to(log)))
             left = folder.seconds_left
             with failures_logged(log):
                 yield (
@@ -223,7 +223,7 @@ def as_continued(
     config: TrainConfig, path: Path, meeting: Meeting, deadline: Deadline
 ) -> tuple[TrainConfig, float | None]:
     """The config without `run.fresh` where this start continues one that has made the folder, and the seconds left."""
-    left, earlier = None if deadline is None else deadline - time.monotonic(), opened_by(path)
+    left, earlier = None if deadline is None else deadline - time.monotonic(), recorded_environment(path)
     if not is_continued(earlier, meeting):
         return config, left
     resume = "auto" if config.run.resume == "never" else config.run.resume

@@ -146,7 +146,7 @@ def make_variant(
         model.compile_blocks(dynamic=setup.device.type != "cuda")
         if setup.device.type == "cuda":
             spare = spare_sequences(setup.tokens, dataset.mean_tokens)
-            model.fill_packs(StaticShape(setup.tokens, spare, setup.max_len + 2))
+            model.pad_packs(StaticShape(setup.tokens, spare, setup.max_len + 2))
             model.capture(context.autocast)
     objective = Objective(Absorbing(), LogLinearNoise(), "x0", timed, context.autocast)
     config = read_config(composed(f"optim={optimizer}", *TRAINED), TrainConfig)

@@ -12,7 +12,7 @@ from protlig_dd.inference.exported import is_exported
 from protlig_dd.inference.model import TrainedModel, find_saved, run_folder
 from protlig_dd.runs.checkpoint import COMPLETE, complete_checkpoints
 from protlig_dd.system.files import sha256
-from protlig_dd.system.launcher import opened_by
+from protlig_dd.system.launcher import recorded_environment
 
 NO_STORE = "its training set was not found, or cannot be read"
 
@@ -42,7 +42,7 @@ def own_data(given: Sequence[SequenceStore], checkpoint: Path, fingerprint: str)
     """
     candidates = [[store.path] for store in given]
     run = run_folder(checkpoint)
-    if run is not None and (paths := opened_by(run).get("data_path")):
+    if run is not None and (paths := recorded_environment(run).get("data_path")):
         candidates += [[folder / path for path in paths.split(", ")] for folder in (Path(), *run.parents)]
     for paths in candidates:
         if all(map(is_store, paths)):
