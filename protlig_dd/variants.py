@@ -19,14 +19,7 @@ from protlig_dd.evaluation.variants.assays import all_substitutions, read_target
 from protlig_dd.evaluation.variants.composition import background
 from protlig_dd.evaluation.variants.folder import score_folder
 from protlig_dd.evaluation.variants.mutants import AS_THE_TARGET
-from protlig_dd.evaluation.variants.scoring import (
-    beside,
-    numbered,
-    of_assay,
-    read_checked,
-    score_assay,
-    settings_of,
-)
+from protlig_dd.evaluation.variants.scoring import beside, numbered, of_assay, read_checked, score_assay, settings_of
 from protlig_dd.inference.model import load_trained
 from protlig_dd.system.distributed import from_first
 from protlig_dd.system.files import check_free

@@ -28,7 +28,8 @@ from protlig_dd.data.loader import PackDataset
 from protlig_dd.data.prepare.bundled import bundled_store
 from protlig_dd.diffusion.likelihood import nll_bound
 from protlig_dd.diffusion.noise import CosineNoise, LogLinearNoise, Noise
-from protlig_dd.diffusion.sampling import SamplerOptions, sample
+from protlig_dd.diffusion.samplers.base import SamplerOptions
+from protlig_dd.diffusion.sampling import sample
 from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.runs.checkpoint import find_checkpoint, load_weights
 from protlig_dd.system.terminal import ProgressBar

@@ -25,6 +25,8 @@ def rate_matrix(graph: str, n: int) -> Tensor:
         return q - torch.diag(q.sum(1))
     if graph == "uniform":
         return torch.full((n, n), 1 / n, dtype=torch.float64) - torch.eye(n, dtype=torch.float64)
+    if graph != "absorbing":
+        raise KeyError(graph)
     q = torch.zeros(n + 1, n + 1, dtype=torch.float64)
     q[:n, :n] = -torch.eye(n, dtype=torch.float64)
     q[:n, n] = 1.0

@@ -149,7 +149,7 @@ def graph_of(name: str, n: int) -> Graph:
     """`absorbing`, `uniform`, or `substitution` with the rates of brute_force."""
     if name == "substitution":
         return SubstitutionGraph(brute_force.rate_matrix(name, n).numpy())
-    return Absorbing(n) if name == "absorbing" else Uniform(n)
+    return {"absorbing": Absorbing, "uniform": Uniform}[name](n)
 
 
 def exact_score_fn(toy: brute_force.Toy, parametrisation: str = "log_score") -> ScoreFn:

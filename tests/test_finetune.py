@@ -7,7 +7,7 @@ import math
 import shutil
 import subprocess
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from omegaconf import OmegaConf, open_dict
 from safetensors.torch import load_file
 
 from protlig_dd.config.components import resolve_max_weight
-from protlig_dd.config.read import config_folder, flatten, read_config, spelt
+from protlig_dd.config.read import config_folder, flatten, read_config
 from protlig_dd.config.train import TrainConfig
 from protlig_dd.data.loader import PackDataset
 from protlig_dd.data.prepare.build import build_store
@@ -53,9 +53,9 @@ SOURCE = replace(config_of("model=tiny", "model.dropout=0.2", "noise.max_weight=
 def test_the_sources_network_and_process_are_taken() -> None:
     config = config_of("from=runs/a", "optim.lr=0.5", "data.max_len=77", "model.checkpointing=true")
     found = taken_over(config, SOURCE, {"from", "optim.lr", "data.max_len", "model.checkpointing"})
-    expected = flatten(spelt(config)) | {f"model.{key}": value for key, value in vars(SOURCE.model).items()}
+    expected = flatten(asdict(config)) | {f"model.{key}": value for key, value in vars(SOURCE.model).items()}
     expected |= {"model.checkpointing": True, "noise.max_weight": 3, "time_conditioning": False}
-    assert flatten(spelt(found)) == expected
+    assert flatten(asdict(found)) == expected
     free = config_of("from=runs/a", "model.dropout=0.1", "noise.curriculum=9", "time_conditioning=auto", "model=tiny")
     found = taken_over(free, SOURCE, {"model.dropout", "noise.curriculum", "time_conditioning", "model"})
     assert (found.model.dropout, found.noise["curriculum"], found.noise["max_weight"]) == (0.1, 9, 3)

@@ -22,7 +22,7 @@ from protlig_dd.data.store import SequenceStore
 from protlig_dd.diffusion.graphs.absorbing import Absorbing
 from protlig_dd.diffusion.graphs.uniform import Uniform
 from protlig_dd.diffusion.noise import LogLinearNoise
-from protlig_dd.diffusion.sampling import SamplerOptions
+from protlig_dd.diffusion.samplers.base import SamplerOptions
 from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.evaluation.samples.redesigns import Redesign, free_draws, free_nll
 from protlig_dd.inference import generate

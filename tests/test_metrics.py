@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from protlig_dd.batch import split_lengths
-from protlig_dd.diffusion.sampling import SamplerOptions
+from protlig_dd.diffusion.samplers.base import SamplerOptions
 from protlig_dd.inference.generate import Origin, designs_fasta
 from protlig_dd.inference.lengths import draw_lengths
 from protlig_dd.runs.metrics import MetricsLog, read_metrics

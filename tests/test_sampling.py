@@ -17,7 +17,8 @@ from protlig_dd.diffusion.graphs.base import Graph
 from protlig_dd.diffusion.graphs.substitution import make_substitution_graph
 from protlig_dd.diffusion.graphs.uniform import Uniform
 from protlig_dd.diffusion.noise import GeometricNoise, LogLinearNoise, Noise
-from protlig_dd.diffusion.sampling import SamplerOptions, sample
+from protlig_dd.diffusion.samplers.base import SamplerOptions
+from protlig_dd.diffusion.sampling import sample
 from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.inference.generate import generate
 from protlig_dd.inference.lengths import Lengths, choose_lengths

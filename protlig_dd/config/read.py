@@ -7,7 +7,7 @@ verbs.py. A key that is not there is an error, so a misspelt override can never 
 import inspect
 import keyword
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -16,9 +16,10 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from protlig_dd.config.components import TRAINING_NOISE, unknown_key
-from protlig_dd.config.fields import first_problem
+from protlig_dd.config.fields import STORED, first_problem, marked
 from protlig_dd.diffusion.graphs.registry import GRAPHS
 from protlig_dd.diffusion.noise import NOISES
+from protlig_dd.model.config import LATER, ModelConfig
 
 T = TypeVar("T")
 COMPONENTS: dict[str, Mapping[str, Callable[..., Any]]] = {"graph": GRAPHS, "noise": NOISES}
@@ -31,8 +32,11 @@ def config_folder() -> Path:
     return inside if inside.is_dir() else package.parent / "configs"
 
 
-def read_config(cfg: DictConfig, schema: type[T]) -> T:
+def read_config(cfg: DictConfig, schema: type[T], *, stored: bool = False) -> T:
     """Check a composed config against its schema and return it as that dataclass.
+
+    Args:
+        stored: what a run or an exported model has kept, whose numbers need not lie within the limits of today.
 
     Raises:
         ValueError: an unknown key (with the nearest known one), a missing value, or one that its field does not allow.
@@ -42,19 +46,24 @@ def read_config(cfg: DictConfig, schema: type[T]) -> T:
     except OmegaConfBaseException as error:
         raise ValueError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     assert isinstance(content, dict)
-    missing = next((key for key, value in flatten(content).items() if isinstance(value, str) and value == "???"), None)
+    missing = next((key for key, value in flatten(content).items() if "???" in (value, *listed(value))), None)
     if missing is not None:
         raise ValueError(f"{missing} is required: give {missing}=...")
     named = ((str(key), at_home(value)) for key, value in content.items())
-    fields = {f"{key}_" if keyword.iskeyword(key) else key: value for key, value in named}
+    arguments = {f"{key}_" if keyword.iskeyword(key) else key: value for key, value in named}
     try:
-        return TypeAdapter(schema).validate_python(fields)
+        return TypeAdapter(schema).validate_python(arguments, context=STORED if stored else None)
     except ValidationError as error:
         unknown = next((one for one in error.errors() if one["type"] == "unexpected_keyword_argument"), None)
         if unknown is not None:
             key = ".".join(str(part).removesuffix("_") for part in unknown["loc"])
             raise ValueError(unknown_key(key, known_keys(schema))) from error
         raise ValueError(first_problem(error)) from error
+
+
+def listed(value: Any) -> list[Any]:
+    """The elements of a list; of anything else none."""
+    return value if isinstance(value, list) else []
 
 
 def at_home(value: Any) -> Any:
@@ -70,7 +79,11 @@ def at_home(value: Any) -> Any:
 
 def spelt(config: Any) -> dict[str, Any]:
     """A config as YAML and the command line spell it: `from`, not `from_`."""
-    return {key.removesuffix("_"): value for key, value in asdict(config).items()}
+    values = {key.removesuffix("_"): value for key, value in asdict(config).items()}
+    if "model" in values:  # earlier versions read what they know
+        later = {field.name: field.default for field in fields(ModelConfig) if field.name in marked(ModelConfig, LATER)}
+        values["model"] = {key: one for key, one in values["model"].items() if key not in later or one != later[key]}
+    return values
 
 
 def as_yaml(config: Any) -> str:

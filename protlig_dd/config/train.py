@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import field_validator
 from pydantic.dataclasses import dataclass
@@ -13,6 +13,7 @@ from yaml import YAMLError
 from protlig_dd.config.components import build_graph, build_noise
 from protlig_dd.config.fields import (
     MAY_CHANGE,
+    STORED,
     STRICT,
     Above1,
     AtLeast0,
@@ -21,6 +22,7 @@ from protlig_dd.config.fields import (
     Auto,
     Decay,
     NotNegative,
+    Number,
     Positive,
     Share,
     SplitName,
@@ -29,14 +31,17 @@ from protlig_dd.config.fields import (
 from protlig_dd.config.read import flatten, read_config, shorten
 from protlig_dd.data.crops import Crop
 from protlig_dd.data.loader import check_pack_sizes, check_weights
-from protlig_dd.diffusion.sampling import SamplerOptions, check_sampler
+from protlig_dd.diffusion.samplers.base import SamplerOptions
+from protlig_dd.diffusion.sampling import check_sampler
 from protlig_dd.diffusion.score import check_parametrisation
 from protlig_dd.model.config import COMPUTING, ModelConfig
 from protlig_dd.model.dit import check_model
+from protlig_dd.system.signals import seconds_of
 
 OptimizerName = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "wsd"]
 OPTIMIZERS, SCHEDULES = get_args(OptimizerName), get_args(Schedule)
+CONFIG = "config.yaml"
 RESUME = ("auto", "never", "extend")  # of run.resume, beside a path
 
 
@@ -73,7 +78,7 @@ class OptimConfig:
     lr: Positive
     min_lr_ratio: Share
     warmup_steps: AtLeast0
-    betas: list[Decay]
+    betas: list[Number]
     eps: Positive
     weight_decay: NotNegative
     grad_clip: Positive
@@ -85,15 +90,15 @@ class OptimConfig:
 
     @field_validator("betas")
     @classmethod
-    def _are_two(cls, betas: list[float]) -> list[float]:
-        if len(betas) != 2:
+    def _are_two_decays(cls, betas: list[float], info: Any) -> list[float]:
+        if info.context != STORED and not (len(betas) == 2 and all(0 <= beta < 1 for beta in betas)):
             raise ValueError(f"optim.betas must be two numbers in [0, 1), got {betas}")
         return betas
 
     @field_validator("ema_decay")
     @classmethod
-    def _is_a_decay_or_auto(cls, decay: Any) -> Any:
-        if decay != "auto" and not (isinstance(decay, int | float) and 0 <= decay < 1):
+    def _is_a_decay_or_auto(cls, decay: Any, info: Any) -> Any:
+        if info.context != STORED and decay != "auto" and not (isinstance(decay, int | float) and 0 <= decay < 1):
             raise ValueError(f"optim.ema_decay must be auto or lie in [0, 1), got {decay}")
         return decay
 
@@ -159,13 +164,23 @@ class TrainConfig:
     from_: str | None = None
     from_sha256: str | None = None
 
+    @field_validator("model", mode="before")
+    @classmethod
+    def _has_numbers(cls, model: Any) -> Any:
+        for key in ("hidden_size", "n_heads", "n_blocks", "cond_dim", "dropout"):
+            if isinstance(model, dict) and isinstance(model.get(key), bool):
+                raise ValueError(f"model.{key}={model[key]}; give a number")
+        return model
+
     @field_validator("noise")
     @classmethod
-    def _has_a_cap_and_a_curriculum(cls, noise: dict[str, Any]) -> dict[str, Any]:
+    def _has_a_cap_and_a_curriculum(cls, noise: dict[str, Any], info: Any) -> dict[str, Any]:
         cap, steps = noise.get("max_weight"), noise.get("curriculum", 0)
+        if info.context == STORED:
+            return noise
         if cap not in (None, "auto") and not (isinstance(cap, int | float) and cap > 0):
             raise ValueError(f"noise.max_weight must be auto, null or above 0, got {cap}")
-        if not (isinstance(steps, int) and steps >= 0):
+        if not (isinstance(steps, int | float) and steps >= 0):
             raise ValueError(f"noise.curriculum must be at least 0, got {steps}")
         return noise
 
@@ -178,19 +193,30 @@ def may_change(key: str) -> bool:
 
 
 def config_in(folder: Path) -> TrainConfig:
-    """The config of a run, or of a checkpoint, that was written to this folder; keys that its version did not have yet
-    are as that version behaved.
+    """The config of a run, or of a checkpoint, that was written to this folder.
 
     Raises:
-        ValueError: a key that this version does not have, or a damaged file; names the file.
+        ValueError: a key that this version does not have or the file lacks, or a damaged file; names the file.
     """
-    file = folder / "config.yaml"
     try:
-        loaded = OmegaConf.load(file)
-        assert isinstance(loaded, DictConfig)
-        return read_config(loaded, TrainConfig)
-    except (ValueError, OmegaConfBaseException, YAMLError) as error:
-        raise ValueError(f"{file}: {error}") from error
+        return read_config(OmegaConf.create(recorded_config(folder)), TrainConfig, stored=True)
+    except (ValueError, OmegaConfBaseException) as error:
+        raise ValueError(f"{folder / CONFIG}: {error}") from error
+
+
+def recorded_config(folder: Path) -> dict[str, Any]:
+    """The same as nested dictionaries, whatever version wrote it.
+
+    Raises:
+        ValueError: a damaged file; names it.
+    """
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
+    except (OSError, OmegaConfBaseException, YAMLError) as error:
+        raise ValueError(f"{folder / CONFIG}: cannot be read ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{folder / CONFIG}: not a config")
+    return {str(key): value for key, value in content.items()}
 
 
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -209,12 +235,16 @@ def check_train_config(config: TrainConfig) -> None:
     trainer = config.trainer
     check_model(config.model)
     check_pack_sizes(config.data.max_len, config.data.tokens_per_pack)
+    if config.data.path is None:
+        raise ValueError("data.path=None: give a store, a list of stores [a.h5,b.h5], or auto")
     if config.data.weights is not None:
         check_weights(config.data.weights, len(config.data.path) if isinstance(config.data.path, list) else 1)
     graph = build_graph(config.graph)
     build_noise(config.noise, graph)
     check_parametrisation(graph, config.parametrisation, time_conditioning=config.time_conditioning is not False)
     check_sampler(graph, SamplerOptions(config.report.steps, config.report.predictor))
+    if trainer.max_time is not None:
+        seconds_of(trainer.max_time)
     if (trainer.max_steps is None) == (trainer.epochs is None):
         raise ValueError(f"give one of trainer.max_steps={trainer.max_steps} and trainer.epochs={trainer.epochs}")
     if config.run.resume not in RESUME and not (named := Path(config.run.resume)).is_dir():

@@ -1,11 +1,10 @@
 """The configurations of the verbs that use a model or data."""
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from protlig_dd.config.fields import STRICT, AtLeast0, AtLeast1, AtLeast2, Auto, Number, Share, SplitName, Whole
+from protlig_dd.config.fields import STRICT, AtLeast0, AtLeast1, AtLeast2, Auto, Even, Number, Share, SplitName, Whole
 
 
 @dataclass(config=STRICT)
@@ -65,7 +64,7 @@ class VariantsConfig:
     offset: Whole | None
     bad_rows: Literal["fail", "skip"]
     strategy: str
-    draws: Annotated[Whole, Field(ge=4, multiple_of=2)]
+    draws: Even
     seed: AtLeast0
     device: str
     precision: str

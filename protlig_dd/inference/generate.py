@@ -10,7 +10,8 @@ from torch import Tensor
 
 from protlig_dd.batch import PackedBatch
 from protlig_dd.diffusion.likelihood import nll_bound
-from protlig_dd.diffusion.sampling import SamplerOptions, sample
+from protlig_dd.diffusion.samplers.base import SamplerOptions
+from protlig_dd.diffusion.sampling import sample
 from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.inference.model import TrainedModel
 from protlig_dd.inference.sharing import Tick, Work, share

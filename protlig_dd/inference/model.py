@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from protlig_dd import __version__
 from protlig_dd.config.components import load_model
-from protlig_dd.config.read import read_config
+from protlig_dd.config.read import read_config, spelt
 from protlig_dd.config.train import LoggerConfig, RunConfig, TrainConfig, config_in
 from protlig_dd.diffusion.graphs.base import Graph
 from protlig_dd.diffusion.graphs.rates import substitution_rates
@@ -121,7 +121,7 @@ def describe(saved: SavedModel, report: dict[str, Any] | None) -> dict[str, Any]
         data=replace(config.data, path=None),
         logger=LoggerConfig(tensorboard=False, wandb_project=None, wandb_name=None),
     )
-    parts = {**asdict(training), "graph": graph}
+    parts = {**spelt(training), "graph": graph}
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -151,7 +151,7 @@ def config_of(description: dict[str, Any], file: Path) -> TrainConfig:
         raise ValueError(f"{file}: not what protlig_dd has written ({error!r})") from error
     if "${" in json.dumps(parts):
         raise ValueError(f"{file}: has an interpolation, ${{...}}, which no exported model has")
-    return read_config(OmegaConf.create(parts), TrainConfig)
+    return read_config(OmegaConf.create(parts), TrainConfig, stored=True)
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""The diffusion transformer and its rotary and attention kernels."""
+"""The diffusion transformer: maps packs of tokens to logits, and knows nothing of diffusion."""

@@ -34,13 +34,18 @@ class Block(nn.Module):
             nn.init.ones_(self.adaln.bias.view(6, hidden_size)[5])
         self.attention_norm = make_norm(config.norm, hidden_size, modulated=time_conditioning)
         mixer = MIXERS[config.mixer](config, backend)
+        check_parts(mixer)
         for name, part in mixer.named_children():  # so that checkpoints keep the names blocks.N.qkv, ...
             self.add_module(name, part)
-        self.__dict__.update(
-            mixer=mixer, positions=positions
-        )  # no submodules: the one's parts are, the other is shared
+        # not as submodules: the parts of the one are, and all blocks share the other
+        self.__dict__.update(mixer=mixer, positions=positions)
         self.mlp_norm = make_norm(config.norm, hidden_size, modulated=time_conditioning)
         self.mlp = MLP(hidden_size, config.mlp)
+
+    def train(self, mode: bool = True) -> "Block":
+        """Training or evaluation, of the mixer too."""
+        self.mixer.train(mode)
+        return super().train(mode)
 
     def forward(
         self,
@@ -90,3 +95,16 @@ class Block(nn.Module):
         x_TH = x_TH + gate_a * mixed
         hidden = self.mlp(modulate(self.mlp_norm(x_TH), shift, scale))
         return x_TH + gate_m * F.dropout(hidden, self.dropout, self.training)
+
+
+def check_parts(mixer: Mixer) -> None:
+    """Raise for a mixer with weights that the block would not have: outside its child modules, or under a name that the
+    block gives to another part.
+    """
+    kind = type(mixer).__name__
+    own = [name for name, _ in (*mixer.named_parameters(recurse=False), *mixer.named_buffers(recurse=False))]
+    if own:
+        raise ValueError(f"mixer {kind}: {own[0]} must belong to a module that is an attribute of the mixer")
+    taken = {"adaln", "attention_norm", "mlp_norm", "mlp"} & {name for name, _ in mixer.named_children()}
+    if taken:
+        raise ValueError(f"mixer {kind}: a block has another part called {min(taken)}")

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 COMPUTING = "says how the network is computed, not what it is"
+LATER = "left out of files where it has its default, so that versions without it read them"
 TUNABLE = "may be set anew when the network is fine-tuned"
 NORMS = ("layer", "rms")
 MLPS = ("gelu", "relu2", "swiglu")
@@ -23,8 +24,8 @@ class ModelConfig:
     mlp: str
     qk_norm: bool
     checkpointing: Annotated[bool, COMPUTING]
-    positions: str = "rope"
-    mixer: str = "attention"
+    positions: Annotated[str, LATER] = "rope"
+    mixer: Annotated[str, LATER] = "attention"
 
     @property
     def head_dim(self) -> int:

@@ -8,7 +8,8 @@ Without time conditioning there is no sigma, and adaLN is a plain norm: an ordin
 Shape suffixes: T tokens of the pack, n sequences, H hidden_size, C cond_dim.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +50,7 @@ class DiT(nn.Module):
         self.attention_backend, self.checkpointing = attention_backend, config.checkpointing
         self.shape: StaticShape | None = None
         self.graphed: Callable[..., Tensor] | None = None
-        self.positions = POSITIONS[config.positions](config.head_dim)
+        self.positions = POSITIONS[config.positions](config)
         self.embedding = nn.Embedding(VOCAB_SIZE, config.hidden_size)
         self.sigma_embedding = SigmaEmbedding(config.cond_dim) if time_conditioning else None
         self.blocks = nn.ModuleList(
@@ -164,9 +165,9 @@ class DiT(nn.Module):
         """FLOPs of the matrix products of one forward pass over sequences of these lengths (tokens), two for each
         multiply-add; the backward pass takes twice that (arXiv 2204.02311, appendix B).
         """
+        blocks = cast(Iterable[Block], self.blocks)
         products = self.weights_per_token * sum(lengths) + self.weights_per_sequence * len(lengths)
-        attention = 2 * len(self.blocks) * self.embedding.embedding_dim * sum(length**2 for length in lengths)
-        return 2 * (products + attention)
+        return 2 * (products + sum(block.mixer.flops(lengths) for block in blocks))
 
 
 def check_model(config: ModelConfig) -> None:
@@ -196,7 +197,7 @@ def check_model(config: ModelConfig) -> None:
             f"({hidden_size} = {n_heads} * {config.head_dim} + {hidden_size % n_heads})"
         )
     try:
-        POSITIONS[config.positions](config.head_dim)
+        POSITIONS[config.positions](config)
     except ValueError as error:
         raise ValueError(
             f"model.hidden_size={hidden_size} / model.n_heads={n_heads} gives head_dim {config.head_dim}: {error}"

@@ -66,7 +66,7 @@ def train_rank(config: TrainConfig, path: Path, deadline: Deadline) -> None:
     """Train in this process, which may be one of several."""
     with opened_run(config, path, deadline) as opened:
         if opened is not None:
-            train(config, *opened)
+            train(*opened)
 
 
 def train(config: TrainConfig, store: StoreGroup, context: RunContext) -> None:

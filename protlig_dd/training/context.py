@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from protlig_dd.config.train import TrainConfig
 from protlig_dd.system.distributed import Processes
 from protlig_dd.system.signals import StopRequests
 
@@ -39,6 +40,8 @@ class RunFolder:
     """A run folder that was opened."""
 
     path: Path
+    config: TrainConfig
+    """As the folder has it."""
     attempt: int
     start: Start
     seconds_left: float | None

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from protlig_dd.config.read import flatten, spelt
-from protlig_dd.config.train import TrainConfig, config_in
+from protlig_dd.config.train import TrainConfig, recorded_config
 from protlig_dd.evaluation.report.run import PAGE
 from protlig_dd.runs.checkpoint import complete_checkpoints, step_of
 from protlig_dd.system.files import free_name, replacing
@@ -18,22 +18,22 @@ def finished_at(path: Path) -> int | None:
     if not checkpoints or step != step_of(checkpoints[-1]) or not at_its_end(path, checkpoints[-1]):
         return None
     # an earlier version may have been told to go on, and been killed before it had a checkpoint
-    ends = [ends_of(config_in(folder)) for folder in (path, checkpoints[-1])]
+    ends = [ends_of(recorded_config(folder)) for folder in (path, checkpoints[-1])]
     return step if ends[0] == ends[1] else None
 
 
 def at_its_end(path: Path, checkpoint: Path) -> bool:
     """Whether the learning rate of the run has come to the end of its schedule at this checkpoint."""
-    step, config = step_of(checkpoint), config_in(checkpoint)
-    most = read_json(checkpoint / "state.json").get("max_steps", config.trainer.max_steps)
+    step, config = step_of(checkpoint), recorded_config(checkpoint)
+    most = read_json(checkpoint / "state.json").get("max_steps", config["trainer"]["max_steps"])
     if most is None:  # an earlier version's, of trainer.epochs: the report tells
         return bool(read_json(path / "report.json").get("step") == step)
     return bool(step >= most)
 
 
-def ends_of(config: TrainConfig) -> dict[str, Any]:
+def ends_of(config: dict[str, Any]) -> dict[str, Any]:
     """trainer.max_steps and trainer.epochs of a config."""
-    return {"trainer.max_steps": config.trainer.max_steps, "trainer.epochs": config.trainer.epochs}
+    return {f"trainer.{key}": config["trainer"].get(key) for key in ("max_steps", "epochs")}
 
 
 def check_extension(path: Path, config: TrainConfig) -> None:
@@ -43,7 +43,7 @@ def check_extension(path: Path, config: TrainConfig) -> None:
         ValueError: more, after it has come to the end of its schedule: the learning rate would jump from there to the
             middle of a longer one.
     """
-    before, now = ends_of(config_in(path)), ends_of(config)
+    before, now = ends_of(recorded_config(path)), ends_of(spelt(config))
     longer = [
         key
         for key in now
@@ -62,7 +62,7 @@ def check_extension(path: Path, config: TrainConfig) -> None:
 
 def reports_otherwise(path: Path, config: TrainConfig) -> bool:
     """Whether a run that has finished is to take other steps than it did, or to report otherwise."""
-    before, now = (flatten(spelt(one)) for one in (config_in(path), config))
+    before, now = (flatten(one) for one in (recorded_config(path), spelt(config)))
     ends = ("trainer.max_steps", "trainer.epochs", "report.")
     return any(before.get(key) != now[key] for key in now if key.startswith(ends))
 

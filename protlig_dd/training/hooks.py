@@ -23,25 +23,27 @@ class Hooks:
     """The log and the checkpoints of a run, on rank 0, and its evaluation, on all ranks.
 
     Args:
-        bound: () -> {"val_nll": ..., "val_nll_se": ..., ...} of the model as it is.
+        validate: () -> {"val_nll": ..., "val_nll_se": ..., ...} of the model as it is.
         state: what checkpoints keep beside the trainer's own state.
     """
 
-    def __init__(self, trainer: Trainer, bound: Callable[[], Row], state: dict[str, Any], context: RunContext) -> None:
-        self.trainer, self.bound, self.state, self.context = trainer, bound, state, context
+    def __init__(
+        self, trainer: Trainer, validate: Callable[[], Row], state: dict[str, Any], context: RunContext
+    ) -> None:
+        self.trainer, self.validate, self.state, self.context = trainer, validate, state, context
         self.best = best_checkpoint(context.folder)[1]
         """The lowest validation bound so far."""
         self.metrics: MetricsLog | None = None
         self.writer: CheckpointWriter | None = None
         if context.processes.first:
             config, control = spelt(trainer.config), trainer.config.trainer
-            self.metrics = MetricsLog(context.folder, context.attempt, config=config, **config["logger"])
             self.writer = CheckpointWriter(
                 context.folder,
                 config_yaml=as_yaml(trainer.config),
                 keep_last=control.keep_last,
                 keep_every=control.keep_every,
             )
+            self.metrics = MetricsLog(context.folder, context.attempt, config=config, **config["logger"])
 
     @contextlib.contextmanager
     def closed_at_end(self) -> Iterator[None]:
@@ -84,7 +86,7 @@ class Hooks:
     def evaluate(self, done: int) -> float | None:
         """Log the validation bound of this step; returns it where it is the lowest so far."""
         with self.trainer.averaged(), self.context.stop.immediate():
-            values = self.bound()
+            values = self.validate()
         self.trainer.evaluation_due = False
         self.log([{"step": done, **values}])
         if self.metrics is not None:

@@ -125,9 +125,12 @@ def rank_entry(train_rank: TrainRank, config: TrainConfig, path: Path, deadline:
 
 
 @contextlib.contextmanager
-def opened_run(config: TrainConfig, path: Path, deadline: Deadline) -> Iterator[tuple[StoreGroup, RunContext] | None]:
-    """The data and the context of a run in this process, which may be one of several that meet here; None for a run
-    that has finished already, which is said. What fails inside is logged in the run folder; a stop leaves its marker.
+def opened_run(
+    config: TrainConfig, path: Path, deadline: Deadline
+) -> Iterator[tuple[TrainConfig, StoreGroup, RunContext] | None]:
+    """The config as the run folder has it, the data, and the context of this process, which may be one of several that
+    meet here; None for a run that has finished already, which is said. What fails inside is logged in the run folder; a
+    stop leaves its marker.
 
     Raises:
         ValueError: what is wrong with the machine, the data or the run folder, or differs between the ranks.
@@ -170,22 +173,20 @@ def opened_run(config: TrainConfig, path: Path, deadline: Deadline) -> Iterator[
                 print(f"{told}: what it prints goes to {log}, the run's course to the terminal of rank 0", flush=True)
             together(lambda: None if processes.first else stack.enter_context(redirected_to(log)))
             left = folder.seconds_left
+            context = RunContext(
+                folder=folder.path,
+                attempt=folder.attempt,
+                start=folder.start,
+                device=device,
+                precision=resolved.precision,
+                attention_backend=resolved.attention_backend,
+                compiled=resolved.compiled,
+                processes=processes,
+                stop=stop,
+                deadline=None if left is None else time.monotonic() + left,
+            )
             with failures_logged(log):
-                yield (
-                    store,
-                    RunContext(
-                        folder=folder.path,
-                        attempt=folder.attempt,
-                        start=folder.start,
-                        device=device,
-                        precision=resolved.precision,
-                        attention_backend=resolved.attention_backend,
-                        compiled=resolved.compiled,
-                        processes=processes,
-                        stop=stop,
-                        deadline=None if left is None else time.monotonic() + left,
-                    ),
-                )
+                yield folder.config, store, context
         except Stopped as stopped:
             # torchrun ends all ranks when one fails
             if (

@@ -10,7 +10,7 @@ import torch
 
 from protlig_dd.config.train import TrainConfig
 from protlig_dd.data.store import StoreGroup
-from protlig_dd.diffusion.sampling import SamplerOptions
+from protlig_dd.diffusion.samplers.base import SamplerOptions
 from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.evaluation.likelihood.held_out import (
     HeldOut,

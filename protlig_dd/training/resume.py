@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from protlig_dd.config.read import as_yaml, flatten, spelt
-from protlig_dd.config.train import RESUME, TrainConfig, changed_keys, config_in
+from protlig_dd.config.train import CONFIG, RESUME, TrainConfig, changed_keys, recorded_config
 from protlig_dd.data.loader import PackDataset
 from protlig_dd.data.store import StoreGroup
 from protlig_dd.inference.model import find_saved
@@ -52,7 +52,7 @@ def first_weights(config: TrainConfig) -> Path:
 
 def graph_of_run(path: Path) -> dict[str, Any]:
     """The graph's config of the run in this folder; {} where there is none."""
-    return config_in(path).graph if (path / "config.yaml").is_file() else {}
+    return dict(recorded_config(path)["graph"]) if (path / CONFIG).is_file() else {}
 
 
 def open_run_folder(
@@ -80,7 +80,7 @@ def open_run_folder(
         check_extension(path, config)
         attempt, finished = int(earlier["attempt"]) + 1, finished_at(path)
         if finished is not None and not reports_otherwise(path, config):
-            return RunFolder(path, attempt, Start(), left, finished)
+            return RunFolder(path, config, attempt, Start(), left, finished)
     checkpoint, skipped = newest_sound_checkpoint(path)
     if skipped and checkpoint is None:
         raise ValueError(
@@ -116,7 +116,7 @@ def open_run_folder(
     }
     write_atomic(path / "environment.json", as_json(record))
     write_atomic(path / "config.yaml", as_yaml(config))  # last: now it is a run
-    return RunFolder(path, attempt, Start(checkpoint, state, weights), left, None)
+    return RunFolder(path, config, attempt, Start(checkpoint, state, weights), left, None)
 
 
 def check_not_beyond(checkpoint: Path | None, step: int, config: TrainConfig, store: StoreGroup) -> None:
@@ -194,7 +194,7 @@ def check_same_data(checkpoint: Path, config: TrainConfig, resolved: Resolved) -
     Raises:
         ValueError: another config (bar the keys that may change) or other data.
     """
-    changed = changed_keys(spelt(config_in(checkpoint)), spelt(config))
+    changed = changed_keys(recorded_config(checkpoint), spelt(config))
     if changed:
         raise ValueError(f"{checkpoint} was made with another config ({'; '.join(changed)})")
     found = read_state(checkpoint)["data_fingerprint"]
@@ -209,7 +209,7 @@ def check_same_run(path: Path, config: TrainConfig, resolved: Resolved) -> dict[
         ValueError: another config (bar the keys that may change), precision or data.
     """
     remedy = f"use another run.name, or run.fresh=true to move {path} aside"
-    changed = changed_keys(spelt(config_in(path)), spelt(config))
+    changed = changed_keys(recorded_config(path), spelt(config))
     if changed:
         raise ValueError(f"{path} was started with another config ({'; '.join(changed)}); {remedy}")
     try:
@@ -224,7 +224,7 @@ def check_same_run(path: Path, config: TrainConfig, resolved: Resolved) -> dict[
 
 def say_what_changed(path: Path, config: TrainConfig, resolved: Resolved, earlier: dict[str, Any]) -> None:
     """Print what may differ between two starts of a run, and does."""
-    before, now = (flatten(spelt(one)) for one in (config_in(path), config))
+    before, now = (flatten(one) for one in (recorded_config(path), spelt(config)))
     for key in ("trainer.max_steps", "trainer.epochs"):
         if before[key] != now[key]:
             console.print(

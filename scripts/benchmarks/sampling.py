@@ -10,7 +10,8 @@ import torch
 
 from protlig_dd.diffusion.graphs.absorbing import Absorbing
 from protlig_dd.diffusion.noise import LogLinearNoise
-from protlig_dd.diffusion.sampling import SamplerOptions, sample
+from protlig_dd.diffusion.samplers.base import SamplerOptions
+from protlig_dd.diffusion.sampling import sample
 from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.model.config import ModelConfig
 from protlig_dd.model.dit import DiT

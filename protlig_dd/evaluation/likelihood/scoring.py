@@ -57,8 +57,9 @@ def score(
     def score_some(indices: range, tick: Tick) -> dict[int, Scored]:
         some = [sequences[i] for i in indices]
         drawn = protein_draws(keys[indices], places[:, indices], config.seed)
+        found = score_pack(trained, some, drawn, config, baselines, alone=alone)
         tick()
-        return dict(zip(indices, score_pack(trained, some, drawn, config, baselines, alone=alone), strict=True))
+        return dict(zip(indices, found, strict=True))
 
     work = Work(config.tokens_per_pack, "evaluating", trained.processes)
     found = work.share([len(tokens) - 2 for tokens in sequences], score_some)

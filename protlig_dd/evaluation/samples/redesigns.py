@@ -16,10 +16,7 @@ from protlig_dd.diffusion.exact_count import cross_entropies
 from protlig_dd.diffusion.numerics import sum_by_sequence, uniform_draws
 from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.diffusion.strata import error_of_pairs, strata
-from protlig_dd.inference.layouts import (
-    Design,
-    Protein,
-)
+from protlig_dd.inference.layouts import Design, Protein
 from protlig_dd.inference.sharing import Tick, Work
 from protlig_dd.system.random import keyed_generator
 from protlig_dd.system.tables import csv_text

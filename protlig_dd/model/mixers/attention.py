@@ -5,7 +5,7 @@ torch_varlen   torch.nn.attention.varlen, the same kernel as shipped with torch;
 sdpa           one scaled_dot_product_attention call per sequence; any device, any float dtype, never pads
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +27,8 @@ class Attention(Mixer):
     """Multi-head attention from a fused qkv, whose q and k may be RMS-normalised (arXiv 2010.04245)."""
 
     def __init__(self, config: ModelConfig, backend: str) -> None:
-        nn.Module.__init__(self)
-        self.n_heads, self.backend = config.n_heads, backend
+        super().__init__(config, backend)
+        self.n_heads, self.backend, self.hidden_size = config.n_heads, backend, config.hidden_size
         self.qkv = StackedLinear(config.hidden_size, config.hidden_size, stacked=3)
         self.q_norm, self.k_norm = (make_norm("rms", config.head_dim) if config.qk_norm else None for _ in "qk")
         self.attention_out = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
@@ -48,6 +48,10 @@ class Attention(Mixer):
     ) -> Float[Tensor, "total heads head_dim"]:
         """Attention within each sequence."""
         return varlen_attention(projected, batch, self.backend)
+
+    def flops(self, lengths: Sequence[int]) -> int:
+        """Those of q k^T and of the weighted sum of v."""
+        return 2 * self.hidden_size * sum(length**2 for length in lengths)
 
     def out(self, mixed: Float[Tensor, "total heads head_dim"]) -> Float[Tensor, "total hidden"]:
         """The output projection."""

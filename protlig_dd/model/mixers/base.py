@@ -1,6 +1,7 @@
 """What a block asks of the layer in which tokens see one another."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -12,19 +13,20 @@ from protlig_dd.model.positions.base import PositionEncoding
 class Mixer(nn.Module, ABC):
     """(total, hidden) -> (total, hidden), each token seeing its own sequence only.
 
-    In three steps, because only the first and the last gain from torch.compile, which fuses them with what lies before
-    and after in the block. A new kind is a subclass in a file of its own and a name in MIXERS. Its parts become those
-    of the block: their names in a checkpoint are `blocks.N.` and their own, and must differ from the block's.
+    In three steps, because torch.compile fuses the first and the last with the block's norms and residuals. A new kind
+    is a subclass in a file of its own and a name in MIXERS. Its weights belong to child modules: the block takes these
+    over, and a checkpoint calls them `blocks.N.NAME`.
+
+    Args:
+        backend: of attention, as resolved for this machine.
     """
 
-    @abstractmethod
     def __init__(self, config: ModelConfig, backend: str) -> None:
-        """Args: backend: of attention, as resolved for this machine."""
         super().__init__()
 
     @abstractmethod
     def project(self, x: Tensor, positions: PositionEncoding, *tables: Tensor) -> Tensor:
-        """What the tokens show of themselves: of each token alone.
+        """What is mixed: computed from each token alone.
 
         Args:
             tables: of `positions`, for this pack.
@@ -36,7 +38,11 @@ class Mixer(nn.Module, ABC):
 
     @abstractmethod
     def out(self, mixed: Tensor) -> Tensor:
-        """Back to (total, hidden): of each token alone."""
+        """Back to (total, hidden): computed from each token alone."""
+
+    def flops(self, lengths: Sequence[int]) -> int:
+        """Multiply-adds of `mix` over sequences of these lengths (tokens); those of the linear layers are counted."""
+        return 0
 
     def forward(self, x: Tensor, batch: PackedBatch, positions: PositionEncoding) -> Tensor:
         """All three."""

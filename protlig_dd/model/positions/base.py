@@ -4,23 +4,21 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from protlig_dd.batch import PackedBatch
+from protlig_dd.model.config import ModelConfig
 
 
 class PositionEncoding(nn.Module):
     """How the network is told where a token stands in its sequence; each method may be left as it is.
 
-    A new kind is a subclass in a file of its own and a name in POSITIONS.
-
-    Args:
-        head_dim: of the attention heads.
+    A new kind is a subclass in a file of its own and a name in POSITIONS. It must take sequences of any length.
 
     Raises:
         ValueError: a head_dim that this kind cannot encode.
     """
 
-    def __init__(self, head_dim: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.head_dim = head_dim
+        self.head_dim = config.head_dim
 
     def add(self, x: Float[Tensor, "total hidden"], batch: PackedBatch) -> Float[Tensor, "total hidden"]:
         """The embeddings, with what tells them their positions."""

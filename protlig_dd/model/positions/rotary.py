@@ -11,15 +11,16 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from protlig_dd.batch import PackedBatch
+from protlig_dd.model.config import ModelConfig
 from protlig_dd.model.positions.base import PositionEncoding
 
 
 class Rotary(PositionEncoding):
     """Queries and keys are turned by angles that grow with their positions, so that products know distances."""
 
-    def __init__(self, head_dim: int) -> None:
-        check_head_dim(head_dim)
-        super().__init__(head_dim)
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        check_head_dim(config.head_dim)
 
     def tables(self, batch: PackedBatch) -> tuple[Tensor, ...]:
         """cos and sin of each token, (1, total, 1, 1, head_dim) float32."""

@@ -11,7 +11,7 @@ from protlig_dd.training.optim.muon import Muon
 def make_optimizer(model: nn.Module, optim: OptimConfig, precision: str) -> torch.optim.Optimizer:
     """Fused AdamW, or Muon for the matrices of the blocks with AdamW for the rest.
 
-    Weight decay acts on matrices only, not on norms, biases or the embedding. The step reads `optimizer.found_inf`:
+    Weight decay acts on matrices only, not on norms, biases or embeddings. The step reads `optimizer.found_inf`:
     where that device flag is 1, it changes no weight. The trainer uses this to freeze the weights at the first
     non-finite loss without waiting for the device.
 
@@ -22,8 +22,9 @@ def make_optimizer(model: nn.Module, optim: OptimConfig, precision: str) -> torc
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     stacked = {part.weight: part.stacked for part in model.modules() if isinstance(part, StackedLinear)}
+    embeddings = {part.weight for part in model.modules() if isinstance(part, nn.Embedding)}
     for name, parameter in model.named_parameters():
-        matrix = parameter.ndim >= 2 and not name.startswith("embedding.")
+        matrix = parameter.ndim >= 2 and parameter not in embeddings
         in_block = name.startswith("blocks.") and ".adaln." not in name
         if matrix and in_block and optim.name == "muon":
             hidden[parameter] = stacked.get(parameter, 1)

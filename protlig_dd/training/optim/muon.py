@@ -1,4 +1,4 @@
-"""The optimizers and the learning-rate schedules."""
+"""Muon, for the matrices of the blocks."""
 
 import math
 from collections.abc import Mapping

@@ -1,0 +1,1 @@
+"""Ways to run the diffusion backwards: a file for each."""
