@@ -12,8 +12,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from protlig_dd.config.cli import quoted, run_verb
 from protlig_dd.config.components import build_model
-from protlig_dd.config.read import at_home, config_folder, flatten, known_keys, read_config
-from protlig_dd.config.train import TrainConfig, changed_keys, check_train_config, may_change
+from protlig_dd.config.read import at_home, config_folder, flatten, known_keys, read_config, spelt
+from protlig_dd.config.train import (
+    TrainConfig,
+    changed_keys,
+    check_train_config,
+    config_in,
+    may_change,
+    recorded_config,
+)
 from protlig_dd.config.verbs import (
     EmbedConfig,
     EvaluateConfig,
@@ -140,6 +147,19 @@ def test_changed_keys_name_both_values_and_leave_out_what_may_change() -> None:
     assert changed_keys(old, new) == ["graph.name: absorbing -> uniform", "optim.lr: 0.003 -> 0.5"]
 
 
+def test_what_a_run_has_kept_is_read_without_the_limits_on_new_values(tmp_path: Path) -> None:
+    values = spelt(read_config(composed("model=tiny", "noise.curriculum=1e3"), TrainConfig))
+    assert values["noise"]["curriculum"] == 1000
+    assert not {"positions", "mixer"} & values["model"].keys()  # so that earlier versions read it
+    values["optim"]["min_lr_ratio"], values["report"]["draws"] = 1.5, 0
+    with pytest.raises(ValueError, match=r"optim.min_lr_ratio must be at most 1, got 1.5"):
+        read_config(OmegaConf.create(values), TrainConfig)
+    OmegaConf.save(OmegaConf.create(values), tmp_path / "config.yaml")
+    kept = config_in(tmp_path)
+    assert (kept.optim.min_lr_ratio, kept.report.draws, kept.model.positions) == (1.5, 0, "rope")
+    assert changed_keys(recorded_config(tmp_path), spelt(kept)) == []
+
+
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
@@ -169,7 +189,9 @@ def test_changed_keys_name_both_values_and_leave_out_what_may_change() -> None:
         (["graph.name=gamma"], ["graph.name=gamma", "absorbing, uniform"]),
         (["trainer.epochs=2"], ["trainer.max_steps=400000", "trainer.epochs=2"]),
         (["trainer.log_every=0"], ["trainer.log_every", "at least 1", "0"]),
-        (["noise.eps=high"], ["noise", "'high'"]),
+        (["noise.eps=high"], ["noise.eps=high", "give a number"]),
+        (["graph=uniform", "noise=cosine", "noise.eps=[1]"], ["noise.eps=[1]", "give a number"]),
+        (["data.path=null"], ["data.path", "give a store"]),
         (["logger.wandb_mode=of"], ["logger.wandb_mode=of", "online, offline"]),
         (["report.split=dev"], ["report.split=dev", "train, validation, test"]),
         (["run.name=../elsewhere"], ["run.name", "plain folder name"]),

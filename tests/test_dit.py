@@ -14,6 +14,8 @@ from protlig_dd.model.config import ModelConfig
 from protlig_dd.model.dit import DiT
 from protlig_dd.model.kernels import per_token
 from protlig_dd.model.layers import RMSNorm
+from protlig_dd.model.mixers import MIXERS
+from protlig_dd.model.mixers.attention import Attention
 
 from .conftest import SMALL_MODEL, make_model, random_batch, refuses
 
@@ -205,6 +207,34 @@ def test_the_whole_model_runs_on_fake_cuda_tensors(backend: str, dtype: torch.dt
         assert out.shape == (19, 20)
         with refuses("tokens is on cpu but the model is on cuda"):
             model(random_batch([7, 12]), sigma)
+
+
+def test_a_mixer_whose_weights_the_block_would_not_have_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class WithOwnWeight(Attention):
+        def __init__(self, config: ModelConfig, backend: str) -> None:
+            super().__init__(config, backend)
+            self.gain = torch.nn.Parameter(torch.ones(1))
+
+    class WithMLP(Attention):
+        def __init__(self, config: ModelConfig, backend: str) -> None:
+            super().__init__(config, backend)
+            self.mlp = torch.nn.Linear(1, 1)
+
+    class WithDropout(Attention):
+        def __init__(self, config: ModelConfig, backend: str) -> None:
+            super().__init__(config, backend)
+            self.drop = torch.nn.Dropout()
+
+    named = (("own", WithOwnWeight), ("mlp", WithMLP), ("dropout", WithDropout))
+    for name, kind in named:
+        monkeypatch.setitem(MIXERS, name, kind)
+    with pytest.raises(ValueError, match="WithOwnWeight: gain must belong to a module"):
+        DiT(ModelConfig(**SMALL_MODEL, mixer="own"), "sdpa")
+    with pytest.raises(ValueError, match="WithMLP: a block has another part called mlp"):
+        DiT(ModelConfig(**SMALL_MODEL, mixer="mlp"), "sdpa")
+    model = DiT(ModelConfig(**SMALL_MODEL, mixer="dropout"), "sdpa").eval()
+    assert not any(part.training for block in model.blocks for part in block.mixer.modules())
+    assert all(part.training for block in model.train().blocks for part in block.mixer.modules())
 
 
 def test_flops_are_those_that_torch_counts() -> None:

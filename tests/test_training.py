@@ -333,6 +333,8 @@ def test_another_config_or_other_data_is_not_resumed(run_python: Command, store:
     changed = run_python("-m", "protlig_dd.training", *overrides_for(store, "same", *more, "optim.lr=1e-4"))
     assert_one_line_error(changed, "runs/same", "optim.lr: 0.003 -> 0.0001", "run.fresh=true")
     assert (tmp_path / "runs/same/config.yaml").read_text() == config
+    lacks = config.replace(re.search(r"  stop_within: .*\n", config)[0], "")  # as an earlier version wrote it
+    (tmp_path / "runs/same/config.yaml").write_text(lacks)
     earlier = train(run_python, store, "same", *more, "trainer.stop_at_step=1")  # where the run has been already
     assert len(read_metrics(tmp_path / "runs/same/metrics.jsonl")) == 2, earlier
     never = run_python("-m", "protlig_dd.training", *overrides_for(store, "same", *more, "run.resume=never"))

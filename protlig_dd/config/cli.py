@@ -45,7 +45,7 @@ def run_verb(verb: Callable[[DictConfig], None], config_name: str, schema: type,
 
     Args:
         schema: the config's dataclass, from which a misspelt key's nearest neighbour is suggested.
-        alone: of torchrun's processes, the first does it all.
+        alone: the first of torchrun's processes does all the work, and the others return at once.
     """
     let_output_fail()
     show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"

@@ -88,13 +88,15 @@ def build(kind: str, registry: Mapping[str, Callable[..., T]], spec: Mapping[str
     name = str(spec.get("name"))
     if name not in registry:
         raise ValueError(f"{kind}.name={name}: there are {', '.join(registry)}")
-    accepted = list(inspect.signature(registry[name]).parameters)
-    for key in options:
+    accepted = inspect.signature(registry[name]).parameters
+    for key, value in options.items():
         if key not in accepted:
             raise ValueError(unknown_key(f"{kind}.{key}", [f"{kind}.{option}" for option in accepted]))
+        if accepted[key].annotation in (int, float) and not isinstance(value, int | float):
+            raise ValueError(f"{kind}.{key}={value}: give a number")
     try:
         return registry[name](**options)
-    except TypeError as error:  # a text where a number belongs, say
+    except TypeError as error:  # a list where a text belongs, say
         raise ValueError(f"{kind} {options}: {error}") from error
 
 

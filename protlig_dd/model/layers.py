@@ -76,7 +76,7 @@ class Head(nn.Module):
 
 
 def make_norm(kind: str, width: int, *, modulated: bool = True) -> nn.Module:
-    """A norm with a gain; a layer norm whose shift is not adaLN's has one of its own."""
+    """A norm with a gain. A layer norm also has a bias, unless adaLN gives the shift."""
     return RMSNorm(width, eps=RMS_EPS) if kind == "rms" else nn.LayerNorm(width, bias=not modulated)
 
 

@@ -4,6 +4,7 @@ import contextlib
 import math
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -93,18 +94,11 @@ def train(config: TrainConfig, store: StoreGroup, context: RunContext) -> None:
         held = bound(packs.validation, draws=config.trainer.eval_draws, description="validation")
         return {f"val_{key}": value for key, value in held.summary().items() if key != "estimator"}
 
-    counts, cropped = length_counts(store, config.data.max_len)
-    state = {
-        "data_fingerprint": store.fingerprint,
-        "plan_version": packs.training.version,
-        "max_steps": trainer.max_steps,
-        "length_counts": counts,
-        "cropped_sequences": cropped,
-    }
-    hooks = Hooks(trainer, validate, state, context)
+    unfinished = bool(steps) or trainer.evaluation_due
+    hooks = Hooks(trainer, validate, kept_in_checkpoints(trainer, store) if unfinished else {}, context)
     with hooks.closed_at_end():
         with hooks.written_at_end():
-            if steps or trainer.evaluation_due:
+            if unfinished:
                 fit(trainer, steps, hooks, context)
         if steps.stop == trainer.max_steps:
             context.stop.at(context.deadline)
@@ -118,6 +112,18 @@ def train(config: TrainConfig, store: StoreGroup, context: RunContext) -> None:
         )
         if context.processes.first:
             write_run_page(context.folder)
+
+
+def kept_in_checkpoints(trainer: Trainer, store: StoreGroup) -> dict[str, Any]:
+    """What state.json holds beside the trainer's own state."""
+    counts, cropped = length_counts(store, trainer.config.data.max_len)
+    return {
+        "data_fingerprint": store.fingerprint,
+        "plan_version": trainer.dataset.version,
+        "max_steps": trainer.max_steps,
+        "length_counts": counts,
+        "cropped_sequences": cropped,
+    }
 
 
 def prepare_kernels(model: DiT, packs: PackDataset, config: TrainConfig, context: RunContext) -> None:

@@ -1,4 +1,4 @@
-"""What a start of a run has resolved."""
+"""What a start of a run has found out: devices, folder, where it begins."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,7 +45,7 @@ class RunFolder:
     attempt: int
     start: Start
     seconds_left: float | None
-    """Until the run is to stop, by no host's clock; a process that is started again gets no more of it."""
+    """Until the run stops: a duration, as hosts' clocks differ. A restart after a lost process does not renew it."""
     finished: int | None
     """The last step of a run that has made its report and is not to go on."""
 

@@ -24,10 +24,10 @@ TOKENS = 128  # of the smaller pack whose activations are counted
 
 
 def activation_bytes(config: TrainConfig, precision: str) -> float:
-    """Bytes of activations at their peak, for each token of a pack, in eager mode (compiled blocks keep less).
+    """The most bytes of activations at one time, for each token of a pack, in eager mode (compiled blocks keep less).
 
-    Counted on the tensors that the forward pass keeps, in networks of one block and of two: all blocks are alike.
-    With checkpointing one block's are there again while the backward pass is in it.
+    Counts the tensors that the forward pass keeps for the backward pass, in networks of one block and of two; every
+    further block keeps what the second does. With checkpointing, the backward pass computes one block's again.
     """
 
     def for_a_token(blocks: int, checkpointing: bool) -> float:
@@ -65,9 +65,8 @@ def kept_bytes(config: TrainConfig, precision: str, blocks: int, checkpointing: 
 
 
 def with_data(config: TrainConfig) -> TrainConfig:
-    """The config; where its data are not there yet, with `auto` in their place, which is said: only lengths are wanted.
-
-    A run of so many epochs needs its own: they tell how many steps it has.
+    """The config. Where its data do not exist yet, `auto` takes their place, and a message says so: a plan reads only
+    lengths. A run with trainer.epochs needs its own data, which tell how many steps it has.
     """
     paths = config.data.path if isinstance(config.data.path, list) else [config.data.path]
     missing = next((path for path in paths if path != "auto" and not Path(path).exists()), None)

@@ -61,7 +61,7 @@ def check_extension(path: Path, config: TrainConfig) -> None:
 
 
 def reports_otherwise(path: Path, config: TrainConfig) -> bool:
-    """Whether a run that has finished is to take other steps than it did, or to report otherwise."""
+    """Whether the config asks a run that has finished for another number of steps, or for another report."""
     before, now = (flatten(one) for one in (recorded_config(path), spelt(config)))
     ends = ("trainer.max_steps", "trainer.epochs", "report.")
     return any(before.get(key) != now[key] for key in now if key.startswith(ends))

@@ -60,7 +60,8 @@ def ids_of_packs(dataset: PackDataset, packs: Sequence[int]) -> list[str]:
 
 
 def raise_frozen(trainer: Trainer, pending: list[dict[str, Any]]) -> None:
-    """Raise for the first step since the last flush after which the weights stood still."""
+    """Raise for the first step since the last flush whose update was left out, as its loss or gradients were not finite
+    or its loss had jumped."""
     for record in pending:
         if not record["bad"].item():
             continue

@@ -128,9 +128,9 @@ def rank_entry(train_rank: TrainRank, config: TrainConfig, path: Path, deadline:
 def opened_run(
     config: TrainConfig, path: Path, deadline: Deadline
 ) -> Iterator[tuple[TrainConfig, StoreGroup, RunContext] | None]:
-    """The config as the run folder has it, the data, and the context of this process, which may be one of several that
-    meet here; None for a run that has finished already, which is said. What fails inside is logged in the run folder; a
-    stop leaves its marker.
+    """Meet the other processes of the run, open its folder, and give the config as the folder has it, the data and the
+    context of this process; None, and a message, for a run that has finished already. A failure inside is logged in the
+    run folder; a stop leaves its marker there.
 
     Raises:
         ValueError: what is wrong with the machine, the data or the run folder, or differs between the ranks.

@@ -22,7 +22,7 @@ from protlig_dd.training.trainer import Trainer
 
 
 def fit(trainer: Trainer, steps: range, hooks: Hooks, context: RunContext) -> None:
-    """Run these steps (counted from 0), after the evaluation that a stop has left out.
+    """Run these steps (counted from 0). An evaluation that a stop left out comes first.
 
     Raises:
         NonFiniteLossError, LossSpikeError: naming the step, the pack and its sequence ids. No checkpoint is written

@@ -22,7 +22,7 @@ class Packs(NamedTuple):
     reported: PackDataset
     """For the bound of the report."""
     held_out: dict[str, np.ndarray]
-    """By their split, the rows of both."""
+    """{split: store rows} of the two above."""
 
 
 def make_packs(config: TrainConfig, store: StoreGroup, start: Start) -> Packs:
@@ -47,7 +47,8 @@ def make_packs(config: TrainConfig, store: StoreGroup, start: Start) -> Packs:
 
 
 def plan_version(checkpoint: Path | None, state: dict[str, Any]) -> int:
-    """Of the run that has this checkpoint (see draws.py): the newest of one that begins, 1 where its state has none.
+    """The version of the plan (see draws.py) that the run of this checkpoint has: the newest for a run that begins, 1
+    where the state names none.
 
     Raises:
         ValueError: one that is not known here.

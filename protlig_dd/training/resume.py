@@ -183,7 +183,7 @@ def shares_launcher(earlier: dict[str, Any], meeting: Meeting) -> bool:
 
 
 def has_steps(path: Path) -> bool:
-    """Whether a run has got beyond its start: one that failed there may be started again with another config."""
+    """Whether a run has made a step. One that has not may be started again with another config."""
     metrics = path / "metrics.jsonl"
     return (metrics.is_file() and metrics.stat().st_size > 0) or bool(complete_checkpoints(path))
 
