@@ -32,7 +32,8 @@ from protlig_dd.runs.metrics import read_metrics
 from protlig_dd.system.files import NO_LOCKS, locked
 from protlig_dd.system.launcher import RanksFailedError, count_devices
 from protlig_dd.system.signals import REASONS, SIGNALS, Stopped, StopRequests, handled_signals, seconds_of
-from scripts.fault_campaign import FAULTS, Campaign, flip, ranks_of, truncate
+from scripts.disturbed_runs import Campaign, flip, ranks_of, truncate
+from scripts.fault_campaign import FAULTS
 
 from .conftest import (
     ROOT,

@@ -8,17 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts.host_trials import (
-    APART,
-    ENVIRONMENT,
-    NAMES,
-    TRIALS,
-    Host,
-    Trials,
-    join_hosts,
-    missing_here,
-    wait_until_apart,
-)
+from scripts.host_trials import TRIALS, Trials
+from scripts.hosts import APART, ENVIRONMENT, NAMES, Host, join_hosts, missing_here, wait_until_apart
 
 from .conftest import ROOT
 from .warm import Process, Server, start_server

@@ -1,0 +1,107 @@
+"""Network namespaces that stand for hosts: each with a name, an address, an /etc/hosts and mounts of its own."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from scripts.disturbed_runs import Process
+
+NAMES = ("host-a", "host-b")
+NETWORK = "10.77.0"
+ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # as in scripts/slurm/train.sbatch
+APART = ("unshare", "--net", "--uts", "--mount")
+
+
+@dataclass
+class Host:
+    """A network namespace with a name of its own.
+
+    Args:
+        holder: a process that lives in it, and with which it ends.
+        start: starts `python ARGUMENTS` there in a folder, in a process group of its own.
+    """
+
+    name: str
+    holder: int
+    start: Callable[[list[str], Path], Process]
+
+    def run(self, *command: str) -> None:
+        """Run a command on this host.
+
+        Raises:
+            subprocess.CalledProcessError: it fails.
+        """
+        namespaces = ["--net", "--uts", "--mount", f"--wdns={Path.cwd()}"]
+        subprocess.run(
+            ["nsenter", f"--target={self.holder}", *namespaces, *command], check=True, capture_output=True, text=True
+        )
+
+    def unplug(self) -> None:
+        self.run("ip", "link", "set", "eth0", "down")
+
+    def plug_in(self) -> None:
+        self.run("ip", "link", "set", "eth0", "up")
+
+    def knows(self, names: dict[str, str], folder: Path) -> None:
+        """Give it an /etc/hosts: {name: address}."""
+        file = folder / f"hosts.{self.name}"
+        file.write_text("".join(f"{address} {name}\n" for name, address in names.items()))
+        self.run("mount", "--bind", str(file), "/etc/hosts")
+
+
+def missing_here() -> str | None:
+    """What these trials need and this machine lacks."""
+    if missing := [name for name in ("ip", "nsenter", "unshare", "mount") if shutil.which(name) is None]:
+        return f"{', '.join(missing)} (iproute2, util-linux)"
+    tried = [*APART, "ip", "link", "add", "try", "type", "bridge"]
+    allowed = subprocess.run(tried, capture_output=True, check=False).returncode == 0
+    return None if allowed else "the right to make network namespaces (root)"
+
+
+def join_hosts(hosts: Sequence[Host], switch: int) -> None:
+    """Plug hosts into one network.
+
+    Args:
+        switch: a process in a network namespace of its own, which becomes the switch between them.
+    """
+    inside = ["nsenter", f"--target={switch}", "--net", "ip", "link"]
+    subprocess.run([*inside, "add", "bridge", "type", "bridge"], check=True)
+    subprocess.run([*inside, "set", "bridge", "up"], check=True)
+    for number, host in enumerate(hosts, 1):
+        port = f"port{number}"
+        ends = ["add", port, "type", "veth", "peer", "name", "eth0", "netns", str(host.holder)]
+        subprocess.run([*inside, *ends], check=True)
+        subprocess.run([*inside, "set", port, "master", "bridge", "up"], check=True)
+        host.run("hostname", host.name)
+        host.run("ip", "link", "set", "lo", "up")
+        host.run("ip", "address", "add", f"{NETWORK}.{number}/24", "dev", "eth0")
+        host.plug_in()
+
+
+def addresses() -> dict[str, str]:
+    return {"localhost": "127.0.0.1"} | {name: f"{NETWORK}.{number}" for number, name in enumerate(NAMES, 1)}
+
+
+def wait_until_apart(holder: int) -> int:
+    """Wait until a process that `APART` starts is in its own network."""
+    ours = Path("/proc/self/ns/net").readlink()
+    while Path(f"/proc/{holder}/ns/net").readlink() == ours:
+        time.sleep(0.01)
+    return holder
+
+
+def start_on(holder: int) -> Callable[[list[str], Path], Process]:
+    def start(arguments: list[str], folder: Path) -> Process:
+        inside = ["nsenter", f"--target={holder}", "--net", "--uts", "--mount", f"--wdns={folder}"]
+        return subprocess.Popen(
+            [*inside, sys.executable, *arguments], text=True, start_new_session=True, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())},
+        )  # fmt: skip
+
+    return start
