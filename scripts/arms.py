@@ -29,9 +29,19 @@ SIZES = {
     "tiny": ["model=tiny"],
     "10 M": ["model=tiny", "model.hidden_size=384", "model.n_heads=6", "model.n_blocks=6"],
 }
-SEDD = ["parametrisation=log_score", "time_conditioning=true", "optim=adamw", "noise=loglinear", "model.qk_norm=false",
-        "model.norm=layer", "model.mlp=gelu", "optim.schedule=cosine", "optim.ema_decay=0.9999",
-        "optim.min_lr_ratio=0.1", "noise.max_weight=null"]  # fmt: skip
+SEDD = [
+    "parametrisation=log_score",
+    "time_conditioning=true",
+    "optim=adamw",
+    "noise=loglinear",
+    "model.qk_norm=false",
+    "model.norm=layer",
+    "model.mlp=gelu",
+    "optim.schedule=cosine",
+    "optim.ema_decay=0.9999",
+    "optim.min_lr_ratio=0.1",
+    "noise.max_weight=null",
+]
 X0 = [*SEDD, "parametrisation=x0"]
 FREE = [*X0, "time_conditioning=false"]
 QK = [*FREE, "model.qk_norm=true"]
@@ -98,12 +108,22 @@ def overrides(arm: Sequence[str], size: str, *, data: Path, residues: float, tok
         last["optim.ema_decay"] = str(1 - 1 / max(1.0, float(horizon[4:]) * steps))
     last["data.tokens_per_pack"] = str(tokens)
     return [
-        *SIZES[size], *(f"{key}={value}" for key, value in last.items()), f"data.path={data}", f"seed={seed}",
-        "data.max_len=512", "optim.packs_per_step=1", f"trainer.max_steps={steps}",
-        f"optim.warmup_steps={max(20, steps // 20)}", "trainer.eval_every=0", f"trainer.checkpoint_every={steps}",
-        f"trainer.log_every={max(1, steps // 20)}", "logger.tensorboard=false",
-        "report.split=validation", "report.draws=4", "report.samples=0",
-    ]  # fmt: skip
+        *SIZES[size],
+        *(f"{key}={value}" for key, value in last.items()),
+        f"data.path={data}",
+        f"seed={seed}",
+        "data.max_len=512",
+        "optim.packs_per_step=1",
+        f"trainer.max_steps={steps}",
+        f"optim.warmup_steps={max(20, steps // 20)}",
+        "trainer.eval_every=0",
+        f"trainer.checkpoint_every={steps}",
+        f"trainer.log_every={max(1, steps // 20)}",
+        "logger.tensorboard=false",
+        "report.split=validation",
+        "report.draws=4",
+        "report.samples=0",
+    ]
 
 
 def train(name: str, arguments: list[str], threads: int) -> dict[str, Any]:

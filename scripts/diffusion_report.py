@@ -58,9 +58,12 @@ def samplers(chains: int, steps: list[int]) -> None:
                 generator = torch.Generator().manual_seed(number)
                 counts: Counter[str] = Counter()
                 samples = sample(
-                    replace(exact_score_fn(toy_of[name]), noise=NOISES[name]), [SITES] * chains,
-                    SamplerOptions(number, predictor), generator, counts=counts,
-                )  # fmt: skip
+                    replace(exact_score_fn(toy_of[name]), noise=NOISES[name]),
+                    [SITES] * chains,
+                    SamplerOptions(number, predictor),
+                    generator,
+                    counts=counts,
+                )
                 expected = toy_of[name].p0.flatten().numpy()
                 row.append(np.abs(frequencies(samples, STATES) / chains - expected).sum() / 2)
                 negative[name, predictor, number] = counts["clamped"] / counts["draws"]
@@ -76,9 +79,12 @@ def samplers(chains: int, steps: list[int]) -> None:
                     return tokens.view(-1)
 
                 samples = sample(
-                    replace(exact_score_fn(toy), noise=NOISES[name]), [SITES] * chains, SamplerOptions(number),
-                    torch.Generator().manual_seed(number), project,
-                )  # fmt: skip
+                    replace(exact_score_fn(toy), noise=NOISES[name]),
+                    [SITES] * chains,
+                    SamplerOptions(number),
+                    torch.Generator().manual_seed(number),
+                    project,
+                )
                 seen = np.bincount(np.stack(samples)[:, 1], minlength=STATES) / chains
                 row.append(np.abs(seen - (toy.p0[1] / toy.p0[1].sum()).numpy()).sum() / 2)
                 bar.advance()
@@ -106,8 +112,10 @@ def graphs(steps: int | None) -> None:
             + [f"{report[key]:.4f} ± {report[f'{key}_se']:.4f}" for key in ("nll", "difference")]
             + [f"{report['composition_kl']:.4f}" if "composition_kl" in report else ""]
         )
-    print(f"\nTest set, {report['sequences']} proteins, {report['residues']:,} residues; nats/residue; unigram model "
-          f"{report['unigram_nll']:.4f} ± {report['unigram_nll_se']:.4f}\n")  # fmt: skip
+    print(
+        f"\nTest set, {report['sequences']} proteins, {report['residues']:,} residues; nats/residue; unigram model "
+        f"{report['unigram_nll']:.4f} ± {report['unigram_nll_se']:.4f}\n"
+    )
     columns = ["graph", "lambda_2", "sigma_max", "estimator", "NLL bound", "difference to the unigram model"]
     table([*columns, "composition KL of samples"], rows)
 
@@ -151,11 +159,28 @@ def likelihood(run: Path, proteins: int, repeats: int) -> None:
             variance = float(stacked.var(0).mean())
             evaluations = draws * (2 if estimator == "integral" else 1)
             mean = float((stacked * residues).sum(1).mean() / residues.sum())
-            found.append([name, str(draws), str(evaluations), f"{mean:.4f}", f"{variance**0.5:.4f}",
-                          f"{variance * evaluations:.5f}"])  # fmt: skip
+            found.append(
+                [
+                    name,
+                    str(draws),
+                    str(evaluations),
+                    f"{mean:.4f}",
+                    f"{variance**0.5:.4f}",
+                    f"{variance * evaluations:.5f}",
+                ]
+            )
     print(f"\n{checkpoint}: {len(residues)} test proteins, {repeats} repeats; nats/residue of a protein\n")
-    table(["estimator", "draws", "network evaluations", "mean bound", "standard deviation of a protein's bound",
-           "variance x evaluations"], found)  # fmt: skip
+    table(
+        [
+            "estimator",
+            "draws",
+            "network evaluations",
+            "mean bound",
+            "standard deviation of a protein's bound",
+            "variance x evaluations",
+        ],
+        found,
+    )
 
 
 def table(columns: list[str], rows: list[list[str]]) -> None:

@@ -71,9 +71,14 @@ class Process(Protocol):
 def start_python(arguments: list[str], folder: Path) -> Process:
     """`python ARGUMENTS` in a process group of its own, so that what is left of it can be told and ended."""
     return subprocess.Popen(
-        [sys.executable, *arguments], cwd=folder, text=True, start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        [sys.executable, *arguments],
+        cwd=folder,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 class Campaign:

@@ -74,12 +74,24 @@ class Trials:
         nodes: str = "2",
     ) -> Process:
         arguments = [
-            "-m", "torch.distributed.run", f"--nnodes={nodes}", "--nproc-per-node=1", f"--max-restarts={restarts}",
-            "--rdzv-backend=c10d", f"--rdzv-endpoint={NETWORK}.1:{self.port}", f"--rdzv-id={name}",
-            "--rdzv-conf=read_timeout=60,last_call_timeout=1", "-m", module, *SMALL,
-            f"data.path={self.alone.store.path}", f"run.name={name}", f"trainer.max_steps={STEPS}",
-            "trainer.timeout=20", *overrides,
-        ]  # fmt: skip
+            "-m",
+            "torch.distributed.run",
+            f"--nnodes={nodes}",
+            "--nproc-per-node=1",
+            f"--max-restarts={restarts}",
+            "--rdzv-backend=c10d",
+            f"--rdzv-endpoint={NETWORK}.1:{self.port}",
+            f"--rdzv-id={name}",
+            "--rdzv-conf=read_timeout=60,last_call_timeout=1",
+            "-m",
+            module,
+            *SMALL,
+            f"data.path={self.alone.store.path}",
+            f"run.name={name}",
+            f"trainer.max_steps={STEPS}",
+            "trainer.timeout=20",
+            *overrides,
+        ]
         return host.start(arguments, self.folder)
 
     def agents(self, name: str, *overrides: str, restarts: int = 0, other: Sequence[str] = ()) -> list[Process]:
@@ -135,8 +147,13 @@ class Trials:
         return trial
 
     def differ(self) -> Trial:
-        keys = {"optim.lr": "0.5", "seed": "7", "optim.packs_per_step": "4", "trainer.max_steps": "300",
-                "model.n_blocks": "3"}  # fmt: skip
+        keys = {
+            "optim.lr": "0.5",
+            "seed": "7",
+            "optim.packs_per_step": "4",
+            "trainer.max_steps": "300",
+            "model.n_blocks": "3",
+        }
         trial = Trial(
             f"other overrides on one: {', '.join(f'`{key}`' for key in keys)}",
             "both hosts refuse, naming key, both values, hosts and ranks",

@@ -99,9 +99,12 @@ def start_on(holder: int) -> Callable[[list[str], Path], Process]:
     def start(arguments: list[str], folder: Path) -> Process:
         inside = ["nsenter", f"--target={holder}", "--net", "--uts", "--mount", f"--wdns={folder}"]
         return subprocess.Popen(
-            [*inside, sys.executable, *arguments], text=True, start_new_session=True, stdout=subprocess.PIPE,
+            [*inside, sys.executable, *arguments],
+            text=True,
+            start_new_session=True,
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())},
-        )  # fmt: skip
+        )
 
     return start

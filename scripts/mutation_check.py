@@ -258,8 +258,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--draw", type=count, metavar="N", help="try N of the mutations, drawn by the date; default: all"
     )
     parser.add_argument("--date", default=date.today().isoformat(), help="the date to draw by; default: %(default)s")
-    parser.add_argument("--results", type=Path, default=Path("mutations.jsonl"), metavar="FILE",
-                        help="what was found before, which is not tried again; default: %(default)s here")  # fmt: skip
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=Path("mutations.jsonl"),
+        metavar="FILE",
+        help="what was found before, which is not tried again; default: %(default)s here",
+    )
     parser.add_argument("--jobs", type=count, default=os.cpu_count() or 1, help="tried at once; default: %(default)s")
     options = parser.parse_args(arguments)
     try:

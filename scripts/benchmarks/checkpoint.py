@@ -44,8 +44,13 @@ def measure(name: str, device: str, repeats: int, folder: Path) -> list[str]:
     writer.close()
     size = sum(file.stat().st_size for file in (folder / name).rglob("*.safetensors"))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return [f"{name}, {parameters / 1e6:.0f} M", f"{size / 1e6:,.0f}", f"{statistics.median(waited):.3f}",
-            f"{max(waited):.3f}", f"{statistics.median(written):.2f}"]  # fmt: skip
+    return [
+        f"{name}, {parameters / 1e6:.0f} M",
+        f"{size / 1e6:,.0f}",
+        f"{statistics.median(waited):.3f}",
+        f"{max(waited):.3f}",
+        f"{statistics.median(written):.2f}",
+    ]
 
 
 def main() -> None:

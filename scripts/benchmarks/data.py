@@ -106,15 +106,35 @@ def prepare(folder: Path, fasta: Path, repeats: int) -> Path:
     for (file, runs), name in zip(found.items(), ("plain", "gzipped"), strict=True):
         limit = 500e6 + 40 * runs[0]["sequences"]
         peak = max(run["peak"] for run in runs)
-        rows.append([name, f"{file.stat().st_size / 1e6:,.0f}", f"{runs[0]['sequences']:,}",
-                     spread([size / run["cpu"] / 1e6 for run in runs]),
-                     spread([run["hashing"] / 1e6 for run in runs]),
-                     f"{statistics.median(size / run['wall'] for run in runs) / 1e6:.0f}",
-                     f"{peak / 1e6:.0f}", f"{limit / 1e6:.0f}"])  # fmt: skip
-    print(f"\nPrepare of {size / 1e6:,.0f} MB of FASTA, median (and range) of {repeats} runs. SHA-256 of the input is "
-          "part of it, and is timed alone before and after each run to tell how fast the machine was\n")  # fmt: skip
-    table(["input", "MB read", "sequences", "MB of FASTA per CPU second", "SHA-256 alone", "MB per second", "peak MB",
-           "500 MB + 40 bytes a sequence"], rows)  # fmt: skip
+        rows.append(
+            [
+                name,
+                f"{file.stat().st_size / 1e6:,.0f}",
+                f"{runs[0]['sequences']:,}",
+                spread([size / run["cpu"] / 1e6 for run in runs]),
+                spread([run["hashing"] / 1e6 for run in runs]),
+                f"{statistics.median(size / run['wall'] for run in runs) / 1e6:.0f}",
+                f"{peak / 1e6:.0f}",
+                f"{limit / 1e6:.0f}",
+            ]
+        )
+    print(
+        f"\nPrepare of {size / 1e6:,.0f} MB of FASTA, median (and range) of {repeats} runs. SHA-256 of the input is "
+        "part of it, and is timed alone before and after each run to tell how fast the machine was\n"
+    )
+    table(
+        [
+            "input",
+            "MB read",
+            "sequences",
+            "MB of FASTA per CPU second",
+            "SHA-256 alone",
+            "MB per second",
+            "peak MB",
+            "500 MB + 40 bytes a sequence",
+        ],
+        rows,
+    )
     return store
 
 
@@ -175,12 +195,23 @@ def plan(folder: Path, store: SequenceStore, sequences: int) -> None:
         for step in steps:
             shutil.rmtree(folder / f"protlig_dd-{os.getuid()}", ignore_errors=True)
             found = measured(PLAN.format(lengths=str(folder / "lengths.npy"), step=step), folder)
-            rows.append([f"{step:,}", str(found["epoch"]), f"{found['seconds']:.1f}", f"{found['mapped']:.1f}",
-                         f"{found['peak'] / 2**30:.2f}", f"{found['packs']:,}", f"{found['fill']:.2%}",
-                         f"{found['tail']:.2%}"])  # fmt: skip
+            rows.append(
+                [
+                    f"{step:,}",
+                    str(found["epoch"]),
+                    f"{found['seconds']:.1f}",
+                    f"{found['mapped']:.1f}",
+                    f"{found['peak'] / 2**30:.2f}",
+                    f"{found['packs']:,}",
+                    f"{found['fill']:.2%}",
+                    f"{found['tail']:.2%}",
+                ]
+            )
             bar.advance()
-    print(f"\nFirst batch of {PACKS_PER_STEP} packs of {BUDGET:,} tokens, of {sequences:,} lengths drawn from the "
-          f"store's, cropped at {MAX_LEN:,}: from nothing, and with a plan that is there\n")  # fmt: skip
+    print(
+        f"\nFirst batch of {PACKS_PER_STEP} packs of {BUDGET:,} tokens, of {sequences:,} lengths drawn from the "
+        f"store's, cropped at {MAX_LEN:,}: from nothing, and with a plan that is there\n"
+    )
     table(["at step", "epoch", "seconds", "seconds, plan there", "peak GiB", "packs an epoch", "full", "tail"], rows)
 
 
@@ -198,8 +229,10 @@ def load(store: SequenceStore, folder: Path, seconds: float, steps: int) -> floa
         rows.append([f"{budget:,}", f"{rate / 1e6:.1f}", f"{trainer:,.0f}", f"{rate / trainer:,.0f}"])
         best = max(best, rate)
     size = store.path.stat().st_size
-    print(f"\nLoader alone, one worker, shuffled, random crops of {MAX_LEN:,}, from a warm store of {size / 1e6:,.0f} "
-          f"MB, beside the training of model=tiny on this machine's {torch.get_num_threads()} CPU cores\n")  # fmt: skip
+    print(
+        f"\nLoader alone, one worker, shuffled, random crops of {MAX_LEN:,}, from a warm store of {size / 1e6:,.0f} "
+        f"MB, beside the training of model=tiny on this machine's {torch.get_num_threads()} CPU cores\n"
+    )
     table(["tokens a pack", "M residues/s", "the trainer's residues/s", "times the trainer"], rows)
     return best
 
@@ -217,9 +250,20 @@ def loader_rate(dataset: PackDataset, seconds: float) -> float:
 
 def training_rate(store: SequenceStore, folder: Path, steps: int) -> float:
     """Median residues/s of a short training run of the tiny model, without its first quarter."""
-    command = [sys.executable, "-m", "protlig_dd.training", "experiment=demo", "run.name=benchmark", "run.fresh=true",
-               f"data.path={store.path}", f"trainer.max_steps={steps + 1}", f"trainer.stop_at_step={steps}",
-               "trainer.eval_every=0", "logger.tensorboard=false", "trainer.log_every=1"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "protlig_dd.training",
+        "experiment=demo",
+        "run.name=benchmark",
+        "run.fresh=true",
+        f"data.path={store.path}",
+        f"trainer.max_steps={steps + 1}",
+        f"trainer.stop_at_step={steps}",
+        "trainer.eval_every=0",
+        "logger.tensorboard=false",
+        "trainer.log_every=1",
+    ]
     subprocess.run(command, cwd=folder, check=True, capture_output=True)
     lines = (folder / "runs/benchmark/metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines[steps // 4 :]]
@@ -237,10 +281,19 @@ def appetite(store: SequenceStore, rate: float) -> None:
         parameters = sum(parameter.numel() for parameter in model.parameters())
         flops = 3 * model.flops(tokens.tolist()) / tokens.sum()
         eaten = H100_FLOPS * MFU / flops
-        rows.append([f"{name}, {parameters / 1e6:.0f} M", f"{flops / 1e9:.2f}", f"{eaten / 1e6:.2f}",
-                     f"{GPUS * eaten / 1e6:.1f}", f"{rate / eaten:.1f}"])  # fmt: skip
-    print(f"\nOne node of {GPUS} H100 at {MFU:.0%} of {H100_FLOPS / 1e12:.0f} TFLOP/s (assumed), a token "
-          f"attending to {seen:.0f} on average; a loader worker gives {rate / 1e6:.1f} M residues/s\n")  # fmt: skip
+        rows.append(
+            [
+                f"{name}, {parameters / 1e6:.0f} M",
+                f"{flops / 1e9:.2f}",
+                f"{eaten / 1e6:.2f}",
+                f"{GPUS * eaten / 1e6:.1f}",
+                f"{rate / eaten:.1f}",
+            ]
+        )
+    print(
+        f"\nOne node of {GPUS} H100 at {MFU:.0%} of {H100_FLOPS / 1e12:.0f} TFLOP/s (assumed), a token "
+        f"attending to {seen:.0f} on average; a loader worker gives {rate / 1e6:.1f} M residues/s\n"
+    )
     table(["model", "GFLOP a token", "M tokens/s a GPU", "M tokens/s a node", "times one worker a GPU"], rows)
 
 

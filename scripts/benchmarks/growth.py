@@ -29,8 +29,14 @@ def growth(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     process of its own, or in two that exchange gradients.
     """
     tokens, size = arguments.tokens, MODELS[arguments.models[0]]
-    base = {"tokens": tokens, "length": tokens // 8, "n_blocks": size["n_blocks"], "hidden_size": size["hidden_size"],
-            "checkpointing": False, "ranks": 1}  # fmt: skip
+    base = {
+        "tokens": tokens,
+        "length": tokens // 8,
+        "n_blocks": size["n_blocks"],
+        "hidden_size": size["hidden_size"],
+        "checkpointing": False,
+        "ranks": 1,
+    }
     changes: dict[str, list[Any]] = {
         "tokens": [tokens // 2, tokens, 2 * tokens, 4 * tokens],
         "length": [tokens // 16, tokens // 8, tokens // 4, tokens // 2, tokens],
@@ -52,17 +58,24 @@ def growth(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 ms, gib = max(one[0] for one in found), max(one[1] for one in found)
                 rows.append({"what": what, "value": value, "ms_per_step": ms, "gib": gib, **spec})
                 bar.advance()
-    print(f"\nForward and backward pass of one pack of {base['tokens']} tokens in sequences of {base['length']}, "
-          f"{base['hidden_size']} x {base['n_blocks']}, fp32, eager, cpu; changed is what the line says\n")  # fmt: skip
+    print(
+        f"\nForward and backward pass of one pack of {base['tokens']} tokens in sequences of {base['length']}, "
+        f"{base['hidden_size']} x {base['n_blocks']}, fp32, eager, cpu; changed is what the line says\n"
+    )
     table(
         ["what", "value", "ms", "us a token", "GiB above the weights", "KiB a token"],
         [
-            [row["what"], str(row["value"]), f"{row['ms_per_step']:,.0f}",
-             f"{1e3 * row['ms_per_step'] / row['tokens'] / row['ranks']:,.0f}", f"{row['gib']:.2f}",
-             f"{row['gib'] * 2**20 / row['tokens']:,.0f}"]
+            [
+                row["what"],
+                str(row["value"]),
+                f"{row['ms_per_step']:,.0f}",
+                f"{1e3 * row['ms_per_step'] / row['tokens'] / row['ranks']:,.0f}",
+                f"{row['gib']:.2f}",
+                f"{row['gib'] * 2**20 / row['tokens']:,.0f}",
+            ]
             for row in rows
         ],
-    )  # fmt: skip
+    )
     return rows
 
 

@@ -27,17 +27,31 @@ def presets(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 found.append(plan(config, store, torch.device("cpu"), "bf16", 1, peak=H100_FLOPS))
             rows.append({"preset": name, **found[0], "checkpointed": found[1]["activation_bytes_per_token"]})
             bar.advance()
-    print(f"\n{rows[0]['steps']:,} steps of {rows[0]['step_tokens']:,} tokens; an H100 at {MFU:.0%} of "
-          f"{H100_FLOPS / 1e12:.0f} TFLOP/s, assumed\n")  # fmt: skip
+    print(
+        f"\n{rows[0]['steps']:,} steps of {rows[0]['step_tokens']:,} tokens; an H100 at {MFU:.0%} of "
+        f"{H100_FLOPS / 1e12:.0f} TFLOP/s, assumed\n"
+    )
     table(
-        ["preset", "M parameters", "GFLOP a token", "GiB of weights, gradients, averages, optimizer",
-         "KiB of activations a token", "with checkpointing", "days on an H100"],
         [
-            [row["preset"], f"{row['parameters'] / 1e6:,.1f}", f"{row['flops_per_token'] / 1e9:.3f}",
-             f"{row['state_bytes'] / 2**30:.2f}", f"{row['activation_bytes_per_token'] / 1024:,.0f}",
-             f"{row['checkpointed'] / 1024:,.0f}",
-             f"{row['steps'] * row['step_tokens'] * row['flops_per_token'] / (MFU * H100_FLOPS) / 86400:.2f}"]
+            "preset",
+            "M parameters",
+            "GFLOP a token",
+            "GiB of weights, gradients, averages, optimizer",
+            "KiB of activations a token",
+            "with checkpointing",
+            "days on an H100",
+        ],
+        [
+            [
+                row["preset"],
+                f"{row['parameters'] / 1e6:,.1f}",
+                f"{row['flops_per_token'] / 1e9:.3f}",
+                f"{row['state_bytes'] / 2**30:.2f}",
+                f"{row['activation_bytes_per_token'] / 1024:,.0f}",
+                f"{row['checkpointed'] / 1024:,.0f}",
+                f"{row['steps'] * row['step_tokens'] * row['flops_per_token'] / (MFU * H100_FLOPS) / 86400:.2f}",
+            ]
             for row in rows
         ],
-    )  # fmt: skip
+    )
     return rows

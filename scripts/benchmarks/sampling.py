@@ -51,9 +51,12 @@ def sampling(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     table(
         ["steps", "sequences/s, asked at every step", "sequences/s, unchanged ones skipped", "gain"],
         [
-            [str(row["steps"]), *(f"{row[key]:.3f}" for key in ("sequences_per_s", "sequences_per_s_kept")),
-             f"{row['gain']:.2f}"]
+            [
+                str(row["steps"]),
+                *(f"{row[key]:.3f}" for key in ("sequences_per_s", "sequences_per_s_kept")),
+                f"{row['gain']:.2f}",
+            ]
             for row in rows
         ],
-    )  # fmt: skip
+    )
     return rows

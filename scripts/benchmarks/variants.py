@@ -38,11 +38,26 @@ MODELS = {
     "384 x 6": {"hidden_size": 384, "n_heads": 6, "n_blocks": 6},
     "768 x 12": {"hidden_size": 768, "n_heads": 12, "n_blocks": 12},
 }
-NETWORK: dict[str, Any] = {"cond_dim": 128, "dropout": 0.0, "attention_backend": "auto", "norm": "layer", "mlp": "gelu",
-                           "qk_norm": False, "checkpointing": False}  # fmt: skip
+NETWORK: dict[str, Any] = {
+    "cond_dim": 128,
+    "dropout": 0.0,
+    "attention_backend": "auto",
+    "norm": "layer",
+    "mlp": "gelu",
+    "qk_norm": False,
+    "checkpointing": False,
+}
 DEFAULT_NETWORK = {"time_conditioning": False, "qk_norm": True, "norm": "rms"}
-TRAINED = ("optim.lr=1e-3", "optim.betas=[0.9,0.99]", "optim.ema_decay=0.999", "optim.packs_per_step=1",
-           "optim.warmup_steps=0", "optim.min_lr_ratio=1", "trainer.max_steps=1000000", "seed=0")  # fmt: skip
+TRAINED = (
+    "optim.lr=1e-3",
+    "optim.betas=[0.9,0.99]",
+    "optim.ema_decay=0.999",
+    "optim.packs_per_step=1",
+    "optim.warmup_steps=0",
+    "optim.min_lr_ratio=1",
+    "trainer.max_steps=1000000",
+    "seed=0",
+)
 LOADED = 100  # packs; at 512 their padding ratio is within 2% of the whole set's
 
 
@@ -168,9 +183,17 @@ def context_of(device: torch.device, precision: str, network: ModelConfig) -> Ru
     """One process that writes nothing."""
     backend = resolve_attention_backend("auto", device, precision, network.head_dim)
     return RunContext(
-        folder=Path(), attempt=1, start=Start(), device=device, precision=precision, attention_backend=backend,
-        compiled=False, processes=ALONE, stop=StopRequests(), deadline=None,
-    )  # fmt: skip
+        folder=Path(),
+        attempt=1,
+        start=Start(),
+        device=device,
+        precision=precision,
+        attention_backend=backend,
+        compiled=False,
+        processes=ALONE,
+        stop=StopRequests(),
+        deadline=None,
+    )
 
 
 def composed(*overrides: str) -> DictConfig:
