@@ -1227,7 +1227,7 @@ def test_what_cannot_be_scored_is_refused(
         ("with reference=, give a folder of CSV files", ["reference=reference.csv", "output=x"]),
         ("the targets of a folder's assays are in reference=", [*FOLDER, "target=wt.fasta"]),
         ("target is required", ["output=x.csv"]),
-        ("draws must be a multiple of 2, got 5", ["target=wt.fasta", "output=x.csv", "draws=5"]),
+        ("draws must be an even number of at least 4, got 5", ["target=wt.fasta", "output=x.csv", "draws=5"]),
         ("strategy=ratio: .* can do masked_marginals", ["target=wt.fasta", "output=x.csv", "strategy=ratio"]),
     ):
         with pytest.raises(ValueError, match=message):
