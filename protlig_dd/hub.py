@@ -40,8 +40,7 @@ from protlig_dd.tokenizer import ProteinTokenizer
 class ProteinDiffusion(nn.Module):
     """An exported model: `network`, `score_fn`, `noise`, and the `description` that its config.json holds.
 
-    `sample(score_fn, lengths, options, generator)` of protlig_dd.diffusion.sampling and `nll_bound(score_fn, batch)` of
-    protlig_dd.diffusion.likelihood take its score function.
+    `protlig_dd.diffusion.sampling.sample` and `protlig_dd.diffusion.likelihood.nll_bound` take its score_fn.
     """
 
     def __init__(self, folder: Path, device: torch.device, precision: str) -> None:

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import http.server
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -29,7 +30,7 @@ from protlig_dd.runs.checkpoint import complete_checkpoints, load_tensors
 from protlig_dd.system.files import sha256
 from protlig_dd.tokenizer import AMINO_ACIDS
 
-from .conftest import Command, MadeOnce, assert_one_line_error, random_batch, thorough
+from .conftest import ROOT, Command, MadeOnce, assert_one_line_error, random_batch, thorough
 from .test_training import TINY, train
 
 KINDS = {
@@ -203,6 +204,17 @@ def test_changed_weights_are_saved_without_the_old_figures(exported: Path, tmp_p
 
 
 @pytest.mark.slow
+def test_the_functions_beneath_the_verbs_take_it_as_the_docs_say(exported: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/sharing.md").read_text(), re.DOTALL)
+    (code,) = (block for block in blocks if "SamplerOptions" in block)
+    names: dict[str, Any] = {"model": ProteinDiffusion.from_pretrained(exported / "models/base", device="cpu")}
+    exec(code, names)
+    assert len(names["designed"]) == 120
+    assert set(names["designed"].tolist()) <= set(range(20))
+    assert names["bound"].nats.shape == (1,)
+    assert torch.isfinite(names["bound"].nats).all()
+
+
 def test_damaged_and_foreign_exports_are_refused(exported: Path, tmp_path: Path) -> None:
     def without_noise(found: dict[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in found.items() if key != "noise"}
