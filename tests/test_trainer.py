@@ -26,13 +26,13 @@ from protlig_dd.training.trainer import SPIKE_STEPS, Trainer
 from .conftest import make_model, train_config
 
 SHAPE = StaticShape(512, 64, 102)
-OVERRIDES = ("optim.lr=1e-3", "optim.betas=[0.9,0.99]", "optim.weight_decay=0.1", "optim.grad_clip=0.5",
+OVERRIDES = ("optim.lr=0.09", "optim.betas=[0.9,0.99]", "optim.weight_decay=0.1", "optim.grad_clip=0.5",
              "optim.ema_decay=0.9", "optim.warmup_steps=90", "optim.packs_per_step=2", "trainer.max_steps=100",
              "trainer.loss_spike=3.0", "seed=0")  # fmt: skip
 
 
 def rate(step: int) -> float:
-    return 1e-3 * (step + 1) / 90
+    return 0.09 * (step + 1) / 90
 
 
 def make_trainer(store: SequenceStore, optimizer: str, device: torch.device, *, fast: bool) -> Trainer:
