@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,7 +23,7 @@ from protlig_dd.data.prepare.build import build_store
 from protlig_dd.data.store import SPLITS
 from protlig_dd.system.terminal import ProgressBar
 from scripts.disturbed_runs import SMALL, Campaign, Process, children_of, start_python
-from scripts.hosts import APART, NAMES, NETWORK, Host, addresses, join_hosts, missing_here, start_on, wait_until_apart
+from scripts.hosts import NAMES, NETWORK, Host, addresses, missing_here, two_hosts
 
 STEPS = 100
 SOON = 60  # seconds beyond trainer.timeout within which every host has ended
@@ -111,7 +110,8 @@ class Trials:
         """Wait for a run that should end well, and compare it with the run in one process; what each host said."""
         said = ["\n".join(process.communicate(timeout=300)) for process in agents]
         codes = [process.returncode for process in agents]
-        trial.check(codes == [0] * len(agents), f"exit codes {codes}: {last_lines(said)}")
+        last_lines = [text.strip().splitlines()[-1:] for text in said]
+        trial.check(codes == [0] * len(agents), f"exit codes {codes}: {last_lines}")
         trial.check(self.alone.same(name), "other bits than one process")
         return said
 
@@ -325,10 +325,6 @@ TRIALS: dict[str, Callable[[Trials], Trial]] = {
 }
 
 
-def last_lines(said: Sequence[str]) -> list[str]:
-    return [(text.strip().splitlines() or [""])[-1] for text in said]
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trials", nargs="*", metavar="TRIAL", help=f"of {', '.join(TRIALS)}; all without it")
@@ -337,23 +333,13 @@ def main() -> int:
         parser.error(f"no trial {', '.join(sorted(unknown))}; there are {', '.join(TRIALS)}")
     if missing := missing_here():
         parser.error(f"this machine lacks {missing}")
-    holders = [subprocess.Popen([*APART, "sleep", "infinity"]) for _ in (*NAMES, "switch")]
-    try:
-        *pids, switch = [wait_until_apart(holder.pid) for holder in holders]
-        hosts = [Host(name, pid, start_on(pid)) for name, pid in zip(NAMES, pids, strict=True)]
-        join_hosts(hosts, switch)
-        with tempfile.TemporaryDirectory(prefix="host_trials.") as folder:
-            trials = Trials(Path(folder).resolve(), hosts, start_python)
-            done = []
-            chosen = arguments.trials or list(TRIALS)
-            with ProgressBar("trials", len(chosen)) as bar:
-                for name in chosen:
-                    done.append(TRIALS[name](trials))
-                    bar.advance()
-    finally:
-        for holder in holders:
-            holder.kill()
-            holder.wait()
+    done, chosen = [], arguments.trials or list(TRIALS)
+    with two_hosts() as hosts, tempfile.TemporaryDirectory(prefix="host_trials.") as folder:
+        trials = Trials(Path(folder).resolve(), hosts, start_python)
+        with ProgressBar("trials", len(chosen)) as bar:
+            for name in chosen:
+                done.append(TRIALS[name](trials))
+                bar.advance()
     print("\n| tried | what happens | as it should |\n| --- | --- | --- |")
     for trial in done:
         print(f"| {trial.what} | {trial.expected} | {'; '.join(trial.found) or 'yes'} |")

@@ -5,7 +5,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +62,21 @@ def missing_here() -> str | None:
     tried = [*APART, "ip", "link", "add", "try", "type", "bridge"]
     allowed = subprocess.run(tried, capture_output=True, check=False).returncode == 0
     return None if allowed else "the right to make network namespaces (root)"
+
+
+@contextmanager
+def two_hosts() -> Iterator[list[Host]]:
+    """Two hosts in one network, which end with the block."""
+    holders = [subprocess.Popen([*APART, "sleep", "infinity"]) for _ in (*NAMES, "switch")]
+    try:
+        *pids, switch = [wait_until_apart(holder.pid) for holder in holders]
+        hosts = [Host(name, pid, start_on(pid)) for name, pid in zip(NAMES, pids, strict=True)]
+        join_hosts(hosts, switch)
+        yield hosts
+    finally:
+        for holder in holders:
+            holder.kill()
+            holder.wait()
 
 
 def join_hosts(hosts: Sequence[Host], switch: int) -> None:

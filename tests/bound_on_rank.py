@@ -25,9 +25,14 @@ def main(path: str, meeting: str, rank: int, world_size: int) -> None:
     store, graph = SequenceStore(path), Absorbing(20)
     dataset = PackDataset(store, store.split("train")[:23], max_len=60, tokens_per_pack=130, seed=None)
     found = held_out_bound(
-        ScoreFn(make_model(), graph, LogLinearNoise(), "x0"), dataset, unigram=np.full(20, 0.05), draws=2, seed=3,
-        processes=Processes(rank, world_size, rank), description="",
-    )  # fmt: skip
+        ScoreFn(make_model(), graph, LogLinearNoise(), "x0"),
+        dataset,
+        unigram=np.full(20, 0.05),
+        draws=2,
+        seed=3,
+        processes=Processes(rank, world_size, rank),
+        description="",
+    )
     print(json.dumps(found.summary()))
     dist.destroy_process_group()
 

@@ -111,10 +111,23 @@ def make_store(path: Path, proteins: list[FastaRecord], *, train: int, held_out:
     build_store(inputs, path)
 
 
-TRAINED = ["experiment=demo", "run.name=small", "data.tokens_per_pack=1200", "data.max_len=300", "model.hidden_size=32",
-           "model.n_heads=2", "trainer.max_steps=40", "trainer.device=cpu", "trainer.precision=fp32",
-           "trainer.eval_every=20", "trainer.eval_max_sequences=10", "report.samples=3", "report.steps=4",
-           "report.draws=2", "report.untrained=false"]  # fmt: skip
+TRAINED = [
+    "experiment=demo",
+    "run.name=small",
+    "data.tokens_per_pack=1200",
+    "data.max_len=300",
+    "model.hidden_size=32",
+    "model.n_heads=2",
+    "trainer.max_steps=40",
+    "trainer.device=cpu",
+    "trainer.precision=fp32",
+    "trainer.eval_every=20",
+    "trainer.eval_max_sequences=10",
+    "report.samples=3",
+    "report.steps=4",
+    "report.draws=2",
+    "report.untrained=false",
+]
 
 
 @pytest.fixture(scope="session")
@@ -182,9 +195,17 @@ def exact_score_fn(toy: brute_force.Toy, parametrisation: str = "log_score") -> 
 
 
 SMALL_MODEL: dict[str, Any] = {
-    "hidden_size": 32, "n_heads": 4, "n_blocks": 2, "cond_dim": 16, "dropout": 0.0, "attention_backend": "sdpa",
-    "norm": "layer", "mlp": "gelu", "qk_norm": False, "checkpointing": False,
-}  # fmt: skip
+    "hidden_size": 32,
+    "n_heads": 4,
+    "n_blocks": 2,
+    "cond_dim": 16,
+    "dropout": 0.0,
+    "attention_backend": "sdpa",
+    "norm": "layer",
+    "mlp": "gelu",
+    "qk_norm": False,
+    "checkpointing": False,
+}
 
 
 def composed(*overrides: str, name: str = "train") -> DictConfig:

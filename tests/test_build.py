@@ -537,8 +537,12 @@ def test_real_headers_keep_their_fields(tmp_path: Path) -> None:
     assert [store.header(row) for row in range(3)] == headers
     first = store.fields(0)
     assert (first.id, first.n, first.tax, first.tax_id, first.rep_id) == (
-        "UniRef50_UPI0012", 4, "Ca. X [a=b]", None, "UPI0012"
-    )  # fmt: skip
+        "UniRef50_UPI0012",
+        4,
+        "Ca. X [a=b]",
+        None,
+        "UPI0012",
+    )
     assert store.fields(1).tax_id == 7227
     assert store.fields(2).description == ""
     assert list(FastaFile(tmp_path / "a.fasta").blocks())

@@ -161,15 +161,19 @@ def test_checksums_are_those_of_memory_and_not_of_what_was_read_back(
 
 def test_tensors_of_any_type_and_shape_have_the_checksum_of_their_file(tmp_path: Path) -> None:
     types = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool)
-    tensors = {f"{i}/{shape}": torch.ones(shape).to(dtype)
-               for i, dtype in enumerate(types) for shape in ((), (3,), (2, 5), (0, 4))}  # fmt: skip
+    tensors = {
+        f"{i}/{shape}": torch.ones(shape).to(dtype)
+        for i, dtype in enumerate(types)
+        for shape in ((), (3,), (2, 5), (0, 4))
+    }
     file = tmp_path / "any.safetensors"
     written = checkpoint.write_tensors(tensors, file, 0o640)
     assert written == hashlib.sha256(file.read_bytes()).hexdigest()
     assert file.stat().st_mode & 0o777 == 0o640
     loaded = checkpoint.load_tensors(file)
-    assert all(torch.equal(loaded[name], tensor) and loaded[name].dtype == tensor.dtype
-               for name, tensor in tensors.items())  # fmt: skip
+    assert all(
+        torch.equal(loaded[name], tensor) and loaded[name].dtype == tensor.dtype for name, tensor in tensors.items()
+    )
     save_file(tensors, tmp_path / "library.safetensors")
     assert file.read_bytes() == (tmp_path / "library.safetensors").read_bytes()
 

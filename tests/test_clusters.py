@@ -151,8 +151,11 @@ def test_a_slurm_job_is_queued_again_at_its_limit_and_when_preempted(
     overrides = overrides_for(store, "given", *LONG, "run.fresh=true")
     job = subprocess.run(
         ["sbatch", "--parsable", *small, script, "try", *overrides],
-        cwd=tmp_path, capture_output=True, text=True, check=True,
-    ).stdout.strip()  # fmt: skip
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
     run = tmp_path / "runs/try"
     wait_for(lambda: steps_of(run) > 4)
     slurm_says("scancel", "--batch", "--signal=USR1", job)
@@ -191,8 +194,11 @@ def test_a_slurm_job_that_is_cancelled_or_fails_is_not_queued_again(
     for name, more in (("cancelled", ()), ("wrong", ("optim.lr=-1",))):
         job = subprocess.run(
             [*submit, name, *overrides_for(store, "given", *LONG, *more)],
-            cwd=tmp_path, capture_output=True, text=True, check=True,
-        ).stdout.strip()  # fmt: skip
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
         if name == "cancelled":
             wait_for(lambda: steps_of(tmp_path / "runs/cancelled") > 4)
             slurm_says("scancel", job)
@@ -212,8 +218,11 @@ def test_a_slurm_job_whose_nodes_lost_one_another_is_queued_again(
     submit = ["sbatch", "--parsable", "--gpus-per-node=0", "--cpus-per-task=1", "--output=out"]
     job = subprocess.run(
         [*submit, str(ROOT / "scripts/slurm/train.sbatch"), "lost", *overrides_for(store, "given", *LONG)],
-        cwd=tmp_path, capture_output=True, text=True, check=True,
-    ).stdout.strip()  # fmt: skip
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
     wait_for(lambda: steps_of(tmp_path / "runs/lost") > 4)
     first, second = slurm_says("pgrep", "-f", f"warm.py command .*rdzv-id={job} ").split()
     os.kill(int(first), signal.SIGTERM)
@@ -238,8 +247,10 @@ def test_a_sweep_through_submitit_goes_on_after_its_limit(
     os.kill(holder, signal.SIGUSR2)
     _, errors = sweep.communicate(timeout=300)
     assert sweep.returncode == 0, errors
-    attempts = {name: json.loads((run.parent / name / "environment.json").read_text())["attempt"]
-                for name in ("optim.lr-0.0003", "optim.lr-0.001")}  # fmt: skip
+    attempts = {
+        name: json.loads((run.parent / name / "environment.json").read_text())["attempt"]
+        for name in ("optim.lr-0.0003", "optim.lr-0.001")
+    }
     assert attempts == {"optim.lr-0.0003": 2, "optim.lr-0.001": 1}
     train(run_python, store, "plain", *LONG, *fewer, "optim.lr=3e-4")
     assert_same_bits(run, tmp_path / "runs/plain")

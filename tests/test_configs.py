@@ -249,9 +249,15 @@ def test_the_traceback_is_there_for_those_who_ask(run_python: Command) -> None:
 def test_cuda_without_cuda_is_one_line(run_python: Command, tmp_path: Path) -> None:
     for arguments in (
         ["-m", "protlig_dd.training", "trainer.device=cuda"],
-        ["-m", "protlig_dd.training.run_train_uniref50_optimized", "--device", "cuda:1",
-         "--config", str(config_folder() / "config_uniref50_stable.yaml")],
-    ):  # fmt: skip
+        [
+            "-m",
+            "protlig_dd.training.run_train_uniref50_optimized",
+            "--device",
+            "cuda:1",
+            "--config",
+            str(config_folder() / "config_uniref50_stable.yaml"),
+        ],
+    ):
         assert_one_line_error(run_python(*arguments), "device=cuda", "CUDA is not available")
     assert list(tmp_path.iterdir()) == []
 

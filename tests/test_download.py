@@ -101,8 +101,12 @@ def start(server: Server, folder: Path, *arguments: str) -> subprocess.Popen[str
     return subprocess.Popen(
         [ROOT / "scripts/download_uniref50.sh", *(arguments or (str(folder / "d"),))],
         env=os.environ | {"UNIREF_URL": server.url, "UNIREF_WAIT": "0"},
-        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def download(server: Server, folder: Path, *arguments: str) -> tuple[int, str, str]:

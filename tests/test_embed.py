@@ -184,9 +184,13 @@ def test_the_command(run_python: Command, store: SequenceStore, tmp_path: Path) 
         means = torch.stack([states.mean(0) for states in expected])
         assert torch.allclose(torch.from_numpy(file["embeddings"][:]), means, atol=1e-5)
         assert dict(file.attrs) == {
-            "run": "small", "step": 2, "checkpoint": "runs/small/checkpoints/step_00000002", "layer": 2,
-            "pooling": "mean", "protlig_dd": __version__,
-        }  # fmt: skip
+            "run": "small",
+            "step": 2,
+            "checkpoint": "runs/small/checkpoints/step_00000002",
+            "layer": 2,
+            "pooling": "mean",
+            "protlig_dd": __version__,
+        }
     with np.load(tmp_path / "one.npz", allow_pickle=False) as file:
         assert file["ids"].tolist() == list(sequences)
         assert (int(file["step"]), int(file["layer"]), str(file["pooling"])) == (2, 1, "per_residue")

@@ -80,8 +80,7 @@ def test_what_each_token_adds_sums_up_to_the_bound() -> None:
     batch = random_batch([5, 9, 2])
     score_fn = ScoreFn(make_model(), Absorbing(), LogLinearNoise(), "x0")
     for estimator in ("integral", "exact_count"):
-        bound = nll_bound(score_fn, batch, draws=3, estimator=estimator,
-                          generator=torch.Generator().manual_seed(0))  # fmt: skip
+        bound = nll_bound(score_fn, batch, draws=3, estimator=estimator, generator=torch.Generator().manual_seed(0))
         sums = [float(part.sum()) for part in bound.token_nats.split(list(batch.lengths))]
         assert sums == pytest.approx(bound.nats.tolist())
 
@@ -100,8 +99,9 @@ def test_masked_cross_entropy_is_that_of_masks_made_by_hand() -> None:
         return table[noised.positions]
 
     score_fn = ScoreFn(network, Absorbing(), LogLinearNoise(), "x0")
-    nats, masked = masked_cross_entropy(score_fn, batch, share=0.3, draws=40,
-                                        generator=torch.Generator().manual_seed(0))  # fmt: skip
+    nats, masked = masked_cross_entropy(
+        score_fn, batch, share=0.3, draws=40, generator=torch.Generator().manual_seed(0)
+    )
     assert masked.tolist() == [40 * 2, 40 * 1]  # round(0.3 * 6), round(0.3 * 3)
     times = sum((one == 20).double() for one in seen)
     assert not times[(batch.tokens >= 20)].any()
@@ -121,8 +121,13 @@ def test_pooled_nats_are_those_of_the_masks_that_were_drawn() -> None:
         seen.append(noised.tokens)
         return table[noised.positions]
 
-    bound = nll_bound(ScoreFn(network, Absorbing(), LogLinearNoise(), "x0"), batch, draws=6,
-                      estimator="exact_count", generator=torch.Generator().manual_seed(0))  # fmt: skip
+    bound = nll_bound(
+        ScoreFn(network, Absorbing(), LogLinearNoise(), "x0"),
+        batch,
+        draws=6,
+        estimator="exact_count",
+        generator=torch.Generator().manual_seed(0),
+    )
     # two draws of each third, which end at a ninth, four ninths and nine, each counted by its width
     times = sum(width / 18 * (one == 20).double() for width, one in zip((1, 1, 3, 3, 5, 5), seen, strict=True))
     cost = F.cross_entropy(table[batch.positions], batch.tokens.clamp(max=19), reduction="none").double()
@@ -136,8 +141,9 @@ def test_pooled_nats_of_a_model_that_can_be_enumerated() -> None:
     """Two sites: of one given the other, or both, each by itself, the average."""
     toy, x0, copies = brute_force.random_toy("absorbing", n=3, sites=2), (2, 1), 400
     batch = PackedBatch.pack([torch.tensor(x0)] * copies)
-    bound = nll_bound(exact_score_fn(toy), batch, draws=2, estimator="exact_count",
-                      generator=torch.Generator().manual_seed(0))  # fmt: skip
+    bound = nll_bound(
+        exact_score_fn(toy), batch, draws=2, estimator="exact_count", generator=torch.Generator().manual_seed(0)
+    )
     assert set(bound.pooled.tolist()) == {1, 1.5, 2}
     assert float(bound.pooled.mean()) == pytest.approx(1.5, abs=0.01)
     joint, marginal = toy.p0[x0].log(), [toy.p0.sum(1)[x0[0]].log(), toy.p0.sum(0)[x0[1]].log()]
@@ -170,9 +176,22 @@ def test_only_of_a_time_conditioned_model_the_order_agnostic_bound_is_another_on
     model = make_model(time_conditioning=conditioned).eval()
     score_fn = ScoreFn(model, Absorbing(), trained.score_fn.noise, "x0", time_conditioning=conditioned)
     trained = replace(trained, score_fn=score_fn)
-    config = EvaluateConfig(from_="", input="", split="test", train=None, compare=None, near=False, output="", draws=2,
-                            masked=False, max_sequences=None, seed=3, device="cpu", precision="fp32",
-                            tokens_per_pack=10_000)  # fmt: skip
+    config = EvaluateConfig(
+        from_="",
+        input="",
+        split="test",
+        train=None,
+        compare=None,
+        near=False,
+        output="",
+        draws=2,
+        masked=False,
+        max_sequences=None,
+        seed=3,
+        device="cpu",
+        precision="fp32",
+        tokens_per_pack=10_000,
+    )
     sequences = [store[row] for row in store.split("test")[:3]]
     scored = score(trained, sequences, config, None)
     batch = PackedBatch.pack([torch.from_numpy(one.astype(np.int64)) for one in sequences])
@@ -180,8 +199,7 @@ def test_only_of_a_time_conditioned_model_the_order_agnostic_bound_is_another_on
     generator = protein_draws(keys, places_of_set(keys, 2, 3), 3)
     found = None
     for name, estimator in (("bound", "integral"), ("oadm", "exact_count"))[0 if conditioned else 1 :]:
-        found = nll_bound(trained.score_fn, batch, generator=generator, draws=2,
-                          estimator=estimator)  # fmt: skip
+        found = nll_bound(trained.score_fn, batch, generator=generator, draws=2, estimator=estimator)
         assert [one.nats[name] for one in scored] == pytest.approx(found.nats.tolist())
     assert [one.nats["evodiff"] for one in scored] == pytest.approx(found.pooled_nats.tolist())
     assert found is not None
@@ -212,8 +230,13 @@ def test_what_a_protein_draws_follows_from_the_set(graph: Graph, noise: Noise, e
         places, found = places_of_set(keys, 3, seed), {}
         for first in range(0, 3, at_once):
             these = slice(first, first + at_once)
-            bound = nll_bound(score_fn, PackedBatch.pack(some[these]), draws=3, estimator=estimator,
-                              generator=protein_draws(keys[these], places[:, these], seed))  # fmt: skip
+            bound = nll_bound(
+                score_fn,
+                PackedBatch.pack(some[these]),
+                draws=3,
+                estimator=estimator,
+                generator=protein_draws(keys[these], places[:, these], seed),
+            )
             found.update(zip(order[these], bound.nats.tolist(), strict=True))
         return [found[i] for i in range(3)]
 
@@ -245,8 +268,17 @@ def test_the_page_and_evaluate_have_one_figure(
     trained_run: Path, store: SequenceStore, tmp_path: Path, run_python: Command
 ) -> None:
     """The run's packs hold 1,200 tokens, these 5,000."""
-    command = ["-m", "protlig_dd.evaluate", f"from={trained_run}", f"input={store.path}", "precision=fp32", "draws=2",
-               "masked=false", "near=false", "tokens_per_pack=5000"]  # fmt: skip
+    command = [
+        "-m",
+        "protlig_dd.evaluate",
+        f"from={trained_run}",
+        f"input={store.path}",
+        "precision=fp32",
+        "draws=2",
+        "masked=false",
+        "near=false",
+        "tokens_per_pack=5000",
+    ]
     done = run_python(*command, "output=out")
     assert done.returncode == 0, done.stderr
     found, page = (json.loads(file.read_text()) for file in (tmp_path / "out/report.json", trained_run / "report.json"))
@@ -259,19 +291,27 @@ def test_two_models_are_compared_protein_by_protein(
     trained_run: Path, store: SequenceStore, tmp_path: Path, run_python: Command
 ) -> None:
     start = trained_run / "checkpoints/step_00000020"
-    command = ["-m", "protlig_dd.evaluate", f"from={trained_run}", f"input={store.path}", "precision=fp32",
-               "near=false", "draws=2"]  # fmt: skip
+    command = [
+        "-m",
+        "protlig_dd.evaluate",
+        f"from={trained_run}",
+        f"input={store.path}",
+        "precision=fp32",
+        "near=false",
+        "draws=2",
+    ]
     done = run_python(*command, f"compare={start}", "output=out")
     assert done.returncode == 0, done.stderr
-    assert f"none of 20 proteins is an exact copy of one that trained this model ({store.path}) or the model compared" \
-           f" with ({store.path})" in done.stdout  # fmt: skip
+    assert (
+        f"none of 20 proteins is an exact copy of one that trained this model ({store.path}) or the model compared"
+        f" with ({store.path})" in done.stdout
+    )
     report, table = json.loads((tmp_path / "out/report.json").read_text()), (tmp_path / "out/report.md").read_text()
     rows = list(csv.DictReader((tmp_path / "out/per_sequence.csv").read_text().splitlines()))
     own, other, residues = (
         np.array([float(row[key]) for row in rows]) for key in ("bound_nats", "compared_nats", "residues")
     )
-    assert report["compared_with"] == {
-        "run": "small", "step": 20, "checkpoint": str(start), "estimator": "exact_count"}  # fmt: skip
+    assert report["compared_with"] == {"run": "small", "step": 20, "checkpoint": str(start), "estimator": "exact_count"}
     for name, nats in (("compared", other), ("bound_to_compared", own - other)):
         wanted = ratio_and_error(nats, residues)
         assert (report[name], report[f"{name}_se"]) == pytest.approx(wanted, abs=1e-6)
@@ -401,9 +441,13 @@ def test_fasta_is_compared_with_the_runs_own_training_set(
 
 
 def test_baselines_are_those_of_what_the_model_was_trained_on(
-    trained_run: Path, store: SequenceStore, proteins: list[FastaRecord], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    trained_run: Path,
+    store: SequenceStore,
+    proteins: list[FastaRecord],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """From any folder, and never of a store that only has its name."""
     here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
     others = {}
@@ -534,12 +578,15 @@ def test_where_the_training_set_is_not_found_no_leak_was_looked_for(
     away = replace(trained, saved=replace(trained.saved, data_fingerprint="0" * 32))
     (source,) = all_sources(None, store, away)
     found = leaks.find_leaks([store[0], store[1]], [source], "auto")
-    assert found.lines() == ["copies of what trained this model were not looked for among the proteins: its training "
-                             "set was not found, or cannot be read (train=store.h5 names it)"]  # fmt: skip
+    assert found.lines() == [
+        "copies of what trained this model were not looked for among the proteins: its training "
+        "set was not found, or cannot be read (train=store.h5 names it)"
+    ]
     assert (found.report()["copies"], found.report()["near"], found.cells(2)) == (None, None, ["", ""])
     told = leaks.find_leaks([store[0], store[390]], all_sources(str(store.path), None, away), False).lines()
-    assert told[0] == ("warning: 1 of 2 proteins are exact copies of proteins that trained this model, as train= says "
-                       f"({store.path})")  # fmt: skip
+    assert told[0] == (
+        f"warning: 1 of 2 proteins are exact copies of proteins that trained this model, as train= says ({store.path})"
+    )
     clean = leaks.find_leaks([store[390]], all_sources(None, store, trained), False)
     assert clean.lines()[0] == f"none of 1 proteins is an exact copy of one that trained this model ({store.path})"
 
@@ -569,8 +616,18 @@ def test_a_single_protein_has_the_error_of_its_draws(
     trained_run: Path, store: SequenceStore, tmp_path: Path, run_python: Command
 ) -> None:
     (tmp_path / "one.fasta").write_text(f">one\n{ProteinTokenizer().decode(store[0])[:120]}\n")
-    done = run_python("-m", "protlig_dd.evaluate", f"from={trained_run}", "input=one.fasta", "output=out", "draws=4",
-                      f"train={store.path}", "device=cpu", "precision=fp32", "near=false")  # fmt: skip
+    done = run_python(
+        "-m",
+        "protlig_dd.evaluate",
+        f"from={trained_run}",
+        "input=one.fasta",
+        "output=out",
+        "draws=4",
+        f"train={store.path}",
+        "device=cpu",
+        "precision=fp32",
+        "near=false",
+    )
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out/report.json").read_text())
     (row,) = csv.DictReader((tmp_path / "out/per_sequence.csv").read_text().splitlines())

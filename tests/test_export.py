@@ -53,9 +53,19 @@ def exported(request: pytest.FixtureRequest, store: SequenceStore, python: Comma
         (folder / "private").mkdir()
         (folder / "private/blosum.txt").write_text(substitution_matrices.load("BLOSUM62").format("%4d"))
         run = partial(python, cwd=folder)
-        train(run, store, "base", *KINDS[request.param], "trainer.max_steps=6", "optim.lr=0.01",
-              "optim.warmup_steps=2", "trainer.device=cpu", "trainer.precision=fp32", "report.samples=2",
-              "report.steps=4")  # fmt: skip
+        train(
+            run,
+            store,
+            "base",
+            *KINDS[request.param],
+            "trainer.max_steps=6",
+            "optim.lr=0.01",
+            "optim.warmup_steps=2",
+            "trainer.device=cpu",
+            "trainer.precision=fp32",
+            "report.samples=2",
+            "report.steps=4",
+        )
         process = run("-m", "protlig_dd.export", "from=runs/base", "to=models/base")
         assert process.returncode == 0, process.stderr
         assert "models/base: runs/base/checkpoints/step_00000006, weights " in process.stdout
@@ -94,8 +104,11 @@ def test_an_export_is_the_checkpoint(exported: Path, store: SequenceStore, run_p
     assert words["ids"]["<mask>"] == 20
     report = json.loads((run / "report.json").read_text())
     card = (model / "README.md").read_text()
-    for name, key, sign in (("bound on the negative log-likelihood", "nll", ""), ("unigram model", "unigram_nll", ""),
-                            ("paired difference", "difference", "+")):  # fmt: skip
+    for name, key, sign in (
+        ("bound on the negative log-likelihood", "nll", ""),
+        ("unigram model", "unigram_nll", ""),
+        ("paired difference", "difference", "+"),
+    ):
         assert f"| {name} | {report[key]:{sign}.4f} ± {report[f'{key}_se']:.4f} |" in card
     rows = list(csv.DictReader((run / "report.csv").read_text().splitlines()))
     residues = sum(int(row["residues"]) for row in rows)
@@ -111,20 +124,44 @@ def test_an_export_is_the_checkpoint(exported: Path, store: SequenceStore, run_p
 
     sampled = []
     for source in (run, model):
-        process = run_python("-m", "protlig_dd.sample", f"from={source}", f"output={source.name}{len(sampled)}.fasta",
-                             "n=2", "steps=4", "device=cpu", "precision=fp32", cwd=exported)  # fmt: skip
+        process = run_python(
+            "-m",
+            "protlig_dd.sample",
+            f"from={source}",
+            f"output={source.name}{len(sampled)}.fasta",
+            "n=2",
+            "steps=4",
+            "device=cpu",
+            "precision=fp32",
+            cwd=exported,
+        )
         assert process.returncode == 0, process.stderr
         sampled.append((exported / f"{source.name}{len(sampled)}.fasta").read_text())
     assert sampled[0] == sampled[1]
-    tuned = run_python("-m", "protlig_dd.training", *[o for o in TINY if not o.startswith("model.")],
-                       "from=models/base", "run.name=tuned", "trainer.max_steps=1", "optim.lr=1e-30",
-                       "trainer.device=cpu", "trainer.precision=fp32", "trainer.compile=false",
-                       f"data.path={store.path}", cwd=exported)  # fmt: skip
+    tuned = run_python(
+        "-m",
+        "protlig_dd.training",
+        *[o for o in TINY if not o.startswith("model.")],
+        "from=models/base",
+        "run.name=tuned",
+        "trainer.max_steps=1",
+        "optim.lr=1e-30",
+        "trainer.device=cpu",
+        "trainer.precision=fp32",
+        "trainer.compile=false",
+        f"data.path={store.path}",
+        cwd=exported,
+    )
     assert tuned.returncode == 0, tuned.stderr
     weights = load_tensors(find_saved(str(exported / "runs/tuned")).weights)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in load_tensors(model / WEIGHTS).items())
-    inside = run_python("-m", "protlig_dd.export", "from=.", f"to='{exported}/models/inside[/b]'",
-                        cwd=exported / "runs/base/checkpoints/step_00000006")  # fmt: skip
+    inside = run_python(
+        "-m",
+        "protlig_dd.export",
+        "from=.",
+        f"to='{exported}/models/inside[/b]'",
+        cwd=exported / "runs/base/checkpoints/step_00000006",
+    )
     assert inside.returncode == 0, inside.stderr
     assert (exported / "models/inside[/b]/config.json").read_text() == (model / "config.json").read_text()
     shared = run_python("-m", "protlig_dd.export", "from=runs/tuned", "to=models/tuned", cwd=exported, **rank(0))
@@ -170,8 +207,11 @@ def test_one_line_loads_it_with_torch_and_safetensors_alone(
     model = exported / "models/base"
     process = subprocess.run(  # what a fork has imported already would not be blocked
         [sys.executable, "-c", BLOCKED, str(model), "vectors.safetensors", "copy"],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert process.returncode == 0, process.stderr
     assert "huggingface_hub is not installed: pip install 'protlig_dd[hub]'" in process.stdout
     for name in EXPORTED:
@@ -312,8 +352,10 @@ def a_hub() -> Iterator[tuple[str, dict[str, bytes]]]:
                 etag = hashlib.sha256(files[name]).hexdigest()
                 self.answer(files[name], ETag=f'"{etag}"', X_Repo_Commit=COMMIT)
                 return
-            listed = [{"rfilename": name, "path": name, "type": "file", "size": len(text), "oid": COMMIT}
-                      for name, text in files.items()]  # fmt: skip
+            listed = [
+                {"rfilename": name, "path": name, "type": "file", "size": len(text), "oid": COMMIT}
+                for name, text in files.items()
+            ]
             found = {"id": REPOSITORY, "sha": COMMIT, "siblings": listed}
             self.answer(json.dumps(listed if "/tree/" in self.path else found).encode())
 
@@ -335,8 +377,13 @@ def a_hub() -> Iterator[tuple[str, dict[str, bytes]]]:
 @pytest.mark.parametrize("exported", ["absorbing"], indirect=True)
 def test_to_a_hub_and_back(exported: Path, tmp_path: Path, run_python: Command) -> None:
     model = exported / "models/base"
-    environment = {"HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_none", "HF_HUB_DISABLE_TELEMETRY": "1",
-                   "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # fmt: skip
+    environment = {
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_TOKEN": "hf_none",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
     with a_hub() as (address, files):
         process = run_python(
             "-m", "tests.hub_client", "push", str(model), REPOSITORY, HF_ENDPOINT=address, **environment

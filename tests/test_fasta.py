@@ -260,6 +260,6 @@ def test_two_gigabytes_on_one_line_are_refused_early(tmp_path: Path) -> None:
         ("P31007", Header("P31007", "", None, None, None, None)),
         ("P31007\tmy own n=3 words", Header("P31007", "my own n=3 words", None, None, None, None)),
     ],
-)  # fmt: skip
+)
 def test_headers(header: str, expected: Header) -> None:
     assert parse_header(header) == expected

@@ -139,9 +139,12 @@ def test_a_folder_has_one_holder(tmp_path: Path, run_python: Command) -> None:
 
 @pytest.mark.parametrize("number", NO_LOCKS)
 def test_without_locks_the_work_is_done_with_a_warning(
-    number: int, proteins: list[FastaRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    proteins: list[FastaRecord],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     """As on NFS or Lustre that were mounted without them: a run's folder, a store that is built, an epoch's plan."""
 
     def refuse(*arguments: object) -> None:
@@ -154,8 +157,13 @@ def test_without_locks_the_work_is_done_with_a_warning(
     with locked(tmp_path / "run"):
         pass
     make_store(tmp_path / "small.h5", proteins, train=20, held_out=2)
-    dataset = PackDataset(group := StoreGroup([SequenceStore(tmp_path / "small.h5")]), group.split("train"), seed=0,
-                          max_len=100, tokens_per_pack=500)  # fmt: skip
+    dataset = PackDataset(
+        group := StoreGroup([SequenceStore(tmp_path / "small.h5")]),
+        group.split("train"),
+        seed=0,
+        max_len=100,
+        tokens_per_pack=500,
+    )
     dataset.ahead = False
     assert len(dataset.plan(0).rows) == len(dataset.plan(1).rows) == 20  # of which it says so once
     assert not list(tmp_path.glob(".*"))
@@ -211,9 +219,13 @@ def test_processes_of_one_machine_need_no_host_name(store: SequenceStore, tmp_pa
     command = " ".join([sys.executable, *TRAINING, *options, "trainer.timeout=60"])
     done = subprocess.run(
         ["unshare", "--uts", "bash", "-c", f"hostname no-such-host && {command}"],
-        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT), "PROTLIG_TYPECHECK": "0"},
-        capture_output=True, text=True, timeout=180, check=False,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PROTLIG_TYPECHECK": "0"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert complete_checkpoints(tmp_path / "runs/nameless")[-1].name == "step_00000002"
 
@@ -335,8 +347,16 @@ def test_agents_that_are_told_to_stop_one_after_the_other_stop_both(
 ) -> None:
     """In an evaluation, which a signal breaks off, the second rank finds the first gone before it is told itself."""
     long = ("trainer.eval_every=4", "trainer.eval_draws=100000", "trainer.eval_max_sequences=8", "trainer.log_every=1")
-    agent = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d",
-             "--rdzv-id=pair", f"--rdzv-endpoint=127.0.0.1:{free_port()}", *TRAINING]  # fmt: skip
+    agent = [
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=2",
+        "--nproc-per-node=1",
+        "--rdzv-backend=c10d",
+        "--rdzv-id=pair",
+        f"--rdzv-endpoint=127.0.0.1:{free_port()}",
+        *TRAINING,
+    ]
     agents = [start(*agent, *overrides_for(store, "skew", *OFTEN, *long)) for _ in range(2)]
     run = tmp_path / "runs/skew"
     wait_for(lambda: (run / "metrics.jsonl").exists() and '"step": 4,' in (run / "metrics.jsonl").read_text())
@@ -579,12 +599,24 @@ def test_of_a_bug_that_all_ranks_meet_one_traceback_is_printed(
 
 @pytest.mark.slow
 def test_two_agents_make_one_run(
-    store: SequenceStore, tmp_path: Path, run_python: Command, start: Start, warm: Server,
+    store: SequenceStore,
+    tmp_path: Path,
+    run_python: Command,
+    start: Start,
+    warm: Server,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     """Two nodes, as torchrun sees them, on loopback."""
-    agent = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d",
-             "--rdzv-id=pair", f"--rdzv-endpoint=127.0.0.1:{free_port()}", *TRAINING]  # fmt: skip
+    agent = [
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=2",
+        "--nproc-per-node=1",
+        "--rdzv-backend=c10d",
+        "--rdzv-id=pair",
+        f"--rdzv-endpoint=127.0.0.1:{free_port()}",
+        *TRAINING,
+    ]
     more = ("trainer.max_steps=6", "report.samples=5")
     arguments = overrides_for(store, "nodes", *more)
     monkeypatch.setenv("PYTHON_EXEC", str(warm.executable))

@@ -128,8 +128,15 @@ def test_a_graph_of_a_matrix_file_is_the_same_without_the_file(tmp_path: Path) -
     assert len(str(error.value)) < 500
 
 
-BASE = ("optim.lr=0.01", "model.dropout=0", "optim.ema_decay=0.8", "optim.warmup_steps=5", "trainer.eval_every=30",
-        "trainer.precision=fp32", "trainer.device=cpu")  # fmt: skip
+BASE = (
+    "optim.lr=0.01",
+    "model.dropout=0",
+    "optim.ema_decay=0.8",
+    "optim.warmup_steps=5",
+    "trainer.eval_every=30",
+    "trainer.precision=fp32",
+    "trainer.device=cpu",
+)
 FAMILY = [option for option in TINY if not option.startswith("model.")]
 FAMILY += ["from=runs/base", "data.max_len=150", "seed=5", "trainer.max_steps=8", "trainer.eval_every=4"]
 FAMILY += ["trainer.precision=fp32", "trainer.device=cpu"]

@@ -188,8 +188,18 @@ def test_the_input_may_have_gaps_and_lower_case_and_no_id_twice(tmp_path: Path) 
 @pytest.mark.slow
 def test_fixed_residues_stay_and_the_rest_is_new(trained_run: Path, tmp_path: Path, run_python: Command) -> None:
     (tmp_path / "in.fasta").write_text(f">wt a protein\n{RECORD.sequence * 4}\n>holes\nAC__DX__\n")
-    command = ["-m", "protlig_dd.infill", f"from={trained_run}", "input=in.fasta", "steps=8", "n=3", "device=cpu",
-               "precision=fp32", "nll_draws=8", "free_draws=2"]  # fmt: skip
+    command = [
+        "-m",
+        "protlig_dd.infill",
+        f"from={trained_run}",
+        "input=in.fasta",
+        "steps=8",
+        "n=3",
+        "device=cpu",
+        "precision=fp32",
+        "nll_draws=8",
+        "free_draws=2",
+    ]
     done = run_python(*command, "output=out.fasta", "free=[2-4]", "seed=5")
     assert done.returncode == 0, done.stderr
     records = list(read_fasta(tmp_path / "out.fasta"))
@@ -300,8 +310,11 @@ def test_the_table_has_what_one_orders_from(trained_run: Path, tmp_path: Path, m
     for row in rows[1:]:
         own = wild if row["name"].startswith("wt") else records["holes"]
         assert row["sequence"] == designs[row["name"]].sequence
-        changed = {(old, place, new) for place, (old, new) in enumerate(zip(own, row["sequence"], strict=True), 1)
-                   if old not in ("_", new)}  # fmt: skip
+        changed = {
+            (old, place, new)
+            for place, (old, new) in enumerate(zip(own, row["sequence"], strict=True), 1)
+            if old not in ("_", new)
+        }
         assert row["mutations"] == ":".join(
             f"{old}{place}{new}" for old, place, new in sorted(changed, key=lambda c: c[1])
         )
@@ -324,8 +337,10 @@ def test_the_nll_of_free_residues_is_the_average_over_masks_of_them(conditioned:
     score_fn = ScoreFn(model, Absorbing(), LogLinearNoise(), "x0", time_conditioning=conditioned)
     free = np.zeros(10, bool)
     free[[2, 3, 7, 8]] = True
-    designs = [Redesign(str(i), np.where(free, np.random.default_rng(i).integers(0, 20, 10), IDS), free, i % 2)
-               for i in range(4)]  # fmt: skip
+    designs = [
+        Redesign(str(i), np.where(free, np.random.default_rng(i).integers(0, 20, 10), IDS), free, i % 2)
+        for i in range(4)
+    ]
     drawn = free_draws(score_fn, designs, Work(100), draws=100, seed=0)
     found = free_nll(drawn, designs, [0, None, 0, None])
     exact = []

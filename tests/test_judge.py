@@ -78,12 +78,14 @@ def test_divergence_is_jensen_and_shannons() -> None:
     p, q = {"A": 3 / 4, "C": 1 / 4}, {"A": 1 / 3, "D": 2 / 3}
     m = {letter: (p.get(letter, 0) + q.get(letter, 0)) / 2 for letter in "ACD"}
     by_hand = sum(x * math.log(x / m[letter]) for letter, x in [*p.items(), *q.items()]) / 2
-    value, error, *_ = kmer_divergence([ids_of("AAAC")] * 3, [ids_of("ADD")], 1, bootstrap=9,
-                                   generator=np.random.default_rng(0))  # fmt: skip
+    value, error, *_ = kmer_divergence(
+        [ids_of("AAAC")] * 3, [ids_of("ADD")], 1, bootstrap=9, generator=np.random.default_rng(0)
+    )
     assert value == pytest.approx(by_hand)
     assert error == pytest.approx(0, abs=1e-12)  # the three are the same
-    assert math.isnan(kmer_divergence([ids_of("A")], [ids_of("AC")], 2, bootstrap=2,
-                                      generator=np.random.default_rng(0))[0])  # fmt: skip
+    assert math.isnan(
+        kmer_divergence([ids_of("A")], [ids_of("AC")], 2, bootstrap=2, generator=np.random.default_rng(0))[0]
+    )
 
 
 def test_the_bootstraps_error_is_the_spread_of_other_draws() -> None:
@@ -192,9 +194,7 @@ def test_pseudo_perplexity_masks_one_residue_at_a_time() -> None:
 def test_controls_are_as_many_as_the_samples_and_apart_from_the_reference() -> None:
     pool = [np.full(50 + i, i) for i in range(20)]
     controls = with_controls([np.zeros(30), np.zeros(10)] * 4, pool, seed=3)
-    for (samples, natural, mixed), others in (
-        (controls.sets, controls.reference), (controls.drawn, controls.others),
-    ):  # fmt: skip
+    for (samples, natural, mixed), others in ((controls.sets, controls.reference), (controls.drawn, controls.others)):
         assert len(samples) == len(natural) == len(mixed) == 8
         assert sorted(int(one[0]) for one in [*natural, *others]) == list(range(20))
         assert all(len(one) == 50 + one[0] for one in [*natural, *mixed, *others])  # whole
@@ -251,17 +251,26 @@ def test_every_row_is_what_its_name_says() -> None:
         abs(sum(one <= place for one in lengths) / 5 - sum(len(one) <= place for one in reference) / 4)
         for place in places
     )
-    exact = {"proteins": 5, "residues": 82, "length, lower quartile": 6, "length, median": 14,
-             "length, upper quartile": 16, "length, Kolmogorov-Smirnov distance": distance,
-             "share of different sequences": 4 / 5, "residues in tandem repeats": (12 + 6) / 82}  # fmt: skip
+    exact = {
+        "proteins": 5,
+        "residues": 82,
+        "length, lower quartile": 6,
+        "length, median": 14,
+        "length, upper quartile": 16,
+        "length, Kolmogorov-Smirnov distance": distance,
+        "share of different sequences": 4 / 5,
+        "residues in tandem repeats": (12 + 6) / 82,
+    }
     for name, value in exact.items():
         assert rows[name][0] == pytest.approx(value), name
     flags = [low_complexity(one).tolist() for one in some]
     assert sum(map(sum, flags)) not in (0, 18)  # or the two shares could be swapped unseen
     assert rows["residues in low complexity"][0] == pytest.approx(sum(map(sum, flags)) / 82)
     for k, name in ((1, "composition"), (2, "2-mers"), (3, "3-mers")):
-        counts = [Counter(str(one[i : i + k].tolist()) for one in group for i in range(len(one) - k + 1))
-                  for group in (some, reference)]  # fmt: skip
+        counts = [
+            Counter(str(one[i : i + k].tolist()) for one in group for i in range(len(one) - k + 1))
+            for group in (some, reference)
+        ]
         shares = [{word: n / sum(count.values()) for word, n in count.items()} for count in counts]
         middle = {word: (shares[0].get(word, 0) + shares[1].get(word, 0)) / 2 for word in {*shares[0], *shares[1]}}
         nats = sum(p * math.log(p / middle[word]) for share in shares for word, p in share.items()) / 2
@@ -322,9 +331,17 @@ def esm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     transformers.EsmTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
     torch.manual_seed(0)
     config = transformers.EsmConfig(
-        vocab_size=33, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, pad_token_id=1,
-        mask_token_id=32, position_embedding_type="rotary", token_dropout=True, initializer_range=0.5,
-    )  # fmt: skip
+        vocab_size=33,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        pad_token_id=1,
+        mask_token_id=32,
+        position_embedding_type="rotary",
+        token_dropout=True,
+        initializer_range=0.5,
+    )
     transformers.EsmForMaskedLM(config).save_pretrained(folder)
     return folder
 
@@ -354,15 +371,38 @@ def test_esmfolds_plddt_is_the_mean_over_the_atoms_there(tmp_path: Path) -> None
     (tmp_path / "vocab.txt").write_text("\n".join(letters))
     transformers.EsmTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
     torch.manual_seed(0)
-    structure = {"sequence_dim": 16, "pairwise_dim": 8, "ipa_dim": 4, "resnet_dim": 8, "num_heads_ipa": 2,
-                 "num_blocks": 1, "num_resnet_blocks": 1}  # fmt: skip
-    trunk = {"num_blocks": 1, "sequence_state_dim": 32, "pairwise_state_dim": 16, "sequence_head_width": 16,
-             "pairwise_head_width": 8, "position_bins": 4, "structure_module": structure}  # fmt: skip
+    structure = {
+        "sequence_dim": 16,
+        "pairwise_dim": 8,
+        "ipa_dim": 4,
+        "resnet_dim": 8,
+        "num_heads_ipa": 2,
+        "num_blocks": 1,
+        "num_resnet_blocks": 1,
+    }
+    trunk = {
+        "num_blocks": 1,
+        "sequence_state_dim": 32,
+        "pairwise_state_dim": 16,
+        "sequence_head_width": 16,
+        "pairwise_head_width": 8,
+        "position_bins": 4,
+        "structure_module": structure,
+    }
     config = transformers.EsmConfig(
-        vocab_size=33, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, pad_token_id=1,
-        mask_token_id=32, position_embedding_type="rotary", token_dropout=True, is_folding_model=True,
-        vocab_list=ESM_LETTERS, esmfold_config={"trunk": trunk, "lddt_head_hid_dim": 8, "fp16_esm": False},
-    )  # fmt: skip
+        vocab_size=33,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        pad_token_id=1,
+        mask_token_id=32,
+        position_embedding_type="rotary",
+        token_dropout=True,
+        is_folding_model=True,
+        vocab_list=ESM_LETTERS,
+        esmfold_config={"trunk": trunk, "lddt_head_hid_dim": 8, "fp16_esm": False},
+    )
     model = transformers.EsmForProteinFolding(config).eval()
     model.save_pretrained(tmp_path)
     told: list[None] = []
@@ -445,10 +485,18 @@ def test_the_folder_of_tables(store: SequenceStore, hmm: Path, tmp_path: Path, r
     assert table in done.stdout
     told = [f"- {one['group']}: {one['told']}" for one in said["verdicts"]]
     assert [one["group"] for one in said["verdicts"]] == [
-        "proteins and residues", "lengths", "composition and words", "repeats", "variety", "relatives", "families"
-    ]  # fmt: skip
-    notes = ["Natural proteins are of the samples' lengths; in rows of lengths they are drawn at random.",
-             f"Training proteins are those of {store.path}."]  # fmt: skip
+        "proteins and residues",
+        "lengths",
+        "composition and words",
+        "repeats",
+        "variety",
+        "relatives",
+        "families",
+    ]
+    notes = [
+        "Natural proteins are of the samples' lengths; in rows of lengths they are drawn at random.",
+        f"Training proteins are those of {store.path}.",
+    ]
     assert table.splitlines()[2 + len(rows) :] == ["", *told, "", notes[0], "", notes[1]]
     ones = list(csv.DictReader((tmp_path / "out/per_sequence.csv").read_text().splitlines()))
     assert [one["id"] for one in ones] == [f"s{i}" for i in range(10)]

@@ -382,11 +382,14 @@ def test_a_proteins_standard_error_is_the_spread_of_its_bounds(
     times, margin = (4, 0.12) if thorough() else (2, 0.25)
     found = [
         nll_bound(
-            trained.score_fn, PackedBatch.pack([torch.from_numpy(tokens.astype(np.int64))] * 100),
-            generator=torch.Generator().manual_seed(seed), draws=draws, estimator=estimator,
+            trained.score_fn,
+            PackedBatch.pack([torch.from_numpy(tokens.astype(np.int64))] * 100),
+            generator=torch.Generator().manual_seed(seed),
+            draws=draws,
+            estimator=estimator,
         )
         for seed in range(times)
-    ]  # fmt: skip
+    ]
     nats, errors = (torch.cat([getattr(one, name) for one in found]) for name in ("nats", "standard_error"))
     assert 1 - margin < float(errors.square().mean().sqrt() / nats.std()) < 1 + margin
     assert float(((nats - nats.mean()).abs() < 1.96 * errors).double().mean()) > covered
@@ -394,9 +397,10 @@ def test_a_proteins_standard_error_is_the_spread_of_its_bounds(
 
 def test_strata_are_narrow_where_little_is_masked() -> None:
     assert strata(8) == [
-        (low, high, (high - low) / 2) for low, high in ((0, 1 / 16), (1 / 16, 1 / 4), (1 / 4, 9 / 16), (9 / 16, 1))
+        (low, high, (high - low) / 2)
+        for low, high in ((0, 1 / 16), (1 / 16, 1 / 4), (1 / 4, 9 / 16), (9 / 16, 1))
         for _ in range(2)
-    ]  # fmt: skip
+    ]
     assert strata(1) == [(0, 1, 1)]
     for draws in range(1, 20):
         for spread in (np.square, spread_of(Absorbing(), CosineNoise()), spread_of(Uniform(), GeometricNoise())):
@@ -432,11 +436,15 @@ def test_draws_that_are_computed_together_are_the_same(graph: Graph, estimator: 
 
     found = [
         nll_bound(
-            ScoreFn(network, graph, LogLinearNoise(), "x0"), batch, draws=draws, estimator=estimator,
-            generator=torch.Generator().manual_seed(3), tokens_at_once=tokens,
+            ScoreFn(network, graph, LogLinearNoise(), "x0"),
+            batch,
+            draws=draws,
+            estimator=estimator,
+            generator=torch.Generator().manual_seed(3),
+            tokens_at_once=tokens,
         )
         for tokens in (0, 65, 1000)
-    ]  # fmt: skip
+    ]
     assert set(seen) == {20, 60, *([40] if draws % 3 else []), 20 * draws}
     for other in found[1:]:
         for name in ("nats", "standard_error", "token_nats", "pooled_nats", "pooled"):
@@ -445,8 +453,8 @@ def test_draws_that_are_computed_together_are_the_same(graph: Graph, estimator: 
 
 def test_one_draw_has_no_standard_error() -> None:
     bound = nll_bound(
-        ScoreFn(zeros, Absorbing(), LogLinearNoise(), "x0"), random_batch([9, 4]), generator=torch.Generator(), draws=1,
-    )  # fmt: skip
+        ScoreFn(zeros, Absorbing(), LogLinearNoise(), "x0"), random_batch([9, 4]), generator=torch.Generator(), draws=1
+    )
     assert torch.isnan(bound.standard_error).all()
     assert torch.isfinite(bound.nats).all()
 
@@ -462,8 +470,11 @@ def test_the_places_of_the_draws_are_stratified_over_the_batch() -> None:
         return torch.zeros(len(batch.tokens), 20)
 
     nll_bound(
-        ScoreFn(network, Absorbing(), LogLinearNoise(), "x0"), random_batch([50] * 50),
-        generator=torch.Generator().manual_seed(0), draws=1, estimator="exact_count",
-    )  # fmt: skip
+        ScoreFn(network, Absorbing(), LogLinearNoise(), "x0"),
+        random_batch([50] * 50),
+        generator=torch.Generator().manual_seed(0),
+        draws=1,
+        estimator="exact_count",
+    )
     assert sorted(seen) == list(range(1, 51))
     assert seen != sorted(seen)

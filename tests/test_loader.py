@@ -78,8 +78,12 @@ def test_sequences_are_whole_or_random_crops(store: SequenceStore) -> None:
 
 def test_proteins_of_one_length_are_cropped_anew_in_each_pack_and_epoch(tmp_path: Path) -> None:
     letters = np.random.default_rng(0).choice(list(AMINO_ACIDS), (14, 400))
-    make_store(tmp_path / "long.h5", [FastaRecord(f"p{i}", "", "".join(one), "") for i, one in enumerate(letters)],
-               train=12, held_out=1)  # fmt: skip
+    make_store(
+        tmp_path / "long.h5",
+        [FastaRecord(f"p{i}", "", "".join(one), "") for i, one in enumerate(letters)],
+        train=12,
+        held_out=1,
+    )
     store = SequenceStore(tmp_path / "long.h5")
     starts = {}
     for seed in (1, 2):

@@ -63,7 +63,7 @@ def test_every_rank_names_what_differs(meet: Callable[..., list[Outcome]]) -> No
     assert [str(one) for one in found] == [
         "the ranks were not started alike: new is None for rank 0 on host-0 and 1 for rank 2 on host-2; "
         "optim.lr is 0.1 for rank 0 on host-0 and 0.2 for rank 2 on host-2"
-    ] * 3  # fmt: skip
+    ] * 3
     assert all(isinstance(one, ValueError) for one in found)
 
 
@@ -211,8 +211,17 @@ def test_agents_that_were_given_other_commands_refuse_and_train_nothing(
     store: SequenceStore, tmp_path: Path, start: Start, warm: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHON_EXEC", str(warm.executable))
-    agent = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d",
-             "--rdzv-id=pair", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "-m", "protlig_dd.training"]  # fmt: skip
+    agent = [
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=2",
+        "--nproc-per-node=1",
+        "--rdzv-backend=c10d",
+        "--rdzv-id=pair",
+        f"--rdzv-endpoint=127.0.0.1:{free_port()}",
+        "-m",
+        "protlig_dd.training",
+    ]
     agents = [start(*agent, *overrides_for(store, "pair", f"optim.lr={lr}")) for lr in (0.001, 0.002)]
     for process in agents:
         _, errors = process.communicate(timeout=120)

@@ -90,9 +90,10 @@ def test_muon_takes_the_matrices_that_tokens_pass_through_and_adamw_the_rest(opt
     hidden, decayed, plain = ({names[parameter] for parameter in group["params"]} for group in optimizer.param_groups)
     layers = ("qkv", "attention_out", "mlp")
     assert hidden == {
-        f"{name}.weight" for name, module in model.named_modules()
+        f"{name}.weight"
+        for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and name.startswith("blocks.") and name.split(".")[2] in layers
-    }  # fmt: skip
+    }
     assert len(hidden) >= 2 * 4
     assert any(".adaln." in name for name in decayed) is options.get("time_conditioning", True)
     assert not hidden & decayed

@@ -29,9 +29,13 @@ def test_a_run_that_cannot_print_goes_on(
     command = " ".join([str(warm.executable), "-m protlig_dd.training", *options])
     done = subprocess.run(
         ["bash", "-c", f"{command} {redirection}; exit ${{PIPESTATUS[0]}}"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
         env=os.environ | {"PYTHON_EXEC": str(warm.executable)},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr == f"stdout cannot be written ({reason}): the work goes on without it\n"
     assert (tmp_path / "runs/silent/report.json").is_file()
@@ -111,9 +115,15 @@ runpy.run_module("VERB", run_name="__main__")"""
     ],
 )
 def test_a_file_that_cannot_be_written_is_named(
-    verb: str, limit: int, file: str | None, options: list[str], trained_run: Path, store: SequenceStore,
-    tmp_path: Path, run_python: Command,
-) -> None:  # fmt: skip
+    verb: str,
+    limit: int,
+    file: str | None,
+    options: list[str],
+    trained_run: Path,
+    store: SequenceStore,
+    tmp_path: Path,
+    run_python: Command,
+) -> None:
     """A file may not grow beyond the limit, which writing meets as it meets a full disk: in the middle of the file."""
     (tmp_path / "wt.fasta").write_text(">wt\nMKVLAWGCDEFH\n")
     before = {path.name for path in tmp_path.iterdir()}

@@ -331,9 +331,12 @@ def test_memory_grows_by_less_than_40_bytes_a_sequence(tmp_path: Path) -> None:
         )
         done = subprocess.run(
             [sys.executable, "-c", code],
-            cwd=tmp_path, capture_output=True, text=True, check=True,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
             env=os.environ | {"PYTHONPATH": str(ROOT), "PROTLIG_TYPECHECK": "0"},
-        )  # fmt: skip
+        )
         peaks.append(int(done.stdout) * 1024)
         assert len(SequenceStore(tmp_path / f"a{count}.h5")) == count
     assert peaks[0] < 500e6

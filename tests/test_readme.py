@@ -114,8 +114,13 @@ exec {server.executable} "$@"
     def run(command: str, **more: str) -> str:
         process = subprocess.run(
             ["bash", "-c", shortened(command)],
-            cwd=checkout, env=environment | more, capture_output=True, text=True, timeout=600, check=False,
-        )  # fmt: skip
+            cwd=checkout,
+            env=environment | more,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
         assert process.returncode == 0, f"{command}\n{process.stdout}\n{process.stderr}"
         return process.stdout
 

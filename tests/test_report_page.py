@@ -47,8 +47,14 @@ NASTY = "<img src=x onerror=alert(1)>&\"'"
 @pytest.fixture(scope="module")
 def trained(store: SequenceStore, python: Command, made_once: MadeOnce) -> Path:
     """A run of 20 steps with two attempts, validation, samples, TensorBoard and offline Weights & Biases."""
-    more = ("trainer.max_steps=20", "trainer.eval_every=8", "trainer.eval_max_sequences=4", "report.samples=14",
-            "report.steps=4", "report.untrained=true")  # fmt: skip
+    more = (
+        "trainer.max_steps=20",
+        "trainer.eval_every=8",
+        "trainer.eval_max_sequences=4",
+        "report.samples=14",
+        "report.steps=4",
+        "report.untrained=true",
+    )
     offline = ("logger=wandb", "logger.tensorboard=true", "logger.wandb_mode=offline")
 
     def fill(folder: Path) -> None:
@@ -140,8 +146,9 @@ def test_the_pages_figures_are_recomputed_from_the_runs_rows(trained: Path) -> N
     assert cells("this model, bound") == [*told(bound), perplexities[0]]
     assert cells("unigram model") == [*told(unigram), perplexities[1]]
     assert cells("bound − unigram, paired") == [*told(bound - unigram), ""]
-    boxes = {name: (value, note) for name, value, note in re.findall(
-        r"<dt>(.*?)</dt><dd>(.*?)<small>(.*?)</small>", page)}  # fmt: skip
+    boxes = {
+        name: (value, note) for name, value, note in re.findall(r"<dt>(.*?)</dt><dd>(.*?)<small>(.*?)</small>", page)
+    }
     assert boxes["Bound, test set"] == (told(bound)[0], f"± {told(bound)[1]} nats/residue")
     difference = told(bound - unigram, "+")
     assert boxes["Against the unigram model"] == (difference[0], f"± {difference[1]} nats/residue, paired")
@@ -451,8 +458,9 @@ def test_the_verb_remakes_compares_and_refuses(
     moved = np.where(np.arange(len(residues)) == 0, 5.0, -0.01 * residues)
     nats = [f"{float(row['nll_nats']) + more:.6f}" for row, more in zip(rows_of, moved, strict=True)]
     kept = (second / "report.csv").read_text()
-    lines = [",".join([row["id"], row["residues"], one, row["unigram_nats"]])
-             for row, one in zip(rows_of, nats, strict=True)]  # fmt: skip
+    lines = [
+        ",".join([row["id"], row["residues"], one, row["unigram_nats"]]) for row, one in zip(rows_of, nats, strict=True)
+    ]
     (second / "report.csv").write_text("\n".join(["id,residues,nll_nats,unigram_nats", *lines]))
     difference, error = per_residue(moved, residues)
     cells = [f"{difference:.4f}".replace("-", "−"), f"{error:.4f}"]
@@ -500,8 +508,16 @@ def test_runs_are_a_sweeps_folder_or_a_pattern(
     copied: Callable[[str], Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a sweep of ours makes them, one level down, and as Hydra's multirun does, two."""
-    runs = [copied(name) for name in ("sweep/lr-0.1", "sweep/lr-0.2", "multirun/2026-11-28/10-00-00/0",
-                                      "multirun/2026-11-28/10-00-00/1", "multirun/2026-11-28/10-00-00/10")]  # fmt: skip
+    runs = [
+        copied(name)
+        for name in (
+            "sweep/lr-0.1",
+            "sweep/lr-0.2",
+            "multirun/2026-11-28/10-00-00/0",
+            "multirun/2026-11-28/10-00-00/1",
+            "multirun/2026-11-28/10-00-00/10",
+        )
+    ]
     monkeypatch.chdir(runs[0].parents[2])
     (runs[0] / "checkpoints/step_1").mkdir(parents=True)
     shutil.copy(runs[0] / "config.yaml", runs[0] / "checkpoints/step_1")  # which is no run
@@ -741,8 +757,12 @@ def test_points_and_their_bars_are_read_off_both_axes(style: str) -> None:
     for (place, height), one, value in zip(points, x * 2, y * 2, strict=True):
         assert across(place) == pytest.approx(one, abs=2)
         assert up(height) == pytest.approx(value, abs=2e-3)
-    shown = json.loads(re.findall(r'<script type="application/json">(.*?)</script>', plot(
-        "Loss", "nats", [Series("loss", x, y, style=style, errors=errors)]))[0])  # fmt: skip
+    shown = json.loads(
+        re.findall(
+            r'<script type="application/json">(.*?)</script>',
+            plot("Loss", "nats", [Series("loss", x, y, style=style, errors=errors)]),
+        )[0]
+    )
     assert (shown["series"][0]["x"], shown["series"][0]["y"]) == (x, y)
 
 

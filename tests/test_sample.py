@@ -143,8 +143,7 @@ def assert_bounds_are_those_of_the_model(
     for number, record in zip(numbers, records, strict=True):
         batch = PackedBatch.pack([torch.from_numpy(ProteinTokenizer().encode(record.sequence).astype(np.int64))])
         generator = keyed_generator(seed, "bound", number, torch.device("cpu"))
-        bound = nll_bound(trained.score_fn, batch, generator=generator, draws=draws,
-                          estimator="exact_count")  # fmt: skip
+        bound = nll_bound(trained.score_fn, batch, generator=generator, draws=draws, estimator="exact_count")
         residues = sum(letter in AMINO_ACIDS for letter in record.sequence)
         (told,) = re.findall(r" nll=(\d\.\d{4}) nll_se=(\d\.\d{4})", record.description)
         expected = [float(value) / residues for value in (bound.nats, bound.standard_error)]

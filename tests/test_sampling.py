@@ -153,10 +153,7 @@ def test_only_amino_acids_come_out_at_the_lengths_asked_for(name: str, predictor
     counts: Counter[str] = Counter()
     ticks: list[int] = []
     lengths = [1, 30, 7]
-    samples = sampled(
-        score_fn, lengths, 5, predictor, seeded(0),
-        on_step=lambda: ticks.append(1), counts=counts,
-    )  # fmt: skip
+    samples = sampled(score_fn, lengths, 5, predictor, seeded(0), on_step=lambda: ticks.append(1), counts=counts)
     assert [len(ids) for ids in samples] == lengths
     assert all(ids.dtype == np.uint8 and ids.max() < 20 for ids in samples)
     assert len(ticks) == 6
@@ -214,8 +211,14 @@ def test_a_time_free_network_is_not_asked_again_about_what_has_not_changed(
         counts: Counter[str] = Counter()
         score_fn = ScoreFn(network, Absorbing(), LogLinearNoise(), "x0", time_conditioning=False)
         samples = sampled(
-            score_fn, [3, 9, 5], 60, predictor, seeded(3), counts=counts, **options  # type: ignore[arg-type]
-        )  # fmt: skip
+            score_fn,
+            [3, 9, 5],
+            60,
+            predictor,
+            seeded(3),
+            counts=counts,
+            **options,  # type: ignore[arg-type]
+        )
         assert sum(asked) == counts["evaluated"]
         assert counts["evaluated"] + counts["skipped"] == 3 * 61
         return [ids.tolist() for ids in samples], counts
@@ -292,9 +295,13 @@ def test_a_bias_tilts_independent_positions_exactly(name: str, predictor: str, p
     tilted = (toy.p0 * bias[0].exp()[:, None] * bias[1].exp()).flatten().numpy()
     steps = 20 if name == "absorbing" else 60
     samples = sampled(
-        replace(exact_score_fn(toy, parametrisation), noise=NOISES[name]), [2] * chains, steps, predictor, seeded(1),
+        replace(exact_score_fn(toy, parametrisation), noise=NOISES[name]),
+        [2] * chains,
+        steps,
+        predictor,
+        seeded(1),
         log_bias=bias.repeat(chains, 1),
-    )  # fmt: skip
+    )
     seen = frequencies(samples, 4)
     assert seen[tilted == 0].sum() == 0
     assert chisquare(seen[tilted > 0], chains * tilted[tilted > 0] / tilted.sum()).pvalue > 1e-3

@@ -181,9 +181,16 @@ def test_the_benchmark_measures_what_it_compares(run_python: Command, tmp_path: 
     sizes += ("--repeats", "2", "--sampling-steps", "3", "6", "--json", str(tmp_path / "found.json"))
     parts = ["throughput", "profile", "sampling", *(["cost", "presets"] if thorough() else [])]
     process = run_python(
-        "-m", "scripts.benchmarks", *parts, *sizes, new=True, PYTHONPATH=str(ROOT), PROTLIG_TYPECHECK="0",
-        TORCH_COMPILE_DISABLE="1", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "compiled"),
-    )  # fmt: skip
+        "-m",
+        "scripts.benchmarks",
+        *parts,
+        *sizes,
+        new=True,
+        PYTHONPATH=str(ROOT),
+        PROTLIG_TYPECHECK="0",
+        TORCH_COMPILE_DISABLE="1",
+        TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "compiled"),
+    )
     assert process.returncode == 0, process.stderr
     assert not list((tmp_path / "compiled").rglob("*.so"))
     found = json.loads((tmp_path / "found.json").read_text())

@@ -26,9 +26,18 @@ from protlig_dd.training.trainer import SPIKE_STEPS, Trainer
 from .conftest import make_model, train_config
 
 SHAPE = StaticShape(512, 64, 102)
-OVERRIDES = ("optim.lr=0.09", "optim.betas=[0.9,0.99]", "optim.weight_decay=0.1", "optim.grad_clip=0.5",
-             "optim.ema_decay=0.9", "optim.warmup_steps=90", "optim.packs_per_step=2", "trainer.max_steps=100",
-             "trainer.loss_spike=3.0", "seed=0")  # fmt: skip
+OVERRIDES = (
+    "optim.lr=0.09",
+    "optim.betas=[0.9,0.99]",
+    "optim.weight_decay=0.1",
+    "optim.grad_clip=0.5",
+    "optim.ema_decay=0.9",
+    "optim.warmup_steps=90",
+    "optim.packs_per_step=2",
+    "trainer.max_steps=100",
+    "trainer.loss_spike=3.0",
+    "seed=0",
+)
 
 
 def rate(step: int) -> float:
@@ -38,9 +47,17 @@ def rate(step: int) -> float:
 def make_trainer(store: SequenceStore, optimizer: str, device: torch.device, *, fast: bool) -> Trainer:
     backend, precision = ("torch_varlen", "bf16") if fast else ("sdpa", "fp32")
     context = RunContext(
-        folder=Path(), attempt=1, start=Start(), device=device, precision=precision, attention_backend=backend,
-        compiled=fast, processes=ALONE, stop=StopRequests(), deadline=None,
-    )  # fmt: skip
+        folder=Path(),
+        attempt=1,
+        start=Start(),
+        device=device,
+        precision=precision,
+        attention_backend=backend,
+        compiled=fast,
+        processes=ALONE,
+        stop=StopRequests(),
+        deadline=None,
+    )
     model = make_model(attention_backend=backend).to(device).train()
     if fast:
         model.compile_blocks(dynamic=False)

@@ -152,7 +152,10 @@ def test_a_finished_run_says_so_and_is_extended_by_name_alone(
     assert "the earlier report is now in runs/small/reports/step_00000040" in more.stdout
     assert (run / "reports/step_00000040/report.json").read_text() == report
     assert {path.name for path in (run / "reports/step_00000040").iterdir()} == {
-        "report.csv", "report.html", "report.json"}  # fmt: skip
+        "report.csv",
+        "report.html",
+        "report.json",
+    }
     assert json.loads((run / "report.json").read_text())["step"] == 43
     assert sorted(read_metrics(run / "metrics.jsonl")) == list(range(1, 44))
     draws = run_python(*command, "trainer.max_steps=43", "report.draws=3")
@@ -490,12 +493,29 @@ def test_the_flags_are_the_same_code(run_python: Command, store: SequenceStore, 
     """
     narrow = ["model.n_blocks=1", f"model.hidden_size={1024 if thorough() else 64}", "model.n_heads=2"]
     command = [
-        "-m", "protlig_dd.training.run_train_uniref50_optimized", "--work_dir", ".",
-        "--config", str(config_folder() / "config_uniref50_stable.yaml"), "--fresh", "--datafile", str(store.path),
-        "--device", "auto", "--seed", "7", "--epochs", "0.01",
-        "optim.packs_per_step=1", "data.max_len=200", "data.tokens_per_pack=400", "report.samples=0",
-        "report.max_sequences=2", "report.draws=1", "trainer.eval_every=0",
-    ]  # fmt: skip
+        "-m",
+        "protlig_dd.training.run_train_uniref50_optimized",
+        "--work_dir",
+        ".",
+        "--config",
+        str(config_folder() / "config_uniref50_stable.yaml"),
+        "--fresh",
+        "--datafile",
+        str(store.path),
+        "--device",
+        "auto",
+        "--seed",
+        "7",
+        "--epochs",
+        "0.01",
+        "optim.packs_per_step=1",
+        "data.max_len=200",
+        "data.tokens_per_pack=400",
+        "report.samples=0",
+        "report.max_sequences=2",
+        "report.draws=1",
+        "trainer.eval_every=0",
+    ]
     for more, slow in ((["model=tiny"], False), (narrow, thorough())):
         process = run_python(*command, *more)
         assert process.returncode == 0, process.stdout + process.stderr
@@ -516,8 +536,15 @@ def test_a_config_elsewhere_builds_on_the_shipped_groups(
 ) -> None:
     (tmp_path / "mine.yaml").write_text("defaults: [train, _self_]\nrun: {name: mine}\noptim: {lr: 0.007}\n")
     command = ["-m", "protlig_dd.training.run_train_uniref50_optimized", "--config", "mine.yaml", "--device", "cpu"]
-    process = run_python(*command, "--seed", "1", *[o for o in TINY if "experiment" not in o],
-                         f"data.path={store.path}", "trainer.max_steps=1", "model=tiny")  # fmt: skip
+    process = run_python(
+        *command,
+        "--seed",
+        "1",
+        *[o for o in TINY if "experiment" not in o],
+        f"data.path={store.path}",
+        "trainer.max_steps=1",
+        "model=tiny",
+    )
     assert process.returncode == 0, process.stdout + process.stderr
     assert "lr: 0.007" in (tmp_path / "runs/mine/config.yaml").read_text()
     (tmp_path / "work").mkdir()  # the folder one stands in comes first, then --work_dir
@@ -547,8 +574,10 @@ def test_the_wheel_trains_in_an_empty_folder(run_python: Command, store: Sequenc
     root = Path(__file__).resolve().parents[1]
     subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path / "dist")],
-        cwd=root, check=True, capture_output=True,
-    )  # fmt: skip
+        cwd=root,
+        check=True,
+        capture_output=True,
+    )
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     assert wheel.name == f"protlig_dd-{__version__}-py3-none-any.whl"  # as model cards say
     site, empty = tmp_path / "site", tmp_path / "empty"
@@ -596,10 +625,13 @@ def test_the_report_is_recomputed_from_its_rows_and_samples(
     assert report["parameters"] == sum(tensor.numel() for tensor in weights.values())
     print_report(trained_run, 40, report, "some.h5")
     said = capsys.readouterr().out
-    for line in (f"NLL bound            {printed['nll']}",
-                 f"unigram NLL          {printed['unigram_nll']}, of the training split of some.h5",
-                 f"paired difference    {printed['difference']}", f"samples              {divergence:.4f}",
-                 f"test set, {len(rows)} proteins, {counts.sum():,} residues (the first 300 of each)"):  # fmt: skip
+    for line in (
+        f"NLL bound            {printed['nll']}",
+        f"unigram NLL          {printed['unigram_nll']}, of the training split of some.h5",
+        f"paired difference    {printed['difference']}",
+        f"samples              {divergence:.4f}",
+        f"test set, {len(rows)} proteins, {counts.sum():,} residues (the first 300 of each)",
+    ):
         assert line in said
 
 
@@ -615,9 +647,14 @@ def test_a_compiled_run_has_the_losses_of_an_eager_one(
     more = ["trainer.max_steps=6", "trainer.eval_every=3", "model.n_blocks=1", "optim.lr=1e-4"]
     train(run_python, store, "eager", *more)
     process = run_python(
-        "-m", "protlig_dd.training", *overrides_for(store, "compiled", *more, "trainer.compile=true"), new=True,
-        PROTLIG_TYPECHECK="0", TORCH_LOGS="recompiles", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"),
-    )  # fmt: skip
+        "-m",
+        "protlig_dd.training",
+        *overrides_for(store, "compiled", *more, "trainer.compile=true"),
+        new=True,
+        PROTLIG_TYPECHECK="0",
+        TORCH_LOGS="recompiles",
+        TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"),
+    )
     assert process.returncode == 0, process.stderr
     assert "Recompiling" not in process.stderr
     for name in ("eager", "compiled"):

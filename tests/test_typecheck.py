@@ -91,7 +91,9 @@ def test_checking_the_package_compiles_no_other_package(package: Path, tmp_path:
     shutil.copytree(Path(einops.__file__).parent, folder, ignore=shutil.ignore_patterns("__pycache__"))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     subprocess.run(
-        [sys.executable, "-c", "import protlig_dd.model.dit"], cwd=package, check=True,
+        [sys.executable, "-c", "import protlig_dd.model.dit"],
+        cwd=package,
+        check=True,
         env=environment | {"PYTHONPATH": f"{package}:{tmp_path / 'site'}", "PROTLIG_TYPECHECK": "1"},
-    )  # fmt: skip
+    )
     assert {path.name.count(".") for path in folder.rglob("*.pyc")} == {2}  # name.cpython-311.pyc

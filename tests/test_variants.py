@@ -139,9 +139,22 @@ def test_residues_are_counted_without_letters_that_are_none() -> None:
 
 def test_scores_are_made_again_when_anything_that_they_depend_on_changes(trained_run: Path, tmp_path: Path) -> None:
     trained = load_trained(str(trained_run), device="cpu", precision="fp32")
-    config = VariantsConfig(from_="", assay=None, target=WILD, reference=None, output="a.csv", column="nats", offset=0,
-                            bad_rows="fail", strategy="ratio", draws=4, seed=0, device="cpu", precision="fp32",
-                            tokens_per_pack=100)  # fmt: skip
+    config = VariantsConfig(
+        from_="",
+        assay=None,
+        target=WILD,
+        reference=None,
+        output="a.csv",
+        column="nats",
+        offset=0,
+        bad_rows="fail",
+        strategy="ratio",
+        draws=4,
+        seed=0,
+        device="cpu",
+        precision="fp32",
+        tokens_per_pack=100,
+    )
     settings = settings_of(trained, config) | of_assay(None, TARGET, 0)
     run = replace(trained.saved.config, run=replace(trained.saved.config.run, name="another"))
     (tmp_path / "weights").write_bytes(b"others")
@@ -286,8 +299,10 @@ def test_letters_may_be_small_and_measurements_missing(tmp_path: Path) -> None:
         f"mutant,mutated_sequence,DMS_score\nm1a:k2d,,NA\n,{WILD[1:].lower()},nan\n{WILD.lower()}w,{WILD}W, 2 \n",
     )
     assert assay.variants == [
-        Variant(((0, 0), (1, 2))), Variant(indel=Indel(0, 1, ())), Variant(indel=Indel(22, 22, (18,)))
-    ]  # fmt: skip
+        Variant(((0, 0), (1, 2))),
+        Variant(indel=Indel(0, 1, ())),
+        Variant(indel=Indel(22, 22, (18,))),
+    ]
     np.testing.assert_array_equal(assay.measured, [np.nan, np.nan, 2])
     assert assay.most_changed == 2
 
@@ -543,9 +558,15 @@ def test_exact_ratios_of_single_substitutions_are_those_of_the_data(name: str) -
     toy, score_fn = toy_scores(name)
     noise = GeometricNoise(1e-6, 12.0, 1e-6)
     found = score_variants(
-        replace(score_fn, noise=noise), TOY_WILD, assay_of(*ALL_OF_THE_TOY), Work(70),
-        strategy="ratio", longest=9, draws=4, seed=0,
-    )  # fmt: skip
+        replace(score_fn, noise=noise),
+        TOY_WILD,
+        assay_of(*ALL_OF_THE_TOY),
+        Work(70),
+        strategy="ratio",
+        longest=9,
+        draws=4,
+        seed=0,
+    )
     singles = [i for i, variant in enumerate(ALL_OF_THE_TOY) if len(variant.substitutions) == 1]
     np.testing.assert_allclose(found.nats[singles], np.array(true_differences(toy))[singles], atol=1e-3)
 
@@ -581,9 +602,15 @@ def test_the_bound_of_an_exact_model_is_the_true_difference(name: str, parametri
     noise = CosineNoise(eps=1e-3, t_min=0.02, rate=-score_fn.graph.lambda_2)
     draws = 200 if thorough() else 64
     found = score_variants(
-        replace(score_fn, noise=noise), TOY_WILD, assay_of(*ALL_OF_THE_TOY), Work(400),
-        strategy="bound", longest=9, draws=draws, seed=2,
-    )  # fmt: skip
+        replace(score_fn, noise=noise),
+        TOY_WILD,
+        assay_of(*ALL_OF_THE_TOY),
+        Work(400),
+        strategy="bound",
+        longest=9,
+        draws=draws,
+        seed=2,
+    )
     assert found.standard_error is not None
     assert found.nats[2] == found.standard_error[2] == 0  # the wild type itself
     error = np.abs(found.nats - true_differences(toy))
@@ -887,8 +914,9 @@ def test_references_that_do_not_fit_the_folder_are_named(tmp_path: Path) -> None
         (folder / f"{name}.csv").write_text("mutant\nM1A\n")
     found = read_reference(reference, folder)
     assert [(one.id, one.path.name, one.target.tolist()) for one in found] == [
-        ("A", "a_file.csv", ids("MK").tolist()), ("B", "B.csv", ids("MK").tolist()),
-    ]  # fmt: skip
+        ("A", "a_file.csv", ids("MK").tolist()),
+        ("B", "B.csv", ids("MK").tolist()),
+    ]
     (folder / "._B.csv").write_bytes(b"\x00\x05")  # macOS
     (folder / "c.csv").write_text("mutant\nM1A\n")
     with pytest.raises(ValueError, match=r"c.csv is not in .*reference.csv"):
@@ -985,8 +1013,11 @@ def test_the_baseline_is_judged_over_rows_without_indels() -> None:
     found = beside_composition(assay, scores, baseline, "nature")
     assert (found["rows"], found["of"]) == (30, "nature")
     assert found["spearman_with_scores"] == pytest.approx(spearmanr(scores[:30], baseline[:30])[0])
-    for metrics, values in ((found, baseline), (found["score_minus_composition"], scores - baseline),
-                            (found["scores_of_the_same_rows"], scores)):  # fmt: skip
+    for metrics, values in (
+        (found, baseline),
+        (found["score_minus_composition"], scores - baseline),
+        (found["scores_of_the_same_rows"], scores),
+    ):
         expected = judge(values[:30], measured[:30], assay.fit[:30], [1] * 30)
         assert {key: metrics[key] for key in METRICS} == {key: expected[key] for key in METRICS}
     line = composition_line(found)
@@ -1004,8 +1035,7 @@ def test_the_frequencies_are_those_of_the_training_proteins_where_they_are_found
     tokens = np.concatenate([store[row] for row in store.split("train")])
     counts = np.bincount(tokens, minlength=30)[:N_STATES] + 1
     np.testing.assert_allclose(np.exp(found.logs), counts / counts.sum())
-    assert (found.name, found.told) == (
-        f"training split of {store.fingerprint}", f"the training split of {store.path}")  # fmt: skip
+    assert (found.name, found.told) == (f"training split of {store.fingerprint}", f"the training split of {store.path}")
     other = background(replace(trained, saved=replace(trained.saved, data_fingerprint="0" * 32)))
     np.testing.assert_allclose(np.exp(other.logs), SWISS_PROT / SWISS_PROT.sum())
     assert other.told == "UniProtKB/Swiss-Prot, as the training set was not found"
@@ -1107,9 +1137,16 @@ def test_an_assay_keeps_its_columns_and_two_ranks_score_it_alike(
     assay = ("assay=dms/A.csv", "target=wt.fasta", "strategy=bound", "draws=4")
     run(*assay, "output=one.csv")
     two = run_python(
-        "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "protlig_dd.variants", f"from={short_run}",
-        "tokens_per_pack=700", *assay, "output=two.csv",
-    )  # fmt: skip
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "-m",
+        "protlig_dd.variants",
+        f"from={short_run}",
+        "tokens_per_pack=700",
+        *assay,
+        "output=two.csv",
+    )
     assert two.returncode == 0, two.stderr
     assert Path("one.csv").read_text() == Path("two.csv").read_text()
     one = list(csv.DictReader(Path("one.csv").read_text().splitlines()))
@@ -1130,8 +1167,13 @@ def test_a_folder_of_assays_is_scored_in_two_goes(run: Callable[..., str], store
         rows = list(csv.DictReader(Path(f"out/{line['DMS_id']}.csv").read_text().splitlines()))
         scores, measured = ([float(row[key]) for row in rows] for key in ("score", "DMS_score"))
         fit = [row["DMS_score_bin"] == "1" for row in rows] if "DMS_score_bin" in rows[0] else [x > 1 for x in measured]
-        pairs = [(a > b) + 0.5 * (a == b) for a, x in zip(scores, fit, strict=True) if x
-                 for b, y in zip(scores, fit, strict=True) if not y]  # fmt: skip
+        pairs = [
+            (a > b) + 0.5 * (a == b)
+            for a, x in zip(scores, fit, strict=True)
+            if x
+            for b, y in zip(scores, fit, strict=True)
+            if not y
+        ]
         assert int(line["variants"]) == len(rows)
         assert float(line["spearman"]) == pytest.approx(spearmanr(scores, measured).statistic)
         assert float(line["auc"]) == pytest.approx(sum(pairs) / len(pairs))

@@ -51,9 +51,14 @@ def test_a_fork_ends_as_a_new_interpreter_does(
 ) -> None:
     env = os.environ | {"MINE": "here"}
     new = subprocess.run(
-        [sys.executable, *probe, what], cwd=tmp_path, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        [sys.executable, *probe, what],
+        cwd=tmp_path,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
         check=False,
-    )  # fmt: skip
+    )
     for server in (warm, libraries):
         forked = server.run([*probe, what], cwd=tmp_path, env=env)
         assert (forked.returncode, forked.stdout) == (new.returncode, new.stdout)
@@ -212,9 +217,14 @@ def test_each_verb_imports_what_it_needs(
     command = ["-m", f"protlig_dd.{verb}", *VERBS[verb](trained_run, store.path)]
     if thorough():
         process = subprocess.run(
-            [sys.executable, *command], cwd=tmp_path, env=os.environ | {"PROTLIG_TYPECHECK": "0"}, check=False,
-            capture_output=True, text=True, timeout=600,
-        )  # fmt: skip
+            [sys.executable, *command],
+            cwd=tmp_path,
+            env=os.environ | {"PROTLIG_TYPECHECK": "0"},
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
     else:
         process = run_python(*command, new=True, PROTLIG_TYPECHECK="0")
     assert process.returncode == 0, process.stderr

@@ -55,11 +55,26 @@ READ_BY_PACKAGE = (*READ_BY_LIBRARIES, "PYTHONPATH")
 THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 # what the package imports, also where it is used only; torch's optimizers import torch._dynamo
 LIBRARIES = (
-    "Bio.Align.substitution_matrices", "beartype", "einops", "h5py", "hydra.main", "isal.igzip", "jaxtyping", "jinja2",
-    "matplotlib.backends.backend_agg", "matplotlib.figure", "omegaconf", "rich.progress", "safetensors.torch",
-    "scipy.spatial.distance", "scipy.stats", "torch._dynamo", "torch.distributed.launcher.api",
-    "torch.utils.tensorboard", "xxhash",
-)  # fmt: skip
+    "Bio.Align.substitution_matrices",
+    "beartype",
+    "einops",
+    "h5py",
+    "hydra.main",
+    "isal.igzip",
+    "jaxtyping",
+    "jinja2",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+    "omegaconf",
+    "rich.progress",
+    "safetensors.torch",
+    "scipy.spatial.distance",
+    "scipy.stats",
+    "torch._dynamo",
+    "torch.distributed.launcher.api",
+    "torch.utils.tensorboard",
+    "xxhash",
+)
 
 # a `python` of which modules, programs and spawned processes are forks
 EXECUTABLE = """#!/bin/sh
@@ -84,9 +99,12 @@ def start_server(
     server = Server(READ_BY_LIBRARIES, env)
     server.process = subprocess.Popen(
         [*inside, sys.executable, __file__, "libraries", server.address, *libraries],
-        env={name: value for name, value in env.items() if name != "PYTHONPATH"} | THREADS, start_new_session=True,
-        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        env={name: value for name, value in env.items() if name != "PYTHONPATH"} | THREADS,
+        start_new_session=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     return server
 
 

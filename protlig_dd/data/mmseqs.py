@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ def mmseqs_version() -> str:
     """
     if shutil.which("mmseqs") is None:
         raise ValueError(f"split.check=mmseqs needs MMseqs2, and no `mmseqs` is on the PATH: {INSTALL}")
-    return _run("version").strip()
+    return _run("version", options={}).strip()
 
 
 def find_mmseqs(wanted: object, key: str = "mmseqs") -> bool:
@@ -51,7 +52,7 @@ class Hit(NamedTuple):
 
 def best_hits(queries: Path, targets: Path, scratch: Path) -> dict[int, Hit]:
     """By query (names are integers) its best target at E <= E_VALUE, with MMseqs2's default sensitivity."""
-    rows = _search(queries, targets, scratch, "query,fident,qcov,tcov")
+    rows = _search(queries, targets, scratch, "query,fident,qcov,tcov", {})
     found: dict[int, Hit] = {}
     for name, identity, of_query, of_target in rows:  # a query's targets come best first
         query, share = int(name), float(identity)
@@ -64,8 +65,8 @@ def best_hits(queries: Path, targets: Path, scratch: Path) -> dict[int, Hit]:
 def clusters_of(sequences: Path, scratch: Path, *, identity: float, coverage: float) -> list[list[int]]:
     """Clusters of a FASTA file (names are integers) at such identity over such a share of both sequences."""
     scratch.mkdir()
-    _run("easy-cluster", str(sequences), str(scratch / "clusters"), str(scratch / "tmp"),
-         "--min-seq-id", str(identity), "-c", str(coverage))  # fmt: skip
+    options = {"--min-seq-id": identity, "-c": coverage}
+    _run("easy-cluster", sequences, scratch / "clusters", scratch / "tmp", options=options)
     found: dict[str, list[int]] = {}
     with (scratch / "clusters_cluster.tsv").open() as file:
         for line in file:
@@ -82,29 +83,28 @@ def queries_with_hits(queries: Path, targets: Path, scratch: Path) -> np.ndarray
         queries, targets: FASTA whose names are integers.
         scratch: a folder for MMseqs2's databases, some three times as large as the FASTA files.
     """
-    rows = _search(queries, targets, scratch, "query,qcov,tcov", "--min-seq-id", str(IDENTITY))
+    rows = _search(queries, targets, scratch, "query,qcov,tcov", {"--min-seq-id": IDENTITY})
     # MMseqs2 itself can ask for coverage of both, of the query or of the target, not of either
     near = {int(name) for name, of_query, of_target in rows if max(float(of_query), float(of_target)) >= COVERAGE}
     return np.array(sorted(near), dtype=np.int64)
 
 
-def _search(queries: Path, targets: Path, scratch: Path, columns: str, *options: str) -> list[list[str]]:
+def _search(queries: Path, targets: Path, scratch: Path, columns: str, options: dict[str, float]) -> list[list[str]]:
     """These columns of every hit at E <= E_VALUE."""
     scratch.mkdir()
     hits = scratch / "hits"
-    _run(
-        "easy-search", str(queries), str(targets), str(hits), str(scratch / "tmp"), *options,
-        "-e", str(E_VALUE), "--alignment-mode", "3", "--format-output", columns,
-    )  # fmt: skip
+    more = {"-e": E_VALUE, "--alignment-mode": 3, "--format-output": columns}
+    _run("easy-search", queries, targets, hits, scratch / "tmp", options=options | more)
     with hits.open() as file:
         rows = [line.split() for line in file]
     shutil.rmtree(scratch)
     return rows
 
 
-def _run(*arguments: str) -> str:
-    done = subprocess.run(["mmseqs", *arguments], capture_output=True, text=True, check=False)
+def _run(command: str, *files: Path, options: Mapping[str, object]) -> str:
+    named = [str(part) for option in options.items() for part in option]
+    done = subprocess.run(["mmseqs", command, *files, *named], capture_output=True, text=True, check=False)
     if done.returncode:
         lines = (done.stdout + done.stderr).strip().splitlines() or ["no message"]
-        raise ValueError(f"mmseqs {arguments[0]} failed with exit code {done.returncode}: {lines[-1]}")
+        raise ValueError(f"mmseqs {command} failed with exit code {done.returncode}: {lines[-1]}")
     return done.stdout

@@ -39,11 +39,27 @@ MODELS = {
     "blosum62": ["graph=blosum62"],
 }
 PREDICTORS = {"absorbing": ("analytic", "euler", "ancestral")}
-TRAIN = ["experiment=demo", f"seed={SEED}", "model.hidden_size=32", "model.n_heads=2", f"trainer.max_steps={STEPS}",
-         f"data.max_len={LONGEST}", "data.tokens_per_pack=900", "optim.warmup_steps=5", "trainer.device=cpu",
-         "trainer.precision=fp32", "trainer.log_every=1", "trainer.eval_every=20", "trainer.eval_max_sequences=10",
-         "trainer.checkpoint_every=20", "report.samples=2", "report.steps=4", "report.draws=2",
-         "report.untrained=false", "logger.tensorboard=false"]  # fmt: skip
+TRAIN = [
+    "experiment=demo",
+    f"seed={SEED}",
+    "model.hidden_size=32",
+    "model.n_heads=2",
+    f"trainer.max_steps={STEPS}",
+    f"data.max_len={LONGEST}",
+    "data.tokens_per_pack=900",
+    "optim.warmup_steps=5",
+    "trainer.device=cpu",
+    "trainer.precision=fp32",
+    "trainer.log_every=1",
+    "trainer.eval_every=20",
+    "trainer.eval_max_sequences=10",
+    "trainer.checkpoint_every=20",
+    "report.samples=2",
+    "report.steps=4",
+    "report.draws=2",
+    "report.untrained=false",
+    "logger.tensorboard=false",
+]
 SMALLER = [*TRAIN, "model.hidden_size=16", "model.n_blocks=1", "run.name=stopped"]  # of the files that are kept
 USE = ["device=cpu", "precision=fp32", f"seed={SEED}"]
 
@@ -75,8 +91,15 @@ def write_proteins(folder: Path) -> None:
 
 def make_store(command: Command, folder: Path) -> None:
     """store.h5, of all.fasta."""
-    run(command, folder, "prepare", "input=all.fasta", "output=store.h5", "split.validation_fraction=0.15",
-        "split.test_fraction=0.15")  # fmt: skip
+    run(
+        command,
+        folder,
+        "prepare",
+        "input=all.fasta",
+        "output=store.h5",
+        "split.validation_fraction=0.15",
+        "split.test_fraction=0.15",
+    )
 
 
 def record(command: Command, folder: Path, model: str) -> dict[str, Any]:
@@ -98,11 +121,32 @@ def record(command: Command, folder: Path, model: str) -> dict[str, Any]:
     found["bound"] = sorted((folder / f"bound_{model}/per_sequence.csv").read_text().splitlines())
     for predictor in PREDICTORS.get(model, ("analytic", "euler")):
         output = f"{model}_{predictor}.fasta"
-        run(command, folder, "sample", *use, f"output={output}", "n=8", "lengths=30-60", "steps=12", "nll_draws=2",
-            "temperature=0.9", f"predictor={predictor}")  # fmt: skip
+        run(
+            command,
+            folder,
+            "sample",
+            *use,
+            f"output={output}",
+            "n=8",
+            "lengths=30-60",
+            "steps=12",
+            "nll_draws=2",
+            "temperature=0.9",
+            f"predictor={predictor}",
+        )
         found["samples"][predictor] = (folder / output).read_text().splitlines()
-    run(command, folder, "infill", *use, "input=motif.fasta", f"output={model}_infill.fasta", "n=3", "free=[5-20]",
-        "steps=8", "free_draws=4")  # fmt: skip
+    run(
+        command,
+        folder,
+        "infill",
+        *use,
+        "input=motif.fasta",
+        f"output={model}_infill.fasta",
+        "n=3",
+        "free=[5-20]",
+        "steps=8",
+        "free_draws=4",
+    )
     found["infill"] = (folder / f"{model}_infill.csv").read_text().splitlines()
     run(command, folder, "variants", *use, "target=motif.fasta", f"output={model}_scan.csv")
     scan = (folder / f"{model}_scan.csv").read_text()
