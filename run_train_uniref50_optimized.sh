@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Full UniRef50 training on all GPUs of this machine, or in one process without a GPU. The same command goes on with the
-# same run; exit code 75 says that it was stopped and is to be gone on with.
+# Full UniRef50 training on all GPUs of this machine, or in one process without a GPU. The same command resumes the run.
+# Exit code 75 means that the run was stopped before its end, with a checkpoint.
 #
 #   ./run_train_uniref50_optimized.sh
-#   ./run_train_uniref50_optimized.sh model=medium run.name=medium    # any Hydra overrides
+#   ./run_train_uniref50_optimized.sh model=medium run.name=medium    # with any Hydra overrides
 set -euo pipefail
 case "${1:-}" in -h | --help) sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Set up, then train from scratch, evaluate and sample. An earlier run of the same name is moved aside, never deleted.
+# Set up, then train from scratch, evaluate and sample. An earlier run of the same name is renamed, never deleted.
 #
 #   ./start_fresh_training.sh                                  # experiment=demo: minutes on 2 CPU cores
-#   ./start_fresh_training.sh experiment=demo optim.lr=1e-3    # any Hydra overrides
+#   ./start_fresh_training.sh experiment=demo optim.lr=1e-3    # with any Hydra overrides
 set -euo pipefail
 case "${1:-}" in -h | --help) sed -n '2,5s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

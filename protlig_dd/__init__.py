@@ -5,9 +5,9 @@ import sys
 from types import TracebackType
 
 
-def _say_how_to_install(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """One line for a package that is not installed; the traceback of all else (a module that a package lacks, say),
-    and with HYDRA_FULL_ERROR=1.
+def _report_missing_package(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print one line for a missing package, and the usual traceback for any other error, such as a missing module of an
+    installed package. HYDRA_FULL_ERROR=1 always prints the traceback.
     """
     missing = error.name if isinstance(error, ModuleNotFoundError) else None
     if missing is None or "." in missing or os.environ.get("HYDRA_FULL_ERROR") == "1":
@@ -16,17 +16,17 @@ def _say_how_to_install(kind: type[BaseException], error: BaseException, trace: 
     from pathlib import Path
 
     root = Path(__file__).resolve().parents[1]
-    told = "pip install the wheel again, with what it needs"
+    advice = "pip install the wheel again, with its dependencies"
     if (root / "scripts/setup.sh").is_file():
-        told = f"run scripts/setup.sh in {root}, then .venv/bin/python there (or: pip install -e {root})"
-    print(f"error: {missing} is not installed for {sys.executable}: {told}", file=sys.stderr)
+        advice = f"run scripts/setup.sh in {root}, then .venv/bin/python there (or: pip install -e {root})"
+    print(f"error: {missing} is not installed for {sys.executable}: {advice}", file=sys.stderr)
 
 
-if sys.argv[:1] == ["-m"] and any(one.startswith("protlig_dd.") for one in sys.orig_argv):
-    sys.excepthook = _say_how_to_install  # python -m protlig_dd.VERB, whose imports come before its main
+if sys.argv[:1] == ["-m"] and any(argument.startswith("protlig_dd.") for argument in sys.orig_argv):
+    sys.excepthook = _report_missing_package  # python -m protlig_dd.VERB runs its imports before its main
 
 if os.environ.get("PROTLIG_TYPECHECK") == "1":
-    # Installed here, before any submodule is imported, so that spawned ranks and command lines are checked too.
+    # Installed here, before any submodule is imported, so that spawned ranks and commands are checked too.
     from protlig_dd.system.typecheck import install
 
     install("protlig_dd")

@@ -1,4 +1,4 @@
-"""`python -m protlig_dd` lists what there is to run."""
+"""`python -m protlig_dd` lists the commands."""
 
 import ast
 import difflib
@@ -9,29 +9,30 @@ FOLDER = Path(__file__).parent
 
 
 def verbs() -> dict[str, str]:
-    """The name of each command and the first line of what it says of itself, read off the sources."""
-    found = {}
+    """Return {command: first line of its docstring}, read from the sources without importing them."""
+    summaries = {}
     for path in sorted([*FOLDER.glob("*.py"), *FOLDER.glob("*/__main__.py")]):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         if path == Path(__file__) or "run_verb" not in path.read_text(encoding="utf-8"):
             continue
         name = path.parent.name if path.name == "__main__.py" else path.stem
-        found[name] = (ast.get_docstring(tree) or "").partition("\n")[0]
-    return found
+        summaries[name] = (ast.get_docstring(tree) or "").partition("\n")[0]
+    return summaries
 
 
 def main() -> None:
-    """Print them; of a verb behind a space, say how it is run, with exit code 1."""
-    given = [one for one in sys.argv[1:] if one not in ("-h", "--help")]
-    if given:
-        (near, *_) = [*difflib.get_close_matches(given[0], verbs(), 1), "VERB"]
+    """Print the commands. An argument is an error: name the nearest command and exit with code 1."""
+    arguments = [argument for argument in sys.argv[1:] if argument not in ("-h", "--help")]
+    if arguments:
+        nearest = (difflib.get_close_matches(arguments[0], verbs(), 1) or ["VERB"])[0]
         print(
-            f"error: there is no `python -m protlig_dd {given[0]}`: it is python -m protlig_dd.{near}", file=sys.stderr
+            f"error: `python -m protlig_dd {arguments[0]}` is not a command; use python -m protlig_dd.{nearest}",
+            file=sys.stderr,
         )
         sys.exit(1)
-    print("python -m protlig_dd.VERB key=value ...; --help says which keys there are\n")
-    for name, told in verbs().items():
-        print(f"{name:10} {told}")
+    print("python -m protlig_dd.VERB key=value ...; --help lists the keys\n")
+    for name, summary in verbs().items():
+        print(f"{name:10} {summary}")
 
 
 if __name__ == "__main__":

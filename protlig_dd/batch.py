@@ -1,4 +1,4 @@
-"""PackedBatch: sequences laid end to end, none of them padded.
+"""PackedBatch: sequences concatenated without padding.
 
 Three sequences of 5, 6 and 4 tokens make one batch of 15:
 
@@ -23,28 +23,32 @@ from protlig_dd.tokenizer import PAD
 
 
 class StaticShape(NamedTuple):
-    """What every pack is filled up to: tokens, sequences, and the length of the longest."""
+    """The fixed shape that packs are padded to: tokens, sequences, and the length of the longest sequence."""
 
     tokens: int
     sequences: int
     longest: int
 
 
-def spare_sequences(tokens: int, mean_tokens: float) -> int:
-    """How many sequences to provide for in a pack of so many tokens: half as many again as sequences of the mean
-    number of tokens would be, and a few. A pack with more is computed as it is, unfilled.
+def sequence_slots(tokens: int, mean_tokens: float) -> int:
+    """Return how many sequences a padded pack of `tokens` tokens has room for: 1.5 times the expected number, plus 8.
+
+    A pack with more sequences is computed without padding.
+
+    Args:
+        mean_tokens: mean number of tokens per sequence.
     """
     return 8 + round(1.5 * tokens / mean_tokens)
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """n sequences of `lengths` tokens in one 1-D tensor, with the geometry that attention and rotary need.
+    """n sequences concatenated in one 1-D tensor, with the offsets and positions that attention and rotary need.
 
-    `lengths`, `max_seqlen` and `rows` live on the host, so that no kernel launch has to wait for the device.
+    `lengths`, `max_seqlen` and `rows` are on the host, so that no kernel launch has to wait for the device.
 
     Raises:
-        ValueError: fields that disagree in shape, dtype or device; the message names both sides.
+        ValueError: fields disagree in shape, dtype or device; the message names both values.
     """
 
     tokens: Int64[Tensor, " total"]
@@ -58,10 +62,9 @@ class PackedBatch:
     def __post_init__(self) -> None:
         check_tokens(self.tokens)
         total, n = self.tokens.shape[0], len(self.lengths)
-        spare = next(
-            (i for i, length in enumerate(reversed(self.lengths)) if length), n
-        )  # empty ones, of a filled pack
-        check_not_empty(self.lengths[: n - spare])
+        # a padded pack ends with empty sequences
+        n_empty = next((i for i, length in enumerate(reversed(self.lengths)) if length), n)
+        check_not_empty(self.lengths[: n - n_empty])
         if sum(self.lengths) != total:
             raise ValueError(f"lengths sum to {sum(self.lengths)} but tokens has {total}")
         if max(self.lengths) > self.max_seqlen:
@@ -86,7 +89,7 @@ class PackedBatch:
 
         Args:
             sequences: n tensors of shape (length_i,), any integer dtype.
-            rows: the n store rows they came from; -1 when left out.
+            rows: the store row of each sequence; -1 for all by default.
         """
         if not sequences:
             raise ValueError("a pack needs at least one sequence")
@@ -98,12 +101,12 @@ class PackedBatch:
 
     @classmethod
     def from_flat(cls, flat: Tensor, lengths: Sequence[int], rows: Sequence[int] | None = None) -> "PackedBatch":
-        """A pack of tokens (total,), any integer dtype, that lie end to end already."""
+        """Return a pack of tokens (total,), of any integer dtype, that are concatenated already."""
         lengths = tuple(lengths)
         check_not_empty(lengths)
         if rows is not None and len(rows) != len(lengths):
             raise ValueError(f"{len(rows)} rows for {len(lengths)} sequences")
-        # numpy, whose repeat takes a fifth of the time of torch's repeat_interleave
+        # numpy: its repeat takes a fifth of the time of torch's repeat_interleave
         length_n = np.array(lengths, np.int64)
         bounds = np.append(0, length_n.cumsum())
         geometry = {
@@ -120,26 +123,28 @@ class PackedBatch:
         )
 
     def __reduce__(self) -> tuple[object, ...]:
-        """A pack travels between processes as letters and lengths and is laid out anew on the CPU: shared-memory
-        segments for its tensors would cost milliseconds."""
+        """Pickle tokens as bytes, with lengths and rows, and rebuild the pack on the CPU.
+
+        Shared-memory segments for its tensors would cost milliseconds.
+        """
         tokens = self.tokens.numpy(force=True)
-        letters = tokens.astype(np.uint8)
-        if not np.array_equal(letters, tokens):
+        ids = tokens.astype(np.uint8)
+        if not np.array_equal(ids, tokens):
             raise ValueError("a pack with tokens outside 0..255 cannot be pickled")
-        return PackedBatch._restore, (letters, self.lengths, self.rows.numpy())
+        return PackedBatch._restore, (ids, self.lengths, self.rows.numpy())
 
     @classmethod
-    def _restore(cls, letters: np.ndarray, lengths: tuple[int, ...], rows: np.ndarray) -> "PackedBatch":
-        return cls.from_flat(torch.from_numpy(letters), lengths, rows.tolist())
+    def _restore(cls, ids: np.ndarray, lengths: tuple[int, ...], rows: np.ndarray) -> "PackedBatch":
+        return cls.from_flat(torch.from_numpy(ids), lengths, rows.tolist())
 
     def unpack(self, x: Tensor) -> list[Tensor]:
         """Split any per-token tensor (total, ...) back into n tensors (length_i, ...)."""
         if x.shape[0] != len(self.tokens):
-            raise ValueError(f"unpack wants {len(self.tokens)} tokens in the first dimension, got {x.shape[0]}")
+            raise ValueError(f"unpack needs {len(self.tokens)} tokens in the first dimension, got {x.shape[0]}")
         return list(x.split(list(self.lengths)))
 
     def to(self, device: torch.device | str) -> "PackedBatch":
-        """The same batch with its per-token tensors on `device`; `rows` stays on the host."""
+        """Return the same batch with its per-token tensors on `device`; `rows` stays on the host."""
         moved = {
             name: getattr(self, name).to(device, non_blocking=True)
             for name in ("tokens", "cu_seqlens", "segment_ids", "positions")
@@ -147,35 +152,35 @@ class PackedBatch:
         return replace(self, **moved)
 
     def pin_memory(self) -> "PackedBatch":
-        """In page-locked memory, from which copies to a GPU need not be waited for; a DataLoader calls this."""
+        """Return a copy in page-locked memory, which allows asynchronous copies to a GPU; a DataLoader calls this."""
         pinned = {
             name: getattr(self, name).pin_memory() for name in ("tokens", "cu_seqlens", "segment_ids", "positions")
         }
         return replace(self, **pinned)
 
     def fits(self, shape: "StaticShape") -> bool:
-        """Whether `filled` can bring the pack into this shape."""
+        """Whether `padded_to` can pad the pack to this shape."""
         total, n = sum(self.lengths), len(self.lengths)
         tail = -(-(shape.tokens - total) // shape.longest)
         return total <= shape.tokens and n + tail <= shape.sequences and self.max_seqlen <= shape.longest
 
-    def filled(self, shape: "StaticShape") -> "PackedBatch":
-        """The same sequences, then segments of <pad> up to shape.tokens and empty ones up to shape.sequences.
+    def padded_to(self, shape: "StaticShape") -> "PackedBatch":
+        """Append segments of <pad> up to shape.tokens tokens, and empty sequences up to shape.sequences.
 
-        Every pack then has the same shapes, which compiled kernels and CUDA graphs want. Computed on the pack's own
-        device; nothing waits for it.
+        All padded packs have the same shapes, which compiled kernels and CUDA graphs need. The padding is computed on
+        the pack's device, and the host does not wait for it.
 
         Raises:
-            ValueError: a pack that is larger than the shape.
+            ValueError: the pack is larger than the shape.
         """
         if not self.fits(shape):
             raise ValueError(
                 f"a pack of {sum(self.lengths)} tokens in {len(self.lengths)} sequences of at most {self.max_seqlen} "
-                f"does not fit into {shape.tokens} in {shape.sequences} of at most {shape.longest}"
+                f"does not fit into {shape.tokens} tokens in {shape.sequences} sequences of at most {shape.longest}"
             )
         total, n, device = sum(self.lengths), len(self.lengths), self.tokens.device
         missing, spare = shape.tokens - total, shape.sequences - n
-        place = torch.arange(missing, device=device)
+        offset = torch.arange(missing, device=device)
         ends = (total + shape.longest * torch.arange(1, spare + 1, device=device)).clamp(max=shape.tokens)
         tails = [min(shape.longest, missing - start) for start in range(0, missing, shape.longest)]
         return PackedBatch(
@@ -183,36 +188,40 @@ class PackedBatch:
             cu_seqlens=torch.cat([self.cu_seqlens, ends.to(torch.int32)]),
             max_seqlen=shape.longest,
             lengths=(*self.lengths, *tails, *[0] * (spare - len(tails))),
-            segment_ids=torch.cat([self.segment_ids, n + place // shape.longest]),
-            positions=torch.cat([self.positions, place % shape.longest]),
+            segment_ids=torch.cat([self.segment_ids, n + offset // shape.longest]),
+            positions=torch.cat([self.positions, offset % shape.longest]),
             rows=F.pad(self.rows, (0, spare), value=-1),
         )
 
     def random_subset(
         self, candidates: Bool[Tensor, " total"], counts: Num[Tensor, " n"], u: Float64[Tensor, " total"]
     ) -> Bool[Tensor, " total"]:
-        """A uniform subset of counts[i] of the candidates in each sequence: those with the smallest u.
+        """Choose counts[i] of the candidates in sequence i, uniformly at random: those with the smallest u.
 
         Args:
             candidates: which tokens may be chosen.
-            counts: how many are, in each sequence; at most as many as it has candidates.
+            counts: how many to choose in each sequence, at most the number of its candidates.
             u: independent uniform draws on [0, 1).
         """
-        # sorted by sequence, then candidates before others, then by u: a token's place is its random rank
-        where = u.device
-        segment = self.segment_ids.to(where)
-        key = 2 * segment + torch.where(candidates.to(where), u, 1.5)
+        # sort by sequence, then candidates before others, then u: a token's position in its sequence is its random rank
+        device = u.device
+        segment = self.segment_ids.to(device)
+        key = 2 * segment + torch.where(candidates.to(device), u, 1.5)
         rank = torch.empty_like(segment)
-        rank[key.argsort()] = self.positions.to(where)
-        return (rank < counts.to(where)[segment]).to(candidates.device) & candidates
+        rank[key.argsort()] = self.positions.to(device)
+        return (rank < counts.to(device)[segment]).to(candidates.device) & candidates
 
     def with_tokens(self, tokens: Int64[Tensor, " total"]) -> "PackedBatch":
-        """The same geometry around other tokens (a noised copy, say)."""
+        """Return the same batch with other tokens of the same shape, such as a noised copy."""
         return replace(self, tokens=tokens)
 
 
 def split_lengths(lengths: Sequence[int], tokens_per_pack: int) -> list[list[int]]:
-    """Cut a list of lengths, in order, into packs of at most tokens_per_pack tokens (each at least one sequence)."""
+    """Split a list of lengths, in order, into packs of at most tokens_per_pack tokens. Each has at least one sequence.
+
+    Args:
+        lengths: residues of each sequence; <bos> and <eos> are counted in addition.
+    """
     packs: list[list[int]] = []
     room = 0
     for length in lengths:
@@ -225,9 +234,9 @@ def split_lengths(lengths: Sequence[int], tokens_per_pack: int) -> list[list[int
 
 
 def check_not_empty(lengths: tuple[int, ...]) -> None:
-    """Raise unless there are sequences, of at least one token each."""
+    """Raise unless there is at least one sequence and each has at least one token."""
     if not lengths or min(lengths) < 1:
-        raise ValueError(f"a pack holds sequences of at least one token, got lengths {lengths}")
+        raise ValueError(f"a pack needs sequences of at least one token, got lengths {lengths}")
 
 
 def check_tokens(tokens: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Embed proteins: a trained model's hidden states, averaged over each protein or for each residue.
+"""Embed proteins: write a trained model's hidden states, one vector per protein or one per residue.
 
 python -m protlig_dd.embed from=runs/demo input=proteins.fasta output=embeddings.h5
 python -m protlig_dd.embed from=runs/demo input=proteins.fasta output=residues.npz pooling=per_residue layer=1
@@ -22,16 +22,16 @@ from protlig_dd.inference.embedding_file import (
     write_npz,
 )
 from protlig_dd.inference.model import load_trained
-from protlig_dd.system.files import check_free, replacing
+from protlig_dd.system.files import check_free, creating
 from protlig_dd.system.terminal import announce
 
 
 def embed_proteins(cfg: DictConfig) -> None:
-    """Load a run's newest checkpoint (averaged weights), embed a FASTA file, and write HDF5 or NPZ."""
+    """Load a model's averaged weights, embed the proteins of a FASTA file, and write HDF5 or NPZ."""
     config = read_config(cfg, EmbedConfig)
     output = check_free(config.output)
     if output.suffix not in SUFFIXES:
-        raise ValueError(f"output's suffix={output.suffix}: there are {', '.join(SUFFIXES)}")
+        raise ValueError(f"output={output}: the name must end in {' or '.join(SUFFIXES)}")
     ids, proteins = read_proteins(config.input)
     lengths = np.array([len(tokens) - 2 for tokens in proteins])
     trained = load_trained(config.from_, device=config.device, precision=config.precision)
@@ -39,7 +39,7 @@ def embed_proteins(cfg: DictConfig) -> None:
     if config.long == "error" and lengths.max() > trained.max_len:
         first = int((lengths > trained.max_len).argmax())
         raise ValueError(
-            f"{config.input}: {ids[first]} has {lengths[first]} residues, and this model was trained on at most "
+            f"{config.input}: {ids[first]} has {lengths[first]} residues, but this model was trained on at most "
             f"{trained.max_len}; long=window averages over windows of that length"
         )
     blocks = embedded_blocks(trained, proteins, layer, config.pooling, config.tokens_per_pack)
@@ -57,10 +57,10 @@ def embed_proteins(cfg: DictConfig) -> None:
     shape = (len(ids) if config.pooling == "mean" else int(offsets[-1]), trained.network.embedding.embedding_dim)
     if trained.processes.first:
         write = write_hdf5 if output.suffix == ".h5" else write_npz
-        with replacing(output) as file:
+        with creating(output) as file:
             write(file, shape, blocks, columns, notes)
     else:
-        for _ in blocks:  # this rank computes its packs, and rank 0 writes
+        for _ in blocks:  # iterating computes this rank's packs; rank 0 writes them
             pass
     announce(f"{output}: {len(ids)} proteins, {config.pooling}, {shape[0]} x {shape[1]} float32", trained.processes)
 

@@ -1,4 +1,4 @@
-"""Measure a trained model on held-out proteins: its bound on the negative log-likelihood, beside simple baselines.
+"""Bound a trained model's negative log-likelihood of held-out proteins, and compare it with simple baselines.
 
 python -m protlig_dd.evaluate from=runs/demo input=data/my.h5 split=test output=evaluation
 python -m protlig_dd.evaluate from=runs/demo input=held.fasta train=data/my.h5 output=evaluation
@@ -16,11 +16,11 @@ from protlig_dd.config.verbs import EvaluateConfig
 from protlig_dd.data.crops import window
 from protlig_dd.data.mmseqs import find_mmseqs
 from protlig_dd.evaluation.inputs import read_sequences
-from protlig_dd.evaluation.likelihood.baselines import find_baselines, fit_baselines, training_sequences
+from protlig_dd.evaluation.likelihood.baselines import find_baseline_stores, fit_baselines, training_sequences
 from protlig_dd.evaluation.likelihood.leaks import find_leaks
 from protlig_dd.evaluation.likelihood.scoring import in_training, score, summary
 from protlig_dd.evaluation.likelihood.tables import length_csv, letter_csv, report_table, sequence_csv
-from protlig_dd.evaluation.likelihood.trained_on import all_sources
+from protlig_dd.evaluation.likelihood.trained_on import all_training_data
 from protlig_dd.inference.model import TrainedModel, load_trained
 from protlig_dd.runs.metrics import without_nan
 from protlig_dd.system.files import check_free, write_folder
@@ -29,50 +29,51 @@ from protlig_dd.system.terminal import announce, console
 
 
 def evaluate(cfg: DictConfig) -> None:
-    """Bound every sequence once, on all ranks, and write the folder of figures."""
+    """Bound the negative log-likelihood of every sequence, shared among the ranks, and write a folder of tables."""
     config = read_config(cfg, EvaluateConfig)
     output = check_free(config.output)
     find_mmseqs(config.near, "near")
     store, ids, sequences = read_sequences(Path(config.input), config.split, config.max_sequences, config.seed)
     trained = load_trained(config.from_, device=config.device, precision=config.precision)
-    other = None
+    compared = None
     if config.compare is not None:
-        other = load_trained(config.compare, device=config.device, precision=config.precision)
-    max_len = min(model.max_len for model in (trained, other) if model is not None)
-    told_by = find_baselines(config.train, store, trained)
-    baselines = None if told_by is None else fit_baselines(training_sequences(told_by.stores))
-    whole = sequences
-    cut = sum(len(tokens) - 2 > max_len for tokens in sequences)
+        compared = load_trained(config.compare, device=config.device, precision=config.precision)
+    max_len = min(model.max_len for model in (trained, compared) if model is not None)
+    baseline_group = find_baseline_stores(config.train, store, trained)
+    baselines = None if baseline_group is None else fit_baselines(training_sequences(baseline_group.stores))
+    full_sequences = sequences
+    n_cropped = sum(len(tokens) - 2 > max_len for tokens in sequences)
     sequences = [window(tokens, 0, max_len) for tokens in sequences]
-    if cut:
-        these = "this model was" if other is None else "these models were both"
-        told = f"{cut} proteins are longer than the {max_len} residues {these} trained on"
-        announce(f"{told}: their first {max_len} are scored", trained.processes)
+    if n_cropped:
+        models = "this model was" if compared is None else "both models were"
+        message = f"{n_cropped} proteins are longer than the {max_len} residues that {models} trained on"
+        announce(f"{message}: only their first {max_len} are scored", trained.processes)
     scored = score(trained, sequences, config, baselines)
-    if other is not None:
-        for one, same in zip(scored, score(other, sequences, config, None, alone=True), strict=True):
-            one.nats["compared"] = same.nats["bound"]
+    if compared is not None:
+        other_scored = score(compared, sequences, config, None, bound_only=True)
+        for protein, other_protein in zip(scored, other_scored, strict=True):
+            protein.nats["compared"] = other_protein.nats["bound"]
     if not trained.processes.first:
-        return
-    sources = all_sources(config.train, store, trained)  # the other ranks need not wait for a search
-    if other is not None:
-        sources += all_sources(config.train, store, other, called="the model compared with")
-    leaks = find_leaks(whole, sources, config.near)
+        return  # rank 0 alone searches and writes, and the other ranks need not wait for it
+    sources = all_training_data(config.train, store, trained)
+    if compared is not None:
+        sources += all_training_data(config.train, store, compared, label="the model compared with")
+    leaks = find_leaks(full_sequences, sources, config.near)
     console.print("\n".join(leaks.lines()))
     report = {
         **description_of(trained),
         "input": config.input,
         "split": config.split if store else None,
         "sequences": len(scored),
-        "cut_to_max_len": cut,
+        "cut_to_max_len": n_cropped,
         "max_len": max_len,
-        "residues": sum(one.residues for one in scored),
+        "residues": sum(protein.residues for protein in scored),
         "draws": config.draws,
         "seed": config.seed,
         "precision": trained.precision,
-        "baseline_store": None if told_by is None else told_by.name,
+        "baseline_store": None if baseline_group is None else baseline_group.name,
         "baseline_sequences": None if baselines is None else baselines.sequences,
-        "compared_with": None if other is None else description_of(other),
+        "compared_with": None if compared is None else description_of(compared),
         **summary(scored),
         "in_training": in_training(leaks, scored),
     }
@@ -90,7 +91,7 @@ def evaluate(cfg: DictConfig) -> None:
 
 
 def description_of(trained: TrainedModel) -> dict[str, Any]:
-    """Which model, and how its bound is estimated."""
+    """Return the report's fields that identify a model and the estimator of its bound."""
     return {
         "run": trained.run,
         "step": trained.step,

@@ -15,12 +15,12 @@ from protlig_dd.config.verbs import ExportConfig
 from protlig_dd.inference.exported import CARD, is_exported, read_description, read_json, write_exported
 from protlig_dd.inference.model import describe, find_saved, load_saved, run_folder
 from protlig_dd.runs.checkpoint import load_tensors
-from protlig_dd.system.files import check_free, replacing
+from protlig_dd.system.files import check_free, creating
 from protlig_dd.system.terminal import console
 
 
 def export(cfg: DictConfig) -> None:
-    """Write the averaged weights of a run's newest checkpoint, and what using them takes."""
+    """Write the averaged weights of a run's newest checkpoint, with the files that are needed to use them."""
     config = read_config(cfg, ExportConfig)
     to = check_free(config.to)
     if is_exported(Path(config.from_)):
@@ -28,29 +28,28 @@ def export(cfg: DictConfig) -> None:
     saved = find_saved(config.from_)
     for problem in saved.skipped:
         console.print(f"skipped: {problem}")
-    with replacing(to) as folder:
+    with creating(to) as folder:
         write_exported(folder, load_tensors(saved.weights), describe(saved, report_of(saved.path, saved.step)))
-        load_saved(find_saved(str(folder)), torch.device("cpu"), "fp32")  # it can be
+        load_saved(find_saved(str(folder)), torch.device("cpu"), "fp32")  # check that it loads
     digest = read_description(to)["weights_sha256"]
-    said = f"{to}: {saved.path}, weights {digest[:12]}; {to / CARD} is the model card, which wants a licence"
-    console.print(said)
+    console.print(f"{to}: {saved.path}, weights {digest[:12]}; add a licence to its model card, {to / CARD}")
 
 
 def report_of(checkpoint: Path, step: int) -> dict[str, Any] | None:
-    """What the run measured of this checkpoint; None where its report is of another step, or there is none."""
+    """Return the run's report on this checkpoint, or None if the run has no report on this step."""
     run = run_folder(checkpoint)
     file = None if run is None else run / "report.json"
     report = read_json(file) if file is not None and file.is_file() else {}
     if report.get("step") != step:
         return None
-    if isinstance(leaks := report.get("in_training"), dict):  # without the paths of this machine
+    if isinstance(leaks := report.get("in_training"), dict):  # leave out paths on this machine
         report["in_training"] = {key: leaks.get(key) for key in ("copies", "others")}
     return {key: value for key, value in report.items() if key not in ("samples", "shown", "judges", "verdicts")}
 
 
 def main() -> None:
     """The command line."""
-    run_verb(export, "export", ExportConfig, alone=True)
+    run_verb(export, "export", ExportConfig, rank0_only=True)
 
 
 if __name__ == "__main__":

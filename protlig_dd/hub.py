@@ -1,12 +1,12 @@
-"""A trained model in one line of Python, from an exported folder or the Hugging Face Hub.
+"""Load a trained model in one line of Python, from an exported folder or the Hugging Face Hub.
 
     from protlig_dd.hub import ProteinDiffusion
 
-    model = ProteinDiffusion.from_pretrained("models/demo")          # made by python -m protlig_dd.export
+    model = ProteinDiffusion.from_pretrained("models/demo")          # written by python -m protlig_dd.export
     vectors = model.embed(["MKTAYIAKQR", "MSHHWGYG"])                # (2, hidden)
 
-A name on the hub, and `push_to_hub`, need huggingface_hub: pip install 'protlig_dd[hub]'. Weights are safetensors and
-the config is data: nothing that is loaded can run code.
+Loading from the hub and `push_to_hub` need huggingface_hub: pip install 'protlig_dd[hub]'. The weights are safetensors
+and the config is JSON, so loading a model never runs code from it.
 """
 
 import tempfile
@@ -33,14 +33,14 @@ from protlig_dd.inference.exported import (
 from protlig_dd.model.config import ModelConfig
 from protlig_dd.model.dit import DiT
 from protlig_dd.system.device import resolve_device, resolve_precision
-from protlig_dd.system.files import replacing
+from protlig_dd.system.files import creating
 from protlig_dd.tokenizer import ProteinTokenizer
 
 
 class ProteinDiffusion(nn.Module):
-    """An exported model: `network`, `score_fn`, `noise`, and the `description` that its config.json holds.
+    """An exported model, with the attributes `network`, `score_fn`, `noise` and `description` (its config.json).
 
-    `protlig_dd.diffusion.sampling.sample` and `protlig_dd.diffusion.likelihood.nll_bound` take its score_fn.
+    `protlig_dd.diffusion.sampling.sample` and `protlig_dd.diffusion.likelihood.nll_bound` take the `score_fn`.
     """
 
     def __init__(self, folder: Path, device: torch.device, precision: str) -> None:
@@ -59,7 +59,7 @@ class ProteinDiffusion(nn.Module):
                 precision=precision,
             )
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{folder / DESCRIPTION}: not what protlig_dd has written ({error!r})") from error
+            raise ValueError(f"{folder / DESCRIPTION}: damaged, or not written by protlig_dd ({error!r})") from error
         network = self.score_fn.model
         assert isinstance(network, DiT)
         self.network, self.noise = network, self.score_fn.noise
@@ -69,42 +69,43 @@ class ProteinDiffusion(nn.Module):
     def from_pretrained(
         cls, name: str | Path, *, revision: str | None = None, device: str = "auto", precision: str = "fp32"
     ) -> "ProteinDiffusion":
-        """Load an exported folder, or a model of that name from the hub (or from its cache, where it is there).
+        """Load an exported folder, or a model from the hub or the hub's cache.
 
         Args:
-            revision: of a model on the hub: a branch, tag or commit.
+            name: the folder, or the model's name on the hub: owner/name.
+            revision: branch, tag or commit of a model on the hub.
             device: auto | cpu | cuda | cuda:N | mps.
             precision: auto | bf16 | fp32.
 
         Raises:
-            ValueError: neither a folder nor a model on the hub, or huggingface_hub is missing; a damaged or foreign
-                file, named.
+            ValueError: there is no such folder or model on the hub, huggingface_hub is not installed, or a file is
+                damaged or not written by protlig_dd.
         """
         folder = Path(name)
         if not folder.is_dir():
             folder = download(str(name), revision)
         if not is_exported(folder):
-            raise ValueError(f"{folder}: not an exported model; `python -m protlig_dd.export` makes one of a run")
-        where = resolve_device(device)
-        return cls(folder, where, resolve_precision(precision, where))
+            raise ValueError(f"{folder}: not an exported model; `python -m protlig_dd.export` writes one from a run")
+        resolved = resolve_device(device)
+        return cls(folder, resolved, resolve_precision(precision, resolved))
 
     @property
     def max_len(self) -> int:
-        """Residues of the longest sequence that it was trained on."""
+        """Largest number of residues of a sequence that the model was trained on."""
         return int(self.description["max_len"])
 
     def forward(self, batch: PackedBatch, sigma: Tensor) -> Float[Tensor, "total 20"]:
-        """Logits of a pack at noise levels sigma (n,)."""
+        """Return the logits of a pack at noise levels sigma (n,), one for each sequence."""
         return self.score_fn.logits(batch, sigma)
 
     def embed(self, sequences: Sequence[str], *, layer: int = -1) -> Float[Tensor, "n hidden"]:
-        """The mean hidden state of each protein, as `python -m protlig_dd.embed long=window` makes it; on the CPU.
+        """Return the mean hidden state of each protein, on the CPU, as computed by `protlig_dd.embed long=window`.
 
         Args:
-            layer: 0 the embedding, k after k blocks, -1 the last, behind its norm.
+            layer: 0 is the embedding, k is after k blocks, -1 is after the last block and the final norm.
 
         Raises:
-            ValueError: a single string, no sequence, or an illegal letter; names the sequence.
+            ValueError: a single string, no sequence, or an illegal letter (the message names the sequence).
         """
         if isinstance(sequences, str) or not len(sequences):
             raise ValueError(f"embed takes a list of sequences, got {sequences!r:.40}")
@@ -112,24 +113,25 @@ class ProteinDiffusion(nn.Module):
         tokens = [encode(sequence.upper(), f"sequence {i}") for i, sequence in enumerate(sequences, start=1)]
         chosen = resolve_layer(layer, len(self.network.blocks))
         means = [
-            embed(self.network, self.score_fn, [one], layer=chosen, max_len=self.max_len)[0].mean(0) for one in tokens
+            embed(self.network, self.score_fn, [protein], layer=chosen, max_len=self.max_len)[0].mean(0)
+            for protein in tokens
         ]
         return torch.stack(means)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the model, with the weights that it has now, to a folder that does not exist yet.
+        """Write the model with its current weights to a new folder.
 
         Raises:
             ValueError: the folder exists.
         """
-        with replacing(Path(folder)) as temporary:
+        with creating(Path(folder)) as temporary:
             write_exported(temporary, self.network.state_dict(), self.description, self.card)
 
     def push_to_hub(self, name: str, *, private: bool = True, message: str = "A protlig_dd model") -> str:
-        """Upload what `save_pretrained` writes, and nothing else, to owner/name on the hub; returns the commit's URL.
+        """Upload the files of `save_pretrained`, and no others, to owner/name on the hub; return the commit's URL.
 
         Args:
-            private: of a repository that this makes; one that exists stays as it is.
+            private: whether a new repository is private; an existing repository keeps its setting.
         """
         api = hugging_face().HfApi()
         api.create_repo(name, private=private, exist_ok=True)
@@ -140,12 +142,12 @@ class ProteinDiffusion(nn.Module):
 
 
 def download(name: str, revision: str | None) -> Path:
-    """The exported files of a model on the hub, in the hub's cache."""
+    """Download the exported files of a model on the hub, and return their folder in the hub's cache."""
     try:
         return Path(hugging_face().snapshot_download(name, revision=revision, allow_patterns=list(EXPORTED)))
     except (OSError, ValueError) as error:
-        why = str(error).strip().splitlines()[0]
-        raise ValueError(f"{name} does not exist here, and was not found on the hub: {why}") from error
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{name} does not exist here, and was not found on the hub: {reason}") from error
 
 
 def hugging_face() -> Any:

@@ -1,6 +1,6 @@
-"""Redesign a part of proteins, or build new ones around their motifs.
+"""Redesign parts of proteins, or design new proteins around their motifs.
 
-python -m protlig_dd.infill from=runs/demo input=partial.fasta output=designs.fasta n=10     # free where it has `_`
+python -m protlig_dd.infill from=runs/demo input=partial.fasta output=designs.fasta n=10     # `_` marks free positions
 python -m protlig_dd.infill from=runs/demo input=wt.fasta output=designs.fasta free=[12-40,77]
 python -m protlig_dd.infill from=runs/demo input=wt.fasta output=designs.fasta fixed=[45-60]
 python -m protlig_dd.infill from=runs/demo input=wt.fasta output=designs.fasta contig=10-40/A45-60/5-20/A80-92/10
@@ -31,12 +31,12 @@ from protlig_dd.evaluation.samples.redesigns import (
 )
 from protlig_dd.inference.generate import describe_designs, options_of, sample_designs
 from protlig_dd.inference.layouts import (
-    MOST,
+    MAX_DESIGNS,
     designs_of_contig,
     designs_of_positions,
     map_csv,
     read_records,
-    tell_what_is_odd,
+    warn_about_layout,
 )
 from protlig_dd.inference.model import load_trained
 from protlig_dd.inference.sharing import Work
@@ -47,22 +47,22 @@ from protlig_dd.tokenizer import MASK
 
 
 def infill(cfg: DictConfig) -> None:
-    """Sample what is free in each protein of the input, n times, with the rest held fixed."""
+    """Sample the free residues of each input protein n times, and keep its other residues fixed."""
     config = read_config(cfg, InfillConfig)
     output = check_free(config.output)
     table = check_free(config.map or str(output.with_suffix(".map.csv")))
     scores = check_free(str(output.with_suffix(".csv")))
-    for one, other in itertools.combinations((output, table, scores), 2):
-        if one.resolve() == other.resolve():
-            raise ValueError(f"map={config.map}, output={config.output}: {one} would be written twice")
-    if config.n > MOST:
-        raise ValueError(f"n must be at most {MOST}, got {config.n}")
+    for path, other_path in itertools.combinations((output, table, scores), 2):
+        if path.resolve() == other_path.resolve():
+            raise ValueError(f"map={config.map}, output={config.output}: {path} would be written twice")
+    if config.n > MAX_DESIGNS:
+        raise ValueError(f"n must be at most {MAX_DESIGNS}, got {config.n}")
     if config.best is not None and config.best > config.n:
-        raise ValueError(f"best={config.best}: of n={config.n} designs give 1 to {config.n}")
+        raise ValueError(f"best={config.best} must be at most n={config.n}")
     if sum(value is not None for value in (config.fixed, config.free, config.contig)) > 1:
-        raise ValueError("give one of fixed=, free= and contig=")
+        raise ValueError("give only one of fixed=, free= and contig=")
     if config.lengths is not None and config.contig is None:
-        raise ValueError(f"lengths={config.lengths} is for contig=; elsewhere a design is as long as its input")
+        raise ValueError(f"lengths={config.lengths} needs contig=; without it a design is as long as its input")
     records = read_records(Path(config.input))
     trained = load_trained(config.from_, device=config.device, precision=config.precision)
     if nucleotides := sum(is_nucleotide(ids.astype(np.uint8).tobytes()) for _, ids in records):
@@ -70,13 +70,13 @@ def infill(cfg: DictConfig) -> None:
     check_sampler(trained.graph, options_of(config))
     ranked = trained.graph.masks and config.free_draws > 0
     if config.best is not None and not ranked:
-        why = f"free_draws={config.free_draws}" if not config.free_draws else "the model's graph is another"
-        raise ValueError(f"best={config.best} ranks by nll_free, which is for the absorbing graph; {why}")
+        needed = "free_draws above 0" if not config.free_draws else "a model with the absorbing graph"
+        raise ValueError(f"best={config.best} ranks by nll_free, which needs {needed}")
 
     designs = designs_of_contig(config, records) if config.contig else designs_of_positions(config, records)
     for design in designs:
         trained.check_length(len(design.template), f"{records[design.protein][0].name}: the design")
-    tell_what_is_odd(config, trained)
+    warn_about_layout(config, trained)
     lengths = [len(design.template) for design in designs]
     samples = sample_designs(
         trained,
@@ -92,18 +92,19 @@ def infill(cfg: DictConfig) -> None:
             raise AssertionError(f"{design.name}: fixed residue {changed[0] + 1} was changed")
 
     inputs = [] if config.contig else inputs_of(records, designs)
-    made = [Redesign(d.name, ids, d.template == MASK, d.protein) for d, ids in zip(designs, samples, strict=True)]
-    both = made + inputs
-    found: list[FreeNLL | None] = [None] * len(both)
+    redesigns = [Redesign(d.name, ids, d.template == MASK, d.protein) for d, ids in zip(designs, samples, strict=True)]
+    candidates = redesigns + inputs
+    nlls: list[FreeNLL | None] = [None] * len(candidates)
     if ranked:
         work = Work(config.tokens_per_pack, "NLL of free residues", trained.processes)
-        drawn = free_draws(trained.score_fn, both, work, draws=config.free_draws, seed=config.seed)
-        place = {one.protein: len(made) + i for i, one in enumerate(inputs)}
-        found = list(free_nll(drawn, both, [place.get(one.protein) for one in both]))
-    kept = best_of(made, found, config.best) if config.best is not None else range(len(made))
-    rows = sorted([*range(len(made), len(both)), *kept], key=lambda i: both[i].protein)  # each input before its designs
-    changes = ["" if config.contig else mutations(both[i].ids, records[both[i].protein][1]) for i in rows]
-    scored = designs_csv([(both[i], changed, found[i]) for i, changed in zip(rows, changes, strict=True)])
+        draws = free_draws(trained.score_fn, candidates, work, draws=config.free_draws, seed=config.seed)
+        input_index = {protein_input.protein: len(redesigns) + i for i, protein_input in enumerate(inputs)}
+        nlls = list(free_nll(draws, candidates, [input_index.get(candidate.protein) for candidate in candidates]))
+    kept = best_of(redesigns, nlls, config.best) if config.best is not None else range(len(redesigns))
+    # the sort is stable, so each input comes before its designs
+    rows = sorted([*range(len(redesigns), len(candidates)), *kept], key=lambda i: candidates[i].protein)
+    changes = ["" if config.contig else mutations(candidates[i].ids, records[candidates[i].protein][1]) for i in rows]
+    scored = designs_csv([(candidates[i], changed, nlls[i]) for i, changed in zip(rows, changes, strict=True)])
     designs, samples = [designs[i] for i in kept], [samples[i] for i in kept]
     text = describe_designs(
         trained,
@@ -111,13 +112,14 @@ def infill(cfg: DictConfig) -> None:
         samples,
         names=[design.name for design in designs],
         numbers=[design.number for design in designs],
-        notes=[note_of(found[i]) for i in kept],
+        notes=[note_of(nlls[i]) for i in kept],
     )
     if trained.processes.first:
         write_new(table, map_csv(designs))
         write_new(scores, scored)
         write_new(output, text)
-    announce(f"{output}: {len(samples)} designs; {scores}: their scores; {table}: what was free", trained.processes)
+    message = f"{output}: {len(samples)} designs; {scores}: their scores; {table}: their free and fixed positions"
+    announce(message, trained.processes)
 
 
 def main() -> None:

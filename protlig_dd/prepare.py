@@ -1,4 +1,4 @@
-"""Turn FASTA into a store that training reads, or describe and verify one.
+"""Convert FASTA files to a store that training reads, or describe and verify a store.
 
 python -m protlig_dd.prepare input=my.fasta output=data/my.h5
 python -m protlig_dd.prepare input=[a.fasta,b.fasta.gz] output=data/my.h5 split.test_fraction=0.05
@@ -23,41 +23,42 @@ from protlig_dd.system.terminal import ByteBar, console
 
 
 def prepare(cfg: DictConfig) -> None:
-    """Read the inputs, filter and split them, write the store, and print what it holds."""
+    """Read the inputs, filter and split them, write the store, and print its contents."""
     config = read_config(cfg, PrepareConfig)
     if (config.inspect is None) == (config.input is None):
-        raise ValueError("give one of input=... (to make a store) and inspect=... (to look into one)")
+        raise ValueError("give either input=... (to write a store) or inspect=... (to describe a store)")
     if config.inspect is not None:
         inspect(SequenceStore(config.inspect))
         return
     if config.output is None:
         raise ValueError("give the store to write: output=data/my.h5")
-    given = config.input
     inputs: dict[str, str] | list[str]
-    if isinstance(given, dict):
-        inputs = {str(split): str(file) for split, file in given.items()}
+    if isinstance(config.input, dict):
+        inputs = {str(split): str(file) for split, file in config.input.items()}
         split = Split(check=config.split.check, on_hit=config.split.on_hit)
     else:
-        inputs = [str(file) for file in (given if isinstance(given, list) else [given])]
+        inputs = [str(file) for file in (config.input if isinstance(config.input, list) else [config.input])]
         split = Split(**vars(config.split))
     options = vars(config.filter) | {"taxa_nodes": Path(nodes) if (nodes := config.filter.taxa_nodes) else None}
     store = build_store(inputs, Path(config.output), filters=Filters(**options), split=split, progress=ByteBar)
     describe(store)
     if config.filter.taxa is not None and nodes is None:
-        console.print("filter.taxa kept these TaxIDs alone; filter.taxa_nodes=nodes.dmp adds what is below them")
-    for name, held in store.manifest["splits"].items():
-        if not held["sequences"]:
+        console.print(
+            "filter.taxa kept only the listed TaxIDs; filter.taxa_nodes=nodes.dmp also keeps the taxa below them"
+        )
+    for name, counts in store.manifest["splits"].items():
+        if not counts["sequences"]:
             remedy = (
                 f"name a {name} file"
-                if isinstance(given, dict)
+                if isinstance(config.input, dict)
                 else f"prepare again with a larger split.{name}_fraction"
             )
-            console.print(f"warning: the {name} split is empty and training reads it: {remedy}")
+            console.print(f"warning: the {name} split is empty, but training reads it: {remedy}")
 
 
 def main() -> None:
     """The command line."""
-    run_verb(prepare, "prepare", PrepareConfig, alone=True)
+    run_verb(prepare, "prepare", PrepareConfig, rank0_only=True)
 
 
 if __name__ == "__main__":

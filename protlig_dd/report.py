@@ -1,11 +1,11 @@
-"""Make a run's report.html again from its folder, or compare several runs on one page.
+"""Rebuild a run's report.html from its folder, or compare several runs on one page.
 
 python -m protlig_dd.report runs=[runs/demo]
 python -m protlig_dd.report runs=[runs/demo,runs/mine] output=comparison.html
 python -m protlig_dd.report runs=runs/lr_sweep output=sweep.html
 python -m protlig_dd.report 'runs=multirun/*/0*' output=firsts.html
 
-A page is one file that needs nothing else: it opens from disk, and can be sent or printed.
+A page is one self-contained file: it can be opened from disk, sent and printed.
 """
 
 import glob
@@ -29,26 +29,29 @@ def report(cfg: DictConfig) -> None:
     """Read the run folders and write the page."""
     config = read_config(cfg, ReportPageConfig)
     folders = find_runs(config.runs)
-    own = folders[0] / PAGE if len(folders) == 1 else None
-    output = Path(config.output or own or "comparison.html")
-    remade = own is not None and output.resolve() == own.resolve()
-    if not remade:
+    run_page_path = folders[0] / PAGE if len(folders) == 1 else None
+    output = Path(config.output or run_page_path or "comparison.html")
+    rebuilds = run_page_path is not None and output.resolve() == run_page_path.resolve()
+    if not rebuilds:
         check_free(str(output))
     runs = [read_run(folder) for folder in folders]
-    write = write_atomic if remade else write_new
+    write = write_atomic if rebuilds else write_new
     write(output, run_page(runs[0]) if len(runs) == 1 else comparison_page(runs))
     console.print(f"{output}: {', '.join(run.name for run in runs)}")
 
 
 def find_runs(wanted: Any) -> list[Path]:
-    """The run folders that `runs=` means, each once: one or a list of run folders, folders of runs (a sweep's, or
-    Hydra's multirun: up to two levels deep) and patterns (`*`, `?`, `[...]`).
+    """Return the run folders that `runs=` selects, each once.
+
+    Args:
+        wanted: a run folder, a folder of runs (a sweep's or Hydra's multirun, up to two levels deep), a pattern (`*`,
+            `?`, `[...]`), or a list of these.
 
     Raises:
-        ValueError: something else, or one of them means no run; named.
+        ValueError: `wanted` is of another type, or an entry selects no run; the message names it.
     """
     entries = [str(wanted)] if isinstance(wanted, str | int | float) else wanted
-    if not isinstance(entries, list) or not all(isinstance(one, str | int | float) for one in entries):
+    if not isinstance(entries, list) or not all(isinstance(entry, str | int | float) for entry in entries):
         raise ValueError("runs: give a folder, a pattern, or a list of them")
     if not entries:
         raise ValueError("runs=[] names no run folder; give runs=[runs/demo]")
@@ -60,8 +63,8 @@ def find_runs(wanted: Any) -> list[Path]:
                 raise ValueError(f"runs={entry} does not exist")
             folders = [path for path in map(Path, glob.iglob(entry)) if path.is_dir()]  # noqa: PTH207
             if not folders:
-                raise ValueError(f"runs={entry}: nothing has such a name")
-        runs = [run for folder in sorted(folders, key=in_order) for run in runs_in(folder)]
+                raise ValueError(f"runs={entry}: no folder matches this pattern")
+        runs = [run for folder in sorted(folders, key=natural_order) for run in runs_in(folder)]
         if not runs:
             raise ValueError(f"runs={entry}: no run in this folder or the two levels below it")
         for run in runs:
@@ -70,26 +73,26 @@ def find_runs(wanted: Any) -> list[Path]:
 
 
 def runs_in(folder: Path, levels: int = 2) -> list[Path]:
-    """The folder if it is a run's, else those of the runs below it."""
+    """Return the folder if it is a run folder, else the run folders in the levels below it."""
     if (folder / CONFIG).is_file():
         return [folder]
     found = []
-    for one in sorted(folder.iterdir(), key=in_order) if folder.is_dir() and levels else ():
-        if (one / CONFIG).is_file() and not (one / METRICS).is_file():
-            console.print(f"{one} is left out: it has no {METRICS}, as of a run that has not begun")
+    for path in sorted(folder.iterdir(), key=natural_order) if folder.is_dir() and levels else ():
+        if (path / CONFIG).is_file() and not (path / METRICS).is_file():
+            console.print(f"{path} is left out: it has no {METRICS}, so its training has not started")
         else:
-            found += runs_in(one, levels - 1)
+            found += runs_in(path, levels - 1)
     return found
 
 
-def in_order(path: Path) -> list[tuple[int, str]]:
-    """A key that puts job 10 behind job 9."""
+def natural_order(path: Path) -> list[tuple[int, str]]:
+    """Return a sort key that compares numbers by value: job 10 comes after job 9."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", str(path))]
 
 
 def main() -> None:
     """The command line."""
-    run_verb(report, "report", ReportPageConfig, alone=True)
+    run_verb(report, "report", ReportPageConfig, rank0_only=True)
 
 
 if __name__ == "__main__":

@@ -20,19 +20,19 @@ from protlig_dd.system.terminal import announce
 
 
 def sample_proteins(cfg: DictConfig) -> None:
-    """Load a run's newest checkpoint (averaged weights), sample, and write FASTA."""
+    """Load a model's averaged weights, sample proteins, and write FASTA."""
     config = read_config(cfg, SampleConfig)
     output = check_free(config.output)
     trained = load_trained(config.from_, device=config.device, precision=config.precision)
     check_sampler(trained.graph, options_of(config))
     lengths = choose_lengths(config.lengths, config.n, config.seed, trained.lengths)
     if config.lengths == "empirical" and trained.lengths is not None:
-        announce(f"lengths are drawn from {trained.lengths.told}", trained.processes)
+        announce(f"lengths are drawn from {trained.lengths.description}", trained.processes)
     trained.check_length(max(lengths), f"lengths={config.lengths}: the longest protein")
     samples = sample_designs(trained, config, lengths=lengths, log_bias=read_log_bias(config.log_bias, lengths))
     names = [f"{trained.run}_{i}" for i in range(1, config.n + 1)]
-    asked = "" if config.lengths == "empirical" else f" lengths={config.lengths}"
-    text = describe_designs(trained, config, samples, names=names, notes=[asked] * config.n)
+    note = "" if config.lengths == "empirical" else f" lengths={config.lengths}"
+    text = describe_designs(trained, config, samples, names=names, notes=[note] * config.n)
     if trained.processes.first:
         write_new(output, text)
     announce(f"{output}: {len(samples)} proteins", trained.processes)

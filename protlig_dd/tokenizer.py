@@ -1,7 +1,7 @@
-"""Protein letters to token ids and back.
+"""Convert protein letters to token ids and back.
 
-The diffused states are the 20 amino acids, ids 0..19. Id 20 is the absorbing state `<mask>`. Everything above is
-context: never noised, never predicted, never in the loss. There are 30 ids in all.
+The diffused states are the 20 amino acids, ids 0..19. Id 20 is the absorbing state `<mask>`. Ids above 20
+are context: they are never noised, never predicted and never in the loss. There are 30 ids in all.
 """
 
 import numpy as np
@@ -10,7 +10,7 @@ AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
 CONTEXT_LETTERS = "XBZJUO"  # unknown, Asx, Glx, Xle, selenocysteine, pyrrolysine
 N_STATES = len(AMINO_ACIDS)
 MASK = N_STATES
-LETTERS = AMINO_ACIDS + "_" + CONTEXT_LETTERS  # `_` writes <mask>; encode refuses it
+LETTERS = AMINO_ACIDS + "_" + CONTEXT_LETTERS  # `_` stands for <mask> in decoded text; encode rejects it
 BOS, EOS, PAD = 27, 28, 29
 VOCAB_SIZE = 30
 
@@ -23,7 +23,10 @@ _DECODE = np.frombuffer(LETTERS.encode(), dtype=np.uint8)
 
 
 class ProteinTokenizer:
-    """Lossless for the 26 IUPAC protein letters, upper case. A trailing `*` (stop) is dropped."""
+    """Convert proteins to token ids and back, without loss for the 26 upper-case IUPAC letters.
+
+    A trailing `*` (stop) is dropped.
+    """
 
     vocab_size = VOCAB_SIZE
 
@@ -31,39 +34,39 @@ class ProteinTokenizer:
         """Encode one protein as `<bos> residues <eos>`.
 
         Args:
-            sequence: upper-case IUPAC letters, optionally ended by `*`.
-            name: what error messages call this protein.
+            sequence: upper-case IUPAC letters, optionally followed by `*`.
+            name: the protein's name in error messages.
 
         Returns:
             uint8 array of len(sequence) + 2 ids.
 
         Raises:
-            ValueError: an empty sequence, or any other character; names the record, the 1-based position and the
+            ValueError: an empty sequence or any other character; names the protein, the 1-based position and the
                 character.
         """
         residues = sequence.removesuffix("*")
         if not residues:
             raise ValueError(f"{name}: no residues")
-        # "replace" turns each non-Latin-1 character into one `?`, so that positions stay true
+        # "replace" turns each non-Latin-1 character into one `?`, so positions stay correct
         ids = _ENCODE[np.frombuffer(residues.encode("latin-1", "replace"), dtype=np.uint8)]
         illegal = np.flatnonzero(ids == _ILLEGAL)
         if illegal.size:
             position = int(illegal[0])
             raise ValueError(
                 f"{name}: illegal character {residues[position]!r} at position {position + 1} of {len(residues)}; "
-                f"legal are the upper-case letters {AMINO_ACIDS + CONTEXT_LETTERS}"
+                f"allowed are the upper-case letters {AMINO_ACIDS + CONTEXT_LETTERS}"
             )
         tokens = np.empty(len(ids) + 2, dtype=np.uint8)
         tokens[0], tokens[1:-1], tokens[-1] = BOS, ids, EOS
         return tokens
 
     def decode(self, ids: np.ndarray) -> str:
-        """Letters of an id array; `<bos>`, `<eos>` and `<pad>` are dropped, `<mask>` becomes `_`.
+        """Return the letters of an id array; `<bos>`, `<eos>` and `<pad>` are dropped, `<mask>` becomes `_`.
 
         Raises:
             ValueError: an id outside 0..29.
         """
         ids = np.asarray(ids)
         if ids.size and not (int(ids.min()) >= 0 and int(ids.max()) < VOCAB_SIZE):
-            raise ValueError(f"token ids lie in 0..{VOCAB_SIZE - 1}, got {int(ids.min())}..{int(ids.max())}")
+            raise ValueError(f"token ids must be in 0..{VOCAB_SIZE - 1}, got {int(ids.min())}..{int(ids.max())}")
         return _DECODE[ids[ids < BOS]].tobytes().decode("ascii")

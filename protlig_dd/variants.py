@@ -1,4 +1,4 @@
-"""Predict the effects of mutations from a trained model, without training on any (zero-shot); higher is fitter.
+"""Predict the effects of mutations with a trained model, without training on measurements (zero-shot).
 
 python -m protlig_dd.variants from=runs/demo target=wt.fasta output=scan.csv                      # every substitution
 python -m protlig_dd.variants from=runs/demo assay=assay.csv target=wt.fasta output=scores.csv
@@ -19,15 +19,22 @@ from protlig_dd.evaluation.variants.assays import all_substitutions, read_target
 from protlig_dd.evaluation.variants.composition import background
 from protlig_dd.evaluation.variants.folder import score_folder
 from protlig_dd.evaluation.variants.mutants import AS_THE_TARGET
-from protlig_dd.evaluation.variants.scoring import beside, numbered, of_assay, read_checked, score_assay, settings_of
+from protlig_dd.evaluation.variants.scoring import (
+    assay_settings,
+    numbering_for,
+    output_files,
+    read_checked,
+    score_assay,
+    settings_of,
+)
 from protlig_dd.inference.model import load_trained
-from protlig_dd.system.distributed import from_first
+from protlig_dd.system.distributed import broadcast_from_first
 from protlig_dd.system.files import check_free
 from protlig_dd.system.terminal import announce
 
 
 def score(cfg: DictConfig) -> None:
-    """Read everything, load the model, score one assay or a folder of them, and write."""
+    """Score one assay or a folder of assays, and write the tables."""
     config = read_config(cfg, VariantsConfig)
     if config.reference is not None or (config.assay is not None and Path(config.assay).is_dir()):
         score_folder(config)
@@ -38,8 +45,10 @@ def score(cfg: DictConfig) -> None:
 def score_one(config: VariantsConfig) -> None:
     output = Path(config.output)
     if output.suffix != ".csv":
-        raise ValueError(f"output={config.output}: give a name that ends in .csv; other files get their names from it")
-    for path in beside(output).values():
+        raise ValueError(
+            f"output={config.output}: give a name that ends in .csv; the other output files are named after it"
+        )
+    for path in output_files(output).values():
         check_free(str(path))
     if config.target is None:
         raise ValueError("target is required: give target=wt.fasta, or a bare sequence of letters")
@@ -49,9 +58,9 @@ def score_one(config: VariantsConfig) -> None:
     if is_nucleotide(target.astype(np.uint8).tobytes()):
         announce(nucleotide_warning(1, 1, "target="), trained.processes)
     file = None if config.assay is None else Path(config.assay)
-    frequencies = from_first(background(trained) if trained.processes.first else None)
+    frequencies = broadcast_from_first(background(trained) if trained.processes.first else None)
     settings = settings_of(trained, config) | {"frequencies": frequencies.name}
-    settings |= of_assay(file, target, numbered(config, AS_THE_TARGET).offset)
+    settings |= assay_settings(file, target, numbering_for(config, AS_THE_TARGET).offset)
     score_assay(trained, config, assay, target, output, "variants", settings, frequencies)
 
 

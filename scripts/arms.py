@@ -1,10 +1,10 @@
-"""Train arms of an experiment, each an ordinary run, and compare their validation bounds at equal residues seen.
+"""Train the arms of an experiment and compare their validation bounds at equal residues seen. Each arm is a run.
 
-    python -m scripts.arms screen --data data/swissprot.h5        every arm, briefly, one seed
+    python -m scripts.arms screen --data data/swissprot.h5        every arm, short runs, one seed
     python -m scripts.arms finalists --data data/swissprot.h5     the best and the baseline, 4 times as long, two seeds
 
-A run's name tells its overrides, and a finished run is not trained again, so an interrupted command goes on where it
-was. Prints a Markdown table and keeps the results of all commands in runs/<round>.json.
+A run's name contains a hash of its overrides. Finished runs are not trained again, so an interrupted command can be
+repeated to resume. Prints a Markdown table and adds the results to runs/<round>.json.
 """
 
 import argparse
@@ -49,12 +49,12 @@ MUON = [*FREE, "optim=muon"]
 BOTH = [*QK, "optim=muon"]
 
 
-def rates(name: str, arm: list[str], *lrs: float) -> dict[str, list[str]]:
+def learning_rates(name: str, arm: list[str], *lrs: float) -> dict[str, list[str]]:
     return {f"{name}, lr {lr:g}": [*arm, f"optim.lr={lr}"] for lr in lrs}
 
 
 def one_change(lr: float) -> dict[str, list[str]]:
-    """Each of them changes one thing of time-free x0 with QK-norm and Muon."""
+    """Return arms that differ from time-free x0 with QK-norm and Muon in one setting each."""
     base = [*BOTH, f"optim.lr={lr}"]
     changes = {
         "cosine noise": ["noise=cosine"],
@@ -78,38 +78,38 @@ def one_change(lr: float) -> dict[str, list[str]]:
 
 DEFAULTS = "the defaults"
 SCREEN = {
-    **rates("SEDD (log-score)", SEDD, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3),
-    **rates("x0", X0, 5e-4, 1e-3, 2e-3, 4e-3),
-    **rates("x0, time-free", FREE, 5e-4, 1e-3, 2e-3, 4e-3),
-    **rates("x0, time-free, QK-norm", QK, 1e-3, 2e-3, 4e-3, 8e-3),
-    **rates("x0, time-free, Muon", MUON, 3e-3, 1e-2, 2e-2, 4e-2),
-    **rates("x0, time-free, QK-norm, Muon", BOTH, 3e-3, 1e-2, 2e-2, 4e-2),
+    **learning_rates("SEDD (log-score)", SEDD, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3),
+    **learning_rates("x0", X0, 5e-4, 1e-3, 2e-3, 4e-3),
+    **learning_rates("x0, time-free", FREE, 5e-4, 1e-3, 2e-3, 4e-3),
+    **learning_rates("x0, time-free, QK-norm", QK, 1e-3, 2e-3, 4e-3, 8e-3),
+    **learning_rates("x0, time-free, Muon", MUON, 3e-3, 1e-2, 2e-2, 4e-2),
+    **learning_rates("x0, time-free, QK-norm, Muon", BOTH, 3e-3, 1e-2, 2e-2, 4e-2),
     **one_change(1e-2),
     "QK-norm, Muon, lr 0.003; cosine noise": [*BOTH, "optim.lr=0.003", "noise=cosine"],
     "QK-norm, Muon, lr 0.003; weight at most 10": [*BOTH, "optim.lr=0.003", "noise.max_weight=10"],
     DEFAULTS: [],
 }
 FINALISTS = {
-    **rates("SEDD (log-score)", SEDD, 2.5e-4, 5e-4, 1e-3),
+    **learning_rates("SEDD (log-score)", SEDD, 2.5e-4, 5e-4, 1e-3),
     **{name: SCREEN[name] for name in list(SCREEN)[-3:]},
 }
 
 
 def overrides(arm: Sequence[str], size: str, *, data: Path, residues: float, tokens: int, seed: int) -> list[str]:
-    """The arm's config for a run over so many tokens."""
+    """Return the overrides for a run of an arm over `residues` tokens, with `tokens` in a step."""
     if "data.tokens_per_pack=HALF" in arm:
         tokens //= 2
     steps = round(residues / tokens)
-    last: dict[str, str] = {}
-    for override in arm:  # Hydra refuses two values for one key
+    values: dict[str, str] = {}
+    for override in arm:  # the last value of a key counts; Hydra rejects two values for one key
         key, _, value = override.partition("=")
-        last[key] = value
-    if (horizon := last.get("optim.ema_decay", "")).startswith("EMA:"):
-        last["optim.ema_decay"] = str(1 - 1 / max(1.0, float(horizon[4:]) * steps))
-    last["data.tokens_per_pack"] = str(tokens)
+        values[key] = value
+    if (horizon := values.get("optim.ema_decay", "")).startswith("EMA:"):
+        values["optim.ema_decay"] = str(1 - 1 / max(1.0, float(horizon[4:]) * steps))
+    values["data.tokens_per_pack"] = str(tokens)
     return [
         *SIZES[size],
-        *(f"{key}={value}" for key, value in last.items()),
+        *(f"{key}={value}" for key, value in values.items()),
         f"data.path={data}",
         f"seed={seed}",
         "data.max_len=512",
@@ -127,7 +127,7 @@ def overrides(arm: Sequence[str], size: str, *, data: Path, residues: float, tok
 
 
 def train(name: str, arguments: list[str], threads: int) -> dict[str, Any]:
-    """Run it unless it has finished: its report, and the nats of each held-out sequence."""
+    """Train the run unless it is finished; return its report and the nats of each held-out sequence."""
     folder = Path("runs") / name
     if not (folder / "report.json").exists():
         command = [sys.executable, "-m", "protlig_dd.training", f"run.name={name}", *arguments]
@@ -147,7 +147,7 @@ def train(name: str, arguments: list[str], threads: int) -> dict[str, Any]:
 
 
 def paired(row: dict[str, Any], other: dict[str, Any]) -> str:
-    """The difference of two bounds, sequence by sequence."""
+    """Return the paired difference of two bounds, sequence by sequence, with its standard error."""
     difference, error = per_residue(np.array(row["nats"]) - np.array(other["nats"]), np.array(row["lengths"]))
     return f"{difference:+.4f} ± {error:.4f}"
 
@@ -155,15 +155,15 @@ def paired(row: dict[str, Any], other: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("round", choices=["screen", "finalists"])
-    parser.add_argument("--data", type=Path, required=True, help="a store made by prepare")
+    parser.add_argument("--data", type=Path, required=True, help="a store written by prepare")
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
-    parser.add_argument("--tokens", type=int, default=16384, help="in a step")
-    parser.add_argument("--residues", type=float, default=20e6, help="tokens that an arm of the screening sees")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each run")
-    parser.add_argument("--only", nargs="+", default=[], help="these arms")
-    parser.add_argument("--against", help="an arm to compare the others with, in place of the best SEDD arm")
-    parser.add_argument("--seeds", type=int, help="of each arm; 1 in the screening, 2 in the final")
+    parser.add_argument("--tokens", type=int, default=16384, help="tokens in a step")
+    parser.add_argument("--residues", type=float, default=20e6, help="training tokens of a screening run")
+    parser.add_argument("--jobs", type=int, default=1, help="runs trained at the same time")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of each run")
+    parser.add_argument("--only", nargs="+", default=[], help="names of the arms to train; default: all")
+    parser.add_argument("--against", help="the arm to compare with; default: the best SEDD arm")
+    parser.add_argument("--seeds", type=int, help="seeds of each arm; default: 1 for screen, 2 for finalists")
     arguments = parser.parse_args()
     final = arguments.round == "finalists"
     arms, residues = (FINALISTS, 4 * arguments.residues) if final else (SCREEN, arguments.residues)
@@ -171,11 +171,11 @@ def main() -> None:
     if not arguments.data.is_file():
         parser.error(f"{arguments.data}: no such file")
     if unknown := {*arguments.only, *filter(None, [arguments.against])} - arms.keys():
-        parser.error(f"no arm {', '.join(map(repr, sorted(unknown)))}; there are {', '.join(map(repr, arms))}")
-    chosen = {name: arm for name, arm in arms.items() if not arguments.only or name in arguments.only}
+        parser.error(f"no arm {', '.join(map(repr, sorted(unknown)))}; choose from {', '.join(map(repr, arms))}")
+    selected = {name: arm for name, arm in arms.items() if not arguments.only or name in arguments.only}
     todo = []
     for size in arguments.sizes:
-        for name, arm in chosen.items():
+        for name, arm in selected.items():
             for seed in range(seeds):
                 options = overrides(
                     arm, size, data=arguments.data, residues=residues, tokens=arguments.tokens, seed=seed
@@ -184,13 +184,13 @@ def main() -> None:
                 todo.append((size, name, seed, f"{arguments.round}_{size.replace(' ', '')}_{digest}", options))
     found: dict[int, dict[str, Any]] = {}
     file = Path("runs") / f"{arguments.round}.json"
-    kept = {row["run"]: row for row in json.loads(file.read_text())} if file.exists() else {}
+    results = {row["run"]: row for row in json.loads(file.read_text())} if file.exists() else {}
     with ThreadPoolExecutor(arguments.jobs) as pool, ProgressBar(arguments.round, len(todo)) as bar:
-        started = {pool.submit(train, *job[3:], arguments.threads): place for place, job in enumerate(todo)}
+        started = {pool.submit(train, *job[3:], arguments.threads): index for index, job in enumerate(todo)}
         for future in as_completed(started):
-            place = started[future]
-            size, name, seed, run, options = todo[place]
-            found[place] = {
+            index = started[future]
+            size, name, seed, run, options = todo[index]
+            found[index] = {
                 "size": size,
                 "arm": name,
                 "seed": seed,
@@ -199,32 +199,32 @@ def main() -> None:
                 **future.result(),
             }
             file.parent.mkdir(exist_ok=True)
-            kept[run] = found[place]
-            file.write_text(json.dumps(list(kept.values()), indent=1) + "\n")
+            results[run] = found[index]
+            file.write_text(json.dumps(list(results.values()), indent=1) + "\n")
             bar.advance()
-    print_table([found[place] for place in sorted(found)], arguments.against)
+    print_table([found[index] for index in sorted(found)], arguments.against)
     if any("error" in row for row in found.values()):
         raise SystemExit(1)
 
 
 def print_table(found: list[dict[str, Any]], against: str | None) -> None:
-    """Each arm beside the best SEDD arm of its size and seed, or beside the arm `against`."""
-    beside_what = "the best SEDD arm" if against is None else f"'{against}'"
-    print(f"\n| model | arm | seed | M residues seen | NLL bound | to the unigram model | to {beside_what} |")
+    """Print each arm's bound, and its difference to the best SEDD arm of its size and seed, or to the arm `against`."""
+    reference = "the best SEDD arm" if against is None else f"'{against}'"
+    print(f"\n| model | arm | seed | M residues seen | NLL bound | difference to unigram | difference to {reference} |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
-    sound = [row for row in found if "error" not in row and math.isfinite(row["nll"])]
+    valid = [row for row in found if "error" not in row and math.isfinite(row["nll"])]
     for row in found:
         values = [row["size"], row["arm"], str(row["seed"])]
-        if row not in sound:
+        if row not in valid:
             values += ["", row.get("error", "no finite bound"), "", ""]
         else:
-            alike = [o for o in sound if o["size"] == row["size"] and o["seed"] == row["seed"]]
-            beside = [o for o in alike if (o["arm"] == against if against else "SEDD" in o["arm"])]
+            same = [other for other in valid if (other["size"], other["seed"]) == (row["size"], row["seed"])]
+            baselines = [other for other in same if (other["arm"] == against if against else "SEDD" in other["arm"])]
             values += [
                 f"{row['seen'] / 1e6:.1f}",
                 f"{row['nll']:.4f} ± {row['nll_se']:.4f}",
                 f"{row['difference']:+.4f} ± {row['difference_se']:.4f}",
-                paired(row, min(beside, key=lambda o: o["nll"])) if beside else "",
+                paired(row, min(baselines, key=lambda other: other["nll"])) if baselines else "",
             ]
         print(f"| {' | '.join(values)} |")
 

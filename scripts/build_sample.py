@@ -4,16 +4,16 @@ Run from the repository root (about 25 minutes on two cores):
 
     apt-get install mmseqs2 mmseqs2-examples
     python scripts/build_sample.py
-    python scripts/build_sample.py --output /tmp/again     # the same bytes again
+    python scripts/build_sample.py --output /tmp/again     # writes identical files
 
 1. Cluster at 50% identity and 80% target coverage, as UniRef50 does, and keep the representatives.
 2. Search all representatives against each other (any identity, any coverage) and join the hits into
-   connected components. Clustering alone leaks: many representatives have homologs below its limits.
-3. Deal whole components, in the order of a seeded hash, to validation and test until each has 5% of the
-   sequences; the rest, and every component above 1% of the sequences, goes to train.
-4. Search the finished splits against each other afresh, in both directions, drop the held-out sequences
-   that still hit, and repeat until a round finds nothing. (A hit in a smaller file has a smaller E-value,
-   so this finds more than step 2.) A sequence that is a stretch of another one counts as a hit as well.
+   connected components. Clustering alone leaks: many representatives have homologs below its thresholds.
+3. Assign whole components, in the order of a seeded hash, to validation and test until each has 5% of the
+   sequences. The other components, and every component with more than 1% of the sequences, go to train.
+4. Search the finished splits against each other again, in both directions. Drop the held-out sequences
+   that have a hit, and repeat until a round finds none. This finds more than step 2, because a hit in a
+   smaller file has a smaller E-value. A sequence that is part of another one counts as a hit as well.
 """
 
 import argparse
@@ -30,37 +30,37 @@ from statistics import mean, median
 
 DEBIAN_INPUT = Path("/usr/share/doc/mmseqs2/example-data/DB.fasta.gz")
 LETTERS = set("ACDEFGHIKLMNPQRSTVWYXBZJUO")
-CHECKS = (("validation", "train"), ("test", "train"), ("test", "validation"))  # the first one drops its hits
-HELD_OUT, LARGEST = 0.05, 0.01  # shares of the sequences: in validation and in test; in a component there
+CHECKS = (("validation", "train"), ("test", "train"), ("test", "validation"))  # hits are dropped from the first
+HELD_OUT, LARGEST = 0.05, 0.01  # fractions of all sequences: each held-out split, a component in one
 CLUSTER = ["--min-seq-id", "0.5", "-c", "0.8", "--cov-mode", "1"]
 SEARCH = ["-s", "7.5", "-e", "1e-3", "--alignment-mode", "3"]  # mode 3 computes identities exactly
 
 
 def read_fasta(path: Path) -> list[tuple[str, str]]:
-    """(header, sequence) of each record; a problem ends the script with one line that names the record."""
+    """Return (header, sequence) of each record; exit with a message that names the record if one is invalid."""
     try:
         with gzip.open(path, "rt", encoding="ascii") as lines:
             before, *blocks = f"\n{lines.read()}".split("\n>")
     except (OSError, EOFError, ValueError, zlib.error) as error:
         sys.exit(f"build_sample: cannot read {path} as gzipped FASTA: {error}")
     if before.strip() or not blocks:
-        sys.exit(f"build_sample: {path} is not FASTA: it does not start with '>'")
+        sys.exit(f"build_sample: {path} is not FASTA: it must start with '>'")
     parts = (block.partition("\n") for block in blocks)
     records = [(header.strip(), "".join(body.split())) for header, _, body in parts]
     seen = {""}
     for number, (header, sequence) in enumerate(records, 1):
         name = (header.split() or [""])[0]
         if name in seen or not sequence:
-            sys.exit(f"build_sample: record {number} ({name}): no id, no sequence, or an id seen before")
+            sys.exit(f"build_sample: record {number} ({name}): the id is missing or repeated, or the sequence is empty")
         seen.add(name)
         for position, letter in enumerate(sequence, 1):
             if letter not in LETTERS:
-                sys.exit(f"build_sample: record {name}: {letter!r} at position {position} is no residue")
+                sys.exit(f"build_sample: record {name}: {letter!r} at position {position} is not a residue letter")
     return records
 
 
 class Mmseqs:
-    """Calls of the mmseqs binary in a scratch folder, with record numbers in place of headers."""
+    """Run the mmseqs binary in a scratch folder, with record numbers in place of headers."""
 
     def __init__(self, scratch: str, records: list[tuple[str, str]]) -> None:
         self.scratch, self.records = Path(scratch), records
@@ -77,7 +77,7 @@ class Mmseqs:
         return name
 
     def hits(self, queries: set[int], targets: set[int]) -> list[tuple[int, int, float]]:
-        """(query, target, identity) of every hit of one search; --max-seqs leaves room for every target."""
+        """Return (query, target, identity) of all hits of a search; --max-seqs allows a hit to every target."""
         files = [self.write("queries", queries), self.write("targets", targets), "hits", "tmp"]
         columns = ["--format-output", "query,target,fident", "--max-seqs", str(len(targets) + 1)]
         rows = self.call("easy-search", *files, *SEARCH, *columns, result="hits")
@@ -85,12 +85,12 @@ class Mmseqs:
 
 
 def in_hash_order(members: Iterable[int], records: list[tuple[str, str]], salt: str) -> list[int]:
-    """A shuffle that depends on the ids and the salt alone."""
+    """Return the members in an order that depends only on their ids and the salt."""
     return sorted(members, key=lambda i: sha256(f"{salt} {records[i][0].split()[0]}".encode()).digest())
 
 
 def find_components(members: set[int], hits: list[tuple[int, int, float]]) -> dict[int, set[int]]:
-    """The connected component of each member; the members of one component share one set."""
+    """Return the connected component of each member; members of a component share one set object."""
     component = {i: {i} for i in members}
     for query, target, _ in hits:
         small, large = sorted((component[query], component[target]), key=len)
@@ -101,8 +101,8 @@ def find_components(members: set[int], hits: list[tuple[int, int, float]]) -> di
 
 
 def verify(splits: dict[str, set[int]], mmseqs: Mmseqs) -> list[str]:
-    """Step 4. Shrinks the held-out splits in place and returns a Markdown table of what was found."""
-    table = ["| pairs that hit (sequences dropped) |", "|:--|", *(f"| {a} and {b} |" for a, b in CHECKS)]
+    """Step 4: drop held-out sequences with hits from `splits`, in place, and return a Markdown table of the hits."""
+    table = ["| pairs with a hit (sequences dropped) |", "|:--|", *(f"| {a} and {b} |" for a, b in CHECKS)]
     found = -1
     while found:
         table[:2], found = [f"{table[0]} round {table[1].count('|') - 1} |", f"{table[1]}--:|"], 0
@@ -120,7 +120,7 @@ def verify(splits: dict[str, set[int]], mmseqs: Mmseqs) -> list[str]:
 
 
 def write_fasta(path: Path, records: list[tuple[str, str]]) -> None:
-    """Wrapped at 60 columns, sorted by id, gzipped without a name or a time."""
+    """Write gzipped FASTA, wrapped at 60 columns and sorted by id, without a name or time in the gzip header."""
     with path.open("wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as out:
         for header, sequence in sorted(records, key=lambda record: record[0].split()[0]):
             lines = [f">{header}", *(sequence[i : i + 60] for i in range(0, len(sequence), 60)), ""]
@@ -129,13 +129,13 @@ def write_fasta(path: Path, records: list[tuple[str, str]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--input", type=Path, default=DEBIAN_INPUT, help="gzipped FASTA\n(%(default)s)")
-    parser.add_argument("--output", type=Path, default="protlig_dd/data/sample", help="folder (%(default)s)")
+    parser.add_argument("--input", type=Path, default=DEBIAN_INPUT, help="gzipped FASTA file\n(%(default)s)")
+    parser.add_argument("--output", type=Path, default="protlig_dd/data/sample", help="output folder (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of step 3 (%(default)s)")
     args = parser.parse_args()
     if not shutil.which("mmseqs") or not args.input.is_file():
         missing = f"file {args.input}" if shutil.which("mmseqs") else "mmseqs on the PATH"
-        sys.exit(f"build_sample: no {missing}; on Debian or Ubuntu: apt-get install mmseqs2 mmseqs2-examples")
+        sys.exit(f"build_sample: {missing} not found; on Debian or Ubuntu: apt-get install mmseqs2 mmseqs2-examples")
     records = read_fasta(args.input)
     with tempfile.TemporaryDirectory(prefix="build_sample-") as scratch:
         mmseqs = Mmseqs(scratch, records)
@@ -166,11 +166,11 @@ Clustering kept {len(kept):,} of {len(records):,} proteins. They form {len(sizes
 {sum(size > limit for size in sizes)} have more than {limit} sequences, the largest {sizes[-1]:,}.
 
 Clustering alone would leak: of {len(out)} representatives held out at random, {any_hit} have a hit among
-the others, and {close} have one at 50% identity or more over the aligned stretch."""
+the others, and {close} have one with at least 50% identity over the aligned region."""
     debian = subprocess.getoutput("dpkg-query -Wf '${Version}' mmseqs2-examples 2>/dev/null || echo ?")
     readme = f"""# Protein sample
 
-Real proteins for tests and short training runs, in splits that share no homologs `mmseqs` can find.
+Real proteins for tests and short training runs. `mmseqs` finds no homologs between the splits.
 
 {facts}
 

@@ -1,10 +1,10 @@
-"""The measurements behind docs/diffusion.md and docs/likelihood.md; prints Markdown tables.
+"""Measure what docs/diffusion.md and docs/likelihood.md report, and print it as Markdown tables.
 
 Run from the repository root, in the project's environment:
 
-    python -m scripts.diffusion_report samplers     # samplers against enumerated toys (minutes)
-    python -m scripts.diffusion_report graphs       # train the demo once for each graph (7 to 10 minutes each)
-    python -m scripts.diffusion_report likelihood --run runs/graph_absorbing    # noise of the estimators (minutes)
+    python -m scripts.diffusion_report samplers     # error of the samplers on enumerated toys (minutes)
+    python -m scripts.diffusion_report graphs       # held-out bounds of the demo with each graph (7 to 10 minutes each)
+    python -m scripts.diffusion_report likelihood --run runs/graph_absorbing    # variance of the estimators (minutes)
 """
 
 import argparse
@@ -38,7 +38,7 @@ from tests.conftest import exact_score_fn
 from tests.test_sampling import NOISES, SAMPLERS, frequencies
 
 SITES, STATES = 2, 3
-# The demo, but for what a graph other than absorbing needs: a network that sees the noise level.
+# The demo, with time conditioning for the graphs that need it.
 RUNS = {
     "absorbing": [],
     "uniform": ["graph=uniform", "time_conditioning=true"],
@@ -47,7 +47,7 @@ RUNS = {
 
 
 def samplers(chains: int, steps: list[int]) -> None:
-    """Total variation between samples and the toy's distribution; and of infilled ones, one site given."""
+    """Print the total variation between samples and the toys' distributions, also for infilling with one fixed site."""
     toy_of = {name: brute_force.random_toy(name, n=STATES, sites=SITES, seed=2) for name in NOISES}
     rows: list[tuple[str, list[float]]] = []
     negative: dict[tuple[str, str, int], float] = {}
@@ -94,11 +94,14 @@ def samplers(chains: int, steps: list[int]) -> None:
     print(f"\nTotal variation by number of steps, {chains:,} chains (exact samples would show about {floor:.4f})\n")
     table(["graph, sampler", *map(str, steps)], [[name, *(f"{value:.4f}" for value in row)] for name, row in rows])
     (graph, predictor, number), share = max(negative.items(), key=lambda item: item[1])
-    print(f"\nMost draws with a negative probability, clamped: {share:.2%} ({graph}, {predictor}, {number} steps)")
+    print(
+        f"\nLargest fraction of draws with a clamped negative probability: {share:.2%} "
+        f"({graph}, {predictor}, {number} steps)"
+    )
 
 
 def graphs(steps: int | None) -> None:
-    """Train the demo with every graph, and print the held-out bounds side by side."""
+    """Train the demo with each graph and print the held-out bounds."""
     rows = []
     for name, overrides in RUNS.items():
         command = ["experiment=demo", f"run.name=graph_{name}", *overrides]
@@ -121,7 +124,7 @@ def graphs(steps: int | None) -> None:
 
 
 def likelihood(run: Path, proteins: int, repeats: int) -> None:
-    """Variance of the estimators of one trained model's bound, per evaluation of the network."""
+    """Print the variance per network evaluation of the estimators of a trained model's bound."""
     checkpoint, _ = find_checkpoint(run)
     config = read_config(OmegaConf.load(checkpoint / "config.yaml"), TrainConfig)  # type: ignore[arg-type]
     graph = build_graph(config.graph)
@@ -137,19 +140,21 @@ def likelihood(run: Path, proteins: int, repeats: int) -> None:
     noises = {"the run's noise": noise}
     if time_free:  # the bound is the same integral for every schedule
         noises = {"log-linear": LogLinearNoise(), "cosine": CosineNoise()}
-    kinds: list[tuple[str, str, Noise]] = [(f"integral, {name}", "integral", noise) for name, noise in noises.items()]
+    estimators: list[tuple[str, str, Noise]] = [
+        (f"integral, {name}", "integral", noise) for name, noise in noises.items()
+    ]
     if time_free:
-        kinds.append(("exact count", "exact_count", LogLinearNoise()))
+        estimators.append(("exact count", "exact_count", LogLinearNoise()))
     found = []
-    draws_tried = (1, 8)
-    with ProgressBar("estimating", len(kinds) * len(draws_tried) * repeats) as bar:
-        for (name, estimator, noise), draws in itertools.product(kinds, draws_tried):
+    numbers_of_draws = (1, 8)
+    with ProgressBar("estimating", len(estimators) * len(numbers_of_draws) * repeats) as bar:
+        for (name, estimator, noise), draws in itertools.product(estimators, numbers_of_draws):
             nats = []
             for repeat in range(repeats):
                 generator = torch.Generator().manual_seed(repeat)
-                by_schedule = replace(score_fn, noise=noise)
+                with_noise = replace(score_fn, noise=noise)
                 bounds = [
-                    nll_bound(by_schedule, batch, generator=generator, draws=draws, estimator=estimator)
+                    nll_bound(with_noise, batch, generator=generator, draws=draws, estimator=estimator)
                     for batch in batches
                 ]
                 nats.append(torch.cat([bound.nats for bound in bounds]))
@@ -191,15 +196,15 @@ def table(columns: list[str], rows: list[list[str]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("samplers", help="samplers against enumerated toys")
-    one.add_argument("--chains", type=int, default=50_000)
-    one.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20, 50, 100, 300])
-    two = commands.add_parser("graphs", help="the demo with every graph, in runs/graph_*")
-    two.add_argument("--steps", type=int, help="fewer training steps, to try the script")
-    three = commands.add_parser("likelihood", help="noise of the likelihood estimators")
-    three.add_argument("--run", type=Path, required=True, help="a run on the bundled proteins, or a checkpoint of it")
-    three.add_argument("--proteins", type=int, default=20)
-    three.add_argument("--repeats", type=int, default=16)
+    command = commands.add_parser("samplers", help="error of the samplers on enumerated toys")
+    command.add_argument("--chains", type=int, default=50_000)
+    command.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20, 50, 100, 300])
+    command = commands.add_parser("graphs", help="held-out bounds of the demo with each graph, in runs/graph_*")
+    command.add_argument("--steps", type=int, help="fewer training steps, to try the script")
+    command = commands.add_parser("likelihood", help="variance of the likelihood estimators")
+    command.add_argument("--run", type=Path, required=True, help="a run on the bundled proteins, or its checkpoint")
+    command.add_argument("--proteins", type=int, default=20)
+    command.add_argument("--repeats", type=int, default=16)
     arguments = vars(parser.parse_args())
     {"samplers": samplers, "graphs": graphs, "likelihood": likelihood}[arguments.pop("command")](**arguments)
 

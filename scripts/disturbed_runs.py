@@ -1,4 +1,4 @@
-"""Small runs that are disturbed and compared with runs that were left alone, and the means to disturb them."""
+"""Small runs, ways to disturb them, and their comparison with undisturbed runs."""
 
 import json
 import os
@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from protlig_dd.data.prepare.bundled import bundled_store
-from protlig_dd.runs.checkpoint import COMPLETE, newest_sound_checkpoint, step_of
+from protlig_dd.runs.checkpoint import COMPLETE, newest_valid_checkpoint, step_of
 from protlig_dd.system.terminal import ProgressBar
 
 SMALL = [
@@ -45,7 +45,7 @@ RANKS = {1: (), 2: TWO}
 
 @dataclass
 class Tally:
-    """How often a fault was tried, and how often the run came through it whole."""
+    """Number of trials of a fault, and of those that the run survived without loss."""
 
     fault: str
     tried: int = 0
@@ -58,7 +58,7 @@ class Tally:
 
 
 class Process(Protocol):
-    """The part of subprocess.Popen that the campaign uses."""
+    """The methods of subprocess.Popen that the campaign uses."""
 
     pid: int
     returncode: int | None
@@ -69,7 +69,7 @@ class Process(Protocol):
 
 
 def start_python(arguments: list[str], folder: Path) -> Process:
-    """`python ARGUMENTS` in a process group of its own, so that what is left of it can be told and ended."""
+    """Start `python ARGUMENTS` in a new process group, so that left-over children can be found and ended."""
     return subprocess.Popen(
         [sys.executable, *arguments],
         cwd=folder,
@@ -82,11 +82,11 @@ def start_python(arguments: list[str], folder: Path) -> Process:
 
 
 class Campaign:
-    """Runs of 120 steps, or 20 if it is short, in `folder`, all on the bundled proteins.
+    """Runs on the bundled proteins in `folder`, of 120 steps, or 20 for a short campaign.
 
     Args:
-        seed: of the moments at which faults strike.
-        start_process: how `python ARGUMENTS` is started in a folder.
+        seed: for the random moments of the faults.
+        start_process: starts `python ARGUMENTS` in a folder.
     """
 
     def __init__(
@@ -94,23 +94,28 @@ class Campaign:
     ) -> None:
         self.folder, self.short, self.random, self.store = folder, short, random.Random(seed), bundled_store(folder)
         self.steps = 20 if short else 120
-        self.seconds: dict[str, float] = {}  # that each undisturbed run took
+        self.seconds: dict[str, float] = {}  # wall time of each undisturbed run
         self.kills, self.others = (3, 2) if short else (30, 10)
         self.start_process = start_process
 
-    def start(self, name: str, *more: str) -> Process:
+    def start(self, name: str, *options: str) -> Process:
         overrides = [*SMALL, f"data.path={self.store.path}", f"run.name={name}"]
-        overrides += [f"trainer.max_steps={self.steps}", *more]
+        overrides += [f"trainer.max_steps={self.steps}", *options]
         return self.start_process(["-m", "protlig_dd.training", *overrides], self.folder)
 
-    def attempt(self, name: str, *more: str) -> tuple[int, str, str]:
-        """Run until it ends: exit code, what it printed, its last line on stderr."""
-        process = self.start(name, *more)
+    def attempt(self, name: str, *options: str) -> tuple[int, str, str]:
+        """Run until the process ends; return its exit code, stdout and last line on stderr."""
+        process = self.start(name, *options)
         out, errors = process.communicate(timeout=600)
         return process.returncode, out, (errors.strip().splitlines() or [""])[-1]
 
-    def finish(self, name: str, *more: str) -> str:
-        code, out, errors = self.attempt(name, *more)
+    def finish(self, name: str, *options: str) -> str:
+        """Run until the process ends and return its stdout.
+
+        Raises:
+            RuntimeError: the exit code is not 0.
+        """
+        code, out, errors = self.attempt(name, *options)
         if code:
             raise RuntimeError(f"{name} ended with {code}: {errors}")
         return out
@@ -119,7 +124,7 @@ class Campaign:
         return self.folder / "runs" / name
 
     def undisturbed(self, ranks: int) -> str:
-        """The run of so many processes that was left alone, made when it is first asked for."""
+        """Return the name of the undisturbed run with this many processes; train it on the first call."""
         name = f"undisturbed{ranks}"
         if name not in self.seconds:
             began = time.monotonic()
@@ -127,49 +132,54 @@ class Campaign:
             self.seconds[name] = time.monotonic() - began
         return name
 
-    def same(self, name: str, ranks: int = 1) -> bool:
-        """Whether it ended with the undisturbed run's bits, and saw the same sequences in every step, each once."""
+    def matches_undisturbed(self, name: str, ranks: int = 1) -> bool:
+        """Whether the run ended bit-identical to the undisturbed run and read the same sequences in every step."""
         reference = self.undisturbed(ranks)
-        first, second = (newest_sound_checkpoint(self.run(one))[0] for one in (name, reference))
+        first, second = (newest_valid_checkpoint(self.run(run))[0] for run in (name, reference))
         if first is None or second is None or step_of(first) != self.steps:
             return False
         for stem in ("model", "ema", "optimizer"):
-            mine, theirs = (load_file(path / f"{stem}.safetensors") for path in (first, second))
-            if mine.keys() != theirs.keys() or not all(torch.equal(mine[key], theirs[key]) for key in mine):
+            tensors, expected = (load_file(path / f"{stem}.safetensors") for path in (first, second))
+            if tensors.keys() != expected.keys():
+                return False
+            if not all(torch.equal(tensors[key], expected[key]) for key in tensors):
                 return False
         return rows_of(self.run(name)) == rows_of(self.run(reference))
 
     def wait_for_checkpoint(self, name: str, process: Process) -> None:
-        """Until one stands that did not before."""
+        """Wait until the run has written another checkpoint, or has ended."""
         known = set(self.run(name).glob(f"checkpoints/*/{COMPLETE}"))
         while process.poll() is None and not set(self.run(name).glob(f"checkpoints/*/{COMPLETE}")) - known:
             time.sleep(0.01)
 
-    def turns(self, times: int, name: str, tally: Tally) -> Iterator[str]:
-        """Names of runs to disturb, `times` in all. One that is through is compared, and the next begins; a turn has
-        survived when the run that it disturbed ends like the undisturbed one."""
+    def disturbances(self, times: int, name: str, tally: Tally) -> Iterator[str]:
+        """Yield `times` names of runs to disturb.
+
+        A run is disturbed repeatedly until it is finished, but at most 8 times, then compared with the undisturbed run.
+        All its disturbances count as survived if the two are identical.
+        """
         number = waiting = 0
         with ProgressBar(tally.fault, times) as bar:
-            for left in range(times, 0, -1):
+            for remaining in range(times, 0, -1):
                 current = f"{name}{number}"
                 yield current
                 tally.tried += 1
                 waiting += 1
                 bar.advance()
-                if left == 1 or (self.run(current) / "report.json").is_file() or waiting == 8:
+                if remaining == 1 or (self.run(current) / "report.json").is_file() or waiting == 8:
                     self.finish(current)
-                    tally.survived += waiting * self.same(current)
+                    tally.survived += waiting * self.matches_undisturbed(current)
                     number, waiting = number + 1, 0
 
 
 def rows_of(run: Path) -> dict[int, list[int]]:
-    """Sequences of each step; a step that was made again replaces what was lost."""
+    """Return the rows read in each step; a repeated step replaces the earlier one."""
     lines = (run / "rows.jsonl").read_text().splitlines()
     return {row["step"]: row["rows"] for row in map(json.loads, lines)}
 
 
-def end_of(process: Process, seconds: float) -> None:
-    """Wait for so long, or until the process has ended."""
+def wait_for_end(process: Process, seconds: float) -> None:
+    """Wait for `seconds`, or until the process has ended."""
     until = time.monotonic() + seconds
     while process.poll() is None and time.monotonic() < until:
         time.sleep(0.01)
@@ -181,17 +191,17 @@ def kill(process: Process, number: signal.Signals) -> None:
 
 
 def ranks_of(launcher: Process) -> list[int]:
-    """Ids of the processes that a launcher has started, oldest first."""
+    """Return the process ids of a launcher's ranks, oldest first."""
     return children_of(launcher, "-f", "spawn_main")
 
 
-def children_of(process: Process, *chosen: str) -> list[int]:
-    """Ids of its children, oldest first.
+def children_of(process: Process, *filters: str) -> list[int]:
+    """Return the ids of a process' children, oldest first.
 
     Args:
-        chosen: which ones, for pgrep.
+        filters: arguments of pgrep that select children.
     """
-    found = subprocess.run(["pgrep", "-P", str(process.pid), *chosen], capture_output=True, text=True, check=False)
+    found = subprocess.run(["pgrep", "-P", str(process.pid), *filters], capture_output=True, text=True, check=False)
     return [int(line) for line in found.stdout.split()]
 
 
@@ -207,11 +217,11 @@ def flip(file: Path) -> None:
 
 @contextmanager
 def mounted(folder: Path, megabytes: int, *options: str) -> Iterator[None]:
-    """A small disk in a new folder, which is empty again afterwards."""
+    """Mount a small disk in a new folder; unmount it at the end of the block."""
     folder.mkdir(parents=True)
-    chosen = ",".join([f"size={megabytes}m", *options])
-    subprocess.run(["mount", "-t", "tmpfs", "-o", chosen, "none", str(folder)], check=True)
+    mount_options = ",".join([f"size={megabytes}m", *options])
+    subprocess.run(["mount", "-t", "tmpfs", "-o", mount_options, "none", str(folder)], check=True)
     try:
         yield
     finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)  # a run may still stand in it
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)  # lazily, because a run may still use it

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Download UniRef50 (13 GB of gzipped FASTA) from UniProt's current release, checked against the release's size and MD5.
+# Download UniRef50 (13 GB of gzipped FASTA) from UniProt's current release, and check its size and MD5.
 #
-#   scripts/download_uniref50.sh [FOLDER]      to FOLDER/uniref50.fasta.gz; FOLDER is data unless given
+#   scripts/download_uniref50.sh [FOLDER]      writes FOLDER/uniref50.fasta.gz; the default FOLDER is data
 #
-# A broken connection is taken up again where it broke, and so is a download that was stopped: run the same command.
-# Beside the file, uniref50.fasta.gz.release keeps the release's number, size, MD5 and address. A partial download of
-# another release, a wrong size or a wrong MD5 is an error, and nothing is deleted.
+# A broken connection is resumed automatically. To resume a stopped download, run the same command again.
+# uniref50.fasta.gz.release, next to the file, records the release's number, size, MD5 and address. A partial download
+# of another release, a wrong size or a wrong MD5 is an error; nothing is deleted.
 #
-# UNIREF_URL names another folder of UniProt's (a mirror, or UniRef90's with UNIREF_NAME=uniref90.fasta.gz),
-# UNIREF_WAIT the seconds between attempts (5).
+# UNIREF_URL sets another folder of UniProt (a mirror, or that of UniRef90 with UNIREF_NAME=uniref90.fasta.gz).
+# UNIREF_WAIT sets the seconds between attempts (default 5).
 set -euo pipefail
 case " $* " in *" -h "* | *" --help "*) sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;; esac
 fail() { echo "error: $*" >&2; exit 1; }
-[ $# -le 1 ] || fail "one folder at most, got $#: $*"
+[ $# -le 1 ] || fail "expected at most one folder, got $#: $*"
 command -v curl > /dev/null || fail "curl is not installed (apt-get install curl)"
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PROTLIG_VENV:-$root/.venv}/bin/python
@@ -23,7 +23,7 @@ name=${UNIREF_NAME:-uniref50.fasta.gz}
 folder=${1:-data}
 final=$folder/$name part=$folder/$name.part
 mkdir -p "$folder"
-exec 9< "$folder" # the lock of a second download into it
+exec 9< "$folder" # locked, so that a second download into this folder fails
 ! command -v flock > /dev/null || flock -n 9 || fail "another download into $folder is running"
 
 metalink=$(curl -fsSL --retry 3 "$url/RELEASE.metalink") || fail "cannot read $url/RELEASE.metalink"
@@ -43,42 +43,42 @@ size=$(sed -n 's/^size=//p' <<< "$release")
 md5=$(sed -n 's/^md5=//p' <<< "$release")
 release+=$'\n'"url=$url/$name"
 
-same_release() { # FILE: refuse to go on unless what was downloaded is of this release
+same_release() { # FILE: fail unless the downloaded FILE is of this release
     local had
-    had=$(cat "$1.release" 2> /dev/null) || fail "$1 is there without $1.release; move it away and start again"
+    had=$(cat "$1.release" 2> /dev/null) || fail "$1 exists, but $1.release does not; move $1 aside and start again"
     [ "$(head -n 3 <<< "$had")" = "$(head -n 3 <<< "$release")" ] ||
-        fail "$1 is of release $(sed -n 's/^release=//p' <<< "$had"), the server has release $number; move it away to get that"
+        fail "$1 is of release $(sed -n 's/^release=//p' <<< "$had"), the server has release $number; move it aside to download that"
 }
 bytes() { [ -e "$1" ] && wc -c < "$1" | tr -d ' ' || echo 0; }
 
 if [ -e "$final" ]; then
     same_release "$final"
-    [ "$(bytes "$final")" = "$size" ] || fail "$final has $(bytes "$final") bytes, release $number has $size; move it away"
-    echo "$final is there: release $number"
+    [ "$(bytes "$final")" = "$size" ] || fail "$final has $(bytes "$final") bytes, release $number has $size; move it aside"
+    echo "$final exists already: release $number"
     exit 0
 fi
 if [ -e "$part" ]; then same_release "$part"; fi
 echo "$release" > "$part.release"
 
-echo "release $number, $name, $size bytes, $(bytes "$part") of them here"
+echo "release $number, $name, $size bytes, $(bytes "$part") of them downloaded already"
 show=-sS
 [ ! -t 2 ] || show=--progress-bar
 failures=0
 while have=$(bytes "$part") && [ "$have" -lt "$size" ]; do
-    code=0 # a transfer that crawls for a minute counts as broken
+    code=0 # a transfer below 1,000 bytes/s for a minute counts as broken
     curl -fL "$show" --connect-timeout 30 --speed-limit 1000 --speed-time 60 -C - -o "$part" "$url/$name" || code=$?
-    [ "$code" != 33 ] || fail "$url/$name cannot be taken up again at byte $have: the server knows no ranges"
+    [ "$code" != 33 ] || fail "$url/$name cannot be resumed at byte $have: the server does not support ranges"
     [ "$code" != 23 ] || fail "$part cannot be written"
     if [ "$(bytes "$part")" -gt "$have" ]; then failures=0; else failures=$((failures + 1)); fi
-    [ "$failures" -lt 5 ] || fail "$url/$name gives no more after byte $have (curl's exit code $code); run this again later"
+    [ "$failures" -lt 5 ] || fail "$url/$name sends no data after byte $have (curl's exit code $code); run this again later"
     [ "$code" = 0 ] || sleep "${UNIREF_WAIT:-5}"
 done
 
-[ "$have" = "$size" ] || fail "$part has $have bytes, release $number has $size; move it away and start again"
+[ "$have" = "$size" ] || fail "$part has $have bytes, release $number has $size; move it aside and start again"
 echo "checking the MD5 of $size bytes"
 found=$("$python" -c 'import hashlib, sys; print(hashlib.file_digest(open(sys.argv[1], "rb"), "md5").hexdigest())' "$part")
-[ "$found" = "$md5" ] || fail "$part has MD5 $found, release $number has $md5; move it away and start again"
-cp "$part.release" "$final.release" # in this order a kill in between strands nothing
+[ "$found" = "$md5" ] || fail "$part has MD5 $found, release $number has $md5; move it aside and start again"
+cp "$part.release" "$final.release" # in this order, a kill between two lines leaves a state that the next start accepts
 mv "$part" "$final"
 rm -f "$part.release"
 echo "$final: release $number"

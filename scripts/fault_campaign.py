@@ -1,13 +1,13 @@
-"""What happens to a run when something happens to its machine: real processes, real signals, real disks that are full.
+"""Test runs under real faults: killed and hanging processes, signals, damaged checkpoints and full disks.
 
     python -m scripts.fault_campaign            the campaign of docs/reliability.md, half an hour on 2 cores
     python -m scripts.fault_campaign --short    each fault once or twice, a few minutes
-    python -m scripts.fault_campaign damage     only what damages checkpoints
+    python -m scripts.fault_campaign damage     damaged checkpoints only
 
-Small runs are disturbed, started again until they are through, and compared with runs that were left alone: the same
-bits in weights, averaged weights and optimizer state, and the same sequences in every step. Prints Markdown; the exit
-code is 1 where anything was lost. A small disk is a tmpfs in a mount namespace of this program's own (needs root, or
-user namespaces).
+Small runs are disturbed, relaunched until they finish, and compared with undisturbed runs. Weights, averaged weights
+and optimizer state must be bit-identical, and every step must have read the same sequences. Prints Markdown; the exit
+code is 1 if anything was lost. Small disks are tmpfs mounts in a private mount namespace, which needs root or user
+namespaces.
 """
 
 import argparse
@@ -20,52 +20,52 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from protlig_dd.runs.checkpoint import COMPLETE, FILES, newest_sound_checkpoint, step_of
+from protlig_dd.runs.checkpoint import COMPLETE, FILES, newest_valid_checkpoint, step_of
 from protlig_dd.system.terminal import ProgressBar
 from scripts.disturbed_runs import (
     RANKS,
     TWO,
     Campaign,
     Tally,
-    end_of,
     flip,
     kill,
     mounted,
     ranks_of,
     start_python,
     truncate,
+    wait_for_end,
 )
 
 
 def kill_trainer(campaign: Campaign) -> Tally:
-    """SIGKILL at random moments; every third while a checkpoint is being written."""
+    """SIGKILL at random moments; every third one while a checkpoint is being written."""
     tally = Tally("SIGKILL of the trainer")
     writing, took = 0, campaign.seconds[campaign.undisturbed(1)]
-    for turn in campaign.turns(campaign.kills, "kill", tally):
-        process = campaign.start(turn)
+    for name in campaign.disturbances(campaign.kills, "kill", tally):
+        process = campaign.start(name)
         if tally.tried % 3 == 2:
-            parent = campaign.run(turn) / "checkpoints"
+            parent = campaign.run(name) / "checkpoints"
             known = set(parent.glob(".step_*"))
             while process.poll() is None and not (fresh := set(parent.glob(".step_*")) - known):
                 time.sleep(0.0005)
             kill(process, signal.SIGKILL)
             writing += any(path.exists() for path in fresh)
         else:
-            end_of(process, campaign.random.uniform(0.1, 1) * took)
+            wait_for_end(process, campaign.random.uniform(0.1, 1) * took)
             kill(process, signal.SIGKILL)
-    tally.notes = f"{writing} of them left half a checkpoint"
+    tally.notes = f"{writing} of them left a partial checkpoint"
     return tally
 
 
 def kill_rank(campaign: Campaign) -> Tally:
-    """SIGKILL of one of two ranks; the launcher starts both again."""
-    tally = Tally("SIGKILL of one of two ranks, trainer.max_restarts")
+    """SIGKILL of one of two ranks; the launcher restarts both."""
+    tally = Tally("SIGKILL of one of two ranks, with trainer.max_restarts")
     restarts = 5
     for number, first in enumerate(range(0, campaign.others, restarts)):
-        name, own = f"rank{number}", min(restarts, campaign.others - first)
-        process = campaign.start(name, *TWO, f"trainer.max_restarts={own}")
+        name, kills = f"rank{number}", min(restarts, campaign.others - first)
+        process = campaign.start(name, *TWO, f"trainer.max_restarts={kills}")
         killed: set[int] = set()
-        for _ in range(own):
+        for _ in range(kills):
             campaign.wait_for_checkpoint(name, process)
             ranks = [pid for pid in ranks_of(process) if pid not in killed]
             if len(ranks) == 2:
@@ -73,49 +73,49 @@ def kill_rank(campaign: Campaign) -> Tally:
                 os.kill(campaign.random.choice(ranks), signal.SIGKILL)
                 tally.tried += 1
         process.communicate(timeout=600)
-        tally.survived += len(killed) // 2 * (process.returncode == 0 and campaign.same(name, 2))
+        tally.survived += len(killed) // 2 * (process.returncode == 0 and campaign.matches_undisturbed(name, 2))
     return tally
 
 
 def terminate(campaign: Campaign) -> Tally:
-    """SIGTERM, to one process and to the launcher of two: a checkpoint and exit code 75."""
+    """SIGTERM to a single process and to the launcher of two ranks: expects a checkpoint and exit code 75."""
     tally = Tally("SIGTERM")
     slowest = 0.0
-    for ranks, more in RANKS.items():
+    for ranks, options in RANKS.items():
         name, good = f"term{ranks}", 0
         for _ in range(campaign.others // 2):
-            process = campaign.start(name, *more)
+            process = campaign.start(name, *options)
             campaign.wait_for_checkpoint(name, process)
             began = time.monotonic()
             process.send_signal(signal.SIGTERM)
             process.communicate(timeout=120)
             slowest = max(slowest, time.monotonic() - began)
             good += process.returncode == 75
-        campaign.finish(name, *more)
+        campaign.finish(name, *options)
         tally.tried += campaign.others // 2
-        tally.survived += good * campaign.same(name, ranks)
-    tally.notes = f"at most {slowest:.1f} s to the exit"
+        tally.survived += good * campaign.matches_undisturbed(name, ranks)
+    tally.notes = f"exit within {slowest:.1f} s"
     return tally
 
 
 def stop_rank(campaign: Campaign) -> Tally:
     """SIGSTOP of a rank for longer than the others wait."""
-    tally = Tally("SIGSTOP of one of two ranks beyond trainer.timeout")
+    tally = Tally("SIGSTOP of one of two ranks for longer than trainer.timeout")
     process = campaign.start("hung", *TWO, "trainer.timeout=10")
     campaign.wait_for_checkpoint("hung", process)
     os.kill(ranks_of(process)[-1], signal.SIGSTOP)
     _, errors = process.communicate(timeout=300)
-    tally.notes = "exit code 1; names step and rank"
+    tally.notes = "exit code 1; the error names step and rank"
     campaign.finish("hung", *TWO)
-    told = process.returncode == 1 and "did not answer within trainer.timeout" in errors
-    tally.count(told and campaign.same("hung", 2))
+    reported = process.returncode == 1 and "did not answer within trainer.timeout" in errors
+    tally.count(reported and campaign.matches_undisturbed("hung", 2))
     return tally
 
 
 def damage(campaign: Campaign) -> Tally:
-    """Each file of the newest checkpoint truncated, with a flipped bit, or gone."""
-    tally = Tally("newest checkpoint damaged: each file truncated, bit-flipped, deleted")
-    tally.notes = "the one before is taken, and the damage named"
+    """Each file of the newest checkpoint truncated, with a flipped bit, or deleted."""
+    tally = Tally("newest checkpoint damaged: each file truncated, with a flipped bit, or deleted")
+    tally.notes = "resumes from the previous checkpoint and prints the damage"
     campaign.finish("stopped", f"trainer.stop_at_step={campaign.steps // 2}")
     files = sorted([*FILES, COMPLETE])
     cases = [(file, how) for file in files for how in (truncate, flip, Path.unlink)]
@@ -124,20 +124,20 @@ def damage(campaign: Campaign) -> Tally:
         for number, (file, how) in enumerate(cases):
             name = f"damaged{number}"
             shutil.copytree(campaign.run("stopped"), campaign.run(name))
-            newest, _ = newest_sound_checkpoint(campaign.run(name))
+            newest, _ = newest_valid_checkpoint(campaign.run(name))
             assert newest is not None
             how(newest / file)
             out = campaign.finish(name)
             before = f"step_{step_of(newest) - 5:08d}"
-            told = f"skipped: runs/{name}/checkpoints/{newest.name}" in out and before in out
-            tally.count(told and campaign.same(name))
+            reported = f"skipped: runs/{name}/checkpoints/{newest.name}" in out and before in out
+            tally.count(reported and campaign.matches_undisturbed(name))
             bar.advance()
     return tally
 
 
 def full_disk(campaign: Campaign) -> Tally:
-    """A checkpoint that does not fit, and one that does once there is room."""
-    tally = Tally("disk full while a checkpoint is written", notes="exit code 1; the checkpoint before is whole")
+    """The disk is full while a checkpoint is written; the run resumes once there is space."""
+    tally = Tally("disk full while a checkpoint is written", notes="exit code 1; the previous checkpoint is intact")
     disk = campaign.run("full")
     with mounted(disk, 64):
         campaign.finish("full", f"trainer.stop_at_step={campaign.steps // 2}")
@@ -145,11 +145,11 @@ def full_disk(campaign: Campaign) -> Tally:
         with ballast.open("wb") as file:
             file.write(bytes(shutil.disk_usage(disk).free - 200_000))
         code, _, errors = campaign.attempt("full")
-        before, skipped = newest_sound_checkpoint(disk)
-        told = code == 1 and "No space left on device" in errors and before is not None and not skipped
+        before, skipped = newest_valid_checkpoint(disk)
+        reported = code == 1 and "No space left on device" in errors and before is not None and not skipped
         ballast.unlink()
         campaign.finish("full")
-        tally.count(told and campaign.same("full"))
+        tally.count(reported and campaign.matches_undisturbed("full"))
     return tally
 
 
@@ -162,15 +162,17 @@ def read_only(campaign: Campaign) -> Tally:
 
 
 def two_runs(campaign: Campaign) -> Tally:
-    tally = Tally("a second run started in the same folder", notes="it is refused; the first goes on")
+    tally = Tally(
+        "a second run started in the same folder", notes="the second exits with an error; the first continues"
+    )
     first = campaign.start("shared")
     campaign.wait_for_checkpoint("shared", first)
-    first.send_signal(signal.SIGSTOP)  # it must not be through before the second has started
+    first.send_signal(signal.SIGSTOP)  # so that it does not finish before the second has started
     code, _, errors = campaign.attempt("shared")
     first.send_signal(signal.SIGCONT)
     first.communicate(timeout=600)
     refused = code == 1 and "runs/shared is in use by another run" in errors
-    tally.count(refused and first.returncode == 0 and campaign.same("shared"))
+    tally.count(refused and first.returncode == 0 and campaign.matches_undisturbed("shared"))
     return tally
 
 
@@ -187,10 +189,10 @@ FAULTS: dict[str, Callable[[Campaign], Tally]] = {
 
 
 def enter_namespace() -> None:
-    """Go on in a mount namespace of our own, in which mounts are allowed and end with us."""
+    """Re-execute this program in a private mount namespace, where it may mount disks that vanish when it ends."""
     if os.environ.get("PROTLIG_NAMESPACE") != str(os.getpid()):
         rights = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
-        os.environ["PROTLIG_NAMESPACE"] = str(os.getpid())  # exec keeps the id
+        os.environ["PROTLIG_NAMESPACE"] = str(os.getpid())  # exec keeps the process id
         os.execvp(
             "unshare", ["unshare", "--mount", *rights, sys.executable, "-m", "scripts.fault_campaign", *sys.argv[1:]]
         )
@@ -198,13 +200,13 @@ def enter_namespace() -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("faults", nargs="*", metavar="FAULT", help=f"of {', '.join(FAULTS)}; all without it")
+    parser.add_argument("faults", nargs="*", metavar="FAULT", help=f"choose from {', '.join(FAULTS)}; default: all")
     parser.add_argument("--short", action="store_true", help="each fault once or twice")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments at which it strikes")
-    parser.add_argument("--folder", type=Path, default=Path(), help="for scratch files, some 100 MB")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments")
+    parser.add_argument("--folder", type=Path, default=Path(), help="folder for scratch files, about 100 MB")
     arguments = parser.parse_args()
     if unknown := set(arguments.faults) - FAULTS.keys():
-        parser.error(f"no fault {', '.join(sorted(unknown))}; there are {', '.join(FAULTS)}")
+        parser.error(f"no fault {', '.join(sorted(unknown))}; choose from {', '.join(FAULTS)}")
     enter_namespace()
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="fault_campaign.") as folder:
         campaign = Campaign(

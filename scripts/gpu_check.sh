@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# On a machine with a CUDA GPU: run the tests that need one, then the throughput benchmark, which ends with its tables.
+# Run the tests that need a CUDA GPU, then the throughput benchmark, which prints its tables at the end.
 #
 #   scripts/gpu_check.sh [--fasta proteins.fasta.gz] [other arguments of scripts.benchmarks]
 set -euo pipefail
@@ -7,7 +7,7 @@ case " $* " in *" -h "* | *" --help "*) sed -n '2,4s/^# \{0,1\}//p' "${BASH_SOUR
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-${PROTLIG_VENV:-.venv}/bin/python}
 if ! "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; then
-    echo "error: no CUDA GPU here (torch.cuda.is_available() is false)" >&2
+    echo "error: no CUDA GPU on this machine (torch.cuda.is_available() is false)" >&2
     exit 1
 fi
 "$python" -m pytest -q -m gpu tests

@@ -1,11 +1,11 @@
-"""What becomes of a run on two hosts that disagree, or lose one another: network namespaces stand for the hosts, and
-torchrun starts the ranks as scripts/slurm/train.sbatch does.
+"""Test runs on two simulated hosts that disagree or lose their connection.
 
-    python -m scripts.host_trials             the table of docs/multinode.md, some minutes; needs root and iproute2
-    python -m scripts.host_trials cut-long    only that one
+    python -m scripts.host_trials             the table of docs/multinode.md, a few minutes; needs root and iproute2
+    python -m scripts.host_trials cut-long    one trial only
 
-Each host has a name, an address, an /etc/hosts and mounts of its own; all see the same folders. Prints Markdown; the
-exit code is 1 where something went otherwise than it should.
+The hosts are network namespaces, and torchrun starts the ranks as in scripts/slurm/train.sbatch. Each host has its own
+name, address, /etc/hosts and mounts; both share the same folders. Prints Markdown; the exit code is 1 if a trial did
+not give the expected result.
 """
 
 import argparse
@@ -23,45 +23,48 @@ from protlig_dd.data.prepare.build import build_store
 from protlig_dd.data.store import SPLITS
 from protlig_dd.system.terminal import ProgressBar
 from scripts.disturbed_runs import SMALL, Campaign, Process, children_of, start_python
-from scripts.hosts import NAMES, NETWORK, Host, addresses, missing_here, two_hosts
+from scripts.hosts import NAMES, NETWORK, Host, addresses, missing_requirements, two_hosts
 
 STEPS = 100
-SOON = 60  # seconds beyond trainer.timeout within which every host has ended
+IDENTICAL = "bit-identical to one process"
+RESTARTED = f"both restart from the last checkpoint; {IDENTICAL}"
+FILE_NAMED = "its error names the file; the other host's error names host and file"
+EXIT_WITHIN = 60  # seconds after trainer.timeout within which every host must end
 
 
 @dataclass
 class Trial:
-    """What was tried, and what came of it."""
+    """A fault, its expected result, and the deviations found."""
 
-    what: str
+    fault: str
     expected: str
     found: list[str] = field(default_factory=list)
-    """What went otherwise; empty if nothing did."""
+    """Deviations from the expected result."""
 
-    def check(self, good: object, otherwise: str) -> None:
-        if not good:
-            self.found.append(otherwise)
+    def check(self, passed: object, deviation: str) -> None:
+        if not passed:
+            self.found.append(deviation)
 
 
 class Trials:
     """Runs of 100 steps on two hosts.
 
     Args:
-        folder: for the runs, which all hosts see.
-        here: starts `python ARGUMENTS` on the machine itself, for a run in one process to compare with.
+        folder: for the runs, shared by the hosts.
+        start_here: starts `python ARGUMENTS` outside the hosts, for the single-process run to compare with.
     """
 
-    def __init__(self, folder: Path, hosts: Sequence[Host], here: Callable[[list[str], Path], Process]) -> None:
+    def __init__(self, folder: Path, hosts: Sequence[Host], start_here: Callable[[list[str], Path], Process]) -> None:
         self.folder, self.hosts, self.port = folder, hosts, 29400
-        self.alone = Campaign(folder, short=True, seed=0, start_process=here)
+        self.alone = Campaign(folder, short=True, seed=0, start_process=start_here)
         self.alone.steps = STEPS
         self.reset()
 
     def reset(self) -> None:
-        """Plug all in, and let all know one another."""
+        """Connect all hosts to the network and restore their /etc/hosts."""
         for host in self.hosts:
             host.plug_in()
-            host.knows(addresses(), self.folder)
+            host.set_hosts_file(addresses(), self.folder)
 
     def agent(
         self,
@@ -94,10 +97,10 @@ class Trials:
         return host.start(arguments, self.folder)
 
     def agents(self, name: str, *overrides: str, restarts: int = 0, other: Sequence[str] = ()) -> list[Process]:
-        """One on each host.
+        """Start torchrun on both hosts.
 
         Args:
-            other: overrides of the second host alone.
+            other: additional overrides for the second host only.
         """
         self.port += 1
         first, second = self.hosts
@@ -106,33 +109,33 @@ class Trials:
             self.agent(second, name, *overrides, *other, restarts=restarts),
         ]
 
-    def through(self, trial: Trial, name: str, agents: Sequence[Process]) -> list[str]:
-        """Wait for a run that should end well, and compare it with the run in one process; what each host said."""
-        said = ["\n".join(process.communicate(timeout=300)) for process in agents]
+    def finish(self, trial: Trial, name: str, agents: Sequence[Process]) -> list[str]:
+        """Wait for a run that should finish, compare it with the run in one process, and return each host's output."""
+        outputs = ["\n".join(process.communicate(timeout=300)) for process in agents]
         codes = [process.returncode for process in agents]
-        last_lines = [text.strip().splitlines()[-1:] for text in said]
+        last_lines = [text.strip().splitlines()[-1:] for text in outputs]
         trial.check(codes == [0] * len(agents), f"exit codes {codes}: {last_lines}")
-        trial.check(self.alone.same(name), "other bits than one process")
-        return said
+        trial.check(self.alone.matches_undisturbed(name), "not bit-identical to one process")
+        return outputs
 
-    def refused(self, trial: Trial, agents: Sequence[Process], *told: str, timeout: int = 20) -> list[str]:
-        """Wait for a start that should fail on both hosts, each naming `told`, in time and in few lines.
+    def fail(self, trial: Trial, agents: Sequence[Process], *parts: str, timeout: int = 20) -> list[str]:
+        """Wait for a launch that should fail on both hosts, and return each host's error.
 
-        Returns:
-            What each said.
+        The errors should appear in time, be short and contain all `parts`.
         """
-        began, said = time.monotonic(), []
+        began, messages = time.monotonic(), []
         for host, process in zip(self.hosts, agents, strict=True):
             _, errors = process.communicate(timeout=300)
-            ours = [line for line in errors.splitlines() if line.startswith(("[rank", "error:"))]
-            trial.check(process.returncode == 1, f"{host.name} ends with {process.returncode}")
-            trial.check(all(part in " ".join(ours) for part in told), f"{host.name} says {ours or errors[-300:]}")
-            trial.check(len(ours) <= 10, f"{host.name} says {len(ours)} lines")
-            trial.check("gloo/" not in " ".join(ours), f"{host.name} shows gloo's own words: {ours}")
-            said.append(" ".join(ours))
+            lines = [line for line in errors.splitlines() if line.startswith(("[rank", "error:"))]
+            trial.check(process.returncode == 1, f"{host.name} exits with {process.returncode}")
+            message = " ".join(lines)
+            trial.check(all(part in message for part in parts), f"{host.name} prints {lines or errors[-300:]}")
+            trial.check(len(lines) <= 10, f"{host.name} prints {len(lines)} lines")
+            trial.check("gloo/" not in message, f"{host.name} prints gloo's own message: {lines}")
+            messages.append(message)
         took = time.monotonic() - began
-        trial.check(took < timeout + SOON, f"took {took:.0f} s")
-        return said
+        trial.check(took < timeout + EXIT_WITHIN, f"took {took:.0f} s")
+        return messages
 
     def wait_for_step(self, name: str, step: int, agents: Sequence[Process]) -> None:
         metrics = self.folder / "runs" / name / "metrics.jsonl"
@@ -142,8 +145,8 @@ class Trials:
             time.sleep(0.01)
 
     def alike(self) -> Trial:
-        trial = Trial("two hosts, nothing happens", "the bits of one process with the same `optim.packs_per_step`")
-        self.through(trial, "alike", self.agents("alike"))
+        trial = Trial("two hosts, undisturbed", f"{IDENTICAL} with the same `optim.packs_per_step`")
+        self.finish(trial, "alike", self.agents("alike"))
         return trial
 
     def differ(self) -> Trial:
@@ -155,18 +158,16 @@ class Trials:
             "model.n_blocks": "3",
         }
         trial = Trial(
-            f"other overrides on one: {', '.join(f'`{key}`' for key in keys)}",
-            "both hosts refuse, naming key, both values, hosts and ranks",
+            f"different overrides on one host: {', '.join(f'`{key}`' for key in keys)}",
+            "both exit with an error that names key, values, hosts and ranks",
         )
         for key, value in keys.items():
-            self.refused(
-                trial, self.agents("differ", other=[f"{key}={value}"]), f"{key} is", f"and {value} for", *NAMES
-            )
-        trial.check(not (self.folder / "runs/differ/metrics.jsonl").exists(), "something was trained")
+            self.fail(trial, self.agents("differ", other=[f"{key}={value}"]), f"{key} is", f"and {value} for", *NAMES)
+        trial.check(not (self.folder / "runs/differ/metrics.jsonl").exists(), "training started")
         return trial
 
     def other_store(self) -> Trial:
-        trial = Trial("another store under the same path on one", "both refuse, naming both fingerprints")
+        trial = Trial("different stores under the same path", "both exit with an error that names both fingerprints")
         path = self.alone.store.path
         records = [f">{number}\n{'ACDEFGHIKLMNPQRSTVWY'[number % 7 :] * 3}\n" for number in range(60)]
         inputs = {}
@@ -176,45 +177,42 @@ class Trials:
         build_store(inputs, self.folder / "other.h5")
         self.hosts[1].run("mount", "--bind", str(self.folder / "other.h5"), str(path))
         try:
-            self.refused(trial, self.agents("store"), "data_fingerprint is", *NAMES)
+            self.fail(trial, self.agents("store"), "data_fingerprint is", *NAMES)
         finally:
             self.hosts[1].run("umount", str(path))
         return trial
 
     def no_store(self) -> Trial:
-        trial = Trial("no store on one", "it names the file, and the other one the host and the file")
-        said = self.refused(trial, self.agents("missing", other=["data.path=nowhere.h5"]), "nowhere.h5")
-        trial.check("rank 1 on host-b: nowhere.h5" in said[0], f"host-a says {said[0]}")
+        trial = Trial("no store on one host", FILE_NAMED)
+        errors = self.fail(trial, self.agents("missing", other=["data.path=nowhere.h5"]), "nowhere.h5")
+        trial.check("rank 1 on host-b: nowhere.h5" in errors[0], f"host-a prints {errors[0]}")
         return trial
 
     def read_only(self) -> Trial:
-        trial = Trial("run folder read-only on one", "it names the file, and the other one the host and the file")
+        trial = Trial("run folder read-only on one host", FILE_NAMED)
         runs = self.folder / "runs"
         runs.mkdir(exist_ok=True)
         self.hosts[1].run("mount", "--bind", "-o", "ro", str(runs), str(runs))
         try:
-            said = self.refused(trial, self.agents("readonly"), "Read-only file system", "runs/readonly")
-            trial.check("rank 1 on host-b: " in said[0], f"host-a says {said[0]}")
+            errors = self.fail(trial, self.agents("readonly"), "Read-only file system", "runs/readonly")
+            trial.check("rank 1 on host-b: " in errors[0], f"host-a prints {errors[0]}")
         finally:
             self.hosts[1].run("umount", str(runs))
         return trial
 
     def cut_short(self) -> Trial:
-        trial = Trial("network cut for 20 s, less than `trainer.timeout=60`", "goes on; the bits of one process")
+        trial = Trial("network cut for 20 s, less than `trainer.timeout=60`", f"training continues; {IDENTICAL}")
         agents = self.agents("short", "trainer.timeout=60")
         self.cut("short", agents, 20)
-        self.through(trial, "short", agents)
+        self.finish(trial, "short", agents)
         return trial
 
     def cut_long(self) -> Trial:
-        trial = Trial(
-            "network cut for 15 s, longer than `trainer.timeout=6`",
-            "both start again from the last checkpoint; the bits of one process",
-        )
+        trial = Trial("network cut for 15 s, longer than `trainer.timeout=6`", RESTARTED)
         agents = self.agents("long", "trainer.timeout=6", restarts=3)
         self.cut("long", agents, 15)
-        said = self.through(trial, "long", agents)
-        trial.check("a process was lost: all start again" in said[0] + said[1], "nobody started again")
+        outputs = self.finish(trial, "long", agents)
+        trial.check("a process was lost: restarting all processes" in outputs[0] + outputs[1], "no host restarted")
         return trial
 
     def cut(self, name: str, agents: Sequence[Process], seconds: float) -> None:
@@ -224,86 +222,86 @@ class Trials:
         self.hosts[1].plug_in()
 
     def lost(self) -> Trial:
-        trial = Trial(
-            "one host's processes killed, its torchrun started again",
-            "both start again from the last checkpoint; the bits of one process",
-        )
+        trial = Trial("one host's processes killed and its torchrun relaunched", RESTARTED)
         agents = self.agents("lost", restarts=3)
         self.wait_for_step("lost", 10, agents)
         for process in (agents[1].pid, *children_of(agents[1])):
             os.kill(process, signal.SIGKILL)
         agents[1].communicate(timeout=60)
         agents[1] = self.agent(self.hosts[1], "lost", restarts=3)
-        self.through(trial, "lost", agents)
+        self.finish(trial, "lost", agents)
         return trial
 
     def joins(self) -> Trial:
         trial = Trial(
             "a second host joins, `--nnodes=1:2` and `run.fresh=true`",
-            "both go on from the last checkpoint; the bits of one process",
+            f"both continue from the last checkpoint; {IDENTICAL}",
         )
         self.port += 1
-        more = ("run.fresh=true", f"trainer.max_steps={STEPS}")
-        first = self.agent(self.hosts[0], "joins", *more, nodes="1:2")
+        options = ("run.fresh=true", f"trainer.max_steps={STEPS}")
+        first = self.agent(self.hosts[0], "joins", *options, nodes="1:2")
         self.wait_for_step("joins", 10, [first])
-        agents = [first, self.agent(self.hosts[1], "joins", *more, nodes="1:2")]
-        said = self.through(trial, "joins", agents)
-        trial.check("2 process(es)" in said[0] + said[1], "it never joined")
-        trial.check(not (self.folder / "runs/joins.1").exists(), "the run was begun anew")
+        agents = [first, self.agent(self.hosts[1], "joins", *options, nodes="1:2")]
+        outputs = self.finish(trial, "joins", agents)
+        trial.check("2 process(es)" in outputs[0] + outputs[1], "the second host never joined")
+        trial.check(not (self.folder / "runs/joins.1").exists(), "the run was started from step 0 again")
         return trial
 
-    def told(self) -> Trial:
+    def terminated(self) -> Trial:
         trial = Trial(
-            "SIGTERM to the torchrun of one",
-            "both stop after the same step with a checkpoint, and `stopped.json` names the host; the bits of one "
-            "process once they were started again",
+            "SIGTERM to the torchrun of one host",
+            "both stop after the same step with a checkpoint, and `stopped.json` names the host; after a relaunch "
+            f"{IDENTICAL}",
         )
-        agents = self.agents("told")
-        self.wait_for_step("told", 10, agents)
+        agents = self.agents("terminated")
+        self.wait_for_step("terminated", 10, agents)
         agents[1].send_signal(signal.SIGTERM)
         agents[1].communicate(timeout=60)
         until = time.monotonic() + 60
         while children_of(agents[0]) and time.monotonic() < until:
             time.sleep(0.05)
         trial.check(not children_of(agents[0]), "the other host's process does not stop")
-        agents[0].send_signal(signal.SIGKILL)  # it waits for the other one, for five minutes, deaf to other signals
+        agents[0].send_signal(signal.SIGKILL)  # torchrun ignores other signals while it waits for the other host
         agents[0].communicate(timeout=60)
-        file = self.folder / "runs/told/stopped.json"
+        file = self.folder / "runs/terminated/stopped.json"
         stopped = json.loads(file.read_text()) if file.is_file() else {}
         trial.check(stopped.get("reason") == "SIGTERM", f"stopped.json has {stopped}")
         trial.check("only host-b was told" in stopped.get("when", ""), f"stopped.json has {stopped}")
-        self.through(trial, "told", self.agents("told"))
+        self.finish(trial, "terminated", self.agents("terminated"))
         return trial
 
     def clocks(self) -> Trial:
-        trial = Trial("the clock of one host's rank an hour ahead, `trainer.max_time=30m`", "goes on to the end")
+        trial = Trial("one rank's clock an hour ahead, `trainer.max_time=30m`", f"training finishes; {IDENTICAL}")
         self.port += 1
         agents = [
             self.agent(host, "clocks", "trainer.max_time=30m", module=module)
             for host, module in zip(self.hosts, ("protlig_dd.training", "scripts.clock_ahead"), strict=True)
         ]
-        self.through(trial, "clocks", agents)
+        self.finish(trial, "clocks", agents)
         return trial
 
     def no_name(self) -> Trial:
         trial = Trial(
             "one host cannot resolve the other's name",
-            "it says so, and names `--local-addr`; the other one names the rank that did not start",
+            "its error says so and names `--local-addr`; the other host's error names the missing rank",
         )
-        self.hosts[1].knows({"localhost": "127.0.0.1", "host-b": f"{NETWORK}.2"}, self.folder)
-        said = self.refused(trial, self.agents("name", "trainer.timeout=8"))
-        trial.check("host-a waited 8 s for rank 1, which did not start" in said[0], f"host-a says {said[0]}")
-        trial.check("host-b cannot resolve host-a" in said[1] and "--local-addr" in said[1], f"host-b says {said[1]}")
+        self.hosts[1].set_hosts_file({"localhost": "127.0.0.1", "host-b": f"{NETWORK}.2"}, self.folder)
+        errors = self.fail(trial, self.agents("name", "trainer.timeout=8"))
+        trial.check("host-a waited 8 s for rank 1, which did not start" in errors[0], f"host-a prints {errors[0]}")
+        trial.check(
+            "host-b cannot resolve host-a" in errors[1] and "--local-addr" in errors[1], f"host-b prints {errors[1]}"
+        )
         self.reset()
         return trial
 
     def loopback(self) -> Trial:
         trial = Trial(
-            "one host has `127.0.1.1` for its own name, as Debian sets it up",
-            "both say so, and name GLOO_SOCKET_IFNAME",
+            "one host resolves its own name to `127.0.1.1`, as on Debian",
+            "both exit with an error that says so and names GLOO_SOCKET_IFNAME",
         )
-        self.hosts[1].knows(addresses() | {"host-b": "127.0.1.1"}, self.folder)
-        self.refused(trial, self.agents("loopback"), "host-b has 127.0.1.1", "GLOO_SOCKET_IFNAME")
+        self.hosts[1].set_hosts_file(addresses() | {"host-b": "127.0.1.1"}, self.folder)
+        message = "host-b: other hosts cannot reach the address of its own name (127.0.1.1)"
+        self.fail(trial, self.agents("loopback"), message, "GLOO_SOCKET_IFNAME")
         self.reset()
         return trial
 
@@ -318,7 +316,7 @@ TRIALS: dict[str, Callable[[Trials], Trial]] = {
     "cut-long": Trials.cut_long,
     "lost": Trials.lost,
     "joins": Trials.joins,
-    "told": Trials.told,
+    "told": Trials.terminated,
     "clocks": Trials.clocks,
     "no-name": Trials.no_name,
     "loopback": Trials.loopback,
@@ -327,22 +325,22 @@ TRIALS: dict[str, Callable[[Trials], Trial]] = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("trials", nargs="*", metavar="TRIAL", help=f"of {', '.join(TRIALS)}; all without it")
+    parser.add_argument("trials", nargs="*", metavar="TRIAL", help=f"choose from {', '.join(TRIALS)}; default: all")
     arguments = parser.parse_args()
     if unknown := set(arguments.trials) - TRIALS.keys():
-        parser.error(f"no trial {', '.join(sorted(unknown))}; there are {', '.join(TRIALS)}")
-    if missing := missing_here():
+        parser.error(f"no trial {', '.join(sorted(unknown))}; choose from {', '.join(TRIALS)}")
+    if missing := missing_requirements():
         parser.error(f"this machine lacks {missing}")
-    done, chosen = [], arguments.trials or list(TRIALS)
+    done, selected = [], arguments.trials or list(TRIALS)
     with two_hosts() as hosts, tempfile.TemporaryDirectory(prefix="host_trials.") as folder:
         trials = Trials(Path(folder).resolve(), hosts, start_python)
-        with ProgressBar("trials", len(chosen)) as bar:
-            for name in chosen:
+        with ProgressBar("trials", len(selected)) as bar:
+            for name in selected:
                 done.append(TRIALS[name](trials))
                 bar.advance()
-    print("\n| tried | what happens | as it should |\n| --- | --- | --- |")
+    print("\n| trial | expected result | as expected |\n| --- | --- | --- |")
     for trial in done:
-        print(f"| {trial.what} | {trial.expected} | {'; '.join(trial.found) or 'yes'} |")
+        print(f"| {trial.fault} | {trial.expected} | {'; '.join(trial.found) or 'yes'} |")
     return int(any(trial.found for trial in done))
 
 

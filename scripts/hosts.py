@@ -1,4 +1,4 @@
-"""Network namespaces that stand for hosts: each with a name, an address, an /etc/hosts and mounts of its own."""
+"""Simulated hosts: network namespaces, each with its own name, address, /etc/hosts and mounts."""
 
 import os
 import shutil
@@ -20,11 +20,11 @@ APART = ("unshare", "--net", "--uts", "--mount")
 
 @dataclass
 class Host:
-    """A network namespace with a name of its own.
+    """A network namespace with its own host name.
 
     Args:
-        holder: a process that lives in it, and with which it ends.
-        start: starts `python ARGUMENTS` there in a folder, in a process group of its own.
+        holder: a process in the namespace; the namespace ends with it.
+        start: starts `python ARGUMENTS` in the namespace and in a given folder, in a new process group.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Host:
         """Run a command on this host.
 
         Raises:
-            subprocess.CalledProcessError: it fails.
+            subprocess.CalledProcessError: the command failed.
         """
         namespaces = ["--net", "--uts", "--mount", f"--wdns={Path.cwd()}"]
         subprocess.run(
@@ -48,25 +48,25 @@ class Host:
     def plug_in(self) -> None:
         self.run("ip", "link", "set", "eth0", "up")
 
-    def knows(self, names: dict[str, str], folder: Path) -> None:
-        """Give it an /etc/hosts: {name: address}."""
+    def set_hosts_file(self, names: dict[str, str], folder: Path) -> None:
+        """Replace /etc/hosts of this host by {name: address}."""
         file = folder / f"hosts.{self.name}"
         file.write_text("".join(f"{address} {name}\n" for name, address in names.items()))
         self.run("mount", "--bind", str(file), "/etc/hosts")
 
 
-def missing_here() -> str | None:
-    """What these trials need and this machine lacks."""
+def missing_requirements() -> str | None:
+    """Return the programs or rights that the trials need and this machine lacks, or None."""
     if missing := [name for name in ("ip", "nsenter", "unshare", "mount") if shutil.which(name) is None]:
         return f"{', '.join(missing)} (iproute2, util-linux)"
-    tried = [*APART, "ip", "link", "add", "try", "type", "bridge"]
-    allowed = subprocess.run(tried, capture_output=True, check=False).returncode == 0
-    return None if allowed else "the right to make network namespaces (root)"
+    attempt = [*APART, "ip", "link", "add", "try", "type", "bridge"]
+    allowed = subprocess.run(attempt, capture_output=True, check=False).returncode == 0
+    return None if allowed else "the right to create network namespaces (root)"
 
 
 @contextmanager
 def two_hosts() -> Iterator[list[Host]]:
-    """Two hosts in one network, which end with the block."""
+    """Yield two hosts in one network; they end with the block."""
     holders = [subprocess.Popen([*APART, "sleep", "infinity"]) for _ in (*NAMES, "switch")]
     try:
         *pids, switch = [wait_until_apart(holder.pid) for holder in holders]
@@ -80,10 +80,10 @@ def two_hosts() -> Iterator[list[Host]]:
 
 
 def join_hosts(hosts: Sequence[Host], switch: int) -> None:
-    """Plug hosts into one network.
+    """Connect hosts to one network.
 
     Args:
-        switch: a process in a network namespace of its own, which becomes the switch between them.
+        switch: a process in another network namespace, which becomes the switch between the hosts.
     """
     inside = ["nsenter", f"--target={switch}", "--net", "ip", "link"]
     subprocess.run([*inside, "add", "bridge", "type", "bridge"], check=True)
@@ -104,9 +104,9 @@ def addresses() -> dict[str, str]:
 
 
 def wait_until_apart(holder: int) -> int:
-    """Wait until a process that `APART` starts is in its own network."""
-    ours = Path("/proc/self/ns/net").readlink()
-    while Path(f"/proc/{holder}/ns/net").readlink() == ours:
+    """Wait until a process started with `APART` is in its own network namespace; return its id."""
+    current = Path("/proc/self/ns/net").readlink()
+    while Path(f"/proc/{holder}/ns/net").readlink() == current:
         time.sleep(0.01)
     return holder
 

@@ -1,12 +1,12 @@
-"""What a linear model reads off embeddings: a property that FASTA headers tell, beside the amino-acid composition.
+"""Predict a property given by FASTA headers with a linear model on embeddings and on amino-acid composition.
 
     python -m protlig_dd.embed from=runs/demo input=fit.fasta output=fit.h5
     python -m protlig_dd.embed from=runs/demo input=test.fasta output=test.h5
     python -m scripts.linear_probe 'OS=.*virus' --fit fit.h5 fit.fasta --test test.h5 test.fasta
 
-Positive are the proteins whose header matches the pattern. Ridge regression on -1 and +1, features standardised by the
-fit set, the penalty chosen on the fit set by leave-one-out errors. Prints Markdown: the area under the ROC curve of the
-test set, with its standard error (Hanley and McNeil, Radiology 143:29, 1982).
+Proteins whose header matches the pattern are positive. The model is ridge regression on the labels -1 and +1, with
+features standardised by the fit set and the penalty chosen on the fit set by leave-one-out errors. Prints Markdown: the
+area under the ROC curve on the test set, with its standard error (Hanley and McNeil, Radiology 143:29, 1982).
 """
 
 import argparse
@@ -24,26 +24,28 @@ PENALTIES = 10.0 ** np.arange(-2, 6)
 
 
 def read_set(embeddings: Path, fasta: Path, pattern: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Features {name: (n, d)} and labels (n,) of the proteins of a FASTA file.
+    """Return features {name: (n, d)} and labels (n,) of the proteins of a FASTA file.
 
     Raises:
-        ValueError: embeddings of other proteins, or not of whole ones; or labels that are all the same.
+        ValueError: the embeddings are of other proteins, or per residue; or all labels are equal.
     """
     records = list(read_fasta(fasta))
     with h5py.File(embeddings) as file:
         ids, pooling = file["ids"].asstr()[:].tolist(), file.attrs["pooling"]
         embedded = file["embeddings"][:]
     if pooling != "mean":
-        raise ValueError(f"{embeddings} has pooling={pooling}; the probe wants mean")
+        raise ValueError(f"{embeddings} has pooling={pooling}; the probe needs pooling=mean")
     if ids != [record.id for record in records]:
-        raise ValueError(f"{embeddings} has not the {len(records)} ids of {fasta}")
+        raise ValueError(f"{embeddings} does not have the {len(records)} ids of {fasta}, in the same order")
     try:
-        wanted = re.compile(pattern)
+        regex = re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
-    labels = np.array([wanted.search(record.description) is not None for record in records])
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+    labels = np.array([regex.search(record.description) is not None for record in records])
     if labels.all() or not labels.any():
-        raise ValueError(f"{fasta}: {labels.sum()} of {len(labels)} headers match {pattern!r}; both kinds are needed")
+        raise ValueError(
+            f"{fasta}: {labels.sum()} of {len(labels)} headers match {pattern!r}; the probe needs both kinds"
+        )
     composition = np.array([[record.sequence.upper().count(letter) for letter in AMINO_ACIDS] for record in records])
     composition = composition / composition.sum(1, keepdims=True)
     features = {"composition": composition, "embedding": embedded, "both": np.hstack([composition, embedded])}
@@ -51,27 +53,27 @@ def read_set(embeddings: Path, fasta: Path, pattern: str) -> tuple[dict[str, np.
 
 
 def fit_ridge(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, float]:
-    """Weights (d,) of standardised features, and the penalty whose leave-one-out squared error is least.
+    """Return the ridge weights (d,) and the penalty with the smallest leave-one-out squared error.
 
-    With x = U S V^T the fitted values are U S^2/(S^2 + penalty) U^T y, and the error that leaving out sample i would
-    give it is its residual / (1 - h_ii) (Golub, Heath and Wahba, Technometrics 21:215, 1979).
+    With x = U S V^T the fitted values are U S^2/(S^2 + penalty) U^T y. The leave-one-out error of sample i is its
+    residual / (1 - h_ii) (Golub, Heath and Wahba, Technometrics 21:215, 1979).
 
     Args:
-        x, y: (n, d) and (n,), of zero mean.
+        x, y: (n, d) and (n,), with zero mean.
     """
     u, s, vt = np.linalg.svd(x, full_matrices=False)
 
-    def left_out(penalty: float) -> float:
+    def leave_one_out_error(penalty: float) -> float:
         shrunk = u * (s**2 / (s**2 + penalty))
-        leverage = (shrunk * u).sum(1) + 1 / len(y)  # of the mean, too
+        leverage = (shrunk * u).sum(1) + 1 / len(y)  # 1 / n is the leverage of the mean
         return float((((y - shrunk @ (u.T @ y)) / (1 - leverage)) ** 2).mean())
 
-    penalty = min(PENALTIES, key=left_out)
+    penalty = min(PENALTIES, key=leave_one_out_error)
     return vt.T @ (s / (s**2 + penalty) * (u.T @ y)), float(penalty)
 
 
 def area(scores: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    """Area under the ROC curve and its standard error."""
+    """Return the area under the ROC curve and its standard error."""
     positive, negative = scores[labels], scores[~labels]
     a = float(np.mean(np.sign(positive[:, None] - negative) + 1) / 2)
     q1, q2 = a / (2 - a), 2 * a**2 / (1 + a)
@@ -80,17 +82,17 @@ def area(scores: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
 
 
 def probe(fit: np.ndarray, fit_labels: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, float]:
-    """Scores (n,) of the test set, and the penalty."""
-    mean, spread = fit.mean(0), fit.std(0)
-    spread = np.where(spread > 0, spread, 1)
+    """Return the scores (n,) of the test set, and the penalty."""
+    mean, scale = fit.mean(0), fit.std(0)
+    scale = np.where(scale > 0, scale, 1)
     y = np.where(fit_labels, 1.0, -1.0)
-    weights, penalty = fit_ridge((fit - mean) / spread, y - y.mean())
-    return (test - mean) / spread @ weights, penalty
+    weights, penalty = fit_ridge((fit - mean) / scale, y - y.mean())
+    return (test - mean) / scale @ weights, penalty
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pattern", help="regular expression that the headers of positive proteins match")
+    parser.add_argument("pattern", help="regular expression for the headers of positive proteins")
     for name in ("fit", "test"):
         parser.add_argument(f"--{name}", nargs=2, type=Path, required=True, metavar=("EMBEDDINGS", "FASTA"))
     options = parser.parse_args()
@@ -102,7 +104,7 @@ def main() -> None:
         sys.exit(f"error: {error}")
     print(f"{options.pattern!r}: fit on {len(fit_labels)} proteins ({fit_labels.sum()} positive), ", end="")
     print(f"tested on {len(test_labels)} ({test_labels.sum()} positive)\n")
-    print("| features | number | penalty | AUC, test set |\n| --- | --: | --: | --- |")
+    print("| features | dimension | penalty | test AUC |\n| --- | --: | --: | --- |")
     for name, x in fit.items():
         scores, penalty = probe(x, fit_labels, test[name])
         auc, error = area(scores, test_labels)

@@ -1,12 +1,12 @@
-"""Break the code in ways that have happened or could, one at a time, and see that a test fails each time.
+"""Plant faults in the code, one at a time, and check that a test fails each time.
 
     python -m scripts.mutation_check                    every mutation of scripts/mutations/*.toml
-    python -m scripts.mutation_check --room data model  those of some rooms
-    python -m scripts.mutation_check --draw 10          ten of them, others on each day
+    python -m scripts.mutation_check --folder data model  the mutations of some folders of the package
+    python -m scripts.mutation_check --draw 10          ten random mutations, different ones each day
 
-Mutations are made in copies of the checkout, so nothing here is changed. What was found is kept in a file, and is not
-tried again as long as the code, the tests and the mutation are the same: a check that was broken off goes on. Prints
-two Markdown tables; the exit code is 1 if a mutation survives, and 2 if one says nothing.
+The faults are planted in copies of the checkout, so the checkout itself is not changed. Results are saved in a file and
+reused while the code, the tests and the mutation are unchanged, so an interrupted check can be repeated to resume.
+Prints two Markdown tables; the exit code is 1 if a mutation survives, and 2 if one cannot be tested.
 """
 
 import argparse
@@ -37,16 +37,16 @@ from tests.warm import Server, start_server
 
 ROOT = Path(__file__).resolve().parents[1]
 LISTS = ROOT / "scripts/mutations"
-ROOMS = ("config", "data", "diffusion", "evaluation", "inference", "model", "runs", "system", "training", "top")
-# what verdicts depend on, and what is copied
+FOLDERS = ("config", "data", "diffusion", "evaluation", "inference", "model", "runs", "system", "training", "top")
+# the files that verdicts depend on, and that are copied
 TESTED = ("protlig_dd", "configs", "scripts", "tests", "docs", "README.md", "pyproject.toml", "constraints.txt")
-LONGEST = 600  # seconds of the tests of one mutation
+TIMEOUT = 600  # seconds for the tests of one mutation
 SURVIVED = "**none**"
 
 
 @dataclass(frozen=True)
 class Mutation:
-    """A fault: in `file`, `new` for `old`, which is there once; `tests` are the arguments of pytest."""
+    """A fault: replace `old`, which occurs once in `file`, by `new`; `tests` are the arguments of pytest."""
 
     what: str
     file: str
@@ -55,31 +55,31 @@ class Mutation:
     tests: str
 
     @property
-    def room(self) -> str:
-        """The folder of the package; at its top are the verbs, and the batch that all rooms know."""
-        parts = Path(self.file).parts
-        return parts[1] if len(parts) > 2 else "top"
+    def folder(self) -> str:
+        """The folder of the package; `top` for files directly in it, and for scripts."""
+        package, *folders, _ = Path(self.file).parts
+        return folders[0] if package == "protlig_dd" and folders else "top"
 
 
 KEYS = tuple(field.name for field in fields(Mutation))
 
 
 def read_mutations(path: Path) -> list[Mutation]:
-    """Those of a TOML file.
+    """Read the mutations of a TOML file.
 
     Raises:
-        ValueError: an entry that lacks a key or has another, or names a text that its file does not have once.
+        ValueError: an entry has missing or unknown keys, or its `old` does not occur exactly once in its file.
     """
     found = []
     try:
         entries = tomllib.loads(path.read_text()).get("mutation", [])
-    except ValueError as error:  # TOML or UTF-8 that it is not
+    except ValueError as error:  # invalid TOML or UTF-8
         raise ValueError(f"{path}: {error}") from error
     if not isinstance(entries, list) or not entries:
-        raise ValueError(f"{path}: no [[mutation]] in it")
+        raise ValueError(f"{path}: no [[mutation]] entries")
     for number, entry in enumerate(entries, 1):
         if {key: type(value) for key, value in entry.items()} != dict.fromkeys(KEYS, str):
-            raise ValueError(f"{path}, mutation {number}: want the texts {', '.join(KEYS)}, got {', '.join(entry)}")
+            raise ValueError(f"{path}, mutation {number}: needs the strings {', '.join(KEYS)}, got {', '.join(entry)}")
         mutation = Mutation(**entry)
         if not (ROOT / mutation.file).is_file():
             raise ValueError(f"{path}: {mutation.what}: no such file {mutation.file}")
@@ -90,35 +90,35 @@ def read_mutations(path: Path) -> list[Mutation]:
 
 
 def check(mutations: Sequence[Mutation], results: Path, jobs: int) -> dict[Mutation, str]:
-    """The test that fails first for each mutation, or SURVIVED; each is appended to `results` once it is known.
+    """Return the first failing test of each mutation, or SURVIVED, and append each to `results` once it is known.
 
     Raises:
-        ValueError: at the end, for mutations that say nothing, and for a damaged file of results.
+        ValueError: a damaged file of results; or, at the end, mutations that could not be tested.
     """
     state = digest_of_checkout()
     keys = {mutation: hashlib.sha256(f"{state}{asdict(mutation)}".encode()).hexdigest() for mutation in mutations}
     known = read_results(results)
-    left = [mutation for mutation in mutations if keys[mutation] not in known]
+    remaining = [mutation for mutation in mutations if keys[mutation] not in known]
     problems: list[str] = []
     with (
         tempfile.TemporaryDirectory(prefix="mutation_check.") as folder,
         results.open("a") as file,
-        ending(ThreadPoolExecutor(jobs)) as pool,
-        started(left) as server,  # ends before the pool does, and with it what the pool waits for
-        ProgressBar("mutations", len(mutations), len(mutations) - len(left)) as bar,
+        cancelled_at_exit(ThreadPoolExecutor(jobs)) as pool,
+        warm_server(remaining) as server,  # closes before the pool, which ends the tests that the pool waits for
+        ProgressBar("mutations", len(mutations), len(mutations) - len(remaining)) as bar,
     ):
         copies = queue.Queue[Path]()
-        for number in range(min(jobs, len(left))):
+        for number in range(min(jobs, len(remaining))):
             copies.put(copy_checkout(Path(folder) / str(number)))
 
-        def one(mutation: Mutation) -> str:
+        def test_mutation(mutation: Mutation) -> str:
             copy = copies.get()
             try:
                 return verdict(mutation, copy, server)
             finally:
                 copies.put(copy)
 
-        running = {pool.submit(one, mutation): mutation for mutation in left}
+        running = {pool.submit(test_mutation, mutation): mutation for mutation in remaining}
         for done in as_completed(running):
             mutation = running[done]
             bar.advance(note=mutation.what)
@@ -135,18 +135,20 @@ def check(mutations: Sequence[Mutation], results: Path, jobs: int) -> dict[Mutat
 
 
 def read_results(path: Path) -> dict[str, str]:
-    """Verdicts by key; a line that a kill cut short is dropped."""
+    """Return the saved verdicts by key; a last line cut short by a kill is dropped."""
     if not path.exists():
         return {}
     drop_partial_line(path)
     try:
         return {row["key"]: row["verdict"] for row in map(json.loads, path.read_text().splitlines())}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not what this program writes ({error}); move it away") from error
+        raise ValueError(
+            f"{path}: not a file of results ({error}); move it or choose another with --results"
+        ) from error
 
 
 def digest_of_checkout() -> str:
-    """SHA-256 of what verdicts depend on, but for the lists of mutations: names and contents of files."""
+    """Return the SHA-256 of the names and contents of the files that verdicts depend on, without the mutation lists."""
     digest = hashlib.sha256(sys.version.encode())
     for folder in TESTED:
         for path in sorted((ROOT / folder).rglob("*") if (ROOT / folder).is_dir() else [ROOT / folder]):
@@ -156,7 +158,7 @@ def digest_of_checkout() -> str:
 
 
 def copy_checkout(folder: Path) -> Path:
-    """A copy of the checkout, with a temporary folder of its own: epochs' plans are kept there."""
+    """Copy the checkout into `folder`, beside a separate temporary folder `tmp`, where epoch plans are cached."""
     (folder / "tmp").mkdir(parents=True)
     copy = folder / "checkout"
     copy.mkdir()
@@ -169,8 +171,8 @@ def copy_checkout(folder: Path) -> Path:
 
 
 @contextmanager
-def ending(pool: ThreadPoolExecutor) -> Iterator[ThreadPoolExecutor]:
-    """What has not begun when something ends the check (Ctrl-C, say) is left out."""
+def cancelled_at_exit(pool: ThreadPoolExecutor) -> Iterator[ThreadPoolExecutor]:
+    """Cancel waiting jobs when the block ends, for example by Ctrl-C."""
     try:
         yield pool
     finally:
@@ -178,9 +180,9 @@ def ending(pool: ThreadPoolExecutor) -> Iterator[ThreadPoolExecutor]:
 
 
 @contextmanager
-def started(left: Sequence[Mutation]) -> Iterator[Server | None]:
-    """The interpreter that the tests of each mutation are a fork of: it has imported torch. None for no mutation."""
-    server = start_server() if left else None
+def warm_server(mutations: Sequence[Mutation]) -> Iterator[Server | None]:
+    """Start the interpreter, with torch imported, that tests are forked from; None if there are no mutations."""
+    server = start_server() if mutations else None
     try:
         yield server
     finally:
@@ -189,10 +191,10 @@ def started(left: Sequence[Mutation]) -> Iterator[Server | None]:
 
 
 def verdict(mutation: Mutation, copy: Path, server: Server | None) -> str:
-    """The name of the first test that fails on the copy with this mutation and passes without it, or SURVIVED.
+    """Return the first test that fails on the copy with this mutation and passes without it, or SURVIVED.
 
     Raises:
-        ValueError: pytest found no test or did not end, or the test that fails does so without the mutation too.
+        ValueError: pytest found no test or timed out, or the failing test also fails without the mutation.
     """
     file = copy / mutation.file
     source = file.read_text()
@@ -205,87 +207,106 @@ def verdict(mutation: Mutation, copy: Path, server: Server | None) -> str:
         return SURVIVED
     failed = re.search(r"^FAILED (.+?)(?: - .*)?$", output, re.MULTILINE)
     if code != 1 or failed is None:
-        raise ValueError(f"pytest {mutation.tests} ended with {code}:\n{output}")
+        raise ValueError(f"pytest {mutation.tests} exited with {code}:\n{output}")
     if run_tests([failed[1]], copy, server)[0] != 0:
-        raise ValueError(f"{failed[1]} fails without the mutation, too")
+        raise ValueError(f"{failed[1]} also fails without the mutation")
     return f"`{failed[1].partition('[')[0]}`"
 
 
 def run_tests(arguments: Sequence[str], copy: Path, server: Server | None) -> tuple[int, str]:
-    """Exit code and output of pytest in the copy.
+    """Run pytest in the copy and return its exit code and output.
 
     Raises:
-        ValueError: it did not end within LONGEST.
+        ValueError: it did not end within TIMEOUT.
     """
     assert server is not None
     command = ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-W", "ignore", *arguments]
-    own = {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": str(copy.parent / "tmp")}
-    process = server.start(command, cwd=copy, env={**os.environ, **own}, new_session=True)
+    variables = {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": str(copy.parent / "tmp")}
+    process = server.start(command, cwd=copy, env={**os.environ, **variables}, new_session=True)
     try:
-        output, errors = process.communicate(timeout=LONGEST)
+        output, errors = process.communicate(timeout=TIMEOUT)
     except subprocess.TimeoutExpired as error:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        raise ValueError(f"pytest {' '.join(arguments)} did not end within {LONGEST} s") from error
+        raise ValueError(f"pytest {' '.join(arguments)} did not end within {TIMEOUT} s") from error
     return process.returncode or 0, output + errors
 
 
-def by_room(found: dict[Mutation, str]) -> list[str]:
-    """Rows of Markdown: how many mutations of each room were killed, and by the tests of which files."""
-    made = Counter(mutation.room for mutation in found)
-    killed = Counter(mutation.room for mutation, test in found.items() if test != SURVIVED)
-    rows = ["| room | mutations | killed | by tests of |", "| --- | ---: | ---: | --- |"]
-    for room in sorted(made):
-        tests = {re.sub(r"`tests/test_(\w+)\.py.*", r"\1", test) for one, test in found.items() if one.room == room}
-        rows.append(f"| {room} | {made[room]} | {killed[room]} | {', '.join(sorted(tests - {SURVIVED}))} |")
+def by_folder(found: dict[Mutation, str]) -> list[str]:
+    """Return a Markdown table: the number of mutations of each folder that tests detected, and the test files."""
+    total = Counter(mutation.folder for mutation in found)
+    killed = Counter(mutation.folder for mutation, test in found.items() if test != SURVIVED)
+    rows = ["| folder | mutations | killed | by tests in |", "| --- | ---: | ---: | --- |"]
+    for folder in sorted(total):
+        tests = {
+            re.sub(r"`tests/test_(\w+)\.py.*", r"\1", test)
+            for mutation, test in found.items()
+            if mutation.folder == folder
+        }
+        rows.append(f"| {folder} | {total[folder]} | {killed[folder]} | {', '.join(sorted(tests - {SURVIVED}))} |")
     return [*rows, f"| all | {len(found)} | {sum(killed.values())} | |"]
 
 
 def count(text: str) -> int:
-    """A number from 1 on, for argparse."""
+    """Parse a whole number of at least 1, for argparse."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"give a number from 1 on, got {text}")
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
     return int(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--list", type=Path, nargs="+", help="files of mutations; default: all of scripts/mutations/")
     parser.add_argument(
-        "--room", nargs="+", choices=ROOMS, help="folders of the package, `top` for the verbs; default: all"
+        "--list", type=Path, nargs="+", help="TOML files of mutations; default: all of scripts/mutations/"
     )
     parser.add_argument(
-        "--draw", type=count, metavar="N", help="try N of the mutations, drawn by the date; default: all"
+        "--folder",
+        nargs="+",
+        choices=FOLDERS,
+        help="folders of the package, `top` for the files directly in it; default: all",
     )
-    parser.add_argument("--date", default=date.today().isoformat(), help="the date to draw by; default: %(default)s")
+    parser.add_argument(
+        "--draw", type=count, metavar="N", help="test N random mutations, chosen by the date; default: all"
+    )
+    parser.add_argument(
+        "--date",
+        default=date.today().isoformat(),
+        help="the date that chooses the mutations of --draw; default: %(default)s",
+    )
     parser.add_argument(
         "--results",
         type=Path,
         default=Path("mutations.jsonl"),
         metavar="FILE",
-        help="what was found before, which is not tried again; default: %(default)s here",
+        help="saved results, which are reused; default: %(default)s in the current folder",
     )
-    parser.add_argument("--jobs", type=count, default=os.cpu_count() or 1, help="tried at once; default: %(default)s")
+    parser.add_argument(
+        "--jobs",
+        type=count,
+        default=os.cpu_count() or 1,
+        help="mutations tested at the same time; default: %(default)s",
+    )
     options = parser.parse_args(arguments)
     try:
-        mutations = [one for path in options.list or sorted(LISTS.glob("*.toml")) for one in read_mutations(path)]
-        mutations = [one for one in mutations if one.room in (options.room or ROOMS)]
+        paths = options.list or sorted(LISTS.glob("*.toml"))
+        mutations = [mutation for path in paths for mutation in read_mutations(path)]
+        mutations = [mutation for mutation in mutations if mutation.folder in (options.folder or FOLDERS)]
         if options.draw is not None:
             mutations = random.Random(options.date).sample(mutations, min(options.draw, len(mutations)))
-            print(f"{len(mutations)} mutations, drawn by --date {options.date}", flush=True)
+            print(f"{len(mutations)} mutations, chosen by --date {options.date}", flush=True)
         if not mutations:
-            raise ValueError("no mutation is chosen")
+            raise ValueError("no mutation to test")
         found = check(mutations, options.results, options.jobs)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"interrupted; the same command goes on with what is in {options.results}", file=sys.stderr)
+        print(f"interrupted; repeat the command to resume with the results in {options.results}", file=sys.stderr)
         return 130
     print("| mutation | file | the test that fails |\n| --- | --- | --- |")
     for mutation, test in found.items():
         print(f"| {mutation.what} | {Path(mutation.file).name} | {test} |")
-    print("", *by_room(found), sep="\n")
+    print("", *by_folder(found), sep="\n")
     return int(SURVIVED in found.values())
 
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Set up .venv with the pinned dependencies. Idempotent: a second run only compares a stamp.
+# Set up .venv with the pinned dependencies. A second run does nothing unless the dependencies have changed.
 #
-#   scripts/setup.sh            what training and sampling need
-#   scripts/setup.sh --dev      and what the tests need
-#   scripts/setup.sh --system   and (as root, on Debian) the system programs that some tests use
+#   scripts/setup.sh            install what training and sampling need
+#   scripts/setup.sh --dev      also install what the tests need
+#   scripts/setup.sh --system   also install (as root, on Debian) the system programs that some tests use
 #
-# PROTLIG_VENV names another folder for the environment, PYTHON another interpreter (3.11 or newer).
+# PROTLIG_VENV sets another folder for the environment, PYTHON another interpreter (3.11 or newer).
 set -euo pipefail
 case " $* " in *" -h "* | *" --help "*) sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -24,7 +24,7 @@ if [ "$system" = yes ]; then
     if ! command -v mmseqs > /dev/null || ! command -v curl > /dev/null || ! command -v slurmd > /dev/null ||
         ! command -v g++ > /dev/null || ! command -v ip > /dev/null || ! command -v chromium > /dev/null; then
         if [ "$(id -u)" != 0 ] || ! command -v apt-get > /dev/null; then
-            echo "error: --system needs root and apt-get; otherwise install mmseqs2, curl, g++, iproute2, chromium, Slurm yourself" >&2
+            echo "error: --system needs root and apt-get; without them, install mmseqs2, curl, g++, iproute2, chromium and Slurm yourself" >&2
             exit 1
         fi
         apt-get update -qq
@@ -52,16 +52,16 @@ if [ -z "$python" ]; then
 fi
 echo "setting up $venv with $("$python" --version) (the first time takes a few minutes)"
 if ! "$venv/bin/python" -m pip --version > /dev/null 2>&1; then
-    "$python" -m venv --clear "$venv" # also one that was left half-made
+    "$python" -m venv --clear "$venv" # also replaces an incomplete environment
 fi
 compile=--compile
 if [ -n "$extras" ] && [ -z "${PYTHONDONTWRITEBYTECODE:-}" ]; then
-    compile=--no-compile # all of it takes a third of the installation; Python compiles what the tests import, once
+    compile=--no-compile # compiling everything takes a third of the installation time; the tests import only some
 fi
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check $compile -c constraints.txt -e ".$extras"
 if [ $compile = --no-compile ]; then # the tests' processes import these at the same time, and each would compile them
     site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
     "$venv/bin/python" -m compileall -qq -j 0 -x 'packages/.*/tests?/' \
-        "$site"/{torch,sympy,scipy,numpy,matplotlib} || true # a file of torch is for newer Pythons
+        "$site"/{torch,sympy,scipy,numpy,matplotlib} || true # one file of torch needs a newer Python
 fi
 echo "$want $extras" > "$stamp"

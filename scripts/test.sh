@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Set up and run what must pass: lint, format, types, and the tests with every annotated shape checked.
+# Set up and run what must pass: lint, format, types, and the tests with run-time checks of all annotated shapes.
 #
-#   scripts/test.sh                   all tests but those marked `system` (Slurm, MMseqs2, browser, g++) and `campaign`
-#   scripts/test.sh -m "not slow"     the quick ones, for the edit loop
-#   scripts/test.sh --all             every test, as .ci/run does; scripts/setup.sh --system installs what they need
-#   scripts/test.sh [arguments]       other arguments go to pytest: scripts/test.sh tests/test_noise.py -x
+#   scripts/test.sh                   all tests except those marked `system` (Slurm, MMseqs2, browser, g++), `campaign`
+#   scripts/test.sh -m "not slow"     the quick tests, to run after each edit
+#   scripts/test.sh --all             every test, as in .ci/run; scripts/setup.sh --system installs their programs
+#   scripts/test.sh [arguments]       other arguments are passed to pytest: scripts/test.sh tests/test_noise.py -x
 set -euo pipefail
 case " $* " in *" -h "* | *" --help "*) sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -26,7 +26,7 @@ code=0
 PROTLIG_TYPECHECK=1 "$bin/python" -m pytest -n auto --dist worksteal \
     ${chosen[@]+"${chosen[@]}"} ${arguments[@]+"${arguments[@]}"} || code=$?
 if [ "${chosen[0]-}" = -m ]; then
-    echo "Left out, installed or not: tests marked system (Slurm, MMseqs2, browser, g++, root) and campaign (faults)."
-    echo "./scripts/test.sh --all runs them too; docs/testing.md says what they prove."
+    echo "Not run: tests marked system (Slurm, MMseqs2, browser, g++, root) or campaign (faults)."
+    echo "./scripts/test.sh --all runs them too; docs/testing.md describes them."
 fi
 exit "$code"

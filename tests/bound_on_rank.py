@@ -1,6 +1,6 @@
-"""The bound of 23 training proteins of a store, as one of several processes; test_faults compares their numbers.
+"""Print the bound of 23 training proteins of a store, computed as one of several processes (for test_faults).
 
-python -m tests.bound_on_rank STORE MEETING RANK WORLD_SIZE
+python -m tests.bound_on_rank STORE RENDEZVOUS RANK WORLD_SIZE
 """
 
 import json
@@ -19,9 +19,9 @@ from protlig_dd.system.distributed import Processes
 from tests.conftest import make_model
 
 
-def main(path: str, meeting: str, rank: int, world_size: int) -> None:
-    """Meet the others in the file `meeting`, and print the summary of all proteins."""
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
+def main(path: str, rendezvous: str, rank: int, world_size: int) -> None:
+    """Join the other processes through the file `rendezvous`, and print the summary of all proteins."""
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
     store, graph = SequenceStore(path), Absorbing(20)
     dataset = PackDataset(store, store.split("train")[:23], max_len=60, tokens_per_pack=130, seed=None)
     found = held_out_bound(

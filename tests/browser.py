@@ -1,4 +1,4 @@
-"""A headless Chromium that pages are looked at with, spoken to by the DevTools protocol over two pipes."""
+"""Open pages in a headless Chromium, controlled by the DevTools protocol over two pipes."""
 
 import contextlib
 import json
@@ -12,7 +12,15 @@ from typing import Any
 
 
 class Browser:
-    """One tab. `problems` has errors of the console and of scripts, `requests` every address that was asked for."""
+    """One tab.
+
+    `problems` collects errors and warnings of the console and errors of scripts. `requests` collects every requested
+    URL.
+
+    Args:
+        commands: file descriptor to write commands to.
+        answers: file descriptor to read answers and events from.
+    """
 
     def __init__(self, commands: int, answers: int) -> None:
         self.commands, self.answers = commands, answers
@@ -26,7 +34,7 @@ class Browser:
             self.call(f"{domain}.enable")
 
     def open(self, url: str, *, width: int, height: int = 900, dark: bool = False) -> None:
-        """Open a page in a window of this width, and wait until it has loaded."""
+        """Open a page in a window of this size, and wait until it has loaded."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
@@ -36,7 +44,7 @@ class Browser:
             self.note(self.receive())
 
     def evaluate(self, script: str) -> Any:
-        """The JSON value of an expression."""
+        """Return the JSON value of a JavaScript expression."""
         answer = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
@@ -45,6 +53,7 @@ class Browser:
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """Send a command and return its result."""
         self.number += 1
         message = {"id": self.number, "method": method, "params": parameters}
         if self.session:
@@ -56,17 +65,19 @@ class Browser:
         return answer["result"]
 
     def receive(self, seconds: float = 60) -> dict[str, Any]:
+        """Return the next answer or event; fail if none arrives in time."""
         deadline = time.monotonic() + seconds
         while b"\0" not in self.buffer:
             ready, _, _ = select.select([self.answers], [], [], max(0.0, deadline - time.monotonic()))
-            assert ready, f"Chromium has said nothing for {seconds} s"
+            assert ready, f"no message from Chromium for {seconds} s"
             part = os.read(self.answers, 1 << 16)
-            assert part, "Chromium has ended"
+            assert part, "Chromium has exited"
             self.buffer += part
         message, _, self.buffer = self.buffer.partition(b"\0")
         return json.loads(message)
 
     def note(self, event: dict[str, Any]) -> None:
+        """Record what an event reports."""
         method, parameters = event.get("method"), event.get("params", {})
         if method == "Page.loadEventFired":
             self.loaded = True
@@ -82,20 +93,23 @@ class Browser:
 
 @contextlib.contextmanager
 def chromium(profile: Path) -> Iterator[Browser]:
-    """A browser of its own, with an empty profile, that ends with the block."""
-    (hears, commands), (answers, says) = os.pipe(), os.pipe()
+    """Start a browser with an empty profile; it ends with the block."""
+    (commands_in, commands), (answers, answers_out) = os.pipe(), os.pipe()
     flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe"]
-    # the protocol's pipes are descriptors 3 and 4
-    command = [f'exec "$@" 3<&{hears} 4>&{says}', "bash", "chromium", *flags, f"--user-data-dir={profile}"]
+    # Chromium expects the protocol's pipes as descriptors 3 and 4
+    command = [f'exec "$@" 3<&{commands_in} 4>&{answers_out}', "bash", "chromium", *flags, f"--user-data-dir={profile}"]
     process = subprocess.Popen(
-        ["bash", "-c", *command], pass_fds=(hears, says), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        ["bash", "-c", *command],
+        pass_fds=(commands_in, answers_out),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
-    os.close(hears)
-    os.close(says)
+    os.close(commands_in)
+    os.close(answers_out)
     try:
         yield Browser(commands, answers)
     finally:
-        os.close(commands)  # Chromium ends when its commands do
+        os.close(commands)  # Chromium exits when this pipe is closed
         try:
             process.wait(20)
         except subprocess.TimeoutExpired:

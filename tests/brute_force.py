@@ -1,6 +1,7 @@
-"""An independent reference: dense matrices, float64, enumeration. Nothing here uses protlig_dd.diffusion's formulas.
+"""An independent reference for the diffusion: dense float64 matrices and enumeration.
 
-A toy is a joint distribution p0 over a few sites of a few states. The absorbing state is the last index.
+It uses none of the formulas of protlig_dd.diffusion. A toy is a joint distribution p0 over a few sites with a few
+states each. The absorbing state is the last index.
 """
 
 import functools
@@ -13,7 +14,7 @@ from torch import Tensor
 
 
 def rate_matrix(graph: str, n: int) -> Tensor:
-    """(S, S) rates with the row convention; `substitution` is a random reversible one, in its own units."""
+    """Return the (S, S) rates in the row convention; `substitution` is a random reversible matrix with mean rate 1."""
     if graph == "substitution":
         generator = torch.Generator().manual_seed(n)
         pi = torch.rand(n, generator=generator, dtype=torch.float64) + 0.2
@@ -35,19 +36,19 @@ def rate_matrix(graph: str, n: int) -> Tensor:
 
 @functools.cache
 def transition(graph: str, n: int, sigma: float) -> Tensor:
-    """(S, S) P(sigma) = exp(sigma Q)."""
+    """Return P(sigma) = exp(sigma Q), of shape (S, S)."""
     return torch.linalg.matrix_exp(sigma * rate_matrix(graph, n))
 
 
 def equilibrium(graph: str, n: int) -> Tensor:
-    """(n,) where the uniform or the substitution process ends, by waiting."""
+    """Return the equilibrium (n,) of the uniform or the substitution process: its distribution at a huge sigma."""
     return transition(graph, n, 1e4)[0]
 
 
 def score_entropy(graph: str, n: int, sigma: float, log_score: Tensor, xt: int, x0: int) -> tuple[float, float]:
-    """sum_{y != x} Q[y, x] ( s_y - r_y log s_y + K(r_y) ), r_y = P[x0, y] / P[x0, x]; log_score has n entries.
+    """Return sum_{y != x} Q[y, x] ( s_y - r_y log s_y + K(r_y) ) with r_y = P[x0, y] / P[x0, x], and its largest term.
 
-    Returns the sum and its largest term, to which float32 errors are in proportion.
+    float32 errors are proportional to the largest absolute term. log_score has n entries.
     """
     rates, p = rate_matrix(graph, n)[:, xt].tolist(), transition(graph, n, sigma)[x0].tolist()
     log_s = log_score.tolist()
@@ -63,7 +64,7 @@ def score_entropy(graph: str, n: int, sigma: float, log_score: Tensor, xt: int, 
 
 @dataclass
 class Toy:
-    """A random joint over `sites` sites of `n` states, and what diffusing it gives, by enumeration."""
+    """A joint distribution over `sites` sites of `n` states; its marginals, scores and posteriors by enumeration."""
 
     graph: str
     n: int
@@ -72,7 +73,7 @@ class Toy:
     """(n,) * sites, sums to 1."""
 
     def marginal(self, sigma: float) -> Tensor:
-        """p_t over (S,) * sites: P applied along every site."""
+        """Return p_t, of shape (S,) * sites: P applied to every site."""
         p = transition(self.graph, self.n, sigma)[: self.n]
         out = self.p0
         for _ in range(self.sites):  # contract the first axis, append the noised one
@@ -102,7 +103,7 @@ class Toy:
 
 
 def prior(graph: str, n: int, sigma_max: float) -> Tensor:
-    """(S,) the distribution that sampling starts from, after sigma_max of noise."""
+    """Return the distribution (S,) from which sampling starts, at the noise sigma_max."""
     if graph != "absorbing":
         return equilibrium(graph, n)
     out = torch.full((n + 1,), math.exp(-sigma_max) / n, dtype=torch.float64)

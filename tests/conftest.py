@@ -1,4 +1,4 @@
-"""Shared fixtures: real proteins, a small store of them, a small model, and the command line."""
+"""Shared fixtures: real proteins, a small store, a small model, and functions that run commands."""
 
 import contextlib
 import functools
@@ -46,18 +46,18 @@ from .warm import READ_BY_LIBRARIES, Process, Server, start_server
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# `thorough` is for .ci/run (scripts/test.sh --all)
+# .ci/run uses `thorough` (scripts/test.sh --all)
 settings.register_profile("thorough", max_examples=60, deadline=None, derandomize=True, print_blob=True)
 settings.register_profile("project", settings.get_profile("thorough"), max_examples=20)
 settings.load_profile("project")
 
 
 def thorough() -> bool:
-    """Whether to draw as many examples, chains and steps as .ci/run does."""
+    """Whether to use as many examples, chains and steps as .ci/run."""
     return settings().max_examples == settings.get_profile("thorough").max_examples
 
 
-# The models here are small: one thread is as fast, and does not stall when the other core is busy.
+# The models of the tests are small: one thread is as fast as several, and does not stall when another core is busy.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -75,25 +75,25 @@ def proteins() -> list[FastaRecord]:
 
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
-    """Fill a folder once for all processes of the tests; the others wait for it. Leave what is in it as it is."""
+    """Return a function that fills a folder once and returns it. All test processes share it, so do not change it."""
     base = tmp_path_factory.getbasetemp()
     root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
     def folder(name: str, fill: Callable[[Path], None]) -> Path:
-        made = root / "made_once" / name
-        made.mkdir(parents=True, exist_ok=True)
+        path = root / "made_once" / name
+        path.mkdir(parents=True, exist_ok=True)
         with FileLock(root / f"{name}.lock"):
             if not (root / f"{name}.done").exists():
-                fill(made)
+                fill(path)
                 (root / f"{name}.done").touch()
-        return made
+        return path
 
     return folder
 
 
 @pytest.fixture(scope="session")
 def store(proteins: list[FastaRecord], made_once: MadeOnce) -> SequenceStore:
-    """A store of them: 360 to train on, 20 and 20 held out."""
+    """A store of these proteins: 360 to train on, 20 for validation and 20 for testing."""
 
     def fill(folder: Path) -> None:
         make_store(folder / "small.h5", proteins, train=360, held_out=20)
@@ -102,12 +102,12 @@ def store(proteins: list[FastaRecord], made_once: MadeOnce) -> SequenceStore:
 
 
 def make_store(path: Path, proteins: list[FastaRecord], *, train: int, held_out: int) -> None:
-    """The first proteins to train on, and as many for validation as for testing."""
+    """Build a store of the first proteins: `train` to train on, and `held_out` each for validation and testing."""
     records, inputs = iter(proteins), {}
     for split in SPLITS:
         inputs[split] = path.with_name(f"{split}.fasta")
-        chosen = itertools.islice(records, train if split == "train" else held_out)
-        inputs[split].write_text("".join(f">{r.id} {r.description}\n{r.sequence}\n" for r in chosen))
+        selected = itertools.islice(records, train if split == "train" else held_out)
+        inputs[split].write_text("".join(f">{r.id} {r.description}\n{r.sequence}\n" for r in selected))
     build_store(inputs, path)
 
 
@@ -132,59 +132,60 @@ TRAINED = [
 
 @pytest.fixture(scope="session")
 def trained_run(store: SequenceStore, python: Command, made_once: MadeOnce) -> Path:
-    """The folder of a run of 40 steps on those 360 proteins, for the verbs that use a model."""
+    """The folder of a run of 40 steps on `store`, for the verbs that use a model."""
 
     def fill(folder: Path) -> None:
-        done = python("-m", "protlig_dd.training", *TRAINED, f"data.path={store.path}", cwd=folder)
-        assert done.returncode == 0, done.stderr
+        process = python("-m", "protlig_dd.training", *TRAINED, f"data.path={store.path}", cwd=folder)
+        assert process.returncode == 0, process.stderr
 
     return made_once("trained", fill) / "runs/small"
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """One for each core, 4 at most; with --all one more, as tests of schedulers and of ranks that hang wait a lot."""
-    wanted = os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS")
+    """Return one per core, at most 4. With --all add one, as tests of schedulers and hanging ranks mostly wait."""
+    requested = os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS")
     return (
-        int(wanted)
-        if wanted
+        int(requested)
+        if requested
         else min(4, (os.cpu_count() or 1) + (config.getoption("hypothesis_profile") == "thorough"))
     )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # no long test is left for the end
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # slow tests first
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 def graph_of(name: str, n: int) -> Graph:
-    """`absorbing`, `uniform`, or `substitution` with the rates of brute_force."""
+    """Return the graph `absorbing`, `uniform`, or `substitution` with the rates of brute_force."""
     if name == "substitution":
         return SubstitutionGraph(brute_force.rate_matrix(name, n).numpy())
     return {"absorbing": Absorbing, "uniform": Uniform}[name](n)
 
 
 def exact_score_fn(toy: brute_force.Toy, parametrisation: str = "log_score") -> ScoreFn:
-    """A network that knows the toy: the exact scores of sequences of its sites, with or without <bos> and <eos>."""
+    """Return a ScoreFn with the toy's exact scores, for sequences of its sites with or without <bos> and <eos>."""
     graph = graph_of(toy.graph, toy.n)
     states = torch.cartesian_prod(*[torch.arange(toy.n + (toy.graph == "absorbing"))] * toy.sites).view(-1, toy.sites)
-    place = (int(states.max()) + 1) ** torch.arange(toy.sites - 1, -1, -1)
+    # the states of a sequence are the digits of its row number in `states`
+    weights = (int(states.max()) + 1) ** torch.arange(toy.sites - 1, -1, -1)
 
     @functools.lru_cache(maxsize=4096)
     def table(sigma: float) -> torch.Tensor:
-        """(states, sites, n) logits."""
+        """Return logits (states, sites, n)."""
         if parametrisation == "x0":
             return toy.posterior(states, sigma).log()
         flat = states.reshape(-1)
-        nothing = torch.zeros(len(flat), toy.n, dtype=torch.float64)
-        offset = graph.log_score(nothing, flat, torch.full((len(flat),), sigma, dtype=torch.float64))
+        zeros = torch.zeros(len(flat), toy.n, dtype=torch.float64)
+        offset = graph.log_score(zeros, flat, torch.full((len(flat),), sigma, dtype=torch.float64))
         return toy.log_score(states, sigma) - offset.view(*states.shape, toy.n)
 
     def network(batch: PackedBatch, sigma: torch.Tensor) -> torch.Tensor:
         tokens = batch.tokens.view(len(sigma), -1)
         edges = (tokens.shape[1] - toy.sites) // 2
-        index = (tokens[:, edges : edges + toy.sites] * place).sum(1)
+        index = (tokens[:, edges : edges + toy.sites] * weights).sum(1)
         logits = torch.empty(len(sigma), toy.sites, toy.n, dtype=torch.float64)
         for level in sigma.unique():
             at_level = sigma == level
@@ -209,19 +210,19 @@ SMALL_MODEL: dict[str, Any] = {
 
 
 def composed(*overrides: str, name: str = "train") -> DictConfig:
-    """A shipped config with overrides, as a command line would have it."""
+    """Compose a shipped config with overrides, like a command line."""
     with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
         return hydra.compose(name, list(overrides))
 
 
 @functools.lru_cache
 def train_config(*overrides: str) -> TrainConfig:
-    """The config of a run with overrides; not to be changed."""
+    """Return the training config with overrides. It is cached, so do not change it."""
     return read_config(composed(*overrides), TrainConfig)
 
 
 def make_model(*, dropout: float = 0.0, seed: int = 0, **options: Any) -> DiT:
-    """A small DiT with random weights everywhere (the zero-initialised layers too), so that every path matters."""
+    """Return a small DiT with random weights, in zero-initialised layers too, so that every path matters."""
     torch.manual_seed(seed)
     timed = options.pop("time_conditioning", True)
     config = ModelConfig(**{**SMALL_MODEL, "dropout": dropout, **options})
@@ -240,10 +241,8 @@ SERVER = pytest.StashKey[Server]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Processes of the tests share one interpreter that forks. Under nohup, SIGHUP is ignored by all that is started
-    here; the tests send it.
-    """
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    """Start the interpreter from which all test processes fork, and restore SIGHUP."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, in child processes too, but the tests send it
     if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
         config.stash[SERVER] = start_server()
 
@@ -261,7 +260,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def libraries(request: pytest.FixtureRequest) -> Iterator[Server]:
-    """The interpreter that has imported the libraries; what it forks imports the package as a new one would."""
+    """The interpreter that has imported the libraries. Its forks import the package like a new interpreter."""
     shared = getattr(request.config, "workerinput", {}).get("server")
     server = Server(READ_BY_LIBRARIES, os.environ, shared) if shared else start_server()
     yield server
@@ -270,10 +269,10 @@ def libraries(request: pytest.FixtureRequest) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def warm(libraries: Server) -> Iterator[Server]:
-    """The interpreter that has imported the package too; what it forks runs at once."""
+    """The interpreter that has imported the package too. Its forks run at once."""
     server = libraries.import_package(ROOT, os.environ)
     try:
-        server.connect().close()  # who takes its executable alone does not wait
+        server.connect().close()  # wait for it here, as its executable does not wait
         yield server
     finally:
         server.close()
@@ -283,10 +282,13 @@ def warm(libraries: Server) -> Iterator[Server]:
 def python(warm: Server, libraries: Server) -> Command:
     """Run `python ARGUMENTS` in a folder.
 
-    A module, and what it starts, runs in forks of an interpreter that has imported the package (tests/warm.py). A
-    program, and with `new=True` a module, imports the package itself: in a fork of one that has imported the libraries,
-    or in a new interpreter where a variable is given that libraries read when they are imported; and what it starts has
-    new interpreters. That is for what only an import shows, and for variables that the package reads then.
+    A module (`-m`) and the processes that it starts run in forks of an interpreter that has imported the package
+    (tests/warm.py).
+
+    A program (`-c`), or a module with `new=True`, imports the package itself and starts new interpreters. It runs in a
+    fork of an interpreter that has imported only the libraries, or in a new interpreter if `environment` sets a
+    variable that libraries read at import. Use this for effects of the import, and for variables that the package
+    reads at import.
     """
 
     def run(*arguments: str, cwd: Path, new: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -304,7 +306,7 @@ def python(warm: Server, libraries: Server) -> Command:
 
 @pytest.fixture
 def run_python(python: Command, tmp_path: Path) -> Command:
-    """The same, in an empty folder unless `cwd` names another."""
+    """Like `python`, in an empty folder unless `cwd` names another."""
 
     def run(*arguments: str, cwd: Path = tmp_path, **options: Any) -> subprocess.CompletedProcess[str]:
         return python(*arguments, cwd=cwd, **options)
@@ -314,16 +316,16 @@ def run_python(python: Command, tmp_path: Path) -> Command:
 
 @pytest.fixture
 def start(warm: Server, libraries: Server, tmp_path: Path) -> Iterator[Start]:
-    """The same, without waiting: in a session of its own, as a shell starts a job; what is left of it is killed."""
+    """Like `run_python`, but do not wait, and use a new session like a shell's job. Left-over processes are killed."""
     started: list[Process] = []
 
-    def start_one(*arguments: str, new: bool = False, cwd: Path = tmp_path) -> Process:
+    def start_process(*arguments: str, new: bool = False, cwd: Path = tmp_path) -> Process:
         server, environment = (libraries, {}) if new else (warm, {"PYTHON_EXEC": str(warm.executable)})
         process = server.start(arguments, cwd=cwd, env=environment | os.environ, new_session=True)
         started.append(process)
         return process
 
-    yield start_one
+    yield start_process
     for process in started:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -334,14 +336,14 @@ def start(warm: Server, libraries: Server, tmp_path: Path) -> Iterator[Start]:
 
 @pytest.fixture
 def spawned_in_forks(warm: Server) -> Iterator[None]:
-    """What the test itself spawns runs in forks."""
+    """Processes that the test itself spawns run in forks."""
     multiprocessing.set_executable(str(warm.executable))
     yield
     multiprocessing.set_executable(sys.executable)
 
 
 def assert_one_line_error(process: subprocess.CompletedProcess[str], *parts: str) -> None:
-    """Exit code 1 and one line on stderr that names the parts."""
+    """Check for exit code 1 and one line on stderr that contains the parts."""
     assert process.returncode == 1, process.stdout + process.stderr
     lines = process.stderr.strip().splitlines()
     assert len(lines) == 1, process.stderr
@@ -350,38 +352,38 @@ def assert_one_line_error(process: subprocess.CompletedProcess[str], *parts: str
         assert part in lines[0]
 
 
-def wait_for(what: Callable[[], object], seconds: float = 300) -> None:
-    """Until it is true; fails after so long."""
+def wait_for(condition: Callable[[], object], seconds: float = 300) -> None:
+    """Wait until the condition is true; fail after so many seconds."""
     deadline = time.monotonic() + seconds
-    while not what():
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        return int(unused.getsockname()[1])
 
 
 def require_program(name: str) -> None:
-    """Skip without a system program; fail where PROTLIG_REQUIRE_SYSTEM=1 promises it."""
+    """Skip the test without a system program; fail it if PROTLIG_REQUIRE_SYSTEM=1."""
     require(shutil.which(name) is not None, f"{name} is not installed (scripts/setup.sh --system)")
 
 
-def require(there: bool, message: str) -> None:
-    """Skip without it; fail where PROTLIG_REQUIRE_SYSTEM=1 promises it."""
-    if not there and os.environ.get("PROTLIG_REQUIRE_SYSTEM") == "1":
+def require(available: bool, message: str) -> None:
+    """Skip the test without the requirement; fail it if PROTLIG_REQUIRE_SYSTEM=1."""
+    if not available and os.environ.get("PROTLIG_REQUIRE_SYSTEM") == "1":
         pytest.fail(message)
-    if not there:
+    if not available:
         pytest.skip(message)
 
 
 @contextlib.contextmanager
-def refuses(message: str) -> Iterator[None]:
-    """Expect a ValueError that matches; with PROTLIG_TYPECHECK=1 jaxtyping may refuse the shape first.
+def raises_value_error(message: str) -> Iterator[None]:
+    """Expect a ValueError whose message matches. With PROTLIG_TYPECHECK=1 jaxtyping may reject the shape first.
 
-    test_typecheck.py runs these tests once more without PROTLIG_TYPECHECK, so both answers are seen.
+    test_typecheck.py repeats these tests without PROTLIG_TYPECHECK, so that both errors are tested.
     """
     checked = os.environ.get("PROTLIG_TYPECHECK") == "1"
     with pytest.raises((ValueError, TypeCheckError) if checked else ValueError) as error:

@@ -1,4 +1,4 @@
-"""Push a model to a hub, or pull one, in a process of its own: huggingface_hub reads its settings when it is imported.
+"""Push a model to a hub or pull one, in a separate process because huggingface_hub reads its settings on import.
 
 python -m tests.hub_client push FOLDER REPOSITORY
 python -m tests.hub_client pull REPOSITORY FOLDER
@@ -9,10 +9,10 @@ import sys
 from protlig_dd.hub import ProteinDiffusion
 
 if __name__ == "__main__":
-    what, source, target = sys.argv[1:]
+    action, source, target = sys.argv[1:]
     try:
         model = ProteinDiffusion.from_pretrained(source, device="cpu")
-        if what == "push":
+        if action == "push":
             print(model.push_to_hub(target))
         else:
             model.save_pretrained(target)

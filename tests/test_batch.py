@@ -12,12 +12,12 @@ from scipy.stats import chisquare
 
 from protlig_dd.batch import PackedBatch, StaticShape
 
-from .conftest import random_batch, refuses
+from .conftest import raises_value_error, random_batch
 
 lengths_strategy = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 
 
-def test_the_example_of_the_docs() -> None:
+def test_a_batch_has_the_fields_of_the_documented_example() -> None:
     batch = random_batch([5, 6, 4, 1])
     assert batch.cu_seqlens.tolist() == [0, 5, 11, 15, 16]
     assert batch.segment_ids.tolist() == [0] * 5 + [1] * 6 + [2] * 4 + [3]
@@ -58,23 +58,23 @@ def test_rows_stay_on_the_host_and_default_to_minus_one() -> None:
         ({"positions": torch.zeros(5, dtype=torch.int64, device="meta")}, "positions is on meta but tokens is on cpu"),
     ],
 )
-def test_disagreeing_fields_are_refused(changes: dict[str, Any], message: str) -> None:
-    with refuses(message):
+def test_fields_that_disagree_are_errors(changes: dict[str, Any], message: str) -> None:
+    with raises_value_error(message):
         dataclasses.replace(random_batch([2, 3]), **changes)
 
 
 @given(lengths_strategy, st.integers(0, 999))
-def test_a_random_subset_has_the_size_asked_for_of_the_candidates(lengths: list[int], seed: int) -> None:
+def test_a_random_subset_has_the_requested_number_of_candidates(lengths: list[int], seed: int) -> None:
     batch, generator = random_batch(lengths), torch.Generator().manual_seed(seed)
     candidates = torch.rand(sum(lengths), generator=generator) < 0.6
-    there = torch.tensor([int(part.sum()) for part in batch.unpack(candidates)])
-    counts = (torch.rand(len(lengths), generator=generator) * (there + 1)).long()
+    available = torch.tensor([int(part.sum()) for part in batch.unpack(candidates)])
+    counts = (torch.rand(len(lengths), generator=generator) * (available + 1)).long()
     chosen = batch.random_subset(candidates, counts, torch.rand(sum(lengths), generator=generator).double())
     assert not (chosen & ~candidates).any()
     assert [int(part.sum()) for part in batch.unpack(chosen)] == counts.tolist()
 
 
-def test_every_subset_comes_as_often() -> None:
+def test_every_subset_is_equally_likely() -> None:
     batch = random_batch([5] * 6000)
     candidates = torch.tensor([True, True, False, True, True] * 6000)
     u = torch.rand(30_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -85,18 +85,18 @@ def test_every_subset_comes_as_often() -> None:
     assert chisquare(seen[pairs].numpy()).pvalue > 1e-3
 
 
-def test_nested_sequences_are_refused_by_pack() -> None:
-    with refuses(r"sequence 1 of a pack must be 1-D, got shape \(2, 3\)"):
+def test_pack_and_unpack_reject_wrong_shapes_and_counts() -> None:
+    with raises_value_error(r"sequence 1 of a pack must be 1-D, got shape \(2, 3\)"):
         PackedBatch.pack([torch.zeros(3), torch.zeros(2, 3)])
-    with refuses("at least one sequence"):
+    with raises_value_error("at least one sequence"):
         PackedBatch.pack([])
-    with refuses("1 rows for 2 sequences"):
+    with raises_value_error("1 rows for 2 sequences"):
         PackedBatch.pack([torch.zeros(3), torch.zeros(3)], rows=[1])
-    with refuses(r"5 tokens .* got 4"):
+    with raises_value_error(r"5 tokens .* got 4"):
         random_batch([2, 3]).unpack(torch.zeros(4))
 
 
-def test_a_pack_travels_as_letters_and_lengths() -> None:
+def test_a_pack_is_pickled_as_one_byte_per_token_and_lengths() -> None:
     with pytest.raises(ValueError, match=r"outside 0\.\.255"):
         pickle.dumps(PackedBatch.pack([torch.tensor([-1, 3])]))
     batch = PackedBatch.pack([torch.tensor([27, 3, 4, 28]), torch.tensor([19, 28])], [7, 2**40])
@@ -112,23 +112,23 @@ def test_a_pack_travels_as_letters_and_lengths() -> None:
 
 
 @given(lengths_strategy, st.integers(0, 70), st.integers(0, 6))
-def test_a_filled_pack_is_the_pack_and_padding(lengths: list[int], more: int, spare: int) -> None:
+def test_a_padded_pack_is_the_pack_followed_by_padding(lengths: list[int], more: int, spare: int) -> None:
     batch = random_batch(lengths)
     total, n, longest = sum(lengths), len(lengths), max(lengths)
     tails = -(-more // longest)
     shape = StaticShape(total + more, n + tails + spare, longest)
-    filled = batch.filled(shape)
-    assert len(filled.tokens) == shape.tokens
-    assert len(filled.lengths) == len(filled.cu_seqlens) - 1 == shape.sequences
-    assert filled.cu_seqlens.tolist() == [0, *np.cumsum(filled.lengths)]
-    for mine, theirs in zip(batch.unpack(batch.tokens), filled.unpack(filled.tokens), strict=False):
+    padded = batch.padded_to(shape)
+    assert len(padded.tokens) == shape.tokens
+    assert len(padded.lengths) == len(padded.cu_seqlens) - 1 == shape.sequences
+    assert padded.cu_seqlens.tolist() == [0, *np.cumsum(padded.lengths)]
+    for mine, theirs in zip(batch.unpack(batch.tokens), padded.unpack(padded.tokens), strict=False):
         assert torch.equal(mine, theirs)
-    plain = PackedBatch.pack([torch.full((length,), 29) for length in filled.lengths if length])
-    assert torch.equal(filled.segment_ids, plain.segment_ids)
-    assert torch.equal(filled.positions, plain.positions)
-    assert (filled.tokens[total:] == 29).all()
-    assert max(filled.lengths) == longest
+    plain = PackedBatch.pack([torch.full((length,), 29) for length in padded.lengths if length])
+    assert torch.equal(padded.segment_ids, plain.segment_ids)
+    assert torch.equal(padded.positions, plain.positions)
+    assert (padded.tokens[total:] == 29).all()
+    assert max(padded.lengths) == longest
     for smaller in (shape._replace(tokens=total - 1), shape._replace(sequences=n + tails - 1)):
         assert not batch.fits(smaller)
-        with refuses("does not fit into"):
-            batch.filled(smaller)
+        with raises_value_error("does not fit into"):
+            batch.padded_to(smaller)

@@ -42,18 +42,18 @@ def write_fasta(path: Path, *records: tuple[str, str]) -> Path:
     return path
 
 
-def test_a_hit_is_near_if_it_covers_either_sequence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """By what MMseqs2 says of hits, the best of a query first: identity, coverage of query and of target."""
-    said = ["0 0.95 0.9 0.3", "1 0.95 0.3 0.9", "2 0.95 0.79 0.79", "3 0.49 1 1", "4 0.5 0.8 0", "5 0.9 0.1 0.1",
+def test_a_hit_is_near_if_the_alignment_covers_either_sequence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """MMseqs2's columns are query, identity, and coverage of query and target. The best hit of a query is first."""
+    lines = ["0 0.95 0.9 0.3", "1 0.95 0.3 0.9", "2 0.95 0.79 0.79", "3 0.49 1 1", "4 0.5 0.8 0", "5 0.9 0.1 0.1",
             "5 0.6 0.9 0.9", "6 0.9 0.9 0.9", "6 0.2 0.1 0.1"]  # fmt: skip
-    monkeypatch.setattr(mmseqs, "_search", lambda *arguments: [line.split() for line in said])
+    monkeypatch.setattr(mmseqs, "_search", lambda *arguments: [line.split() for line in lines])
     found = mmseqs.best_hits(tmp_path, tmp_path, tmp_path)
     assert {query: hit.near for query, hit in found.items()} == {0: True, 1: True, 2: False, 3: False, 4: True, 5: True,
                                                                 6: True}  # fmt: skip
     assert [hit.identity for hit in found.values()] == [0.95, 0.95, 0.95, 0.49, 0.5, 0.9, 0.9]
 
 
-def test_what_is_read_is_written(proteins: list[FastaRecord], store: SequenceStore) -> None:
+def test_a_store_contains_the_records_of_its_fasta_files(proteins: list[FastaRecord], store: SequenceStore) -> None:
     assert [decode(store[row]) for row in range(len(store))] == [record.sequence for record in proteins]
     assert [store.id(row) for row in range(len(store))] == [record.id for record in proteins]
     assert store.lengths.tolist() == [len(record.sequence) for record in proteins]
@@ -72,12 +72,12 @@ def test_what_is_read_is_written(proteins: list[FastaRecord], store: SequenceSto
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rows_at_once", [2, 7, 1 << 16])
-def test_pieces_of_any_size_give_the_same_store(
+def test_building_in_pieces_of_any_size_gives_the_same_store(
     tmp_path: Path, proteins: list[FastaRecord], monkeypatch: pytest.MonkeyPatch, rows_at_once: int
 ) -> None:
     file = write_fasta(tmp_path / "a.fasta", *((r.id, r.sequence) for p in (proteins, proteins[:90]) for r in p))
     text = file.read_text()
-    for i, record in enumerate(proteins[:90]):  # the same sequences under other ids, here and there
+    for i, record in enumerate(proteins[:90]):  # the second copies get other ids
         start = text.rindex(f">{record.id}\n")
         text = f"{text[:start]}>copy{i}\n{text[start + len(record.id) + 2 :]}"
     file.write_text(text)
@@ -100,7 +100,7 @@ def test_the_same_input_and_options_give_the_same_bytes(tmp_path: Path) -> None:
     assert stores[0].path.read_bytes() == stores[1].path.read_bytes()
     other = build_store([tmp_path / "one/a.fasta"], tmp_path / "b.h5", filters=Filters(min_length=2))
     assert other.path.read_bytes() != stores[0].path.read_bytes()
-    assert other.fingerprint == stores[0].fingerprint  # other options, the same contents
+    assert other.fingerprint == stores[0].fingerprint  # the options differ, the contents do not
     manifests = [json.loads(manifest_path(store.path).read_text()) for store in stores]
     assert {"created", "seconds", "software", "fingerprint"} == set(manifests[0]) - set(stores[0].manifest)
     assert {key: manifests[0][key] for key in stores[0].manifest} == stores[0].manifest
@@ -158,11 +158,13 @@ FILTERED = (
         ),
         (Filters(max_unknown=3 / 5), {"duplicates": 1}, "short long unknown frag frags good bacterium nobody"),
         (Filters(taxa=[9606, 562]), {"taxa": 6, "duplicates": 1}, "good bacterium"),
-        # each is counted once: the fragment fails two filters
+        # a record that fails two filters is counted once
         (Filters(taxa=[9606], fragments=False), {"fragments": 2, "taxa": 5, "duplicates": 1}, "good"),
     ],
 )
-def test_filters_count_what_they_drop(tmp_path: Path, filters: Filters, dropped: dict[str, int], kept: str) -> None:
+def test_each_filter_reports_how_many_records_it_drops(
+    tmp_path: Path, filters: Filters, dropped: dict[str, int], kept: str
+) -> None:
     file = write_fasta(tmp_path / "a.fasta", *FILTERED)
     store = build_store([file], tmp_path / "a.h5", filters=filters)
     assert {name: count for name, count in store.manifest["dropped"].items() if count} == dropped
@@ -171,21 +173,21 @@ def test_filters_count_what_they_drop(tmp_path: Path, filters: Filters, dropped:
     store.verify()
 
 
-def test_lengths_at_the_limits_stay(tmp_path: Path) -> None:
+def test_sequences_with_lengths_at_the_limits_are_kept(tmp_path: Path) -> None:
     file = write_fasta(tmp_path / "a.fasta", *((f"p{n}", "ACDEFG"[:n]) for n in range(1, 7)))
     store = build_store([file], tmp_path / "a.h5", filters=Filters(min_length=3, max_length=5))
     assert store.lengths.tolist() == [3, 4, 5]
 
 
-def test_a_share_of_unknown_letters_that_is_just_allowed_stays(tmp_path: Path) -> None:
+def test_a_sequence_with_exactly_the_allowed_fraction_of_unknown_letters_is_kept(tmp_path: Path) -> None:
     records = [(f"p{n}", "X" * n + "A" * (100 - n)) for n in range(1, 100)]
     file = write_fasta(tmp_path / "a.fasta", *records)
-    for n in (7, 14, 28, 29, 55, 57, 58):  # n / 100 * 100 is below n for some of them
+    for n in (7, 14, 28, 29, 55, 57, 58):  # for some of these n, n / 100 * 100 is rounded to less than n
         store = build_store([file], tmp_path / f"{n}.h5", filters=Filters(max_unknown=n / 100))
         assert len(store) == n
 
 
-def test_taxa_include_what_is_below_them(tmp_path: Path) -> None:
+def test_taxa_include_their_descendants(tmp_path: Path) -> None:
     nodes = tmp_path / "nodes.dmp"
     tree = {1: 1, 2: 131567, 131567: 1, 562: 561, 561: 2, 9606: 9605, 9605: 131567}
     nodes.write_text("".join(f"{child}\t|\t{parent}\t|\trank\t|\t\n" for child, parent in tree.items()))
@@ -209,7 +211,7 @@ def test_taxa_include_what_is_below_them(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.integers(0, 29), min_size=1, max_size=400))
-def test_tokens_are_counted(tokens: list[int]) -> None:
+def test_token_counts_are_exact(tokens: list[int]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(write, "ROWS_AT_ONCE", 37)
         array = np.array(tokens, np.uint8)
@@ -217,64 +219,64 @@ def test_tokens_are_counted(tokens: list[int]) -> None:
 
 
 @given(st.lists(st.integers(0, 6), max_size=60))
-def test_repeated_rows(values: list[int]) -> None:
+def test_repeated_rows_are_found(values: list[int]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(duplicates, "ROWS_AT_ONCE", 7)
         rows = repeated_rows(np.array(values, np.uint64))
     assert rows.tolist() == [row for row, value in enumerate(values) if values.count(value) > 1]
 
 
-def test_equal_halves_of_a_hash_are_no_duplicates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """High halves that collide are told apart by the low ones, and ids whose hashes collide by themselves."""
+def test_sequences_that_share_half_a_hash_are_not_duplicates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The low halves of hashes are compared too. Ids whose hashes collide are compared themselves."""
 
-    def colliding(encoded: EncodedBlock) -> np.ndarray:
+    def colliding_sequences(encoded: EncodedBlock) -> np.ndarray:
         digests = original(encoded)
         return np.stack([digests[:, 0] % 2, digests[:, 1]], axis=1)
 
-    def no_ids(block: object) -> object:
+    def colliding_ids(block: object) -> object:
         encoded = encode_block(block)
         return encoded._replace(id_hashes=encoded.id_hashes % 2)
 
     original = EncodedBlock.sequence_hashes
-    monkeypatch.setattr(EncodedBlock, "sequence_hashes", colliding)
-    monkeypatch.setattr(read, "encode_block", no_ids)
+    monkeypatch.setattr(EncodedBlock, "sequence_hashes", colliding_sequences)
+    monkeypatch.setattr(read, "encode_block", colliding_ids)
     records = [(f"p{i}", "MKV" + "ACDEFGHIKL"[i % 10]) for i in range(30)]
     store = build_store([write_fasta(tmp_path / "a.fasta", *records)], tmp_path / "a.h5")
     assert [store.id(row) for row in range(len(store))] == [f"p{i}" for i in range(10)]
 
 
-def test_a_spool_that_lost_bytes_becomes_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def cut_short(spooled: spool.Spool, *others: object, **options: object) -> np.ndarray:
+def test_no_store_is_written_if_the_spool_lost_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def truncate_tokens(spooled: spool.Spool, *others: object, **options: object) -> np.ndarray:
         os.truncate(spooled.path("tokens"), spooled.size("tokens") - 3)
         return original(spooled, *others, **options)
 
     original = build.kept_rows
-    monkeypatch.setattr(build, "kept_rows", cut_short)
+    monkeypatch.setattr(build, "kept_rows", truncate_tokens)
     monkeypatch.setattr(spool, "COPY_BYTES", 50)
     records = [(f"p{i}", "MKV" + "ACDEFGHIKL"[i % 10] * i) for i in range(1, 30)]
-    with pytest.raises(ValueError, match=r"tokens: 31 bytes where 34 were written"):
+    with pytest.raises(ValueError, match=r"tokens: read 31 bytes, expected 34"):
         build_store([write_fasta(tmp_path / "a.fasta", *records)], tmp_path / "a.h5")
     assert not (tmp_path / "a.h5").exists()
 
 
-def ids_hashed(ids: list[str]) -> np.ndarray:
+def hashes_of(ids: list[str]) -> np.ndarray:
     return encode_block(block_of(*[b"M"] * len(ids), ids=[id_.encode() for id_ in ids])).id_hashes
 
 
-def test_hashed_splits_have_their_shares_and_stay_put() -> None:
-    hashes = ids_hashed([f"UniRef50_{i}" for i in range(20000)])
+def test_hashed_splits_have_the_requested_fractions_and_never_change() -> None:
+    hashes = hashes_of([f"UniRef50_{i}" for i in range(20000)])
     splits = hashed_splits(hashes, Split(0.1, 0.05))
-    for code, share in enumerate((0.85, 0.1, 0.05)):
-        assert abs((splits == code).mean() - share) < 0.01
+    for code, fraction in enumerate((0.85, 0.1, 0.05)):
+        assert abs((splits == code).mean() - fraction) < 0.01
     assert np.array_equal(hashed_splits(hashes[:100], Split(0.1, 0.05)), splits[:100])
     assert set(hashed_splits(hashes, Split(0.0, 0.0))) == {0}
-    # pinned: an id keeps its split for good
-    assert hashed_splits(ids_hashed(["UniRef50_A0A009", "P31007", "a"]), Split(0.4, 0.3)).tolist() == [1, 0, 0]
+    # an id keeps its split in all later versions
+    assert hashed_splits(hashes_of(["UniRef50_A0A009", "P31007", "a"]), Split(0.4, 0.3)).tolist() == [1, 0, 0]
 
 
 @given(st.text("ABC0123_", min_size=1), st.floats(0, 0.4), st.floats(0, 0.4))
-def test_growing_the_test_share_never_moves_a_test_sequence_out(id_: str, validation: float, test: float) -> None:
-    hashes = ids_hashed([id_])
+def test_a_larger_test_fraction_keeps_every_test_sequence_in_test(id_: str, validation: float, test: float) -> None:
+    hashes = hashes_of([id_])
     if hashed_splits(hashes, Split(validation, test))[0] == splits.TEST:
         assert hashed_splits(hashes, Split(validation, test + 0.1))[0] == splits.TEST
 
@@ -297,10 +299,10 @@ def test_a_duplicate_of_a_training_sequence_is_not_held_out(tmp_path: Path) -> N
         build_store([store.path], tmp_path / "b.h5")
 
 
-def test_a_repeated_id_names_both_records(tmp_path: Path) -> None:
+def test_the_error_for_a_repeated_id_names_both_records(tmp_path: Path) -> None:
     a = write_fasta(tmp_path / "a.fasta", ("x", "MKV"), ("P1 one", "MKA\nMKA"), ("y", "MKC"))
     b = write_fasta(tmp_path / "b.fasta", ("z", "MKD"), ("P1 two", "MKE"))
-    expected = r"b\.fasta: record 2 \(P1\), line 3: the id P1 occurs already in .*a\.fasta: record 2 \(P1\), line 3$"
+    expected = r"b\.fasta: record 2 \(P1\), line 3: the id P1 already occurs in .*a\.fasta: record 2 \(P1\), line 3$"
     with pytest.raises(ValueError, match=expected):
         build_store([a, b], tmp_path / "a.h5", filters=Filters(min_length=2))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.fasta", "b.fasta"]
@@ -328,21 +330,21 @@ def test_bundled_held_out_proteins_have_no_homolog_in_training(tmp_path: Path) -
         assert hits.read_text() == ""
 
 
-def mutated(sequence: str, share: float, seed: int) -> str:
-    """A relative of a protein: this share of its residues drawn anew."""
+def mutated(sequence: str, fraction: float, seed: int) -> str:
+    """Return the sequence with this fraction of its residues replaced by random ones."""
     rng = np.random.default_rng(seed)
     letters = np.array(list(sequence))
-    places = rng.permutation(len(letters))[: round(share * len(letters))]
-    letters[places] = rng.choice(list("ACDEFGHIKLMNPQRSTVWY"), len(places))
+    positions = rng.permutation(len(letters))[: round(fraction * len(letters))]
+    letters[positions] = rng.choice(list("ACDEFGHIKLMNPQRSTVWY"), len(positions))
     return "".join(letters)
 
 
 @pytest.fixture
 def families(tmp_path: Path, proteins: list[FastaRecord]) -> dict[str, Path]:
-    """Training proteins, and held-out ones of which some resemble them or one another."""
+    """Training proteins, and held-out proteins that are partly similar to them or to each other."""
     parents = [record.sequence for record in proteins if 150 < len(record.sequence) < 400][:20]
     apart = [record.sequence for record in proteins if 150 < len(record.sequence) < 400][20:30]
-    near, near_again, far, half = (mutated(parents[i], share, i) for i, share in enumerate((0.2, 0.3, 0.9, 0.2)))
+    near, near_again, far, half = (mutated(parents[i], fraction, i) for i, fraction in enumerate((0.2, 0.3, 0.9, 0.2)))
     return {
         "train": write_fasta(tmp_path / "train.fasta", *((f"t{i}", sequence) for i, sequence in enumerate(parents))),
         "validation": write_fasta(
@@ -350,15 +352,15 @@ def families(tmp_path: Path, proteins: list[FastaRecord]) -> dict[str, Path]:
             ("near", near),
             ("far", far),
             ("other", apart[0]),
-            # the training protein is covered by 100%, the held-out one by less than half
+            # the alignment covers all of the training protein, but less than half of the held-out one
             ("longer", half + apart[1] + apart[2]),
         ),
         "test": write_fasta(
             tmp_path / "test.fasta",
             ("near_again", near_again),
-            # resembles `near` alone, and that only where the training protein has nothing to say
+            # similar to `near`, but not to a training protein
             ("cousin", mutated(near, 0.4, 9)),
-            # shares half of a domain: below 80% of either
+            # shares half a protein: the alignment covers less than 80% of either sequence
             ("partly", parents[5][: len(parents[5]) // 2] + apart[3][:200]),
             ("other_too", apart[4]),
         ),
@@ -368,7 +370,7 @@ def families(tmp_path: Path, proteins: list[FastaRecord]) -> dict[str, Path]:
 @pytest.mark.slow
 @pytest.mark.system
 @pytest.mark.parametrize("on_hit", ["move", "drop"])
-def test_homologs_of_training_sequences_leave_the_held_out_splits(
+def test_homologs_of_training_sequences_are_removed_from_the_held_out_splits(
     tmp_path: Path, families: dict[str, Path], on_hit: str
 ) -> None:
     require_program("mmseqs")
@@ -388,7 +390,7 @@ def test_homologs_of_training_sequences_leave_the_held_out_splits(
     assert sum(described[split]["sequences"] for split in SPLITS) == len(store) == (28 if on_hit == "move" else 25)
 
 
-def test_without_mmseqs_the_error_says_how_to_install_it(
+def test_the_error_for_missing_mmseqs_gives_the_install_command(
     tmp_path: Path, families: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
@@ -400,29 +402,35 @@ def test_without_mmseqs_the_error_says_how_to_install_it(
 @pytest.mark.parametrize(
     ("filters", "split", "message"),
     [
-        (Filters(), Split(0.6, 0.4), r"split\.validation_fraction=0\.6 and split\.test_fraction=0\.4 must leave some"),
-        (Filters(), Split(-0.1, 0.4), "must leave some"),
-        (Filters(), Split(float("nan"), 0.4), "must leave some"),
-        (Filters(), Split(check="blast"), r"split\.check=blast; there are null, mmseqs"),
-        (Filters(), Split(on_hit="keep"), r"split\.on_hit=keep; there are move, drop"),
-        (Filters(min_length=5, max_length=4), Split(), "filter.min_length=5 and filter.max_length=4 leave no length"),
-        (Filters(max_unknown=1.5), Split(), r"filter\.max_unknown=1\.5 is a share"),
-        (Filters(taxa=[]), Split(), r"filter\.taxa=\[\] keeps nothing"),
-        (Filters(taxa_nodes=Path("x")), Split(), r"filter\.taxa_nodes without filter\.taxa"),
-        (Filters(min_length=9), Split(), "no sequences left: of 1 records were dropped 1 by min_length"),
+        (Filters(), Split(0.6, 0.4), r"split\.validation_fraction=0\.6 and split\.test_fraction=0\.4 must not be neg"),
+        (Filters(), Split(-0.1, 0.4), "must not be negative and must sum to less than 1"),
+        (Filters(), Split(float("nan"), 0.4), "must not be negative and must sum to less than 1"),
+        (Filters(), Split(check="blast"), r"split\.check=blast; choose from null, mmseqs"),
+        (Filters(), Split(on_hit="keep"), r"split\.on_hit=keep; choose from move, drop"),
+        (
+            Filters(min_length=5, max_length=4),
+            Split(),
+            "filter.min_length=5 and filter.max_length=4 must satisfy 1 <= min_length <= max_length",
+        ),
+        (Filters(max_unknown=1.5), Split(), r"filter\.max_unknown=1\.5 must be a fraction between 0 and 1"),
+        (Filters(taxa=[]), Split(), r"filter\.taxa=\[\] keeps no sequence"),
+        (Filters(taxa_nodes=Path("x")), Split(), r"filter\.taxa_nodes has no effect without filter\.taxa"),
+        (Filters(min_length=9), Split(), "no sequences left; dropped of 1 records: 1 by min_length"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(tmp_path: Path, filters: Filters, split: Split, message: str) -> None:
+def test_invalid_options_are_errors_and_leave_no_file(
+    tmp_path: Path, filters: Filters, split: Split, message: str
+) -> None:
     file = write_fasta(tmp_path / "a.fasta", ("a", "MKV"))
     with pytest.raises(ValueError, match=message):
         build_store([file], tmp_path / "a.h5", filters=filters, split=split)
     assert [path.name for path in tmp_path.iterdir()] == ["a.fasta"]
 
 
-def test_missing_misnamed_and_existing_files(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="can be read once only"):
+def test_wrong_inputs_are_errors_and_existing_files_are_kept(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="can be given only once"):
         build_store(["-", "-"], tmp_path / "a.h5")
-    with pytest.raises(ValueError, match="no input file is named"):
+    with pytest.raises(ValueError, match="no input file given"):
         build_store([], tmp_path / "a.h5")
     with pytest.raises(ValueError, match=r"none\.fasta: no such file"):
         build_store([tmp_path / "none.fasta"], tmp_path / "a.h5")
@@ -439,16 +447,16 @@ def test_missing_misnamed_and_existing_files(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.glob("b.*")) == ["b.h5", "b.h5.manifest.json", "b.h5.manifest.json.1"]
 
 
-def test_an_output_that_appears_meanwhile_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_output_that_appears_during_the_build_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write_fasta(tmp_path / "a.fasta", ("a", "MKV"))
-    for place in ("write_store", "put_in_place"):
+    for function in ("write_store", "put_in_place"):
 
         def interfere(original: Callable, *arguments: object) -> None:
             (tmp_path / "a.h5").write_text("precious")
             original(*arguments)
 
         with monkeypatch.context() as patch:
-            patch.setattr(build, place, functools.partial(interfere, getattr(build, place)))
+            patch.setattr(build, function, functools.partial(interfere, getattr(build, function)))
             with pytest.raises(ValueError, match=r"a\.h5 exists already"):
                 build_store([file], tmp_path / "a.h5")
         assert (tmp_path / "a.h5").read_text() == "precious"
@@ -456,7 +464,7 @@ def test_an_output_that_appears_meanwhile_is_kept(tmp_path: Path, monkeypatch: p
         (tmp_path / "a.h5").unlink()
 
 
-def test_a_link_is_followed(tmp_path: Path) -> None:
+def test_an_output_that_is_a_symbolic_link_is_followed(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "link.h5").symlink_to(tmp_path / "disk/big.h5")
     build_store([write_fasta(tmp_path / "a.fasta", ("a", "MKV"))], tmp_path / "link.h5")
@@ -464,7 +472,7 @@ def test_a_link_is_followed(tmp_path: Path) -> None:
     assert len(SequenceStore(tmp_path / "link.h5")) == 1
 
 
-def test_what_a_run_killed_at_its_end_left_is_cleared(tmp_path: Path) -> None:
+def test_files_left_by_a_build_killed_at_its_end_are_removed(tmp_path: Path) -> None:
     file = write_fasta(tmp_path / "a.fasta", ("a", "MKV"))
     build_store([file], tmp_path / "a.h5")
     (tmp_path / ".a.h5.partial").mkdir()
@@ -475,58 +483,60 @@ def test_what_a_run_killed_at_its_end_left_is_cleared(tmp_path: Path) -> None:
     assert not (tmp_path / ".a.h5.partial").exists()
 
 
-def test_a_repeated_id_in_a_pipe_is_named_without_reading_it_again(tmp_path: Path) -> None:
+def test_a_repeated_id_in_a_pipe_is_found_without_reading_it_again(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=(">a\nMKV\n>b\nMKA\n>a\nMKC\n",))
     writer.start()
-    with pytest.raises(ValueError, match=r"pipe: record 3: the id a occurs already in .*pipe: record 1$"):
+    with pytest.raises(ValueError, match=r"pipe: record 3: the id a already occurs in .*pipe: record 1$"):
         build_store([tmp_path / "pipe"], tmp_path / "a.h5")
     writer.join()
 
 
-def make_bundled(folder: Path) -> int:
+def bundled_store_size(folder: Path) -> int:
     return len(bundled_store(folder))
 
 
-def test_anothers_folder_is_known_whenever_its_lock_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between two looks at the folder another process may take it, and begin to write."""
-    folder, listed = tmp_path / ".x.h5.partial", Path.iterdir
+def test_a_folder_that_another_process_locks_meanwhile_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process may lock the folder and begin to write just before its files are listed."""
+    folder, original = tmp_path / ".x.h5.partial", Path.iterdir
     folder.mkdir()
-    held = []
+    locks = []
 
     def taken_meanwhile(path: Path) -> Iterator[Path]:
-        if path == folder and not held:
-            held.append((folder / "lock").open("w"))
-            fcntl.flock(held[0], fcntl.LOCK_EX)
+        if path == folder and not locks:
+            locks.append((folder / "lock").open("w"))
+            fcntl.flock(locks[0], fcntl.LOCK_EX)
             (folder / "tokens").touch()
-        return listed(path)
+        return original(path)
 
     monkeypatch.setattr(Path, "iterdir", taken_meanwhile)
     write_fasta(tmp_path / "a.fasta", ("A", "MKV"))
-    with pytest.raises(build.AlreadyThereError, match=r"x.h5: another process is writing it"):
+    with pytest.raises(build.OutputExistsError, match=r"x.h5: another process is writing it"):
         build_store([tmp_path / "a.fasta"], tmp_path / "x.h5")
-    held[0].close()
+    locks[0].close()
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_several_processes_may_want_the_bundled_store_first(tmp_path: Path) -> None:
+def test_processes_that_build_the_bundled_store_at_once_all_get_it(tmp_path: Path) -> None:
     with multiprocessing.get_context("fork").Pool(3) as pool:
-        assert len(set(pool.map(make_bundled, [tmp_path] * 3))) == 1
+        assert len(set(pool.map(bundled_store_size, [tmp_path] * 3))) == 1
 
 
-def test_a_folder_in_the_way_is_left_alone(tmp_path: Path) -> None:
+def test_a_partial_folder_with_foreign_files_is_an_error_and_is_kept(tmp_path: Path) -> None:
     file = write_fasta(tmp_path / "a.fasta", ("a", "MKV"))
     (tmp_path / ".a.h5.partial").mkdir()
     (tmp_path / ".a.h5.partial/mine").write_text("precious")
-    with pytest.raises(ValueError, match=r"\.a\.h5\.partial is in the way and was not made by this program"):
+    with pytest.raises(ValueError, match=r"\.a\.h5\.partial is in the way and was not created by this program"):
         build_store([file], tmp_path / "a.h5")
     assert (tmp_path / ".a.h5.partial/mine").read_text() == "precious"
     (tmp_path / ".a.h5.partial/mine").unlink()
-    build_store([file], tmp_path / "a.h5")  # an empty folder is no obstacle
+    build_store([file], tmp_path / "a.h5")  # an empty folder is used
 
 
-def test_real_headers_keep_their_fields(tmp_path: Path) -> None:
-    """Records of the bundled proteins under headers of every form that UniRef has."""
+def test_the_fields_of_real_headers_are_kept(tmp_path: Path) -> None:
+    """Three bundled proteins, with a UniRef header, a UniProt header and a bare id."""
     bodies = [record.sequence for record in itertools.islice(read_fasta(SAMPLE_FOLDER / "test.fasta.gz"), 3)]
     headers = [
         "UniRef50_UPI0012 MULTISPECIES: [FeFe] hydrogenase (GTPase) n=4 Tax=Ca. X [a=b] TaxID=N/A RepID=UPI0012",

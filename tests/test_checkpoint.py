@@ -35,7 +35,7 @@ def make_optimizer_for(model: torch.nn.Module) -> torch.optim.Optimizer:
     return make_optimizer(model, replace(train_config().optim, name="adamw", lr=1e-3, weight_decay=0.1), "fp32")
 
 
-def train_a_little(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ema: EMA, steps: int) -> None:
+def train_steps(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ema: EMA, steps: int) -> None:
     for step in range(steps):
         model(random_batch([9, 4], seed=step), torch.ones(2)).square().sum().backward()
         optimizer.step()
@@ -46,7 +46,7 @@ def train_a_little(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ema
 def save(folder: Path, step: int, seed: int = 0, **dimensions: int) -> tuple[Path, torch.nn.Module, EMA]:
     model = make_model(seed=seed, **dimensions)
     optimizer, ema = make_optimizer_for(model), EMA(model, 0.9)
-    train_a_little(model, optimizer, ema, 3)
+    train_steps(model, optimizer, ema, 3)
     path = save_checkpoint(
         folder,
         step,
@@ -58,7 +58,7 @@ def save(folder: Path, step: int, seed: int = 0, **dimensions: int) -> tuple[Pat
     return path, model, ema
 
 
-def test_what_is_saved_is_loaded_by_name(tmp_path: Path) -> None:
+def test_saved_weights_and_state_are_loaded_by_name(tmp_path: Path) -> None:
     path, model, ema = save(tmp_path, 7)
     state = read_state(path)
     assert (state["step"], state["residues_seen"]) == (7, 5)
@@ -72,22 +72,22 @@ def test_what_is_saved_is_loaded_by_name(tmp_path: Path) -> None:
         assert not torch.equal(weight, model.get_parameter(name))
 
 
-def test_training_goes_on_exactly_after_a_load(tmp_path: Path) -> None:
+def test_training_continues_bit_identically_after_a_load(tmp_path: Path) -> None:
     path, _, _ = save(tmp_path, 3)
-    twin = make_model(seed=99)
-    load_weights(path / "model.safetensors", twin)
-    twin_optimizer = make_optimizer_for(twin)
-    load_optimizer(path / "optimizer.safetensors", twin, twin_optimizer)
+    loaded = make_model(seed=99)
+    load_weights(path / "model.safetensors", loaded)
+    loaded_optimizer = make_optimizer_for(loaded)
+    load_optimizer(path / "optimizer.safetensors", loaded, loaded_optimizer)
     undisturbed = make_model()
     optimizer, ema = make_optimizer_for(undisturbed), EMA(undisturbed, 0.9)
-    train_a_little(undisturbed, optimizer, ema, 3)
-    for network, stepper in ((twin, twin_optimizer), (undisturbed, optimizer)):
-        train_a_little(network, stepper, EMA(network, 0.9), 2)
+    train_steps(undisturbed, optimizer, ema, 3)
+    for network, its_optimizer in ((loaded, loaded_optimizer), (undisturbed, optimizer)):
+        train_steps(network, its_optimizer, EMA(network, 0.9), 2)
     for name, parameter in undisturbed.named_parameters():
-        assert torch.equal(parameter, twin.get_parameter(name)), name
+        assert torch.equal(parameter, loaded.get_parameter(name)), name
 
 
-def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save(tmp_path, step)
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["step_00000002", "step_00000003"]
@@ -96,7 +96,7 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step_00000002", "step_00000003"}
 
 
-def test_another_width_is_refused_with_both(tmp_path: Path) -> None:
+def test_an_error_for_another_width_names_both_shapes(tmp_path: Path) -> None:
     path, _, _ = save(tmp_path, 1, hidden_size=1024, n_heads=16, n_blocks=1)
     with torch.device("meta"):
         wide = make_model(hidden_size=4096, n_heads=16, n_blocks=1)
@@ -104,7 +104,7 @@ def test_another_width_is_refused_with_both(tmp_path: Path) -> None:
         load_weights(path / "model.safetensors", wide)
 
 
-def test_missing_and_extra_tensors_are_refused(tmp_path: Path) -> None:
+def test_missing_and_extra_tensors_are_errors(tmp_path: Path) -> None:
     path, _, _ = save(tmp_path, 1)
     with pytest.raises(ValueError, match=r"blocks\.2\.\S+ is missing; the model has it with shape"):
         load_weights(path / "model.safetensors", make_model(n_blocks=3))
@@ -117,14 +117,14 @@ def test_missing_and_extra_tensors_are_refused(tmp_path: Path) -> None:
         load_optimizer(path / "optimizer.safetensors", fewer, make_optimizer_for(fewer))
 
 
-def test_incomplete_and_damaged_checkpoints_are_not_taken(tmp_path: Path) -> None:
+def test_incomplete_and_damaged_checkpoints_are_not_used(tmp_path: Path) -> None:
     save(tmp_path, 1)
     path, _, _ = save(tmp_path, 2)
-    (path / COMPLETE).rename(path / "away")
+    (path / COMPLETE).rename(path / "renamed")
     assert find_checkpoint(tmp_path)[0].name == "step_00000001"
     with pytest.raises(ValueError, match=r"not a complete checkpoint, complete\.json is missing"):
         read_state(path)
-    (path / "away").rename(path / COMPLETE)
+    (path / "renamed").rename(path / COMPLETE)
     weights = bytearray((path / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (path / "model.safetensors").write_bytes(weights)
@@ -137,22 +137,22 @@ def test_incomplete_and_damaged_checkpoints_are_not_taken(tmp_path: Path) -> Non
         find_checkpoint(tmp_path / "elsewhere")
 
 
-def test_checksums_are_those_of_memory_and_not_of_what_was_read_back(
+def test_checksums_are_computed_from_memory_and_not_from_the_written_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else a file that was damaged on its way to the disk would be called sound."""
+    """Otherwise a file that is damaged on its way to the disk would match its checksum."""
     path, _, _ = save(tmp_path, 1)
     sums = json.loads((path / COMPLETE).read_text())
     assert list(sums) == sorted(FILES)
     assert sums == {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in FILES}
 
-    def damaging(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    def save_damaged(tensors: dict[str, torch.Tensor], file: Path) -> None:
         save_file(tensors, file)
         with file.open("r+b") as handle:
             handle.seek(-3, os.SEEK_END)
             handle.write(b"\x7f")
 
-    monkeypatch.setattr(checkpoint, "save_file", damaging)
+    monkeypatch.setattr(checkpoint, "save_file", save_damaged)
     path, _, _ = save(tmp_path, 2)
     with pytest.raises(ValueError, match=r"ema\.safetensors: damaged, SHA-256"):
         read_state(path)
@@ -178,29 +178,27 @@ def test_tensors_of_any_type_and_shape_have_the_checksum_of_their_file(tmp_path:
     assert file.read_bytes() == (tmp_path / "library.safetensors").read_bytes()
 
 
-def test_a_disk_that_fails_when_a_file_is_synced_leaves_no_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_sync_leaves_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 1)
 
-    def failing(descriptor: int) -> None:
+    def fail_for_tensors(descriptor: int) -> None:
         if Path(f"/proc/self/fd/{descriptor}").readlink().suffix == ".safetensors":
             raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(os, "fsync", failing)
+    monkeypatch.setattr(os, "fsync", fail_for_tensors)
     with pytest.raises(OSError, match="Input/output error"):
         save(tmp_path, 2)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
 
 
-def test_what_a_kill_left_of_a_checkpoint_is_removed(tmp_path: Path) -> None:
+def test_a_partial_checkpoint_from_a_kill_is_removed(tmp_path: Path) -> None:
     path, _, _ = save(tmp_path, 1)
     (path.parent / ".step_00000002.abc").mkdir()
     (path.parent / ".step_00000002.abc" / "model.safetensors").write_bytes(b"half")
     remove_unfinished(tmp_path)
     assert [p.name for p in path.parent.iterdir()] == ["step_00000001"]
     assert read_state(path)["step"] == 1
-    remove_unfinished(tmp_path / "not there")
+    remove_unfinished(tmp_path / "missing")
 
 
 def test_an_incomplete_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
@@ -210,7 +208,7 @@ def test_an_incomplete_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -
     assert read_state(path)["step"] == 1
 
 
-def test_other_formats_are_refused(tmp_path: Path) -> None:
+def test_other_format_versions_are_errors(tmp_path: Path) -> None:
     path, _, _ = save(tmp_path, 1)
     state = json.loads((path / "state.json").read_text()) | {"format_version": 99}
     (path / "state.json").write_text(json.dumps(state))
@@ -234,12 +232,12 @@ def test_a_pickle_is_never_loaded(tmp_path: Path) -> None:
         load_weights(path / "model.safetensors", make_model())
 
 
-def test_the_best_checkpoint_is_one_that_is_there(tmp_path: Path) -> None:
+def test_the_best_checkpoint_is_ignored_if_it_no_longer_exists(tmp_path: Path) -> None:
     assert best_checkpoint(tmp_path) == (None, math.inf)
     path, _, _ = save(tmp_path, 7)
     write_best(path.parent, 7, 2.5)
     assert best_checkpoint(tmp_path) == (7, 2.5)
-    write_best(path.parent, 8, 2.4)  # of which nothing is left
+    write_best(path.parent, 8, 2.4)  # step 8 has no checkpoint
     assert best_checkpoint(tmp_path) == (None, math.inf)
     write_best(path.parent, 7, 2.5)
     (path / COMPLETE).unlink()

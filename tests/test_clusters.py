@@ -1,4 +1,4 @@
-"""Runs under schedulers: a real Slurm on loopback, submitit's local executor, PBS with stand-ins for its commands."""
+"""Runs under schedulers: a real Slurm on loopback, submitit's local executor, and PBS with scripts as its commands."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ from protlig_dd.runs.checkpoint import complete_checkpoints
 from protlig_dd.runs.metrics import read_metrics
 
 from .conftest import ROOT, Command, Start, free_port, require, require_program, wait_for
-from .test_training import assert_same_bits, overrides_for, train
+from .test_training import assert_bit_identical, overrides_for, train
 from .warm import Server
 
 pytestmark = pytest.mark.slow
@@ -31,12 +31,12 @@ LONG = (*LONG, "trainer.eval_max_sequences=4", "data.tokens_per_pack=400", "data
 
 @pytest.fixture(autouse=True)
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Checks of types take half of a process' start, and are made in the tests of what runs in these processes."""
+    """Turn off type checks, which take half of a process's start. Other tests run the same code with them."""
     monkeypatch.setenv("PROTLIG_TYPECHECK", "0")
 
 
-def steps_of(run: Path) -> int:
-    """The last step in metrics.jsonl; a line may be in the writing."""
+def last_step(run: Path) -> int:
+    """Return the last step in metrics.jsonl, whose last line may be incomplete."""
     file = run / "metrics.jsonl"
     steps = re.findall(r'"step": (\d+),', file.read_text()) if file.is_file() else []
     return int(steps[-1]) if steps else 0
@@ -72,13 +72,13 @@ PartitionName=high Nodes=n1,n2 PriorityTier=10 PreemptMode=OFF
 
 @pytest.fixture
 def slurm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A Slurm of two nodes on this machine, with a partition that preempts the other; its folder."""
+    """The folder of a Slurm with two nodes on this machine, and a partition that preempts the other."""
     require_program("slurmctld")
-    require(os.geteuid() == 0, "a Slurm of our own needs root")
+    require(os.geteuid() == 0, "starting Slurm needs root")
     folder = Path(tempfile.mkdtemp(prefix="slurm", dir="/tmp"))  # a socket's path must be short
     (folder / "state").mkdir()
     conf = folder / "slurm.conf"
-    # the launch script takes a job's port from its id, which should not be that of a job of another Slurm
+    # the launch script derives a job's port from its id, so ids must differ from those of another Slurm
     conf.write_text(SLURM_CONF.format(host=socket.gethostname(), ports=[free_port() for _ in range(3)], folder=folder))
     monkeypatch.setenv("SLURM_CONF", str(conf))
     subprocess.run(["mungekey", "--create", f"--keyfile={folder}/munge.key"], check=True)
@@ -107,34 +107,34 @@ def slurm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def slurm_says(*command: str) -> str:
+def slurm_output(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def state_of(job: str) -> tuple[str, int]:
-    """State, and how often it was queued again."""
-    shown = slurm_says("scontrol", "show", "job", job)
-    found = [re.search(pattern, shown) for pattern in (r"JobState=(\w+)", r"Restarts=(\d+)")]
-    assert all(found), shown
+    """Return the job's state and how often it was requeued."""
+    output = slurm_output("scontrol", "show", "job", job)
+    found = [re.search(pattern, output) for pattern in (r"JobState=(\w+)", r"Restarts=(\d+)")]
+    assert all(found), output
     return found[0][1], int(found[1][1])  # type: ignore[index]
 
 
-def start_again(job: str) -> None:
-    """Have Slurm start a queued job now, not after two minutes.
+def start_now(job: str) -> None:
+    """Let Slurm start a queued job now instead of after two minutes.
 
-    A node launches no job that it was told to end in the same second, of which slurmd takes the credential for revoked.
+    Wait first: a node rejects a job that it ended in the same second, because slurmd considers its credential revoked.
     """
     time.sleep(2)
-    slurm_says("scontrol", "update", f"jobid={job}", "starttime=now")
+    slurm_output("scontrol", "update", f"jobid={job}", "starttime=now")
 
 
 @pytest.fixture
 def forks_in_jobs(warm: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The python of the environment that a job of Slurm takes; each of its processes stands for a fork."""
+    """Give Slurm jobs an environment whose python runs modules in forks."""
     monkeypatch.setenv("PROTLIG_VENV", str(warm.executable.parent))
     monkeypatch.setenv("PYTHON_EXEC", str(warm.executable))
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")  # the nodes' names are known to this Slurm alone
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")  # and are this machine
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")  # only this Slurm knows the nodes' names
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")  # both nodes are this machine
     (warm.executable.parent / "bin").mkdir(exist_ok=True)
     python = warm.executable.parent / "bin/python"
     if not python.exists():
@@ -142,10 +142,10 @@ def forks_in_jobs(warm: Server, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.system
-def test_a_slurm_job_is_queued_again_at_its_limit_and_when_preempted(
+def test_a_slurm_job_is_requeued_at_its_time_limit_and_when_preempted(
     slurm: Path, store: SequenceStore, tmp_path: Path, forks_in_jobs: None, run_python: Command
 ) -> None:
-    """Two nodes; then what Slurm sends before the limit; then a job of a partition that comes first."""
+    """A job on two nodes receives the signal that Slurm sends before the limit. Then another partition preempts it."""
     script = str(ROOT / "scripts/slurm/train.sbatch")
     small = ["--gpus-per-node=0", "--cpus-per-task=1", "--output=out"]
     overrides = overrides_for(store, "given", *LONG, "run.fresh=true")
@@ -157,35 +157,35 @@ def test_a_slurm_job_is_queued_again_at_its_limit_and_when_preempted(
         check=True,
     ).stdout.strip()
     run = tmp_path / "runs/try"
-    wait_for(lambda: steps_of(run) > 4)
-    slurm_says("scancel", "--batch", "--signal=USR1", job)
+    wait_for(lambda: last_step(run) > 4)
+    slurm_output("scancel", "--batch", "--signal=USR1", job)
     wait_for(lambda: state_of(job) == ("PENDING", 1))
     first = int(complete_checkpoints(run)[-1].name[5:])
     assert f'"when": "after step {first} of 200"' in (run / "stopped.json").read_text()
 
-    start_again(job)
-    wait_for(lambda: steps_of(run) > first)
-    slurm_says("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    start_now(job)
+    wait_for(lambda: last_step(run) > first)
+    slurm_output("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
     wait_for(lambda: state_of(job) == ("PENDING", 2))
     second = int(complete_checkpoints(run)[-1].name[5:])
     assert second > first
 
-    start_again(job)
+    start_now(job)
     wait_for(lambda: state_of(job)[0] not in ("PENDING", "RUNNING", "COMPLETING"))
     assert state_of(job) == ("COMPLETED", 2), (tmp_path / "out").read_text()
-    assert not (tmp_path / "runs/try.1").exists()  # run.fresh=true made it anew once
+    assert not (tmp_path / "runs/try.1").exists()  # run.fresh=true only applies to the first start
     train(run_python, store, "undisturbed", *LONG, "trainer.devices=2")
-    assert_same_bits(run, tmp_path / "runs/undisturbed")
+    assert_bit_identical(run, tmp_path / "runs/undisturbed")
     bounds = [
-        {step: row["val_nll"] for step, row in read_metrics(one / "metrics.jsonl").items() if "val_nll" in row}
-        for one in (run, tmp_path / "runs/undisturbed")
+        {step: row["val_nll"] for step, row in read_metrics(folder / "metrics.jsonl").items() if "val_nll" in row}
+        for folder in (run, tmp_path / "runs/undisturbed")
     ]
     assert list(bounds[0]) == [90, 180, 200]
     assert bounds[0] == bounds[1]
 
 
 @pytest.mark.system
-def test_a_slurm_job_that_is_cancelled_or_fails_is_not_queued_again(
+def test_a_slurm_job_that_is_cancelled_or_fails_is_not_requeued(
     slurm: Path, store: SequenceStore, tmp_path: Path, forks_in_jobs: None
 ) -> None:
     script = str(ROOT / "scripts/slurm/train.sbatch")
@@ -200,8 +200,8 @@ def test_a_slurm_job_that_is_cancelled_or_fails_is_not_queued_again(
             check=True,
         ).stdout.strip()
         if name == "cancelled":
-            wait_for(lambda: steps_of(tmp_path / "runs/cancelled") > 4)
-            slurm_says("scancel", job)
+            wait_for(lambda: last_step(tmp_path / "runs/cancelled") > 4)
+            slurm_output("scancel", job)
         wait_for(lambda job=job: state_of(job)[0] not in ("PENDING", "RUNNING", "COMPLETING"))  # type: ignore[misc]
         ended[name] = state_of(job)
         out = (tmp_path / f"out-{job}").read_text()
@@ -211,10 +211,10 @@ def test_a_slurm_job_that_is_cancelled_or_fails_is_not_queued_again(
 
 
 @pytest.mark.system
-def test_a_slurm_job_whose_nodes_lost_one_another_is_queued_again(
+def test_a_slurm_job_whose_nodes_lost_contact_is_requeued(
     slurm: Path, store: SequenceStore, tmp_path: Path, forks_in_jobs: None
 ) -> None:
-    """torchrun that loses the others ends its ranks with SIGTERM, which nobody sent, and ends with 1."""
+    """A torchrun that loses the other nodes sends SIGTERM to its ranks itself, and exits with 1."""
     submit = ["sbatch", "--parsable", "--gpus-per-node=0", "--cpus-per-task=1", "--output=out"]
     job = subprocess.run(
         [*submit, str(ROOT / "scripts/slurm/train.sbatch"), "lost", *overrides_for(store, "given", *LONG)],
@@ -223,26 +223,29 @@ def test_a_slurm_job_whose_nodes_lost_one_another_is_queued_again(
         text=True,
         check=True,
     ).stdout.strip()
-    wait_for(lambda: steps_of(tmp_path / "runs/lost") > 4)
-    first, second = slurm_says("pgrep", "-f", f"warm.py command .*rdzv-id={job} ").split()
+    wait_for(lambda: last_step(tmp_path / "runs/lost") > 4)
+    first, second = slurm_output("pgrep", "-f", f"warm.py command .*rdzv-id={job} ").split()
     os.kill(int(first), signal.SIGTERM)
     wait_for((tmp_path / "runs/lost/stopped.json").is_file)
     time.sleep(1)
-    with contextlib.suppress(ProcessLookupError):  # it has lost the store, which was the other's
-        os.kill(int(second), signal.SIGKILL)  # it would wait five minutes for the other
+    with contextlib.suppress(ProcessLookupError):  # it may have ended when it lost the other's store
+        os.kill(int(second), signal.SIGKILL)  # otherwise it waits five minutes for the other
     wait_for(lambda: state_of(job) == ("PENDING", 1))
-    assert "the nodes lost one another, and stopped with a checkpoint: queued again" in (tmp_path / "out").read_text()
+    assert (
+        "the nodes lost contact and stopped with a checkpoint; the job is queued again"
+        in (tmp_path / "out").read_text()
+    )
 
 
-def test_a_sweep_through_submitit_goes_on_after_its_limit(
+def test_a_submitit_sweep_continues_after_its_time_limit(
     run_python: Command, start: Start, store: SequenceStore, tmp_path: Path
 ) -> None:
-    """submitit tells a job of its limit by SIGUSR2, and starts it again."""
+    """submitit sends SIGUSR2 to a job at its time limit, and restarts it."""
     fewer = ("trainer.max_steps=100", "trainer.eval_every=0")
     swept = ["-m", "protlig_dd.training", "-m", *overrides_for(store, "swept", *LONG, *fewer), "optim.lr=3e-4,1e-3"]
     sweep = start(*swept, "hydra/launcher=submitit_local")
     run = tmp_path / "runs/swept_sweep/optim.lr-0.0003"
-    wait_for(lambda: steps_of(run) > 4)
+    wait_for(lambda: last_step(run) > 4)
     holder = int(re.search(r"process (\d+)", (run / "lock").read_text())[1])  # type: ignore[index]
     os.kill(holder, signal.SIGUSR2)
     _, errors = sweep.communicate(timeout=300)
@@ -253,10 +256,10 @@ def test_a_sweep_through_submitit_goes_on_after_its_limit(
     }
     assert attempts == {"optim.lr-0.0003": 2, "optim.lr-0.001": 1}
     train(run_python, store, "plain", *LONG, *fewer, "optim.lr=3e-4")
-    assert_same_bits(run, tmp_path / "runs/plain")
+    assert_bit_identical(run, tmp_path / "runs/plain")
 
 
-def test_what_ends_a_job_of_submitit_is_told_in_one_line(
+def test_the_end_of_a_submitit_job_is_reported_in_one_line(
     run_python: Command, store: SequenceStore, tmp_path: Path
 ) -> None:
     sweep = ["-m", "protlig_dd.training", "-m", "hydra/launcher=submitit_local", *overrides_for(store, "sweep", *LONG)]
@@ -269,16 +272,16 @@ def test_what_ends_a_job_of_submitit_is_told_in_one_line(
     assert "Traceback" not in missing.stderr + late.stderr
 
 
-def test_the_slurm_launcher_is_composed(run_python: Command) -> None:
-    shown = run_python("-m", "protlig_dd.training", "hydra/launcher=slurm", "--cfg", "hydra", "-p", "hydra.launcher")
-    assert shown.returncode == 0, shown.stderr
-    assert "SlurmLauncher" in shown.stdout
-    assert "signal_delay_s: 180" in shown.stdout
-    assert "name: ${run.name}" in shown.stdout
+def test_hydra_composes_the_slurm_launcher(run_python: Command) -> None:
+    process = run_python("-m", "protlig_dd.training", "hydra/launcher=slurm", "--cfg", "hydra", "-p", "hydra.launcher")
+    assert process.returncode == 0, process.stderr
+    assert "SlurmLauncher" in process.stdout
+    assert "signal_delay_s: 180" in process.stdout
+    assert "name: ${run.name}" in process.stdout
 
 
 MPIEXEC = """#!/bin/sh
-# two nodes, on this machine: mpiexec -n 2 --ppn 1 --cpu-bind none COMMAND
+# two nodes on this machine: mpiexec -n 2 --ppn 1 --cpu-bind none COMMAND
 [ "$1 $2 $3 $4 $5 $6" = "-n 2 --ppn 1 --cpu-bind none" ] || exit 9
 shift 6
 "$@" & first=$!
@@ -288,8 +291,10 @@ wait $second && exit $code
 """
 
 
-def test_a_pbs_job_submits_itself_until_the_run_is_through(store: SequenceStore, warm: Server, tmp_path: Path) -> None:
-    """PBS itself cannot be had here: stand-ins for mpiexec and qsub take its place."""
+def test_a_pbs_job_submits_itself_again_until_the_run_is_finished(
+    store: SequenceStore, warm: Server, tmp_path: Path
+) -> None:
+    """PBS is not available to the tests, so scripts replace its mpiexec and qsub."""
     programs = {"mpiexec": MPIEXEC, "qsub": f'#!/bin/sh\necho "$@" >> {tmp_path}/submitted\n'}
     for name, text in programs.items():
         (tmp_path / name).write_text(text)
@@ -319,7 +324,7 @@ def test_a_pbs_job_submits_itself_until_the_run_is_through(store: SequenceStore,
             ["bash", "my_train.pbs"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
         )
 
-    for seconds in (4, 8, 16, 32, 64, 128):  # until the machine makes a step in that time
+    for seconds in (4, 8, 16, 32, 64, 128):  # until the machine completes a step in this time
         (tmp_path / "submitted").unlink(missing_ok=True)
         first = job(1_000_000, f"{seconds}s")
         assert first.returncode == 75, first.stderr
@@ -330,5 +335,5 @@ def test_a_pbs_job_submits_itself_until_the_run_is_through(store: SequenceStore,
     checkpoint = complete_checkpoints(tmp_path / "runs/pbs")[-1]
     second = job(int(checkpoint.name[5:]) + 2, "1h")
     assert second.returncode == 0, second.stderr
-    assert f"going on from {checkpoint.relative_to(tmp_path)}" in second.stdout
+    assert f"resuming from {checkpoint.relative_to(tmp_path)}" in second.stdout
     assert (tmp_path / "submitted").read_text() == "my_train.pbs\n"

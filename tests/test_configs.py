@@ -1,4 +1,4 @@
-"""The shipped configs: all compose, fit the schema, and describe the models they say."""
+"""The shipped configs compose, match the schema and state the right model sizes; also tests of the command line."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from protlig_dd.config.cli import quoted, run_verb
 from protlig_dd.config.components import build_model
-from protlig_dd.config.read import at_home, config_folder, flatten, known_keys, read_config, spelt
+from protlig_dd.config.read import as_dict, config_folder, expand_home, flatten, known_keys, read_config
 from protlig_dd.config.train import (
     TrainConfig,
     changed_keys,
@@ -61,7 +61,7 @@ def test_every_option_of_every_group_is_valid() -> None:
     read_config(composed("from=runs/demo", name="variants"), VariantsConfig)
 
 
-def test_every_key_has_a_default_and_resumable_keys_exist() -> None:
+def test_every_key_has_a_default_and_only_listed_keys_may_change_on_resume() -> None:
     keys = set(flatten(composed()))
     schema = {key for key in known_keys(TrainConfig) if not key.startswith(("graph.", "noise."))}
     assert schema <= keys
@@ -73,14 +73,28 @@ def test_every_key_has_a_default_and_resumable_keys_exist() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["größe.fasta", "uniprot (1).fasta", "epoch=1.fasta", "a'b.fasta", 'a"b.fasta', "a\\b.fasta", "c:\\", "[1,2", "a b",
-     "a{b", "x,(y", "~/p.fasta", "$HOME", "a\\\"b("],
-)  # fmt: skip
+    [
+        "größe.fasta",
+        "uniprot (1).fasta",
+        "epoch=1.fasta",
+        "a'b.fasta",
+        'a"b.fasta',
+        "a\\b.fasta",
+        "c:\\",
+        "[1,2",
+        "a b",
+        "a{b",
+        "x,(y",
+        "~/p.fasta",
+        "$HOME",
+        'a\\"b(',
+    ],
+)
 def test_a_file_may_have_any_name(name: str) -> None:
-    """Where Hydra's grammar takes it for something else, it is quoted."""
+    """Names that Hydra's grammar would misread are quoted."""
     override = OverridesParser.create().parse_override(quoted(f"input={name}"))
     assert override.value() == name or override.is_sweep_override()
-    assert quoted("optim.lr=1e-3,2e-3") == "optim.lr=1e-3,2e-3"  # what the grammar takes stays
+    assert quoted("optim.lr=1e-3,2e-3") == "optim.lr=1e-3,2e-3"  # valid values are not quoted
     assert quoted("free=[12-40,77]") == "free=[12-40,77]"
     assert quoted("--help") == "--help"
 
@@ -90,20 +104,20 @@ def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = composed(quoted("from=~/runs/a"), quoted("output=~/b.fasta"), name="sample")
     config = read_config(cfg, SampleConfig)
     assert (config.from_, config.output) == ("/home/me/runs/a", "/home/me/b.fasta")
-    assert at_home(["~", "~other/x", "a~/b", {"x": "~/y"}]) == ["/home/me", "~other/x", "a~/b", {"x": "/home/me/y"}]
+    assert expand_home(["~", "~other/x", "a~/b", {"x": "~/y"}]) == ["/home/me", "~other/x", "a~/b", {"x": "/home/me/y"}]
 
 
-def test_what_a_launcher_left_in_the_environment_is_told(run_python: Command) -> None:
+def test_the_rank_variables_of_a_launcher_are_checked(run_python: Command) -> None:
     done = run_python("-m", "protlig_dd.prepare", "input=x.fasta", "output=x.h5", RANK="", WORLD_SIZE="")
     assert_one_line_error(done, "x.fasta: no such file")
     assert_one_line_error(
-        run_python("-m", "protlig_dd.prepare", "input=x.fasta", "output=x.h5", RANK="one"), "RANK=one: torchrun sets"
+        run_python("-m", "protlig_dd.prepare", "input=x.fasta", "output=x.h5", RANK="one"), "RANK=one: must be a number"
     )
-    other = run_python("-m", "protlig_dd.prepare", "input=x.fasta", "output=x.h5", RANK="1", WORLD_SIZE="2")
-    assert other.stderr == "[rank 1] nothing to do: RANK=1 is set, and rank 0 does it all\n"
+    rank_1 = run_python("-m", "protlig_dd.prepare", "input=x.fasta", "output=x.h5", RANK="1", WORLD_SIZE="2")
+    assert rank_1.stderr == "[rank 1] nothing to do: RANK=1 is set, and rank 0 does all the work\n"
 
 
-def test_every_default_is_explained() -> None:
+def test_every_default_has_a_comment() -> None:
     for path in config_folder().rglob("*.yaml"):
         if path.stem in ("verb", "config_uniref50_stable") or path.parent.name == "experiment":
             continue
@@ -116,7 +130,7 @@ def test_every_default_is_explained() -> None:
 
 
 @pytest.mark.parametrize(("preset", "millions"), [("tiny", 1.6), ("small", 35), ("medium", 150), ("large", 650)])
-def test_presets_have_the_size_they_say(preset: str, millions: float) -> None:
+def test_presets_have_the_size_that_they_state(preset: str, millions: float) -> None:
     config = read_config(composed(f"model={preset}"), TrainConfig)
     with torch.device("meta"):
         model = build_model(config.model, "sdpa", time_conditioning=False)
@@ -127,8 +141,8 @@ def test_presets_have_the_size_they_say(preset: str, millions: float) -> None:
 
 
 @pytest.mark.parametrize("recipe", options("experiment"))
-def test_a_recipe_has_time_to_write_its_checkpoint_when_it_is_stopped(recipe: str) -> None:
-    """Twice what docs/reliability.md has for Muon's checkpoints of 12 bytes a parameter, on 2 CPU cores."""
+def test_stop_within_is_long_enough_for_the_checkpoint_of_a_recipe(recipe: str) -> None:
+    """It is more than twice the time in docs/reliability.md (2 CPU cores), with Muon's 12 bytes per parameter."""
     table = (ROOT / "docs/reliability.md").read_text()
     (row,) = re.findall(r"^\| medium, 149 M \| ([\d,]+) \| [\d.]+ \| [\d.]+ \| ([\d.]+) \|", table, re.MULTILINE)
     seconds = float(row[1]) / (149e6 * 12)
@@ -139,7 +153,7 @@ def test_a_recipe_has_time_to_write_its_checkpoint_when_it_is_stopped(recipe: st
     assert config.trainer.stop_within > 2 * size * seconds
 
 
-def test_changed_keys_name_both_values_and_leave_out_what_may_change() -> None:
+def test_changed_keys_name_both_values_and_leave_out_keys_that_may_change() -> None:
     old = OmegaConf.to_container(composed())
     new = OmegaConf.to_container(composed("optim.lr=0.5", "trainer.max_steps=5", "graph=uniform"))
     assert isinstance(old, dict)
@@ -147,17 +161,18 @@ def test_changed_keys_name_both_values_and_leave_out_what_may_change() -> None:
     assert changed_keys(old, new) == ["graph.name: absorbing -> uniform", "optim.lr: 0.003 -> 0.5"]
 
 
-def test_what_a_run_has_kept_is_read_without_the_limits_on_new_values(tmp_path: Path) -> None:
-    values = spelt(read_config(composed("model=tiny", "noise.curriculum=1e3"), TrainConfig))
+def test_the_config_of_a_run_is_read_without_the_limits_on_new_values(tmp_path: Path) -> None:
+    values = as_dict(read_config(composed("model=tiny", "noise.curriculum=1e3"), TrainConfig))
     assert values["noise"]["curriculum"] == 1000
-    assert not {"positions", "mixer"} & values["model"].keys()  # so that earlier versions read it
+    # newer keys are left out at their defaults, so that earlier versions can read the config
+    assert not {"positions", "mixer"} & values["model"].keys()
     values["optim"]["min_lr_ratio"], values["report"]["draws"] = 1.5, 0
     with pytest.raises(ValueError, match=r"optim.min_lr_ratio must be at most 1, got 1.5"):
         read_config(OmegaConf.create(values), TrainConfig)
     OmegaConf.save(OmegaConf.create(values), tmp_path / "config.yaml")
-    kept = config_in(tmp_path)
-    assert (kept.optim.min_lr_ratio, kept.report.draws, kept.model.positions) == (1.5, 0, "rope")
-    assert changed_keys(recorded_config(tmp_path), spelt(kept)) == []
+    saved = config_in(tmp_path)
+    assert (saved.optim.min_lr_ratio, saved.report.draws, saved.model.positions) == (1.5, 0, "rope")
+    assert changed_keys(recorded_config(tmp_path), as_dict(saved)) == []
 
 
 @pytest.mark.parametrize(
@@ -198,7 +213,7 @@ def test_what_a_run_has_kept_is_read_without_the_limits_on_new_values(tmp_path: 
         (["run.name=my run"], ["run.name='my run'", "without white space"]),
     ],
 )
-def test_a_wrong_config_is_one_line_before_any_data(
+def test_a_wrong_config_is_a_one_line_error_before_data_are_read(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -218,7 +233,7 @@ def test_a_wrong_config_is_one_line_before_any_data(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_help_says_what_every_key_means(run_python: Command) -> None:
+def test_help_explains_every_key(run_python: Command) -> None:
     text = run_python("-m", "protlig_dd.sample", "--help").stdout
     assert "Sample new proteins from a trained model." in text
     for line in (ROOT / "configs/sample.yaml").read_text().splitlines():
@@ -229,24 +244,24 @@ def test_help_shows_the_chosen_options(run_python: Command) -> None:
     text = run_python("-m", "protlig_dd.training", "graph=pam250", "noise=geometric", "--help").stdout
     assert "matrix: PAM250" in text
     assert "sigma_max: null" in text
-    assert_one_line_error(run_python("-m", "protlig_dd.training", "graph=nope", "--help"), "graph=nope: there are")
+    assert_one_line_error(run_python("-m", "protlig_dd.training", "graph=nope", "--help"), "graph=nope: choose from")
     several = ["~experiment", "graph=uniform,absorbing", "experiment=null", "--help"]
     assert "name: uniform" in run_python("-m", "protlig_dd.training", *several).stdout
     assert_one_line_error(run_python("-m", "protlig_dd.sample", "graph=uniform"), "this command has no 'graph'")
 
 
-def test_an_unknown_flag_is_one_line(run_python: Command) -> None:
+def test_an_unknown_flag_is_a_one_line_error(run_python: Command) -> None:
     assert_one_line_error(run_python("-m", "protlig_dd.sample", "--prod"), "--prod", "key=value")
 
 
-def test_the_traceback_is_there_for_those_who_ask(run_python: Command) -> None:
+def test_hydra_full_error_prints_the_traceback(run_python: Command) -> None:
     command = ["-m", "protlig_dd.training", "data.path=none.h5"]
     assert_one_line_error(run_python(*command), "none.h5: no such data file")
     assert "Traceback" in run_python(*command, HYDRA_FULL_ERROR="1").stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
-def test_cuda_without_cuda_is_one_line(run_python: Command, tmp_path: Path) -> None:
+def test_device_cuda_without_cuda_is_a_one_line_error(run_python: Command, tmp_path: Path) -> None:
     for arguments in (
         ["-m", "protlig_dd.training", "trainer.device=cuda"],
         [
@@ -286,9 +301,9 @@ def test_a_plain_command_is_composed_once_and_a_sweep_is_left_to_hydra(
         assert ran("optim.lr=0.5") == [(0.5, False)]
     assert ran("-m", "optim.lr=0.5,0.25") == [(0.5, True), (0.25, True)]
     assert ran("hydra.mode=MULTIRUN", "optim.lr=0.5,0.25") == [(0.5, True), (0.25, True)]
-    own = ("--config-path", str(tmp_path), "--config-name", "mine")
+    other_config = ("--config-path", str(tmp_path), "--config-name", "mine")
     searched = f"hydra.searchpath=['file://{config_folder()}']"
-    assert ran(*own, searched, "optim.lr=0.5,0.25") == [(0.5, True), (0.25, True)]
+    assert ran(*other_config, searched, "optim.lr=0.5,0.25") == [(0.5, True), (0.25, True)]
     with pytest.raises(SystemExit):
         ran("optim.lr=0.5,0.25")  # without -m
     assert "error: " in capsys.readouterr().err
@@ -301,15 +316,16 @@ def test_the_package_lists_its_verbs(run_python: Command) -> None:
     assert listed == sorted(
         ["embed", "evaluate", "export", "infill", "judge", "prepare", "report", "sample", "training", "variants"]
     )
-    assert "judge      Judge generated proteins, always beside natural held-out ones" in done.stdout
-    for given, meant in (("evalute", "evaluate"), ("sample", "sample"), ("nothing-like-it", "VERB")):
-        wrong = run_python("-m", "protlig_dd", given, "from=runs/demo")
-        assert_one_line_error(wrong, f"no `python -m protlig_dd {given}`: it is python -m protlig_dd.{meant}")
+    assert "judge      Judge generated proteins: compare them with natural held-out proteins" in done.stdout
+    for verb, suggestion in (("evalute", "evaluate"), ("sample", "sample"), ("nothing-like-it", "VERB")):
+        process = run_python("-m", "protlig_dd", verb, "from=runs/demo")
+        message = f"`python -m protlig_dd {verb}` is not a command; use python -m protlig_dd.{suggestion}"
+        assert_one_line_error(process, message)
 
 
 def test_every_verb_that_reads_proteins_warns_of_dna(trained_run: Path, tmp_path: Path, run_python: Command) -> None:
     (tmp_path / "dna.fasta").write_text(f">gene\n{'ACGTTGCA' * 9}\n>rna\n{'ACGUNNACGU' * 5}\n>protein\nMKVLAWGCDE\n")
-    told = "warning: 2 of 3 sequences of {} look like DNA or RNA, and were read as proteins"
+    warning = "warning: 2 of 3 sequences of {} look like DNA or RNA, and were read as proteins"
     source = f"from={trained_run}"
     for verb, *more in (
         ("prepare", "output=a.h5", "split.validation_fraction=0", "split.test_fraction=0"),
@@ -319,7 +335,7 @@ def test_every_verb_that_reads_proteins_warns_of_dna(trained_run: Path, tmp_path
     ):
         done = run_python("-m", f"protlig_dd.{verb}", "input=dna.fasta", *more)
         assert done.returncode == 0, done.stderr
-        assert told.format("the input" if verb == "prepare" else "dna.fasta") in " ".join(done.stdout.split())
+        assert warning.format("the input" if verb == "prepare" else "dna.fasta") in " ".join(done.stdout.split())
     done = run_python("-m", "protlig_dd.variants", source, f"target={'ACGT' * 9}", "output=e.csv")
     assert "warning: 1 of 1 sequences of target= look like DNA or RNA" in " ".join(done.stdout.split())
 
@@ -359,29 +375,29 @@ MISSING: list[tuple[str, tuple[str, ...]]] = [
     ("training", ("experiment=demo", "data.path=STORE", "from=nowhere")),
     ("training", ("experiment=demo", "data.path=STORE", "run.resume=nowhere")),
     ("training", ("experiment=demo", "data.path=STORE", "graph=substitution", "graph.matrix=nowhere")),
-]  # fmt: skip
+]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", sorted({verb for verb, _ in MISSING}))
-def test_a_path_that_does_not_exist_is_said_not_to_exist(
+def test_a_missing_path_is_reported_as_missing(
     verb: str, trained_run: Path, store: SequenceStore, tmp_path: Path, run_python: Command
 ) -> None:
     (tmp_path / "one.fasta").write_text(">a\nMKVLAWGCDEFH\n")
     (tmp_path / "two.fasta").write_text(">a\nMKVLAWGCDEFH\n>b\nMKVLAWGCDEFHA\n")
     before = sorted(tmp_path.rglob("*"))
-    for options in (options for one, options in MISSING if one == verb):
-        given = [one.replace("RUN", str(trained_run)).replace("STORE", str(store.path)) for one in options]
-        process = run_python("-m", f"protlig_dd.{verb}", *given, HYDRA_FULL_ERROR="0")
+    for options in (options for name, options in MISSING if name == verb):
+        arguments = [option.replace("RUN", str(trained_run)).replace("STORE", str(store.path)) for option in options]
+        process = run_python("-m", f"protlig_dd.{verb}", *arguments, HYDRA_FULL_ERROR="0")
         assert_one_line_error(process, "nowhere")
-        assert re.search(r"nowhere\S* (does not exist|is no file)|no such (data )?(file|folder)", process.stderr), (
-            options
-        )
+        assert re.search(
+            r"nowhere\S* (does not exist|is neither a file)|no such (data )?(file|folder)", process.stderr
+        ), options
         assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_every_from_names_the_same_three_sources() -> None:
-    """In the comment that --help prints; `export` does not make an export of an export."""
+def test_every_from_key_names_the_same_three_sources() -> None:
+    """Their comment lists them, and --help prints it. `export` is left out: it cannot export an exported model."""
     found = [path for path in (ROOT / "configs").glob("*.yaml") if re.search("^from:", path.read_text(), re.MULTILINE)]
     assert len(found) == 7
     for path in found:

@@ -17,7 +17,7 @@ from protlig_dd.model.layers import RMSNorm
 from protlig_dd.model.mixers import MIXERS
 from protlig_dd.model.mixers.attention import Attention
 
-from .conftest import SMALL_MODEL, make_model, random_batch, refuses
+from .conftest import SMALL_MODEL, make_model, raises_value_error, random_batch
 
 MODEL = make_model()
 OPTIONS = [
@@ -37,24 +37,30 @@ def gradients(model: DiT, loss: torch.Tensor) -> list[torch.Tensor]:
 @settings(max_examples=10)
 @pytest.mark.parametrize("model", [MODEL, *VARIANTS], ids=["default", *map(str, OPTIONS)])
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=7), st.integers(0, 99))
-def test_packed_equals_one_at_a_time_in_output_and_gradient(model: DiT, lengths: list[int], seed: int) -> None:
+def test_a_pack_gives_the_logits_and_gradients_of_its_sequences_one_at_a_time(
+    model: DiT, lengths: list[int], seed: int
+) -> None:
     batch = random_batch(lengths, seed)
     sigma = torch.rand(len(lengths), generator=torch.Generator().manual_seed(seed)) * 5
     target = torch.randint(0, 20, (sum(lengths),), generator=torch.Generator().manual_seed(seed + 1))
     packed = model(batch, sigma)
-    alone = torch.cat(
+    separate = torch.cat(
         [model(PackedBatch.pack([tokens]), sigma[i : i + 1]) for i, tokens in enumerate(batch.unpack(batch.tokens))]
     )
-    assert torch.allclose(packed, alone, atol=1e-5, rtol=1e-5)
-    for mine, theirs in zip(
-        gradients(model, F.cross_entropy(packed, target)), gradients(model, F.cross_entropy(alone, target)), strict=True
+    assert torch.allclose(packed, separate, atol=1e-5, rtol=1e-5)
+    for found, expected in zip(
+        gradients(model, F.cross_entropy(packed, target)),
+        gradients(model, F.cross_entropy(separate, target)),
+        strict=True,
     ):
-        assert torch.allclose(mine, theirs, atol=1e-5, rtol=1e-5)
+        assert torch.allclose(found, expected, atol=1e-5, rtol=1e-5)
 
 
-def written_out(model: DiT, tokens: torch.Tensor, sigma: float) -> torch.Tensor:
-    """Logits of one sequence by the formulas, from the weights by name: adaLN of DiT (arXiv 2212.09748) with SEDD's
-    sinusoids of sigma, rotary of RoFormer (arXiv 2104.09864) as products of complex numbers, pre-norm residuals.
+def logits_by_formulas(model: DiT, tokens: torch.Tensor, sigma: float) -> torch.Tensor:
+    """Return the logits of one sequence, computed from the named weights by the formulas of the papers.
+
+    These are adaLN of DiT (arXiv 2212.09748) with SEDD's sinusoids of sigma, the rotary encoding of RoFormer (arXiv
+    2104.09864) as products of complex numbers, and pre-norm residual blocks.
     """
     w = {name: parameter.detach().double() for name, parameter in model.named_parameters()}
     width, heads, length = model.embedding.embedding_dim, model.blocks[0].mixer.n_heads, len(tokens)
@@ -81,14 +87,14 @@ def written_out(model: DiT, tokens: torch.Tensor, sigma: float) -> torch.Tensor:
         cond = silu(linear("sigma_embedding.mlp.2", hidden))
 
     def modulations(name: str, number: int) -> list[torch.Tensor | float]:
-        """shift, scale, gate of attention, then of the MLP; 0, 0, 1 without them."""
+        """Return shift, scale and gate of attention, then of the MLP; 0, 0 and 1 without time conditioning."""
         if cond is None:
             return [0.0, 0.0, 1.0, 0.0, 0.0, 1.0][:number]
         return list(linear(f"{name}.adaln", cond).chunk(number))
 
     x = w["embedding.weight"][tokens]
     frequencies = torch.tensor([10000 ** (-j / half) for j in range(half)], dtype=torch.float64)
-    turn = torch.exp(1j * torch.arange(length, dtype=torch.float64)[:, None] * frequencies)[:, None]
+    rotation = torch.exp(1j * torch.arange(length, dtype=torch.float64)[:, None] * frequencies)[:, None]
     for i, block in enumerate(model.blocks):
         name, rms = f"blocks.{i}", isinstance(block.attention_norm, RMSNorm)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulations(name, 6)
@@ -96,8 +102,8 @@ def written_out(model: DiT, tokens: torch.Tensor, sigma: float) -> torch.Tensor:
         q, k, v = linear(f"{name}.qkv", h).view(length, 3, heads, 2 * half).unbind(1)
         if block.mixer.q_norm is not None:
             q, k = norm(f"{name}.q_norm", q, True), norm(f"{name}.k_norm", k, True)
-        q, k = ((torch.complex(z[..., :half], z[..., half:]) * turn) for z in (q, k))
-        # the real part of q k* is the product of the turned vectors
+        q, k = ((torch.complex(z[..., :half], z[..., half:]) * rotation) for z in (q, k))
+        # the real part of q k* is the dot product of the rotated vectors
         scores = torch.einsum("ihd,jhd->hij", q, k.conj()).real / (2 * half) ** 0.5
         attended = torch.einsum("hij,jhd->ihd", scores.exp() / scores.exp().sum(-1, keepdim=True), v)
         x = x + gate_a * linear(f"{name}.attention_out", attended.reshape(length, width))
@@ -112,37 +118,37 @@ def written_out(model: DiT, tokens: torch.Tensor, sigma: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("model", [MODEL, *VARIANTS], ids=["default", *map(str, OPTIONS)])
-def test_the_network_is_its_formulas(model: DiT) -> None:
+def test_logits_equal_the_published_formulas(model: DiT) -> None:
     batch, sigma = random_batch([7, 1, 12]), torch.tensor([0.01, 3.0, 0.7])
     expected = [
-        written_out(model, tokens, float(level))
+        logits_by_formulas(model, tokens, float(level))
         for tokens, level in zip(batch.unpack(batch.tokens), sigma.double(), strict=True)
     ]
     torch.testing.assert_close(model(batch, sigma).double(), torch.cat(expected), rtol=1e-4, atol=1e-4)
 
 
-def test_order_in_the_pack_does_not_matter() -> None:
+def test_the_order_of_sequences_in_a_pack_does_not_matter() -> None:
     batch, sigma = random_batch([7, 12, 5]), torch.tensor([0.1, 1.0, 4.0])
     parts = batch.unpack(batch.tokens)
     forward = batch.unpack(MODEL(batch, sigma))
-    turned = PackedBatch.pack(parts[::-1])
-    backward = turned.unpack(MODEL(turned, sigma.flip(0)))
-    for mine, theirs in zip(forward, backward[::-1], strict=True):
-        assert torch.allclose(mine, theirs, atol=1e-5)
+    reversed_pack = PackedBatch.pack(parts[::-1])
+    backward = reversed_pack.unpack(MODEL(reversed_pack, sigma.flip(0)))
+    for logits, expected in zip(forward, backward[::-1], strict=True):
+        assert torch.allclose(logits, expected, atol=1e-5)
 
 
-def test_a_new_model_returns_zeros_and_sees_its_inputs_once_trained() -> None:
+def test_a_new_model_returns_zeros_and_a_random_one_depends_on_its_inputs() -> None:
     torch.manual_seed(0)
     fresh = DiT(ModelConfig(**SMALL_MODEL), "sdpa")
     batch = random_batch([7, 12])
     assert torch.equal(fresh(batch, torch.ones(2)), torch.zeros(19, 20))
     out = MODEL(batch, torch.ones(2))
-    assert not torch.allclose(out, MODEL(batch, torch.tensor([1.0, 2.0])))  # sigma
+    assert not torch.allclose(out, MODEL(batch, torch.tensor([1.0, 2.0])))  # sigma changes the logits
     changed = batch.tokens.clone()
     changed[0] = (changed[0] + 1) % 20
     difference = (out - MODEL(batch.with_tokens(changed), torch.ones(2))).abs().amax(-1)
-    assert (difference[:7] > 0).all()  # every token of the first sequence attends to the changed one
-    assert (difference[7:] == 0).all()  # no token of the second does
+    assert (difference[:7] > 0).all()  # every token of the first sequence attends to the changed token
+    assert (difference[7:] == 0).all()  # no token of the second sequence does
 
 
 def test_dropout_acts_in_training_only_and_follows_the_seed() -> None:
@@ -156,22 +162,22 @@ def test_dropout_acts_in_training_only_and_follows_the_seed() -> None:
     assert torch.equal(model.eval()(batch, sigma), model(batch, sigma))
 
 
-def test_tokens_that_are_not_packed_are_refused() -> None:
+def test_tokens_that_are_not_packed_are_rejected() -> None:
     nested = torch.zeros(32, 32, 512, dtype=torch.int64)
-    with refuses(r"one dimension, \(total,\), got shape \(32, 32, 512\)"):
+    with raises_value_error(r"one dimension, \(total,\), got shape \(32, 32, 512\)"):
         MODEL(nested, torch.ones(32))
 
 
-def test_one_sigma_for_each_sequence() -> None:
-    with refuses(r"sigma has shape \(3,\) for 2 sequences"):
+def test_the_number_of_sigmas_must_equal_the_number_of_sequences() -> None:
+    with raises_value_error(r"sigma has shape \(3,\) for 2 sequences"):
         MODEL(random_batch([3, 4]), torch.ones(3))
 
 
-def test_a_tensor_on_another_device_is_refused() -> None:
+def test_a_tensor_on_another_device_is_rejected() -> None:
     batch = random_batch([3, 4])
-    with refuses("tokens is on meta but the model is on cpu"):
+    with raises_value_error("tokens is on meta but the model is on cpu"):
         MODEL(batch.to("meta"), torch.ones(2))
-    with refuses("sigma is on meta but the model is on cpu"):
+    with raises_value_error("sigma is on meta but the model is on cpu"):
         MODEL(batch, torch.ones(2, device="meta"))
 
 
@@ -183,8 +189,8 @@ def test_a_tensor_on_another_device_is_refused() -> None:
         ({"n_blocks": 0}, "n_blocks must be at least 1, got 0"),
     ],
 )
-def test_dimensions_that_do_not_fit_are_refused(dimensions: dict[str, int], message: str) -> None:
-    with refuses(message):
+def test_invalid_model_dimensions_are_rejected(dimensions: dict[str, int], message: str) -> None:
+    with raises_value_error(message):
         make_model(**dimensions)
 
 
@@ -192,9 +198,9 @@ def test_dimensions_that_do_not_fit_are_refused(dimensions: dict[str, int], mess
     ("backend", "dtype"), [("sdpa", torch.float32), ("sdpa", torch.bfloat16), ("torch_varlen", torch.bfloat16)]
 )
 def test_the_whole_model_runs_on_fake_cuda_tensors(backend: str, dtype: torch.dtype) -> None:
-    """Shapes, dtypes and devices of the CUDA path, without a GPU: nothing may be left on the CPU."""
+    """Check shapes, dtypes and devices of the CUDA path without a GPU: every tensor must be on CUDA."""
     with FakeTensorMode(), torch.no_grad():
-        # built on the fake CPU and moved by hand: initialisers, Module.to and autocast want a real CUDA build
+        # build on the fake CPU and move by hand: initialisers, Module.to and autocast need a CUDA build of torch
         model = DiT(ModelConfig(**SMALL_MODEL | {"hidden_size": 64, "dropout": 0.1}), backend)
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
@@ -205,11 +211,11 @@ def test_the_whole_model_runs_on_fake_cuda_tensors(backend: str, dtype: torch.dt
         assert out.device.type == "cuda"
         assert out.dtype == dtype
         assert out.shape == (19, 20)
-        with refuses("tokens is on cpu but the model is on cuda"):
+        with raises_value_error("tokens is on cpu but the model is on cuda"):
             model(random_batch([7, 12]), sigma)
 
 
-def test_a_mixer_whose_weights_the_block_would_not_have_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mixer_with_weights_that_the_block_cannot_register_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     class WithOwnWeight(Attention):
         def __init__(self, config: ModelConfig, backend: str) -> None:
             super().__init__(config, backend)
@@ -225,59 +231,59 @@ def test_a_mixer_whose_weights_the_block_would_not_have_is_refused(monkeypatch: 
             super().__init__(config, backend)
             self.drop = torch.nn.Dropout()
 
-    named = (("own", WithOwnWeight), ("mlp", WithMLP), ("dropout", WithDropout))
-    for name, kind in named:
+    mixers = (("direct", WithOwnWeight), ("mlp", WithMLP), ("dropout", WithDropout))
+    for name, kind in mixers:
         monkeypatch.setitem(MIXERS, name, kind)
-    with pytest.raises(ValueError, match="WithOwnWeight: gain must belong to a module"):
-        DiT(ModelConfig(**SMALL_MODEL, mixer="own"), "sdpa")
-    with pytest.raises(ValueError, match="WithMLP: a block has another part called mlp"):
+    with pytest.raises(ValueError, match="WithOwnWeight: gain must belong to a child module of the mixer"):
+        DiT(ModelConfig(**SMALL_MODEL, mixer="direct"), "sdpa")
+    with pytest.raises(ValueError, match="WithMLP: another part of the block is called mlp"):
         DiT(ModelConfig(**SMALL_MODEL, mixer="mlp"), "sdpa")
     model = DiT(ModelConfig(**SMALL_MODEL, mixer="dropout"), "sdpa").eval()
     assert not any(part.training for block in model.blocks for part in block.mixer.modules())
     assert all(part.training for block in model.train().blocks for part in block.mixer.modules())
 
 
-def test_flops_are_those_that_torch_counts() -> None:
+def test_flops_equal_the_count_of_torch() -> None:
     lengths = [7, 40, 12]
     batch, sigma = random_batch(lengths), torch.ones(3)
-    # the CPU's own attention kernel is not counted
+    # torch does not count the CPU's fused attention kernel
     with FlopCounterMode(display=False) as forward, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         MODEL(batch, sigma)
     assert MODEL.flops(lengths) == forward.get_total_flops()
-    with FlopCounterMode(display=False) as both, sdpa_kernel(SDPBackend.MATH):
+    with FlopCounterMode(display=False) as forward_and_backward, sdpa_kernel(SDPBackend.MATH):
         MODEL(batch, sigma).sum().backward()
     MODEL.zero_grad()
-    # the first layer needs no gradient of its input
-    assert both.get_total_flops() == pytest.approx(3 * MODEL.flops(lengths), rel=0.05)
+    # the first layer's input needs no gradient
+    assert forward_and_backward.get_total_flops() == pytest.approx(3 * MODEL.flops(lengths), rel=0.05)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_checkpointing_changes_memory_and_nothing_else(dropout: float) -> None:
+def test_activation_checkpointing_changes_only_memory(dropout: float) -> None:
     batch, sigma, found = random_batch([7, 40, 12]), torch.rand(3), []
     for checkpointing in (False, True):
         model = make_model(dropout=dropout, checkpointing=checkpointing).train()
-        kept: list[torch.Tensor] = []
+        saved: list[torch.Tensor] = []
         torch.manual_seed(5)
-        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x) or x, lambda x: x):
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x) or x, lambda x: x):
             loss = F.cross_entropy(model(batch, sigma), batch.tokens)
-        found.append((gradients(model, loss), sum(x.numel() for x in kept)))
-    (plain, much), (again, little) = found
-    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
-    assert little < much / 3
+        found.append((gradients(model, loss), sum(x.numel() for x in saved)))
+    (plain, plain_size), (checkpointed, checkpointed_size) = found
+    assert all(torch.equal(a, b) for a, b in zip(plain, checkpointed, strict=True))
+    assert checkpointed_size < plain_size / 3
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=3), st.integers(2, 9), st.integers(-12, 12))
-def test_rms_norm_and_its_gradients_are_torch_s(leading: list[int], width: int, exponent: int) -> None:
+def test_rms_norm_and_its_gradients_equal_torchs(leading: list[int], width: int, exponent: int) -> None:
     generator = torch.Generator().manual_seed(width)
     x, grad = (torch.randn([*leading, width], dtype=torch.float64, generator=generator) for _ in "xg")
     x = (x * 2.0**exponent).requires_grad_()
     norm = RMSNorm(width, eps=0.01).double()
     with torch.no_grad():
         norm.weight.uniform_(-2, 2)
-    theirs = F.rms_norm(x, (width,), norm.weight, 0.01)
-    assert torch.allclose(norm(x), theirs, rtol=1e-12, atol=0)
-    mine = torch.autograd.grad(norm(x), (x, norm.weight), grad)
-    for a, b in zip(mine, torch.autograd.grad(theirs, (x, norm.weight), grad), strict=True):
+    expected = F.rms_norm(x, (width,), norm.weight, 0.01)
+    assert torch.allclose(norm(x), expected, rtol=1e-12, atol=0)
+    gradients_of_norm = torch.autograd.grad(norm(x), (x, norm.weight), grad)
+    for a, b in zip(gradients_of_norm, torch.autograd.grad(expected, (x, norm.weight), grad), strict=True):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-9 * float(b.abs().max()))
 
 
@@ -286,27 +292,29 @@ def test_the_gradient_of_a_modulation_is_the_sum_over_its_tokens() -> None:
     modulation = torch.randn(3, 8, requires_grad=True)
     weight = torch.randn(59, 8)
     parts = modulation.chunk(2, dim=-1)
-    for mine, part in zip(per_token(parts, batch.segment_ids), parts, strict=True):
-        assert torch.equal(mine, part.index_select(0, batch.segment_ids))
-    mine = torch.cat(per_token(parts, batch.segment_ids), dim=-1)
-    (found,) = torch.autograd.grad((mine * weight).sum(), modulation)
+    for values, part in zip(per_token(parts, batch.segment_ids), parts, strict=True):
+        assert torch.equal(values, part.index_select(0, batch.segment_ids))
+    values = torch.cat(per_token(parts, batch.segment_ids), dim=-1)
+    (found,) = torch.autograd.grad((values * weight).sum(), modulation)
     expected = torch.stack([part.sum(0) for part in batch.unpack(weight)])
     assert torch.allclose(found, expected, atol=1e-5)
 
 
-def test_filled_packs_give_the_same_logits_and_gradients() -> None:
+def test_padded_packs_give_the_same_logits_and_gradients() -> None:
     model = make_model(qk_norm=True).train()
     batch, sigma = random_batch([7, 40, 12]), torch.rand(3)
     plain = model(batch, sigma)
     expected = gradients(model, F.cross_entropy(plain, batch.tokens))
     model.pad_packs(StaticShape(128, 8, 40))
-    filled = model(batch, sigma)
-    assert torch.allclose(filled, plain, atol=1e-5)
-    for mine, theirs in zip(gradients(model, F.cross_entropy(filled, batch.tokens)), expected, strict=True):
-        assert torch.allclose(mine, theirs, atol=1e-5)
+    padded = model(batch, sigma)
+    assert torch.allclose(padded, plain, atol=1e-5)
+    for gradient, expected_gradient in zip(
+        gradients(model, F.cross_entropy(padded, batch.tokens)), expected, strict=True
+    ):
+        assert torch.allclose(gradient, expected_gradient, atol=1e-5)
     larger = random_batch([30] * 5)
-    assert model(larger, torch.rand(5)).shape == (150, 20)  # does not fit: computed as it is
-    with refuses("sdpa reads lengths on the host"):
+    assert model(larger, torch.rand(5)).shape == (150, 20)  # does not fit the static shape: computed without padding
+    with raises_value_error("sdpa reads lengths on the host"):
         model.capture(None)
 
 
@@ -318,7 +326,7 @@ def test_without_time_conditioning_sigma_is_ignored() -> None:
 
 
 @pytest.mark.gpu
-def test_cuda_equals_cpu() -> None:
+def test_logits_on_cuda_equal_logits_on_the_cpu() -> None:
     batch, sigma = random_batch([7, 120]), torch.ones(2)
     expected = MODEL(batch, sigma)
     try:
@@ -330,16 +338,16 @@ def test_cuda_equals_cpu() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_graph_of_filled_packs_gives_the_gradients_of_plain_ones(compiled: bool) -> None:
-    """Over two packs of different sizes, so that what accumulates is right too."""
+def test_a_cuda_graph_of_padded_packs_gives_the_gradients_of_unpadded_packs(compiled: bool) -> None:
+    """Two packs of different sizes test the accumulation of gradients too."""
     packs = [random_batch([7, 120]).to("cuda"), random_batch([50, 9, 31]).to("cuda")]
     found = []
-    for fast in (False, True):
+    for use_graph in (False, True):
         model = DiT(ModelConfig(**SMALL_MODEL | {"hidden_size": 64}), "torch_varlen").to("cuda")
         torch.manual_seed(0)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
-        if fast:
+        if use_graph:
             if compiled:
                 model.compile_blocks(dynamic=False)
             model.pad_packs(StaticShape(256, 8, 130))

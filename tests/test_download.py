@@ -1,4 +1,4 @@
-"""scripts/download_uniref50.sh against a server on loopback that breaks off."""
+"""scripts/download_uniref50.sh with a local server that interrupts downloads."""
 
 import contextlib
 import gzip
@@ -34,13 +34,13 @@ METALINK = """<?xml version="1.0" encoding="UTF-8"?>
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves one release. Each answer breaks off after `at_most` bytes of the file."""
+    """Serve one release. Each response ends after at most `at_most` bytes of the file."""
 
     def __init__(self, content: bytes) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.content, self.release, self.md5 = content, "2026_04", hashlib.md5(content).hexdigest()
         self.size, self.at_most, self.ranges, self.pause = len(content), len(content), True, 0.0
-        self.asked: list[str | None] = []
+        self.requested_ranges: list[str | None] = []
 
     @property
     def url(self) -> str:
@@ -56,7 +56,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.answer(200, text.encode(), len(text))
         elif self.path.endswith(f"/{NAME}"):
             wanted = self.headers.get("Range")
-            self.server.asked.append(wanted)
+            self.server.requested_ranges.append(wanted)
             start = int(wanted.removeprefix("bytes=").partition("-")[0]) if wanted and self.server.ranges else 0
             self.answer(206 if start else 200, self.server.content[start:], self.server.at_most, start)
         else:
@@ -72,7 +72,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(body[first : min(first + 5000, at_most)])
             self.wfile.flush()
             time.sleep(self.server.pause if self.path.endswith(NAME) else 0)
-        self.close_connection = True  # with less than was announced: the connection broke
+        self.close_connection = True  # fewer bytes than Content-Length: a broken connection
 
     def log_message(self, format: str, *args: object) -> None: ...
 
@@ -119,14 +119,14 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_download_that_breaks_off_goes_on_where_it_broke(server: Server, tmp_path: Path) -> None:
+def test_an_interrupted_download_is_resumed_where_it_stopped(server: Server, tmp_path: Path) -> None:
     server.at_most = len(server.content) // 3
     code, output, errors = download(server, tmp_path)
     assert code == 0, errors
     assert (tmp_path / "d" / NAME).read_bytes() == server.content
     assert names(tmp_path / "d") == [NAME, f"{NAME}.release"]
     third = server.at_most
-    assert server.asked == [None, f"bytes={third}-", f"bytes={2 * third}-"] + [f"bytes={3 * third}-"] * (
+    assert server.requested_ranges == [None, f"bytes={third}-", f"bytes={2 * third}-"] + [f"bytes={3 * third}-"] * (
         len(server.content) > 3 * third
     )
     record = (tmp_path / "d" / f"{NAME}.release").read_text()
@@ -134,11 +134,12 @@ def test_a_download_that_breaks_off_goes_on_where_it_broke(server: Server, tmp_p
     assert record == expected
     assert f"{NAME}: release 2026_04" in output
     code, output, _ = download(server, tmp_path)
-    assert (code, len(server.asked)) == (0, 3 + (len(server.content) > 3 * third))  # it is there: not asked again
-    assert "is there: release 2026_04" in output
+    # no new request, because the file exists
+    assert (code, len(server.requested_ranges)) == (0, 3 + (len(server.content) > 3 * third))
+    assert "exists already: release 2026_04" in output
 
 
-def test_a_killed_download_goes_on(server: Server, tmp_path: Path) -> None:
+def test_a_killed_download_is_resumed(server: Server, tmp_path: Path) -> None:
     server.pause = 0.02
     process = start(server, tmp_path)
     part = tmp_path / "d" / f"{NAME}.part"
@@ -153,25 +154,25 @@ def test_a_killed_download_goes_on(server: Server, tmp_path: Path) -> None:
     server.pause = 0
     code, output, errors = download(server, tmp_path)
     assert code == 0, errors
-    assert f"{had} of them here" in output
-    assert server.asked == [None, f"bytes={had}-"]
+    assert f"{had} of them downloaded already" in output
+    assert server.requested_ranges == [None, f"bytes={had}-"]
     assert (tmp_path / "d" / NAME).read_bytes() == server.content
 
 
-def test_a_download_killed_while_it_gives_the_names_goes_on(server: Server, tmp_path: Path) -> None:
+def test_a_download_killed_while_it_renames_its_files_is_completed(server: Server, tmp_path: Path) -> None:
     assert download(server, tmp_path)[0] == 0
     folder = tmp_path / "d"
     record = (folder / f"{NAME}.release").read_text()
-    (folder / NAME).rename(folder / f"{NAME}.part")  # the record was copied, the file not yet renamed
+    (folder / NAME).rename(folder / f"{NAME}.part")  # killed after it copied the record, before it renamed the file
     (folder / f"{NAME}.part.release").write_text(record)
     assert download(server, tmp_path)[0] == 0
     assert names(folder) == [NAME, f"{NAME}.release"]
-    (folder / f"{NAME}.part.release").write_text(record)  # everything but the last file
+    (folder / f"{NAME}.part.release").write_text(record)  # killed before it deleted this file
     assert download(server, tmp_path)[0] == 0
-    assert len(server.asked) == 1
+    assert len(server.requested_ranges) == 1
 
 
-def test_a_second_download_into_a_folder_is_refused(server: Server, tmp_path: Path) -> None:
+def test_a_second_download_into_the_same_folder_is_rejected(server: Server, tmp_path: Path) -> None:
     server.pause = 0.05
     process = start(server, tmp_path)
     while not (tmp_path / "d" / f"{NAME}.part").exists():
@@ -185,17 +186,19 @@ def test_a_second_download_into_a_folder_is_refused(server: Server, tmp_path: Pa
     assert process.returncode == 0, errors
 
 
-def test_a_part_of_another_release_is_not_gone_on_with(server: Server, tmp_path: Path) -> None:
+def test_a_partial_file_of_another_release_is_not_continued(server: Server, tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / f"{NAME}.part").write_bytes(server.content[:100])
     (tmp_path / "d" / f"{NAME}.part.release").write_text("release=2026_03\nsize=5\nmd5=0\nurl=x\n")
     code, _, errors = download(server, tmp_path)
     assert code == 1
-    assert f"{NAME}.part is of release 2026_03, the server has release 2026_04; move it away to get that" in errors
+    assert (
+        f"{NAME}.part is of release 2026_03, the server has release 2026_04; move it aside to download that" in errors
+    )
     assert (tmp_path / "d" / f"{NAME}.part").read_bytes() == server.content[:100]
     (tmp_path / "d" / f"{NAME}.part.release").unlink()
-    assert "is there without" in download(server, tmp_path)[2]
-    assert server.asked == []
+    assert f"{NAME}.part.release does not; move" in download(server, tmp_path)[2]
+    assert server.requested_ranges == []
 
 
 def test_a_finished_file_of_another_release_is_kept(server: Server, tmp_path: Path) -> None:
@@ -210,14 +213,14 @@ def test_a_finished_file_of_another_release_is_kept(server: Server, tmp_path: Pa
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"md5": "f" * 32}, "has MD5 [0-9a-f]{32}, release 2026_04 has f{32}; move it away and start again"),
-        ({"size": 1000}, "has [0-9]+ bytes, release 2026_04 has 1000; move it away and start again"),
-        ({"size": 10**9}, "gives no more after byte [0-9]+"),
-        ({"at_most": 0}, "gives no more after byte 0"),
-        ({"ranges": False, "at_most": 90_000}, "cannot be taken up again at byte 90000: the server knows no ranges"),
+        ({"md5": "f" * 32}, "has MD5 [0-9a-f]{32}, release 2026_04 has f{32}; move it aside and start again"),
+        ({"size": 1000}, "has [0-9]+ bytes, release 2026_04 has 1000; move it aside and start again"),
+        ({"size": 10**9}, "sends no data after byte [0-9]+"),
+        ({"at_most": 0}, "sends no data after byte 0"),
+        ({"ranges": False, "at_most": 90_000}, "cannot be resumed at byte 90000: the server does not support ranges"),
     ],
 )
-def test_what_does_not_agree_is_refused(
+def test_a_download_that_differs_from_the_release_is_an_error(
     server: Server, tmp_path: Path, change: dict[str, object], message: str
 ) -> None:
     vars(server).update(change)
@@ -229,12 +232,12 @@ def test_what_does_not_agree_is_refused(
     assert re.search(message, last), last
 
 
-def test_without_a_release_nothing_is_downloaded(server: Server, tmp_path: Path) -> None:
-    server.size = "</size>"  # no XML any more
+def test_nothing_is_downloaded_if_the_release_cannot_be_read(server: Server, tmp_path: Path) -> None:
+    server.size = "</size>"  # makes the metalink invalid XML
     assert "gives no version, size and MD5 of uniref50.fasta.gz" in download(server, tmp_path)[2]
-    assert "one folder at most, got 2" in download(server, tmp_path, "a", "b")[2]
+    assert "expected at most one folder, got 2" in download(server, tmp_path, "a", "b")[2]
     code, output, _ = download(server, tmp_path, "--help")
     assert code == 0
     assert "scripts/download_uniref50.sh [FOLDER]" in output
     assert "UNIREF_WAIT" in output
-    assert server.asked == []
+    assert server.requested_ranges == []

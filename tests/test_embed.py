@@ -35,7 +35,7 @@ LAYERS = 2
 
 @functools.cache
 def network(kind: str) -> tuple:
-    """A model and its score function: `time-free`, or `conditioned` on time."""
+    """Return a `time-free` model, or one `conditioned` on time, and its score function."""
     graph: Graph = Absorbing() if kind == "time-free" else Uniform()
     model = make_model(time_conditioning=kind != "time-free", n_blocks=LAYERS, norm="rms").eval()
     return model, ScoreFn(model, graph, LogLinearNoise(), "x0", kind != "time-free")
@@ -53,7 +53,9 @@ def random_proteins(lengths: list[int], seed: int) -> list[np.ndarray]:
 @pytest.mark.parametrize("kind", ["time-free", "conditioned"])
 @pytest.mark.parametrize("layer", range(LAYERS + 1))
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=5), seed=st.integers(0, 9))
-def test_alone_equals_packed(kind: str, layer: int, lengths: list[int], seed: int) -> None:
+def test_a_protein_has_the_same_embedding_alone_and_in_a_pack(
+    kind: str, layer: int, lengths: list[int], seed: int
+) -> None:
     proteins = random_proteins(lengths, seed)
     run = functools.partial(embed, *network(kind), layer=layer, max_len=25)
     packed = run(proteins)
@@ -75,11 +77,11 @@ def test_the_last_layer_gives_the_logits_and_the_first_is_the_embedding(kind: st
     logits = score_fn.logits(batch, sigma)[1:-1]
     assert torch.allclose(model.head.out(last), logits, atol=1e-6)
     assert torch.equal(first, model.embedding.weight[batch.tokens[1:-1]])
-    shown = sigma if kind == "conditioned" else torch.zeros(1)
-    between = model.hidden_states(batch, shown, 1)
-    assert torch.equal(embed(model, score_fn, [tokens], layer=1, max_len=11)[0], between[1:-1])
-    with pytest.raises(ValueError, match=r"layer 3: this network has 0 \(the embedding\) to 2"):
-        model.hidden_states(batch, shown, 3)
+    network_sigma = sigma if kind == "conditioned" else torch.zeros(1)
+    middle = model.hidden_states(batch, network_sigma, 1)
+    assert torch.equal(embed(model, score_fn, [tokens], layer=1, max_len=11)[0], middle[1:-1])
+    with pytest.raises(ValueError, match=r"layer must be from 0 \(the embedding\) to 2, got 3"):
+        model.hidden_states(batch, network_sigma, 3)
 
 
 @given(residues=st.integers(1, 300), most=st.integers(1, 60))
@@ -102,7 +104,7 @@ def test_windows_cover_a_protein_and_overlap_by_half(residues: int, most: int) -
         assert (28 in cut) == (start + most >= residues)
 
 
-def test_a_long_protein_is_the_mean_over_its_windows() -> None:
+def test_a_long_protein_has_the_mean_over_its_windows() -> None:
     model, score_fn = network("time-free")
     (tokens,) = random_proteins([23], 3)
     (states,) = embed(model, score_fn, [tokens], layer=2, max_len=10)
@@ -115,11 +117,11 @@ def test_a_long_protein_is_the_mean_over_its_windows() -> None:
         hidden = model.hidden_states(batch, torch.zeros(1), 2).detach()
         for i in range(10):
             seen[start + i].append(hidden[len(ends[0]) + i])
-    expected = torch.stack([torch.stack(own).mean(0) for own in seen])
+    expected = torch.stack([torch.stack(states_of_residue).mean(0) for states_of_residue in seen])
     assert torch.allclose(states, expected, atol=1e-5)
 
 
-def test_a_giants_windows_are_computed_a_pack_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_windows_of_a_very_long_protein_are_computed_in_packs(monkeypatch: pytest.MonkeyPatch) -> None:
     (model, score_fn), seen = network("time-free"), list[int]()
     giant, hidden = encoded("MKVLAWGCDE" * 60), model.hidden_states
     whole = embed(model, score_fn, giant, layer=1, max_len=40)
@@ -135,32 +137,36 @@ def test_a_giants_windows_are_computed_a_pack_at_a_time(monkeypatch: pytest.Monk
     assert torch.allclose(whole[0], parts[0], atol=1e-5)
     seen.clear()
     embed(model, score_fn, encoded("MKVLAWGCDE" * 1200), layer=1, max_len=400)
-    assert len(seen) == 2  # 24,000 tokens and no number given
+    assert len(seen) == 2  # 24,000 tokens with the default tokens_per_pack
     assert max(seen) <= 16_384
 
 
-def test_ids_take_their_own_length_in_hdf5(tmp_path: Path) -> None:
-    """And are refused where the format would give each the length of the longest."""
+def test_very_long_ids_fit_in_hdf5_and_are_an_error_in_npz(tmp_path: Path) -> None:
+    """HDF5 stores each id at its length; NPZ stores every id at the length of the longest."""
     ids = ["x" * 300_000, *(f"p{i}" for i in range(2000))]
     assert sum(map(len, ids_column(ids, tmp_path / "x.h5"))) == sum(map(len, ids))
-    with pytest.raises(ValueError, match=r"output=.*x.npz: NPZ keeps all ids .* 300,000 letters \(xxxx.*2.4 GB in all"):
+    with pytest.raises(
+        ValueError, match=r"output=.*x.npz: NPZ stores every id .* 300,000 letters \(xxxx.*2.4 GB in all"
+    ):
         ids_column(ids, tmp_path / "x.npz")
     assert ids_column(ids[1:], tmp_path / "x.npz").tolist() == ids[1:]
 
 
 @pytest.mark.parametrize(("layer", "found"), [(-1, 2), (-3, 0), (0, 0), (2, 2)])
-def test_layers_count_from_both_ends(layer: int, found: int) -> None:
+def test_layers_are_counted_from_either_end(layer: int, found: int) -> None:
     assert resolve_layer(layer, 2) == found
     for wrong in (3, -4):
-        with pytest.raises(ValueError, match=f"layer={wrong}: this model has 0 "):
+        with pytest.raises(ValueError, match=f"layer={wrong}: this model has layers 0 "):
             resolve_layer(wrong, 2)
 
 
 @pytest.mark.slow
-def test_the_command(run_python: Command, store: SequenceStore, tmp_path: Path) -> None:
+def test_the_embed_command_writes_both_formats_on_any_number_of_ranks(
+    run_python: Command, store: SequenceStore, tmp_path: Path
+) -> None:
     train(run_python, store, "small", "trainer.max_steps=2", "trainer.device=cpu", "trainer.precision=fp32")
     sequences = {f"p/{i}": ProteinTokenizer().decode(store[i])[:150] for i in range(12)}
-    sequences["p/200"] = "MKVLA" * 40  # as long as the model was trained on
+    sequences["p/200"] = "MKVLA" * 40  # the longest that the model was trained on
     text = "".join(f">{id_} kept out of the ids\n{sequence.lower()}\n" for id_, sequence in sequences.items())
     (tmp_path / "some.fasta").write_text(text)
     (tmp_path / "long.fasta").write_text(text + f">giant\n{'MKV' * 150}\n")
@@ -219,7 +225,7 @@ def test_the_command(run_python: Command, store: SequenceStore, tmp_path: Path) 
 
     for more, parts_of_error in (
         (["input=long.fasta", "output=x.h5"], ["long.fasta: giant has 450 residues", "at most 200", "long=window"]),
-        (["input=some.fasta", "output=x.csv"], ["output's suffix=.csv", ".h5, .npz"]),
+        (["input=some.fasta", "output=x.csv"], ["output=x.csv: the name must end in .h5 or .npz"]),
         (["input=some.fasta", "output=out/mean.h5"], ["out/mean.h5 exists already"]),
         (["input=some.fasta", "output=x.h5", "pooling=max"], ["pooling=max", "mean, per_residue"]),
         (["input=some.fasta", "output=x.h5", "layer=3"], ["layer=3", "to 2"]),

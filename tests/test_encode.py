@@ -15,7 +15,7 @@ SEQUENCES = st.lists(st.text(AMINO_ACIDS + CONTEXT_LETTERS, min_size=1, max_size
 
 
 def block_of(*bodies: bytes, ids: Sequence[bytes] = ()) -> FastaBlock:
-    """A block as it is cut from the middle of a file."""
+    """Return a block of these records, numbered as in the middle of a file."""
     names = ids or [b"p%d" % i for i in range(len(bodies))]
     records = [b">%s\n%s\n" % (name, body.removesuffix(b"\n")) for name, body in zip(names, bodies, strict=True)]
     file = FastaFile("-")
@@ -24,7 +24,7 @@ def block_of(*bodies: bytes, ids: Sequence[bytes] = ()) -> FastaBlock:
 
 
 @given(SEQUENCES, st.sampled_from([b"\n", b"\r\n", b" \n\t"]), st.sampled_from([b"", b"*", b"*\n"]), st.booleans())
-def test_a_block_is_what_the_tokenizer_makes_of_each(
+def test_a_block_is_encoded_as_the_tokenizer_encodes_each_sequence(
     sequences: list[str], end: bytes, tail: bytes, lower: bool
 ) -> None:
     bodies = []
@@ -38,8 +38,8 @@ def test_a_block_is_what_the_tokenizer_makes_of_each(
     assert encoded.lower_case == (sum(map(len, sequences)) if lower else 0)
 
 
-def test_hashes_are_pinned() -> None:
-    """The split of every id and which sequences are equal follow from these: they must never change."""
+def test_hashes_never_change() -> None:
+    """Splits depend on the hashes of ids, and the search for duplicates on the hashes of sequences."""
     encoded = encode_block(block_of(b"MKV", b"mkv", b"MKVA"))
     assert encoded.id_hashes.tolist() == [xxhash.xxh3_64_intdigest(b"p%d" % i, ID_SEED) for i in range(3)]
     assert encoded.id_hashes[0] == 10300873757441738782
@@ -68,18 +68,18 @@ def test_hashes_are_pinned() -> None:
     ],
 )
 @pytest.mark.parametrize("neighbour", [b"MKV\nA\n", b"mkv\nA*\n"])
-def test_what_is_illegal_is_named_with_file_record_and_line(body: bytes, message: str, neighbour: bytes) -> None:
+def test_errors_name_the_file_record_and_line_of_a_bad_sequence(body: bytes, message: str, neighbour: bytes) -> None:
     with pytest.raises(ValueError, match=rf"^a\.fasta: record 12 \(p1\), line 10[45].*: {message}"):
         encode_block(block_of(neighbour, body, neighbour))
 
 
 @pytest.mark.parametrize("empty", [b"", b" \n", b"*"])
-def test_the_first_bad_record_of_a_block_is_named(empty: bytes) -> None:
+def test_the_error_names_the_first_bad_record_of_a_block(empty: bytes) -> None:
     with pytest.raises(ValueError, match=r"record 11 \(p0\), line 101: no residues"):
         encode_block(block_of(empty, b"M1", b"MKV"))
 
 
-def test_the_line_is_that_of_the_residue(tmp_path: Path) -> None:
+def test_the_error_names_the_line_of_the_illegal_character(tmp_path: Path) -> None:
     (tmp_path / "a.fasta").write_bytes(b"\n>a x\nMKV\n>b y\r\nMKVA\r\n\r\nMK?\r\n")
     blocks = FastaFile(tmp_path / "a.fasta").blocks()
     with pytest.raises(ValueError, match=r"record 2 \(b\), line 7: illegal character '\?' at position 7 of 7"):
@@ -88,7 +88,7 @@ def test_the_line_is_that_of_the_residue(tmp_path: Path) -> None:
 
 @given(st.lists(st.text("ACGTUNacgtunKW", min_size=1, max_size=150), min_size=1, max_size=9))
 def test_dna_and_rna_are_counted(sequences: list[str]) -> None:
-    """By nine in ten of the first hundred letters, of 20 at least."""
+    """A sequence counts if at least 90% of its first 100 letters are nucleotides, and it has at least 20 letters."""
     expected = 0
     for sequence in sequences:
         start = sequence.upper()[:100]
@@ -96,5 +96,5 @@ def test_dna_and_rna_are_counted(sequences: list[str]) -> None:
     assert encode_block(block_of(*(sequence.encode() for sequence in sequences))).nucleotides == expected
 
 
-def test_proteins_are_no_dna(proteins: list[FastaRecord]) -> None:
+def test_proteins_are_not_counted_as_dna(proteins: list[FastaRecord]) -> None:
     assert encode_block(block_of(*(record.sequence.encode() for record in proteins))).nucleotides == 0

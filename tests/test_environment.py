@@ -16,7 +16,7 @@ from protlig_dd.system.distributed import Processes, join_group
 from protlig_dd.system.random import keyed_generator, random_key
 
 
-def test_auto_is_what_this_machine_has() -> None:
+def test_device_auto_is_cuda_if_available_otherwise_the_cpu() -> None:
     expected = "cuda:0" if torch.cuda.is_available() else "cpu"
     assert str(resolve_device("auto")) == expected
     assert str(resolve_device("cpu")) == "cpu"
@@ -29,7 +29,7 @@ def test_auto_is_what_this_machine_has() -> None:
         ("cuda:1", r"device=cuda:1, but CUDA is not available"),
         ("mps", r"device=mps, but MPS is not available"),
         ("gpu", "device=gpu: not a device"),
-        ("meta", "use auto, cpu, cuda, cuda:N or mps"),
+        ("meta", "device=meta: choose from auto, cpu, cuda, cuda:N, mps"),
     ],
 )
 def test_explicit_devices_must_exist(name: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,8 +38,8 @@ def test_explicit_devices_must_exist(name: str, message: str, monkeypatch: pytes
         resolve_device(name)
 
 
-def test_one_process_computes_on_its_own_gpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA graphs are captured on the current device, whatever the tensors' is."""
+def test_a_single_process_sets_its_current_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA graphs are captured on the current device, even if the tensors are on another one."""
     chosen: list[torch.device] = []
     monkeypatch.setattr("torch.cuda.set_device", chosen.append)
     join_group(Processes(0, 1, 0), torch.device("cuda:1"), 1, None)
@@ -47,7 +47,9 @@ def test_one_process_computes_on_its_own_gpu_too(monkeypatch: pytest.MonkeyPatch
     assert chosen == [torch.device("cuda:1")]
 
 
-def test_on_a_gpu_machine_that_cannot_compile_the_run_is_eager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_auto_is_false_on_a_gpu_machine_that_cannot_compile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cuda = torch.device("cuda:0")
     compiler = tmp_path / "bin/gcc"
     compiler.parent.mkdir()
@@ -70,30 +72,32 @@ def test_on_a_gpu_machine_that_cannot_compile_the_run_is_eager(tmp_path: Path, m
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_peak_is_measured_for_the_precision(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # until 0 + 5 + 0.1; the products take 0.1 s (the first, which does not count), 1 s, 2 s, 0.5 s
+def test_the_peak_is_that_of_the_fastest_product_after_the_first(
+    precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the deadline is at 0 + 5 + 0.1 s; the products take 0.1 s (the first, which does not count), 1 s, 2 s and 0.5 s
     ticks = iter([0.0, 0.0, 0.1, 1.0, 2.0, 2.0, 4.0, 4.0, 5.0, 5.5, 9.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(ticks))
     assert matmul_peak(torch.device("cpu"), precision, seconds=5.0, size=64) == 2 * 64**3 / 0.5
 
 
-def test_a_checkout_on_a_machine_without_git_is_described_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_git_the_recorded_commit_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert describe_environment(torch.device("cpu"))["git_commit"] is None
 
 
-def test_a_gpu_beyond_the_last_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_does_not_exist_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert str(resolve_device("cuda", local_rank=1)) == "cuda:1"
-    with pytest.raises(ValueError, match="device=cuda:2: GPU 2 of 2"):
+    with pytest.raises(ValueError, match="device=cuda:2: GPU 2 does not exist; 2 GPUs are visible"):
         resolve_device("cuda:2")
 
 
 @pytest.mark.parametrize(
     ("capabilities", "expected"), [({"amx_bf16": True}, "bf16"), ({"avx512_bf16": True}, "bf16"), ({}, "fp32")]
 )
-def test_bf16_is_taken_where_the_cpu_computes_in_it(
+def test_precision_auto_is_bf16_on_cpus_that_compute_in_it(
     capabilities: dict[str, bool], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: capabilities)
@@ -103,13 +107,13 @@ def test_bf16_is_taken_where_the_cpu_computes_in_it(
         resolve_precision("fp8", torch.device("cpu"))
 
 
-def test_the_environment_record_names_versions() -> None:
+def test_the_environment_record_has_versions_and_threads() -> None:
     record = describe_environment(torch.device("cpu"))
     assert record["versions"]["torch"] == torch.__version__
     assert record["threads"] >= 1
 
 
-def test_keys_differ_in_every_part() -> None:
+def test_random_keys_depend_on_seed_purpose_and_index() -> None:
     keys = {random_key(seed, purpose, index) for seed in (0, 1) for purpose in ("a", "b") for index in range(50)}
     assert len(keys) == 200
     first, second = (keyed_generator(1, "noise", 7, torch.device("cpu")) for _ in range(2))

@@ -1,4 +1,4 @@
-"""`python -m protlig_dd.evaluate`: its figures against sums made by hand, and the ways to give it proteins."""
+"""`python -m protlig_dd.evaluate`: its figures, compared with sums computed here, and its kinds of input."""
 
 import csv
 import json
@@ -28,12 +28,12 @@ from protlig_dd.diffusion.likelihood import nll_bound, protein_draws
 from protlig_dd.diffusion.noise import GeometricNoise, LogLinearNoise, Noise
 from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.evaluation.likelihood import leaks
-from protlig_dd.evaluation.likelihood.baselines import find_baselines, fit_baselines
+from protlig_dd.evaluation.likelihood.baselines import find_baseline_stores, fit_baselines
 from protlig_dd.evaluation.likelihood.scoring import Scored, score, summary
 from protlig_dd.evaluation.likelihood.tables import NAMES, letter_csv
-from protlig_dd.evaluation.likelihood.trained_on import all_sources
+from protlig_dd.evaluation.likelihood.trained_on import all_training_data
 from protlig_dd.inference.model import load_trained, run_folder
-from protlig_dd.system.random import places_of_set, protein_keys
+from protlig_dd.system.random import protein_keys, stratified_positions
 from protlig_dd.tokenizer import BOS, EOS, N_STATES, ProteinTokenizer
 
 from . import brute_force
@@ -49,7 +49,7 @@ from .conftest import (
 encode = ProteinTokenizer().encode
 
 
-def test_the_bigram_model_is_its_counts() -> None:
+def test_the_bigram_model_is_its_smoothed_counts() -> None:
     baselines = fit_baselines([encode("ACAC"), encode("AXC")])
     assert baselines.sequences == 2
     a, c = 0, 1
@@ -65,18 +65,18 @@ def test_the_bigram_model_is_its_counts() -> None:
 
 
 @given(st.lists(st.text("ACDEFGHIKLMNPQRSTVWYX", min_size=1, max_size=30), min_size=1, max_size=5))
-def test_a_baselines_nats_are_summed_position_by_position(sequences: list[str]) -> None:
+def test_the_nats_of_a_baseline_are_its_log_probabilities_at_each_position(sequences: list[str]) -> None:
     tokens = [encode(sequence) for sequence in sequences]
     baselines = fit_baselines(tokens)
-    for one in tokens:
-        unigram, bigram = baselines.nats(one)
-        for i, token in enumerate(one):
+    for ids in tokens:
+        unigram, bigram = baselines.nats(ids)
+        for i, token in enumerate(ids):
             inside = token < N_STATES
             assert unigram[i] == (-baselines.unigram[token] if inside else 0)
-            assert bigram[i] == (-baselines.bigram[one[i - 1], token] if inside else 0)
+            assert bigram[i] == (-baselines.bigram[ids[i - 1], token] if inside else 0)
 
 
-def test_what_each_token_adds_sums_up_to_the_bound() -> None:
+def test_the_nats_of_the_tokens_sum_to_the_bound() -> None:
     batch = random_batch([5, 9, 2])
     score_fn = ScoreFn(make_model(), Absorbing(), LogLinearNoise(), "x0")
     for estimator in ("integral", "exact_count"):
@@ -85,40 +85,40 @@ def test_what_each_token_adds_sums_up_to_the_bound() -> None:
         assert sums == pytest.approx(bound.nats.tolist())
 
 
-def test_masked_cross_entropy_is_that_of_masks_made_by_hand() -> None:
-    """With a network whose logits at a token depend on that token's place alone, every mask costs the same."""
+def test_masked_cross_entropy_is_the_sum_over_masked_residues() -> None:
+    """The logits depend on the position only, so a masked residue has the same cost whatever else is masked."""
     tokens = torch.tensor([BOS, 3, 21, 5, 7, 0, 11, 2, EOS])
     batch, table = (
         PackedBatch.pack([tokens, tokens[:5]]),
         torch.randn(30, 20, generator=torch.Generator().manual_seed(1)),
     )
-    seen: list[torch.Tensor] = []
+    noised_packs: list[torch.Tensor] = []
 
     def network(noised: PackedBatch, sigma: torch.Tensor) -> torch.Tensor:
-        seen.append(noised.tokens)
+        noised_packs.append(noised.tokens)
         return table[noised.positions]
 
     score_fn = ScoreFn(network, Absorbing(), LogLinearNoise(), "x0")
     nats, masked = masked_cross_entropy(
-        score_fn, batch, share=0.3, draws=40, generator=torch.Generator().manual_seed(0)
+        score_fn, batch, fraction=0.3, draws=40, generator=torch.Generator().manual_seed(0)
     )
     assert masked.tolist() == [40 * 2, 40 * 1]  # round(0.3 * 6), round(0.3 * 3)
-    times = sum((one == 20).double() for one in seen)
+    times = sum((pack == 20).double() for pack in noised_packs)
     assert not times[(batch.tokens >= 20)].any()
     assert (times[batch.tokens < 20] > 0).all()
     cost = F.cross_entropy(table[batch.positions], batch.tokens.clamp(max=19), reduction="none").double()
     torch.testing.assert_close(nats, times * cost)
 
 
-def test_pooled_nats_are_those_of_the_masks_that_were_drawn() -> None:
-    """EvoDiff's figure is sum / sum over the masked, without the bound's L / k (analysis/sequence_perp.py there)."""
+def test_pooled_nats_are_the_weighted_sum_over_masked_residues() -> None:
+    """EvoDiff divides the nats of all masked residues by their number, without L / k (analysis/sequence_perp.py)."""
     tokens = torch.tensor([BOS, 3, 21, 5, 7, 0, 11, 2, EOS])
     batch = PackedBatch.pack([tokens, tokens[:5]])
     table = torch.randn(30, 20, generator=torch.Generator().manual_seed(1))
-    seen: list[torch.Tensor] = []
+    noised_packs: list[torch.Tensor] = []
 
     def network(noised: PackedBatch, sigma: torch.Tensor) -> torch.Tensor:
-        seen.append(noised.tokens)
+        noised_packs.append(noised.tokens)
         return table[noised.positions]
 
     bound = nll_bound(
@@ -128,17 +128,19 @@ def test_pooled_nats_are_those_of_the_masks_that_were_drawn() -> None:
         estimator="exact_count",
         generator=torch.Generator().manual_seed(0),
     )
-    # two draws of each third, which end at a ninth, four ninths and nine, each counted by its width
-    times = sum(width / 18 * (one == 20).double() for width, one in zip((1, 1, 3, 3, 5, 5), seen, strict=True))
+    # two draws in each of three strata, which end at 1/9, 4/9 and 9/9; a draw is weighted by the width of its stratum
+    times = sum(
+        width / 18 * (pack == 20).double() for width, pack in zip((1, 1, 3, 3, 5, 5), noised_packs, strict=True)
+    )
     cost = F.cross_entropy(table[batch.positions], batch.tokens.clamp(max=19), reduction="none").double()
     sums = [[float(part.sum()) for part in values.split(list(batch.lengths))] for values in (times * cost, times)]
     assert bound.pooled_nats.tolist() == pytest.approx(sums[0])
     assert bound.pooled.tolist() == pytest.approx(sums[1])
-    assert [int((one[: len(tokens)] == 20).sum()) for one in seen[:2]] == [1, 1]
+    assert [int((pack[: len(tokens)] == 20).sum()) for pack in noised_packs[:2]] == [1, 1]
 
 
-def test_pooled_nats_of_a_model_that_can_be_enumerated() -> None:
-    """Two sites: of one given the other, or both, each by itself, the average."""
+def test_pooled_nats_equal_those_of_an_enumerated_model() -> None:
+    """Of two sites, a draw masks either one (scored given the other) or both (each scored by itself)."""
     toy, x0, copies = brute_force.random_toy("absorbing", n=3, sites=2), (2, 1), 400
     batch = PackedBatch.pack([torch.tensor(x0)] * copies)
     bound = nll_bound(
@@ -146,20 +148,22 @@ def test_pooled_nats_of_a_model_that_can_be_enumerated() -> None:
     )
     assert set(bound.pooled.tolist()) == {1, 1.5, 2}
     assert float(bound.pooled.mean()) == pytest.approx(1.5, abs=0.01)
-    joint, marginal = toy.p0[x0].log(), [toy.p0.sum(1)[x0[0]].log(), toy.p0.sum(0)[x0[1]].log()]
-    one = sum(float(given - joint) for given in marginal) / 2
-    expected = (one - float(sum(marginal))) / 2
+    joint, marginals = toy.p0[x0].log(), [toy.p0.sum(1)[x0[0]].log(), toy.p0.sum(0)[x0[1]].log()]
+    one_masked = sum(float(log_p - joint) for log_p in marginals) / 2
+    expected = (one_masked - float(sum(marginals))) / 2
     error = float(bound.pooled_nats.std()) / copies**0.5
     assert abs(float(bound.pooled_nats.mean()) - expected) < 4 * error < 0.2
 
 
-def test_a_crop_is_the_first_residues_without_an_end() -> None:
+def test_a_crop_has_the_first_residues_and_no_eos() -> None:
     assert ProteinTokenizer().decode(window(encode("ACDEF"), 0, 3)) == "ACD"
     assert window(encode("ACDEF"), 0, 3).tolist()[-1] == 2
     assert window(encode("ACDEF"), 0, 5).tolist() == encode("ACDEF").tolist()
 
 
-def test_a_checkpoints_run_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_run_of_a_checkpoint_is_found_from_any_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoint = tmp_path / "runs/demo/checkpoints/step_00000030"
     checkpoint.mkdir(parents=True)
     for folder, path in ((checkpoint, "."), (checkpoint.parent, checkpoint.name), (tmp_path, checkpoint)):
@@ -169,7 +173,7 @@ def test_a_checkpoints_run_is_found_from_any_folder(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("conditioned", [True, False])
-def test_only_of_a_time_conditioned_model_the_order_agnostic_bound_is_another_one(
+def test_the_order_agnostic_bound_differs_only_for_a_time_conditioned_model(
     conditioned: bool, trained_run: Path, store: SequenceStore
 ) -> None:
     trained = load_trained(str(trained_run), device="cpu", precision="fp32")
@@ -194,20 +198,20 @@ def test_only_of_a_time_conditioned_model_the_order_agnostic_bound_is_another_on
     )
     sequences = [store[row] for row in store.split("test")[:3]]
     scored = score(trained, sequences, config, None)
-    batch = PackedBatch.pack([torch.from_numpy(one.astype(np.int64)) for one in sequences])
+    batch = PackedBatch.pack([torch.from_numpy(tokens.astype(np.int64)) for tokens in sequences])
     keys = protein_keys(sequences)
-    generator = protein_draws(keys, places_of_set(keys, 2, 3), 3)
+    generator = protein_draws(keys, stratified_positions(keys, 2, 3), 3)
     found = None
     for name, estimator in (("bound", "integral"), ("oadm", "exact_count"))[0 if conditioned else 1 :]:
         found = nll_bound(trained.score_fn, batch, generator=generator, draws=2, estimator=estimator)
-        assert [one.nats[name] for one in scored] == pytest.approx(found.nats.tolist())
-    assert [one.nats["evodiff"] for one in scored] == pytest.approx(found.pooled_nats.tolist())
+        assert [protein.nats[name] for protein in scored] == pytest.approx(found.nats.tolist())
+    assert [protein.nats["evodiff"] for protein in scored] == pytest.approx(found.pooled_nats.tolist())
     assert found is not None
     figures = summary(scored)
     if conditioned:
         assert abs(figures["bound"] - figures["oadm"]) > 0.01
     else:
-        assert [one.nats["bound"] for one in scored] == pytest.approx(found.nats.tolist())
+        assert [protein.nats["bound"] for protein in scored] == pytest.approx(found.nats.tolist())
     assert figures["evodiff"] == pytest.approx(float(found.pooled_nats.sum() / found.pooled.sum()))
 
 
@@ -219,55 +223,55 @@ def test_only_of_a_time_conditioned_model_the_order_agnostic_bound_is_another_on
         (Uniform(), GeometricNoise(sigma_max=7.0), "integral"),
     ],
 )
-def test_what_a_protein_draws_follows_from_the_set(graph: Graph, noise: Noise, estimator: str) -> None:
-    """In one pack, in packs of one, in another order: the same masks and times, so that bounds differ by rounding."""
+def test_the_draws_of_a_protein_depend_only_on_the_set_and_the_seed(graph: Graph, noise: Noise, estimator: str) -> None:
+    """Its masks and times are the same in one pack, in packs of one and in any order; bounds differ by rounding."""
     score_fn = ScoreFn(make_model(), graph, noise, "x0", time_conditioning=True)
     proteins = [random_batch([length], seed=length).tokens for length in (9, 30, 4)]
 
     def bounds(order: list[int], at_once: int, seed: int = 7) -> list[float]:
-        some = [proteins[i] for i in order]
-        keys = protein_keys(one.numpy() for one in some)
-        places, found = places_of_set(keys, 3, seed), {}
+        ordered = [proteins[i] for i in order]
+        keys = protein_keys(tokens.numpy() for tokens in ordered)
+        positions, found = stratified_positions(keys, 3, seed), {}
         for first in range(0, 3, at_once):
-            these = slice(first, first + at_once)
+            in_pack = slice(first, first + at_once)
             bound = nll_bound(
                 score_fn,
-                PackedBatch.pack(some[these]),
+                PackedBatch.pack(ordered[in_pack]),
                 draws=3,
                 estimator=estimator,
-                generator=protein_draws(keys[these], places[:, these], seed),
+                generator=protein_draws(keys[in_pack], positions[:, in_pack], seed),
             )
-            found.update(zip(order[these], bound.nats.tolist(), strict=True))
+            found.update(zip(order[in_pack], bound.nats.tolist(), strict=True))
         return [found[i] for i in range(3)]
 
     together = bounds([0, 1, 2], 3)
     assert bounds([0, 1, 2], 1) == pytest.approx(together, rel=1e-4)
     assert bounds([2, 0, 1], 2) == pytest.approx(together, rel=1e-4)
     assert bounds([0, 1, 2], 3, seed=8) != pytest.approx(together, rel=1e-3)
-    keys = protein_keys(one.numpy() for one in proteins)
-    first, other = (protein_draws(keys, places_of_set(keys, 3, 7), seed).generators for seed in (7, 8))
-    assert len({one.initial_seed() for one in (*first, *other)}) == 6
+    keys = protein_keys(tokens.numpy() for tokens in proteins)
+    first, other = (protein_draws(keys, stratified_positions(keys, 3, 7), seed).generators for seed in (7, 8))
+    assert len({generator.initial_seed() for generator in (*first, *other)}) == 6
 
 
-def test_the_places_of_a_set_are_stratified_over_it() -> None:
+def test_the_positions_of_the_draws_are_stratified_over_the_set() -> None:
     keys = protein_keys([np.array([i % 20, i // 20]) for i in range(60)])
-    places = places_of_set(keys, 3, seed=0)
-    assert places.shape == (3, 60)
-    for draw in places:
+    positions = stratified_positions(keys, 3, seed=0)
+    assert positions.shape == (3, 60)
+    for draw in positions:
         assert sorted((60 * draw).long().tolist()) == list(range(60))
-    assert not torch.equal(places[0], places[1])
+    assert not torch.equal(positions[0], positions[1])
     twins = protein_keys([np.array([3, 4]), np.array([5]), np.array([3, 4])])
-    assert len(set(twins.tolist())) == 3  # equal proteins have draws of their own
+    assert len(set(twins.tolist())) == 3  # equal proteins have different draws
     assert protein_keys([np.array([5]), np.array([3, 4]), np.array([3, 4])]).tolist() == twins[[1, 0, 2]].tolist()
     order = np.random.default_rng(0).permutation(60)
-    torch.testing.assert_close(places_of_set(keys[order], 3, seed=0), places[:, order])
-    assert not torch.equal(places_of_set(keys, 3, seed=1), places)
+    torch.testing.assert_close(stratified_positions(keys[order], 3, seed=0), positions[:, order])
+    assert not torch.equal(stratified_positions(keys, 3, seed=1), positions)
 
 
-def test_the_page_and_evaluate_have_one_figure(
+def test_evaluate_and_the_report_page_have_the_same_figures(
     trained_run: Path, store: SequenceStore, tmp_path: Path, run_python: Command
 ) -> None:
-    """The run's packs hold 1,200 tokens, these 5,000."""
+    """The run used packs of 1,200 tokens, this evaluation uses 5,000."""
     command = [
         "-m",
         "protlig_dd.evaluate",
@@ -282,9 +286,9 @@ def test_the_page_and_evaluate_have_one_figure(
     done = run_python(*command, "output=out")
     assert done.returncode == 0, done.stderr
     found, page = (json.loads(file.read_text()) for file in (tmp_path / "out/report.json", trained_run / "report.json"))
-    for name, there in (("bound", "nll"), ("unigram", "unigram_nll"), ("bound_to_unigram", "difference")):
-        assert found[name] == pytest.approx(page[there], abs=2e-6)
-        assert found[f"{name}_se"] == pytest.approx(page[f"{there}_se"], abs=2e-6)
+    for name, page_name in (("bound", "nll"), ("unigram", "unigram_nll"), ("bound_to_unigram", "difference")):
+        assert found[name] == pytest.approx(page[page_name], abs=2e-6)
+        assert found[f"{name}_se"] == pytest.approx(page[f"{page_name}_se"], abs=2e-6)
 
 
 def test_two_models_are_compared_protein_by_protein(
@@ -303,49 +307,53 @@ def test_two_models_are_compared_protein_by_protein(
     done = run_python(*command, f"compare={start}", "output=out")
     assert done.returncode == 0, done.stderr
     assert (
-        f"none of 20 proteins is an exact copy of one that trained this model ({store.path}) or the model compared"
-        f" with ({store.path})" in done.stdout
+        f"none of 20 proteins is an exact copy of a training protein of this model ({store.path}) or the model"
+        f" compared with ({store.path})" in done.stdout
     )
     report, table = json.loads((tmp_path / "out/report.json").read_text()), (tmp_path / "out/report.md").read_text()
     rows = list(csv.DictReader((tmp_path / "out/per_sequence.csv").read_text().splitlines()))
-    own, other, residues = (
+    nats, compared_nats, residues = (
         np.array([float(row[key]) for row in rows]) for key in ("bound_nats", "compared_nats", "residues")
     )
     assert report["compared_with"] == {"run": "small", "step": 20, "checkpoint": str(start), "estimator": "exact_count"}
-    for name, nats in (("compared", other), ("bound_to_compared", own - other)):
-        wanted = ratio_and_error(nats, residues)
-        assert (report[name], report[f"{name}_se"]) == pytest.approx(wanted, abs=1e-6)
-    difference, error = ratio_and_error(own - other, residues)
-    assert difference < 0  # of 40 steps and of 20
-    line = f"small, step 40, minus small, step 20 ({start}), paired: {difference:+.4f} ± {error:.4f} nats/residue"
+    for name, values in (("compared", compared_nats), ("bound_to_compared", nats - compared_nats)):
+        expected = ratio_and_error(values, residues)
+        assert (report[name], report[f"{name}_se"]) == pytest.approx(expected, abs=1e-6)
+    difference, error = ratio_and_error(nats - compared_nats, residues)
+    assert difference < 0  # 40 steps against 20
+    models = f"small, step 40, minus small, step 20 ({start})"
+    line = f"{models}, paired difference: {difference:+.4f} ± {error:.4f} nats/residue"
     assert line in table
-    assert f"of 360 training proteins of {store.path}." in table
-    assert error < ratio_and_error(own, residues)[1]
+    assert f"were fitted to 360 training proteins of {store.path}." in table
+    assert error < ratio_and_error(nats, residues)[1]
     alone = run_python(*command, "output=alone", f"from={start}")
     assert alone.returncode == 0, alone.stderr
-    same = csv.DictReader((tmp_path / "alone/per_sequence.csv").read_text().splitlines())
-    assert [float(row["bound_nats"]) for row in same] == pytest.approx(other.tolist(), abs=1e-4)
+    alone_rows = csv.DictReader((tmp_path / "alone/per_sequence.csv").read_text().splitlines())
+    assert [float(row["bound_nats"]) for row in alone_rows] == pytest.approx(compared_nats.tolist(), abs=1e-4)
 
 
-def test_a_letter_that_one_protein_has_costs_no_known_error() -> None:
+def test_a_letter_that_only_one_protein_contains_has_no_standard_error() -> None:
     def scored(sequence: str, nats: float) -> Scored:
         counts = np.bincount(encode(sequence)[1:-1], minlength=N_STATES)
         return Scored(len(sequence), {}, 0.0, {}, counts, {"bound": counts * nats})
 
     rows = list(csv.DictReader(letter_csv([scored("AAW", 2.0), scored("AC", 3.0), scored("CCC", 2.5)]).splitlines()))
     assert [(row["amino_acid"], row["residues"], row["bound_se"] == "nan") for row in rows] == [
-        ("A", "3", False), ("C", "4", False), ("W", "1", True)]  # fmt: skip
+        ("A", "3", False),
+        ("C", "4", False),
+        ("W", "1", True),
+    ]
 
 
 def ratio_and_error(nats: np.ndarray, count: np.ndarray) -> tuple[float, float]:
-    """Total over total, and the usual standard error of such a ratio over proteins."""
+    """Return the ratio of the totals, and its standard error over proteins."""
     n, ratio = len(nats), nats.sum() / count.sum()
     residuals = nats - ratio * count
     return ratio, math.sqrt((residuals**2).sum() * n / (n - 1)) / count.sum()
 
 
 @pytest.mark.slow
-def test_the_folder_holds_what_the_parts_sum_up_to(
+def test_the_output_folder_agrees_with_sums_over_proteins(
     trained_run: Path, store: SequenceStore, tmp_path: Path, run_python: Command
 ) -> None:
     command = [
@@ -374,7 +382,7 @@ def test_the_folder_holds_what_the_parts_sum_up_to(
         (line,) = [line for line in table.splitlines() if line.startswith(f"| {NAMES[name]} |")]
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         assert cells[1] == f"{mean:.4f} ± {error:.4f}"
-        assert cells[2] == f"{math.exp(mean):.3f} ± {math.exp(mean) * error:.3f}"  # as errors pass through exp
+        assert cells[2] == f"{math.exp(mean):.3f} ± {math.exp(mean) * error:.3f}"  # error propagation through exp
         assert (cells[3] != "") is (name in ("bound", "bigram"))
         if cells[3]:
             unigram = np.array([float(row["unigram_nats"]) for row in rows])
@@ -386,19 +394,19 @@ def test_the_folder_holds_what_the_parts_sum_up_to(
     assert 2.5 < report["evodiff"] < 3.2
     assert (report["baseline_store"], report["baseline_sequences"]) == (str(store.path), 360)
     for part in ("by_length", "by_amino_acid"):
-        some = list(csv.DictReader((tmp_path / f"out/{part}.csv").read_text().splitlines()))
-        counts = np.array([int(row["residues"]) for row in some])
+        part_rows = list(csv.DictReader((tmp_path / f"out/{part}.csv").read_text().splitlines()))
+        counts = np.array([int(row["residues"]) for row in part_rows])
         assert counts.sum() == report["residues"]
         for name in ("bound", "unigram", "bigram"):
-            total = sum(float(row[name]) * n for row, n in zip(some, counts, strict=True))
+            total = sum(float(row[name]) * n for row, n in zip(part_rows, counts, strict=True))
             assert total / counts.sum() == pytest.approx(report[name], abs=1e-4)
     for row in csv.DictReader((tmp_path / "out/by_length.csv").read_text().splitlines()):
         inside = (residues >= int(row["from"])) & (residues <= float(row["to"] or math.inf))
         assert (int(row["sequences"]), int(row["residues"])) == (inside.sum(), residues[inside].sum())
         if inside.sum() > 1:
-            nats = np.array([float(one["bound_nats"]) for one in rows])[inside]
-            wanted = ratio_and_error(nats, residues[inside])
-            assert (float(row["bound"]), float(row["bound_se"])) == pytest.approx(wanted, abs=1e-4)
+            nats = np.array([float(protein["bound_nats"]) for protein in rows])[inside]
+            expected = ratio_and_error(nats, residues[inside])
+            assert (float(row["bound"]), float(row["bound_se"])) == pytest.approx(expected, abs=1e-4)
     assert table in done.stdout
     again = run_python(*command, f"input={store.path}", "output=out")
     assert_one_line_error(again, "out exists already")
@@ -409,7 +417,7 @@ def test_the_folder_holds_what_the_parts_sum_up_to(
     assert (tmp_path / "ranks/per_sequence.csv").read_text() == (tmp_path / "out/per_sequence.csv").read_text()
 
 
-def test_fasta_is_compared_with_the_runs_own_training_set(
+def test_baselines_of_fasta_input_come_from_the_runs_training_set(
     trained_run: Path, store: SequenceStore, tmp_path: Path, run_python: Command
 ) -> None:
     decode = ProteinTokenizer().decode
@@ -433,14 +441,14 @@ def test_fasta_is_compared_with_the_runs_own_training_set(
     bare = run_python(*command[:2], "from=small", *command[3:], "output=bare")
     assert bare.returncode == 0, bare.stderr
     assert "training set was not found: give train=store.h5 for unigram and bigram models" in bare.stdout
-    there = json.loads((tmp_path / "bare/report.json").read_text())
-    assert (there["bound"], there["baseline_sequences"]) == (report["bound"], None)
+    bare_report = json.loads((tmp_path / "bare/report.json").read_text())
+    assert (bare_report["bound"], bare_report["baseline_sequences"]) == (report["bound"], None)
     few = run_python(*command, "output=few", "max_sequences=2")
     assert few.returncode == 0, few.stderr
     assert json.loads((tmp_path / "few/report.json").read_text())["sequences"] == 2
 
 
-def test_baselines_are_those_of_what_the_model_was_trained_on(
+def test_baselines_are_fitted_to_the_training_set_of_the_model(
     trained_run: Path,
     store: SequenceStore,
     proteins: list[FastaRecord],
@@ -448,7 +456,7 @@ def test_baselines_are_those_of_what_the_model_was_trained_on(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """From any folder, and never of a store that only has its name."""
+    """The store is found from any working folder. Another store with the same path is not used."""
     here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
     others = {}
     for i, split in enumerate(SPLITS):
@@ -460,54 +468,55 @@ def test_baselines_are_those_of_what_the_model_was_trained_on(
     (run / "environment.json").write_text(json.dumps(record | {"data_path": "data/my.h5"}))
     trained = load_trained(str(run), device="cpu", precision="fp32")
     monkeypatch.chdir(elsewhere)
-    assert find_baselines(None, None, trained) is None  # ./data/my.h5 is another one
+    assert find_baseline_stores(None, None, trained) is None  # ./data/my.h5 is another store
     assert "training set was not found" in capsys.readouterr().out
-    assert find_baselines(None, other, trained) is None
+    assert find_baseline_stores(None, other, trained) is None
     (here / "data").mkdir()
     shutil.copy(store.path, here / "data/my.h5")
     for path in (run, run / "checkpoints/step_00000040"):
-        for some in (None, other):
-            found = find_baselines(None, some, load_trained(str(path), device="cpu", precision="fp32"))
+        for evaluated in (None, other):
+            found = find_baseline_stores(None, evaluated, load_trained(str(path), device="cpu", precision="fp32"))
             assert found is not None
             assert found.name == str(here / "data/my.h5")
-            assert f"those of the training split of {found.name}" in capsys.readouterr().out
-    named = find_baselines(str(other.path), store, trained)
+            assert f"bigram models to the training split of {found.name}" in capsys.readouterr().out
+    named = find_baseline_stores(str(other.path), store, trained)
     assert named is not None
     assert named.fingerprint == other.fingerprint
 
 
-def test_copies_are_those_that_a_set_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of all lengths, down to one residue; also those that share their length and middle with a training protein."""
+def test_find_copies_agrees_with_a_set_of_sequences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proteins have all lengths from one residue on. Some share length and middle with a training protein."""
     monkeypatch.setattr(leaks, "ROWS_AT_ONCE", 7)
     generator = np.random.default_rng(0)
     text = ["".join(generator.choice(list("ACDX"), generator.integers(1, 14))) for _ in range(300)]
     train = list(dict.fromkeys(text[:150]))
-    (tmp_path / "train.fasta").write_text("".join(f">t{i}\n{one}\n" for i, one in enumerate(train)))
-    held = [one for one in dict.fromkeys(text[150:]) if one not in train]
-    (tmp_path / "test.fasta").write_text("".join(f">h{i}\n{one}\n" for i, one in enumerate(held)))
+    (tmp_path / "train.fasta").write_text("".join(f">t{i}\n{sequence}\n" for i, sequence in enumerate(train)))
+    held = [sequence for sequence in dict.fromkeys(text[150:]) if sequence not in train]
+    (tmp_path / "test.fasta").write_text("".join(f">h{i}\n{sequence}\n" for i, sequence in enumerate(held)))
     store = build_store({"train": tmp_path / "train.fasta", "test": tmp_path / "test.fasta"}, tmp_path / "a.h5")
-    twins = [f"W{one[1:-1]}W" for one in train if len(one) > 9]
-    asked = [*text, *twins, text[0], "W" * 60]
-    found = leaks.copies([encode(one) for one in asked], StoreGroup([store]))
-    assert found.tolist() == [one in train for one in asked]
-    assert 20 < found.sum() < len(asked) - 20
+    twins = [f"W{sequence[1:-1]}W" for sequence in train if len(sequence) > 9]
+    queries = [*text, *twins, text[0], "W" * 60]
+    found = leaks.find_copies([encode(sequence) for sequence in queries], StoreGroup([store]))
+    assert found.tolist() == [sequence in train for sequence in queries]
+    assert 20 < found.sum() < len(queries) - 20
     assert len(twins) > 10
 
 
-def test_proteins_that_trained_the_model_are_counted_and_left_out_of_a_second_bound(
+def test_training_proteins_are_counted_and_left_out_of_a_second_bound(
     trained_run: Path, store: SequenceStore, tmp_path: Path, run_python: Command
 ) -> None:
     decode = ProteinTokenizer().decode
-    long = next(i for i in store.split("train") if store.lengths[i] > 300)  # scored cropped, compared whole
+    # only a crop of it is scored, but the whole protein is compared with the training set
+    long = next(i for i in store.split("train") if store.lengths[i] > 300)
     short = [i for i in store.split("test") if store.lengths[i] <= 300][:3]
     chosen = [0, 1, long, *short]
     (tmp_path / "held.fasta").write_text("".join(f">p{i}\n{decode(store[i]).lower()}\n" for i in chosen))
     command = ["-m", "protlig_dd.evaluate", f"from={trained_run}", "draws=2", "masked=false", "near=false"]
     done = run_python(*command, "input=held.fasta", "output=out")
     assert done.returncode == 0, done.stderr
-    told = f"3 of 6 proteins are exact copies of proteins that trained this model ({store.path})"
-    assert f"warning: {told}" in done.stdout
-    assert "near ones were not looked for: near=false" in done.stdout
+    message = f"3 of 6 proteins are exact copies of training proteins of this model ({store.path})"
+    assert f"warning: {message}" in done.stdout
+    assert "similar proteins were not searched for: near=false" in done.stdout
     report = json.loads((tmp_path / "out/report.json").read_text())
     rows = list(csv.DictReader((tmp_path / "out/per_sequence.csv").read_text().splitlines()))
     assert [row["in_training"] for row in rows] == ["copy"] * 3 + ["no"] * 3
@@ -520,7 +529,7 @@ def test_proteins_that_trained_the_model_are_counted_and_left_out_of_a_second_bo
     assert (others["sequences"], others["bound"], others["bound_se"]) == pytest.approx((3, mean, error), abs=1e-5)
     assert abs(others["bound"] - report["bound"]) > 1e-4
     line = (
-        f"3 are exact copies of proteins that trained a model named above; the 3 others have an NLL bound of {mean:.4f}"
+        f"3 are exact copies of training proteins of a model named above; the 3 others have an NLL bound of {mean:.4f}"
     )
     assert line in (tmp_path / "out/report.md").read_text()
     unigram = np.array([float(row["unigram_nats"]) for row in rows[3:]])
@@ -530,19 +539,20 @@ def test_proteins_that_trained_the_model_are_counted_and_left_out_of_a_second_bo
     assert line in done.stdout
 
 
-def test_proteins_without_residues_beside_copies_end_no_evaluation(
+def test_proteins_without_residues_do_not_stop_an_evaluation(
     trained_run: Path, store: SequenceStore, tmp_path: Path, run_python: Command
 ) -> None:
+    """The other protein is a copy of a training protein, so no protein is left for the bound without copies."""
     text = f">copy\n{ProteinTokenizer().decode(store[0])}\n>x\nXXX\n>y\nXXXX\n"
     (tmp_path / "held.fasta").write_text(text)
     command = ["-m", "protlig_dd.evaluate", f"from={trained_run}", "draws=2", "masked=false", "near=false"]
     done = run_python(*command, "input=held.fasta", "output=out")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "out/report.json").read_text())["in_training"]["others"] is None
-    assert "named above, and no others, or too few, are left: these are no held-out figures." in done.stdout
+    assert "named above. Too few other proteins are left, so these are not held-out figures." in done.stdout
 
 
-def test_a_store_that_cannot_be_read_ends_no_evaluation(
+def test_an_unreadable_training_store_does_not_stop_an_evaluation(
     trained_run: Path, store: SequenceStore, tmp_path: Path, run_python: Command
 ) -> None:
     run = tmp_path / "runs/small"
@@ -557,62 +567,64 @@ def test_a_store_that_cannot_be_read_ends_no_evaluation(
     assert "its training set was not found, or cannot be read" in done.stdout
 
 
-def test_the_training_set_of_the_model_compared_with_is_found_as_given(
+def test_train_is_used_for_the_compared_model_only_if_the_fingerprint_matches(
     trained_run: Path, store: SequenceStore, tmp_path: Path
 ) -> None:
     trained = load_trained(str(trained_run), device="cpu", precision="fp32")
-    away = replace(trained, saved=replace(trained.saved, path=tmp_path))  # which knows of no store
-    (found,) = all_sources(str(store.path), None, away, called="the model compared with")
+    without_store = replace(trained, saved=replace(trained.saved, path=tmp_path))  # a folder that does not name a store
+    (found,) = all_training_data(str(store.path), None, without_store, label="the model compared with")
     assert found.model == "the model compared with"
     assert found.stores is not None
     assert found.stores.fingerprint == store.fingerprint
-    other = replace(away, saved=replace(away.saved, data_fingerprint="0" * 32))  # train= is another model's
-    (found,) = all_sources(str(store.path), None, other, called="the model compared with")
+    # train= is now the store of another model
+    other = replace(without_store, saved=replace(without_store.saved, data_fingerprint="0" * 32))
+    (found,) = all_training_data(str(store.path), None, other, label="the model compared with")
     assert found.stores is None
 
 
-def test_where_the_training_set_is_not_found_no_leak_was_looked_for(
+def test_without_a_training_set_copies_are_reported_as_not_compared(
     trained_run: Path, store: SequenceStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trained = load_trained(str(trained_run), device="cpu", precision="fp32")
-    away = replace(trained, saved=replace(trained.saved, data_fingerprint="0" * 32))
-    (source,) = all_sources(None, store, away)
+    unmatched = replace(trained, saved=replace(trained.saved, data_fingerprint="0" * 32))
+    (source,) = all_training_data(None, store, unmatched)
     found = leaks.find_leaks([store[0], store[1]], [source], "auto")
     assert found.lines() == [
-        "copies of what trained this model were not looked for among the proteins: its training "
+        "proteins were not compared with the training proteins of this model: its training "
         "set was not found, or cannot be read (train=store.h5 names it)"
     ]
     assert (found.report()["copies"], found.report()["near"], found.cells(2)) == (None, None, ["", ""])
-    told = leaks.find_leaks([store[0], store[390]], all_sources(str(store.path), None, away), False).lines()
-    assert told[0] == (
-        f"warning: 1 of 2 proteins are exact copies of proteins that trained this model, as train= says ({store.path})"
+    lines = leaks.find_leaks([store[0], store[390]], all_training_data(str(store.path), None, unmatched), False).lines()
+    assert lines[0] == (
+        f"warning: 1 of 2 proteins are exact copies of training proteins of this model, as train= says ({store.path})"
     )
-    clean = leaks.find_leaks([store[390]], all_sources(None, store, trained), False)
-    assert clean.lines()[0] == f"none of 1 proteins is an exact copy of one that trained this model ({store.path})"
+    clean = leaks.find_leaks([store[390]], all_training_data(None, store, trained), False)
+    assert clean.lines()[0] == f"none of 1 proteins is an exact copy of a training protein of this model ({store.path})"
 
 
 @pytest.mark.slow
 @pytest.mark.system
-def test_near_copies_of_training_proteins_are_found_with_mmseqs(
+def test_similar_training_proteins_are_found_with_mmseqs(
     trained_run: Path, store: SequenceStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     require_program("mmseqs")
-    sources = all_sources(None, store, load_trained(str(trained_run), device="cpu", precision="fp32"))
+    sources = all_training_data(None, store, load_trained(str(trained_run), device="cpu", precision="fp32"))
     changed = store[1].copy()
     changed[5::10] = np.where(changed[5::10] < N_STATES, (changed[5::10] + 1) % N_STATES, changed[5::10])
     shuffled = store[2].copy()
     shuffled[1:-1] = np.random.default_rng(0).permutation(shuffled[1:-1])
-    monkeypatch.setattr(leaks, "MOST_RESIDUES", 1000)
-    some = [store[0], changed, shuffled]
-    assert leaks.find_leaks(some, sources, "auto").near is None
-    found = leaks.find_leaks(some, sources, True)
+    monkeypatch.setattr(leaks, "MAX_RESIDUES", 1000)
+    sequences = [store[0], changed, shuffled]
+    assert leaks.find_leaks(sequences, sources, "auto").near is None
+    found = leaks.find_leaks(sequences, sources, True)
     assert found.cells(3) == ["copy", "near", "no"]
     assert (
-        "warning: 1 more of 3 are near a training protein (at >= 50% identity over >= 80% of either)" in found.lines()
+        "warning: 1 more of 3 proteins are similar to a training protein "
+        "(>= 50% identity over >= 80% of either sequence)" in found.lines()
     )
 
 
-def test_a_single_protein_has_the_error_of_its_draws(
+def test_a_single_protein_has_the_standard_error_of_its_draws(
     trained_run: Path, store: SequenceStore, tmp_path: Path, run_python: Command
 ) -> None:
     (tmp_path / "one.fasta").write_text(f">one\n{ProteinTokenizer().decode(store[0])[:120]}\n")
@@ -636,7 +648,7 @@ def test_a_single_protein_has_the_error_of_its_draws(
     table = (tmp_path / "out/report.md").read_text()
     assert f"| {report['bound']:.4f} ± {report['bound_se']:.4f} |" in table
     assert f"| unigram model, NLL | {report['unigram']:.4f} |" in table
-    assert "Of a single protein: the standard error is that of the bound's own draws; others are not known." in table
+    assert "The standard error of a single protein is that of the bound's draws; the others are unknown." in table
     assert "nan" not in table
 
 
@@ -645,19 +657,19 @@ def test_a_single_protein_has_the_error_of_its_draws(
     [
         (["input=none.fasta"], "none.fasta: no such file"),
         (["input=bad.fasta"], "bad.fasta: record b: illegal character '_' at position 2 of 3"),
-        (["input=STORE", "split=tests"], "split=tests; there are train, validation, test"),
+        (["input=STORE", "split=tests"], "split=tests; choose from train, validation, test"),
         (["input=one.fasta", "draws=0"], "draws must be at least 1, got 0"),
-        (["input=one.fasta", "near=perhaps"], "near=perhaps; there are auto, true and false"),
+        (["input=one.fasta", "near=perhaps"], "near=perhaps; choose from auto, true, false"),
         (["input=STORE", "from=nothing"], "nothing does not exist"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(
+def test_invalid_arguments_are_one_line_errors(
     trained_run: Path, store: SequenceStore, tmp_path: Path, run_python: Command, options: list[str], message: str
 ) -> None:
     (tmp_path / "bad.fasta").write_text(">a\nACD\n>b\nA_D\n")
     (tmp_path / "one.fasta").write_text(">a\nACD\n")
     before = sorted(tmp_path.iterdir())
-    more = [] if any(option.startswith("from=") for option in options) else [f"from={trained_run}"]
-    wanted = [option.replace("STORE", str(store.path)) for option in options]
-    assert_one_line_error(run_python("-m", "protlig_dd.evaluate", *more, *wanted), message)
+    model = [] if any(option.startswith("from=") for option in options) else [f"from={trained_run}"]
+    arguments = [option.replace("STORE", str(store.path)) for option in options]
+    assert_one_line_error(run_python("-m", "protlig_dd.evaluate", *model, *arguments), message)
     assert sorted(tmp_path.iterdir()) == before

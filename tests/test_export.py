@@ -1,4 +1,4 @@
-"""Exported models: the same logits bit for bit, everywhere a run is taken, without Hydra, and on a hub."""
+"""Exported models: bit-identical logits, use in place of a run, loading without Hydra, damaged files, and a hub."""
 
 import base64
 import contextlib
@@ -41,13 +41,13 @@ KINDS = {
 
 
 def rank(number: int) -> dict[str, str]:
-    """What torchrun tells one of two processes."""
+    """Environment variables that torchrun sets for one of two processes."""
     return {"RANK": str(number), "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def exported(request: pytest.FixtureRequest, store: SequenceStore, python: Command, made_once: MadeOnce) -> Path:
-    """A folder with runs/base, and models/base, which is its export."""
+    """A folder with a run, runs/base, and its export, models/base."""
 
     def fill(folder: Path) -> None:
         (folder / "private").mkdir()
@@ -74,7 +74,9 @@ def exported(request: pytest.FixtureRequest, store: SequenceStore, python: Comma
 
 
 @pytest.mark.slow
-def test_an_export_is_the_checkpoint(exported: Path, store: SequenceStore, run_python: Command) -> None:
+def test_an_export_computes_the_same_as_its_checkpoint(
+    exported: Path, store: SequenceStore, run_python: Command
+) -> None:
     run, model = exported / "runs/base", exported / "models/base"
     assert {path.name for path in model.iterdir()} == set(EXPORTED)
     checkpoint = complete_checkpoints(run)[-1]
@@ -99,9 +101,9 @@ def test_an_export_is_the_checkpoint(exported: Path, store: SequenceStore, run_p
         assert "private" not in text  # no paths of this machine
         assert str(exported) not in text
         assert ".h5" not in text
-    words = json.loads((model / "vocabulary.json").read_text())
-    assert [words["ids"][letter] for letter in AMINO_ACIDS] == list(range(words["n_states"]))
-    assert words["ids"]["<mask>"] == 20
+    vocabulary = json.loads((model / "vocabulary.json").read_text())
+    assert [vocabulary["ids"][letter] for letter in AMINO_ACIDS] == list(range(vocabulary["n_states"]))
+    assert vocabulary["ids"]["<mask>"] == 20
     report = json.loads((run / "report.json").read_text())
     card = (model / "README.md").read_text()
     for name, key, sign in (
@@ -118,8 +120,8 @@ def test_an_export_is_the_checkpoint(exported: Path, store: SequenceStore, run_p
     assert "| network | 2 blocks, width 32, 4 heads |" in card
     assert "| steps | 6, seed 0; averaged weights |" in card
     assert "# license: " in card
-    assert "protlig_dd is on no package index: `pip install .` in a checkout" in card
-    assert f", protlig_dd-{__version__}-py3-none-any.whl. Then" in card  # test_training.py makes that wheel
+    assert "protlig_dd is not on a package index: run `pip install .` in a checkout" in card
+    assert f", protlig_dd-{__version__}-py3-none-any.whl. Then" in card  # test_training.py builds that wheel
     assert find_saved(str(run)).data_fingerprint in card
 
     sampled = []
@@ -177,12 +179,12 @@ def test_an_export_is_the_checkpoint(exported: Path, store: SequenceStore, run_p
 
 BLOCKED = """
 import importlib.metadata, sys
-import torch, safetensors.torch  # with what they bring
+import torch, safetensors.torch  # and their dependencies
 class Blocked:
     def find_spec(self, name, path=None, target=None):
-        own = "protlig_dd", "einops", "jaxtyping", "wadler_lindig", "numpy", "beartype"
-        if name.split(".")[0] in packages and name.split(".")[0] not in own:
-            raise ImportError(f"{name} is not to be imported")
+        allowed = "protlig_dd", "einops", "jaxtyping", "wadler_lindig", "numpy", "beartype"
+        if name.split(".")[0] in packages and name.split(".")[0] not in allowed:
+            raise ImportError(f"{name} must not be imported")
 packages = importlib.metadata.packages_distributions().keys() - sys.modules.keys()
 sys.meta_path.insert(0, Blocked())
 from protlig_dd.hub import ProteinDiffusion
@@ -201,11 +203,9 @@ except ValueError as error:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("exported", KINDS if thorough() else ["named"], indirect=True)
-def test_one_line_loads_it_with_torch_and_safetensors_alone(
-    exported: Path, tmp_path: Path, run_python: Command
-) -> None:
+def test_an_export_loads_with_torch_and_safetensors_alone(exported: Path, tmp_path: Path, run_python: Command) -> None:
     model = exported / "models/base"
-    process = subprocess.run(  # what a fork has imported already would not be blocked
+    process = subprocess.run(  # not in a fork, whose imported modules would not be blocked
         [sys.executable, "-c", BLOCKED, str(model), "vectors.safetensors", "copy"],
         cwd=tmp_path,
         capture_output=True,
@@ -244,7 +244,7 @@ def test_changed_weights_are_saved_without_the_old_figures(exported: Path, tmp_p
 
 
 @pytest.mark.slow
-def test_the_functions_beneath_the_verbs_take_it_as_the_docs_say(exported: Path) -> None:
+def test_the_functions_in_the_docs_take_an_exported_model(exported: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/sharing.md").read_text(), re.DOTALL)
     (code,) = (block for block in blocks if "SamplerOptions" in block)
     names: dict[str, Any] = {"model": ProteinDiffusion.from_pretrained(exported / "models/base", device="cpu")}
@@ -255,13 +255,13 @@ def test_the_functions_beneath_the_verbs_take_it_as_the_docs_say(exported: Path)
     assert torch.isfinite(names["bound"].nats).all()
 
 
-def test_damaged_and_foreign_exports_are_refused(exported: Path, tmp_path: Path) -> None:
+def test_damaged_and_foreign_exports_are_rejected(exported: Path, tmp_path: Path) -> None:
     def without_noise(found: dict[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in found.items() if key != "noise"}
 
     source = exported / "models/base"
 
-    def refused(message: str, **files: Any) -> None:
+    def assert_rejected(message: str, **files: Any) -> None:
         folder = tmp_path / "model"
         folder.mkdir(exist_ok=True)
         for name in EXPORTED:
@@ -276,17 +276,21 @@ def test_damaged_and_foreign_exports_are_refused(exported: Path, tmp_path: Path)
         with pytest.raises(ValueError, match=message):
             ProteinDiffusion.from_pretrained(folder, device="cpu")
 
-    refused("config.json: cannot be read", config_json="{")
-    refused("config.json: not a JSON object", config_json="[]")
-    refused("config.json: not a model that protlig_dd has exported", config_json='{"model_type": "bert"}')
-    refused("config.json: format 99, this version reads 1", config_json=lambda found: found | {"format_version": 99})
-    refused("model.safetensors: SHA-256", model_safetensors="pickle")
-    refused("vocabulary.json: other token ids", vocabulary_json=lambda found: found | {"n_states": 21})
-    refused("config.json: not what protlig_dd has written", config_json=without_noise)
-    refused("graph.name=os.system: there are", config_json=lambda found: found | {"graph": {"name": "os.system"}})
+    assert_rejected("config.json: cannot be read", config_json="{")
+    assert_rejected("config.json: not a JSON object", config_json="[]")
+    assert_rejected("config.json: not a model that protlig_dd has exported", config_json='{"model_type": "bert"}')
+    assert_rejected(
+        "config.json: format 99, this version reads 1", config_json=lambda found: found | {"format_version": 99}
+    )
+    assert_rejected("model.safetensors: SHA-256", model_safetensors="pickle")
+    assert_rejected("vocabulary.json: token ids differ", vocabulary_json=lambda found: found | {"n_states": 21})
+    assert_rejected("config.json: damaged, or not written by protlig_dd", config_json=without_noise)
+    assert_rejected(
+        "graph.name=os.system: choose from", config_json=lambda found: found | {"graph": {"name": "os.system"}}
+    )
     description = json.loads((source / "config.json").read_text())
     (tmp_path / "model/config.json").write_text(json.dumps({k: v for k, v in description.items() if k != "step"}))
-    with pytest.raises(ValueError, match=r"config.json: not what protlig_dd has written \(KeyError\('step'\)\)"):
+    with pytest.raises(ValueError, match=r"config.json: damaged, or not written by protlig_dd \(KeyError\('step'\)\)"):
         load_trained(str(tmp_path / "model"), device="cpu", precision="fp32")
     weights = load_tensors(source / WEIGHTS)
     weights.pop("head.out.bias")
@@ -313,8 +317,8 @@ COMMIT = hashlib.sha1(b"one").hexdigest()
 
 
 @contextlib.contextmanager
-def a_hub() -> Iterator[tuple[str, dict[str, bytes]]]:
-    """As much of the hub's HTTP interface as one upload and one download take; yields its address and its files."""
+def hub_server() -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Serve the part of a hub's HTTP interface that an upload and a download use; yield its address and files."""
     files: dict[str, bytes] = {}
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -375,7 +379,7 @@ def a_hub() -> Iterator[tuple[str, dict[str, bytes]]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("exported", ["absorbing"], indirect=True)
-def test_to_a_hub_and_back(exported: Path, tmp_path: Path, run_python: Command) -> None:
+def test_a_model_pushed_to_a_hub_is_pulled_unchanged(exported: Path, tmp_path: Path, run_python: Command) -> None:
     model = exported / "models/base"
     environment = {
         "HF_HOME": str(tmp_path / "home"),
@@ -384,7 +388,7 @@ def test_to_a_hub_and_back(exported: Path, tmp_path: Path, run_python: Command) 
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
-    with a_hub() as (address, files):
+    with hub_server() as (address, files):
         process = run_python(
             "-m", "tests.hub_client", "push", str(model), REPOSITORY, HF_ENDPOINT=address, **environment
         )

@@ -24,7 +24,7 @@ TEXT = (
 
 
 @pytest.mark.parametrize("zipped", [False, True])
-def test_records_of_plain_and_gzipped_files(tmp_path: Path, zipped: bool) -> None:
+def test_plain_and_gzipped_files_give_the_same_records(tmp_path: Path, zipped: bool) -> None:
     path = tmp_path / "proteins"  # gzip is recognised by content, not by name
     path.write_bytes(gzip.compress(TEXT.encode()) if zipped else TEXT.encode())
     first, second = read_fasta(path)
@@ -45,18 +45,18 @@ def test_records_of_plain_and_gzipped_files(tmp_path: Path, zipped: bool) -> Non
 def test_line_ends_of_any_system_give_the_same_records(
     records: list[tuple[list[str], bool]], ends: list[str], piece: int, marked: bool
 ) -> None:
-    """Mixed in one file and cut anywhere as it is read; a byte-order mark may stand before it."""
+    """The line ends are mixed, the file is read in pieces of any size, and it may begin with a byte-order mark."""
     lines = [line for i, (body, described) in enumerate(records) for line in (f">r{i}{' a b' * described}", *body)]
     text = "".join(line + end for line, end in zip(lines, itertools.cycle(ends), strict=False))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fasta, "PIECE_BYTES", piece)
-        patch.setattr(fasta, "BLOCK_BYTES", 2 * piece + 8)  # a file's first bytes tell what it is
+        patch.setattr(fasta, "BLOCK_BYTES", 2 * piece + 8)  # the first bytes show the file type
         patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbf" * marked + text.encode())))
         found = [(record.id, record.description, record.sequence) for record in read_fasta("-")]
     assert found == [(f"r{i}", "a b" * described, "".join(body)) for i, (body, described) in enumerate(records)]
 
 
-def test_errors_count_the_lines_of_any_system(tmp_path: Path) -> None:
+def test_errors_name_the_right_line_for_any_line_ends(tmp_path: Path) -> None:
     for end in ("\n", "\r\n", "\r"):
         (tmp_path / "x.fasta").write_bytes(f">a{end}MKV{end}>b{end}MKV{end}M1V{end}".encode())
         blocks = FastaFile(tmp_path / "x.fasta").blocks()
@@ -74,7 +74,7 @@ def test_errors_count_the_lines_of_any_system(tmp_path: Path) -> None:
         (b"PK\x03\x04\x14\x00", "is a zip archive; only gzip is read"),
     ],
 )
-def test_what_is_no_plain_text_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+def test_errors_name_unsupported_encodings_and_compressions(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "x.fasta").write_bytes(content)
     with pytest.raises(ValueError, match=f"x.fasta {message}"):
         list(read_fasta(tmp_path / "x.fasta"))
@@ -93,19 +93,19 @@ MDIAIHHPWI*
 
 @pytest.mark.parametrize("first", ["", ">whole\nMKV\n"])
 @pytest.mark.parametrize("zipped", [False, True])
-def test_pir_is_refused_and_what_converts_it_does(tmp_path: Path, first: str, zipped: bool) -> None:
-    """Else the first protein would begin with the letters of its description."""
+def test_pir_is_rejected_with_a_command_that_converts_it(tmp_path: Path, first: str, zipped: bool) -> None:
+    """Read as FASTA, the first protein would begin with the letters of its description."""
     text = (first + PIR).encode()
     (tmp_path / "x.pir").write_bytes(gzip.compress(text) if zipped else text)
     line = 3 if first else 1
     with pytest.raises(ValueError, match=rf"x.pir: record .* \(P1;CRAB_ANAPL\), line {line}.* looks like PIR") as error:
         list(read_fasta(tmp_path / "x.pir"))
     assert "\n" not in str(error.value)
-    told = re.search(r'Bio\.SeqIO\.convert\("(.*?)", "(.*?)", "(.*?)", "(.*?)"\)', str(error.value))
-    assert told is not None
-    (tmp_path / told[1]).write_text(PIR)
-    with (tmp_path / told[1]).open() as file:  # Biopython leaves it open
-        Bio.SeqIO.convert(file, told[2], tmp_path / told[3], told[4])
+    command = re.search(r'Bio\.SeqIO\.convert\("(.*?)", "(.*?)", "(.*?)", "(.*?)"\)', str(error.value))
+    assert command is not None
+    (tmp_path / command[1]).write_text(PIR)
+    with (tmp_path / command[1]).open() as file:  # Biopython leaves it open
+        Bio.SeqIO.convert(file, command[2], tmp_path / command[3], command[4])
     records = list(read_fasta(tmp_path / "out.fasta"))
     assert [record.id for record in records] == ["CRAB_ANAPL", "CRAB_BOVIN"]
     assert records[0].sequence == "MDITIHNPLIRRPLFSWLAPSRIFDQIFGE"
@@ -114,21 +114,21 @@ def test_pir_is_refused_and_what_converts_it_does(tmp_path: Path, first: str, zi
 @pytest.mark.parametrize(
     "text", ["P1;x\nMKV\n>y\nMKV*\n", "P1x\nMKV*\n", "PP1;x\nMKV*\n", "ab;x\nMKV*\n", "x\nP1;*\n>P"]
 )
-def test_fasta_that_has_a_part_of_pir_is_fasta(tmp_path: Path, text: str) -> None:
-    """PIR is told by both its code before the id and the * that ends a sequence."""
+def test_fasta_with_only_one_feature_of_pir_is_read(tmp_path: Path, text: str) -> None:
+    """A PIR record has both a code before its id and a * at the end of its sequence."""
     (tmp_path / "x.fasta").write_text(f">{text}")
     assert len(list(read_fasta(tmp_path / "x.fasta"))) == 1 + text.count(">")
 
 
-def test_several_gzip_members_are_one_file(tmp_path: Path) -> None:
+def test_several_gzip_members_are_read_as_one_file(tmp_path: Path) -> None:
     (tmp_path / "two.gz").write_bytes(gzip.compress(TEXT.encode()) + gzip.compress(b">c\nMKV\n"))
     assert [record.id for record in read_fasta(tmp_path / "two.gz")] == ["UniRef50_A0A8C0C0Z5", "P31007", "c"]
 
 
-def test_any_flipped_bit_of_a_gzip_is_an_error_or_changes_nothing(tmp_path: Path) -> None:
+def test_any_flipped_bit_in_gzip_is_an_error_or_changes_no_record(tmp_path: Path) -> None:
     path, content = tmp_path / "flipped.gz", bytearray(gzip.compress(TEXT.encode(), mtime=0))
     path.write_bytes(content)
-    whole, said = list(read_fasta(path)), []
+    expected, messages = list(read_fasta(path)), []
     for bit in range(8 * len(content)):
         content[bit // 8] ^= 1 << bit % 8
         path.write_bytes(content)
@@ -136,14 +136,14 @@ def test_any_flipped_bit_of_a_gzip_is_an_error_or_changes_nothing(tmp_path: Path
         try:
             found = list(read_fasta(path))
         except ValueError as error:
-            said.append(str(error))
+            messages.append(str(error))
         else:
-            assert found == whole, f"bit {bit}"
-    assert all(message.startswith(f"{path}: ") for message in said)
-    assert len(said) > 0.9 * 8 * len(content)  # the others lie in the header: time, system
+            assert found == expected, f"bit {bit}"
+    assert all(message.startswith(f"{path}: ") for message in messages)
+    assert len(messages) > 0.9 * 8 * len(content)  # the other bits are in the header: time and system
 
 
-def test_stdin_is_read_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_and_gzipped_records_are_read_from_stdin(monkeypatch: pytest.MonkeyPatch) -> None:
     for content in (TEXT.encode(), gzip.compress(TEXT.encode())):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
         file = FastaFile("-")
@@ -162,7 +162,7 @@ LINES = st.lists(st.text("ACDEFGHIKLMNPQRSTVWY", max_size=8), max_size=4)
     st.sampled_from(["\n", "\r\n"]),
     st.sampled_from(["", "\n"]),
 )
-def test_blocks_of_any_size_hold_the_same_records_on_the_right_lines(
+def test_blocks_of_any_size_give_the_same_records_and_line_numbers(
     tmp_path_factory: pytest.TempPathFactory, records: list[tuple[str, list[str]]], size: int, end: str, last: str
 ) -> None:
     lines, expected = ["", ""], []
@@ -176,12 +176,12 @@ def test_blocks_of_any_size_hold_the_same_records_on_the_right_lines(
         found = []
         for block in FastaFile(path).blocks():
             for i, (header, body) in enumerate(zip(block.headers, block.bodies, strict=True)):
-                line = int(block.where(i).rpartition(" ")[2])
+                line = int(block.location(i).rpartition(" ")[2])
                 found.append((header.decode().strip(), body.translate(None, fasta.WHITESPACE).decode(), line))
     assert found == expected
 
 
-# without a time in them: parallel test processes must agree on these parameters
+# mtime=0: parallel test processes must generate the same parameters
 ZIPPED, ZIPPED_MANY, ZIPPED_NOTHING = (gzip.compress(TEXT.encode() * times, mtime=0) for times in (1, 5000, 0))
 
 
@@ -202,7 +202,7 @@ ZIPPED, ZIPPED_MANY, ZIPPED_NOTHING = (gzip.compress(TEXT.encode() * times, mtim
         (b">a\nMKV\nMK\xff\n", r"record 1 \(a\), line 3: not a letter"),
     ],
 )
-def test_bad_files_are_named(tmp_path: Path, content: bytes, message: str) -> None:
+def test_errors_name_the_file_and_the_fault(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "bad.fasta"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message) as error:
@@ -210,7 +210,7 @@ def test_bad_files_are_named(tmp_path: Path, content: bytes, message: str) -> No
     assert str(error.value).startswith(str(path))
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_and_a_folder_are_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"none\.fasta: no such file"):
         list(read_fasta(tmp_path / "none.fasta"))
     with pytest.raises(ValueError, match="a folder, not a FASTA file"):
@@ -218,11 +218,11 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("before", [b">a\nMKV\n", b">a\nMKV\n" * 100_000])
-def test_a_record_beyond_the_limit_is_refused_and_memory_stays_small(tmp_path: Path, before: bytes) -> None:
-    most = fasta.LONGEST_RECORD
+def test_a_record_longer_than_the_limit_is_an_error(tmp_path: Path, before: bytes) -> None:
+    limit = fasta.LONGEST_RECORD
     path = tmp_path / "long.fasta"
-    for line_length in (60, most + 1):
-        whole, rest = divmod(most + 100, line_length)
+    for line_length in (60, limit + 1):
+        whole, rest = divmod(limit + 100, line_length)
         path.write_bytes(before + b">long one\n" + (b"A" * line_length + b"\n") * whole + b"A" * rest + b"\n>c\nM\n")
         number = before.count(b">") + 1
         with pytest.raises(
@@ -231,7 +231,7 @@ def test_a_record_beyond_the_limit_is_refused_and_memory_stays_small(tmp_path: P
             list(FastaFile(path).blocks())
 
 
-def test_two_gigabytes_on_one_line_are_refused_early(tmp_path: Path) -> None:
+def test_a_line_of_two_gigabytes_is_rejected_early(tmp_path: Path) -> None:
     path = tmp_path / "bomb.fasta.gz"
     member = gzip.compress(b"A" * (64 << 20))
     path.write_bytes(gzip.compress(b">bomb\n") + member * 32)
@@ -261,5 +261,5 @@ def test_two_gigabytes_on_one_line_are_refused_early(tmp_path: Path) -> None:
         ("P31007\tmy own n=3 words", Header("P31007", "my own n=3 words", None, None, None, None)),
     ],
 )
-def test_headers(header: str, expected: Header) -> None:
+def test_headers_of_every_form_are_parsed(header: str, expected: Header) -> None:
     assert parse_header(header) == expected

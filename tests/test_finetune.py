@@ -1,4 +1,4 @@
-"""Fine-tuning: what is taken over of the source, the first step's loss, resume, and what is refused."""
+"""Fine-tuning: settings taken from the source, the loss of the first step, resuming, copies and errors."""
 
 import csv
 import functools
@@ -26,21 +26,21 @@ from protlig_dd.data.prepare.build import build_store
 from protlig_dd.data.store import SequenceStore
 from protlig_dd.diffusion.loss import score_entropy_loss
 from protlig_dd.evaluation.averages import per_residue
-from protlig_dd.evaluation.likelihood.trained_on import sources_before
+from protlig_dd.evaluation.likelihood.trained_on import source_training_data
 from protlig_dd.export import report_of
-from protlig_dd.inference.exported import measured
+from protlig_dd.inference.exported import report_lines
 from protlig_dd.inference.model import find_saved, load_trained
 from protlig_dd.runs.checkpoint import complete_checkpoints
 from protlig_dd.runs.metrics import read_metrics
 from protlig_dd.system.files import sha256
 from protlig_dd.system.random import keyed_generator
 from protlig_dd.tokenizer import ProteinTokenizer
-from protlig_dd.training.finetune import starting_from, taken_over
-from protlig_dd.training.optim.schedule import warmup_of
+from protlig_dd.training.finetune import resolve_source_model, with_source_model
+from protlig_dd.training.optim.schedule import resolve_warmup_steps
 from protlig_dd.training.trainer import count_residues
 
 from .conftest import Command, MadeOnce, assert_one_line_error, composed
-from .test_training import TINY, assert_same_bits, train
+from .test_training import TINY, assert_bit_identical, train
 
 
 def config_of(*overrides: str) -> TrainConfig:
@@ -50,14 +50,14 @@ def config_of(*overrides: str) -> TrainConfig:
 SOURCE = replace(config_of("model=tiny", "model.dropout=0.2", "noise.max_weight=3"), time_conditioning=False)
 
 
-def test_the_sources_network_and_process_are_taken() -> None:
+def test_the_network_and_process_are_those_of_the_source() -> None:
     config = config_of("from=runs/a", "optim.lr=0.5", "data.max_len=77", "model.checkpointing=true")
-    found = taken_over(config, SOURCE, {"from", "optim.lr", "data.max_len", "model.checkpointing"})
+    found = with_source_model(config, SOURCE, {"from", "optim.lr", "data.max_len", "model.checkpointing"})
     expected = flatten(asdict(config)) | {f"model.{key}": value for key, value in vars(SOURCE.model).items()}
     expected |= {"model.checkpointing": True, "noise.max_weight": 3, "time_conditioning": False}
     assert flatten(asdict(found)) == expected
     free = config_of("from=runs/a", "model.dropout=0.1", "noise.curriculum=9", "time_conditioning=auto", "model=tiny")
-    found = taken_over(free, SOURCE, {"model.dropout", "noise.curriculum", "time_conditioning", "model"})
+    found = with_source_model(free, SOURCE, {"model.dropout", "noise.curriculum", "time_conditioning", "model"})
     assert (found.model.dropout, found.noise["curriculum"], found.noise["max_weight"]) == (0.1, 9, 3)
     assert found.time_conditioning is False
 
@@ -65,23 +65,23 @@ def test_the_sources_network_and_process_are_taken() -> None:
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
-        (["model=small"], ["model.hidden_size: 256 there, 512 here", "model.n_blocks: 2 there"]),
-        (["model.n_blocks=3", "model.dropout=0"], ["(model.n_blocks: 2 there, 3 here)"]),
-        (["graph=uniform"], ["(graph.name: absorbing there, uniform here)"]),
-        (["parametrisation=log_score"], ["(parametrisation: x0 there, log_score here)"]),
-        (["time_conditioning=true"], ["(time_conditioning: False there, True here)"]),
-        (["noise=cosine"], ["noise.name: loglinear there, cosine here"]),
+        (["model=small"], ["model.hidden_size: 256 in the source, 512 requested", "model.n_blocks: 2 in the source"]),
+        (["model.n_blocks=3", "model.dropout=0"], ["(model.n_blocks: 2 in the source, 3 requested)"]),
+        (["graph=uniform"], ["(graph.name: absorbing in the source, uniform requested)"]),
+        (["parametrisation=log_score"], ["(parametrisation: x0 in the source, log_score requested)"]),
+        (["time_conditioning=true"], ["(time_conditioning: False in the source, True requested)"]),
+        (["noise=cosine"], ["noise.name: loglinear in the source, cosine requested"]),
     ],
 )
-def test_another_network_or_process_is_refused(overrides: list[str], parts: list[str]) -> None:
-    given = {override.partition("=")[0] for override in overrides}
-    with pytest.raises(ValueError, match="^from=runs/a is another model") as error:
-        taken_over(config_of("from=runs/a", *overrides), SOURCE, given)
+def test_another_network_or_process_is_an_error(overrides: list[str], parts: list[str]) -> None:
+    keys = {override.partition("=")[0] for override in overrides}
+    with pytest.raises(ValueError, match="^from=runs/a does not match the command line") as error:
+        with_source_model(config_of("from=runs/a", *overrides), SOURCE, keys)
     for part in parts:
         assert part in str(error.value)
 
 
-def test_what_an_experiment_sets_is_taken_or_said_to_be_left_out(
+def test_settings_of_an_experiment_are_used_or_reported_as_ignored(
     trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "experiment").mkdir()
@@ -91,40 +91,40 @@ def test_what_an_experiment_sets_is_taken_or_said_to_be_left_out(
     (tmp_path / "experiment/plain.yaml").write_text("# @package _global_\noptim:\n  lr: 0.5\n")
     monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
 
-    def started(experiment: str, *more: str) -> tuple[TrainConfig, str]:
+    def resolved(experiment: str, *overrides: str) -> tuple[TrainConfig, str]:
         search = f"hydra.searchpath=[file://{tmp_path}]"
         with initialize_config_dir(str(config_folder()), version_base="1.3"):
-            cfg = compose("train", [f"experiment={experiment}", f"from={trained_run}", search, *more], True)
+            cfg = compose("train", [f"experiment={experiment}", f"from={trained_run}", search, *overrides], True)
         HydraConfig.instance().set_config(cfg)
         with open_dict(cfg):
             del cfg["hydra"]
-        config = starting_from(read_config(OmegaConf.create(cfg), TrainConfig), tmp_path / "runs/new")
+        config = resolve_source_model(read_config(OmegaConf.create(cfg), TrainConfig), tmp_path / "runs/new")
         return config, " ".join(capsys.readouterr().out.split())
 
-    config, out = started("uniref50_35m")
+    config, out = resolved("uniref50_35m")
     assert (config.model.hidden_size, config.model.n_blocks, config.optim.packs_per_step) == (32, 2, 16)
-    assert "of which is left out: model.hidden_size=512 (32 there), model.n_heads=8 (2 there)" in out
-    assert "model.n_blocks=11 (2 there)" in out
-    config, out = started("mine")
+    assert "are ignored: model.hidden_size=512 (32 in the source), model.n_heads=8 (2 in the source)" in out
+    assert "model.n_blocks=11 (2 in the source)" in out
+    config, out = resolved("mine")
     assert (config.model.dropout, config.noise["curriculum"], config.model.n_heads) == (0.25, 9, 2)
-    assert "left out: model.hidden_size=256 (32 there), model.n_heads=4 (2 there)" in out
+    assert "are ignored: model.hidden_size=256 (32 in the source), model.n_heads=4 (2 in the source)" in out
     assert "dropout" not in out
-    config, out = started("mine", "model.dropout=0.3")
+    config, out = resolved("mine", "model.dropout=0.3")
     assert config.model.dropout == 0.3
-    config, out = started("plain")
+    config, out = resolved("plain")
     assert (config.model.hidden_size, config.optim.lr, out) == (32, 0.5, "")
 
 
-def test_a_graph_of_a_matrix_file_is_the_same_without_the_file(tmp_path: Path) -> None:
+def test_a_graph_from_a_matrix_file_matches_without_the_file(tmp_path: Path) -> None:
     rates = [[0.05] * 20] * 20
     matrix = str(tmp_path / "gone.txt")
     graph = {"name": "substitution", "matrix": matrix, "kind": "log_odds", "scale": None, "rates": rates}
     source = replace(SOURCE, graph=graph, time_conditioning=True)
     config = config_of("from=runs/a", "graph=substitution", f"graph.matrix={matrix}")
-    assert taken_over(config, source, {"graph", "graph.matrix"}).graph == graph
+    assert with_source_model(config, source, {"graph", "graph.matrix"}).graph == graph
     other = config_of("from=runs/a", "graph=blosum62")
-    with pytest.raises(ValueError, match=r"graph\.matrix: .* there, BLOSUM62 here") as error:
-        taken_over(other, source, {"graph"})
+    with pytest.raises(ValueError, match=r"graph\.matrix: .* in the source, BLOSUM62 requested") as error:
+        with_source_model(other, source, {"graph"})
     assert len(str(error.value)) < 500
 
 
@@ -158,7 +158,7 @@ def made_runs(store: SequenceStore, python: Command, made_once: MadeOnce) -> Pat
 
 @pytest.fixture
 def runs(made_runs: Path, tmp_path: Path) -> Path:
-    """A copy of their folder."""
+    """A copy of the folder of `made_runs`, which the test may change."""
     return shutil.copytree(made_runs / "runs", tmp_path / "runs")
 
 
@@ -167,7 +167,7 @@ Tune = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def tune(run_python: Command, store: SequenceStore, runs: Path) -> Tune:
-    """Fine-tune `base` as `family` was, but for these options."""
+    """Fine-tune `base` with the options of `family` and these."""
 
     def run(*more: str) -> subprocess.CompletedProcess[str]:
         return run_python("-m", "protlig_dd.training", *FAMILY, f"data.path={store.path}", "run.name=family", *more)
@@ -176,7 +176,7 @@ def tune(run_python: Command, store: SequenceStore, runs: Path) -> Tune:
 
 
 @pytest.mark.slow
-def test_the_first_step_is_taken_with_the_sources_averaged_weights(made_runs: Path, store: SequenceStore) -> None:
+def test_the_first_step_uses_the_sources_averaged_weights(made_runs: Path, store: SequenceStore) -> None:
     printed, run = (made_runs / "printed").read_text(), made_runs / "runs/family"
     assert "starting from the averaged weights of runs/base/checkpoints/step_00000030" in printed
     assert "step 0: validation" in printed
@@ -191,13 +191,13 @@ def test_the_first_step_is_taken_with_the_sources_averaged_weights(made_runs: Pa
     assert rows[1]["loss"] == pytest.approx(loss_before_training(made_runs / "runs/base", config, store), rel=1e-5)
     untrained = read_metrics(made_runs / "runs/base/metrics.jsonl")[1]["loss"]
     assert abs(rows[1]["loss"] - untrained) > 0.01
-    assert rows[0]["val_nll"] < math.log(20) - 0.05  # which is the untrained network's
-    warmup = warmup_of(config.optim.warmup_steps, max(rows))
+    assert rows[0]["val_nll"] < math.log(20) - 0.05  # log(20) is that of an untrained network
+    warmup = resolve_warmup_steps(config.optim.warmup_steps, max(rows))
     assert rows[1]["lr"] == pytest.approx(config.optim.lr / max(1, warmup))
 
 
 def loss_before_training(run: Path, config: TrainConfig, store: SequenceStore) -> float:
-    """Of this run's averaged weights, on the packs and with the noise of the config's first step."""
+    """Return the loss of the run's averaged weights on the packs and noise of the config's first step."""
     source = load_trained(str(run), device="cpu", precision="fp32")
     packs = PackDataset(store, store.split("train"), max_len=150, tokens_per_pack=800, seed=5)
     losses, residues = [], 0
@@ -212,22 +212,22 @@ def loss_before_training(run: Path, config: TrainConfig, store: SequenceStore) -
 
 
 @pytest.mark.slow
-def test_a_fine_tuned_run_goes_on_without_its_source(runs: Path, tune: Tune) -> None:
-    """Its own folder is enough, and gives the bits of a run that was left alone."""
+def test_a_fine_tuned_run_resumes_without_its_source(runs: Path, tune: Tune) -> None:
+    """Its own folder is enough, and the result is bit-identical to that of an uninterrupted run."""
     whole = tune("run.name=whole")
     assert whole.returncode == 0, whole.stderr
-    (runs / "base").rename(runs / "away")
+    (runs / "base").rename(runs / "moved")
     resumed = tune("optim.lr=0.003")
     assert resumed.returncode == 0, resumed.stderr
-    assert "going on from runs/family/checkpoints/step_00000004" in resumed.stdout
+    assert "resuming from runs/family/checkpoints/step_00000004" in resumed.stdout
     assert "starting from" not in resumed.stdout
-    assert_same_bits(runs / "family", runs / "whole")
-    (runs / "away").rename(runs / "base")
+    assert_bit_identical(runs / "family", runs / "whole")
+    (runs / "moved").rename(runs / "base")
     assert_one_line_error(tune("from=null"), "runs/family was started with another config", "from: runs/base -> None")
 
 
 @pytest.mark.slow
-def test_a_fine_tuned_run_is_a_source_like_any_other(runs: Path, tune: Tune) -> None:
+def test_a_fine_tuned_run_can_be_fine_tuned_again(runs: Path, tune: Tune) -> None:
     finished = tune()
     assert finished.returncode == 0, finished.stderr
     process = tune("from=runs/family", "run.name=second", "trainer.max_steps=1", "optim.lr=1e-30")
@@ -237,10 +237,10 @@ def test_a_fine_tuned_run_is_a_source_like_any_other(runs: Path, tune: Tune) -> 
 
 
 @pytest.mark.slow
-def test_held_out_proteins_that_trained_the_source_are_counted(
+def test_held_out_proteins_in_the_sources_training_data_are_counted(
     runs: Path, run_python: Command, store: SequenceStore, tmp_path: Path
 ) -> None:
-    """When the run begins, in its report, and by `evaluate`, which follows `from=` to the source's store."""
+    """When the run starts, in its report, and by `evaluate`, which finds the source's store through `from=`."""
     decode = ProteinTokenizer().decode
     test = store.split("test")
     chosen = {"train": test[:12], "validation": [*range(5), *test[12:14]], "test": [*range(5, 8), *test[14:18]]}
@@ -251,40 +251,41 @@ def test_held_out_proteins_that_trained_the_source_are_counted(
     options = [*FAMILY, "data.path=family.h5", "run.name=leaky", "trainer.max_steps=1", "report.max_sequences=15"]
     process = run_python("-m", "protlig_dd.training", *options)
     assert process.returncode == 0, process.stdout + process.stderr
-    trained = f"are exact copies of proteins that trained its source runs/base ({store.path})"
+    trained = f"are exact copies of training proteins of its source runs/base ({store.path})"
     assert f"warning: 5 of 7 validation proteins {trained}\n" in process.stdout
     assert f"warning: 3 of 7 test proteins {trained}\n" in process.stdout
     report = json.loads((runs / "leaky/report.json").read_text())
     source = {"model": "its source runs/base", "store": str(store.path), "copies": 3}
-    own = {"model": "this run", "store": "family.h5", "copies": 0}
+    this_run = {"model": "this run", "store": "family.h5", "copies": 0}
     found = report["in_training"]
-    assert (found["copies"], found["searched"], found["not_searched"]) == (3, [own, source], [])
+    assert (found["copies"], found["searched"], found["not_searched"]) == (3, [this_run, source], [])
     rows = list(csv.DictReader((runs / "leaky/report.csv").read_text().splitlines()))[3:]
     nats, residues = (np.array([float(row[key]) for row in rows]) for key in ("nll_nats", "residues"))
     assert (found["others"]["nll"], found["others"]["nll_se"]) == pytest.approx(per_residue(nats, residues), abs=1e-6)
-    said = process.stdout.partition("3 of these proteins have trained the model; without them:\n")[2]
-    assert said.splitlines()[:3] == [
+    printed = process.stdout.partition("3 of these proteins are in the model's training data; without them:\n")[2]
+    assert printed.splitlines()[:3] == [
         f"  NLL bound            {found['others']['nll']:.4f} ± {found['others']['nll_se']:.4f}",
         f"  unigram NLL          {found['others']['unigram_nll']:.4f} ± {found['others']['unigram_nll_se']:.4f}",
         f"  paired difference    {found['others']['difference']:+.4f} ± {found['others']['difference_se']:.4f}",
     ]
 
-    assert "none of 7 test proteins is an exact copy of one that trained this run (family.h5)\n" in process.stdout
-    told = "3 of 7 proteins of the test set are exact copies of proteins that trained the model"
-    assert told in (runs / "leaky/report.html").read_text()
+    assert "none of 7 test proteins is an exact copy of a training protein of this run (family.h5)\n" in process.stdout
+    sentence = "3 of 7 proteins of the test set are exact copies of proteins the model was trained on"
+    assert sentence in (runs / "leaky/report.html").read_text()
     exported = report_of(find_saved(str(runs / "leaky")).path, 1)
     others = found["others"]
     clean = f"{others['nll']:.4f} ± {others['nll_se']:.4f}, the paired difference {others['difference']:+.4f}"
-    assert measured(exported)[-1].startswith(
-        "3 of these are exact copies of proteins that trained the model. Over the "
+    assert report_lines(exported)[-1].startswith(
+        "3 of these are exact copies of training proteins of the model. Over the "
     )
-    assert f" others the bound is {clean}" in measured(exported)[-1]
+    assert f" others the bound is {clean}" in report_lines(exported)[-1]
     assert store.path.name not in json.dumps(exported)  # no paths of this machine
 
     options = [option for option in options if not option.startswith(("from=", "data.path", "run.name"))]
     both = run_python("-m", "protlig_dd.training", *options, f"data.path=[family.h5,{store.path}]", "run.name=both")
     assert both.returncode == 0, both.stdout + both.stderr
-    report = json.loads((runs / "both/report.json").read_text())  # of two stores, each may hold out what the other has
+    # one store may hold out proteins that the other store trains on
+    report = json.loads((runs / "both/report.json").read_text())
     judged = {row["id"] for row in csv.DictReader((runs / "both/report.csv").read_text().splitlines())}
     copied = {f"test{i}" for i in range(5, 8)} | {store.id(i) for i in test[:12]}
     assert report["in_training"]["copies"] == len(judged & copied)
@@ -294,31 +295,33 @@ def test_held_out_proteins_that_trained_the_source_are_counted(
     done = run_python(*command, "output=out", "device=cpu")
     assert done.returncode == 0, done.stderr
     assert f"warning: 3 of 7 proteins {trained}" in done.stdout
-    assert "none of 7 proteins is an exact copy of one that trained this model (family.h5)" in done.stdout
+    assert "none of 7 proteins is an exact copy of a training protein of this model (family.h5)" in done.stdout
     assert json.loads((tmp_path / "out/report.json").read_text())["in_training"]["copies"] == 3
 
     run = load_trained(str(runs / "leaky"), device="cpu", precision="fp32")
-    before = functools.partial(sources_before, run.saved.config, runs / "leaky")
-    assert [one.stores is not None for one in before([])] == [True]
+    find_source_data = functools.partial(source_training_data, run.saved.config, runs / "leaky")
+    assert [model_data.stores is not None for model_data in find_source_data([])] == [True]
     (checkpoint,) = complete_checkpoints(runs / "base")
-    shutil.copytree(checkpoint, moved := checkpoint.with_name("step_00000031"))  # the run has gone on
-    sums = json.loads((moved / "complete.json").read_text())
-    (moved / "complete.json").write_text(json.dumps(sums | {"ema.safetensors": "0"}))
-    assert [one.stores is not None for one in before([])] == [True]
-    (runs / "base/environment.json").unlink()  # so its store is not named
-    assert [one.why for one in before([])] == ["its training set was not found, or cannot be read"]
-    assert [one.stores is not None for one in before([store])] == [True]
+    shutil.copytree(checkpoint, newer := checkpoint.with_name("step_00000031"))  # the source run was continued
+    sums = json.loads((newer / "complete.json").read_text())
+    (newer / "complete.json").write_text(json.dumps(sums | {"ema.safetensors": "0"}))
+    assert [model_data.stores is not None for model_data in find_source_data([])] == [True]
+    (runs / "base/environment.json").unlink()  # which names its store
+    assert [model_data.reason for model_data in find_source_data([])] == [
+        "its training set was not found, or cannot be read"
+    ]
+    assert [model_data.stores is not None for model_data in find_source_data([store])] == [True]
     shutil.rmtree(checkpoint)
-    assert [one.why for one in before([])] == ["it has other weights by now"]
-    (runs / "base").rename(runs / "away")
-    assert [one.why for one in before([])] == ["there is no runs/base"]
-    (unknown,) = sources_before(replace(run.saved.config, from_=None), None, [])
-    assert (unknown.model, unknown.why) == ("the model that it began from", "an exported model does not name it")
+    assert [model_data.reason for model_data in find_source_data([])] == ["it has other weights by now"]
+    (runs / "base").rename(runs / "moved")
+    assert [model_data.reason for model_data in find_source_data([])] == ["there is no runs/base"]
+    (unknown,) = source_training_data(replace(run.saved.config, from_=None), None, [])
+    assert (unknown.model, unknown.reason) == ("the model that it began from", "an exported model does not name it")
     assert family.fingerprint != store.fingerprint
 
 
 @pytest.mark.slow
-def test_weights_that_are_not_those_the_run_began_with_are_refused(
+def test_weights_other_than_those_the_run_started_from_are_rejected(
     runs: Path, tune: Tune, run_python: Command, store: SequenceStore
 ) -> None:
     train(run_python, store, "base", *BASE, "trainer.max_steps=31", "run.resume=extend")
@@ -326,12 +329,15 @@ def test_weights_that_are_not_those_the_run_began_with_are_refused(
     wrong = tune(fresh, f"from_sha256={'0' * 64}")
     assert_one_line_error(wrong, "from=runs/base has weights of SHA-256", "from_sha256=0000")
     shutil.rmtree(runs / "family/checkpoints")
-    assert_one_line_error(tune(), "step_00000031: weights of SHA-256", "run.fresh=true")
+    assert_one_line_error(tune(), "step_00000031: its weights have SHA-256", "run.fresh=true")
     for more, parts in (
         (["from=runs/none"], ["runs/none does not exist"]),
-        (["model=small"], ["from=runs/base is another model (model.hidden_size: 32 there, 512 here"]),
+        (
+            ["model=small"],
+            ["from=runs/base does not match the command line (model.hidden_size: 32 in the source, 512 requested"],
+        ),
         (["run.resume=runs/base"], ["from=runs/base and run.resume=runs/base"]),
-        (["from=null", f"from_sha256={'0' * 64}"], ["from_sha256 is that of from="]),
+        (["from=null", f"from_sha256={'0' * 64}"], ["from_sha256 is the checksum of the weights that from= names"]),
     ):
         assert_one_line_error(tune(fresh, *more), *parts)
     assert not (runs / "third").exists()

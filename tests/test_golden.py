@@ -1,4 +1,4 @@
-"""Seeded runs give what an earlier version recorded, and what it wrote is still read (tests/golden/make.py)."""
+"""Seeded runs reproduce the record of an earlier version, and its files can be read (see tests/golden/make.py)."""
 
 import json
 import shutil
@@ -21,42 +21,42 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A copy of what the earlier version wrote, and the proteins that it was made of."""
+    """A copy of the files of the earlier version, and the proteins that they were made from."""
     shutil.copytree(GOLDEN / "files", tmp_path, dirs_exist_ok=True)
     make.write_proteins(tmp_path)
     return tmp_path
 
 
 @pytest.mark.parametrize("model", make.MODELS)
-def test_seeded_runs_give_what_was_recorded(model: str, folder: Path, python: Command) -> None:
-    found, wanted = make.record(python, folder, model), RECORD["models"][model]
-    if SAME_MACHINE:  # elsewhere sums are taken in another order
-        assert found == wanted
-    assert found["losses"][:5] == pytest.approx(wanted["losses"][:5], rel=1e-3)
+def test_seeded_runs_reproduce_the_record(model: str, folder: Path, python: Command) -> None:
+    found, expected = make.record(python, folder, model), RECORD["models"][model]
+    if SAME_MACHINE:  # other machines add numbers in another order
+        assert found == expected
+    assert found["losses"][:5] == pytest.approx(expected["losses"][:5], rel=1e-3)
     for fasta in found["samples"].values():
         designs = [line for line in fasta if not line.startswith(">")]
         assert len(designs) == 8
         assert all(30 <= len(design) <= 60 and set(design) <= set(AMINO_ACIDS) for design in designs)
 
 
-def test_earlier_files_are_read_and_continued(folder: Path, python: Command) -> None:
-    found, wanted = make.continued(python, folder), RECORD["continued"]
+def test_files_of_an_earlier_version_are_read_and_continued(folder: Path, python: Command) -> None:
+    found, expected = make.continued(python, folder), RECORD["continued"]
     if SAME_MACHINE:
-        assert found == wanted
+        assert found == expected
     before = make.STEPS // 2
     assert len(found["losses"]) == make.STEPS
-    assert found["losses"][:before] == wanted["losses"][:before]  # not made again
-    assert found["losses"][before : before + 5] == pytest.approx(wanted["losses"][before : before + 5], rel=1e-3)
+    assert found["losses"][:before] == expected["losses"][:before]  # not computed again
+    assert found["losses"][before : before + 5] == pytest.approx(expected["losses"][before : before + 5], rel=1e-3)
     assert [len(line) for line in found["samples"] if not line.startswith(">")] == [40] * 4
 
 
-def test_proteins_become_the_same_store(folder: Path, python: Command) -> None:
+def test_the_same_proteins_give_a_store_with_the_same_fingerprint(folder: Path, python: Command) -> None:
     earlier = SequenceStore(folder / "store.h5").fingerprint
     (folder / "store.h5").unlink()
     make.make_store(python, folder)
     assert SequenceStore(folder / "store.h5").fingerprint == earlier
 
 
-def test_earlier_run_refuses_another_model(folder: Path, python: Command) -> None:
+def test_an_earlier_run_cannot_be_resumed_with_another_model(folder: Path, python: Command) -> None:
     done = python("-m", "protlig_dd.training", *make.SMALLER, "data.path=store.h5", "model.n_blocks=2", cwd=folder)
     assert_one_line_error(done, "model.n_blocks: 1 -> 2", "run.fresh=true")

@@ -14,18 +14,18 @@ from protlig_dd.diffusion.graphs.uniform import Uniform
 from protlig_dd.diffusion.numerics import categorical, clamp_negative, log_expm1, uniform_draws
 
 from . import brute_force
-from .conftest import graph_of, refuses
+from .conftest import graph_of, raises_value_error
 
 GRAPHS = ["absorbing", "uniform", "substitution"]
 SIGMAS = [1e-6, 1e-5, 1e-3, 0.1, 1.0, 5.0, 15.0]
 
 
-def states(name: str, n: int) -> int:
+def state_count(name: str, n: int) -> int:
     return n + 1 if name == "absorbing" else n
 
 
 def masked_score(name: str, n: int, xt: torch.Tensor, seed: int) -> torch.Tensor:
-    """Random log-scores, 0 at x_t as the score functions return them."""
+    """Return random log-scores that are 0 at x_t (absorbing: for unmasked tokens), as those of score functions."""
     log_score = torch.randn(len(xt), n, generator=torch.Generator().manual_seed(seed))
     if name == "absorbing":
         return torch.where((xt == n)[:, None], log_score, 0.0)
@@ -33,9 +33,9 @@ def masked_score(name: str, n: int, xt: torch.Tensor, seed: int) -> torch.Tensor
 
 
 def pairs_of(name: str, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every (x0, x_t) that can be."""
-    x0 = torch.arange(n).repeat_interleave(states(name, n))
-    xt = torch.arange(states(name, n)).repeat(n)
+    """Return all pairs (x0, x_t) with a positive probability."""
+    x0 = torch.arange(n).repeat_interleave(state_count(name, n))
+    xt = torch.arange(state_count(name, n)).repeat(n)
     possible = (x0 == xt) | (xt == n) if name == "absorbing" else x0 >= 0
     return x0[possible], xt[possible]
 
@@ -43,7 +43,7 @@ def pairs_of(name: str, n: int) -> tuple[torch.Tensor, torch.Tensor]:
 def reference(
     name: str, n: int, sigma: float, log_score: torch.Tensor, xt: torch.Tensor, x0: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss of each pair by brute force, and the largest of the terms it is the sum of."""
+    """Return the loss of each pair by brute force, and the largest absolute term of its sum."""
     rows = [
         brute_force.score_entropy(name, n, sigma, log_score[i].double(), int(xt[i]), int(x0[i])) for i in range(len(x0))
     ]
@@ -87,33 +87,33 @@ def test_score_entropy_is_never_negative_and_zero_at_the_true_ratios(name: str, 
 def test_transitions_have_the_probabilities_of_the_matrix_exponential(
     name: str, n: int, sigma: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not by chance: the inverse CDF is read off on a grid of draws, up to twice the probability of moving."""
+    """Evaluate the inverse CDF on a grid instead of random draws, up to twice the probability of moving."""
     points, expected = 400_000, brute_force.transition(name, n, sigma)[2]
-    reach = min(1.0, 2 * float(1 - expected[2]))
-    grid = (torch.arange(points, dtype=torch.float64) + 0.5) / points * reach
+    grid_end = min(1.0, 2 * float(1 - expected[2]))
+    grid = (torch.arange(points, dtype=torch.float64) + 0.5) / points * grid_end
     for module in (absorbing, uniform):
         monkeypatch.setattr(module, "uniform_draws", lambda length, generator: grid)
     xt = graph_of(name, n).sample_transition(
         torch.full((points,), 2), torch.full((points,), sigma, dtype=torch.float64), torch.Generator()
     )
-    seen = torch.bincount(xt, minlength=len(expected)).double() / points * reach
-    seen[2] += 1 - reach
-    assert ((seen - expected).abs() <= 1e-5 * (1 - expected[2])).all()
+    frequencies = torch.bincount(xt, minlength=len(expected)).double() / points * grid_end
+    frequencies[2] += 1 - grid_end
+    assert ((frequencies - expected).abs() <= 1e-5 * (1 - expected[2])).all()
 
 
 @pytest.mark.parametrize("name", GRAPHS)
 @pytest.mark.parametrize("sigma", [0.05, 0.7, 3.0])
-def test_transitions_are_drawn_with_those_probabilities(name: str, sigma: float) -> None:
+def test_random_transitions_have_the_frequencies_of_the_matrix_exponential(name: str, sigma: float) -> None:
     n, draws = 20, 40_000
     x0 = torch.full((draws,), 2)
     xt = graph_of(name, n).sample_transition(x0, torch.full((draws,), sigma), torch.Generator().manual_seed(1))
     expected = brute_force.transition(name, n, sigma)[2]
-    seen = torch.bincount(xt, minlength=len(expected)).double() / draws
-    assert ((seen - expected).abs() <= 5 * (expected * (1 - expected) / draws).sqrt() + 1e-12).all()
+    frequencies = torch.bincount(xt, minlength=len(expected)).double() / draws
+    assert ((frequencies - expected).abs() <= 5 * (expected * (1 - expected) / draws).sqrt() + 1e-12).all()
 
 
 @pytest.mark.parametrize("graph", [graph_of(name, 20) for name in GRAPHS], ids=GRAPHS)
-def test_context_is_never_moved_and_never_in_the_loss(graph: Graph) -> None:
+def test_context_tokens_are_never_noised_and_have_no_loss(graph: Graph) -> None:
     context = torch.arange(21, 30)
     sigma = torch.full((9,), 9.0)
     assert torch.equal(graph.sample_transition(context, sigma, torch.Generator().manual_seed(0)), context)
@@ -124,14 +124,14 @@ def test_context_is_never_moved_and_never_in_the_loss(graph: Graph) -> None:
 @pytest.mark.parametrize("name", GRAPHS)
 @pytest.mark.parametrize("n", [4, 20])
 @pytest.mark.parametrize("sigma", [1e-5, 1e-3, 1.0, 6.9])
-def test_prior_and_its_divergence(name: str, n: int, sigma: float) -> None:
+def test_prior_samples_and_prior_kl_equal_brute_force(name: str, n: int, sigma: float) -> None:
     draws, graph = 40_000, graph_of(name, n)
     p, prior = brute_force.transition(name, n, sigma)[0], brute_force.prior(name, n, sigma)
     kl = (p * (p / prior).clamp(min=1e-300).log()).sum()
     assert graph.prior_kl(torch.tensor([0]), torch.tensor([sigma])).item() == pytest.approx(kl.item(), rel=1e-5)
     limit = graph.sample_limit(draws, torch.Generator().manual_seed(0), sigma)
-    seen = torch.bincount(limit, minlength=len(prior)).double() / draws
-    assert ((seen - prior).abs() <= 5 * (prior * (1 - prior) / draws).sqrt() + 1e-12).all()
+    frequencies = torch.bincount(limit, minlength=len(prior)).double() / draws
+    assert ((frequencies - prior).abs() <= 5 * (prior * (1 - prior) / draws).sqrt() + 1e-12).all()
 
 
 @pytest.mark.parametrize("name", GRAPHS)
@@ -139,7 +139,7 @@ def test_prior_and_its_divergence(name: str, n: int, sigma: float) -> None:
 @pytest.mark.parametrize("sigma", SIGMAS)
 @pytest.mark.parametrize("share", [1e-3, 0.3, 1.0])
 def test_reverse_steps_equal_the_dense_formulas(name: str, n: int, sigma: float, share: float) -> None:
-    """Analytic: [s^T exp(-delta Q)]_z P(delta)[z, x]; Euler: onehot(x) + step s_z Q[z, x]. Scores are float32."""
+    """Analytic: [s^T exp(-delta Q)]_z P(delta)[z, x]; Euler: onehot(x) + delta s_z Q[z, x]. Scores are float32."""
     graph, delta = graph_of(name, n), share * min(sigma, graph_of(name, n).sigma_max)
     toy = brute_force.random_toy(name, n, sites=2, seed=3)
     xt = torch.tensor([[n, 0], [n, n]]) if name == "absorbing" else torch.tensor([[1, 0], [3, 3]])
@@ -151,9 +151,9 @@ def test_reverse_steps_equal_the_dense_formulas(name: str, n: int, sigma: float,
     analytic, euler = graph.analytic_probs(log_score, flat, step), graph.euler_probs(log_score, flat, step)
     assert analytic.dtype == euler.dtype == torch.float64
     for i, x in enumerate(flat.tolist()):
-        s = torch.zeros(states(name, n), dtype=torch.float64)
+        s = torch.zeros(state_count(name, n), dtype=torch.float64)
         if name == "absorbing" and x < n:
-            s[x] = 1.0  # an unmasked token has nowhere else to come from
+            s[x] = 1.0  # an unmasked token was never in another state
         else:
             s[:n] = log_score[i].double().exp()
             s[x] = 1.0
@@ -170,39 +170,39 @@ def test_reverse_steps_equal_the_dense_formulas(name: str, n: int, sigma: float,
 @pytest.mark.parametrize("n", [4, 20])
 @pytest.mark.parametrize("sigma", [*SIGMAS, 40.0])
 @pytest.mark.parametrize("share", [0.0, 0.4, 0.999])
-def test_the_posterior_step_is_bayes_rule(name: str, n: int, sigma: float, share: float) -> None:
-    """p(z | x_t) ~ sum over x0 of q(x0) P(left)[x0, z] P(sigma - left)[z, x_t]; large sigma does no harm."""
-    left = share * sigma
-    xt = torch.arange(states(name, n))
+def test_the_posterior_step_equals_bayes_rule(name: str, n: int, sigma: float, share: float) -> None:
+    """p(z | x_t) ~ sum over x0 of q(x0) P(sigma_next)[x0, z] P(sigma - sigma_next)[z, x_t], also at large sigma."""
+    sigma_next = share * sigma
+    xt = torch.arange(state_count(name, n))
     if name == "absorbing":
         xt = torch.tensor([n])
     log_q = torch.randn(len(xt), n, generator=torch.Generator().manual_seed(7))
-    now_T, left_T = (torch.full((len(xt),), value, dtype=torch.float64) for value in (sigma, left))
-    probs, clamped = clamp_negative(graph_of(name, n).posterior_probs(log_q, xt, now_T, left_T))
-    to_z, to_xt = (brute_force.transition(name, n, s) for s in (left, sigma - left))
+    sigma_T, sigma_next_T = (torch.full((len(xt),), value, dtype=torch.float64) for value in (sigma, sigma_next))
+    probs, clamped = clamp_negative(graph_of(name, n).posterior_probs(log_q, xt, sigma_T, sigma_next_T))
+    to_z, to_xt = (brute_force.transition(name, n, s) for s in (sigma_next, sigma - sigma_next))
     expected = (log_q.double().softmax(-1) @ to_z[:n]) * to_xt[:, xt].T
     assert torch.allclose(probs, expected / expected.sum(-1, keepdim=True), rtol=1e-8, atol=1e-12)
     assert not clamped.any()
     if name == "absorbing":
-        masks = graph_of(name, n).posterior_probs(
+        final = graph_of(name, n).posterior_probs(
             torch.zeros(2, n), torch.tensor([0, n]), torch.ones(2), torch.zeros(2)
         )
-        assert masks[:, n].tolist() == [0.0, 0.0]
-        assert masks[0].tolist() == [1.0] + [0.0] * n
+        assert final[:, n].tolist() == [0.0, 0.0]
+        assert final[0].tolist() == [1.0] + [0.0] * n
 
 
 @pytest.mark.parametrize("name", GRAPHS)
 @pytest.mark.parametrize("n", [4, 20])
 @pytest.mark.parametrize("sigma", [1e-5, 1e-3, 0.3, 2.0, 6.9])
 def test_the_posterior_of_x0_gives_the_scores(name: str, n: int, sigma: float) -> None:
-    """p(x0 | the other tokens) through log_score_from_x0 is the score, and x0_probs is the way back."""
+    """log_score_from_x0 turns p(x0 | the other tokens) into the score, and x0_probs inverts it."""
     toy = brute_force.random_toy(name, n=n, sites=2, seed=5)
-    xt = torch.cartesian_prod(*[torch.arange(states(name, n))] * 2)
+    xt = torch.cartesian_prod(*[torch.arange(state_count(name, n))] * 2)
     if name == "absorbing":
         xt = xt[(xt == n).any(1)]
     graph, flat = graph_of(name, n), xt.reshape(-1)
     q = toy.posterior(xt, sigma).reshape(-1, n)
-    logits = q.log() + 0.7  # a softmax does not see a constant
+    logits = q.log() + 0.7  # a constant does not change a softmax
     expected = toy.log_score(xt, sigma).reshape(-1, n)
     sigma_T = torch.full((len(flat),), sigma, dtype=torch.float64)
     found = graph.log_score_from_x0(logits, flat, sigma_T)
@@ -210,20 +210,20 @@ def test_the_posterior_of_x0_gives_the_scores(name: str, n: int, sigma: float) -
     found32 = graph.log_score_from_x0(logits.float(), flat, sigma_T.float())
     assert found32.dtype == torch.float32
     assert torch.allclose(found32.double(), expected, rtol=1e-5, atol=1e-5)
-    back = graph.x0_probs(found, flat, sigma_T)
+    recovered = graph.x0_probs(found, flat, sigma_T)
     masked = flat == n if name == "absorbing" else flat >= 0
-    assert back.dtype == torch.float64
-    assert torch.allclose(back[masked], q[masked], atol=1e-9 * math.exp(2 * sigma))
+    assert recovered.dtype == torch.float64
+    assert torch.allclose(recovered[masked], q[masked], atol=1e-9 * math.exp(2 * sigma))
 
 
 @pytest.mark.parametrize("name", GRAPHS)
-def test_zero_logits_are_the_exact_score_at_large_sigma(name: str) -> None:
+def test_zero_logits_give_the_exact_score_at_large_sigma(name: str) -> None:
     toy = brute_force.random_toy(name, n=4, sites=2, seed=5)
     graph, sigma = graph_of(name, 4), 60.0
     xt = torch.tensor([[0, 3], [2, 2]]) if name != "absorbing" else torch.tensor([[4, 4]])
     flat, sigma_T = xt.reshape(-1), torch.full((xt.numel(),), sigma)
     found = graph.log_score(torch.zeros(len(flat), 4), flat, sigma_T).double()
-    if name == "absorbing":  # the guess there is uniform over the amino acids
+    if name == "absorbing":  # zero logits are the uniform distribution over the amino acids
         assert torch.allclose(found, torch.tensor(-math.log(math.expm1(sigma)) - math.log(4)).double(), rtol=1e-6)
     else:
         assert torch.allclose(found, toy.log_score(xt, sigma).reshape(-1, 4), atol=1e-5)
@@ -238,13 +238,13 @@ def test_substitution_probabilities_equal_the_matrix_exponential(n: int, sigma: 
     assert torch.allclose(p, brute_force.transition("substitution", n, sigma), rtol=1e-9, atol=1e-15)
     assert torch.allclose(graph.pi, brute_force.equilibrium("substitution", n), rtol=1e-9)
     assert torch.allclose(graph.rates, brute_force.rate_matrix("substitution", n), atol=1e-12)
-    left = math.exp(graph.sigma_max * graph.lambda_2)
-    assert 0.99e-3 < left < 1e-3
+    remaining = math.exp(graph.sigma_max * graph.lambda_2)
+    assert 0.99e-3 < remaining < 1e-3
     slowest = torch.linalg.eigvals(brute_force.rate_matrix("substitution", n)).real.sort().values[-2]
     assert graph.lambda_2 == pytest.approx(float(slowest), rel=1e-9)
 
 
-def one_way() -> np.ndarray:
+def cyclic_rates() -> np.ndarray:
     return np.array([[0.0, 3.0, 1.0], [1.0, 0.0, 3.0], [3.0, 1.0, 0.0]])
 
 
@@ -254,17 +254,17 @@ def one_way() -> np.ndarray:
         (np.ones((3, 4)), r"square matrix, got shape \(3, 4\)"),
         (-np.ones((3, 3)), "at least 0 off the diagonal, got -1"),
         (np.full((3, 3), np.nan), "must be finite"),
-        (one_way(), r"not reversible: in equilibrium 0.333333 flows from state 0 to state 2, and 1 back"),
+        (cyclic_rates(), r"not reversible: in equilibrium 0.333333 flows from state 0 to state 2, and 1 back"),
         (np.kron(np.eye(2), np.ones((2, 2))) + 1e-4, "do not mix: lambda_2 = -0.000"),
-        (np.array([[0.0, 1.0], [0.0, 0.0]]), "do not mix: state 0 has no share in equilibrium"),
+        (np.array([[0.0, 1.0], [0.0, 0.0]]), "do not mix: state 0 has equilibrium frequency .*, not above 0"),
     ],
 )
-def test_rates_that_cannot_be_are_refused(rates: np.ndarray, message: str) -> None:
-    with refuses(message):
+def test_invalid_rates_are_rejected(rates: np.ndarray, message: str) -> None:
+    with raises_value_error(message):
         SubstitutionGraph(rates)
 
 
-def test_absorbing_euler_and_analytic_coincide_for_loglinear_noise() -> None:
+def test_absorbing_euler_and_analytic_steps_coincide_for_loglinear_noise() -> None:
     from protlig_dd.diffusion.noise import LogLinearNoise
 
     t = torch.tensor([0.8, 0.7], dtype=torch.float64)
@@ -285,7 +285,7 @@ def test_the_last_step_never_leaves_a_mask() -> None:
     assert torch.allclose(probs.sum(-1), torch.ones(3, dtype=torch.float64))
 
 
-def test_log_expm1_is_exact_at_both_ends() -> None:
+def test_log_expm1_is_accurate_for_small_and_large_sigma() -> None:
     sigma = torch.tensor([1e-6, 1e-3, 1.0, 20.0, 200.0])
     expected = [math.log(math.expm1(float(s))) if s < 100 else float(s) for s in sigma]
     assert torch.allclose(log_expm1(sigma), torch.tensor(expected), rtol=1e-6)
@@ -303,19 +303,19 @@ def test_categorical_is_the_inverse_cdf(weights: list[float], u: float) -> None:
 
 
 def test_rare_events_keep_their_probability() -> None:
-    """An event of probability 1e-9 comes for exactly the u that it owns; float32 would lose it."""
+    """An event of probability 1e-9 is drawn for exactly the u in its interval, which float32 cannot resolve."""
     probs = torch.tensor([[1 - 1e-9, 1e-9]], dtype=torch.float64)
     edges = torch.tensor([1 - 1.001e-9, 1 - 0.999e-9, 1 - 1e-12], dtype=torch.float64)
     assert categorical(probs.expand(3, 2), edges).tolist() == [0, 1, 1]
 
 
-def test_draws_have_all_the_digits_of_float64() -> None:
+def test_uniform_draws_have_float64_precision() -> None:
     u = uniform_draws(1000, torch.Generator().manual_seed(0))
     assert u.dtype == torch.float64
     assert ((u * 2.0**30) % 1 != 0).double().mean() > 0.99
 
 
-def test_the_uniform_loss_is_finite_at_any_noise() -> None:
+def test_the_loss_of_the_uniform_graph_is_finite_at_large_sigma() -> None:
     graph = Uniform()
     xt, x0 = torch.tensor([0, 1]), torch.zeros(2, dtype=torch.int64)
     loss = graph.score_entropy(torch.zeros(2, 20), torch.full((2,), 80.0), xt, x0)
@@ -323,7 +323,7 @@ def test_the_uniform_loss_is_finite_at_any_noise() -> None:
     assert loss.abs().max() < 1e-6  # all ratios are 1
 
 
-def test_negative_probabilities_are_clamped_and_counted() -> None:
+def test_negative_probabilities_are_clamped_and_flagged() -> None:
     probs, clamped = clamp_negative(torch.tensor([[0.5, 0.7, -0.2], [0.5, 0.25, 0.25]], dtype=torch.float64))
     assert clamped.tolist() == [True, False]
     assert probs[0].tolist() == pytest.approx([0.5 / 1.2, 0.7 / 1.2, 0.0])

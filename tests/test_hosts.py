@@ -1,4 +1,4 @@
-"""Two hosts that disagree or lose one another: network namespaces, torchrun on each, one trial a test."""
+"""The trials of scripts/host_trials.py, each a test: two simulated hosts disagree or lose their connection."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from scripts.host_trials import TRIALS, Trials
-from scripts.hosts import APART, ENVIRONMENT, NAMES, Host, join_hosts, missing_here, wait_until_apart
+from scripts.hosts import APART, ENVIRONMENT, NAMES, Host, join_hosts, missing_requirements, wait_until_apart
 
 from .conftest import ROOT
 from .warm import Process, Server, start_server
@@ -19,14 +19,18 @@ pytestmark = [pytest.mark.slow, pytest.mark.system]
 
 @pytest.fixture(scope="module")
 def trials(tmp_path_factory: pytest.TempPathFactory, warm: Server) -> Iterator[Trials]:
-    """On each host lives an interpreter that forks, and in the switch between them a process that sleeps."""
-    if missing := missing_here():
+    """Two connected hosts.
+
+    On each host an interpreter waits that forks to run commands. A sleeping process holds the namespace of the switch
+    between the hosts.
+    """
+    if missing := missing_requirements():
         pytest.skip(f"this machine lacks {missing}")
     env = os.environ | {"PYTHONPATH": str(ROOT), "PROTLIG_TYPECHECK": "0"} | ENVIRONMENT
 
     def start(server: Server, arguments: list[str], folder: Path) -> Process:
-        forks = env | {"PYTHON_EXEC": str(server.executable)}
-        return server.start(arguments, cwd=folder, env=forks, new_session=True)
+        forking = env | {"PYTHON_EXEC": str(server.executable)}
+        return server.start(arguments, cwd=folder, env=forking, new_session=True)
 
     def start_here(arguments: list[str], folder: Path) -> Process:
         return warm.start(arguments, cwd=folder, env=os.environ | {"PYTHON_EXEC": str(warm.executable)})
@@ -52,6 +56,6 @@ def trials(tmp_path_factory: pytest.TempPathFactory, warm: Server) -> Iterator[T
 
 
 @pytest.mark.parametrize("name", TRIALS)
-def test_on_two_hosts(name: str, trials: Trials) -> None:
+def test_a_trial_on_two_hosts_has_the_expected_result(name: str, trials: Trials) -> None:
     trial = TRIALS[name](trials)
     assert not trial.found, trial

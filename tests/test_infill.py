@@ -1,4 +1,4 @@
-"""`python -m protlig_dd.infill`: what is free, where motifs go, and that what is fixed stays."""
+"""`python -m protlig_dd.infill`: free and fixed positions, contigs, the ranking of designs, files and errors."""
 
 import csv
 import itertools
@@ -27,14 +27,14 @@ from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.evaluation.samples.redesigns import Redesign, free_draws, free_nll
 from protlig_dd.inference import generate
 from protlig_dd.inference.layouts import (
-    MOST,
+    MAX_DESIGNS,
     Design,
     Segment,
+    build_template,
     draw_layout,
     draw_sizes,
-    free_positions,
     map_csv,
-    place,
+    mask_free_positions,
     read_records,
 )
 from protlig_dd.inference.model import TrainedModel, load_trained
@@ -55,13 +55,13 @@ def shown(ids: np.ndarray) -> str:
     return ProteinTokenizer().decode(ids)
 
 
-def test_ranges_are_from_one_and_inclusive() -> None:
-    assert shown(free_positions(RECORD, IDS, fixed=None, free=["2-4", 10])) == "A___FGHIK_"
-    assert shown(free_positions(RECORD, IDS, fixed=["2-4", "10"], free=None)) == "_CDE_____L"
-    assert shown(free_positions(RECORD, IDS, fixed=None, free="3")) == "AC_EFGHIKL"
+def test_ranges_start_at_one_and_include_both_ends() -> None:
+    assert shown(mask_free_positions(RECORD, IDS, fixed=None, free=["2-4", 10])) == "A___FGHIK_"
+    assert shown(mask_free_positions(RECORD, IDS, fixed=["2-4", "10"], free=None)) == "_CDE_____L"
+    assert shown(mask_free_positions(RECORD, IDS, fixed=None, free="3")) == "AC_EFGHIKL"
     partial = IDS.copy()
     partial[0] = MASK
-    assert shown(free_positions(RECORD, partial, fixed=None, free=["5-6"])) == "_CDE__HIKL"
+    assert shown(mask_free_positions(RECORD, partial, fixed=None, free=["5-6"])) == "_CDE__HIKL"
 
 
 @pytest.mark.parametrize(
@@ -73,55 +73,55 @@ def test_ranges_are_from_one_and_inclusive() -> None:
         ({"fixed": ["x"]}, "fixed=x: give a number or a range"),
     ],
 )
-def test_wrong_ranges_are_named(options: dict[str, list[str]], message: str) -> None:
+def test_the_error_for_a_wrong_range_names_it(options: dict[str, list[str]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        free_positions(RECORD, IDS, **({"fixed": None, "free": None} | options))
+        mask_free_positions(RECORD, IDS, **({"fixed": None, "free": None} | options))
 
 
 def test_a_position_without_a_residue_cannot_be_fixed() -> None:
     partial = IDS.copy()
     partial[2] = MASK
     with pytest.raises(ValueError, match="position 3 is fixed, but the sequence has `_` there"):
-        free_positions(RECORD, partial, fixed=["1-3"], free=None)
+        mask_free_positions(RECORD, partial, fixed=["1-3"], free=None)
 
 
-def test_a_contig_places_motifs_between_new_stretches() -> None:
+def test_a_contig_places_motifs_between_new_residues() -> None:
     layout = draw_layout("2/A3-5/0-0/B9-10/1", None, np.random.default_rng(0))
     assert layout == [Segment(2), Segment(3, 3, "A"), Segment(2, 9, "B"), Segment(1)]
-    design = place(BOTH, layout)
+    design = build_template(BOTH, layout)
     assert shown(design) == "__DEFKL_"
     assert map_csv([Design("d", 0, layout, design, 0)]).splitlines()[1:] == [
         "d,1,2,true,,", "d,3,5,false,A,3", "d,6,7,false,B,9", "d,8,8,true,,",
     ]  # fmt: skip
-    next_to = draw_layout("A1-3/B4-6/1", None, np.random.default_rng(0))  # numbered through, but of two proteins
-    assert map_csv([Design("d", 0, next_to, place(BOTH, next_to), 0)]).splitlines()[1:] == [
+    adjacent = draw_layout("A1-3/B4-6/1", None, np.random.default_rng(0))  # consecutive numbers, but two proteins
+    assert map_csv([Design("d", 0, adjacent, build_template(BOTH, adjacent), 0)]).splitlines()[1:] == [
         "d,1,3,false,A,1", "d,4,6,false,B,4", "d,7,7,true,,",
     ]  # fmt: skip
-    with pytest.raises(ValueError, match="contig wants residues 9-12, the sequence has 10"):
-        place(BOTH, draw_layout("A9-12/3", None, np.random.default_rng(0)))
+    with pytest.raises(ValueError, match="the contig has residues 9-12, but the sequence has 10"):
+        build_template(BOTH, draw_layout("A9-12/3", None, np.random.default_rng(0)))
 
 
-def test_a_contig_that_can_have_a_new_residue_has_one() -> None:
+def test_a_contig_that_allows_new_residues_has_at_least_one() -> None:
     def layouts(contig: str, lengths: str | None = None, n: int = 200) -> Counter[str]:
         drawn = (draw_layout(contig, lengths, np.random.default_rng(i)) for i in range(n))
-        return Counter(shown(place(BOTH, layout)) for layout in drawn)
+        return Counter(shown(build_template(BOTH, layout)) for layout in drawn)
 
     seen = layouts("0-2/A1-5/0-2", n=2000)
     assert set(seen) == {"_" * a + "ACDEF" + "_" * b for a in range(3) for b in range(3) if a + b}
     assert sum((count - 250) ** 2 / 250 for count in seen.values()) < 26  # chi square of 7 degrees of freedom
     assert layouts("0-1") == {"_": 200}
     assert set(layouts("0-2/A1-5/0-2", "1-6")) == {"_ACDEF", "ACDEF_"}
-    assert layouts("A1-5") == layouts("0-2/A1-5/0-2", "5") == {"ACDEF": 200}  # the input may have `_` there
+    assert layouts("A1-5") == layouts("0-2/A1-5/0-2", "5") == {"ACDEF": 200}  # allowed, since the input may contain `_`
 
 
-def test_the_map_is_a_table_whatever_a_record_is_called() -> None:
+def test_the_map_is_valid_csv_for_any_record_name() -> None:
     name = 'p,1"x'
     (row,) = csv.DictReader(map_csv([Design(name, 0, [Segment(10, 1)], IDS, 0)]).splitlines())
     assert row == {"design": name, "start": "1", "end": "10", "free": "false", "input": "", "input_start": "1"}
 
 
-def test_the_map_tells_free_from_fixed_within_a_protein() -> None:
-    template = free_positions(RECORD, IDS, fixed=None, free=["2-4", 10])
+def test_the_map_separates_free_from_fixed_positions_of_a_protein() -> None:
+    template = mask_free_positions(RECORD, IDS, fixed=None, free=["2-4", 10])
     assert map_csv([Design("d", 0, [Segment(10, 1)], template, 0)]).splitlines() == [
         "design,start,end,free,input,input_start", "d,1,1,false,,1", "d,2,4,true,,2", "d,5,9,false,,5",
         "d,10,10,true,,10",
@@ -134,7 +134,9 @@ def test_the_map_tells_free_from_fixed_within_a_protein() -> None:
     extra=st.integers(0, 5),
     seed=st.integers(0, 99),
 )
-def test_sizes_fit_their_ranges_and_the_whole(ranges: list[tuple[int, int]], low: int, extra: int, seed: int) -> None:
+def test_segment_sizes_fit_their_ranges_and_the_total_length(
+    ranges: list[tuple[int, int]], low: int, extra: int, seed: int
+) -> None:
     bounds = [(first, first + more) for first, more in ranges]
     if sum(b for _, b in bounds) < low or sum(a for a, _ in bounds) > low + extra:
         return
@@ -143,14 +145,14 @@ def test_sizes_fit_their_ranges_and_the_whole(ranges: list[tuple[int, int]], low
     assert low <= sum(sizes) <= low + extra
 
 
-def test_sizes_are_uniform_among_all_that_fit() -> None:
+def test_segment_sizes_are_uniform_over_all_that_fit() -> None:
     bounds, low, high = [(0, 3), (5, 5), (1, 4)], 8, 9
     fitting = [c for c in itertools.product(*(range(a, b + 1) for a, b in bounds)) if low <= sum(c) <= high]
     generator = np.random.default_rng(0)
     counts = Counter(tuple(draw_sizes(bounds, low, high, generator)) for _ in range(7000))
     assert set(counts) == set(fitting)
     expected = 7000 / len(fitting)
-    chi_square = sum((counts[one] - expected) ** 2 / expected for one in fitting)
+    chi_square = sum((counts[sizes] - expected) ** 2 / expected for sizes in fitting)
     assert chi_square < 3 * len(fitting)
 
 
@@ -168,17 +170,17 @@ def test_sizes_are_uniform_among_all_that_fit() -> None:
         ("5-10/A1-3", "x", "lengths=x: give a number"),
     ],
 )
-def test_wrong_contigs_are_named(contig: str, lengths: str | None, message: str) -> None:
+def test_the_error_for_a_wrong_contig_names_it(contig: str, lengths: str | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         draw_layout(contig, lengths, np.random.default_rng(0))
 
 
-def test_the_input_may_have_gaps_and_lower_case_and_no_id_twice(tmp_path: Path) -> None:
+def test_the_input_may_have_gaps_and_lower_case_but_no_repeated_id(tmp_path: Path) -> None:
     path = tmp_path / "in.fasta"
     path.write_text(">a\nac__D*\n>b\nXKL\n")
     assert [shown(ids) for _, ids in read_records(path)] == ["AC__D", "XKL"]
     path.write_text(">a\nAC\n>a\nAD\n")
-    with pytest.raises(ValueError, match="in.fasta: record a is there twice"):
+    with pytest.raises(ValueError, match="in.fasta: record a appears twice"):
         read_records(path)
     path.write_text(">a\nA?C\n")
     with pytest.raises(ValueError, match="record a: illegal character '\\?' at position 2 of 3"):
@@ -186,7 +188,9 @@ def test_the_input_may_have_gaps_and_lower_case_and_no_id_twice(tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_fixed_residues_stay_and_the_rest_is_new(trained_run: Path, tmp_path: Path, run_python: Command) -> None:
+def test_fixed_residues_are_kept_and_free_ones_are_filled(
+    trained_run: Path, tmp_path: Path, run_python: Command
+) -> None:
     (tmp_path / "in.fasta").write_text(f">wt a protein\n{RECORD.sequence * 4}\n>holes\nAC__DX__\n")
     command = [
         "-m",
@@ -214,7 +218,7 @@ def test_fixed_residues_stay_and_the_rest_is_new(trained_run: Path, tmp_path: Pa
         assert (record.sequence[0], record.sequence[4:6], len(record.sequence)) == ("A", "DX", 8)
         assert "_" not in record.sequence
     assert len({record.sequence for record in records[:3]}) > 1
-    numbers = [k * MOST + i for k in range(2) for i in range(3)]
+    numbers = [k * MAX_DESIGNS + i for k in range(2) for i in range(3)]
     assert_bounds_are_those_of_the_model(records, trained_run, numbers=numbers, seed=5, draws=8)
     rows = list(csv.DictReader((tmp_path / "out.map.csv").read_text().splitlines()))
     assert [row["start"] + "-" + row["end"] for row in rows if row["design"] == "wt_2" and row["free"] == "true"] == [
@@ -224,7 +228,7 @@ def test_fixed_residues_stay_and_the_rest_is_new(trained_run: Path, tmp_path: Pa
     assert alone.returncode == 0, alone.stderr
     few = {record.id: record for record in read_fasta(tmp_path / "one.fasta")}
     assert set(few) == {"wt_1", "holes_1"}
-    for record in records:  # the header has the bound
+    for record in records:  # the header includes the bound
         if record.id in few:
             assert (record.sequence, record.description) == (few[record.id].sequence, few[record.id].description)
 
@@ -234,20 +238,20 @@ def test_fixed_residues_stay_and_the_rest_is_new(trained_run: Path, tmp_path: Pa
     assert done.returncode == 0, done.stderr
     lengths = set()
     for record in read_fasta(tmp_path / "scaffold.fasta"):
-        place_of = record.sequence.find("FGHI")
-        assert 3 <= place_of <= 9
-        assert record.sequence[place_of + 6 : place_of + 9] == "CDE"
+        motif_start = record.sequence.find("FGHI")
+        assert 3 <= motif_start <= 9
+        assert record.sequence[motif_start + 6 : motif_start + 9] == "CDE"
         assert " nll=" not in record.description
         lengths.add(len(record.sequence))
     assert lengths == {16, 17, 18}
     designs = {record.id: record.sequence for record in read_fasta(tmp_path / "scaffold.fasta")}
     rows = list(csv.DictReader((tmp_path / "scaffold.map.csv").read_text().splitlines()))
     for name, design in designs.items():
-        own = [row for row in rows if row["design"] == name]
-        ends = [(int(row["start"]), int(row["end"])) for row in own]
+        segments = [row for row in rows if row["design"] == name]
+        ends = [(int(row["start"]), int(row["end"])) for row in segments]
         assert [first for first, _ in ends] == [1, *(last + 1 for _, last in ends[:-1])]
         assert ends[-1][1] == len(design)
-        for row, (first, last) in zip(own, ends, strict=True):
+        for row, (first, last) in zip(segments, ends, strict=True):
             assert (row["input_start"] == "") is (row["free"] == "true")
             if row["input_start"]:
                 begin = int(row["input_start"]) - 1
@@ -267,35 +271,38 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(path.read_text().splitlines()))
 
 
-def test_two_letters_of_a_contig_are_two_records(
+def test_two_letters_in_a_contig_are_two_records(
     trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One letter is each record in turn."""
+    """A contig with only one letter is applied to each record."""
     records = {"a": RECORD.sequence, "b": RECORD.sequence[::-1]}
-    for contig, wanted in (
+    for contig, expected in (
         ("A1-4/2/B5-9", {"a+b_1": ("ACDE", "GFEDC"), "a+b_2": ("ACDE", "GFEDC")}),
         ("B1-4/2/B5-9", {"a_1": ("ACDE", "FGHIK"), "a_2": ("ACDE", "FGHIK"),
                          "b_1": ("LKIH", "GFEDC"), "b_2": ("LKIH", "GFEDC")}),
     ):  # fmt: skip
         run_in_process(tmp_path, monkeypatch, trained_run, records, f"contig={contig}", "n=2", "free_draws=1")
         found = {record.id: (record.sequence[:4], record.sequence[6:]) for record in read_fasta(Path("out.fasta"))}
-        assert found == wanted
-        assert [row["name"] for row in read_csv(Path("out.csv"))] == list(wanted)  # a contig has no input row
+        assert found == expected
+        # with a contig the input has no row
+        assert [row["name"] for row in read_csv(Path("out.csv"))] == list(expected)
         for path in ("out.fasta", "out.csv", "out.map.csv"):
             Path(path).unlink()
     capsys.readouterr()
     with pytest.raises(ValueError, match="contig=A1-2/2/C1-2: C is record 3 of in.fasta, which has 2"):
         run_in_process(tmp_path, monkeypatch, trained_run, records, "contig=A1-2/2/C1-2")
     run_in_process(tmp_path, monkeypatch, trained_run, records, "contig=A5-8/2/A1-6/B1-2", "n=1", "free_draws=0")
-    said = " ".join(capsys.readouterr().out.split())
-    assert "contig: A1-6 comes after A5-8" in said
-    assert "contig: A5-6 is in it twice, in A1-6 and A5-8" in said
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "contig: A1-6 comes after A5-8" in printed
+    assert "contig: A5-6 appears twice, in A1-6 and A5-8" in printed
     assert "nll_free" not in Path("out.fasta").read_text()
     assert {row["nll_free"] for row in read_csv(Path("out.csv"))} == {""}
 
 
-def test_the_table_has_what_one_orders_from(trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The input, each design's mutations and scores; what the input does not say is no mutation."""
+def test_the_table_gives_the_mutations_and_scores_of_each_design(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first row is the input. A position that is `_` in the input is not a mutation."""
     wild = RECORD.sequence * 3
     records = {"wt": wild, "holes": f"AC__D{RECORD.sequence}"}
     run_in_process(tmp_path, monkeypatch, trained_run, records, "free=[3-9]", "n=6", "best=4", "free_draws=6")
@@ -308,31 +315,31 @@ def test_the_table_has_what_one_orders_from(trained_run: Path, tmp_path: Path, m
     assert (rows[0]["sequence"], rows[0]["mutations"]) == (wild, "")
     assert float(rows[0]["score"]) == float(rows[0]["score_se"]) == 0
     for row in rows[1:]:
-        own = wild if row["name"].startswith("wt") else records["holes"]
+        parent = wild if row["name"].startswith("wt") else records["holes"]
         assert row["sequence"] == designs[row["name"]].sequence
         changed = {
-            (old, place, new)
-            for place, (old, new) in enumerate(zip(own, row["sequence"], strict=True), 1)
+            (old, position, new)
+            for position, (old, new) in enumerate(zip(parent, row["sequence"], strict=True), 1)
             if old not in ("_", new)
         }
         assert row["mutations"] == ":".join(
-            f"{old}{place}{new}" for old, place, new in sorted(changed, key=lambda c: c[1])
+            f"{old}{position}{new}" for old, position, new in sorted(changed, key=lambda c: c[1])
         )
-        told = dict(part.split("=") for part in designs[row["name"]].description.split() if "=" in part)
-        assert float(told["nll_free"]) == pytest.approx(float(row["nll_free"]), abs=6e-5)
-        assert float(told["nll_free_se"]) == pytest.approx(float(row["nll_free_se"]), abs=6e-5)
+        header = dict(part.split("=") for part in designs[row["name"]].description.split() if "=" in part)
+        assert float(header["nll_free"]) == pytest.approx(float(row["nll_free"]), abs=6e-5)
+        assert float(header["nll_free_se"]) == pytest.approx(float(row["nll_free_se"]), abs=6e-5)
         assert (row["score"] == "") is row["name"].startswith("holes")
         if row["score"]:
             by_residue = 7 * (float(rows[0]["nll_free"]) - float(row["nll_free"]))
             assert float(row["score"]) == pytest.approx(by_residue, abs=2e-5)
-    for some in (rows[1:5], rows[5:]):  # the best first
-        values = [float(row["nll_free"]) for row in some]
+    for group in (rows[1:5], rows[5:]):  # best first
+        values = [float(row["nll_free"]) for row in group]
         assert values == sorted(values)
 
 
 @pytest.mark.parametrize("conditioned", [False, True])
-def test_the_nll_of_free_residues_is_the_average_over_masks_of_them(conditioned: bool) -> None:
-    """Against every mask, with its probability: k uniform on 1..m, then each k of the m alike."""
+def test_the_nll_of_free_residues_is_the_average_over_their_masks(conditioned: bool) -> None:
+    """Average over all masks: k is uniform on 1..m, and all masks of k of the m free residues are equally likely."""
     model = make_model(time_conditioning=conditioned).eval()
     score_fn = ScoreFn(model, Absorbing(), LogLinearNoise(), "x0", time_conditioning=conditioned)
     free = np.zeros(10, bool)
@@ -351,15 +358,15 @@ def test_the_nll_of_free_residues_is_the_average_over_masks_of_them(conditioned:
             for mask in masks:
                 masked = torch.zeros(12, dtype=torch.bool)
                 masked[list(mask)] = True
-                shown = batch.with_tokens(torch.where(masked, 20, batch.tokens))
+                masked_batch = batch.with_tokens(torch.where(masked, 20, batch.tokens))
                 sigma = torch.tensor([-math.log1p(-k / 10)])
                 with torch.no_grad():
-                    log_p = model(shown, sigma).double().log_softmax(-1)
+                    log_p = model(masked_batch, sigma).double().log_softmax(-1)
                 total -= float(log_p[masked, batch.tokens[masked]].sum()) / k / len(masks)
         exact.append(total)
-    for one, nats in zip(found, exact, strict=True):
-        assert one.nll == pytest.approx(nats / 4, abs=4 * one.nll_error)
-        assert one.nll_error < 0.2
+    for estimate, nats in zip(found, exact, strict=True):
+        assert estimate.nll == pytest.approx(nats / 4, abs=4 * estimate.nll_error)
+        assert estimate.nll_error < 0.2
     assert found[2].score == pytest.approx(exact[0] - exact[2], abs=4 * found[2].score_error)
     assert math.isnan(found[1].score)
     alone = free_draws(score_fn, designs[2:3], Work(30), draws=8, seed=0)
@@ -368,8 +375,8 @@ def test_the_nll_of_free_residues_is_the_average_over_masks_of_them(conditioned:
 
 
 @pytest.mark.slow
-def test_two_seeds_rank_the_redesigns_of_a_loop_alike(trained_run: Path, store: SequenceStore) -> None:
-    """At the default number of draws."""
+def test_two_seeds_rank_the_redesigns_of_a_loop_similarly(trained_run: Path, store: SequenceStore) -> None:
+    """With the default number of draws."""
     trained = load_trained(str(trained_run), device="cpu", precision="fp32")
     protein = next(store[row][1:-1] for row in store.split("test") if 60 < len(store[row]) < 130)
     template = protein.copy()
@@ -385,7 +392,7 @@ def test_two_seeds_rank_the_redesigns_of_a_loop_alike(trained_run: Path, store: 
     assert spearmanr(first, second).statistic > 0.9
 
 
-def test_only_masks_of_an_absorbing_graph_rank_designs(
+def test_designs_are_ranked_only_with_an_absorbing_graph(
     trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def uniform(*args: Any, **options: Any) -> TrainedModel:
@@ -395,7 +402,7 @@ def test_only_masks_of_an_absorbing_graph_rank_designs(
 
     monkeypatch.setattr("protlig_dd.infill.load_trained", uniform)
     records = {"wt": RECORD.sequence}
-    with pytest.raises(ValueError, match="best=1 ranks by nll_free, which is for the absorbing graph"):
+    with pytest.raises(ValueError, match="best=1 ranks by nll_free, which needs a model with the absorbing graph"):
         run_in_process(tmp_path, monkeypatch, trained_run, records, "free=[2-4]", "n=2", "best=1")
     run_in_process(tmp_path, monkeypatch, trained_run, records, "free=[2-4]", "n=2")
     assert "infilling is an approximation with this model's graph" in " ".join(capsys.readouterr().out.split())
@@ -405,32 +412,32 @@ def test_only_masks_of_an_absorbing_graph_rank_designs(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["input=whole.fasta", "free=1", "best=3", "n=2"], "best=3: of n=2 designs give 1 to 2"),
-        (["input=whole.fasta", "free=1", "best=1", "free_draws=0"], "best=1 ranks by nll_free"),
+        (["input=whole.fasta", "free=1", "best=3", "n=2"], "best=3 must be at most n=2"),
+        (["input=whole.fasta", "free=1", "best=1", "free_draws=0"], "best=1 ranks by nll_free, which needs free_draws"),
         (["input=whole.fasta", "free=1", "output=out.csv"], "out.csv would be written twice"),
         (["input=whole.fasta", "free=[]"], "record wt has no free position"),
         (["input=whole.fasta"], "record wt has no free position"),
-        (["input=whole.fasta", "free=1", "fixed=2"], "give one of fixed=, free= and contig="),
-        (["input=whole.fasta", "free=1", "lengths=9"], "lengths=9 is for contig="),
+        (["input=whole.fasta", "free=1", "fixed=2"], "give only one of fixed=, free= and contig="),
+        (["input=whole.fasta", "free=1", "lengths=9"], "lengths=9 needs contig="),
         (["input=whole.fasta", "contig=999/A1-2"], "the design has 1001 residues; this model was trained on 1 to"),
         (
             ["input=whole.fasta", "free=1", "map=./out.fasta"],
             "map=./out.fasta, output=out.fasta: out.fasta would be written twice",
         ),
-        (["input=whole.fasta", "free=1", "map=whole.fasta/x.csv"], "whole.fasta is no folder that one can write in"),
-        (["input=whole.fasta", "free=1", "output=whole.fasta/new/x.fasta"], "is no folder that one can write in"),
+        (["input=whole.fasta", "free=1", "map=whole.fasta/x.csv"], "whole.fasta is not a writable folder"),
+        (["input=whole.fasta", "free=1", "output=whole.fasta/new/x.fasta"], "is not a writable folder"),
         (["input=whole.fasta", "free=1", "n=0"], "n must be at least 1, got 0"),
         (["input=none.fasta"], "none.fasta: no such file"),
         (["input=whole.fasta", "free=1", "from=nothing"], "nothing does not exist"),
         (["input=whole.fasta", "free=1", "output=whole.fasta"], "whole.fasta exists already"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(
+def test_wrong_options_are_one_line_errors_and_leave_no_file(
     trained_run: Path, tmp_path: Path, run_python: Command, options: list[str], message: str
 ) -> None:
     (tmp_path / "whole.fasta").write_text(f">wt\n{RECORD.sequence}\n")
-    given = {option.partition("=")[0] for option in options}
-    more = [one for one in (f"from={trained_run}", "output=out.fasta") if one.partition("=")[0] not in given]
+    keys = {option.partition("=")[0] for option in options}
+    more = [option for option in (f"from={trained_run}", "output=out.fasta") if option.partition("=")[0] not in keys]
     assert_one_line_error(run_python("-m", "protlig_dd.infill", *more, *options), message)
     assert [path.name for path in tmp_path.iterdir()] == ["whole.fasta"]
 
@@ -438,10 +445,10 @@ def test_what_is_wrong_is_said_in_one_line(
 Sampled = tuple[list[np.ndarray], Counter[str]]
 
 
-def verb_with(
+def run_verb(
     trained_run: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, verb: str, after: Callable[[Sampled], Sampled]
 ) -> None:
-    """Run `sample` or `infill` in a folder with a sampler to whose result something happens."""
+    """Run `sample` or `infill` in a folder, with `after` applied to the result of the sampler."""
     monkeypatch.chdir(folder)
     (folder / "in.fasta").write_text(f">wt\n{RECORD.sequence}\n")
     sampler = generate.generate
@@ -453,7 +460,7 @@ def verb_with(
         infill(composed(*common, "input=in.fasta", "free=[2-4]", name="infill"))
 
 
-def test_a_sampler_that_changes_what_is_fixed_leaves_nothing(
+def test_a_changed_fixed_residue_is_an_error_and_leaves_no_file(
     trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(found: Sampled) -> Sampled:
@@ -461,14 +468,14 @@ def test_a_sampler_that_changes_what_is_fixed_leaves_nothing(
         return found
 
     with pytest.raises(AssertionError, match="wt_2: fixed residue 7 was changed"):
-        verb_with(trained_run, tmp_path, monkeypatch, "infill", broken)
+        run_verb(trained_run, tmp_path, monkeypatch, "infill", broken)
     assert [path.name for path in tmp_path.iterdir()] == ["in.fasta"]
 
 
 @pytest.mark.parametrize(
     ("verb", "name"), [("sample", "out.fasta"), ("infill", "out.fasta"), ("infill", "out.map.csv")]
 )
-def test_what_appeared_while_it_sampled_stays(
+def test_a_file_that_appears_while_sampling_is_kept(
     trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str, name: str
 ) -> None:
     def meanwhile(found: Sampled) -> Sampled:
@@ -476,13 +483,15 @@ def test_what_appeared_while_it_sampled_stays(
         return found
 
     with pytest.raises(ValueError, match=f"{name} exists already"):
-        verb_with(trained_run, tmp_path, monkeypatch, verb, meanwhile)
+        run_verb(trained_run, tmp_path, monkeypatch, verb, meanwhile)
     assert (tmp_path / name).read_text() == "somebody else's"
 
 
-def test_a_run_name_with_spaces_of_an_earlier_version_makes_whole_ids(
+def test_a_run_name_with_spaces_gives_ids_without_spaces(
     trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Earlier versions accepted such names."""
+
     def load_spaced(*args: Any, **options: Any) -> TrainedModel:
         trained = load_trained(*args, **options)
         saved = trained.saved
@@ -490,7 +499,7 @@ def test_a_run_name_with_spaces_of_an_earlier_version_makes_whole_ids(
         return replace(trained, saved=replace(saved, config=config))
 
     monkeypatch.setattr("protlig_dd.sample.load_trained", load_spaced)
-    verb_with(trained_run, tmp_path, monkeypatch, "sample", lambda found: found)
+    run_verb(trained_run, tmp_path, monkeypatch, "sample", lambda found: found)
     records = list(read_fasta(tmp_path / "out.fasta"))
     assert [record.id for record in records] == ["my_old_run_1", "my_old_run_2"]
     assert all(record.description.startswith("run=my_old_run step=40 ") for record in records)

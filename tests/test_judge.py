@@ -1,4 +1,4 @@
-"""`python -m protlig_dd.judge` and its statistics, against counts made one by one."""
+"""`python -m protlig_dd.judge`; its statistics are checked against direct counts."""
 
 import csv
 import itertools
@@ -34,6 +34,7 @@ from protlig_dd.evaluation.samples.statistics import (
     Figure,
     Rows,
     cheap_judges,
+    format_figure,
     kmer_divergence,
     kmers,
     low_complexity,
@@ -45,7 +46,6 @@ from protlig_dd.evaluation.samples.statistics import (
     tandem_repeats,
     unique_share,
     with_controls,
-    written,
 )
 from protlig_dd.evaluation.samples.verdicts import KINDS, Verdict, difference, verdict_on_lengths, verdicts
 from protlig_dd.tokenizer import ProteinTokenizer
@@ -62,19 +62,19 @@ def ids_of(text: str) -> np.ndarray:
 
 
 @given(SEQUENCES, st.integers(1, 3))
-def test_kmers_are_those_of_the_letters(sequences: list[str], k: int) -> None:
-    codes, owners = kmers([ids_of(one) for one in sequences], k)
+def test_kmers_match_a_direct_count(sequences: list[str], k: int) -> None:
+    codes, owners = kmers([ids_of(sequence) for sequence in sequences], k)
     found = Counter(zip(owners.tolist(), codes.tolist(), strict=True))
     expected: Counter[tuple[int, int]] = Counter()
-    for i, one in enumerate(sequences):
-        for start in range(len(one) - k + 1):
-            word = one[start : start + k]
+    for i, sequence in enumerate(sequences):
+        for start in range(len(sequence) - k + 1):
+            word = sequence[start : start + k]
             if "X" not in word:
                 expected[i, sum(int(x) * 20 ** (k - 1 - j) for j, x in enumerate(ids_of(word)))] += 1
     assert found == expected
 
 
-def test_divergence_is_jensen_and_shannons() -> None:
+def test_the_divergence_is_that_of_jensen_and_shannon() -> None:
     p, q = {"A": 3 / 4, "C": 1 / 4}, {"A": 1 / 3, "D": 2 / 3}
     m = {letter: (p.get(letter, 0) + q.get(letter, 0)) / 2 for letter in "ACD"}
     by_hand = sum(x * math.log(x / m[letter]) for letter, x in [*p.items(), *q.items()]) / 2
@@ -82,26 +82,26 @@ def test_divergence_is_jensen_and_shannons() -> None:
         [ids_of("AAAC")] * 3, [ids_of("ADD")], 1, bootstrap=9, generator=np.random.default_rng(0)
     )
     assert value == pytest.approx(by_hand)
-    assert error == pytest.approx(0, abs=1e-12)  # the three are the same
+    assert error == pytest.approx(0, abs=1e-12)  # the three sequences are identical
     assert math.isnan(
         kmer_divergence([ids_of("A")], [ids_of("AC")], 2, bootstrap=2, generator=np.random.default_rng(0))[0]
     )
 
 
-def test_the_bootstraps_error_is_the_spread_of_other_draws() -> None:
+def test_the_bootstrap_error_matches_the_spread_over_independent_sets() -> None:
     generator = np.random.default_rng(0)
     reference = [generator.integers(0, 14, 100) for _ in range(400)]
     found = []
     for _ in range(60):
         rates = generator.dirichlet(np.full(20, 5.0), 30)
-        some = [generator.choice(20, 100, p=rate) for rate in rates]
-        found.append(kmer_divergence(some, reference, 1, bootstrap=60, generator=generator))
+        sequences = [generator.choice(20, 100, p=rate) for rate in rates]
+        found.append(kmer_divergence(sequences, reference, 1, bootstrap=60, generator=generator))
     values, errors = np.array(found).T[:2]
     assert 0.6 < errors.mean() / values.std() < 1.6
 
 
 @given(st.text("ACDX", min_size=1, max_size=40))
-def test_low_complexity_is_that_of_some_window(text: str) -> None:
+def test_low_complexity_residues_match_a_direct_count_over_windows(text: str) -> None:
     expected = [False] * len(text)
     for start in range(len(text) - 11):
         counts = Counter(text[start : start + 12])
@@ -111,7 +111,7 @@ def test_low_complexity_is_that_of_some_window(text: str) -> None:
     assert low_complexity(ids_of(text)).tolist() == expected
 
 
-def test_windows_of_many_letters_are_not_of_low_complexity() -> None:
+def test_windows_with_many_different_letters_do_not_have_low_complexity() -> None:
     assert not low_complexity(ids_of("ACDEFGHIKLMNPQRSTVWY")).any()
     assert low_complexity(ids_of("ACDEFGHIKLMNPQ" + "A" * 12)).tolist() == [False] * 9 + [True] * 17
 
@@ -119,7 +119,7 @@ def test_windows_of_many_letters_are_not_of_low_complexity() -> None:
 @given(
     st.text("ACX", min_size=1, max_size=14) | st.text("ACD", min_size=6, max_size=9).map(lambda unit: unit * 3 + "W")
 )
-def test_tandem_repeats_are_units_three_times_in_a_row(text: str) -> None:
+def test_tandem_repeats_are_units_repeated_three_times_in_a_row(text: str) -> None:
     expected = np.zeros(len(text), bool)
     for start, unit in itertools.product(range(len(text)), range(1, 11)):
         for end in range(start + max(3 * unit, 6), len(text) + 1):
@@ -129,12 +129,12 @@ def test_tandem_repeats_are_units_three_times_in_a_row(text: str) -> None:
     assert tandem_repeats(ids_of(text)).tolist() == expected.tolist()
 
 
-def test_shares_and_shuffling() -> None:
-    some = [ids_of("ACDEFGHIKLMNPQRSTVWY"), ids_of("AACC")]
-    mixed = shuffled(some, np.random.default_rng(0))
-    assert [sorted(one) for one in mixed] == [sorted(one) for one in some]
-    assert mixed[0].tolist() != some[0].tolist()
-    assert unique_share([some[0], some[1], some[0]]) == pytest.approx(2 / 3)
+def test_shares_and_shuffling_match_values_by_hand() -> None:
+    sequences = [ids_of("ACDEFGHIKLMNPQRSTVWY"), ids_of("AACC")]
+    mixed = shuffled(sequences, np.random.default_rng(0))
+    assert [sorted(sequence) for sequence in mixed] == [sorted(sequence) for sequence in sequences]
+    assert mixed[0].tolist() != sequences[0].tolist()
+    assert unique_share([sequences[0], sequences[1], sequences[0]]) == pytest.approx(2 / 3)
     ratio, error, *_ = share_of_residues([np.array([True, False]), np.array([True, True, True, False])])
     assert ratio == pytest.approx(4 / 6)
     assert error == pytest.approx(math.sqrt(2 * ((1 - 4 / 3) ** 2 + (3 - 8 / 3) ** 2)) / 6)
@@ -147,13 +147,13 @@ def test_shares_and_shuffling() -> None:
      (Figure(0.000348, 0.000125), "0.00035 ± 0.00013"), (Figure(0.5, 0.0), "0.5000 ± 0.0000"),
      (Figure(0.25, low=0.2, high=0.31), "0.250 (0.200 to 0.310)")],
 )  # fmt: skip
-def test_figures_are_written_to_the_second_digit_of_their_error(figure: Figure, text: str) -> None:
-    assert written(figure) == text
+def test_figures_are_rounded_to_the_second_digit_of_their_error(figure: Figure, text: str) -> None:
+    assert format_figure(figure) == text
 
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 300), (3, 10), (10, 10), (1, 4)])
 def test_a_share_has_wilsons_interval(hits: int, n: int) -> None:
-    """Those p whose own normal interval reaches the share: |hits / n - p| = z sqrt(p (1 - p) / n) at both ends."""
+    """Its ends are the p with |hits / n - p| = z sqrt(p (1 - p) / n)."""
     value, error, low, high = share([1.0] * hits + [0.0] * (n - hits))
     assert value == hits / n
     assert math.isnan(error)
@@ -161,95 +161,101 @@ def test_a_share_has_wilsons_interval(hits: int, n: int) -> None:
     for end in {low, high} - {0.0, 1.0}:
         assert abs(value - end) == pytest.approx(1.959964 * math.sqrt(end * (1 - end) / n), rel=1e-4, abs=1e-9)
     if not hits:
-        assert written(share([0.0] * 300)) == "0.0000 (0.0000 to 0.0126)"
+        assert format_figure(share([0.0] * 300)) == "0.0000 (0.0000 to 0.0126)"
 
 
-def test_the_perplexity_of_a_set_is_that_of_all_its_residues() -> None:
+def test_the_perplexity_of_a_set_averages_over_all_its_residues() -> None:
     nats, lengths = np.array([2.0, 3.0, 2.5]), [100, 10, 40]
-    value, error, *_ = perplexity(np.exp(nats).tolist(), lengths)
+    result, error, *_ = perplexity(np.exp(nats).tolist(), lengths)
     mean = (200 + 30 + 100) / 150
-    assert value == pytest.approx(math.exp(mean))
-    spread = sum(((one - mean) * length) ** 2 for one, length in zip(nats, lengths, strict=True))
-    assert error == pytest.approx(value * math.sqrt(spread * 3 / 2) / 150)
+    assert result == pytest.approx(math.exp(mean))
+    spread = sum(((value - mean) * length) ** 2 for value, length in zip(nats, lengths, strict=True))
+    assert error == pytest.approx(result * math.sqrt(spread * 3 / 2) / 150)
 
 
 def test_pseudo_perplexity_masks_one_residue_at_a_time() -> None:
     table = torch.randn(7, 7, generator=torch.Generator().manual_seed(0))
-    tokens, seen = torch.tensor([5, 0, 3, 2, 6]), []
+    tokens, inputs = torch.tensor([5, 0, 3, 2, 6]), []
 
-    def logits_of(shown: torch.Tensor) -> torch.Tensor:
-        seen.extend(shown.tolist())
-        return table[shown.roll(1, 1)]  # that of the token before
+    def logits_of(masked: torch.Tensor) -> torch.Tensor:
+        inputs.extend(masked.tolist())
+        return table[masked.roll(1, 1)]  # the logits of the previous token
 
     value = pseudo_perplexity(logits_of, tokens, mask=4, places=range(1, 4))
-    assert seen == [[5, 4, 3, 2, 6], [5, 0, 4, 2, 6], [5, 0, 3, 4, 6]]
+    assert inputs == [[5, 4, 3, 2, 6], [5, 0, 4, 2, 6], [5, 0, 3, 4, 6]]
     long = torch.randint(0, 4, (80,), generator=torch.Generator().manual_seed(1))
-    one_by_one = [pseudo_perplexity(logits_of, long, mask=4, places=range(i, i + 1)) for i in range(1, 79)]
+    separate = [pseudo_perplexity(logits_of, long, mask=4, places=range(i, i + 1)) for i in range(1, 79)]
     together = pseudo_perplexity(logits_of, long, mask=4, places=range(1, 79))
-    assert math.log(together) == pytest.approx(np.mean(np.log(one_by_one)))
+    assert math.log(together) == pytest.approx(np.mean(np.log(separate)))
     nats = [-float(table[a].log_softmax(0)[b]) for a, b in ((5, 0), (0, 3), (3, 2))]
     assert value == pytest.approx(math.exp(sum(nats) / 3))
 
 
-def test_controls_are_as_many_as_the_samples_and_apart_from_the_reference() -> None:
+def test_controls_have_the_number_of_the_samples_and_are_not_in_the_reference() -> None:
     pool = [np.full(50 + i, i) for i in range(20)]
     controls = with_controls([np.zeros(30), np.zeros(10)] * 4, pool, seed=3)
-    for (samples, natural, mixed), others in ((controls.sets, controls.reference), (controls.drawn, controls.others)):
+    for (samples, natural, mixed), reference in (
+        (controls.sets, controls.reference),
+        (controls.length_sets, controls.length_reference),
+    ):
         assert len(samples) == len(natural) == len(mixed) == 8
-        assert sorted(int(one[0]) for one in [*natural, *others]) == list(range(20))
-        assert all(len(one) == 50 + one[0] for one in [*natural, *mixed, *others])  # whole
-        assert [one.tolist() for one in mixed] == [one.tolist() for one in natural]  # each of one letter only
+        assert sorted(int(protein[0]) for protein in [*natural, *reference]) == list(range(20))
+        assert all(len(protein) == 50 + protein[0] for protein in [*natural, *mixed, *reference])  # not cropped
+        # every protein of the pool consists of a single letter, so shuffling does not change it
+        assert [protein.tolist() for protein in mixed] == [protein.tolist() for protein in natural]
     with pytest.raises(ValueError, match="20 natural proteins; 11 samples need 22, half of them as reference"):
         with_controls([np.zeros(30)] * 11, pool, seed=3)
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=12), st.lists(st.integers(1, 60), max_size=20))
-def test_each_sample_gets_a_natural_protein_of_its_length(wanted: list[int], more: list[int]) -> None:
-    """Each is the nearest of those that no earlier one took; where there is one of each length, all get theirs."""
+def test_each_sample_gets_the_natural_protein_nearest_in_length(wanted: list[int], pool: list[int]) -> None:
+    """Only proteins not taken by an earlier sample are available. If every length is available, all match exactly."""
     generator = np.random.default_rng(0)
-    there = [*more, *wanted]
-    places = match_lengths(wanted, there, generator)
-    assert len(set(places)) == len(wanted)
-    assert sorted(there[place] for place in places) == sorted(wanted)
-    if len(more) >= len(wanted):
-        order, left = np.random.default_rng(1).permutation(len(wanted)).tolist(), set(range(len(more)))
-        found = match_lengths(wanted, more, np.random.default_rng(1))
+    available = [*pool, *wanted]
+    matched = match_lengths(wanted, available, generator)
+    assert len(set(matched)) == len(wanted)
+    assert sorted(available[index] for index in matched) == sorted(wanted)
+    if len(pool) >= len(wanted):
+        order, left = np.random.default_rng(1).permutation(len(wanted)).tolist(), set(range(len(pool)))
+        found = match_lengths(wanted, pool, np.random.default_rng(1))
         for i in order:
             assert found[i] in left
-            assert abs(more[found[i]] - wanted[i]) == min(abs(more[place] - wanted[i]) for place in left)
+            assert abs(pool[found[i]] - wanted[i]) == min(abs(pool[index] - wanted[i]) for index in left)
             left.remove(found[i])
 
 
-def test_controls_are_drawn_by_the_seed_and_shuffled_each_by_itself() -> None:
-    pool = [np.arange(50) * 100 + i for i in range(40)]  # the last two digits tell which
+def test_controls_depend_on_the_seed_and_are_shuffled_separately() -> None:
+    pool = [np.arange(50) * 100 + i for i in range(40)]  # the last two digits identify the protein
     drawn = {}
     for seed in (0, 1):
         controls = with_controls([np.zeros(30)] * 20, pool, seed=seed)
         (_, natural, mixed), reference = controls.sets, controls.reference
-        drawn[seed] = [int(one[0] % 100) for one in [*natural, *reference]]
+        drawn[seed] = [int(protein[0] % 100) for protein in [*natural, *reference]]
         assert sorted(drawn[seed]) == list(range(40))
-        assert len(set(drawn[seed][:20]) & set(range(20))) < 16  # not the pool's order, which may mean something
-        for one, shuffle in zip(natural, mixed, strict=True):
-            assert sorted(shuffle) == one.tolist()
-            assert shuffle.tolist() != one.tolist()
+        assert len(set(drawn[seed][:20]) & set(range(20))) < 16  # not in the pool's order, which may be meaningful
+        for protein, shuffle in zip(natural, mixed, strict=True):
+            assert sorted(shuffle) == protein.tolist()
+            assert shuffle.tolist() != protein.tolist()
     assert drawn[0] != drawn[1]
 
 
-def test_every_row_is_what_its_name_says() -> None:
-    """Of a set in which no two shares agree: each in another way than the judge's, but for low complexity, of which
-    only the name is told here (its residues have a test of their own).
+def test_every_row_has_the_value_that_its_name_says() -> None:
+    """Each value is computed in another way than by the judge.
+
+    Low complexity is the exception: only its name is checked here, and another test checks its residues. All fractions
+    of the set differ, so that swapped rows are detected.
     """
     texts = ("ACDEFGHIKLMNPQRSTVWY" * 2, "AAAAAAAAAAAACDEF", "ACACACWYWYKLMN", "ACDAAA", "ACDAAA")
-    some = [ids_of(text) for text in texts]
+    samples = [ids_of(text) for text in texts]
     reference = [ids_of("MKVLAAGG" * n) for n in (1, 2, 5, 9)]
-    controls = Controls([some] * 3, [some] * 3, reference, reference)
-    rows = {name: ask(some) for name, (ask, _) in cheap_judges(controls, bootstrap=20, seed=4).items()}
-    lengths = sorted(map(len, some))
+    controls = Controls([samples] * 3, [samples] * 3, reference, reference)
+    rows = {name: judge(samples) for name, (judge, _) in cheap_judges(controls, bootstrap=20, seed=4).items()}
+    lengths = sorted(map(len, samples))
     assert lengths == [6, 6, 14, 16, 40]
-    places = sorted({*lengths, *map(len, reference)})
+    reference_lengths = sorted(map(len, reference))
     distance = max(
-        abs(sum(one <= place for one in lengths) / 5 - sum(len(one) <= place for one in reference) / 4)
-        for place in places
+        abs(sum(n <= longest for n in lengths) / 5 - sum(n <= longest for n in reference_lengths) / 4)
+        for longest in {*lengths, *reference_lengths}
     )
     exact = {
         "proteins": 5,
@@ -263,69 +269,71 @@ def test_every_row_is_what_its_name_says() -> None:
     }
     for name, value in exact.items():
         assert rows[name][0] == pytest.approx(value), name
-    flags = [low_complexity(one).tolist() for one in some]
-    assert sum(map(sum, flags)) not in (0, 18)  # or the two shares could be swapped unseen
+    flags = [low_complexity(sample).tolist() for sample in samples]
+    assert sum(map(sum, flags)) not in (0, 18)  # 18 residues are in tandem repeats; equal fractions could be swapped
     assert rows["residues in low complexity"][0] == pytest.approx(sum(map(sum, flags)) / 82)
     for k, name in ((1, "composition"), (2, "2-mers"), (3, "3-mers")):
         counts = [
-            Counter(str(one[i : i + k].tolist()) for one in group for i in range(len(one) - k + 1))
-            for group in (some, reference)
+            Counter(str(protein[i : i + k].tolist()) for protein in group for i in range(len(protein) - k + 1))
+            for group in (samples, reference)
         ]
         shares = [{word: n / sum(count.values()) for word, n in count.items()} for count in counts]
         middle = {word: (shares[0].get(word, 0) + shares[1].get(word, 0)) / 2 for word in {*shares[0], *shares[1]}}
         nats = sum(p * math.log(p / middle[word]) for share in shares for word, p in share.items()) / 2
         value, error, *_ = rows[f"{name}, divergence in nats"]
         assert value == pytest.approx(nats)
-        again, other = (
-            cheap_judges(controls, bootstrap=20, seed=seed)[f"{name}, divergence in nats"][0](some) for seed in (4, 5)
+        same_seed, other_seed = (
+            cheap_judges(controls, bootstrap=20, seed=seed)[f"{name}, divergence in nats"][0](samples)
+            for seed in (4, 5)
         )
-        assert again[:2] == (value, error)
-        assert other[0] == value
-        assert other[1] != error
+        assert same_seed[:2] == (value, error)
+        assert other_seed[0] == value
+        assert other_seed[1] != error
 
 
-def test_relatives_are_told_in_their_own_rows(
+def test_each_result_on_relatives_is_in_its_own_row(
     monkeypatch: pytest.MonkeyPatch, store: SequenceStore, tmp_path: Path
 ) -> None:
-    """With what MMseqs2 would say given: a row swapped with another would be seen."""
+    """MMseqs2 is replaced by fixed results, all different, so that swapped rows are detected."""
     sets = [[ids_of("ACDEFGHIKL")] * 4, [ids_of("LKIHGFEDCA")] * 4, [ids_of("AAAAACCCCC")] * 4]
     clusters = {"samples": [[0, 2], [1], [3]], "natural": [[0], [1], [2], [3]], "shuffled": [[0, 1, 2, 3]]}
     hits = {0: Hit(0.9, True), 1: Hit(0.6, False), 2: Hit(0.3, False), 7: Hit(0.5, True)}
 
-    def given_clusters(path: Path, scratch: Path, *, identity: float, coverage: float) -> list[list[int]]:
+    def fixed_clusters(path: Path, scratch: Path, *, identity: float, coverage: float) -> list[list[int]]:
         assert path.read_text().count(">") == 4
         assert (identity, coverage) == (0.5, 0.8)
         return clusters[path.name]
 
-    def given_hits(queries: Path, targets: Path, scratch: Path) -> dict[int, Hit]:
+    def fixed_hits(queries: Path, targets: Path, scratch: Path) -> dict[int, Hit]:
         assert queries.read_text().split()[::2] == [f">{i}" for i in range(12)]
         assert targets.read_text().count(">") == len(store.split("train"))
         return hits
 
-    monkeypatch.setattr(relatives, "clusters_of", given_clusters)
-    monkeypatch.setattr(relatives, "best_hits", given_hits)
+    monkeypatch.setattr(relatives, "clusters_of", fixed_clusters)
+    monkeypatch.setattr(relatives, "best_hits", fixed_hits)
     rows: Rows = {}
     columns = relatives.relatives(sets, store, tmp_path, rows)
-    alone, twins, hit, identity, close = rows
-    assert [round(value, 6) for value, *_ in rows[alone]] == [0.75, 1.0, 0.25]
-    assert [value for value, *_ in rows[twins]] == [0.5, 0.0, 1.0]
+    cluster_share, same_cluster, hit, identity, near = rows
+    assert [round(value, 6) for value, *_ in rows[cluster_share]] == [0.75, 1.0, 0.25]
+    assert [value for value, *_ in rows[same_cluster]] == [0.5, 0.0, 1.0]
     assert [value for value, *_ in rows[hit]] == [0.75, 0.25, 0.0]
     assert [value for value, *_ in rows[identity]][:2] == [pytest.approx(0.6), 0.5]
     assert math.isnan(rows[identity][2][0])
-    assert [value for value, *_ in rows[close]] == [0.25, 0.25, 0.0]
+    assert [value for value, *_ in rows[near]] == [0.25, 0.25, 0.0]
     assert rows[hit][0] == pytest.approx(share([1.0, 1.0, 1.0, 0.0]), nan_ok=True)
     assert rows[identity][0][1] == pytest.approx(0.3 / math.sqrt(3))
-    assert (alone, twins) == ("clusters at 50% identity, a protein", "with another of the set at >= 50% identity")
-    assert (hit, close) == ("with a training protein at E <= 0.001", "with one at >= 50% identity over >= 80%")
-    assert columns[twins] == [1, 0, 1, 0]
+    assert cluster_share == "clusters at 50% identity, a protein"
+    assert same_cluster == "with another of the set at >= 50% identity"
+    assert (hit, near) == ("with a training protein at E <= 0.001", "with one at >= 50% identity over >= 80%")
+    assert columns[same_cluster] == [1, 0, 1, 0]
     assert columns[hit] == [1, 1, 1, 0]
     assert columns[identity][:3] == [0.9, 0.6, 0.3]
-    assert columns[close] == [1, 0, 0, 0]
+    assert columns[near] == [1, 0, 0, 0]
 
 
 @pytest.fixture(scope="module")
 def esm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """ESM-2's architecture, tokenizer and masking, with few weights, which are random."""
+    """A model with ESM-2's architecture, tokenizer and masking, and few, random weights."""
     folder = tmp_path_factory.mktemp("esm")
     (folder / "vocab.txt").write_text("\n".join(ESM_LETTERS))
     transformers.EsmTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
@@ -347,7 +355,7 @@ def esm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_esm2s_pseudo_perplexity_is_that_of_one_mask_at_a_time(esm_folder: Path) -> None:
+def test_the_pseudo_perplexity_of_esm2_masks_one_residue_at_a_time(esm_folder: Path) -> None:
     model = transformers.EsmForMaskedLM.from_pretrained(esm_folder).eval()
     protein = "MKVLAWGXCDEFHIKLMNPQRSTVWYMKVLAWGCDEFHIKLMNPQ"
     nats = []
@@ -355,18 +363,18 @@ def test_esm2s_pseudo_perplexity_is_that_of_one_mask_at_a_time(esm_folder: Path)
         shown = ["<cls>", *protein, "<eos>"]
         shown[hidden + 1] = "<mask>"
         with torch.no_grad():
-            logits = model(torch.tensor([[ESM_LETTERS.index(one) for one in shown]])).logits
+            logits = model(torch.tensor([[ESM_LETTERS.index(token) for token in shown]])).logits
         nats.append(-float(logits[0, hidden + 1].log_softmax(-1)[ESM_LETTERS.index(protein[hidden])]))
-    told: list[None] = []
-    value, other = esm2_pseudo_perplexities(str(esm_folder), "cpu")([protein, "MKV"], lambda: told.append(None))
+    calls: list[None] = []
+    value, other = esm2_pseudo_perplexities(str(esm_folder), "cpu")([protein, "MKV"], lambda: calls.append(None))
     assert value == pytest.approx(math.exp(np.mean(nats)), rel=1e-5)
     assert other != value
-    assert len(told) == 2
+    assert len(calls) == 2
 
 
 @pytest.mark.slow
-def test_esmfolds_plddt_is_the_mean_over_the_atoms_there(tmp_path: Path) -> None:
-    """ESMFold's architecture and tokenizer, with few weights, which are random."""
+def test_the_plddt_of_esmfold_is_the_mean_over_existing_atoms(tmp_path: Path) -> None:
+    """The model has ESMFold's architecture and tokenizer, and few, random weights."""
     letters = [*"ARNDCQEGHILKMFPSTWYVX", "<unk>", "<pad>", "<cls>", "<eos>", "<mask>"]
     (tmp_path / "vocab.txt").write_text("\n".join(letters))
     transformers.EsmTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
@@ -405,19 +413,19 @@ def test_esmfolds_plddt_is_the_mean_over_the_atoms_there(tmp_path: Path) -> None
     )
     model = transformers.EsmForProteinFolding(config).eval()
     model.save_pretrained(tmp_path)
-    told: list[None] = []
-    values = esmfold_plddts(str(tmp_path), "cpu")(["GAG", "MKVLAW"], lambda: told.append(None))
-    assert len(told) == 2
+    calls: list[None] = []
+    values = esmfold_plddts(str(tmp_path), "cpu")(["GAG", "MKVLAW"], lambda: calls.append(None))
+    assert len(calls) == 2
     for protein, value in zip(("GAG", "MKVLAW"), values, strict=True):
         with torch.no_grad():
             folded = model(torch.tensor([["ARNDCQEGHILKMFPSTWYV".index(letter) for letter in protein]]))
-        heavy = {"G": 4, "A": 5, "M": 8, "K": 9, "V": 7, "L": 8, "W": 14}  # atoms of each residue, without hydrogen
-        there = folded["atom37_atom_exists"][0].bool()
-        assert there.sum(1).tolist() == [heavy[letter] for letter in protein]
-        assert value == pytest.approx(100 * float(folded["plddt"][0][there].mean()), abs=0.01)
+        heavy = {"G": 4, "A": 5, "M": 8, "K": 9, "V": 7, "L": 8, "W": 14}  # non-hydrogen atoms of each residue
+        exists = folded["atom37_atom_exists"][0].bool()
+        assert exists.sum(1).tolist() == [heavy[letter] for letter in protein]
+        assert value == pytest.approx(100 * float(folded["plddt"][0][exists].mean()), abs=0.01)
 
 
-def test_judges_that_are_not_installed_say_how(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_a_missing_package_gives_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.setitem(sys.modules, "pyhmmer", None)
     with pytest.raises(ValueError, match=r"esm2=x needs transformers: pip install 'protlig_dd\[esm\]'"):
@@ -441,31 +449,37 @@ def hmm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_profile_finds_its_own_family_and_nothing_shuffled(hmm: Path) -> None:
+def test_an_hmm_finds_its_family_and_no_shuffled_protein(hmm: Path) -> None:
     protein = next(read_fasta(SAMPLE_FOLDER / "train.fasta.gz")).sequence
     mixed = "".join(np.random.default_rng(0).permutation(list(protein)))
-    told: list[None] = []
-    some = [mixed, protein, protein[: len(protein) * 3 // 4], mixed[::-1]]
-    assert pfam_hits(hmm)(some, lambda: told.append(None)) == [0, 1, 1, 0]
-    assert len(told) == 4
+    calls: list[None] = []
+    texts = [mixed, protein, protein[: len(protein) * 3 // 4], mixed[::-1]]
+    assert pfam_hits(hmm)(texts, lambda: calls.append(None)) == [0, 1, 1, 0]
+    assert len(calls) == 4
 
 
 @pytest.mark.slow
 @pytest.mark.system
-def test_the_folder_of_tables(store: SequenceStore, hmm: Path, tmp_path: Path, run_python: Command) -> None:
+def test_the_output_folder_reports_relatives_and_families(
+    store: SequenceStore, hmm: Path, tmp_path: Path, run_python: Command
+) -> None:
     require_program("mmseqs")
     decode = ProteinTokenizer().decode
     copies = [decode(store[row]) for row in store.split("train")[:4]]
     letters = np.random.default_rng(0)
     noise = ["".join(letters.choice(list("ACDEFGHIKLMNPQRSTVWY"), 120)) for _ in range(4)]
-    texts = [*copies, *noise, "A" * 60, noise[0]]  # of ten, two are alike
+    texts = [*copies, *noise, "A" * 60, noise[0]]  # two of the ten are identical
     (tmp_path / "samples.fasta").write_text("".join(f">s{i}\n{text}\n" for i, text in enumerate(texts)))
     command = ["-m", "protlig_dd.judge", "samples=samples.fasta", f"natural={store.path}", f"hmm={hmm}"]
     done = run_python(*command, "output=out", "bootstrap=20")
     assert done.returncode == 0, done.stderr
-    said = json.loads((tmp_path / "out/judges.json").read_text())
-    rows = {row["name"]: row for row in said["rows"]}
-    assert (said["samples"], said["natural"], said["train"]) == ("samples.fasta", str(store.path), str(store.path))
+    report = json.loads((tmp_path / "out/judges.json").read_text())
+    rows = {row["name"]: row for row in report["rows"]}
+    assert (report["samples"], report["natural"], report["train"]) == (
+        "samples.fasta",
+        str(store.path),
+        str(store.path),
+    )
     assert rows["proteins"]["samples"] == rows["proteins"]["natural"] == rows["proteins"]["shuffled"] == 10
     assert rows["share of different sequences"]["samples"] == pytest.approx(0.9)
     assert rows["with a training protein at E <= 0.001"]["samples"] == pytest.approx(0.4)
@@ -483,8 +497,8 @@ def test_the_folder_of_tables(store: SequenceStore, hmm: Path, tmp_path: Path, r
     )
     table = (tmp_path / "out/table.md").read_text()
     assert table in done.stdout
-    told = [f"- {one['group']}: {one['told']}" for one in said["verdicts"]]
-    assert [one["group"] for one in said["verdicts"]] == [
+    sentences = [f"- {verdict['group']}: {verdict['told']}" for verdict in report["verdicts"]]
+    assert [verdict["group"] for verdict in report["verdicts"]] == [
         "proteins and residues",
         "lengths",
         "composition and words",
@@ -494,23 +508,23 @@ def test_the_folder_of_tables(store: SequenceStore, hmm: Path, tmp_path: Path, r
         "families",
     ]
     notes = [
-        "Natural proteins are of the samples' lengths; in rows of lengths they are drawn at random.",
+        "Natural proteins have the samples' lengths; in rows about lengths they are drawn at random.",
         f"Training proteins are those of {store.path}.",
     ]
-    assert table.splitlines()[2 + len(rows) :] == ["", *told, "", notes[0], "", notes[1]]
-    ones = list(csv.DictReader((tmp_path / "out/per_sequence.csv").read_text().splitlines()))
-    assert [one["id"] for one in ones] == [f"s{i}" for i in range(10)]
-    assert ones[9]["same_as"] == "s4"
-    assert [float(one["with another of the set at >= 50% identity"]) for one in ones] == [*[0] * 4, 1, *[0] * 4, 1]
-    assert (float(ones[8]["low_complexity"]), float(ones[8]["tandem_repeats"])) == (1, 1)
-    assert [float(one["identity to the best of those"]) for one in ones[:4]] == pytest.approx([1] * 4)
-    assert [one["identity to the best of those"] for one in ones[4:]] == ["nan"] * 6
-    assert [float(one["with a training protein at E <= 0.001"]) for one in ones] == [*[1] * 4, *[0] * 6]
+    assert table.splitlines()[2 + len(rows) :] == ["", *sentences, "", notes[0], "", notes[1]]
+    samples = list(csv.DictReader((tmp_path / "out/per_sequence.csv").read_text().splitlines()))
+    assert [row["id"] for row in samples] == [f"s{i}" for i in range(10)]
+    assert samples[9]["same_as"] == "s4"
+    assert [float(row["with another of the set at >= 50% identity"]) for row in samples] == [*[0] * 4, 1, *[0] * 4, 1]
+    assert (float(samples[8]["low_complexity"]), float(samples[8]["tandem_repeats"])) == (1, 1)
+    assert [float(row["identity to the best of those"]) for row in samples[:4]] == pytest.approx([1] * 4)
+    assert [row["identity to the best of those"] for row in samples[4:]] == ["nan"] * 6
+    assert [float(row["with a training protein at E <= 0.001"]) for row in samples] == [*[1] * 4, *[0] * 6]
     assert_one_line_error(run_python(*command, "output=out"), "out exists already")
 
 
 @pytest.mark.slow
-def test_without_mmseqs_the_rest_is_told(store: SequenceStore, tmp_path: Path, run_python: Command) -> None:
+def test_without_mmseqs_the_other_rows_are_written(store: SequenceStore, tmp_path: Path, run_python: Command) -> None:
     texts = "".join(f">n{i}\n{ProteinTokenizer().decode(store[i])}\n" for i in range(8))
     (tmp_path / "samples.fasta").write_text(texts)
     command = ["-m", "protlig_dd.judge", "samples=samples.fasta", "natural=samples.fasta", "bootstrap=2"]
@@ -520,37 +534,37 @@ def test_without_mmseqs_the_rest_is_told(store: SequenceStore, tmp_path: Path, r
     assert "4 of 8 samples are judged: half as many as there are natural proteins" in done.stdout
     names = [row["name"] for row in json.loads((tmp_path / "judged/judges.json").read_text())["rows"]]
     assert len(names) == 12
-    assert json.loads((tmp_path / "judged/judges.json").read_text())["train"] is None  # none was searched
-    # every figure of the table, of judges.csv and of judges.json are the same; some are counted again
-    said = json.loads((tmp_path / "judged/judges.json").read_text())["rows"]
+    assert json.loads((tmp_path / "judged/judges.json").read_text())["train"] is None  # no training set was searched
+    # table.md, judges.csv and judges.json have the same figures; some of them are computed again below
+    report_rows = json.loads((tmp_path / "judged/judges.json").read_text())["rows"]
     table = (tmp_path / "judged/table.md").read_text().splitlines()[2:14]
-    ones = list(csv.DictReader((tmp_path / "judged/per_sequence.csv").read_text().splitlines()))
+    samples = list(csv.DictReader((tmp_path / "judged/per_sequence.csv").read_text().splitlines()))
     cells = list(csv.reader((tmp_path / "judged/judges.csv").read_text().splitlines()))
     assert cells[0] == ["judge", *COLUMNS]
     assert COLUMNS[:5] == ("samples", "samples_se", "samples_low", "samples_high", "natural")
-    for row, line, own in zip(said, table, cells[1:], strict=True):
+    for row, line, csv_row in zip(report_rows, table, cells[1:], strict=True):
         figures = [
             Figure(*(math.nan if row[f"{name}{end}"] is None else row[f"{name}{end}"] for end in ENDINGS))
             for name in SETS
         ]
-        assert line == f"| {' | '.join([row['name'], *map(written, figures)])} |"
-        assert own == [row["name"], *(f"{value:.6f}" for value in itertools.chain(*figures))]
-    rows = {row["name"]: row for row in said}
-    assert len(ones) == rows["proteins"]["samples"] == 4
+        assert line == f"| {' | '.join([row['name'], *map(format_figure, figures)])} |"
+        assert csv_row == [row["name"], *(f"{value:.6f}" for value in itertools.chain(*figures))]
+    rows = {row["name"]: row for row in report_rows}
+    assert len(samples) == rows["proteins"]["samples"] == 4
     proteins = {f"n{i}": ProteinTokenizer().decode(store[i]) for i in range(8)}
-    chosen = [proteins[one["id"]] for one in ones]
-    assert [int(one["length"]) for one in ones] == [len(protein) for protein in chosen]
+    chosen = [proteins[row["id"]] for row in samples]
+    assert [int(row["length"]) for row in samples] == [len(protein) for protein in chosen]
     assert rows["residues"]["samples"] == sum(map(len, chosen))
     assert rows["length, median"]["samples"] == np.median([len(protein) for protein in chosen])
     for key, name in (("low_complexity", "low complexity"), ("tandem_repeats", "tandem repeats")):
-        flagged = sum(float(one[key]) * int(one["length"]) for one in ones)
+        flagged = sum(float(row[key]) * int(row["length"]) for row in samples)
         assert rows[f"residues in {name}"]["samples"] == pytest.approx(flagged / sum(map(len, chosen)), abs=1e-6)
     process = run_python(*command, "mmseqs=true", "output=other", PATH="/nowhere")
     assert_one_line_error(process, "mmseqs=true, but no `mmseqs` is on the PATH: install it")
 
 
 def test_a_single_sample_is_judged(store: SequenceStore, tmp_path: Path, run_python: Command) -> None:
-    """Without the errors that take several."""
+    """Its figures have no standard error where that needs several samples."""
     (tmp_path / "one.fasta").write_text(f">one\n{ProteinTokenizer().decode(store[0])}\n")
     done = run_python(
         "-m", "protlig_dd.judge", "samples=one.fasta", f"natural={store.path}", "mmseqs=false", "bootstrap=5"
@@ -568,39 +582,39 @@ def test_a_single_sample_is_judged(store: SequenceStore, tmp_path: Path, run_pyt
     [
         (["samples=none.fasta"], "none.fasta: no such file"),
         (["samples=gaps.fasta"], "gaps.fasta: record b: illegal character '_' at position 2 of 3"),
-        (["natural=one.fasta"], "one.fasta has 1 sequences; natural proteins and their reference need at least 4"),
-        (["natural=two.fasta"], "two.fasta has 2 sequences; natural proteins and their reference need at least 4"),
+        (["natural=one.fasta"], "one.fasta has 1 sequences but needs at least 4, half of them as the reference"),
+        (["natural=two.fasta"], "two.fasta has 2 sequences but needs at least 4, half of them as the reference"),
         (["hmm=none.hmm"], "hmm=none.hmm: no such file"),
         (["esm2=none/such"], "none/such cannot be loaded"),
         (["hmm=two.fasta", "natural=STORE"], "two.fasta: not a file of HMMs"),
-        (["mmseqs=maybe"], "mmseqs=maybe; there are auto, true and false"),
+        (["mmseqs=maybe"], "mmseqs=maybe; choose from auto, true, false"),
         (["bootstrap=1"], "bootstrap must be at least 2, got 1"),
-        (["split=tests"], "split=tests; there are train, validation, test"),
+        (["split=tests"], "split=tests; choose from train, validation, test"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(
+def test_an_invalid_input_is_a_one_line_error(
     store: SequenceStore, tmp_path: Path, run_python: Command, options: list[str], message: str
 ) -> None:
     (tmp_path / "gaps.fasta").write_text(">a\nACD\n>b\nA_D\n")
     (tmp_path / "one.fasta").write_text(">a\nACD\n")
     (tmp_path / "two.fasta").write_text(">a\nACD\n>b\nACD\n")
     before = sorted(tmp_path.iterdir())
-    given = {"samples": "two.fasta", "natural": str(store.path), "mmseqs": "false"}
-    given |= dict(option.replace("STORE", str(store.path)).split("=") for option in options)
-    arguments = (f"{key}={value}" for key, value in given.items())
+    settings = {"samples": "two.fasta", "natural": str(store.path), "mmseqs": "false"}
+    settings |= dict(option.replace("STORE", str(store.path)).split("=") for option in options)
+    arguments = (f"{key}={value}" for key, value in settings.items())
     process = run_python("-m", "protlig_dd.judge", *arguments, HF_HUB_OFFLINE="1")
     assert_one_line_error(process, message)
     assert sorted(tmp_path.iterdir()) == before
 
 
-def sentences(samples: list[np.ndarray], pool: list[np.ndarray], requested: str | None = None) -> dict[str, Verdict]:
-    """By its group, each verdict."""
+def verdicts_of(samples: list[np.ndarray], pool: list[np.ndarray], requested: str | None = None) -> dict[str, Verdict]:
+    """Return the verdict on each group."""
     controls = with_controls(samples, pool, seed=0)
     cheap = cheap_judges(controls, bootstrap=10, seed=0)
-    rows = {name: [ask(some) for some in sets] for name, (ask, sets) in cheap.items()}
-    first, *found = verdicts(rows, len(controls.others), requested)
-    assert (first.group, first.verdict) == ("proteins and residues", "not judged")  # natural ones are matched to them
-    return {one.group: one for one in found}
+    rows = {name: [judge(proteins) for proteins in sets] for name, (judge, sets) in cheap.items()}
+    first, *found = verdicts(rows, len(controls.length_reference), requested)
+    assert (first.group, first.verdict) == ("proteins and residues", "not judged")  # the natural proteins match them
+    return {verdict.group: verdict for verdict in found}
 
 
 @pytest.fixture(scope="module")
@@ -611,72 +625,84 @@ def bundled() -> list[np.ndarray]:
 
 
 @pytest.mark.slow
-def test_natural_proteins_are_as_natural(bundled: list[np.ndarray]) -> None:
-    found = sentences(bundled[:1000], bundled[1000:3000])
-    assert {one.verdict for one in found.values()} == {"as natural"}, found
+def test_natural_proteins_are_judged_as_natural(bundled: list[np.ndarray]) -> None:
+    found = verdicts_of(bundled[:1000], bundled[1000:3000])
+    assert {verdict.verdict for verdict in found.values()} == {"as natural"}, found
     assert list(found) == ["lengths", "composition and words", "repeats", "variety"]
 
 
 @pytest.mark.slow
-def test_shuffled_and_dull_proteins_are_worse(bundled: list[np.ndarray]) -> None:
-    """And the sentence says in what, and what to try."""
-    mixed = sentences(shuffled(bundled[:400], np.random.default_rng(0)), bundled[1000:1800])
+def test_shuffled_and_single_letter_proteins_are_judged_worse(bundled: list[np.ndarray]) -> None:
+    """The sentence names the rows that are worse, and what to try."""
+    mixed = verdicts_of(shuffled(bundled[:400], np.random.default_rng(0)), bundled[1000:1800])
     assert mixed["repeats"].verdict == mixed["composition and words"].verdict == "worse"
     assert mixed["lengths"].verdict == mixed["variety"].verdict == "as natural"
-    assert "residues in low complexity (less than natural)" in mixed["repeats"].told
+    assert '"residues in low complexity" (lower than natural)' in mixed["repeats"].told
     assert "try a lower temperature" in mixed["repeats"].told
-    dull = sentences([np.zeros(60, np.uint8)] * 50, bundled[:200])
-    assert {one.verdict for one in dull.values()} == {"worse"}
-    assert "composition (more than natural)" in dull["composition and words"].told
-    assert "try a higher temperature" in dull["repeats"].told
-    assert "share of different sequences (less than natural)" in dull["variety"].told
-    assert "try lengths=empirical" in dull["lengths"].told
+    single_letter = verdicts_of([np.zeros(60, np.uint8)] * 50, bundled[:200])
+    assert {verdict.verdict for verdict in single_letter.values()} == {"worse"}
+    assert '"composition" (higher than natural)' in single_letter["composition and words"].told
+    assert "try a higher temperature" in single_letter["repeats"].told
+    assert '"share of different sequences" (lower than natural)' in single_letter["variety"].told
+    assert "try lengths=empirical" in single_letter["lengths"].told
 
 
 @pytest.mark.parametrize("n", [1, 2, 5])
-def test_few_proteins_cannot_tell(bundled: list[np.ndarray], n: int) -> None:
-    found = sentences(bundled[:n], bundled[20:60])
-    assert {one.verdict for one in found.values()} == {"cannot tell"}, found
-    for one in found.values():
-        assert f"{n} samples are too few; try n=" in one.told
-    few = sentences(bundled[:n], bundled[20:60], "their lengths were asked for")
-    assert str(few["lengths"]) == "lengths: not judged: their lengths were asked for"
+def test_few_samples_get_the_verdict_cannot_tell(bundled: list[np.ndarray], n: int) -> None:
+    found = verdicts_of(bundled[:n], bundled[20:60])
+    assert {verdict.verdict for verdict in found.values()} == {"cannot tell"}, found
+    for verdict in found.values():
+        assert f"{n} samples are too few; try n=" in verdict.told
+    requested = verdicts_of(bundled[:n], bundled[20:60], "they were requested")
+    assert str(requested["lengths"]) == "lengths: not judged: they were requested"
 
 
-def test_lengths_are_as_natural_only_where_all_of_the_band_is_near() -> None:
-    assert verdict_on_lengths(0.02, 1000, 1000, None).verdict == "as natural"  # the band ends at 0.08
+def test_lengths_are_as_natural_only_if_the_whole_interval_is_below_the_limit() -> None:
+    assert verdict_on_lengths(0.02, 1000, 1000, None).verdict == "as natural"  # the interval ends at 0.08
     assert verdict_on_lengths(0.19, 100, 100, None).verdict == "cannot tell"  # at 0.38
     assert verdict_on_lengths(0.10, 100, 100, None).verdict == "cannot tell"
     assert verdict_on_lengths(0.10, 1000, 1000, None).verdict == "worse"
 
 
 @pytest.mark.parametrize(("hits", "verdict"), [(0.02, "cannot tell"), (0.5, "worse")])
-def test_the_identity_of_few_hits_tells_nothing(hits: float, verdict: str) -> None:
-    """Of 100 samples: two with hits have one degree of freedom, fifty have 49."""
+def test_the_identity_of_few_hits_gives_no_verdict(hits: float, verdict: str) -> None:
+    """Of 100 samples, 2 or 50 have hits: 1 or 49 degrees of freedom."""
     rows = {
         "proteins": [Figure(100.0)] * 3,
         "length, Kolmogorov-Smirnov distance": [Figure(0.05)] * 3,
         "identity to the best of those": [Figure(0.305, 0.005), Figure(0.36, 0.01), Figure(0.30, 0.01)],
     }
-    beside = {"with a training protein at E <= 0.001": [Figure(hits), Figure(0.8), Figure(0.0)]}
-    kind = next(kind for kind in KINDS if kind.begins == "identity to the best")
-    assert difference(kind, rows | beside, "identity to the best of those", 0.95).verdict("either") == verdict
+    hit_rows = {"with a training protein at E <= 0.001": [Figure(hits), Figure(0.8), Figure(0.0)]}
+    kind = next(kind for kind in KINDS if kind.prefix == "identity to the best")
+    assert difference(kind, rows | hit_rows, "identity to the best of those", 0.95).verdict("either") == verdict
 
 
 @pytest.mark.parametrize(
-    ("samples", "natural", "shuffled", "verdict", "more"),
+    ("samples", "natural", "shuffled", "verdict", "side"),
     [
         (Figure(0.10, 0.01), Figure(0.11, 0.01), Figure(0.02, 0.01), "as natural", ""),
-        (Figure(0.05, 0.01), Figure(0.11, 0.01), Figure(0.02, 0.01), "worse", "less"),
-        (Figure(0.17, 0.01), Figure(0.11, 0.01), Figure(0.02, 0.01), "worse", "more"),
-        (Figure(0.10, 0.03), Figure(0.11, 0.03), Figure(0.02, 0.01), "cannot tell", ""),  # as wide as the limit
+        (Figure(0.05, 0.01), Figure(0.11, 0.01), Figure(0.02, 0.01), "worse", "lower"),
+        (Figure(0.17, 0.01), Figure(0.11, 0.01), Figure(0.02, 0.01), "worse", "higher"),
+        (
+            Figure(0.10, 0.03),
+            Figure(0.11, 0.03),
+            Figure(0.02, 0.01),
+            "cannot tell",
+            "",
+        ),  # the interval is as wide as the limit
         (Figure(0.10, 0.01), Figure(0.11, 0.01), Figure(0.11, 0.01), "cannot tell", ""),  # shuffling changes nothing
-        (Figure(0.00, 0.00), Figure(0.02, 0.008), Figure(0.00, 0.00), "cannot tell", ""),  # none seen is no error of 0
+        (
+            Figure(0.00, 0.00),
+            Figure(0.02, 0.008),
+            Figure(0.00, 0.00),
+            "cannot tell",
+            "",
+        ),  # nothing was observed, so an error of 0 is not meaningful
         (Figure(0.10), Figure(0.11), Figure(0.02), "cannot tell", ""),
     ],
 )
 def test_a_verdict_follows_from_the_difference_and_its_error(
-    samples: Figure, natural: Figure, shuffled: Figure, verdict: str, more: str
+    samples: Figure, natural: Figure, shuffled: Figure, verdict: str, side: str
 ) -> None:
     rows = {
         "proteins": [Figure(200.0)] * 3,
@@ -685,7 +711,7 @@ def test_a_verdict_follows_from_the_difference_and_its_error(
     }
     *_, found = verdicts(rows, 400)
     assert found.verdict == verdict
-    assert f"({more} than natural)" in found.told or not more
+    assert f"({side} than natural)" in found.told or not side
 
 
 @pytest.mark.parametrize(
@@ -702,26 +728,28 @@ def test_a_verdict_follows_from_the_difference_and_its_error(
         ("with a hit to the HMMs", 0.9, 0.7, "as natural"),
     ],
 )
-def test_each_row_has_its_bad_side(name: str, samples: float, natural: float, verdict: str) -> None:
+def test_a_deviation_is_worse_only_on_the_bad_side_of_its_row(
+    name: str, samples: float, natural: float, verdict: str
+) -> None:
     rows = {
         "proteins": [Figure(200.0)] * 3,
         "length, Kolmogorov-Smirnov distance": [Figure(0.5)] * 3,
-        name: [share([1.0] * round(200 * one) + [0.0] * round(200 * (1 - one))) for one in (samples, natural, 0.0)],
+        name: [share([1.0] * round(200 * p) + [0.0] * round(200 * (1 - p))) for p in (samples, natural, 0.0)],
     }
-    if name == "share of different sequences":  # has no error of its own, and shuffling changes nothing
+    if name == "share of different sequences":  # this row has no error, and shuffling changes nothing
         rows[name] = [Figure(samples), Figure(natural), Figure(natural)]
     _, lengths, found = verdicts(rows, 400)
     assert (found.verdict, lengths.verdict) == (verdict, "worse")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("headers", "told"), [
-    ("lengths=60-90", "lengths: not judged: they were asked for (lengths=60-90)"),
-    ("nll_free=2.8", "lengths: not judged: infill was given them"),
+@pytest.mark.parametrize(("headers", "sentence"), [
+    ("lengths=60-90", "lengths: not judged: they were requested (lengths=60-90)"),
+    ("nll_free=2.8", "lengths: not judged: they were given to infill"),
     ("", "lengths: cannot tell: 6 samples are too few"),
 ])  # fmt: skip
 def test_the_verdicts_are_printed_and_written(
-    store: SequenceStore, tmp_path: Path, run_python: Command, headers: str, told: str
+    store: SequenceStore, tmp_path: Path, run_python: Command, headers: str, sentence: str
 ) -> None:
     texts = "".join(f">n{i} length=3 {headers}\n{ProteinTokenizer().decode(store[i])}\n" for i in range(6))
     (tmp_path / "samples.fasta").write_text(texts)
@@ -730,9 +758,9 @@ def test_the_verdicts_are_printed_and_written(
     )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "judged/judges.json").read_text())["verdicts"]
-    assert [one["group"] for one in found[1:]] == ["lengths", "composition and words", "repeats", "variety"]
+    assert [verdict["group"] for verdict in found[1:]] == ["lengths", "composition and words", "repeats", "variety"]
     table = (tmp_path / "judged/table.md").read_text()
-    for one in found:
-        assert f"- {one['group']}: {one['told']}\n" in table
+    for verdict in found:
+        assert f"- {verdict['group']}: {verdict['told']}\n" in table
     assert table in done.stdout
-    assert told in table
+    assert sentence in table

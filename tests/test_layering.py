@@ -1,4 +1,4 @@
-"""Who may import whom, and how large a file may grow: read off the source, not off sys.modules."""
+"""Which modules may import which, and how long files may be. The tests read the source, not sys.modules."""
 
 import ast
 import re
@@ -11,9 +11,9 @@ from .conftest import ROOT
 PACKAGE = ROOT / "protlig_dd"
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
 
-# From the ground up. A room may import what stands on a lower floor, and itself; rooms of one floor do not know each
-# other. Files that stand in no room are the verbs, and the package's own.
-FLOORS = (
+# Folders and modules of the package, from the lowest layer to the highest. Each may import itself and all of the lower
+# layers, but nothing else of its own layer. Other files, such as the verbs, are above all layers.
+LAYERS = (
     ("system", "tokenizer"),
     ("batch",),
     ("runs", "model", "diffusion", "data"),
@@ -22,13 +22,13 @@ FLOORS = (
     ("evaluation",),
     ("training",),
 )
-FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+LAYER_OF = {part: layer for layer, parts in enumerate(LAYERS) for part in parts}
 LONGEST, MEDIAN = 350, 150  # lines of a file
 MOST_PARAMETERS = 8
 
 
-def room_of(module: str) -> str:
-    """The first part of its name within the package."""
+def part_of(module: str) -> str:
+    """Return the first part of the module's name within the package."""
     return module.removeprefix("protlig_dd").lstrip(".").partition(".")[0]
 
 
@@ -45,18 +45,18 @@ def imports_of(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
-def test_imports_go_downwards(module: str) -> None:
-    room = room_of(module)
-    floor = FLOOR_OF.get(room, len(FLOORS))
+def test_modules_import_lower_layers_only(module: str) -> None:
+    part = part_of(module)
+    layer = LAYER_OF.get(part, len(LAYERS))
     for name in imports_of(MODULES[module]):
-        other = room_of(name)
-        assert other in FLOOR_OF, f"{module} imports {name}: a verb imports no other verb"
-        assert other == room or FLOOR_OF[other] < floor, f"{module} imports {name}, which does not stand below it"
+        other = part_of(name)
+        assert other in LAYER_OF, f"{module} imports {name}, which is in no layer; verbs may not be imported"
+        assert other == part or LAYER_OF[other] < layer, f"{module} imports {name}, which is not in a lower layer"
 
 
-def test_only_verbs_and_training_see_the_config() -> None:
+def test_lower_layers_do_not_read_configs() -> None:
     below = {"system", "tokenizer", "batch", "runs", "model", "diffusion", "data"}
-    files = [path for name, path in MODULES.items() if room_of(name) in below]
+    files = [path for name, path in MODULES.items() if part_of(name) in below]
     assert len(files) > 30
     for path in files:
         assert not re.search(r"^\s*(import|from) omegaconf", path.read_text(), re.MULTILINE), path
@@ -71,7 +71,7 @@ def test_files_are_short() -> None:
 
 
 def functions() -> list[tuple[str, ast.FunctionDef]]:
-    """Every function and method of the package, with the name of its module."""
+    """Return every function and method of the package, with the name of its module."""
     found = []
     for name, path in MODULES.items():
         nodes = ast.walk(ast.parse(path.read_text()))
@@ -82,14 +82,14 @@ def functions() -> list[tuple[str, ast.FunctionDef]]:
 def test_no_function_takes_more_than_eight_parameters() -> None:
     for module, function in functions():
         arguments = function.args
-        names = [one.arg for one in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
-        names += [one.arg for one in (arguments.vararg, arguments.kwarg) if one is not None]
-        taken = [name for name in names if name not in ("self", "cls")]
-        assert len(taken) <= MOST_PARAMETERS, f"{module}.{function.name} takes {len(taken)} parameters"
+        names = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
+        names += [argument.arg for argument in (arguments.vararg, arguments.kwarg) if argument is not None]
+        parameters = [name for name in names if name not in ("self", "cls")]
+        assert len(parameters) <= MOST_PARAMETERS, f"{module}.{function.name} takes {len(parameters)} parameters"
 
 
 def test_nothing_assigns_to_a_config() -> None:
-    """`resolve` and what follows make others with dataclasses.replace."""
+    """Changed configs are new ones, made with dataclasses.replace."""
     for name, path in MODULES.items():
         for node in ast.walk(ast.parse(path.read_text())):
             targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
@@ -100,11 +100,13 @@ def test_nothing_assigns_to_a_config() -> None:
                 )
 
 
-def test_earlier_places_of_public_functions_work() -> None:
+def test_public_functions_can_be_imported_from_their_earlier_modules() -> None:
     from protlig_dd.diffusion.graph import Absorbing
     from protlig_dd.model.attention import varlen_attention
     from protlig_dd.model.rotary import apply_rotary_pos_emb, rotary_cos_sin
 
     assert Absorbing.__module__ == "protlig_dd.diffusion.graphs.absorbing"
     assert varlen_attention.__module__ == "protlig_dd.model.mixers.attention"
-    assert {one.__module__ for one in (apply_rotary_pos_emb, rotary_cos_sin)} == {"protlig_dd.model.positions.rotary"}
+    assert {function.__module__ for function in (apply_rotary_pos_emb, rotary_cos_sin)} == {
+        "protlig_dd.model.positions.rotary"
+    }

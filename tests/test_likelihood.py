@@ -23,13 +23,13 @@ from protlig_dd.diffusion.likelihood import integrand, nll_bound, reconstruction
 from protlig_dd.diffusion.noise import CosineNoise, GeometricNoise, LogLinearNoise
 from protlig_dd.diffusion.numerics import clamp_negative
 from protlig_dd.diffusion.score import ScoreFn
-from protlig_dd.diffusion.strata import error_of_pairs, spread_of, strata
+from protlig_dd.diffusion.strata import error_of_pairs, strata, time_warp
 from protlig_dd.evaluation.averages import per_residue
 from protlig_dd.inference.model import load_trained
 from protlig_dd.tokenizer import ProteinTokenizer
 
 from . import brute_force
-from .conftest import exact_score_fn, graph_of, make_model, random_batch, refuses, thorough
+from .conftest import exact_score_fn, graph_of, make_model, raises_value_error, random_batch, thorough
 
 GRAPHS = ["absorbing", "uniform", "substitution"]
 NOISE = LogLinearNoise(eps=1e-7, t_min=1e-5)
@@ -38,8 +38,7 @@ Scores = Callable[[Tensor, float], Tensor]
 """(batch, sites) states, sigma -> (batch, sites, n) log-scores."""
 
 
-def zeros(batch: PackedBatch, sigma: torch.Tensor) -> torch.Tensor:
-    """A network that has learnt nothing."""
+def zero_logits(batch: PackedBatch, sigma: torch.Tensor) -> torch.Tensor:
     return torch.zeros(len(batch.tokens), 20)
 
 
@@ -66,8 +65,8 @@ def test_with_exact_scores_the_bound_is_the_likelihood(name: str, estimator: str
         assert bound.residues.tolist() == [2] * copies
 
 
-class GivenScores(ScoreFn):
-    """Log-scores as they are given, in any precision."""
+class UnconvertedScores(ScoreFn):
+    """A ScoreFn whose model returns log-scores, which it keeps in their precision."""
 
     def __call__(self, batch: PackedBatch, sigma: Tensor) -> Tensor:
         return self.model(batch, sigma)
@@ -81,8 +80,11 @@ def exact_noise(graph: Graph) -> LogLinearNoise:
     return LogLinearNoise(eps=1e-7, t_min=1e-5, rate=-graph.lambda_2)
 
 
-def nodes_of(noise: LogLinearNoise) -> list[tuple[Tensor, float]]:
-    """Times and weights whose sum is the mean over t in [t_min, 1]: Gauss-Legendre in log sigma, t in float64."""
+def quadrature_nodes(noise: LogLinearNoise) -> list[tuple[Tensor, float]]:
+    """Return times and weights of a quadrature of the mean over t in [t_min, 1]: Gauss-Legendre in log sigma.
+
+    The times are float64.
+    """
     ends = [float(noise(torch.tensor(t, dtype=torch.float64))[0]) for t in (noise.t_min, 1.0)]
     points, weights = np.polynomial.legendre.leggauss(16)
     found = []
@@ -99,23 +101,23 @@ def nodes_of(noise: LogLinearNoise) -> list[tuple[Tensor, float]]:
 def exact_bound(
     toy: brute_force.Toy, scores: Scores, x0: tuple[int, ...], noise: LogLinearNoise | None = None
 ) -> float:
-    """`nll_bound` of x0 under the given scores in float64, its draws replaced by enumeration and quadrature."""
+    """Return `nll_bound` of x0 for these scores in float64, with enumeration and quadrature instead of draws."""
     graph = graph_of(toy.graph, toy.n)
     noise, xt = noise or exact_noise(graph), all_states(graph, toy.sites)
     clean = torch.tensor(x0).expand_as(xt)
-    batch = PackedBatch.pack(list(clean))  # as many copies as there are x_t
+    batch = PackedBatch.pack(list(clean))  # one copy for each x_t
 
-    def given(noised: PackedBatch, sigma: Tensor) -> Tensor:
+    def network(noised: PackedBatch, sigma: Tensor) -> Tensor:
         return scores(noised.tokens.view_as(xt), float(sigma[0])).view(-1, toy.n)
 
-    score_fn = GivenScores(given, graph, noise, "log_score")
+    score_fn = UnconvertedScores(network, graph, noise, "log_score")
 
     def probability(sigma: float) -> Tensor:
-        """Of every x_t."""
+        """Return the probability of each x_t."""
         return brute_force.transition(toy.graph, toy.n, sigma)[clean, xt].prod(1)
 
     total = 0.0
-    for t, weight in nodes_of(noise):
+    for t, weight in quadrature_nodes(noise):
         nats = integrand(score_fn, batch, t.expand(len(xt)), xt.reshape(-1)).view_as(xt).sum(1)
         total += weight * float(probability(float(noise(t)[0])) @ nats)
     lowest, highest = (noise(torch.tensor(t, dtype=torch.float64))[0] for t in (noise.t_min, 1.0))
@@ -124,25 +126,25 @@ def exact_bound(
     return total + float(probability(float(lowest)) @ nats)
 
 
-def own_likelihood(toy: brute_force.Toy, scores: Scores) -> Tensor:
-    """(n,) * sites: what the model with these scores samples with infinitely many steps.
+def sampled_distribution(toy: brute_force.Toy, scores: Scores) -> Tensor:
+    """Return the distribution, (n,) * sites, that the model with these scores samples with infinitely many steps.
 
-    The prior is carried back by the reverse process' master equation, whose rates are Q[z, x] s_z, and then denoised.
+    The prior is integrated with the master equation of the reverse process (rates Q[z, x] s_z), and then denoised.
     """
     graph = graph_of(toy.graph, toy.n)
     noise = exact_noise(graph)
     xt, q = all_states(graph, toy.sites), brute_force.rate_matrix(toy.graph, toy.n)
-    place = graph.n_reverse_states ** torch.arange(toy.sites - 1, -1, -1)
+    strides = graph.n_reverse_states ** torch.arange(toy.sites - 1, -1, -1)
     index = torch.arange(len(xt))
     lowest, highest = (float(noise(torch.tensor(t, dtype=torch.float64))[0]) for t in (noise.t_min, 1.0))
 
     def change(log_sigma: float, p: np.ndarray) -> np.ndarray:
-        """dp / d log sigma, with sigma falling."""
+        """Return dp / d log sigma; the integration runs from high to low sigma."""
         sigma = math.exp(log_sigma)
         score, rates = scores(xt, sigma).exp(), torch.zeros(len(xt), len(xt), dtype=torch.float64)
         for site, z in itertools.product(range(toy.sites), range(toy.n)):
             x = xt[:, site]
-            target = index + (z - x) * place[site]
+            target = index + (z - x) * strides[site]
             rates[index, target] += torch.where(x == z, 0.0, q[z, x] * score[:, site, z])
         rates -= torch.diag(rates.sum(1))
         return np.asarray(-sigma * (torch.from_numpy(p) @ rates))
@@ -169,11 +171,11 @@ def test_with_exact_scores_the_bound_is_the_likelihood_to_a_millionth(name: str,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", GRAPHS)
-def test_with_wrong_scores_the_bound_is_above_the_models_own_likelihood(name: str) -> None:
-    """Scores that are wrong by another factor in every state belong to no distribution.
+def test_with_wrong_scores_the_bound_is_above_the_models_negative_log_likelihood(name: str) -> None:
+    """Scores with a random error in every state do not belong to any distribution.
 
-    Each sequence's bound is above its -log p under the model that samples with them, and the average is above the
-    entropy by at least the divergence from that model.
+    Each sequence's bound is above its -log p under the model that samples with these scores. The average bound is
+    above the entropy by at least the divergence from that model.
     """
     toy = brute_force.random_toy(name)
     graph = graph_of(name, toy.n)
@@ -183,20 +185,21 @@ def test_with_wrong_scores_the_bound_is_above_the_models_own_likelihood(name: st
         exact = toy.log_score(xt, sigma)
         return torch.where(exact == 0, 0.0, exact + 0.5 * math.exp(-sigma) * noise[tuple(xt.T)])
 
-    assert torch.allclose(own_likelihood(toy, toy.log_score), toy.p0, rtol=1e-5)  # exact scores sample the toy itself
-    own = own_likelihood(toy, wrong)
-    assert float(own.sum()) == pytest.approx(1, abs=1e-6)
+    # exact scores sample the toy itself
+    assert torch.allclose(sampled_distribution(toy, toy.log_score), toy.p0, rtol=1e-5)
+    model_p = sampled_distribution(toy, wrong)
+    assert float(model_p.sum()) == pytest.approx(1, abs=1e-6)
     bound = torch.zeros_like(toy.p0)
     for x0 in itertools.product(range(3), repeat=2):
         bound[x0] = exact_bound(toy, wrong, x0)
-    assert (bound > -own.log()).all()
-    entropy, cross = (-float((toy.p0 * p.log()).sum()) for p in (toy.p0, own))
+    assert (bound > -model_p.log()).all()
+    entropy, cross = (-float((toy.p0 * p.log()).sum()) for p in (toy.p0, model_p))
     assert float((toy.p0 * bound).sum()) > cross > entropy + 1e-3
-    assert ((bound + own.log()) < 1).all()  # above, but not by anything
+    assert ((bound + model_p.log()) < 1).all()  # above, but by less than 1 nat
 
 
-def test_the_exact_count_is_the_average_over_orders_of_a_wrong_network() -> None:
-    """A time-free network decodes in a random order: its own -log p is below the average of its -log p's by order."""
+def test_exact_count_is_the_average_over_decoding_orders() -> None:
+    """A time-free network decodes in a random order. Its -log p is below the average of -log p over the orders."""
     logits = torch.randn(4, 4, 2, 3, generator=torch.Generator().manual_seed(3))
     log_q = logits.double().log_softmax(-1)
 
@@ -224,10 +227,10 @@ def test_the_exact_count_is_the_average_over_orders_of_a_wrong_network() -> None
         assert expected > -math.log(sum(math.exp(order) for order in orders) / 2)
 
 
-def test_a_zero_network_scores_log_20_a_residue() -> None:
+def test_zero_logits_have_a_bound_of_log_20_per_residue() -> None:
     batch = random_batch([50] * 40)
 
-    score_fn = ScoreFn(zeros, Absorbing(), LogLinearNoise(), "x0")
+    score_fn = ScoreFn(zero_logits, Absorbing(), LogLinearNoise(), "x0")
     exact = nll_bound(
         score_fn,
         batch,
@@ -239,7 +242,7 @@ def test_a_zero_network_scores_log_20_a_residue() -> None:
     integral = nll_bound(score_fn, batch, generator=torch.Generator().manual_seed(0), draws=16)
     nll, error = per_residue(integral.nats.numpy(), integral.residues.numpy())
     assert abs(nll - math.log(20)) < 4 * error
-    for i in range(40):  # the per-sequence errors are of the right size too
+    for i in range(40):  # the sequences' own standard errors have the right size too
         assert abs(float(integral.nats[i]) - 50 * math.log(20)) < 6 * float(integral.standard_error[i])
 
 
@@ -247,14 +250,14 @@ def test_a_zero_network_scores_log_20_a_residue() -> None:
 @pytest.mark.parametrize(
     "graph", [Absorbing(), Uniform(), make_substitution_graph("BLOSUM62")], ids=["absorbing", "uniform", "blosum62"]
 )
-def test_every_term_of_the_bound_counts(graph: Graph) -> None:
-    """With eps and t_min of 0.1, prior, integral and reconstruction are large; a zero network still gets -log pi.
+def test_the_bound_contains_prior_integral_and_reconstruction(graph: Graph) -> None:
+    """With eps = t_min = 0.1 all three terms are large, and zero logits still have the bound -log pi.
 
-    It believes in the equilibrium pi: uniform, or the substitution matrix' own.
+    They predict the equilibrium pi: uniform, or that of the substitution matrix.
     """
     noise, batch = LogLinearNoise(eps=0.1, t_min=0.1), random_batch([80] * 40)
     pi = graph.pi if isinstance(graph, SubstitutionGraph) else torch.full((20,), 0.05).double()
-    score_fn = ScoreFn(zeros, graph, noise, "log_score")
+    score_fn = ScoreFn(zero_logits, graph, noise, "log_score")
     bound = nll_bound(score_fn, batch, generator=torch.Generator().manual_seed(0), draws=32)
     expected = -pi.log()[batch.tokens].view(40, 80).sum(1)
     excess, error = per_residue((bound.nats - expected).numpy(), bound.residues.numpy())
@@ -263,8 +266,8 @@ def test_every_term_of_the_bound_counts(graph: Graph) -> None:
 
 
 @pytest.mark.parametrize("matrix", ["BLOSUM62", "PAM30"])
-def test_a_network_that_is_wrong_at_high_noise_pays_for_it(matrix: str) -> None:
-    """Scores of another equilibrium cost the same at any noise; the draws must find all of it, up to sigma_max."""
+def test_the_bound_contains_errors_at_high_noise(matrix: str) -> None:
+    """Scores of a wrong equilibrium are equally bad at any noise. The draws must cover it up to sigma_max."""
     graph = make_substitution_graph(matrix)
     noise = build_noise({"name": "loglinear", "eps": None, "rate": None, "t_min": 1e-3}, graph)
     v = torch.randn(20, generator=torch.Generator().manual_seed(0)) / 2
@@ -275,28 +278,28 @@ def test_a_network_that_is_wrong_at_high_noise_pays_for_it(matrix: str) -> None:
     score_fn, batch = ScoreFn(network, graph, noise, "log_score"), random_batch([80] * 40)
     bound = nll_bound(score_fn, batch, generator=torch.Generator().manual_seed(0), draws=32)
     excess, error = per_residue(bound.nats.numpy(), bound.residues.numpy())
-    expected, every = 0.0, PackedBatch.pack(list(torch.arange(20).repeat_interleave(20)[:, None]))
+    expected, all_pairs = 0.0, PackedBatch.pack(list(torch.arange(20).repeat_interleave(20)[:, None]))
     xt, counts = torch.arange(20).repeat(20), torch.bincount(batch.tokens, minlength=20) / 3200
 
     def mean_over_x(nats: Tensor, sigma: float) -> float:
-        p = graph.transition_probs(every.tokens, torch.full((400,), sigma, dtype=torch.float64))
-        return float((counts[every.tokens] * p.gather(1, xt[:, None])[:, 0] * nats).sum())
+        p = graph.transition_probs(all_pairs.tokens, torch.full((400,), sigma, dtype=torch.float64))
+        return float((counts[all_pairs.tokens] * p.gather(1, xt[:, None])[:, 0] * nats).sum())
 
     def exact(batch: PackedBatch, sigma: torch.Tensor) -> torch.Tensor:
         return score_fn.log_score(network(batch, sigma).double(), batch.tokens, sigma)
 
-    exact_fn = GivenScores(exact, graph, noise, "log_score")
-    for t, weight in nodes_of(noise):
-        nats = integrand(exact_fn, every, t.expand(400), xt)
+    exact_fn = UnconvertedScores(exact, graph, noise, "log_score")
+    for t, weight in quadrature_nodes(noise):
+        nats = integrand(exact_fn, all_pairs, t.expand(400), xt)
         expected += weight * mean_over_x(nats, float(noise(t)[0]))
     lowest, highest = (noise(torch.tensor(t, dtype=torch.float64))[0] for t in (noise.t_min, 1.0))
     expected += float((counts * graph.prior_kl(torch.arange(20), highest.expand(20))).sum())
-    expected += mean_over_x(reconstruction(exact_fn, every, lowest.expand(400), xt), float(lowest))
+    expected += mean_over_x(reconstruction(exact_fn, all_pairs, lowest.expand(400), xt), float(lowest))
     assert abs(excess - expected) < 4 * error
     assert error < 0.1 * expected
 
 
-def test_both_estimators_agree_on_a_network_and_exact_count_has_less_variance() -> None:
+def test_both_estimators_agree_and_exact_count_has_less_variance() -> None:
     batch = random_batch([40] * 25)
     score_fn = ScoreFn(make_model(), Absorbing(), LogLinearNoise(), "x0", time_conditioning=False)
     results = {}
@@ -314,13 +317,13 @@ def test_both_estimators_agree_on_a_network_and_exact_count_has_less_variance() 
     assert results["exact_count"].standard_error.mean() < 0.5 * results["integral"].standard_error.mean()
 
 
-def test_context_letters_are_given_not_scored() -> None:
+def test_context_letters_are_not_scored() -> None:
     tokens = torch.from_numpy(ProteinTokenizer().encode("MKXVBZJUOA")).long()
-    nothing = torch.from_numpy(ProteinTokenizer().encode("XX")).long()
+    only_context = torch.from_numpy(ProteinTokenizer().encode("XX")).long()
     score_fn = ScoreFn(make_model(), Absorbing(), LogLinearNoise(), "x0", time_conditioning=False)
     bound = nll_bound(
         score_fn,
-        PackedBatch.pack([tokens, nothing]),
+        PackedBatch.pack([tokens, only_context]),
         generator=torch.Generator().manual_seed(1),
         draws=4,
         estimator="exact_count",
@@ -330,22 +333,22 @@ def test_context_letters_are_given_not_scored() -> None:
     assert float(bound.nats[1]) == 0
 
 
-def test_options_that_cannot_work_are_refused() -> None:
+def test_invalid_options_of_the_bound_are_rejected() -> None:
     batch = random_batch([5])
     score_fn = ScoreFn(make_model(), Uniform(), LogLinearNoise(), "log_score")
     generator = torch.Generator()
-    with refuses("exact_count is for the absorbing graph"):
+    with raises_value_error("exact_count is for the absorbing graph"):
         nll_bound(score_fn, batch, generator=generator, estimator="exact_count")
-    with refuses("no estimator 'elbo'"):
+    with raises_value_error("unknown estimator 'elbo'; choose from integral, exact_count"):
         nll_bound(score_fn, batch, generator=generator, estimator="elbo")
-    with refuses("draws must be at least 1, got 0"):
+    with raises_value_error("draws must be at least 1, got 0"):
         nll_bound(score_fn, batch, generator=generator, draws=0)
-    with refuses("cannot average"):
+    with raises_value_error("cannot average"):
         per_residue(np.zeros(2), np.zeros(2))
 
 
 @given(st.integers(2, 30), st.integers(0, 999))
-def test_the_corpus_figure_is_total_nats_over_total_residues(n: int, seed: int) -> None:
+def test_the_corpus_average_is_total_nats_over_total_residues(n: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     residues = rng.integers(1, 500, n)
     nats = residues * rng.normal(2.9, 0.1, n)
@@ -353,13 +356,13 @@ def test_the_corpus_figure_is_total_nats_over_total_residues(n: int, seed: int) 
     assert mean == pytest.approx(nats.sum() / residues.sum())
     deviations = [float(x - mean * r) for x, r in zip(nats, residues, strict=True)]
     assert error == pytest.approx((sum(d * d for d in deviations) * n / (n - 1)) ** 0.5 / residues.sum())
-    shifted, same = per_residue(nats + residues, residues)
+    shifted, shifted_error = per_residue(nats + residues, residues)
     assert shifted == pytest.approx(mean + 1)
-    assert same == pytest.approx(error, abs=1e-9)
+    assert shifted_error == pytest.approx(error, abs=1e-9)
 
 
-def test_the_standard_error_covers_the_truth() -> None:
-    """Of 400 corpora drawn alike, about 95% lie within 1.96 standard errors of the population's figure."""
+def test_the_standard_error_covers_the_population_average() -> None:
+    """For 400 random corpora, the average is within 1.96 standard errors of the population's in about 95% of cases."""
     rng = np.random.default_rng(0)
     hits = 0
     for _ in range(400):
@@ -373,10 +376,10 @@ def test_the_standard_error_covers_the_truth() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("draws", "covered"), [(8, 0.8), (32, 0.88)])
 @pytest.mark.parametrize("estimator", ["integral", "exact_count"])
-def test_a_proteins_standard_error_is_the_spread_of_its_bounds(
+def test_a_proteins_standard_error_is_the_standard_deviation_of_its_bounds(
     estimator: str, draws: int, covered: float, trained_run: Path, store: SequenceStore
 ) -> None:
-    """One protein many times: of a trained network, whose residues cost unlike amounts."""
+    """Compute the bound of one protein many times with a trained network, which predicts some residues better."""
     trained = load_trained(str(trained_run), device="cpu", precision="fp32")
     tokens = next(store[row] for row in store.split("test") if 60 < len(store[row]) < 130)[:62]
     times, margin = (4, 0.12) if thorough() else (2, 0.25)
@@ -390,12 +393,12 @@ def test_a_proteins_standard_error_is_the_spread_of_its_bounds(
         )
         for seed in range(times)
     ]
-    nats, errors = (torch.cat([getattr(one, name) for one in found]) for name in ("nats", "standard_error"))
+    nats, errors = (torch.cat([getattr(bound, name) for bound in found]) for name in ("nats", "standard_error"))
     assert 1 - margin < float(errors.square().mean().sqrt() / nats.std()) < 1 + margin
     assert float(((nats - nats.mean()).abs() < 1.96 * errors).double().mean()) > covered
 
 
-def test_strata_are_narrow_where_little_is_masked() -> None:
+def test_strata_are_narrow_where_few_residues_are_masked() -> None:
     assert strata(8) == [
         (low, high, (high - low) / 2)
         for low, high in ((0, 1 / 16), (1 / 16, 1 / 4), (1 / 4, 9 / 16), (9 / 16, 1))
@@ -403,20 +406,21 @@ def test_strata_are_narrow_where_little_is_masked() -> None:
     ]
     assert strata(1) == [(0, 1, 1)]
     for draws in range(1, 20):
-        for spread in (np.square, spread_of(Absorbing(), CosineNoise()), spread_of(Uniform(), GeometricNoise())):
-            levels = strata(draws, spread)
+        for warp in (np.square, time_warp(Absorbing(), CosineNoise()), time_warp(Uniform(), GeometricNoise())):
+            levels = strata(draws, warp)
             assert len(levels) == draws
             assert sum(weight for *_, weight in levels) == pytest.approx(1)
             assert all(0 <= low < high <= 1 for low, high, _ in levels)
-    linear, cosine = (spread_of(Absorbing(), noise)(np.array([0.5]))[0] for noise in (LogLinearNoise(), CosineNoise()))
-    assert linear == pytest.approx(0.25, abs=0.02)  # what is masked grows with t there, with its square here
+    linear, cosine = (time_warp(Absorbing(), noise)(np.array([0.5]))[0] for noise in (LogLinearNoise(), CosineNoise()))
+    # the masked fraction grows with t for log-linear noise, and with the square of t for cosine noise
+    assert linear == pytest.approx(0.25, abs=0.02)
     assert cosine == pytest.approx(0.46, abs=0.02)
 
 
-def test_an_odd_draw_is_left_out_of_the_error() -> None:
+def test_an_odd_draw_is_left_out_of_the_standard_error() -> None:
     nats = torch.tensor([[1.0, 5.0], [2.0, 5.0], [7.0, 0.0], [4.0, 0.0], [99.0, 9.0]], dtype=torch.float64)
     weighted = nats * torch.tensor([weight for *_, weight in strata(5)], dtype=torch.float64)[:, None]
-    # strata of a quarter and three quarters, without the last draw; half of each difference
+    # two strata of widths 1/4 and 3/4, without the last draw; each contributes half of its difference
     expected = math.sqrt((0.25 * (1 - 2) / 2) ** 2 + (0.75 * (7 - 4) / 2) ** 2)
     assert error_of_pairs(weighted).tolist() == pytest.approx([expected, 0])
 
@@ -425,14 +429,14 @@ def test_an_odd_draw_is_left_out_of_the_error() -> None:
     ("graph", "estimator"), [(Absorbing(), "exact_count"), (Absorbing(), "integral"), (Uniform(), "integral")]
 )
 @pytest.mark.parametrize("draws", [5, 8])
-def test_draws_that_are_computed_together_are_the_same(graph: Graph, estimator: str, draws: int) -> None:
-    batch, seen = random_batch([7, 4, 9]), list[int]()
+def test_draws_computed_together_equal_draws_computed_one_at_a_time(graph: Graph, estimator: str, draws: int) -> None:
+    batch, token_counts = random_batch([7, 4, 9]), list[int]()
     model = make_model(time_conditioning=True).eval()
 
-    def network(some: PackedBatch, sigma: torch.Tensor) -> torch.Tensor:
-        seen.append(len(some.tokens))
+    def network(noised: PackedBatch, sigma: torch.Tensor) -> torch.Tensor:
+        token_counts.append(len(noised.tokens))
         with torch.no_grad():
-            return model(some, sigma)
+            return model(noised, sigma)
 
     found = [
         nll_bound(
@@ -445,7 +449,7 @@ def test_draws_that_are_computed_together_are_the_same(graph: Graph, estimator: 
         )
         for tokens in (0, 65, 1000)
     ]
-    assert set(seen) == {20, 60, *([40] if draws % 3 else []), 20 * draws}
+    assert set(token_counts) == {20, 60, *([40] if draws % 3 else []), 20 * draws}
     for other in found[1:]:
         for name in ("nats", "standard_error", "token_nats", "pooled_nats", "pooled"):
             torch.testing.assert_close(getattr(other, name), getattr(found[0], name), rtol=1e-4, atol=1e-5)
@@ -453,20 +457,23 @@ def test_draws_that_are_computed_together_are_the_same(graph: Graph, estimator: 
 
 def test_one_draw_has_no_standard_error() -> None:
     bound = nll_bound(
-        ScoreFn(zeros, Absorbing(), LogLinearNoise(), "x0"), random_batch([9, 4]), generator=torch.Generator(), draws=1
+        ScoreFn(zero_logits, Absorbing(), LogLinearNoise(), "x0"),
+        random_batch([9, 4]),
+        generator=torch.Generator(),
+        draws=1,
     )
     assert torch.isnan(bound.standard_error).all()
     assert torch.isfinite(bound.nats).all()
 
 
-def test_the_places_of_the_draws_are_stratified_over_the_batch() -> None:
-    """With one draw each, k of 50 sequences of 50 residues takes every value once; the network is shown k/L."""
-    seen: list[int] = []
+def test_the_numbers_of_masks_are_stratified_over_the_batch() -> None:
+    """In one draw, 50 sequences of 50 residues have 1 to 50 masks, each number once, and sigma matches the fraction."""
+    mask_counts: list[int] = []
 
     def network(batch: PackedBatch, sigma: torch.Tensor) -> torch.Tensor:
-        seen.extend(int((tokens == 20).sum()) for tokens in batch.unpack(batch.tokens))
-        share = (torch.tensor(seen) / 50).clamp(max=0.999)  # all of it, as far as the noise goes
-        assert torch.allclose(-torch.expm1(-sigma), share)
+        mask_counts.extend(int((tokens == 20).sum()) for tokens in batch.unpack(batch.tokens))
+        fraction = (torch.tensor(mask_counts) / 50).clamp(max=0.999)  # fully masked sequences get the largest sigma
+        assert torch.allclose(-torch.expm1(-sigma), fraction)
         return torch.zeros(len(batch.tokens), 20)
 
     nll_bound(
@@ -476,5 +483,5 @@ def test_the_places_of_the_draws_are_stratified_over_the_batch() -> None:
         draws=1,
         estimator="exact_count",
     )
-    assert sorted(seen) == list(range(1, 51))
-    assert seen != sorted(seen)
+    assert sorted(mask_counts) == list(range(1, 51))
+    assert mask_counts != sorted(mask_counts)

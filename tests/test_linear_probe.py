@@ -1,4 +1,4 @@
-"""scripts/linear_probe.py: its algebra against brute force, and the table it prints."""
+"""scripts/linear_probe.py: its algebra against brute force, its table and its errors."""
 
 from pathlib import Path
 
@@ -21,14 +21,14 @@ def solve(x: np.ndarray, y: np.ndarray, penalty: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize("shape", [(30, 4), (12, 20)])
-def test_the_penalty_is_the_one_that_leaving_out_one_by_one_finds(shape: tuple[int, int]) -> None:
+def test_the_penalty_minimises_the_leave_one_out_error(shape: tuple[int, int]) -> None:
     x, noise = RNG.normal(size=shape), RNG.normal(size=shape[0])
     x -= x.mean(0)
     y = x[:, 0] + 0.5 * noise
     y -= y.mean()
 
-    def left_out(penalty: float) -> float:
-        """The intercept is fitted with the rest, unpenalised, and again for each sample that is left out."""
+    def leave_one_out_error(penalty: float) -> float:
+        """Mean squared error; the unpenalised intercept is fitted again for each sample left out."""
         errors = []
         for i in range(len(y)):
             others = np.arange(len(y)) != i
@@ -38,12 +38,12 @@ def test_the_penalty_is_the_one_that_leaving_out_one_by_one_finds(shape: tuple[i
         return float(np.mean(np.square(errors)))
 
     weights, penalty = fit_ridge(x, y)
-    assert penalty == min(PENALTIES, key=left_out)
+    assert penalty == min(PENALTIES, key=leave_one_out_error)
     assert np.allclose(weights, solve(x, y, penalty))
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=2, max_size=30))
-def test_the_area_is_the_chance_that_a_positive_is_above_a_negative(pairs: list[tuple[int, bool]]) -> None:
+def test_the_area_is_the_probability_that_a_positive_scores_above_a_negative(pairs: list[tuple[int, bool]]) -> None:
     scores, labels = (np.array(column) for column in zip(*pairs, strict=True))
     if labels.all() or not labels.any():
         return
@@ -53,7 +53,7 @@ def test_the_area_is_the_chance_that_a_positive_is_above_a_negative(pairs: list[
     assert 0 <= error <= 0.5
 
 
-def test_a_probe_finds_what_is_there_and_nothing_else() -> None:
+def test_a_probe_finds_a_real_signal_and_none_in_shuffled_labels() -> None:
     x = RNG.normal(size=(400, 10)) * np.arange(10) + 3  # the first feature is constant
     labels = x[:, 4] + RNG.normal(size=400) > 4
     fit, test = slice(0, 200), slice(200, 400)
@@ -74,7 +74,7 @@ def write_set(folder: Path, name: str, positive: int, negative: int, pooling: st
     return [str(folder / f"{name}.h5"), str(folder / f"{name}.fasta")]
 
 
-def test_the_table(run_python: Command, tmp_path: Path) -> None:
+def test_the_command_prints_a_table_or_a_one_line_error(run_python: Command, tmp_path: Path) -> None:
     fit, test = write_set(tmp_path, "fit", 20, 30), write_set(tmp_path, "test", 10, 15)
     command = ["-m", "scripts.linear_probe", "OS=.*virus"]
     process = run_python(*command, "--fit", *fit, "--test", *test)
@@ -82,11 +82,11 @@ def test_the_table(run_python: Command, tmp_path: Path) -> None:
     assert "fit on 50 proteins (20 positive), tested on 25 (10 positive)" in process.stdout
     rows = [line for line in process.stdout.splitlines() if line.startswith(("| comp", "| emb", "| both"))]
     assert [row.split(" | ")[1] for row in rows] == ["20", "3", "23"]
-    assert float(rows[0].split(" | ")[3].split()[0]) > 0.9  # W or V
-    assert_one_line_error(run_python(*command, "--fit", *fit, "--test", test[0], fit[1]), "has not the 50 ids of")
-    never = run_python("-m", "scripts.linear_probe", "nothing", "--fit", *fit, "--test", *test)
-    assert_one_line_error(never, "fit.fasta: 0 of 50 headers match 'nothing'")
-    broken = run_python(*command[:-1], "OS=(virus", "--fit", *fit, "--test", *test)
-    assert_one_line_error(broken, "'OS=(virus' is no regular expression")
-    with pytest.raises(ValueError, match="pooling=per_residue; the probe wants mean"):
+    assert float(rows[0].split(" | ")[3].split()[0]) > 0.9  # the positive proteins have W where the others have V
+    assert_one_line_error(run_python(*command, "--fit", *fit, "--test", test[0], fit[1]), "does not have the 50 ids of")
+    no_match = run_python("-m", "scripts.linear_probe", "nothing", "--fit", *fit, "--test", *test)
+    assert_one_line_error(no_match, "fit.fasta: 0 of 50 headers match 'nothing'")
+    invalid = run_python(*command[:-1], "OS=(virus", "--fit", *fit, "--test", *test)
+    assert_one_line_error(invalid, "'OS=(virus' is not a regular expression")
+    with pytest.raises(ValueError, match="pooling=per_residue; the probe needs pooling=mean"):
         read_set(*map(Path, write_set(tmp_path, "residues", 3, 3, "per_residue")), "virus")

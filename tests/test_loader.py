@@ -23,14 +23,14 @@ from protlig_dd.data.store import SequenceStore, StoreGroup
 from protlig_dd.tokenizer import AMINO_ACIDS, BOS, EOS, ProteinTokenizer
 
 from .conftest import make_store
-from .test_plan import other_numpy
+from .test_plan import upgrade_numpy
 
 
 def make_dataset(store: SequenceStore, *, seed: int | None = 1, max_len: int = 300, budget: int = 2000) -> PackDataset:
     return PackDataset(store, store.split("train"), max_len=max_len, tokens_per_pack=budget, seed=seed)
 
 
-def test_an_epoch_has_no_sequence_twice_and_misses_only_its_tail(store: SequenceStore) -> None:
+def test_an_epoch_has_no_sequence_twice_and_leaves_out_only_its_tail(store: SequenceStore) -> None:
     dataset = make_dataset(store)
     for epoch in (0, 1, 5):
         packs = range(epoch * len(dataset), (epoch + 1) * len(dataset))
@@ -76,30 +76,31 @@ def test_sequences_are_whole_or_random_crops(store: SequenceStore) -> None:
     assert len(starts) > 20
 
 
-def test_proteins_of_one_length_are_cropped_anew_in_each_pack_and_epoch(tmp_path: Path) -> None:
+def test_proteins_of_one_length_get_new_crops_in_each_pack_and_epoch(tmp_path: Path) -> None:
     letters = np.random.default_rng(0).choice(list(AMINO_ACIDS), (14, 400))
     make_store(
         tmp_path / "long.h5",
-        [FastaRecord(f"p{i}", "", "".join(one), "") for i, one in enumerate(letters)],
+        [FastaRecord(f"p{i}", "", "".join(sequence), "") for i, sequence in enumerate(letters)],
         train=12,
         held_out=1,
     )
     store = SequenceStore(tmp_path / "long.h5")
     starts = {}
     for seed in (1, 2):
-        dataset = make_dataset(store, seed=seed, budget=302)  # one a pack
+        dataset = make_dataset(store, seed=seed, budget=302)  # one protein a pack
         packs = [dataset[pack] for pack in range(30)]
         tokens = [pack.tokens[pack.tokens < 20].numpy().astype(np.uint8).tobytes() for pack in packs]
         starts[seed] = [
             store[int(pack.rows)].tobytes()[1:-1].find(crop) for pack, crop in zip(packs, tokens, strict=True)
         ]
-        assert len(set(starts[seed])) > 15  # of 101, in 3 epochs
+        assert len(set(starts[seed])) > 15  # of 101 possible starts, in 3 epochs
     assert starts[1] != starts[2]
     dataset = make_dataset(store, max_len=399, budget=401)
-    assert {int(dataset[pack].tokens[0]) == BOS for pack in range(30)} == {True, False}  # the last crop comes, too
+    # both the first and the last crop occur
+    assert {int(dataset[pack].tokens[0]) == BOS for pack in range(30)} == {True, False}
 
 
-def test_the_key_of_a_plan_tells_everything_that_a_plan_depends_on(
+def test_the_key_of_a_plan_changes_with_everything_that_the_plan_depends_on(
     store: SequenceStore, proteins: list[FastaRecord], tmp_path: Path
 ) -> None:
     make_store(tmp_path / "more.h5", proteins[100:], train=100, held_out=1)
@@ -117,7 +118,9 @@ def test_the_key_of_a_plan_tells_everything_that_a_plan_depends_on(
     assert len(set(keys)) == 8
 
 
-def test_another_numpy_changes_no_pack(store: SequenceStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packs_of_version_2_do_not_depend_on_the_numpy_version(
+    store: SequenceStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def packs(version: int) -> list[list[int]]:
         dataset = PackDataset(store, store.split("train"), max_len=100, tokens_per_pack=2000, seed=1, version=version)
         dataset.forget_plans()
@@ -126,7 +129,7 @@ def test_another_numpy_changes_no_pack(store: SequenceStore, monkeypatch: pytest
         return found
 
     before = {version: packs(version) for version in VERSIONS}
-    other_numpy(monkeypatch)
+    upgrade_numpy(monkeypatch)
     assert packs(1) != before[1]
     assert packs(2) == before[2]
     of_rows = PackDataset(store, store.split("train"), max_len=100, tokens_per_pack=2000, seed=1, version=1)
@@ -134,7 +137,7 @@ def test_another_numpy_changes_no_pack(store: SequenceStore, monkeypatch: pytest
     assert first_tokens(of_rows) != before[2]  # the same rows, other crops
 
 
-def test_crops_at_the_start_have_no_chance_in_them(store: SequenceStore) -> None:
+def test_crops_at_the_start_are_not_random(store: SequenceStore) -> None:
     dataset = PackDataset(store, store.split("train"), max_len=300, tokens_per_pack=2000, seed=1, crop="start")
     for pack in range(len(dataset)):
         batch = dataset[pack]
@@ -142,7 +145,7 @@ def test_crops_at_the_start_have_no_chance_in_them(store: SequenceStore) -> None
             assert tokens.tolist() == (store[row][:301] if store.lengths[row] > 300 else store[row]).tolist()
 
 
-def test_a_crop_lacks_the_end_that_was_cut() -> None:
+def test_a_crop_has_bos_or_eos_only_if_it_reaches_that_end() -> None:
     tokens = ProteinTokenizer().encode("ACDEF")
     first, last = crop_bounds(np.full(3, 5), np.arange(3), 3)
     crops = [tokens[a:b].tolist() for a, b in zip(first, last, strict=True)]
@@ -150,7 +153,7 @@ def test_a_crop_lacks_the_end_that_was_cut() -> None:
 
 
 @given(st.integers(1, 40), st.integers(0, 40))
-def test_a_crop_never_takes_more_tokens_than_it_is_counted_for(max_len: int, more: int) -> None:
+def test_a_crop_never_has_more_tokens_than_are_counted_for_it(max_len: int, more: int) -> None:
     residues = max_len + 1 + more
     starts = np.arange(residues - max_len + 1)
     first, last = crop_bounds(np.full(len(starts), residues), starts, max_len)
@@ -159,7 +162,7 @@ def test_a_crop_never_takes_more_tokens_than_it_is_counted_for(max_len: int, mor
     assert last.max() == residues + 2
 
 
-def test_evaluation_sees_every_sequence_once_in_order(store: SequenceStore) -> None:
+def test_evaluation_reads_every_sequence_once_in_order(store: SequenceStore) -> None:
     dataset = make_dataset(store, seed=None)
     batches = [dataset[pack] for pack in range(len(dataset))]
     assert np.concatenate([batch.rows.numpy() for batch in batches]).tolist() == dataset.rows.tolist()
@@ -173,7 +176,7 @@ def test_evaluation_sees_every_sequence_once_in_order(store: SequenceStore) -> N
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_ranks_and_workers_read_the_plan_in_order(store: SequenceStore, workers: int) -> None:
     dataset = make_dataset(store)
-    across = len(dataset) - 2  # over the end of an epoch
+    across = len(dataset) - 2  # these steps cross the end of an epoch
     first, last = across // 4, across // 4 + 2
     expected = [dataset[pack].rows.tolist() for pack in range(first * 4, last * 4)]
     by_rank = []
@@ -188,28 +191,28 @@ def first_tokens(dataset: PackDataset) -> list[list[int]]:
     return [dataset[pack].tokens.tolist() for pack in (0, len(dataset) + 1)]
 
 
-def advised(array: np.ndarray) -> bool | None:
-    """Whether the system was told that this mapped array is read at random; None where it does not show that."""
-    address, here = array.__array_interface__["data"][0], False
+def is_marked_random(array: np.ndarray) -> bool | None:
+    """Whether this mapped array is marked for random reads (MADV_RANDOM); None if the system does not show it."""
+    address, inside = array.__array_interface__["data"][0], False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
-            here = int(found[1], 16) <= address < int(found[2], 16)
-        elif here and line.startswith("VmFlags:"):
+            inside = int(found[1], 16) <= address < int(found[2], 16)
+        elif inside and line.startswith("VmFlags:"):
             return "rr" in line.split()
     return None
 
 
 def reads_at_random(dataset: PackDataset) -> list[bool]:
     _ = dataset[0]
-    return [advised(dataset.tokens[0]), advised(dataset.group.stores[0].tokens)]
+    return [is_marked_random(dataset.tokens[0]), is_marked_random(dataset.group.stores[0].tokens)]
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_only_training_reads_at_random(store: SequenceStore, method: str, spawned_in_forks: None) -> None:
-    """What is read in order keeps what the system reads ahead, in the same process and of the same store."""
+    """Sequential readers keep the system's read-ahead, even in the same process and for the same store."""
     training = make_dataset(store)
-    shown = advised(store.tokens) is not None
+    shown = is_marked_random(store.tokens) is not None
     assert reads_at_random(training) == ([True, False] if shown else [None, None])
     assert not any(reads_at_random(make_dataset(store, seed=None)))
     with multiprocessing.get_context(method).Pool(1) as pool:
@@ -218,14 +221,14 @@ def test_only_training_reads_at_random(store: SequenceStore, method: str, spawne
 
 
 @pytest.mark.parametrize("missing", ["constant", "call"])
-def test_a_system_that_takes_no_advice_reads_all_the_same(
+def test_a_system_without_madvise_reads_the_same_packs(
     store: SequenceStore, monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
     expected = first_tokens(make_dataset(store))
     if missing == "constant":
         monkeypatch.delattr(mmap, "MADV_RANDOM")
     else:
-        monkeypatch.setattr(mmap, "MADV_RANDOM", -1)  # which the kernel refuses
+        monkeypatch.setattr(mmap, "MADV_RANDOM", -1)  # the kernel rejects this value
     assert first_tokens(make_dataset(store)) == expected
 
 
@@ -238,7 +241,7 @@ def test_fork_and_spawn_workers_read_the_same_bytes(store: SequenceStore, method
         assert pool.map(first_tokens, [dataset] * 2) == [expected, expected]
 
 
-def test_a_pickled_dataset_leaves_its_plan_behind(store: SequenceStore) -> None:
+def test_a_pickled_dataset_does_not_contain_its_plan(store: SequenceStore) -> None:
     dataset = make_dataset(store)
     _ = dataset[0]
     small = len(pickle.dumps(dataset))
@@ -261,7 +264,7 @@ def two_stores(store: SequenceStore, tmp_path: Path) -> StoreGroup:
     return StoreGroup([store, build_store([tmp_path / "b.fasta"], tmp_path / "b.h5")])
 
 
-def test_a_mixture_draws_by_its_weights(two_stores: StoreGroup) -> None:
+def test_a_mixture_has_the_fractions_of_its_weights(two_stores: StoreGroup) -> None:
     rows = two_stores.split("train")
     dataset = PackDataset(two_stores, rows, max_len=300, tokens_per_pack=2000, seed=3, weights=[1.0, 1.0])
     drawn = [dataset[pack] for pack in range(2 * len(dataset))]
@@ -269,17 +272,17 @@ def test_a_mixture_draws_by_its_weights(two_stores: StoreGroup) -> None:
     assert abs(from_second / sum(len(batch.tokens) for batch in drawn) - 0.5) < 0.02
     for batch in itertools.islice(drawn, 0, None, 40):
         for row, tokens in zip(batch.rows.tolist(), batch.unpack(batch.tokens), strict=True):
-            own = two_stores.stores[0][row] if row < 400 else two_stores.stores[1][row - 400]
-            assert len(own) > 302 or tokens.tolist() == own.tolist()
+            stored = two_stores.stores[0][row] if row < 400 else two_stores.stores[1][row - 400]
+            assert len(stored) > 302 or tokens.tolist() == stored.tolist()
     natural = PackDataset(two_stores, rows, max_len=300, tokens_per_pack=2000, seed=3)
     seen = np.concatenate([natural.pack_rows(pack) for pack in range(len(natural))])
     assert len(np.unique(seen)) == len(seen) == len(rows) - natural.tail(0)
 
 
-def test_sizes_and_weights_that_cannot_work_are_refused(store: SequenceStore, two_stores: StoreGroup) -> None:
+def test_invalid_sizes_weights_and_crops_are_errors(store: SequenceStore, two_stores: StoreGroup) -> None:
     with pytest.raises(ValueError, match=r"tokens_per_pack=512 cannot hold .*max_len=512 residues .*514 tokens"):
         check_pack_sizes(512, 512)
-    with pytest.raises(ValueError, match=r"max_len is 0"):
+    with pytest.raises(ValueError, match=r"data\.max_len must be at least 1 residue, got 0"):
         check_pack_sizes(0, 512)
     with pytest.raises(ValueError, match=r"\d+ tokens an epoch, less than one pack of data.tokens_per_pack=90000000"):
         make_dataset(store, budget=90_000_000)
@@ -287,9 +290,9 @@ def test_sizes_and_weights_that_cannot_work_are_refused(store: SequenceStore, tw
     with pytest.raises(ValueError, match=r"data\.weights has 1 weights for 2 stores"):
         PackDataset(two_stores, rows, seed=1, weights=[1.0], **sizes)
     for weight in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match=rf"data\.weights: {weight} is not above 0"):
+        with pytest.raises(ValueError, match=rf"data\.weights: {weight} is not a positive finite number"):
             PackDataset(two_stores, rows, seed=1, weights=[1.0, weight], **sizes)
     with pytest.raises(ValueError, match=r"b\.h5 has no training sequences"):
         PackDataset(two_stores, store.split("train"), seed=1, **sizes)
-    with pytest.raises(ValueError, match=r"data\.crop=end; there are random, start"):
+    with pytest.raises(ValueError, match=r"data\.crop=end; choose from random, start"):
         PackDataset(store, rows[:360], seed=1, crop="end", **sizes)

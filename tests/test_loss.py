@@ -20,7 +20,7 @@ from .conftest import make_model, random_batch
 @pytest.mark.parametrize(
     "noise", [LogLinearNoise(), CosineNoise(), GeometricNoise()], ids=["loglinear", "cosine", "geometric"]
 )
-def test_the_loss_is_that_of_its_parts_put_together_by_hand(graph: Graph, noise: Noise) -> None:
+def test_the_loss_is_the_weighted_sum_of_its_parts(graph: Graph, noise: Noise) -> None:
     batch = random_batch([6, 11, 3])
     score_fn = ScoreFn(make_model(), graph, noise, "log_score")
     loss_sum, n_residues = score_entropy_loss(score_fn, batch, torch.Generator().manual_seed(4))
@@ -35,8 +35,8 @@ def test_the_loss_is_that_of_its_parts_put_together_by_hand(graph: Graph, noise:
     assert int(n_residues) == 20
 
 
-def test_x0_and_time_free_is_weighted_cross_entropy() -> None:
-    """For log-linear noise, kappa dsigma = 1/t (1 - eps cancels): the loss is masked cross-entropy over t."""
+def test_the_loss_of_a_time_free_x0_network_is_weighted_cross_entropy() -> None:
+    """For log-linear noise kappa dsigma = 1/t (1 - eps cancels). The loss is the masked cross-entropy divided by t."""
     graph, noise, batch = Absorbing(), LogLinearNoise(), random_batch([40, 25])
     model = make_model()
     score_fn = ScoreFn(model, graph, noise, "x0", time_conditioning=False)
@@ -50,8 +50,8 @@ def test_x0_and_time_free_is_weighted_cross_entropy() -> None:
     assert torch.allclose(loss_sum, expected, rtol=1e-4)
 
 
-def test_a_curriculums_loss_is_the_integral_up_to_its_cap() -> None:
-    """A zero network costs log 20 a masked residue, so the part of the integral below the cap is in proportion."""
+def test_the_loss_of_a_curriculum_is_the_integral_up_to_its_cap() -> None:
+    """With zero logits the integrand is log 20 per residue at every t, so the integral is (cap - t_min) log 20."""
     graph, noise, batch = Absorbing(), LogLinearNoise(), random_batch([60] * 400)
     score_fn = ScoreFn(lambda batch, sigma: torch.zeros(len(batch.tokens), 20), graph, noise, "x0")
     for cap in (0.1, 0.6, 1.0):
@@ -62,7 +62,7 @@ def test_a_curriculums_loss_is_the_integral_up_to_its_cap() -> None:
         assert error < 0.05 * cap
 
 
-def test_context_letters_are_counted_out() -> None:
+def test_context_letters_are_not_counted_as_residues() -> None:
     tokens = torch.from_numpy(ProteinTokenizer().encode("MKXVBZ"))
     batch = PackedBatch.pack([tokens.long()])
     score_fn = ScoreFn(make_model(), Absorbing(), LogLinearNoise(), "x0")
@@ -82,16 +82,16 @@ def test_gradients_reach_every_parameter() -> None:
 
 @pytest.mark.parametrize("noise", [LogLinearNoise(), CosineNoise()], ids=["loglinear", "cosine"])
 @pytest.mark.parametrize("t_max", [1.0, 0.7])
-def test_a_capped_weight_scales_a_time_down_to_the_cap(noise: Noise, t_max: float) -> None:
+def test_a_loss_weight_above_the_cap_is_scaled_down_to_the_cap(noise: Noise, t_max: float) -> None:
     graph, cap, scaled = Absorbing(), 5.0, 0
     score_fn = ScoreFn(make_model(), graph, noise, "x0", time_conditioning=False)
     for seed in range(40):
         batch = random_batch([50], seed)
-        plain, capped, drawn = (torch.Generator().manual_seed(seed) for _ in range(3))
-        whole, _ = score_entropy_loss(score_fn, batch, plain, t_max)
-        less, _ = score_entropy_loss(score_fn, batch, capped, t_max, cap)
-        sigma, dsigma = noise(stratified_times(1, noise.t_min, drawn, "cpu", t_max))
+        plain_generator, capped_generator, time_generator = (torch.Generator().manual_seed(seed) for _ in range(3))
+        plain_loss, _ = score_entropy_loss(score_fn, batch, plain_generator, t_max)
+        capped_loss, _ = score_entropy_loss(score_fn, batch, capped_generator, t_max, cap)
+        sigma, dsigma = noise(stratified_times(1, noise.t_min, time_generator, "cpu", t_max))
         weight = float((t_max - noise.t_min) * dsigma / torch.expm1(sigma))
-        assert torch.allclose(less, whole * min(1.0, cap / weight), rtol=1e-4, atol=1e-4)
+        assert torch.allclose(capped_loss, plain_loss * min(1.0, cap / weight), rtol=1e-4, atol=1e-4)
         scaled += weight > cap
     assert 0 < scaled < 40

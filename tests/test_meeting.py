@@ -1,4 +1,4 @@
-"""Ranks that start together: two of them as two threads here, with torch's own store between them."""
+"""Ranks that start together: the ranks are threads of one process, and communicate through torch's store."""
 
 import os
 import re
@@ -14,7 +14,7 @@ import pytest
 from protlig_dd.data.store import SequenceStore
 from protlig_dd.system import meeting as module
 from protlig_dd.system.distributed import OtherRankError, Processes, in_one_line, within
-from protlig_dd.system.meeting import Meeting, loopback_name
+from protlig_dd.system.meeting import Meeting, loopback_address
 from protlig_dd.training.resume import is_continued, seconds_left
 
 from .conftest import Command, Start, assert_one_line_error, free_port
@@ -26,15 +26,18 @@ Outcome = Exception | list[str]
 
 @pytest.fixture
 def meet(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[Outcome]]]:
-    """Let ranks with these facts meet, each on a host of its own: what each raised, or its hosts."""
+    """Run one meeting of ranks with these facts, each on its own host. Returns each rank's exception or its hosts.
+
+    A rank with the facts None does not start. A rank with an exception raises it before the meeting.
+    """
     monkeypatch.setenv("MASTER_ADDR", "localhost")
-    monkeypatch.setattr(module, "loopback_name", lambda: None)
+    monkeypatch.setattr(module, "loopback_address", lambda: None)
 
-    kept = []  # rank 0 goes on after it has agreed, and with it the store
+    meetings = []  # keep rank 0's store open after the meeting
 
-    def one(rank: int, world_size: int, facts: dict[str, Any] | Exception, timeout: int | float) -> Outcome:
+    def meet_as(rank: int, world_size: int, facts: dict[str, Any] | Exception, timeout: int | float) -> Outcome:
         meeting = Meeting(Processes(rank, world_size, 0))
-        kept.append(meeting)
+        meetings.append(meeting)
         meeting.host = f"host-{rank}"
         try:
             with meeting:
@@ -45,77 +48,78 @@ def meet(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[Outcome
             return error
         return meeting.hosts
 
-    def all_of(*facts: dict[str, Any] | Exception | None, timeout: int | float = 20) -> list[Outcome]:
+    def meet_all(*facts: dict[str, Any] | Exception | None, timeout: int | float = 20) -> list[Outcome]:
         monkeypatch.setenv("MASTER_PORT", str(free_port()))
-        coming = [(rank, given) for rank, given in enumerate(facts) if given is not None]
-        with ThreadPoolExecutor(len(coming)) as pool:
-            return list(pool.map(lambda item: one(item[0], len(facts), item[1], timeout), coming))
+        started = [(rank, rank_facts) for rank, rank_facts in enumerate(facts) if rank_facts is not None]
+        with ThreadPoolExecutor(len(started)) as pool:
+            return list(pool.map(lambda item: meet_as(item[0], len(facts), item[1], timeout), started))
 
-    return all_of
+    return meet_all
 
 
-def test_ranks_that_were_started_alike_know_their_hosts(meet: Callable[..., list[Outcome]]) -> None:
+def test_ranks_with_equal_facts_learn_the_hosts_of_all_ranks(meet: Callable[..., list[Outcome]]) -> None:
     assert meet(*[{"optim.lr": 0.1, "optim.betas": [0.9, 0.99]}] * 3) == [["host-0", "host-1", "host-2"]] * 3
 
 
-def test_every_rank_names_what_differs(meet: Callable[..., list[Outcome]]) -> None:
-    found = meet({"optim.lr": 0.1, "seed": 0}, {"optim.lr": 0.1, "seed": 0}, {"optim.lr": 0.2, "seed": 0, "new": 1})
-    assert [str(one) for one in found] == [
-        "the ranks were not started alike: new is None for rank 0 on host-0 and 1 for rank 2 on host-2; "
+def test_every_rank_reports_which_facts_differ(meet: Callable[..., list[Outcome]]) -> None:
+    errors = meet({"optim.lr": 0.1, "seed": 0}, {"optim.lr": 0.1, "seed": 0}, {"optim.lr": 0.2, "seed": 0, "new": 1})
+    assert [str(error) for error in errors] == [
+        "the ranks differ in their config, data or versions: "
+        "new is None for rank 0 on host-0 and 1 for rank 2 on host-2; "
         "optim.lr is 0.1 for rank 0 on host-0 and 0.2 for rank 2 on host-2"
     ] * 3
-    assert all(isinstance(one, ValueError) for one in found)
+    assert all(isinstance(error, ValueError) for error in errors)
 
 
-def test_of_many_differences_some_are_named_and_long_values_cut(meet: Callable[..., list[Outcome]]) -> None:
-    found = meet({f"key{i}": "x" * 200 for i in range(8)}, {f"key{i}": "y" for i in range(8)})
-    assert str(found[1]).count(" for rank 0 on ") == 5
-    assert str(found[1]).endswith("; and 3 more")
-    assert f"key0 is {'x' * 80}... for rank 0" in str(found[1])
+def test_a_message_names_five_differences_and_shortens_long_values(meet: Callable[..., list[Outcome]]) -> None:
+    message = str(meet({f"key{i}": "x" * 200 for i in range(8)}, {f"key{i}": "y" for i in range(8)})[1])
+    assert message.count(" for rank 0 on ") == 5
+    assert message.endswith("; and 3 more")
+    assert f"key0 is {'x' * 80}... for rank 0" in message
     paths = [f"/{'scratch/' * 30}{name}/x.h5" for name in ("one", "two")]
-    told = str(meet({"x": paths[0]}, {"x": paths[1]})[0])
-    assert re.search(r"x is \.\.\.\S+/one/x.h5 for rank 0 on host-0 and \.\.\.\S+/two/x.h5 for rank 1", told)
+    message = str(meet({"x": paths[0]}, {"x": paths[1]})[0])
+    assert re.search(r"x is \.\.\.\S+/one/x.h5 for rank 0 on host-0 and \.\.\.\S+/two/x.h5 for rank 1", message)
 
 
-def test_a_rank_that_fails_before_it_is_told_by_all(meet: Callable[..., list[Outcome]]) -> None:
+def test_all_ranks_report_a_rank_that_failed_before_the_meeting(meet: Callable[..., list[Outcome]]) -> None:
     for failing in range(3):
         facts: list[Any] = [{}, {}, {}]
         facts[failing] = ValueError("x.h5: no such\ndata file")
         began = time.monotonic()
-        found = meet(*facts)
-        assert time.monotonic() - began < 15  # nobody waits for a timeout
-        assert found[failing] is facts[failing]
+        errors = meet(*facts)
+        assert time.monotonic() - began < 15  # no rank waits for the timeout
+        assert errors[failing] is facts[failing]
         for rank in {0, 1, 2} - {failing}:
-            assert isinstance(found[rank], OtherRankError)
-            assert str(found[rank]) == f"rank {failing} on host-{failing}: x.h5: no such data file"
+            assert isinstance(errors[rank], OtherRankError)
+            assert str(errors[rank]) == f"rank {failing} on host-{failing}: x.h5: no such data file"
 
 
-def test_rank_0_ends_after_the_others_have_read_why(
+def test_rank_0_ends_after_the_others_have_read_its_error(
     meet: Callable[..., list[Outcome]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With it the store ends, when it is another process."""
-    read, ended = Meeting._has_read, []
+    """In a run with separate processes, the store ends with rank 0."""
+    mark_as_read, ended = Meeting._mark_as_read, []
 
-    def slowly(meeting: Meeting) -> None:
+    def mark_slowly(meeting: Meeting) -> None:
         if not meeting.processes.first:
             time.sleep(1)
             ended.append(meeting.processes.rank)
-        read(meeting)
+        mark_as_read(meeting)
 
     leave = Meeting.__exit__
 
-    def noted(meeting: Meeting, *raised: Any) -> None:
+    def leave_and_record(meeting: Meeting, *raised: Any) -> None:
         leave(meeting, *raised)
         ended.append(meeting.processes.rank)
 
-    monkeypatch.setattr(Meeting, "_has_read", slowly)
-    monkeypatch.setattr(Meeting, "__exit__", noted)
+    monkeypatch.setattr(Meeting, "_mark_as_read", mark_slowly)
+    monkeypatch.setattr(Meeting, "__exit__", leave_and_record)
     meet(ValueError("no"), {})
     assert ended[0] == 1
 
 
-def test_what_continues_an_earlier_start() -> None:
-    """A restart, another number of hosts, a Slurm job that was queued again; not another launch of the same name."""
+def test_restarts_and_requeued_jobs_continue_the_earlier_launch() -> None:
+    """A change in the number of hosts continues it too. Another launch with the same id does not."""
 
     def continued(
         launch: str | None, earlier: dict[str, Any], *, restart: int = 0, agents: str = "a 1", **slurm: Any
@@ -125,7 +129,7 @@ def test_what_continues_an_earlier_start() -> None:
         return is_continued({"requeues": 0, "agents": ["a 7", "c 3"], **earlier}, meeting)
 
     assert continued("x", {"launch": "x"}, restart=1)
-    assert not continued("none", {"launch": "none"}, restart=1)  # torchrun's default, which other launches have too
+    assert not continued("none", {"launch": "none"}, restart=1)  # torchrun's default id, which other launches share
     assert continued("x", {"launch": "x"}, agents="a 7")  # a host has joined
     assert continued("none", {"launch": "none"}, agents="c 3")
     assert not continued("x", {"launch": "x"})
@@ -136,7 +140,7 @@ def test_what_continues_an_earlier_start() -> None:
     assert not continued("y", {"launch": "x", "job": "4"}, job="4")
 
 
-def test_the_time_that_is_left_follows_no_hosts_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_left_does_not_depend_on_a_hosts_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "environment.json"
     file.touch()
     os.utime(file, (file.stat().st_mtime - 100,) * 2)
@@ -146,39 +150,39 @@ def test_the_time_that_is_left_follows_no_hosts_clock(tmp_path: Path, monkeypatc
     assert [path.name for path in tmp_path.iterdir()] == ["environment.json"]
 
 
-def test_several_hosts_wait_longer_for_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_on_several_hosts_wait_longer_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     meeting = Meeting(Processes(0, 4, 0))
-    assert meeting._patience() == module.READ_WITHIN
+    assert meeting._wait_limit() == module.READ_WITHIN
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert meeting._patience() == module.COME_WITHIN
+    assert meeting._wait_limit() == module.READ_WITHIN_SEVERAL_HOSTS
 
 
-def test_without_torchrun_the_variables_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_names_the_missing_variables_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(ValueError, match="WORLD_SIZE=2, but MASTER_ADDR=None and MASTER_PORT=: torchrun sets all"):
         Meeting(Processes(0, 2, 0)).agree({}, 1)
     with pytest.raises(KeyError), Meeting(Processes(0, 2, 0)):
-        raise KeyError("its own error is what counts")
+        raise KeyError("the original error is raised")
 
 
-def test_a_store_that_does_not_answer_is_not_waited_for() -> None:
+def test_a_store_that_does_not_answer_delays_a_process_only_for_the_given_time() -> None:
     began = time.monotonic()
     within(1, lambda: time.sleep(30))
     assert time.monotonic() - began < 10
 
 
-def test_an_error_that_is_not_ours_is_told_with_its_type() -> None:
+def test_an_unexpected_error_is_reported_with_its_type() -> None:
     assert in_one_line(KeyError("x")) == "KeyError: 'x'"
     assert in_one_line(FileNotFoundError(2, "No such file", "a b")) == "[Errno 2] No such file: 'a b'"
 
 
-def test_a_rank_that_does_not_come_is_named(
+def test_a_rank_that_does_not_start_is_named(
     meet: Callable[..., list[Outcome]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(module, "SAY_EVERY", 0.5)
+    monkeypatch.setattr(module, "REPORT_EVERY", 0.5)
     monkeypatch.setattr(module, "READ_WITHIN", 0.5)
-    found = meet({}, {}, None, timeout=1.2)
-    assert [str(one) for one in found] == [
+    errors = meet({}, {}, None, timeout=1.2)
+    assert [str(error) for error in errors] == [
         f"host-{rank} waited 1.2 s for rank 2, which did not start" for rank in (0, 1)
     ]
     assert "host-0 waits for rank 2 to start, 1 s so far" in capsys.readouterr().out
@@ -186,28 +190,32 @@ def test_a_rank_that_does_not_come_is_named(
     assert re.match(r"host-1 did not reach rank 0 at localhost:\d+ within 0.7 s: ", str(without_first[0]))
 
 
-def test_a_host_without_a_name_is_told(meet: Callable[..., list[Outcome]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_that_cannot_be_resolved_is_an_error(
+    meet: Callable[..., list[Outcome]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
     monkeypatch.setattr(module, "RESOLVE_WITHIN", 0.1)
-    (found,) = meet(None, {})
-    assert str(found).startswith("host-1 cannot resolve no-such-host.invalid, the host of rank 0: ")
-    assert "--local-addr" in str(found)
+    (error,) = meet(None, {})
+    assert str(error).startswith("host-1 cannot resolve no-such-host.invalid, the host of rank 0: ")
+    assert "--local-addr" in str(error)
 
 
-def test_the_address_of_ones_own_name(meet: Callable[..., list[Outcome]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "loopback_name", lambda: "127.0.1.1")
+def test_a_host_name_that_resolves_to_loopback_is_an_error(
+    meet: Callable[..., list[Outcome]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "loopback_address", lambda: "127.0.1.1")
     for error in meet({}, {}):
-        assert str(error).startswith("host-0 has 127.0.1.1 for its own name, where no other host reaches it")
+        assert str(error).startswith("host-0: other hosts cannot reach the address of its own name (127.0.1.1)")
     monkeypatch.setattr(socket, "gethostname", lambda: "localhost")
-    assert loopback_name() == "127.0.0.1" or loopback_name() == "::1"
+    assert loopback_address() == "127.0.0.1" or loopback_address() == "::1"
     monkeypatch.setattr(socket, "gethostname", lambda: "no-such-host.invalid")
-    assert loopback_name() == "no address"
+    assert loopback_address() == "no address"
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
-    assert loopback_name() is None
+    assert loopback_address() is None
 
 
 @pytest.mark.slow
-def test_agents_that_were_given_other_commands_refuse_and_train_nothing(
+def test_agents_with_different_commands_exit_with_an_error_and_do_not_train(
     store: SequenceStore, tmp_path: Path, start: Start, warm: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHON_EXEC", str(warm.executable))
@@ -226,20 +234,19 @@ def test_agents_that_were_given_other_commands_refuse_and_train_nothing(
     for process in agents:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 1
-        assert re.search(r"^\[rank [01]\] error: the ranks were not started alike: optim.lr is ", errors, re.MULTILINE)
+        message = r"^\[rank [01]\] error: the ranks differ in their config, data or versions: optim.lr is "
+        assert re.search(message, errors, re.MULTILINE)
     assert not (tmp_path / "runs/pair").exists()
 
 
 @pytest.mark.slow
-def test_a_slow_disk_is_not_blamed_on_a_rank(run_python: Command, store: SequenceStore, tmp_path: Path) -> None:
+def test_a_slow_disk_is_not_reported_as_a_lost_rank(run_python: Command, store: SequenceStore, tmp_path: Path) -> None:
     slow = "import runpy\nimport time\nimport protlig_dd.runs.checkpoint as checkpoint\n"
     slow += "save = checkpoint.save_checkpoint\n"
-    slow += "def slowly(*given, **named):\n    time.sleep(7)\n    return save(*given, **named)\n"
-    slow += "checkpoint.save_checkpoint = slowly\n"
+    slow += "def save_slowly(*args, **kwargs):\n    time.sleep(7)\n    return save(*args, **kwargs)\n"
+    slow += "checkpoint.save_checkpoint = save_slowly\n"
     slow += "if __name__ == '__main__':\n    runpy.run_module('protlig_dd.training', run_name='__main__')\n"
-    (tmp_path / "slow.py").write_text(slow)  # which each rank imports too, as multiprocessing does with __main__
+    (tmp_path / "slow.py").write_text(slow)  # each rank imports it too, because it is __main__
     overrides = overrides_for(store, "disk", "trainer.max_steps=5", "trainer.devices=2", "trainer.checkpoint_every=1")
     process = run_python("-m", "slow", *overrides, "trainer.timeout=3")
-    assert_one_line_error(
-        process, "rank 0 on ", "waits for the disk to take a checkpoint in runs/disk", "trainer.timeout"
-    )
+    assert_one_line_error(process, "rank 0 on ", "waits for a checkpoint to be written to runs/disk", "trainer.timeout")

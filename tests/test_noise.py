@@ -43,12 +43,12 @@ def test_dsigma_is_the_derivative_of_sigma(noise: Noise) -> None:
     # float32 stays within rounding of float64, at both ends
     sigma32, dsigma32 = noise(t.detach().float())
     assert sigma32.dtype == torch.float32
-    again, dagain = noise(t.detach().float().double())
-    assert torch.allclose(sigma32.double(), again, rtol=1e-5, atol=0)
-    assert torch.allclose(dsigma32.double(), dagain, rtol=1e-5, atol=0)
+    expected, dexpected = noise(t.detach().float().double())
+    assert torch.allclose(sigma32.double(), expected, rtol=1e-5, atol=0)
+    assert torch.allclose(dsigma32.double(), dexpected, rtol=1e-5, atol=0)
 
 
-def test_closed_forms() -> None:
+def test_sigma_equals_its_closed_form() -> None:
     t = torch.tensor([0.25, 1.0], dtype=torch.float64)
     assert torch.allclose(LogLinearNoise(1e-3)(t)[0], -torch.log(1 - 0.999 * t))
     assert torch.allclose(CosineNoise(1e-3)(t)[0], -torch.log(1 - 0.999 * (1 - torch.cos(math.pi / 2 * t))))
@@ -57,7 +57,7 @@ def test_closed_forms() -> None:
 
 @pytest.mark.parametrize("matrix", ["BLOSUM62", "PAM30"])
 @pytest.mark.parametrize("name", ["loglinear", "cosine"])
-def test_noise_ends_where_a_slow_graph_has_forgotten_and_not_in_the_last_float(matrix: str, name: str) -> None:
+def test_noise_of_a_slow_graph_reaches_sigma_max_without_a_jump_at_t_1(matrix: str, name: str) -> None:
     graph = make_substitution_graph(matrix)
     noise = build_noise({"name": name, "eps": None, "rate": None, "t_min": 1e-3}, graph)
     assert vars(build_noise({"name": name}, graph)) == vars(noise)
@@ -70,8 +70,11 @@ def test_noise_ends_where_a_slow_graph_has_forgotten_and_not_in_the_last_float(m
 @pytest.mark.parametrize(
     ("noise", "second_moment"), [(CosineNoise(1e-9), 4.04), (LogLinearNoise(1e-9), 6.91)], ids=describe
 )
-def test_second_moment_of_the_absorbing_weights(noise: Noise, second_moment: float) -> None:
-    """Of dsigma / (e^sigma - 1) on a masked residue, whose probability is 1 - e^-sigma: what the docstring claims."""
+def test_the_loss_weights_have_the_documented_second_moment(noise: Noise, second_moment: float) -> None:
+    """The values are in the docstring of CosineNoise.
+
+    A masked residue has the weight dsigma / (e^sigma - 1), and a residue is masked with probability 1 - e^-sigma.
+    """
     edges = torch.logspace(math.log10(noise.t_min), 0, 20001, dtype=torch.float64)
     sigma, dsigma = noise((edges[1:] + edges[:-1]) / 2)
     weight = dsigma / torch.expm1(sigma)
@@ -84,12 +87,12 @@ def test_times_are_stratified(n: int, t_min: float, seed: int) -> None:
     assert t_min <= float(t.min())
     assert float(t.max()) <= 1
     strata = ((t.sort().values.double() - t_min) / (1 - t_min) * n + 1e-4).floor()
-    assert (strata - torch.arange(n)).abs().max() <= 1  # one in each, bar rounding at the edges
+    assert (strata - torch.arange(n)).abs().max() <= 1  # one in each stratum, up to rounding at its ends
     assert (t.sort().values.diff() - (1 - t_min) / n).abs().max() < 1e-5 if n > 1 else True
 
 
 @given(st.integers(1, 50), st.floats(1e-5, 0.5))
-def test_a_curriculum_grows_to_1(steps: int, t_min: float) -> None:
+def test_the_largest_time_of_a_curriculum_grows_to_1(steps: int, t_min: float) -> None:
     caps = [curriculum_t_max(step, steps, t_min) for step in range(2 * steps)]
     assert caps[0] > t_min
     assert caps == sorted(caps)
@@ -99,7 +102,7 @@ def test_a_curriculum_grows_to_1(steps: int, t_min: float) -> None:
     assert t_min * (1 - 1e-6) <= float(t.min()) <= float(t.max()) <= caps[0] * (1 + 1e-6)
 
 
-def test_times_are_uniform_over_draws() -> None:
+def test_times_have_the_mean_of_a_uniform_distribution() -> None:
     generator = torch.Generator().manual_seed(0)
     t = torch.stack([stratified_times(3, 1e-3, generator, "cpu") for _ in range(4000)])
     expected = (1 + 1e-3) / 2
@@ -116,6 +119,6 @@ def test_times_are_uniform_over_draws() -> None:
         (lambda: GeometricNoise(2.0, 1.0), "got 2.0 and 1.0"),
     ],
 )
-def test_schedules_that_cannot_be_are_refused(make: type, message: str) -> None:
+def test_invalid_noise_schedules_are_rejected(make: type, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()

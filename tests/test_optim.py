@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protlig_dd.config.train import OPTIMIZERS, SCHEDULES
-from protlig_dd.training.ema import EMA, HORIZON, decay_of
+from protlig_dd.training.ema import EMA, HORIZON, resolve_decay
 from protlig_dd.training.optim.make import make_optimizer
-from protlig_dd.training.optim.muon import orthogonal
-from protlig_dd.training.optim.schedule import learning_rate, warmup_of
+from protlig_dd.training.optim.muon import orthogonalise
+from protlig_dd.training.optim.schedule import learning_rate, resolve_warmup_steps
 
 from .conftest import make_model, random_batch, train_config
 
@@ -23,7 +23,7 @@ def test_the_schedule_warms_up_and_falls_to_its_floor(
 ) -> None:
     optim = replace(OPTIM, schedule=schedule, lr=2.0, warmup_steps=warmup, min_lr_ratio=floor, decay_share=share)
     lrs = [learning_rate(step, optim, max_steps) for step in range(max_steps + 1)]
-    warmup = warmup_of(warmup, max_steps)
+    warmup = resolve_warmup_steps(warmup, max_steps)
     assert all(0 < lr <= 2.0 for lr in lrs[:max_steps])
     assert 0 <= lrs[-1] <= 2.0
     warm, cool = lrs[:warmup], lrs[warmup:]
@@ -39,51 +39,55 @@ def test_the_schedule_warms_up_and_falls_to_its_floor(
 
 
 @given(st.integers(0, 3000), st.integers(1, 3000))
-def test_every_run_reaches_its_learning_rate(wanted: int, max_steps: int) -> None:
-    warmup = warmup_of(wanted, max_steps)
-    assert warmup == (wanted if wanted < max_steps else max_steps // 10)
-    optim = replace(OPTIM, schedule="cosine", lr=2.0, warmup_steps=wanted)
+def test_every_run_reaches_its_peak_learning_rate(configured: int, max_steps: int) -> None:
+    warmup = resolve_warmup_steps(configured, max_steps)
+    assert warmup == (configured if configured < max_steps else max_steps // 10)
+    optim = replace(OPTIM, schedule="cosine", lr=2.0, warmup_steps=configured)
     lrs = [learning_rate(step, optim, max_steps) for step in range(max_steps)]
     assert max(lrs) == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize("shape", [(3, 24, 24), (2, 16, 40), (2, 40, 16)])
-def test_orthogonal_keeps_the_directions_and_levels_the_singular_values(shape: tuple[int, int, int]) -> None:
+def test_orthogonalise_keeps_singular_vectors_and_equalises_singular_values(shape: tuple[int, int, int]) -> None:
     u, s, v = torch.linalg.svd(torch.randn(shape, generator=torch.Generator().manual_seed(0)), full_matrices=False)
     matrices = u * torch.linspace(0.1, 1.0, s.shape[1]) @ v
-    for matrix, found in zip(matrices, orthogonal(matrices, torch.float32), strict=True):
+    for matrix, found in zip(matrices, orthogonalise(matrices, torch.float32), strict=True):
         u, _, v = torch.linalg.svd(matrix, full_matrices=False)
-        inside = u.T @ found @ v.T
-        levels = inside.diagonal()
-        assert 0.5 < levels.min() < levels.max() < 1.3
-        assert (inside - levels.diag()).norm() < 1e-3
+        in_basis = u.T @ found @ v.T
+        singular_values = in_basis.diagonal()
+        assert 0.5 < singular_values.min() < singular_values.max() < 1.3
+        assert (in_basis - singular_values.diag()).norm() < 1e-3
 
 
-def test_muon_is_torchs_with_a_fused_qkv_taken_apart() -> None:
-    """Five steps against torch.optim.Muon, which orthogonalises in bf16, one matrix at a time."""
+def test_muon_equals_torchs_muon_with_the_fused_qkv_split() -> None:
+    """Compare five steps with torch.optim.Muon, which orthogonalises in bf16, one matrix at a time."""
     torch.manual_seed(0)
-    mine = make_model(time_conditioning=False)
-    hidden = [(n, p) for n, p in mine.named_parameters() if n.startswith("blocks.") and p.ndim == 2]
+    model = make_model(time_conditioning=False)
+    hidden = [(n, p) for n, p in model.named_parameters() if n.startswith("blocks.") and p.ndim == 2]
     assert len(hidden) == 8
-    theirs = [torch.nn.Parameter(part.clone()) for n, p in hidden for part in p.detach().chunk(3 if "qkv" in n else 1)]
-    start = [part.detach().clone() for part in theirs]
-    optimizer = make_optimizer(mine, replace(OPTIM, name="muon", lr=1e-2, weight_decay=0.1), "fp32")
-    reference = torch.optim.Muon(theirs, lr=1e-2, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    reference_weights = [
+        torch.nn.Parameter(part.clone()) for n, p in hidden for part in p.detach().chunk(3 if "qkv" in n else 1)
+    ]
+    start = [part.detach().clone() for part in reference_weights]
+    optimizer = make_optimizer(model, replace(OPTIM, name="muon", lr=1e-2, weight_decay=0.1), "fp32")
+    reference = torch.optim.Muon(
+        reference_weights, lr=1e-2, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+    )
     for _ in range(5):
-        for parameter in mine.parameters():
+        for parameter in model.parameters():
             parameter.grad = torch.randn_like(parameter)
         parts = [part for n, p in hidden for part in p.grad.chunk(3 if "qkv" in n else 1)]  # type: ignore[union-attr]
-        for parameter, part in zip(theirs, parts, strict=True):
+        for parameter, part in zip(reference_weights, parts, strict=True):
             parameter.grad = part.clone()
         optimizer.step()
         reference.step()
     found = [part for n, p in hidden for part in p.detach().chunk(3 if "qkv" in n else 1)]
-    for a, b, before in zip(found, theirs, start, strict=True):
+    for a, b, before in zip(found, reference_weights, start, strict=True):
         assert (a - b).norm() < 0.02 * (b - before).norm()
 
 
 @pytest.mark.parametrize("options", [{}, {"time_conditioning": False}, {"mlp": "swiglu", "norm": "rms"}])
-def test_muon_takes_the_matrices_that_tokens_pass_through_and_adamw_the_rest(options: dict[str, Any]) -> None:
+def test_muon_updates_attention_and_mlp_matrices_and_adamw_the_rest(options: dict[str, Any]) -> None:
     model = make_model(**options)
     optimizer = make_optimizer(model, replace(OPTIM, name="muon", lr=1e-2, weight_decay=0.1), "fp32")
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -101,7 +105,7 @@ def test_muon_takes_the_matrices_that_tokens_pass_through_and_adamw_the_rest(opt
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.1, 0.0]
 
 
-def test_decay_acts_on_matrices_only() -> None:
+def test_weight_decay_acts_on_matrices_but_not_on_the_embedding() -> None:
     model = make_model()
     optimizer = make_optimizer(model, replace(OPTIM, name="adamw", lr=1e-3, weight_decay=0.1), "fp32")
     decayed, plain = optimizer.param_groups
@@ -114,7 +118,7 @@ def test_decay_acts_on_matrices_only() -> None:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("gradient", [1.0, float("nan")])
-def test_found_inf_freezes_the_step(name: str, gradient: float) -> None:
+def test_found_inf_leaves_the_weights_unchanged(name: str, gradient: float) -> None:
     model = make_model()
     optimizer = make_optimizer(model, replace(OPTIM, name=name, lr=1e-1, weight_decay=0.1), "fp32")
     optimizer.found_inf = torch.zeros(())  # type: ignore[attr-defined]
@@ -130,7 +134,7 @@ def test_found_inf_freezes_the_step(name: str, gradient: float) -> None:
         assert same is frozen
 
 
-def test_ema_is_the_average_by_name_and_swaps_in_and_out() -> None:
+def test_ema_averages_each_parameter_and_can_be_swapped_in_and_out() -> None:
     model = make_model()
     ema = EMA(model, decay=0.75)
     expected = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -151,6 +155,6 @@ def test_ema_is_the_average_by_name_and_swaps_in_and_out() -> None:
         assert torch.allclose(ema.weights[name], expected[name], atol=1e-5)
 
 
-def test_the_decay_that_is_matched_to_a_run_reaches_over_its_share() -> None:
-    assert 1 / (1 - decay_of("auto", 100_000)) == pytest.approx(HORIZON * 100_000)
-    assert decay_of("auto", 1) == 0.0
+def test_automatic_ema_decay_averages_over_a_fixed_fraction_of_the_run() -> None:
+    assert 1 / (1 - resolve_decay("auto", 100_000)) == pytest.approx(HORIZON * 100_000)
+    assert resolve_decay("auto", 1) == 0.0

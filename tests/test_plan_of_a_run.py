@@ -1,4 +1,4 @@
-"""`plan=true`: what a config costs, against what its training then keeps and computes."""
+"""`plan=true`: the estimated cost of a config, compared with the memory and FLOPs of its training."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +11,7 @@ from protlig_dd.batch import PackedBatch
 from protlig_dd.config.components import build_model
 from protlig_dd.config.train import TrainConfig
 from protlig_dd.data.store import SequenceStore, StoreGroup
-from protlig_dd.training.cost import activation_bytes, kept_bytes, plan, with_data
+from protlig_dd.training.cost import activation_bytes, kept_bytes, plan, with_available_data
 
 from .conftest import Command, assert_one_line_error, train_config
 
@@ -20,46 +20,46 @@ def config_of(*overrides: str) -> TrainConfig:
     return replace(train_config("model=tiny", *overrides), time_conditioning=False)
 
 
-def kept_in(model: nn.Module, lengths: list[int], precision: str) -> int:
-    """Bytes of real tensors that one forward pass over sequences of these lengths keeps, float32 weights left out."""
+def saved_bytes(model: nn.Module, lengths: list[int], precision: str) -> int:
+    """Return the bytes of real tensors that a forward pass over these lengths saves, without the float32 weights."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
 
-    def keep(x: torch.Tensor) -> torch.Tensor:
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+    def save(x: torch.Tensor) -> torch.Tensor:
+        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
     batch = PackedBatch.pack([torch.zeros(length, dtype=torch.int64) for length in lengths])
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), autocast:
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda x: x), autocast:
         model.train()(batch, torch.ones(len(lengths)))
-    return sum(size for place, size in kept.items() if place not in weights)
+    return sum(size for pointer, size in saved.items() if pointer not in weights)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_fake_tensors_keep_the_bytes_of_real_ones(precision: str, checkpointing: bool) -> None:
+def test_fake_tensors_give_the_saved_bytes_of_real_tensors(precision: str, checkpointing: bool) -> None:
     config = config_of("model.n_blocks=2", f"model.checkpointing={checkpointing}")
     model = build_model(config.model, "sdpa", time_conditioning=False)
-    assert kept_bytes(config, precision, 2, checkpointing, 128) == kept_in(model, [128], precision)
+    assert kept_bytes(config, precision, 2, checkpointing, 128) == saved_bytes(model, [128], precision)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_activations_are_linear_in_tokens_and_depth(mlp: str, precision: str) -> None:
-    """Counted on fake tensors, in small networks; kept by real ones, in a deeper one."""
+    """The estimate counts fake tensors in small networks; it is compared with real tensors in a deeper one."""
     config = config_of("model.n_blocks=5", f"model.mlp={mlp}")
     model = build_model(config.model, "sdpa", time_conditioning=False)
     for tokens in (250, 1000):
         expected = tokens * activation_bytes(config, precision)
-        kept = kept_in(model, [250] * (tokens // 250), precision)
-        if precision == "bf16":  # copies of the weights are kept once
-            kept -= 2 * sum(part.weight.numel() for part in model.blocks.modules() if isinstance(part, nn.Linear))
-        assert kept == pytest.approx(expected, rel=0.03)
+        saved = saved_bytes(model, [250] * (tokens // 250), precision)
+        if precision == "bf16":  # bf16 copies of the weights are saved once, not per token
+            saved -= 2 * sum(part.weight.numel() for part in model.blocks.modules() if isinstance(part, nn.Linear))
+        assert saved == pytest.approx(expected, rel=0.03)
 
 
-def test_checkpointing_keeps_one_block_of_many() -> None:
+def test_checkpointed_activations_of_20_blocks_take_less_than_a_sixth() -> None:
     plain, checkpointed = (
         activation_bytes(config_of("model.n_blocks=20", f"model.checkpointing={flag}"), "fp32")
         for flag in ("false", "true")
@@ -68,7 +68,7 @@ def test_checkpointing_keeps_one_block_of_many() -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_the_numbers_are_those_of_the_model_and_its_optimizer(store: SequenceStore, optimizer: str) -> None:
+def test_the_plan_agrees_with_the_model_and_its_optimizer(store: SequenceStore, optimizer: str) -> None:
     config = config_of(f"optim={optimizer}", "trainer.max_steps=10", "optim.packs_per_step=2")
     found = plan(config, StoreGroup([store]), torch.device("cpu"), "fp32", 1)
     model = build_model(config.model, "sdpa", time_conditioning=False)
@@ -83,19 +83,19 @@ def test_the_numbers_are_those_of_the_model_and_its_optimizer(store: SequenceSto
     assert found["flops_per_token"] == pytest.approx(3 * model.flops(lengths) / sum(lengths))
 
 
-def test_epochs_are_those_of_cropped_sequences(store: SequenceStore) -> None:
+def test_the_plan_counts_epochs_of_cropped_sequences(store: SequenceStore) -> None:
     config = config_of("trainer.max_steps=null", "trainer.epochs=3", "data.max_len=60", "data.tokens_per_pack=500")
     tokens = sum(min(int(store.lengths[row]), 60) + 2 for row in store.split("train"))
     found = plan(config, StoreGroup([store]), torch.device("cpu"), "fp32", 1)
     assert found["steps"] == pytest.approx(3 * tokens / found["step_tokens"], rel=0.2)
     assert found["epochs"] == pytest.approx(3, rel=0.1)
     two = plan(config, StoreGroup([store]), torch.device("cpu"), "fp32", 2)
-    work, same = (one["seconds"] * one["peak_flops"] for one in (found, two))
-    assert work == pytest.approx(same)  # two processes share this CPU
+    work, work_of_two = (estimate["seconds"] * estimate["peak_flops"] for estimate in (found, two))
+    assert work == pytest.approx(work_of_two)  # two processes share this CPU
 
 
 @pytest.mark.parametrize(("device", "share"), [("cuda", 3), ("cpu", 1)])
-def test_the_time_is_that_of_the_flops_on_so_many_devices(store: SequenceStore, device: str, share: int) -> None:
+def test_the_planned_time_is_that_of_the_flops_on_all_devices(store: SequenceStore, device: str, share: int) -> None:
     config = config_of("trainer.max_steps=10", "optim.packs_per_step=2")
     for processes, devices in ((1, 1), (3, share)):
         found = plan(config, StoreGroup([store]), torch.device(device), "fp32", processes, peak=1e12)
@@ -104,7 +104,7 @@ def test_the_time_is_that_of_the_flops_on_so_many_devices(store: SequenceStore, 
 
 
 @pytest.mark.slow
-def test_ranks_of_torchrun_print_it_once_and_train_nothing(
+def test_ranks_of_torchrun_print_the_plan_once_and_train_nothing(
     run_python: Command, store: SequenceStore, tmp_path: Path
 ) -> None:
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "protlig_dd.training")
@@ -115,29 +115,31 @@ def test_ranks_of_torchrun_print_it_once_and_train_nothing(
 
 
 @pytest.mark.slow
-def test_a_recipe_is_planned_before_its_data_are_there(run_python: Command, tmp_path: Path) -> None:
+def test_a_recipe_can_be_planned_before_its_data_exist(run_python: Command, tmp_path: Path) -> None:
     command = ("-m", "protlig_dd.training", "experiment=uniref50_35m", "plan=true")
     process = run_python(*command)
     assert process.returncode == 0, process.stderr
     first, second, *_ = process.stdout.splitlines()
-    assert first.startswith("data/uniref50.h5 does not exist: the proteins' lengths")
+    assert first.startswith("data/uniref50.h5 does not exist: the plan's protein lengths")
     assert second.startswith("data: the bundled sample of 7,371 proteins")
-    assert "on an H100  0.19 days" in process.stdout  # as docs/scaling.md has it
+    assert "on an H100  0.19 days" in process.stdout  # as in docs/scaling.md
     assert not (tmp_path / "runs").exists()
     epochs = run_python(*command, "trainer.max_steps=null", "trainer.epochs=2")
     assert_one_line_error(epochs, "data/uniref50.h5: no such")
 
 
-def test_data_that_are_there_are_not_replaced(store: SequenceStore, tmp_path: Path) -> None:
+def test_a_plan_does_not_replace_existing_data(store: SequenceStore, tmp_path: Path) -> None:
     for path in (str(store.path), "auto"):
         config = config_of(f"data.path={path}")
-        assert with_data(config) == config
+        assert with_available_data(config) == config
     both = config_of(f"data.path=[{store.path},{tmp_path / 'none.h5'}]", "data.weights=[1,2]")
-    found = with_data(both).data
+    found = with_available_data(both).data
     assert (found.path, found.weights) == ("auto", None)
 
 
-def test_the_command_prints_it_and_trains_nothing(run_python: Command, store: SequenceStore, tmp_path: Path) -> None:
+def test_the_command_prints_the_plan_and_trains_nothing(
+    run_python: Command, store: SequenceStore, tmp_path: Path
+) -> None:
     process = run_python("-m", "protlig_dd.training", "plan=true", "model=tiny", f"data.path={store.path}")
     assert process.returncode == 0, process.stderr
     for word in ("parameters  1.6 M", "GFLOP a token", "activations", "KiB a token", "days on 1 x cpu", "TFLOP/s"):

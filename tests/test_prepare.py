@@ -1,4 +1,4 @@
-"""`python -m protlig_dd.prepare` as a user runs it: every fault is one line and leaves nothing behind."""
+"""`python -m protlig_dd.prepare` as a user runs it: every fault is a one-line error and leaves no file behind."""
 
 import gzip
 import itertools
@@ -25,7 +25,7 @@ PREPARE = ("-m", "protlig_dd.prepare")
 MANY = "".join(f">p{i} x\nMKV\nMKA\n" for i in range(30_000)).encode()
 
 
-def test_prepare_and_inspect(run_python: Command, tmp_path: Path) -> None:
+def test_prepare_and_inspect_report_the_contents_of_the_store(run_python: Command, tmp_path: Path) -> None:
     text = "".join(f">p{i} [b]\nmkV{'ACDEFGHIKL'[i % 10] * (i + 9)}\n" for i in range(300))
     (tmp_path / "my.fasta").write_text(text + ">same\nMKVAAAAAAAAA\n")
     options = ("split.validation_fraction=0.2", "filter.max_length=307")
@@ -36,14 +36,14 @@ def test_prepare_and_inspect(run_python: Command, tmp_path: Path) -> None:
     assert "600 lower-case letters were read as upper-case" in process.stdout
     assert 30 < len(SequenceStore(tmp_path / "d/my.h5").split("validation")) < 90
     assert sorted(path.name for path in (tmp_path / "d").iterdir()) == ["my.h5", "my.h5.manifest.json"]
-    # what it says of the store, counted again in the input
+    # the reported numbers, counted again in the input
     lengths = {f"p{i}": i + 12 for i in range(296)}
     store = SequenceStore(tmp_path / "d/my.h5")
     kept = {name: [lengths[store.id(row)] for row in store.split(name)] for name in SPLITS}
     assert sorted(itertools.chain(*kept.values())) == sorted(lengths.values())
     assert f"d/my.h5: 296 sequences, {sum(lengths.values()):,} residues\n" in process.stdout
-    for name, own in kept.items():
-        assert f"  {name:<10} {len(own):,} sequences, {sum(own):,} residues\n" in process.stdout
+    for name, split_lengths in kept.items():
+        assert f"  {name:<10} {len(split_lengths):,} sequences, {sum(split_lengths):,} residues\n" in process.stdout
     shown = run_python(*PREPARE, "inspect=d/my.h5")
     assert shown.returncode == 0, shown.stderr
     for part in (
@@ -51,7 +51,7 @@ def test_prepare_and_inspect(run_python: Command, tmp_path: Path) -> None:
         '"created": "20',
         *(f"{i:>5}-{i + 49:<5} {sum(i <= n < i + 50 for n in lengths.values()):>11,} █" for i in range(0, 300, 50)),
         ">p0 [b]\nMKVAAAAAAAAA\n",
-        "every checksum holds",
+        "all checksums match",
     ):
         assert part in shown.stdout
     again = run_python(*PREPARE, "input=my.fasta", "output=d/my.h5")
@@ -60,14 +60,14 @@ def test_prepare_and_inspect(run_python: Command, tmp_path: Path) -> None:
     manifest.write_text(
         manifest.read_text().replace('"created": "20', '"created": "1999').replace('print": "', 'print": "x')
     )
-    assert "1999" not in run_python(*PREPARE, "inspect=d/my.h5").stdout  # of another store
+    assert "1999" not in run_python(*PREPARE, "inspect=d/my.h5").stdout  # this manifest is of another store
     content = bytearray((tmp_path / "d/my.h5").read_bytes())
     content[3000] ^= 1
     (tmp_path / "d/my.h5").write_bytes(content)
     assert_one_line_error(run_python(*PREPARE, "inspect=d/my.h5"), "d/my.h5: tokens is damaged")
 
 
-def test_the_plot_ends_with_what_is_longer() -> None:
+def test_the_last_row_of_the_length_plot_counts_all_longer_sequences() -> None:
     splits = {"train": {"lengths": [2, 4]}, "validation": {"lengths": []}, "test": {"lengths": [0, 0, 1]}}
     lines = length_plot({"length_bin": 50, "splits": splits})
     assert [line.split()[:2] for line in lines[1:]] == [["0-49", "2"], ["50-99", "4"], ["100-149", "1"]]
@@ -102,7 +102,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_fasta(run_python: Command, tmp_path: Path, name: str) -> None:
+def test_bad_fasta_is_a_one_line_error_and_leaves_no_file(run_python: Command, tmp_path: Path, name: str) -> None:
     content, parts = BAD[name]
     (tmp_path / "bad.fasta").write_bytes(content)
     process = run_python(*PREPARE, "input=bad.fasta", "output=bad.h5", "filter.duplicates=true")
@@ -110,7 +110,7 @@ def test_bad_fasta(run_python: Command, tmp_path: Path, name: str) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["bad.fasta"]
 
 
-def test_what_is_odd_but_good(run_python: Command, tmp_path: Path) -> None:
+def test_unusual_but_valid_fasta_is_read(run_python: Command, tmp_path: Path) -> None:
     """CRLF, lower case, a stop at the end, blank lines, one record of 40,000 residues, no newline at the end."""
     (tmp_path / "odd.fasta").write_bytes(b"\r\n>a b\r\nmKv\r\nAA*\r\n\r\n>titin\r\n" + b"MKVLA" * 8000)
     process = run_python(*PREPARE, "input=odd.fasta", "output=odd.h5")
@@ -122,7 +122,7 @@ def test_what_is_odd_but_good(run_python: Command, tmp_path: Path) -> None:
 
 
 def test_sequences_that_two_splits_share_are_counted(run_python: Command, tmp_path: Path) -> None:
-    """In whatever order the splits come, whatever the letters' case, and whether or not equal ones are kept."""
+    """For any order of the splits, upper and lower case, and whether or not duplicates are kept."""
     files = {
         "train": ">t1 x\nMKVA\n>t2\nMKVC\n>t3\nMKVD\n>t4\nMKVE\n>t5\nMKVF\n>t6\nMKVF\n",
         "validation": ">v1\nMKVW\n>v2\nMKVY\n",
@@ -131,30 +131,32 @@ def test_sequences_that_two_splits_share_are_counted(run_python: Command, tmp_pa
     for split, text in files.items():
         (tmp_path / f"{split}.fasta").write_text(text)
 
-    def prepared(output: str, *more: str, splits: tuple[str, ...] = SPLITS) -> str:
-        given = ", ".join(f"{split}: {split}.fasta" for split in splits)
-        process = run_python(*PREPARE, f"input={{{given}}}", f"output={output}", *more)
+    def prepare(output: str, *options: str, splits: tuple[str, ...] = SPLITS) -> str:
+        inputs = ", ".join(f"{split}: {split}.fasta" for split in splits)
+        process = run_python(*PREPARE, f"input={{{inputs}}}", f"output={output}", *options)
         assert process.returncode == 0, process.stderr
         return process.stdout
 
-    out = prepared("a.h5")
-    shared = "warning: 4 sequences of test are in train too and are left to train: s1 = t1, s2 = t2, s4 = t3, ...\n"
+    out = prepare("a.h5")
+    shared = "warning: 4 sequences of test are also in train and are kept in train only: "
+    shared += "s1 = t1, s2 = t2, s4 = t3, ...\n"
     assert shared in out
-    assert "warning: 1 sequences of test are in validation too and are left to validation: s6 = v1\n" in out
-    assert out.count("too and") == 2
+    assert "warning: 1 sequences of test are also in validation and are kept in validation only: s6 = v1\n" in out
+    assert out.count("are also in") == 2
     assert "dropped 6 by duplicates" in out
     assert shared in run_python(*PREPARE, "inspect=a.h5").stdout
-    out = prepared("b.h5", "filter.duplicates=true")
-    assert "warning: 4 sequences of test are in train too and are kept in both: s1 = t1" in out
-    out = prepared("c.h5", splits=("test", "train"))
-    assert "warning: 4 sequences of train are in test too and are left to test: t1 = s1, t2 = s2, t3 = s4, ...\n" in out
+    out = prepare("b.h5", "filter.duplicates=true")
+    assert "warning: 4 sequences of test are also in train and are kept in both: s1 = t1" in out
+    out = prepare("c.h5", splits=("test", "train"))
+    shared = "warning: 4 sequences of train are also in test and are kept in test only: "
+    assert shared + "t1 = s1, t2 = s2, t3 = s4, ...\n" in out
     (tmp_path / "all.fasta").write_text("".join(f">p{i}\nMKV\n" for i in range(40)))
     process = run_python(
         *PREPARE, "input=all.fasta", "output=d.h5", "filter.duplicates=true", "split.test_fraction=0.5"
     )
-    assert "too and are kept in both: p" in process.stdout
+    assert "and are kept in both: p" in process.stdout
     process = run_python(*PREPARE, "input=all.fasta", "output=e.h5", "split.test_fraction=0.5")
-    assert "too and" not in process.stdout  # of equal sequences one is left, in whatever split
+    assert "are also in" not in process.stdout  # only one of the equal sequences is kept, in one split
 
 
 @pytest.mark.parametrize(
@@ -163,7 +165,8 @@ def test_sequences_that_two_splits_share_are_counted(run_python: Command, tmp_pa
         (["input={train: short.fasta, test: long.fasta}", "filter.min_length=3"],
          ["none of the 2 records of short.fasta is left (dropped of all 3 records: 2 by min_length)"]),
         (["input={test: long.fasta, train: same.fasta}"], ["1 records of same.fasta is left", "1 by duplicates"]),
-        (["input=long.fasta", "split.test_fraction=0.9999"], ["in the shares that are put aside, which are too large"]),
+        (["input=long.fasta", "split.test_fraction=0.9999"],
+         ["split.validation_fraction and split.test_fraction hold out every sequence; lower them"]),
     ],
 )  # fmt: skip
 def test_an_empty_training_split_is_an_error(
@@ -177,8 +180,8 @@ def test_an_empty_training_split_is_an_error(
     assert list((tmp_path / "d").iterdir()) == []
 
 
-def test_arguments_that_do_not_go_together(run_python: Command, tmp_path: Path) -> None:
-    assert_one_line_error(run_python(*PREPARE), "give one of input=", "inspect=")
+def test_wrong_arguments_are_one_line_errors(run_python: Command, tmp_path: Path) -> None:
+    assert_one_line_error(run_python(*PREPARE), "give either input=", "inspect=")
     assert_one_line_error(run_python(*PREPARE, "input=a"), "output=")
     assert_one_line_error(run_python(*PREPARE, "input=a", "b.fasta"), "'b.fasta'", "key=[a,b]")
     assert_one_line_error(run_python(*PREPARE, "input=a", "filter.taxa=5"), "filter.taxa: give a list: [a]")
@@ -187,21 +190,21 @@ def test_arguments_that_do_not_go_together(run_python: Command, tmp_path: Path) 
 
 @pytest.fixture
 def big_fasta(tmp_path: Path, made_once: MadeOnce, proteins: list[FastaRecord]) -> Path:
-    """Some 25 MB of real proteins, each time under another id and turned by some residues."""
+    """About 25 MB of real proteins: 130 copies, each rotated by some residues and with other ids."""
 
     def fill(folder: Path) -> None:
         with (folder / "big.fasta").open("w") as file:
-            for turn in range(130):
+            for rotation in range(130):
                 for record in proteins:
-                    sequence = record.sequence[turn:] + record.sequence[:turn]
-                    file.write(f">{record.id}_{turn}\n{sequence}\n")
+                    sequence = record.sequence[rotation:] + record.sequence[:rotation]
+                    file.write(f">{record.id}_{rotation}\n{sequence}\n")
 
     path = tmp_path / "big.fasta"
     path.hardlink_to(made_once("big_fasta", fill) / "big.fasta")
     return path
 
 
-def wait_while_it_runs(condition: Callable[[], object], process: Process) -> None:
+def wait_until(condition: Callable[[], object], process: Process) -> None:
     deadline = time.time() + 300
     while not condition():
         assert process.poll() is None, process.communicate()[1]
@@ -210,9 +213,7 @@ def wait_while_it_runs(condition: Callable[[], object], process: Process) -> Non
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_it_leaves_no_store_and_can_be_run_again(
-    tmp_path: Path, big_fasta: Path, start: Start
-) -> None:
+def test_a_killed_command_leaves_no_store_and_can_be_run_again(tmp_path: Path, big_fasta: Path, start: Start) -> None:
     partial = tmp_path / ".big.h5.partial"
     stages: list[Callable[[], object]] = [
         lambda: partial.exists(),
@@ -222,7 +223,7 @@ def test_killed_at_any_moment_it_leaves_no_store_and_can_be_run_again(
     ]
     for reached in stages:
         process = start(*PREPARE, "input=big.fasta", "output=big.h5")
-        wait_while_it_runs(reached, process)
+        wait_until(reached, process)
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert not (tmp_path / "big.h5").exists()
@@ -235,9 +236,9 @@ def test_killed_at_any_moment_it_leaves_no_store_and_can_be_run_again(
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_nothing(tmp_path: Path, big_fasta: Path, start: Start) -> None:
+def test_ctrl_c_leaves_no_file(tmp_path: Path, big_fasta: Path, start: Start) -> None:
     process = start(*PREPARE, "input=big.fasta", "output=big.h5", new=True)
-    wait_while_it_runs((tmp_path / ".big.h5.partial/tokens").exists, process)
+    wait_until((tmp_path / ".big.h5.partial/tokens").exists, process)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()
     assert process.returncode == 130, errors
@@ -246,9 +247,9 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path, big_fasta: Path, start: Start) ->
 
 
 @pytest.mark.slow
-def test_of_two_writers_of_one_output_the_second_is_refused(tmp_path: Path, big_fasta: Path, start: Start) -> None:
+def test_a_second_process_cannot_write_the_same_output(tmp_path: Path, big_fasta: Path, start: Start) -> None:
     first = start(*PREPARE, "input=big.fasta", "output=big.h5")
-    wait_while_it_runs((tmp_path / ".big.h5.partial/tokens").exists, first)
+    wait_until((tmp_path / ".big.h5.partial/tokens").exists, first)
     first.send_signal(signal.SIGSTOP)
     second = start(*PREPARE, "input=big.fasta", "output=big.h5")
     _, errors = second.communicate()
@@ -262,8 +263,10 @@ def test_of_two_writers_of_one_output_the_second_is_refused(tmp_path: Path, big_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [1, 12, 20])  # MB: in the first block, in the spool, in the store
-def test_a_file_that_may_not_grow(tmp_path: Path, big_fasta: Path, size: int, run_python: Command) -> None:
+@pytest.mark.parametrize("size", [1, 12, 20])  # MB: reached in the first block, in the spool, in the store
+def test_a_file_size_limit_is_a_one_line_error_and_leaves_no_file(
+    tmp_path: Path, big_fasta: Path, size: int, run_python: Command
+) -> None:
     limited = f"import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, ({size << 20}, {size << 20}));"
     limited += "runpy.run_module('protlig_dd.prepare', run_name='__main__')"
     process = run_python("-c", limited, "input=big.fasta", "output=d/big.h5")
@@ -273,7 +276,7 @@ def test_a_file_that_may_not_grow(tmp_path: Path, big_fasta: Path, size: int, ru
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """Mounts a tmpfs of so many megabytes. Where root may not mount, the test enters namespaces of its own."""
+    """Return a function that mounts a tmpfs of so many megabytes. Mounting needs root."""
     mounted: list[Path] = []
 
     def mount(size: int) -> Path:
@@ -289,7 +292,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
 
 
 def may_mount() -> bool:
-    """Whether this process may mount, seen by trying in a namespace that ends with it."""
+    """Whether this process may mount file systems: try it in a temporary namespace."""
     if shutil.which("unshare") is None:
         return False
     tried = subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True, check=False)
@@ -299,7 +302,7 @@ def may_mount() -> bool:
 @pytest.mark.slow
 @pytest.mark.system
 @pytest.mark.parametrize("size", [1, 16, 36])
-def test_a_full_disk(
+def test_a_full_disk_is_a_one_line_error_and_leaves_no_file(
     tmp_path: Path, big_fasta: Path, small_disk: Callable[[int], Path], size: int, start: Start
 ) -> None:
     require(may_mount(), "a small disk needs root to mount it")
@@ -311,7 +314,7 @@ def test_a_full_disk(
     assert list((disk / "d").iterdir()) == []
 
 
-def test_a_folder_that_may_not_be_written(run_python: Command, tmp_path: Path) -> None:
+def test_an_output_folder_that_cannot_be_created_is_a_one_line_error(run_python: Command, tmp_path: Path) -> None:
     (tmp_path / "a.fasta").write_text(">a\nMKV\n")
     (tmp_path / "d").write_text("a file")
     process = run_python(*PREPARE, "input=a.fasta", "output=d/a.h5")

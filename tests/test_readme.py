@@ -1,8 +1,8 @@
-"""Every command of the README and its Python, run as a new user would: in a copy of the repository, with an empty HOME.
+"""Run the README's commands and Python blocks as a new user would: in a copy of the repository, with an empty HOME.
 
-Only sizes are cut: SHORT is added to the commands that train, so that minutes become seconds, and UniRef50 comes from
-a server on loopback that has the bundled proteins under its name. `./scripts/test.sh` is what runs this test. Set-up
-finds an environment that is there already; test_setup covers its making.
+The commands are shortened to seconds: the overrides of SHORT are appended, and UniRef50 is downloaded from a server on
+loopback that serves the bundled proteins. `./scripts/test.sh` is not run, as it runs this test. Set-up finds an
+existing environment; test_setup.py tests how it creates one.
 """
 
 import itertools
@@ -40,7 +40,7 @@ SHORT = {
     "protlig_dd.evaluate": "draws=2 max_sequences=20 near=false",
     "protlig_dd.judge": "bootstrap=5 mmseqs=false",
 }
-WITH_MMSEQS = "checked.h5"  # the store that the README makes with it
+WITH_MMSEQS = "checked.h5"  # the store that the README builds with MMseqs2
 
 
 def readme_commands() -> list[str]:
@@ -54,10 +54,10 @@ def readme_commands() -> list[str]:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what git would clone, with the user's own FASTA files in it."""
+    """A copy of the files that git would clone, and the FASTA files that the README's commands expect of a user."""
     folder = tmp_path_factory.mktemp("clone") / "protlig_dd"
-    listed = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard"]
-    for name in subprocess.run(listed, capture_output=True, text=True, check=True).stdout.splitlines():
+    list_files = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.run(list_files, capture_output=True, text=True, check=True).stdout.splitlines():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     records = read_fasta(SAMPLE_FOLDER / "train.fasta.gz")
@@ -73,7 +73,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shortened(command: str) -> str:
     for part, overrides in SHORT.items():
         if part in command and "--help" not in command and "plan=true" not in command:
-            fixed = ("model.",) if "from=" in command else ()  # the source's network is taken as it is
+            fixed = ("model.",) if "from=" in command else ()  # the network is that of the source run
             kept = [o for o in overrides.split() if o.split("=")[0] not in command and not o.startswith(fixed)]
             return " ".join([command, *kept])
     return command
@@ -83,11 +83,11 @@ def shortened(command: str) -> str:
 def shell(checkout: Path, libraries: Server) -> Iterator[Shell]:
     """Run a command line in the checkout, as a new user's shell would.
 
-    Modules run in forks of an interpreter that has imported the package of the checkout, programs (-c) in forks of one
-    that has imported the libraries alone (tests/warm.py).
+    Modules (-m) run in forks of an interpreter that has imported the package of the checkout. Programs (-c) run in
+    forks of an interpreter that has imported only the libraries (tests/warm.py).
     """
     (checkout / "home").mkdir()
-    venv = checkout / "venv"  # has this environment's packages, and leaves them alone
+    venv = checkout / "venv"  # a stand-in for .venv: pip does nothing, and the packages are those of the tests
     (venv / "bin").mkdir(parents=True)
     environment = {
         "HOME": str(checkout / "home"),
@@ -111,11 +111,11 @@ exec {server.executable} "$@"
     )
     wrapper.chmod(0o755)
 
-    def run(command: str, **more: str) -> str:
+    def run(command: str, **variables: str) -> str:
         process = subprocess.run(
             ["bash", "-c", shortened(command)],
             cwd=checkout,
-            env=environment | more,
+            env=environment | variables,
             capture_output=True,
             text=True,
             timeout=600,
@@ -153,7 +153,7 @@ def test_the_commands_work_in_order(checkout: Path, shell: Shell) -> None:
     assert "| bigram model, NLL |" in (checkout / "evaluation/report.md").read_text()
     assert "| 3-mers, divergence in nats |" in (checkout / "judged/table.md").read_text()
     resumed = outputs["python -m protlig_dd.training experiment=demo run.name=halves"]
-    assert "going on from runs/halves/checkpoints/step_00000020" in resumed
+    assert "resuming from runs/halves/checkpoints/step_00000020" in resumed
     assert len(list((checkout / "runs/lr_sweep").glob("*/report.json"))) == 2
     assert (checkout / "runs/uniref50_stable.1").is_dir()
     assert "data/uniref50.fasta.gz: release 2026_04" in outputs["scripts/download_uniref50.sh"]
@@ -166,16 +166,23 @@ def test_the_commands_with_mmseqs_work(checkout: Path, shell: Shell) -> None:
     require_program("mmseqs")
     prepare, inspect = (command for command in readme_commands() if WITH_MMSEQS in command)
     assert "held-out sequences with a training sequence at >= " in shell(prepare)
-    assert "every checksum holds" in shell(inspect)
+    assert "all checksums match" in shell(inspect)
 
 
-def test_the_cpu_wheel_is_one_line() -> None:
-    """Only its form: PyTorch's index may be out of reach. pip prefers 2.13.0+cpu to 2.13.0, and the pin allows both."""
+def test_one_command_installs_the_cpu_wheel() -> None:
+    """The command is not run, because PyTorch's index may be unreachable.
+
+    The pin allows 2.13.0 and 2.13.0+cpu, and pip prefers the latter.
+    """
     (line,) = (command for command in readme_commands() if "PIP_" in command)
     assert re.fullmatch(r"PIP_EXTRA_INDEX_URL=https://download\.pytorch\.org/whl/cpu scripts/setup\.sh", line)
     (pin,) = re.findall(r"^torch(==\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert SpecifierSet(pin).contains(Version(pin[2:] + "+cpu"))
     assert Version(pin[2:] + "+cpu") > Version(pin[2:])
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) < 200
 
 
 def test_files_that_the_readme_names_exist() -> None:

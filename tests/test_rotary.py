@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from protlig_dd.model.positions.rotary import apply_rotary_pos_emb, gather_rotary, rotary_cos_sin
 
-from .conftest import random_batch, refuses
+from .conftest import raises_value_error, random_batch
 
 
 def complex_reference(x: torch.Tensor, base: float = 10000.0) -> torch.Tensor:
@@ -13,13 +13,15 @@ def complex_reference(x: torch.Tensor, base: float = 10000.0) -> torch.Tensor:
     half = x.shape[-1] // 2
     number = torch.complex(x[..., :half].double(), x[..., half:].double())
     theta = base ** (-torch.arange(half, dtype=torch.float64) / half)
-    turn = torch.polar(torch.ones(x.shape[1], half, dtype=torch.float64), torch.arange(x.shape[1])[:, None] * theta)
-    turned = number * turn[None, :, None, :]
-    return torch.cat([turned.real, turned.imag], dim=-1)
+    rotation = torch.polar(torch.ones(x.shape[1], half, dtype=torch.float64), torch.arange(x.shape[1])[:, None] * theta)
+    rotated = number * rotation[None, :, None, :]
+    return torch.cat([rotated.real, rotated.imag], dim=-1)
 
 
 @given(st.integers(1, 60), st.integers(1, 8), st.integers(1, 3), st.integers(0, 99))
-def test_equals_the_complex_reference_and_leaves_v_alone(length: int, half: int, heads: int, seed: int) -> None:
+def test_queries_and_keys_equal_the_complex_reference_and_values_are_unchanged(
+    length: int, half: int, heads: int, seed: int
+) -> None:
     qkv = torch.randn(2, length, 3, heads, 2 * half, generator=torch.Generator().manual_seed(seed))
     out = apply_rotary_pos_emb(qkv, *rotary_cos_sin(length, 2 * half))
     for i in (0, 1):
@@ -28,44 +30,44 @@ def test_equals_the_complex_reference_and_leaves_v_alone(length: int, half: int,
 
 
 @pytest.mark.parametrize(("table", "length"), [(512, 16384), (16384, 512)])
-def test_a_table_of_another_length_is_an_error_in_both_directions(table: int, length: int) -> None:
+def test_a_table_that_is_too_long_or_too_short_is_an_error(table: int, length: int) -> None:
     qkv = torch.zeros(2, length, 3, 8, 64, device="meta")
     cos, sin = rotary_cos_sin(table, 64, device="meta")
     with pytest.raises(ValueError, match=rf"length {table} against {length}"):
         apply_rotary_pos_emb(qkv, cos, sin)
 
 
-def test_another_head_dim_or_rank_is_an_error() -> None:
+def test_invalid_shapes_and_head_dims_are_errors() -> None:
     cos, sin = rotary_cos_sin(10, 32)
-    with refuses("head_dim 32 against 64"):
+    with raises_value_error("head_dim 32 against 64"):
         apply_rotary_pos_emb(torch.zeros(1, 10, 3, 2, 64), cos, sin)
-    with refuses(r"\(batch, seq_len, 3, heads, head_dim\), got \(10, 3, 2, 32\)"):
+    with raises_value_error(r"\(batch, seq_len, 3, heads, head_dim\), got \(10, 3, 2, 32\)"):
         apply_rotary_pos_emb(torch.zeros(10, 3, 2, 32), cos, sin)
-    with refuses("rotary sin has shape"):
+    with raises_value_error("rotary sin has shape"):
         apply_rotary_pos_emb(torch.zeros(1, 10, 3, 2, 32), cos, rotary_cos_sin(9, 32)[1])
-    with refuses("must be even, got 33"):
+    with raises_value_error("must be even, got 33"):
         rotary_cos_sin(10, 33)
-    with refuses("at least 1, got 0"):
+    with raises_value_error("at least 1, got 0"):
         rotary_cos_sin(0, 32)
 
 
-def test_tables_are_float32_and_the_result_keeps_its_dtype() -> None:
+def test_tables_are_float32_and_the_result_has_the_dtype_of_qkv() -> None:
     cos, sin = rotary_cos_sin(2048, 64)
     assert cos.dtype == sin.dtype == torch.float32
     qkv = torch.randn(1, 2048, 3, 2, 64, generator=torch.Generator().manual_seed(0))
-    half = apply_rotary_pos_emb(qkv.bfloat16(), cos, sin)
-    assert half.dtype == torch.bfloat16
-    # the rotation is float32, so only the rounding of the input and of the result is lost
-    assert torch.equal(half, apply_rotary_pos_emb(qkv.bfloat16().float(), cos, sin).bfloat16())
+    rotated = apply_rotary_pos_emb(qkv.bfloat16(), cos, sin)
+    assert rotated.dtype == torch.bfloat16
+    # the rotation is computed in float32, so only the input and the result are rounded
+    assert torch.equal(rotated, apply_rotary_pos_emb(qkv.bfloat16().float(), cos, sin).bfloat16())
 
 
-def test_packed_tokens_get_the_rows_of_their_positions() -> None:
+def test_packed_tokens_get_the_table_rows_of_their_positions() -> None:
     batch = random_batch([3, 5])
     cos, sin = rotary_cos_sin(5, 8)
     packed_cos, packed_sin = gather_rotary(cos, sin, batch)
     assert torch.equal(packed_cos[0, :3], cos[0, :3])
     assert torch.equal(packed_sin[0, 3:], sin[0])
-    with refuses("table has 4 positions but a sequence has 5 tokens"):
+    with raises_value_error("table has 4 positions but a sequence has 5 tokens"):
         gather_rotary(*rotary_cos_sin(4, 8), batch)
 
 
@@ -80,11 +82,11 @@ def test_scores_depend_on_relative_positions_only() -> None:
 
 
 @given(st.integers(1, 20), st.sampled_from([torch.float32, torch.bfloat16]))
-def test_its_gradient_is_that_of_the_complex_reference(length: int, dtype: torch.dtype) -> None:
+def test_the_gradient_equals_that_of_the_complex_reference(length: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(length)
     qkv = torch.randn(1, length, 3, 2, 8, generator=generator).to(dtype).requires_grad_()
     weight = torch.randn(1, length, 3, 2, 8, generator=generator)
-    (mine,) = torch.autograd.grad((apply_rotary_pos_emb(qkv, *rotary_cos_sin(length, 8)) * weight).sum(), qkv)
-    turned = [complex_reference(qkv[:, :, i]) for i in (0, 1)]
-    (theirs,) = torch.autograd.grad((torch.stack([*turned, qkv[:, :, 2].double()], 2) * weight).sum(), qkv)
-    assert torch.allclose(mine.float(), theirs.float(), atol=1e-5 if dtype is torch.float32 else 2e-2)
+    (gradient,) = torch.autograd.grad((apply_rotary_pos_emb(qkv, *rotary_cos_sin(length, 8)) * weight).sum(), qkv)
+    rotated = [complex_reference(qkv[:, :, i]) for i in (0, 1)]
+    (expected,) = torch.autograd.grad((torch.stack([*rotated, qkv[:, :, 2].double()], 2) * weight).sum(), qkv)
+    assert torch.allclose(gradient.float(), expected.float(), atol=1e-5 if dtype is torch.float32 else 2e-2)

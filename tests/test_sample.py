@@ -1,4 +1,4 @@
-"""What `python -m protlig_dd.sample` reads before it samples; the command itself is in test_training.py."""
+"""`python -m protlig_dd.sample`: biases, lengths, and the bounds in the headers of samples."""
 
 import re
 from collections import Counter
@@ -25,7 +25,7 @@ from .conftest import Command, assert_one_line_error
 C, K = AMINO_ACIDS.index("C"), AMINO_ACIDS.index("K")
 
 
-def test_a_bias_is_the_same_everywhere_or_has_a_row_for_each_position(tmp_path: Path) -> None:
+def test_a_bias_is_the_same_at_all_positions_or_has_a_row_for_each(tmp_path: Path) -> None:
     everywhere = read_log_bias({"C": float("-inf"), "K": 0.5}, [3])
     assert isinstance(everywhere, torch.Tensor)
     assert everywhere[[C, K]].tolist() == [-torch.inf, 0.5]
@@ -44,50 +44,50 @@ def test_a_bias_is_the_same_everywhere_or_has_a_row_for_each_position(tmp_path: 
     [
         ("", "give a line of amino acids, then a row of numbers"),
         ("C,K\n", "give a line of amino acids, then a row of numbers"),
-        ("C,Z\n1,2\n", "line 1: 'Z' is none of the amino acids ACDEFGHIKLMNPQRSTVWY"),
-        ("C,C\n1,2\n", "line 1: C is there 2 times"),
+        ("C,Z\n1,2\n", "line 1: 'Z' is not one of the amino acids ACDEFGHIKLMNPQRSTVWY"),
+        ("C,C\n1,2\n", "line 1: C appears 2 times"),
         ("C,K\n\n1,2\n1\n", "line 4: 1 numbers for the 2 amino acids of the first line"),
         ("C,K\n  \n1,2\n1\n", "line 4: 1 numbers"),
-        ("C,K\n1,x\n", "line 2: 'x' for K is no number"),
+        ("C,K\n1,x\n", "line 2: 'x' for K is not a number"),
         ("C,K\n1,inf\n", "line 2: K must be finite or -inf, got inf"),
         (",".join(AMINO_ACIDS) + "\n" + ",".join(["-inf"] * 20), "line 2 forbids every amino acid"),
         ("C\n1\n1\n1\n", "has 3 rows but protein 2 has 4 residues; give a row for each, or lengths=3 "),
     ],
 )
-def test_a_wrong_bias_file_names_the_line(tmp_path: Path, text: str, message: str) -> None:
+def test_the_error_for_a_wrong_bias_file_names_the_line(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "bias.csv").write_text(text)
     with pytest.raises(ValueError, match=f"bias.csv.*{message}"):
         read_log_bias(str(tmp_path / "bias.csv"), [3, 4])
 
 
-def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+def test_a_bias_file_that_is_not_utf8_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "bias.csv").write_bytes("C\n1\n".encode("utf-16"))
-    with pytest.raises(ValueError, match="bias.csv is no CSV file in UTF-8"):
+    with pytest.raises(ValueError, match="bias.csv is not a CSV file in UTF-8"):
         read_log_bias(str(tmp_path / "bias.csv"), [1])
 
 
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        (0, "log_bias=0: no such file; for amino acids, in quotes"),
-        ({"Z": 1}, "log_bias: 'Z' is none"),
-        ({"C": "much"}, "'much' for C is no number"),
+        (0, "log_bias=0: no such file; to bias amino acids, give them in quotes"),
+        ({"Z": 1}, "log_bias: 'Z' is not one"),
+        ({"C": "much"}, "'much' for C is not a number"),
         ("no.csv", "log_bias=no.csv"),
     ],
 )
-def test_a_wrong_bias_is_named(wanted: object, message: str) -> None:
+def test_the_error_for_a_wrong_bias_names_it(wanted: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_log_bias(wanted, [3])
 
 
-def test_a_range_of_lengths_has_both_its_ends() -> None:
+def test_a_range_of_lengths_includes_both_ends() -> None:
     drawn = Counter(choose_lengths("7-9", 3000, 1, None))
     assert set(drawn) == {7, 8, 9}
     assert all(abs(times / 3000 - 1 / 3) < 0.05 for times in drawn.values())
 
 
 @pytest.mark.parametrize("wanted", ["empirical", "5-9", "7"])
-def test_the_first_lengths_do_not_depend_on_how_many_there_are(wanted: str) -> None:
+def test_the_first_lengths_do_not_depend_on_the_number_of_proteins(wanted: str) -> None:
     known = Lengths([0, 0, 0, 0, 0, 3, 3, 3, 3, 3], "some")
     few, many = (choose_lengths(wanted, n, 3, known) for n in (10, 3000))
     assert many[:10] == few
@@ -96,62 +96,66 @@ def test_the_first_lengths_do_not_depend_on_how_many_there_are(wanted: str) -> N
 
 
 @pytest.mark.parametrize("wanted", ["", "0", "9-5", "5-", "-5", "a", "5-9-12", "1.5"])
-def test_lengths_that_are_none_are_refused(wanted: str) -> None:
+def test_invalid_lengths_are_errors(wanted: str) -> None:
     with pytest.raises(ValueError, match=f"lengths={wanted}: give a number or a range"):
         choose_lengths(wanted, 3, 0, Lengths([0, 1], "some"))
 
 
-def test_a_checkpoint_without_lengths_asks_for_them() -> None:
+def test_lengths_must_be_given_if_the_checkpoint_has_no_record_of_them() -> None:
     assert choose_lengths("7", 2, 0, None) == [7, 7]
-    with pytest.raises(ValueError, match="does not know its training lengths; give lengths="):
+    with pytest.raises(ValueError, match="has no record of its training lengths; give lengths="):
         choose_lengths("empirical", 2, 0, None)
 
 
-def test_lengths_of_cropped_proteins_are_not_drawn(store: SequenceStore) -> None:
-    """A protein of 800 residues is none of 200, whatever the model saw of it."""
+def test_cropped_proteins_are_left_out_of_the_empirical_lengths(store: SequenceStore) -> None:
+    """A protein of 800 residues does not count as one of 200 because the model was trained on crops of 200."""
     group, max_len = StoreGroup([store]), 200
-    true = [int(store.lengths[row]) for row in store.split("train")]
+    lengths = [int(store.lengths[row]) for row in store.split("train")]
     counts, cropped = length_counts(group, max_len)
-    assert cropped == sum(length > max_len for length in true) > 20
-    assert counts == np.bincount([length for length in true if length <= max_len], minlength=max_len + 1).tolist()
+    assert cropped == sum(length > max_len for length in lengths) > 20
+    assert counts == np.bincount([length for length in lengths if length <= max_len], minlength=max_len + 1).tolist()
     known = lengths_of(counts, cropped, max_len)
     assert known is not None
-    assert known.told == (
-        f"{len(true) - cropped:,} training proteins of up to 200 residues; "
-        f"{cropped:,} that are longer were cropped in training and are left out"
+    assert known.description == (
+        f"{len(lengths) - cropped:,} training proteins of up to 200 residues; "
+        f"{cropped:,} longer proteins were cropped in training and are left out"
     )
     drawn = choose_lengths("empirical", 2000, 0, known)
     assert drawn.count(max_len) / 2000 < 0.03
-    assert set(drawn) <= set(true)
+    assert set(drawn) <= set(lengths)
 
 
-def test_what_earlier_versions_counted_at_max_len_is_left_out() -> None:
+def test_counts_at_max_len_of_earlier_versions_are_left_out() -> None:
     known = lengths_of([0, 0, 5, 0, 90], None, 4)
     assert known is not None
     assert known.counts == [0, 0, 5, 0, 0]
-    assert known.told.endswith("; 90 of 4, whole or cropped to it, are left out, as this model cannot tell which")
+    assert known.description.endswith(
+        "; 90 of 4 residues are left out, as the model does not record which were cropped"
+    )
     assert choose_lengths("empirical", 3, 0, known) == [2, 2, 2]
-    with pytest.raises(ValueError, match=r"no lengths to draw from \(0 training .* 95 of 4, .*\); give lengths="):
+    with pytest.raises(
+        ValueError, match=r"no lengths to draw from \(0 training .* 95 of 4 residues .*\); give lengths="
+    ):
         choose_lengths("empirical", 3, 0, lengths_of([0, 0, 0, 0, 95], None, 4))
 
 
 def assert_bounds_are_those_of_the_model(
     records: Sequence[FastaRecord], run: Path, *, numbers: Sequence[int], seed: int, draws: int
 ) -> None:
-    """nll and nll_se of each header, nats a residue, against the bound of that protein by itself."""
+    """Compare nll and nll_se of each header, in nats per residue, with the bound of that protein computed alone."""
     trained = load_trained(str(run), device="cpu", precision="fp32")
     for number, record in zip(numbers, records, strict=True):
         batch = PackedBatch.pack([torch.from_numpy(ProteinTokenizer().encode(record.sequence).astype(np.int64))])
         generator = keyed_generator(seed, "bound", number, torch.device("cpu"))
         bound = nll_bound(trained.score_fn, batch, generator=generator, draws=draws, estimator="exact_count")
         residues = sum(letter in AMINO_ACIDS for letter in record.sequence)
-        (told,) = re.findall(r" nll=(\d\.\d{4}) nll_se=(\d\.\d{4})", record.description)
+        (written,) = re.findall(r" nll=(\d\.\d{4}) nll_se=(\d\.\d{4})", record.description)
         expected = [float(value) / residues for value in (bound.nats, bound.standard_error)]
-        assert [float(value) for value in told] == pytest.approx(expected, abs=1.5e-4)
+        assert [float(value) for value in written] == pytest.approx(expected, abs=1.5e-4)
 
 
 @pytest.mark.slow
-def test_headers_bound_each_protein_and_ranks_share_the_work(
+def test_headers_give_the_bound_of_each_protein_on_any_number_of_ranks(
     trained_run: Path, tmp_path: Path, run_python: Command
 ) -> None:
     command = ["-m", "protlig_dd.sample", f"from={trained_run}", "steps=4", "lengths=20-60", "tokens_per_pack=100"]

@@ -26,7 +26,7 @@ from protlig_dd.inference.sharing import Work
 from protlig_dd.tokenizer import LETTERS
 
 from . import brute_force
-from .conftest import exact_score_fn, graph_of, make_model, refuses, thorough
+from .conftest import exact_score_fn, graph_of, make_model, raises_value_error, thorough
 
 SAMPLERS = [
     ("absorbing", "analytic"),
@@ -52,11 +52,11 @@ def sampled(
     predictor: str,
     generator: torch.Generator,
     project: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    **more: Any,
+    **options: Any,
 ) -> list[np.ndarray]:
-    """`sample`, with the sampler's options and the others side by side."""
-    sharpened = {name: more.pop(name) for name in ("temperature", "top_p") if name in more}
-    return sample(score_fn, lengths, SamplerOptions(steps, predictor, **sharpened), generator, project, **more)
+    """Call `sample`; options may also contain `temperature` and `top_p`, which belong to SamplerOptions."""
+    sharpening = {name: options.pop(name) for name in ("temperature", "top_p") if name in options}
+    return sample(score_fn, lengths, SamplerOptions(steps, predictor, **sharpening), generator, project, **options)
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -64,10 +64,10 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def frequencies(samples: list[np.ndarray], n: int) -> np.ndarray:
-    """How often each state of the toy came out."""
+    """Return how often each joint state of the toy was sampled."""
     stacked = np.stack(samples).astype(int)
-    place = n ** np.arange(stacked.shape[1] - 1, -1, -1)
-    return np.bincount(stacked @ place, minlength=n ** stacked.shape[1])
+    strides = n ** np.arange(stacked.shape[1] - 1, -1, -1)
+    return np.bincount(stacked @ strides, minlength=n ** stacked.shape[1])
 
 
 @pytest.mark.slow
@@ -85,11 +85,11 @@ def frequencies(samples: list[np.ndarray], n: int) -> np.ndarray:
         ("substitution", "euler", 200, "log_score"),
     ],
 )
-def test_samples_have_the_distribution_of_the_exact_scores(
+def test_samples_from_exact_scores_have_the_exact_distribution(
     name: str, predictor: str, steps: int, parametrisation: str
 ) -> None:
     chains = 20_000 if thorough() else 4_000
-    steps //= 2 if thorough() else 4  # the fewer chains, the larger the errors that pass
+    steps //= 2 if thorough() else 4  # with fewer chains, larger discretisation errors pass the test
     toy = brute_force.random_toy(name, n=3, sites=2, seed=2)
     samples = sampled(
         replace(exact_score_fn(toy, parametrisation), noise=NOISES[name]), [2] * chains, steps, predictor, seeded(0)
@@ -98,18 +98,18 @@ def test_samples_have_the_distribution_of_the_exact_scores(
 
 
 @pytest.mark.parametrize("parametrisation", ["log_score", "x0"])
-def test_euler_and_analytic_are_the_same_steps_for_absorbing_and_loglinear(parametrisation: str) -> None:
+def test_euler_and_analytic_samples_are_equal_for_absorbing_and_loglinear(parametrisation: str) -> None:
     noise = LogLinearNoise(eps=0.1, t_min=0.1)
     score_fn = ScoreFn(make_model(), Absorbing(), noise, parametrisation)
-    if parametrisation == "log_score":  # scores that are too large for a probability are clamped in both, otherwise
+    if parametrisation == "log_score":  # exact scores, because both predictors would clamp random ones
         score_fn = replace(exact_score_fn(brute_force.random_toy("absorbing", n=20, sites=2, seed=3)), noise=noise)
     lengths = [2] * 400 if parametrisation == "log_score" else [300, 100]
     euler, analytic = (sampled(score_fn, lengths, 7, name, seeded(0)) for name in ("euler", "analytic"))
     assert [ids.tolist() for ids in euler] == [ids.tolist() for ids in analytic]
 
 
-def test_a_forbidden_residue_of_the_prior_is_drawn_again() -> None:
-    """By the network, which is sure of tryptophan, and not from all that is allowed: lysine was there before."""
+def test_a_forbidden_residue_of_the_prior_is_redrawn_by_the_network() -> None:
+    """The network predicts only tryptophan; lysine is allowed too, but appears only where the prior has drawn it."""
     logits = torch.where(torch.arange(20) == LETTERS.index("W"), 50.0, 0.0)
     bias = torch.full((20,), -torch.inf).scatter(0, torch.tensor([LETTERS.index(a) for a in "WK"]), 0.0)
     noise = LogLinearNoise(eps=0.5)  # half of the residues are not masked at t = 1; 1 in 20 of those is lysine
@@ -121,8 +121,8 @@ def test_a_forbidden_residue_of_the_prior_is_drawn_again() -> None:
 
 @pytest.mark.parametrize("predictor", ["analytic", "euler"])
 @pytest.mark.parametrize("conditioned", [False, True])
-def test_a_time_free_model_draws_every_residue_itself(predictor: str, conditioned: bool) -> None:
-    """Its bound is that of a decoder which begins with masks alone; the integral's prior holds residues at t = 1."""
+def test_a_time_free_model_samples_every_residue_with_the_network(predictor: str, conditioned: bool) -> None:
+    """Its bound is that of a decoder that starts from masks only. Other priors have unmasked residues at t = 1."""
     logits = torch.where(torch.arange(20) == LETTERS.index("W"), 50.0, 0.0)
     score_fn = ScoreFn(
         lambda batch, sigma: logits.repeat(len(batch.tokens), 1),
@@ -132,12 +132,12 @@ def test_a_time_free_model_draws_every_residue_itself(predictor: str, conditione
         time_conditioning=conditioned,
     )
     (ids,) = sampled(score_fn, [4000], 5, predictor, seeded(0))
-    share = (ids != LETTERS.index("W")).mean()
-    assert 0.4 < share / 0.95 < 0.6 if conditioned else share == 0
+    prior_share = (ids != LETTERS.index("W")).mean()
+    assert 0.4 < prior_share / 0.95 < 0.6 if conditioned else prior_share == 0
 
 
-def test_absorbing_samples_match_in_one_step_at_a_time_even_with_few_steps() -> None:
-    """With a single site there is nothing to be wrong about: two steps are exact."""
+def test_two_steps_are_exact_for_a_single_absorbing_site() -> None:
+    """A step changes sites independently of each other, which is exact for a single site."""
     toy = brute_force.random_toy("absorbing", n=4, sites=1, seed=1)
     samples = sampled(
         replace(exact_score_fn(toy), noise=LogLinearNoise(1e-5, 1e-5)), [1] * 20_000, 2, "analytic", seeded(0)
@@ -147,7 +147,7 @@ def test_absorbing_samples_match_in_one_step_at_a_time_even_with_few_steps() -> 
 
 @pytest.mark.parametrize("parametrisation", ["x0", "log_score"])
 @pytest.mark.parametrize(("name", "predictor"), SAMPLERS)
-def test_only_amino_acids_come_out_at_the_lengths_asked_for(name: str, predictor: str, parametrisation: str) -> None:
+def test_samples_are_amino_acids_of_the_requested_lengths(name: str, predictor: str, parametrisation: str) -> None:
     graph = graph_of(name, 20)
     score_fn = ScoreFn(make_model(), graph, LogLinearNoise(), parametrisation)
     counts: Counter[str] = Counter()
@@ -159,14 +159,14 @@ def test_only_amino_acids_come_out_at_the_lengths_asked_for(name: str, predictor
     assert len(ticks) == 6
     assert counts["draws"] == 38 * 6
     if parametrisation == "x0" and predictor != "euler":
-        assert counts["clamped"] == 0  # the posterior's probabilities are never negative, not by rounding either
+        assert counts["clamped"] == 0  # the posterior's probabilities are never negative, even by rounding
     again = sampled(score_fn, lengths, 5, predictor, seeded(0))
     assert all(np.array_equal(a, b) for a, b in zip(samples, again, strict=True))
 
 
 @pytest.mark.parametrize(("name", "predictor"), SAMPLERS)
-def test_what_a_sequence_draws_does_not_depend_on_its_pack(name: str, predictor: str) -> None:
-    """Nor on how many are asked for, or on what else is drawn: sequence i of 8 is sequence i of 5."""
+def test_a_sampled_sequence_does_not_depend_on_its_pack(name: str, predictor: str) -> None:
+    """It does not depend on the number of sequences or on the others either: sequence i of 8 is sequence i of 5."""
     score_fn = ScoreFn(make_model(), graph_of(name, 20), LogLinearNoise(), "x0")
 
     def draw(n: int, tokens_per_pack: int, lengths: str) -> list[list[int]]:
@@ -181,33 +181,33 @@ def test_what_a_sequence_draws_does_not_depend_on_its_pack(name: str, predictor:
         assert len({tuple(ids) for ids in together}) == 8
 
 
-def test_ancestral_numbers_of_masks_follow_the_noise() -> None:
-    seen: list[list[int]] = []
+def test_the_number_of_masks_in_ancestral_sampling_follows_the_noise() -> None:
+    mask_counts: list[list[int]] = []
 
     def network(batch: PackedBatch, sigma: torch.Tensor) -> torch.Tensor:
-        seen.append([int((tokens == 20).sum()) for tokens in batch.unpack(batch.tokens)])
+        mask_counts.append([int((tokens == 20).sum()) for tokens in batch.unpack(batch.tokens)])
         return torch.randn(len(batch.tokens), 20, generator=seeded(1))
 
     score_fn = ScoreFn(network, Absorbing(), LogLinearNoise(1e-9, 1e-9), "x0")
     sampled(score_fn, [40, 7], 10, "ancestral", seeded(0))
-    assert [masked for masked, _ in seen] == [40, 36, 32, 28, 24, 20, 16, 12, 8, 4, 0]
-    assert [masked for _, masked in seen] == [round(7 * (1 - i / 10)) for i in range(11)]
+    assert [masked for masked, _ in mask_counts] == [40, 36, 32, 28, 24, 20, 16, 12, 8, 4, 0]
+    assert [masked for _, masked in mask_counts] == [round(7 * (1 - i / 10)) for i in range(11)]
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "log_bias": torch.arange(20) / 10}], ids=["", "steered"])
 @pytest.mark.parametrize("predictor", ["analytic", "ancestral"])
-def test_a_time_free_network_is_not_asked_again_about_what_has_not_changed(
+def test_a_time_free_network_does_not_evaluate_unchanged_sequences_again(
     predictor: str, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[int] = []
+    evaluated: list[int] = []
     model = make_model()
 
     def network(batch: PackedBatch, sigma: torch.Tensor) -> torch.Tensor:
-        asked.append(len(batch.lengths))
+        evaluated.append(len(batch.lengths))
         return model(batch, torch.zeros_like(sigma))
 
-    def draw() -> tuple[list[list[int]], Counter[str]]:
-        asked.clear()
+    def draw_samples() -> tuple[list[list[int]], Counter[str]]:
+        evaluated.clear()
         counts: Counter[str] = Counter()
         score_fn = ScoreFn(network, Absorbing(), LogLinearNoise(), "x0", time_conditioning=False)
         samples = sampled(
@@ -219,18 +219,18 @@ def test_a_time_free_network_is_not_asked_again_about_what_has_not_changed(
             counts=counts,
             **options,  # type: ignore[arg-type]
         )
-        assert sum(asked) == counts["evaluated"]
+        assert sum(evaluated) == counts["evaluated"]
         assert counts["evaluated"] + counts["skipped"] == 3 * 61
         return [ids.tolist() for ids in samples], counts
 
-    cached, remembered = draw(), sampling.UnchangedLogits
+    cached, cached_logits = draw_samples(), sampling.CachedLogits
     monkeypatch.setattr(
-        sampling, "UnchangedLogits", lambda logits, counts, time_free: remembered(logits, counts, time_free=False)
+        sampling, "CachedLogits", lambda logits, counts, time_free: cached_logits(logits, counts, time_free=False)
     )
-    plain = draw()
+    plain = draw_samples()
     assert plain[0] == cached[0]
     assert plain[1]["skipped"] == 0
-    assert 3 + 3 <= cached[1]["evaluated"] <= 3 + 17  # every residue moves once
+    assert 3 + 3 <= cached[1]["evaluated"] <= 3 + 17  # each residue is unmasked once
 
 
 def independent_toy(n: int, graph: str = "absorbing") -> brute_force.Toy:
@@ -265,7 +265,7 @@ def test_temperature_and_top_p_sharpen_every_position(name: str, parametrisation
     assert chisquare(seen[nucleus > 0], seen[nucleus > 0].sum() * nucleus[nucleus > 0] / nucleus.sum()).pvalue > 1e-3
 
 
-def test_without_sharpening_the_model_itself_is_sampled() -> None:
+def test_a_temperature_and_top_p_of_1_do_not_change_the_samples() -> None:
     score_fn = ScoreFn(make_model(), Absorbing(), LogLinearNoise(), "x0")
     plain, same, cold = (
         sampled(score_fn, [200], 10, "analytic", seeded(0), **options)[0]
@@ -309,11 +309,11 @@ def test_a_bias_tilts_independent_positions_exactly(name: str, predictor: str, p
 
 @pytest.mark.parametrize("name", ["absorbing", "uniform", "substitution"])
 @pytest.mark.parametrize("steps", [1, 12])
-def test_a_forbidden_residue_never_comes(name: str, steps: int) -> None:
+def test_a_forbidden_residue_is_never_sampled(name: str, steps: int) -> None:
     graph = graph_of(name, 20)
     bias = torch.zeros(20)
     bias[1] = -torch.inf  # cysteine
-    noise = LogLinearNoise(0.2, 1e-3)  # leaves a fifth of the residues unmoved at t = 1
+    noise = LogLinearNoise(0.2, 1e-3)  # a fifth of the residues are not noised at t = 1
     for predictor in ("analytic", "euler") + (("ancestral",) if name == "absorbing" else ()):
         for options in ({}, {"temperature": 0.5, "top_p": 0.9}):
             score_fn = ScoreFn(make_model(), graph, noise, "x0")
@@ -331,7 +331,7 @@ BLOSUM62 = make_substitution_graph("BLOSUM62")
 def test_no_score_changes_by_more_than_the_bias(
     graph: Graph, parametrisation: str, sigma: float, size: float, seed: int
 ) -> None:
-    """Even of a network that is wrong, at noise where what its scores imply of x0 is nothing but error."""
+    """This holds for random logits too, at noise levels where the x0 distribution that they imply is meaningless."""
     logits, bias = (torch.randn(30, 20, generator=seeded(seed + i), dtype=torch.float64) for i in range(2))
     bias = size * (bias - bias.amin(-1, keepdim=True)) / (bias.amax(-1, keepdim=True) - bias.amin(-1, keepdim=True))
     xt = torch.full((30,), 20) if isinstance(graph, Absorbing) else torch.arange(30) % 20
@@ -343,8 +343,8 @@ def test_no_score_changes_by_more_than_the_bias(
     assert size < 3 or sigma > 1 or (steered - plain).abs().max() > 0.5
 
 
-def test_few_steps_of_slow_mixing_rates_lose_nothing_to_rounding() -> None:
-    """PAM30 ends at sigma = 24.9, where undoing the noise would multiply errors by e^48."""
+def test_one_step_with_slow_mixing_rates_has_no_rounding_error() -> None:
+    """The noise of PAM30 ends at sigma = 24.9, where inverting it would multiply rounding errors by e^48."""
     graph, counts = make_substitution_graph("PAM30"), Counter[str]()
     q = torch.rand(20, generator=seeded(0)).log()
     noise = LogLinearNoise(eps=float(np.exp(-graph.sigma_max)))
@@ -355,7 +355,7 @@ def test_few_steps_of_slow_mixing_rates_lose_nothing_to_rounding() -> None:
     assert chisquare(seen, 20_000 * q.double().softmax(0).numpy()).pvalue > 1e-3
 
 
-def test_a_network_that_is_not_finite_is_an_error() -> None:
+def test_logits_that_are_not_finite_are_an_error() -> None:
     for graph in (Absorbing(), Uniform(), BLOSUM62):
         for parametrisation in ("log_score", "x0"):
             score_fn = ScoreFn(
@@ -364,22 +364,22 @@ def test_a_network_that_is_not_finite_is_an_error() -> None:
                 LogLinearNoise(),
                 parametrisation,
             )
-            with refuses(r"scores are not finite in sampling step 1, at sigma = 6.91"):
+            with raises_value_error(r"scores are not finite in sampling step 1, at sigma = 6.91"):
                 sampled(score_fn, [5], 3, "analytic", seeded(0))
 
 
 @pytest.mark.parametrize("name", ["absorbing", "uniform", "substitution"])
 def test_each_position_can_have_its_own_bias(name: str) -> None:
-    """Through packs: every position of every protein allows one amino acid, another each."""
-    lengths, allowed = [4, 9, 2, 30], torch.Generator().manual_seed(3)
-    wanted = [torch.randint(20, (length,), generator=allowed) for length in lengths]
-    bias = [torch.full((len(ids), 20), -torch.inf).scatter(1, ids[:, None], 0.0) for ids in wanted]
+    """Each position of each protein allows one random amino acid. The proteins are in several packs."""
+    lengths, generator = [4, 9, 2, 30], torch.Generator().manual_seed(3)
+    allowed = [torch.randint(20, (length,), generator=generator) for length in lengths]
+    bias = [torch.full((len(ids), 20), -torch.inf).scatter(1, ids[:, None], 0.0) for ids in allowed]
     score_fn = ScoreFn(make_model(), graph_of(name, 20), LogLinearNoise(), "x0")
     samples, _ = generate(score_fn, lengths, SamplerOptions(3), Work(20), seed=0, log_bias=bias)
-    assert [ids.tolist() for ids in samples] == [ids.tolist() for ids in wanted]
+    assert [ids.tolist() for ids in samples] == [ids.tolist() for ids in allowed]
 
 
-def test_context_letters_can_be_imposed() -> None:
+def test_project_can_fix_context_letters() -> None:
     def project(tokens: torch.Tensor) -> torch.Tensor:
         return tokens.clone().index_copy(0, torch.tensor([3, 4, 8]), torch.tensor([X, 7, X]))
 
@@ -391,15 +391,15 @@ def test_context_letters_can_be_imposed() -> None:
             assert np.delete(ids, [2, 3, 7]).max() < 20
 
 
-def test_projected_residues_stay() -> None:
+def test_projected_residues_are_kept() -> None:
     def project(tokens: torch.Tensor) -> torch.Tensor:
         tokens = tokens.clone()
         tokens[1:6] = torch.arange(5)
         return tokens
 
-    barred = torch.tensor([-torch.inf] * 3 + [0.0] * 17)  # even of what the bias forbids
+    forbidding = torch.tensor([-torch.inf] * 3 + [0.0] * 17)  # project has priority over the bias
     for name, predictor in SAMPLERS:
-        for bias in (None, barred):
+        for bias in (None, forbidding):
             graph = graph_of(name, 20)
             score_fn = ScoreFn(make_model(), graph, LogLinearNoise(), "log_score")
             (ids,) = sampled(score_fn, [20], 5, predictor, seeded(0), project, log_bias=bias)
@@ -408,7 +408,7 @@ def test_projected_residues_stay() -> None:
 
 
 def infilled(name: str, chains: int, steps: int, parametrisation: str = "log_score") -> tuple[np.ndarray, np.ndarray]:
-    """Fix the first of two sites of a toy: what the second was, and what it should be."""
+    """Fix the first of two sites of a toy; return counts of the second site's states and their exact distribution."""
     toy = brute_force.random_toy(name, n=3, sites=2, seed=2)
 
     def project(tokens: torch.Tensor) -> torch.Tensor:
@@ -430,16 +430,16 @@ def infilled(name: str, chains: int, steps: int, parametrisation: str = "log_sco
     return np.bincount(samples[:, 1], minlength=3), (toy.p0[1] / toy.p0[1].sum()).numpy()
 
 
-def test_infilling_shows_the_network_the_noise_level_of_what_is_masked() -> None:
-    shown: list[tuple[torch.Tensor, list[float]]] = []
+def test_infilling_uses_the_sigma_that_matches_the_masked_fraction() -> None:
+    calls: list[tuple[torch.Tensor, list[float]]] = []
 
     def network(batch: PackedBatch, sigma: torch.Tensor) -> torch.Tensor:
-        shares = [float((tokens == 20).sum()) / (len(tokens) - 2) for tokens in batch.unpack(batch.tokens)]
-        shown.append((sigma, shares))
+        fractions = [float((tokens == 20).sum()) / (len(tokens) - 2) for tokens in batch.unpack(batch.tokens)]
+        calls.append((sigma, fractions))
         return torch.randn(len(batch.tokens), 20, generator=seeded(1))
 
     def project(tokens: torch.Tensor) -> torch.Tensor:
-        """195 of the first 200 residues and 10 of the other 20 are fixed."""
+        """Fix 195 of the 200 residues of the first sequence and 10 of the 20 of the second."""
         tokens = tokens.clone()
         tokens[6:201] = 3
         tokens[203:213] = 4
@@ -448,17 +448,17 @@ def test_infilling_shows_the_network_the_noise_level_of_what_is_masked() -> None
     noise = LogLinearNoise()
     score_fn = ScoreFn(network, Absorbing(), noise, "log_score")
     times = torch.linspace(1, noise.t_min, 5, dtype=torch.float64)
-    least, most = noise(times)[0].float()[[-1, 0]]
-    for imposed in (project, None):
-        shown.clear()
-        sampled(score_fn, [200, 20], 4, "analytic", seeded(0), imposed)
-        for step, (sigma, shares) in enumerate(shown):
+    lowest, highest = noise(times)[0].float()[[-1, 0]]
+    for projection in (project, None):
+        calls.clear()
+        sampled(score_fn, [200, 20], 4, "analytic", seeded(0), projection)
+        for step, (sigma, fractions) in enumerate(calls):
             assert sigma.dtype == torch.float32
-            of_masked = -torch.log1p(-torch.tensor(shares))
-            of_time = noise(times)[0][[step, step]].float()
-            expected = of_time if imposed is None else of_masked.clamp(least, most)
+            sigma_of_fraction = -torch.log1p(-torch.tensor(fractions))
+            sigma_of_time = noise(times)[0][[step, step]].float()
+            expected = sigma_of_time if projection is None else sigma_of_fraction.clamp(lowest, highest)
             torch.testing.assert_close(sigma, expected, rtol=1e-5, atol=0)
-        assert len(shown) == 5
+        assert len(calls) == 5
 
 
 @pytest.mark.slow
@@ -469,7 +469,7 @@ def test_infilling_is_exact_for_the_absorbing_graph(parametrisation: str) -> Non
 
 
 @pytest.mark.parametrize("name", ["uniform", "substitution"])
-def test_infilling_is_near_but_not_exact_for_the_others(name: str) -> None:
+def test_infilling_is_only_approximate_for_the_other_graphs(name: str) -> None:
     seen, expected = infilled(name, 5000, 100)
     assert 0.05 < np.abs(seen / 5000 - expected).sum() / 2 < 0.15
     assert chisquare(seen, 5000 * expected).pvalue < 1e-6
@@ -481,7 +481,7 @@ def test_infilling_is_near_but_not_exact_for_the_others(name: str) -> None:
         ([5], 0, "analytic", {}, "at least 1 step"),
         ([], 4, "analytic", {}, "lengths of at least 1"),
         ([5, 0], 4, "analytic", {}, r"\[5, 0\]"),
-        ([5], 4, "ddim", {}, "no predictor 'ddim'"),
+        ([5], 4, "ddim", {}, "unknown predictor 'ddim'; choose from analytic, euler"),
         ([5], 4, "analytic", {"temperature": 0.0}, "temperature must be above 0 and finite, got 0.0"),
         ([5], 4, "analytic", {"top_p": 1.5}, r"top_p must lie in \(0, 1\], got 1.5"),
         ([5], 4, "analytic", {"log_bias": torch.zeros(4, 20)}, r"shape \(20,\) or \(5, 20\), got \(4, 20\)"),
@@ -489,15 +489,15 @@ def test_infilling_is_near_but_not_exact_for_the_others(name: str) -> None:
         ([5], 4, "analytic", {"log_bias": torch.full((20,), -torch.inf)}, "forbids every amino acid at residue 0"),
     ],
 )
-def test_requests_that_cannot_work_are_refused(
+def test_invalid_sampling_options_are_rejected(
     lengths: list[int], steps: int, predictor: str, options: dict[str, object], message: str
 ) -> None:
     score_fn = ScoreFn(make_model(), Absorbing(), LogLinearNoise(), "x0")
-    with refuses(message):
+    with raises_value_error(message):
         sampled(score_fn, lengths, steps, predictor, torch.Generator(), **options)
 
 
-def test_ancestral_sampling_is_for_the_absorbing_graph() -> None:
+def test_ancestral_sampling_requires_the_absorbing_graph() -> None:
     score_fn = ScoreFn(make_model(), Uniform(), LogLinearNoise(), "x0")
-    with refuses("ancestral is for the absorbing graph"):
+    with raises_value_error("ancestral is for the absorbing graph"):
         sampled(score_fn, [5], 4, "ancestral", torch.Generator())

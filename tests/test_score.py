@@ -17,7 +17,7 @@ from . import brute_force
 from .conftest import make_model, random_batch
 
 
-def zeros(batch: PackedBatch, sigma: torch.Tensor) -> torch.Tensor:
+def zero_logits(batch: PackedBatch, sigma: torch.Tensor) -> torch.Tensor:
     return torch.zeros(len(batch.tokens), 20)
 
 
@@ -45,17 +45,17 @@ def test_scores_are_float32_and_zero_at_xt(graph: Graph, parametrisation: str) -
             assert torch.allclose(total[xt == 20], kappa[xt == 20], rtol=1e-5)
 
 
-def test_autocast_is_active_inside_the_network_and_nowhere_else() -> None:
+def test_the_network_computes_in_bf16_only_with_autocast() -> None:
     model, batch = make_model(), random_batch([6, 9])
-    seen: dict[str, torch.dtype] = {}
-    model.blocks[0].qkv.register_forward_hook(lambda module, inputs, out: seen.update(qkv=out.dtype))
+    dtypes: dict[str, torch.dtype] = {}
+    model.blocks[0].qkv.register_forward_hook(lambda module, inputs, out: dtypes.update(qkv=out.dtype))
     ScoreFn(model, Absorbing(), LogLinearNoise(), "x0", autocast=torch.bfloat16)(batch, torch.ones(2))
-    assert seen["qkv"] == torch.bfloat16
+    assert dtypes["qkv"] == torch.bfloat16
     ScoreFn(model, Absorbing(), LogLinearNoise(), "x0")(batch, torch.ones(2))
-    assert seen["qkv"] == torch.float32
+    assert dtypes["qkv"] == torch.float32
 
 
-def test_logits_leave_the_network_in_full_precision() -> None:
+def test_logits_have_float32_precision_under_autocast() -> None:
     model, batch = make_model(), random_batch([60, 90])
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         logits = model(batch, torch.ones(2))
@@ -63,11 +63,11 @@ def test_logits_leave_the_network_in_full_precision() -> None:
     assert (logits != logits.bfloat16().float()).any()
 
 
-def test_a_time_free_network_sees_no_sigma() -> None:
+def test_sigma_only_scales_the_scores_of_a_time_free_network() -> None:
     batch = random_batch([6, 9])
     masked = batch.with_tokens(torch.where(torch.arange(15) % 2 == 0, 20, batch.tokens))
-    free = ScoreFn(make_model(), Absorbing(), LogLinearNoise(), "x0", time_conditioning=False)
-    low, high = free(masked, torch.full((2,), 0.1)), free(masked, torch.full((2,), 3.0))
+    time_free = ScoreFn(make_model(), Absorbing(), LogLinearNoise(), "x0", time_conditioning=False)
+    low, high = time_free(masked, torch.full((2,), 0.1)), time_free(masked, torch.full((2,), 3.0))
     assert torch.allclose(low.log_softmax(-1), high.log_softmax(-1), atol=1e-6)
     conditioned = ScoreFn(make_model(), Absorbing(), LogLinearNoise(), "x0")
     low, high = conditioned(masked, torch.full((2,), 0.1)), conditioned(masked, torch.full((2,), 3.0))
@@ -75,11 +75,11 @@ def test_a_time_free_network_sees_no_sigma() -> None:
 
 
 @pytest.mark.parametrize("parametrisation", ["log_score", "x0"])
-def test_a_zero_network_on_the_absorbing_graph_costs_log_20_a_residue(parametrisation: str) -> None:
-    """Zero logits are the uniform guess, s = kappa / 20, so the loss is kappa log 20 on each masked residue.
+def test_zero_logits_on_the_absorbing_graph_have_a_loss_of_log_20_per_residue(parametrisation: str) -> None:
+    """Zero logits predict a uniform distribution, s = kappa / 20, so each masked residue has the loss kappa log 20.
 
-    For log-linear noise dsigma kappa = 1/t and a residue is masked with probability (1 - eps) t, so the expectation
-    is (1 - t_min)(1 - eps) log 20 nats per residue, which stratified times reach quickly.
+    For log-linear noise dsigma kappa = 1/t, and a residue is masked with probability (1 - eps) t. The expected loss is
+    therefore (1 - t_min)(1 - eps) log 20 nats per residue. With stratified times 20 batches are enough to estimate it.
     """
     noise, graph = LogLinearNoise(), Absorbing()
     batch = random_batch([60] * 500)
@@ -89,7 +89,7 @@ def test_a_zero_network_on_the_absorbing_graph_costs_log_20_a_residue(parametris
         nonlocal weight
         t = -torch.expm1(-sigma.double()) / (1 - 1e-3)
         weight = ((noised.tokens == 20) / t[noised.segment_ids]).sum()
-        return zeros(noised, sigma)
+        return zero_logits(noised, sigma)
 
     score_fn = ScoreFn(network, graph, noise, parametrisation)
     generator = torch.Generator().manual_seed(0)
@@ -106,8 +106,8 @@ def test_a_zero_network_on_the_absorbing_graph_costs_log_20_a_residue(parametris
 
 
 @pytest.mark.parametrize("graph", [Uniform(), BLOSUM62], ids=["uniform", "blosum62"])
-def test_a_zero_network_elsewhere_costs_what_the_equilibrium_does(graph: Graph) -> None:
-    """Its scores are those of the stationary process, so the loss over [a, b] is the fall of KL(P(sigma) || pi)."""
+def test_zero_logits_on_other_graphs_have_the_loss_of_the_equilibrium(graph: Graph) -> None:
+    """They give the scores of the stationary process, so the loss over [low, high] is the decrease of KL(P || pi)."""
     x0 = torch.arange(20).repeat_interleave(20)
     xt = torch.arange(20).repeat(20)
     log_score = graph.log_score(torch.zeros(400, 20, dtype=torch.float64), xt, torch.ones(400))
@@ -154,12 +154,12 @@ def test_bf16_changes_the_loss_at_the_smallest_time_by_less_than_half_a_percent(
     ("graph", "parametrisation", "time", "message"),
     [
         (Uniform(), "x0", False, "time_conditioning=false is valid only with"),
-        (Absorbing(), "eps", True, "no parametrisation 'eps'"),
+        (Absorbing(), "eps", True, "unknown parametrisation 'eps'; choose from log_score, x0"),
         (Absorbing(), "log_score", False, "time_conditioning=false is valid only with"),
     ],
 )
-def test_combinations_that_are_not_valid_are_refused(
+def test_invalid_combinations_of_graph_and_parametrisation_are_rejected(
     graph: Graph, parametrisation: str, time: bool, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        ScoreFn(zeros, graph, LogLinearNoise(), parametrisation, time_conditioning=time)
+        ScoreFn(zero_logits, graph, LogLinearNoise(), parametrisation, time_conditioning=time)

@@ -17,7 +17,7 @@ def run_setup(folder: Path, *arguments: str, **environment: str) -> subprocess.C
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """The files that set-up reads, with a stand-in for the interpreter that records pip's arguments."""
+    """The files that set-up reads, with a stand-in interpreter that records pip's arguments."""
     (tmp_path / "scripts").mkdir()
     for name in ("scripts/setup.sh", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path / name)
@@ -50,13 +50,13 @@ def test_a_second_set_up_does_nothing_until_a_requirement_changes(
     assert len(calls.read_text().splitlines()) == 5
 
 
-def test_a_failed_install_is_not_taken_for_done(checkout: Path) -> None:
+def test_a_failed_install_is_not_recorded_as_done(checkout: Path) -> None:
     (checkout / ".venv/bin/python").write_text('#!/bin/sh\n[ "$3" = --version ] || exit 3\n')
     assert run_setup(checkout, PYTHON=sys.executable).returncode == 3
     assert not (checkout / ".venv/.protlig_setup").exists()
 
 
-def test_unknown_arguments_and_help(checkout: Path) -> None:
+def test_an_unknown_argument_is_an_error_and_help_is_printed(checkout: Path) -> None:
     process = run_setup(checkout, "--prod")
     assert process.returncode == 1
     assert process.stderr == "error: unknown argument --prod; see scripts/setup.sh --help\n"
@@ -80,26 +80,26 @@ def test_constraints_pin_every_requirement() -> None:
     assert "torch==2.13.0\n" in (ROOT / "constraints.txt").read_text()
 
 
-def test_a_verb_without_the_environment_says_how_to_make_one(tmp_path: Path) -> None:
-    """By an interpreter without site-packages, from a checkout and from an installed wheel's folder."""
+def test_a_verb_without_the_environment_prints_how_to_create_it(tmp_path: Path) -> None:
+    """Run an interpreter without site-packages, in a checkout and in the folder of an installed wheel."""
 
     def run(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-S", *arguments]
         env = os.environ | {"PYTHONPATH": "", "HYDRA_FULL_ERROR": "0", "PROTLIG_TYPECHECK": "0"} | environment
         return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
 
-    listed = run("-m", "protlig_dd")  # needs nothing
-    assert listed.returncode == 0, listed.stderr
-    verbs = re.findall(r"^([a-z]+) +[A-Z]", listed.stdout, re.MULTILINE)
+    overview = run("-m", "protlig_dd")  # needs no packages
+    assert overview.returncode == 0, overview.stderr
+    verbs = re.findall(r"^([a-z]+) +[A-Z]", overview.stdout, re.MULTILINE)
     assert len(verbs) == 10
     for verb in (*verbs, "training.run_train_uniref50_optimized"):
         for typecheck in "01":
-            done = run("-m", f"protlig_dd.{verb}", "--help", PROTLIG_TYPECHECK=typecheck)
-            assert_one_line_error(done, "is not installed for", "run scripts/setup.sh in", ".venv/bin/python")
-    # a wheel's folder has no scripts beside it
+            process = run("-m", f"protlig_dd.{verb}", "--help", PROTLIG_TYPECHECK=typecheck)
+            assert_one_line_error(process, "is not installed for", "run scripts/setup.sh in", ".venv/bin/python")
+    # an installed wheel has no scripts/ next to the package
     shutil.copytree(ROOT / "protlig_dd", tmp_path / "site/protlig_dd", ignore=shutil.ignore_patterns("sample", "*.pyc"))
     assert_one_line_error(run("-m", "protlig_dd.sample", cwd=tmp_path / "site"), "pip install the wheel again")
     assert "Traceback" in run("-m", "protlig_dd.sample", HYDRA_FULL_ERROR="1").stderr
-    assert "Traceback" in run("-c", "import protlig_dd.sample").stderr  # of a program of the user's own, as always
+    assert "Traceback" in run("-c", "import protlig_dd.sample").stderr  # a user's own program gets the usual traceback
     unknown = run("-m", "protlig_dd.nosuch")
     assert "No module named protlig_dd.nosuch" in unknown.stderr

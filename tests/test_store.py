@@ -23,7 +23,7 @@ def test_datasets_are_contiguous_so_that_they_can_be_mapped(store: SequenceStore
         assert all(dataset.chunks is None and dataset.id.get_offset() is not None for dataset in file.values())
 
 
-def test_nothing_open_is_pickled(store: SequenceStore) -> None:
+def test_a_pickled_store_does_not_contain_its_data(store: SequenceStore) -> None:
     _ = store[0]
     pickled = pickle.dumps(store)
     assert len(pickled) < 1000
@@ -37,33 +37,33 @@ def read_row(store: SequenceStore, row: int) -> list[int]:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_other_processes_read_the_same(store: SequenceStore, method: str) -> None:
+def test_other_processes_read_the_same_sequences(store: SequenceStore, method: str) -> None:
     with multiprocessing.get_context(method).Pool(2) as pool:
         rows = pool.starmap(read_row, [(store, row) for row in range(6)])
     assert rows == [store[row].tolist() for row in range(6)]
 
 
-def test_a_store_opens_without_a_lock(store: SequenceStore, tmp_path: Path) -> None:
+def test_a_locked_store_can_be_read(store: SequenceStore, tmp_path: Path) -> None:
     path = tmp_path / "copy.h5"
     shutil.copy(store.path, path)
     with path.open("rb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # what HDF5 takes for a writer, or a file system that refuses every lock
+        fcntl.flock(file, fcntl.LOCK_EX)  # as while another process writes, or on a file system without locks
         with pytest.raises(OSError, match="lock"), h5py.File(path, "r", locking=True):
             pass
         assert SequenceStore(path)[0].tolist() == store[0].tolist()
 
 
-def test_rows_outside_and_unknown_splits(store: SequenceStore) -> None:
+def test_rows_outside_the_store_and_unknown_splits_are_errors(store: SequenceStore) -> None:
     for row in (400, -1):
-        with pytest.raises(IndexError, match=f"row {row} of 400"):
+        with pytest.raises(IndexError, match=f"no row {row}; the store has 400 rows"):
             store[row]
-        with pytest.raises(IndexError, match=f"row {row} of 400"):
+        with pytest.raises(IndexError, match=f"no row {row}; the store has 400 rows"):
             store.id(row)
     with pytest.raises(ValueError, match="no split 'dev'"):
         store.split("dev")
 
 
-def changed(path: Path, source: SequenceStore, **attributes: object) -> Path:
+def with_attributes(path: Path, source: SequenceStore, **attributes: object) -> Path:
     path.write_bytes(source.path.read_bytes())
     with h5py.File(path, "r+", libver=("v108", "v108")) as file:
         for name, value in attributes.items():
@@ -71,25 +71,26 @@ def changed(path: Path, source: SequenceStore, **attributes: object) -> Path:
     return path
 
 
-def test_files_that_are_no_store_are_refused(tmp_path: Path, store: SequenceStore) -> None:
+def test_files_that_are_not_stores_of_this_version_are_rejected(tmp_path: Path, store: SequenceStore) -> None:
     with pytest.raises(ValueError, match=r"none\.h5: no such data file"):
         SequenceStore(tmp_path / "none.h5")
     with pytest.raises(ValueError, match="a folder, not a file"):
         SequenceStore(tmp_path)
     (tmp_path / "text.h5").write_text("not HDF5")
     with pytest.raises(
-        ValueError, match=r"text\.h5: not a store, which is an HDF5 file; `python -m protlig_dd\.prepare"
+        ValueError,
+        match=r"text\.h5: not a store \(not an HDF5 file\); build one from FASTA with `python -m protlig_dd\.prepare",
     ):
         SequenceStore(tmp_path / "text.h5")
     (tmp_path / "magic.h5").write_bytes(store.path.read_bytes()[:8])
     with pytest.raises(ValueError, match=r"magic\.h5: not a readable store"):
         SequenceStore(tmp_path / "magic.h5")
     with pytest.raises(ValueError, match=r"new\.h5: store format 99, this version reads 2$"):
-        SequenceStore(changed(tmp_path / "new.h5", store, format_version=99))
-    with pytest.raises(ValueError, match=r"old\.h5: store format 1, this version reads 2; prepare it again"):
-        SequenceStore(changed(tmp_path / "old.h5", store, format_version=1))
+        SequenceStore(with_attributes(tmp_path / "new.h5", store, format_version=99))
+    with pytest.raises(ValueError, match=r"old\.h5: store format 1, this version reads 2; build it again from FASTA"):
+        SequenceStore(with_attributes(tmp_path / "old.h5", store, format_version=1))
     with pytest.raises(ValueError, match=r"abc\.h5: alphabet 'ABC', this version uses 'ACDEF"):
-        SequenceStore(changed(tmp_path / "abc.h5", store, alphabet=np.bytes_("ABC")))
+        SequenceStore(with_attributes(tmp_path / "abc.h5", store, alphabet=np.bytes_("ABC")))
     with h5py.File(tmp_path / "other.h5", "w") as file:
         file["tokens"] = np.zeros(3, np.uint8)
     with pytest.raises(ValueError, match=r"other\.h5: store format None, this version reads 2"):
@@ -99,11 +100,11 @@ def test_files_that_are_no_store_are_refused(tmp_path: Path, store: SequenceStor
             copy = file.create_dataset(name, data=dataset[:], chunks=(len(dataset),) if name == "tokens" else None)
             copy.attrs["xxh3"] = dataset.attrs["xxh3"]
         file.attrs.update(original.attrs)
-    with pytest.raises(ValueError, match=r"chunked\.h5: tokens is not \d+ contiguous uint8"):
+    with pytest.raises(ValueError, match=r"chunked\.h5: tokens is not a contiguous uint8 array of \d+ values"):
         SequenceStore(tmp_path / "chunked.h5")
 
 
-def test_a_store_cut_short_is_refused(tmp_path: Path, store: SequenceStore) -> None:
+def test_a_truncated_store_is_rejected(tmp_path: Path, store: SequenceStore) -> None:
     content = store.path.read_bytes()
     for size in (0, 1, 100, 2000, len(content) // 2, len(content) - 1):
         (tmp_path / "cut.h5").write_bytes(content[:size])
@@ -111,7 +112,7 @@ def test_a_store_cut_short_is_refused(tmp_path: Path, store: SequenceStore) -> N
             SequenceStore(tmp_path / "cut.h5")
 
 
-def everything(store: SequenceStore) -> tuple[object, ...]:
+def stored_values(store: SequenceStore) -> tuple[object, ...]:
     return (
         [store[row].tobytes() for row in range(len(store))],
         [store.header(row) for row in range(len(store))],
@@ -123,15 +124,15 @@ def everything(store: SequenceStore) -> tuple[object, ...]:
 
 
 @pytest.mark.slow
-def test_no_flipped_bit_goes_unnoticed(tmp_path: Path, proteins: list[FastaRecord]) -> None:
-    """Each flip is refused when the store is opened or verified, or lies where nothing is stored."""
+def test_any_flipped_bit_is_detected_or_changes_no_contents(tmp_path: Path, proteins: list[FastaRecord]) -> None:
+    """Opening or verifying the store raises an error, or the bit is outside the stored data."""
     fasta = tmp_path / "a.fasta"
     fasta.write_text("".join(f">{record.id} {i}\n{record.sequence[:9]}\n" for i, record in enumerate(proteins[:6])))
     whole = build_store([fasta], tmp_path / "whole.h5")
-    content, expected = bytearray(whole.path.read_bytes()), everything(whole)
-    places = {name: (place, size) for name, (place, size) in whole._places.items()}
+    content, expected = bytearray(whole.path.read_bytes()), stored_values(whole)
+    extents = {name: (start, size) for name, (start, size) in whole._extents.items()}
     bits = random.Random(0).sample(range(8 * len(content)), 2000 if thorough() else 500)
-    noticed = unnoticed = 0
+    detected = undetected = 0
     for bit in bits:
         content[bit // 8] ^= 1 << bit % 8
         (tmp_path / "flipped.h5").write_bytes(content)
@@ -140,40 +141,40 @@ def test_no_flipped_bit_goes_unnoticed(tmp_path: Path, proteins: list[FastaRecor
             flipped = SequenceStore(tmp_path / "flipped.h5")
             flipped.verify()
         except ValueError as error:
-            noticed += str(error).startswith(f"{tmp_path / 'flipped.h5'}: ")
+            detected += str(error).startswith(f"{tmp_path / 'flipped.h5'}: ")
             continue
-        unnoticed += 1
-        assert everything(flipped) == expected, f"bit {bit}"
-        assert not any(place <= bit // 8 < place + size for place, size in places.values())
-    assert noticed + unnoticed == len(bits)
-    assert noticed > unnoticed
+        undetected += 1
+        assert stored_values(flipped) == expected, f"bit {bit}"
+        assert not any(start <= bit // 8 < start + size for start, size in extents.values())
+    assert detected + undetected == len(bits)
+    assert detected > undetected
 
 
 @pytest.mark.parametrize(
     "name", ["tokens", "offsets", "headers", "header_offsets", "split", "token_counts", "manifest"]
 )
-def test_a_damaged_part_is_named(tmp_path: Path, store: SequenceStore, name: str) -> None:
+def test_the_error_names_the_damaged_part(tmp_path: Path, store: SequenceStore, name: str) -> None:
     content = bytearray(store.path.read_bytes())
-    place, size = store._places[name]
-    for where in random.Random(0).sample(range(size), 3):
-        content[place + where] ^= 4
-    if name == "manifest":  # its JSON may not be readable any more, which is noticed when the store is opened
+    start, size = store._extents[name]
+    for position in random.Random(0).sample(range(size), 3):
+        content[start + position] ^= 4
+    if name == "manifest":  # keep its JSON valid: invalid JSON is already an error when the store is opened
         content = bytearray(store.path.read_bytes())
         content[content.rindex(b'"records"') + 1] ^= 1
     (tmp_path / "damaged.h5").write_bytes(content)
-    with pytest.raises(ValueError, match=rf"damaged\.h5: {name} is damaged: checksum [0-9a-f]+, written [0-9a-f]+"):
+    with pytest.raises(ValueError, match=rf"damaged\.h5: {name} is damaged: checksum [0-9a-f]+, expected [0-9a-f]+"):
         SequenceStore(tmp_path / "damaged.h5").verify()
     store.verify()
 
 
-def test_verifying_counts_bytes(store: SequenceStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_reports_every_byte_it_reads(store: SequenceStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_module, "COPY_BYTES", 1000)
     seen: list[int] = []
     store.verify(seen.append)
     assert sum(seen) == store.nbytes > store.lengths.sum()
 
 
-def test_columns_are_read_whole_in_blocks_of_any_size(store: SequenceStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_columns_read_in_blocks_of_any_size_are_complete(store: SequenceStore, monkeypatch: pytest.MonkeyPatch) -> None:
     with h5py.File(store.path) as file:
         offsets, split = file["offsets"][:], file["split"][:]
     for size in (1, 7, len(store) - 1, len(store), 1 << 22):
@@ -184,14 +185,14 @@ def test_columns_are_read_whole_in_blocks_of_any_size(store: SequenceStore, monk
             assert found.split(name).tolist() == np.flatnonzero(split == number).tolist()
 
 
-def test_the_fingerprint_is_of_every_column_but_the_manifest(store: SequenceStore) -> None:
-    """So that a store is known again by what it holds, and not by how it was made."""
+def test_the_fingerprint_depends_on_every_column_except_the_manifest(store: SequenceStore) -> None:
+    """It identifies the contents of a store, whatever the options it was built with."""
     for name in store.checksums:
         other = fingerprint_of(store.checksums | {name: "0" * 32})
         assert (other == store.fingerprint) is (name == "manifest"), name
 
 
-def test_a_group_numbers_the_rows_through(tmp_path: Path, store: SequenceStore) -> None:
+def test_a_group_numbers_the_rows_of_its_stores_consecutively(tmp_path: Path, store: SequenceStore) -> None:
     (tmp_path / "b.fasta").write_text(">x\nMKV\n>y\nMKVLA\n")
     second = build_store([tmp_path / "b.fasta"], tmp_path / "b.h5")
     group = StoreGroup([store, second])
@@ -203,23 +204,24 @@ def test_a_group_numbers_the_rows_through(tmp_path: Path, store: SequenceStore) 
     assert group.fingerprint not in (store.fingerprint, second.fingerprint)
     assert StoreGroup([store]).fingerprint == store.fingerprint
     assert StoreGroup([second, store]).fingerprint != group.fingerprint
-    with pytest.raises(ValueError, match=r"b\.h5 holds the same as .*b\.h5; give each store once"):
+    with pytest.raises(ValueError, match=r"b\.h5 has the same contents as .*b\.h5; give each store once"):
         StoreGroup([store, second, SequenceStore(second.path)])
-    numbers, begins, residues = group.places(np.array([401, 2, 400]))
+    numbers, begins, residues = group.locate(np.array([401, 2, 400]))
     assert numbers.tolist() == [1, 0, 1]
     assert residues.tolist() == [5, store.lengths[2], 3]
     assert second.tokens[begins[0] : begins[0] + 7].tolist() == ProteinTokenizer().encode("MKVLA").tolist()
 
 
-def test_a_sequence_without_its_ends_is_a_damaged_store(tmp_path: Path, store: SequenceStore) -> None:
+def test_a_sequence_without_bos_or_eos_is_reported_as_damaged(tmp_path: Path, store: SequenceStore) -> None:
     content = bytearray(store.path.read_bytes())
-    content[store._places["tokens"][0] + store.offsets[8] - 1] = 3  # the end of row 7
+    content[store._extents["tokens"][0] + store.offsets[8] - 1] = 3  # the <eos> of row 7
     (tmp_path / "damaged.h5").write_bytes(content)
     group = StoreGroup([SequenceStore(tmp_path / "damaged.h5")])
-    group.places(np.array([6, 8]))
-    with pytest.raises(ValueError, match=r"damaged\.h5: row 7 is damaged; `prepare inspect=.*damaged\.h5` tells more"):
-        group.places(np.array([6, 7, 8]))
-    content[store._places["offsets"][0] + 8 * 3 + 6] = 1  # the offset of row 3: far beyond the file
+    group.locate(np.array([6, 8]))
+    command = r"python -m protlig_dd\.prepare inspect=.*damaged\.h5"
+    with pytest.raises(ValueError, match=rf"damaged\.h5: row 7 is damaged; check the whole store with `{command}`"):
+        group.locate(np.array([6, 7, 8]))
+    content[store._extents["offsets"][0] + 8 * 3 + 6] = 1  # the offset of row 3 is now far beyond the end of the file
     (tmp_path / "damaged.h5").write_bytes(content)
     with pytest.raises(ValueError, match=r"damaged\.h5: row [23] is damaged"):
-        StoreGroup([SequenceStore(tmp_path / "damaged.h5")]).places(np.array([2, 3]))
+        StoreGroup([SequenceStore(tmp_path / "damaged.h5")]).locate(np.array([2, 3]))

@@ -1,4 +1,4 @@
-"""docs/testing.md: every test file is in a group, the table's rows are those of the script, the levels are true."""
+"""docs/testing.md agrees with the tests, with scripts/test_times.py and with scripts/test.sh."""
 
 import re
 from pathlib import Path
@@ -28,7 +28,7 @@ def test_every_test_is_in_a_group_and_every_group_has_tests() -> None:
         group_of("test_new", "test_a")
 
 
-def test_the_table_adds_up_what_ran(tmp_path: Path) -> None:
+def test_the_table_sums_the_times_of_the_tests_that_ran(tmp_path: Path) -> None:
     (tmp_path / "times.xml").write_text(XML)
     rows = {row.split(" | ")[0].strip("| "): row for row in table(read_times(tmp_path / "times.xml"))}
     assert rows["maths"].endswith("| 1 | 2 |")
@@ -37,7 +37,7 @@ def test_the_table_adds_up_what_ran(tmp_path: Path) -> None:
     assert rows["all"].endswith("| 3 | 24 |")
 
 
-def test_the_docs_have_the_table(
+def test_the_docs_contain_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "times.xml").write_text(XML)
@@ -52,7 +52,7 @@ def test_the_docs_have_the_table(
         test_times.main()
 
 
-def test_the_markers_that_are_left_out_are_the_ones_that_the_script_names() -> None:
+def test_the_script_and_the_docs_agree_on_the_tests_to_run() -> None:
     markers = re.findall(r'^    "(\w+): ', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert markers == ["gpu", "slow", "system", "campaign"]
     script = (ROOT / "scripts/test.sh").read_text()
@@ -60,7 +60,7 @@ def test_the_markers_that_are_left_out_are_the_ones_that_the_script_names() -> N
     text = (ROOT / "docs/testing.md").read_text()
     for command in ('./scripts/test.sh -m "not slow"', "./scripts/test.sh --all", "./scripts/test.sh"):
         assert f"`{command}`" in text
-    for path in (ROOT / "tests").glob("test_*.py"):  # so that `not slow` leaves them out too
-        for name, marks in re.findall(r"^((?:@pytest\.mark[^\n]*\n)+)def (\w+)", path.read_text(), re.MULTILINE):
-            if "mark.system" in name or "mark.campaign" in name:
-                assert "mark.slow" in name or "pytestmark = pytest.mark.slow" in path.read_text(), marks
+    for path in (ROOT / "tests").glob("test_*.py"):  # system and campaign tests must be slow, so `not slow` skips them
+        for marks, name in re.findall(r"^((?:@pytest\.mark[^\n]*\n)+)def (\w+)", path.read_text(), re.MULTILINE):
+            if "mark.system" in marks or "mark.campaign" in marks:
+                assert "mark.slow" in marks or "pytestmark = pytest.mark.slow" in path.read_text(), name

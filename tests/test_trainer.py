@@ -1,4 +1,4 @@
-"""The training step by itself: what it computes, and that it never waits for the device."""
+"""Tests of a single training step: what it computes, and that it never waits for the device."""
 
 import copy
 import math
@@ -70,13 +70,14 @@ def make_trainer(store: SequenceStore, optimizer: str, device: torch.device, *, 
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_step_follows_the_gradient_of_all_its_packs(store: SequenceStore, optimizer: str) -> None:
-    """Three steps, written out: nats a residue of both packs, clipped gradients, the step's rate and average."""
+def test_a_step_uses_the_gradient_of_all_its_packs(store: SequenceStore, optimizer: str) -> None:
+    """Compare three steps with their formulas: loss per residue of both packs, clipping, learning rate and average."""
     trainer = make_trainer(store, optimizer, torch.device("cpu"), fast=False)
     model = copy.deepcopy(trainer.model)
-    score_fn, stepper = trainer.objective.score_fn(model), make_optimizer(model, trainer.config.optim, "fp32")
+    score_fn = trainer.objective.score_fn(model)
+    reference_optimizer = make_optimizer(model, trainer.config.optim, "fp32")
     average = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    seen = 0
+    residues_seen = 0
     for step in range(3):
         packs = [trainer.dataset[2 * step], trainer.dataset[2 * step + 1]]
         residues = sum(int((pack.tokens < 20).sum()) for pack in packs)
@@ -87,24 +88,24 @@ def test_a_step_follows_the_gradient_of_all_its_packs(store: SequenceStore, opti
         (sum(losses) / residues).backward()
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         norm = sum(float(gradient.double().square().sum()) for gradient in gradients) ** 0.5
-        assert norm > 0.5  # or clipping would not be tried
+        assert norm > 0.5  # otherwise clipping would not be tested
         for gradient in gradients:
             gradient *= 0.5 / norm
-        for group in stepper.param_groups:
+        for group in reference_optimizer.param_groups:
             group["lr"] = rate(step)
-        stepper.step()
-        stepper.zero_grad()
+        reference_optimizer.step()
+        reference_optimizer.zero_grad()
         decay = min(0.9, (2 + step) / (11 + step))
         for name, parameter in model.named_parameters():
             average[name] = decay * average[name] + (1 - decay) * parameter.detach()
-        seen += residues
+        residues_seen += residues
 
         record = trainer.step(step, iter(packs), [])
         assert record["pack_loss"].tolist() == pytest.approx(
             [float(loss.detach()) / residues for loss in losses], rel=1e-4
         )
         assert float(record["grad_norm"]) == pytest.approx(norm, rel=1e-4)
-        assert (record["lr"], record["residues"], trainer.residues_seen) == (rate(step), residues, seen)
+        assert (record["lr"], record["residues"], trainer.residues_seen) == (rate(step), residues, residues_seen)
         assert record["rows"] == [row for pack in packs for row in pack.rows.tolist()]
         assert record["flops"] == sum(3 * model.flops(pack.lengths) for pack in packs)
         for name, parameter in trainer.model.named_parameters():
@@ -112,23 +113,23 @@ def test_a_step_follows_the_gradient_of_all_its_packs(store: SequenceStore, opti
             torch.testing.assert_close(trainer.ema.weights[name], average[name], rtol=1e-3, atol=1e-4)
 
 
-def test_a_loss_that_is_no_number_freezes_weights_and_a_spike_is_one_too(store: SequenceStore) -> None:
+def test_a_loss_that_is_not_finite_or_a_spike_freezes_the_weights(store: SequenceStore) -> None:
     trainer = make_trainer(store, "adamw", torch.device("cpu"), fast=False)
     usual = torch.tensor(2.0)
-    assert not trainer.watch(0, usual, torch.tensor(1.0))
-    assert not trainer.watch(SPIKE_STEPS - 1, torch.tensor(100.0), torch.tensor(1.0))  # too early to tell
+    assert not trainer.freeze_if_bad(0, usual, torch.tensor(1.0))
+    assert not trainer.freeze_if_bad(SPIKE_STEPS - 1, torch.tensor(100.0), torch.tensor(1.0))  # too early for a spike
     expected = 2.0 + (100.0 - 2.0) / SPIKE_STEPS
     assert float(trainer.usual_loss) == pytest.approx(expected)
-    assert not trainer.watch(SPIKE_STEPS, torch.tensor(2.99 * expected), torch.tensor(1.0))
+    assert not trainer.freeze_if_bad(SPIKE_STEPS, torch.tensor(2.99 * expected), torch.tensor(1.0))
     expected += (2.99 * expected - expected) / SPIKE_STEPS
-    assert trainer.watch(SPIKE_STEPS + 1, torch.tensor(3.01 * expected), torch.tensor(1.0))
-    assert float(trainer.usual_loss) == pytest.approx(expected)  # the spike is not part of it
+    assert trainer.freeze_if_bad(SPIKE_STEPS + 1, torch.tensor(3.01 * expected), torch.tensor(1.0))
+    assert float(trainer.usual_loss) == pytest.approx(expected)  # a spike does not change the usual loss
     assert float(trainer.frozen) == 1
-    assert not trainer.watch(SPIKE_STEPS + 2, torch.tensor(2.0), torch.tensor(1.0))
-    assert float(trainer.frozen) == 1  # from then on
+    assert not trainer.freeze_if_bad(SPIKE_STEPS + 2, torch.tensor(2.0), torch.tensor(1.0))
+    assert float(trainer.frozen) == 1  # the weights stay frozen
     for loss, norm in ((math.nan, 1.0), (2.0, math.inf)):
         trainer.frozen.zero_()
-        assert trainer.watch(1, torch.tensor(loss), torch.tensor(norm))
+        assert trainer.freeze_if_bad(1, torch.tensor(loss), torch.tensor(norm))
 
 
 @pytest.mark.gpu
@@ -136,9 +137,10 @@ def test_a_loss_that_is_no_number_freezes_weights_and_a_spike_is_one_too(store: 
 @pytest.mark.parametrize("fast", [False, True])
 def test_the_step_never_waits_for_a_gpu(store: SequenceStore, optimizer: str, fast: bool) -> None:
     trainer = make_trainer(store, optimizer, torch.device("cuda"), fast=fast)
-    assert all(trainer.dataset[i].fits(SHAPE) for i in range(4))  # or what fast means would not be tried
+    # otherwise padding and CUDA graphs would not be tested
+    assert all(trainer.dataset[i].fits(SHAPE) for i in range(4))
     packs = (trainer.dataset[i].pin_memory() for i in count())
-    trainer.step(0, packs, [])  # the first one makes optimizer state
+    trainer.step(0, packs, [])  # the first step creates the optimizer state
     torch.cuda.set_sync_debug_mode("error")
     try:
         trainer.step(1, packs, [])

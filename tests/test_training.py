@@ -1,4 +1,4 @@
-"""Whole runs, from the command line, on real proteins: resume, ranks, faults, sweeps and the report."""
+"""Whole runs from the command line on real proteins: resuming, ranks, faults, sweeps and the report."""
 
 import csv
 import json
@@ -30,13 +30,13 @@ from protlig_dd.runs.checkpoint import COMPLETE, complete_checkpoints
 from protlig_dd.runs.metrics import read_metrics
 from protlig_dd.system.files import sha256
 from protlig_dd.tokenizer import AMINO_ACIDS, ProteinTokenizer
-from protlig_dd.training.extend import check_extension, finished_at, put_report_aside, reports_otherwise
+from protlig_dd.training.extend import changes_length_or_report, check_extension, finished_step, put_report_aside
 from protlig_dd.training.packs import subset
 from protlig_dd.training.report import print_report
 
 from .conftest import TRAINED, Command, Start, assert_one_line_error, composed, require_program, thorough, wait_for
 
-pytestmark = pytest.mark.slow  # each starts processes that train
+pytestmark = pytest.mark.slow  # each test starts processes that train
 
 decode = ProteinTokenizer().decode
 
@@ -70,17 +70,17 @@ def train(run_python: Command, store: SequenceStore, name: str, *more: str) -> s
 
 
 def last_tensors(run_folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of the newest checkpoint: weights, averaged weights, optimizer state."""
+    """Return all tensors of the newest checkpoint: weights, averaged weights, optimizer state."""
     checkpoint = complete_checkpoints(run_folder)[-1]
     files = ("model", "ema", "optimizer")
     return {f"{file}/{k}": v for file in files for k, v in load_file(checkpoint / f"{file}.safetensors").items()}
 
 
-def assert_same_bits(first: Path, second: Path) -> None:
-    mine, theirs = last_tensors(first), last_tensors(second)
-    assert mine.keys() == theirs.keys()
-    for name, tensor in mine.items():
-        assert torch.equal(tensor, theirs[name]), name
+def assert_bit_identical(first: Path, second: Path) -> None:
+    tensors, expected = last_tensors(first), last_tensors(second)
+    assert tensors.keys() == expected.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, expected[name]), name
     assert read_rows(first) == read_rows(second)
 
 
@@ -89,19 +89,19 @@ def read_rows(run_folder: Path) -> dict[int, list[int]]:
     return {row["step"]: row["rows"] for row in rows}
 
 
-def test_stop_and_resume_give_the_undisturbed_runs_bits(
+def test_stop_and_resume_is_bit_identical_to_an_undisturbed_run(
     run_python: Command, store: SequenceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: Start
 ) -> None:
-    """16 steps, and 8 + resume + 8; then a third run that is killed with SIGKILL and started again."""
+    """A run of 16 steps; one of 8 + 8 steps; and one that is killed with SIGKILL and restarted."""
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # they wait for one another without keeping the cores busy
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # waiting threads do not keep the cores busy
     train(run_python, store, "whole", "trainer.max_steps=16")
     stopped = train(run_python, store, "halves", "trainer.max_steps=16", "trainer.stop_at_step=8")
     assert "stopped at step 8 of 16" in stopped
     assert [path.name for path in complete_checkpoints(tmp_path / "runs/halves")] == ["step_00000008"]
     resumed = train(run_python, store, "halves", "trainer.max_steps=16", "trainer.log_every=3")
-    assert "going on from runs/halves/checkpoints/step_00000008" in resumed
-    assert_same_bits(tmp_path / "runs/whole", tmp_path / "runs/halves")
+    assert "resuming from runs/halves/checkpoints/step_00000008" in resumed
+    assert_bit_identical(tmp_path / "runs/whole", tmp_path / "runs/halves")
     losses = [read_metrics(tmp_path / f"runs/{name}/metrics.jsonl") for name in ("whole", "halves")]
     assert sorted(losses[0]) == list(range(1, 17))
     assert [row["loss"] for row in losses[0].values()] == [row["loss"] for row in losses[1].values()]
@@ -114,11 +114,11 @@ def test_stop_and_resume_give_the_undisturbed_runs_bits(
     victim.send_signal(signal.SIGKILL)
     assert victim.wait() == -signal.SIGKILL
     again = train(run_python, store, "killed", "trainer.max_steps=16", "trainer.checkpoint_every=2")
-    assert "going on from runs/killed/checkpoints/step_" in again
-    assert_same_bits(tmp_path / "runs/whole", tmp_path / "runs/killed")
+    assert "resuming from runs/killed/checkpoints/step_" in again
+    assert_bit_identical(tmp_path / "runs/whole", tmp_path / "runs/killed")
 
 
-def test_a_finished_run_says_so_and_is_extended_by_name_alone(
+def test_a_finished_run_is_reported_and_extended_only_on_request(
     trained_run: Path, store: SequenceStore, run_python: Command, tmp_path: Path
 ) -> None:
     run = tmp_path / "runs/small"
@@ -126,18 +126,18 @@ def test_a_finished_run_says_so_and_is_extended_by_name_alone(
     command = ["-m", "protlig_dd.training", *TRAINED, f"data.path={store.path}"]
     report, metrics = (run / "report.json").read_text(), (run / "metrics.jsonl").read_text()
     last = run / "checkpoints/step_00000040"
-    assert finished_at(run) == 40
+    assert finished_step(run) == 40
     shutil.copytree(last, last.with_name("step_00000041"))
-    assert finished_at(run) is None  # it has gone on
+    assert finished_step(run) is None  # the run has continued
     shutil.rmtree(last.with_name("step_00000041"))
-    (run / "report.html").unlink()  # killed before the page was there
+    (run / "report.html").unlink()  # as after a kill before the page was written
     again = run_python(*command)
     assert again.returncode == 0, again.stderr
-    assert "runs/small has finished, at step 40: runs/small/report.html" in again.stdout
+    assert "runs/small has already finished at step 40; its report is runs/small/report.html" in again.stdout
     assert (run / "report.html").read_text() == run_page(read_run(run))
-    refused = run_python(*command, "trainer.max_steps=43")
+    longer = run_python(*command, "trainer.max_steps=43")
     assert_one_line_error(
-        refused, "trainer.max_steps was 40, now 43", "down to 0.1 of optim.lr=0.003", "run.resume=extend"
+        longer, "trainer.max_steps was 40, now 43", "down to 0.1 of optim.lr=0.003", "run.resume=extend"
     )
     fewer = run_python(*command, "trainer.max_steps=39")
     assert_one_line_error(fewer, "step_00000040 is beyond trainer.max_steps=39")
@@ -165,7 +165,7 @@ def test_a_finished_run_says_so_and_is_extended_by_name_alone(
 
 
 @pytest.mark.parametrize(
-    ("changes", "refused"),
+    ("changes", "is_error"),
     [
         (["trainer.max_steps=50"], True),
         (["trainer.max_steps=null", "trainer.epochs=3"], True),
@@ -176,51 +176,51 @@ def test_a_finished_run_says_so_and_is_extended_by_name_alone(
         (["trainer.max_steps=30"], False),
     ],
 )
-def test_a_schedule_that_has_come_down_is_not_raised_without_a_word(
-    trained_run: Path, changes: list[str], refused: bool
+def test_a_decayed_schedule_is_extended_only_with_resume_extend(
+    trained_run: Path, changes: list[str], is_error: bool
 ) -> None:
     config = read_config(composed(*TRAINED, *changes), TrainConfig)
-    if refused:
+    if is_error:
         with pytest.raises(ValueError, match=r"step 40 \(.*learning rate is down to 0.1 of optim.lr"):
             check_extension(trained_run, config)
     else:
         check_extension(trained_run, config)
-        assert reports_otherwise(trained_run, config)
+        assert changes_length_or_report(trained_run, config)
 
 
-def test_a_run_that_was_told_to_go_on_has_not_finished(trained_run: Path, tmp_path: Path) -> None:
-    """As an earlier version left it, killed before its next checkpoint; and one that trains by epochs."""
+def test_a_run_whose_length_was_increased_is_not_finished(trained_run: Path, tmp_path: Path) -> None:
+    """An earlier version could be killed after the increase, before its next checkpoint. Also a run with epochs."""
     run = tmp_path / "small"
     shutil.copytree(trained_run, run)
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text.replace("max_steps: 40", "max_steps: 50"))
-    assert finished_at(run) is None
-    check_extension(run, read_config(composed(*TRAINED, "trainer.max_steps=50"), TrainConfig))  # as it was told
+    assert finished_step(run) is None
+    check_extension(run, read_config(composed(*TRAINED, "trainer.max_steps=50"), TrainConfig))  # the recorded length
     with pytest.raises(ValueError, match="max_steps was 50, now 60"):
         check_extension(run, read_config(composed(*TRAINED, "trainer.max_steps=60"), TrainConfig))
     by_epochs = text.replace("max_steps: 40", "max_steps: null").replace("epochs: null", "epochs: 2.0")
     last = run / "checkpoints/step_00000040"
     for folder in (run, last):
         (folder / "config.yaml").write_text(by_epochs)
-    assert finished_at(run) == 40
+    assert finished_step(run) == 40
     state = json.loads((last / "state.json").read_text())
     assert state["max_steps"] == 40
-    (last / "state.json").write_text(json.dumps(state | {"max_steps": 80}))  # stopped half-way
-    assert finished_at(run) is None
+    (last / "state.json").write_text(json.dumps(state | {"max_steps": 80}))  # stopped half way
+    assert finished_step(run) is None
     check_extension(run, read_config(composed(*TRAINED, "trainer.max_steps=null", "trainer.epochs=3"), TrainConfig))
 
 
-def test_a_report_that_is_put_aside_is_never_in_parts(trained_run: Path, tmp_path: Path) -> None:
-    """Killed at any of its steps, one of the two places has all files."""
+def test_a_kill_while_a_report_is_moved_aside_leaves_a_complete_copy(trained_run: Path, tmp_path: Path) -> None:
+    """Whichever copy is interrupted, the run folder still has all files."""
     names = {"report.csv", "report.html", "report.json"}
-    for at in range(3):
-        run = tmp_path / str(at)
+    for copied in range(3):
+        run = tmp_path / str(copied)
         shutil.copytree(trained_run, run, ignore=shutil.ignore_patterns("checkpoints", "reports"))
         with pytest.MonkeyPatch.context() as patch:
             copies: list[Path] = []
 
-            def copy(source: Path, target: Path, copies: list[Path] = copies, at: int = at) -> None:
-                if len(copies) == at:
+            def copy(source: Path, target: Path, copies: list[Path] = copies, copied: int = copied) -> None:
+                if len(copies) == copied:
                     raise KeyboardInterrupt
                 copies.append(source)
                 shutil.copy(source, target)
@@ -236,7 +236,7 @@ def test_a_report_that_is_put_aside_is_never_in_parts(trained_run: Path, tmp_pat
 
 
 def set_plan_version(run_folder: Path, version: int | None) -> None:
-    """In the newest checkpoint's state; None takes it out, as in checkpoints of before there were versions."""
+    """Set plan_version in the newest checkpoint's state; None removes it, as checkpoints once had none."""
     checkpoint = complete_checkpoints(run_folder)[-1]
     file, sums = checkpoint / "state.json", json.loads((checkpoint / COMPLETE).read_text())
     state = {key: value for key, value in json.loads(file.read_text()).items() if key != "plan_version"}
@@ -244,8 +244,10 @@ def set_plan_version(run_folder: Path, version: int | None) -> None:
     (checkpoint / COMPLETE).write_text(json.dumps(sums | {file.name: sha256(file)}))
 
 
-def test_a_run_keeps_the_order_in_which_it_has_begun(run_python: Command, store: SequenceStore, tmp_path: Path) -> None:
-    """From a checkpoint of before plans had versions to the end, and from the one of step 5 on the way there again."""
+def test_a_resumed_run_keeps_the_plan_version_of_its_checkpoint(
+    run_python: Command, store: SequenceStore, tmp_path: Path
+) -> None:
+    """Resume from a checkpoint older than plan versions, then again from the step-5 checkpoint of the resumed run."""
     steps, runs = ("trainer.max_steps=8", "trainer.checkpoint_every=5"), tmp_path / "runs"
     train(run_python, store, "whole", *steps, "trainer.stop_at_step=2")
     set_plan_version(runs / "whole", None)
@@ -253,12 +255,12 @@ def test_a_run_keeps_the_order_in_which_it_has_begun(run_python: Command, store:
     shutil.copytree(runs / "whole", runs / "parts")
     shutil.rmtree(runs / "parts/checkpoints/step_00000008")
     (runs / "parts/rows.jsonl").unlink()
-    assert "going on from runs/parts/checkpoints/step_00000005" in train(run_python, store, "parts", *steps)
-    mine, theirs = last_tensors(runs / "parts"), last_tensors(runs / "whole")
-    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert "resuming from runs/parts/checkpoints/step_00000005" in train(run_python, store, "parts", *steps)
+    parts, whole = last_tensors(runs / "parts"), last_tensors(runs / "whole")
+    assert all(torch.equal(parts[name], whole[name]) for name in whole)
     group, rows = StoreGroup([store]), read_rows(runs / "whole")
     assert read_rows(runs / "parts") == {step: rows[step] for step in (6, 7, 8)}
-    for version, first, last in ((2, 0, 2), (1, 2, 8)):  # a new run has the newest
+    for version, first, last in ((2, 0, 2), (1, 2, 8)):  # a new run starts with the newest version, 2
         dataset = PackDataset(group, group.split("train"), max_len=200, tokens_per_pack=800, seed=0, version=version)
         packs = [np.concatenate([dataset.pack_rows(2 * step + i) for i in (0, 1)]) for step in range(first, last)]
         assert [rows[step + 1] for step in range(first, last)] == [sorted(pack.tolist()) for pack in packs]
@@ -270,12 +272,12 @@ def test_a_run_keeps_the_order_in_which_it_has_begun(run_python: Command, store:
     set_plan_version(runs / "whole", 3)
     before = (runs / "whole/environment.json").read_text()
     more = overrides_for(store, "whole", "trainer.max_steps=9", "run.resume=extend")
-    refused = run_python("-m", "protlig_dd.training", *more)
-    assert_one_line_error(refused, "runs/whole/checkpoints/step_00000008", "plan version 3", "knows 1 and 2")
+    rejected = run_python("-m", "protlig_dd.training", *more)
+    assert_one_line_error(rejected, "runs/whole/checkpoints/step_00000008", "plan version 3", "supports 1 and 2")
     assert (runs / "whole/environment.json").read_text() == before
 
 
-def test_ctrl_c_is_130_and_the_run_goes_on(
+def test_ctrl_c_exits_with_130_and_the_run_can_be_resumed(
     store: SequenceStore, tmp_path: Path, run_python: Command, start: Start
 ) -> None:
     command = overrides_for(store, "stopped", "trainer.max_steps=3000", "trainer.checkpoint_every=2")
@@ -287,7 +289,7 @@ def test_ctrl_c_is_130_and_the_run_goes_on(
     assert re.fullmatch(r"stopped by SIGINT after step \d+ of 3000", errors.strip().splitlines()[-1])
     reached = int(complete_checkpoints(tmp_path / "runs/stopped")[-1].name.split("_")[1])
     out = train(run_python, store, "stopped", f"trainer.max_steps={reached + 2}", "trainer.checkpoint_every=2")
-    assert "going on from" in out
+    assert "resuming from" in out
 
 
 def torchrun(processes: int, arguments: Sequence[str]) -> list[str]:
@@ -295,11 +297,13 @@ def torchrun(processes: int, arguments: Sequence[str]) -> list[str]:
     return [*launcher, "-m", "protlig_dd.training", *arguments]
 
 
-def test_packs_that_ranks_cannot_share_are_refused(run_python: Command, store: SequenceStore, tmp_path: Path) -> None:
+def test_packs_per_step_must_be_divisible_by_the_number_of_processes(
+    run_python: Command, store: SequenceStore, tmp_path: Path
+) -> None:
     arguments = overrides_for(store, "odd", "optim.packs_per_step=3")
     process = run_python(*torchrun(2, arguments))
     assert process.returncode != 0
-    # The launcher ends the other rank as soon as one has refused, so either may be the one that is heard.
+    # The launcher ends the other rank as soon as one has failed, so either rank may print the error.
     assert re.search(r"\[rank [01]\] error: optim\.packs_per_step=3 is not divisible by 2 processes", process.stderr)
     assert not (tmp_path / "runs/odd").exists()
 
@@ -325,27 +329,29 @@ def test_a_non_finite_loss_stops_the_run_and_leaves_the_last_good_checkpoint(
     assert "NonFiniteLossError" in (tmp_path / "runs/bad/logs/rank_0.log").read_text()
     rows_written = read_metrics(tmp_path / "runs/bad/metrics.jsonl")
     assert rows_written[8]["loss"] > 0
-    assert rows_written[9]["loss"] is None  # the step that failed is on record
-    train(run_python, store, "bad", *more)  # the good checkpoint goes on
+    assert rows_written[9]["loss"] is None  # the failed step has a row
+    train(run_python, store, "bad", *more)  # the run resumes from the good checkpoint
 
 
-def test_another_config_or_other_data_is_not_resumed(run_python: Command, store: SequenceStore, tmp_path: Path) -> None:
+def test_a_run_is_not_resumed_with_another_config_or_other_data(
+    run_python: Command, store: SequenceStore, tmp_path: Path
+) -> None:
     more = ["trainer.max_steps=2"]
     train(run_python, store, "same", *more)
     config = (tmp_path / "runs/same/config.yaml").read_text()
     changed = run_python("-m", "protlig_dd.training", *overrides_for(store, "same", *more, "optim.lr=1e-4"))
     assert_one_line_error(changed, "runs/same", "optim.lr: 0.003 -> 0.0001", "run.fresh=true")
     assert (tmp_path / "runs/same/config.yaml").read_text() == config
-    lacks = config.replace(re.search(r"  stop_within: .*\n", config)[0], "")  # as an earlier version wrote it
-    (tmp_path / "runs/same/config.yaml").write_text(lacks)
-    earlier = train(run_python, store, "same", *more, "trainer.stop_at_step=1")  # where the run has been already
-    assert len(read_metrics(tmp_path / "runs/same/metrics.jsonl")) == 2, earlier
+    older = config.replace(re.search(r"  stop_within: .*\n", config)[0], "")  # as an earlier version wrote it
+    (tmp_path / "runs/same/config.yaml").write_text(older)
+    out = train(run_python, store, "same", *more, "trainer.stop_at_step=1")  # a step that the run has made already
+    assert len(read_metrics(tmp_path / "runs/same/metrics.jsonl")) == 2, out
     never = run_python("-m", "protlig_dd.training", *overrides_for(store, "same", *more, "run.resume=never"))
     assert_one_line_error(never, "runs/same exists and run.resume=never")
     copy = tmp_path / "elsewhere.h5"
     copy.write_bytes(store.path.read_bytes())
     out = train(run_python, store, "same", "trainer.max_steps=4", f"data.path={copy}", "run.resume=extend")
-    assert "going on from" in out  # the same data under another name
+    assert "resuming from" in out  # the same data under another name
     environment = tmp_path / "runs/same/environment.json"
     record = json.loads(environment.read_text())
     environment.write_text("{")
@@ -356,7 +362,7 @@ def test_another_config_or_other_data_is_not_resumed(run_python: Command, store:
     assert_one_line_error(other, "runs/same was started with data_fingerprint 000000")
 
 
-def test_a_run_that_failed_before_its_first_step_may_change(
+def test_a_run_that_failed_before_its_first_step_may_restart_with_another_config(
     run_python: Command, store: SequenceStore, tmp_path: Path
 ) -> None:
     large = run_python("-m", "protlig_dd.training", *overrides_for(store, "start", "data.tokens_per_pack=9000000"))
@@ -368,10 +374,10 @@ def test_fresh_moves_the_earlier_run_aside(run_python: Command, store: SequenceS
     for _ in range(2):
         out = train(run_python, store, "again", "trainer.max_steps=2", "run.fresh=true")
     assert "the earlier runs/again is now runs/again.1" in out
-    assert_same_bits(tmp_path / "runs/again", tmp_path / "runs/again.1")
+    assert_bit_identical(tmp_path / "runs/again", tmp_path / "runs/again.1")
 
 
-def test_a_sweep_has_a_folder_for_each_job_and_fails_with_its_jobs(
+def test_a_sweep_has_a_folder_for_each_job_and_fails_if_a_job_fails(
     run_python: Command, store: SequenceStore, tmp_path: Path
 ) -> None:
     sweep = ["-m", "protlig_dd.training", "-m", *overrides_for(store, "lrs", "trainer.max_steps=2")]
@@ -384,13 +390,15 @@ def test_a_sweep_has_a_folder_for_each_job_and_fails_with_its_jobs(
         assert f"lr: {lr}" in (folder / "config.yaml").read_text()
         assert complete_checkpoints(folder)
     again = run_python(*sweep, "optim.lr=3e-4,1e-3")
-    assert again.stdout.count("has finished, at step 2") == 2  # the same sweep finds its runs again
+    assert again.stdout.count("has already finished at step 2") == 2  # the repeated sweep finds its runs
     failing = run_python(*sweep, "model.n_heads=4,5")
     assert failing.returncode == 1
     assert "n_heads=5" in failing.stderr
 
 
-def test_the_report_beats_the_untrained_model(run_python: Command, store: SequenceStore, tmp_path: Path) -> None:
+def test_a_trained_model_beats_the_untrained_model_in_its_report(
+    run_python: Command, store: SequenceStore, tmp_path: Path
+) -> None:
     out = train(
         run_python,
         store,
@@ -411,8 +419,8 @@ def test_the_report_beats_the_untrained_model(run_python: Command, store: Sequen
     assert 2.7 < report["unigram_nll"] < 3.0
     assert abs(report["nll"] - report["unigram_nll"]) < 0.1
     assert report["difference"] == pytest.approx(report["nll"] - report["unigram_nll"])
-    for figure in (report["nll"], report["nll_se"], report["unigram_nll"], report["composition_kl"]):
-        assert f"{figure:.4f}" in out
+    for value in (report["nll"], report["nll_se"], report["unigram_nll"], report["composition_kl"]):
+        assert f"{value:.4f}" in out
     assert "run folder             runs/report" in out
     assert all(sequence in out for sequence in report["shown"])
     assert len(report["shown"]) == 3
@@ -439,7 +447,7 @@ def test_the_report_beats_the_untrained_model(run_python: Command, store: Sequen
     assert (tmp_path / "mkw.fasta").read_text().splitlines()[1::2] == ["MKW", "MKW"]
     evaluations = re.search(r"([\d.]+)% of the network's evaluations were skipped", process.stdout)
     assert evaluations is not None
-    assert 100 * (1 - 8 / 82) - 0.1 < float(evaluations[1]) < 100  # two proteins, 41 steps; each residue moves once
+    assert 100 * (1 - 8 / 82) - 0.1 < float(evaluations[1]) < 100  # 2 proteins, 41 steps; each residue is unmasked once
     other = run_python("-m", "protlig_dd.sample", *steered[:1], "output=t.fasta", "log_bias=bias.csv", "lengths=5")
     assert_one_line_error(other, "bias.csv has 3 rows but protein 1 has 5 residues; give a row for each, or lengths=3")
     again = run_python("-m", "protlig_dd.sample", "from=runs/report", "output=s.fasta")
@@ -456,7 +464,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("more", OTHERS.values(), ids=OTHERS)
-def test_the_other_processes_train_too(
+def test_other_graphs_parametrisations_and_noises_train_too(
     run_python: Command, store: SequenceStore, tmp_path: Path, more: list[str]
 ) -> None:
     matrix = tmp_path / "blosum.txt"
@@ -464,7 +472,7 @@ def test_the_other_processes_train_too(
     matrix.write_text(scores.format("%4d"))
     more = [*more, "trainer.max_steps=10", "report.samples=2", "report.steps=8", "time_conditioning=true"]
     train(run_python, store, "other", *more, "trainer.stop_at_step=5")
-    assert "going on from" in train(run_python, store, "other", *more)
+    assert "resuming from" in train(run_python, store, "other", *more)
     report = json.loads((tmp_path / "runs/other/report.json").read_text())
     assert report["estimator"] == "integral"
     assert 1.5 < report["nll"] < 6
@@ -474,8 +482,8 @@ def test_the_other_processes_train_too(
         changed = run_python("-m", "protlig_dd.training", *overrides_for(store, "other", *more))
         assert_one_line_error(changed, "runs/other was started with another config (graph.rates: ")
         assert len(changed.stderr) < 500
-        matrix.unlink()  # the rates went with the run
-        assert "going on from" in train(run_python, store, "other", *more, "trainer.max_steps=12", "run.resume=extend")
+        matrix.unlink()  # the run has its own copy of the rates
+        assert "resuming from" in train(run_python, store, "other", *more, "trainer.max_steps=12", "run.resume=extend")
         steered = ["n=2", "steps=4", "lengths=50", "temperature=0.8", "log_bias={C:-inf,W:1}"]
         process = run_python("-m", "protlig_dd.sample", "from=runs/other", "output=s.fasta", *steered)
         assert process.returncode == 0, process.stderr
@@ -487,9 +495,11 @@ def test_the_other_processes_train_too(
         assert_one_line_error(wrong, "log_bias: 'Z'")
 
 
-def test_the_flags_are_the_same_code(run_python: Command, store: SequenceStore, tmp_path: Path) -> None:
-    """The classic launch line with overrides that make one step short, with --all of a network that is slow on a CPU;
-    its full size is counted by plan=true.
+def test_the_classic_launch_flags_start_the_same_training(
+    run_python: Command, store: SequenceStore, tmp_path: Path
+) -> None:
+    """The classic launch line with overrides that shorten a step. With --all the network is large enough for the
+    warning that it is slow on a CPU. plan=true counts the parameters of the full size.
     """
     narrow = ["model.n_blocks=1", f"model.hidden_size={1024 if thorough() else 64}", "model.n_heads=2"]
     command = [
@@ -531,7 +541,7 @@ def test_the_flags_are_the_same_code(run_python: Command, store: SequenceStore, 
     assert_one_line_error(misspelt, "unknown argument 'fresh'")
 
 
-def test_a_config_elsewhere_builds_on_the_shipped_groups(
+def test_a_config_outside_the_package_extends_the_shipped_groups(
     run_python: Command, store: SequenceStore, tmp_path: Path
 ) -> None:
     (tmp_path / "mine.yaml").write_text("defaults: [train, _self_]\nrun: {name: mine}\noptim: {lr: 0.007}\n")
@@ -547,7 +557,7 @@ def test_a_config_elsewhere_builds_on_the_shipped_groups(
     )
     assert process.returncode == 0, process.stdout + process.stderr
     assert "lr: 0.007" in (tmp_path / "runs/mine/config.yaml").read_text()
-    (tmp_path / "work").mkdir()  # the folder one stands in comes first, then --work_dir
+    (tmp_path / "work").mkdir()  # searched after the current folder
     (tmp_path / "mine.yaml").unlink()
     for folder, name in (("work", "there"), ("", "here")):
         (tmp_path / folder / "mine.yaml").write_text(f"defaults: [train, _self_]\noptim: {{schedule: {name}}}\n")
@@ -556,7 +566,7 @@ def test_a_config_elsewhere_builds_on_the_shipped_groups(
     assert_one_line_error(missing, f"--config other.yaml: no such file (looked in {tmp_path} and {tmp_path}/work)")
 
 
-def test_without_data_the_bundled_sample_is_taken_and_said(run_python: Command, tmp_path: Path) -> None:
+def test_without_data_the_bundled_sample_is_used_and_reported(run_python: Command, tmp_path: Path) -> None:
     more = ["trainer.max_steps=1", "run.name=auto"]
     process = run_python("-m", "protlig_dd.training", *TINY, *more)
     assert process.returncode == 0, process.stdout + process.stderr
@@ -570,7 +580,7 @@ def test_without_data_the_bundled_sample_is_taken_and_said(run_python: Command, 
 
 
 def test_the_wheel_trains_in_an_empty_folder(run_python: Command, store: SequenceStore, tmp_path: Path) -> None:
-    """Configs and proteins ship in the wheel: unpack it, and train from there alone."""
+    """The wheel contains configs and proteins. Unpack it, and train without the checkout."""
     root = Path(__file__).resolve().parents[1]
     subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path / "dist")],
@@ -579,7 +589,7 @@ def test_the_wheel_trains_in_an_empty_folder(run_python: Command, store: Sequenc
         capture_output=True,
     )
     (wheel,) = (tmp_path / "dist").glob("*.whl")
-    assert wheel.name == f"protlig_dd-{__version__}-py3-none-any.whl"  # as model cards say
+    assert wheel.name == f"protlig_dd-{__version__}-py3-none-any.whl"  # the name in model cards
     site, empty = tmp_path / "site", tmp_path / "empty"
     subprocess.run([sys.executable, "-m", "zipfile", "-e", str(wheel), str(site)], check=True)
     empty.mkdir()
@@ -593,21 +603,23 @@ def test_the_wheel_trains_in_an_empty_folder(run_python: Command, store: Sequenc
     assert any(empty.glob("data/sample-*.h5"))
 
 
-def test_the_report_is_recomputed_from_its_rows_and_samples(
+def test_the_report_agrees_with_values_recomputed_from_its_rows_and_samples(
     trained_run: Path, store: SequenceStore, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every number of report.json that a reader takes for a result, and as the run's last lines say it."""
+    """Recompute the results in report.json, and find them in the lines that the run prints at its end."""
     report = json.loads((trained_run / "report.json").read_text())
     rows = list(csv.DictReader((trained_run / "report.csv").read_text().splitlines()))
     letters = Counter("".join(decode(store[row]) for row in store.split("train")))
-    frequencies = {letter: letters[letter] + 1 for letter in AMINO_ACIDS}
-    total = sum(frequencies.values())
-    shares = {letter: count / total for letter, count in frequencies.items()}
+    smoothed = {letter: letters[letter] + 1 for letter in AMINO_ACIDS}
+    total = sum(smoothed.values())
+    frequencies = {letter: count / total for letter, count in smoothed.items()}
     assert [row["id"] for row in rows] == [store.id(row) for row in store.split("test")]
     for row, number in zip(rows, store.split("test"), strict=True):
         residues = [letter for letter in decode(store[number])[:300] if letter in AMINO_ACIDS]
         assert int(row["residues"]) == len(residues)
-        assert float(row["unigram_nats"]) == pytest.approx(-sum(math.log(shares[one]) for one in residues), rel=1e-5)
+        assert float(row["unigram_nats"]) == pytest.approx(
+            -sum(math.log(frequencies[letter]) for letter in residues), rel=1e-5
+        )
     counts = np.array([int(row["residues"]) for row in rows])
     bound, unigram = (np.array([float(row[key]) for row in rows]) for key in ("nll_nats", "unigram_nats"))
     printed = {}
@@ -618,13 +630,13 @@ def test_the_report_is_recomputed_from_its_rows_and_samples(
         printed[key] = f"{report[key]:{'+' if key == 'difference' else ''}.4f} ± {report[f'{key}_se']:.4f}"
     assert (report["sequences"], report["residues"]) == (len(rows), counts.sum())
     samples = "".join(record.sequence for record in read_fasta(trained_run / report["samples"]))
-    drawn = {letter: count / len(samples) for letter, count in Counter(samples).items()}
-    divergence = sum(share * math.log(share / shares[letter]) for letter, share in drawn.items())
+    sampled = {letter: count / len(samples) for letter, count in Counter(samples).items()}
+    divergence = sum(p * math.log(p / frequencies[letter]) for letter, p in sampled.items())
     assert report["composition_kl"] == pytest.approx(divergence, rel=1e-5)
     weights = load_file(complete_checkpoints(trained_run)[-1] / "model.safetensors")
     assert report["parameters"] == sum(tensor.numel() for tensor in weights.values())
     print_report(trained_run, 40, report, "some.h5")
-    said = capsys.readouterr().out
+    printed_lines = capsys.readouterr().out
     for line in (
         f"NLL bound            {printed['nll']}",
         f"unigram NLL          {printed['unigram_nll']}, of the training split of some.h5",
@@ -632,7 +644,7 @@ def test_the_report_is_recomputed_from_its_rows_and_samples(
         f"samples              {divergence:.4f}",
         f"test set, {len(rows)} proteins, {counts.sum():,} residues (the first 300 of each)",
     ):
-        assert line in said
+        assert line in printed_lines
 
 
 @pytest.mark.slow
@@ -640,10 +652,10 @@ def test_the_report_is_recomputed_from_its_rows_and_samples(
 def test_a_compiled_run_has_the_losses_of_an_eager_one(
     run_python: Command, store: SequenceStore, tmp_path: Path
 ) -> None:
-    """Packs of many sizes, and an evaluation between them; compiled once, without the checks of shapes in its way."""
+    """Packs of many sizes, and an evaluation between them, compile once. Shape checks are off, as they interfere."""
     require_program("g++")
     losses = []
-    # a small rate: Muon makes much of the rounding of gradients that are near 0 at first
+    # a low learning rate: Muon amplifies the rounding of gradients, which are close to 0 in the first steps
     more = ["trainer.max_steps=6", "trainer.eval_every=3", "model.n_blocks=1", "optim.lr=1e-4"]
     train(run_python, store, "eager", *more)
     process = run_python(
@@ -666,7 +678,7 @@ def test_a_compiled_run_has_the_losses_of_an_eager_one(
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_compiling_without_a_compiler_is_refused(run_python: Command, store: SequenceStore, tmp_path: Path) -> None:
+def test_compiling_without_a_compiler_is_an_error(run_python: Command, store: SequenceStore, tmp_path: Path) -> None:
     process = run_python(
         "-m", "protlig_dd.training", *overrides_for(store, "none", "trainer.compile=true"), PATH=str(tmp_path)
     )
@@ -674,7 +686,7 @@ def test_compiling_without_a_compiler_is_refused(run_python: Command, store: Seq
 
 
 @pytest.mark.gpu
-def test_a_gpu_trains(run_python: Command, store: SequenceStore, tmp_path: Path) -> None:
+def test_training_runs_on_a_gpu(run_python: Command, store: SequenceStore, tmp_path: Path) -> None:
     train(run_python, store, "gpu", "trainer.max_steps=5", "report.samples=2", "report.steps=4")
     assert json.loads((tmp_path / "runs/gpu/environment.json").read_text())["device"] == "cuda:0"
     assert complete_checkpoints(tmp_path / "runs/gpu")

@@ -1,4 +1,4 @@
-"""PROTLIG_TYPECHECK=1 enforces every annotated shape; without it, the project's own checks must still stand."""
+"""PROTLIG_TYPECHECK=1 enforces every annotated shape. Without it the project's own checks must still raise."""
 
 import ast
 import os
@@ -17,7 +17,7 @@ WRONG_SHAPE = (
 )
 
 
-def test_wrong_shapes_are_caught_with_the_variable_and_only_then(run_python: Command) -> None:
+def test_wrong_shapes_are_errors_only_if_the_variable_is_set(run_python: Command) -> None:
     checked = run_python("-c", WRONG_SHAPE, PROTLIG_TYPECHECK="1", PYTHONPATH=str(ROOT))
     assert checked.returncode == 1
     assert "TypeCheckError" in checked.stderr
@@ -26,13 +26,15 @@ def test_wrong_shapes_are_caught_with_the_variable_and_only_then(run_python: Com
 
 
 @pytest.mark.slow
-def test_what_is_refused_is_refused_without_it_too(run_python: Command) -> None:
+def test_invalid_values_are_rejected_without_the_variable_too(run_python: Command) -> None:
     tests = [
         f"{path.name}::{function.name}"
         for path in sorted((ROOT / "tests").glob("test_*.py"))
         for function in ast.parse(path.read_text()).body
         if isinstance(function, ast.FunctionDef) and function.name.startswith("test_")
-        if any(isinstance(node, ast.Call) and ast.unparse(node.func) == "refuses" for node in ast.walk(function))
+        if any(
+            isinstance(node, ast.Call) and ast.unparse(node.func) == "raises_value_error" for node in ast.walk(function)
+        )
     ]
     assert len(tests) > 10
     imported = ("-W", "ignore:Module already imported:pytest.PytestAssertRewriteWarning")
@@ -43,7 +45,7 @@ def test_what_is_refused_is_refused_without_it_too(run_python: Command) -> None:
 
 
 VERBS = ("embed", "evaluate", "export", "infill", "judge", "prepare", "report", "sample", "variants", "training")
-# for each verb, as `python -m` starts it: its help, and whether functions of the module that was started are checked
+# print the help of each verb as `python -m` does, and whether the functions of its module are checked
 START_ALL = """
 import runpy, sys
 for verb in sys.argv[1:]:
@@ -63,15 +65,15 @@ def package(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("order", [("1", "0"), ("0", "1")], ids=["checked, then plain", "plain, then checked"])
-def test_bytecode_of_checked_and_of_plain_runs_lies_apart(
+def test_checked_and_plain_runs_do_not_share_bytecode(
     order: tuple[str, str], package: Path, run_python: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every verb starts, and is checked or not, whatever ran before it in this checkout."""
+    """Every verb starts with or without checks, as requested, whatever ran before it in this checkout."""
     for name in ("PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX"):
         monkeypatch.delenv(name, raising=False)
     for checked in order:
-        own = {"PYTHONPATH": str(package), "PROTLIG_TYPECHECK": checked}
-        process = run_python("-c", START_ALL, *VERBS, cwd=package, **own)
+        environment = {"PYTHONPATH": str(package), "PROTLIG_TYPECHECK": checked}
+        process = run_python("-c", START_ALL, *VERBS, cwd=package, **environment)
         assert process.returncode == 0, process.stderr
         for verb in VERBS:
             assert f"{verb} checked: {checked == '1'}" in process.stdout.splitlines(), (order, checked)
@@ -81,8 +83,8 @@ def test_bytecode_of_checked_and_of_plain_runs_lies_apart(
 
 
 @pytest.mark.slow
-def test_checking_the_package_compiles_no_other_package(package: Path, tmp_path: Path) -> None:
-    """einops is imported by the package: its bytecode stays where the interpreter looks for it."""
+def test_checks_do_not_change_the_bytecode_of_other_packages(package: Path, tmp_path: Path) -> None:
+    """The package imports einops, whose bytecode must keep the name under which the interpreter looks for it."""
     (tmp_path / "site").mkdir()
     import einops
 

@@ -1,4 +1,8 @@
-"""`python -m protlig_dd.variants`: what assays say, every strategy against one row at a time, ProteinGym's average."""
+"""`python -m protlig_dd.variants`.
+
+The reading of assays, windows for long proteins, each strategy against a direct computation of every variant, and
+ProteinGym's metrics and averages.
+"""
 
 import csv
 import itertools
@@ -34,19 +38,19 @@ from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.evaluation.variants.assays import Assay, above_median, all_substitutions, read_assay, read_target
 from protlig_dd.evaluation.variants.bounds import (
     GAP,
+    antithetic_uniforms,
     column_streams,
     columns_of,
     exact_count_draw,
     integral_draw,
-    mirrored_places,
 )
 from protlig_dd.evaluation.variants.composition import (
     background,
-    beside_composition,
+    compare_with_composition,
     composition_line,
     composition_scores,
 )
-from protlig_dd.evaluation.variants.fitness import Scores, over_draws, score_each, score_variants
+from protlig_dd.evaluation.variants.fitness import Scores, average_draws, score_each, score_variants
 from protlig_dd.evaluation.variants.heatmap import heat_map, to_csv, to_png
 from protlig_dd.evaluation.variants.measurements import (
     METRICS,
@@ -60,9 +64,15 @@ from protlig_dd.evaluation.variants.measurements import (
 )
 from protlig_dd.evaluation.variants.mutants import Indel, Numbering, Variant, compare
 from protlig_dd.evaluation.variants.references import read_reference
-from protlig_dd.evaluation.variants.scoring import check_different, done_before, of_assay, read_checked, settings_of
+from protlig_dd.evaluation.variants.scoring import (
+    assay_settings,
+    check_distinct_outputs,
+    earlier_summary,
+    read_checked,
+    settings_of,
+)
 from protlig_dd.evaluation.variants.strategies import choose_strategies
-from protlig_dd.evaluation.variants.windows import Piece, groups_of, pieces_of, windowed
+from protlig_dd.evaluation.variants.windows import Piece, groups_of, pieces_of, window_tokens
 from protlig_dd.inference.model import load_trained
 from protlig_dd.inference.sharing import Work
 from protlig_dd.system.files import sha256
@@ -87,9 +97,10 @@ TARGET = ids(WILD)
 
 
 def assay_of(*variants: Variant) -> Assay:
-    nothing = np.full(len(variants), np.nan)
+    """Return an assay of these variants without measurements."""
+    missing = np.full(len(variants), np.nan)
     rows = [[str(i)] for i in range(len(variants))]
-    return Assay(["mutant"], rows, list(variants), [f"row {i}" for i in range(len(variants))], nothing, nothing)
+    return Assay(["mutant"], rows, list(variants), [f"row {i}" for i in range(len(variants))], missing, missing)
 
 
 def read(tmp_path: Path, text: str, target: str = WILD) -> Assay:
@@ -98,38 +109,40 @@ def read(tmp_path: Path, text: str, target: str = WILD) -> Assay:
 
 
 def scored(score_fn: ScoreFn, assay: Assay, strategy: str, target: np.ndarray = TARGET, **options: int) -> Scores:
-    settings = {"longest": 100, "draws": 8, "seed": 0, "tokens_per_pack": 70} | options
+    settings = {"max_len": 100, "draws": 8, "seed": 0, "tokens_per_pack": 70} | options
     work = Work(settings.pop("tokens_per_pack"))
     return score_variants(replace(score_fn, noise=NOISE), target, assay, work, strategy=strategy, **settings)
 
 
-def test_what_is_drawn_follows_from_the_seed() -> None:
+def test_every_random_draw_follows_from_the_seed() -> None:
     deletion, pair = Variant(indel=Indel(3, 4, ())), Variant(((0, 0), (5, 2)))
     for kind, graph in (("exact_count", Absorbing()), ("integral", Uniform())):
         score_fn = ScoreFn(
             make_model(time_conditioning=kind == "integral"), graph, LogLinearNoise(), "x0", kind == "integral"
         )
-        first, again, other = (scored(score_fn, assay_of(pair, deletion), "bound", seed=seed) for seed in (1, 1, 2))
-        assert first.nats.tolist() == again.nats.tolist()
-        assert (first.nats != other.nats).all()
+        first, same_seed, other_seed = (
+            scored(score_fn, assay_of(pair, deletion), "bound", seed=seed) for seed in (1, 1, 2)
+        )
+        assert first.nats.tolist() == same_seed.nats.tolist()
+        assert (first.nats != other_seed.nats).all()
     streams = [stream for seed in (1, 2) for draw in (0, 1) for stream in column_streams(seed, draw)]
     assert len({tuple(torch.rand(3, generator=stream).tolist()) for stream in streams}) == 8
 
 
-def test_residues_are_counted_without_letters_that_are_none() -> None:
-    """Of a wild type with X: the share that is masked, and the length that an indel changes."""
-    target, seen = ids("MKTXYXIAK"), []
+def test_residues_are_counted_without_letters_that_are_not_amino_acids() -> None:
+    """An X of the wild type counts neither in the masked fraction nor in the length that an indel changes."""
+    target, sigmas = ids("MKTXYXIAK"), []
 
     def network(batch: PackedBatch, sigma: torch.Tensor) -> torch.Tensor:
-        seen.append(sigma)
+        sigmas.append(sigma)
         return torch.zeros(len(batch.tokens), N_STATES)
 
     score_fn = ScoreFn(network, Absorbing(), LogLinearNoise(), "x0")
     found = scored(score_fn, assay_of(Variant(((0, 0), (2, 1)))), "masked_marginals", target)
     assert found.nats.tolist() == [0.0]
-    assert seen[0].tolist() == pytest.approx(masked_sigma(NOISE, torch.tensor([2 / 7], dtype=torch.float64)).tolist())
+    assert sigmas[0].tolist() == pytest.approx(masked_sigma(NOISE, torch.tensor([2 / 7], dtype=torch.float64)).tolist())
     indels = assay_of(Variant(indel=Indel(1, 2, ())), Variant(indel=Indel(4, 4, (5, 6))))
-    for draws in (4, 10):  # every residue costs log 20, so that no length is better than another
+    for draws in (4, 10):  # every residue costs log 20, so no length scores better than another
         found = scored(
             ScoreFn(network, Absorbing(), LogLinearNoise(), "x0", False), indels, "bound", target, draws=draws
         )
@@ -137,7 +150,9 @@ def test_residues_are_counted_without_letters_that_are_none() -> None:
         np.testing.assert_allclose(found.nats, 0, atol=1e-4)
 
 
-def test_scores_are_made_again_when_anything_that_they_depend_on_changes(trained_run: Path, tmp_path: Path) -> None:
+def test_earlier_scores_are_an_error_if_anything_that_they_depend_on_has_changed(
+    trained_run: Path, tmp_path: Path
+) -> None:
     trained = load_trained(str(trained_run), device="cpu", precision="fp32")
     config = VariantsConfig(
         from_="",
@@ -155,9 +170,9 @@ def test_scores_are_made_again_when_anything_that_they_depend_on_changes(trained
         precision="fp32",
         tokens_per_pack=100,
     )
-    settings = settings_of(trained, config) | of_assay(None, TARGET, 0)
+    settings = settings_of(trained, config) | assay_settings(None, TARGET, 0)
     run = replace(trained.saved.config, run=replace(trained.saved.config.run, name="another"))
-    (tmp_path / "weights").write_bytes(b"others")
+    (tmp_path / "weights").write_bytes(b"other")
     changes = [settings_of(replace(trained, precision="bf16"), config)] + [
         settings_of(replace(trained, saved=replace(trained.saved, **change)), config)
         for change in ({"step": 7}, {"config": run}, {"weights": tmp_path / "weights"})
@@ -172,26 +187,30 @@ def test_scores_are_made_again_when_anything_that_they_depend_on_changes(trained
             {"bad_rows": "skip"},
         )
     ]
-    changes += [of_assay(tmp_path / "weights", TARGET, 0), of_assay(None, TARGET[1:], 0), of_assay(None, TARGET, 3)]
+    changes += [
+        assay_settings(tmp_path / "weights", TARGET, 0),
+        assay_settings(None, TARGET[1:], 0),
+        assay_settings(None, TARGET, 3),
+    ]
     output = tmp_path / "a.csv"
     earlier = settings | dict.fromkeys(METRICS)
     (tmp_path / "a.json").write_text(json.dumps(earlier))
-    assert done_before(output, settings) is None  # it did not come to its end
+    assert earlier_summary(output, settings) is None  # the command was interrupted before it wrote the scores
     output.write_text("")
-    assert done_before(output, settings) == earlier
+    assert earlier_summary(output, settings) == earlier
     keys = set()
     for change in changes:
         (key,) = [key for key in change if change[key] != settings[key]]
         keys.add(key)
-        with pytest.raises(ValueError, match=f"a.json was made with {key}="):
-            done_before(output, settings | change)
+        with pytest.raises(ValueError, match=f"a.json was written with {key}="):
+            earlier_summary(output, settings | change)
     assert keys == set(settings)
 
 
-# what files say
+# assays and targets in files
 
 
-def test_both_columns_may_be_there_and_others_are_kept(tmp_path: Path) -> None:
+def test_both_columns_may_be_present_and_other_columns_are_kept(tmp_path: Path) -> None:
     assay = read(
         tmp_path,
         "\ufeffmutant,mutated_sequence,DMS_score,note\n"
@@ -216,34 +235,43 @@ def test_both_columns_may_be_there_and_others_are_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "a.csv: empty"),
+        ("", "a.csv: the file is empty"),
         ("mutant\n", "a.csv: no rows"),
-        ("name,score\nx,1\n", "no column mutant or mutated_sequence; there are name, score"),
-        ("mutant,mutant\nM1A,M1A\n", "the column mutant is there 2 times"),
-        ("mutant\nM1A,x\n", "line 2: 2 cells for 1 columns"),
+        ("name,score\nx,1\n", "no column mutant or mutated_sequence; its columns are name, score"),
+        ("mutant,mutant\nM1A,M1A\n", "column mutant occurs 2 times"),
+        ("mutant\nM1A,x\n", "line 2: 2 cells, but the header has 1"),
         ("mutant\nM1A\nA1M\n", "line 3: A1M has A at position 1, but the target has M"),
-        ("mutant\nM1\n", "line 2: 'M1' is no mutation"),
-        ("mutant\nM1A:\n", "line 2: '' is no mutation"),
-        (f"mutant\n{WILD[1:]}\n", f"line 2: '{WILD[1:]}' is no mutation.* and whole proteins in a column mutated_seq"),
-        ("mutant\nM0A\n", "line 2: M0A is at position 0, but the target has 1 to 22"),
-        ("mutant\nM23A\n", "line 2: M23A is at position 23, but the target has 1 to 22"),
+        ("mutant\nM1\n", "line 2: 'M1' is not a mutation"),
+        ("mutant\nM1A:\n", "line 2: '' is not a mutation"),
+        (
+            f"mutant\n{WILD[1:]}\n",
+            f"line 2: '{WILD[1:]}' is not a mutation.* and whole proteins in a column mutated_seq",
+        ),
+        ("mutant\nM0A\n", "line 2: M0A is at position 0, outside the target's 1 to 22"),
+        ("mutant\nM23A\n", "line 2: M23A is at position 23, outside the target's 1 to 22"),
         ("mutant\nM1A:M1C\n", "line 2: M1A:M1C changes position 1 twice"),
-        ("mutant\nM1X\n", "line 2: M1X: X is none of the amino acids"),
-        ("mutant\nM1*\n", r"line 2: M1\* is a stop: give the whole protein in a column mutated_sequence"),
-        ("mutant\nM1Ter\n", "line 2: 'M1TER' is no mutation"),
-        ("mutant\nM1del:K2A\n", "line 2: M1DEL is a deletion beside other changes: give the whole protein"),
-        ("mutant\np.Met1Xyz\n", "line 2: 'MET1XYZ' is no mutation"),
-        ("mutant,DMS_score\nM1A,high\n", "line 2: DMS_score 'high' is no finite number"),
-        ("mutant,DMS_score\nM1A,1_0\n", "line 2: DMS_score '1_0' is no finite number"),
-        ("mutant,DMS_score\nM1A,-inf\n", "line 2: DMS_score '-inf' is no finite number"),
-        ("mutant,DMS_score_bin\nM1A,2\n", "line 2: DMS_score_bin is 0 or 1, got 2"),
+        ("mutant\nM1X\n", "line 2: M1X: X is not one of the amino acids"),
+        ("mutant\nM1*\n", r"line 2: M1\* is a stop codon; give the whole protein in a column mutated_sequence"),
+        ("mutant\nM1Ter\n", "line 2: 'M1TER' is not a mutation"),
+        ("mutant\nM1del:K2A\n", "line 2: M1DEL is a deletion combined with other changes; give the whole protein"),
+        ("mutant\np.Met1Xyz\n", "line 2: 'MET1XYZ' is not a mutation"),
+        ("mutant,DMS_score\nM1A,high\n", "line 2: DMS_score 'high' is not a finite number"),
+        ("mutant,DMS_score\nM1A,1_0\n", "line 2: DMS_score '1_0' is not a finite number"),
+        ("mutant,DMS_score\nM1A,-inf\n", "line 2: DMS_score '-inf' is not a finite number"),
+        ("mutant,DMS_score_bin\nM1A,2\n", "line 2: DMS_score_bin must be 0 or 1, got 2"),
         ("mutated_sequence\nMK1\n", "line 2, mutated_sequence: illegal character '1' at position 3 of 3"),
-        (f"mutated_sequence\nX{WILD[1:]}\n", "line 2: mutated_sequence has other letters"),
-        (f"mutant,mutated_sequence\nM1A,C{WILD[1:]}\n", "line 2: mutant M1A and mutated_sequence do not make the same"),
-        ("mutant,note\n,x\n", "line 2: neither a mutant nor a mutated_sequence"),
+        (
+            f"mutated_sequence\nX{WILD[1:]}\n",
+            "line 2: mutated_sequence and the target differ in letters other than the amino acids",
+        ),
+        (
+            f"mutant,mutated_sequence\nM1A,C{WILD[1:]}\n",
+            "line 2: mutant M1A and mutated_sequence do not describe the same",
+        ),
+        ("mutant,note\n,x\n", "line 2: both mutant and mutated_sequence are empty"),
     ],
 )
-def test_a_wrong_assay_is_named(tmp_path: Path, text: str, message: str) -> None:
+def test_an_invalid_assay_is_an_error_that_names_the_line(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read(tmp_path, text)
 
@@ -257,43 +285,45 @@ def test_a_wrong_assay_is_named(tmp_path: Path, text: str, message: str) -> None
         ("p.[Lys2Ala;Thr3Pro]", {1: "A", 2: "P"}), ("lys2ala", {1: "A"}),
     ],
 )  # fmt: skip
-def test_mutants_are_read_as_people_write_them(tmp_path: Path, mutant: str, substitutions: dict[int, str]) -> None:
+def test_common_notations_of_mutants_are_read(tmp_path: Path, mutant: str, substitutions: dict[int, str]) -> None:
     assay = read(tmp_path, f'mutant\n"{mutant}"\nM1A\n')
     assert assay.variants[0] == Variant(tuple((site, AMINO_ACIDS.index(new)) for site, new in substitutions.items()))
 
 
-def test_a_residue_may_be_missing_by_name(tmp_path: Path) -> None:
-    """Either of two alike that stand together leaves the same protein, which is scored twice."""
+def test_a_deletion_may_be_given_by_name(tmp_path: Path) -> None:
+    """Deleting either of two adjacent identical residues gives the same protein; both rows are scored."""
     target = "MKKV"
     assay = read(tmp_path, "mutant\nK2del\nK3del\nM1del\n", target)
     assert assay.variants[0] == assay.variants[1] == compare(ids("MKV"), ids(target), "")
     assert assay.variants[2] == Variant(indel=Indel(0, 1, ()))
 
 
-def test_positions_may_be_those_of_a_longer_construct(tmp_path: Path) -> None:
+def test_positions_may_be_numbered_as_in_a_longer_construct(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("mutant\nM101A\nK102D\n")
     assay = read_assay(tmp_path / "a.csv", TARGET, numbering=Numbering(100))
     assert assay.variants == [Variant(((0, 0),)), Variant(((1, 2),))]
     with pytest.raises(ValueError, match=r"line 2: M101A has M at position 2 \(offset=99\), but"):
         read_assay(tmp_path / "a.csv", TARGET, numbering=Numbering(99))
-    with pytest.raises(ValueError, match=r"line 2: M101A is at position -4 \(offset=105\), but the target has 1 to 22"):
+    with pytest.raises(
+        ValueError, match=r"line 2: M101A is at position -4 \(offset=105\), outside the target's 1 to 22"
+    ):
         read_assay(tmp_path / "a.csv", TARGET, numbering=Numbering(105))
 
 
-def test_bad_rows_may_be_left_out_and_are_listed(tmp_path: Path) -> None:
+def test_invalid_rows_may_be_skipped_and_are_listed(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("mutant,DMS_score\nM1A,1\nM1*,2\nA2C,3\nK2A,4\n")
-    with pytest.raises(ValueError, match=r"line 3: M1\* is a stop.* \(bad_rows=skip leaves such rows out\)"):
+    with pytest.raises(ValueError, match=r"line 3: M1\* is a stop.* \(bad_rows=skip skips such rows\)"):
         read_assay(tmp_path / "a.csv", TARGET)
     assay = read_assay(tmp_path / "a.csv", TARGET, skip_bad=True)
     assert assay.measured.tolist() == [1, 4]
     assert [row[0] for row in assay.rows] == ["M1A", "K2A"]
-    assert [re.sub(".*(line [0-9]).*", r"\1", one) for one in assay.bad] == ["line 3", "line 4"]
+    assert [re.sub(".*(line [0-9]).*", r"\1", message) for message in assay.bad] == ["line 3", "line 4"]
     (tmp_path / "a.csv").write_text("mutant\nM1*\nA2C\n")
-    with pytest.raises(ValueError, match=r"line 2: M1\* is a stop.*; nor can any other row of .*a.csv be read"):
+    with pytest.raises(ValueError, match=r"line 2: M1\* is a stop.*; every row of .*a.csv is invalid"):
         read_assay(tmp_path / "a.csv", TARGET, skip_bad=True)
 
 
-def test_letters_may_be_small_and_measurements_missing(tmp_path: Path) -> None:
+def test_letters_may_be_lower_case_and_measurements_missing(tmp_path: Path) -> None:
     assay = read(
         tmp_path,
         f"mutant,mutated_sequence,DMS_score\nm1a:k2d,,NA\n,{WILD[1:].lower()},nan\n{WILD.lower()}w,{WILD}W, 2 \n",
@@ -307,11 +337,11 @@ def test_letters_may_be_small_and_measurements_missing(tmp_path: Path) -> None:
     assert assay.most_changed == 2
 
 
-def test_residues_without_probability_cannot_change(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="X1A is at X of the target"):
+def test_letters_that_are_not_amino_acids_cannot_change(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="X1A changes X, which is not one of the amino acids"):
         read(tmp_path, "mutant\nX1A\n", "XK")
     assert read(tmp_path, "mutated_sequence\nXA\n", "XK").variants == [Variant(((1, 0),))]
-    with pytest.raises(ValueError, match="at position 1 one of the two is no amino acid"):
+    with pytest.raises(ValueError, match="differ at position 1, where one of them is not an amino acid"):
         compare(ids("AX"), ids("XA"), "row")
     assert [row[0] for row in all_substitutions(ids("XM")).rows][:2] == ["M2A", "M2C"]
 
@@ -320,7 +350,7 @@ def test_a_target_is_a_file_or_a_sequence(tmp_path: Path) -> None:
     (tmp_path / "wt.fasta").write_text(">a\nmkta\n")
     assert read_target(str(tmp_path / "wt.fasta")).tolist() == read_target("MKTA").tolist() == ids("MKTA").tolist()
     (tmp_path / "wt.fasta").write_text(">a\nMK\n>b\nMK\n")
-    with pytest.raises(ValueError, match="one protein, but there are 2 records"):
+    with pytest.raises(ValueError, match="the target must be one protein, but the file has 2 records"):
         read_target(str(tmp_path / "wt.fasta"))
     for name in ("no.fasta", ""):
         with pytest.raises(ValueError, match=f"target={name}: no such file"):
@@ -329,8 +359,8 @@ def test_a_target_is_a_file_or_a_sequence(tmp_path: Path) -> None:
 
 
 @given(st.text("ACDX", max_size=8), st.text("ACD", max_size=5), st.text("ACD", max_size=5), st.text("ACD", max_size=8))
-def test_variants_are_rebuilt_from_their_columns(left: str, old: str, new: str, right: str) -> None:
-    """What `compare` finds, laid over the wild type, is the variant again."""
+def test_a_variant_is_rebuilt_from_its_columns(left: str, old: str, new: str, right: str) -> None:
+    """The differences that `compare` returns, applied to the wild type, give the variant."""
     wild, variant = ids("M" + left + old + right), ids("M" + left + new + right)
     found = compare(variant, wild, "row")
     columns = columns_of(wild, Piece(0, 0, len(wild), found))
@@ -342,34 +372,36 @@ def test_variants_are_rebuilt_from_their_columns(left: str, old: str, new: str, 
 # windows
 
 
-def in_windows(assay: Assay, longest: int, length: int = 22, strategy: str = "bound") -> list[Piece]:
-    return pieces_of(assay, length, longest, strategy)
+def in_windows(assay: Assay, max_len: int, length: int = 22, strategy: str = "bound") -> list[Piece]:
+    return pieces_of(assay, length, max_len, strategy)
 
 
 @given(st.integers(1, 40), st.integers(1, 12), st.data())
-def test_windows_hold_their_sites_and_are_as_large_as_can_be(length: int, longest: int, data: st.DataObject) -> None:
+def test_windows_contain_their_sites_and_are_as_large_as_possible(
+    length: int, max_len: int, data: st.DataObject
+) -> None:
     sites = sorted(data.draw(st.sets(st.integers(0, length - 1), min_size=1, max_size=4)))
-    pieces = in_windows(assay_of(Variant(tuple((site, 0) for site in sites))), longest, length)
+    pieces = in_windows(assay_of(Variant(tuple((site, 0) for site in sites))), max_len, length)
     assert [site for piece in pieces for site, _ in piece.change.substitutions] == sites
     for piece in pieces:
         assert 0 <= piece.start < piece.stop <= length
-        assert piece.stop - piece.start == min(length, longest)
+        assert piece.stop - piece.start == min(length, max_len)
         assert all(piece.start <= site < piece.stop for site, _ in piece.change.substitutions)
-    assert len(pieces) == 1 or sites[-1] - sites[0] >= longest
+    assert len(pieces) == 1 or sites[-1] - sites[0] >= max_len
 
 
 def partitions(n: int) -> list[list[tuple[int, int]]]:
-    """Of n sites in a row into groups of neighbours."""
+    """Return all partitions of n sites in a row into groups of neighbours, as (first, last), `last` excluded."""
     cuts = itertools.product((False, True), repeat=n - 1)
-    ends = [[0, *(i + 1 for i, cut in enumerate(some) if cut), n] for some in cuts]
-    return [list(itertools.pairwise(some)) for some in ends]
+    boundaries = [[0, *(i + 1 for i, cut in enumerate(pattern) if cut), n] for pattern in cuts]
+    return [list(itertools.pairwise(ends)) for ends in boundaries]
 
 
 @given(st.integers(1, 60), st.integers(1, 12), st.data())
-def test_sites_share_windows_as_well_as_they_can(length: int, longest: int, data: st.DataObject) -> None:
-    """Of all partitions: the fewest windows, then the nearest edge as far away as can be, then the next nearest."""
+def test_sites_share_windows_by_the_best_partition(length: int, max_len: int, data: st.DataObject) -> None:
+    """The best partition has the fewest windows, and among those the largest margins, the smallest compared first."""
     sites = sorted(data.draw(st.sets(st.integers(0, length - 1), min_size=1, max_size=8)))
-    shown = min(length, longest)
+    shown = min(length, max_len)
 
     def quality(groups: list[tuple[int, int]]) -> tuple[int, list[int]]:
         margins = []
@@ -380,62 +412,67 @@ def test_sites_share_windows_as_well_as_they_can(length: int, longest: int, data
             margins.append(min(left if start else length, right if start + shown < length else length))
         return -len(groups), sorted(margins)
 
-    able = [one for one in partitions(len(sites)) if all(sites[b - 1] - sites[a] < longest for a, b in one)]
-    found = groups_of(sites, length, longest)
-    assert found in able
-    assert quality(found) == max(quality(one) for one in able)
+    valid = [groups for groups in partitions(len(sites)) if all(sites[b - 1] - sites[a] < max_len for a, b in groups)]
+    found = groups_of(sites, length, max_len)
+    assert found in valid
+    assert quality(found) == max(quality(groups) for groups in valid)
 
 
-def test_far_sites_share_a_window_with_the_nearer_neighbour() -> None:
-    far = Variant(((4999, 0), (5399, 9), (5599, 19)))
-    pieces = in_windows(assay_of(far), 512, 7000, "masked_marginals")
+def test_distant_sites_share_a_window_with_the_nearer_neighbour() -> None:
+    distant = Variant(((4999, 0), (5399, 9), (5599, 19)))
+    pieces = in_windows(assay_of(distant), 512, 7000, "masked_marginals")
     assert [[site for site, _ in piece.change.substitutions] for piece in pieces] == [[4999], [5399, 5599]]
-    assert groups_of([0, 7, 12], 30, 10) == [(0, 1), (1, 3)]  # a site at the protein's end lacks nothing
+    assert groups_of([0, 7, 12], 30, 10) == [(0, 1), (1, 3)]  # the end of the protein does not count as an edge
     assert groups_of([], 22, 5) == []
 
 
 @given(st.integers(1, 200), st.integers(1, 40))
-def test_windows_of_the_wild_type_alone_are_few(length: int, longest: int) -> None:
-    """Each site has as many residues on both sides as a quarter of a window, or all that there are."""
+def test_strategies_without_masks_use_few_windows(length: int, max_len: int) -> None:
+    """Each site has a quarter of a window on both sides, or all residues up to the end of the protein."""
     every = Variant(tuple((site, 0) for site in range(length)))
-    pieces = in_windows(assay_of(every), longest, length, "ratio")
-    assert [piece.change.substitutions for piece in pieces] == [(one,) for one in every.substitutions]
+    pieces = in_windows(assay_of(every), max_len, length, "ratio")
+    assert [piece.change.substitutions for piece in pieces] == [(substitution,) for substitution in every.substitutions]
     for site, (_, start, stop, _) in enumerate(pieces):
-        assert stop - start == min(length, longest)
-        assert 0 <= start <= max(0, site - longest // 4)
-        assert min(length, site + 1 + longest // 4) <= stop <= length
-    assert len({piece.start for piece in pieces}) <= 2 + max(0, length - longest) // max(1, longest // 4)
+        assert stop - start == min(length, max_len)
+        assert 0 <= start <= max(0, site - max_len // 4)
+        assert min(length, site + 1 + max_len // 4) <= stop <= length
+    assert len({piece.start for piece in pieces}) <= 2 + max(0, length - max_len) // max(1, max_len // 4)
 
 
 @given(st.integers(1, 40), st.integers(1, 20), st.data())
-def test_windows_of_indels_hold_the_same_part_of_both(length: int, longest: int, data: st.DataObject) -> None:
-    """As much as the model can see, the block in it, wherever that leaves anything else; refused elsewhere."""
+def test_windows_of_indels_contain_the_same_part_of_both_proteins(
+    length: int, max_len: int, data: st.DataObject
+) -> None:
+    """A window contains the whole block, and as many other residues as fit. A block that fills a window is an error."""
     start, stop = sorted(data.draw(st.tuples(*[st.integers(0, length)] * 2)))
     new = data.draw(st.lists(st.integers(0, 19), max_size=25).filter(lambda new: len(new) != stop - start))
-    more = len(new) - (stop - start)
+    change = len(new) - (stop - start)
     target = np.arange(length, dtype=np.uint8) % 20
     variant = np.array([*target[:start], *new, *target[stop:]], dtype=np.uint8)
     assay = assay_of(Variant(indel=Indel(start, stop, tuple(new))))
-    if max(length, length + more) > longest and max(stop - start, len(new)) >= longest:
-        with pytest.raises(ValueError, match=f"row 0: {stop - start} residues become {len(new)}, too many for a wind"):
-            in_windows(assay, longest, length)
+    if max(length, length + change) > max_len and max(stop - start, len(new)) >= max_len:
+        with pytest.raises(
+            ValueError, match=f"row 0: {stop - start} residues become {len(new)}, which is too long for a wi"
+        ):
+            in_windows(assay, max_len, length)
         return
-    (piece,) = in_windows(assay, longest, length)
+    (piece,) = in_windows(assay, max_len, length)
     assert 0 <= piece.start <= start <= stop <= piece.stop <= length
-    assert max(piece.stop - piece.start, piece.stop - piece.start + more) == min(longest, max(length, length + more))
-    for sequence, last, change in ((target, piece.stop, Variant()), (variant, piece.stop + more, piece.change)):
-        columns = columns_of(target, Piece(0, piece.start, piece.stop, change))
+    size = piece.stop - piece.start
+    assert max(size, size + change) == min(max_len, max(length, length + change))
+    for sequence, last, changes in ((target, piece.stop, Variant()), (variant, piece.stop + change, piece.change)):
+        columns = columns_of(target, Piece(0, piece.start, piece.stop, changes))
         shown = columns.join(columns.aligned, columns.inserted).tolist()
-        assert shown == windowed(sequence, piece.start, last).tolist()
+        assert shown == window_tokens(sequence, piece.start, last).tolist()
 
 
-def test_windows_have_the_ends_of_the_protein_alone() -> None:
-    assert windowed(TARGET, 0, 3).tolist() == [BOS, *TARGET[:3]]
-    assert windowed(TARGET, 2, 22).tolist() == [*TARGET[2:], EOS]
+def test_windows_have_bos_and_eos_only_at_the_ends_of_the_protein() -> None:
+    assert window_tokens(TARGET, 0, 3).tolist() == [BOS, *TARGET[:3]]
+    assert window_tokens(TARGET, 2, 22).tolist() == [*TARGET[2:], EOS]
     assert in_windows(assay_of(Variant(((10, 0),))), 5)[0][1:3] == (8, 13)
 
 
-def test_an_indel_is_seen_through_one_window() -> None:
+def test_an_indel_is_scored_in_one_window() -> None:
     (piece,) = in_windows(assay_of(Variant(indel=Indel(10, 10, (0, 1, 2)))), 9)
     assert piece.stop - piece.start + 3 == 9
     columns = columns_of(TARGET, piece)
@@ -453,39 +490,45 @@ def test_strategies_are_those_of_the_graph() -> None:
     assert choose_strategies("auto", Uniform(), single) == (["ratio"], "the graph is uniform")
     assert choose_strategies("auto", Uniform(), indel) == (["bound"], "there are insertions or deletions")
     assert choose_strategies("auto", Uniform(), both)[0] == ["ratio", "bound", "ratio"]
-    assert choose_strategies("bound", Uniform(), both) == (["bound"] * 3, "as asked for")
+    assert choose_strategies("bound", Uniform(), both) == (["bound"] * 3, "as requested")
     assert choose_strategies("wildtype_marginals", Absorbing(), single)[0] == ["wildtype_marginals"]
-    with pytest.raises(ValueError, match=r"strategy=masked_marginals: .*\(uniform\) can do ratio, bound"):
+    with pytest.raises(
+        ValueError, match="strategy=masked_marginals needs another graph than uniform; choose from auto, ratio, bound"
+    ):
         choose_strategies("masked_marginals", Uniform(), single)
-    with pytest.raises(ValueError, match="can do masked_marginals, site_marginals, wildtype_marginals, bound"):
+    with pytest.raises(
+        ValueError, match="choose from auto, masked_marginals, site_marginals, wildtype_marginals, bound"
+    ):
         choose_strategies("ratio", Absorbing(), single)
     with pytest.raises(
         ValueError,
-        match="row 0: 0 residues stand in the place of 1, but strategy=ratio needs equal lengths; use auto, or bou",
+        match="row 0: 0 residues replace 1, but strategy=ratio needs equal lengths; use auto or bound",
     ):
         choose_strategies("ratio", Uniform(), indel)
 
 
 @pytest.mark.parametrize("graph", [Absorbing(), Uniform()])
-def test_an_indel_leaves_the_scores_of_substitutions_alone(graph: Graph) -> None:
-    """Each variant has the score that its strategy gives it in an assay of its own kind."""
+def test_an_indel_does_not_change_the_scores_of_substitutions(graph: Graph) -> None:
+    """In a mixed assay each variant has the same score as in an assay of substitutions or indels only."""
     score_fn = ScoreFn(make_model(), graph, NOISE, "x0" if isinstance(graph, Absorbing) else "log_score")
     substitutions = [Variant(((3, 7),)), Variant(((0, 1), (19, 5))), Variant()]
     indels = [Variant(indel=Indel(4, 6, (1,))), Variant(indel=Indel(9, 9, (2,)))]
     mixed = assay_of(substitutions[0], indels[0], substitutions[1], indels[1], substitutions[2])
     strategies, _ = choose_strategies("auto", graph, mixed)
-    settings: dict[str, Any] = {"longest": 100, "draws": 8, "seed": 0}
+    settings: dict[str, Any] = {"max_len": 100, "draws": 8, "seed": 0}
     found = score_each(score_fn, TARGET, mixed, Work(70), strategies=strategies, **settings)
-    own = scored(score_fn, assay_of(*substitutions), strategies[0])
+    marginals = scored(score_fn, assay_of(*substitutions), strategies[0])
     bound = scored(score_fn, assay_of(*indels), "bound")
-    np.testing.assert_allclose(found.nats[[0, 2, 4]], own.nats, atol=1e-5)
+    np.testing.assert_allclose(found.nats[[0, 2, 4]], marginals.nats, atol=1e-5)
     np.testing.assert_allclose(found.nats[[1, 3]], bound.nats, atol=1e-5)
     assert found.standard_error is not None
     assert bound.standard_error is not None
     np.testing.assert_allclose(found.standard_error[[1, 3]], bound.standard_error, atol=1e-5)
     assert np.isnan(found.standard_error[[0, 2, 4]]).all()
-    alone = score_each(score_fn, TARGET, assay_of(*substitutions), Work(70), strategies=[strategies[0]] * 3, **settings)
-    assert alone.standard_error is None
+    without_indels = score_each(
+        score_fn, TARGET, assay_of(*substitutions), Work(70), strategies=[strategies[0]] * 3, **settings
+    )
+    assert without_indels.standard_error is None
 
 
 MANY = assay_of(
@@ -493,7 +536,7 @@ MANY = assay_of(
 )
 
 
-@pytest.mark.parametrize("longest", [100, 10])
+@pytest.mark.parametrize("max_len", [100, 10])
 @pytest.mark.parametrize(
     ("graph", "parametrisation", "timed", "strategy"),
     [
@@ -505,36 +548,36 @@ MANY = assay_of(
         (graph_of("substitution", 20), "x0", True, "ratio"),
     ],
 )
-def test_marginals_are_those_of_one_row_at_a_time(
-    graph: Graph, parametrisation: str, timed: bool, strategy: str, longest: int
+def test_marginals_equal_those_of_separate_forward_passes(
+    graph: Graph, parametrisation: str, timed: bool, strategy: str, max_len: int
 ) -> None:
-    """Each window by itself, its log-probabilities read off the whole table."""
+    """Each window is one forward pass, and the log-probabilities are read from its logits."""
     model = make_model(time_conditioning=timed).eval()
     score_fn = ScoreFn(model, graph, LogLinearNoise(), parametrisation, timed)
     expected = []
     for number, variant in enumerate(MANY.variants):
         total = 0.0
-        for piece in (p for p in in_windows(MANY, longest, strategy=strategy) if p.variant == number):
-            tokens = torch.from_numpy(windowed(TARGET, piece.start, piece.stop))
+        for piece in (p for p in in_windows(MANY, max_len, strategy=strategy) if p.variant == number):
+            tokens = torch.from_numpy(window_tokens(TARGET, piece.start, piece.stop))
             shift = 1 - piece.start if piece.start == 0 else -piece.start
-            sites = [site + shift for site, _ in piece.change.substitutions]
+            indices = [site + shift for site, _ in piece.change.substitutions]
             level = float(NOISE(torch.tensor(NOISE.t_min))[0])
             if strategy in ("masked_marginals", "site_marginals"):
-                tokens[sites] = MASK
-                level = -float(np.log1p(-len(sites) / (piece.stop - piece.start)))
+                tokens[indices] = MASK
+                level = -float(np.log1p(-len(indices) / (piece.stop - piece.start)))
             batch, sigma = PackedBatch.pack([tokens]), torch.tensor([level])
             with torch.no_grad():
                 log_p = score_fn(batch, sigma) if strategy == "ratio" else score_fn.logits(batch, sigma).log_softmax(-1)
-            for site, (place, residue) in zip(sites, piece.change.substitutions, strict=True):
-                total += float(log_p[site, residue] - log_p[site, TARGET[place]])
+            for index, (site, residue) in zip(indices, piece.change.substitutions, strict=True):
+                total += float(log_p[index, residue] - log_p[index, TARGET[site]])
         expected.append(total)
         assert variant.substitutions or total == 0
-    found = scored(score_fn, MANY, strategy, longest=longest)
+    found = scored(score_fn, MANY, strategy, max_len=max_len)
     np.testing.assert_allclose(found.nats, expected, atol=2e-5)
     assert found.standard_error is None
     if strategy == "site_marginals":
-        singles = assay_of(*(Variant((one,)) for one in MANY.variants[4].substitutions))
-        assert found.nats[4] == pytest.approx(scored(score_fn, singles, strategy, longest=longest).nats.sum(), abs=2e-5)
+        singles = assay_of(*(Variant((substitution,)) for substitution in MANY.variants[4].substitutions))
+        assert found.nats[4] == pytest.approx(scored(score_fn, singles, strategy, max_len=max_len).nats.sum(), abs=2e-5)
 
 
 def toy_scores(name: str, parametrisation: str = "log_score") -> tuple[brute_force.Toy, ScoreFn]:
@@ -550,11 +593,12 @@ TOY_WILD = np.array([0, 2], dtype=np.uint8)
 
 
 def true_differences(toy: brute_force.Toy) -> list[float]:
+    """Return log p(variant) - log p(wild type) of all variants of the toy."""
     return [float(toy.p0[pair].log() - toy.p0[0, 2].log()) for pair in itertools.product(range(3), repeat=2)]
 
 
 @pytest.mark.parametrize("name", ["uniform", "substitution"])
-def test_exact_ratios_of_single_substitutions_are_those_of_the_data(name: str) -> None:
+def test_ratios_of_an_exact_model_are_the_true_ratios_for_single_substitutions(name: str) -> None:
     toy, score_fn = toy_scores(name)
     noise = GeometricNoise(1e-6, 12.0, 1e-6)
     found = score_variants(
@@ -563,7 +607,7 @@ def test_exact_ratios_of_single_substitutions_are_those_of_the_data(name: str) -
         assay_of(*ALL_OF_THE_TOY),
         Work(70),
         strategy="ratio",
-        longest=9,
+        max_len=9,
         draws=4,
         seed=0,
     )
@@ -571,15 +615,15 @@ def test_exact_ratios_of_single_substitutions_are_those_of_the_data(name: str) -
     np.testing.assert_allclose(found.nats[singles], np.array(true_differences(toy))[singles], atol=1e-3)
 
 
-def test_exact_masked_marginals_of_single_substitutions_are_those_of_the_data() -> None:
+def test_masked_marginals_of_an_exact_model_are_the_true_ratios_for_single_substitutions() -> None:
     toy, score_fn = toy_scores("absorbing", "x0")
     found = scored(score_fn, assay_of(*ALL_OF_THE_TOY), "masked_marginals", TOY_WILD)
     singles = [i for i, variant in enumerate(ALL_OF_THE_TOY) if len(variant.substitutions) == 1]
     np.testing.assert_allclose(found.nats[singles], np.array(true_differences(toy))[singles], atol=1e-5)
 
 
-def test_with_all_masks_enumerated_the_bound_is_the_likelihood() -> None:
-    """k = 1 (either site) and k = 2 of an exact model, each k with the same weight."""
+def test_with_all_masks_enumerated_the_bound_of_an_exact_model_is_the_likelihood() -> None:
+    """k = 1 masked residue (either site) and k = 2, with equal weights."""
     toy, score_fn = toy_scores("absorbing", "x0")
     for pair in itertools.product(range(3), repeat=2):
         batch = PackedBatch.pack([torch.tensor([BOS, *pair, EOS])])
@@ -595,7 +639,7 @@ def test_with_all_masks_enumerated_the_bound_is_the_likelihood() -> None:
     ("name", "parametrisation"), [("absorbing", "x0"), ("uniform", "log_score"), ("substitution", "x0")]
 )
 def test_the_bound_of_an_exact_model_is_the_true_difference(name: str, parametrisation: str) -> None:
-    """Within its own standard error; the ends of the noise leave a few hundredths of a nat."""
+    """Up to its standard error, and a few hundredths of a nat from the ends of the noise range."""
     toy, score_fn = toy_scores(name, parametrisation)
     if name == "absorbing":
         score_fn = without_time(score_fn)
@@ -607,78 +651,84 @@ def test_the_bound_of_an_exact_model_is_the_true_difference(name: str, parametri
         assay_of(*ALL_OF_THE_TOY),
         Work(400),
         strategy="bound",
-        longest=9,
+        max_len=9,
         draws=draws,
         seed=2,
     )
     assert found.standard_error is not None
-    assert found.nats[2] == found.standard_error[2] == 0  # the wild type itself
+    assert found.nats[2] == found.standard_error[2] == 0  # the wild type
     error = np.abs(found.nats - true_differences(toy))
     assert (error < 4 * found.standard_error + 0.05).all()
     assert np.median(found.standard_error) < 0.4 * (200 / draws) ** 0.5
 
 
 def without_time(score_fn: ScoreFn) -> ScoreFn:
-    """The exact posterior does not depend on the time, but the toy's table needs one above 0."""
+    """Return the exact score function without time conditioning.
+
+    The posterior does not depend on the noise, but the toy's table needs a sigma above 0.
+    """
     exact = score_fn.model
     return ScoreFn(
         lambda batch, sigma: exact(batch, torch.full_like(sigma, 0.5)), score_fn.graph, LogLinearNoise(), "x0", False
     )
 
 
-def test_draws_are_mirrored_and_stratified() -> None:
-    places = np.array(mirrored_places(8, torch.Generator().manual_seed(0)))
-    np.testing.assert_allclose(places[0::2] + places[1::2], 1)
-    assert sorted(np.floor(places * 8).astype(int)) == list(range(8))
+def test_uniform_draws_are_antithetic_and_stratified() -> None:
+    uniforms = np.array(antithetic_uniforms(8, torch.Generator().manual_seed(0)))
+    np.testing.assert_allclose(uniforms[0::2] + uniforms[1::2], 1)
+    assert sorted(np.floor(uniforms * 8).astype(int)) == list(range(8))
 
 
-class Recorded:
-    """A network that has learnt nothing, and what it was shown."""
+class RecordingNetwork:
+    """A network with logits of 0 that records its input sequences."""
 
     def __init__(self) -> None:
-        self.seen: list[torch.Tensor] = []
+        self.inputs: list[torch.Tensor] = []
 
     def __call__(self, batch: PackedBatch, sigma: torch.Tensor) -> torch.Tensor:
-        self.seen += batch.unpack(batch.tokens)
+        self.inputs += batch.unpack(batch.tokens)
         return torch.zeros(len(batch.tokens), N_STATES)
 
 
-def test_mirrored_draws_mask_what_the_other_shows() -> None:
-    """Of 22 residues 7 and 16, or 1 and 22: all of them once, and one in both."""
-    network = Recorded()
+def test_antithetic_draws_mask_complementary_residues() -> None:
+    """Of 22 residues 7 and 16 are masked, or 1 and 22: together all of them, and one residue twice."""
+    network = RecordingNetwork()
     score_fn = ScoreFn(network, Absorbing(), NOISE, "x0", False)
     columns = [columns_of(TARGET, Piece(0, 0, 22, Variant()))]
     batch = PackedBatch.pack([columns[0].aligned])
     for k in (0, 2):
-        for place in (0.3, 0.01):
-            for draw, at in ((k, place), (k + 1, 1 - place)):
-                exact_count_draw(score_fn, batch, columns, at, draw, 7)
-    masked = torch.stack(network.seen)[:, 1:-1] == MASK
+        for u in (0.3, 0.01):
+            for draw, uniform in ((k, u), (k + 1, 1 - u)):
+                exact_count_draw(score_fn, batch, columns, uniform, draw, 7)
+    masked = torch.stack(network.inputs)[:, 1:-1] == MASK
     assert masked.sum(1).tolist() == [7, 16, 1, 22] * 2
     assert (masked[0::2] | masked[1::2]).all()
-    assert not torch.equal(masked[0], masked[4])  # another pair
+    assert not torch.equal(masked[0], masked[4])  # a different pair of draws
 
 
-def test_scores_of_draws_by_hand() -> None:
-    """Pairs (2, 0) and (6, 3)."""
-    found = over_draws(np.array([[1.0, 0], [3, 0], [5, 2], [7, 4]]))
+def test_averages_and_standard_errors_of_draws_match_values_by_hand() -> None:
+    """The means of the two antithetic pairs are (2, 0) and (6, 3)."""
+    found = average_draws(np.array([[1.0, 0], [3, 0], [5, 2], [7, 4]]))
     assert found.nats.tolist() == [4, 1.5]
     assert found.standard_error == pytest.approx([2, 1.5])
 
 
 @pytest.mark.parametrize("name", ["uniform", "substitution"])
 def test_with_all_noise_enumerated_the_integral_is_the_bound(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every x_t with every x at t_min, quadrature over the draw's place; a noise range where all three terms count."""
+    """Enumerate every x_t with every x at t_min, and integrate over u by quadrature.
+
+    The noise range is chosen so that all three terms of the bound matter.
+    """
     toy, score_fn = toy_scores(name)
     noise = LogLinearNoise(eps=0.1, t_min=0.05, rate=-score_fn.graph.lambda_2)
     states = torch.cartesian_prod(torch.arange(3), torch.arange(3))
     pairs = [(i, j) for i in range(9) for j in range(9)]
     copies = [columns_of(TOY_WILD, Piece(0, 0, 2, Variant()))] * len(pairs)
-    batch = PackedBatch.pack([one.aligned for one in copies])
-    drawn: list[int] = []
+    batch = PackedBatch.pack([columns.aligned for columns in copies])
+    next_states: list[int] = []
 
     def transition(x0: torch.Tensor, sigma: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        return torch.cat([x0[:1], states[drawn.pop(0)], x0[-1:]]) if len(x0) else x0
+        return torch.cat([x0[:1], states[next_states.pop(0)], x0[-1:]]) if len(x0) else x0
 
     def probability(sigma: float) -> torch.Tensor:
         return brute_force.transition(name, 3, sigma)[torch.from_numpy(TOY_WILD).long(), states].prod(1)
@@ -686,30 +736,36 @@ def test_with_all_noise_enumerated_the_integral_is_the_bound(name: str, monkeypa
     monkeypatch.setattr(score_fn.graph, "sample_transition", transition)
     total, lowest = 0.0, probability(float(noise(torch.tensor(noise.t_min, dtype=torch.float64))[0]))
     for point, weight in zip(*np.polynomial.legendre.leggauss(12), strict=True):
-        drawn += [i for i, _ in pairs] + [j for _, j in pairs]
-        place = (1 + float(point)) / 2
-        t = torch.tensor(noise.t_min + (1 - noise.t_min) * place, dtype=torch.float64)
+        next_states += [i for i, _ in pairs] + [j for _, j in pairs]
+        u = (1 + float(point)) / 2
+        t = torch.tensor(noise.t_min + (1 - noise.t_min) * u, dtype=torch.float64)
         with torch.no_grad():
-            nats = integral_draw(replace(score_fn, noise=noise), batch, copies, place, 0, 0).view(9, 9, 4).sum(2)
+            nats = integral_draw(replace(score_fn, noise=noise), batch, copies, u, 0, 0).view(9, 9, 4).sum(2)
         total += weight / 2 * float(probability(float(noise(t)[0])) @ nats.double() @ lowest)
     assert total == pytest.approx(exact_bound(toy, toy.log_score, (0, 2), noise), abs=1e-4)
 
 
-@pytest.mark.parametrize("longest", [100, 12])
-def test_a_model_of_the_background_alone_gives_indels_nothing(longest: int) -> None:
-    """Of one whose amino acids are equal exactly 0; else what the residues differ from the wild type's mean."""
-    changes = [Variant(indel=one) for one in (Indel(4, 4, (3, 3, 9)), Indel(8, 11, ()), Indel(3, 6, (1,)))]
+@pytest.mark.parametrize("max_len", [100, 12])
+def test_a_model_of_residue_frequencies_gives_indels_no_score_for_their_length(max_len: int) -> None:
+    """With equal frequencies the score is 0.
+
+    With others it is the variant's length times the difference of mean log-frequency from the wild type.
+    """
+    changes = [Variant(indel=indel) for indel in (Indel(4, 4, (3, 3, 9)), Indel(8, 11, ()), Indel(3, 6, (1,)))]
     found = scored(
-        ScoreFn(Recorded(), Absorbing(), LogLinearNoise(), "x0", False), assay_of(*changes), "bound", longest=longest
+        ScoreFn(RecordingNetwork(), Absorbing(), LogLinearNoise(), "x0", False),
+        assay_of(*changes),
+        "bound",
+        max_len=max_len,
     )
-    np.testing.assert_allclose(found.nats, 0, atol=1e-4)  # float32 of some 60 nats
+    np.testing.assert_allclose(found.nats, 0, atol=1e-4)  # float32 rounding of about 60 nats
     background = torch.randn(N_STATES, generator=torch.Generator().manual_seed(0)).log_softmax(0)
     score_fn = ScoreFn(
         lambda batch, sigma: background.expand(len(batch.tokens), -1), Absorbing(), LogLinearNoise(), "x0", False
     )
-    found = scored(score_fn, assay_of(*changes), "bound", longest=longest, draws=96, tokens_per_pack=10_000)
+    found = scored(score_fn, assay_of(*changes), "bound", max_len=max_len, draws=96, tokens_per_pack=10_000)
     assert found.standard_error is not None
-    for i, piece in enumerate(in_windows(assay_of(*changes), longest)):
+    for i, piece in enumerate(in_windows(assay_of(*changes), max_len)):
         wild, columns = TARGET[piece.start : piece.stop], columns_of(TARGET, piece)
         variant = columns.join(columns.aligned, columns.inserted)
         variant = variant[variant < N_STATES]
@@ -719,51 +775,51 @@ def test_a_model_of_the_background_alone_gives_indels_nothing(longest: int) -> N
 
 
 @pytest.mark.parametrize("name", ["absorbing", "uniform", "substitution"])
-def test_wild_type_and_variants_are_noised_alike(name: str) -> None:
-    """With a residue inserted and one deleted: every residue that the two share is shown noised in the same way."""
-    network, timed = Recorded(), name != "absorbing"
-    noise = LogLinearNoise(t_min=0.3) if timed else NOISE  # so much that the last denoising step shows some as well
+def test_wild_type_and_variants_get_the_same_noise(name: str) -> None:
+    """Every residue that the variant shares with the wild type is noised in the same way, for indels too."""
+    network, timed = RecordingNetwork(), name != "absorbing"
+    noise = LogLinearNoise(t_min=0.3) if timed else NOISE  # large enough that the last denoising step has noise too
     score_fn = ScoreFn(network, graph_of(name, 20), noise, "x0", timed)
     draw = integral_draw if timed else exact_count_draw
-    for change, places in (
+    for change, pairs in (
         (Variant(((5, 3),)), [(i, i) for i in range(24) if i != 6]),
         (Variant(indel=Indel(5, 6, ())), [(i, i - (i > 6)) for i in range(24) if i != 6]),
         (Variant(indel=Indel(5, 5, (1, 1))), [(i, i + 2 * (i > 5)) for i in range(24)]),
     ):
-        network.seen.clear()
-        columns = [columns_of(TARGET, Piece(0, 0, 22, one)) for one in (Variant(), change)]
-        batch = PackedBatch.pack([one.join(one.aligned, one.inserted) for one in columns])
+        network.inputs.clear()
+        columns = [columns_of(TARGET, Piece(0, 0, 22, variant)) for variant in (Variant(), change)]
+        batch = PackedBatch.pack([each.join(each.aligned, each.inserted) for each in columns])
         draw(score_fn, batch, columns, 0.4, 3, 7)
-        assert len(network.seen) == (4 if timed else 2)  # of the integral, and of the last denoising step
-        for wild, variant in zip(network.seen[0::2], network.seen[1::2], strict=True):
-            differ = sum(int(wild[i] != variant[j]) for i, j in places)
+        assert len(network.inputs) == (4 if timed else 2)  # timed: for the integral and for the last denoising step
+        for wild, variant in zip(network.inputs[0::2], network.inputs[1::2], strict=True):
+            differ = sum(int(wild[i] != variant[j]) for i, j in pairs)
             if timed:
                 assert differ == 0
                 assert not torch.equal(wild, batch.unpack(batch.tokens)[0])
-            else:  # the numbers of masked residues may differ by one where lengths do, or the new residue takes part
+            else:  # another length or a new residue can change the masking of up to two residues
                 assert differ <= 2
                 assert MASK in wild
 
 
-def test_scores_depend_on_the_seed_and_not_on_packs() -> None:
+def test_scores_depend_on_the_seed_and_not_on_the_packing() -> None:
     score_fn = ScoreFn(make_model(time_conditioning=False).eval(), Absorbing(), LogLinearNoise(), "x0", False)
     assay = assay_of(*MANY.variants, Variant(indel=Indel(4, 6, (1,))))
-    one, other, third = (
+    small_packs, large_pack, other_seed = (
         scored(score_fn, assay, "bound", tokens_per_pack=tokens, seed=seed)
         for tokens, seed in ((30, 0), (1000, 0), (1000, 1))
     )
-    np.testing.assert_allclose(one.nats, other.nats, atol=1e-4)
-    assert np.abs(other.nats - third.nats).max() > 1e-3
-    assert other.nats[3] == 0
-    with pytest.raises(ValueError, match="draws must be an even number of at least 4, got 5"):
+    np.testing.assert_allclose(small_packs.nats, large_pack.nats, atol=1e-4)
+    assert np.abs(large_pack.nats - other_seed.nats).max() > 1e-3
+    assert large_pack.nats[3] == 0
+    with pytest.raises(ValueError, match="draws must be even and at least 4, got 5"):
         scored(score_fn, assay, "bound", draws=5)
 
 
-# what predictions are worth
+# agreement with measurements
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=2, max_size=30))
-def test_spearman_and_auc_are_scipys(pairs: list[tuple[int, int]]) -> None:
+def test_spearman_and_auc_equal_those_of_scipy(pairs: list[tuple[int, int]]) -> None:
     scores, measured = np.array(pairs, dtype=np.float64).T
     if np.ptp(scores) and np.ptp(measured):
         assert spearman(scores, measured) == pytest.approx(spearmanr(scores, measured).statistic)
@@ -780,7 +836,7 @@ def test_spearman_and_auc_are_scipys(pairs: list[tuple[int, int]]) -> None:
         assert auc(scores, fit) is None
 
 
-def test_what_was_not_measured_is_left_out() -> None:
+def test_metrics_leave_out_variants_without_measurement() -> None:
     scores = np.array([3.0, 9.0, 1.0, 2.0])
     measured = np.array([0.9, np.nan, 0.1, 0.5])
     assert spearman(scores, measured) == pytest.approx(1)
@@ -790,8 +846,8 @@ def test_what_was_not_measured_is_left_out() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), min_size=10, max_size=60))
-def test_the_other_metrics_are_what_their_names_say(pairs: list[tuple[int, int]]) -> None:
-    """Each counted one by one, with the definitions of sklearn and of ProteinGym's script."""
+def test_the_other_metrics_match_their_definitions(pairs: list[tuple[int, int]]) -> None:
+    """The definitions are those of sklearn and of ProteinGym's script, computed by direct counts."""
     scores, measured = np.array(pairs, dtype=np.float64).T
     fit, high = above_median(measured), scores >= np.median(scores)
     counts = Counter(zip(high.tolist(), (fit == 1).tolist(), strict=True))
@@ -805,21 +861,21 @@ def test_the_other_metrics_are_what_their_names_say(pairs: list[tuple[int, int]]
         assert ndcg(scores, measured) is top_recall(scores, measured) is None
         return
     top = len(pairs) // 10
-    ranking = sorted(range(len(pairs)), key=lambda i: -scores[i])[:top]  # the earlier of two alike first
+    ranking = sorted(range(len(pairs)), key=lambda i: -scores[i])[:top]  # ties: the earlier row first
     gain = [(value - measured.min()) / (measured.max() - measured.min()) for value in measured]
     ideal = sorted(gain, reverse=True)[:top]
     found, best = (
-        sum(g / math.log2(rank + 2) for rank, g in enumerate(some)) for some in ([gain[i] for i in ranking], ideal)
+        sum(g / math.log2(rank + 2) for rank, g in enumerate(gains)) for gains in ([gain[i] for i in ranking], ideal)
     )
     assert ndcg(scores, measured) == pytest.approx(found / best)
     fittest, chosen = (
         {i for i, v in enumerate(values) if v >= np.quantile(values, 0.9)} for values in (measured, scores)
     )
     assert top_recall(scores, measured) == pytest.approx(len(fittest & chosen) / len(fittest))
-    assert ndcg(scores[:9], measured[:9]) is None  # no tenth
+    assert ndcg(scores[:9], measured[:9]) is None  # 10% of nine rows is none
 
 
-def test_an_assay_is_judged_by_mutation_depth_too() -> None:
+def test_an_assay_has_metrics_by_mutation_depth_too() -> None:
     rng = np.random.default_rng(0)
     changed = [1] * 40 + [2] * 30 + [7] * 20 + [5] * 10 + [0]
     measured = rng.normal(size=len(changed))
@@ -831,23 +887,23 @@ def test_an_assay_is_judged_by_mutation_depth_too() -> None:
     assert list(found["by_depth"]) == ["1", "2", "5+"]
     deep = slice(70, 100)
     assert found["by_depth"]["5+"]["spearman"] == pytest.approx(spearmanr(scores[deep], measured[deep]).statistic)
-    high = scores >= np.median(scores[5:])  # of the whole assay
+    high = scores >= np.median(scores[5:])  # the median is that of the whole assay
     assert found["by_depth"]["5+"]["mcc"] == pytest.approx(matthews(high[deep], fit[deep]))
     assert found["by_depth"]["2"]["auc"] == pytest.approx(auc(scores[40:70], fit[40:70]))
 
 
-def result(protein: str, kind: str, rho: float, area: float | None, **more: Any) -> dict[str, Any]:
+def result(protein: str, kind: str, rho: float, area: float | None, **added: Any) -> dict[str, Any]:
     return {
         "UniProt_ID": protein,
         "coarse_selection_type": kind,
         **dict.fromkeys(METRICS),
         "spearman": rho,
         "auc": area,
-    } | more
+    } | added
 
 
-def test_assays_are_averaged_as_proteingym_does() -> None:
-    """By hand: P1's two stability assays first, then P1 with P2, then stability with activity."""
+def test_assays_are_averaged_as_in_proteingym() -> None:
+    """By hand: average P1's two stability assays, then P1 with P2, then stability with activity."""
     depths = [{"1": dict.fromkeys(METRICS) | {"spearman": rho}} for rho in (0.6, 0.2, 0.1)]
     results = [
         result("P1", "Stability", 0.2, 0.5, taxon="Human", by_depth=depths[0]),
@@ -869,40 +925,40 @@ def test_assays_are_averaged_as_proteingym_does() -> None:
     assert total["by_taxon"]["Virus"]["spearman"] == 0.5
     assert list(total["by_mutation_depth"]) == ["1"]
     assert total["by_mutation_depth"]["1"]["spearman"] == pytest.approx(((0.6 + 0.2) / 2 + 0.1) / 2)
-    # two proteins of 0.3 and 0.5 drawn with replacement, then half of that, as the other type has one protein
+    # bootstrap over two proteins with 0.3 and 0.5; halved, as the other of the two types has a single protein
     assert total["spearman_se"] == pytest.approx(0.1 / math.sqrt(2) / 2, rel=0.05)
     assert total["mcc"] is total["mcc_se"] is None
 
 
-def test_proteingyms_clinical_files_are_scored_by_their_labels(tmp_path: Path) -> None:
-    """They name no UniProt_ID and no type, and have words for labels."""
+def test_clinical_files_of_proteingym_are_judged_by_their_labels(tmp_path: Path) -> None:
+    """They have no UniProt_ID and no type, and their labels are words."""
     folder, reference = tmp_path / "clinical", tmp_path / "reference.csv"
     folder.mkdir()
     (folder / "NP_1.1.csv").write_text(
         f"protein,mutant,mutated_sequence,DMS_bin_score\nNP,K2A,{WILD[0]}A{WILD[2:]},Pathogenic\nNP,T3P,MKP{WILD[3:]},benign\n"
     )
     reference.write_text(f"DMS_id,target_seq,DMS_filename\nNP_1.1,{WILD},NP_1.1.csv\n")
-    (one,) = read_reference(reference, folder)
-    assert (one.protein, one.type, one.more) == ("NP_1.1", "Clinical", {})
-    assay = read_assay(one.path, one.target)
+    (entry,) = read_reference(reference, folder)
+    assert (entry.protein, entry.type, entry.more) == ("NP_1.1", "Clinical", {})
+    assay = read_assay(entry.path, entry.target)
     assert assay.fit.tolist() == [0, 1]
     assert assay.judge(np.array([-2.0, -1.0]))["auc"] == 1
     assert assay.judge(np.array([-2.0, -1.0]))["spearman"] is None
 
 
-def test_empty_columns_of_a_spreadsheet_are_left_alone(tmp_path: Path) -> None:
+def test_empty_columns_of_a_spreadsheet_are_ignored(tmp_path: Path) -> None:
     (tmp_path / "excel.csv").write_text("mutant,DMS_score,,\nK2A,1,,\nT3A,0.5,,\n")
     assay = read_assay(tmp_path / "excel.csv", TARGET)
     assert assay.header == ["mutant", "DMS_score", "", ""]
     assert assay.measured.tolist() == [1, 0.5]
 
 
-def test_a_target_without_amino_acids_has_no_scan() -> None:
-    with pytest.raises(ValueError, match="the target has no amino acid that could be substituted"):
+def test_a_scan_of_a_target_without_amino_acids_is_an_error() -> None:
+    with pytest.raises(ValueError, match="the target has no amino acid to substitute"):
         all_substitutions(ids("UX"))
 
 
-def test_references_that_do_not_fit_the_folder_are_named(tmp_path: Path) -> None:
+def test_a_reference_file_that_does_not_match_its_folder_is_an_error(tmp_path: Path) -> None:
     folder = tmp_path / "dms"
     folder.mkdir()
     reference = tmp_path / "reference.csv"
@@ -913,26 +969,26 @@ def test_references_that_do_not_fit_the_folder_are_named(tmp_path: Path) -> None
     for name in ("a_file", "B"):
         (folder / f"{name}.csv").write_text("mutant\nM1A\n")
     found = read_reference(reference, folder)
-    assert [(one.id, one.path.name, one.target.tolist()) for one in found] == [
+    assert [(entry.id, entry.path.name, entry.target.tolist()) for entry in found] == [
         ("A", "a_file.csv", ids("MK").tolist()),
         ("B", "B.csv", ids("MK").tolist()),
     ]
-    (folder / "._B.csv").write_bytes(b"\x00\x05")  # macOS
+    (folder / "._B.csv").write_bytes(b"\x00\x05")  # macOS writes such files
     (folder / "c.csv").write_text("mutant\nM1A\n")
-    with pytest.raises(ValueError, match=r"c.csv is not in .*reference.csv"):
+    with pytest.raises(ValueError, match=r"c.csv: no row in the reference file .*reference.csv"):
         read_reference(reference, folder)
     for text, message in (
-        (f"{head}A,MK,P1,Activity,c.csv\nA,MK,P1,Activity,B.csv\n", "line 3: A is there twice"),
-        (f"{head}A/b,MK,P1,Activity,c.csv\n", "line 2: DMS_id 'A/b' cannot name a file"),
+        (f"{head}A,MK,P1,Activity,c.csv\nA,MK,P1,Activity,B.csv\n", "line 3: DMS_id A occurs twice"),
+        (f"{head}A/b,MK,P1,Activity,c.csv\n", "line 2: DMS_id 'A/b' is not a valid file name"),
         (f"{head}A,M1,P1,Activity,c.csv\n", "line 2, target_seq: illegal character '1'"),
-        ("DMS_id\nA\n", "no column target_seq; there are DMS_id"),
+        ("DMS_id\nA\n", "no column target_seq; its columns are DMS_id"),
     ):
         reference.write_text(text)
         with pytest.raises(ValueError, match=message):
             read_reference(reference, folder)
 
 
-def test_a_reference_says_how_its_assays_are_numbered(tmp_path: Path) -> None:
+def test_the_reference_file_sets_how_assays_are_numbered(tmp_path: Path) -> None:
     (tmp_path / "dms").mkdir()
     (tmp_path / "dms/A.csv").write_text("mutant\nM101A\nK102D\n")
     (tmp_path / "dms/B.csv").write_text("mutant\nM1A\n")
@@ -940,28 +996,28 @@ def test_a_reference_says_how_its_assays_are_numbered(tmp_path: Path) -> None:
     head = "DMS_id,target_seq,start_idx,raw_mut_offset"
     reference.write_text(f"{head}\nA,{WILD},101,\nB,{WILD},,25\n")
 
-    def one(number: int, offset: int | None = None) -> Assay:
-        given = "null" if offset is None else str(offset)
-        config = read_config(composed("from=x", f"offset={given}", name="variants"), VariantsConfig)
+    def read_entry(number: int, offset: int | None = None) -> Assay:
+        value = "null" if offset is None else str(offset)
+        config = read_config(composed("from=x", f"offset={value}", name="variants"), VariantsConfig)
         found = read_reference(reference, tmp_path / "dms")[number]
         return read_checked(found.path, found.target, config, found.numbering)
 
-    assert one(0).variants == one(0, 100).variants == [Variant(((0, 0),)), Variant(((1, 2),))]
-    assert one(1).variants == [Variant(((0, 0),))]  # which raw_mut_offset, that of the raw file, does not move
-    with pytest.raises(ValueError, match=r"line 2: M101A is at position 101, but the target has 1 to 22"):
-        one(0, 0)
+    assert read_entry(0).variants == read_entry(0, 100).variants == [Variant(((0, 0),)), Variant(((1, 2),))]
+    assert read_entry(1).variants == [Variant(((0, 0),))]  # raw_mut_offset applies to the raw file only
+    with pytest.raises(ValueError, match=r"line 2: M101A is at position 101, outside the target's 1 to 22"):
+        read_entry(0, 0)
     reference.write_text(f"{head}\nA,{WILD},100.0,\nB,{WILD},,25\n")
     with pytest.raises(
-        ValueError, match=r"M101A has M at position 2 \(offset=99, as start_idx=100.0 in .*reference.csv "
+        ValueError, match=r"M101A has M at position 2 \(offset=99, from start_idx=100.0 in .*reference.csv\)"
     ):
-        one(0)
+        read_entry(0)
     (tmp_path / "dms/B.csv").write_text("mutant\nK1A\n")
     with pytest.raises(
-        ValueError, match=r"K1A has K at position 1 \(offset=0; raw_mut_offset=25 in .*reference.csv is "
+        ValueError, match=r"K1A has K at position 1 \(offset=0; raw_mut_offset=25 in .*reference.csv applies "
     ):
-        one(1)
+        read_entry(1)
     reference.write_text(f"{head}\nA,{WILD},first,\nB,{WILD},,25\n")
-    with pytest.raises(ValueError, match="line 2: start_idx is a whole number, got 'first'"):
+    with pytest.raises(ValueError, match="line 2: start_idx must be a whole number, got 'first'"):
         read_reference(reference, tmp_path / "dms")
 
 
@@ -979,7 +1035,7 @@ def test_a_heat_map_has_a_cell_for_each_single_substitution() -> None:
     assert heat_map(assay_of(MANY.variants[2]), TARGET, np.zeros(1)) is None
 
 
-def test_what_is_less_fit_is_red_and_what_is_fitter_is_blue() -> None:
+def test_in_a_heat_map_less_fit_is_red_and_fitter_is_blue() -> None:
     table = np.repeat([-1.0, 1.0], 50)[:, None] * np.ones(N_STATES)
     picture = imread(BytesIO(to_png(table, np.zeros(100, dtype=np.uint8), "title")))
     redness = picture[..., 0] - picture[..., 2]
@@ -987,30 +1043,30 @@ def test_what_is_less_fit_is_red_and_what_is_fitter_is_blue() -> None:
     assert red < picture.shape[1] / 2 < blue
 
 
-def test_assays_whose_files_would_collide_are_refused() -> None:
-    check_different([Path("out/A.csv"), Path("out/B.csv"), Path("out/summary.csv")])
-    for one, other, path in (("summary", "summary", "summary.csv"), ("A", "A_heatmap", "A_heatmap.csv")):
-        with pytest.raises(ValueError, match=f"out/{path} would be a file of {one} and of {other}; rename"):
-            check_different([Path(f"out/{one}.csv"), Path(f"out/{other}.csv")])
+def test_assays_that_would_write_the_same_file_are_an_error() -> None:
+    check_distinct_outputs([Path("out/A.csv"), Path("out/B.csv"), Path("out/summary.csv")])
+    for first, second, path in (("summary", "summary", "summary.csv"), ("A", "A_heatmap", "A_heatmap.csv")):
+        with pytest.raises(ValueError, match=f"out/{path}: both {first} and {second} would write this file; rename"):
+            check_distinct_outputs([Path(f"out/{first}.csv"), Path(f"out/{second}.csv")])
 
 
 def test_composition_scores_are_sums_of_log_ratios() -> None:
     frequencies = np.arange(1.0, 21) / 210
-    pair, same = Variant(((0, 3), (4, 7))), Variant()
-    found = composition_scores([pair, same, Variant(indel=Indel(3, 4, ()))], TARGET, np.log(frequencies))
+    pair, wild_type = Variant(((0, 3), (4, 7))), Variant()
+    found = composition_scores([pair, wild_type, Variant(indel=Indel(3, 4, ()))], TARGET, np.log(frequencies))
     expected = math.log(4 / (TARGET[0] + 1)) + math.log(8 / (TARGET[4] + 1))
     assert found[:2].tolist() == pytest.approx([expected, 0])
     assert math.isnan(found[2])
 
 
-def test_the_baseline_is_judged_over_rows_without_indels() -> None:
-    """And so are the scores once more, to stand beside it."""
+def test_the_baseline_is_judged_over_the_rows_without_indels() -> None:
+    """The model's scores are judged over the same rows too, for comparison."""
     generator = np.random.default_rng(0)
     variants = [Variant(((i % 9, i % 7),)) for i in range(30)] + [Variant(indel=Indel(3, 4, ()))] * 10
     baseline = composition_scores(variants, TARGET, np.log(SWISS_PROT))
     scores, measured = generator.normal(size=(2, 40))
     assay = replace(assay_of(*variants), measured=measured, fit=(measured > 0).astype(float))
-    found = beside_composition(assay, scores, baseline, "nature")
+    found = compare_with_composition(assay, scores, baseline, "nature")
     assert (found["rows"], found["of"]) == (30, "nature")
     assert found["spearman_with_scores"] == pytest.approx(spearmanr(scores[:30], baseline[:30])[0])
     for metrics, values in (
@@ -1023,11 +1079,11 @@ def test_the_baseline_is_judged_over_rows_without_indels() -> None:
     line = composition_line(found)
     assert f"Spearman {found['spearman_with_scores']:.4f} with the scores; with the measurements spearman " in line
     assert "over the 30 rows without insertion or deletion, where the model has spearman" in line
-    only = beside_composition(assay_of(variants[-1]), scores[-1:], baseline[-1:], "nature")
-    assert "says nothing of insertions and deletions" in composition_line(only)
+    only_indels = compare_with_composition(assay_of(variants[-1]), scores[-1:], baseline[-1:], "nature")
+    assert "all variants are insertions or deletions" in composition_line(only_indels)
 
 
-def test_the_frequencies_are_those_of_the_training_proteins_where_they_are_found(
+def test_the_frequencies_are_those_of_the_training_split_if_its_store_is_found(
     trained_run: Path, store: SequenceStore
 ) -> None:
     trained = load_trained(str(trained_run), device="cpu", precision="fp32")
@@ -1035,10 +1091,13 @@ def test_the_frequencies_are_those_of_the_training_proteins_where_they_are_found
     tokens = np.concatenate([store[row] for row in store.split("train")])
     counts = np.bincount(tokens, minlength=30)[:N_STATES] + 1
     np.testing.assert_allclose(np.exp(found.logs), counts / counts.sum())
-    assert (found.name, found.told) == (f"training split of {store.fingerprint}", f"the training split of {store.path}")
-    other = background(replace(trained, saved=replace(trained.saved, data_fingerprint="0" * 32)))
-    np.testing.assert_allclose(np.exp(other.logs), SWISS_PROT / SWISS_PROT.sum())
-    assert other.told == "UniProtKB/Swiss-Prot, as the training set was not found"
+    assert (found.name, found.label) == (
+        f"training split of {store.fingerprint}",
+        f"the training split of {store.path}",
+    )
+    not_found = background(replace(trained, saved=replace(trained.saved, data_fingerprint="0" * 32)))
+    np.testing.assert_allclose(np.exp(not_found.logs), SWISS_PROT / SWISS_PROT.sum())
+    assert not_found.label == "UniProtKB/Swiss-Prot, as the training set was not found"
 
 
 # the command
@@ -1048,7 +1107,7 @@ FOLDER = ("assay=dms", "reference=reference.csv", "output=out", "draws=4")
 
 @pytest.fixture(scope="session")
 def short_run(store: SequenceStore, python: Command, made_once: MadeOnce) -> Path:
-    """A run of 4 steps on 200 residues of each protein at most."""
+    """A run of 4 steps with max_len 200."""
 
     def fill(folder: Path) -> None:
         options = [*TINY, f"data.path={store.path}", "run.name=v", "trainer.max_steps=4"]
@@ -1060,17 +1119,17 @@ def short_run(store: SequenceStore, python: Command, made_once: MadeOnce) -> Pat
 
 @pytest.fixture
 def target(store: SequenceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A bundled protein of more than 200 residues. Assays of it lie in this test's folder, which is where it runs.
+    """A bundled protein of more than 200 residues, with two assays in the test's folder, which is the working folder.
 
-    A is of substitutions, B of a deletion and two insertions.
+    Assay A has substitutions, assay B a deletion and two insertions.
     """
     row = next(row for row in range(len(store)) if 210 < store.lengths[row] < 260)
     protein = ProteinTokenizer().decode(store[row])
     monkeypatch.chdir(tmp_path)
     Path("wt.fasta").write_text(f">wt\n{protein}\n")
     Path("dms").mkdir()
-    places = [i for i, letter in enumerate(protein) if letter in AMINO_ACIDS][::5]
-    mutants = [f"{protein[i]}{i + 1}{'K' if protein[i] == 'W' else 'W'}" for i in places]
+    positions = [i for i, letter in enumerate(protein) if letter in AMINO_ACIDS][::5]
+    mutants = [f"{protein[i]}{i + 1}{'K' if protein[i] == 'W' else 'W'}" for i in positions]
     lines = [f"{mutant},{i % 7},{i % 2},note\n" for i, mutant in enumerate(mutants)]
     Path("dms/A.csv").write_text("mutant,DMS_score,DMS_score_bin,more\n" + "".join(lines))
     Path("dms/B.csv").write_text(f"mutated_sequence,DMS_score\n{protein[1:]},1\nM{protein},2\n{protein}W,0\n")
@@ -1081,7 +1140,7 @@ def target(store: SequenceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.fixture
 def run(short_run: Path, target: str, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Score with these options, in this process; what is printed."""
+    """Return a function that scores with the given options, in this process, and returns the printed text."""
     Path("runs").symlink_to(short_run.parent)
 
     def run(*overrides: str) -> str:
@@ -1092,7 +1151,7 @@ def run(short_run: Path, target: str, capsys: pytest.CaptureFixture[str]) -> Cal
 
 
 def log_ratios(mutants: list[str], store: SequenceStore) -> list[float]:
-    """Of single substitutions: log f(mutant) - log f(wild type) in the training split, with a pseudo-count."""
+    """Return log f(mutant) - log f(wild type) of single substitutions, f in the training split with a pseudo-count."""
     counts = dict(zip(AMINO_ACIDS, (store.token_counts[0] + 1).tolist(), strict=False))
     return [math.log(counts[mutant[-1]]) - math.log(counts[mutant[0]]) for mutant in mutants]
 
@@ -1118,15 +1177,17 @@ def test_a_scan_has_every_substitution_and_a_heat_map(
     found = json.loads(Path("scan.json").read_text())["composition"]["spearman_with_scores"]
     assert found == pytest.approx(rank, abs=1e-5)  # scores are written with six decimals
     assert f"{store.path}): Spearman {found:.4f} with the scores" in printed
-    own = {f"{letter}{i}{letter}": "0.000000" for i, letter in enumerate(target, start=1) if letter in AMINO_ACIDS}
-    assert {mutant: score for mutant, score in table.items() if score} == scores | own
+    wild_type = {
+        f"{letter}{i}{letter}": "0.000000" for i, letter in enumerate(target, start=1) if letter in AMINO_ACIDS
+    }
+    assert {mutant: score for mutant, score in table.items() if score} == scores | wild_type
 
-    lines = [f"{row['mutant']},{i}\n" for i, row in enumerate(rows[::97])]  # which are read as an assay's
+    lines = [f"{row['mutant']},{i}\n" for i, row in enumerate(rows[::97])]  # a scan's mutants can be read as an assay
     Path("some.csv").write_text("mutant,DMS_score\n" + "".join(lines))
     run("target=wt.fasta", "assay=some.csv", "output=again.csv")
     again = csv.DictReader(Path("again.csv").read_text().splitlines())
     assert [(row["mutant"], row["score"]) for row in again] == [(row["mutant"], row["score"]) for row in rows[::97]]
-    with pytest.raises(ValueError, match=r"there is a column score already"):
+    with pytest.raises(ValueError, match=r"column score exists already"):
         run("target=wt.fasta", "assay=scan.csv", "output=x.csv")
 
 
@@ -1135,8 +1196,8 @@ def test_an_assay_keeps_its_columns_and_two_ranks_score_it_alike(
     run: Callable[..., str], short_run: Path, run_python: Command
 ) -> None:
     assay = ("assay=dms/A.csv", "target=wt.fasta", "strategy=bound", "draws=4")
-    run(*assay, "output=one.csv")
-    two = run_python(
+    run(*assay, "output=one_rank.csv")
+    two_ranks = run_python(
         "-m",
         "torch.distributed.run",
         "--nproc-per-node=2",
@@ -1145,25 +1206,25 @@ def test_an_assay_keeps_its_columns_and_two_ranks_score_it_alike(
         f"from={short_run}",
         "tokens_per_pack=700",
         *assay,
-        "output=two.csv",
+        "output=two_ranks.csv",
     )
-    assert two.returncode == 0, two.stderr
-    assert Path("one.csv").read_text() == Path("two.csv").read_text()
-    one = list(csv.DictReader(Path("one.csv").read_text().splitlines()))
-    assert [",".join(list(row.values())[:4]) for row in one] == Path("dms/A.csv").read_text().splitlines()[1:]
-    assert list(one[0])[4:] == ["score", "score_strategy", "score_se", "score_minus_composition"]
-    scores = [float(row["score"]) for row in one]
-    expected = spearmanr(scores, [int(row["DMS_score"]) for row in one])[0]
-    assert json.loads(Path("one.json").read_text())["spearman"] == pytest.approx(expected)
+    assert two_ranks.returncode == 0, two_ranks.stderr
+    assert Path("one_rank.csv").read_text() == Path("two_ranks.csv").read_text()
+    rows = list(csv.DictReader(Path("one_rank.csv").read_text().splitlines()))
+    assert [",".join(list(row.values())[:4]) for row in rows] == Path("dms/A.csv").read_text().splitlines()[1:]
+    assert list(rows[0])[4:] == ["score", "score_strategy", "score_se", "score_minus_composition"]
+    scores = [float(row["score"]) for row in rows]
+    expected = spearmanr(scores, [int(row["DMS_score"]) for row in rows])[0]
+    assert json.loads(Path("one_rank.json").read_text())["spearman"] == pytest.approx(expected)
 
 
 @pytest.mark.slow
-def test_a_folder_of_assays_is_scored_in_two_goes(run: Callable[..., str], store: SequenceStore) -> None:
+def test_an_interrupted_folder_of_assays_is_resumed(run: Callable[..., str], store: SequenceStore) -> None:
     assert "B: 3 variants by strategy=bound (there are insertions or deletions)" in run(*FOLDER)
     total = json.loads(Path("out/summary.json").read_text())
     assert set(total["by_type"]) == {"Activity", "Stability"}
     lines = list(csv.DictReader(Path("out/summary.csv").read_text().splitlines()))
-    for line in lines:  # each figure from the rows, and the averages from the assays'
+    for line in lines:  # recompute each figure from the rows, and the averages from the assays
         rows = list(csv.DictReader(Path(f"out/{line['DMS_id']}.csv").read_text().splitlines()))
         scores, measured = ([float(row[key]) for row in rows] for key in ("score", "DMS_score"))
         fit = [row["DMS_score_bin"] == "1" for row in rows] if "DMS_score_bin" in rows[0] else [x > 1 for x in measured]
@@ -1177,7 +1238,7 @@ def test_a_folder_of_assays_is_scored_in_two_goes(run: Callable[..., str], store
         assert int(line["variants"]) == len(rows)
         assert float(line["spearman"]) == pytest.approx(spearmanr(scores, measured).statistic)
         assert float(line["auc"]) == pytest.approx(sum(pairs) / len(pairs))
-        if line["DMS_id"] == "B":  # of insertions and deletions
+        if line["DMS_id"] == "B":  # insertions and deletions
             assert {row["score_minus_composition"] for row in rows} == {line["composition_spearman"]} == {""}
             continue
         baseline = log_ratios([row["mutant"] for row in rows], store)
@@ -1186,11 +1247,11 @@ def test_a_folder_of_assays_is_scored_in_two_goes(run: Callable[..., str], store
     for metric in ("spearman", "auc"):
         assert total[metric] == pytest.approx(sum(float(line[metric]) for line in lines) / 2)
     assert re.search(r"^A,P1,Activity,masked_marginals,", Path("out/summary.csv").read_text(), re.MULTILINE)
-    Path("out/B.csv").rename("B.csv")  # as if it had been stopped before
-    kept = Path("out/A.csv").stat().st_mtime_ns
-    assert "1 of 2 are there already" in run(*FOLDER)
+    Path("out/B.csv").rename("B.csv")  # as if the command had been stopped before B was written
+    modified = Path("out/A.csv").stat().st_mtime_ns
+    assert "1 of 2 assays are scored already" in run(*FOLDER)
     assert json.loads(Path("out/summary.json").read_text()) == total
-    assert Path("out/A.csv").stat().st_mtime_ns == kept
+    assert Path("out/A.csv").stat().st_mtime_ns == modified
     assert Path("out/B.csv").read_text() == Path("B.csv").read_text()
     entry = json.loads(Path("out/A.json").read_text())
     assert entry["frequencies"] == total["frequencies"] == f"training split of {store.fingerprint}"
@@ -1200,15 +1261,16 @@ def test_a_folder_of_assays_is_scored_in_two_goes(run: Callable[..., str], store
 
 @pytest.mark.slow
 def test_each_variant_is_scored_by_its_own_strategy(run: Callable[..., str], target: str) -> None:
-    """And figures that mix two are given for each as well."""
+    """Metrics over variants of two strategies are also given for each strategy."""
     sites = [i for i, letter in enumerate(target) if letter in AMINO_ACIDS][:24]
     sequences = [target[:i] + ("K" if target[i] == "W" else "W") + target[i + 1 :] for i in sites[:12]]
     sequences += [target[:i] + target[i + 1 :] for i in sites[::2]]
     rows = [f"{sequence},{i * 7 % 5}\n" for i, sequence in enumerate(sequences)]
     Path("both.csv").write_text("mutated_sequence,DMS_score\n" + "".join(rows))
-    out = run("assay=both.csv", "target=wt.fasta", "output=both_scored.csv", "draws=4")
+    printed = run("assay=both.csv", "target=wt.fasta", "output=both_scored.csv", "draws=4")
     assert (
-        "24 variants, 12 by strategy=masked_marginals (substitutions), 12 by strategy=bound (insertions and dele" in out
+        "24 variants, 12 by strategy=masked_marginals (substitutions), 12 by strategy=bound (insertions and dele"
+        in printed
     )
     found = list(csv.DictReader(Path("both_scored.csv").read_text().splitlines()))
     assert [row["score_strategy"] for row in found] == ["masked_marginals"] * 12 + ["bound"] * 12
@@ -1223,17 +1285,17 @@ def test_each_variant_is_scored_by_its_own_strategy(run: Callable[..., str], tar
     alone = json.loads(Path("half_scored.json").read_text())
     assert summary["by_strategy"]["masked_marginals"]["spearman"] == pytest.approx(alone["spearman"], abs=1e-6)
     assert summary["by_strategy"]["bound"]["variants"] == 12
-    assert f"alone: spearman {alone['spearman']:.4f}" in out
+    assert f"alone: spearman {alone['spearman']:.4f}" in printed
     assert alone["by_strategy"] == {}
 
 
 @pytest.mark.slow
-def test_files_of_others_stay_as_they_are(run: Callable[..., str], target: str) -> None:
+def test_files_that_the_command_did_not_write_are_not_changed(run: Callable[..., str], target: str) -> None:
     run(*FOLDER)
     entry = json.loads(Path("out/A.json").read_text())
 
-    def is_refused(path: str, content: str, message: str) -> None:
-        """With this file in the output, which stays as it is."""
+    def assert_rejected(path: str, content: str, message: str) -> None:
+        """Assert that scoring raises if the output folder has this file, and that the file is unchanged."""
         Path(path).parent.mkdir(exist_ok=True)
         earlier = Path(path).read_text() if Path(path).exists() else None
         Path(path).write_text(content)
@@ -1243,21 +1305,27 @@ def test_files_of_others_stay_as_they_are(run: Callable[..., str], target: str) 
         assert earlier or [each.name for each in Path(path).parent.iterdir()] == [Path(path).name]
         Path(path).write_text(earlier) if earlier else Path(path).unlink()
 
-    is_refused("mine/B.csv", "x", "mine/B.csv exists already")
-    is_refused("mine/A_heatmap.csv", "x", "mine/A_heatmap.csv exists already")
-    is_refused("mine/summary.csv", "x", "mine/summary.csv exists already")
-    is_refused("mine/summary.json", "{}", "mine/summary.json is not what this verb writes")
-    is_refused("mine/A.json", "[1]", "mine/A.json is not what this verb writes")
-    is_refused("mine/A.json", "{", "mine/A.json is not what this verb writes")
-    is_refused("out/A.json", json.dumps(entry | {"weights_sha256": "0"}), "A.json was made with weights_sha256=0, not")
-    is_refused("out/A.json", json.dumps(entry | {"assay_sha256": "0"}), "A.json was made with assay_sha256=0, not")
-    is_refused("out/A.json", json.dumps(entry | {"target": "M"}), f"A.json was made with target=M, not {target}")
-    with pytest.raises(ValueError, match=r"summary\.json was made with seed=0, not 1"):
+    assert_rejected("mine/B.csv", "x", "mine/B.csv exists already")
+    assert_rejected("mine/A_heatmap.csv", "x", "mine/A_heatmap.csv exists already")
+    assert_rejected("mine/summary.csv", "x", "mine/summary.csv exists already")
+    assert_rejected("mine/summary.json", "{}", "mine/summary.json was not written by this command")
+    assert_rejected("mine/A.json", "[1]", "mine/A.json was not written by this command")
+    assert_rejected("mine/A.json", "{", "mine/A.json was not written by this command")
+    assert_rejected(
+        "out/A.json", json.dumps(entry | {"weights_sha256": "0"}), "A.json was written with weights_sha256=0, not"
+    )
+    assert_rejected(
+        "out/A.json", json.dumps(entry | {"assay_sha256": "0"}), "A.json was written with assay_sha256=0, not"
+    )
+    assert_rejected(
+        "out/A.json", json.dumps(entry | {"target": "M"}), f"A.json was written with target=M, not {target}"
+    )
+    with pytest.raises(ValueError, match=r"summary\.json was written with seed=0, not 1"):
         run(*FOLDER, "seed=1")
 
 
 @pytest.mark.slow
-def test_what_cannot_be_scored_is_refused(
+def test_invalid_settings_are_errors_that_write_nothing(
     run: Callable[..., str], run_python: Command, short_run: Path, tmp_path: Path
 ) -> None:
     Path("scored.csv").write_text("mutant,score\nM1A,0\n")
@@ -1265,16 +1333,19 @@ def test_what_cannot_be_scored_is_refused(
         ("output=dms is the folder of assays", ["assay=dms/", "reference=reference.csv", "output=dms"]),
         ("output=x.json: give a name that ends in .csv", ["target=wt.fasta", "output=x.json"]),
         ("scored.csv exists already", ["target=wt.fasta", "output=scored.csv"]),
-        ("assay=dms is a folder: give reference=", ["assay=dms", "output=x"]),
-        ("with reference=, give a folder of CSV files", ["reference=reference.csv", "output=x"]),
-        ("the targets of a folder's assays are in reference=", [*FOLDER, "target=wt.fasta"]),
+        ("assay=dms is a folder; give ProteinGym's reference file with reference=", ["assay=dms", "output=x"]),
+        ("reference= needs a folder of CSV files", ["reference=reference.csv", "output=x"]),
+        ("target=wt.fasta cannot be used with a folder; its targets are in reference=", [*FOLDER, "target=wt.fasta"]),
         ("target is required", ["output=x.csv"]),
         ("draws must be an even number of at least 4, got 5", ["target=wt.fasta", "output=x.csv", "draws=5"]),
-        ("strategy=ratio: .* can do masked_marginals", ["target=wt.fasta", "output=x.csv", "strategy=ratio"]),
+        (
+            "strategy=ratio needs another graph than absorbing; choose from auto, masked_marginals",
+            ["target=wt.fasta", "output=x.csv", "strategy=ratio"],
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             run(*overrides)
-    wrong = run_python("-m", "protlig_dd.variants", f"from={short_run}", "target=no.fasta", "output=x.csv")
-    assert_one_line_error(wrong, "target=no.fasta: no such file")
+    process = run_python("-m", "protlig_dd.variants", f"from={short_run}", "target=no.fasta", "output=x.csv")
+    assert_one_line_error(process, "target=no.fasta: no such file")
     assert not list(tmp_path.glob("x*"))
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""A fork of the warm interpreter is what a new one would be; and each verb works in a new one."""
+"""Forks of the warm interpreters behave like new interpreters, and each verb imports all that it needs."""
 
 import os
 import signal
@@ -46,7 +46,7 @@ def probe(tmp_path: Path) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("what", ["nothing", "text", "number", "raise", "interrupt", "thread", "leave"])
-def test_a_fork_ends_as_a_new_interpreter_does(
+def test_a_fork_has_the_output_and_exit_code_of_a_new_interpreter(
     probe: tuple[str, str], what: str, warm: Server, libraries: Server, tmp_path: Path
 ) -> None:
     env = os.environ | {"MINE": "here"}
@@ -65,15 +65,15 @@ def test_a_fork_ends_as_a_new_interpreter_does(
         assert forked.stderr.splitlines()[-1:] == new.stderr.splitlines()[-1:]
 
 
-def test_a_fork_is_a_process_of_its_own(
+def test_a_fork_is_a_separate_process(
     probe: tuple[str, str], start: Start, run_python: Command, tmp_path: Path
 ) -> None:
     process = start(*probe, "wait")
     wait_for((tmp_path / "waiting").exists)
     assert process.pid != os.getpid()
     assert process.poll() is None
-    assert os.getsid(process.pid) == process.pid  # `start` gives it a session
-    assert run_python(*probe, "nothing").returncode == 0  # beside it
+    assert os.getsid(process.pid) == process.pid  # `start` creates a session
+    assert run_python(*probe, "nothing").returncode == 0  # while the other fork runs
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGTERM
@@ -91,23 +91,23 @@ def child(connection):
 if __name__ == "__main__":
     context = multiprocessing.get_context("spawn")
     for what in ("exit", "SIGTERM", "SIGKILL"):
-        mine, its = context.Pipe()
-        process = context.Process(target=child, args=(its,))
+        parent_end, child_end = context.Pipe()
+        process = context.Process(target=child, args=(child_end,))
         process.start()
-        its.close()
-        print("imported torch already:", mine.recv(), file=sys.stderr)
-        mine.send(what)
+        child_end.close()
+        print("imported torch already:", parent_end.recv(), file=sys.stderr)
+        parent_end.send(what)
         if what != "exit":
             os.kill(process.pid, signal.Signals[what])
         process.join()
         try:
-            mine.recv()
-        except (EOFError, ConnectionResetError):  # nobody holds the other end any more
+            parent_end.recv()
+        except (EOFError, ConnectionResetError):  # no process has the other end open any more
             print(what, process.exitcode, "gone")
 """
 
 
-def test_what_a_fork_spawns_is_a_fork_that_ends_as_it_should(run_python: Command, tmp_path: Path) -> None:
+def test_processes_spawned_by_a_fork_have_the_right_exit_codes(run_python: Command, tmp_path: Path) -> None:
     (tmp_path / "spawning.py").write_text(SPAWNING)
     for new in (False, True):
         process = run_python("-m", "spawning", new=new)
@@ -115,7 +115,7 @@ def test_what_a_fork_spawns_is_a_fork_that_ends_as_it_should(run_python: Command
         assert process.stderr == f"imported torch already: {not new}\n" * 3
 
 
-def test_what_a_fork_would_not_see_is_refused(warm: Server, libraries: Server, tmp_path: Path) -> None:
+def test_a_command_that_a_fork_cannot_run_is_an_error(warm: Server, libraries: Server, tmp_path: Path) -> None:
     for server, name in ((warm, "PYTHONPATH"), (warm, "TORCH_LOGS"), (libraries, "TORCH_LOGS")):
         with pytest.raises(ValueError, match=f"{name}=/other is read at import"):
             server.run(["-m", "probe"], cwd=tmp_path, env=os.environ | {name: "/other"})
@@ -124,16 +124,16 @@ def test_what_a_fork_would_not_see_is_refused(warm: Server, libraries: Server, t
 
 
 def test_a_fork_of_the_libraries_imports_the_package_itself(libraries: Server, tmp_path: Path) -> None:
-    """With the environment of its own: the shape checks, and the folder that the package lies in."""
+    """The fork's environment decides on the shape checks and on the folder that the package is imported from."""
     program = "import sys; print('torch' in sys.modules, 'protlig_dd' in sys.modules);"
     program += "import protlig_dd.batch; print(hasattr(protlig_dd.batch.PackedBatch.pack, '__wrapped__'))"
     for checked in ("0", "1"):
-        done = libraries.run(["-c", program], cwd=tmp_path, env=os.environ | {"PROTLIG_TYPECHECK": checked})
-        assert done.stdout == f"True False\n{checked == '1'}\n", done.stderr
+        process = libraries.run(["-c", program], cwd=tmp_path, env=os.environ | {"PROTLIG_TYPECHECK": checked})
+        assert process.stdout == f"True False\n{checked == '1'}\n", process.stderr
     (tmp_path / "protlig_dd").mkdir()
     (tmp_path / "protlig_dd/__init__.py").write_text("print('another')\n")
-    done = libraries.run(["-c", "import protlig_dd"], cwd=Path("/"), env=os.environ | {"PYTHONPATH": str(tmp_path)})
-    assert done.stdout == "another\n", done.stderr
+    process = libraries.run(["-c", "import protlig_dd"], cwd=Path("/"), env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert process.stdout == "another\n", process.stderr
 
 
 STARTING = """
@@ -151,7 +151,7 @@ os.kill(os.getpid(), 9)
 
 
 @pytest.mark.parametrize("imported", ["nothing", "the package"])
-def test_a_server_and_its_forks_end_with_the_process_that_asked_for_it(imported: str, libraries: Server) -> None:
+def test_a_server_and_its_forks_end_with_the_process_that_started_it(imported: str, libraries: Server) -> None:
     libraries.connect().close()
     address = [libraries.address] if imported == "the package" else []
     killed = subprocess.run(
@@ -164,29 +164,29 @@ def test_a_server_and_its_forks_end_with_the_process_that_asked_for_it(imported:
 
 
 def is_running(pid: str) -> bool:
-    """A zombie is not."""
+    """Whether the process runs; a zombie does not."""
     state = subprocess.run(["ps", "-o", "stat=", "-p", pid], capture_output=True, text=True, check=False).stdout.strip()
     return state != "" and not state.startswith("Z")
 
 
-def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
+def test_a_server_that_cannot_start_reports_the_error(tmp_path: Path) -> None:
     server = start_server(libraries=["no_such_library"])
-    elsewhere = Server((), {}, server.address)  # as in a process of the tests that has not started it
-    for asked in (server, elsewhere, server):
+    other_client = Server((), {}, server.address)  # as in a test process that did not start the server
+    for client in (server, other_client, server):
         with pytest.raises(RuntimeError, match=r"the interpreter that forks has ended: [\s\S]*No module named"):
-            asked.run(["-m", "probe"], cwd=tmp_path, env=os.environ)
-    for one in (server, elsewhere):
-        one.close()
+            client.run(["-m", "probe"], cwd=tmp_path, env=os.environ)
+    for client in (server, other_client):
+        client.close()
 
 
-def test_a_client_that_breaks_off_does_not_stop_a_server(libraries: Server, tmp_path: Path) -> None:
+def test_a_client_that_disconnects_early_does_not_stop_the_server(libraries: Server, tmp_path: Path) -> None:
     with libraries.connect() as connection, Path(os.devnull).open() as file:
         socket.send_fds(connection, [(1000).to_bytes(8, "big")], [file.fileno()])
         connection.sendall(b"{")
     assert libraries.run(["-c", "print('served')"], cwd=tmp_path, env=os.environ).stdout == "served\n"
 
 
-def test_a_program_is_the_main_module(libraries: Server, tmp_path: Path) -> None:
+def test_a_program_runs_as_the_main_module(libraries: Server, tmp_path: Path) -> None:
     program = "import pickle, sys\ndef f(): pass\nprint(pickle.loads(pickle.dumps(f)) is f, sys.argv, __name__)"
     new = subprocess.run([sys.executable, "-c", program, "a"], capture_output=True, text=True, check=True)
     assert libraries.run(["-c", program, "a"], cwd=tmp_path, env=os.environ).stdout == new.stdout
@@ -208,10 +208,10 @@ VERBS: dict[str, Callable[[Path, Path], list[str]]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
-def test_each_verb_imports_what_it_needs(
+def test_each_verb_imports_all_that_it_needs(
     verb: str, trained_run: Path, store: SequenceStore, tmp_path: Path, run_python: Command
 ) -> None:
-    """The package by default; with --all, in a new interpreter, the libraries too."""
+    """By default the modules of the package; with --all, in a new interpreter, the libraries too."""
     (tmp_path / "in.fasta").write_text("".join(f">p{i}\nMKV{'ACDE'[i % 4] * (i + 1)}\n" for i in range(8)))
     (tmp_path / "one.fasta").write_text(">p\nMKVA\n")
     command = ["-m", f"protlig_dd.{verb}", *VERBS[verb](trained_run, store.path)]

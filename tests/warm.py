@@ -1,8 +1,8 @@
-"""Start `python -m MODULE` in milliseconds: each run is a fork of an interpreter that has imported what it needs.
+"""Start `python -m MODULE` in milliseconds, as a fork of an interpreter that has imported the modules already.
 
-A fork is a process of its own: it has its own folder, environment, output, signals and exit code, and nothing that it
-does reaches another test. It does not import torch, Hydra and scipy again, which is what most of a command's time goes
-to. There are two interpreters to fork from: one has imported the libraries, the other, a fork of it, the package too.
+A fork is a separate process: it has its own folder, environment, output, signals and exit code, and does not affect
+other tests. It saves the import of torch, Hydra and scipy, which takes most of a command's time. There are two
+interpreters to fork from. One has imported the libraries; the other, a fork of the first, the package too.
 
     libraries = start_server()
     warm = libraries.import_package(ROOT, os.environ)
@@ -11,10 +11,10 @@ to. There are two interpreters to fork from: one has imported the libraries, the
     process.send_signal(signal.SIGTERM)
     output, errors = process.communicate(timeout=60)
 
-The first is this file as `python warm.py libraries SOCKET NAME ...`. It ends when its standard input closes, which
-happens at the latest when the process that started it is gone; the second ends with the process that asked for it. With
-PYTHON_EXEC=warm.executable in its environment, the processes that a command starts are forks too: modules, through
-torchrun or sys.executable, and what multiprocessing spawns.
+The first runs this file as `python warm.py libraries SOCKET NAME ...`. It ends when its standard input closes, at the
+latest when the process that started it ends. The second ends with the process that called `import_package`. With
+PYTHON_EXEC=warm.executable in a command's environment, the processes that the command starts are forks too: modules
+started by torchrun or with sys.executable, and processes spawned by multiprocessing.
 """
 
 import atexit
@@ -46,14 +46,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-# Read when libraries are imported: a fork would not see another value.
+# Variables that libraries read at import, so that setting them for a fork would have no effect.
 READ_BY_LIBRARIES = ("TORCH_LOGS", "TORCH_COMPILE_DISABLE", "MPLCONFIGDIR")
-# And by the package. PROTLIG_TYPECHECK is read then too: a fork is checked if the tests are, and the variable holds for
-# the interpreters that it starts.
+# The same, and variables that the package reads. It also reads PROTLIG_TYPECHECK, which is not in the list: a fork has
+# shape checks if the tests have them, and its value of the variable only counts for interpreters that it starts.
 READ_BY_PACKAGE = (*READ_BY_LIBRARIES, "PYTHONPATH")
-# a command of one thread, unless it asks for more; threads that wait keep no core busy
+# Commands use one thread unless they set more, and waiting threads do not keep a core busy.
 THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-# what the package imports, also where it is used only; torch's optimizers import torch._dynamo
+# Libraries that the package imports, some of them only when they are used. torch's optimizers import torch._dynamo.
 LIBRARIES = (
     "Bio.Align.substitution_matrices",
     "beartype",
@@ -76,11 +76,11 @@ LIBRARIES = (
     "xxhash",
 )
 
-# a `python` of which modules, programs and spawned processes are forks
+# A `python` that runs modules, programs and spawned processes in forks.
 EXECUTABLE = """#!/bin/sh
 [ "$1" = -u ] && shift
 case "$*" in
-    # submitit knows this one by its process id; the other is small
+    # submitit identifies its process by the process id; the resource tracker is small and needs no fork
     "-m submitit.local._local "* | *"multiprocessing.resource_tracker import main"*) exec {python} "$@" ;;
     "-m "* | "-c "* | *"multiprocessing.spawn import spawn_main"*) exec {python} -S {file} command {address} "$@" ;;
     *) exec {python} "$@" ;;
@@ -91,10 +91,10 @@ esac
 def start_server(
     env: Mapping[str, str] = os.environ, libraries: Sequence[str] = LIBRARIES, inside: Sequence[str] = ()
 ) -> "Server":
-    """An interpreter that has imported the libraries and not the package.
+    """Start an interpreter that imports the libraries, but not the package.
 
     Args:
-        inside: a command that runs another one in its own place, as unshare does.
+        inside: a command that replaces itself with the command in its arguments, like unshare.
     """
     server = Server(READ_BY_LIBRARIES, env)
     server.process = subprocess.Popen(
@@ -109,12 +109,12 @@ def start_server(
 
 
 class Server:
-    """An interpreter that forks; its `executable` is a `python` that runs modules so.
+    """An interpreter that forks. Its `executable` is a `python` that runs modules in forks.
 
     Args:
-        read: variables that were read already, and that a fork cannot change.
-        env: has their values.
-        address: of the server where another process has started it.
+        read: variables that the interpreter has read at import, so that a fork cannot change them.
+        env: the environment with their values.
+        address: the server's socket, if another process has started the server.
     """
 
     def __init__(self, read: Sequence[str], env: Mapping[str, str], address: str | None = None) -> None:
@@ -122,13 +122,13 @@ class Server:
         self.address = address or str(Path(self.folder.name) / "socket")
         self.environment = {name: env.get(name) for name in read}
         self.executable = Path(self.folder.name) / "python"
-        words = {"python": sys.executable, "file": __file__, "address": self.address}
-        self.executable.write_text(EXECUTABLE.format(**{name: shlex.quote(word) for name, word in words.items()}))
+        fields = {"python": sys.executable, "file": __file__, "address": self.address}
+        self.executable.write_text(EXECUTABLE.format(**{name: shlex.quote(text) for name, text in fields.items()}))
         self.executable.chmod(0o755)
         self.process: subprocess.Popen[bytes] | Process | None = None
 
     def import_package(self, root: Path, env: Mapping[str, str]) -> "Server":
-        """A fork that has imported the package of this folder too; it ends when this process does."""
+        """Start a fork that also imports the package in the folder `root`. It ends with this process."""
         server = Server(READ_BY_PACKAGE, env)
         arguments = ["-m", "tests.warm", "package", server.address]
         server.process = self.start(arguments, cwd=root, env=dict(env) | THREADS)
@@ -137,10 +137,11 @@ class Server:
     def start(
         self, arguments: Sequence[str], *, cwd: Path, env: Mapping[str, str], new_session: bool = False
     ) -> "Process":
-        """Fork for `["-m", MODULE, ...]` or `["-c", PROGRAM, ...]`.
+        """Start `["-m", MODULE, ...]` or `["-c", PROGRAM, ...]` in a fork.
 
         Raises:
-            ValueError: neither, or a variable that a fork would not see; such a command needs a new interpreter.
+            ValueError: the arguments are neither, or `env` sets a variable that was read at import to another value.
+                Such a command needs a new interpreter.
         """
         if arguments[0] not in ("-m", "-c"):
             raise ValueError(f"a fork runs -m MODULE or -c PROGRAM, not python {arguments[0]}")
@@ -150,8 +151,8 @@ class Server:
         connection = self.connect()
         outputs = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")  # noqa: SIM115
         request = {"arguments": list(arguments), "cwd": str(cwd), "env": dict(env), "new_session": new_session}
-        with Path(os.devnull).open() as nothing:
-            send(connection, request, {n: file.fileno() for n, file in enumerate((nothing, *outputs))})
+        with Path(os.devnull).open() as null_device:
+            send_request(connection, request, {n: file.fileno() for n, file in enumerate((null_device, *outputs))})
         return Process(connection, outputs, list(arguments))
 
     def run(self, arguments: Sequence[str], *, cwd: Path, env: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
@@ -165,10 +166,10 @@ class Server:
         return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
     def connect(self, seconds: float = 300) -> socket.socket:
-        """Wait for the server to have imported everything.
+        """Connect to the server, after waiting for its imports to finish.
 
         Raises:
-            RuntimeError: it has ended; with its traceback, if it left one.
+            RuntimeError: the server has ended. The message has its traceback if it wrote one.
         """
         deadline, failure = time.monotonic() + seconds, Path(f"{self.address}.failed")
         while True:
@@ -179,8 +180,8 @@ class Server:
             except (FileNotFoundError, ConnectionRefusedError):
                 connection.close()
                 if ended or failure.exists():
-                    why = failure.read_text() if failure.exists() else ""
-                    raise RuntimeError(f"the interpreter that forks has ended: {why}") from None
+                    trace = failure.read_text() if failure.exists() else ""
+                    raise RuntimeError(f"the interpreter that forks has ended: {trace}") from None
                 assert time.monotonic() < deadline, f"nothing listens at {self.address}"
                 time.sleep(0.02)
             else:
@@ -188,14 +189,14 @@ class Server:
 
     def close(self) -> None:
         if self.process is not None:
-            with contextlib.suppress(RuntimeError):  # the one that forked it has ended before
+            with contextlib.suppress(RuntimeError):  # the server that forked it has ended already
                 self.process.kill()
                 self.process.communicate()
         self.folder.cleanup()
 
 
 class Process:
-    """The part of subprocess.Popen that the tests use; output goes to files."""
+    """The methods of subprocess.Popen that the tests use. Output goes to files."""
 
     def __init__(self, connection: socket.socket, outputs: tuple[Any, Any], arguments: list[str]) -> None:
         self.connection, self.args = connection, arguments
@@ -214,12 +215,12 @@ class Process:
             ready, _, _ = select.select([self.connection], [], [], timeout)
             if not ready:
                 raise subprocess.TimeoutExpired(self.args, timeout or 0)
-            told = self.lines.readline()
+            code = self.lines.readline()
             self.lines.close()
             self.connection.close()
-            if not told:
+            if not code:
                 raise RuntimeError(f"the interpreter that forked python {' '.join(self.args)} has ended")
-            self.returncode = int(told)
+            self.returncode = int(code)
         return self.returncode
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
@@ -233,48 +234,48 @@ class Process:
 
     def send_signal(self, number: signal.Signals) -> None:
         if self.poll() is None:
-            with contextlib.suppress(ProcessLookupError):  # it ends just now
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
                 os.kill(self.pid, number)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
 
 
-def send(connection: socket.socket, request: dict[str, Any], files: dict[int, int]) -> None:
-    """Ask for a fork that has our file `files[n]` as its file n."""
+def send_request(connection: socket.socket, request: dict[str, Any], files: dict[int, int]) -> None:
+    """Request a fork in which this process's file descriptor `files[n]` is descriptor n."""
     message = json.dumps(request | {"files": list(files)}).encode()
     socket.send_fds(connection, [len(message).to_bytes(8, "big")], list(files.values()))
     connection.sendall(message)
 
 
-def command(address: str, arguments: list[str]) -> NoReturn:
-    """Be a command line: run in a fork with this process' environment and open files, and end as it ends.
+def run_command(address: str, arguments: list[str]) -> NoReturn:
+    """Run `python ARGUMENTS` in a fork with this process's environment and open files, and exit like the fork.
 
     If this process is killed, so is the fork.
     """
-    files = {n: n for n in range(256) if is_handed_on(n)}
+    files = {n: n for n in range(256) if is_inheritable(n)}
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(address)
     request = {"arguments": arguments, "cwd": str(Path.cwd()), "env": dict(os.environ), "new_session": False}
-    send(connection, request, files)
+    send_request(connection, request, files)
     with connection.makefile("r") as lines:
         pid = int(lines.readline())
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, lambda number, _: os.kill(pid, number))
         code = int(lines.readline())
-    end(code)
+    exit_with(code)
 
 
-def is_handed_on(file: int) -> bool:
-    """Whether it is open, and whoever started us left it to us."""
+def is_inheritable(file: int) -> bool:
+    """Whether the file descriptor is open, and child processes inherit it."""
     try:
         return os.get_inheritable(file)
     except OSError:
         return False
 
 
-def end(code: int) -> NoReturn:
-    """With this exit code; if it is negative, by that signal."""
+def exit_with(code: int) -> NoReturn:
+    """End this process with the exit code or, if the code is negative, by that signal."""
     if code < 0:
         if -code != signal.SIGKILL:
             signal.signal(-code, signal.SIG_DFL)
@@ -288,7 +289,7 @@ def import_libraries(names: Sequence[str]) -> None:
 
 
 def import_package() -> None:
-    """Every module of the package but the verbs, Hydra's plugins, and its parser's tables."""
+    """Import all subpackages of the package but not the verbs, and load Hydra's plugins and its parser's tables."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.plugins import Plugins
@@ -308,56 +309,59 @@ def import_package() -> None:
 
 
 def serve(address: str, until: TextIO | None = None) -> None:
-    """Fork for each connection, tell the process id and how it ended; until the file ends, or can be read.
+    """Fork for each connection, and send the fork's process id and, later, its exit code.
 
-    A fork whose connection closes is killed: nobody waits for it any more.
+    A fork whose connection closes is killed, as no process waits for it any more.
+
+    Args:
+        until: a file; the server ends when it can be read or is closed.
     """
     for finalizer in weakref.finalize._registry:  # type: ignore[attr-defined]
-        finalizer.atexit = False  # the libraries have thousands; a command's own are run when it ends
+        finalizer.atexit = False  # the libraries have thousands; those that a command adds run at its end
     gc.collect()
-    gc.freeze()  # the collector writes to what it looks at, and a page that is written to is copied
-    hears, says = os.pipe()
-    os.set_blocking(says, False)
-    signal.set_wakeup_fd(says, warn_on_full_buffer=False)
+    gc.freeze()  # the collector writes to the objects that it visits, and the fork copies each page it writes to
+    wakeup, wakeup_writer = os.pipe()
+    os.set_blocking(wakeup_writer, False)
+    signal.set_wakeup_fd(wakeup_writer, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
-    asked: dict[int, socket.socket] = {}  # by process id
+    forks: dict[int, socket.socket] = {}  # connections by process id
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
         listener.listen(64)
         while True:
-            watched = [listener, hears, *asked.values(), *([until] if until else [])]
+            watched = [listener, wakeup, *forks.values(), *([until] if until else [])]
             ready, _, _ = select.select(watched, [], [])
-            for pid in [pid for pid, connection in asked.items() if connection in ready or until in ready]:
+            for pid in [pid for pid, connection in forks.items() if connection in ready or until in ready]:
                 os.kill(pid, signal.SIGKILL)
-                asked.pop(pid).close()
+                forks.pop(pid).close()
             if until in ready:
                 return
-            if hears in ready:
-                os.read(hears, 1000)
-                tell_ends(asked)
+            if wakeup in ready:
+                os.read(wakeup, 1000)
+                send_exit_codes(forks)
             if listener in ready:
                 connection, _ = listener.accept()
-                fork(connection, asked, [listener.fileno(), hears, says])
+                fork(connection, forks, [listener.fileno(), wakeup, wakeup_writer])
 
 
-def tell_ends(asked: dict[int, socket.socket]) -> None:
-    with contextlib.suppress(ChildProcessError):  # there is none left
-        while (found := os.waitpid(-1, os.WNOHANG))[0]:
-            if connection := asked.pop(found[0], None):
+def send_exit_codes(forks: dict[int, socket.socket]) -> None:
+    with contextlib.suppress(ChildProcessError):  # no child process is left
+        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            if connection := forks.pop(ended[0], None):
                 with connection, contextlib.suppress(ConnectionError):
-                    connection.sendall(f"{os.waitstatus_to_exitcode(found[1])}\n".encode())
+                    connection.sendall(f"{os.waitstatus_to_exitcode(ended[1])}\n".encode())
 
 
-def fork(connection: socket.socket, asked: dict[int, socket.socket], own: list[int]) -> None:
-    """For what this connection asks; the fork closes the files that are the server's own."""
+def fork(connection: socket.socket, forks: dict[int, socket.socket], server_files: list[int]) -> None:
+    """Start the fork that this connection requests, and add it to `forks`. The fork closes the server's files."""
     header, descriptors, _, _ = socket.recv_fds(connection, 8, 100)
-    if not header:  # somebody only waited for the server
+    if not header:  # the client only waited for the server
         connection.close()
         return
     size, message = int.from_bytes(header, "big"), b""
     while len(message) < size:
         part = connection.recv(size - len(message))
-        if not part:  # whoever asked has gone meanwhile
+        if not part:  # the client has disconnected
             for file in (*descriptors, connection.detach()):
                 os.close(file)
             return
@@ -369,30 +373,30 @@ def fork(connection: socket.socket, asked: dict[int, socket.socket], own: list[i
         end_with_parent(server)
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for file in (*own, connection.detach(), *(other.detach() for other in asked.values())):
+        for file in (*server_files, connection.detach(), *(other.detach() for other in forks.values())):
             os.close(file)
-        become(request, dict(zip(request["files"], descriptors, strict=True)))
-    for descriptor in descriptors:  # a pipe ends when all who may write to it have gone
+        run_as_python(request, dict(zip(request["files"], descriptors, strict=True)))
+    for descriptor in descriptors:  # a pipe ends when every process that can write to it has closed it
         os.close(descriptor)
-    asked[pid] = connection
+    forks[pid] = connection
     with contextlib.suppress(ConnectionError):
         connection.sendall(f"{pid}\n".encode())
 
 
 def end_with_parent(parent: int) -> None:
-    """Linux kills this process when its parent is gone; elsewhere a killed server may leave forks behind."""
+    """Let Linux kill this process when its parent ends. On other systems a killed server may leave forks behind."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:
             os._exit(1)
 
 
-def become(request: dict[str, Any], files: dict[int, int]) -> NoReturn:
-    """Be `python ARGUMENTS`, from its first line to its end."""
+def run_as_python(request: dict[str, Any], files: dict[int, int]) -> NoReturn:
+    """Run `python ARGUMENTS` in this fork, and exit."""
     if request["new_session"]:
         os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    moved = {n: fcntl.fcntl(file, fcntl.F_DUPFD, 1000) for n, file in files.items()}  # none is in another's place
+    moved = {n: fcntl.fcntl(file, fcntl.F_DUPFD, 1000) for n, file in files.items()}  # so that no dup2 overwrites one
     for file in files.values():
         os.close(file)
     for n, file in moved.items():
@@ -406,36 +410,36 @@ def become(request: dict[str, Any], files: dict[int, int]) -> NoReturn:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     more = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     sys.path[:] = [request["cwd"], *(path for path in more if path and path not in sys.path), *sys.path[1:]]
-    tempfile.tempdir = None  # as TMPDIR says
+    tempfile.tempdir = None  # read TMPDIR again
     sys.dont_write_bytecode = bool(os.environ.get("PYTHONDONTWRITEBYTECODE"))
     sys.pycache_prefix = os.environ.get("PYTHONPYCACHEPREFIX") or None
     sys.executable = os.environ.get("PYTHON_EXEC", sys.executable)
     multiprocessing.set_executable(sys.executable)
-    # torch's launcher inspects its stack often; each time it would look for this file among all modules
+    # torch's launcher inspects its stack often, and each time would search all modules for this file
     inspect.modulesbyfile[inspect.getabsfile(runpy.run_module)] = "runpy"
     code = 0
     try:
-        start_as(request["arguments"])
-    except SystemExit as ended:
-        if ended.code is not None and not isinstance(ended.code, int):
-            print(ended.code, file=sys.stderr)
-        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        run_main(request["arguments"])
+    except SystemExit as error:
+        if error.code is not None and not isinstance(error.code, int):
+            print(error.code, file=sys.stderr)
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
     except KeyboardInterrupt:
         traceback.print_exc()
         code = -signal.SIGINT  # so that a shell stops too
     except BaseException:
         traceback.print_exc()
         code = 1
-    # as the interpreter ends
+    # the steps of an interpreter's end
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    end(code)
+    exit_with(code)
 
 
-def start_as(arguments: list[str]) -> None:
-    """`-m MODULE ...`, or what multiprocessing spawns: `... -c PROGRAM ...`."""
+def run_main(arguments: list[str]) -> None:
+    """Run `-m MODULE ...`, or `... -c PROGRAM ...` as spawned by multiprocessing."""
     if arguments[0] == "-m":
         sys.argv = ["-m", *arguments[2:]]
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
@@ -447,7 +451,7 @@ def start_as(arguments: list[str]) -> None:
 
 
 def import_and_serve(address: str, imports: Callable[[], None], until: TextIO | None = None) -> None:
-    """If that fails, leave the traceback beside the socket."""
+    """Import and serve; if that fails, write the traceback to a file beside the socket."""
     try:
         imports()
         serve(address, until)
@@ -463,4 +467,4 @@ if __name__ == "__main__":
         case ["package", address]:
             import_and_serve(address, import_package)
         case ["command", address, *arguments]:
-            command(address, arguments)
+            run_command(address, arguments)

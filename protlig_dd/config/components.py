@@ -1,6 +1,6 @@
-"""From the names and numbers of a config to a network, a graph and a noise schedule; knows nothing of Hydra.
+"""Build the network, graph and noise schedule that a config names; this module does not depend on Hydra.
 
-Components are chosen by name from a registry, never by an import path: a config that comes with weights cannot run
+Components are chosen by name from a registry, never by an import path, so a config that comes with weights cannot run
 code.
 """
 
@@ -25,7 +25,7 @@ from protlig_dd.runs.checkpoint import load_weights
 
 T = TypeVar("T")
 
-TRAINING_NOISE = ("curriculum", "max_weight")  # of the noise's keys, those that only the training loss knows
+TRAINING_NOISE = ("curriculum", "max_weight")  # keys of `noise` that only the training loss reads
 
 
 def load_model(
@@ -39,10 +39,10 @@ def load_model(
     device: torch.device,
     precision: str,
 ) -> ScoreFn:
-    """The network of a config with weights from a safetensors file, evaluating, as a score function.
+    """Return a config's network in evaluation mode, with weights from a safetensors file, as a score function.
 
     Args:
-        precision: bf16 | fp32, that the network computes in.
+        precision: bf16 | fp32, the precision of the network's forward pass.
 
     Raises:
         ValueError: an unknown component or option, or weights that do not fit.
@@ -61,33 +61,33 @@ def build_graph(spec: Mapping[str, Any]) -> Graph:
 
 
 def build_noise(spec: Mapping[str, Any], graph: Graph) -> Noise:
-    """The schedule of a config; what is left open (null) is the graph's: its slowest mode, and how far it goes."""
-    own = {
+    """Return a config's noise schedule; values that are null follow from the graph's `lambda_2` and `sigma_max`."""
+    defaults = {
         "eps": math.exp(graph.sigma_max * graph.lambda_2),
         "rate": -graph.lambda_2,
         "sigma_max": graph.sigma_max,
     }
     accepted = inspect.signature(NOISES[spec["name"]]).parameters if spec.get("name") in NOISES else {}
     options = {key: value for key, value in spec.items() if key not in TRAINING_NOISE}
-    options |= {key: own[key] for key in own if key in accepted and spec.get(key) is None}
+    options |= {key: value for key, value in defaults.items() if key in accepted and spec.get(key) is None}
     return build("noise", NOISES, options)
 
 
 def build_model(config: ModelConfig, attention_backend: str, time_conditioning: bool) -> DiT:
-    """The network of a config, with the attention backend as resolved for this machine."""
+    """Return a config's network with the given attention backend, which must not be `auto`."""
     return DiT(config, attention_backend, time_conditioning=time_conditioning)
 
 
 def build(kind: str, registry: Mapping[str, Callable[..., T]], spec: Mapping[str, Any]) -> T:
-    """Look `spec["name"]` up in a registry and construct it with the other keys.
+    """Look up `spec["name"]` in a registry and construct the component with the other keys.
 
     Raises:
-        ValueError: no or an unknown name, or an option that this component does not take.
+        ValueError: a missing or unknown name, or an option that this component does not take.
     """
     options = {key: value for key, value in spec.items() if key != "name"}
     name = str(spec.get("name"))
     if name not in registry:
-        raise ValueError(f"{kind}.name={name}: there are {', '.join(registry)}")
+        raise ValueError(f"{kind}.name={name}: choose from {', '.join(registry)}")
     accepted = inspect.signature(registry[name]).parameters
     for key, value in options.items():
         if key not in accepted:
@@ -96,36 +96,38 @@ def build(kind: str, registry: Mapping[str, Callable[..., T]], spec: Mapping[str
             raise ValueError(f"{kind}.{key}={value}: give a number")
     try:
         return registry[name](**options)
-    except TypeError as error:  # a list where a text belongs, say
+    except TypeError as error:  # for example a list instead of a string
         raise ValueError(f"{kind} {options}: {error}") from error
 
 
 def unknown_key(key: str, known: list[str]) -> str:
-    """One line that names the key and the nearest known one."""
-    if key in known:  # an option of another component, or of another command
+    """Return an error message that names the key and the nearest known one."""
+    if key in known:  # a valid key of another component or command
         component, dot, _ = key.partition(".")
-        return f"the chosen {component} has no {key}; another has" if dot else f"this command has no {key!r}"
-    near = difflib.get_close_matches(key, known, n=1)
-    return f"unknown config key {key!r}; did you mean {near[0]!r}?" if near else f"unknown config key {key!r}"
+        if dot:
+            return f"the chosen {component} has no {key}; another {component} has it"
+        return f"this command has no {key!r}"
+    nearest = difflib.get_close_matches(key, known, n=1)
+    return f"unknown config key {key!r}; did you mean {nearest[0]!r}?" if nearest else f"unknown config key {key!r}"
 
 
-MAX_WEIGHT = 10.0  # docs/performance.md
+MAX_WEIGHT = 10.0  # measured in docs/performance.md
 
 
 def resolve_max_weight(spec: Mapping[str, Any], graph: Graph) -> float | None:
-    """The cap on the loss' weight that a noise's config asks for; `auto` is MAX_WEIGHT where it was found to help."""
-    wanted = spec.get("max_weight")
-    if wanted == "auto":
+    """Return the cap on the loss weight, None for no cap; `auto` is MAX_WEIGHT if the graph has a mask, else no cap."""
+    cap = spec.get("max_weight")
+    if cap == "auto":
         return MAX_WEIGHT if graph.masks else None
-    return wanted
+    return cap
 
 
 def graph_with_rates(spec: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
-    """The graph's config with the rates of a matrix file written into it, so that a run needs the file no more.
+    """Return the graph's config with the rates of its matrix file, so that the run does not need the file again.
 
     Args:
-        earlier: the graph of the run that this may go on from, {} where there is none; its rates stand in for a file
-            that is gone.
+        earlier: the graph's config in the run that may be resumed, or {}; its rates are used if the matrix file no
+            longer exists.
     """
     spec = dict(spec)
     if not isinstance(spec.get("matrix"), str) or spec.get("rates") is not None:

@@ -1,4 +1,4 @@
-"""Types of config fields that say what a value must be, and what is told of one that is not."""
+"""Types of config fields: which values are allowed, and the error message for other values."""
 
 import re
 from collections.abc import Callable
@@ -7,23 +7,24 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, ValidationError
 
 STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
-"""Of every schema: no key that it does not have, and `run.name=7` is a text."""
+"""Settings of every schema: unknown keys are errors, and `run.name=7` is read as a string."""
 
 
 def _not_true_or_false(value: Any) -> Any:
-    if isinstance(value, bool):  # which Python counts among the numbers
+    if isinstance(value, bool):  # bool is a subclass of int
         raise ValueError("give a number")
     return value
 
 
 STORED = "stored"
-"""The context in which a config is read that a run or an exported model has kept: its values were allowed then."""
+"""The validation context for the saved config of a run or an exported model: its values were allowed when it was saved,
+so today's limits are not checked."""
 
 
 def limited(allows: Callable[[Any], bool], words: str) -> AfterValidator:
-    """A limit on new values, told as `KEY WORDS, got VALUE`."""
+    """A limit on new values; its error message is `KEY WORDS, got VALUE`."""
 
-    def check(value: Any, info: Any) -> Any:  # a ValidationInfo, a protocol that no test at run time takes
+    def check(value: Any, info: Any) -> Any:  # a ValidationInfo, which run-time type checks do not accept
         if info.context != STORED and not allows(value):
             raise ValueError(words)
         return value
@@ -40,47 +41,47 @@ Even = Annotated[Whole, limited(lambda x: x >= 4 and x % 2 == 0, "must be an eve
 Positive = Annotated[Number, limited(lambda x: x > 0, "must be above 0")]
 NotNegative = Annotated[Number, limited(lambda x: x >= 0, "must be at least 0")]
 Above1 = Annotated[Number, limited(lambda x: x > 1, "must be above 1")]
-Share = Annotated[NotNegative, limited(lambda x: x <= 1, "must be at most 1")]
+Fraction = Annotated[NotNegative, limited(lambda x: x <= 1, "must be at most 1")]
 Decay = Annotated[NotNegative, limited(lambda x: x < 1, "must be below 1")]
 SplitName = Literal["train", "validation", "test"]
 
 
 def _true_false_auto(value: Any) -> Any:
     if value not in (True, False, "auto"):
-        raise ValueError("there are auto, true and false")
+        raise ValueError("choose from auto, true, false")
     return value
 
 
 Auto = Annotated[Any, AfterValidator(_true_false_auto)]
-"""true, false or auto."""
+"""true, false or auto"""
 
 MAY_CHANGE = "may change when a run is resumed"
 
 
 def marked(schema: type, mark: str) -> list[str]:
-    """The fields of a dataclass whose annotation carries this mark."""
+    """Return the names of a dataclass's fields whose annotation has this mark."""
     hints = get_type_hints(schema, include_extras=True)
     return [name for name, hint in hints.items() if mark in get_args(hint)[1:]]
 
 
 def first_problem(error: ValidationError) -> str:
-    """One line about the first value that is not what its field says: key, value, what is allowed."""
+    """Return a message about the first invalid value: its key, the value, and what is allowed."""
     found = error.errors()[0]
     parts = (f"[{part}]" if isinstance(part, int) else f".{part.removesuffix('_')}" for part in found["loc"])
-    key, given, context = "".join(parts).lstrip("."), found["input"], found.get("ctx", {})
+    key, value, context = "".join(parts).lstrip("."), found["input"], found.get("ctx", {})
     match found["type"]:
         case "missing" | "missing_argument":
             return f"{key} is required: give {key}=..."
         case "literal_error":
             choices = re.findall("'([^']*)'", context["expected"])
-            return f"{key}={given}; there are {', '.join(choices)}"
+            return f"{key}={value}; choose from {', '.join(choices)}"
         case "list_type":
             return f"{key}: give a list: [a] or [a,b]"
         case "dataclass_type":
-            return f"{key}={given}: {key} is a group of keys, such as {key}.KEY=..."
+            return f"{key}={value}: {key} is a group of keys; set {key}.KEY=..."
         case "value_error":
             message = str(context["error"])
             if message.startswith(key):
                 return message
-            return f"{key} {message}, got {given}" if message.startswith("must ") else f"{key}={given}; {message}"
-    return f"{key}={given}: {found['msg'][0].lower()}{found['msg'][1:]}"
+            return f"{key} {message}, got {value}" if message.startswith("must ") else f"{key}={value}; {message}"
+    return f"{key}={value}: {found['msg'][0].lower()}{found['msg'][1:]}"

@@ -1,7 +1,7 @@
-"""From a composed config to a dataclass, and back.
+"""Convert a composed config to a dataclass, and back.
 
-Values, defaults and their one-line comments live in configs/*.yaml; types and what a value must be in train.py and
-verbs.py. A key that is not there is an error, so a misspelt override can never be ignored.
+configs/*.yaml hold the keys, their defaults and one-line comments; train.py and verbs.py hold the types and the limits
+on values. An unknown key is an error, so a misspelt override is never ignored.
 """
 
 import inspect
@@ -19,14 +19,14 @@ from protlig_dd.config.components import TRAINING_NOISE, unknown_key
 from protlig_dd.config.fields import STORED, first_problem, marked
 from protlig_dd.diffusion.graphs.registry import GRAPHS
 from protlig_dd.diffusion.noise import NOISES
-from protlig_dd.model.config import LATER, ModelConfig
+from protlig_dd.model.config import ADDED_LATER, ModelConfig
 
 T = TypeVar("T")
 COMPONENTS: dict[str, Mapping[str, Callable[..., Any]]] = {"graph": GRAPHS, "noise": NOISES}
 
 
 def config_folder() -> Path:
-    """The shipped configs: inside an installed package, or beside the package in a checkout."""
+    """Return the folder of the shipped configs: inside an installed package, or beside the package in a checkout."""
     package = Path(__file__).resolve().parents[1]
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"
@@ -36,70 +36,73 @@ def read_config(cfg: DictConfig, schema: type[T], *, stored: bool = False) -> T:
     """Check a composed config against its schema and return it as that dataclass.
 
     Args:
-        stored: what a run or an exported model has kept, whose numbers need not lie within the limits of today.
+        stored: the config was saved with a run or an exported model; its numbers may exceed today's limits.
 
     Raises:
-        ValueError: an unknown key (with the nearest known one), a missing value, or one that its field does not allow.
+        ValueError: an unknown key (the message suggests the nearest), a missing value, or a value that is not allowed.
     """
     try:
         content = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
         raise ValueError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     assert isinstance(content, dict)
-    missing = next((key for key, value in flatten(content).items() if "???" in (value, *listed(value))), None)
+    missing = next((key for key, value in flatten(content).items() if "???" in (value, *elements_of(value))), None)
     if missing is not None:
         raise ValueError(f"{missing} is required: give {missing}=...")
-    named = ((str(key), at_home(value)) for key, value in content.items())
-    arguments = {f"{key}_" if keyword.iskeyword(key) else key: value for key, value in named}
+    values = ((str(key), expand_home(value)) for key, value in content.items())
+    arguments = {f"{key}_" if keyword.iskeyword(key) else key: value for key, value in values}
     try:
         return TypeAdapter(schema).validate_python(arguments, context=STORED if stored else None)
     except ValidationError as error:
-        unknown = next((one for one in error.errors() if one["type"] == "unexpected_keyword_argument"), None)
+        unknown = next((found for found in error.errors() if found["type"] == "unexpected_keyword_argument"), None)
         if unknown is not None:
             key = ".".join(str(part).removesuffix("_") for part in unknown["loc"])
             raise ValueError(unknown_key(key, known_keys(schema))) from error
         raise ValueError(first_problem(error)) from error
 
 
-def listed(value: Any) -> list[Any]:
-    """The elements of a list; of anything else none."""
+def elements_of(value: Any) -> list[Any]:
+    """Return a list as it is, and [] for anything else."""
     return value if isinstance(value, list) else []
 
 
-def at_home(value: Any) -> Any:
-    """The value with the home folder for a `~` that paths in it begin with, which shells leave behind `key=`."""
+def expand_home(value: Any) -> Any:
+    """Replace a leading `~` of every path in a value by the home folder; shells do not expand it after `key=`."""
     if isinstance(value, str):
         return str(Path(value).expanduser()) if value == "~" or value.startswith("~/") else value
     if isinstance(value, list):
-        return [at_home(one) for one in value]
+        return [expand_home(element) for element in value]
     if isinstance(value, dict):
-        return {key: at_home(one) for key, one in value.items()}
+        return {key: expand_home(element) for key, element in value.items()}
     return value
 
 
-def spelt(config: Any) -> dict[str, Any]:
-    """A config as YAML and the command line spell it: `from`, not `from_`."""
+def as_dict(config: Any) -> dict[str, Any]:
+    """Return a config with the keys of YAML and the command line: `from` instead of `from_`."""
     values = {key.removesuffix("_"): value for key, value in asdict(config).items()}
-    if "model" in values:  # earlier versions read what they know
-        later = {field.name: field.default for field in fields(ModelConfig) if field.name in marked(ModelConfig, LATER)}
-        values["model"] = {key: one for key, one in values["model"].items() if key not in later or one != later[key]}
+    if "model" in values:  # leave out newer keys at their default, so that earlier versions can read it
+        added = marked(ModelConfig, ADDED_LATER)
+        later = {field.name: field.default for field in fields(ModelConfig) if field.name in added}
+        items = values["model"].items()
+        values["model"] = {key: value for key, value in items if key not in later or value != later[key]}
     return values
 
 
 def as_yaml(config: Any) -> str:
-    """A config as the file that `read_config` reads."""
-    return OmegaConf.to_yaml(OmegaConf.create(spelt(config)))
+    """Return a config as YAML that `read_config` can read."""
+    return OmegaConf.to_yaml(OmegaConf.create(as_dict(config)))
 
 
 def known_keys(schema: type, prefix: str = "") -> list[str]:
-    """Dotted keys of a schema, as they are spelt on the command line."""
+    """Return the dotted keys of a schema as on the command line."""
     keys: list[str] = []
     for name, kind in get_type_hints(schema).items():
         key = prefix + name.removesuffix("_")
         if isinstance(kind, type) and is_dataclass(kind):
             keys += known_keys(kind, f"{key}.")
         elif key in COMPONENTS:
-            options = {option for make in COMPONENTS[key].values() for option in inspect.signature(make).parameters}
+            components = COMPONENTS[key].values()
+            options = {option for component in components for option in inspect.signature(component).parameters}
             options |= {"name", *TRAINING_NOISE} if key == "noise" else {"name"}
             keys += [f"{key}.{option}" for option in sorted(options)]
         else:

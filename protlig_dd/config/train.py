@@ -1,4 +1,4 @@
-"""The configuration of a training run, and all that can be wrong with it by itself."""
+"""The configuration of a training run, and the checks that need no data."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,10 +21,10 @@ from protlig_dd.config.fields import (
     AtLeast2,
     Auto,
     Decay,
+    Fraction,
     NotNegative,
     Number,
     Positive,
-    Share,
     SplitName,
     marked,
 )
@@ -34,7 +34,7 @@ from protlig_dd.data.loader import check_pack_sizes, check_weights
 from protlig_dd.diffusion.samplers.base import SamplerOptions
 from protlig_dd.diffusion.sampling import check_sampler
 from protlig_dd.diffusion.score import check_parametrisation
-from protlig_dd.model.config import COMPUTING, ModelConfig
+from protlig_dd.model.config import COMPUTE_ONLY, ModelConfig
 from protlig_dd.model.dit import check_model
 from protlig_dd.system.signals import seconds_of
 
@@ -42,7 +42,7 @@ OptimizerName = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "wsd"]
 OPTIMIZERS, SCHEDULES = get_args(OptimizerName), get_args(Schedule)
 CONFIG = "config.yaml"
-RESUME = ("auto", "never", "extend")  # of run.resume, beside a path
+RESUME = ("auto", "never", "extend")  # values of run.resume; it may also be a path
 
 
 @dataclass(config=STRICT)
@@ -54,7 +54,7 @@ class RunConfig:
 
 @dataclass(config=STRICT)
 class DataConfig:
-    path: Annotated[Any, MAY_CHANGE]  # a store, or a list of them; what is compared is their fingerprint
+    path: Annotated[Any, MAY_CHANGE]  # a store or a list of stores; a resumed run compares their fingerprints
     weights: list[Positive] | None
     max_len: AtLeast1
     crop: Crop
@@ -65,8 +65,8 @@ class DataConfig:
     @classmethod
     def _is_a_path_or_paths(cls, path: Any) -> Any:
         paths = path if isinstance(path, list) else [path]
-        if path is not None and (  # an exported model's config has none
-            not paths or not all(isinstance(one, str) for one in paths) or ("auto" in paths and path != "auto")
+        if path is not None and (  # the config of an exported model has no data.path
+            not paths or not all(isinstance(item, str) for item in paths) or ("auto" in paths and path != "auto")
         ):
             raise ValueError(f"data.path={path}: give a store, a list of stores [a.h5,b.h5], or auto")
         return path
@@ -76,7 +76,7 @@ class DataConfig:
 class OptimConfig:
     name: OptimizerName
     lr: Positive
-    min_lr_ratio: Share
+    min_lr_ratio: Fraction
     warmup_steps: AtLeast0
     betas: list[Number]
     eps: Positive
@@ -86,7 +86,7 @@ class OptimConfig:
     ema_decay: Any  # a number, or auto
     momentum: Decay
     schedule: Schedule
-    decay_share: Share
+    decay_share: Fraction
 
     @field_validator("betas")
     @classmethod
@@ -99,7 +99,7 @@ class OptimConfig:
     @classmethod
     def _is_a_decay_or_auto(cls, decay: Any, info: Any) -> Any:
         if info.context != STORED and decay != "auto" and not (isinstance(decay, int | float) and 0 <= decay < 1):
-            raise ValueError(f"optim.ema_decay must be auto or lie in [0, 1), got {decay}")
+            raise ValueError(f"optim.ema_decay must be auto or a number in [0, 1), got {decay}")
         return decay
 
 
@@ -109,7 +109,7 @@ class TrainerConfig:
     epochs: Positive | None
     stop_at_step: AtLeast1 | None
     device: str
-    precision: str  # compared as resolved when a run is resumed
+    precision: str  # a resumed run compares the resolved value
     log_every: AtLeast1
     log_rows: bool
     eval_every: AtLeast0
@@ -155,9 +155,9 @@ class TrainConfig:
     graph: dict[str, Any]
     noise: dict[str, Any]
     parametrisation: str
-    time_conditioning: Auto  # in a run's own config no longer auto
+    time_conditioning: Auto  # resolved to true or false in a run folder's config.yaml
     optim: OptimConfig
-    trainer: Annotated[TrainerConfig, MAY_CHANGE]  # max_steps and epochs move the end of the learning rate's schedule
+    trainer: Annotated[TrainerConfig, MAY_CHANGE]  # max_steps and epochs set where the learning-rate schedule ends
     logger: Annotated[LoggerConfig, MAY_CHANGE]
     report: Annotated[ReportConfig, MAY_CHANGE]
     plan: Annotated[bool, MAY_CHANGE] = False
@@ -188,15 +188,15 @@ class TrainConfig:
 def may_change(key: str) -> bool:
     """Whether a key, such as `data.workers`, may differ when a run is resumed."""
     group, _, name = key.partition(".")
-    marks = {"data": marked(DataConfig, MAY_CHANGE), "model": marked(ModelConfig, COMPUTING)}
+    marks = {"data": marked(DataConfig, MAY_CHANGE), "model": marked(ModelConfig, COMPUTE_ONLY)}
     return group in marked(TrainConfig, MAY_CHANGE) or name in marks.get(group, [])
 
 
 def config_in(folder: Path) -> TrainConfig:
-    """The config of a run, or of a checkpoint, that was written to this folder.
+    """Read the config that was saved in this folder of a run or a checkpoint.
 
     Raises:
-        ValueError: a key that this version does not have or the file lacks, or a damaged file; names the file.
+        ValueError: an unknown or missing key, or a damaged file; the message names the file.
     """
     try:
         return read_config(OmegaConf.create(recorded_config(folder)), TrainConfig, stored=True)
@@ -205,10 +205,10 @@ def config_in(folder: Path) -> TrainConfig:
 
 
 def recorded_config(folder: Path) -> dict[str, Any]:
-    """The same as nested dictionaries, whatever version wrote it.
+    """Read the config saved in this folder as nested dictionaries, whatever version wrote it.
 
     Raises:
-        ValueError: a damaged file; names it.
+        ValueError: a damaged file; the message names it.
     """
     try:
         content = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
@@ -220,7 +220,7 @@ def recorded_config(folder: Path) -> dict[str, Any]:
 
 
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """`key: old -> new` for every key that differs and may not when a run is resumed."""
+    """Return `key: old -> new` for every key that differs although it must not change when a run is resumed."""
     old_flat, new_flat = flatten(old), flatten(new)
     keys = [key for key in sorted(old_flat | new_flat) if not may_change(key)]
     return [
@@ -231,7 +231,11 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def check_train_config(config: TrainConfig) -> None:
-    """Raise a ValueError, before any data is read, for values that cannot work together."""
+    """Check, before any data is read, that the values can work together.
+
+    Raises:
+        ValueError: they cannot; the message names the keys.
+    """
     trainer = config.trainer
     check_model(config.model)
     check_pack_sizes(config.data.max_len, config.data.tokens_per_pack)
@@ -246,17 +250,19 @@ def check_train_config(config: TrainConfig) -> None:
     if trainer.max_time is not None:
         seconds_of(trainer.max_time)
     if (trainer.max_steps is None) == (trainer.epochs is None):
-        raise ValueError(f"give one of trainer.max_steps={trainer.max_steps} and trainer.epochs={trainer.epochs}")
-    if config.run.resume not in RESUME and not (named := Path(config.run.resume)).is_dir():
-        what = "is no folder" if named.exists() else "does not exist"
+        both = f"trainer.max_steps={trainer.max_steps} and trainer.epochs={trainer.epochs}"
+        raise ValueError(f"{both}: set exactly one of them, and the other to null")
+    if config.run.resume not in RESUME and not (folder := Path(config.run.resume)).is_dir():
+        problem = "is not a folder" if folder.exists() else "does not exist"
         raise ValueError(
-            f"run.resume={config.run.resume} {what}; there are {', '.join(RESUME)}, and folders of checkpoints or runs"
+            f"run.resume={config.run.resume} {problem}; choose from {', '.join(RESUME)}, "
+            "or give the folder of a checkpoint or a run"
         )
     if config.from_ is not None and config.run.resume not in RESUME:
-        raise ValueError(f"from={config.from_} and run.resume={config.run.resume}: a run starts from one of them")
+        raise ValueError(f"from={config.from_} and run.resume={config.run.resume}: give only one of them")
     if config.from_ is None and config.from_sha256 is not None:
-        raise ValueError("from_sha256 is that of from=, which is not given")
-    name = config.run.name  # that earlier versions took other names is why the field does not say so
+        raise ValueError("from_sha256 is the checksum of the weights that from= names, but from= is not given")
+    name = config.run.name  # checked here and not on the field, as earlier versions allowed other names
     if name != Path(name).name or name in ("", ".", ".."):
         raise ValueError(f"run.name={name!r} must be a plain folder name")
     if any(character.isspace() for character in name):

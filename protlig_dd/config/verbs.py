@@ -4,14 +4,25 @@ from typing import Any, Literal
 
 from pydantic.dataclasses import dataclass
 
-from protlig_dd.config.fields import STRICT, AtLeast0, AtLeast1, AtLeast2, Auto, Even, Number, Share, SplitName, Whole
+from protlig_dd.config.fields import (
+    STRICT,
+    AtLeast0,
+    AtLeast1,
+    AtLeast2,
+    Auto,
+    Even,
+    Fraction,
+    Number,
+    SplitName,
+    Whole,
+)
 
 
 @dataclass(config=STRICT)
 class FilterConfig:
     min_length: AtLeast1
     max_length: AtLeast1 | None
-    max_unknown: Share
+    max_unknown: Fraction
     fragments: bool
     duplicates: bool
     taxa: list[int] | None
@@ -20,8 +31,8 @@ class FilterConfig:
 
 @dataclass(config=STRICT)
 class SplitConfig:
-    validation_fraction: Share
-    test_fraction: Share
+    validation_fraction: Fraction
+    test_fraction: Fraction
     check: Literal["mmseqs"] | None
     on_hit: Literal["move", "drop"]
 
@@ -145,7 +156,7 @@ class JudgeConfig:
 
 @dataclass(config=STRICT)
 class ReportPageConfig:
-    runs: Any  # a run's folder, a folder of runs, a pattern, or a list of them
+    runs: Any  # a run folder, a folder of runs, a pattern, or a list of these
     output: str | None
 
 

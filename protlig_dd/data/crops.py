@@ -1,4 +1,4 @@
-"""Parts of proteins that are longer than a model sees: crops and windows."""
+"""Crops and windows of proteins that are longer than the model's maximum length."""
 
 import math
 from typing import Literal, TypeVar, get_args
@@ -13,32 +13,36 @@ Count = TypeVar("Count", int, np.ndarray)
 
 
 def crop_bounds(residues: Count, starts: Count, max_len: int) -> tuple[Count, Count]:
-    """First and end token, in `<bos> residues <eos>`, of the crops to residues start .. start + max_len - 1.
+    """Return the token bounds (first, end) of crops to residues start .. start + max_len - 1.
 
-    A crop lacks the end that was cut: `<bos>` stays with start = 0, `<eos>` with the last residue.
+    Tokens are counted in `<bos> residues <eos>`. A crop keeps `<bos>` only if it begins with the first residue, and
+    `<eos>` only if it ends with the last one.
 
     Args:
-        residues, starts: of one protein, or (n,) of several.
+        residues, starts: length and first residue of one protein, or (n,) arrays for n proteins.
     """
     return starts + (starts > 0), starts + max_len + 1 + (starts + max_len == residues)
 
 
 def check_crop(crop: str) -> None:
-    """Raise unless it is one of CROPS."""
+    """Raise ValueError unless `crop` is one of CROPS."""
     if crop not in CROPS:
-        raise ValueError(f"data.crop={crop}; there are {', '.join(CROPS)}")
+        raise ValueError(f"data.crop={crop}; choose from {', '.join(CROPS)}")
 
 
-def window_starts(residues: int, most: int) -> list[int]:
-    """Where windows of `most` residues begin that cover a protein: as few as overlap by half, evenly spread."""
-    if residues <= most:
+def window_starts(residues: int, max_len: int) -> list[int]:
+    """Return the first residues of windows of `max_len` residues that cover a protein.
+
+    The windows are evenly spaced, and as few as possible with neighbours overlapping by at least half.
+    """
+    if residues <= max_len:
         return [0]
-    steps = math.ceil((residues - most) / max(1, most // 2))
-    return [round(i * (residues - most) / steps) for i in range(steps + 1)]
+    steps = math.ceil((residues - max_len) / max(1, max_len // 2))
+    return [round(i * (residues - max_len) / steps) for i in range(steps + 1)]
 
 
-def window(tokens: np.ndarray, start: int, most: int) -> np.ndarray:
-    """The crop of `<bos> residues <eos>` to at most `most` residues from `start` on."""
+def window(tokens: np.ndarray, start: int, max_len: int) -> np.ndarray:
+    """Crop `<bos> residues <eos>` to at most `max_len` residues, beginning with residue `start`."""
     residues = len(tokens) - 2
-    first, end = crop_bounds(residues, start, min(most, residues - start))
+    first, end = crop_bounds(residues, start, min(max_len, residues - start))
     return tokens[first:end]

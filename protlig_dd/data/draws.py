@@ -1,9 +1,9 @@
-"""Random choices that a run repeats when it goes on: orders, subsets and places, from a key of whole numbers.
+"""Random choices that a resumed run must repeat: orders, subsets and crop positions, keyed by integers.
 
-They come in versions, of which a run keeps the one that it has begun with:
+The method has a version. A run keeps the version it was started with:
 
-    1   by the methods of numpy's Generator, whose streams a new numpy may change (NEP 19)
-    2   from the words of PCG64 seeded by SeedSequence, which numpy promises to keep
+    1   methods of numpy's Generator, whose streams may change in a new numpy release (NEP 19)
+    2   raw words of PCG64 seeded by SeedSequence, which numpy guarantees to keep
 """
 
 from collections.abc import Sequence
@@ -12,36 +12,36 @@ import numpy as np
 
 VERSIONS = (1, 2)
 NEWEST = VERSIONS[-1]
-AT_ONCE = 1 << 20  # rows that are drawn for at once
-PART = 1 << 25  # rows of an order that are sorted at once, about: 16 bytes of memory each
+ROWS_AT_ONCE = 1 << 20  # random words are drawn in blocks of this many rows
+ROWS_PER_SORT = 1 << 25  # approximate; sorting takes 16 bytes of memory per row
 
 
 def shuffled(rows: np.ndarray, key: Sequence[int], version: int = NEWEST) -> np.ndarray:
-    """(n,) the same rows in random order.
+    """Return the same rows (n,) in random order.
 
-    Version 2 gives each row a word and sorts by it. The low bits of the word, as many as number the rows, are the row's
-    number instead, so that no two are equal and any way of sorting gives the same. Two rows whose other bits agree
-    stay in the order in which they were given. Of 70 million rows (37 other bits) that happens to some 18,000 pairs, of
-    a million to 30 pairs in a thousand epochs: they are neighbours anywhere in the order, and only which of the two
-    comes first is no chance.
+    Version 2 gives each row a random 64-bit word and sorts by it. The low bits of the word are replaced by the row's
+    index, with as many bits as the largest index needs. So no two words are equal, and every sorting algorithm gives
+    the same order. Two rows whose remaining bits agree keep their given order. This happens to about 18,000 pairs of
+    70 million rows (37 remaining bits), and to 30 pairs of a million rows in a thousand epochs. Such a pair is adjacent
+    at a random position, and only the order of the two is not random.
     """
     if version == 1:
         return np.random.default_rng(key).permutation(rows)
     n = len(rows)
     number_bits = max(n - 1, 1).bit_length()
     number_mask = np.uint64((1 << number_bits) - 1)
-    parts_bits = max(0, number_bits - PART.bit_length() + 1)
+    parts_bits = max(0, number_bits - ROWS_PER_SORT.bit_length() + 1)
     order, done = np.empty_like(rows), 0
-    for part in range(1 << parts_bits):  # words that begin with these bits
-        words, found = words_of(key), [np.empty(0, np.uint64)]
-        for first in range(0, n, AT_ONCE):
-            word = words.random_raw(min(AT_ONCE, n - first))
+    for part in range(1 << parts_bits):  # each part takes the words that begin with its bits
+        stream, blocks = random_words(key), [np.empty(0, np.uint64)]
+        for first in range(0, n, ROWS_AT_ONCE):
+            word = stream.random_raw(min(ROWS_AT_ONCE, n - first))
             number = np.arange(first, first + len(word), dtype=np.uint64)
             if parts_bits:
-                own = word >> np.uint64(64 - parts_bits) == part
-                word, number = word[own], number[own]
-            found.append((word & ~number_mask) | number)
-        words_in_order = np.concatenate(found)
+                in_part = word >> np.uint64(64 - parts_bits) == part
+                word, number = word[in_part], number[in_part]
+            blocks.append((word & ~number_mask) | number)
+        words_in_order = np.concatenate(blocks)
         words_in_order.sort()
         words_in_order &= number_mask
         end = done + len(words_in_order)
@@ -50,35 +50,39 @@ def shuffled(rows: np.ndarray, key: Sequence[int], version: int = NEWEST) -> np.
     return order
 
 
-def some_of(rows: np.ndarray, most: int, seed: int, version: int = NEWEST) -> np.ndarray:
-    """At most `most` of these ascending rows, ascending."""
-    return rows if len(rows) <= most else np.sort(shuffled(rows, [seed, most], version)[:most])
+def random_subset(rows: np.ndarray, size: int, seed: int, version: int = NEWEST) -> np.ndarray:
+    """Return a random subset, ascending, of at most `size` of these ascending rows."""
+    return rows if len(rows) <= size else np.sort(shuffled(rows, [seed, size], version)[:size])
 
 
-def below(limits: np.ndarray, key: Sequence[int], version: int = NEWEST) -> np.ndarray:
-    """(n,) int64, uniform on 0 .. limit - 1 for each limit.
+def random_below(limits: np.ndarray, key: Sequence[int], version: int = NEWEST) -> np.ndarray:
+    """Draw (n,) int64 integers, each uniform on 0 .. limit - 1 for its limit.
 
-    In version 2 the remainder of a word: no number is likelier than another by more than a share of limit / 2^64.
+    Version 2 takes the remainder of a 64-bit word. The probabilities of two integers then differ by a fraction of at
+    most limit / 2^64.
     """
     if version == 1:
         return np.random.default_rng(key).integers(limits)
-    return (words_of(key).random_raw(len(limits)) % limits.astype(np.uint64)).astype(np.int64)
+    return (random_words(key).random_raw(len(limits)) % limits.astype(np.uint64)).astype(np.int64)
 
 
-def words_of(key: Sequence[int]) -> np.random.PCG64:
-    """The stream of 64-bit words of a key."""
+def random_words(key: Sequence[int]) -> np.random.PCG64:
+    """Return the stream of 64-bit words of a key."""
     return np.random.PCG64(np.random.SeedSequence(key))
 
 
 def check_version(version: int, where: object) -> int:
-    """The version, if it is known here.
+    """Return the version if this program supports it.
+
+    Args:
+        where: file or folder that records the version, for the message.
 
     Raises:
-        ValueError: it is not; names it and those that are.
+        ValueError: the version is not supported.
     """
     if version not in VERSIONS:
         raise ValueError(
-            f"{where} is of a run whose packs are drawn by plan version {version}; "
-            f"this version of the program knows {' and '.join(map(str, VERSIONS))}"
+            f"{where}: the run's packs follow plan version {version}; "
+            f"this version of the program supports {' and '.join(map(str, VERSIONS))}"
         )
     return version

@@ -1,4 +1,4 @@
-"""A block of FASTA records as tokens: one pass of C over all of its letters, and a look at every oddity."""
+"""Encode a block of FASTA records as tokens: one vectorised pass over all letters, slower checks only if needed."""
 
 import itertools
 from typing import NamedTuple
@@ -9,7 +9,7 @@ import xxhash
 from protlig_dd.data.fasta import WHITESPACE, FastaBlock
 from protlig_dd.tokenizer import AMINO_ACIDS, BOS, CONTEXT_LETTERS, EOS, LETTERS
 
-# Codes of one byte on its way to a token: the token, with _LOWER added for a lower-case letter; or one of these.
+# A byte's code: its token (plus _LOWER for a lower-case letter), or _STOP or _ILLEGAL.
 _LOWER, _STOP, _ILLEGAL = 64, 128, 129
 _CODES = bytearray([_ILLEGAL]) * 256
 for _id, _letter in enumerate(LETTERS):
@@ -20,28 +20,28 @@ _TABLE = bytes(_CODES)
 _FOLD = bytes(code & ~_LOWER for code in range(256))
 
 _BASES = bytes(LETTERS.index(letter) for letter in "ACGTUN")
-FEWEST_BASES = 20  # a shorter protein may well be so
+FEWEST_BASES = 20  # shorter proteins may consist of these letters by chance
 
-# Never change these: the split of every sequence of every store follows from the first.
+# Never change these seeds: all hashed splits depend on ID_SEED.
 ID_SEED, SEQUENCE_SEED = 0x70726F746C6967, 0x64647365646464
 
 
 class EncodedBlock(NamedTuple):
     sequences: list[bytes]
-    """n times the tokens of the residues."""
+    """The residue tokens of each of the n sequences."""
     tokens: np.ndarray
     """(total,) uint8: every sequence as `<bos> residues <eos>`."""
     lengths: np.ndarray
-    """(n,) int64: tokens of each, the two ends included."""
+    """(n,) int64: tokens of each sequence, including `<bos>` and `<eos>`."""
     id_hashes: np.ndarray
     """(n,) uint64: 64-bit XXH3 of the id's UTF-8 bytes, keyed by ID_SEED."""
     lower_case: int
-    """Letters that were lower-case; they are tokens like their upper-case twins."""
+    """Number of lower-case letters; they were encoded like upper-case letters."""
     nucleotides: int
-    """Records that look like DNA or RNA."""
+    """Number of records that look like DNA or RNA."""
 
-    def where(self, keep: np.ndarray) -> "EncodedBlock":
-        """The records for which keep (n,) is True."""
+    def select(self, keep: np.ndarray) -> "EncodedBlock":
+        """Return the records for which `keep` (n,) is True."""
         if keep.all():
             return self
         sequences = list(itertools.compress(self.sequences, keep.tolist()))
@@ -58,10 +58,11 @@ class EncodedBlock(NamedTuple):
 
 
 def encode_block(block: FastaBlock) -> EncodedBlock:
-    """Tokens of a block's records. Lower case is folded, white space and one trailing `*` of a record are dropped.
+    """Encode a block's records. Lower case becomes upper case; white space and one trailing `*` per record are dropped.
 
     Raises:
-        ValueError: a record without residues or with any other character; names file, record, line and position.
+        ValueError: a record that has no residues or contains any other character. The message names the file, the
+            record, the line and the position.
     """
     sequences, lower_case = [body.translate(_TABLE, WHITESPACE) for body in block.bodies], 0
     tokens = _joined(sequences)
@@ -69,11 +70,11 @@ def encode_block(block: FastaBlock) -> EncodedBlock:
         sequences = [sequence.removesuffix(bytes([_STOP])) for sequence in sequences]
         tokens = _joined(sequences)
         if tokens.max() >= _STOP:
-            _refuse(block)
+            _raise_for_bad_record(block)
         lower_case = int((tokens >= _LOWER).sum())
         sequences, tokens = [sequence.translate(_FOLD) for sequence in sequences], tokens & ~np.uint8(_LOWER)
     if not all(sequences):
-        raise ValueError(f"{block.where(sequences.index(b''))}: no residues")
+        raise ValueError(f"{block.location(sequences.index(b''))}: no residues")
     lengths = np.array([len(sequence) + 2 for sequence in sequences])
     digest = xxhash.xxh3_64_digest
     digests = b"".join([digest(id_, ID_SEED) for id_ in block.ids])
@@ -82,33 +83,34 @@ def encode_block(block: FastaBlock) -> EncodedBlock:
 
 
 def is_nucleotide(tokens: bytes) -> bool:
-    """Whether nine in ten of the first hundred residues are letters of DNA or RNA: A, C, G, T, U, N. Some true proteins
-    are so, but few.
+    """Whether a sequence looks like DNA or RNA: at least 90% of its first 100 residues are A, C, G, T, U or N.
+
+    False for sequences shorter than FEWEST_BASES. Few real proteins pass.
     """
     start = tokens[:100]
     return len(start) >= FEWEST_BASES and 10 * len(start.translate(None, _BASES)) <= len(start)
 
 
 def nucleotide_warning(found: int, records: int, name: str) -> str:
-    """What to tell a user of them."""
+    """Return a warning for `found` of `records` sequences that look like DNA or RNA."""
     return f"warning: {found:,} of {records:,} sequences of {name} look like DNA or RNA, and were read as proteins"
 
 
 def _joined(sequences: list[bytes]) -> np.ndarray:
-    """`<bos> residues <eos>` of each, end to end."""
+    """Concatenate the sequences, each as `<bos> residues <eos>`."""
     return np.frombuffer(bytes([EOS, BOS]).join([b"", *sequences, b""]), np.uint8)[1:-1]
 
 
-def _refuse(block: FastaBlock) -> None:
-    """Raise for the first record of a block that is empty or has an illegal character."""
+def _raise_for_bad_record(block: FastaBlock) -> None:
+    """Raise ValueError for the first record of a block that is empty or has an illegal character."""
     for i, body in enumerate(block.bodies):
         residues = body.translate(None, WHITESPACE).removesuffix(b"*")
         if not residues:
-            raise ValueError(f"{block.where(i)}: no residues")
+            raise ValueError(f"{block.location(i)}: no residues")
         for position, byte in enumerate(residues, start=1):
             if _CODES[byte] >= _STOP:
                 shown = repr(chr(byte)) if byte < 128 else f"byte {byte:#04x}"
                 raise ValueError(
-                    f"{block.where(i, position)}: illegal character {shown} at position {position} of "
-                    f"{len(residues)}; legal are the letters {AMINO_ACIDS + CONTEXT_LETTERS}"
+                    f"{block.location(i, position)}: illegal character {shown} at position {position} of "
+                    f"{len(residues)}; allowed are the letters {AMINO_ACIDS + CONTEXT_LETTERS}"
                 )

@@ -1,7 +1,8 @@
-"""FASTA reading, plain, gzipped or from stdin: a few megabytes at a time, with errors that name file, record and line.
+"""Stream FASTA from a plain file, a gzipped file or stdin. Errors name the file, the record and the line.
 
-There is one parser. It cuts the bytes into blocks of whole records and leaves the rest to C: numpy finds records,
-`partition` headers. `read_fasta` hands out single records, `prepare` whole blocks.
+There is one parser, which cuts the bytes into blocks of whole records. For speed it leaves the inner loops to C: numpy
+finds the records, and `bytes.partition` splits off their headers. `read_fasta` yields single records; `prepare` reads
+whole blocks.
 """
 
 import gzip
@@ -16,11 +17,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from isal import isal_zlib
-from isal.igzip import IGzipFile  # as gzip's, three times as fast
+from isal.igzip import IGzipFile  # same interface as gzip.GzipFile, three times as fast
 
 GZIP_MAGIC = b"\x1f\x8b"
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # of UTF-8
-FOREIGN = {  # how files begin that are something else
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # UTF-8
+OTHER_FORMATS = {  # first bytes of files that are not FASTA
     b"\x89HDF": "is an HDF5 file, perhaps a store already, not FASTA",
     b"\xff\xfe": "is UTF-16, not UTF-8; save it as UTF-8",
     b"\xfe\xff": "is UTF-16, not UTF-8; save it as UTF-8",
@@ -29,9 +30,9 @@ FOREIGN = {  # how files begin that are something else
     b"\xfd7zXZ": "is compressed by xz; only gzip is read",
     b"PK\x03\x04": "is a zip archive; only gzip is read",
 }
-PIR_CODES = {b"P1", b"F1", b"DL", b"DC", b"RL", b"RC", b"N1", b"N3", b"XX"}  # kinds of molecule, before `;` and the id
-BLOCK_BYTES = 1 << 18  # what is cut off it stays in the processor's cache
-PIECE_BYTES = 1 << 16  # as much may be lost of what stands before damage in a gzip file
+PIR_CODES = {b"P1", b"F1", b"DL", b"DC", b"RL", b"RC", b"N1", b"N3", b"XX"}  # molecule types; PIR writes `>P1;id`
+BLOCK_BYTES = 1 << 18  # small enough that the slices of a block stay in the processor's cache
+PIECE_BYTES = 1 << 16  # in a damaged gzip file, up to this many bytes before the damage may be lost
 LONGEST_RECORD = 16 << 20  # bytes; the longest known protein has some 45,000 residues
 WHITESPACE = b" \t\r\n\v\f"
 NEWLINE, SIGN, SEMICOLON = b"\n>;"
@@ -48,17 +49,17 @@ class FastaRecord(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What error messages call this record."""
+        """Name of this record in error messages."""
         return f"{self.file}: record {self.id}" if self.file else f"record {self.id}"
 
 
 class Header(NamedTuple):
-    """The fields of a UniRef, UniProt or bare header; None where there is none."""
+    """Fields of a UniRef, UniProt or plain header. A field that the header lacks is None."""
 
     id: str
     description: str
     n: int | None
-    """Members of the cluster (UniRef's n=)."""
+    """Number of cluster members (UniRef's n=)."""
     tax: str | None
     """UniRef's Tax=, UniProt's OS=."""
     tax_id: int | None
@@ -66,13 +67,13 @@ class Header(NamedTuple):
     rep_id: str | None
 
 
-# Greedy descriptions: a name that contains `n=2 Tax=` or brackets leaves the last such fields to the pattern.
+# Descriptions match greedily: if a protein name itself contains `n=2 Tax=`, the last such fields are used.
 _UNIREF = re.compile(r"(?:(?P<d>.*) )?n=(?P<n>\d+) Tax=(?P<tax>.*?)(?: TaxID=(?P<id>\d+|N/A))?(?: RepID=(?P<rep>\S+))?")
 _UNIPROT = re.compile(r"(?:(?P<d>.*) )?OS=(?P<tax>.*?) OX=(?P<id>\d+)(?: .*)?")
 
 
 def id_of(header: str) -> str:
-    """A header's first word."""
+    """Return the first word of a header."""
     return re.split("[ \t]", header, maxsplit=1)[0]
 
 
@@ -94,25 +95,29 @@ def parse_header(header: str) -> Header:
 
 
 class FastaBlock(NamedTuple):
-    """n whole records of a file, still as bytes."""
+    """n whole records of a file, as bytes."""
 
     file: str
     first_record: int
-    """Number of the block's first record in the file, from 1."""
+    """Number of the block's first record in the file, counted from 1."""
     first_line: int
-    """Number of the line on which its header stands, from 1."""
+    """Line number of that record's header, counted from 1."""
     text: bytes
-    """The records as they stand, but that every line ends with a newline alone."""
+    """The records' bytes, with every line end normalised to a newline."""
     starts: list[int]
-    """n + 1 places: where each record's `>` is in `text`, and where the last one ends."""
+    """n + 1 offsets in `text`: each record's `>`, and the end of the last record."""
     ids: list[bytes]
     headers: list[bytes]
-    """First lines, without `>`; valid UTF-8."""
+    """First lines without `>`, checked to be UTF-8."""
     bodies: list[bytes]
-    """The other lines, line ends and all."""
+    """The other lines, with their line ends."""
 
-    def where(self, i: int, position: int | None = None) -> str:
-        """What error messages call record i: file, number, id and line (that of the residue at `position`, from 1)."""
+    def location(self, i: int, position: int | None = None) -> str:
+        """Return file, number, id and line of record i, for error messages.
+
+        Args:
+            position: residue (counted from 1) whose line is named; None names the header's line.
+        """
         line = self.first_line + self.text.count(b"\n", 0, self.starts[i])
         if position is not None:
             for text in self.bodies[i].split(b"\n"):
@@ -123,16 +128,16 @@ class FastaBlock(NamedTuple):
 
 
 class FastaFile:
-    """One input. Iterate over `blocks()` once; then `sha256`, `size` and `records` describe what was read.
+    """One input file. Iterate over `blocks()` once; afterwards `sha256`, `size` and `records` describe what was read.
 
     Args:
-        path: a file, plain or gzipped (told by its first two bytes, not by its name), or `-` for stdin.
+        path: a plain or gzipped file (recognised by its first two bytes, not by its name), or `-` for stdin.
         on_bytes: called with the number of bytes read from the (compressed) file.
 
     Raises:
-        ValueError: naming the file and, where there is one, the record and the line: no such file, no records, text
-            before the first `>`, a header without an id or that is not UTF-8, a record beyond LONGEST_RECORD or in
-            PIR format, truncated or damaged gzip.
+        ValueError: no such file, no records, text before the first `>`, a header that has no id or is not UTF-8, a
+            record longer than LONGEST_RECORD or in PIR format, or truncated or damaged gzip. The message names the
+            file and, if known, the record and the line.
     """
 
     def __init__(self, path: Path | str, on_bytes: Callable[[int], None] | None = None) -> None:
@@ -149,14 +154,14 @@ class FastaFile:
 
     @property
     def size(self) -> int:
-        """Bytes read from the file, compressed where it is."""
+        """Bytes read from the file (compressed bytes if it is gzipped)."""
         return self._raw.size
 
     def blocks(self) -> Iterator[FastaBlock]:
         try:
-            # a pipe (stdin, or the shell's <(...)) is read as it comes
+            # unbuffered: a pipe (stdin, or the shell's <(...)) is read as data arrives
             with sys.stdin.buffer if self.path is None else self.path.open("rb", buffering=0) as source:
-                self._raw = _Watched(source, self.on_bytes)
+                self._raw = _CountingReader(source, self.on_bytes)
                 yield from self._blocks(io.BufferedReader(self._raw, 1 << 20))
         except OSError as error:
             raise ValueError(f"{self.name}: cannot be read: {error.strerror or error}") from error
@@ -176,9 +181,9 @@ class FastaFile:
                 line += text.count(b"\n", 0, len(text) - len(stripped))
                 text = stripped
                 started = bool(text)
-                for magic, what in FOREIGN.items():
+                for magic, problem in OTHER_FORMATS.items():
                     if text.startswith(magic):
-                        raise ValueError(f"{self.name} {what}")
+                        raise ValueError(f"{self.name} {problem}")
                 if started and text[:1] != b">":
                     shown = text.partition(b"\n")[0][:40].decode("utf-8", "replace").strip()
                     raise ValueError(f"{self.name}: line {line} is not a FASTA header: {shown!r}")
@@ -199,7 +204,7 @@ class FastaFile:
             raise ValueError(f"{self.name}: empty, no FASTA records in it")
 
     def _parse(self, text: bytes, line: int) -> FastaBlock:
-        """The records of `>id ...\n...\n>id ...\n`."""
+        """Split `>id ...\n...\n>id ...\n` into records and check them; `line` is the number of the first line."""
         letters = np.frombuffer(text, np.uint8)
         signs = np.flatnonzero(letters[1:] == SIGN) + 1
         starts = [0, *signs[letters[signs - 1] == NEWLINE].tolist(), len(text)]
@@ -214,33 +219,38 @@ class FastaFile:
         block = FastaBlock(self.name, self.records + 1, line, text, starts, ids, headers, bodies)
         self.records += len(ids)
         if len(text) > LONGEST_RECORD and (np.diff(starts) > LONGEST_RECORD).any():
-            raise ValueError(_too_long(block.where(int(np.argmax(np.diff(starts) > LONGEST_RECORD)))))
+            raise ValueError(_too_long(block.location(int(np.argmax(np.diff(starts) > LONGEST_RECORD)))))
         if not all(ids):
             i = ids.index(b"")
             shown = ">" + headers[i].decode("utf-8", "replace")
-            raise ValueError(f"{block.where(i)}: no id in the header {shown!r}")
+            raise ValueError(f"{block.location(i)}: no id in the header {shown!r}")
         codes_end = np.array(starts[:-1]) + 3
         for i in np.flatnonzero(letters[np.minimum(codes_end, len(text) - 1)] == SEMICOLON).tolist():
-            if ids[i][:2] in PIR_CODES and b"*" in bodies[i]:  # whose first line would be read as residues
+            if ids[i][:2] in PIR_CODES and b"*" in bodies[i]:  # else its description line would be read as residues
                 raise ValueError(
-                    f"{block.where(i)} looks like PIR, not FASTA: `{ids[i][:3].decode()}` before its id, a line of "
-                    'description, and * behind its sequence. Bio.SeqIO.convert("in.pir", "pir", "out.fasta", "fasta") '
-                    f"makes FASTA of PIR; if this is FASTA, take `{ids[i][:3].decode()}` out of its ids"
+                    f"{block.location(i)} looks like PIR, not FASTA: its id starts with `{ids[i][:3].decode()}`, a "
+                    "line of description follows, and * ends its sequence. Convert PIR to FASTA with "
+                    'Bio.SeqIO.convert("in.pir", "pir", "out.fasta", "fasta"); if the file is FASTA, remove '
+                    f"`{ids[i][:3].decode()}` from its ids"
                 )
         if not text.isascii():
             for i, header in enumerate(headers):
                 try:
                     header.decode()
                 except UnicodeDecodeError as error:
-                    raise ValueError(f"{block.where(i)}: the header is not UTF-8: {error.reason}") from error
+                    raise ValueError(f"{block.location(i)}: the header is not UTF-8: {error.reason}") from error
         return block
 
 
 def _line_ends(text: bytes, last: bool) -> tuple[bytes, bytes]:
-    """The text with newlines for the line ends of other systems: CR LF, CR CR LF, and CR alone.
+    """Normalise the line ends CR LF, CR CR LF and CR to newlines.
+
+    Args:
+        last: whether no more text follows.
 
     Returns:
-        The text and the carriage returns at its end, which may belong to a newline that is yet to come.
+        The normalised text, and the carriage returns held back from its end: the newline that completes them may be
+        the next byte of the file.
     """
     if b"\r" not in text:
         return text, b""
@@ -252,11 +262,11 @@ def _line_ends(text: bytes, last: bool) -> tuple[bytes, bytes]:
 
 
 def _too_long(where: str) -> str:
-    return f"{where} is longer than {LONGEST_RECORD:,} bytes: no protein"
+    return f"{where} is longer than {LONGEST_RECORD:,} bytes, the limit for one record"
 
 
-class _Watched(io.RawIOBase):
-    """A raw file whose bytes are counted and hashed as they are read."""
+class _CountingReader(io.RawIOBase):
+    """A raw file that counts and hashes its bytes as they are read."""
 
     def __init__(self, source: Any, on_bytes: Callable[[int], None] | None) -> None:
         self.source, self.on_bytes = source, on_bytes
@@ -275,7 +285,7 @@ class _Watched(io.RawIOBase):
 
 
 def _read(stream: io.BufferedIOBase) -> tuple[bytes, Exception | None]:
-    """About BLOCK_BYTES (b"" at the end), and the damage met after them, if any."""
+    """Read about BLOCK_BYTES (b"" at the end). Also return the gzip error that follows those bytes, or None."""
     pieces: list[bytes] = []
     size = 0
     try:
@@ -288,10 +298,10 @@ def _read(stream: io.BufferedIOBase) -> tuple[bytes, Exception | None]:
 
 
 def read_fasta(path: Path | str) -> Iterator[FastaRecord]:
-    """Stream the records of one FASTA file (see FastaFile).
+    """Yield the records of one FASTA file (see FastaFile).
 
     Raises:
-        ValueError: as FastaFile; and a sequence that is not text.
+        ValueError: as FastaFile, or a sequence that is not ASCII.
     """
     for block in FastaFile(path).blocks():
         for i, (header, id_, body) in enumerate(zip(block.headers, block.ids, block.bodies, strict=True)):
@@ -299,5 +309,5 @@ def read_fasta(path: Path | str) -> Iterator[FastaRecord]:
             try:
                 sequence = body.translate(None, WHITESPACE).decode("ascii")
             except UnicodeDecodeError as error:
-                raise ValueError(f"{block.where(i, error.start + 1)}: not a letter") from error
+                raise ValueError(f"{block.location(i, error.start + 1)}: not a letter") from error
             yield FastaRecord(id_.decode(), description, sequence, block.file)

@@ -1,9 +1,9 @@
-"""Packs of whole sequences by global index, for any number of ranks and workers.
+"""Load packs of whole sequences by global index, for any number of ranks and workers.
 
     rank r of R reads packs  step * packs_per_step + r, + R, + 2 R, ...
 
-What is in a pack follows from (seed, epoch) (see packing.py) and where its crops lie from (seed, pack): neither knows
-of ranks or workers.
+The sequences of a pack depend only on (seed, epoch) (see packing.py), and the positions of its crops only on
+(seed, pack). Neither depends on ranks or workers.
 """
 
 import signal
@@ -18,31 +18,31 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from protlig_dd.batch import PackedBatch
 from protlig_dd.data.crops import check_crop, crop_bounds
-from protlig_dd.data.draws import NEWEST, below
-from protlig_dd.data.packing import Plan, epoch_rows, make_plan, packs_in_epoch, quotas, total_tokens
+from protlig_dd.data.draws import NEWEST, random_below
+from protlig_dd.data.packing import Plan, epoch_rows, make_plan, packs_in_epoch, token_quotas, total_tokens
 from protlig_dd.data.plan_cache import remove_plans, shared_plan
 from protlig_dd.data.store import SequenceStore, StoreGroup
 
-_CROP = 2  # first word of the random key; packing.py has the others
-PREFETCH = 4  # packs that each worker keeps ready
+_CROP = 2  # first integer of the random key; packing.py defines the others
+PREFETCH = 4  # packs that each worker prepares in advance
 
 
 class PackDataset(Dataset[PackedBatch]):
-    """The packs of a store's rows (or of several stores'), by global pack index.
+    """The packs of the selected rows of one or several stores, by global pack index.
 
     Args:
-        rows: (n,) rows to draw from (one split's), ascending.
+        rows: (n,) rows to pack, ascending; usually one split.
         max_len: longer sequences are cropped to this many residues.
         tokens_per_pack: budget of a pack, in tokens.
-        seed: None packs the rows in their order and crops at the start, all of them exactly once (evaluation);
-            a number shuffles, every epoch anew (training).
-        crop: where training crops a long sequence: at `random`, anew in every epoch, or at its `start`.
-        weights: shares of tokens of the group's stores; None passes each once in an epoch.
-        version: of how chance enters (see draws.py); a run keeps the one that it has begun with.
+        seed: None (evaluation) packs every row exactly once in the given order, and crops at the start; a number
+            (training) shuffles the rows for every epoch.
+        crop: how training crops a long sequence. random: a new crop each epoch; start: the first max_len residues.
+        weights: relative fractions of tokens from each store; None reads every store once per epoch.
+        version: of the random choices (see draws.py); a run keeps the version it was started with.
 
     Raises:
-        ValueError: a split without rows, a sequence that cannot fit, (training) less than one pack of data, or weights
-            that do not go with the stores.
+        ValueError: a pack that cannot contain max_len residues, an unknown crop, weights that do not match the stores,
+            or, in training, a store without rows or less than one pack of data.
     """
 
     def __init__(
@@ -60,31 +60,33 @@ class PackDataset(Dataset[PackedBatch]):
         group = stores if isinstance(stores, StoreGroup) else StoreGroup([stores])
         self.group, self.rows, self.max_len = group, rows.astype(group.row_type, copy=False), max_len
         self.tokens_per_pack, self.seed, self.crop, self.version = tokens_per_pack, seed, crop, version
-        self.ahead = True
-        """Whether the next epoch is planned in the background as soon as one begins."""
+        self.plan_ahead = True
+        """Whether the next epoch is planned in the background as soon as an epoch begins."""
         self._planned: tuple[int, Plan] | None = None
         self.planner: threading.Thread | None = None
         check_pack_sizes(max_len, tokens_per_pack)
         check_crop(crop)
         if weights is not None:
             check_weights(weights, len(group.stores))
-        own_rows = list(self._rows_of_stores())
-        self._totals = [total_tokens(group.lengths, own, max_len) for own in own_rows]
+        store_rows = self._rows_by_store()
+        self._totals = [total_tokens(group.lengths, rows_of_store, max_len) for rows_of_store in store_rows]
         if seed is None:
-            self._planned = 0, self._make(0)
+            self._planned = 0, self._make_plan(0)
             self.packs_per_epoch = len(self._planned[1].starts) - 1
             return
         for store, total in zip(group.stores, self._totals, strict=True):
             if not total:
                 raise ValueError(f"{store.path} has no training sequences")
-        self.mean_tokens = min(total / len(own) for total, own in zip(self._totals, own_rows, strict=True))
-        """Of a sequence, cropped; of several stores, in the one where they are shortest."""
-        self._quotas = quotas(self._totals, weights)
+        self.mean_tokens = min(
+            total / len(rows_of_store) for total, rows_of_store in zip(self._totals, store_rows, strict=True)
+        )
+        """Mean tokens of a cropped sequence, in the store where this is smallest."""
+        self._quotas = token_quotas(self._totals, weights)
         self.packs_per_epoch = packs_in_epoch(self._totals, self._quotas, tokens_per_pack, max_len)
         if self.packs_per_epoch <= 0:
             raise ValueError(
                 f"{group.name}: the training split has {sum(self._quotas)} tokens an epoch, less than one pack of "
-                f"data.tokens_per_pack={tokens_per_pack}; lower that"
+                f"data.tokens_per_pack={tokens_per_pack}; lower data.tokens_per_pack"
             )
         rows_digest = xxhash.xxh3_128_hexdigest(self.rows.data)
         parts = [version, group.fingerprint, rows_digest, max_len, tokens_per_pack, seed, self._quotas]
@@ -97,57 +99,57 @@ class PackDataset(Dataset[PackedBatch]):
         return state
 
     def __len__(self) -> int:
-        """Packs in one epoch; training indices run on beyond it, epoch after epoch."""
+        """Return the number of packs in one epoch. In training, larger indices continue with the next epochs."""
         return self.packs_per_epoch
 
     @cached_property
     def tokens(self) -> list[np.ndarray]:
-        """Of each store, (total,) uint8, mapped by this process; in training for reads at random."""
+        """Each store's tokens, (total,) uint8, mapped by this process; in training, mapped for random access."""
         if self.seed is None:
             return [store.tokens for store in self.group.stores]
         return [store.tokens_at_random() for store in self.group.stores]
 
     def pack_rows(self, pack: int) -> np.ndarray:
-        """(n,) int64 rows of one pack, by global index."""
+        """Return the (n,) int64 rows of one pack, by global index."""
         epoch, local = divmod(pack, self.packs_per_epoch)
         rows, starts = self.plan(epoch)
         return rows[starts[local] : starts[local + 1]].astype(np.int64)
 
     def __getitem__(self, pack: int) -> PackedBatch:
         rows = self.pack_rows(pack)
-        store_of, begins, residues = self.group.places(rows, self.tokens)
+        store_numbers, begins, residues = self.group.locate(rows, self.tokens)
         cut = np.flatnonzero(residues > self.max_len)
         starts = np.zeros(len(cut), np.int64)
         if self.seed is not None and self.crop == "random" and len(cut):
-            starts = below(residues[cut] - self.max_len + 1, [self.seed, _CROP, pack], self.version)
+            starts = random_below(residues[cut] - self.max_len + 1, [self.seed, _CROP, pack], self.version)
         ends = begins + residues + 2
         first, last = crop_bounds(residues[cut], starts, self.max_len)
         begins[cut], ends[cut] = begins[cut] + first, begins[cut] + last
-        bounds = zip(store_of.tolist(), begins.tolist(), ends.tolist(), strict=True)
+        bounds = zip(store_numbers.tolist(), begins.tolist(), ends.tolist(), strict=True)
         flat = np.concatenate([self.tokens[store][begin:end] for store, begin, end in bounds])
         return PackedBatch.from_flat(torch.from_numpy(flat), (ends - begins).tolist(), rows.tolist())
 
     def plan(self, epoch: int) -> Plan:
-        """The plan of one epoch. The last one asked for is kept, and the next one is made in the background."""
+        """Return the plan of one epoch, and make the next epoch's plan in the background. The latest plan is cached."""
         if self._planned is None or self._planned[0] != epoch:
-            plan = shared_plan(self.key, epoch, lambda: self._make(epoch))
+            plan = shared_plan(self.key, epoch, lambda: self._make_plan(epoch))
             assert plan is not None
             self._planned = epoch, plan
-            if self.ahead:
+            if self.plan_ahead:
                 self.planner = threading.Thread(target=self._make_ahead, args=(epoch + 1,), daemon=True)
                 self.planner.start()
         return self._planned[1]
 
     def tail(self, epoch: int) -> int:
-        """Sequences of an epoch that fill no pack."""
+        """Return how many sequences of an epoch are left over after its last pack."""
         rows, starts = self.plan(epoch)
         return len(rows) - int(starts[self.packs_per_epoch])
 
     def _make_ahead(self, epoch: int) -> None:
         try:
-            shared_plan(self.key, epoch, lambda: self._make(epoch), wait=False)
+            shared_plan(self.key, epoch, lambda: self._make_plan(epoch), wait=False)
         except ValueError:
-            return  # who needs this plan tries again, and is told
+            return  # `plan` makes this plan again when it is needed, and raises the error then
 
     def forget_plans(self) -> None:
         """Remove this dataset's plans from the temporary folder."""
@@ -156,14 +158,14 @@ class PackDataset(Dataset[PackedBatch]):
         if self.seed is not None:
             remove_plans(self.key)
 
-    def _rows_of_stores(self) -> list[np.ndarray]:
+    def _rows_by_store(self) -> list[np.ndarray]:
         return np.split(self.rows, np.searchsorted(self.rows, self.group.bases[1:]))
 
-    def _make(self, epoch: int) -> Plan:
+    def _make_plan(self, epoch: int) -> Plan:
         rows, lengths = self.rows, self.group.lengths
         if self.seed is not None:
             rows = epoch_rows(
-                self._rows_of_stores(),
+                self._rows_by_store(),
                 lengths,
                 self._totals,
                 self._quotas,
@@ -176,7 +178,7 @@ class PackDataset(Dataset[PackedBatch]):
 
 
 class RankPacks(Sampler[int]):
-    """Global pack indices that one rank reads, from `first_step` up to `last_step` (exclusive)."""
+    """The global pack indices that one rank reads in steps first_step .. last_step - 1."""
 
     def __init__(self, first_step: int, last_step: int, packs_per_step: int, rank: int, world_size: int) -> None:
         self.steps, self.packs = range(first_step, last_step), range(rank, packs_per_step, world_size)
@@ -190,7 +192,7 @@ class RankPacks(Sampler[int]):
 
 
 def pack_loader(dataset: PackDataset, packs: Sampler[int] | range, workers: int, pin_memory: bool) -> DataLoader:
-    """A DataLoader over the packs of these indices, in order, whole packs at a time."""
+    """Return a DataLoader that yields the packs with these indices, in order."""
     return DataLoader(
         dataset,
         sampler=packs,
@@ -204,26 +206,26 @@ def pack_loader(dataset: PackDataset, packs: Sampler[int] | range, workers: int,
 
 
 def end_workers(packs: Iterator[PackedBatch]) -> None:
-    """End the processes behind an iterator of `pack_loader`.
+    """Stop the worker processes of an iterator over `pack_loader`.
 
-    Without this they end with the last reference to it, which the traceback of an exception may hold; Python would then
-    wait at its exit for processes that ignore SIGTERM.
+    Otherwise they run until the last reference to the iterator is gone. An exception's traceback may keep one, and
+    Python would then wait at exit for processes that ignore SIGTERM.
     """
-    shut_down = getattr(packs, "_shutdown_workers", None)  # torch has no public name for it; None without workers
+    shut_down = getattr(packs, "_shutdown_workers", None)  # torch has no public method; None without workers
     if shut_down is not None:
         shut_down()
 
 
 def ignore_signals(worker: int) -> None:
-    """Ctrl-C in a terminal and a scheduler's signals reach loaders too; the trainer tells them when to end."""
+    """Ignore Ctrl-C and the scheduler's signals, which reach workers too; the trainer stops the workers."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
 
 
 def check_pack_sizes(max_len: int, tokens_per_pack: int) -> None:
-    """Raise unless a pack can hold the longest sequence with its two end tokens."""
+    """Raise ValueError unless a pack can contain max_len residues with `<bos>` and `<eos>`."""
     if max_len < 1:
-        raise ValueError(f"data.max_len is {max_len}, it must be at least 1 residue")
+        raise ValueError(f"data.max_len must be at least 1 residue, got {max_len}")
     if tokens_per_pack < max_len + 2:
         raise ValueError(
             f"data.tokens_per_pack={tokens_per_pack} cannot hold one sequence of data.max_len={max_len} residues "
@@ -232,9 +234,9 @@ def check_pack_sizes(max_len: int, tokens_per_pack: int) -> None:
 
 
 def check_weights(weights: Sequence[float], stores: int) -> None:
-    """Raise unless there is one positive weight for each store."""
+    """Raise ValueError unless there is one positive weight for each store."""
     if len(weights) != stores:
         raise ValueError(f"data.weights has {len(weights)} weights for {stores} stores in data.path")
     for weight in weights:
         if not 0 < weight < float("inf"):
-            raise ValueError(f"data.weights: {weight} is not above 0")
+            raise ValueError(f"data.weights: {weight} is not a positive finite number")

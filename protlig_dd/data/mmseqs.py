@@ -1,4 +1,4 @@
-"""Which sequences resemble others, found with MMseqs2 (Steinegger and Söding 2017)."""
+"""Find similar sequences with MMseqs2 (Steinegger and Söding 2017)."""
 
 import shutil
 import subprocess
@@ -16,10 +16,10 @@ INSTALL = (
 
 
 def mmseqs_version() -> str:
-    """Version of the installed MMseqs2.
+    """Return the version of the installed MMseqs2.
 
     Raises:
-        ValueError: it is not installed; says how to install it.
+        ValueError: MMseqs2 is not installed. The message says how to install it.
     """
     if shutil.which("mmseqs") is None:
         raise ValueError(f"split.check=mmseqs needs MMseqs2, and no `mmseqs` is on the PATH: {INSTALL}")
@@ -27,43 +27,55 @@ def mmseqs_version() -> str:
 
 
 def find_mmseqs(wanted: object, key: str = "mmseqs") -> bool:
-    """Whether MMseqs2 is to be used: `auto` says yes where it is installed.
+    """Whether to use MMseqs2.
 
     Args:
-        key: of the config, that says so.
+        wanted: True, False, or `auto` to use it if it is installed.
+        key: name of the config key that sets `wanted`.
 
     Raises:
-        ValueError: wanted and not installed.
+        ValueError: `wanted` is True and MMseqs2 is not installed.
     """
-    there = shutil.which("mmseqs") is not None
-    if wanted is True and not there:
+    installed = shutil.which("mmseqs") is not None
+    if wanted is True and not installed:
         raise ValueError(f"{key}=true, but no `mmseqs` is on the PATH: {INSTALL}")
-    return bool(wanted) and there
+    return bool(wanted) and installed
 
 
 class Hit(NamedTuple):
-    """A query's best target."""
+    """The best target of a query, and whether any target is similar."""
 
     identity: float
-    """Of the aligned residues, 0 to 1."""
+    """Fraction of the aligned residues that are identical to the best target's, 0 to 1."""
     near: bool
-    """Whether this or another target is at >= IDENTITY over >= COVERAGE of either sequence."""
+    """Whether any target has identity >= IDENTITY over >= COVERAGE of either sequence."""
 
 
 def best_hits(queries: Path, targets: Path, scratch: Path) -> dict[int, Hit]:
-    """By query (names are integers) its best target at E <= E_VALUE, with MMseqs2's default sensitivity."""
+    """Return the best hit of each query that has a target at E <= E_VALUE, at MMseqs2's default sensitivity.
+
+    Args:
+        queries, targets: FASTA files whose ids are integers.
+        scratch: a new folder for MMseqs2's databases; removed at the end.
+    """
     rows = _search(queries, targets, scratch, "query,fident,qcov,tcov", {})
     found: dict[int, Hit] = {}
-    for name, identity, of_query, of_target in rows:  # a query's targets come best first
-        query, share = int(name), float(identity)
-        near = share >= IDENTITY and max(float(of_query), float(of_target)) >= COVERAGE
-        first = found.get(query, Hit(share, near))
+    for name, fraction, query_coverage, target_coverage in rows:  # a query's targets are sorted, best first
+        query, identity = int(name), float(fraction)
+        near = identity >= IDENTITY and max(float(query_coverage), float(target_coverage)) >= COVERAGE
+        first = found.get(query, Hit(identity, near))
         found[query] = Hit(first.identity, first.near or near)
     return found
 
 
 def clusters_of(sequences: Path, scratch: Path, *, identity: float, coverage: float) -> list[list[int]]:
-    """Clusters of a FASTA file (names are integers) at such identity over such a share of both sequences."""
+    """Cluster a FASTA file whose ids are integers, and return the members of each cluster.
+
+    Args:
+        scratch: a new folder for MMseqs2's files; removed at the end.
+        identity: minimum identity, 0 to 1.
+        coverage: minimum fraction of both sequences that is aligned.
+    """
     scratch.mkdir()
     options = {"--min-seq-id": identity, "-c": coverage}
     _run("easy-cluster", sequences, scratch / "clusters", scratch / "tmp", options=options)
@@ -77,24 +89,28 @@ def clusters_of(sequences: Path, scratch: Path, *, identity: float, coverage: fl
 
 
 def queries_with_hits(queries: Path, targets: Path, scratch: Path) -> np.ndarray:
-    """Names (integers, ascending) of the queries with a target at >= IDENTITY over >= COVERAGE of either sequence.
+    """Return the ids, ascending, of queries with a target at identity >= IDENTITY over >= COVERAGE of either sequence.
 
     Args:
-        queries, targets: FASTA whose names are integers.
-        scratch: a folder for MMseqs2's databases, some three times as large as the FASTA files.
+        queries, targets: FASTA files whose ids are integers.
+        scratch: a new folder for MMseqs2's databases (about three times the FASTA files' size); removed at the end.
     """
     rows = _search(queries, targets, scratch, "query,qcov,tcov", {"--min-seq-id": IDENTITY})
-    # MMseqs2 itself can ask for coverage of both, of the query or of the target, not of either
-    near = {int(name) for name, of_query, of_target in rows if max(float(of_query), float(of_target)) >= COVERAGE}
-    return np.array(sorted(near), dtype=np.int64)
+    # MMseqs2 can filter by coverage of both sequences, of the query or of the target, but not of either one
+    similar = {
+        int(name)
+        for name, query_coverage, target_coverage in rows
+        if max(float(query_coverage), float(target_coverage)) >= COVERAGE
+    }
+    return np.array(sorted(similar), dtype=np.int64)
 
 
 def _search(queries: Path, targets: Path, scratch: Path, columns: str, options: dict[str, float]) -> list[list[str]]:
-    """These columns of every hit at E <= E_VALUE."""
+    """Return the requested columns of every hit at E <= E_VALUE."""
     scratch.mkdir()
     hits = scratch / "hits"
-    more = {"-e": E_VALUE, "--alignment-mode": 3, "--format-output": columns}
-    _run("easy-search", queries, targets, hits, scratch / "tmp", options=options | more)
+    fixed_options = {"-e": E_VALUE, "--alignment-mode": 3, "--format-output": columns}
+    _run("easy-search", queries, targets, hits, scratch / "tmp", options=options | fixed_options)
     with hits.open() as file:
         rows = [line.split() for line in file]
     shutil.rmtree(scratch)
@@ -102,8 +118,8 @@ def _search(queries: Path, targets: Path, scratch: Path, columns: str, options: 
 
 
 def _run(command: str, *files: Path, options: Mapping[str, object]) -> str:
-    named = [str(part) for option in options.items() for part in option]
-    done = subprocess.run(["mmseqs", command, *files, *named], capture_output=True, text=True, check=False)
+    arguments = [str(part) for option in options.items() for part in option]
+    done = subprocess.run(["mmseqs", command, *files, *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         lines = (done.stdout + done.stderr).strip().splitlines() or ["no message"]
         raise ValueError(f"mmseqs {command} failed with exit code {done.returncode}: {lines[-1]}")

@@ -1,20 +1,22 @@
-"""Which sequences are in which pack of an epoch: a pure function of (seed, epoch), kept in a file that processes share.
-How chance enters has a version, which a run keeps (see draws.py).
+"""The plan of an epoch: which sequences are in which pack.
 
-An epoch shuffles the rows and fills packs in that order: a pack closes when the next sequence would exceed the token
-budget. With lengths 5, 6, 4, 1 in shuffled order and a budget of 12 tokens the packs are [5, 6] and [4, 1].
+A plan is a pure function of (seed, epoch). Processes share it as a file (see plan_cache.py). The method of its random
+choices has a version, which a run keeps (see draws.py).
 
-Every epoch has the same number of packs, floor(tokens / budget), so pack g of the whole run lies in epoch
-g // packs_per_epoch: a run starts at any step at the cost of planning one epoch. Packs are never perfectly full, so
-an epoch's shuffle always yields at least that many; the sequences left over (others each epoch) are its tail.
+An epoch shuffles the rows and fills packs in that order. A pack closes when the next sequence would exceed the token
+budget. With lengths 5, 6, 4, 1 in shuffled order and a budget of 12 tokens, the packs are [5, 6] and [4, 1].
 
-A mixture of stores with weights w_s (shares of tokens) has as its epoch one pass over the store that lasts longest,
-the one with the largest (tokens of s) / w_s. Each of the others is read through in passes of its own, shuffled anew
-for each, which run on from epoch to epoch: in epoch e it gives those sequences whose first token is among tokens
-e q_s .. (e + 1) q_s - 1 of its endless stream, q_s being its share of tokens. So within a pass every sequence of a
-store comes exactly once, and over a run no two sequences of a store differ by more than one in how often they came,
-but for the tails.
-Without weights every store is passed once in an epoch.
+Every epoch has the same number of packs, floor(tokens / budget). Pack g of the whole run is therefore in epoch
+g // packs_per_epoch, and a run can start at any step at the cost of planning one epoch. Packs are never perfectly full,
+so an epoch's shuffle always yields at least that many packs. The sequences left over, which differ from epoch to epoch,
+are the epoch's tail.
+
+Stores can be mixed with weights w_s, the relative fractions of tokens. An epoch is then one pass over the store that
+takes longest, the one with the largest (tokens of s) / w_s. Each other store is read in passes of its own, reshuffled
+for each pass, which continue from epoch to epoch. If q_s is the store's quota of tokens per epoch, epoch e takes the
+sequences whose first token is among tokens e q_s .. (e + 1) q_s - 1 of the store's endless stream. So a pass contains
+every sequence of a store exactly once. Over a run, the numbers of times that two sequences of a store are read differ
+by at most one, apart from the tails. Without weights, an epoch is one pass over every store.
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,30 +26,34 @@ import numpy as np
 
 from protlig_dd.data.draws import shuffled
 
-_SHUFFLE, _PASS = 1, 3  # first words of the random keys, so that two purposes never share a stream
-AT_ONCE = 1 << 22  # rows
+_SHUFFLE, _PASS = 1, 3  # first integers of the random keys, so that two purposes never share a stream
+ROWS_AT_ONCE = 1 << 22
 
 
 class Plan(NamedTuple):
     rows: np.ndarray
-    """(n,) rows of the epoch in pack order, the tail included."""
+    """(n,) rows of the epoch in pack order, including the tail."""
     starts: np.ndarray
-    """(packs + 1,) bounds of the packs in `rows`."""
+    """(n_packs + 1,) bounds of the packs in `rows`."""
 
 
 def clipped_tokens(residues: np.ndarray, max_len: int) -> np.ndarray:
-    """(n,) tokens that sequences of `residues` residues take: all of them, or the most a crop of max_len takes."""
+    """Return (n,) tokens of each sequence after cropping to max_len residues; the maximum, if it is cropped."""
     return np.where(residues <= max_len, residues + 2, max_len + 1)
 
 
 def total_tokens(lengths: np.ndarray, rows: np.ndarray, max_len: int) -> int:
-    """Tokens of these rows (of a table of lengths in residues), clipped."""
-    blocks = (rows[first : first + AT_ONCE] for first in range(0, len(rows), AT_ONCE))
+    """Return the sum of the clipped tokens of these rows.
+
+    Args:
+        lengths: residues of every row.
+    """
+    blocks = (rows[first : first + ROWS_AT_ONCE] for first in range(0, len(rows), ROWS_AT_ONCE))
     return sum(int(clipped_tokens(lengths[block], max_len).sum(dtype=np.int64)) for block in blocks)
 
 
-def quotas(totals: Sequence[int], weights: Sequence[float] | None) -> list[int]:
-    """Tokens that each store gives to an epoch (see the module's docstring).
+def token_quotas(totals: Sequence[int], weights: Sequence[float] | None) -> list[int]:
+    """Return how many tokens each store contributes to an epoch (see the module's docstring).
 
     Args:
         totals: tokens of each store.
@@ -58,75 +64,77 @@ def quotas(totals: Sequence[int], weights: Sequence[float] | None) -> list[int]:
     return [round(longest * weight) for weight in weights]
 
 
-def packs_in_epoch(totals: Sequence[int], wanted: Sequence[int], tokens_per_pack: int, max_len: int) -> int:
-    """Packs that every epoch is sure to fill.
+def packs_in_epoch(totals: Sequence[int], quotas: Sequence[int], tokens_per_pack: int, max_len: int) -> int:
+    """Return the number of packs that every epoch is guaranteed to fill.
 
-    A store that gives a part of a pass gives its quota but for one sequence, cut where the next epoch begins.
+    If an epoch is not exactly one pass over a store, the store's tokens may fall short of its quota by up to one
+    sequence, the one across the boundary between two epochs.
     """
-    cut = sum(quota != total for total, quota in zip(totals, wanted, strict=True))
-    return (sum(wanted) - cut * (max_len + 2)) // tokens_per_pack
+    cut = sum(quota != total for total, quota in zip(totals, quotas, strict=True))
+    return (sum(quotas) - cut * (max_len + 2)) // tokens_per_pack
 
 
 def epoch_rows(
     groups: Sequence[np.ndarray],
     lengths: np.ndarray,
     totals: Sequence[int],
-    wanted: Sequence[int],
+    quotas: Sequence[int],
     *,
     max_len: int,
     seed: int,
     epoch: int,
     version: int,
 ) -> np.ndarray:
-    """Rows of one epoch, shuffled.
+    """Return the rows of one epoch, shuffled.
 
     Args:
         groups: rows of each store.
         lengths: residues of every row.
-        totals, wanted: tokens of each store, and those that it gives to an epoch.
-        version: see draws.py.
+        totals: tokens of each store.
+        quotas: tokens that each store contributes to an epoch.
+        version: of the random choices (see draws.py).
     """
     parts = []
-    for number, (rows, total, quota) in enumerate(zip(groups, totals, wanted, strict=True)):
+    for number, (rows, total, quota) in enumerate(zip(groups, totals, quotas, strict=True)):
         start, end = epoch * quota, (epoch + 1) * quota
-        for turn in range(start // total, -(-end // total)):
-            first, last = max(start - turn * total, 0), min(end - turn * total, total)
+        for pass_number in range(start // total, -(-end // total)):
+            first, last = max(start - pass_number * total, 0), min(end - pass_number * total, total)
             if (first, last) == (0, total):
                 parts.append(rows)
                 continue
-            order = shuffled(rows, [seed, _PASS, number, turn], version)
+            order = shuffled(rows, [seed, _PASS, number, pass_number], version)
             begins = np.cumsum(tokens := clipped_tokens(lengths[order], max_len), dtype=np.int64) - tokens
             parts.append(order[slice(*np.searchsorted(begins, [first, last]))])
-    every = parts[0] if len(parts) == 1 else np.concatenate(parts)  # 70 million rows are not copied without need
-    return shuffled(every, [seed, _SHUFFLE, epoch], version)
+    all_rows = parts[0] if len(parts) == 1 else np.concatenate(parts)  # do not copy 70 million rows needlessly
+    return shuffled(all_rows, [seed, _SHUFFLE, epoch], version)
 
 
 def pack_starts(token_blocks: Iterable[np.ndarray], tokens_per_pack: int) -> np.ndarray:
-    """(n_packs + 1,) bounds of the packs that filling in this order gives.
+    """Fill packs in the given order, and return their (n_packs + 1,) bounds.
 
     Args:
-        token_blocks: tokens of each sequence, none above tokens_per_pack; arrays that end to end are the order.
+        token_blocks: tokens of each sequence in order, in consecutive arrays; none exceeds tokens_per_pack.
     """
     starts = [0]
-    rows = seen = 0  # before the block
-    opened = 0  # tokens before the pack that is being filled
+    rows_before = tokens_before = 0  # the current block
+    pack_start = 0  # tokens before the pack that is being filled
     for block in token_blocks:
-        ends = seen + np.cumsum(block, dtype=np.int64)
+        ends = tokens_before + np.cumsum(block, dtype=np.int64)
         find = ends.searchsorted
-        while (place := int(find(opened + tokens_per_pack, "right"))) < len(ends):
-            opened = int(ends[place - 1]) if place else seen
-            starts.append(rows + place)
-        rows, seen = rows + len(block), int(ends[-1])
-    if rows:
-        starts.append(rows)
+        while (row := int(find(pack_start + tokens_per_pack, "right"))) < len(ends):  # first row of the next pack
+            pack_start = int(ends[row - 1]) if row else tokens_before
+            starts.append(rows_before + row)
+        rows_before, tokens_before = rows_before + len(block), int(ends[-1])
+    if rows_before:
+        starts.append(rows_before)
     return np.array(starts)
 
 
 def make_plan(rows: np.ndarray, lengths: np.ndarray, *, max_len: int, tokens_per_pack: int) -> Plan:
-    """Fill packs with rows in this order.
+    """Fill packs with the rows in the given order.
 
     Args:
         lengths: residues of every row.
     """
-    blocks = (rows[first : first + AT_ONCE] for first in range(0, len(rows), AT_ONCE))
+    blocks = (rows[first : first + ROWS_AT_ONCE] for first in range(0, len(rows), ROWS_AT_ONCE))
     return Plan(rows, pack_starts((clipped_tokens(lengths[block], max_len) for block in blocks), tokens_per_pack))

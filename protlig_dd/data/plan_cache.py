@@ -1,4 +1,4 @@
-"""Plans of epochs as files that the processes of a node share."""
+"""Epoch plans as files that the processes of a node share."""
 
 import contextlib
 import fcntl
@@ -15,29 +15,33 @@ from protlig_dd.system.files import lock_may_fail
 
 
 def plan_folder() -> Path:
-    """This user's folder for plans in the node's temporary folder (TMPDIR).
+    """Create and return this user's folder for plans, inside the node's temporary folder (TMPDIR).
 
     Raises:
-        ValueError: it is somebody else's, or cannot be made.
+        ValueError: the folder belongs to another user or cannot be created.
     """
     folder = Path(tempfile.gettempdir()) / f"protlig_dd-{os.getuid()}"
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         owner = folder.stat().st_uid
     except OSError as error:
-        raise ValueError(f"{folder}: cannot keep the plan of an epoch there ({error}); set TMPDIR") from error
+        raise _storage_error(folder, error) from error
     if owner != os.getuid():
-        raise ValueError(f"{folder} belongs to user {owner}, not to {os.getuid()}; set TMPDIR")
+        raise ValueError(f"{folder} belongs to user {owner}, not to {os.getuid()}; set TMPDIR to another folder")
     return folder
 
 
-def shared_plan(key: str, epoch: int, make: Callable[[], Plan], *, wait: bool = True) -> Plan | None:
-    """The plan under this key, memory-mapped. The first process of the node to ask makes it, the others wait for it.
+def _storage_error(folder: Path, error: OSError) -> ValueError:
+    return ValueError(f"{folder}: cannot store the plan of an epoch ({error}); set TMPDIR to another folder")
 
-    Plans of the key before the last epoch are removed.
+
+def shared_plan(key: str, epoch: int, make: Callable[[], Plan], *, wait: bool = True) -> Plan | None:
+    """Return the plan of an epoch, memory-mapped. The first process of the node to request it makes it; others wait.
+
+    When a plan is made, the key's plans of epochs before `epoch - 1` are removed.
 
     Args:
-        wait: False returns None where another process is making it.
+        wait: False returns None, instead of waiting, if another process is making the plan.
     """
     folder = plan_folder()
     path = folder / f"{key}-{epoch}"
@@ -52,27 +56,27 @@ def shared_plan(key: str, epoch: int, make: Callable[[], Plan], *, wait: bool = 
                 try:
                     if (plan := _map(path)) is not None:
                         return plan
-                    _remove(path)  # what a cleaner of old files or a crash of the machine left of one
+                    _remove(path)  # incomplete: a clean-up of the temporary folder or a crash damaged it
                     remove_plans(key, before=epoch - 1)
                     partial = Path(tempfile.mkdtemp(dir=folder, prefix=f"{key}-{epoch}."))
                     try:
                         for name, values in make()._asdict().items():
                             np.save(partial / f"{name}.npy", values)
-                        with contextlib.suppress(FileExistsError):  # another's, on a file system without locks
+                        with contextlib.suppress(FileExistsError):  # without file locks, another process may be first
                             partial.rename(path)
                     finally:
                         shutil.rmtree(partial, ignore_errors=True)
                 finally:
-                    # Closing would not do: a process forked meanwhile has the descriptor too, and would keep the lock.
+                    # Closing the file is not enough: a process forked meanwhile shares it and would keep the lock.
                     with contextlib.suppress(OSError):
                         fcntl.flock(lock, fcntl.LOCK_UN)
     except OSError as error:
-        raise ValueError(f"{folder}: cannot keep the plan of an epoch there ({error}); set TMPDIR") from error
+        raise _storage_error(folder, error) from error
     return plan
 
 
 def _map(path: Path) -> Plan | None:
-    """None where there is none, none any more, or not a whole one."""
+    """Map a stored plan; return None if it is missing or incomplete, or is removed meanwhile."""
     with contextlib.suppress(FileNotFoundError, EOFError, ValueError):
         # asarray: slices of a plain array cost a tenth of slices of a memmap
         return Plan(*(np.asarray(np.load(path / f"{name}.npy", mmap_mode="r")) for name in Plan._fields))
@@ -80,7 +84,7 @@ def _map(path: Path) -> Plan | None:
 
 
 def _remove(path: Path) -> None:
-    """Away under another name first, so that nobody meets half of it."""
+    """Rename, then delete, so that readers never see a partial plan."""
     aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{path.name}.old."))
     with contextlib.suppress(OSError):
         path.rename(aside / "plan")
@@ -88,7 +92,10 @@ def _remove(path: Path) -> None:
 
 
 def remove_plans(key: str, before: int | None = None) -> None:
-    """Remove the key's plans (of epochs before `before`). Who has mapped one keeps reading it."""
+    """Remove the key's plans, or only those of epochs below `before`.
+
+    Processes that have already mapped a plan can still read it.
+    """
     for path in _plans(key):
         epoch = path.name.rpartition("-")[2]
         if before is None or int(epoch.partition(".")[0]) < before:

@@ -4,12 +4,12 @@ Layout, format version 2 (`n` sequences, every dataset contiguous so that it can
 
     tokens          (total,) uint8         every sequence as `<bos> residues <eos>`
     offsets         (n + 1,) int64         sequence i is tokens[offsets[i]:offsets[i + 1]]
-    headers         (header_total,) uint8  the FASTA headers' UTF-8 bytes without `>`, end to end
-    header_offsets  (n + 1,) int64
+    headers         (header_total,) uint8  UTF-8 bytes of the FASTA headers without `>`, concatenated
+    header_offsets  (n + 1,) int64         header i is headers[header_offsets[i]:header_offsets[i + 1]]
     split           (n,) uint8             index into SPLITS
     token_counts    (3, 30) int64          how often each token id occurs in each split
     manifest        (m,) uint8             JSON: inputs, options, counts
-    attributes      format_version, alphabet, fingerprint; each dataset carries its checksum, 128-bit XXH3, as `xxh3`
+    attributes      format_version, alphabet, fingerprint; each dataset has its 128-bit XXH3 checksum as `xxh3`
 """
 
 import contextlib
@@ -32,7 +32,7 @@ FORMAT_VERSION = 2
 SPLITS = ("train", "validation", "test")
 COPY_BYTES = 4 << 20
 HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
-MAKE_ONE = "`python -m protlig_dd.prepare input=... output=...` makes a store of FASTA"
+HOW_TO_BUILD = "build one from FASTA with `python -m protlig_dd.prepare input=... output=...`"
 _COLUMNS = {
     "tokens": np.uint8,
     "offsets": np.int64,
@@ -45,23 +45,24 @@ _COLUMNS = {
 
 
 class SequenceStore:
-    """Read access to a store. Only the path is pickled; each process maps the file when it first reads.
+    """Read access to a store. Only the path is pickled; each process maps the file when it first reads from it.
 
     `store[i]` is a read-only uint8 array `<bos> residues <eos>`; `store.lengths` counts residues.
 
     Raises:
-        ValueError: a missing file, one that is not a store or is not whole, or another format version; named.
+        ValueError: a file that is missing, is not a store, is incomplete, or has another format version. The message
+            names the file.
         IndexError: a row outside the store.
     """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         if not self.path.is_file():
-            problem = "a folder, not a file" if self.path.is_dir() else f"no such data file; {MAKE_ONE}"
+            problem = "a folder, not a file" if self.path.is_dir() else f"no such data file; {HOW_TO_BUILD}"
             raise ValueError(f"{self.path}: {problem}")
         with self.path.open("rb") as start:
             if start.read(len(HDF5_MAGIC)) != HDF5_MAGIC:
-                raise ValueError(f"{self.path}: not a store, which is an HDF5 file; {MAKE_ONE}")
+                raise ValueError(f"{self.path}: not a store (not an HDF5 file); {HOW_TO_BUILD}")
         try:
             with h5py.File(self.path, "r", locking=False) as file:  # locks fail on some network filesystems
                 self._read_layout(file)
@@ -82,25 +83,27 @@ class SequenceStore:
         if version != FORMAT_VERSION:
             raise ValueError(
                 f"{self.path}: store format {version}, this version reads {FORMAT_VERSION}"
-                + ("; prepare it again" if version is not None and version < FORMAT_VERSION else "")
+                + ("; build it again from FASTA" if version is not None and version < FORMAT_VERSION else "")
             )
         alphabet, self.fingerprint = (attrs[name].decode() for name in ("alphabet", "fingerprint"))
         if alphabet != LETTERS:
             raise ValueError(f"{self.path}: alphabet {alphabet!r}, this version uses {LETTERS!r}")
-        self._places: dict[str, tuple[int, int]] = {}
+        self._extents: dict[str, tuple[int, int]] = {}  # byte offset in the file, number of values
         self.checksums: dict[str, str] = {}
         size = self.path.stat().st_size
         for name, dtype in _COLUMNS.items():
             dataset = file[name]
-            place = dataset.id.get_offset()
-            if dataset.dtype != dtype or dataset.ndim != 1 or place is None or place + dataset.nbytes > size:
-                raise ValueError(f"{self.path}: {name} is not {dataset.size} contiguous {np.dtype(dtype)}")
-            self._places[name] = place, dataset.size
+            offset = dataset.id.get_offset()
+            if dataset.dtype != dtype or dataset.ndim != 1 or offset is None or offset + dataset.nbytes > size:
+                raise ValueError(
+                    f"{self.path}: {name} is not a contiguous {np.dtype(dtype)} array of {dataset.size} values"
+                )
+            self._extents[name] = offset, dataset.size
             self.checksums[name] = dataset.attrs["xxh3"].decode()
-        n = self._places["split"][1]
+        n = self._extents["split"][1]
         for name in ("offsets", "header_offsets"):
-            if self._places[name][1] != n + 1:
-                raise ValueError(f"{self.path}: {self._places[name][1]} {name} for {n} sequences")
+            if self._extents[name][1] != n + 1:
+                raise ValueError(f"{self.path}: {self._extents[name][1]} {name} for {n} sequences, expected {n + 1}")
         self.token_counts: np.ndarray = file["token_counts"][:].reshape(len(SPLITS), VOCAB_SIZE)
         self.manifest: dict[str, Any] = json.loads(file["manifest"][:].tobytes())
         self._length = n
@@ -120,7 +123,7 @@ class SequenceStore:
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """(n,) int32, residues of each sequence."""
+        """(n,) int32 residues of each sequence."""
         lengths = np.empty(len(self), np.int32)
         for start in range(0, len(self), COPY_BYTES):
             lengths[start : start + COPY_BYTES] = np.diff(self.offsets[start : start + COPY_BYTES + 1])
@@ -128,34 +131,34 @@ class SequenceStore:
         return lengths
 
     def header(self, row: SupportsIndex) -> str:
-        """The FASTA header, without `>`."""
+        """Return the FASTA header without `>`."""
         row = self._row(row)
         return self._headers[self._header_offsets[row] : self._header_offsets[row + 1]].tobytes().decode()
 
     def fields(self, row: SupportsIndex) -> Header:
-        """The header's fields: id, description, n, tax, tax_id, rep_id."""
+        """Return the header's fields: id, description, n, tax, tax_id, rep_id."""
         return parse_header(self.header(row))
 
     def id(self, row: SupportsIndex) -> str:
         return id_of(self.header(row))
 
     def split(self, name: str) -> np.ndarray:
-        """(n,) int64 rows of one split, ascending."""
+        """Return the (n,) int64 rows of one split, ascending."""
         return np.concatenate(list(self.split_blocks(name)))
 
     def split_blocks(self, name: str) -> Iterator[np.ndarray]:
-        """The same, in blocks that take little memory."""
+        """Yield the same rows in blocks, which need little memory."""
         if name not in SPLITS:
-            raise ValueError(f"no split {name!r}; the splits are {', '.join(SPLITS)}")
+            raise ValueError(f"no split {name!r}; choose from {', '.join(SPLITS)}")
         splits = self._map("split")
         for start in range(0, len(splits), COPY_BYTES):
             yield start + np.flatnonzero(splits[start : start + COPY_BYTES] == SPLITS.index(name))
 
     def verify(self, on_bytes: Callable[[int], None] | None = None) -> None:
-        """Read everything and compare it with its checksums.
+        """Read every dataset and compare it with its checksum.
 
         Raises:
-            ValueError: naming the dataset that is not what was written, or the row that makes no sense.
+            ValueError: a dataset does not match its checksum, or the checksums do not match the fingerprint.
         """
         for name, checksum in self.checksums.items():
             digest = xxhash.xxh3_128()
@@ -166,41 +169,41 @@ class SequenceStore:
                 if on_bytes is not None:
                     on_bytes(len(block))
             if digest.hexdigest() != checksum:
-                raise ValueError(f"{self.path}: {name} is damaged: checksum {digest.hexdigest()}, written {checksum}")
+                raise ValueError(f"{self.path}: {name} is damaged: checksum {digest.hexdigest()}, expected {checksum}")
         if fingerprint_of(self.checksums) != self.fingerprint:
-            raise ValueError(f"{self.path}: the fingerprint is not that of the checksums")
+            raise ValueError(f"{self.path}: the fingerprint does not match the checksums")
 
     @property
     def nbytes(self) -> int:
         """Bytes of all datasets."""
-        return sum(size * np.dtype(_COLUMNS[name]).itemsize for name, (_, size) in self._places.items())
+        return sum(size * np.dtype(_COLUMNS[name]).itemsize for name, (_, size) in self._extents.items())
 
     def _row(self, row: SupportsIndex) -> int:
         row = index(row)
         if not 0 <= row < len(self):
-            raise IndexError(f"{self.path}: row {row} of {len(self)}")
+            raise IndexError(f"{self.path}: no row {row}; the store has {len(self)} rows")
         return row
 
     def _map(self, name: str, *, at_random: bool = False) -> np.ndarray:
-        place, size = self._places[name]
-        mapped = np.memmap(self.path, mode="r", dtype=_COLUMNS[name], offset=place, shape=(size,))
+        offset, size = self._extents[name]
+        mapped = np.memmap(self.path, mode="r", dtype=_COLUMNS[name], offset=offset, shape=(size,))
         if at_random and hasattr(mmap, "MADV_RANDOM"):
-            with contextlib.suppress(OSError):  # a system that takes no advice reads the same, and more beside it
+            with contextlib.suppress(OSError):  # the advice only saves reads; the data are the same without it
                 mapped._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
-        return np.asarray(mapped)  # slices of a plain array cost a tenth of slices of a memmap
+        return np.asarray(mapped)  # slicing a plain array costs a tenth of slicing a memmap
 
     def tokens_at_random(self) -> np.ndarray:
-        """`tokens`, mapped once more for reads here and there: of these the system reads the pages and none around."""
+        """Map `tokens` again, for random access: the system then reads no pages around those that are needed."""
         return self._map("tokens", at_random=True)
 
     @cached_property
     def tokens(self) -> np.ndarray:
-        """(total,) uint8, mapped."""
+        """(total,) uint8, memory-mapped."""
         return self._map("tokens")
 
     @cached_property
     def offsets(self) -> np.ndarray:
-        """(n + 1,) int64, mapped."""
+        """(n + 1,) int64, memory-mapped."""
         return self._map("offsets")
 
     @cached_property
@@ -213,10 +216,10 @@ class SequenceStore:
 
 
 class StoreGroup:
-    """One or several stores, whose rows are numbered through: those of the second follow those of the first.
+    """One or several stores with joint row numbers: the rows of the first store, then those of the second, and so on.
 
     Raises:
-        ValueError: two stores of the same contents.
+        ValueError: two stores with the same contents.
     """
 
     def __init__(self, stores: Sequence[SequenceStore]) -> None:
@@ -224,11 +227,13 @@ class StoreGroup:
         for i, store in enumerate(self.stores):
             for earlier in self.stores[:i]:
                 if store.fingerprint == earlier.fingerprint:
-                    raise ValueError(f"{store.path} holds the same as {earlier.path}; give each store once")
+                    raise ValueError(f"{store.path} has the same contents as {earlier.path}; give each store once")
         self.bases = np.cumsum([0, *(len(store) for store in self.stores[:-1])])
         self.name = ", ".join(str(store.path) for store in self.stores)
-        prints = [store.fingerprint for store in self.stores]
-        self.fingerprint = prints[0] if len(prints) == 1 else xxhash.xxh3_128_hexdigest(" ".join(prints).encode())
+        fingerprints = [store.fingerprint for store in self.stores]
+        self.fingerprint = (
+            fingerprints[0] if len(fingerprints) == 1 else xxhash.xxh3_128_hexdigest(" ".join(fingerprints).encode())
+        )
         self.token_counts = np.sum([store.token_counts for store in self.stores], axis=0)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -242,17 +247,17 @@ class StoreGroup:
 
     @property
     def row_type(self) -> type[np.integer]:
-        """The smallest type that numbers all rows."""
+        """The integer type of row numbers: uint32 if it is large enough, else int64."""
         return np.uint32 if len(self) < 2**32 else np.int64
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """(n,) int32, residues of each sequence."""
+        """(n,) int32 residues of each sequence."""
         parts = [store.lengths for store in self.stores]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def split(self, name: str) -> np.ndarray:
-        """(n,) rows of one split, ascending, in `row_type`."""
+        """Return the (n,) rows of one split, ascending, as `row_type`."""
         return np.concatenate(
             [
                 (rows + base).astype(self.row_type)
@@ -265,31 +270,35 @@ class StoreGroup:
         number = int(np.searchsorted(self.bases, index(row), side="right")) - 1
         return self.stores[number].id(index(row) - int(self.bases[number]))
 
-    def places(
+    def locate(
         self, rows: np.ndarray, tokens: Sequence[np.ndarray] | None = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Where sequences lie: for each row the number of its store, its first token there, and its residues.
+        """Return, for each row, the number of its store, the offset of its first token there, and its residues.
 
         Args:
-            tokens: of each store, to look at; None for `store.tokens`.
+            tokens: each store's mapped tokens to read; None reads `store.tokens`.
 
         Raises:
-            ValueError: tokens that do not begin with <bos> and end with <eos>: a damaged store; names store and row.
+            ValueError: a sequence does not begin with <bos> and end with <eos>, so the store is damaged. The message
+                names the store and the row.
         """
         numbers = np.searchsorted(self.bases, rows, side="right") - 1
         begins, residues = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)
         for number in np.unique(numbers).tolist():
-            store, mine = self.stores[number], numbers == number
+            store, in_store = self.stores[number], numbers == number
             flat = store.tokens if tokens is None else tokens[number]
-            own = rows[mine] - self.bases[number]
-            start, end = store.offsets[own], store.offsets[own + 1]
-            whole = (start >= 0) & (end - start > 2) & (end <= len(flat))
-            if whole.all():
-                whole = (flat[start] == BOS) & (flat[end - 1] == EOS)
-            if not whole.all():
-                row = int(own[np.argmin(whole)])
-                raise ValueError(f"{store.path}: row {row} is damaged; `prepare inspect={store.path}` tells more")
-            begins[mine], residues[mine] = start, end - start - 2
+            store_rows = rows[in_store] - self.bases[number]
+            start, end = store.offsets[store_rows], store.offsets[store_rows + 1]
+            valid = (start >= 0) & (end - start > 2) & (end <= len(flat))
+            if valid.all():
+                valid = (flat[start] == BOS) & (flat[end - 1] == EOS)
+            if not valid.all():
+                row = int(store_rows[np.argmin(valid)])
+                raise ValueError(
+                    f"{store.path}: row {row} is damaged; "
+                    f"check the whole store with `python -m protlig_dd.prepare inspect={store.path}`"
+                )
+            begins[in_store], residues[in_store] = start, end - start - 2
         return numbers, begins, residues
 
 
@@ -299,8 +308,8 @@ def write_columns(
     """Write a store's datasets.
 
     Args:
-        columns: {name: (size, blocks that end to end are the column)}: all but the manifest; read one after another.
-        manifest: called when they have been written.
+        columns: {name: (size, consecutive blocks of values)} of every dataset but the manifest, written in this order.
+        manifest: called after the columns have been written.
     """
     checksums: dict[str, str] = {}
 
@@ -312,11 +321,12 @@ def write_columns(
             digest.update(block.data)
             start += len(block)
         if start != size:
-            raise ValueError(f"{path}: {start} values of {name} where {size} were announced")
+            raise ValueError(f"{path}: {start} values of {name}, expected {size}")
         checksums[name] = digest.hexdigest()
-        dataset.attrs["xxh3"] = np.bytes_(checksums[name])  # of fixed length: the others lie where HDF5 has no checksum
+        # bytes_ has a fixed length; HDF5 stores variable-length strings where it has no checksum
+        dataset.attrs["xxh3"] = np.bytes_(checksums[name])
 
-    # from 1.8 on, HDF5 checksums its own metadata
+    # since format 1.8, HDF5 checksums its own metadata
     with h5py.File(path, "w", libver=("v108", "v108"), locking=False) as file:
         for name, (size, blocks) in columns.items():
             write(name, size, blocks)
@@ -328,6 +338,6 @@ def write_columns(
 
 
 def fingerprint_of(checksums: dict[str, str]) -> str:
-    """What identifies a store's contents: sequences, headers and splits, not how they came about."""
+    """Return a hash of a store's contents: sequences, headers and splits, but not the manifest."""
     parts = [f"{name}={checksums[name]}" for name in _COLUMNS if name != "manifest"]
     return xxhash.xxh3_128_hexdigest(" ".join(parts).encode())

@@ -1,4 +1,4 @@
-"""The earlier place of `protlig_dd.diffusion.graphs`; kept for one release."""
+"""Old import path of `protlig_dd.diffusion.graphs`, kept for one release."""
 
 from protlig_dd.diffusion.graphs.absorbing import Absorbing
 from protlig_dd.diffusion.graphs.base import Graph

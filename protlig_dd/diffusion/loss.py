@@ -1,4 +1,4 @@
-"""The training loss: denoising score entropy, integrated over noise times."""
+"""The training loss: denoising score entropy integrated over noise times."""
 
 import torch
 from jaxtyping import Float32
@@ -16,22 +16,23 @@ def score_entropy_loss(
     t_max: float = 1.0,
     max_weight: float | None = None,
 ) -> tuple[Float32[Tensor, ""], int | Tensor]:
-    """Monte-Carlo estimate of the pack's loss: one stratified time for each sequence, one corruption.
+    """Return a Monte-Carlo estimate of the pack's loss, with one stratified time and one corruption per sequence.
 
         sum over residues of (t_max - t_min) dsigma(t) sum_{y != x_t} Q[y, x_t] (s_y - r_y log s_y + K(r_y))
 
-    Its mean over draws is the likelihood bound's integral over [t_min, t_max] (arXiv 2310.16834, eq. 13).
+    with r_y = P[x0, y] / P[x0, x_t] and K(a) = a (log a - 1). Its mean over draws is the likelihood bound's integral
+    over [t_min, t_max] (arXiv 2310.16834, eq. 13).
 
     Args:
         batch: clean sequences x0.
-        t_max: 1 but for a curriculum, whose loss is the part of the integral below its cap.
-        max_weight: cap on a time's weight (t_max - t_min) dsigma / (e^sigma - 1), that of a masked residue's
-            cross-entropy with the absorbing graph; the loss is then no longer the bound.
-        generator: all of the draw's randomness; on the batch's device (on the CPU for MPS).
+        generator: source of all random draws, on the batch's device (on the CPU for MPS).
+        t_max: 1, except with a curriculum, whose loss is the part of the integral below its cap.
+        max_weight: cap on the weight (t_max - t_min) dsigma / (e^sigma - 1), which is that of a masked residue's
+            cross-entropy with the absorbing graph. With a cap the loss is no longer the bound.
 
     Returns:
         loss_sum: nats, summed over the pack; differentiable.
-        n_residues: how many residues it is summed over (context letters are not counted); on the batch's device.
+        n_residues: number of residues in the sum (context letters are not counted), on the batch's device.
     """
     graph, noise, x0 = score_fn.graph, score_fn.noise, batch.tokens
     t = stratified_times(len(batch.lengths), noise.t_min, generator, x0.device, t_max)

@@ -1,11 +1,12 @@
-"""Noise schedules: t in [t_min, 1] -> total noise sigma(t) and its rate dsigma = d sigma / d t.
+"""Noise schedules, which map t in [t_min, 1] to the total noise sigma(t) and its derivative dsigma = d sigma / d t.
 
-Both are exact, in the precision of t. `t_min` belongs to the schedule, so that training, evaluation and
-sampling use one range.
+Both are exact formulas, evaluated in the precision of t. `t_min` belongs to the schedule, so that training, evaluation
+and sampling use the same range.
 
-The first two say how much of the data is left, exp(-rate sigma). With the graph's slowest mode for `rate` (|lambda_2|)
-t = 1 leaves eps of that mode, and dsigma stays below pi / 2 / (rate eps). In units of sigma itself a slow graph would
-need so small an eps that much of its noise lay beyond the last float32 before t = 1.
+The log-linear and the cosine schedule prescribe exp(-rate sigma), the remaining fraction of the data. With
+rate = |lambda_2|, the decay rate of the graph's slowest mode, a fraction eps of that mode remains at t = 1, and dsigma
+is below pi / 2 / (rate eps). With rate = 1 a slow graph would need a very small eps, and much of its noise would be
+added between the last float32 number below t = 1 and t = 1.
 """
 
 import math
@@ -17,7 +18,13 @@ from torch import Tensor
 
 
 class LogLinearNoise:
-    """sigma(t) = -log(1 - (1 - eps) t) / rate: 1 - exp(-rate sigma) = (1 - eps) t (SEDD, arXiv 2310.16834, C.1)."""
+    """sigma(t) = -log(1 - (1 - eps) t) / rate, so 1 - exp(-rate sigma) = (1 - eps) t (SEDD, arXiv 2310.16834, C.1).
+
+    Args:
+        eps: exp(-rate sigma) at t = 1.
+        t_min: smallest time.
+        rate: decay rate per unit of sigma.
+    """
 
     def __init__(self, eps: float = 1e-3, t_min: float = 1e-3, rate: float = 1.0) -> None:
         check_eps(eps)
@@ -27,18 +34,26 @@ class LogLinearNoise:
 
     def __call__(self, t: Float[Tensor, "*n"]) -> tuple[Float[Tensor, "*n"], Float[Tensor, "*n"]]:
         kept = (1 - t) + self.eps * t  # = exp(-rate sigma), without the cancellation near t = 1
-        # log1p is exact for small t, where kept has lost digits; log(kept) is for t near 1
+        # log1p is accurate for small t, where `kept` has lost digits; log(kept) is accurate near t = 1
         sigma = torch.where(t < 0.5, -torch.log1p(-(1 - self.eps) * t), -torch.log(kept))
         return sigma / self.rate, (1 - self.eps) / kept / self.rate
 
 
 class CosineNoise:
-    """1 - exp(-rate sigma(t)) = (1 - eps) (1 - cos(pi t / 2)): slow near t = 0, where a moved residue weighs most.
+    """1 - exp(-rate sigma(t)) = (1 - eps) (1 - cos(pi t / 2)).
 
-    What is left falls as a cosine. (MaskGIT's schedule, arXiv 2202.04200, is its mirror image: there the masked share
-    rises as a sine.) For the absorbing graph the loss weight of a masked residue is m' / m with m = 1 - exp(-sigma);
-    its second moment, the integral of m'^2 / m, is 4.04 for eps -> 0, where no schedule is below 4 (m = t^2, by
-    Cauchy-Schwarz on sqrt(m)') and the log-linear one has log(1 / t_min) = 6.9.
+    The noise grows slowly near t = 0, where a moved residue has the largest weight in the loss. The remaining fraction
+    of the data falls as a cosine. (MaskGIT's schedule, arXiv 2202.04200, is the mirror image: its masked fraction rises
+    as a sine.)
+
+    For the absorbing graph the loss weight of a masked residue is m' / m with m = 1 - exp(-sigma). Its second moment,
+    the integral of m'^2 / m, is 4.04 for eps -> 0. The minimum over all schedules is 4, reached by m = t^2
+    (Cauchy-Schwarz applied to the derivative of sqrt(m)). The log-linear schedule has log(1 / t_min) = 6.9.
+
+    Args:
+        eps: exp(-rate sigma) at t = 1.
+        t_min: smallest time.
+        rate: decay rate per unit of sigma.
     """
 
     def __init__(self, eps: float = 1e-3, t_min: float = 1e-3, rate: float = 1.0) -> None:
@@ -49,14 +64,19 @@ class CosineNoise:
 
     def __call__(self, t: Float[Tensor, "*n"]) -> tuple[Float[Tensor, "*n"], Float[Tensor, "*n"]]:
         half_pi = math.pi / 2
-        moved = 2 * (1 - self.eps) * torch.sin(half_pi * t / 2) ** 2  # 1 - cos without the cancellation near t = 0
-        kept = self.eps + (1 - self.eps) * torch.sin(half_pi * (1 - t))  # and without the one near t = 1
+        moved = 2 * (1 - self.eps) * torch.sin(half_pi * t / 2) ** 2  # = 1 - kept, without the cancellation near t = 0
+        kept = self.eps + (1 - self.eps) * torch.sin(half_pi * (1 - t))  # without the cancellation near t = 1
         sigma = torch.where(t < 0.5, -torch.log1p(-moved), -torch.log(kept))
         return sigma / self.rate, (1 - self.eps) * half_pi * torch.sin(half_pi * t) / kept / self.rate
 
 
 class GeometricNoise:
-    """sigma(t) = sigma_min^(1-t) sigma_max^t (SEDD, arXiv 2310.16834, C.1)."""
+    """sigma(t) = sigma_min^(1-t) sigma_max^t (SEDD, arXiv 2310.16834, C.1).
+
+    Args:
+        sigma_min, sigma_max: total noise at t = 0 and at t = 1.
+        t_min: smallest time.
+    """
 
     def __init__(self, sigma_min: float = 1e-4, sigma_max: float = 20.0, t_min: float = 1e-3) -> None:
         if not 0 < sigma_min < sigma_max:
@@ -82,15 +102,18 @@ NOISES: dict[str, Callable[..., Noise]] = {
 def stratified_times(
     n: int, t_min: float, generator: torch.Generator, device: torch.device | str, t_max: float = 1.0
 ) -> Float[Tensor, " {n}"]:
-    """(n,) times on [t_min, t_max], one in each of n equal strata, in random order: t_i = (u + i) / n, shuffled."""
-    where = generator.device
-    u = torch.rand((), generator=generator, device=where)
-    strata = torch.randperm(n, generator=generator, device=where)
+    """Return (n,) times on [t_min, t_max], one in each of n equal strata, in random order.
+
+    t_i = t_min + (t_max - t_min) (u + i) / n with one uniform u for all i = 0..n-1, shuffled.
+    """
+    draw_device = generator.device
+    u = torch.rand((), generator=generator, device=draw_device)
+    strata = torch.randperm(n, generator=generator, device=draw_device)
     return (t_min + (t_max - t_min) * (u + strata) / n).clamp(max=t_max).to(device)
 
 
 def curriculum_t_max(step: int, steps: int, t_min: float) -> float:
-    """The cap on t at a training step (from 0): grows linearly from t_min, and is 1 from step `steps` - 1 on."""
+    """Return the largest t at a training step (counted from 0). It grows linearly and is 1 from step `steps` - 1 on."""
     return 1.0 if step + 1 >= steps else t_min + (1 - t_min) * (step + 1) / steps
 
 

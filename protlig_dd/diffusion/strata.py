@@ -1,4 +1,4 @@
-"""Where the draws of a mean lie, and the standard error that follows from pairs of them."""
+"""Strata of Monte-Carlo draws, and the standard error from the pairs of draws in each stratum."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -14,59 +14,75 @@ from protlig_dd.diffusion.noise import GeometricNoise, Noise
 from protlig_dd.diffusion.numerics import Generators, uniform_draws
 from protlig_dd.system.device import float64_device
 
-Place = tuple[float, float, Tensor | None]  # the ends of a stratum, and where in it each sequence's draw lies, if given
+Stratum = tuple[float, float, Tensor | None]
+"""Lower and upper end on [0, 1], and the position within it of each sequence's draw, on [0, 1), if it is given."""
 
 
-def strata(draws: int, spread: Callable[[np.ndarray], np.ndarray] = np.square) -> list[tuple[float, float, float]]:
-    """Where each draw lies in [0, 1), low to high, and its weight in the mean.
+def strata(draws: int, warp: Callable[[np.ndarray], np.ndarray] = np.square) -> list[tuple[float, float, float]]:
+    """Return the stratum of each draw, and the draw's weight in the mean.
 
-    Two draws lie in each of draws // 2 strata; the last of an odd number lies anywhere. A draw of a share u of the
-    residues has a standard deviation of about 1 / sqrt(u), which strata that end at the squares of evenly spaced
-    numbers share out evenly (Neyman's allocation; Cochran, Sampling Techniques, 1977, sec. 5.5).
+    There are draws // 2 strata of u in [0, 1] with two draws each; the last of an odd number of draws may be anywhere
+    on [0, 1). A draw that masks a fraction u of the residues has a standard deviation of about 1 / sqrt(u). Strata that
+    end at the squares of evenly spaced numbers have equal integrals of this standard deviation (Neyman's allocation;
+    Cochran, Sampling Techniques, 1977, sec. 5.5).
 
     Args:
-        spread: evenly spaced numbers on [0, 1] to the ends of strata.
+        warp: maps evenly spaced numbers on [0, 1] to the ends of the strata.
+
+    Returns:
+        For each draw the lower and upper end of its stratum, and its weight. The weights sum to 1.
     """
     pairs = draws // 2
-    ends = spread(np.linspace(0, 1, pairs + 1)).tolist() if pairs else []
+    ends = warp(np.linspace(0, 1, pairs + 1)).tolist() if pairs else []
     inside = [(low, high, (high - low) * pairs / draws) for low, high in pairwise(ends) for _ in range(2)]
     return inside + [(0.0, 1.0, 1 / draws)] * (draws % 2)
 
 
-def spread_of(graph: Graph, noise: Noise) -> Callable[[np.ndarray], np.ndarray]:
-    """The same for times: the share of residues that have moved by then takes the place of u.
+def time_warp(graph: Graph, noise: Noise) -> Callable[[np.ndarray], np.ndarray]:
+    """Return the `warp` of `strata` for times on [t_min, 1], scaled to [0, 1].
 
-    A geometric schedule gives every magnitude of noise its time already, and gets even strata.
+    Here u is the fraction of residues that have moved by that time. A geometric schedule already gives every order of
+    magnitude of the noise the same range of times, so its strata have equal widths.
     """
     if isinstance(noise, GeometricNoise):
         return lambda even: even
-    place = torch.linspace(0, 1, 1001, dtype=torch.float64)
-    sigma = noise(noise.t_min + (1 - noise.t_min) * place)[0]
+    time = torch.linspace(0, 1, 1001, dtype=torch.float64)
+    sigma = noise(noise.t_min + (1 - noise.t_min) * time)[0]
     root = (-torch.expm1(graph.lambda_2 * sigma)).sqrt()
     root = (root - root[0]) / (root[-1] - root[0])
-    return lambda even: np.interp(even, root.numpy(), place.numpy())
+    return lambda even: np.interp(even, root.numpy(), time.numpy())
 
 
-def places_between(
-    low: float, high: float, inside: Tensor | None, n: int, generator: Generators
+def points_in_stratum(
+    low: float, high: float, positions: Tensor | None, n: int, generator: Generators
 ) -> Float64[Tensor, " {n}"]:
-    """(n,) places from low to high: those given on [0, 1), or one in each of n equal parts, in random order."""
-    if inside is None:
+    """Return (n,) points of a stratum, at the given positions within it.
+
+    If `positions` is None, each of n equal parts of the stratum contains one random point, in random order.
+    """
+    if positions is None:
         assert isinstance(generator, torch.Generator)
-        inside = (torch.randperm(n, generator=generator, device=generator.device) + uniform_draws(n, generator)) / n
-    return low + (high - low) * inside
+        positions = (torch.randperm(n, generator=generator, device=generator.device) + uniform_draws(n, generator)) / n
+    return low + (high - low) * positions
 
 
 def uniform_per_token(batch: PackedBatch, generator: Generators) -> Float64[Tensor, " total"]:
-    """Draws on [0, 1) for each token, on the device of the batch or on the CPU where that has no float64."""
-    home = float64_device(batch.tokens.device)
+    """Return a uniform draw on [0, 1) per token, on the batch's device, or on the CPU if that has no float64."""
+    device = float64_device(batch.tokens.device)
     if isinstance(generator, torch.Generator):
-        return uniform_draws(len(batch.tokens), generator).to(home)
-    return torch.cat([uniform_draws(n, one) for n, one in zip(batch.lengths, generator, strict=True)]).to(home)
+        return uniform_draws(len(batch.tokens), generator).to(device)
+    pairs = zip(batch.lengths, generator, strict=True)
+    return torch.cat([uniform_draws(length, sequence_generator) for length, sequence_generator in pairs]).to(device)
 
 
 def error_of_pairs(weighted_kn: Float64[Tensor, "draws n"]) -> Float64[Tensor, " n"]:
-    """Standard errors of the sums of the draws, two of each stratum, that `strata` weighed."""
+    """Return the standard error (n,) of the sum over draws, from the difference of the two draws in each stratum.
+
+    The last of an odd number of draws is left out. A single draw gives NaN.
+
+    Args:
+        weighted_kn: (draws, n), in the order of `strata` and multiplied by its weights.
+    """
     draws = len(weighted_kn)
     if draws == 1:
         return torch.full_like(weighted_kn[0], torch.nan)

@@ -1,1 +1,1 @@
-"""What a model is measured by: held-out bounds, baselines, statistics of sequences, reports."""
+"""Evaluation of models: bounds on held-out proteins, baselines, sample statistics and reports."""

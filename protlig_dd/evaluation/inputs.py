@@ -1,11 +1,11 @@
-"""Proteins to be measured, from a store or FASTA, and the tables that come of it."""
+"""Read the proteins to evaluate from a store or FASTA file, and write FASTA files for other programs."""
 
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from protlig_dd.data.draws import some_of
+from protlig_dd.data.draws import random_subset
 from protlig_dd.data.encode import is_nucleotide, nucleotide_warning
 from protlig_dd.data.fasta import read_fasta
 from protlig_dd.data.store import HDF5_MAGIC, SequenceStore
@@ -18,19 +18,25 @@ from protlig_dd.tokenizer import ProteinTokenizer
 def read_sequences(
     path: Path, split: str, most: int | None, seed: int
 ) -> tuple[SequenceStore | None, list[str], list[np.ndarray]]:
-    """Ids and tokens of a store's split, or of a FASTA file; at most so many, drawn by the seed.
+    """Read proteins from one split of a store, or from a FASTA file.
+
+    Args:
+        most: maximum number of proteins; a larger set is subsampled at random with `seed`. None: all.
+
+    Returns:
+        the store (None for FASTA), and the id and tokens of each protein.
 
     Raises:
-        ValueError: no such file or split, illegal letters, an empty split; named.
+        ValueError: the file or split does not exist, a letter is illegal, or the split is empty.
     """
     if is_store(path):
         store = SequenceStore(path)
-        rows = thinned(store.split(split), most, seed)
+        rows = subsample(store.split(split), most, seed)
         ids, sequences = [store.id(row) for row in rows], [store[row] for row in rows]
     else:
         store, encode = None, ProteinTokenizer().encode
         records = list(read_fasta(path))
-        records = [records[i] for i in thinned(np.arange(len(records)), most, seed)]
+        records = [records[i] for i in subsample(np.arange(len(records)), most, seed)]
         ids = [record.id for record in records]
         sequences = [encode(record.sequence.upper(), record.name) for record in records]
         if found := sum(is_nucleotide(tokens[1:-1].astype(np.uint8).tobytes()) for tokens in sequences):
@@ -47,13 +53,18 @@ def is_store(path: Path) -> bool:
         return file.read(len(HDF5_MAGIC)) == HDF5_MAGIC
 
 
-def thinned(rows: np.ndarray, most: int | None, seed: int) -> np.ndarray:
-    return rows if most is None else some_of(rows, most, seed)
+def subsample(rows: np.ndarray, most: int | None, seed: int) -> np.ndarray:
+    """Return at most `most` of these ascending rows, chosen at random with `seed`; None: all."""
+    return rows if most is None else random_subset(rows, most, seed)
 
 
 def numbered_fasta(path: Path, sequences: Iterable[np.ndarray]) -> Path:
-    """Write residues, without <bos> and <eos>, as FASTA with numbers as names; returns `path`."""
+    """Write a FASTA file of sequences named 0, 1, ... and return its path.
+
+    Args:
+        sequences: ids of each sequence, without <bos> and <eos>.
+    """
     decode = ProteinTokenizer().decode
     with writing(path), path.open("w") as file:
-        file.writelines(f">{i}\n{decode(one)}\n" for i, one in enumerate(sequences))
+        file.writelines(f">{i}\n{decode(sequence)}\n" for i, sequence in enumerate(sequences))
     return path

@@ -1,1 +1,1 @@
-"""A trained model in use."""
+"""Load a trained model and use it: sampling, infilling, embeddings and export."""

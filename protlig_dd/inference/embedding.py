@@ -1,4 +1,4 @@
-"""Embeddings of proteins: what the network makes of each residue of a clean sequence; knows nothing of Hydra."""
+"""Embeddings of proteins: the network's hidden state at each residue of a clean sequence. Does not use Hydra."""
 
 import itertools
 from collections.abc import Sequence
@@ -17,13 +17,16 @@ TOKENS_PER_PACK = 16_384  # as in configs/embed.yaml
 
 
 def resolve_layer(layer: int, n_blocks: int) -> int:
-    """A layer counted from 0, the embedding, to n_blocks; -1 is the last, -2 the one before.
+    """Return the number of a layer, counted from 0 (the embedding) to n_blocks.
+
+    Args:
+        layer: negative numbers count from the end: -1 is the last layer, -2 the layer before it.
 
     Raises:
-        ValueError: a layer that the network does not have.
+        ValueError: the network does not have this layer.
     """
     if not -n_blocks - 1 <= layer <= n_blocks:
-        raise ValueError(f"layer={layer}: this model has 0 (the embedding) to {n_blocks}, or -1 for the last")
+        raise ValueError(f"layer={layer}: this model has layers 0 (the embedding) to {n_blocks}; -1 is the last")
     return layer if layer >= 0 else n_blocks + 1 + layer
 
 
@@ -37,38 +40,43 @@ def embed(
     max_len: int,
     tokens_per_pack: int = TOKENS_PER_PACK,
 ) -> list[Tensor]:
-    """Hidden states of the residues of proteins.
+    """Return the hidden states of each protein's residues.
 
-    The network sees the clean sequence (no masks), and where it is conditioned on time the least noise it knows, t_min.
+    The network reads the clean sequence (no masks). With time conditioning it receives the noise level of t_min.
 
     Args:
-        network: that of score_fn, evaluating.
-        proteins: `<bos> residues <eos>` each.
+        network: the network of score_fn, in evaluation mode.
+        proteins: each is `<bos> residues <eos>`.
         layer: see `DiT.hidden_states`.
-        max_len: a longer protein is taken in windows of so many residues, which overlap by half; a residue's state is
-            the mean over the windows that it is in.
-        tokens_per_pack: how much is computed at once, a window at least.
+        max_len: longer proteins are cut into windows of max_len residues that overlap by half; a residue's state is
+            the mean over the windows that contain it.
+        tokens_per_pack: tokens computed together; a pack has at least one window.
 
-    Returns: (residues_i, hidden) float32 of each protein, on the CPU.
+    Returns: (residues_i, hidden) float32 for each protein, on the CPU.
     """
     noise, device = score_fn.noise, score_fn.device
     starts = [window_starts(len(tokens) - 2, max_len) for tokens in proteins]
-    cut = [window(tokens, start, max_len) for tokens, own in zip(proteins, starts, strict=True) for start in own]
-    left, found = iter(cut), list[Tensor]()
-    for lengths in split_lengths([len(tokens) - 2 for tokens in cut], tokens_per_pack):
-        some = [torch.from_numpy(np.array(tokens)) for tokens in itertools.islice(left, len(lengths))]
-        batch = PackedBatch.pack(some).to(device)
-        sigma = noise(torch.full((len(some),), noise.t_min, device=device))[0]
+    windows = [
+        window(tokens, start, max_len)
+        for tokens, protein_starts in zip(proteins, starts, strict=True)
+        for start in protein_starts
+    ]
+    remaining, window_states = iter(windows), list[Tensor]()
+    for lengths in split_lengths([len(tokens) - 2 for tokens in windows], tokens_per_pack):
+        sequences = [torch.from_numpy(np.array(tokens)) for tokens in itertools.islice(remaining, len(lengths))]
+        batch = PackedBatch.pack(sequences).to(device)
+        sigma = noise(torch.full((len(sequences),), noise.t_min, device=device))[0]
         with torch.autocast(device.type, dtype=score_fn.autocast, enabled=score_fn.autocast is not None):
-            seen = sigma if score_fn.time_conditioning else torch.zeros_like(sigma)
-            states_TH = network.hidden_states(batch, seen, layer)
-        found += batch.unpack(states_TH.float().cpu())
-    states = iter(found)
+            network_sigma = sigma if score_fn.time_conditioning else torch.zeros_like(sigma)
+            states_TH = network.hidden_states(batch, network_sigma, layer)
+        window_states += batch.unpack(states_TH.float().cpu())
+    remaining_states = iter(window_states)
     embedded = []
-    for tokens, own in zip(proteins, starts, strict=True):
+    for tokens, protein_starts in zip(proteins, starts, strict=True):
         sums = torch.zeros(len(tokens) - 2, network.embedding.embedding_dim)
         counts = torch.zeros(len(tokens) - 2, 1)
-        for start, state in zip(own, itertools.islice(states, len(own)), strict=True):
+        protein_states = itertools.islice(remaining_states, len(protein_starts))
+        for start, state in zip(protein_starts, protein_states, strict=True):
             residues = state[torch.from_numpy(window(tokens, start, max_len) < BOS)]
             sums[start : start + len(residues)] += residues
             counts[start : start + len(residues)] += 1

@@ -1,4 +1,4 @@
-"""Embeddings of a FASTA file, computed by all ranks and written as HDF5 or NPZ."""
+"""Compute the embeddings of a FASTA file on all ranks and write them as HDF5 or NPZ."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,31 +18,31 @@ from protlig_dd.system.distributed import gather_objects, processes_from_environ
 from protlig_dd.system.terminal import ProgressBar, announce
 
 SUFFIXES = (".h5", ".npz")
-MOST_ID_BYTES = 1 << 30
+MAX_ID_BYTES = 1 << 30
 
 
 def ids_column(ids: list[str], output: Path) -> np.ndarray:
-    """The ids as the file keeps them: HDF5 each at its length, NPZ all at that of the longest.
+    """Return the ids as an array for the output file: HDF5 stores each id at its own length, NPZ at the longest length.
 
     Raises:
-        ValueError: ids that would take more than MOST_ID_BYTES so.
+        ValueError: the ids would take more than MAX_ID_BYTES in an NPZ file.
     """
     if output.suffix == ".h5":
         return np.array(ids, dtype=object)
     longest = max(ids, key=len)
-    if (size := 4 * len(longest) * len(ids)) > MOST_ID_BYTES:
+    if (size := 4 * len(longest) * len(ids)) > MAX_ID_BYTES:
         raise ValueError(
-            f"output={output}: NPZ keeps all ids at the length of the longest, {len(longest):,} letters "
-            f"({longest[:20]}...), {size / 1e9:.1f} GB in all; HDF5 does not (output=x.h5)"
+            f"output={output}: NPZ stores every id at the length of the longest, {len(longest):,} letters "
+            f"({longest[:20]}...), {size / 1e9:.1f} GB in all; write HDF5 instead, such as output=x.h5"
         )
     return np.array(ids)
 
 
 def read_proteins(path: str) -> tuple[list[str], list[np.ndarray]]:
-    """Ids and `<bos> residues <eos>` of a FASTA file's records.
+    """Return the ids and tokens (`<bos> residues <eos>`) of a FASTA file's records.
 
     Raises:
-        ValueError: what is wrong with the file, naming record and line.
+        ValueError: the file is malformed; names the record and line.
     """
     ids: list[str] = []
     proteins: list[np.ndarray] = []
@@ -60,39 +60,39 @@ def read_proteins(path: str) -> tuple[list[str], list[np.ndarray]]:
 def embedded_blocks(
     trained: TrainedModel, proteins: list[np.ndarray], layer: int, pooling: str, tokens_per_pack: int
 ) -> Iterator[np.ndarray]:
-    """Float32 rows in the order of the proteins, a pack of each rank at a time; the same on every rank."""
+    """Yield float32 rows in the order of the proteins, all of them on every rank. A rank computes a pack at a time."""
     processes = trained.processes
-    computed = [
+    residues = [
         len(window_starts(len(tokens) - 2, trained.max_len)) * min(len(tokens) - 2, trained.max_len)
         for tokens in proteins
     ]
-    firsts = np.append(0, np.cumsum([len(pack) for pack in split_lengths(computed, tokens_per_pack)])).tolist()
-    n_packs = len(firsts) - 1
+    bounds = np.append(0, np.cumsum([len(pack) for pack in split_lengths(residues, tokens_per_pack)])).tolist()
+    n_packs = len(bounds) - 1
     with ProgressBar("embedding", n_packs, shown=processes.first) as bar:
         for first in range(0, n_packs, processes.world_size):
             rows: list[np.ndarray] = []
-            if (mine := first + processes.rank) < n_packs:
+            if (pack := first + processes.rank) < n_packs:
                 states = embed(
                     trained.network,
                     trained.score_fn,
-                    proteins[firsts[mine] : firsts[mine + 1]],
+                    proteins[bounds[pack] : bounds[pack + 1]],
                     layer=layer,
                     max_len=trained.max_len,
                     tokens_per_pack=tokens_per_pack,
                 )
-                rows = [pooled(state, pooling).numpy() for state in states]
-            for part in gather_objects(rows):
-                yield from part
+                rows = [pool(state, pooling).numpy() for state in states]
+            for rank_rows in gather_objects(rows):
+                yield from rank_rows
             bar.advance(min(processes.world_size, n_packs - first))
 
 
-def pooled(states: Tensor, pooling: str) -> Tensor:
-    """(residues, hidden) -> the rows to write, (1, hidden) for the mean."""
+def pool(states: Tensor, pooling: str) -> Tensor:
+    """Return the rows to write for states (residues, hidden): (1, hidden) for the mean, else the states."""
     return states.mean(0, keepdim=True) if pooling == "mean" else states
 
 
 def fill(target: Any, blocks: Iterator[np.ndarray]) -> None:
-    """Write blocks of rows one below the other."""
+    """Write blocks of rows one after another."""
     start = 0
     for block in blocks:
         target[start : start + len(block)] = block
@@ -122,5 +122,5 @@ def write_npz(
 ) -> None:
     embeddings = np.empty(shape, np.float32)
     fill(embeddings, blocks)
-    with path.open("wb") as file:  # given a name, savez would add a suffix
+    with path.open("wb") as file:  # savez would add a suffix to a file name
         np.savez(file, embeddings=embeddings, **columns, **notes)  # type: ignore[arg-type]

@@ -1,11 +1,11 @@
-"""An exported model: a folder that holds what using it takes, and nothing that can run code.
+"""An exported model: a folder with everything needed to use the model, and nothing that can run code.
 
     model.safetensors    the averaged weights
-    config.json          network, graph, noise, parametrisation; lengths; origin; what was measured
+    config.json          network, graph, noise, parametrisation; lengths; origin; evaluation report
     vocabulary.json      token ids
     README.md            the model card
 
-Reading one needs neither Hydra nor HDF5.
+Reading an exported model needs neither Hydra nor HDF5.
 """
 
 import json
@@ -31,10 +31,10 @@ def is_exported(folder: Path) -> bool:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """config.json of an exported model, whose other files were found to belong to it.
+    """Return config.json of an exported model after checking the vocabulary and the checksum of the weights.
 
     Raises:
-        ValueError: a missing or damaged file, another format version or another vocabulary; named.
+        ValueError: a file is missing or damaged, or has another format version or vocabulary; names the file.
     """
     file = folder / DESCRIPTION
     description = read_json(file)
@@ -43,13 +43,13 @@ def read_description(folder: Path) -> dict[str, Any]:
     if (version := description.get("format_version")) != FORMAT_VERSION:
         raise ValueError(f"{file}: format {version}, this version reads {FORMAT_VERSION}")
     if read_json(folder / VOCABULARY) != vocabulary():
-        raise ValueError(f"{folder / VOCABULARY}: other token ids than this version's")
+        raise ValueError(f"{folder / VOCABULARY}: token ids differ from this version's")
     weights = folder / WEIGHTS
     if not weights.is_file():
         raise ValueError(f"{weights}: no such file")
     found, written = sha256(weights), str(description.get("weights_sha256"))
     if found != written:
-        raise ValueError(f"{weights}: SHA-256 {found[:12]}, where {file} belongs to {written[:12]}")
+        raise ValueError(f"{weights}: SHA-256 is {found[:12]}, but {file} records {written[:12]}")
     return description
 
 
@@ -66,11 +66,11 @@ def read_json(file: Path) -> dict[str, Any]:
 def write_exported(
     folder: Path, weights: Mapping[str, Tensor], description: Mapping[str, Any], card: str | None = None
 ) -> None:
-    """Make a folder of weights and their description, to which their checksum is added.
+    """Write weights, description, vocabulary and model card to a new folder; the weights' checksum is added.
 
     Args:
-        description: with the checksum of other weights, its report is theirs and is left out.
-        card: README.md, where there is one for these weights already.
+        description: if it has the checksum of other weights, its report and `card` describe those and are left out.
+        card: existing README.md of these weights; a new one is written if it is None.
     """
     folder.mkdir()
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, folder / WEIGHTS)
@@ -81,24 +81,25 @@ def write_exported(
     (folder / DESCRIPTION).write_text(as_json(description))
     (folder / VOCABULARY).write_text(as_json(vocabulary()))
     (folder / CARD).write_text(card or model_card(description))
-    (folder / WEIGHTS).chmod(stat.S_IMODE((folder / CARD).stat().st_mode))  # safetensors makes it for its owner alone
+    # safetensors writes files that only their owner can read
+    (folder / WEIGHTS).chmod(stat.S_IMODE((folder / CARD).stat().st_mode))
 
 
 def vocabulary() -> dict[str, Any]:
-    """Token ids by letter or name; the first n_states are what is diffused."""
+    """Return the token ids by letter or name; the first n_states ids are the diffused states."""
     ids = {letter: i for i, letter in enumerate(LETTERS) if i != MASK}
     return {"n_states": N_STATES, "ids": ids | {"<mask>": MASK, "<bos>": BOS, "<eos>": EOS, "<pad>": PAD}}
 
 
 def model_card(description: Mapping[str, Any]) -> str:
-    """README.md: what the model is, what was measured, how to load it. The licence is the user's to name."""
+    """Return README.md: what the model is, its evaluation and how to load it. The user has to choose a licence."""
     model, training = description["model"], description["training"]
     graph = " ".join(str(description["graph"][key]) for key in ("name", "matrix") if key in description["graph"])
     lines = [
         "---",
         "library_name: protlig_dd",
         "tags: [protein, protein-language-model, discrete-diffusion]",
-        "# license: which one? Yours to name.",
+        "# license: choose one and uncomment this line",
         "---",
         f"# {description['run']}",
         "",
@@ -118,12 +119,12 @@ def model_card(description: Mapping[str, Any]) -> str:
         "",
         "## Measured",
         "",
-        *measured(description["report"]),
+        *report_lines(description["report"]),
         "",
         "## Use",
         "",
-        "protlig_dd is on no package index: `pip install .` in a checkout of it, or `pip install` the wheel that",
-        f"`pip wheel --no-deps .` makes there, protlig_dd-{description['protlig_dd']}-py3-none-any.whl. Then",
+        "protlig_dd is not on a package index: run `pip install .` in a checkout of it, or build a wheel there with",
+        f"`pip wheel --no-deps .` and install it, protlig_dd-{description['protlig_dd']}-py3-none-any.whl. Then",
         "",
         "```python",
         "from protlig_dd.hub import ProteinDiffusion",
@@ -131,21 +132,22 @@ def model_card(description: Mapping[str, Any]) -> str:
         'model = ProteinDiffusion.from_pretrained("this folder, or owner/name on the Hugging Face Hub")',
         "```",
         "",
-        "or `from=FOLDER` in any command of protlig_dd: sample, embed, or training, to fine-tune it.",
+        "or pass `from=FOLDER` to any protlig_dd command, such as sample or embed, or training to fine-tune it.",
         "",
     ]
     return "\n".join(lines)
 
 
-def measured(report: Mapping[str, Any] | None) -> list[str]:
-    """A run's report as Markdown."""
+def report_lines(report: Mapping[str, Any] | None) -> list[str]:
+    """Return the lines of a run's report in Markdown."""
     if report is None:
         return ["The run has no report of this step."]
-    report = {key: float("nan") if value is None else value for key, value in report.items()}  # errors of one protein
+    # the report has null for standard errors that a single protein does not have
+    report = {key: float("nan") if value is None else value for key, value in report.items()}
     leaks: Mapping[str, Any] = report.get("in_training") or {}
     copied = []
     if leaks.get("copies"):
-        copied = ["", f"{leaks['copies']} of these are exact copies of proteins that trained the model."]
+        copied = ["", f"{leaks['copies']} of these are exact copies of training proteins of the model."]
         if others := leaks.get("others"):
             others = {key: float("nan") if value is None else value for key, value in others.items()}
             copied[1] += (

@@ -1,4 +1,4 @@
-"""Sampling any number of proteins: packs, keyed draws, a progress bar, FASTA."""
+"""Sample any number of proteins in packs, with keyed random draws and a progress bar, and format them as FASTA."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 @runtime_checkable
 class SamplingConfig(Steering, Protocol):
-    """What the configs of the verbs that sample have in common."""
+    """The config keys that all sampling commands share."""
 
     steps: int
     predictor: str
@@ -36,19 +36,19 @@ class SamplingConfig(Steering, Protocol):
 
 
 def options_of(config: SamplingConfig) -> SamplerOptions:
-    """The sampler that a verb's config describes."""
+    """Return the sampler options of a command's config."""
     return SamplerOptions(config.steps, config.predictor, config.temperature, config.top_p)
 
 
 class Origin(NamedTuple):
-    """What made a sample, for the headers of FASTA."""
+    """How a sample was made, for FASTA headers."""
 
     run: str
     step: int
     seed: int
     options: SamplerOptions
     steering: str = ""
-    """What `describe_steering` says."""
+    """The text that `describe_steering` returns."""
 
 
 def sample_designs(
@@ -60,7 +60,7 @@ def sample_designs(
     templates: Sequence[np.ndarray] | None = None,
     log_bias: Tensor | Sequence[Tensor] | None = None,
 ) -> list[np.ndarray]:
-    """`generate` as a verb's config says; the samples, on every rank."""
+    """Call `generate` with a command's config and return the samples on every rank."""
     processes = trained.processes
     samples, counts = generate(
         trained.score_fn,
@@ -79,7 +79,7 @@ def sample_designs(
     )
     if counts["skipped"]:
         skipped = counts["skipped"] / (counts["skipped"] + counts["evaluated"])
-        announce(f"{skipped:.1%} of the network's evaluations were skipped: nothing had changed", processes)
+        announce(f"{skipped:.1%} of the network's evaluations were skipped: their sequences had not changed", processes)
     return samples
 
 
@@ -92,21 +92,23 @@ def describe_designs(
     numbers: Sequence[int] | None = None,
     notes: Sequence[str] | None = None,
 ) -> str:
-    """FASTA of samples, with the model's bound on the NLL of each after what else there is to note; on every rank,
-    which share the bounds.
+    """Return FASTA of samples, the same on every rank. Each header ends with the note and the model's NLL bound.
+
+    The ranks share the computation of the bounds.
     """
-    bounds = describe_bounds(trained, samples, numbers, config)
+    bounds = bound_notes(trained, samples, numbers, config)
     notes = bounds if notes is None else [note + bound for note, bound in zip(notes, bounds, strict=True)]
     origin = Origin(trained.run, trained.step, config.seed, options_of(config), describe_steering(config))
     return designs_fasta(samples, names, origin, notes)
 
 
-def describe_bounds(
+def bound_notes(
     trained: TrainedModel, samples: Sequence[np.ndarray], numbers: Sequence[int] | None, config: SamplingConfig
 ) -> list[str]:
-    """` nll=2.8512 nll_se=0.0113` for each protein: the model's own bound, nats a residue; nothing without draws.
+    """Return ` nll=2.8512 nll_se=0.0113` for each protein: the model's own bound in nats/residue.
 
-    A protein draws from (seed, "bound", its number), by itself, so that its bound does not depend on the others.
+    The texts are empty if nll_draws is 0. A protein is computed alone, and its draws are keyed by
+    (seed, "bound", its number), so that its bound does not depend on the other proteins.
     """
     if not config.nll_draws:
         return [""] * len(samples)
@@ -121,7 +123,7 @@ def describe_bounds(
             draws=config.nll_draws,
             tokens_at_once=config.tokens_per_pack,
         )
-        residues = max(1, int(bound.residues))  # a design may consist of context letters alone
+        residues = max(1, int(bound.residues))  # a design of context letters alone has none
         tick()
         return {i: f" nll={float(bound.nats) / residues:.4f} nll_se={float(bound.standard_error) / residues:.4f}"}
 
@@ -140,15 +142,16 @@ def generate(
     numbers: Sequence[int] | None = None,
     templates: Sequence[np.ndarray] | None = None,
 ) -> tuple[list[np.ndarray], Counter[str]]:
-    """Sample sequences of these lengths, a pack at a time; a sequence draws from (seed, "sample", its number) on the
-    CPU.
+    """Sample sequences of these lengths, one pack at a time.
+
+    A sequence's draws are keyed by (seed, "sample", its number) and made on the CPU.
 
     Args:
-        work: packs and the processes that share them.
+        work: the size of the packs and the processes that share them.
         log_bias: nats for each amino acid (see `sample`): (20,) for all positions of all sequences, or one tensor
             (length_i, 20) for each sequence.
-        numbers: of the sequences; 0, 1, 2, ... when left out.
-        templates: ids (length_i,) of each sequence's residues, MASK where they are free; the others are held fixed.
+        numbers: number of each sequence; 0, 1, 2, ... by default.
+        templates: ids (length_i,) of each sequence's residues, MASK at free positions; other residues are fixed.
 
     Returns:
         uint8 arrays of amino-acid ids in the order of `lengths`, and the sampler's counts; the same on every rank.
@@ -160,30 +163,30 @@ def generate(
         bias = log_bias
         if bias is not None and not isinstance(bias, Tensor):
             bias = torch.cat([bias[i] for i in indices])
-        drawn = sample(
+        sampled = sample(
             score_fn,
             [lengths[i] for i in indices],
             options,
             [keyed_generator(seed, "sample", key, CPU) for key in keys],
-            None if templates is None else held_fixed([templates[i] for i in indices]),
+            None if templates is None else fix_residues([templates[i] for i in indices]),
             log_bias=bias,
             on_step=tick,
             counts=counts,
         )
-        return dict(zip(indices, drawn, strict=True))
+        return dict(zip(indices, sampled, strict=True))
 
     samples = work.share(lengths, sample_pack, ticks=options.steps + 1)
     counts = sum(gather_objects(counts), Counter())
     return [samples[i] for i in range(len(lengths))], counts
 
 
-def held_fixed(templates: Sequence[np.ndarray]) -> Callable[[Tensor], Tensor]:
-    """`project` of `sample`: tokens of a pack -> the same, with the residues that the templates fix."""
+def fix_residues(templates: Sequence[np.ndarray]) -> Callable[[Tensor], Tensor]:
+    """Return the `project` argument of `sample`: it writes the templates' fixed residues into a pack's tokens."""
     fixed_T = torch.from_numpy(np.concatenate([[BOS, *ids.tolist(), EOS] for ids in templates]))
 
     def project(tokens: Tensor) -> Tensor:
-        wanted = fixed_T.to(tokens.device)
-        return torch.where(wanted == MASK, tokens, wanted)
+        template_T = fixed_T.to(tokens.device)
+        return torch.where(template_T == MASK, tokens, template_T)
 
     return project
 
@@ -191,13 +194,13 @@ def held_fixed(templates: Sequence[np.ndarray]) -> Callable[[Tensor], Tensor]:
 def designs_fasta(
     samples: Sequence[np.ndarray], names: Sequence[str], origin: Origin, notes: Sequence[str] | None = None
 ) -> str:
-    """FASTA of samples, wrapped at 60 columns; each header says what made it, and what else there is to note."""
+    """Return FASTA of samples, wrapped at 60 columns. Each header has the origin and the sample's note."""
     decode = ProteinTokenizer().decode
     lines = []
     for name, ids, note in zip(names, samples, notes or [""] * len(samples), strict=True):
         sequence = decode(ids)
-        made = f"run={origin.run} step={origin.step} seed={origin.seed} length={len(sequence)}"
+        source = f"run={origin.run} step={origin.step} seed={origin.seed} length={len(sequence)}"
         sampler = f"sampler={origin.options.predictor} steps={origin.options.steps}{origin.steering}"
-        lines.append(f">{name} {made} {sampler}{note}")
+        lines.append(f">{name} {source} {sampler}{note}")
         lines.extend(sequence[start : start + 60] for start in range(0, len(sequence), 60))
     return "\n".join(lines) + "\n"

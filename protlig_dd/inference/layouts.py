@@ -1,4 +1,4 @@
-"""What of a protein is free and what is fixed: from positions or a contig to designs to sample."""
+"""Lay out designs for infilling: which residues are fixed and which are free, from positions or a contig."""
 
 import itertools
 import string
@@ -18,20 +18,21 @@ from protlig_dd.system.terminal import announce
 from protlig_dd.tokenizer import MASK, ProteinTokenizer
 
 FREE = "_"
-MOST = 1_000_000  # designs of one protein
+MAX_DESIGNS = 1_000_000  # of one protein
 
 
 Protein = tuple[FastaRecord, np.ndarray]
-"""A record and its residues' ids (length,), MASK where it has `_`."""
+"""A record and the ids (length,) of its residues, MASK where the sequence has `_`."""
 
 
 class Segment(NamedTuple):
-    """A stretch of a design: residues of the input from `start` to `end` (1-based, inclusive), or so many new ones."""
+    """A stretch of a design: residues `start` to `end` of the input (1-based, inclusive), or new residues."""
 
     length: int
     start: int | None = None
+    """None: new residues."""
     letter: str | None = None
-    """Which input, in a contig."""
+    """The contig's letter of the input."""
 
     @property
     def end(self) -> int | None:
@@ -39,32 +40,37 @@ class Segment(NamedTuple):
 
 
 class Design(NamedTuple):
-    """What is asked for: one row of the outputs."""
+    """A design to sample: one record of the output files."""
 
     name: str
     protein: int
-    """The number of its input; of the first, where a contig has several."""
+    """Index of its input record; 0 if the contig names several inputs."""
     layout: list[Segment]
     template: np.ndarray
-    """(length,) ids, MASK where it is free."""
+    """(length,) ids, MASK at free positions."""
     number: int
-    """What it draws depends on this and the seed."""
+    """Keys the random draws of the design, together with the seed."""
 
 
 def designs_of_positions(config: InfillConfig, records: Sequence[Protein]) -> list[Design]:
-    """n designs of each record, by its free positions."""
+    """Return n designs of each record, with the free positions of its `_`, free= or fixed=."""
     designs = []
     for k, (record, ids) in enumerate(records):
-        template = free_positions(record, ids, fixed=config.fixed, free=config.free)
+        template = mask_free_positions(record, ids, fixed=config.fixed, free=config.free)
         if MASK not in template:
-            raise ValueError(f"{record.name} has no free position: mark some with `_`, or give free=, fixed=, contig=")
+            raise ValueError(
+                f"{record.name} has no free position: mark positions with `_`, or give free=, fixed= or contig="
+            )
         layout = [Segment(len(template), 1)]
-        designs += [Design(f"{record.id}_{i + 1}", k, layout, template, k * MOST + i) for i in range(config.n)]
+        designs += [Design(f"{record.id}_{i + 1}", k, layout, template, k * MAX_DESIGNS + i) for i in range(config.n)]
     return designs
 
 
 def designs_of_contig(config: InfillConfig, records: Sequence[Protein]) -> list[Design]:
-    """n designs of each record; or, where a contig names several inputs, of them together: A is the first record."""
+    """Return n designs of each record.
+
+    If the contig has several letters, return n designs that combine records instead: A is the first record.
+    """
     assert config.contig is not None
     letters = sorted({part[0] for part in config.contig.split("/") if part[:1].isalpha()})
     if len(letters) < 2:
@@ -75,7 +81,7 @@ def designs_of_contig(config: InfillConfig, records: Sequence[Protein]) -> list[
             if not 0 <= number < len(records):
                 raise ValueError(
                     f"contig={config.contig}: {letter} is record {number + 1} of {config.input}, which has "
-                    f"{len(records)}"
+                    f"{len(records)} records"
                 )
         groups = [{letter: records[number] for letter, number in numbers.items()}]
     designs = []
@@ -83,64 +89,64 @@ def designs_of_contig(config: InfillConfig, records: Sequence[Protein]) -> list[
         used = [record for record, _ in group.values()] if len(letters) > 1 else [records[k][0]]
         name = "+".join(record.id for record in used)
         for i in range(config.n):
-            number = k * MOST + i
-            draw = np.random.default_rng(random_key(config.seed, "contig", number))
-            layout = draw_layout(config.contig, config.lengths, draw)
-            template = place(group, layout)
+            number = k * MAX_DESIGNS + i
+            generator = np.random.default_rng(random_key(config.seed, "contig", number))
+            layout = draw_layout(config.contig, config.lengths, generator)
+            template = build_template(group, layout)
             if MASK not in template:
                 raise ValueError(f"{used[0].name} has no free position: the contig has no new residue")
             designs.append(Design(f"{name}_{i + 1}", k, layout, template, number))
     return designs
 
 
-def stretches_of(contig: str) -> dict[str, list[tuple[int, int]]]:
-    """First and last residue of each stretch of an input, in order, by its letter."""
-    found: dict[str, list[tuple[int, int]]] = {}
+def contig_stretches(contig: str) -> dict[str, list[tuple[int, int]]]:
+    """Return the first and last residue of each input stretch of a contig, in order, by letter."""
+    stretches: dict[str, list[tuple[int, int]]] = {}
     for part in contig.split("/"):
         if part[:1].isalpha():
-            found.setdefault(part[0], []).append(parse_range(part[1:], f"contig={contig}: {part!r}"))
-    return found
+            stretches.setdefault(part[0], []).append(parse_range(part[1:], f"contig={contig}: {part!r}"))
+    return stretches
 
 
 def read_records(path: Path) -> list[Protein]:
-    """Records of a FASTA file with their residues as ids (length,), MASK for `_`.
+    """Return the records of a FASTA file with their residues as ids (length,), MASK for `_`.
 
     Raises:
-        ValueError: an illegal letter (`_` is legal here), an empty sequence, or an id that is there twice; named.
+        ValueError: an illegal letter (`_` is allowed here), an empty sequence or a repeated id; names the record.
     """
-    encode, found, seen = ProteinTokenizer().encode, [], set()
+    encode, proteins, seen = ProteinTokenizer().encode, [], set()
     for record in read_fasta(path):
         if record.id in seen:
-            raise ValueError(f"{record.name} is there twice; designs are named after their record")
+            raise ValueError(f"{record.name} appears twice; designs are named after their record")
         seen.add(record.id)
         free = np.array([letter == FREE for letter in record.sequence.removesuffix("*")], bool)
-        try:  # any letter in the free places: encode is to judge the others
+        try:  # a legal letter at free positions: encode then checks only the others
             ids = encode(record.sequence.upper().replace(FREE, "A"), record.name)[1:-1]
         except ValueError as error:
             raise ValueError(f"{error}; `{FREE}` marks a free position") from error
-        found.append((record, np.where(free, MASK, ids)))
-    return found
+        proteins.append((record, np.where(free, MASK, ids)))
+    return proteins
 
 
-def free_positions(record: FastaRecord, ids: np.ndarray, *, fixed: Any, free: Any) -> np.ndarray:
-    """The ids with MASK where positions are free: those of `_`, with those that `free` lists or `fixed` does not.
+def mask_free_positions(record: FastaRecord, ids: np.ndarray, *, fixed: Any, free: Any) -> np.ndarray:
+    """Return the ids with MASK at free positions: those with `_`, and those that `free` lists or `fixed` does not.
 
     Raises:
-        ValueError: a range that is none or beyond the sequence; a fixed position that has no residue.
+        ValueError: an invalid range, a range that ends after the sequence, or a fixed position that has `_`.
     """
     template = ids.copy()
     if free is not None:
-        template[listed(record, free, "free", len(ids))] = MASK
+        template[in_ranges(record, free, "free", len(ids))] = MASK
     if fixed is not None:
-        kept = listed(record, fixed, "fixed", len(ids))
+        kept = in_ranges(record, fixed, "fixed", len(ids))
         if len(unknown := np.flatnonzero(kept & (ids == MASK))):
             raise ValueError(f"{record.name}: position {unknown[0] + 1} is fixed, but the sequence has `_` there")
         template[~kept] = MASK
     return template
 
 
-def listed(record: FastaRecord, ranges: Any, key: str, length: int) -> np.ndarray:
-    """(length,) bool: the positions of `[12-40,77]`, 1-based and inclusive."""
+def in_ranges(record: FastaRecord, ranges: Any, key: str, length: int) -> np.ndarray:
+    """Return (length,) bool: the positions in ranges such as `[12-40,77]`, 1-based and inclusive."""
     inside = np.zeros(length, bool)
     for item in ranges if isinstance(ranges, list) else [ranges]:
         first, last = parse_range(str(item), f"{key}={item}")
@@ -150,25 +156,25 @@ def listed(record: FastaRecord, ranges: Any, key: str, length: int) -> np.ndarra
     return inside
 
 
-def draw_layout(contig: str, lengths: str | None, draw: np.random.Generator) -> list[Segment]:
-    """Segments of one design: `10-40/A45-60/5-20` is 10 to 40 new residues, the input's 45 to 60, 5 to 20 new ones.
+def draw_layout(contig: str, lengths: str | None, generator: np.random.Generator) -> list[Segment]:
+    """Draw the segments of one design.
 
-    The lengths of the new stretches are drawn uniformly; with `lengths` (a number or a range of the whole) uniformly
-    among all choices that fit it. Choices without a new residue are left out, unless there are no others. The notation
-    is RFdiffusion's (Watson et al. 2023), but for chain breaks (`/0`), which this model does not know; a letter marks
-    the input.
+    `10-40/A45-60/5-20` is 10 to 40 new residues, residues 45 to 60 of input A, and 5 to 20 new residues. The length of
+    each new stretch is drawn uniformly. With `lengths`, a number or a range for the whole design, the draw is uniform
+    among all combinations that fit it. Combinations without a new residue are left out, unless there are no others.
+    The notation is RFdiffusion's (Watson et al. 2023), without its chain breaks (`/0`); a letter names the input.
 
     Raises:
-        ValueError: a part that is neither, a design of no residue, or lengths that no choice can have; names them.
+        ValueError: a part that is not a range, a design without residues, or lengths that the contig cannot have.
     """
     ranges: list[tuple[int, int]] = []
     starts: list[int | None] = []
     letters: list[str | None] = []
     if contig.startswith("["):
-        raise ValueError(f"contig={contig}: give it without brackets")
+        raise ValueError(f"contig={contig}: write the contig without brackets")
     for part in contig.split("/"):
         if part.split(" ")[0] == "0":
-            raise ValueError(f"contig={contig}: /0 is a break between two chains, and the model knows single chains")
+            raise ValueError(f"contig={contig}: /0 is a break between two chains, but this model is for single chains")
         letter, bounds = (part[0], part[1:]) if part[:1].isalpha() else ("", part)
         first, last = parse_range(bounds, f"contig={contig}: {part!r}", least=1 if letter else 0)
         ranges.append((last - first + 1,) * 2 if letter else (first, last))
@@ -183,17 +189,17 @@ def draw_layout(contig: str, lengths: str | None, draw: np.random.Generator) -> 
     motifs = sum(first for (first, _), start in zip(ranges, starts, strict=True) if start)
     low = max(low, min(high, motifs + 1))
     if lengths is not None:
-        sizes = draw_sizes(ranges, low, high, draw)
+        sizes = draw_sizes(ranges, low, high, generator)
     else:
         sizes = []
-        while sum(sizes) < low:  # at most half of the choices have no new residue
-            sizes = [int(draw.integers(a, b, endpoint=True)) for a, b in ranges]
-    return [Segment(*one) for one in zip(sizes, starts, letters, strict=True) if one[0]]
+        while sum(sizes) < low:  # at most half of the combinations have no new residue
+            sizes = [int(generator.integers(a, b, endpoint=True)) for a, b in ranges]
+    return [Segment(size, start, letter) for size, start, letter in zip(sizes, starts, letters, strict=True) if size]
 
 
-def draw_sizes(ranges: Sequence[tuple[int, int]], low: int, high: int, draw: np.random.Generator) -> list[int]:
-    """A size in each range, uniform among all choices whose sum lies in [low, high]."""
-    # ways[k][s]: choices of the sizes from k on whose sum is s; float, as only ratios matter
+def draw_sizes(ranges: Sequence[tuple[int, int]], low: int, high: int, generator: np.random.Generator) -> list[int]:
+    """Draw a size in each range, uniformly among all combinations whose sum is in [low, high]."""
+    # ways[k][s]: how many combinations of the sizes from k on have the sum s, up to a factor: only ratios matter
     ways = [np.ones(1)]
     for first, last in reversed(ranges):
         ways.insert(0, np.convolve(ways[0], np.r_[np.zeros(first), np.ones(last - first + 1)]))
@@ -204,15 +210,15 @@ def draw_sizes(ranges: Sequence[tuple[int, int]], low: int, high: int, draw: np.
         weight = [
             rest[max(0, low - done - size) : max(0, high - done - size + 1)].sum() for size in range(first, last + 1)
         ]
-        sizes.append(first + int(draw.choice(len(weight), p=np.array(weight) / sum(weight))))
+        sizes.append(first + int(generator.choice(len(weight), p=np.array(weight) / sum(weight))))
     return sizes
 
 
-def place(inputs: Mapping[str, Protein], layout: Sequence[Segment]) -> np.ndarray:
-    """The design's ids, MASK in the new stretches.
+def build_template(inputs: Mapping[str, Protein], layout: Sequence[Segment]) -> np.ndarray:
+    """Return the design's ids, MASK in the new stretches.
 
     Args:
-        inputs: by the letters of the layout's segments.
+        inputs: proteins by the letters of the layout's segments.
     """
     parts = []
     for segment in layout:
@@ -222,17 +228,17 @@ def place(inputs: Mapping[str, Protein], layout: Sequence[Segment]) -> np.ndarra
         record, ids = inputs[segment.letter]
         if segment.end > len(ids):
             raise ValueError(
-                f"{record.name}: contig wants residues {segment.start}-{segment.end}, the sequence has {len(ids)}"
+                f"{record.name}: the contig has residues {segment.start}-{segment.end}, but the sequence has {len(ids)}"
             )
         parts.append(ids[segment.start - 1 : segment.end])
     return np.concatenate(parts)
 
 
 def map_csv(designs: Sequence[Design]) -> str:
-    """One row for each stretch that is free or fixed: where it lies in the design, and where it came from.
+    """Return CSV with a row for each free or fixed stretch: its position in the design, and its origin in the input.
 
-    `input_start` is empty for what is new in a contig, and `input` where there is only one; the positions are 1-based
-    and inclusive.
+    Positions are 1-based and inclusive. `input` and `input_start` are empty for a contig's new residues; `input` is
+    also empty without a contig.
     """
     table: list[list[object]] = [["design", "start", "end", "free", "input", "input_start"]]
     for name, _, layout, template, _ in designs:
@@ -250,24 +256,24 @@ def map_csv(designs: Sequence[Design]) -> str:
     return as_csv(table)
 
 
-def tell_what_is_odd(config: InfillConfig, trained: TrainedModel) -> None:
-    """What a user may not have meant, or may not know."""
+def warn_about_layout(config: InfillConfig, trained: TrainedModel) -> None:
+    """Warn if infilling is an approximation, or if a contig reorders or repeats residues of the input."""
     if not trained.graph.masks:
         announce(
-            "infilling is an approximation with this model's graph, which nll_free is not for (docs/diffusion.md): "
-            "designs are not ranked",
+            "infilling is an approximation with this model's graph (docs/diffusion.md); nll_free is for the absorbing "
+            "graph only, so designs are not ranked",
             trained.processes,
         )
     if config.contig is None:
         return
-    for letter, stretches in stretches_of(config.contig).items():
+    for letter, stretches in contig_stretches(config.contig).items():
         for (first, last), (start, end) in itertools.pairwise(stretches):
             if start <= first:
                 announce(f"contig: {letter}{start}-{end} comes after {letter}{first}-{last}", trained.processes)
         for (first, last), (start, end) in itertools.combinations(sorted(stretches), 2):
             if start <= last:
-                both = f"{letter}{start}-{min(last, end)}"
+                shared = f"{letter}{start}-{min(last, end)}"
                 announce(
-                    f"contig: {both} is in it twice, in {letter}{first}-{last} and {letter}{start}-{end}",
+                    f"contig: {shared} appears twice, in {letter}{first}-{last} and {letter}{start}-{end}",
                     trained.processes,
                 )

@@ -1,4 +1,4 @@
-"""A trained model, ready to use, from a run, a checkpoint or an export: what every verb but training begins with."""
+"""Load a trained model from a run folder, a checkpoint or an exported model."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from protlig_dd import __version__
 from protlig_dd.config.components import load_model
-from protlig_dd.config.read import read_config, spelt
+from protlig_dd.config.read import as_dict, read_config
 from protlig_dd.config.train import LoggerConfig, RunConfig, TrainConfig, config_in
 from protlig_dd.diffusion.graphs.base import Graph
 from protlig_dd.diffusion.graphs.rates import substitution_rates
@@ -26,13 +26,13 @@ from protlig_dd.system.meeting import meeting_of
 from protlig_dd.system.terminal import announce
 
 TIMEOUT = 3600  # seconds that a rank waits for the others
-OF_A_HOST = ("from", "compare", "input", "train", "output")  # paths, which may be other ones on each host
-MODEL_KEYS = ("model", "graph", "noise", "parametrisation", "time_conditioning")  # what a model is, of a run's config
+HOST_ARGUMENTS = ("from", "compare", "input", "train", "output")  # paths, which may differ between hosts
+MODEL_KEYS = ("model", "graph", "noise", "parametrisation", "time_conditioning")  # config keys that define a model
 
 
 @dataclass(frozen=True)
 class SavedModel:
-    """Averaged weights on the disk, and what belongs to them."""
+    """Averaged weights on disk, and the config and record that were saved with them."""
 
     path: Path
     """A checkpoint or an exported model."""
@@ -42,34 +42,34 @@ class SavedModel:
     length_counts: list[int] | None
     """How many training sequences have 0, 1, ... residues."""
     cropped_sequences: int | None
-    """How many have more than the model saw and are not among those; None where they are, as those of max_len."""
+    """How many training sequences are longer than max_len. None: length_counts counts them as max_len residues."""
     data_fingerprint: str
     skipped: list[str]
-    """What is wrong with newer checkpoints of the same run."""
+    """Newer checkpoints of the same run, and what is wrong with each."""
 
 
 def find_saved(path: str) -> SavedModel:
-    """The newest sound checkpoint of a run folder, a checkpoint, or an exported model; its checksums were compared.
+    """Find the newest sound checkpoint of a run folder, a checkpoint, or an exported model, and verify its checksums.
 
     Raises:
-        ValueError: none of these there, or a damaged or foreign file; named.
+        ValueError: the path is none of these, or a file is damaged or not from protlig_dd; names the file.
     """
     folder = Path(path)
     if is_exported(folder):
-        found = read_description(folder)
+        description = read_description(folder)
         try:
             return SavedModel(
                 path=folder,
                 weights=folder / WEIGHTS,
-                config=config_of(found, folder / DESCRIPTION),
-                step=found["step"],
-                length_counts=found["length_counts"],
-                cropped_sequences=found.get("cropped_sequences"),
-                data_fingerprint=found["data_fingerprint"],
+                config=config_from_description(description, folder / DESCRIPTION),
+                step=description["step"],
+                length_counts=description["length_counts"],
+                cropped_sequences=description.get("cropped_sequences"),
+                data_fingerprint=description["data_fingerprint"],
                 skipped=[],
             )
         except KeyError as error:
-            raise ValueError(f"{folder / DESCRIPTION}: not what protlig_dd has written ({error!r})") from error
+            raise ValueError(f"{folder / DESCRIPTION}: damaged, or not written by protlig_dd ({error!r})") from error
     checkpoint, skipped = find_checkpoint(folder)
     state = read_state(checkpoint)
     return SavedModel(
@@ -85,7 +85,7 @@ def find_saved(path: str) -> SavedModel:
 
 
 def run_folder(checkpoint: Path) -> Path | None:
-    """The folder of the run that a checkpoint stands in, however its path is spelt; None of what stands in no run."""
+    """Return the run folder that contains a checkpoint, however its path is spelt; None if it is not in a run."""
     folder = checkpoint.resolve().parent
     return folder.parent if folder.name == "checkpoints" else None
 
@@ -104,13 +104,13 @@ def load_saved(saved: SavedModel, device: torch.device, precision: str) -> Score
 
 
 def describe(saved: SavedModel, report: dict[str, Any] | None) -> dict[str, Any]:
-    """What config.json of an exported model says of it; no paths of this machine, and not what it logged to.
+    """Return config.json of an exported model, without this machine's paths and without the logger's settings.
 
     Args:
-        report: that the run made of these weights, if it did.
+        report: the run's report of these weights, if it has one.
     """
     config, graph = saved.config, dict(saved.config.graph)
-    if (matrix := graph.get("matrix")) is not None:  # its rates, so that it needs neither the file nor Biopython
+    if (matrix := graph.get("matrix")) is not None:  # its rates, so that loading needs neither the file nor Biopython
         if graph["rates"] is None:
             graph["rates"] = substitution_rates(matrix, graph["kind"], graph["scale"]).tolist()
         graph["matrix"] = Path(matrix).name
@@ -121,7 +121,7 @@ def describe(saved: SavedModel, report: dict[str, Any] | None) -> dict[str, Any]
         data=replace(config.data, path=None),
         logger=LoggerConfig(tensorboard=False, wandb_project=None, wandb_name=None),
     )
-    parts = {**spelt(training), "graph": graph}
+    parts = {**as_dict(training), "graph": graph}
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -139,24 +139,24 @@ def describe(saved: SavedModel, report: dict[str, Any] | None) -> dict[str, Any]
     }
 
 
-def config_of(description: dict[str, Any], file: Path) -> TrainConfig:
-    """The run's config, out of what `describe` has made of it.
+def config_from_description(description: dict[str, Any], file: Path) -> TrainConfig:
+    """Return the run's config from a description that `describe` made.
 
     Raises:
-        ValueError: something else; or an interpolation, which would read what is not in the file.
+        ValueError: not such a description, or it has an interpolation, which could read values outside the file.
     """
     try:
         parts = {**description["training"], **{key: description[key] for key in MODEL_KEYS}}
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{file}: not what protlig_dd has written ({error!r})") from error
+        raise ValueError(f"{file}: damaged, or not written by protlig_dd ({error!r})") from error
     if "${" in json.dumps(parts):
-        raise ValueError(f"{file}: has an interpolation, ${{...}}, which no exported model has")
+        raise ValueError(f"{file}: has an interpolation, ${{...}}; exported models have none")
     return read_config(OmegaConf.create(parts), TrainConfig, stored=True)
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """Averaged weights in an evaluating network, ready to use, and what they were saved with."""
+    """Averaged weights in a network in evaluation mode, and the record that was saved with them."""
 
     saved: SavedModel
     score_fn: ScoreFn
@@ -179,7 +179,7 @@ class TrainedModel:
 
     @property
     def run(self) -> str:
-        """The run's name; white space, which earlier versions took, would end an id in a FASTA header."""
+        """The run's name with `_` for white space, which earlier versions allowed and which ends an id in FASTA."""
         return "_".join(self.saved.config.run.name.split())
 
     @property
@@ -188,44 +188,44 @@ class TrainedModel:
 
     @property
     def max_len(self) -> int:
-        """Residues of the longest sequence that it was trained on."""
+        """The most residues that the model read of a training sequence."""
         return self.saved.config.data.max_len
 
     @property
     def lengths(self) -> Lengths | None:
-        """Of its training proteins, where that is known."""
+        """Lengths of the training proteins; None if they are not recorded."""
         return lengths_of(self.saved.length_counts, self.saved.cropped_sequences, self.max_len)
 
     def check_length(self, residues: int, name: str) -> None:
-        """Raise for a protein of no length, or a longer one than the model was trained on."""
+        """Raise for an empty protein, or one that is longer than the model was trained on."""
         if not 1 <= residues <= self.max_len:
             raise ValueError(f"{name} has {residues} residues; this model was trained on 1 to {self.max_len}")
 
 
 def load_trained(path: str, *, device: str, precision: str) -> TrainedModel:
-    """The model that `find_saved` finds; under torchrun on each rank's own device.
+    """Load the model that `find_saved` finds. Under torchrun each rank loads it on its own device.
 
     Raises:
-        ValueError: nothing sound there, a device or precision that this machine does not have, weights that do not fit
-            the config that came with them.
+        ValueError: no sound model at this path, a device or precision that this machine does not have, or weights that
+            do not fit the config that was saved with them.
     """
     saved = find_saved(path)
     processes = processes_from_environment()
     for problem in saved.skipped:
         announce(f"skipped: {problem}", processes)
-    where = resolve_device(device, processes.local_rank)
-    precision = resolve_precision(precision, where)
-    trained = TrainedModel(saved, load_saved(saved, where, precision), precision, processes)
+    own_device = resolve_device(device, processes.local_rank)
+    precision = resolve_precision(precision, own_device)
+    trained = TrainedModel(saved, load_saved(saved, own_device, precision), precision, processes)
     meeting = meeting_of(processes)
-    given = (argument.partition("=") for argument in sys.argv[1:])
-    facts: dict[str, Any] = {key: value for key, _, value in given if key not in OF_A_HOST}
+    arguments = (argument.partition("=") for argument in sys.argv[1:])
+    facts: dict[str, Any] = {key: value for key, _, value in arguments if key not in HOST_ARGUMENTS}
     facts |= {
         "step": saved.step,
         "data_fingerprint": saved.data_fingerprint,
         "precision": precision,
-        "device": where.type,
+        "device": own_device.type,
     }
     meeting.agree(facts | {"protlig_dd": __version__, "torch": str(torch.__version__)}, TIMEOUT)
-    join_group(processes, where, TIMEOUT, meeting.store)
-    announce(f"{saved.path} on {where} in {precision}, attention {trained.network.attention_backend}", processes)
+    join_group(processes, own_device, TIMEOUT, meeting.store)
+    announce(f"{saved.path} on {own_device} in {precision}, attention {trained.network.attention_backend}", processes)
     return trained

@@ -1,4 +1,4 @@
-"""Sequences shared out over ranks in packs."""
+"""Share work on packs of sequences among the ranks."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from protlig_dd.system.terminal import ProgressBar
 T = TypeVar("T")
 
 Tick = Callable[[], None]
-"""What is called after each part of the work: a progress bar's."""
+"""Called after each part of the work, to advance the progress bar."""
 
 
 def share(
@@ -25,23 +25,23 @@ def share(
     processes: Processes,
     ticks: int = 1,
 ) -> dict[Any, Any]:
-    """What `score` finds for these packs, each rank its own; all of it on each rank.
+    """Call `score` for every pack, each on one rank, and return all results on every rank.
 
     Args:
-        score: (a pack, the progress bar's tick) -> {anything: what was found}.
-        ticks: how often `score` ticks.
+        score: (a pack, the progress bar's tick) -> {key: result}.
+        ticks: how often `score` calls the tick for each pack.
     """
     mine = packs[processes.rank :: processes.world_size]
-    found: dict[Any, Any] = {}
+    results: dict[Any, Any] = {}
     with ProgressBar(description, len(mine) * ticks, shown=processes.first) as bar:
         for pack in mine:
-            found |= score(pack, bar.advance)
-    return {key: value for part in gather_objects(found) for key, value in part.items()}
+            results |= score(pack, bar.advance)
+    return {key: value for rank_results in gather_objects(results) for key, value in rank_results.items()}
 
 
 @dataclass(frozen=True)
 class Work:
-    """How sequences are put before the network."""
+    """How sequences are packed and shared among the ranks."""
 
     tokens_per_pack: int
     description: str = "variants"
@@ -50,8 +50,8 @@ class Work:
     def share(
         self, lengths: Sequence[int], score: Callable[[range, Tick], dict[Any, Any]], ticks: int = 1
     ) -> dict[Any, Any]:
-        """`share` of sequences of so many residues: a pack is the range of their indices."""
+        """Pack sequences of these numbers of residues and call `share`; a pack is a range of sequence indices."""
         sizes = map(len, split_lengths(lengths, self.tokens_per_pack))
-        firsts = np.cumsum([0, *sizes]).tolist()
-        packs = [range(first, end) for first, end in itertools.pairwise(firsts)]
+        bounds = np.cumsum([0, *sizes]).tolist()
+        packs = [range(first, end) for first, end in itertools.pairwise(bounds)]
         return share(packs, score, description=self.description, processes=self.processes, ticks=ticks)

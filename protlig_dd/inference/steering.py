@@ -1,4 +1,4 @@
-"""Steering options of the verbs that sample: what they read, and how headers name it."""
+"""Steering options of the sampling commands: read log_bias, and describe the options in FASTA headers."""
 
 import math
 from pathlib import Path
@@ -12,7 +12,7 @@ from protlig_dd.tokenizer import AMINO_ACIDS, N_STATES
 
 @runtime_checkable  # for beartype
 class Steering(Protocol):
-    """A config with these keys."""
+    """A config with the steering keys."""
 
     temperature: float
     top_p: float
@@ -20,7 +20,7 @@ class Steering(Protocol):
 
 
 def describe_steering(config: Steering) -> str:
-    """` temperature=0.9 log_bias=C:-inf,K:0.5`: what is not the default, for the headers."""
+    """Return the options without their default value, as in ` temperature=0.9 log_bias=C:-inf,K:0.5`."""
     bias = config.log_bias
     if isinstance(bias, dict):
         bias = ",".join(f"{letter}:{nats}" for letter, nats in bias.items())
@@ -28,49 +28,51 @@ def describe_steering(config: Steering) -> str:
     return "".join(f" {name}={value}" for name, (value, default) in options.items() if value != default)
 
 
-def read_log_bias(wanted: Any, lengths: list[int]) -> torch.Tensor | list[torch.Tensor] | None:
-    """Nats for each amino acid: (20,) from {letter: nats}, or (length, 20) for each protein from a CSV file.
+def read_log_bias(log_bias: Any, lengths: list[int]) -> torch.Tensor | list[torch.Tensor] | None:
+    """Return the bias of amino acids in nats: (20,) from {letter: nats}, or (length, 20) per protein from a CSV file.
 
-    The file has a header of letters and a row for each position. Letters that are not named have 0.
+    The file has a header of letters and one row for each position. Letters that are not named have 0.
 
     Raises:
-        ValueError: a letter that is none of the 20 amino acids, something that is no number, nothing left to choose
-            from, or a file with another number of rows than a protein has residues; names the file and line.
+        ValueError: a letter that is not one of the 20 amino acids, a value that is not a number, a row that forbids
+            every amino acid, or a file whose number of rows is not a protein's length; names the file and line.
     """
-    if wanted is None or wanted == {}:
+    if log_bias is None or log_bias == {}:
         return None
-    if isinstance(wanted, dict):
-        return bias_row(letters_of(list(wanted), "log_bias"), list(wanted.values()), "log_bias")
-    path = Path(str(wanted))
+    if isinstance(log_bias, dict):
+        return bias_row(amino_acid_ids(list(log_bias), "log_bias"), list(log_bias.values()), "log_bias")
+    path = Path(str(log_bias))
     if not path.is_file():
-        raise ValueError(f"log_bias={wanted}: no such file; for amino acids, in quotes, 'log_bias={{C:-inf,K:0.5}}'")
+        raise ValueError(
+            f"log_bias={log_bias}: no such file; to bias amino acids, give them in quotes: 'log_bias={{C:-inf,K:0.5}}'"
+        )
     lines = csv_lines(path)
     if len(lines) < 2:
         raise ValueError(f"{path}: give a line of amino acids, then a row of numbers for each position")
     (where, header), *rows = lines
-    letters = letters_of([cell.strip() for cell in header], where)
+    letters = amino_acid_ids([cell.strip() for cell in header], where)
     bias = torch.stack([bias_row(letters, row, where) for where, row in rows])
     for number, length in enumerate(lengths, start=1):
         if length != len(bias):
             raise ValueError(
                 f"{path} has {len(bias)} rows but protein {number} has {length} residues; "
-                f"give a row for each, or lengths={len(bias)} (infill takes it beside contig=)"
+                f"give a row for each, or lengths={len(bias)} (in infill only with contig=)"
             )
     return [bias] * len(lengths)
 
 
-def letters_of(names: list[str], where: str) -> list[int]:
-    """The ids of different amino acids."""
+def amino_acid_ids(names: list[str], where: str) -> list[int]:
+    """Return the ids of amino acids. Raise if a name is not an amino acid or repeated."""
     for name in names:
         if name not in tuple(AMINO_ACIDS):
-            raise ValueError(f"{where}: {name!r} is none of the amino acids {AMINO_ACIDS}")
+            raise ValueError(f"{where}: {name!r} is not one of the amino acids {AMINO_ACIDS}")
         if names.count(name) > 1:
-            raise ValueError(f"{where}: {name} is there {names.count(name)} times")
+            raise ValueError(f"{where}: {name} appears {names.count(name)} times")
     return [AMINO_ACIDS.index(name) for name in names]
 
 
 def bias_row(ids: list[int], values: list[Any], where: str) -> torch.Tensor:
-    """(20,) float64, 0 for the amino acids that are not named."""
+    """Return (20,) float64 with the values at these ids and 0 elsewhere."""
     if len(values) != len(ids):
         raise ValueError(f"{where}: {len(values)} numbers for the {len(ids)} amino acids of the first line")
     row = [0.0] * N_STATES
@@ -78,7 +80,7 @@ def bias_row(ids: list[int], values: list[Any], where: str) -> torch.Tensor:
         try:
             row[index] = float(value)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{where}: {value!r} for {AMINO_ACIDS[index]} is no number") from error
+            raise ValueError(f"{where}: {value!r} for {AMINO_ACIDS[index]} is not a number") from error
         if math.isnan(row[index]) or row[index] == math.inf:
             raise ValueError(f"{where}: {AMINO_ACIDS[index]} must be finite or -inf, got {value}")
     if set(row) == {-math.inf}:

@@ -1,1 +1,1 @@
-"""The diffusion transformer: maps packs of tokens to logits, and knows nothing of diffusion."""
+"""The diffusion transformer: maps packed tokens to logits. It does not depend on the diffusion code."""

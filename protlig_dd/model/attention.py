@@ -1,4 +1,4 @@
-"""The earlier place of `protlig_dd.model.mixers.attention`; kept for one release."""
+"""Old import path of `protlig_dd.model.mixers.attention`, kept for one release."""
 
 from protlig_dd.model.mixers.attention import resolve_attention_backend, varlen_attention
 

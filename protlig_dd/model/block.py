@@ -16,7 +16,10 @@ from protlig_dd.model.positions.base import PositionEncoding
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; with time conditioning its norms and residual gates are set by sigma."""
+    """Pre-norm transformer block.
+
+    With time conditioning, adaLN computes the shifts and scales of its norms and its residual gates from sigma.
+    """
 
     mixer: Mixer
     positions: PositionEncoding
@@ -29,21 +32,23 @@ class Block(nn.Module):
         self.compiled: tuple[Callable[..., Tensor], ...] | None = None
         self.adaln = zero_linear(config.cond_dim, 6 * hidden_size) if time_conditioning else None
         if self.adaln is not None:
-            # residual gates start open: behind a zero output layer, closed ones would leave it nothing to learn from
+            # residual gates start at 1: with gates of 0 all masked tokens would reach the output layer with the same
+            # features, and it could at first learn only the unigram distribution (docs/decisions.md)
             nn.init.ones_(self.adaln.bias.view(6, hidden_size)[2])
             nn.init.ones_(self.adaln.bias.view(6, hidden_size)[5])
         self.attention_norm = make_norm(config.norm, hidden_size, modulated=time_conditioning)
         mixer = MIXERS[config.mixer](config, backend)
-        check_parts(mixer)
-        for name, part in mixer.named_children():  # so that checkpoints keep the names blocks.N.qkv, ...
+        check_mixer(mixer)
+        # register the mixer's parts directly, so that checkpoints keep the names blocks.N.qkv, ...
+        for name, part in mixer.named_children():
             self.add_module(name, part)
-        # not as submodules: the parts of the one are, and all blocks share the other
+        # not submodules: the mixer's parts are registered already, and all blocks share `positions`
         self.__dict__.update(mixer=mixer, positions=positions)
         self.mlp_norm = make_norm(config.norm, hidden_size, modulated=time_conditioning)
         self.mlp = MLP(hidden_size, config.mlp)
 
     def train(self, mode: bool = True) -> "Block":
-        """Training or evaluation, of the mixer too."""
+        """Set training or evaluation mode, for the mixer too."""
         self.mixer.train(mode)
         return super().train(mode)
 
@@ -54,9 +59,11 @@ class Block(nn.Module):
         batch: PackedBatch,
         tables: tuple[Tensor, ...],
     ) -> Float[Tensor, "total hidden"]:
-        """
+        """Return the residual stream after this block.
+
         Args:
-            tables: of the position encoding, for this pack.
+            cond_nC: the embedding of each sequence's sigma; None without time conditioning.
+            tables: the position encoding's tables for this pack.
         """
         modulation_nK = None if self.adaln is None else self.adaln(cond_nC)
         before, after = self.before_mixing, self.after_mixing
@@ -72,7 +79,7 @@ class Block(nn.Module):
         segment_ids: Int64[Tensor, " total"],
         *tables: Tensor,
     ) -> Tensor:
-        """Norm, and the mixer's projections."""
+        """Apply the norm and the mixer's projections."""
         h = self.attention_norm(x_TH)
         if modulation_nK is not None:
             shift, scale = per_token(modulation_nK.chunk(6, dim=-1)[:2], segment_ids)
@@ -86,7 +93,7 @@ class Block(nn.Module):
         modulation_nK: Float[Tensor, "n width"] | None,
         segment_ids: Int64[Tensor, " total"],
     ) -> Float[Tensor, "total hidden"]:
-        """The mixer's output, residual, norm, MLP, residual."""
+        """Apply the mixer's output projection, then the norm and the MLP, each with its residual connection."""
         mixed = F.dropout(self.mixer.out(mixed), self.dropout, self.training)
         if modulation_nK is None:
             x_TH = x_TH + mixed
@@ -97,14 +104,17 @@ class Block(nn.Module):
         return x_TH + gate_m * F.dropout(hidden, self.dropout, self.training)
 
 
-def check_parts(mixer: Mixer) -> None:
-    """Raise for a mixer with weights that the block would not have: outside its child modules, or under a name that the
-    block gives to another part.
+def check_mixer(mixer: Mixer) -> None:
+    """Raise a ValueError if the block cannot register all weights of the mixer.
+
+    All weights must belong to child modules of the mixer, and no child may have the name of another part of the block.
     """
     kind = type(mixer).__name__
-    own = [name for name, _ in (*mixer.named_parameters(recurse=False), *mixer.named_buffers(recurse=False))]
-    if own:
-        raise ValueError(f"mixer {kind}: {own[0]} must belong to a module that is an attribute of the mixer")
+    direct = [name for name, _ in (*mixer.named_parameters(recurse=False), *mixer.named_buffers(recurse=False))]
+    if direct:
+        raise ValueError(
+            f"mixer {kind}: {direct[0]} must belong to a child module of the mixer, not to the mixer itself"
+        )
     taken = {"adaln", "attention_norm", "mlp_norm", "mlp"} & {name for name, _ in mixer.named_children()}
     if taken:
-        raise ValueError(f"mixer {kind}: a block has another part called {min(taken)}")
+        raise ValueError(f"mixer {kind}: another part of the block is called {min(taken)}; choose another name")

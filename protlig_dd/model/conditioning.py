@@ -1,4 +1,4 @@
-"""What the network is shown of the noise level."""
+"""Embedding of the noise level."""
 
 import math
 
@@ -6,11 +6,14 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
-SINUSOIDS = 256  # width of the sigma embedding before its MLP, as in DiT
+SINUSOIDS = 256  # width of the sinusoidal embedding of sigma before its MLP, as in DiT
 
 
 class SigmaEmbedding(nn.Module):
-    """Sinusoids of sigma through a two-layer MLP: (n,) -> (n, cond_dim)."""
+    """Sinusoidal embedding of sigma, followed by a two-layer MLP: (n,) -> (n, cond_dim).
+
+    The sinusoids are cos(sigma f_k) and sin(sigma f_k) with f_k = 10000^(-k / 128), k = 0..127.
+    """
 
     def __init__(self, cond_dim: int) -> None:
         super().__init__()

@@ -1,31 +1,31 @@
-"""What defines a network."""
+"""The configuration of a network."""
 
 from dataclasses import dataclass
 from typing import Annotated
 
-COMPUTING = "says how the network is computed, not what it is"
-LATER = "left out of files where it has its default, so that versions without it read them"
-TUNABLE = "may be set anew when the network is fine-tuned"
+COMPUTE_ONLY = "affects how the network is computed, not which function it computes"
+ADDED_LATER = "omitted from files where it has its default, so that versions without this key can read them"
+TUNABLE = "may be changed when the network is fine-tuned"
 NORMS = ("layer", "rms")
 MLPS = ("gelu", "relu2", "swiglu")
 
 
 @dataclass
 class ModelConfig:
-    """The keys of `model`; configs/model/*.yaml say what they mean."""
+    """The keys of `model`, which are documented in configs/model/*.yaml."""
 
     hidden_size: int
     n_heads: int
     n_blocks: int
     cond_dim: int
     dropout: Annotated[float, TUNABLE]
-    attention_backend: Annotated[str, COMPUTING]
+    attention_backend: Annotated[str, COMPUTE_ONLY]
     norm: str
     mlp: str
     qk_norm: bool
-    checkpointing: Annotated[bool, COMPUTING]
-    positions: Annotated[str, LATER] = "rope"
-    mixer: Annotated[str, LATER] = "attention"
+    checkpointing: Annotated[bool, COMPUTE_ONLY]
+    positions: Annotated[str, ADDED_LATER] = "rope"
+    mixer: Annotated[str, ADDED_LATER] = "attention"
 
     @property
     def head_dim(self) -> int:

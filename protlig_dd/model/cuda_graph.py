@@ -1,4 +1,4 @@
-"""The forward and the backward pass as CUDA graphs."""
+"""Recording of the forward and backward pass as CUDA graphs."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,12 +11,12 @@ from protlig_dd.batch import PackedBatch
 
 
 class NetworkOnTensors(nn.Module):
-    """A network on the tensors of a pack, as CUDA graphs take it; what lives on the host is that of `geometry`.
+    """A network as a function of a pack's tensors alone, as CUDA graphs require. Host values come from `geometry`.
 
     Args:
-        model: whose parameters get gradients.
-        network: its (batch, sigma) -> logits, without checks that wait for the device.
-        geometry: a pack of the shape that is captured.
+        model: the module whose parameters get gradients.
+        network: the model's (batch, sigma) -> logits, without checks that wait for the device.
+        geometry: a pack of the captured shape.
     """
 
     def __init__(
@@ -40,9 +40,13 @@ def capture(
     blank: PackedBatch,
     autocast: torch.dtype | None,
 ) -> Callable[..., Tensor]:
-    """Record the forward and the backward pass over packs of the shape of `blank`.
+    """Record the forward and backward pass for packs of the shape of `blank`.
 
-    The gradients of the model's parameters then live in fixed memory and are accumulated into.
+    The gradients of the model's parameters then have fixed memory, into which each backward pass accumulates.
+
+    Args:
+        model, network: see NetworkOnTensors.
+        autocast: dtype in which the network computes; None for the dtype of its weights.
 
     Returns:
         (tokens, cu_seqlens, segment_ids, positions, sigma) -> logits.

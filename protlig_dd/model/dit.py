@@ -1,9 +1,9 @@
-"""The diffusion transformer (DiT, arXiv 2212.09748, as SEDD uses it, arXiv 2310.16834) on packed tokens.
+"""The diffusion transformer (DiT, arXiv 2212.09748, as used by SEDD, arXiv 2310.16834) on packed tokens.
 
     tokens -> embedding -> n_blocks x [adaLN, fused qkv, rotary, varlen attention, adaLN, MLP] -> adaLN -> 20 logits
     sigma  -> sinusoids -> MLP -> the shift, scale and gate of every adaLN
 
-Without time conditioning there is no sigma, and adaLN is a plain norm: an ordinary pre-norm transformer.
+Without time conditioning sigma is ignored and each adaLN is a plain norm: an ordinary pre-norm transformer.
 
 Shape suffixes: T tokens of the pack, n sequences, H hidden_size, C cond_dim.
 """
@@ -32,16 +32,16 @@ class DiT(nn.Module):
     """Maps a pack of tokens and one sigma per sequence to 20 logits per token.
 
     Args:
-        config: the network's dimensions and kinds of parts.
-        attention_backend: as resolved for this machine.
+        config: the network's dimensions and the kinds of its parts.
+        attention_backend: the resolved backend, flash_attn | torch_varlen | sdpa.
         time_conditioning: False builds a network that ignores sigma.
 
-    The output layer, every shift and every scale start at zero, so a new model returns zeros; the residual gates start
-    at one (docs/decisions.md).
+    The output layer, every shift and every scale start at zero, so an untrained model returns zeros. The residual gates
+    start at one (docs/decisions.md).
 
     Raises:
-        ValueError: dimensions that do not fit one another (at construction); a batch that is not packed, or lies on
-            another device than the weights (at the first line of forward).
+        ValueError: at construction, if the config's dimensions are inconsistent. At the start of forward, if the batch
+            is not a PackedBatch, is on another device than the weights or does not have one sigma per sequence.
     """
 
     def __init__(self, config: ModelConfig, attention_backend: str, *, time_conditioning: bool = True) -> None:
@@ -64,12 +64,12 @@ class DiT(nn.Module):
         self.weights_per_token = sum(linear.values()) - self.weights_per_sequence
 
     def forward(self, batch: PackedBatch, sigma: Float32[Tensor, " n"]) -> Float[Tensor, "total 20"]:
-        """Logits (total, 20) of a pack at noise levels sigma (n,), one per sequence."""
+        """Return the logits (total, 20) of a pack at noise levels sigma (n,), one per sequence."""
         self.check(batch, sigma)
         if self.shape is None or not self.training or not batch.fits(self.shape):
             return self.network(batch, sigma)
         total, n = len(batch.tokens), len(batch.lengths)
-        batch, sigma = batch.filled(self.shape), F.pad(sigma, (0, self.shape.sequences - n))
+        batch, sigma = batch.padded_to(self.shape), F.pad(sigma, (0, self.shape.sequences - n))
         if self.graphed is None:
             return self.network(batch, sigma).narrow(0, 0, total)
         logits = self.graphed(batch.tokens, batch.cu_seqlens, batch.segment_ids, batch.positions, sigma)
@@ -78,28 +78,31 @@ class DiT(nn.Module):
     def hidden_states(
         self, batch: PackedBatch, sigma: Float32[Tensor, " n"], layer: int
     ) -> Float[Tensor, "total hidden"]:
-        """What the network makes of each token on its way to the logits.
+        """Return the hidden state of each token, (total, hidden).
 
         Args:
-            layer: of n_blocks. 0: the embedding; k: the residual stream after k blocks; n_blocks: what the output
-                projection sees, behind the last norm, as ESM-2 has it.
+            layer: 0 for the embedding, k for the residual stream after k blocks. n_blocks is the input of the output
+                projection, after the final norm, as in ESM-2.
 
         Raises:
-            ValueError: as forward; and a layer outside 0..n_blocks.
+            ValueError: as in forward, or a layer outside 0..n_blocks.
         """
         self.check(batch, sigma)
         if not 0 <= layer <= len(self.blocks):
-            raise ValueError(f"layer {layer}: this network has 0 (the embedding) to {len(self.blocks)}")
+            raise ValueError(f"layer must be from 0 (the embedding) to {len(self.blocks)}, got {layer}")
         x_TH, cond_nC = self.trunk(batch, sigma, layer)
         return x_TH if layer < len(self.blocks) else self.head.normed(x_TH, cond_nC, batch.segment_ids)
 
     def network(self, batch: PackedBatch, sigma: Tensor) -> Tensor:
-        """forward, its inputs checked."""
+        """Run the forward pass without checking its inputs."""
         x_TH, cond_nC = self.trunk(batch, sigma, len(self.blocks))
         return self.head(x_TH, cond_nC, batch.segment_ids)
 
     def trunk(self, batch: PackedBatch, sigma: Tensor, n_blocks: int) -> tuple[Tensor, Tensor | None]:
-        """The residual stream after the first n_blocks, and what conditions the norms."""
+        """Return the residual stream after the first n_blocks blocks, and the embedding of sigma.
+
+        The embedding is None without time conditioning.
+        """
         tables = self.positions.tables(batch)
         cond_nC = None if self.sigma_embedding is None else self.sigma_embedding(sigma)
         x_TH = self.positions.add(self.embedding(batch.tokens), batch)
@@ -111,10 +114,10 @@ class DiT(nn.Module):
         return x_TH, cond_nC
 
     def check(self, batch: PackedBatch, sigma: Tensor) -> None:
-        """Raise for a batch that is not packed or not where the weights are, or without one sigma per sequence."""
+        """Raise a ValueError unless `batch` is a PackedBatch on the weights' device with one sigma per sequence."""
         if not isinstance(batch, PackedBatch):
             check_tokens(batch)
-            raise ValueError(f"the model reads a PackedBatch, got {type(batch).__name__}")
+            raise ValueError(f"the model's input must be a PackedBatch, got {type(batch).__name__}")
         weight = self.embedding.weight
         for name, tensor in (("tokens", batch.tokens), ("sigma", sigma)):
             if tensor.device != weight.device:
@@ -123,12 +126,12 @@ class DiT(nn.Module):
             raise ValueError(f"sigma has shape {tuple(sigma.shape)} for {len(batch.lengths)} sequences")
 
     def compile_blocks(self, *, dynamic: bool) -> None:
-        """Compile what lies between the attention kernels for training, with torch.compile, once for all blocks.
+        """Compile the code between the attention kernels with torch.compile, for training, once for all blocks.
 
-        Attention stays outside: its kernels gain nothing, and it is checked on the host at each call.
+        Attention is not compiled: its kernels would not get faster, and its input is checked on the host at each call.
 
         Args:
-            dynamic: packs differ in their number of tokens; False compiles anew for each number.
+            dynamic: True compiles for packs of any number of tokens; False compiles again for each new number.
         """
         for block in self.blocks:
             assert isinstance(block, Block)
@@ -141,29 +144,31 @@ class DiT(nn.Module):
         self.shape = shape
 
     def capture(self, autocast: torch.dtype | None) -> None:
-        """Record the forward and the backward pass over a pack of `pad_packs`' shape as two CUDA graphs.
+        """Record the forward and backward pass for packs of the shape set by `pad_packs`, as two CUDA graphs.
 
-        A replay costs the host one launch instead of a thousand. Gradients then live in fixed memory: they must be
-        zeroed, not dropped, between steps (`zero_grad(set_to_none=False)`), as they are accumulated into.
+        A replay costs the host one launch instead of a thousand. Gradients then have fixed memory and accumulate:
+        between steps they must be zeroed, not dropped (`zero_grad(set_to_none=False)`).
 
         Args:
-            autocast: dtype that the network computes in; None for that of its weights.
+            autocast: dtype in which the network computes; None for the dtype of its weights.
 
         Raises:
-            ValueError: a backend whose calls depend on the pack's lengths.
+            ValueError: the attention backend is sdpa, whose calls depend on the sequences' lengths.
         """
         assert self.shape is not None
         if self.attention_backend == "sdpa":
             raise ValueError(
-                "attention backend sdpa reads lengths on the host, which a CUDA graph does not; use another"
+                "attention backend sdpa reads lengths on the host, so it cannot be recorded as a CUDA graph; "
+                "use flash_attn or torch_varlen"
             )
         blank = PackedBatch.pack([torch.full((self.shape.longest,), PAD)]).to(self.embedding.weight.device)
-        # no submodule, as it holds us
-        self.__dict__["graphed"] = capture(self, self.network, blank.filled(self.shape), autocast)
+        # not registered as a submodule, because it contains this model
+        self.__dict__["graphed"] = capture(self, self.network, blank.padded_to(self.shape), autocast)
 
     def flops(self, lengths: Sequence[int]) -> int:
-        """FLOPs of the matrix products of one forward pass over sequences of these lengths (tokens), two for each
-        multiply-add; the backward pass takes twice that (arXiv 2204.02311, appendix B).
+        """Return the FLOPs of the matrix products in one forward pass over sequences of these lengths (tokens).
+
+        A multiply-add counts as two FLOPs. The backward pass takes twice as many (arXiv 2204.02311, appendix B).
         """
         blocks = cast(Iterable[Block], self.blocks)
         products = self.weights_per_token * sum(lengths) + self.weights_per_sequence * len(lengths)
@@ -171,7 +176,7 @@ class DiT(nn.Module):
 
 
 def check_model(config: ModelConfig) -> None:
-    """Raise a ValueError that names the numbers unless a network of these dimensions can exist."""
+    """Raise a ValueError that names the key and its value if the config does not define a valid network."""
     for name, value in (
         ("hidden_size", config.hidden_size),
         ("n_heads", config.n_heads),
@@ -189,7 +194,7 @@ def check_model(config: ModelConfig) -> None:
         ("mixer", config.mixer, MIXERS),
     ):
         if choice not in choices:
-            raise ValueError(f"model.{name}={choice}; there are {', '.join(choices)}")
+            raise ValueError(f"model.{name}={choice}: choose from {', '.join(choices)}")
     hidden_size, n_heads = config.hidden_size, config.n_heads
     if hidden_size % n_heads:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Operations whose backward pass is written by hand, because torch's own is slower."""
+"""Operations with a hand-written backward pass, because torch's own is slower."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,9 +11,9 @@ from torch.autograd.function import once_differentiable
 
 
 class RMSNormFunction(torch.autograd.Function):
-    """In few passes over x, as torch has no fused kernel for the CPU and takes three times as long there.
+    """RMS norm in few passes over x. On the CPU torch has no fused kernel and takes three times as long.
 
-    With r = 1 / sqrt(mean x^2 + eps) and y = x r gain: dx = r gain dy - x r^3 mean(x gain dy).
+    With r = 1 / sqrt(mean x^2 + eps) the output is y = x r gain, and dx = r gain dy - x r^3 mean(x gain dy).
     """
 
     @staticmethod
@@ -41,23 +41,29 @@ def _rms_reciprocal(x: Float[Tensor, "... width"], eps: float) -> Float[Tensor, 
 def per_token(
     modulations_nH: Sequence[Float[Tensor, "n hidden"]], segment_ids: Int64[Tensor, " total"]
 ) -> list[Float[Tensor, "total hidden"]]:
-    """Spread each sequence's shift, scale or gate over its tokens.
+    """Expand each sequence's shift, scale or gate to its tokens.
 
-    One tensor at a time: cutting a spread (total, 6 hidden) up puts its gradient together again, in one more pass.
+    Each tensor is expanded separately: splitting an expanded (total, 6 hidden) tensor would cost one more pass, which
+    concatenates the gradients of its parts.
+
+    Args:
+        modulations_nH: tensors (n, hidden), one row per sequence.
+        segment_ids: (total,), the sequence of each token.
     """
-    return [_Spread.apply(one, segment_ids) for one in modulations_nH]  # type: ignore[no-untyped-call]
+    return [_ExpandToTokens.apply(part_nH, segment_ids) for part_nH in modulations_nH]  # type: ignore[no-untyped-call]
 
 
-class _Spread(torch.autograd.Function):
-    """index_select whose gradient is a matrix product with the one-hot segments: faster than adding rows up one by one
-    (atomically, on a GPU), and always in the same order.
+class _ExpandToTokens(torch.autograd.Function):
+    """Row selection whose gradient is a matrix product with the one-hot segment ids.
+
+    This is faster than adding rows one by one (with atomic operations, on a GPU), and the order of summation is fixed.
     """
 
     @staticmethod
     def forward(ctx: Any, modulation_nH: Tensor, segment_ids: Tensor) -> Tensor:
         ctx.n = modulation_nH.shape[0]
         ctx.save_for_backward(segment_ids)
-        return F.embedding(segment_ids, modulation_nH)  # index_select reads rows that are apart twice as slowly
+        return F.embedding(segment_ids, modulation_nH)  # index_select is twice as slow when rows are not contiguous
 
     @staticmethod
     def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, None]:

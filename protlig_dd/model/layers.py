@@ -1,4 +1,4 @@
-"""The parts of a block: norms, the MLP, the output head."""
+"""Norms, the MLP and the output head."""
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,10 @@ RMS_EPS = 1e-6
 
 
 class StackedLinear(nn.Linear):
-    """Several linear layers of one input as one product. Muon orthogonalises their matrices one by one."""
+    """Several linear layers with the same input, computed as one matrix product.
+
+    Muon orthogonalises the matrix of each layer separately.
+    """
 
     def __init__(self, in_features: int, out_features: int, *, stacked: int) -> None:
         super().__init__(in_features, stacked * out_features, bias=False)
@@ -21,7 +24,13 @@ class StackedLinear(nn.Linear):
 
 
 class MLP(nn.Module):
-    """Two layers with a nonlinearity between them; for swiglu the first is two, one of which gates the other."""
+    """Two linear layers with a nonlinearity between them.
+
+    For swiglu the first layer has two halves: the SiLU of one multiplies the other.
+
+    Args:
+        kind: gelu | relu2 | swiglu.
+    """
 
     def __init__(self, hidden_size: int, kind: str) -> None:
         super().__init__()
@@ -43,7 +52,7 @@ class MLP(nn.Module):
 
 
 class Head(nn.Module):
-    """Final adaLN and the projection to the 20 amino acids."""
+    """Final adaLN and the projection to the logits of the 20 amino acids."""
 
     def __init__(self, hidden_size: int, cond_dim: int | None, norm: str) -> None:
         super().__init__()
@@ -58,7 +67,8 @@ class Head(nn.Module):
         segment_ids: Int64[Tensor, " total"],
     ) -> Float[Tensor, "total 20"]:
         x_TH = self.normed(x_TH, cond_nC, segment_ids)
-        with torch.autocast(x_TH.device.type, enabled=False):  # logits in full precision, or their exp() is off by 0.2%
+        # compute the logits in full precision: exp() of bf16 logits is off by 0.2%
+        with torch.autocast(x_TH.device.type, enabled=False):
             return self.out(x_TH.to(self.out.weight.dtype))
 
     def normed(
@@ -67,7 +77,7 @@ class Head(nn.Module):
         cond_nC: Float[Tensor, "n cond_dim"] | None,
         segment_ids: Int64[Tensor, " total"],
     ) -> Float[Tensor, "total hidden"]:
-        """What the projection sees."""
+        """Return the input of the output projection, after the final norm and its modulation."""
         x_TH = self.norm(x_TH)
         if self.adaln is None:
             return x_TH
@@ -76,12 +86,15 @@ class Head(nn.Module):
 
 
 def make_norm(kind: str, width: int, *, modulated: bool = True) -> nn.Module:
-    """A norm with a gain. A layer norm also has a bias, unless adaLN gives the shift."""
+    """Return a norm with a learned gain: RMSNorm for `rms`, otherwise LayerNorm.
+
+    LayerNorm also has a learned bias, unless adaLN supplies the shift (`modulated`).
+    """
     return RMSNorm(width, eps=RMS_EPS) if kind == "rms" else nn.LayerNorm(width, bias=not modulated)
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean x^2 + eps), times a gain."""
+    """x / sqrt(mean x^2 + eps), times a learned gain."""
 
     def forward(self, x: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:
         if torch.compiler.is_compiling() or x.device.type != "cpu":
@@ -94,12 +107,12 @@ class RMSNorm(nn.RMSNorm):
 def modulate(
     x: Float[Tensor, "total hidden"], shift: Float[Tensor, "total hidden"], scale: Float[Tensor, "total hidden"]
 ) -> Float[Tensor, "total hidden"]:
-    """adaLN: x * (1 + scale) + shift."""
+    """Return x * (1 + scale) + shift, the modulation of adaLN."""
     return x * (1 + scale) + shift
 
 
 def zero_linear(in_features: int, out_features: int) -> nn.Linear:
-    """A linear layer that starts at zero."""
+    """Return a linear layer whose weight and bias start at zero."""
     linear = nn.Linear(in_features, out_features)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)

@@ -1,1 +1,1 @@
-"""What a run folder holds."""
+"""The contents of a run folder: checkpoints and metrics."""

@@ -1,9 +1,9 @@
-"""Checkpoints: safetensors and JSON, written so that a folder under its final name is whole.
+"""Checkpoints: safetensors and JSON, written so that a folder under its final name has all its files.
 
     checkpoints/step_00001000/
         model.safetensors  ema.safetensors  optimizer.safetensors   tensors by parameter name
         config.yaml  state.json
-        complete.json      SHA-256 of each file; written last, so its presence means the rest is there
+        complete.json      SHA-256 of each file; written last, so its presence means that the checkpoint is complete
 
 Loading never unpickles and never runs code that a file names.
 """
@@ -36,7 +36,10 @@ Tensors = dict[str, dict[str, Tensor]]
 
 
 def snapshot(model: nn.Module, ema: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> Tensors:
-    """{file stem: {name: copy on the host}}: what a checkpoint keeps, free to be written while training goes on."""
+    """Copy what a checkpoint stores to the host, so that training can continue while it is written.
+
+    Returns: {file stem: {name: tensor}}.
+    """
     state = {
         f"{name}/{field}": value
         for name, parameter in model.named_parameters()
@@ -60,14 +63,15 @@ def save_checkpoint(
     keep_every: int | None = None,
     best: float | None = None,
 ) -> Path:
-    """Write the checkpoint of `step` and drop complete ones that are no longer to be kept.
+    """Write the checkpoint of `step`, and delete complete checkpoints that are no longer kept.
 
-    The files are written to a temporary folder and synced, the folder is renamed, then marked complete: a kill at any
-    moment leaves either no such checkpoint or a whole one.
+    The files are written to a temporary folder and synced. The folder is then renamed and marked complete, so that
+    a kill at any moment leaves the checkpoint either absent or complete.
 
     Args:
-        keep_last, keep_every: kept are the newest `keep_last`, those of steps that `keep_every` divides, and the best.
-        best: the validation bound that makes this the best one so far; None where it is not.
+        keep_last, keep_every: the newest `keep_last` checkpoints are kept, and all at steps divisible by `keep_every`.
+            The best one is always kept.
+        best: the validation bound if this is the best checkpoint so far, else None.
     """
     parent = run_folder / "checkpoints"
     parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +91,7 @@ def save_checkpoint(
             with writing(final / name):
                 sums[name] = write_tensors(named, temporary / name, mode)
         sync_folder(temporary)
-        if final.exists():  # killed before it was marked complete, damaged, or the run went back to an earlier step
+        if final.exists():  # not marked complete, damaged, or from before the run went back to an earlier step
             _remove(final)
         temporary.replace(final)
     except BaseException:
@@ -107,13 +111,13 @@ def save_checkpoint(
 
 
 def write_tensors(tensors: Mapping[str, Tensor], file: Path, mode: int) -> str:
-    """Write and sync a safetensors file of tensors on the host; returns its SHA-256.
+    """Write and sync a safetensors file of tensors on the host; return its SHA-256.
 
-    The bytes are hashed where they are in memory, in the order that the file's header tells, while the system brings
-    the file to the disk: nothing is read back, and what was damaged on the way has another checksum.
+    The bytes are hashed in memory, in the order of the file's header, while the system writes the file to the disk.
+    Nothing is read back, so a file that is damaged on its way to the disk has another checksum.
 
     Args:
-        mode: permissions; safetensors makes files for their owner alone, whatever the umask.
+        mode: the file's permissions; safetensors creates files that only their owner can read, whatever the umask.
     """
     save_file(dict(tensors), file)
     file.chmod(mode)
@@ -123,8 +127,8 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path, mode: int) -> str:
         header = handle.read(int.from_bytes(size, "little"))
         digest = hashlib.sha256(size + header)
         entries: dict[str, Any] = json.loads(header)
-        begins = {name: entry["data_offsets"] for name, entry in entries.items() if name in tensors}
-        for name in sorted(begins, key=begins.__getitem__):
+        offsets = {name: entry["data_offsets"] for name, entry in entries.items() if name in tensors}
+        for name in sorted(offsets, key=offsets.__getitem__):
             digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
         synced.result()
     return digest.hexdigest()
@@ -139,7 +143,7 @@ def write_best(checkpoints: Path, step: int, val_nll: float) -> None:
 
 
 def best_checkpoint(run_folder: Path) -> tuple[int | None, float]:
-    """Step and validation bound of the run's best checkpoint; None and infinity where there is none."""
+    """Return the step and validation bound of the run's best checkpoint; (None, infinity) if there is none."""
     file = run_folder / "checkpoints" / BEST
     if not file.is_file():
         return None, math.inf
@@ -150,19 +154,19 @@ def best_checkpoint(run_folder: Path) -> tuple[int | None, float]:
 
 
 def put_aside_newer(run_folder: Path, checkpoint: Path) -> list[Path]:
-    """Rename what is left of checkpoints beyond this one: they would be counted among the newest to be kept.
+    """Rename the checkpoints after this one, which are damaged, so that they do not count among the newest to keep.
 
-    Returns: where they are now.
+    Returns: their new paths.
     """
     damaged = [path for path in (run_folder / "checkpoints").glob("step_*") if path.name > checkpoint.name]
     return [path.rename(free_name(path.with_name(f"damaged_{path.name}"))) for path in damaged]
 
 
 class CheckpointWriter:
-    """Writes checkpoints in a background thread, one after the other: training waits for the copy to the host alone.
+    """Write checkpoints one after another in a background thread; training waits only for the copy to the host.
 
     Raises:
-        ValueError: from `save`, `wait` or `close`: the checkpoint before could not be written; says why.
+        ValueError: from `save`, `wait` or `close`: the previous checkpoint could not be written; the message says why.
     """
 
     def __init__(self, run_folder: Path, *, config_yaml: str, keep_last: int, keep_every: int | None) -> None:
@@ -174,20 +178,20 @@ class CheckpointWriter:
         self.pending: Future[Path] | None = None
 
     def save(self, step: int, copy: Callable[[], Tensors], state: Mapping[str, Any], best: float | None) -> None:
-        """Have the checkpoint of `step` written; `copy` is called once the one before stands."""
+        """Start writing the checkpoint of `step`; `copy` is called once the previous one is written."""
         self.wait()
         self.pending = self.thread.submit(self.write, step, copy(), state=state, best=best)
 
     def mark_best(self, step: int, val_nll: float) -> None:
-        """The checkpoint of `step`, which stands already, is the best one so far."""
+        """Record that the checkpoint of `step`, which is written already, is the best so far."""
         write_best(self.folder, step, val_nll)
 
     def wait(self) -> None:
-        """Return when what was saved is on the disk."""
+        """Wait until the last checkpoint is on the disk."""
         if self.pending is not None:
             pending, self.pending = self.pending, None
             try:
-                with busy(f"waits for the disk to take a checkpoint in {self.folder}"):
+                with busy(f"waits for a checkpoint to be written to {self.folder}"):
                     pending.result()
             except (OSError, SafetensorError) as error:
                 raise ValueError(f"{self.folder}: a checkpoint cannot be written: {error}") from error
@@ -206,19 +210,19 @@ def remove_unfinished(run_folder: Path) -> None:
 
 
 def _remove(checkpoint: Path) -> None:
-    """Unmark, then delete: a kill in between must not leave a checkpoint that says it is complete."""
+    """Remove the mark first, so that a kill never leaves a partial checkpoint that is marked complete."""
     (checkpoint / COMPLETE).unlink(missing_ok=True)
     sync_folder(checkpoint)
     shutil.rmtree(checkpoint)
 
 
 def complete_checkpoints(run_folder: Path) -> list[Path]:
-    """The run's checkpoints that were finished, oldest first."""
+    """Return the run's complete checkpoints, oldest first."""
     return sorted(path.parent for path in (run_folder / "checkpoints").glob(f"step_*/{COMPLETE}"))
 
 
-def newest_sound_checkpoint(run_folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole and matches its checksums, and what is wrong with each newer one."""
+def newest_valid_checkpoint(run_folder: Path) -> tuple[Path | None, list[str]]:
+    """Return the newest checkpoint that is complete and matches its checksums, and the error of each newer one."""
     skipped = []
     for checkpoint in sorted((run_folder / "checkpoints").glob("step_*"), reverse=True):
         try:
@@ -231,27 +235,29 @@ def newest_sound_checkpoint(run_folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def find_checkpoint(path: Path) -> tuple[Path, list[str]]:
-    """The checkpoint that `path` means: itself, or the newest sound one of a run folder; and what is wrong with newer.
+    """Return the checkpoint at `path`, or the newest valid one of a run folder, and the error of each newer one.
 
     Raises:
-        ValueError: no such path, or no sound checkpoint there; says what is wrong with those that are.
+        ValueError: no such path, or no valid checkpoint there; the message gives the error of each invalid one.
     """
     if not path.exists():
         raise ValueError(f"{path} does not exist; give a run folder, a checkpoint or an exported model")
     if (path / COMPLETE).is_file():
         return path, []
-    found, skipped = newest_sound_checkpoint(path)
-    if found is None:
-        why = f" ({'; '.join(skipped)})" if skipped else ""
-        raise ValueError(f"{path}: no run folder with a complete checkpoint, no checkpoint and no exported model{why}")
-    return found, skipped
+    checkpoint, skipped = newest_valid_checkpoint(path)
+    if checkpoint is None:
+        errors = f" ({'; '.join(skipped)})" if skipped else ""
+        raise ValueError(
+            f"{path}: not a run folder with a complete checkpoint, a checkpoint or an exported model{errors}"
+        )
+    return checkpoint, skipped
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """state.json of a complete checkpoint, after all its files were compared with their checksums.
+    """Return state.json of a complete checkpoint, after comparing all its files with their checksums.
 
     Raises:
-        ValueError: an incomplete checkpoint, a damaged or missing file, or another format version; named.
+        ValueError: an incomplete checkpoint, a damaged or missing file, or another format version; names it.
     """
     try:
         sums = json.loads((checkpoint / COMPLETE).read_text())
@@ -261,13 +267,13 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{checkpoint / COMPLETE}: damaged ({error})") from error
     if missing:
-        raise ValueError(f"{checkpoint / COMPLETE}: damaged, no checksum of {min(missing)}")
+        raise ValueError(f"{checkpoint / COMPLETE}: damaged, it has no checksum of {min(missing)}")
     for name, expected in sums.items():
         file = checkpoint / name
         if not file.is_file():
             raise ValueError(f"{file}: missing from the checkpoint")
         if (found := sha256(file)) != expected:
-            raise ValueError(f"{file}: damaged, SHA-256 {found[:12]} where {expected[:12]} was written")
+            raise ValueError(f"{file}: damaged, SHA-256 is {found[:12]} but {expected[:12]} was written")
     state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
     if state["format_version"] != FORMAT_VERSION:
         raise ValueError(f"{checkpoint}: format {state['format_version']}, this version reads {FORMAT_VERSION}")
@@ -275,14 +281,13 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def load_weights(file: Path, model: nn.Module) -> None:
-    """Load a safetensors file of named weights into a model, strictly.
+    """Load a safetensors file of named weights into a model; names and shapes must agree.
 
     Raises:
-        ValueError: a missing, extra or differently shaped tensor; names it and both shapes.
+        ValueError: a missing, extra or differently shaped tensor; the message names it and its shapes.
     """
-    own = model.state_dict()
     loaded = load_tensors(file)
-    check_same_tensors(file, own, loaded)
+    check_same_tensors(file, model.state_dict(), loaded)
     model.load_state_dict(loaded, strict=True)
 
 
@@ -293,13 +298,13 @@ def load_tensors(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file}: cannot be read as safetensors ({error})") from error
 
 
-def check_same_tensors(file: Path, own: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> None:
-    for name in own.keys() | loaded.keys():
+def check_same_tensors(file: Path, expected: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> None:
+    for name in expected.keys() | loaded.keys():
         if name not in loaded:
-            raise ValueError(f"{file}: {name} is missing; the model has it with shape {tuple(own[name].shape)}")
-        if name not in own:
-            raise ValueError(f"{file}: {name} {tuple(loaded[name].shape)} is not part of this model")
-    for name, tensor in own.items():
+            raise ValueError(f"{file}: {name} is missing; the model has it with shape {tuple(expected[name].shape)}")
+        if name not in expected:
+            raise ValueError(f"{file}: {name} with shape {tuple(loaded[name].shape)} is not part of this model")
+    for name, tensor in expected.items():
         if tensor.shape != loaded[name].shape:
             raise ValueError(
                 f"{file}: {name} has shape {tuple(loaded[name].shape)} in the checkpoint "
@@ -308,10 +313,10 @@ def check_same_tensors(file: Path, own: Mapping[str, Tensor], loaded: Mapping[st
 
 
 def load_optimizer(file: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Restore the optimizer's per-parameter state, by parameter name.
+    """Restore the optimizer's state of each parameter, by parameter name.
 
     Raises:
-        ValueError: state that is missing or belongs to no parameter.
+        ValueError: the state of a parameter is missing, or a state belongs to no parameter.
     """
     by_parameter: dict[str, dict[str, Tensor]] = {}
     for key, tensor in load_tensors(file).items():

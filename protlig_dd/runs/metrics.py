@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard, Weights & Biases, and the terminal."""
+"""Write a run's metrics to metrics.jsonl, TensorBoard and Weights & Biases, and read metrics.jsonl."""
 
 import json
 import math
@@ -15,24 +15,26 @@ Row = dict[str, float | int]
 
 
 def without_nan(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with None, JSON's null, for numbers that JSON does not have: NaN and infinities."""
+    """Return the values with None (JSON's null) for NaN and infinities, which JSON does not have."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 def with_nan(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What was read back of it: NaN for None."""
+    """Return values that were read back, with NaN for None."""
     return {k: math.nan if v is None else v for k, v in values.items()}
 
 
 class MetricsLog:
-    """Appends flat rows, and hands them to the trackers; samples and histograms go to those alone. Rank 0 makes one.
+    """Append flat rows to metrics.jsonl and send them to the trackers, TensorBoard and Weights & Biases.
+
+    Samples and histograms go to the trackers only. Only rank 0 has a MetricsLog.
 
     Args:
-        config: of the run, for Weights & Biases.
-        wandb_mode: online, offline, or what the environment's WANDB_MODE says (None).
+        config: the run's config, for Weights & Biases.
+        wandb_mode: online, offline, or None for the environment's WANDB_MODE.
 
     Raises:
-        ValueError: wandb was asked for and is not installed.
+        ValueError: `wandb_project` is set and wandb is not installed.
     """
 
     def __init__(
@@ -58,22 +60,22 @@ class MetricsLog:
 
             self.tensorboard = SummaryWriter(self.events)  # type: ignore[no-untyped-call]
         if wandb is not None:
-            id_file = folder / "wandb_id"  # one id for the run's whole life, another one for a fresh run
+            id_file = folder / "wandb_id"  # all attempts of a run share one id; a fresh run gets another
             if not id_file.exists():
                 write_atomic(id_file, uuid.uuid4().hex[:12])
             self.wandb = wandb.init(
                 project=wandb_project,
                 name=wandb_name,
                 config=None if config is None else dict(config),
-                allow_val_change=True,  # a run that goes on may have other steps and devices
-                dir=folder.resolve(),  # wandb's service may be that of a parent process, which stands elsewhere
+                allow_val_change=True,  # a resumed run may have other steps and devices
+                dir=folder.resolve(),  # wandb's service may belong to a parent process with another working folder
                 id=id_file.read_text(),
                 resume="allow",
                 mode=wandb_mode,
             )
 
     def write(self, rows: list[Row]) -> None:
-        """Append rows, each with a `step`; a value that is no finite number is written as null."""
+        """Append rows, each with a `step`; NaN and infinities are written as null."""
         for row in rows:
             with writing(self.path):
                 self.file.write(json.dumps(without_nan(row) | {"attempt": self.attempt}) + "\n")
@@ -89,16 +91,20 @@ class MetricsLog:
             self.file.flush()
 
     def write_samples(self, step: int, sequences: Mapping[str, str]) -> None:
-        """Proteins by name, as text."""
+        """Log proteins as text, by name."""
         if self.tensorboard is not None:
             lines = "\n".join(f"    {name}  {sequence}" for name, sequence in sequences.items())
-            self.tensorboard.add_text("samples", lines, step)  # indented: Markdown's way to leave it as it is
+            self.tensorboard.add_text("samples", lines, step)  # indented text is verbatim in Markdown
         if self.wandb is not None:
-            table = import_wandb().Table(columns=["name", "sequence"], data=[list(one) for one in sequences.items()])
+            table = import_wandb().Table(columns=["name", "sequence"], data=[list(item) for item in sequences.items()])
             self.wandb.log({"samples": table}, step=step)
 
     def write_histogram(self, step: int, name: str, values: np.ndarray, bins: np.ndarray | int = 64) -> None:
-        """The distribution of finite values (n,) over so many bins, or between these edges."""
+        """Log the distribution of finite values (n,).
+
+        Args:
+            bins: their number, or their edges.
+        """
         if self.tensorboard is not None:
             self.tensorboard.add_histogram(name, values, step, bins=bins)
         if self.wandb is not None:
@@ -106,7 +112,7 @@ class MetricsLog:
             self.wandb.log({name: histogram}, step=step)
 
     def close(self) -> None:
-        with writing(self.path):  # what a full disk did not take is tried again
+        with writing(self.path):  # closing writes what did not fit on a full disk before
             self.file.close()
         if self.tensorboard is not None:
             with writing(self.events):
@@ -126,12 +132,12 @@ def import_wandb() -> Any:
 
 
 def read_metrics(path: Path) -> dict[int, dict[str, Any]]:
-    """metrics.jsonl as {step: row}; a later attempt's row replaces an earlier one's, key by key.
+    """Return metrics.jsonl as {step: row}; a later attempt's row replaces an earlier attempt's, key by key.
 
-    What follows the last newline is a row that is being written, or that a kill cut short: it is left out.
+    Text after the last newline is ignored: it is a row that is being written, or that a kill cut short.
 
     Raises:
-        ValueError: any other line that is no row; names file and line.
+        ValueError: any other line that is not a row; the message names file and line.
     """
     rows: dict[int, dict[str, Any]] = {}
     for number, line in enumerate(path.read_text().rpartition("\n")[0].splitlines(), 1):
@@ -139,5 +145,5 @@ def read_metrics(path: Path) -> dict[int, dict[str, Any]]:
             row = json.loads(line)
             rows.setdefault(row["step"], {}).update(row)
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path}, line {number}: damaged, no row of metrics ({error})") from error
+            raise ValueError(f"{path}, line {number}: damaged, not a row of metrics ({error})") from error
     return rows

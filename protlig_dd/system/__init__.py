@@ -1,1 +1,1 @@
-"""Files, devices, signals and processes; knows nothing of proteins."""
+"""Files, devices, signals and processes; nothing here depends on proteins."""

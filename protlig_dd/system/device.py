@@ -1,4 +1,4 @@
-"""What this machine can do, and the record of it that a run keeps."""
+"""Device, precision and compilation available on this machine, and the environment record of a run."""
 
 import importlib.metadata
 import os
@@ -16,7 +16,7 @@ import torch
 
 
 def float64_device(device: torch.device) -> torch.device:
-    """The device itself, or the CPU where it has no float64 (MPS)."""
+    """Return the device itself, or the CPU if the device has no float64 (MPS)."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
@@ -25,38 +25,43 @@ PRECISIONS = ("auto", "bf16", "fp32")
 
 
 def resolve_device(name: str, local_rank: int = 0) -> torch.device:
-    """`auto` is this process's GPU where there is one, else the CPU; anything else must exist.
+    """Return the named device. `auto` is this process's GPU if there is one, else the CPU; any other must exist.
 
     Args:
-        name: auto | cpu | cuda | cuda:N | mps. `cuda` is the local rank's GPU.
+        name: auto | cpu | cuda | cuda:N | mps. `cuda` is the GPU of this local rank.
 
     Raises:
-        ValueError: an unknown device, or one that this machine or torch build does not have.
+        ValueError: the device is unknown, or this machine or torch build does not have it.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"device={name}: not a device; use auto, cpu, cuda, cuda:N or mps") from error
+        raise ValueError(f"device={name}: not a device; choose from auto, cpu, cuda, cuda:N, mps") from error
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"device={name}, but CUDA is not available (torch {torch.__version__})")
         index = local_rank if device.index is None else device.index
         if index >= torch.cuda.device_count():
-            raise ValueError(f"device={name}: GPU {index} of {torch.cuda.device_count()}")
+            raise ValueError(
+                f"device={name}: GPU {index} does not exist; {torch.cuda.device_count()} GPUs are visible, from 0 on"
+            )
         return torch.device("cuda", index)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError(f"device={name}, but MPS is not available (torch {torch.__version__})")
     if device.type not in ("cpu", "mps"):
-        raise ValueError(f"device={name}: use auto, cpu, cuda, cuda:N or mps")
+        raise ValueError(f"device={name}: choose from auto, cpu, cuda, cuda:N, mps")
     return device
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
-    """`auto` is bf16 where the hardware computes in it (CUDA, CPUs with AMX or AVX512-BF16), else fp32."""
+    """Return bf16 or fp32. `auto` is bf16 if the hardware computes in it natively, else fp32.
+
+    Native bf16: CUDA GPUs that support it, and CPUs with AMX or AVX512-BF16.
+    """
     if name not in PRECISIONS:
-        raise ValueError(f"precision={name}; there are {', '.join(PRECISIONS)}")
+        raise ValueError(f"precision={name}: choose from {', '.join(PRECISIONS)}")
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -67,10 +72,10 @@ def resolve_precision(name: str, device: torch.device) -> str:
 
 
 def resolve_compile(choice: bool | str, device: torch.device) -> bool:
-    """Whether torch.compile is used: `auto` says yes on CUDA, where Triton comes with torch, unless it cannot work.
+    """Whether to use torch.compile. `auto` means on CUDA, where torch includes Triton, unless something is missing.
 
     Raises:
-        ValueError: wanted on a machine that lacks what it takes.
+        ValueError: `choice` is true, but this machine lacks something that torch.compile needs.
     """
     if choice == "auto":
         return device.type == "cuda" and missing_to_compile(device) is None
@@ -80,27 +85,27 @@ def resolve_compile(choice: bool | str, device: torch.device) -> bool:
 
 
 def missing_to_compile(device: torch.device) -> str | None:
-    """What torch.compile takes that this machine lacks; None if nothing.
+    """Return what torch.compile needs and this machine lacks; None if nothing is missing.
 
-    On a CPU inductor compiles C++; on CUDA Triton compiles a launcher in C, which includes Python.h (its
+    On a CPU, inductor compiles C++. On CUDA, Triton compiles a launcher in C that includes Python.h (Triton's
     runtime/build.py).
     """
     if device.type == "cpu":
-        there = any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
-        return None if there else "a C++ compiler on a CPU (g++)"
+        found = any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
+        return None if found else "a C++ compiler for the CPU (g++)"
     if device.type == "cuda":
         if not any(map(shutil.which, (os.environ.get("CC", "gcc"), "gcc", "clang"))):
             return "a C compiler (gcc)"
         header = Path(sysconfig.get_paths()["include"]) / "Python.h"
-        return None if header.is_file() else f"Python's headers ({header} is not there; the package python3-dev)"
+        return None if header.is_file() else f"Python's headers ({header} is missing; the package python3-dev has it)"
     return None
 
 
 def matmul_peak(device: torch.device, precision: str, seconds: float = 0.1, size: int | None = None) -> float:
-    """FLOP/s of this device's matrix products: the fastest of those that fit into `seconds`, measured now.
+    """Measure the FLOP/s of matrix products on this device: the fastest of those computed within `seconds`.
 
     Args:
-        size: rows and columns of the square matrices; None is large enough for the device to reach its peak.
+        size: rows and columns of the square matrices; None chooses a size at which the device reaches its peak.
     """
     if size is None:
         size = 8192 if device.type == "cuda" else min(512 * torch.get_num_threads(), 1024)
@@ -108,15 +113,15 @@ def matmul_peak(device: torch.device, precision: str, seconds: float = 0.1, size
     x = torch.randn(size, size, generator=torch.Generator(device).manual_seed(0), device=device).to(dtype)
 
     def timed() -> float:
-        since = time.perf_counter()
+        start = time.perf_counter()
         x @ x
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
-        return time.perf_counter() - since
+        return time.perf_counter() - start
 
-    until = time.perf_counter() + seconds + timed()  # the first one loads the library
+    deadline = time.perf_counter() + seconds + timed()  # the first product also loads the library
     fastest = min(timed(), timed())
-    while time.perf_counter() < until:
+    while time.perf_counter() < deadline:
         fastest = min(fastest, timed())
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -124,7 +129,7 @@ def matmul_peak(device: torch.device, precision: str, seconds: float = 0.1, size
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes that this process has taken at most: of the GPU's memory, or of the machine's on a CPU."""
+    """Return this process's peak memory in bytes: GPU memory on CUDA, else resident memory of the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -132,12 +137,12 @@ def peak_memory(device: torch.device) -> int:
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
-    """Versions, hardware and the source commit, for environment.json."""
+    """Return versions, hardware and the source commit, for environment.json."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        # torch names its build (2.13.0+cu130), which the metadata of some of its wheels leave out
+        # torch.__version__ names the build (2.13.0+cu130); the metadata of some torch wheels do not
         "versions": {"torch": str(torch.__version__)}
         | {name: version for name in DEPENDENCIES if (version := _version(name))},
         "device_name": name,
@@ -155,7 +160,7 @@ def _version(package: str) -> str | None:
 
 
 def _git_commit() -> str | None:
-    """The commit of the checkout this code runs from; None when it was installed."""
+    """Return the commit of the checkout that this code runs from; None for an installed package."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None

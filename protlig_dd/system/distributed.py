@@ -1,4 +1,7 @@
-"""The processes of a run: torchrun starts them, or `launch_ranks`; one process is the same code without waiting."""
+"""The processes of a run, started by torchrun or by `launch_ranks`.
+
+A single process runs the same code without waiting for others.
+"""
 
 import contextlib
 import datetime
@@ -16,26 +19,28 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 T = TypeVar("T")
-_store: Store | None = None  # through which the ranks of this process's group have found one another
+_store: Store | None = None  # the store through which the ranks of this process's group found one another
 
 
 @dataclass(frozen=True)
 class Processes:
+    """This process's rank among the processes of a run, and its launch."""
+
     rank: int
     world_size: int
     local_rank: int
     restart: int = 0
-    """How often the launcher has started the processes again."""
+    """How often the launcher has restarted the processes."""
     launch: str | None = None
-    """The launcher's name for this launch; None without one."""
+    """The launcher's run id; None without a launcher."""
     job: str | None = None
-    """The id of the Slurm job that this is part of."""
+    """The id of the Slurm job that this process belongs to; None outside Slurm."""
     requeues: int = 0
-    """How often Slurm has queued that job again."""
+    """How often Slurm has requeued that job."""
 
     @property
     def first(self) -> bool:
-        """True for the one rank that writes and prints."""
+        """Whether this is rank 0, which writes files and prints for all ranks."""
         return self.rank == 0
 
 
@@ -43,10 +48,10 @@ ALONE = Processes(0, 1, 0)
 
 
 def processes_from_environment() -> Processes:
-    """What torchrun set; one process without it.
+    """Read the variables that torchrun and Slurm set; without torchrun there is one process.
 
     Raises:
-        ValueError: something else than a number.
+        ValueError: a variable is not a number.
     """
     names = (
         ("RANK", 0),
@@ -55,68 +60,75 @@ def processes_from_environment() -> Processes:
         ("TORCHELASTIC_RESTART_COUNT", 0),
         ("SLURM_RESTART_COUNT", 0),
     )
-    found = []
+    numbers = []
     for name, default in names:
         text = os.environ.get(name) or str(default)
         if not text.isdecimal():
-            raise ValueError(f"{name}={text}: torchrun sets a number; unset it, or start with torchrun")
-        found.append(int(text))
-    rank, world_size, local_rank, restart, requeues = found
+            raise ValueError(f"{name}={text}: must be a number; unset it, or start with torchrun, which sets it")
+        numbers.append(int(text))
+    rank, world_size, local_rank, restart, requeues = numbers
     launch, job = os.environ.get("TORCHELASTIC_RUN_ID"), os.environ.get("SLURM_JOB_ID")
     return Processes(rank, world_size, local_rank, restart, launch, job, requeues)
 
 
 def join_group(processes: Processes, device: torch.device, timeout: int, store: Store | None) -> None:
-    """Make the device this process's own, and join torchrun's process group, if it is one of several and has not yet:
-    nccl between GPUs, gloo between CPUs.
+    """Make `device` the current device, and join the process group if there are several processes.
+
+    Tensors on GPUs are exchanged by nccl, tensors on CPUs by gloo. A process that has joined does not join again.
 
     Args:
-        timeout: seconds that a rank waits for the others before it gives up.
-        store: through which the ranks find one another; of a Meeting.
+        timeout: seconds that a rank waits for the others before it raises.
+        store: the Meeting's store, through which the ranks find one another.
 
     Raises:
-        ValueError: they cannot connect; names host and rank.
+        ValueError: the ranks cannot connect; the message names host and rank.
     """
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # for one process too: CUDA graphs and new streams are the current device's
+        torch.cuda.set_device(device)  # for one process too: CUDA graphs and new streams use the current device
     if processes.world_size == 1 or dist.is_initialized():
         return
     global _store
     _store = store
-    leave_word("")
-    backend, own = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
+    post_status("")
+    backend, bound_device = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
     limit = datetime.timedelta(seconds=timeout)
     try:
         dist.init_process_group(
-            backend, store=store, rank=processes.rank, world_size=processes.world_size, timeout=limit, device_id=own
+            backend,
+            store=store,
+            rank=processes.rank,
+            world_size=processes.world_size,
+            timeout=limit,
+            device_id=bound_device,
         )
     except RuntimeError as error:
         raise ValueError(
             f"rank {processes.rank} on {host_name()} cannot connect to the others: {in_one_line(error)}; "
-            "with several hosts, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the interface that joins them"
+            "with several hosts, set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface that connects them"
         ) from error
 
 
 @contextlib.contextmanager
 def busy(what: str) -> Iterator[None]:
-    """Leave word of what this rank does inside, which others may wait for longer than they wait."""
-    leave_word(what)
+    """Post what this rank does inside the block, in case other ranks reach their timeout while they wait for it."""
+    post_status(what)
     try:
         yield
     finally:
-        leave_word("")
+        post_status("")
 
 
-def leave_word(what: str) -> None:
-    """For ranks that wait for this one in vain; "" for nothing."""
+def post_status(what: str) -> None:
+    """Post what this rank is doing, for the error message of ranks that wait for it in vain; "" clears it."""
     if _store is not None:
         with contextlib.suppress(dist.DistError):  # rank 0, which serves the store, is gone
-            _store.set(f"word {os.environ['RANK']}", f"on {host_name()} {what}" if what else "")
+            _store.set(f"status {os.environ['RANK']}", f"on {host_name()} {what}" if what else "")
 
 
-def words_of_others() -> list[str]:
-    """What the other ranks have left word of, as far as the store tells within some seconds: rank 0, which serves it,
-    may be gone, or the network cut.
+def statuses_of_others() -> list[str]:
+    """Return the statuses that other ranks have posted, as far as the store answers within 5 seconds.
+
+    The store does not answer if rank 0, which serves it, is gone or the network is cut.
     """
     found: list[str] = []
 
@@ -124,7 +136,7 @@ def words_of_others() -> list[str]:
         assert _store is not None
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         for other in range(world_size):
-            if other != rank and (what := _store.get(f"word {other}").decode()):
+            if other != rank and (what := _store.get(f"status {other}").decode()):
                 found.append(f"rank {other} {what}")
 
     if _store is not None:
@@ -134,66 +146,73 @@ def words_of_others() -> list[str]:
 
 
 def acknowledge() -> None:
-    """Let rank 0, with which the store ends, know that this rank has heard why others ended, or has its own reason."""
+    """Let rank 0 know that this rank has read why the run failed, or has failed itself.
+
+    The store ends with rank 0, which waits for this.
+    """
     if _store is not None:
         within(5, lambda: _store.set(f"heard {os.environ['RANK']}", ""))
 
 
 def within(seconds: int, action: Callable[[], object]) -> None:
-    """Ask the store for something, and go on after so long: where the network is cut, torch's client may wait without
-    end, whatever timeout it was given.
+    """Run an action on the store, and return after `seconds` even if it has not finished.
+
+    When the network is cut, torch's client may wait without end, whatever its timeout.
     """
 
-    def ask() -> None:
+    def run() -> None:
         with contextlib.suppress(dist.DistError):
             action()
 
-    thread = threading.Thread(target=ask, daemon=True)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(seconds)
 
 
 def host_name() -> str:
-    """Of this host: Slurm's name of the node, or its own."""
+    """Return Slurm's name of this node, or else the host's own name."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def launcher_name() -> str:
-    """Of the agent that has started this rank: its host and its folder of error files, which is new each time."""
+    """Return a name for the torchrun agent that started this rank: its host and its folder of error files.
+
+    Each agent has a new folder.
+    """
     return f"{host_name()} {Path(os.environ.get('TORCHELASTIC_ERROR_FILE', '')).parent.parent.parent}"
 
 
 class RankLostError(ValueError):
-    """Another rank is gone, or did not answer in time."""
+    """Another rank is gone or did not answer in time."""
 
 
 @contextlib.contextmanager
-def losses_named(where: str, limit: str = "trainer.timeout") -> Iterator[None]:
-    """Turn what torch says of a rank that is gone, or that others wait for in vain, into one line.
+def lost_ranks_named(where: str, limit: str = "trainer.timeout") -> Iterator[None]:
+    """Turn torch's errors about a rank that is gone or does not answer into one line.
 
     Args:
-        where: the step and this rank.
-        limit: what a rank waits for the others.
+        where: the step and this rank, for the message.
+        limit: how long a rank waits for the others, for the message.
 
     Raises:
-        RankLostError: with the word that another rank has left, if one has.
+        RankLostError: the message includes the statuses that other ranks have posted, if any.
     """
     try:
         yield
     except RuntimeError as error:
         if not dist.is_initialized() or not any(word in str(error) for word in ("gloo", "NCCL", "process group")):
             raise
-        # without gloo's line numbers and advice
-        met = re.sub(r"^\[\S+\] |\. This is typically.*", "", " ".join(str(error).split()))
-        words = "; ".join(words_of_others()) or met
-        raise RankLostError(f"{where}: another rank is gone or did not answer within {limit} ({words})") from error
+        # torch's text without gloo's line numbers and advice
+        reason = re.sub(r"^\[\S+\] |\. This is typically.*", "", " ".join(str(error).split()))
+        details = "; ".join(statuses_of_others()) or reason
+        raise RankLostError(f"{where}: another rank is gone or did not answer within {limit} ({details})") from error
 
 
 class OtherRankError(ValueError):
-    """What another rank met, which ends this one too."""
+    """An error of another rank, which ends this rank too."""
 
-    def __init__(self, rank: int, host: str, met: str) -> None:
-        super().__init__(f"rank {rank} on {host}: {met}")
+    def __init__(self, rank: int, host: str, message: str) -> None:
+        super().__init__(f"rank {rank} on {host}: {message}")
 
 
 def leave_group() -> None:
@@ -209,7 +228,7 @@ def all_reduce_sum(x: torch.Tensor) -> torch.Tensor:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Every rank's value, in rank order, on every rank."""
+    """Return every rank's value, in rank order, on every rank."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
@@ -217,34 +236,37 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
-def from_first(value: Any) -> Any:
-    """Rank 0's value on every rank; also a barrier."""
+def broadcast_from_first(value: Any) -> Any:
+    """Return rank 0's value on every rank; also a barrier."""
     return gather_objects(value)[0]
 
 
-def together(action: Callable[[], T]) -> T:
-    """Run something on every rank that may fail on some; where it does, all raise.
+def run_on_all_ranks(action: Callable[[], T]) -> T:
+    """Run an action on every rank. If it fails on any rank, all ranks raise.
 
     Raises:
-        OtherRankError: on the ranks where it did not; names the first that failed, its host and what it met.
+        OtherRankError: on the ranks where it succeeded; names the first rank that failed, its host and its error.
     """
     result, failure = None, None
     try:
         result = action()
     except Exception as error:
         failure = error
-    told = gather_objects(None if failure is None else (host_name(), in_one_line(failure)))
-    if any(told):
+    failures = gather_objects(None if failure is None else (host_name(), in_one_line(failure)))
+    if any(failures):
         acknowledge()
     if failure is not None:
         raise failure
-    for rank, met in enumerate(told):
-        if met is not None:
-            raise OtherRankError(rank, *met)
+    for rank, other in enumerate(failures):
+        if other is not None:
+            raise OtherRankError(rank, *other)
     return cast(T, result)
 
 
 def in_one_line(error: BaseException) -> str:
-    """An error's text; with its type, where it is not one of ours, whose texts stand alone."""
+    """Return an error's text in one line, with its type unless it is a ValueError or OSError.
+
+    The texts of those two are whole messages.
+    """
     text = " ".join(str(error).split())
     return text if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {text}"

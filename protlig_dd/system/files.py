@@ -1,4 +1,4 @@
-"""Writing files so that nothing half-written ever stands under a final name."""
+"""Write files so that no partial file ever has a final name."""
 
 import contextlib
 import errno
@@ -15,38 +15,39 @@ import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk, a quota, or a limit on a file
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a used-up quota, or a limit on file sizes
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Name the file that is written inside where the disk is full: an error of `write` names none, that of a file which
-    gets its name later an invisible one, and HDF5 and safetensors have kinds of their own.
+    """Name `path` in errors of a full disk that are raised inside the block.
+
+    The original error names no file, or a temporary one, or is an exception type of HDF5 or safetensors.
 
     Raises:
-        OSError: of FULL, with `path` as its filename.
+        OSError: with an errno of DISK_FULL and `path` as its filename.
     """
     try:
         yield
     except ValueError:
         raise
     except Exception as error:
-        told = re.search(r"(?:errno = |os error )(\d+)", str(error))
-        number = int(told[1]) if told else getattr(error, "errno", None)
-        named = getattr(error, "filename", None)
-        elsewhere = isinstance(named, str) and not Path(named).absolute().is_relative_to(path.parent.absolute())
-        if number not in FULL or elsewhere:
+        match = re.search(r"(?:errno = |os error )(\d+)", str(error))
+        number = int(match[1]) if match else getattr(error, "errno", None)
+        file = getattr(error, "filename", None)
+        in_other_folder = isinstance(file, str) and not Path(file).absolute().is_relative_to(path.parent.absolute())
+        if number not in DISK_FULL or in_other_folder:
             raise
         raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write, sync and rename; readers see the old file or the new one."""
+    """Write, sync and rename; readers see either the old file or the new one."""
     write_atomic_bytes(path, text.encode())
 
 
 def write_atomic_bytes(path: Path, content: bytes) -> None:
-    """The same of bytes. Who may read it follows from the umask, as for any new file."""
+    """Like `write_atomic`, for bytes. The umask sets the file's permissions, as for any new file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
@@ -61,22 +62,22 @@ def write_atomic_bytes(path: Path, content: bytes) -> None:
 
 
 def write_new(path: Path, text: str) -> None:
-    """Write and sync a file that is not there yet.
+    """Write and sync a file that does not exist yet.
 
     Raises:
-        ValueError: something has that name by then; it stays as it is.
+        ValueError: `path` exists, even if it was created meanwhile; it stays unchanged.
     """
-    with replacing(path) as temporary:
+    with creating(path) as temporary:
         write_atomic(temporary, text)
 
 
 def write_folder(path: Path, files: Mapping[str, str]) -> None:
-    """Write a new folder of text files, which is there whole or not at all.
+    """Write a new folder of text files. It appears complete or not at all.
 
     Raises:
         ValueError: `path` exists.
     """
-    with replacing(path) as folder:
+    with creating(path) as folder:
         folder.mkdir()
         for name, text in files.items():
             write_atomic(folder / name, text)
@@ -85,11 +86,11 @@ def write_folder(path: Path, files: Mapping[str, str]) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write a file or a folder at, which gets the name once all is written.
+def creating(path: Path) -> Iterator[Path]:
+    """Yield a temporary path at which to write a file or folder, and rename it to `path` at the end of the block.
 
     Raises:
-        ValueError: something has that name by then; it stays as it is.
+        ValueError: `path` exists, even if it was created meanwhile; it stays unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
@@ -97,17 +98,18 @@ def replacing(path: Path) -> Iterator[Path]:
         with writing(path):
             yield temporary / path.name
         try:
-            _name(temporary / path.name, path)
+            _move_to_new_name(temporary / path.name, path)
         except FileExistsError:
-            raise ValueError(f"{path} exists already; give another output or move it away") from None
+            raise ValueError(f"{path} exists already; choose another output, or rename or delete it") from None
     finally:
         shutil.rmtree(temporary)
 
 
-def _name(written: Path, path: Path) -> None:
-    """Give a file or folder its name; FileExistsError if anything has it, however lately (a rename would replace it).
+def _move_to_new_name(written: Path, path: Path) -> None:
+    """Move a file or folder to a name that nothing has yet; FileExistsError otherwise, even if it was just created.
 
-    A folder may be renamed over an empty one, and a file linked to no name but a new one.
+    Renaming a file would replace an existing one, but a hard link needs a new name. A folder can be renamed over an
+    empty folder, so an empty one is created first.
     """
     if written.is_dir():
         path.mkdir()
@@ -117,19 +119,19 @@ def _name(written: Path, path: Path) -> None:
         os.link(written, path)
     except (FileExistsError, FileNotFoundError):
         raise
-    except OSError:  # a file system without links
+    except OSError:  # a file system without hard links
         path.touch(exist_ok=False)
         written.replace(path)
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Return the SHA-256 of a file in hexadecimal."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def sync_folder(path: Path) -> None:
-    """Make the folder's entries durable (a rename is, only after this)."""
+    """Make the folder's entries durable; a rename is durable only after this."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -138,7 +140,7 @@ def sync_folder(path: Path) -> None:
 
 
 def drop_partial_line(path: Path) -> None:
-    """Cut what a killed writer left behind the last newline of a JSON-lines file, so that appending is safe."""
+    """Remove the partial last line that a killed writer left in a JSON-lines file, so that appending is safe."""
     if not path.exists():
         return
     with path.open("rb+") as file:
@@ -147,35 +149,35 @@ def drop_partial_line(path: Path) -> None:
             file.truncate(content.rfind(b"\n") + 1)
 
 
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems without them, as some NFS and Lustre are
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems without locks, as some NFS and Lustre are
 
 
 @contextlib.contextmanager
 def lock_may_fail(folder: Path) -> Iterator[None]:
-    """Take or leave a lock in here: where the file system has none, say so once and go on without."""
+    """Take or release a lock inside the block. If the file system has no locks, warn once and continue without."""
     try:
         yield
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-        _tell_of_no_locks(folder, error.errno)
+        _warn_of_missing_locks(folder, error.errno)
 
 
 @functools.cache
-def _tell_of_no_locks(folder: Path, number: int) -> None:
+def _warn_of_missing_locks(folder: Path, number: int) -> None:
     print(
         f"warning: {folder} is on a file system without locks ({os.strerror(number)}): a second process that writes "
-        "there would not be noticed",
+        "there would not be detected",
         file=sys.stderr,
     )
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process; a lock of POSIX, which ends with the process however that ends.
+    """Lock a folder for this process. It is a POSIX lock, which ends with the process, however that ends.
 
     Raises:
-        ValueError: another process holds it.
+        ValueError: another process has the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "lock"
@@ -197,7 +199,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def redirected_to(log: Path) -> Iterator[None]:
-    """What this process and its children print goes to the end of a file."""
+    """Append what this process and its children print to a file."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as file:
         sys.stdout.flush()
@@ -216,7 +218,7 @@ def redirected_to(log: Path) -> Iterator[None]:
 
 
 def free_name(path: Path) -> Path:
-    """`path` with the first of .1, .2, ... behind it that does not exist."""
+    """Return `path` with the first of the suffixes .1, .2, ... that is not in use."""
     number = 1
     while (candidate := path.with_name(f"{path.name}.{number}")).exists():
         number += 1
@@ -224,11 +226,15 @@ def free_name(path: Path) -> Path:
 
 
 def check_free(output: str) -> Path:
-    """The path to write, which must not exist, in a folder where it can be made."""
+    """Return the output path.
+
+    Raises:
+        ValueError: it exists already, or it cannot be created because its folder is not writable.
+    """
     path = Path(output)
     if os.path.lexists(path):
-        raise ValueError(f"{path} exists already; give another output or move it away")
+        raise ValueError(f"{path} exists already; choose another output, or rename or delete it")
     folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"{path}: {folder} is no folder that one can write in")
+        raise ValueError(f"{path}: {folder} is not a writable folder")
     return path

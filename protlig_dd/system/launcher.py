@@ -1,4 +1,4 @@
-"""One process for each device of this machine: started, started again when one is lost, and who failed first."""
+"""Start one process for each device of this machine, restart them when one is lost, and report the first failure."""
 
 import json
 import logging
@@ -17,44 +17,47 @@ from protlig_dd.system.distributed import OtherRankError
 from protlig_dd.system.signals import STOPPED, Stopped, handled_signals
 
 
-def count_devices(wanted: Any, device: str) -> int:
-    """Processes to start on this machine: a number, or `auto`, which is one for each GPU (without any: 1).
+def count_devices(requested: Any, device: str) -> int:
+    """Return the number of processes to start on this machine.
+
+    Args:
+        requested: a number, or `auto` for one process per GPU (1 without GPUs).
 
     Raises:
-        ValueError: no such number, or more than there are GPUs.
+        ValueError: not a number of at least 1, or more than there are GPUs.
     """
     gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
-    if wanted == "auto":
+    if requested == "auto":
         return max(1, gpus)
-    if not isinstance(wanted, int) or wanted < 1:
-        raise ValueError(f"trainer.devices={wanted}: give a number from 1 on, or auto")
-    if gpus and wanted > gpus:
-        raise ValueError(f"trainer.devices={wanted}, but there are {gpus} GPUs")
-    return wanted
+    if not isinstance(requested, int) or requested < 1:
+        raise ValueError(f"trainer.devices={requested}: must be auto or a number of at least 1")
+    if gpus and requested > gpus:
+        raise ValueError(f"trainer.devices={requested}, but there are {gpus} GPUs")
+    return requested
 
 
 class RanksFailedError(Exception):
-    """A process that was started from here failed.
+    """A process that `launch_ranks` started has failed.
 
     Args:
-        rank: the first one that did.
+        rank: the rank whose failure is reported.
         message: its error, as `ErrorType: text`.
-        trace: its traceback; empty where it was killed.
+        trace: its traceback; empty if it was killed.
     """
 
     def __init__(self, rank: int, message: str, trace: str) -> None:
         kind, _, text = message.partition(": ")
         kind = kind.rpartition(".")[2]
-        # what is wrong with the user's input, or ends runs, is a ValueError; full and read-only disks are OSErrors
-        self.foreseen = kind in names_of(ValueError) | names_of(OSError)
+        # wrong input and foreseen ends of a run are ValueErrors, full and read-only disks OSErrors; the rest are bugs
+        self.foreseen = kind in class_names(ValueError) | class_names(OSError)
         self.trace = trace
-        told = text if self.foreseen else message
-        super().__init__(told if f"rank {rank}" in told else f"rank {rank}: {told}")
+        shown = text if self.foreseen else message
+        super().__init__(shown if f"rank {rank}" in shown else f"rank {rank}: {shown}")
 
 
-def names_of(kind: type[Exception]) -> set[str]:
-    """An exception's name and those of its descendants."""
-    return {kind.__name__}.union(*map(names_of, kind.__subclasses__()))
+def class_names(kind: type[Exception]) -> set[str]:
+    """Return the names of an exception class and of all its subclasses."""
+    return {kind.__name__}.union(*map(class_names, kind.__subclasses__()))
 
 
 def launch_ranks(
@@ -70,26 +73,26 @@ def launch_ranks(
     """Run `entry(*arguments)` in several processes on this machine, through torch's elastic launcher.
 
     Args:
-        max_restarts: times that all of them are started again when one fails or is killed.
-        stop_within: seconds between a signal that is passed on to them and SIGKILL.
-        timeout: seconds that the launcher waits for an answer of its own store.
-        run_folder: where rank 0 leaves environment.json once it is open, and STOPPED when it was asked to stop.
+        max_restarts: how often all processes are restarted when one fails or is killed.
+        stop_within: seconds between a signal that is forwarded to the processes and SIGKILL.
+        timeout: seconds that the launcher waits for an answer of its store.
+        run_folder: rank 0 writes environment.json there once it has opened the run, and STOPPED if the run is stopped.
 
     Raises:
-        RanksFailedError: one of them failed.
-        ValueError: they were asked to stop, and had to be killed.
-        Stopped: they were asked to stop, and did.
+        RanksFailedError: a process failed.
+        ValueError: the run was to stop, but the processes had to be killed.
+        Stopped: the run was to stop, and has stopped.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     for name in logging.root.manager.loggerDict:
-        if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):  # each has a level of its own
+        if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):  # each sets its own level
             logging.getLogger(name).setLevel(logging.CRITICAL)
-    # A store that outlives a restart would hand the new processes the addresses of the dead ones.
+    # A store that outlives a restart would give the new processes the addresses of the dead ones.
     variables = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    if processes > 1 and "OMP_NUM_THREADS" not in os.environ:  # they share the cores
+    if processes > 1 and "OMP_NUM_THREADS" not in os.environ:  # the processes share the cores
         variables["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // processes))
     config = LaunchConfig(
         min_nodes=1,
@@ -98,8 +101,8 @@ def launch_ranks(
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
-        rdzv_configs={"read_timeout": max(60, timeout)},  # torchrun's own is 60
-        local_addr="localhost",  # processes of one machine need no name of it, which may not resolve
+        rdzv_configs={"read_timeout": max(60, timeout)},  # torchrun's default is 60
+        local_addr="localhost",  # the host name may not resolve, and processes on one machine do not need it
         max_restarts=max_restarts,
         start_method="spawn",
         shutdown_timeout=stop_within,
@@ -107,7 +110,7 @@ def launch_ranks(
         logs_specs=DefaultLogsSpecs(),
     )
     environment, log = run_folder / "environment.json", run_folder / "logs" / "rank_0.log"
-    handlers = {number: signal.getsignal(number) for number in handled_signals()}  # the launcher leaves its own
+    handlers = {number: signal.getsignal(number) for number in handled_signals()}  # the launcher replaces them for good
     start_resource_tracker()
     earlier = os.environ.copy()
     os.environ.update(variables)
@@ -118,15 +121,15 @@ def launch_ranks(
         if recorded_environment(run_folder).get("launch") != config.run_id:
             raise Stopped(name) from error
         if not (run_folder / STOPPED).is_file():
-            if log.is_file() and log.stat().st_mtime >= environment.stat().st_mtime:  # not of an earlier start
-                text = log.read_text()  # rank 0 writes there what ended it
+            if log.is_file() and log.stat().st_mtime >= environment.stat().st_mtime:  # not of an earlier attempt
+                text = log.read_text()  # rank 0 logs the error that ended it
                 raise RanksFailedError(0, text.strip().splitlines()[-1], text) from error
             raise ValueError(
                 f"{run_folder}: the step was not finished within trainer.stop_within={stop_within} s of {name}; "
-                "its processes were killed, and the run goes on from its last checkpoint"
+                "its processes were killed; the same command resumes from the last checkpoint"
             ) from error
     except ChildFailedError as error:
-        (run_folder / STOPPED).unlink(missing_ok=True)  # of ranks that were ended for another's sake
+        (run_folder / STOPPED).unlink(missing_ok=True)  # written by ranks that were stopped because another failed
         raise first_failure(error.failures) from error
     finally:
         for number, handler in handlers.items():
@@ -139,7 +142,7 @@ def launch_ranks(
 
 
 def start_resource_tracker() -> None:
-    """multiprocessing's own process, which a terminal's SIGHUP would end as any other's: now, with that ignored."""
+    """Start multiprocessing's resource tracker now, with SIGHUP ignored, so that a closed terminal does not end it."""
     earlier = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         resource_tracker.ensure_running()
@@ -148,33 +151,39 @@ def start_resource_tracker() -> None:
 
 
 def recorded_environment(run_folder: Path) -> dict[str, Any]:
-    """environment.json of the start that opened the folder last; {} where there was none, or it cannot be read."""
+    """Return the environment.json of the last attempt that opened the folder; {} if it is missing or unreadable."""
     try:
         return dict(json.loads((run_folder / "environment.json").read_text()))
-    except (OSError, ValueError):  # who goes on with the run says so
+    except (OSError, ValueError):  # resuming the run reports this
         return {}
 
 
 def first_failure(failures: dict[int, Any]) -> RanksFailedError:
-    """What to report of several: who was killed, as the others fail for lack of it; else who failed first, of those
-    that met something themselves.
+    """Return the failure to report: a killed rank (the others fail as a consequence), else the earliest failure.
+
+    Errors that only repeat another rank's error come last.
     """
 
-    def blame(item: tuple[int, Any]) -> tuple[bool, bool, int]:
+    def priority(item: tuple[int, Any]) -> tuple[bool, bool, int]:
         failure = item[1]
-        told = failure.message["message"] if isinstance(failure.message, dict) else ""
-        return failure.exitcode != -signal.SIGKILL, OtherRankError.__name__ in told, failure.timestamp
+        message = failure.message["message"] if isinstance(failure.message, dict) else ""
+        return failure.exitcode != -signal.SIGKILL, OtherRankError.__name__ in message, failure.timestamp
 
-    rank, failure = min(failures.items(), key=blame)
-    if isinstance(failure.message, dict):  # it wrote its exception down
+    rank, failure = min(failures.items(), key=priority)
+    if isinstance(failure.message, dict):  # it has recorded its exception
         return RanksFailedError(rank, failure.message["message"], failure.message["extraInfo"]["py_callstack"])
-    killed = f"ended by {failure.signal_name()}, for memory perhaps; the same command goes on from the last checkpoint"
+    killed = (
+        f"killed by {failure.signal_name()}, perhaps because memory ran out; "
+        "the same command resumes from the last checkpoint"
+    )
     return RanksFailedError(rank, killed if failure.exitcode < 0 else failure.message, "")
 
 
-def leave_without_closing(code: int) -> NoReturn:
-    """End this process. A thread of the process group may still be letting go of its last tensor, and one that meets a
-    closing interpreter aborts the process; so the interpreter is not closed. Everything is written by now.
+def exit_without_cleanup(code: int) -> NoReturn:
+    """End this process without closing the interpreter, once everything is written.
+
+    A thread of the process group may still release its last tensor. While the interpreter closes, that would abort the
+    process.
     """
     sys.stdout.flush()
     sys.stderr.flush()

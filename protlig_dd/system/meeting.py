@@ -1,5 +1,7 @@
-"""How ranks start together: before they form a process group they compare, through torchrun's store, what each was
-started with, so that a difference or a failure is named on every host.
+"""How ranks start together.
+
+Before they form a process group, the ranks compare their configs, data and versions through torchrun's store, so that
+every host reports a difference or a failure.
 """
 
 import contextlib
@@ -25,38 +27,38 @@ from protlig_dd.system.distributed import (
     launcher_name,
 )
 
-SAY_EVERY = 30.0  # seconds of waiting between two lines about it
+REPORT_EVERY = 30.0  # seconds between two progress lines while waiting
 RESOLVE_WITHIN = 30.0  # seconds after which a host name that cannot be resolved is an error
-READ_WITHIN = 10.0  # seconds that a rank that failed waits for the others to come and read why
-COME_WITHIN = 120.0  # the same where there are several hosts, which read their libraries from slow disks
-SHOWN = 5  # differences in one message
-SHOWN_LETTERS = 80  # of a value
+READ_WITHIN = 10.0  # seconds that a failed rank waits for the others to arrive and read its error
+READ_WITHIN_SEVERAL_HOSTS = 120.0  # the same for several hosts, which may load their libraries from slow disks
+MAX_DIFFERENCES = 5  # in one message
+MAX_VALUE_LENGTH = 80  # characters of a value in a message
 
 
 class RankMissingError(ValueError):
-    """A rank does not come in time."""
+    """A rank did not arrive in time."""
 
 
 class Meeting:
-    """The ranks of one start. One rank alone has nothing to compare.
+    """The comparison of all ranks of one launch before they start. A single rank compares nothing.
 
-    Used as a context manager: an exception before the ranks have agreed is posted, so that the others raise too
-    instead of waiting for this one.
+    Use it as a context manager: an exception that is raised before the ranks have agreed is posted, so that the other
+    ranks raise too instead of waiting for this one.
 
     Args:
-        processes: this rank, as torchrun has set it.
+        processes: this rank, as torchrun started it.
     """
 
     def __init__(self, processes: Processes) -> None:
         self.processes, self.host = processes, host_name()
         self.hosts: list[str] = []
-        """The host of each rank, once they have agreed."""
+        """The host of each rank; empty until all ranks have arrived."""
         self.agents = [launcher_name()]
-        """The launcher of each rank."""
+        """The launcher of each rank; until all ranks have arrived, only this rank's."""
         self.restart = processes.restart
-        """How often any of them has started its ranks again; that of a host which joins later knows of none."""
+        """The highest restart count of the launchers: that of a host which joins later starts at 0."""
         self.store: Store | None = None
-        self._came = self._agreed = False
+        self._arrived = self._agreed = False
 
     def __enter__(self) -> "Meeting":
         return self
@@ -64,58 +66,60 @@ class Meeting:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if not isinstance(error, Exception) or self.processes.world_size == 1:
             return
-        with contextlib.suppress(ValueError, OverflowError, DistError):  # the error itself is what to report
-            if not self._came:
-                self._connect(self._patience())
+        with contextlib.suppress(ValueError, OverflowError, DistError):  # report the original error instead
+            if not self._arrived:
+                self._connect(self._wait_limit())
                 self._post({"failed": in_one_line(error)})
-                self._has_read()
-            if self.store is not None and not isinstance(error, RankLostError):  # of that, no other needs to know
+                self._mark_as_read()
+            if self.store is not None and not isinstance(error, RankLostError):  # no other rank needs to read that one
                 late = self._agreed or isinstance(error, RankMissingError)
-                seconds = READ_WITHIN if late else self._patience()
+                seconds = READ_WITHIN if late else self._wait_limit()
                 self._wait_for_others("heard" if self._agreed else "read", seconds)
 
     def agree(self, facts: Mapping[str, Any], timeout: int | float) -> None:
-        """Wait for all ranks and compare what each was started with; the first time that it is called.
+        """Wait for all ranks and compare their facts. Only the first call does anything.
 
         Args:
-            facts: name -> JSON value.
+            facts: name -> JSON value, which must be equal on all ranks.
             timeout: seconds to wait for the others.
 
         Raises:
-            ValueError: a rank does not come, or was started with something else; names hosts, ranks and both values.
-                Or the host of a rank cannot be reached by its own name.
-            OtherRankError: a rank failed before it came here; names host, rank and what it met.
+            ValueError: a rank does not arrive; or facts differ, and the message names hosts, ranks and both values; or
+                other hosts cannot reach a host at the address of its own name.
+            OtherRankError: a rank failed before it arrived; names host, rank and its error.
         """
         if self.processes.world_size == 1 or self.hosts:
             return
-        self._came = True
+        self._arrived = True
         self._connect(timeout)
-        own = {"loopback": loopback_name(), "agent": self.agents[0], "restart": self.restart}
-        self._post({"facts": dict(facts), **own})
-        notes = self._read(timeout)
+        launch = {"loopback": loopback_address(), "agent": self.agents[0], "restart": self.restart}
+        self._post({"facts": dict(facts), **launch})
+        notes = dict(sorted(self._read(timeout).items()))  # by rank, so that all ranks name the same host
         for rank, note in notes.items():
             if "failed" in note:
                 raise OtherRankError(rank, note["host"], note["failed"])
         self.hosts, self.agents = ([notes[rank][key] for rank in range(len(notes))] for key in ("host", "agent"))
         self.restart = max(note["restart"] for note in notes.values())
         if differences := self._differences([notes[rank]["facts"] for rank in range(len(notes))]):
-            more = f"; and {len(differences) - SHOWN} more" if len(differences) > SHOWN else ""
-            raise ValueError(f"the ranks were not started alike: {'; '.join(differences[:SHOWN])}{more}")
+            more = f"; and {len(differences) - MAX_DIFFERENCES} more" if len(differences) > MAX_DIFFERENCES else ""
+            raise ValueError(
+                f"the ranks differ in their config, data or versions: {'; '.join(differences[:MAX_DIFFERENCES])}{more}"
+            )
         unreachable = {note["host"]: note["loopback"] for note in notes.values() if note["loopback"]}
         if unreachable and len(set(self.hosts)) > 1:
             host, address = next(iter(unreachable.items()))
             raise ValueError(
-                f"{host} has {address} for its own name, where no other host reaches it: on each host export "
-                "GLOO_SOCKET_IFNAME=INTERFACE, the one that joins the hosts (ip -brief address lists them)"
+                f"{host}: other hosts cannot reach the address of its own name ({address}); on each host export "
+                "GLOO_SOCKET_IFNAME=INTERFACE, the interface that connects the hosts (`ip -brief address` lists them)"
             )
         self._agreed = True
 
     def _differences(self, facts: list[dict[str, Any]]) -> list[str]:
-        """Of every rank from rank 0; of ranks that differ alike, the first."""
+        """Describe how each rank differs from rank 0; for ranks with the same difference, only the first."""
         found: dict[tuple[str, str], str] = {}
         for rank, other in enumerate(facts):
             for key in sorted({*facts[0], *other}):
-                mine, theirs = shown(facts[0].get(key), other.get(key))
+                mine, theirs = abbreviated(facts[0].get(key), other.get(key))
                 if facts[0].get(key) != other.get(key):
                     found.setdefault(
                         (key, theirs),
@@ -125,7 +129,7 @@ class Meeting:
         return list(found.values())
 
     def _connect(self, timeout: int | float) -> None:
-        """Open torchrun's store: rank 0 serves it, or torchrun does.
+        """Open torchrun's store. Either torchrun serves it or rank 0 does.
 
         Raises:
             ValueError: the host of rank 0 cannot be resolved or reached.
@@ -135,13 +139,13 @@ class Meeting:
         if not address or not number.isdecimal():
             raise ValueError(
                 f"WORLD_SIZE={processes.world_size}, but MASTER_ADDR={address} and MASTER_PORT={number}: torchrun sets "
-                "all; unset them, or start with torchrun"
+                "all of these; unset them, or start with torchrun"
             )
         port = int(number)
-        torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        serves = processes.first and not torchruns
+        torchrun_serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        serves = processes.first and not torchrun_serves
         if not serves:
-            self._reach(address, port, timeout)
+            self._wait_for_store(address, port, timeout)
         store = TCPStore(
             "localhost" if serves else address,
             port,
@@ -151,12 +155,12 @@ class Meeting:
             wait_for_workers=False,
             multi_tenant=True,
         )
-        # torchrun's own store outlives a restart, and with it what the ranks before have left there
-        self.store = PrefixStore(f"meeting {processes.restart}" if torchruns else "meeting", store)
+        # torchrun's store outlives a restart, and still has the keys that the ranks before it have set
+        self.store = PrefixStore(f"meeting {processes.restart}" if torchrun_serves else "meeting", store)
 
-    def _reach(self, address: str, port: int, timeout: int | float) -> None:
-        """Wait until the store listens; torch's own client would wait without a word, and print what it meets."""
-        began = said = time.monotonic()
+    def _wait_for_store(self, address: str, port: int, timeout: int | float) -> None:
+        """Wait until the store listens. torch's client would wait without a message, and print each failed attempt."""
+        began = reported = time.monotonic()
         while True:
             try:
                 socket.create_connection((address, port), timeout=5).close()
@@ -164,16 +168,16 @@ class Meeting:
                 waited = time.monotonic() - began
                 if isinstance(error, socket.gaierror) and waited > min(timeout, RESOLVE_WITHIN):
                     raise ValueError(
-                        f"{self.host} cannot resolve {address}, the host of rank 0: enter it in /etc/hosts, or start "
-                        "torchrun on each host with --local-addr=ADDRESS, its own address"
+                        f"{self.host} cannot resolve {address}, the host of rank 0: add it to /etc/hosts, or start "
+                        "torchrun on each host with --local-addr=ADDRESS, the address of that host"
                     ) from error
                 if waited > timeout:
                     raise ValueError(
                         f"{self.host} did not reach rank 0 at {address}:{port} within {timeout:g} s: {error}"
                     ) from error
-                if time.monotonic() - said > SAY_EVERY:
-                    said = time.monotonic()
-                    self._say(f"{self.host} waits for rank 0 at {address}:{port}, {waited:.0f} s so far ({error})")
+                if time.monotonic() - reported > REPORT_EVERY:
+                    reported = time.monotonic()
+                    self._print(f"{self.host} waits for rank 0 at {address}:{port}, {waited:.0f} s so far ({error})")
                 time.sleep(0.2)
             else:
                 return
@@ -183,13 +187,13 @@ class Meeting:
         self.store.set(f"rank {self.processes.rank}", json.dumps({"host": self.host} | note))
 
     def _read(self, timeout: int | float) -> dict[int, dict[str, Any]]:
-        """The note of every rank, or of those that were there when one had failed.
+        """Return the note of every rank or, once a rank has failed, the notes posted so far.
 
         Raises:
-            ValueError: one does not come.
+            RankMissingError: a rank does not arrive in time.
         """
         assert self.store is not None
-        began = said = time.monotonic()
+        began = reported = time.monotonic()
         notes: dict[int, dict[str, Any]] = {}
         while True:
             missing = [rank for rank in range(self.processes.world_size) if rank not in notes]
@@ -197,45 +201,47 @@ class Meeting:
                 if self.store.check([f"rank {rank}"]):
                     notes[rank] = json.loads(self.store.get(f"rank {rank}"))
             if len(notes) == self.processes.world_size or any("failed" in note for note in notes.values()):
-                self._has_read()
+                self._mark_as_read()
                 return notes
             ranks = ", ".join(str(rank) for rank in missing if rank not in notes)
             waited = time.monotonic() - began
             if waited > timeout:
                 raise RankMissingError(f"{self.host} waited {timeout:g} s for rank {ranks}, which did not start")
-            if time.monotonic() - said > SAY_EVERY:
-                said = time.monotonic()
-                self._say(f"{self.host} waits for rank {ranks} to start, {waited:.0f} s so far")
+            if time.monotonic() - reported > REPORT_EVERY:
+                reported = time.monotonic()
+                self._print(f"{self.host} waits for rank {ranks} to start, {waited:.0f} s so far")
             time.sleep(0.05)
 
-    def _has_read(self) -> None:
+    def _mark_as_read(self) -> None:
         assert self.store is not None
         self.store.set(f"read {self.processes.rank}", "")
 
-    def _wait_for_others(self, what: str, seconds: float) -> None:
-        """Rank 0, with which the store ends, waits so long at most until all others have read why."""
+    def _wait_for_others(self, mark: str, seconds: float) -> None:
+        """On rank 0, with which the store ends, wait until all other ranks have set this mark, at most `seconds`."""
         assert self.store is not None
-        if self.processes.first and (what == "read" or len(set(self.hosts)) > 1):  # on one host, the launcher tells
-            keys = [f"{what} {rank}" for rank in range(1, self.processes.world_size)]
+        if self.processes.first and (mark == "read" or len(set(self.hosts)) > 1):  # on one host the launcher reports
+            keys = [f"{mark} {rank}" for rank in range(1, self.processes.world_size)]
             self.store.wait(keys, timedelta(seconds=seconds))
 
-    def _patience(self) -> float:
+    def _wait_limit(self) -> float:
         several = os.environ.get("LOCAL_WORLD_SIZE", str(self.processes.world_size)) != str(self.processes.world_size)
-        return COME_WITHIN if several else READ_WITHIN
+        return READ_WITHIN_SEVERAL_HOSTS if several else READ_WITHIN
 
-    def _say(self, message: str) -> None:
-        if self.processes.local_rank == 0:  # once a host
+    def _print(self, message: str) -> None:
+        if self.processes.local_rank == 0:  # one rank per host prints
             print(message, flush=True)
 
 
 @functools.cache
 def meeting_of(processes: Processes) -> Meeting:
-    """The one of this process: its ranks meet once, whatever asks for it."""
+    """Return the one Meeting of this process: the ranks meet once, however often this is called."""
     return Meeting(processes)
 
 
-def loopback_name() -> str | None:
-    """The address of this host's own name, if gloo would listen there and no other host could reach it.
+def loopback_address() -> str | None:
+    """Return the address of this host's own name if gloo would listen there and no other host could reach it.
+
+    None if other hosts can reach it; "no address" if the name cannot be resolved.
 
     Source: torch/csrc/distributed/c10d/ProcessGroupGloo.cpp, createDefaultDevice.
     """
@@ -248,13 +254,13 @@ def loopback_name() -> str | None:
     return address if ipaddress.ip_address(address.partition("%")[0]).is_loopback else None
 
 
-def shown(*values: Any) -> list[str]:
-    """Texts of values; of long ones, from a little before where they differ."""
+def abbreviated(*values: Any) -> list[str]:
+    """Return the values as texts. Long ones are cut to a part that begins a little before their first difference."""
     texts = [str(value) for value in values]
-    same = next((i for i, letters in enumerate(zip(*texts, strict=False)) if len(set(letters)) > 1), 0)
-    start = max(0, same - 30) if max(map(len, texts)) > SHOWN_LETTERS else 0
-    cut = [text[start : start + SHOWN_LETTERS] for text in texts]
+    first_difference = next((i for i, chars in enumerate(zip(*texts, strict=False)) if len(set(chars)) > 1), 0)
+    start = max(0, first_difference - 30) if max(map(len, texts)) > MAX_VALUE_LENGTH else 0
+    parts = [text[start : start + MAX_VALUE_LENGTH] for text in texts]
     return [
-        f"{'...' if start else ''}{part}{'...' if start + SHOWN_LETTERS < len(text) else ''}"
-        for part, text in zip(cut, texts, strict=True)
+        f"{'...' if start else ''}{part}{'...' if start + MAX_VALUE_LENGTH < len(text) else ''}"
+        for part, text in zip(parts, texts, strict=True)
     ]

@@ -1,13 +1,16 @@
-"""What cannot be printed never ends the work: a reader that is gone, a full disk, a locale without the character."""
+"""Output that cannot be printed never ends a command: closed pipes, full disks, characters that the locale lacks."""
 
 import os
 import sys
 from typing import Any
 
 
-class Unfailing:
-    """A stream that has `?` for what its encoding lacks, and goes silent where it can no longer be written, after one
-    line on stderr."""
+class TolerantStream:
+    """A text stream that does not raise when it cannot be written.
+
+    It writes `?` for characters that its encoding lacks. After an OSError it discards all output; stdout reports that
+    in one line on stderr.
+    """
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
@@ -16,7 +19,7 @@ class Unfailing:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        """As any stream's."""
+        """Write the text and return its length, like any text stream."""
         try:
             return self.stream.write(text)
         except UnicodeEncodeError:
@@ -27,27 +30,25 @@ class Unfailing:
             return len(text)
 
     def flush(self) -> None:
-        """As any stream's."""
+        """Flush, like any text stream."""
         try:
             self.stream.flush()
         except OSError as error:
             self.silence(error)
 
     def silence(self, error: OSError) -> None:
-        """What is to come, and what the stream holds still, goes nowhere."""
+        """Discard all further output, and what the stream has buffered."""
         name = self.stream.name.strip("<>")
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self.stream.fileno())
-        os.close(nowhere)
+        null_device = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null_device, self.stream.fileno())
+        os.close(null_device)
         if name == "stdout":
-            print(
-                f"stdout cannot be written ({error.strerror}): the work goes on without it", file=sys.stderr, flush=True
-            )
+            print(f"stdout cannot be written ({error.strerror}): continuing without it", file=sys.stderr, flush=True)
 
 
-def let_output_fail() -> None:
-    """Make this process's stdout and stderr such streams."""
+def tolerate_output_errors() -> None:
+    """Replace this process's stdout and stderr with `TolerantStream`."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if not isinstance(stream, Unfailing):
-            setattr(sys, name, Unfailing(stream))
+        if not isinstance(stream, TolerantStream):
+            setattr(sys, name, TolerantStream(stream))

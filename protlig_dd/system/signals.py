@@ -1,4 +1,4 @@
-"""Stopping in time: signals of schedulers and Ctrl-C end a run at once, but wait for the step while one is made."""
+"""Stop a run in time: signals of schedulers and Ctrl-C stop it at once, or after the training step in progress."""
 
 import contextlib
 import re
@@ -9,33 +9,33 @@ from collections.abc import Iterator
 from types import FrameType
 
 EXIT_CODES = {"SIGINT": 130, "SIGTERM": 75, "SIGHUP": 75, "SIGUSR1": 75, "SIGUSR2": 75, "max_time": 75}
-"""Exit code for each reason to stop; of several the first counts, as a launcher that is interrupted twice sends SIGTERM
-after the SIGINT. 75 (EX_TEMPFAIL of sysexits.h) means: the same command goes on with the run."""
+"""Exit code for each reason to stop. Of several reasons the first in this order counts, since a launcher that is
+interrupted twice sends SIGTERM after the SIGINT. 75 (EX_TEMPFAIL of sysexits.h): the same command resumes the run."""
 REASONS = tuple(EXIT_CODES)
 SIGNALS = {signal.Signals[reason] for reason in REASONS if reason.startswith("SIG")}
-STOPPED = "stopped.json"  # in the run folder: why the run stopped, while it waits to be gone on with
+STOPPED = "stopped.json"  # in the run folder: why the run stopped; deleted when it resumes
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def seconds_of(time_limit: str) -> float:
-    """Seconds of 90s, 30m, 11.5h or 2d.
+    """Return the seconds of a time limit such as 90s, 30m, 11.5h or 2d.
 
     Raises:
         ValueError: anything else.
     """
     number, unit = time_limit[:-1], time_limit[-1:]
     if unit not in UNITS or re.fullmatch(r"\d+(\.\d+)?", number) is None:
-        raise ValueError(f"trainer.max_time={time_limit}: give a number and its unit, 90s, 30m, 11.5h or 2d")
+        raise ValueError(f"trainer.max_time={time_limit}: give a number and its unit, such as 90s, 30m, 11.5h or 2d")
     return float(number) * UNITS[unit]
 
 
 def handled_signals() -> set[signal.Signals]:
-    """SIGNALS, without SIGHUP where it is ignored, as under nohup."""
+    """Return SIGNALS, without SIGHUP if it is ignored, as under nohup."""
     return {number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN}
 
 
 class Stopped(BaseException):
-    """The run was asked to stop, and has. No Exception, so that nothing takes it for a failure."""
+    """The run has stopped on request. It is not an Exception, so that nothing handles it as a failure."""
 
     def __init__(self, reason: str, when: str = "before training began or after it ended") -> None:
         super().__init__(f"stopped by {reason} {when}")
@@ -47,15 +47,15 @@ class Stopped(BaseException):
 
 
 class StopRequests:
-    """What this process was asked, by signals or by its time limit.
+    """Requests to stop this process, by signals or by its time limit.
 
-    Outside of `deferred()` the first signal raises Stopped where it arrives. Inside, it is only noted, and `asked()`
-    tells: there the ranks agree on the step after which all of them stop.
+    Outside `deferred()` the first signal raises Stopped where it arrives. Inside, signals are only noted and
+    `requested()` returns them; the ranks then agree on the step after which all of them stop.
 
     Args:
-        insist: whether a second Ctrl-C interrupts at once. A launcher repeats signals, so its ranks do not.
-        patience: seconds to wait for a signal of our own where something else fails in `immediate()`: another rank has
-            got its signal before, and is gone.
+        insist: whether a second Ctrl-C interrupts at once. False for a launcher's ranks, as a launcher repeats signals.
+        patience: seconds to wait for this process's own signal when something fails inside `immediate()`: another rank
+            may have received its signal earlier and exited.
     """
 
     def __init__(self, *, insist: bool = True, patience: float = 0.0) -> None:
@@ -65,7 +65,7 @@ class StopRequests:
 
     def __enter__(self) -> "StopRequests":
         self._earlier = {}
-        if threading.current_thread() is threading.main_thread():  # signals cannot be handled elsewhere
+        if threading.current_thread() is threading.main_thread():  # other threads cannot handle signals
             self._earlier = {
                 number: signal.signal(number, self._handle) for number in {*handled_signals(), signal.SIGALRM}
             }
@@ -80,31 +80,31 @@ class StopRequests:
         reason = "max_time" if number == signal.SIGALRM else signal.Signals(number).name
         if self.insist and reason == "SIGINT" and reason in self.noted:
             raise KeyboardInterrupt
-        on_its_way = bool(self.noted)
+        is_stopping = bool(self.noted)
         self.noted.add(reason)
-        if not self._deferring and not on_its_way:
+        if not self._deferring and not is_stopping:
             raise Stopped(reason)
 
-    def at(self, deadline: float | None) -> None:
-        """Have max_time come at this time.monotonic(), or at once where that is over; None for never."""
+    def set_deadline(self, deadline: float | None) -> None:
+        """Request a stop for max_time at this time.monotonic(), or at once if it has passed; None requests none."""
         if deadline is not None and self._earlier:
             signal.setitimer(signal.ITIMER_REAL, max(1e-6, deadline - time.monotonic()))
 
     def stopped(self, reason: str, when: str) -> Stopped:
-        """To be raised for what the ranks agreed on, of which this one may not have heard itself."""
+        """Return the exception for a stop that the ranks agreed on, even if this rank did not receive the request."""
         self.noted.add(reason)
         return Stopped(reason, when)
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Raises Stopped at its end for what was noted and not asked for."""
+        """Note signals inside the block instead of raising; at its end, raise Stopped if there were any."""
         with self._switched(True):
             yield
         self._raise_noted()
 
     @contextlib.contextmanager
     def immediate(self) -> Iterator[None]:
-        """Inside `deferred()`: signals raise after all, first of all those that were noted."""
+        """Inside `deferred()`, let signals raise again, beginning with one that was noted before."""
         with self._switched(False):
             self._raise_noted()
             try:
@@ -126,6 +126,6 @@ class StopRequests:
         finally:
             self._deferring = earlier
 
-    def asked(self) -> list[int]:
-        """1 or 0 for each of REASONS."""
+    def requested(self) -> list[int]:
+        """Return 1 or 0 for each of REASONS: whether this process was requested to stop for it."""
         return [int(reason in self.noted) for reason in REASONS]

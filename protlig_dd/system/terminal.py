@@ -1,4 +1,4 @@
-"""What a command prints while it works: lines, and bars of progress."""
+"""What a command prints while it works: lines and progress bars."""
 
 import sys
 
@@ -16,17 +16,17 @@ from rich.progress import (
 
 from protlig_dd.system.distributed import Processes
 
-console = Console(highlight=False, markup=False, soft_wrap=True)  # brackets in paths are no markup
+console = Console(highlight=False, markup=False, soft_wrap=True)  # brackets in paths are not markup
 
 
 def announce(message: str, processes: Processes) -> None:
-    """Print on rank 0."""
+    """Print a message on rank 0."""
     if processes.first:
         console.print(message)
 
 
 class ProgressBar:
-    """A live bar on a terminal; elsewhere one plain line each time the note changes, at most `lines` in all."""
+    """A live bar on a terminal; elsewhere a plain line after each `1 / lines` of the total."""
 
     def __init__(self, description: str, total: int, done: int = 0, *, shown: bool = True, lines: int = 10) -> None:
         self.total, self.done, self.description = total, done, description
@@ -47,7 +47,7 @@ class ProgressBar:
         return [MofNCompleteColumn()]
 
     def count(self) -> str:
-        """How far it is, as a plain line says it."""
+        """Return the progress as printed in a plain line."""
         return f"{self.done}/{self.total}"
 
     def __enter__(self) -> "ProgressBar":
@@ -71,7 +71,10 @@ class ProgressBar:
 
 
 class ByteBar(ProgressBar):
-    """Counts bytes. Where their number is not known (None), a terminal shows how many there were so far."""
+    """A progress bar of bytes.
+
+    If the total is unknown (None), a terminal shows the bytes so far, and plain lines come once a GiB.
+    """
 
     def __init__(self, description: str, total: int | None) -> None:
         super().__init__(description, total or sys.maxsize)

@@ -1,10 +1,10 @@
 """Check every function of the package against its jaxtyping annotations, from the moment it is imported.
 
-jaxtyping's import hook rewrites a module before it is compiled. It stores the bytecode under a name of its own only
+jaxtyping's import hook rewrites a module before it is compiled. It stores the bytecode under a separate name only
 while the module is executed. `python -m` reads the bytecode first, through the loader's `get_code`, so the instrumented
-bytecode of every command line ended up under the ordinary name, and a later run without the hook loaded it
-(patrick-kidger/jaxtyping#329). The loader below stores it apart in both cases, and only that of this package: with the
-hook alone, every package that a module imports is compiled again too.
+bytecode of every command ended up under the ordinary name, and a later run without the hook loaded it
+(patrick-kidger/jaxtyping#329). The loader below stores it under a separate name in both cases, for this package only:
+with the hook alone, every package that a module imports is also compiled again.
 """
 
 import sys
@@ -18,12 +18,12 @@ from typing import Any
 import jaxtyping
 from beartype.roar import BeartypeDecorHintPep585DeprecationWarning
 
-ORDINARY, APART = ".pyc", f".shapes-{jaxtyping.__version__}.pyc"
+ORDINARY_SUFFIX, INSTRUMENTED_SUFFIX = ".pyc", f".shapes-{jaxtyping.__version__}.pyc"
 
 
 def install(package: str) -> None:
-    """Instrument the modules of `package` that are imported from now on; for its own `__init__`."""
-    warnings.filterwarnings("ignore", category=BeartypeDecorHintPep585DeprecationWarning)  # omegaconf's own hints
+    """Instrument the modules of `package` that are imported from now on. Call it in the package's `__init__`."""
+    warnings.filterwarnings("ignore", category=BeartypeDecorHintPep585DeprecationWarning)  # from omegaconf's hints
     finder = jaxtyping.install_import_hook(package, "beartype.beartype").hook
     sys.meta_path[sys.meta_path.index(finder)] = CheckedFinder(finder)
 
@@ -44,19 +44,19 @@ class CheckedFinder(MetaPathFinder):
 
 
 class CheckedLoader(SourceFileLoader):
-    """Compiles as `instrumenting` does, and keeps what it compiled in `__pycache__/<name>.shapes-<version>.pyc`."""
+    """Compile like `instrumenting`, and keep the bytecode in `__pycache__/<name>.shapes-<version>.pyc`."""
 
     def __init__(self, instrumenting: SourceFileLoader) -> None:
         super().__init__(instrumenting.name, instrumenting.path)
         self.source_to_code = instrumenting.source_to_code  # type: ignore[method-assign]
 
     def get_data(self, path: str) -> bytes:
-        return super().get_data(cached(path))
+        return super().get_data(bytecode_path(path))
 
     def set_data(self, path: str, data: Any, *, _mode: int = 0o666) -> None:
-        super().set_data(cached(path), data, _mode=_mode)  # type: ignore[call-arg]
+        super().set_data(bytecode_path(path), data, _mode=_mode)  # type: ignore[call-arg]
 
 
-def cached(path: str) -> str:
-    """Where the instrumented bytecode lies that Python looks for at `path`; any other path as it is."""
-    return path.removesuffix(ORDINARY) + APART if path.endswith(ORDINARY) else path
+def bytecode_path(path: str) -> str:
+    """Return the path of the instrumented bytecode for the .pyc file `path`; other paths are unchanged."""
+    return path.removesuffix(ORDINARY_SUFFIX) + INSTRUMENTED_SUFFIX if path.endswith(ORDINARY_SUFFIX) else path

@@ -15,7 +15,7 @@ from protlig_dd.training.build import run
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     run_verb(run, "train", TrainConfig)
 
 

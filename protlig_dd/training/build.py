@@ -1,4 +1,4 @@
-"""One run, from its config to its report."""
+"""A run from its config to its report."""
 
 import contextlib
 import math
@@ -11,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from protlig_dd.batch import StaticShape, spare_sequences
+from protlig_dd.batch import StaticShape, sequence_slots
 from protlig_dd.config.read import read_config
 from protlig_dd.config.train import TrainConfig
 from protlig_dd.data.loader import PackDataset
@@ -28,7 +28,7 @@ from protlig_dd.training.hooks import Hooks
 from protlig_dd.training.launch import Deadline, launch, opened_run, print_cost
 from protlig_dd.training.loop import fit
 from protlig_dd.training.objective import objective_of
-from protlig_dd.training.optim.schedule import warmup_of
+from protlig_dd.training.optim.schedule import resolve_warmup_steps
 from protlig_dd.training.packs import make_packs
 from protlig_dd.training.report import report_run
 from protlig_dd.training.resolve import resolve
@@ -38,12 +38,12 @@ SLOW_ON_CPU = 10_000_000  # parameters
 
 
 def run(cfg: DictConfig) -> None:
-    """Train as the config says, or print what that will cost.
+    """Train as the config says, or print what that will cost (plan=true).
 
     Raises:
-        ValueError: whatever is wrong with the config, the machine or the data, before any training; and what ends a
-            run, such as a loss that stopped being a number.
-        RanksFailedError: what a process that was started from here met.
+        ValueError: before training, an error in the config, the machine or the data; during training, an error that
+            ends the run, such as a non-finite loss.
+        RanksFailedError: a process that this function started failed.
         Stopped: by a signal or trainer.max_time.
     """
     config = read_config(cfg, TrainConfig)
@@ -56,7 +56,7 @@ def run(cfg: DictConfig) -> None:
 
 
 def run_path(config: TrainConfig) -> Path:
-    """runs/<run.name>, or the job's own folder in a sweep. No timestamps: the same command finds its run again."""
+    """Return runs/<run.name>, or the job's folder in a sweep. It has no timestamp: the same command finds its run."""
     hydra_config = HydraConfig.get()
     if hydra_config.mode == RunMode.MULTIRUN:
         return Path(hydra_config.runtime.output_dir)
@@ -71,16 +71,16 @@ def train_rank(config: TrainConfig, path: Path, deadline: Deadline) -> None:
 
 
 def train(config: TrainConfig, store: StoreGroup, context: RunContext) -> None:
-    """Train on `store` from where the context says, and report once the last step is reached."""
+    """Train on `store` from the context's starting point, and write the report after the last step."""
     packs = make_packs(config, store, context.start)
-    with busy("looks for copies of the held-out proteins in what trains the model"):
+    with busy("searches the training data for copies of the held-out proteins"):
         first = context.processes.first
         leaks = find_held_out_leaks(config, store, context.folder, packs.held_out) if first else {}
     model = make_model(config, context.device, context.attention_backend)
     prepare_kernels(model, packs.training, config, context)
     trainer = Trainer(model, objective_of(config, context.autocast), packs.training, config, context)
-    steps = steps_to_make(trainer, context)
-    describe(trainer, steps, store, context)
+    steps = load_start(trainer, context)
+    print_summary(trainer, steps, store, context)
     bound = partial(
         held_out_bound,
         trainer.eval_score_fn,
@@ -96,18 +96,19 @@ def train(config: TrainConfig, store: StoreGroup, context: RunContext) -> None:
 
     unfinished = bool(steps) or trainer.evaluation_due
     hooks = Hooks(trainer, validate, kept_in_checkpoints(trainer, store) if unfinished else {}, context)
-    with hooks.closed_at_end():
-        with hooks.written_at_end():
+    with hooks.closing_log():
+        with hooks.finishing_checkpoints():
             if unfinished:
                 fit(trainer, steps, hooks, context)
         if steps.stop == trainer.max_steps:
-            context.stop.at(context.deadline)
+            context.stop.set_deadline(context.deadline)
             with trainer.averaged(), context.stop.immediate():
                 held = bound(packs.reported, draws=config.report.draws, description=f"{config.report.split} set")
                 report_run(trainer, packs, store, held, leaks, hooks.metrics, context)
             return
         announce(
-            f"stopped at step {steps.stop} of {trainer.max_steps}; without trainer.stop_at_step it goes on",
+            f"stopped at step {steps.stop} of {trainer.max_steps}; run the same command without trainer.stop_at_step "
+            "to continue",
             context.processes,
         )
         if context.processes.first:
@@ -115,7 +116,7 @@ def train(config: TrainConfig, store: StoreGroup, context: RunContext) -> None:
 
 
 def kept_in_checkpoints(trainer: Trainer, store: StoreGroup) -> dict[str, Any]:
-    """What state.json holds beside the trainer's own state."""
+    """Return what state.json contains beside the trainer's own state."""
     counts, cropped = length_counts(store, trainer.config.data.max_len)
     return {
         "data_fingerprint": store.fingerprint,
@@ -127,7 +128,7 @@ def kept_in_checkpoints(trainer: Trainer, store: StoreGroup) -> dict[str, Any]:
 
 
 def prepare_kernels(model: DiT, packs: PackDataset, config: TrainConfig, context: RunContext) -> None:
-    """Compile the network for training and record it as CUDA graphs, where the context says so."""
+    """If the context says so, compile the network for training, and on a GPU capture it as CUDA graphs."""
     if not context.compiled:
         return
     on_gpu = context.device.type == "cuda"
@@ -135,54 +136,54 @@ def prepare_kernels(model: DiT, packs: PackDataset, config: TrainConfig, context
     if not on_gpu:
         return
     tokens = config.data.tokens_per_pack
-    model.pad_packs(StaticShape(tokens, spare_sequences(tokens, packs.mean_tokens), config.data.max_len + 2))
-    # neither recomputation, which sets the random state, nor sdpa's loop over sequences can be replayed
+    model.pad_packs(StaticShape(tokens, sequence_slots(tokens, packs.mean_tokens), config.data.max_len + 2))
+    # CUDA graphs can replay neither recomputation, which sets the random state, nor sdpa's loop over sequences
     if not config.model.checkpointing and context.attention_backend != "sdpa":
         model.capture(context.autocast)
 
 
-def steps_to_make(trainer: Trainer, context: RunContext) -> range:
-    """Load what the run starts from; the steps that this start makes, counted from 0.
+def load_start(trainer: Trainer, context: RunContext) -> range:
+    """Load the run's starting point, and return the steps to make from there (counted from 0).
 
     Raises:
-        ValueError: a checkpoint beyond the run's last step.
+        ValueError: the checkpoint is beyond the run's last step.
     """
     start, control, first = context.start, trainer.config.trainer, 0
     if start.checkpoint is not None:
         trainer.load(start.checkpoint, start.state)
-        # a checkpoint of another run is that run's to evaluate
+        # a checkpoint of another run is evaluated by that run
         trainer.evaluation_due &= control.eval_every > 0 and start.checkpoint.is_relative_to(context.folder)
         first = start.state["step"]
         if first > trainer.max_steps:
             raise ValueError(f"{start.checkpoint} is beyond trainer.max_steps={trainer.max_steps}")
-        announce(f"going on from {start.checkpoint}", context.processes)
+        announce(f"resuming from {start.checkpoint}", context.processes)
     elif start.weights is not None:
         trainer.start_from(start.weights)
         trainer.evaluation_due = control.eval_every > 0
     return range(first, max(first, min(trainer.max_steps, control.stop_at_step or trainer.max_steps)))
 
 
-def describe(trainer: Trainer, steps: range, store: StoreGroup, context: RunContext) -> None:
-    """Print what is trained on what, where and for how long."""
+def print_summary(trainer: Trainer, steps: range, store: StoreGroup, context: RunContext) -> None:
+    """Print the model, the data, the device and the number of steps."""
     say = partial(announce, processes=context.processes)
     config, dataset, model, device = trainer.config, trainer.dataset, trainer.model, context.device
     optim, max_steps, processes = config.optim, trainer.max_steps, context.processes
-    warmup_steps = warmup_of(optim.warmup_steps, max_steps)
+    warmup_steps = resolve_warmup_steps(optim.warmup_steps, max_steps)
     if warmup_steps != optim.warmup_steps:
         say(
-            f"optim.warmup_steps={optim.warmup_steps} is not below the run's {max_steps} steps: it warms up for "
-            f"{warmup_steps}"
+            f"optim.warmup_steps={optim.warmup_steps} is not below the run's {max_steps} steps: warming up "
+            f"for {warmup_steps} steps instead"
         )
     if steps:
         epoch = steps.start * optim.packs_per_step // dataset.packs_per_epoch
         with console.status(f"planning epoch {epoch}") if processes.first else contextlib.nullcontext():
             rows, left_over = len(dataset.plan(epoch).rows), dataset.tail(epoch)
         say(
-            f"epoch {epoch}: {rows:,} sequences in {dataset.packs_per_epoch:,} packs, {left_over:,} of them left over; "
-            f"{store.name}"
+            f"epoch {epoch} of {store.name}: {rows:,} sequences; {dataset.packs_per_epoch:,} packs contain all but "
+            f"{left_over:,} of them"
         )
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    kernels = ", compiled (the first steps wait for it)" if context.compiled else ""
+    kernels = ", compiled (the first steps take longer)" if context.compiled else ""
     kernels += ", CUDA graphs" if model.graphed else ""
     say(
         f"{context.folder}: {parameters / 1e6:.1f} M parameters on {device} in {context.precision}, attention "
@@ -194,9 +195,9 @@ def describe(trainer: Trainer, steps: range, store: StoreGroup, context: RunCont
     name = " ".join(str(config.graph[key]) for key in ("name", "matrix") if key in config.graph)
     say(
         f"graph {name}, lambda_2 = {graph.lambda_2:.3f}; noise up to sigma = {sigma_max:.2f}, "
-        f"which leaves {math.exp(sigma_max * graph.lambda_2):.1e} of the data"
+        f"where the slowest mode has decayed to {math.exp(sigma_max * graph.lambda_2):.1e}"
     )
     if device.type == "cuda" and processes.world_size == 1 and torch.cuda.device_count() > 1:
-        say(f"one of {torch.cuda.device_count()} GPUs is used; trainer.devices=auto uses all")
+        say(f"using one of {torch.cuda.device_count()} GPUs; trainer.devices=auto uses all of them")
     if device.type == "cpu" and parameters > SLOW_ON_CPU:
-        say("this model is slow on a CPU: experiment=demo and model=tiny are sized for one")
+        say("this model is slow on a CPU; experiment=demo and model=tiny are sized for a CPU")

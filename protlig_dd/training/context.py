@@ -1,4 +1,4 @@
-"""What a start of a run has found out: devices, folder, where it begins."""
+"""What a launch of a run resolves: devices, run folder, starting point."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,7 @@ from protlig_dd.system.signals import StopRequests
 
 @dataclass(frozen=True)
 class Resolved:
-    """What this start made of the config's `auto` values; printed, and kept in environment.json."""
+    """What the `auto` values of the config mean in this launch; printed, and recorded in environment.json."""
 
     device: str
     precision: str
@@ -26,33 +26,33 @@ class Resolved:
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins: a checkpoint, another model's weights, or neither."""
+    """Where a run starts: from a checkpoint, from another model's weights, or from neither."""
 
     checkpoint: Path | None = None
     state: dict[str, Any] = field(default_factory=dict)
     """state.json of that checkpoint."""
     weights: Path | None = None
-    """Of `from=`, where there is no checkpoint yet."""
+    """The weights of `from=`, if there is no checkpoint yet."""
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run folder that was opened."""
+    """An opened run folder."""
 
     path: Path
     config: TrainConfig
-    """As the folder has it."""
+    """As written to config.yaml."""
     attempt: int
     start: Start
     seconds_left: float | None
-    """Until the run stops: a duration, as hosts' clocks differ. A restart after a lost process does not renew it."""
+    """Seconds until the run stops; hosts' clocks differ. A restart after a lost process does not renew this time."""
     finished: int | None
-    """The last step of a run that has made its report and is not to go on."""
+    """The last step of a run that has finished and is not extended; else None."""
 
 
 @dataclass(frozen=True)
 class RunContext:
-    """Where and how this start of a run computes."""
+    """Where and how this launch of a run computes."""
 
     folder: Path
     attempt: int
@@ -65,9 +65,9 @@ class RunContext:
     processes: Processes
     stop: StopRequests
     deadline: float | None
-    """time.monotonic() at which to stop, after one step at least."""
+    """time.monotonic() at which to stop, after at least one step."""
 
     @property
     def autocast(self) -> torch.dtype | None:
-        """What the network computes in; None for the type of its weights."""
+        """The dtype in which the network computes; None for the dtype of its weights."""
         return torch.bfloat16 if self.precision == "bf16" else None

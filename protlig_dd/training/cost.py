@@ -1,4 +1,4 @@
-"""What a config will cost, before it is run: `python -m protlig_dd.training plan=true`."""
+"""Estimate what a config will cost, before it runs: `python -m protlig_dd.training plan=true`."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -18,37 +18,38 @@ from protlig_dd.system.terminal import console
 from protlig_dd.training.optim.make import make_optimizer
 from protlig_dd.training.optim.schedule import count_steps
 
-MFU = 0.4  # assumed where nothing was measured: of what matrix products reach
+MFU = 0.4  # assumed fraction of the FLOP/s that matrix products reach
 H100_FLOPS = 989e12  # dense bf16
-TOKENS = 128  # of the smaller pack whose activations are counted
+TOKENS = 128  # size of the smaller pack whose activations are counted
 
 
 def activation_bytes(config: TrainConfig, precision: str) -> float:
-    """The most bytes of activations at one time, for each token of a pack, in eager mode (compiled blocks keep less).
+    """Return the peak bytes of activations per token of a pack, in eager mode (compiled blocks keep less).
 
-    Counts the tensors that the forward pass keeps for the backward pass, in networks of one block and of two; every
-    further block keeps what the second does. With checkpointing, the backward pass computes one block's again.
+    Counts the tensors that the forward pass keeps for the backward pass, in networks of one block and of two. Every
+    further block keeps as much as the second. With checkpointing, add those of one block, which the backward pass
+    recomputes.
     """
 
-    def for_a_token(blocks: int, checkpointing: bool) -> float:
-        # what a larger pack keeps more: bf16 copies of the weights are kept too, once
+    def bytes_per_token(blocks: int, checkpointing: bool) -> float:
+        # the difference leaves out the bf16 copies of the weights, which do not grow with the pack
         small, large = (kept_bytes(config, precision, blocks, checkpointing, n) for n in (TOKENS, 2 * TOKENS))
         return (large - small) / TOKENS
 
-    one, two = (for_a_token(blocks, config.model.checkpointing) for blocks in (1, 2))
-    total = one + (config.model.n_blocks - 1) * (two - one)
+    one_block, two_blocks = (bytes_per_token(blocks, config.model.checkpointing) for blocks in (1, 2))
+    total = one_block + (config.model.n_blocks - 1) * (two_blocks - one_block)
     if config.model.checkpointing:
-        total += for_a_token(2, False) - for_a_token(1, False)
+        total += bytes_per_token(2, False) - bytes_per_token(1, False)
     return total
 
 
 def kept_bytes(config: TrainConfig, precision: str, blocks: int, checkpointing: bool, tokens: int) -> int:
-    """Bytes that a network of so many blocks keeps for its backward pass over a sequence, float32 weights left out.
+    """Return the bytes that a network with this number of blocks keeps for its backward pass over one sequence.
 
-    Its tensors are fake: they have shapes and types, and take neither memory nor arithmetic.
+    Float32 weights are not counted. The tensors are fake: they have shapes and types, but no memory or arithmetic.
     """
     batch = PackedBatch.pack([torch.zeros(tokens, dtype=torch.int64)])
-    part = replace(config.model, n_blocks=blocks, checkpointing=checkpointing)
+    model_config = replace(config.model, n_blocks=blocks, checkpointing=checkpointing)
     kept: dict[int, int] = {}
 
     def keep(x: torch.Tensor) -> torch.Tensor:
@@ -56,7 +57,7 @@ def kept_bytes(config: TrainConfig, precision: str, blocks: int, checkpointing: 
         return x
 
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = build_model(part, "sdpa", config.time_conditioning).train()
+        model = build_model(model_config, "sdpa", config.time_conditioning).train()
         weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
         autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16")
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), autocast:
@@ -64,15 +65,17 @@ def kept_bytes(config: TrainConfig, precision: str, blocks: int, checkpointing: 
     return sum(size for storage, size in kept.items() if storage not in weights)
 
 
-def with_data(config: TrainConfig) -> TrainConfig:
-    """The config. Where its data do not exist yet, `auto` takes their place, and a message says so: a plan reads only
-    lengths. A run with trainer.epochs needs its own data, which tell how many steps it has.
+def with_available_data(config: TrainConfig) -> TrainConfig:
+    """Return the config, with `data.path=auto` and a printed message if its data do not exist yet.
+
+    A plan reads only the proteins' lengths. With trainer.epochs the config is unchanged, because the number of steps
+    depends on the data.
     """
     paths = config.data.path if isinstance(config.data.path, list) else [config.data.path]
     missing = next((path for path in paths if path != "auto" and not Path(path).exists()), None)
     if missing is None or config.trainer.max_steps is None:
         return config
-    console.print(f"{missing} does not exist: the proteins' lengths, and the epochs, are those of other data")
+    console.print(f"{missing} does not exist: the plan's protein lengths and epochs are those of other data")
     return replace(config, data=replace(config.data, path="auto", weights=None))
 
 
@@ -84,7 +87,7 @@ def plan(
     processes: int,
     peak: float | None = None,
 ) -> dict[str, Any]:
-    """Parameters, FLOPs, memory and time of a run, as numbers.
+    """Return parameters, FLOPs, memory and time of a run, as numbers.
 
     Args:
         peak: FLOP/s of the device's matrix products; measured if None.
@@ -98,9 +101,9 @@ def plan(
         model = build_model(config.model, "sdpa", config.time_conditioning)
         optimizer = make_optimizer(model, replace(optim, weight_decay=0.0), "fp32")
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    by_muon = sum(p.numel() for p in optimizer.param_groups[0]["params"]) if optim.name == "muon" else 0
-    some = np.sort(np.random.default_rng(0).choice(train, min(100_000, len(train)), replace=False))
-    tokens = np.minimum(store.lengths[some], data.max_len).astype(np.int64) + 2
+    muon_parameters = sum(p.numel() for p in optimizer.param_groups[0]["params"]) if optim.name == "muon" else 0
+    rows = np.sort(np.random.default_rng(0).choice(train, min(100_000, len(train)), replace=False))
+    tokens = np.minimum(store.lengths[rows], data.max_len).astype(np.int64) + 2
     flops = 3 * model.flops(tokens.tolist()) / int(tokens.sum())
     per_token = activation_bytes(config, precision)
     step_tokens, steps = optim.packs_per_step * data.tokens_per_pack, count_steps(config, dataset)
@@ -112,9 +115,9 @@ def plan(
         "step_tokens": step_tokens,
         "steps": steps,
         "epochs": steps * optim.packs_per_step / dataset.packs_per_epoch,
-        # weights, gradients and averages, and of AdamW two numbers for each weight, of Muon one, in float32; in bf16
-        # a copy of the weights of products is kept for the backward pass
-        "state_bytes": 4 * (5 * parameters - by_muon)
+        # in float32: weights, gradients, averages, and the optimizer's state, which is two numbers for each weight of
+        # AdamW and one of Muon; with bf16 also a copy of the weights of matrix products, kept for the backward pass
+        "state_bytes": 4 * (5 * parameters - muon_parameters)
         + (2 * (model.weights_per_token + model.weights_per_sequence) if precision == "bf16" else 0),
         "activation_bytes_per_token": per_token,
         "pack_bytes": per_token * data.tokens_per_pack,
@@ -123,40 +126,40 @@ def plan(
     }
 
 
-def figure(x: float) -> str:
-    """Three digits of it."""
+def three_digits(x: float) -> str:
+    """Format with three significant digits, or as a whole number if it is at least 100."""
     return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
 def print_plan(config: TrainConfig, store: StoreGroup, device: torch.device, precision: str, processes: int) -> None:
-    """The plan as a table, for people."""
-    found = plan(config, store, device, precision, processes)
-    tokens = found["steps"] * found["step_tokens"]
-    per_token, kept, hours = found["flops_per_token"], found["activation_bytes_per_token"], found["seconds"] / 3600
-    gib = {key: found[f"{key}_bytes"] / 2**30 for key in ("state", "pack")}
+    """Print the plan as a table."""
+    costs = plan(config, store, device, precision, processes)
+    tokens = costs["steps"] * costs["step_tokens"]
+    per_token, kept, hours = costs["flops_per_token"], costs["activation_bytes_per_token"], costs["seconds"] / 3600
+    gib = {key: costs[f"{key}_bytes"] / 2**30 for key in ("state", "pack")}
     recomputed = ", recomputed in the backward pass" if config.model.checkpointing else ""
     rows = {
-        "parameters": [f"{found['parameters'] / 1e6:,.1f} M"],
-        "data": [store.name, f"{int(store.token_counts[0].sum()):,} tokens to train on"],
+        "parameters": [f"{costs['parameters'] / 1e6:,.1f} M"],
+        "data": [store.name, f"{int(store.token_counts[0].sum()):,} training tokens"],
         "step": [
-            f"{config.optim.packs_per_step} packs x {config.data.tokens_per_pack:,} = {found['step_tokens']:,} tokens",
-            f"{per_token * found['step_tokens'] / 1e12:,.2f} TFLOP",
+            f"{config.optim.packs_per_step} packs x {config.data.tokens_per_pack:,} = {costs['step_tokens']:,} tokens",
+            f"{per_token * costs['step_tokens'] / 1e12:,.2f} TFLOP",
         ],
-        "run": [f"{found['steps']:,} steps = {tokens / 1e9:,.3f} G tokens = {found['epochs']:,.2f} epochs"],
-        "FLOPs": [f"{per_token / 1e9:,.3f} GFLOP a token", f"{per_token * tokens:.2e} in all"],
+        "run": [f"{costs['steps']:,} steps = {tokens / 1e9:,.3f} G tokens = {costs['epochs']:,.2f} epochs"],
+        "FLOPs": [f"{per_token / 1e9:,.3f} GFLOP a token", f"{per_token * tokens:.2e} in total"],
         "memory": [
             f"{sum(gib.values()):,.2f} GiB a process",
-            f"{gib['state']:,.2f} of it weights, gradients, averages and optimizer",
-            f"{gib['pack']:,.2f} activations, {kept / 1024:,.0f} KiB a token{recomputed}",
+            f"{gib['state']:,.2f} for weights, gradients, averages and optimizer",
+            f"{gib['pack']:,.2f} for activations, {kept / 1024:,.0f} KiB a token{recomputed}",
         ],
         "time": [
-            f"{figure(hours)} hours = {figure(hours / 24)} days on {processes} x {device}",
-            f"matrix products reach {found['peak_flops'] / 1e12:,.2f} TFLOP/s in {precision}",
-            f"{MFU:.0%} of that is assumed",
+            f"{three_digits(hours)} hours = {three_digits(hours / 24)} days on {processes} x {device}",
+            f"matrix products reach {costs['peak_flops'] / 1e12:,.2f} TFLOP/s in {precision}",
+            f"assuming {MFU:.0%} of that",
         ],
         "on an H100": [
-            f"{figure(per_token * tokens / (MFU * H100_FLOPS) / 86400)} days",
-            f"{H100_FLOPS / 1e12:.0f} TFLOP/s by its data sheet, of which {MFU:.0%} is assumed",
+            f"{three_digits(per_token * tokens / (MFU * H100_FLOPS) / 86400)} days",
+            f"assuming {MFU:.0%} of the {H100_FLOPS / 1e12:.0f} TFLOP/s in its data sheet",
         ],
     }
     console.print("\n".join(f"{name:<11} {'; '.join(parts)}" for name, parts in rows.items()))

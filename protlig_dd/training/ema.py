@@ -6,18 +6,19 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-HORIZON = 0.05  # of `ema_decay=auto`: the steps that the average reaches back, as a share of the run
+HORIZON = 0.05  # fraction of the run that the average covers with ema_decay=auto
 
 
-def decay_of(wanted: float | str, max_steps: int) -> float:
-    """The decay that is wanted; `auto` is one whose average reaches back over HORIZON of a run of max_steps."""
-    return 1 - 1 / max(1.0, HORIZON * max_steps) if wanted == "auto" else float(wanted)
+def resolve_decay(configured: float | str, max_steps: int) -> float:
+    """Return the configured decay; `auto` averages over HORIZON * max_steps steps."""
+    return 1 - 1 / max(1.0, HORIZON * max_steps) if configured == "auto" else float(configured)
 
 
 class EMA:
     """weights <- decay * weights + (1 - decay) * parameters, after every step.
 
-    The decay warms up as min(decay, (1 + step) / (10 + step)), so that a short run is not an average of its start.
+    The decay warms up as min(decay, (1 + step) / (10 + step)), so that the average of a short run is not
+    dominated by its first weights.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -26,14 +27,14 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Average in the parameters after step `step` (counted from 1)."""
+        """Add the parameters after step `step` (counted from 1) to the average."""
         decay = min(self.decay, (1 + step) / (10 + step))
         parameters = dict(model.named_parameters())
         torch._foreach_lerp_(list(self.weights.values()), [parameters[name] for name in self.weights], 1 - decay)
 
     @contextmanager
     def swapped_in(self, model: nn.Module) -> Iterator[None]:
-        """The model computes with the averaged weights inside; no copies are made."""
+        """Let the model compute with the averaged weights inside, without copying them."""
         self._swap(model)
         try:
             yield

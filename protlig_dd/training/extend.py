@@ -1,49 +1,48 @@
-"""A run that has come to its end, and is to go on."""
+"""Extend a run that has reached the end of its learning-rate schedule."""
 
 import shutil
 from pathlib import Path
 from typing import Any
 
-from protlig_dd.config.read import flatten, spelt
+from protlig_dd.config.read import as_dict, flatten
 from protlig_dd.config.train import TrainConfig, recorded_config
 from protlig_dd.evaluation.report.run import PAGE
 from protlig_dd.runs.checkpoint import complete_checkpoints, step_of
-from protlig_dd.system.files import free_name, replacing
+from protlig_dd.system.files import creating, free_name
 from protlig_dd.system.tables import read_json
 
 
-def finished_at(path: Path) -> int | None:
-    """The last step of a run that has made its report; None of one that has not, or has gone on since."""
+def finished_step(path: Path) -> int | None:
+    """Return the last step of a run that has written its report; None if it has not, or has trained further since."""
     step, checkpoints = read_json(path / "report.json").get("step"), complete_checkpoints(path)
-    if not checkpoints or step != step_of(checkpoints[-1]) or not at_its_end(path, checkpoints[-1]):
+    if not checkpoints or step != step_of(checkpoints[-1]) or not schedule_finished(path, checkpoints[-1]):
         return None
-    # an earlier version may have been told to go on, and been killed before it had a checkpoint
-    ends = [ends_of(recorded_config(folder)) for folder in (path, checkpoints[-1])]
-    return step if ends[0] == ends[1] else None
+    # an earlier version may have extended the run and been killed before the next checkpoint
+    lengths = [configured_length(recorded_config(folder)) for folder in (path, checkpoints[-1])]
+    return step if lengths[0] == lengths[1] else None
 
 
-def at_its_end(path: Path, checkpoint: Path) -> bool:
-    """Whether the learning rate of the run has come to the end of its schedule at this checkpoint."""
+def schedule_finished(path: Path, checkpoint: Path) -> bool:
+    """Whether the learning-rate schedule of the run ends at this checkpoint."""
     step, config = step_of(checkpoint), recorded_config(checkpoint)
-    most = read_json(checkpoint / "state.json").get("max_steps", config["trainer"]["max_steps"])
-    if most is None:  # an earlier version's, of trainer.epochs: the report tells
+    max_steps = read_json(checkpoint / "state.json").get("max_steps", config["trainer"]["max_steps"])
+    if max_steps is None:  # written by an earlier version with trainer.epochs
         return bool(read_json(path / "report.json").get("step") == step)
-    return bool(step >= most)
+    return bool(step >= max_steps)
 
 
-def ends_of(config: dict[str, Any]) -> dict[str, Any]:
-    """trainer.max_steps and trainer.epochs of a config."""
+def configured_length(config: dict[str, Any]) -> dict[str, Any]:
+    """Return trainer.max_steps and trainer.epochs of a config."""
     return {f"trainer.{key}": config["trainer"].get(key) for key in ("max_steps", "epochs")}
 
 
 def check_extension(path: Path, config: TrainConfig) -> None:
-    """Compare the steps that a run has been told to make with those that it is to make now.
+    """Check that the config does not extend a run whose learning-rate schedule has ended, unless run.resume=extend.
 
     Raises:
-        ValueError: more, after it has come to the end of its schedule: the learning rate would jump from there to the
-            middle of a longer one.
+        ValueError: it does. The learning rate would jump from the end of the schedule to the middle of a longer one.
     """
-    before, now = ends_of(recorded_config(path)), ends_of(spelt(config))
+    before, now = configured_length(recorded_config(path)), configured_length(as_dict(config))
     longer = [
         key
         for key in now
@@ -51,33 +50,36 @@ def check_extension(path: Path, config: TrainConfig) -> None:
     ]
     level = config.optim.min_lr_ratio == 1 or (config.optim.schedule == "wsd" and config.optim.decay_share == 0)
     checkpoints = complete_checkpoints(path)
-    if longer and checkpoints and at_its_end(path, checkpoints[-1]) and not level and config.run.resume != "extend":
-        told = " and ".join(f"{key} was {before[key]}, now {now[key]}" for key in longer)
+    finished = bool(checkpoints) and schedule_finished(path, checkpoints[-1])
+    if longer and finished and not level and config.run.resume != "extend":
+        changes = " and ".join(f"{key} was {before[key]}, now {now[key]}" for key in longer)
         raise ValueError(
-            f"{path} has come to its end, step {step_of(checkpoints[-1])} ({told}): its learning rate is down to "
-            f"{config.optim.min_lr_ratio:g} of optim.lr={config.optim.lr:g}, and a longer schedule would raise it "
-            f"again. run.resume=extend does that; another run.name with from={path} fine-tunes its weights"
+            f"{path} has finished its schedule at step {step_of(checkpoints[-1])} ({changes}): its learning rate is "
+            f"down to {config.optim.min_lr_ratio:g} of optim.lr={config.optim.lr:g}, and a longer schedule would raise "
+            f"it again; set run.resume=extend to allow that, or another run.name and from={path} to fine-tune its "
+            "weights"
         )
 
 
-def reports_otherwise(path: Path, config: TrainConfig) -> bool:
-    """Whether the config asks a run that has finished for another number of steps, or for another report."""
-    before, now = (flatten(one) for one in (recorded_config(path), spelt(config)))
-    ends = ("trainer.max_steps", "trainer.epochs", "report.")
-    return any(before.get(key) != now[key] for key in now if key.startswith(ends))
+def changes_length_or_report(path: Path, config: TrainConfig) -> bool:
+    """Whether the config sets another number of steps, or another report, than the finished run has."""
+    before, now = (flatten(values) for values in (recorded_config(path), as_dict(config)))
+    prefixes = ("trainer.max_steps", "trainer.epochs", "report.")
+    return any(before.get(key) != now[key] for key in now if key.startswith(prefixes))
 
 
 def put_report_aside(path: Path, step: int) -> Path:
-    """Copy a finished run's report to a folder of its own and take it out of the run, which will make another. Killed
-    on the way, it is in one place at least as a whole.
+    """Move a finished run's report to reports/step_N, which this returns: the run will write another report.
+
+    The files are copied before they are deleted, so that one of the two places has the whole report after a kill.
     """
     folder = path / "reports" / f"step_{step:08d}"
     folder = free_name(folder) if folder.exists() else folder
     files = [file for name in ("report.json", "report.csv", PAGE) if (file := path / name).is_file()]
-    with replacing(folder) as temporary:
+    with creating(folder) as temporary:
         temporary.mkdir()
         for file in files:
             shutil.copy2(file, temporary)
-    for file in files:  # report.json first: without it the run is no finished one
+    for file in files:  # report.json first: without it the run does not count as finished
         file.unlink()
     return folder

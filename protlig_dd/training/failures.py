@@ -1,4 +1,4 @@
-"""What ends a run early, named by step, rank and sequences."""
+"""Errors that end a run early, with the step, rank and sequences."""
 
 import contextlib
 import math
@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from protlig_dd.data.loader import PackDataset
-from protlig_dd.system.distributed import gather_objects, host_name, losses_named
+from protlig_dd.system.distributed import gather_objects, host_name, lost_ranks_named
 from protlig_dd.training.trainer import Trainer
 
 
 class NonFiniteLossError(ValueError):
-    """The loss or the gradient stopped being a number; the weights were frozen before that step."""
+    """The loss or the gradient is not finite; the weights were frozen before that step."""
 
 
 class LossSpikeError(ValueError):
@@ -19,25 +19,24 @@ class LossSpikeError(ValueError):
 
 
 class LoaderDiedError(ValueError):
-    """A process that loads packs is gone: killed for memory, say."""
+    """A process that loads packs died, for example killed for lack of memory."""
 
 
-def hosts_stopped(told: bool) -> str:
-    """Which hosts were told to stop, where others were not."""
-    ranks = gather_objects((host_name(), told))
-    every, some = {host for host, _ in ranks}, {host for host, told in ranks if told}
-    if not some or some == every:
+def describe_stopped_hosts(signalled: bool) -> str:
+    """Return a note that names the hosts whose ranks were signalled to stop, or "" if all hosts or none were."""
+    ranks = gather_objects((host_name(), signalled))
+    hosts, stopped = {host for host, _ in ranks}, {host for host, signalled in ranks if signalled}
+    if not stopped or stopped == hosts:
         return ""
-    told_ones = ", ".join(sorted(some))
-    return (
-        f"; only {told_ones} was told: torchrun there was stopped, or lost the other hosts, whose own may wait five "
-        "minutes for it"
+    return (  # scripts/slurm and scripts/pbs search stopped.json for "only .* was told"
+        f"; only {', '.join(sorted(stopped))} was told to stop: its torchrun was stopped, or lost the other hosts, "
+        "whose torchrun may wait five minutes for it"
     )
 
 
 @contextlib.contextmanager
-def named_losses(trainer: Trainer) -> Iterator[None]:
-    """Turn what torch says of a lost loader process or rank into one line that names step, rank and sequences."""
+def explain_lost_processes(trainer: Trainer) -> Iterator[None]:
+    """Turn torch's errors about a lost loader process or rank into one line that names step, rank and sequences."""
     try:
         yield
     except RuntimeError as error:
@@ -48,10 +47,10 @@ def named_losses(trainer: Trainer) -> Iterator[None]:
             mine = range(trainer.processes.rank, trainer.packs_per_step, trainer.processes.world_size)
             ids = ", ".join(ids_of_packs(trainer.dataset, [first + pack for pack in mine]))
             raise LoaderDiedError(
-                f"{where}: a loader process is gone, killed for memory perhaps ({' '.join(str(error).split())}); "
-                f"wanted were sequences {ids}"
+                f"{where}: a loader process died, perhaps killed for lack of memory ({' '.join(str(error).split())}); "
+                f"the step needs sequences {ids}"
             ) from error
-        with losses_named(where):
+        with lost_ranks_named(where):
             raise
 
 
@@ -59,9 +58,8 @@ def ids_of_packs(dataset: PackDataset, packs: Sequence[int]) -> list[str]:
     return [dataset.group.id(row) for pack in packs for row in dataset.pack_rows(pack)]
 
 
-def raise_frozen(trainer: Trainer, pending: list[dict[str, Any]]) -> None:
-    """Raise for the first step since the last flush whose update was left out, as its loss or gradients were not finite
-    or its loss had jumped."""
+def raise_bad_step(trainer: Trainer, pending: list[dict[str, Any]]) -> None:
+    """Raise for the first step since the last flush whose loss or gradient was not finite, or whose loss jumped."""
     for record in pending:
         if not record["bad"].item():
             continue
@@ -77,6 +75,6 @@ def raise_frozen(trainer: Trainer, pending: list[dict[str, Any]]) -> None:
         if bad or limit is None or not math.isfinite(float(record["grad_norm"])):
             raise NonFiniteLossError(f"non-finite {'loss' if bad else 'gradient'} {where}; {after}")
         raise LossSpikeError(
-            f"loss {sum(losses):.4g} {where} is more than trainer.loss_spike={limit} times the usual "
-            f"{float(trainer.usual_loss):.4g}; {after}"
+            f"loss {sum(losses):.4g} {where} is more than trainer.loss_spike={limit} times the running "
+            f"mean {float(trainer.usual_loss):.4g}; {after}"
         )

@@ -1,4 +1,4 @@
-"""What a run that starts from another model (`from=`) takes over of it."""
+"""What a run takes from the model that it starts from (`from=`)."""
 
 from collections.abc import Collection
 from dataclasses import replace
@@ -11,10 +11,10 @@ from omegaconf import OmegaConf
 
 from protlig_dd.config.components import TRAINING_NOISE, graph_with_rates
 from protlig_dd.config.fields import marked
-from protlig_dd.config.read import flatten, shorten, spelt
+from protlig_dd.config.read import as_dict, flatten, shorten
 from protlig_dd.config.train import TrainConfig, config_in
 from protlig_dd.inference.model import find_saved
-from protlig_dd.model.config import COMPUTING, TUNABLE, ModelConfig
+from protlig_dd.model.config import COMPUTE_ONLY, TUNABLE, ModelConfig
 from protlig_dd.system.distributed import processes_from_environment
 from protlig_dd.system.files import sha256
 from protlig_dd.system.terminal import announce
@@ -22,40 +22,41 @@ from protlig_dd.training.resume import has_steps
 
 FREE = {"model": marked(ModelConfig, TUNABLE), "noise": TRAINING_NOISE, "graph": ()}
 FREE_KEYS = {f"{section}.{key}" for section, keys in FREE.items() for key in keys}
-THIS_MACHINE = marked(ModelConfig, COMPUTING)
+THIS_MACHINE = marked(ModelConfig, COMPUTE_ONLY)
 
 
-def taken_over(config: TrainConfig, source: TrainConfig, given: Collection[str]) -> TrainConfig:
-    """The config with the source's network, graph, noise and parametrisation.
+def with_source_model(config: TrainConfig, source: TrainConfig, named: Collection[str]) -> TrainConfig:
+    """Return the config with the network, graph, noise and parametrisation of the source.
 
     Args:
-        given: the keys and groups that the command line names. What it says of the network and its process must agree
-            with the source; dropout and what only the training loss knows of the noise are the run's own.
+        named: keys and groups that the command line sets. Those of the network and the diffusion process must match the
+            source, except for dropout and the noise settings that only the training loss uses.
 
     Raises:
-        ValueError: it does not agree; names the keys and both values.
+        ValueError: they do not match; names the keys and both values.
     """
-    mine, theirs = spelt(config), spelt(source)
+    mine, theirs = as_dict(config), as_dict(source)
     mine["graph"] = graph_with_rates(mine["graph"], theirs["graph"])
-    refused = []
+    conflicts = []
 
     def compare(key: str, value: Any, other: Any) -> None:
         if value != other:
-            refused.append(f"{key}: {shorten(str(other))} there, {shorten(str(value))} here")
+            conflicts.append(f"{key}: {shorten(str(other))} in the source, {shorten(str(value))} requested")
 
     for section, free in FREE.items():
         for key, value in mine[section].items():
-            if section in given or f"{section}.{key}" in given:
+            if section in named or f"{section}.{key}" in named:
                 if key in free:
                     theirs[section][key] = value
                 elif key not in THIS_MACHINE:
                     compare(f"{section}.{key}", value, theirs[section].get(key))
     for key in ("parametrisation", "time_conditioning"):
-        if key in given and mine[key] != "auto":
+        if key in named and mine[key] != "auto":
             compare(key, mine[key], theirs[key])
-    if refused:
+    if conflicts:
         raise ValueError(
-            f"from={config.from_} is another model ({'; '.join(refused)}); leave these out to take its own"
+            f"from={config.from_} does not match the command line ({'; '.join(conflicts)}); "
+            "omit these settings to use those of the source"
         )
     machine = {key: mine["model"][key] for key in THIS_MACHINE}
     return replace(
@@ -68,47 +69,50 @@ def taken_over(config: TrainConfig, source: TrainConfig, given: Collection[str])
     )
 
 
-def starting_from(config: TrainConfig, path: Path) -> TrainConfig:
-    """The config of a run that begins with another model's averaged weights: its network, graph, noise and
-    parametrisation are that model's, and the checksum of the weights is kept with it.
+def resolve_source_model(config: TrainConfig, path: Path) -> TrainConfig:
+    """Return the config of a run that starts from another model's averaged weights.
+
+    Its network, graph, noise and parametrisation are those of that model, and `from_sha256` is the checksum of the
+    weights.
 
     Raises:
-        ValueError: no such model, or another than the command line describes.
+        ValueError: there is no such model, or it does not match the command line.
     """
     overrides = OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))
-    given = {override.key_or_group for override in overrides}
-    recipe = set_by_experiment()
-    begun = None
-    if has_steps(path) and not config.run.fresh:  # it remembers, whatever has become of what it began with
-        begun = config_in(path)
-    if begun is not None and begun.from_ == config.from_:
-        source, found = begun, begun.from_sha256
+    named = {override.key_or_group for override in overrides}
+    experiment_keys = keys_set_by_experiment()
+    recorded = None
+    if has_steps(path) and not config.run.fresh:  # its config records the source, which may have changed or be gone
+        recorded = config_in(path)
+    if recorded is not None and recorded.from_ == config.from_:
+        source, checksum = recorded, recorded.from_sha256
     else:
         saved = find_saved(str(config.from_))
-        source, found = saved.config, sha256(saved.weights)
-    if config.from_sha256 not in (None, found):
-        raise ValueError(f"from={config.from_} has weights of SHA-256 {found}, not from_sha256={config.from_sha256}")
-    taken = taken_over(config, source, given | (recipe & FREE_KEYS))
-    before, after = flatten(spelt(config)), flatten(spelt(taken))
-    left_out = [
-        f"{key}={shorten(str(value))} ({shorten(str(after.get(key)))} there)"
+        source, checksum = saved.config, sha256(saved.weights)
+    if config.from_sha256 not in (None, checksum):
+        raise ValueError(f"from={config.from_} has weights of SHA-256 {checksum}, not from_sha256={config.from_sha256}")
+    resolved = with_source_model(config, source, named | (experiment_keys & FREE_KEYS))
+    before, after = flatten(as_dict(config)), flatten(as_dict(resolved))
+    ignored = [
+        f"{key}={shorten(str(value))} ({shorten(str(after.get(key)))} in the source)"
         for key, value in before.items()
-        if (key in recipe or key.partition(".")[0] in recipe) and value != after.get(key)
+        if (key in experiment_keys or key.partition(".")[0] in experiment_keys) and value != after.get(key)
     ]
-    if left_out:
+    if ignored:
         announce(
-            f"from={config.from_} is another model than the experiment's, of which is left out: {', '.join(left_out)}",
+            f"from={config.from_}: settings of the experiment that differ from the source are ignored: "
+            f"{', '.join(ignored)}",
             processes_from_environment(),
         )
-    return replace(taken, from_sha256=found)
+    return replace(resolved, from_sha256=checksum)
 
 
-def set_by_experiment() -> set[str]:
-    """The keys and groups that the file of the chosen experiment sets, and those of experiments that it builds on."""
+def keys_set_by_experiment() -> set[str]:
+    """Return the keys and groups that the chosen experiment sets, including the experiments that it builds on."""
     runtime = HydraConfig.get().runtime
     folders = [Path(source.path) / "experiment" for source in runtime.config_sources if source.schema == "file"]
 
-    def named(experiment: str) -> set[str]:
+    def keys_of(experiment: str) -> set[str]:
         file = next((file for folder in folders if (file := folder / f"{experiment}.yaml").is_file()), None)
         if file is None:
             return set()
@@ -118,8 +122,8 @@ def set_by_experiment() -> set[str]:
             if isinstance(entry, dict):  # `override /model: tiny`
                 found |= {str(key).split()[-1].lstrip("/") for key in entry}
             elif entry != "_self_":
-                found |= named(entry)
+                found |= keys_of(entry)
         return found | set(flatten(content))
 
     chosen = runtime.choices.get("experiment")
-    return named(chosen) if chosen else set()
+    return keys_of(chosen) if chosen else set()

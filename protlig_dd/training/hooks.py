@@ -1,4 +1,4 @@
-"""What a run does between its steps: it logs, evaluates and writes checkpoints."""
+"""What a run does between its steps: logging, evaluation and checkpoints."""
 
 import contextlib
 import time
@@ -9,22 +9,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from protlig_dd.config.read import as_yaml, spelt
+from protlig_dd.config.read import as_dict, as_yaml
 from protlig_dd.runs.checkpoint import CheckpointWriter, best_checkpoint
 from protlig_dd.runs.metrics import MetricsLog, Row
 from protlig_dd.system.terminal import announce
 from protlig_dd.training.context import RunContext
 from protlig_dd.training.trainer import Trainer
 
-WEIGHTS_SHOWN = 10_000  # of a tensor, at most, in a histogram
+WEIGHTS_SHOWN = 10_000  # most weights of a tensor in a histogram
 
 
 class Hooks:
-    """The log and the checkpoints of a run, on rank 0, and its evaluation, on all ranks.
+    """Logging and checkpoints of a run, on rank 0, and its evaluation, on all ranks.
 
     Args:
-        validate: () -> {"val_nll": ..., "val_nll_se": ..., ...} of the model as it is.
-        state: what checkpoints keep beside the trainer's own state.
+        validate: returns {"val_nll": ..., "val_nll_se": ..., ...} for the current weights of the model.
+        state: what state.json of the checkpoints contains beside the trainer's own state.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Hooks:
         self.metrics: MetricsLog | None = None
         self.writer: CheckpointWriter | None = None
         if context.processes.first:
-            config, control = spelt(trainer.config), trainer.config.trainer
+            config, control = as_dict(trainer.config), trainer.config.trainer
             self.writer = CheckpointWriter(
                 context.folder,
                 config_yaml=as_yaml(trainer.config),
@@ -46,16 +46,16 @@ class Hooks:
             self.metrics = MetricsLog(context.folder, context.attempt, config=config, **config["logger"])
 
     @contextlib.contextmanager
-    def closed_at_end(self) -> Iterator[None]:
-        """The log is closed at the end of this."""
+    def closing_log(self) -> Iterator[None]:
+        """Close the log at the end."""
         with contextlib.ExitStack() as stack:
             if self.metrics is not None:
                 stack.callback(self.metrics.close)
             yield
 
     @contextlib.contextmanager
-    def written_at_end(self) -> Iterator[None]:
-        """Checkpoints that are being written are complete at the end of this."""
+    def finishing_checkpoints(self) -> Iterator[None]:
+        """Wait at the end until the last checkpoint is completely written."""
         with contextlib.ExitStack() as stack:
             if self.writer is not None:
                 stack.callback(self.writer.close)
@@ -67,7 +67,7 @@ class Hooks:
             self.metrics.write(rows)
 
     def log_gradients(self, done: int, norms: Tensor) -> None:
-        """A histogram of the gradient norms of all parameters."""
+        """Log a histogram of the gradient norms of all parameters."""
         if self.metrics is not None:
             self.metrics.write_histogram(done, "grad_norm/of_each_parameter", norms.cpu().numpy())
 
@@ -79,12 +79,12 @@ class Hooks:
         self.log([{"step": done, "checkpoint_stall_s": time.perf_counter() - began}])
 
     def mark_best(self, done: int, bound: float) -> None:
-        """The checkpoint that is there already is the best so far."""
+        """Record that the existing checkpoint of this step is the best so far."""
         if self.writer is not None:
             self.writer.mark_best(done, bound)
 
     def evaluate(self, done: int) -> float | None:
-        """Log the validation bound of this step; returns it where it is the lowest so far."""
+        """Compute and log the validation bound of this step; return it if it is the lowest so far, else None."""
         with self.trainer.averaged(), self.context.stop.immediate():
             values = self.validate()
         self.trainer.evaluation_due = False
@@ -101,11 +101,11 @@ class Hooks:
 
 
 def weights_by_part(model: nn.Module) -> dict[str, np.ndarray]:
-    """Finite weights of each block and of what is outside the blocks, evenly thinned out, for histograms."""
+    """Return the finite weights of each block and each other part, evenly thinned out, for histograms."""
     parts: dict[str, list[Tensor]] = {}
     for name, weights in model.named_parameters():
         part = ".".join(name.split(".")[: 2 if name.startswith("blocks.") else 1])
         flat = weights.detach().flatten()
         parts.setdefault(part, []).append(flat[:: -(-len(flat) // WEIGHTS_SHOWN)].float())
-    values = {part: torch.cat(some).cpu().numpy() for part, some in parts.items()}
-    return {part: some[np.isfinite(some)] for part, some in values.items()}
+    values = {part: torch.cat(tensors).cpu().numpy() for part, tensors in parts.items()}
+    return {part: weights[np.isfinite(weights)] for part, weights in values.items()}

@@ -1,4 +1,4 @@
-"""The processes of a run: started, met, and given the run folder."""
+"""Start the processes of a run, connect them and open the run folder."""
 
 import atexit
 import contextlib
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from protlig_dd import __version__
-from protlig_dd.config.read import flatten, spelt
+from protlig_dd.config.read import as_dict, flatten
 from protlig_dd.config.train import TrainConfig
 from protlig_dd.data.prepare.bundled import bundled_store
 from protlig_dd.data.store import SequenceStore, StoreGroup
@@ -28,29 +28,29 @@ from protlig_dd.system.distributed import (
     Processes,
     RankLostError,
     acknowledge,
+    broadcast_from_first,
     busy,
-    from_first,
     in_one_line,
     join_group,
     leave_group,
-    leave_word,
-    losses_named,
+    lost_ranks_named,
+    post_status,
     processes_from_environment,
-    together,
-    words_of_others,
+    run_on_all_ranks,
+    statuses_of_others,
 )
 from protlig_dd.system.files import locked, redirected_to, write_atomic
-from protlig_dd.system.launcher import count_devices, launch_ranks, leave_without_closing, recorded_environment
+from protlig_dd.system.launcher import count_devices, exit_without_cleanup, launch_ranks, recorded_environment
 from protlig_dd.system.meeting import Meeting, meeting_of
-from protlig_dd.system.output import let_output_fail
+from protlig_dd.system.output import tolerate_output_errors
 from protlig_dd.system.signals import STOPPED, Stopped, StopRequests, seconds_of
 from protlig_dd.system.terminal import announce, console
 from protlig_dd.training.context import Resolved, RunContext, RunFolder
-from protlig_dd.training.cost import print_plan, with_data
+from protlig_dd.training.cost import print_plan, with_available_data
 from protlig_dd.training.resume import is_continued, move_aside, open_run_folder, seconds_left, shares_launcher
 
 UNIREF50 = Path("data/uniref50.h5")
-PATIENCE = 10.0  # seconds within which all ranks get a signal that is sent to all of them
+PATIENCE = 10.0  # seconds within which a signal that was sent to all ranks has reached each of them
 
 Deadline = float | None
 """time.monotonic() at which to stop."""
@@ -59,12 +59,14 @@ TrainRank = Callable[[TrainConfig, Path, Deadline], None]
 
 
 def launch(train_rank: TrainRank, config: TrainConfig, path: Path) -> None:
-    """Call `train_rank` with the config, the run folder and the deadline: here, in several processes that this starts,
-    or as one rank under torchrun.
+    """Call `train_rank` with the config, the run folder and the deadline.
+
+    It is called in this process if torchrun started this one, or if one process is enough and restarts are off.
+    Otherwise it is called in processes that this function starts.
 
     Raises:
-        ValueError: packs that do not go with the number of processes; what `train_rank` raises.
-        RanksFailedError: what a process that was started from here met.
+        ValueError: optim.packs_per_step is not divisible by the number of processes; what `train_rank` raises.
+        RanksFailedError: a process that this function started failed.
         Stopped: by a signal or trainer.max_time.
     """
     seconds = None if config.trainer.max_time is None else seconds_of(config.trainer.max_time)
@@ -85,10 +87,10 @@ def launch(train_rank: TrainRank, config: TrainConfig, path: Path) -> None:
 
 
 def count_processes(config: TrainConfig) -> int:
-    """How many make the run.
+    """Return the number of processes of the run.
 
     Raises:
-        ValueError: they cannot share the packs of a step.
+        ValueError: optim.packs_per_step is not divisible by it.
     """
     processes, control = processes_from_environment(), config.trainer
     devices = processes.world_size if processes.launch is not None else count_devices(control.devices, control.device)
@@ -98,42 +100,44 @@ def count_processes(config: TrainConfig) -> int:
 
 
 def print_cost(config: TrainConfig) -> None:
-    """What a run will cost, on rank 0."""
+    """Print what a run will cost, on rank 0."""
     processes, devices = processes_from_environment(), count_processes(config)
     if not processes.first:
         return
-    device, config = resolve_device(config.trainer.device), with_data(config)
+    device, config = resolve_device(config.trainer.device), with_available_data(config)
     store = open_data(config.data.path, processes)
     print_plan(config, store, device, resolve_precision(config.trainer.precision, device), devices)
 
 
 def rank_entry(train_rank: TrainRank, config: TrainConfig, path: Path, deadline: Deadline) -> None:
-    """What each process that `launch_ranks` starts runs."""
+    """Call `train_rank` in a process that `launch_ranks` started."""
     code = 1
-    let_output_fail()
+    tolerate_output_errors()
     try:
         with meeting_of(processes_from_environment()):
             train_rank(config, path, deadline)
         code = 0
-    except Stopped:  # the marker in the run folder tells; a launcher that passed a signal on does not wait for returns
+    except Stopped:  # the run folder has a marker of the stop
+        # torch waits until the launcher has read the return value, which it never does after forwarding a signal
         code = 0
-        leave = threading.Timer(1, leave_without_closing, [code])
+        leave = threading.Timer(1, exit_without_cleanup, [code])
         leave.daemon = True
         leave.start()
     finally:
-        atexit.register(leave_without_closing, code)
+        atexit.register(exit_without_cleanup, code)
 
 
 @contextlib.contextmanager
 def opened_run(
     config: TrainConfig, path: Path, deadline: Deadline
 ) -> Iterator[tuple[TrainConfig, StoreGroup, RunContext] | None]:
-    """Meet the other processes of the run, open its folder, and give the config as the folder has it, the data and the
-    context of this process; None, and a message, for a run that has finished already. A failure inside is logged in the
-    run folder; a stop leaves its marker there.
+    """Connect to the other processes of the run and open its folder.
+
+    Yields the config as recorded in the folder, the data and the context of this process; or None, after a message, if
+    the run has already finished. A failure inside is logged in the run folder, and a stop writes its marker there.
 
     Raises:
-        ValueError: what is wrong with the machine, the data or the run folder, or differs between the ranks.
+        ValueError: a problem with the machine, the data or the run folder, or a difference between the ranks.
     """
     processes = processes_from_environment()
     resolved, device = resolve_machine(config, processes)
@@ -144,34 +148,35 @@ def opened_run(
         store = open_data(config.data.path, processes)
         resolved = replace(resolved, data_path=store.name, data_fingerprint=store.fingerprint)
         meeting = meeting_of(processes)
-        meeting.agree(facts_of(config, resolved), config.trainer.timeout)
+        meeting.agree(facts_to_compare(config, resolved), config.trainer.timeout)
         join_group(processes, device, config.trainer.timeout, meeting.store)
 
-        def open_as_first() -> RunFolder | None:
+        def open_on_first_rank() -> RunFolder | None:
             if not processes.first:
                 return None
             if meeting.restart:
-                most = config.trainer.max_restarts
-                console.print(f"a process was lost: all start again ({meeting.restart}{f' of {most}' if most else ''})")
-            wanted, left = as_continued(config, path, meeting, deadline)
-            if wanted.run.fresh:
+                max_restarts = config.trainer.max_restarts
+                count = f"{meeting.restart} of {max_restarts}" if max_restarts else f"{meeting.restart}"
+                console.print(f"a process was lost: restarting all processes (restart {count})")
+            adapted, left = config_and_time_left(config, path, meeting, deadline)
+            if adapted.run.fresh:
                 move_aside(path)
             stack.enter_context(locked(path))
-            return open_run_folder(path, wanted, store, resolved, meeting, left)
+            return open_run_folder(path, adapted, store, resolved, meeting, left)
 
         try:
-            stack.enter_context(losses_named(f"rank {processes.rank}"))
-            with busy(f"opens {path}"):
-                folder: RunFolder = from_first(together(open_as_first))
+            stack.enter_context(lost_ranks_named(f"rank {processes.rank}"))
+            with busy(f"opens the run folder {path}"):
+                folder: RunFolder = broadcast_from_first(run_on_all_ranks(open_on_first_rank))
             if folder.finished is not None:
-                say_finished(folder, processes)
+                announce_finished(folder, processes)
                 yield None
                 return
             log = folder.path / "logs" / f"rank_{processes.rank}.log"
             if not processes.first and processes.local_rank == 0:
-                told = f"rank {processes.rank} of {processes.world_size} on {meeting.host}"
-                print(f"{told}: what it prints goes to {log}, the run's course to the terminal of rank 0", flush=True)
-            together(lambda: None if processes.first else stack.enter_context(redirected_to(log)))
+                name = f"rank {processes.rank} of {processes.world_size} on {meeting.host}"
+                print(f"{name}: its output goes to {log}; rank 0 prints the progress of the run", flush=True)
+            run_on_all_ranks(lambda: None if processes.first else stack.enter_context(redirected_to(log)))
             left = folder.seconds_left
             context = RunContext(
                 folder=folder.path,
@@ -188,18 +193,18 @@ def opened_run(
             with failures_logged(log):
                 yield folder.config, store, context
         except Stopped as stopped:
-            # torchrun ends all ranks when one fails
+            # torchrun stops all ranks when one fails: that is a failure and not a stop
             if (
                 processes.first
                 and (path / "config.yaml").is_file()
-                and not any(" failed: " in word for word in words_of_others())
+                and not any(" failed: " in word for word in statuses_of_others())
             ):
                 write_atomic(path / STOPPED, json.dumps({"reason": stopped.reason, "when": stopped.when}) + "\n")
             raise
 
 
 def resolve_machine(config: TrainConfig, processes: Processes) -> tuple[Resolved, torch.device]:
-    """What this process computes on and in; the data are not known yet.
+    """Resolve the device, precision and kernels of this process. The fields about data are still empty.
 
     Raises:
         ValueError: a device, precision or kernel that this machine does not have.
@@ -214,16 +219,20 @@ def resolve_machine(config: TrainConfig, processes: Processes) -> tuple[Resolved
     backend = resolve_attention_backend(config.model.attention_backend, device, precision, config.model.head_dim)
     compiled = resolve_compile(config.trainer.compile, device)
     if config.trainer.compile == "auto" and device.type == "cuda" and not compiled:
-        announce(f"not compiled, as that needs {missing_to_compile(device)}", processes)
+        announce(f"not compiled: torch.compile needs {missing_to_compile(device)}", processes)
     if config.logger.wandb_project:
         import_wandb()
     return Resolved(str(device), precision, backend, compiled, processes.world_size, "", ""), device
 
 
-def as_continued(
+def config_and_time_left(
     config: TrainConfig, path: Path, meeting: Meeting, deadline: Deadline
 ) -> tuple[TrainConfig, float | None]:
-    """The config without `run.fresh` where this start continues one that has made the folder, and the seconds left."""
+    """Return the config and the seconds left before trainer.max_time.
+
+    If this launch continues an earlier one in the same folder, it must not move the run aside or reject it, so
+    `run.fresh` and `run.resume=never` are dropped. A restart by the same launcher keeps the earlier time limit.
+    """
     left, earlier = None if deadline is None else deadline - time.monotonic(), recorded_environment(path)
     if not is_continued(earlier, meeting):
         return config, left
@@ -233,49 +242,53 @@ def as_continued(
     return replace(config, run=replace(config.run, fresh=False, resume=resume)), left
 
 
-def say_finished(folder: RunFolder, processes: Processes) -> None:
-    """Say that there is nothing to do, and write the page if a kill has left it out."""
+def announce_finished(folder: RunFolder, processes: Processes) -> None:
+    """Print that the run has already finished, and write its page if a kill prevented that."""
     if processes.first and not (folder.path / PAGE).is_file():
         write_run_page(folder.path)
     announce(
-        f"{folder.path} has finished, at step {folder.finished:,}: {folder.path / PAGE}. To go on: run.resume=extend "
-        f"with a larger trainer.max_steps, or another run.name with from={folder.path}",
+        f"{folder.path} has already finished at step {folder.finished:,}; its report is {folder.path / PAGE}. "
+        "To train longer, set run.resume=extend and a larger trainer.max_steps; "
+        f"to fine-tune it, set another run.name and from={folder.path}",
         processes,
     )
 
 
 @contextlib.contextmanager
 def failures_logged(log: Path) -> Iterator[None]:
-    """Append the traceback and the message of what fails inside to a file."""
+    """Append the traceback and message of an exception raised inside to a log file."""
     try:
         yield
     except Exception as error:
         if not isinstance(error, (OtherRankError, RankLostError)):
-            leave_word(f"failed: {in_one_line(error)}")
+            post_status(f"failed: {in_one_line(error)}")
             acknowledge()
-        with contextlib.suppress(OSError):  # where the disk is full, the error itself is still to be told
+        with contextlib.suppress(OSError):  # if the disk is full, still raise the error itself
             log.parent.mkdir(exist_ok=True)
-            with log.open("a") as file:  # its last line is the whole message
+            with log.open("a") as file:  # the last line is the whole message
                 file.write(f"{traceback.format_exc()}{type(error).__name__}: {' '.join(str(error).split())}\n")
         raise
 
 
-def facts_of(config: TrainConfig, resolved: Resolved) -> dict[str, Any]:
-    """What all ranks of a run must have alike. A host may keep its copies of the data, and of the model that the run
-    begins from, under other paths: their checksums are compared.
+def facts_to_compare(config: TrainConfig, resolved: Resolved) -> dict[str, Any]:
+    """Return what must be the same on all ranks of a run.
+
+    Each host may keep the data and the source model (`from=`) under its own paths, so their checksums are compared.
     """
-    same = {
-        key: value for key, value in flatten(spelt(config)).items() if key != "from" and not key.startswith("data.path")
+    settings = {
+        key: value
+        for key, value in flatten(as_dict(config)).items()
+        if key != "from" and not key.startswith("data.path")
     }
-    found = {key: value for key, value in vars(resolved).items() if key not in ("data_path", "world_size")}
+    machine = {key: value for key, value in vars(resolved).items() if key not in ("data_path", "world_size")}
     versions = {"protlig_dd": __version__, "torch": str(torch.__version__)}
-    return {**same, **found, "device": resolved.device.partition(":")[0], **versions}
+    return {**settings, **machine, "device": resolved.device.partition(":")[0], **versions}
 
 
 def open_data(path: str | list[str], processes: Processes) -> StoreGroup:
-    """The stores of `data.path`; `auto` is data/uniref50.h5 where it was prepared, else the bundled sample."""
+    """Open the stores of `data.path`. `auto` is data/uniref50.h5 if it exists, else the bundled sample."""
     if path != "auto":
-        return StoreGroup([SequenceStore(one) for one in (path if isinstance(path, list) else [path])])
+        return StoreGroup([SequenceStore(file) for file in (path if isinstance(path, list) else [path])])
     if UNIREF50.is_file():
         announce(f"data: {UNIREF50}", processes)
         return StoreGroup([SequenceStore(UNIREF50)])

@@ -1,4 +1,4 @@
-"""The loop around the training step: logging, evaluation, checkpoints, stops, and what ends a run."""
+"""The loop around the training step: logging, evaluation, checkpoints, stops and errors."""
 
 import contextlib
 import json
@@ -16,19 +16,19 @@ from protlig_dd.system.files import drop_partial_line, writing
 from protlig_dd.system.signals import REASONS, Stopped
 from protlig_dd.system.terminal import ProgressBar
 from protlig_dd.training.context import RunContext
-from protlig_dd.training.failures import hosts_stopped, named_losses, raise_frozen
+from protlig_dd.training.failures import describe_stopped_hosts, explain_lost_processes, raise_bad_step
 from protlig_dd.training.hooks import Hooks
 from protlig_dd.training.trainer import Trainer
 
 
 def fit(trainer: Trainer, steps: range, hooks: Hooks, context: RunContext) -> None:
-    """Run these steps (counted from 0). An evaluation that a stop left out comes first.
+    """Run these training steps (counted from 0). An evaluation that a stop prevented runs first.
 
     Raises:
-        NonFiniteLossError, LossSpikeError: naming the step, the pack and its sequence ids. No checkpoint is written
-            after it.
-        LoaderDiedError, RankLostError: naming step and rank.
-        Stopped: the step that was being made when a stop was asked for is done, and its checkpoint written.
+        NonFiniteLossError, LossSpikeError: with the step, the pack and its sequence ids. No checkpoint is written after
+            that step.
+        LoaderDiedError, RankLostError: with the step and rank.
+        Stopped: after the step that was running when the stop was requested, and after writing its checkpoint.
     """
     device, processes, stop, control = context.device, context.processes, context.stop, trainer.config.trainer
     peak = float(all_reduce_sum(torch.tensor(matmul_peak(device, context.precision), dtype=torch.float64)))
@@ -43,17 +43,19 @@ def fit(trainer: Trainer, steps: range, hooks: Hooks, context: RunContext) -> No
         stack.callback(trainer.dataset.forget_plans)
         stack.callback(end_workers, packs)
         stack.enter_context(stop.deferred())
-        stop.at(context.deadline)
-        stack.enter_context(named_losses(trainer))  # a lost loader is reported wherever the loop may be
+        stop.set_deadline(context.deadline)
+        stack.enter_context(explain_lost_processes(trainer))  # torch reports a lost loader anywhere in the loop
         if trainer.evaluation_due and (new_best := hooks.evaluate(steps.start)) is not None:
             hooks.mark_best(steps.start, new_best)
         bar = stack.enter_context(ProgressBar("training", trainer.max_steps, steps.start, shown=processes.first))
         since = time.perf_counter()
         for step in steps:
-            record = trainer.step(step, packs, stop.asked())
+            record = trainer.step(step, packs, stop.requested())
             pending.append(record | {"step": step + 1, "residues_seen": trainer.residues_seen})
             done = step + 1
-            stopping = next((reason for reason, asked in zip(REASONS, record["asked"], strict=True) if asked), None)
+            stopping = next(
+                (reason for reason, count in zip(REASONS, record["stop_requests"], strict=True) if count), None
+            )
             trainer.evaluation_due = control.eval_every > 0 and (
                 done % control.eval_every == 0 or done == trainer.max_steps
             )
@@ -61,11 +63,11 @@ def fit(trainer: Trainer, steps: range, hooks: Hooks, context: RunContext) -> No
             if not (done % control.log_every == 0 or trainer.evaluation_due or saving or stopping):
                 bar.advance()
                 continue
-            frozen = bool(trainer.frozen.item())  # waits for the device, so that the time is that of all the steps
-            rows = flush(pending, time.perf_counter() - since, peak_memory(device), peak)
+            frozen = bool(trainer.frozen.item())  # waits for the device, so that the time covers all these steps
+            rows = metrics_rows(pending, time.perf_counter() - since, peak_memory(device), peak)
             hooks.log(rows)
             if frozen:
-                raise_frozen(trainer, pending)
+                raise_bad_step(trainer, pending)
             if rows_file is not None:
                 write_rows(rows_file, pending, processes)
             bar.advance(note=f"loss {rows[-1]['loss']:.4f}  {rows[-1]['residues_per_s']:,.0f} residues/s")
@@ -76,22 +78,23 @@ def fit(trainer: Trainer, steps: range, hooks: Hooks, context: RunContext) -> No
                     new_best = hooks.evaluate(done)
                 except Stopped as stopped:
                     stopping = stopped.reason
-            signalled = stopping is not None and any(record["asked"]) and stopping.startswith("SIG")
-            whose = hosts_stopped(stopping in stop.noted) if signalled else ""  # before rank 0 is long at the disk
+            signalled = stopping is not None and any(record["stop_requests"]) and stopping.startswith("SIG")
+            # before rank 0 writes the checkpoint, which may take long
+            hosts = describe_stopped_hosts(stopping in stop.noted) if signalled else ""
             if saving or stopping or new_best is not None:
                 hooks.save(done, new_best)
             if stopping:
-                raise stop.stopped(stopping, f"after step {done} of {trainer.max_steps}{whose}")
+                raise stop.stopped(stopping, f"after step {done} of {trainer.max_steps}{hosts}")
             since = time.perf_counter()  # evaluation and checkpoints do not count as training time
 
 
-def flush(pending: list[dict[str, Any]], seconds: float, memory: int, peak_flops: float) -> list[Row]:
-    """The steps since the last flush as rows of numbers: here the host waits for the device.
+def metrics_rows(pending: list[dict[str, Any]], seconds: float, memory: int, peak_flops: float) -> list[Row]:
+    """Return a row of metrics for each step since the last flush. Waits for the device.
 
     Args:
-        seconds: that they took.
+        seconds: duration of these steps.
         memory: peak so far, bytes.
-        peak_flops: FLOP/s that all devices together reach in matrix products, which MFU is the share of.
+        peak_flops: FLOP/s that all devices together reach in matrix products. MFU is a fraction of it.
     """
     rate = sum(record["residues"] for record in pending) / seconds
     mfu = sum(record["flops"] for record in pending) / seconds / peak_flops
@@ -112,7 +115,7 @@ def flush(pending: list[dict[str, Any]], seconds: float, memory: int, peak_flops
 
 
 def write_rows(path: Path, pending: list[dict[str, Any]], processes: Processes) -> None:
-    """Append the store rows of each step, all ranks' together and sorted, to rows.jsonl."""
+    """Append the store rows of each step to rows.jsonl: those of all ranks, sorted."""
     gathered = gather_objects([record["rows"] for record in pending])
     if not processes.first:
         return

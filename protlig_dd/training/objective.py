@@ -1,4 +1,4 @@
-"""What training minimises."""
+"""The objective that training minimises."""
 
 from dataclasses import dataclass
 
@@ -17,11 +17,11 @@ from protlig_dd.diffusion.score import Network, ScoreFn
 
 @dataclass(frozen=True)
 class Objective:
-    """The score entropy of a process, and which times count how much.
+    """The score entropy of a diffusion process, with the weights of its noise times.
 
     Args:
-        autocast: what the network computes in; None for the type of its weights.
-        curriculum_steps: over which the largest time grows to 1.
+        autocast: dtype in which the network computes; None for the dtype of its weights.
+        curriculum_steps: steps over which the largest time grows to 1.
         max_weight: cap on a time's weight; see `score_entropy_loss`.
     """
 
@@ -34,17 +34,17 @@ class Objective:
     max_weight: float | None = None
 
     def score_fn(self, network: Network) -> ScoreFn:
-        """A network as a score function of this process."""
+        """Return a network as a score function of this process."""
         return ScoreFn(network, self.graph, self.noise, self.parametrisation, self.time_conditioning, self.autocast)
 
     def loss(self, score_fn: ScoreFn, batch: PackedBatch, generator: torch.Generator, step: int) -> Float32[Tensor, ""]:
-        """Nats, summed over the pack, at a step counted from 0."""
+        """Return the loss in nats, summed over the pack, at a step counted from 0."""
         t_max = curriculum_t_max(step, self.curriculum_steps, self.noise.t_min)
         return score_entropy_loss(score_fn, batch, generator, t_max, self.max_weight)[0]
 
 
 def objective_of(config: TrainConfig, autocast: torch.dtype | None) -> Objective:
-    """The objective that a config describes."""
+    """Return the objective that a config describes."""
     graph = build_graph(config.graph)
     return Objective(
         graph=graph,

@@ -1,4 +1,4 @@
-"""The packs that a run trains on and those that it is measured on."""
+"""The packs that a run trains on, and those that it is evaluated on."""
 
 from functools import partial
 from pathlib import Path
@@ -7,29 +7,29 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from protlig_dd.config.train import TrainConfig
-from protlig_dd.data.draws import NEWEST, check_version, some_of
+from protlig_dd.data.draws import NEWEST, check_version, random_subset
 from protlig_dd.data.loader import PackDataset
 from protlig_dd.data.store import StoreGroup
 from protlig_dd.training.context import Start
 
 
 class Packs(NamedTuple):
-    """Of one run."""
+    """The packs of one run."""
 
     training: PackDataset
     validation: PackDataset | None
-    """None for a run that is not evaluated on its way."""
+    """None if the run is not evaluated during training."""
     reported: PackDataset
     """For the bound of the report."""
     held_out: dict[str, np.ndarray]
-    """{split: store rows} of the two above."""
+    """{split: store rows} of `validation` and `reported`."""
 
 
 def make_packs(config: TrainConfig, store: StoreGroup, start: Start) -> Packs:
-    """The packs that a config describes.
+    """Return the packs that a config describes.
 
     Raises:
-        ValueError: an empty split, or one whose sequences do not fit.
+        ValueError: a split is empty, or its sequences do not fit into packs.
     """
     data, control = config.data, config.trainer
     packs_of = partial(PackDataset, store, max_len=data.max_len, tokens_per_pack=data.tokens_per_pack)
@@ -37,8 +37,8 @@ def make_packs(config: TrainConfig, store: StoreGroup, start: Start) -> Packs:
     training = packs_of(store.split("train"), seed=config.seed, crop=data.crop, weights=data.weights, version=version)
     held_out: dict[str, np.ndarray] = {}
 
-    def unshuffled(split: str, most: int) -> PackDataset:
-        rows = subset(store, split, most, config.seed, version)
+    def unshuffled(split: str, limit: int) -> PackDataset:
+        rows = subset(store, split, limit, config.seed, version)
         held_out[split] = np.union1d(held_out.get(split, rows), rows)
         return packs_of(rows, seed=None)
 
@@ -47,24 +47,26 @@ def make_packs(config: TrainConfig, store: StoreGroup, start: Start) -> Packs:
 
 
 def plan_version(checkpoint: Path | None, state: dict[str, Any]) -> int:
-    """The version of the plan (see draws.py) that the run of this checkpoint has: the newest for a run that begins, 1
-    where the state names none.
+    """Return the version of random choices (see draws.py) of the run of this checkpoint: the newest for a new run.
+
+    Args:
+        state: state.json of the checkpoint. If it records no version, the version is 1.
 
     Raises:
-        ValueError: one that is not known here.
+        ValueError: the version is not known.
     """
     return NEWEST if checkpoint is None else check_version(state.get("plan_version", 1), checkpoint)
 
 
-def subset(store: StoreGroup, split: str, most: int, seed: int, version: int) -> np.ndarray:
-    """At most `most` rows of a split, the same ones at every evaluation of a run.
+def subset(store: StoreGroup, split: str, limit: int, seed: int, version: int) -> np.ndarray:
+    """Return at most `limit` rows of a split, the same ones at every evaluation of a run.
 
     Raises:
-        ValueError: an empty split.
+        ValueError: the split is empty.
     """
     rows = store.split(split)
     if not len(rows):
         raise ValueError(
             f"{store.name} has no {split} sequences; prepare it with a larger split.{split}_fraction or a {split} file"
         )
-    return some_of(rows, most, seed, version)
+    return random_subset(rows, limit, seed, version)

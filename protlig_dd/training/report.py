@@ -1,4 +1,4 @@
-"""What a run reports at its end."""
+"""Write the report at the end of a run."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from protlig_dd.evaluation.likelihood.held_out import (
     HeldOut,
     composition_kl,
     length_counts,
-    per_sequence,
+    per_sequence_csv,
     training_frequencies,
     training_statistics,
 )
@@ -35,23 +35,23 @@ from protlig_dd.system.tables import as_json
 from protlig_dd.system.terminal import announce, console
 from protlig_dd.tokenizer import N_STATES, ProteinTokenizer
 from protlig_dd.training.context import RunContext
-from protlig_dd.training.held_out import in_training
+from protlig_dd.training.held_out import leak_report
 from protlig_dd.training.packs import Packs, subset
 from protlig_dd.training.trainer import Trainer, make_model
 
-BOOTSTRAP = 100  # draws for the standard errors of the samples' divergences
+BOOTSTRAP = 100  # bootstrap draws for the standard errors of the samples' divergences
 SHOWN_SAMPLES = 3
-LOGGED_SAMPLES = 8  # to the trackers
+LOGGED_SAMPLES = 8  # sent to the trackers
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Amino-acid ids of what the model gives, and of what the untrained network gives where that was asked for."""
+    """Amino-acid ids of proteins from the trained model, and from the untrained network if they were requested."""
 
     trained: list[np.ndarray]
     untrained: list[np.ndarray] | None
     clamped_draws: float
-    """The share of the draws that had a negative probability."""
+    """Fraction of the draws that had a negative probability."""
 
 
 def report_run(
@@ -66,8 +66,8 @@ def report_run(
     """Sample from the averaged weights on all ranks; rank 0 writes the report, its page and the samples.
 
     Args:
-        held: the bound of the report's split.
-        leaks: of the held-out proteins, by split; on rank 0.
+        held: bounds of the proteins of the report's split.
+        leaks: held-out proteins in the model's training data, by split; only on rank 0.
     """
     config, noise = trainer.config, trainer.objective.noise
     split, sigma_max = config.report.split, float(noise(torch.ones(1))[0])
@@ -77,60 +77,65 @@ def report_run(
     if context.processes.first:
         parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
         report |= {"parameters": parameters, "training": training_statistics(store, config.data.max_len)}
-        report["in_training"] = in_training(leaks[split], packs.held_out[split], held)
+        report["in_training"] = leak_report(leaks[split], packs.held_out[split], held)
     if config.report.samples:
-        with busy("samples for the report"):
+        with busy("samples proteins for the report"):
             samples = draw_samples(trainer, store, context)
         if metrics is not None and samples is not None:
             report |= sample_report(trainer, store, samples, metrics, context)
     if context.processes.first:
-        write_atomic(context.folder / "report.csv", per_sequence(store, held))
+        write_atomic(context.folder / "report.csv", per_sequence_csv(store, held))
         write_atomic(context.folder / "report.json", as_json(without_nan(report)))
         write_run_page(context.folder)
         print_report(context.folder, trainer.max_steps, report, store.name)
 
 
 def draw_samples(trainer: Trainer, store: StoreGroup, context: RunContext) -> Samples | None:
-    """Proteins of lengths of the training split, sampled by all ranks together; the same on each. None where no
-    training protein is whole."""
+    """Sample proteins on all ranks together, with lengths drawn from the training split.
+
+    Returns:
+        The same samples on every rank. None if every training protein was cropped.
+    """
     config, processes = trainer.config, context.processes
-    wanted, max_len = config.report, config.data.max_len
+    options, max_len = config.report, config.data.max_len
     lengths = lengths_of(*length_counts(store, max_len), max_len)
     if lengths is None or not sum(lengths.counts):
         announce(f"no samples: every training protein has more than data.max_len={max_len} residues", processes)
         return None
-    announce(f"samples get lengths of {lengths.told}", processes)
-    chosen = draw_lengths(lengths.counts, wanted.samples, config.seed)
-    tokens_per_pack = min(config.data.tokens_per_pack, -(-sum(chosen) // processes.world_size))
+    announce(f"sample lengths are drawn from {lengths.description}", processes)
+    sample_lengths = draw_lengths(lengths.counts, options.samples, config.seed)
+    tokens_per_pack = min(config.data.tokens_per_pack, -(-sum(sample_lengths) // processes.world_size))
 
-    def draw(score_fn: ScoreFn, description: str) -> tuple[list[np.ndarray], Counter[str]]:
+    def sample_with(score_fn: ScoreFn, description: str) -> tuple[list[np.ndarray], Counter[str]]:
         work = Work(tokens_per_pack, description, processes)
-        return generate(score_fn, chosen, options_of(config), work, seed=config.seed)
+        return generate(score_fn, sample_lengths, sampler_options(config), work, seed=config.seed)
 
-    samples, counts = draw(trainer.eval_score_fn, "sampling")
-    others = None
-    if wanted.untrained and config.from_ is None:  # of a fine-tune, it is not what the run began with
-        untrained = make_model(config, context.device, context.attention_backend).eval()
-        others, _ = draw(trainer.objective.score_fn(untrained), "untrained")
-    return Samples(samples, others, counts["clamped"] / counts["draws"])
+    samples, counts = sample_with(trainer.eval_score_fn, "sampling")
+    untrained = None
+    if options.untrained and config.from_ is None:  # a fine-tuned run did not start from the untrained network
+        network = make_model(config, context.device, context.attention_backend).eval()
+        untrained, _ = sample_with(trainer.objective.score_fn(network), "untrained")
+    return Samples(samples, untrained, counts["clamped"] / counts["draws"])
 
 
-def options_of(config: TrainConfig) -> SamplerOptions:
-    """The sampler of the report."""
+def sampler_options(config: TrainConfig) -> SamplerOptions:
+    """Return the options of the report's sampler."""
     return SamplerOptions(config.report.steps, config.report.predictor)
 
 
 def sample_report(
     trainer: Trainer, store: StoreGroup, drawn: Samples, metrics: MetricsLog, context: RunContext
 ) -> dict[str, Any]:
-    """Write samples/step_N.fasta and log them, and compare them with the training split's composition and with
-    proteins of the report's split."""
+    """Write samples/step_N.fasta, log the samples, and return the report's entries about them.
+
+    They are compared with the composition of the training split and with proteins of the report's split.
+    """
     config, step, run_folder = trainer.config, trainer.max_steps, context.folder
-    wanted, max_len = config.report, config.data.max_len
+    options, max_len = config.report, config.data.max_len
     samples, frequencies = drawn.trained, training_frequencies(store)
     file = run_folder / "samples" / f"step_{step:08d}.fasta"
     names = [f"{run_folder.name}_{i}" for i in range(1, len(samples) + 1)]
-    origin = Origin(run_folder.name, step, config.seed, options_of(config))
+    origin = Origin(run_folder.name, step, config.seed, sampler_options(config))
     write_atomic(file, designs_fasta(samples, names, origin))
     decoded = [ProteinTokenizer().decode(ids) for ids in samples]
     metrics.write_samples(step, dict(zip(names[:LOGGED_SAMPLES], decoded, strict=False)))
@@ -142,28 +147,28 @@ def sample_report(
         "clamped_draws": drawn.clamped_draws,
         "composition_kl": composition_kl(samples, frequencies),
     }
-    most = max(wanted.max_sequences, 4 * len(samples))  # for as many controls, and a reference
-    places = store.places(subset(store, wanted.split, most, config.seed, trainer.dataset.version))
+    most = max(options.max_sequences, 4 * len(samples))  # enough for a control of each sample and a reference set
+    locations = store.locate(subset(store, options.split, most, config.seed, trainer.dataset.version))
     natural = [
         store.stores[number].tokens[begin + 1 : begin + 1 + residues]
-        for number, begin, residues in zip(*(column.tolist() for column in places), strict=True)
-        if residues <= max_len  # as the samples are
+        for number, begin, residues in zip(*(column.tolist() for column in locations), strict=True)
+        if residues <= max_len  # no sample is longer
     ]
-    if len(judged := samples[: len(natural) // 2]) > 1:  # fewer have no standard errors
+    if len(judged := samples[: len(natural) // 2]) > 1:  # a single one has no standard error
         controls = with_controls(judged, natural, config.seed)
         judges = cheap_judges(controls, bootstrap=BOOTSTRAP, seed=config.seed)
-        rows = {name: [ask(some) for some in sets] for name, (ask, sets) in judges.items()}
-        found = verdicts(rows, len(controls.others), "they were drawn from those of the training set")
-        result |= {"judges": for_json(rows), "verdicts": [one._asdict() for one in found]}
+        rows = {name: [judge(proteins) for proteins in sets] for name, (judge, sets) in judges.items()}
+        found = verdicts(rows, len(controls.length_reference), "they were drawn from those of the training set")
+        result |= {"judges": for_json(rows), "verdicts": [verdict._asdict() for verdict in found]}
     if drawn.untrained is not None:
         result["untrained_composition_kl"] = composition_kl(drawn.untrained, frequencies)
     return result
 
 
-def without_copies(others: dict[str, Any] | None) -> list[str]:
-    """The lines of a report's figures over the proteins that have not trained the model."""
+def lines_without_copies(others: dict[str, Any] | None) -> list[str]:
+    """Return the printed lines of the bound over the proteins that are not in the model's training data."""
     if others is None:
-        return ["  none, or too few for a bound"]
+        return ["  no proteins are left, or too few for a bound"]
     found = with_nan(others)
     return [
         f"  NLL bound            {found['nll']:.4f} ± {found['nll_se']:.4f}",
@@ -173,10 +178,10 @@ def without_copies(others: dict[str, Any] | None) -> list[str]:
 
 
 def print_report(run_folder: Path, step: int, report: dict[str, Any], data: str) -> None:
-    """The run's last words: where it is, how good it is, what it makes.
+    """Print where the run is, its held-out bound and some of its samples.
 
     Args:
-        data: the store whose training split gives the unigram model.
+        data: name of the store whose training split gives the unigram model.
     """
     lines = [
         "",
@@ -191,8 +196,8 @@ def print_report(run_folder: Path, step: int, report: dict[str, Any], data: str)
         f"  paired difference    {report['difference']:+.4f} ± {report['difference_se']:.4f}",
     ]
     if copies := report["in_training"]["copies"]:
-        lines.append(f"{copies} of these proteins have trained the model; without them:")
-        lines += without_copies(report["in_training"]["others"])
+        lines.append(f"{copies} of these proteins are in the model's training data; without them:")
+        lines += lines_without_copies(report["in_training"]["others"])
     if "samples" in report:
         lines.append("composition, KL to the training set in nats:")
         lines.append(f"  samples              {report['composition_kl']:.4f}")

@@ -1,26 +1,27 @@
-"""From a config as it was given to one that says all that defines the run."""
+"""Complete a config with everything that defines the run."""
 
 from dataclasses import replace
 from pathlib import Path
 
 from protlig_dd.config.components import build_graph, graph_with_rates
 from protlig_dd.config.train import TrainConfig, check_train_config
-from protlig_dd.training.finetune import starting_from
+from protlig_dd.training.finetune import resolve_source_model
 from protlig_dd.training.resume import graph_of_run
 
 
 def resolve(config: TrainConfig, path: Path) -> TrainConfig:
-    """The config with the model of `from=`, the rates of a matrix file, and `time_conditioning` decided. Writes nothing
-    and leaves the given config as it is; nothing changes the config of a run after this.
+    """Return the config with the model of `from=`, the rates of a matrix file and `time_conditioning` filled in.
+
+    Writes nothing and does not change the given config. A run's config is not changed after this.
 
     Args:
         path: the run folder.
 
     Raises:
-        ValueError: values that cannot work together, or with the model of `from=`.
+        ValueError: values that cannot work together, or that do not match the model of `from=`.
     """
     if config.from_ is not None:
-        config = starting_from(config, path)
+        config = resolve_source_model(config, path)
     earlier = {} if config.run.fresh else graph_of_run(path)
     config = replace(config, graph=graph_with_rates(config.graph, earlier))
     check_train_config(config)

@@ -1,4 +1,4 @@
-"""A run folder is made, reopened or refused."""
+"""Create, reopen or reject a run folder."""
 
 import json
 import tempfile
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from protlig_dd.config.read import as_yaml, flatten, spelt
+from protlig_dd.config.read import as_dict, as_yaml, flatten
 from protlig_dd.config.train import CONFIG, RESUME, TrainConfig, changed_keys, recorded_config
 from protlig_dd.data.loader import PackDataset
 from protlig_dd.data.store import StoreGroup
@@ -15,7 +15,7 @@ from protlig_dd.inference.model import find_saved
 from protlig_dd.runs.checkpoint import (
     complete_checkpoints,
     find_checkpoint,
-    newest_sound_checkpoint,
+    newest_valid_checkpoint,
     put_aside_newer,
     read_state,
     remove_unfinished,
@@ -27,31 +27,31 @@ from protlig_dd.system.signals import STOPPED
 from protlig_dd.system.tables import as_json
 from protlig_dd.system.terminal import console
 from protlig_dd.training.context import Resolved, RunFolder, Start
-from protlig_dd.training.extend import check_extension, finished_at, put_report_aside, reports_otherwise
+from protlig_dd.training.extend import changes_length_or_report, check_extension, finished_step, put_report_aside
 from protlig_dd.training.optim.schedule import count_steps
 from protlig_dd.training.packs import plan_version
 
 
-def first_weights(config: TrainConfig) -> Path:
-    """The weights of `from=`, if they are still those that the run has begun with.
+def starting_weights(config: TrainConfig) -> Path:
+    """Return the file of the weights of `from=`.
 
     Raises:
-        ValueError: they are not; names both checksums.
+        ValueError: the run started from other weights. The message has both checksums.
     """
     saved = find_saved(str(config.from_))
     for problem in saved.skipped:
         console.print(f"skipped: {problem}")
     if (found := sha256(saved.weights)) != config.from_sha256:
         raise ValueError(
-            f"{saved.path}: weights of SHA-256 {found[:12]}, and this run began with {str(config.from_sha256)[:12]}; "
-            "run.fresh=true moves it aside and begins with these"
+            f"{saved.path}: its weights have SHA-256 {found[:12]}, but this run started from weights with SHA-256 "
+            f"{str(config.from_sha256)[:12]}; set run.fresh=true to move the run aside and start from the new weights"
         )
     console.print(f"starting from the averaged weights of {saved.path}")
     return saved.weights
 
 
 def graph_of_run(path: Path) -> dict[str, Any]:
-    """The graph's config of the run in this folder; {} where there is none."""
+    """Return the graph config of the run in this folder, or {} if there is no run."""
     return dict(recorded_config(path)["graph"]) if (path / CONFIG).is_file() else {}
 
 
@@ -63,11 +63,11 @@ def open_run_folder(
     meeting: Meeting,
     left: float | None,
 ) -> RunFolder:
-    """Make or reopen the run folder, and find the checkpoint to go on from: on rank 0.
+    """Create or reopen the run folder, and find the checkpoint to resume from. Called on rank 0 only.
 
     Raises:
-        ValueError: a run that exists and may not be resumed, or whose config or data differ; names what differs. Or one
-            that a newer version of the program has begun.
+        ValueError: the run exists and may not be resumed, its config or data differ (the message names what differs),
+            or a newer version of the program started it.
     """
     started = has_steps(path)
     (path / STOPPED).unlink(missing_ok=True)
@@ -78,14 +78,14 @@ def open_run_folder(
     if started:
         earlier = check_same_run(path, config, resolved)
         check_extension(path, config)
-        attempt, finished = int(earlier["attempt"]) + 1, finished_at(path)
-        if finished is not None and not reports_otherwise(path, config):
+        attempt, finished = int(earlier["attempt"]) + 1, finished_step(path)
+        if finished is not None and not changes_length_or_report(path, config):
             return RunFolder(path, config, attempt, Start(), left, finished)
-    checkpoint, skipped = newest_sound_checkpoint(path)
+    checkpoint, skipped = newest_valid_checkpoint(path)
     if skipped and checkpoint is None:
         raise ValueError(
             f"{path}: none of its checkpoints can be read ({'; '.join(skipped)}); "
-            "run.fresh=true moves it aside and starts anew"
+            "set run.fresh=true to move the run aside and start from step 0"
         )
     if checkpoint is None and config.run.resume not in RESUME:
         checkpoint, skipped = find_checkpoint(Path(config.run.resume))
@@ -93,14 +93,14 @@ def open_run_folder(
     for problem in skipped:
         console.print(f"skipped: {problem}")
     for aside in put_aside_newer(path, checkpoint) if checkpoint is not None else []:
-        console.print(f"{aside} is what is left of it, and may be deleted")
+        console.print(f"the damaged checkpoint is now {aside} and may be deleted")
     state = read_state(checkpoint) if checkpoint is not None else {}
-    plan_version(checkpoint, state)  # refused before anything is written
-    weights = first_weights(config) if checkpoint is None and config.from_ is not None else None
+    plan_version(checkpoint, state)  # raises before anything is written
+    weights = starting_weights(config) if checkpoint is None and config.from_ is not None else None
     if state:
         check_not_beyond(checkpoint, state["step"], config, store)
     if started:
-        say_what_changed(path, config, resolved, earlier)
+        print_changes(path, config, resolved, earlier)
     if finished is not None:
         console.print(f"the earlier report is now in {put_report_aside(path, finished)}")
     processes = meeting.processes
@@ -115,16 +115,16 @@ def open_run_folder(
         **describe_environment(torch.device(resolved.device)),
     }
     write_atomic(path / "environment.json", as_json(record))
-    write_atomic(path / "config.yaml", as_yaml(config))  # last: now it is a run
+    write_atomic(path / "config.yaml", as_yaml(config))  # last, because this file makes the folder a run folder
     return RunFolder(path, config, attempt, Start(checkpoint, state, weights), left, None)
 
 
 def check_not_beyond(checkpoint: Path | None, step: int, config: TrainConfig, store: StoreGroup) -> None:
-    """Raise for a run that is to end before the step of its checkpoint."""
+    """Raise a ValueError if the checkpoint is beyond the last step of the run."""
     control, data = config.trainer, config.data
-    most, told = control.max_steps, f"trainer.max_steps={control.max_steps}"
-    if most is None:
-        most = count_steps(
+    last, setting = control.max_steps, f"trainer.max_steps={control.max_steps}"
+    if last is None:
+        last = count_steps(
             config,
             PackDataset(
                 store,
@@ -135,14 +135,16 @@ def check_not_beyond(checkpoint: Path | None, step: int, config: TrainConfig, st
                 weights=data.weights,
             ),
         )
-        told = f"the {most} steps of trainer.epochs={control.epochs:g}"
-    if step > most:
-        raise ValueError(f"{checkpoint} is beyond {told}")
+        setting = f"the {last} steps of trainer.epochs={control.epochs:g}"
+    if step > last:
+        raise ValueError(f"{checkpoint} is beyond {setting}")
 
 
 def seconds_left(path: Path, earlier: dict[str, Any]) -> float | None:
-    """Seconds left of the time limit of the start that opened the folder, by the clock that stamps the folder's files:
-    mostly a file server's, and so the same for every host.
+    """Return the seconds left of the time limit of the launch that opened the folder last.
+
+    They are measured by the clock that stamps the folder's files. It is mostly a file server's clock, and so the same
+    for every host.
     """
     if earlier["seconds_left"] is None:
         return None
@@ -152,10 +154,10 @@ def seconds_left(path: Path, earlier: dict[str, Any]) -> float | None:
 
 
 def move_aside(path: Path) -> None:
-    """Give an earlier run in this folder another name.
+    """Rename an earlier run in this folder.
 
     Raises:
-        ValueError: it is still going on.
+        ValueError: the run is still active.
     """
     if (path / "config.yaml").is_file():
         with locked(path):
@@ -165,12 +167,13 @@ def move_aside(path: Path) -> None:
 
 
 def is_continued(earlier: dict[str, Any], meeting: Meeting) -> bool:
-    """Whether this start continues the one that opened the folder last: after a lost process, with another number of
-    hosts, or as the same Slurm job that was queued again since.
+    """Whether this launch continues the one that opened the folder last.
+
+    This is so after a lost process, after a change in the number of hosts, and for a Slurm job that was requeued.
     """
     processes = meeting.processes
     same_launch = processes.launch is not None and earlier.get("launch") == processes.launch
-    restarted = meeting.restart > 0 and processes.launch != "none"  # torchrun's default
+    restarted = meeting.restart > 0 and processes.launch != "none"  # torchrun's default id, which all launches share
     requeued = processes.job is not None and earlier.get("job") == processes.job
     return (same_launch and (restarted or shares_launcher(earlier, meeting))) or (
         requeued and earlier["requeues"] < processes.requeues
@@ -178,23 +181,23 @@ def is_continued(earlier: dict[str, Any], meeting: Meeting) -> bool:
 
 
 def shares_launcher(earlier: dict[str, Any], meeting: Meeting) -> bool:
-    """Whether a launcher of the start that opened the folder last has started ranks of this one too."""
+    """Whether a launcher process that started ranks of the earlier launch also started ranks of this one."""
     return bool(set(earlier.get("agents", ())) & set(meeting.agents))
 
 
 def has_steps(path: Path) -> bool:
-    """Whether a run has made a step. One that has not may be started again with another config."""
+    """Whether a run has made a step. A run without steps may be restarted with another config."""
     metrics = path / "metrics.jsonl"
     return (metrics.is_file() and metrics.stat().st_size > 0) or bool(complete_checkpoints(path))
 
 
 def check_same_data(checkpoint: Path, config: TrainConfig, resolved: Resolved) -> None:
-    """Compare with the run that another run's checkpoint is of.
+    """Compare this run with the run that wrote the checkpoint.
 
     Raises:
-        ValueError: another config (bar the keys that may change) or other data.
+        ValueError: the config (except for keys that may change) or the data differ.
     """
-    changed = changed_keys(recorded_config(checkpoint), spelt(config))
+    changed = changed_keys(recorded_config(checkpoint), as_dict(config))
     if changed:
         raise ValueError(f"{checkpoint} was made with another config ({'; '.join(changed)})")
     found = read_state(checkpoint)["data_fingerprint"]
@@ -203,13 +206,13 @@ def check_same_data(checkpoint: Path, config: TrainConfig, resolved: Resolved) -
 
 
 def check_same_run(path: Path, config: TrainConfig, resolved: Resolved) -> dict[str, Any]:
-    """Compare with the run that stands in `path`; returns its environment.json.
+    """Compare this run with the run in `path`, and return the environment.json of that run.
 
     Raises:
-        ValueError: another config (bar the keys that may change), precision or data.
+        ValueError: the config (except for keys that may change), the precision or the data differ.
     """
     remedy = f"use another run.name, or run.fresh=true to move {path} aside"
-    changed = changed_keys(recorded_config(path), spelt(config))
+    changed = changed_keys(recorded_config(path), as_dict(config))
     if changed:
         raise ValueError(f"{path} was started with another config ({'; '.join(changed)}); {remedy}")
     try:
@@ -222,13 +225,13 @@ def check_same_run(path: Path, config: TrainConfig, resolved: Resolved) -> dict[
     return earlier
 
 
-def say_what_changed(path: Path, config: TrainConfig, resolved: Resolved, earlier: dict[str, Any]) -> None:
-    """Print what may differ between two starts of a run, and does."""
-    before, now = (flatten(one) for one in (recorded_config(path), spelt(config)))
+def print_changes(path: Path, config: TrainConfig, resolved: Resolved, earlier: dict[str, Any]) -> None:
+    """Print the settings that may change when a run is resumed, and have changed."""
+    before, now = (flatten(values) for values in (recorded_config(path), as_dict(config)))
     for key in ("trainer.max_steps", "trainer.epochs"):
         if before[key] != now[key]:
             console.print(
-                f"{key} was {before[key]}, now {now[key]}: the learning rate follows its new course from here"
+                f"{key} was {before[key]}, now {now[key]}: the learning rate follows the new schedule from here"
             )
     for key in ("device", "attention_backend", "compiled", "world_size", "data_path"):
         if earlier[key] != getattr(resolved, key):

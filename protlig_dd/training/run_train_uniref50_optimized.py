@@ -1,4 +1,4 @@
-"""Training with classic flags, for launch scripts that have them; the same code as `python -m protlig_dd.training`.
+"""Train with classic flags, for launch scripts that use them. Runs the same code as `python -m protlig_dd.training`.
 
     python -m protlig_dd.training.run_train_uniref50_optimized --work_dir . \
         --config configs/config_uniref50_stable.yaml --fresh --device auto --seed 1 --epochs 2
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from protlig_dd.config.cli import run_verb, say
+from protlig_dd.config.cli import print_to_stderr, run_verb
 from protlig_dd.config.read import config_folder
 from protlig_dd.config.train import TrainConfig
 from protlig_dd.system.distributed import Processes
@@ -20,7 +20,7 @@ from protlig_dd.training.build import run
 
 
 def main() -> None:
-    """Turn the flags into Hydra overrides and hand over."""
+    """Turn the flags into Hydra overrides and run the training command."""
     arguments = parse_arguments()
     if not arguments.work_dir.is_dir():
         fail(f"--work_dir {arguments.work_dir}: no such folder")
@@ -31,7 +31,7 @@ def main() -> None:
         fail(f"--config {arguments.config}: no such file (looked in {' and '.join(map(str, folders))})")
     for override in arguments.overrides:
         if "=" not in override:
-            fail(f"unknown argument {override!r}; behind the flags only Hydra overrides (key=value) may follow")
+            fail(f"unknown argument {override!r}; after the flags, give Hydra overrides (key=value)")
     overrides = [f"hydra.searchpath=[{quoted(f'file://{config_folder()}')}]"]
     if arguments.fresh:
         overrides.append("run.fresh=true")
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose errors look like all the others."""
+    """An argument parser that prints an error in one line, like all other commands."""
 
     def error(self, message: str) -> NoReturn:
         fail(message)
@@ -63,33 +63,37 @@ def parse_arguments() -> argparse.Namespace:
         prog="python -m protlig_dd.training.run_train_uniref50_optimized",
         description="Train a protein language model by score-entropy discrete diffusion (SEDD).",
     )
-    parser.add_argument("--work_dir", type=Path, default=Path(), help="folder that holds runs/ and data/ (default: .)")
+    parser.add_argument(
+        "--work_dir", type=Path, default=Path(), help="folder that contains runs/ and data/ (default: .)"
+    )
     parser.add_argument(
         "--config",
         type=Path,
         required=True,
         help="primary config, relative to the current folder or to --work_dir; it may use the shipped groups",
     )
-    parser.add_argument("--datafile", help="store made by `python -m protlig_dd.prepare` (default: the config's)")
-    parser.add_argument("--fresh", action="store_true", help="move an existing run of this name aside and start anew")
+    parser.add_argument("--datafile", help="store written by `python -m protlig_dd.prepare` (default: the config's)")
+    parser.add_argument(
+        "--fresh", action="store_true", help="move an existing run of this name aside and start from step 0"
+    )
     parser.add_argument("--device", help="auto | cpu | cuda | cuda:1 | mps (default: the config's)")
     parser.add_argument("--seed", type=int, help="seed of everything random (default: the config's)")
     parser.add_argument(
         "--epochs", type=float, help="passes over the training split, instead of the config's max_steps"
     )
     parser.add_argument("--wandb_project", help="log to this Weights & Biases project")
-    parser.add_argument("--wandb_name", help="the run's name there")
+    parser.add_argument("--wandb_name", help="name of the run in Weights & Biases")
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, such as optim.lr=1e-3")
     return parser.parse_args()
 
 
 def quoted(text: str) -> str:
-    """A Hydra string that means exactly this text."""
+    """Return a Hydra string literal for exactly this text."""
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def fail(message: str) -> NoReturn:
-    say(f"error: {message}", Processes(0, 1, 0))
+    print_to_stderr(f"error: {message}", Processes(0, 1, 0))
     sys.exit(1)
 
 

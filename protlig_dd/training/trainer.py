@@ -21,19 +21,19 @@ from protlig_dd.system.distributed import all_reduce_sum
 from protlig_dd.system.random import keyed_generator, random_key
 from protlig_dd.tokenizer import N_STATES
 from protlig_dd.training.context import RunContext
-from protlig_dd.training.ema import EMA, decay_of
+from protlig_dd.training.ema import EMA, resolve_decay
 from protlig_dd.training.objective import Objective
 from protlig_dd.training.optim.make import make_optimizer
 from protlig_dd.training.optim.schedule import count_steps, learning_rate
 
-SPIKE_STEPS = 50  # over which the usual loss is averaged, and before which no loss is a spike
+SPIKE_STEPS = 50  # steps that the running mean of the loss averages over; no earlier step is a spike
 
 
 class Trainer:
-    """One model in training on one dataset of packs.
+    """Trains one model on one dataset of packs.
 
-    Everything random in step k is keyed by (seed, purpose, k * packs_per_step + i), and the loss is normalised by the
-    residues of the whole step, so the split over ranks and accumulation changes nothing but the order of sums.
+    All random numbers of step k are keyed by (seed, purpose, k * packs_per_step + i), and the loss is normalised by the
+    residues of the whole step. So the number of ranks changes nothing but the order of sums.
     """
 
     def __init__(
@@ -43,21 +43,21 @@ class Trainer:
         self.device, self.processes = context.device, context.processes
         self.packs_per_step, self.max_steps = config.optim.packs_per_step, count_steps(config, dataset)
         self.optimizer = make_optimizer(model, config.optim, context.precision)
-        self.ema = EMA(model, decay_of(config.optim.ema_decay, self.max_steps))
+        self.ema = EMA(model, resolve_decay(config.optim.ema_decay, self.max_steps))
         self.wrapped: nn.Module = DistributedDataParallel(model) if self.processes.world_size > 1 else model
         self.score_fn = objective.score_fn(self.wrapped)
-        self.eval_score_fn = objective.score_fn(model)  # ranks evaluate different numbers of packs: no DDP there
-        self.frozen = torch.zeros((), device=self.device)  # 1 from the first non-finite loss or gradient on
+        self.eval_score_fn = objective.score_fn(model)  # no DDP, as ranks evaluate different numbers of packs
+        self.frozen = torch.zeros((), device=self.device)  # 1 from the first bad step on
         self.optimizer.found_inf = self.frozen  # type: ignore[attr-defined]
         self.usual_loss = torch.zeros((), device=self.device)
         self.residues_seen = self.current_step = 0
-        self.evaluation_due = False  # a stop came before the evaluation of this step
+        self.evaluation_due = False  # whether the last step still has to be evaluated
 
-    def step(self, step: int, packs: Iterator[PackedBatch], asked: list[int]) -> dict[str, Any]:
-        """One optimizer step (counted from 0). Nothing here waits for the device.
+    def step(self, step: int, packs: Iterator[PackedBatch], stop_requests: list[int]) -> dict[str, Any]:
+        """Make one optimizer step (counted from 0). Nothing here waits for the device.
 
         Args:
-            asked: for each of REASONS whether this rank was asked to stop; the record tells whether any was.
+            stop_requests: for each of REASONS, 1 if this rank was requested to stop. The record has the sum over ranks.
         """
         rank, world_size = self.processes.rank, self.processes.world_size
         mine = range(rank, self.packs_per_step, world_size)
@@ -65,14 +65,15 @@ class Trainer:
         since = time.perf_counter()
         batches = [next(packs) for _ in mine]
         waited = time.perf_counter() - since
-        own = sum(count_residues(batch) for batch in batches), sum(self.model.flops(batch.lengths) for batch in batches)
-        residues, flops, *asked = all_reduce_sum(torch.tensor([*own, *asked])).tolist()
+        residues = sum(count_residues(batch) for batch in batches)
+        flops = sum(self.model.flops(batch.lengths) for batch in batches)
+        residues, flops, *stop_requests = all_reduce_sum(torch.tensor([residues, flops, *stop_requests])).tolist()
         pack_loss = torch.zeros(self.packs_per_step, device=self.device)
         for pack, batch in zip(mine, batches, strict=True):
             index = step * self.packs_per_step + pack
             torch.manual_seed(random_key(self.config.seed, "dropout", index))
             generator = keyed_generator(self.config.seed, "noise", index, self.device)
-            with self.accumulate(last=pack == mine[-1]):
+            with self.gradient_sync(last=pack == mine[-1]):
                 loss_sum = self.objective.loss(self.score_fn, batch.to(self.device), generator, step)
                 # DDP averages over ranks; the objective is the sum over all packs / residues of all packs
                 (loss_sum * world_size / max(residues, 1)).backward()
@@ -81,11 +82,11 @@ class Trainer:
         norms = torch.stack(torch._foreach_norm([p.grad for p in self.model.parameters() if p.grad is not None]))
         grad_norm = torch.linalg.vector_norm(norms)
         clip_grads_with_norm_(self.model.parameters(), self.config.optim.grad_clip, grad_norm)
-        bad = self.watch(step, pack_loss.sum(), grad_norm)
+        bad = self.freeze_if_bad(step, pack_loss.sum(), grad_norm)
         lr = learning_rate(step, self.config.optim, self.max_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.step()  # changes nothing where self.frozen is 1
+        self.optimizer.step()  # changes nothing if self.frozen is 1
         self.optimizer.zero_grad(set_to_none=self.model.graphed is None)
         self.ema.update(self.model, step + 1)
         self.residues_seen += residues
@@ -99,14 +100,15 @@ class Trainer:
             "rows": rows,
             "flops": 3 * flops,
             "waited": waited,
-            "asked": asked,
+            "stop_requests": stop_requests,
             "bad": bad,
         }
 
-    def watch(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
-        """Freeze the weights from the first loss or gradient on that is no number, or a loss far above the usual.
+    def freeze_if_bad(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
+        """Freeze the weights from the first bad step on: its loss or gradient is not finite, or its loss is a spike.
 
-        Returns: a flag on the device, whether this step is such a one.
+        Returns:
+            A flag on the device: whether this step is bad.
         """
         bad = ~torch.isfinite(loss + grad_norm)
         spike = self.config.trainer.loss_spike
@@ -117,15 +119,15 @@ class Trainer:
         self.usual_loss.copy_(torch.where(self.frozen > 0, self.usual_loss, usual))
         return bad
 
-    def accumulate(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
-        """Gradients are exchanged in the backward pass of the step's last pack only."""
+    def gradient_sync(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which DDP exchanges gradients only for the last pack of the step."""
         if last or not isinstance(self.wrapped, DistributedDataParallel):
             return contextlib.nullcontext()
         return self.wrapped.no_sync()  # type: ignore[no-any-return]
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """The model evaluates inside: averaged weights, no dropout."""
+        """Set the model to evaluation inside: averaged weights, no dropout."""
         training = self.model.training
         self.model.eval()
         try:
@@ -135,11 +137,11 @@ class Trainer:
             self.model.train(training)
 
     def snapshot(self) -> Tensors:
-        """What a checkpoint keeps, copied to the host."""
+        """Return the tensors of a checkpoint, copied to the host."""
         return snapshot(self.model, self.ema.weights, self.optimizer)
 
     def state(self) -> dict[str, Any]:
-        """The rest of it: numbers."""
+        """Return what the trainer adds to a checkpoint's state.json."""
         return {
             "residues_seen": self.residues_seen,
             "usual_loss": float(self.usual_loss),
@@ -147,7 +149,7 @@ class Trainer:
         }
 
     def start_from(self, weights: Path) -> None:
-        """Begin with a model's averaged weights, and average on from them."""
+        """Start from a model's averaged weights, and start the average from them."""
         load_weights(weights, self.model)
         self.ema.weights = {name: p.detach().clone() for name, p in self.model.named_parameters()}
 
@@ -162,12 +164,12 @@ class Trainer:
 
 
 def count_residues(batch: PackedBatch) -> int:
-    """Residues of a pack that is still on the host."""
+    """Count the residues of a pack that is still on the host."""
     return int((batch.tokens < N_STATES).sum())
 
 
 def make_model(config: TrainConfig, device: torch.device, attention_backend: str) -> DiT:
-    """The network of a config with its first weights, which follow from the seed."""
+    """Return the network of a config with its initial weights, which follow from the seed."""
     torch.manual_seed(random_key(config.seed, "weights", 0))
     with device:
         return build_model(config.model, attention_backend, config.time_conditioning)

@@ -1,1 +1,1 @@
-"""How fast what is, and what it costs."""
+"""Benchmarks of speed, memory and cost."""

@@ -1,9 +1,8 @@
-"""How long training waits for a checkpoint, and how long its writing takes; prints the table of docs/reliability.md.
+"""Measure how long training waits for a checkpoint, and how long writing it takes, for docs/reliability.md.
 
     python -m scripts.benchmarks.checkpoint
 
-Training waits for the copy to host memory; a thread writes the files meanwhile, and syncs and hashes each at once.
-Without the thread it would wait for both.
+Training waits only for the copy to host memory. A background thread writes, syncs and hashes the files.
 """
 
 import argparse
@@ -31,7 +30,7 @@ def measure(name: str, device: str, repeats: int, folder: Path) -> list[str]:
     optimizer = make_optimizer(model, config.optim, "fp32")
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    optimizer.step()  # which makes its state
+    optimizer.step()  # creates the optimizer state
     ema = EMA(model, 0.999)
     writer = CheckpointWriter(folder / name, config_yaml="", keep_last=1, keep_every=None)
     waited, written = [], []
@@ -58,11 +57,13 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["tiny", "small", "medium"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=7, help="checkpoints of each model")
-    parser.add_argument("--folder", type=Path, default=Path(), help="for scratch files, twice a checkpoint")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(), help="folder for scratch files, twice the size of a checkpoint"
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="benchmarks.checkpoint.") as name:
         rows = [measure(model, arguments.device, arguments.repeats, Path(name)) for model in arguments.models]
-    table(["checkpoint of", "MB", "training waits s, median", "at most", "written meanwhile s"], rows)
+    table(["model", "MB", "training waits, median s", "training waits, max s", "background writing, s"], rows)
 
 
 if __name__ == "__main__":

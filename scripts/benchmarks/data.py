@@ -1,12 +1,12 @@
-"""How fast FASTA becomes a store, an epoch is planned, and packs are loaded; and what GPUs would eat.
+"""Benchmark the data path: preparing a store, planning an epoch and loading packs, against the rate that GPUs need.
 
     python -m scripts.benchmarks.data                                     the bundled proteins, a few minutes
-    python -m scripts.benchmarks.data --fasta my.fasta --gigabytes 2      proteins of your own
+    python -m scripts.benchmarks.data --fasta my.fasta --gigabytes 2      your own proteins
 
-The FASTA is made of the given proteins over and over, wrapped at 60 columns, each time under other ids and turned by
-some residues, so that none is an exact duplicate. Prepare and the plan run in processes of their own: their CPU seconds
-and peak memory (from Linux' /proc) are theirs alone. The store is read once before the loader is timed: a warm file.
-Prints Markdown.
+The FASTA input repeats the given proteins, wrapped at 60 columns. Each repeat has other ids and rotates the sequences
+by one residue more, so that there are no exact duplicates. Preparing and planning run in separate processes, so that
+CPU seconds and peak memory (from Linux' /proc) are theirs alone. The store is read once before the loader is timed, so
+that it is in the page cache. Prints Markdown.
 """
 
 import argparse
@@ -47,25 +47,29 @@ GPUS = 8
 
 
 def make_fasta(proteins: Path, path: Path, size: int) -> None:
-    """At least `size` bytes of FASTA, each protein under a permuted id in every round."""
+    """Write at least `size` bytes of FASTA; every repeat permutes the ids and rotates the sequences."""
     records = list(read_fasta(proteins))
     rng = np.random.default_rng(0)
-    with path.open("w") as file, ProgressBar("making FASTA", size >> 20) as bar:
-        for turn in itertools.count():
+    with path.open("w") as file, ProgressBar("writing FASTA", size >> 20) as bar:
+        for rotation in itertools.count():
             if (written := file.tell()) >= size:
                 return
             bar.advance((written >> 20) - bar.done)
             for record, other in zip(records, rng.permutation(len(records)).tolist(), strict=True):
-                shift = turn % len(record.sequence)
+                shift = rotation % len(record.sequence)
                 sequence = record.sequence[shift:] + record.sequence[:shift]
-                file.write(f">{records[other].id}_{turn}\n")
+                file.write(f">{records[other].id}_{rotation}\n")
                 file.writelines(f"{sequence[i : i + 60]}\n" for i in range(0, len(sequence), 60))
 
 
 def measured(code: str, folder: Path) -> dict[str, Any]:
-    """Run Python code that prints a JSON object last; add its wall and CPU seconds and its peak memory in bytes."""
+    """Run Python code that prints a JSON object last.
+
+    Returns:
+        That object, with the code's wall and CPU seconds and peak memory in bytes.
+    """
     began, before = time.perf_counter(), os.times()
-    # not ru_maxrss, which a child inherits from a larger parent
+    # VmHWM rather than ru_maxrss, which a child inherits from a larger parent
     code += "\nprint(open('/proc/self/status').read().partition('VmHWM:')[2].split()[0])"
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -86,7 +90,7 @@ print(json.dumps({{"sequences": len(store), "residues": int(store.lengths.sum())
 
 
 def prepare(folder: Path, fasta: Path, repeats: int) -> Path:
-    """Time prepare on the plain and the gzipped file, one after the other, several times."""
+    """Time prepare on the plain and the gzipped file, interleaved, and return the path of the store."""
     zipped = fasta.with_suffix(".fasta.gz")
     if not zipped.exists():
         with fasta.open("rb") as source, gzip.open(zipped, "wb", compresslevel=6) as target:
@@ -119,8 +123,8 @@ def prepare(folder: Path, fasta: Path, repeats: int) -> Path:
             ]
         )
     print(
-        f"\nPrepare of {size / 1e6:,.0f} MB of FASTA, median (and range) of {repeats} runs. SHA-256 of the input is "
-        "part of it, and is timed alone before and after each run to tell how fast the machine was\n"
+        f"\nPrepare of {size / 1e6:,.0f} MB of FASTA, median (and range) of {repeats} runs. It includes SHA-256 of the "
+        "input, which is also timed alone before and after each run, as a measure of the machine's speed\n"
     )
     table(
         [
@@ -131,7 +135,7 @@ def prepare(folder: Path, fasta: Path, repeats: int) -> Path:
             "SHA-256 alone",
             "MB per second",
             "peak MB",
-            "500 MB + 40 bytes a sequence",
+            "500 MB + 40 bytes per sequence",
         ],
         rows,
     )
@@ -139,7 +143,7 @@ def prepare(folder: Path, fasta: Path, repeats: int) -> Path:
 
 
 def hashing_rate(file: Path) -> float:
-    """Bytes of a file that SHA-256 takes in a CPU second."""
+    """Return the bytes hashed by SHA-256 per CPU second."""
     began = time.process_time()
     sha256(file)
     return file.stat().st_size / (time.process_time() - began)
@@ -150,7 +154,7 @@ def spread(values: list[float]) -> str:
 
 
 class OnlyLengths(SequenceStore):
-    """What planning needs of a store."""
+    """A store with the lengths only, as planning needs them."""
 
     def __init__(self, lengths: np.ndarray) -> None:
         self.path, self.fingerprint, self.token_counts = Path("lengths"), "lengths", np.zeros(1)
@@ -158,14 +162,14 @@ class OnlyLengths(SequenceStore):
 
 
 def plan_once(lengths: np.ndarray, step: int) -> None:
-    """Print what it takes to get at the packs of a step, as JSON."""
+    """Print, as JSON, the time to reach the packs of a step without and with a cached plan, and the plan's figures."""
     group = StoreGroup([OnlyLengths(lengths)])
-    everything, last = np.arange(len(lengths), dtype=np.uint32), step * PACKS_PER_STEP + PACKS_PER_STEP - 1
+    rows_of_split, last = np.arange(len(lengths), dtype=np.uint32), step * PACKS_PER_STEP + PACKS_PER_STEP - 1
     times = {}
-    for name in ("seconds", "mapped"):
+    for name in ("seconds", "mapped"):  # the second pass maps the plan that the first one wrote
         began = time.perf_counter()
-        dataset = PackDataset(group, everything, max_len=MAX_LEN, tokens_per_pack=BUDGET, seed=0)
-        dataset.ahead = False
+        dataset = PackDataset(group, rows_of_split, max_len=MAX_LEN, tokens_per_pack=BUDGET, seed=0)
+        dataset.plan_ahead = False
         dataset.pack_rows(last)
         times[name] = time.perf_counter() - began
     epoch = last // len(dataset)
@@ -183,7 +187,7 @@ plan_once(np.load({lengths!r}), {step})
 
 
 def plan(folder: Path, store: SequenceStore, sequences: int) -> None:
-    """Plan an epoch of as many lengths as UniRef50 has clusters, drawn from the store's own."""
+    """Time the planning of an epoch of `sequences` lengths, which are drawn from the store's lengths."""
     lengths = np.random.default_rng(0).choice(store.lengths, sequences)
     np.save(folder / "lengths.npy", lengths)
     last = total_tokens(lengths, np.arange(sequences, dtype=np.uint32), MAX_LEN) // BUDGET // PACKS_PER_STEP
@@ -210,13 +214,13 @@ def plan(folder: Path, store: SequenceStore, sequences: int) -> None:
             bar.advance()
     print(
         f"\nFirst batch of {PACKS_PER_STEP} packs of {BUDGET:,} tokens, of {sequences:,} lengths drawn from the "
-        f"store's, cropped at {MAX_LEN:,}: from nothing, and with a plan that is there\n"
+        f"store's, cropped at {MAX_LEN:,}: without and with a cached plan\n"
     )
-    table(["at step", "epoch", "seconds", "seconds, plan there", "peak GiB", "packs an epoch", "full", "tail"], rows)
+    table(["at step", "epoch", "seconds", "seconds, plan cached", "peak GiB", "packs per epoch", "fill", "tail"], rows)
 
 
 def load(store: SequenceStore, folder: Path, seconds: float, steps: int) -> float:
-    """Residues per second of the loader alone, with one worker, beside the trainer's appetite; returns the former."""
+    """Compare the residues/s of the loader, with one worker, with those of training; return the loader's best."""
     with store.path.open("rb") as file:
         while file.read(1 << 26):
             pass
@@ -230,16 +234,16 @@ def load(store: SequenceStore, folder: Path, seconds: float, steps: int) -> floa
         best = max(best, rate)
     size = store.path.stat().st_size
     print(
-        f"\nLoader alone, one worker, shuffled, random crops of {MAX_LEN:,}, from a warm store of {size / 1e6:,.0f} "
-        f"MB, beside the training of model=tiny on this machine's {torch.get_num_threads()} CPU cores\n"
+        f"\nLoader alone, one worker, shuffled, random crops of {MAX_LEN:,}, from a cached store of {size / 1e6:,.0f} "
+        f"MB, compared with training model=tiny on this machine's {torch.get_num_threads()} CPU cores\n"
     )
-    table(["tokens a pack", "M residues/s", "the trainer's residues/s", "times the trainer"], rows)
+    table(["tokens per pack", "M residues/s", "training residues/s", "loader / training"], rows)
     return best
 
 
 def loader_rate(dataset: PackDataset, seconds: float) -> float:
     packs: Iterator[Any] = iter(pack_loader(dataset, range(10**9), workers=1, pin_memory=False))
-    for _ in range(20):  # the worker starts, and maps the plan
+    for _ in range(20):  # the worker starts and maps the plan
         next(packs)
     residues, began = 0, time.perf_counter()
     while (spent := time.perf_counter() - began) < seconds:
@@ -249,7 +253,7 @@ def loader_rate(dataset: PackDataset, seconds: float) -> float:
 
 
 def training_rate(store: SequenceStore, folder: Path, steps: int) -> float:
-    """Median residues/s of a short training run of the tiny model, without its first quarter."""
+    """Return the median residues/s of a short training run of the demo, without its first quarter."""
     command = [
         sys.executable,
         "-m",
@@ -270,42 +274,42 @@ def training_rate(store: SequenceStore, folder: Path, steps: int) -> float:
     return statistics.median(row["residues_per_s"] for row in rows if "residues_per_s" in row)
 
 
-def appetite(store: SequenceStore, rate: float) -> None:
-    """What a node of H100s would eat, from FLOPs, and how many workers feed a GPU."""
+def gpu_demand(store: SequenceStore, rate: float) -> None:
+    """Print the tokens/s that a node of H100s needs, estimated from FLOPs, and the loader's rate relative to it."""
     tokens = np.minimum(store.lengths, MAX_LEN).astype(np.int64)
-    seen = float((tokens**2).sum() / tokens.sum())  # tokens that a token attends to, on average
+    attended = float((tokens**2).sum() / tokens.sum())  # tokens that a token attends to, on average
     rows = []
     for name in ("medium", "large"):
         with torch.device("meta"):
             model = build_model(read_config(composed(f"model={name}"), TrainConfig).model, "sdpa", False)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         flops = 3 * model.flops(tokens.tolist()) / tokens.sum()
-        eaten = H100_FLOPS * MFU / flops
+        needed = H100_FLOPS * MFU / flops
         rows.append(
             [
                 f"{name}, {parameters / 1e6:.0f} M",
                 f"{flops / 1e9:.2f}",
-                f"{eaten / 1e6:.2f}",
-                f"{GPUS * eaten / 1e6:.1f}",
-                f"{rate / eaten:.1f}",
+                f"{needed / 1e6:.2f}",
+                f"{GPUS * needed / 1e6:.1f}",
+                f"{rate / needed:.1f}",
             ]
         )
     print(
-        f"\nOne node of {GPUS} H100 at {MFU:.0%} of {H100_FLOPS / 1e12:.0f} TFLOP/s (assumed), a token "
-        f"attending to {seen:.0f} on average; a loader worker gives {rate / 1e6:.1f} M residues/s\n"
+        f"\nOne node of {GPUS} H100 at an assumed {MFU:.0%} of {H100_FLOPS / 1e12:.0f} TFLOP/s. A token attends to "
+        f"{attended:.0f} tokens on average; a loader worker delivers {rate / 1e6:.1f} M residues/s\n"
     )
-    table(["model", "GFLOP a token", "M tokens/s a GPU", "M tokens/s a node", "times one worker a GPU"], rows)
+    table(["model", "GFLOP per token", "M tokens/s per GPU", "M tokens/s per node", "one worker / one GPU"], rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fasta", type=Path, default=SAMPLE_FOLDER / "train.fasta.gz", help="proteins to start from")
-    parser.add_argument("--gigabytes", type=float, default=1.1, help="FASTA to make of them")
-    parser.add_argument("--sequences", type=int, default=UNIREF50_CLUSTERS, help="lengths to plan an epoch of")
-    parser.add_argument("--repeats", type=int, default=3, help="times that prepare is run")
-    parser.add_argument("--seconds", type=float, default=15, help="time that the loader is watched for")
-    parser.add_argument("--steps", type=int, default=40, help="of the training run that the loader is compared with")
-    parser.add_argument("--folder", type=Path, default=Path(), help="for scratch files, 4 times the FASTA")
+    parser.add_argument("--fasta", type=Path, default=SAMPLE_FOLDER / "train.fasta.gz", help="proteins to repeat")
+    parser.add_argument("--gigabytes", type=float, default=1.1, help="size of the FASTA file to write")
+    parser.add_argument("--sequences", type=int, default=UNIREF50_CLUSTERS, help="sequences of the planned epoch")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of prepare on each file")
+    parser.add_argument("--seconds", type=float, default=15, help="time to measure the loader")
+    parser.add_argument("--steps", type=int, default=40, help="steps of the training run")
+    parser.add_argument("--folder", type=Path, default=Path(), help="folder for scratch files, 4 times the FASTA")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="benchmarks.") as name:
         folder = Path(name).resolve()
@@ -314,7 +318,7 @@ def main() -> None:
         store = SequenceStore(prepare(folder, fasta, arguments.repeats))
         plan(folder, store, arguments.sequences)
         rate = load(store, folder, arguments.seconds, arguments.steps)
-        appetite(store, rate)
+        gpu_demand(store, rate)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What makes a training step slower and larger."""
+"""Time and memory of a training step against its size."""
 
 import argparse
 import os
@@ -25,8 +25,9 @@ from scripts.benchmarks.variants import MODELS, NETWORK
 
 
 def growth(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Time and memory of a forward and backward pass against what makes it larger, one thing at a time; each in a
-    process of its own, or in two that exchange gradients.
+    """Measure time and memory of a forward and backward pass, changing one setting at a time.
+
+    Each measurement runs in a new process, or in two new processes that exchange gradients.
     """
     tokens, size = arguments.tokens, MODELS[arguments.models[0]]
     base = {
@@ -47,23 +48,23 @@ def growth(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     }
     rows = []
     with ProgressBar("growth", sum(map(len, changes.values()))) as bar:
-        for what, values in changes.items():
+        for setting, values in changes.items():
             for value in values:
-                spec = base | {what: value}
+                spec = base | {setting: value}
                 with (
-                    tempfile.TemporaryDirectory() as meeting,
+                    tempfile.TemporaryDirectory() as folder,
                     ProcessPoolExecutor(spec["ranks"], mp_context=get_context("spawn")) as pool,
                 ):
-                    found = list(pool.map(step_cost, [spec] * spec["ranks"], range(spec["ranks"]), repeat(meeting)))
-                ms, gib = max(one[0] for one in found), max(one[1] for one in found)
-                rows.append({"what": what, "value": value, "ms_per_step": ms, "gib": gib, **spec})
+                    found = list(pool.map(step_cost, [spec] * spec["ranks"], range(spec["ranks"]), repeat(folder)))
+                ms, gib = max(time for time, _ in found), max(memory for _, memory in found)
+                rows.append({"what": setting, "value": value, "ms_per_step": ms, "gib": gib, **spec})
                 bar.advance()
     print(
         f"\nForward and backward pass of one pack of {base['tokens']} tokens in sequences of {base['length']}, "
-        f"{base['hidden_size']} x {base['n_blocks']}, fp32, eager, cpu; changed is what the line says\n"
+        f"{base['hidden_size']} x {base['n_blocks']}, fp32, eager, cpu; each row changes one setting\n"
     )
     table(
-        ["what", "value", "ms", "us a token", "GiB above the weights", "KiB a token"],
+        ["setting", "value", "ms", "us per token", "GiB beyond the weights", "KiB per token"],
         [
             [
                 row["what"],
@@ -79,8 +80,12 @@ def growth(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def step_cost(spec: dict[str, Any], rank: int, meeting: str) -> tuple[float, float]:
-    """Median milliseconds of a forward and backward pass, and the GiB that it takes at its peak beside the model."""
+def step_cost(spec: dict[str, Any], rank: int, folder: str) -> tuple[float, float]:
+    """Return the median milliseconds of a forward and backward pass, and its peak GiB beyond the model.
+
+    Args:
+        folder: an empty folder through which the ranks connect.
+    """
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // spec["ranks"]))
     torch.manual_seed(rank)
     width = spec["hidden_size"]
@@ -91,7 +96,7 @@ def step_cost(spec: dict[str, Any], rank: int, meeting: str) -> tuple[float, flo
         parameter.grad = torch.zeros_like(parameter)
     wrapped: torch.nn.Module = model
     if spec["ranks"] > 1:
-        init_process_group("gloo", init_method=f"file://{meeting}/ranks", rank=rank, world_size=spec["ranks"])
+        init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=spec["ranks"])
         wrapped = DistributedDataParallel(model)
     device = torch.device("cpu")
     length = spec["length"]

@@ -1,4 +1,4 @@
-"""What the presets cost."""
+"""Cost of the model presets."""
 
 import argparse
 from dataclasses import replace
@@ -15,29 +15,29 @@ from scripts.benchmarks.variants import composed
 
 
 def presets(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """What `plan=true` says of each preset, and of it with activation checkpointing, in bf16."""
+    """Print the figures of `plan=true` for each preset in bf16, with and without activation checkpointing."""
     store, rows = open_store(arguments.fasta, arguments.folder), []
     names = ("tiny", "small", "medium", "large")
     with ProgressBar("presets", 4) as bar:
         for name in names:
             found = []
             for checkpointing in (False, True):
-                wanted = [f"model={name}", f"model.checkpointing={checkpointing}"]
-                config = replace(read_config(composed(*wanted), TrainConfig), time_conditioning=False)
+                overrides = [f"model={name}", f"model.checkpointing={checkpointing}"]
+                config = replace(read_config(composed(*overrides), TrainConfig), time_conditioning=False)
                 found.append(plan(config, store, torch.device("cpu"), "bf16", 1, peak=H100_FLOPS))
             rows.append({"preset": name, **found[0], "checkpointed": found[1]["activation_bytes_per_token"]})
             bar.advance()
     print(
-        f"\n{rows[0]['steps']:,} steps of {rows[0]['step_tokens']:,} tokens; an H100 at {MFU:.0%} of "
-        f"{H100_FLOPS / 1e12:.0f} TFLOP/s, assumed\n"
+        f"\n{rows[0]['steps']:,} steps of {rows[0]['step_tokens']:,} tokens; assumes an H100 at {MFU:.0%} of "
+        f"{H100_FLOPS / 1e12:.0f} TFLOP/s\n"
     )
     table(
         [
             "preset",
             "M parameters",
-            "GFLOP a token",
+            "GFLOP per token",
             "GiB of weights, gradients, averages, optimizer",
-            "KiB of activations a token",
+            "KiB of activations per token",
             "with checkpointing",
             "days on an H100",
         ],

@@ -1,4 +1,4 @@
-"""The speed of sampling."""
+"""Speed of sampling."""
 
 import argparse
 import statistics
@@ -23,7 +23,7 @@ from scripts.benchmarks.variants import MODELS, NETWORK
 
 
 def sampling(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Sequences/s of `sample`, asked anew at every step, and with the scores kept of sequences that did not change."""
+    """Measure sequences/s of `sample`, with and without reusing the scores of unchanged sequences."""
     device = resolve_device(arguments.device)
     precision = resolve_precision(arguments.precision, device)
     autocast = torch.bfloat16 if precision == "bf16" else None
@@ -38,10 +38,10 @@ def sampling(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             rates: dict[bool, list[float]] = {False: [], True: []}
             for repeat in range(arguments.repeats):
                 for keep, found in rates.items():
-                    # a network that is said to look at sigma is asked at every step
-                    wanted = replace(score_fn, time_conditioning=not keep)
+                    # with time conditioning the sampler runs the network at every step
+                    tested = replace(score_fn, time_conditioning=not keep)
                     began = time.perf_counter()
-                    sample(wanted, [300] * 4, SamplerOptions(steps), torch.Generator().manual_seed(repeat))
+                    sample(tested, [300] * 4, SamplerOptions(steps), torch.Generator().manual_seed(repeat))
                     found.append(4 / (time.perf_counter() - began))
                 bar.advance()
             plain, kept = (statistics.median(rates[keep]) for keep in (False, True))
@@ -49,7 +49,7 @@ def sampling(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             rows.append({"steps": steps, "sequences_per_s": plain, "sequences_per_s_kept": kept, "gain": gain})
     print(f"\n4 proteins of 300 residues at a time, 256 x 2, {device}\n")
     table(
-        ["steps", "sequences/s, asked at every step", "sequences/s, unchanged ones skipped", "gain"],
+        ["steps", "sequences/s, all scores computed", "sequences/s, unchanged scores reused", "speed-up"],
         [
             [
                 str(row["steps"]),

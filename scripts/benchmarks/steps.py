@@ -1,4 +1,4 @@
-"""The speed of a training step: against baselines, of each recipe, and where its time goes."""
+"""Speed of a training step: against baselines, for each recipe, and by operator."""
 
 import argparse
 import statistics
@@ -15,7 +15,7 @@ from scripts.benchmarks.variants import DEFAULT_NETWORK, MODELS, Setup, Variant,
 
 
 def throughput(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Residues/s of each variant, in turn, against the padded baseline."""
+    """Measure residues/s of interleaved variants against the padded baseline."""
     device = resolve_device(arguments.device)
     best = resolve_precision(arguments.precision, device)
     store = open_store(arguments.fasta, arguments.folder)
@@ -41,7 +41,7 @@ def throughput(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def cost(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """What the arms of scripts/arms.py cost for each residue, eager, against the SEDD network with AdamW."""
+    """Measure the eager residues/s of the arms of scripts/arms.py against the SEDD network with AdamW."""
     device = resolve_device(arguments.device)
     precision, store = resolve_precision(arguments.precision, device), open_store(arguments.fasta, arguments.folder)
     free = {"time_conditioning": False}
@@ -90,7 +90,7 @@ def compare(
     base = rates[variants[0].name]
     rows = []
     for variant in variants:
-        ratios = [mine / theirs for mine, theirs in zip(rates[variant.name], base, strict=True)]
+        ratios = [rate / base_rate for rate, base_rate in zip(rates[variant.name], base, strict=True)]
         rows.append(
             {
                 "model": size,
@@ -107,9 +107,16 @@ def compare(
                 "first_step_s": variant.first_s,
             }
         )
-    print(f"\n{size}, max_len {max_len}, {arguments.tokens} tokens a pack, {device}\n")
+    print(f"\n{size}, max_len {max_len}, {arguments.tokens} tokens per pack, {device}\n")
     table(
-        ["variant", "residues/s", "ratio to the baseline (lowest, highest)", "slots a residue", "MFU", "first step, s"],
+        [
+            "variant",
+            "residues/s",
+            "ratio to the baseline (lowest, highest)",
+            "slots per residue",
+            "MFU",
+            "first step, s",
+        ],
         [
             [
                 row["variant"],
@@ -126,7 +133,7 @@ def compare(
 
 
 def profiled(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Where the time of an eager packed step goes: shares of what each operator takes by itself."""
+    """Print the fraction of an eager packed step's time spent in each operator itself."""
     device = resolve_device(arguments.device)
     precision, store = resolve_precision(arguments.precision, device), open_store(arguments.fasta, arguments.folder)
     networks: dict[str, dict[str, Any]] = {"SEDD network": {}, "default network": DEFAULT_NETWORK}
@@ -145,8 +152,10 @@ def profiled(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             total = sum(spent.values())
             shares[f"{name}, {size}"] = {key: value / total for key, value in spent.items()}
     columns = list(shares)
-    ranked = sorted({key for one in shares.values() for key in one}, key=lambda key: -shares[columns[0]].get(key, 0.0))
-    print(f"\nShares of a packed step of {arguments.tokens} tokens, {precision}, eager, {device}\n")
+    ranked = sorted(
+        {key for network in shares.values() for key in network}, key=lambda key: -shares[columns[0]].get(key, 0.0)
+    )
+    print(f"\nFraction of the time of a packed step of {arguments.tokens} tokens, {precision}, eager, {device}\n")
     table(
         ["operator", *columns],
         [

@@ -1,4 +1,4 @@
-"""What the benchmarks read and print."""
+"""Input and output of the benchmarks."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ def table(columns: list[str], rows: list[list[str]]) -> None:
 
 
 def open_store(fasta: Path | None, folder: Path) -> StoreGroup:
-    """The bundled proteins, or a store made of `fasta` once."""
+    """Return the store of the bundled proteins, or one built from `fasta` on the first call."""
     if fasta is None:
         return StoreGroup([SequenceStore(bundled_store().path)])
     store = folder / f"{fasta.name.split('.')[0]}.h5"

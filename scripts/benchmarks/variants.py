@@ -1,4 +1,4 @@
-"""Ways to make a training step, to be compared: padded and concatenated baselines, and packs."""
+"""Variants of a training step to compare: padded and concatenated baselines, and packs."""
 
 import statistics
 import time
@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from torch import Tensor
 
-from protlig_dd.batch import PackedBatch, StaticShape, spare_sequences
+from protlig_dd.batch import PackedBatch, StaticShape, sequence_slots
 from protlig_dd.config.read import config_folder, read_config
 from protlig_dd.config.train import TrainConfig
 from protlig_dd.data.loader import PackDataset
@@ -58,13 +58,13 @@ TRAINED = (
     "trainer.max_steps=1000000",
     "seed=0",
 )
-LOADED = 100  # packs; at 512 their padding ratio is within 2% of the whole set's
+LOADED = 100  # packs; at max_len 512 their padding ratio is within 2% of the full data set's
 
 
 class RectangleDiT(DiT):
-    """The same network, computed as on a rectangle: (sequences, length) with one attention call and no mask.
+    """The same network on rectangular batches (sequences, length), with one attention call and no mask.
 
-    It reads a pack whose sequences were all filled up, or cut, to the same length.
+    It expects packs whose sequences all have the same length, by padding or cutting.
     """
 
     def forward(self, batch: PackedBatch, sigma: Tensor) -> Tensor:
@@ -89,19 +89,21 @@ class RectangleDiT(DiT):
 
 
 def rectangles(packs: Iterator[PackedBatch], sequences: int, length: int) -> Iterator[PackedBatch]:
-    """The same sequences in the same order, so many at a time, each filled up to `length` with <pad>."""
+    """Yield the same sequences in the same order, `sequences` at a time, each padded to `length` with <pad>."""
     waiting: list[Tensor] = []
     for pack in packs:
         waiting += pack.unpack(pack.tokens)
         while len(waiting) >= sequences:
-            yield PackedBatch.pack([F.pad(one, (0, length - len(one)), value=PAD) for one in waiting[:sequences]])
+            yield PackedBatch.pack(
+                [F.pad(tokens, (0, length - len(tokens)), value=PAD) for tokens in waiting[:sequences]]
+            )
             del waiting[:sequences]
 
 
 def blocks(packs: Iterator[PackedBatch], rows: int, length: int) -> Iterator[PackedBatch]:
-    """The same tokens in the same order as one stream, cut every `length` tokens, so many blocks at a time.
+    """Yield the same tokens in the same order as one stream cut into blocks of `length` tokens, `rows` at a time.
 
-    As SEDD cuts its texts: a block holds the end of one protein and the start of the next, which see one another.
+    SEDD cuts its texts this way. A block can contain several proteins, which attend to each other.
     """
     left = torch.empty(0, dtype=torch.int64)
     for pack in packs:
@@ -117,60 +119,62 @@ class Variant:
     step: Callable[[], object]
     precision: str
     residues: float
-    """Real ones of a step, on average."""
+    """Mean number of real residues in a step."""
     flops: float
-    """That they need in the packed network."""
+    """Mean FLOPs of a step of the packed network."""
     slots: int
-    """That are computed, <pad> included; on a GPU packs are filled up to their budget."""
+    """Tokens computed in a step, including <pad>; for packs their token budget, to which GPUs pad them."""
     first_s: float = 0.0
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What variants that are compared have in common."""
+    """Settings shared by the variants of a comparison."""
 
     store: StoreGroup
     sizes: dict[str, int]
-    """Of the network."""
+    """ModelConfig fields of the network's size."""
     max_len: int
     tokens: int
-    """In a pack, and the most slots of a rectangle."""
+    """Tokens in a pack, and at most in a padded batch."""
     device: torch.device
 
 
 def make_variant(
     name: str, setup: Setup, precision: str, *, baseline: str | None = None, compiled: bool = False, **options: Any
 ) -> Variant:
-    """A trainer of its own over the same packs.
+    """Build a variant with a new trainer over the same packs.
 
     Args:
-        baseline: padded or concatenated; it takes as many rows of max_len as have fewer slots than `tokens`.
-        compiled: on a GPU with packs filled to one shape, and CUDA graphs.
-        options: of the network, time_conditioning and optimizer.
+        baseline: padded or concatenated; uses as many rows of max_len + 2 tokens as fit in `setup.tokens`.
+        compiled: on a GPU also pads packs to a fixed shape and uses CUDA graphs.
+        options: fields of ModelConfig, time_conditioning and optimizer.
     """
-    timed, optimizer = options.pop("time_conditioning", True), options.pop("optimizer", "adamw")
+    time_conditioning, optimizer = options.pop("time_conditioning", True), options.pop("optimizer", "adamw")
     network = ModelConfig(**{**NETWORK, **setup.sizes, **options})
     context = context_of(setup.device, precision, network)
     torch.manual_seed(0)
     with setup.device:
-        model = (RectangleDiT if baseline else DiT)(network, context.attention_backend, time_conditioning=timed)
+        model = (RectangleDiT if baseline else DiT)(
+            network, context.attention_backend, time_conditioning=time_conditioning
+        )
     dataset = PackDataset(
         setup.store, setup.store.split("train"), seed=0, max_len=setup.max_len, tokens_per_pack=setup.tokens
     )
     if compiled:
         model.compile_blocks(dynamic=setup.device.type != "cuda")
         if setup.device.type == "cuda":
-            spare = spare_sequences(setup.tokens, dataset.mean_tokens)
+            spare = sequence_slots(setup.tokens, dataset.mean_tokens)
             model.pad_packs(StaticShape(setup.tokens, spare, setup.max_len + 2))
             model.capture(context.autocast)
-    objective = Objective(Absorbing(), LogLinearNoise(), "x0", timed, context.autocast)
+    objective = Objective(Absorbing(), LogLinearNoise(), "x0", time_conditioning, context.autocast)
     config = read_config(composed(f"optim={optimizer}", *TRAINED), TrainConfig)
     trainer = Trainer(model, objective, dataset, config, context)
     stream: Iterator[PackedBatch] = (dataset[i] for i in count())
     if baseline:
         cut = {"padded": rectangles, "concatenated": blocks}[baseline]
         stream = cut(stream, setup.tokens // (setup.max_len + 2), setup.max_len + 2)
-    ready = list(islice(stream, LOADED))  # the loader, which is far ahead in training, is not measured
+    ready = list(islice(stream, LOADED))  # loaded in advance, so that the loader is not measured
     batches = cycle([batch.pin_memory() for batch in ready] if setup.device.type == "cuda" else ready)
     steps = count()
     residues = statistics.mean(count_residues(batch) for batch in ready)
@@ -180,7 +184,7 @@ def make_variant(
 
 
 def context_of(device: torch.device, precision: str, network: ModelConfig) -> RunContext:
-    """One process that writes nothing."""
+    """Return the context of a single process that writes no files."""
     backend = resolve_attention_backend("auto", device, precision, network.head_dim)
     return RunContext(
         folder=Path(),
@@ -202,7 +206,7 @@ def composed(*overrides: str) -> DictConfig:
 
 
 def timed(variant: Variant, steps: int, device: torch.device) -> float:
-    """Seconds of a step, of so many."""
+    """Return the mean seconds of a step over `steps` steps."""
     began = time.perf_counter()
     for _ in range(steps):
         variant.step()

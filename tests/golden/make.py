@@ -1,10 +1,10 @@
-"""Record what seeded runs give, so that a later version can be compared with this one bit by bit.
+"""Record the results of seeded runs, so that a later version can be compared with this one bit by bit.
 
-    python -m tests.golden.make FOLDER      in an empty folder; then copy what is named at the end into tests/golden
+    python -m tests.golden.make FOLDER      FOLDER is empty; then copy the paths printed at the end into tests/golden
 
-Everything goes through the public commands, in float32 on one thread. Two things are kept: `record.json`, the losses,
-weights, bounds, samples, designs, scores and embeddings of three small models; and `files/`, a store, a run that was
-stopped half-way and an exported model, which later versions must read and continue.
+All results come from the public commands, in float32 on one thread. `record.json` has the losses, weights, bounds,
+samples, designs, scores and embeddings of three small models. `files/` has a store, a run that was stopped half-way and
+an exported model, which later versions must read and continue.
 """
 
 import hashlib
@@ -60,12 +60,12 @@ TRAIN = [
     "report.untrained=false",
     "logger.tensorboard=false",
 ]
-SMALLER = [*TRAIN, "model.hidden_size=16", "model.n_blocks=1", "run.name=stopped"]  # of the files that are kept
+SMALLER = [*TRAIN, "model.hidden_size=16", "model.n_blocks=1", "run.name=stopped"]  # the run in files/
 USE = ["device=cpu", "precision=fp32", f"seed={SEED}"]
 
 
 def machine() -> dict[str, str]:
-    """What the bits of a float32 computation depend on."""
+    """Return the properties of this machine on which the bits of a float32 result depend."""
     lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines() if platform.system() == "Linux" else []
     cpu = dict(line.replace("\t", "").split(": ", 1) for line in lines if ": " in line)
     kinds = [flag for flag in cpu.get("flags", "").split() if flag.startswith(("avx", "amx", "fma"))]
@@ -80,7 +80,7 @@ def machine() -> dict[str, str]:
 
 
 def write_proteins(folder: Path) -> None:
-    """The first short training proteins of the bundled sample: all.fasta, 20 in proteins.fasta, one in motif.fasta."""
+    """Write the first short training proteins of the sample: all.fasta, proteins.fasta (20) and motif.fasta (one)."""
     short = (record for record in read_fasta(SAMPLE) if len(record.sequence) <= LONGEST)
     records = list(itertools.islice(short, PROTEINS))
     text = [f">{record.id} {record.description}\n{record.sequence}\n" for record in records]
@@ -90,7 +90,7 @@ def write_proteins(folder: Path) -> None:
 
 
 def make_store(command: Command, folder: Path) -> None:
-    """store.h5, of all.fasta."""
+    """Write store.h5 from all.fasta."""
     run(
         command,
         folder,
@@ -103,7 +103,7 @@ def make_store(command: Command, folder: Path) -> None:
 
 
 def record(command: Command, folder: Path, model: str) -> dict[str, Any]:
-    """What one of MODELS gives in a folder with store.h5 and the proteins."""
+    """Return the results of one of MODELS, in a folder with store.h5 and the proteins."""
     run(command, folder, "training", *TRAIN, *MODELS[model], f"run.name={model}", "data.path=store.h5")
     trained = folder / "runs" / model
     rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
@@ -112,7 +112,7 @@ def record(command: Command, folder: Path, model: str) -> dict[str, Any]:
         "losses": [row["loss"] for row in rows if "loss" in row],
         "grad_norms": [row["grad_norm"] for row in rows if "grad_norm" in row],
         "validation": [row["val_nll"] for row in rows if "val_nll" in row],
-        "weights": {name: of_tensors(checkpoint / f"{name}.safetensors") for name in ("model", "ema", "optimizer")},
+        "weights": {name: tensors_sha256(checkpoint / f"{name}.safetensors") for name in ("model", "ema", "optimizer")},
         "report": json.loads((trained / "report.json").read_text())["nll"],
         "samples": {},
     }
@@ -159,13 +159,13 @@ def record(command: Command, folder: Path, model: str) -> dict[str, Any]:
 
 
 def make_files(command: Command, folder: Path) -> None:
-    """A run that was stopped half-way, and what was exported of it."""
+    """Train a run that stops half-way, and export it."""
     run(command, folder, "training", *SMALLER, "data.path=store.h5", f"trainer.stop_at_step={STEPS // 2}")
     run(command, folder, "export", "from=runs/stopped", "to=exported")
 
 
 def continued(command: Command, folder: Path) -> dict[str, Any]:
-    """What the files of `make_files` give: the rest of the run's losses, and samples of the exported model."""
+    """Continue the run of `make_files`; return all its losses, and samples of the exported model."""
     run(command, folder, "training", *SMALLER, "data.path=store.h5")
     rows = [json.loads(line) for line in (folder / "runs/stopped/metrics.jsonl").read_text().splitlines()]
     run(command, folder, "sample", *USE, "from=exported", "output=of_exported.fasta", "n=4", "lengths=40", "steps=8")
@@ -176,14 +176,14 @@ def continued(command: Command, folder: Path) -> dict[str, Any]:
 
 
 def run(command: Command, folder: Path, verb: str, *arguments: str) -> None:
-    """One verb; raises with what it printed where it fails."""
+    """Run one verb; raise a RuntimeError with its stderr if it fails."""
     done = command("-m", f"protlig_dd.{verb}", *arguments, cwd=folder)
     if done.returncode:
         raise RuntimeError(f"{verb} {' '.join(arguments)}: {done.stderr}")
 
 
-def of_tensors(path: Path) -> str:
-    """The SHA-256 of a safetensors file's names and values."""
+def tensors_sha256(path: Path) -> str:
+    """Return the SHA-256 of a safetensors file's names and values."""
     tensors = load_file(path)
     return sha256(b"".join(name.encode() + tensors[name].tobytes() for name in sorted(tensors)))
 

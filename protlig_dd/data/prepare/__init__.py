@@ -1,1 +1,1 @@
-"""From FASTA to a store."""
+"""Build a store from FASTA."""

@@ -1,4 +1,4 @@
-"""What a store holds, for people."""
+"""Print summaries of a store."""
 
 import itertools
 import json
@@ -15,50 +15,52 @@ SHOWN_RECORDS = 3
 
 
 def describe(store: SequenceStore) -> None:
-    """What is in it and what was left out."""
+    """Print what the store contains and what was dropped from the input."""
     manifest = store.manifest
     residues = sum(split["residues"] for split in manifest["splits"].values())
     console.print(f"{store.path}: {len(store):,} sequences, {residues:,} residues")
     for name in SPLITS:
-        held = manifest["splits"][name]
-        console.print(f"  {name:<10} {held['sequences']:,} sequences, {held['residues']:,} residues")
+        split = manifest["splits"][name]
+        console.print(f"  {name:<10} {split['sequences']:,} sequences, {split['residues']:,} residues")
     dropped = {name: count for name, count in manifest["dropped"].items() if count}
     if dropped:
         console.print("dropped " + ", ".join(f"{count:,} by {name}" for name, count in dropped.items()))
-    for both in manifest.get("shared", ()):  # which earlier versions did not look for
-        equal = ", ".join(f"{own} = {other}" for own, other in both["first"])
-        more = ", ..." if both["sequences"] > len(both["first"]) else ""
-        left = "are kept in both" if manifest["options"]["filters"]["duplicates"] else f"are left to {both['in']}"
-        told = f"{both['sequences']:,} sequences of {both['of']} are in {both['in']} too and {left}"
-        console.print(f"warning: {told}: {equal}{more}")
+    for shared in manifest.get("shared", ()):  # missing in manifests of earlier versions
+        pairs = ", ".join(f"{id_} = {earlier_id}" for id_, earlier_id in shared["first"])
+        more = ", ..." if shared["sequences"] > len(shared["first"]) else ""
+        kept = "both" if manifest["options"]["filters"]["duplicates"] else f"{shared['in']} only"
+        console.print(
+            f"warning: {shared['sequences']:,} sequences of {shared['of']} are also in {shared['in']} and are kept in "
+            f"{kept}: {pairs}{more}"
+        )
     if manifest["lower_case_letters"]:
         console.print(f"{manifest['lower_case_letters']:,} lower-case letters were read as upper-case")
-    if found := manifest.get("nucleotide_like"):  # which earlier versions did not count
+    if found := manifest.get("nucleotide_like"):  # missing in manifests of earlier versions
         console.print(nucleotide_warning(found, manifest["records"], "the input"))
     if (check := manifest["split_check"]) is not None:
         hits = ", ".join(f"{check['hits'][name]:,} of {check['searched'][name]:,} {name}" for name in check["hits"])
-        done = "moved to train" if check["on_hit"] == "move" else "dropped"
+        action = "moved to train" if check["on_hit"] == "move" else "dropped"
         console.print(
             f"held-out sequences with a training sequence at >= {check['identity']:.0%} identity over "
-            f">= {check['coverage']:.0%} of either: {hits}; {done}, searches: {check['rounds']}"
+            f">= {check['coverage']:.0%} of either sequence: {hits}; {action}; number of searches: {check['rounds']}"
         )
 
 
 def inspect(store: SequenceStore) -> None:
-    """Print the manifest, a plot of the lengths and the first records, then verify every byte.
+    """Print the manifest, a plot of the lengths and the first records, then verify all checksums.
 
     Raises:
-        ValueError: the store is damaged; names the part.
+        ValueError: the store is damaged. The message names the dataset.
     """
     shown = {key: value for key, value in store.manifest.items() if key not in ("splits", "length_bin")}
-    beside = manifest_path(store.path)
-    if beside.is_file():
+    path = manifest_path(store.path)
+    if path.is_file():
         try:
-            told = json.loads(beside.read_text())
+            manifest = json.loads(path.read_text())
         except ValueError as error:
-            raise ValueError(f"{beside}: not JSON: {error}") from error
-        if told.get("fingerprint") == store.fingerprint:
-            shown |= {key: told[key] for key in ("created", "seconds", "software")}
+            raise ValueError(f"{path}: not JSON: {error}") from error
+        if manifest.get("fingerprint") == store.fingerprint:
+            shown |= {key: manifest[key] for key in ("created", "seconds", "software")}
     console.print_json(json.dumps(shown | {"fingerprint": store.fingerprint}), indent=1)
     describe(store)
     console.print("\n".join(length_plot(store.manifest)))
@@ -69,11 +71,11 @@ def inspect(store: SequenceStore) -> None:
         console.print(f">{store.header(row)}\n{sequence[:60]}{more}")
     with ByteBar("verifying", store.nbytes) as bar:
         store.verify(bar.advance)
-    console.print(f"{store.path}: every checksum holds")
+    console.print(f"{store.path}: all checksums match")
 
 
 def length_plot(manifest: dict[str, Any]) -> list[str]:
-    """Lines of a histogram of all lengths, at most PLOT_ROWS of them; the last gathers what is longer."""
+    """Return a text histogram of all lengths with at most PLOT_ROWS rows; the last row counts all longer sequences."""
     width = manifest["length_bin"]
     splits = [split["lengths"] for split in manifest["splits"].values()]
     counts = [sum(column) for column in itertools.zip_longest(*splits, fillvalue=0)]

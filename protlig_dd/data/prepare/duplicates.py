@@ -1,4 +1,4 @@
-"""Sequences and ids that occur more than once."""
+"""Find sequences and ids that occur more than once."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,19 +9,25 @@ from protlig_dd.data.fasta import FastaFile, id_of
 from protlig_dd.data.prepare.spool import ROWS_AT_ONCE, Spool
 from protlig_dd.data.store import SPLITS
 
-SHOWN_IDS = 3  # of sequences that are in two splits
+SHOWN_IDS = 3  # examples of sequences that are in two splits
 
 
 def kept_rows(spool: Spool, files: Sequence[FastaFile], *, duplicates: bool) -> tuple[np.ndarray, np.ndarray]:
-    """(rows,) bool: False for sequences that are equal to an earlier one, unless `duplicates` are kept; and (k, 2)
-    rows: each that is equal to an earlier one, and the first of its equals.
+    """Find repeated sequences.
+
+    Args:
+        duplicates: whether to keep sequences that are equal to an earlier one.
+
+    Returns:
+        keep: (rows,) bool, whether each row is kept.
+        repeats: (k, 2) rows, each row that is equal to an earlier one, and the first row with that sequence.
 
     Raises:
-        ValueError: an id that occurs twice; names both records.
+        ValueError: an id occurs twice. The message names both records.
     """
     rows = repeated_rows(spool.load("id_hash"))
     if len(rows):
-        _refuse_repeated_ids(spool, files, rows)
+        _raise_for_repeated_id(spool, files, rows)
     keep = np.ones(spool.rows, dtype=bool)
     rows = repeated_rows(spool.load("hash_high"))
     if not len(rows):
@@ -37,20 +43,20 @@ def kept_rows(spool: Spool, files: Sequence[FastaFile], *, duplicates: bool) -> 
 
 
 def shared_sequences(spool: Spool, splits: np.ndarray, repeats: np.ndarray) -> list[dict[str, Any]]:
-    """Of each two splits how many sequences of one are in the other, where they were read first, and the first of them.
+    """Count the sequences of one split that are equal to an earlier sequence in another split, with the first examples.
 
     Args:
-        repeats: (k, 2) rows, each equal to an earlier one, and the first of its equals.
+        repeats: (k, 2) rows, each row that is equal to an earlier one, and the first row with that sequence.
     """
     repeats = repeats[np.argsort(repeats[:, 0])]
-    found = []
+    shared = []
     for code, name in enumerate(SPLITS):
-        for other, earlier in enumerate(SPLITS):
-            both = repeats[(splits[repeats[:, 0]] == code) & (splits[repeats[:, 1]] == other)]
-            if code != other and len(both):
-                ids = [[id_of_row(spool, row) for row in rows] for rows in both[:SHOWN_IDS].tolist()]
-                found.append({"of": name, "in": earlier, "sequences": len(both), "first": ids})
-    return found
+        for earlier_code, earlier in enumerate(SPLITS):
+            pairs = repeats[(splits[repeats[:, 0]] == code) & (splits[repeats[:, 1]] == earlier_code)]
+            if code != earlier_code and len(pairs):
+                ids = [[id_of_row(spool, row) for row in rows] for rows in pairs[:SHOWN_IDS].tolist()]
+                shared.append({"of": name, "in": earlier, "sequences": len(pairs), "first": ids})
+    return shared
 
 
 def id_of_row(spool: Spool, row: int) -> str:
@@ -62,7 +68,7 @@ def id_of_row(spool: Spool, row: int) -> str:
 
 
 def repeated_rows(hashes: np.ndarray) -> np.ndarray:
-    """Ascending rows whose hash occurs more than once."""
+    """Return the rows, ascending, whose hash occurs more than once."""
     ordered = np.sort(hashes)
     repeated = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
     del ordered
@@ -76,8 +82,8 @@ def repeated_rows(hashes: np.ndarray) -> np.ndarray:
     return np.concatenate(pieces)
 
 
-def _refuse_repeated_ids(spool: Spool, files: Sequence[FastaFile], rows: np.ndarray) -> None:
-    """Raise for the first id of these rows that an earlier row has; hashes may collide."""
+def _raise_for_repeated_id(spool: Spool, files: Sequence[FastaFile], rows: np.ndarray) -> None:
+    """Raise ValueError if two of these rows have the same id. Compares the ids themselves, as hashes may collide."""
     ends = np.cumsum(spool.load("header_length"), dtype=np.int64)
     headers = np.memmap(spool.path("headers"), np.uint8, "r")
     seen: dict[str, int] = {}
@@ -85,16 +91,16 @@ def _refuse_repeated_ids(spool: Spool, files: Sequence[FastaFile], rows: np.ndar
         start = int(ends[row - 1]) if row else 0
         id_ = id_of(headers[start : ends[row]].tobytes().decode())
         if id_ in seen:
-            first, second = (_where(spool, files, place) for place in (seen[id_], row))
-            raise ValueError(f"{second}: the id {id_} occurs already in {first}")
+            first, second = (_location(spool, files, repeated) for repeated in (seen[id_], row))
+            raise ValueError(f"{second}: the id {id_} already occurs in {first}")
         seen[id_] = row
 
 
-def _where(spool: Spool, files: Sequence[FastaFile], row: int) -> str:
-    """File, record and, where it can be read again (not from a pipe), line of a row."""
+def _location(spool: Spool, files: Sequence[FastaFile], row: int) -> str:
+    """Return file and record of a row, and its line if the file can be read again (a pipe cannot)."""
     file, number = files[spool.load("file")[row]], int(spool.load("record")[row])
     if file.path is not None and file.path.is_file():
         for block in FastaFile(file.path).blocks():
             if number < block.first_record + len(block.ids):
-                return block.where(number - block.first_record)
+                return block.location(number - block.first_record)
     return f"{file.name}: record {number}"

@@ -1,4 +1,4 @@
-"""Which sequences are left out of a store, and why."""
+"""Filters that drop sequences from a store."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,27 +13,27 @@ from protlig_dd.tokenizer import BOS, MASK
 
 @dataclass(frozen=True)
 class Filters:
-    """What is left out. Every sequence dropped is counted once, under the first of these that it fails."""
+    """Options of the filters. A dropped sequence is counted once, under the first filter that it fails."""
 
     min_length: int = 1
     max_length: int | None = None
     max_unknown: float = 1.0
-    """Largest share of letters that are no amino acid (X B Z J U O)."""
+    """Largest fraction of letters that are not one of the 20 amino acids (X B Z J U O)."""
     fragments: bool = True
-    """False drops what its header calls a (Fragment)."""
+    """False drops sequences whose header contains `(Fragment`."""
     taxa: Sequence[int] | None = None
-    """TaxIDs to keep; with taxa_nodes, everything below them as well."""
+    """TaxIDs to keep; with taxa_nodes, also all taxa below them."""
     taxa_nodes: Path | None = None
-    """nodes.dmp of the NCBI taxonomy."""
+    """The file nodes.dmp of the NCBI taxonomy."""
     duplicates: bool = False
     """True keeps sequences that are equal to an earlier one."""
 
 
 def taxa_below(taxa: Sequence[int], nodes: Path | None) -> np.ndarray:
-    """The TaxIDs themselves and, with nodes.dmp of the NCBI taxonomy, everything below them; ascending.
+    """Return the TaxIDs themselves and, if nodes.dmp of the NCBI taxonomy is given, all taxa below them; ascending.
 
     Raises:
-        ValueError: a file that is no nodes.dmp, or a TaxID that is not in it.
+        ValueError: a file that is not a nodes.dmp, or a TaxID that is not in it.
     """
     if nodes is None:
         return np.unique(np.array(taxa, dtype=np.int64))
@@ -50,7 +50,7 @@ def taxa_below(taxa: Sequence[int], nodes: Path | None) -> np.ndarray:
             raise ValueError(f"{nodes}: no TaxID {taxon}")
     wanted = np.zeros(len(parent), dtype=bool)
     wanted[list(taxa)] = True
-    while True:  # once for each level of the tree
+    while True:  # each pass adds one level of the tree
         grown = wanted | (wanted[parent] & (parent >= 0))
         if (grown == wanted).all():
             return np.flatnonzero(wanted)
@@ -60,7 +60,7 @@ def taxa_below(taxa: Sequence[int], nodes: Path | None) -> np.ndarray:
 def failures(
     block: FastaBlock, encoded: EncodedBlock, filters: Filters, taxa: np.ndarray | None
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """(name of a filter, (n,) whether each record fails it), for the filters that are on."""
+    """Yield, for each active filter, its name and whether each record fails it, (n,) bool."""
     residues = encoded.lengths - 2
     if filters.min_length > 1:
         yield "min_length", residues < filters.min_length

@@ -1,4 +1,4 @@
-"""An output that appears under its name when it is complete, and is written by one process."""
+"""Outputs that appear under their name only when complete, and that one process at a time writes."""
 
 import contextlib
 import fcntl
@@ -16,8 +16,8 @@ def put_in_place(file: Path, output: Path) -> None:
     try:
         os.link(file, output)
     except FileExistsError:
-        raise already_there(output) from None
-    except OSError:  # no hard links here
+        raise output_exists(output) from None
+    except OSError:  # the file system has no hard links
         file.rename(output)
 
 
@@ -25,12 +25,12 @@ def manifest_path(store: Path) -> Path:
     return store.with_name(f"{store.name}.manifest.json")
 
 
-class AlreadyThereError(ValueError):
+class OutputExistsError(ValueError):
     """The output exists, or another process is writing it."""
 
 
-def already_there(output: Path) -> AlreadyThereError:
-    return AlreadyThereError(f"{output} exists already; give another output or move it away")
+def output_exists(output: Path) -> OutputExistsError:
+    return OutputExistsError(f"{output} exists already; choose another output, or rename or delete it")
 
 
 def partial_path(output: Path) -> Path:
@@ -39,28 +39,30 @@ def partial_path(output: Path) -> Path:
 
 @contextlib.contextmanager
 def partial_folder(output: Path) -> Iterator[Path]:
-    """A locked folder `.NAME.partial` beside the output, removed at the end; what a killed process left is cleared.
+    """Create and lock a folder `.NAME.partial` beside the output, and remove it at the end.
+
+    Files that a killed process left in the folder are removed first.
 
     Raises:
-        AlreadyThereError: another process holds it.
-        ValueError: a folder of that name that is not ours.
+        OutputExistsError: another process has locked the folder.
+        ValueError: a folder of that name exists that this program did not create.
     """
     folder = partial_path(output)
     lock = None
     while lock is None:
         if _is_foreign(folder):
-            raise ValueError(f"{folder} is in the way and was not made by this program; move it away")
+            raise ValueError(f"{folder} is in the way and was not created by this program; rename or move it")
         folder.mkdir(parents=True, exist_ok=True)
         try:
             handle = (folder / "lock").open("w")
-        except FileNotFoundError:  # its owner has just removed it
+        except FileNotFoundError:  # another process has just removed the folder
             continue
         try:
             with lock_may_fail(folder):
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             handle.close()
-            raise AlreadyThereError(f"{output}: another process is writing it (it holds {folder / 'lock'})") from None
+            raise OutputExistsError(f"{output}: another process is writing it (lock: {folder / 'lock'})") from None
         with contextlib.suppress(FileNotFoundError):
             if (folder / "lock").stat().st_ino == os.fstat(handle.fileno()).st_ino:
                 lock = handle
@@ -71,21 +73,24 @@ def partial_folder(output: Path) -> Iterator[Path]:
         yield folder
     finally:
         _clear(folder)
-        # the lock goes last: without it the rest would not be known for ours
+        # remove the lock last: without it, remaining files would count as foreign
         (folder / "lock").unlink()
-        with contextlib.suppress(OSError):  # the next writer may be in it already
+        with contextlib.suppress(OSError):  # the next writer may already use the folder
             folder.rmdir()
         lock.close()
 
 
 def _is_foreign(folder: Path) -> bool:
-    """Whether it has files and no lock. Others of this program may take and leave it meanwhile: a lock comes before all
-    files and goes after them, so that of one who came between two looks the second sees it, or its files are gone."""
+    """Whether the folder contains files but no lock.
+
+    Other processes of this program may use the folder meanwhile. They create the lock before any files and remove it
+    after all files. So if files were found but the lock is missing, check that the files are still there.
+    """
     try:
-        found = [path for path in folder.iterdir() if path.name != "lock"]
+        files = [path for path in folder.iterdir() if path.name != "lock"]
     except FileNotFoundError:
         return False
-    return bool(found) and not (folder / "lock").exists() and any(map(os.path.lexists, found))
+    return bool(files) and not (folder / "lock").exists() and any(map(os.path.lexists, files))
 
 
 def _clear(folder: Path) -> None:
@@ -98,10 +103,13 @@ def _clear(folder: Path) -> None:
 
 @contextlib.contextmanager
 def output_errors(output: Path) -> Iterator[None]:
-    """A full disk and the like as one line that names the output. (Inputs name themselves.)"""
+    """Turn system errors, such as a full disk, into a ValueError that names the output.
+
+    Errors in reading an input are already ValueErrors that name the input.
+    """
     try:
         yield
-    except (OSError, RuntimeError) as error:  # HDF5 reports what it meets while closing a file as a RuntimeError
+    except (OSError, RuntimeError) as error:  # HDF5 raises RuntimeError for errors while it closes a file
         found = re.search(r"errno = (\d+)", str(error))
         number = int(found[1]) if found else getattr(error, "errno", None)
         if number is None:

@@ -1,4 +1,4 @@
-"""FASTA is parsed, filtered and spooled."""
+"""Parse and filter FASTA, and append it to the spool."""
 
 import itertools
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from protlig_dd.data.prepare.spool import Spool
 
 
 class Progress(Protocol):
-    """What shows progress."""
+    """A progress bar."""
 
     def __enter__(self) -> "Progress": ...
     def __exit__(self, *exception: object) -> None: ...
@@ -21,7 +21,7 @@ class Progress(Protocol):
 
 
 class NoProgress:
-    """Shows nothing."""
+    """A progress bar that shows nothing."""
 
     def __init__(self, description: str, total: int | None) -> None: ...
     def __enter__(self) -> "NoProgress":
@@ -38,7 +38,7 @@ def read_inputs(
     filters: Filters,
     taxa: np.ndarray | None,
 ) -> dict[str, Any]:
-    """Parse, filter and spool every input; returns what was counted."""
+    """Parse, filter and spool every input. Return the counts for the manifest."""
     dropped = dict.fromkeys(("min_length", "max_length", "max_unknown", "fragments", "taxa", "duplicates"), 0)
     records = lower_case = nucleotides = 0
     for number, (file, code) in enumerate(zip(files, codes, strict=True)):
@@ -51,7 +51,7 @@ def read_inputs(
             for name, failed in failures(block, encoded, filters, taxa):
                 dropped[name] += int((keep & failed).sum())
                 keep &= ~failed
-            encoded = encoded.where(keep)
+            encoded = encoded.select(keep)
             headers = block.headers if keep.all() else list(itertools.compress(block.headers, keep.tolist()))
             digests = encoded.sequence_hashes()
             spool.append(

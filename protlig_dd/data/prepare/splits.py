@@ -1,4 +1,4 @@
-"""Which sequences are put aside for validation and testing."""
+"""Assign sequences to the train, validation and test splits."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,21 +17,24 @@ TRAIN, VALIDATION, TEST = range(3)
 
 @dataclass(frozen=True)
 class Split:
-    """How sequences are put aside. The shares are those of a keyed hash of the id."""
+    """Options of the splits. A sequence's split follows from a keyed hash of its id and the two fractions."""
 
     validation_fraction: float = 0.0
     test_fraction: float = 0.0
     check: str | None = None
-    """`mmseqs` searches what was put aside against the training sequences."""
+    """`mmseqs` searches for the held-out sequences among the training sequences."""
     on_hit: str = "move"
-    """A held-out sequence with a homolog in training is moved there, or dropped: move | drop."""
+    """What to do with a held-out sequence that has a training homolog: `move` it to training or `drop` it."""
 
 
 def hashed_splits(id_hashes: np.ndarray, split: Split) -> np.ndarray:
-    """(n,) uint8 split of each id: depends on nothing but the id and the fractions, so it stays when data grows."""
+    """Return the (n,) uint8 split of each id.
+
+    It depends only on the id and the fractions, so a sequence keeps its split when data is added.
+    """
     test_end, validation_end = (
-        np.uint64(min(int(share * 2**64), 2**64 - 1))
-        for share in (split.test_fraction, split.test_fraction + split.validation_fraction)
+        np.uint64(min(int(fraction * 2**64), 2**64 - 1))
+        for fraction in (split.test_fraction, split.test_fraction + split.validation_fraction)
     )
     codes = np.full(len(id_hashes), TRAIN, np.uint8)
     codes[id_hashes < validation_end] = VALIDATION
@@ -39,21 +42,24 @@ def hashed_splits(id_hashes: np.ndarray, split: Split) -> np.ndarray:
     return codes
 
 
-def nothing_to_train_on(output: Path, file: FastaFile | None, counts: Mapping[str, Any]) -> ValueError:
-    failed = ", ".join(f"{count:,} by {name}" for name, count in counts["dropped"].items() if count) or "none"
-    dropped = f"dropped of all {counts['records']:,} records: {failed}"
+def empty_training_split(output: Path, file: FastaFile | None, counts: Mapping[str, Any]) -> ValueError:
+    by_filter = ", ".join(f"{count:,} by {name}" for name, count in counts["dropped"].items() if count) or "none"
+    dropped = f"dropped of all {counts['records']:,} records: {by_filter}"
     if file is None:
-        why = f"the ids of all sequences are in the shares that are put aside, which are too large ({dropped})"
+        reason = f"split.validation_fraction and split.test_fraction hold out every sequence; lower them ({dropped})"
     else:
-        why = f"none of the {file.records:,} records of {file.name} is left ({dropped})"
-    return ValueError(f"{output}: the train split is empty: {why}")
+        reason = f"none of the {file.records:,} records of {file.name} is left ({dropped})"
+    return ValueError(f"{output}: the train split is empty: {reason}")
 
 
 def search_held_out(spool: Spool, keep: np.ndarray, splits: np.ndarray, on_hit: str) -> dict[str, Any]:
-    """Move to training, or drop, the held-out sequences with a homolog there; changes `keep` and `splits`.
+    """Move held-out sequences with a training homolog to training, or drop them. Changes `keep` and `splits` in place.
 
-    What is moved becomes a training sequence that others may resemble, so the rest is searched in it, until nothing
-    hits.
+    A moved sequence may itself have held-out homologs. So the remaining held-out sequences are searched among the moved
+    ones, until a search finds nothing.
+
+    Returns:
+        The search's options and counts, for the manifest.
     """
     names = SPLITS[1:]
     report: dict[str, Any] = {
@@ -66,14 +72,14 @@ def search_held_out(spool: Spool, keep: np.ndarray, splits: np.ndarray, on_hit: 
     report |= {"searched": {name: int((keep & (splits == SPLITS.index(name))).sum()) for name in names}}
     report["hits"] = dict.fromkeys(names, 0)
     targets = keep & (splits == TRAIN)
-    queries, against = spool.folder / "queries.fasta", spool.folder / "targets.fasta"
+    query_file, target_file = spool.folder / "queries.fasta", spool.folder / "targets.fasta"
     while True:
         held_out = keep & (splits != TRAIN)
         if not held_out.any() or not targets.any():
             break
-        write_fasta(queries, spool, held_out)
-        write_fasta(against, spool, targets)
-        hits = queries_with_hits(queries, against, spool.folder / "mmseqs")
+        write_fasta(query_file, spool, held_out)
+        write_fasta(target_file, spool, targets)
+        hits = queries_with_hits(query_file, target_file, spool.folder / "mmseqs")
         report["rounds"] += 1
         for name in names:
             report["hits"][name] += int((splits[hits] == SPLITS.index(name)).sum())
@@ -83,6 +89,6 @@ def search_held_out(spool: Spool, keep: np.ndarray, splits: np.ndarray, on_hit: 
         else:
             splits[hits] = TRAIN
             targets[hits] = True
-    for file in (queries, against):
+    for file in (query_file, target_file):
         file.unlink(missing_ok=True)
     return report

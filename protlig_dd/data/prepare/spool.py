@@ -1,4 +1,4 @@
-"""What was read of FASTA, as columns in files."""
+"""Temporary storage of parsed FASTA, as one file per column."""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ ROWS_AT_ONCE = 1 << 16
 
 
 class Spool:
-    """Columns of what was read, as files in a folder: appended to, then read back."""
+    """Columns as files in a folder: first appended to, then closed and read back."""
 
     COLUMNS: ClassVar = {
         "tokens": np.uint8,
@@ -42,7 +42,7 @@ class Spool:
         self.rows += rows
 
     def close(self) -> None:
-        """Also where the disk is full and a file cannot be flushed: the others are closed as well."""
+        """Close all files, even if closing one of them fails because the disk is full."""
         with contextlib.ExitStack() as stack:
             for file in self.files.values():
                 stack.callback(file.close)
@@ -52,13 +52,13 @@ class Spool:
         return self.path(name).stat().st_size
 
     def load(self, name: str) -> np.ndarray:
-        """A column of one number for each sequence."""
+        """Read a column that has one number per sequence."""
         return np.fromfile(self.path(name), self.COLUMNS[name])
 
     def pieces(self, name: str, lengths: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
-        """(first row, end row, their bytes end to end) of `tokens` or `headers`, some megabytes at a time.
+        """Yield (first row, end row, bytes of these rows) of `tokens` or `headers`, a few megabytes at a time.
 
-        The bytes are overwritten by the next ones.
+        Each piece overwrites the bytes of the previous one.
         """
         buffer = np.empty(COPY_BYTES, np.uint8)
         with self.path(name).open("rb") as file:
@@ -70,33 +70,43 @@ class Spool:
                     size = int(ends[end - 1]) - start
                     if size > len(buffer):
                         buffer = np.empty(size, np.uint8)
-                    if (found := file.readinto(buffer[:size].data)) != size:
-                        raise ValueError(f"{self.path(name)}: {found} bytes where {size} were written")
+                    if (count := file.readinto(buffer[:size].data)) != size:
+                        raise ValueError(f"{self.path(name)}: read {count} bytes, expected {size}")
                     yield first + row, first + end, buffer[:size]
                     row, start = end, start + size
 
 
-def write_fasta(path: Path, spool: Spool, wanted: np.ndarray) -> None:
-    """FASTA of some rows, named by their numbers."""
+def write_fasta(path: Path, spool: Spool, selected: np.ndarray) -> None:
+    """Write the selected rows as FASTA, with row numbers as ids.
+
+    Args:
+        selected: (rows,) bool.
+    """
     decode, lengths = ProteinTokenizer().decode, spool.load("length")
     with path.open("w") as file:
         for first, end, tokens in spool.pieces("tokens", lengths):
             ends = np.cumsum(lengths[first:end])
-            for i in np.flatnonzero(wanted[first:end]).tolist():
+            for i in np.flatnonzero(selected[first:end]).tolist():
                 file.write(f">{first + i}\n{decode(tokens[ends[i] - lengths[first + i] : ends[i]])}\n")
 
 
-def wanted_rows(block: np.ndarray, lengths: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """The bytes of the wanted rows of a block."""
-    if wanted.all():
+def select_rows(block: np.ndarray, lengths: np.ndarray, selected: np.ndarray) -> np.ndarray:
+    """Return the bytes of the selected rows of a block.
+
+    Args:
+        block: concatenated bytes of n rows.
+        lengths: (n,) bytes of each row.
+        selected: (n,) bool.
+    """
+    if selected.all():
         return block
-    runs = np.flatnonzero(np.diff(wanted, prepend=False, append=False)).reshape(-1, 2)  # first and end rows
+    runs = np.flatnonzero(np.diff(selected, prepend=False, append=False)).reshape(-1, 2)  # (first row, end row)
     bounds = np.append(0, np.cumsum(lengths, dtype=np.int64))[runs].tolist()
     return np.concatenate([block[:0], *(block[start:end] for start, end in bounds)])
 
 
 def offsets_of(lengths: np.ndarray, keep: np.ndarray) -> Iterator[np.ndarray]:
-    """0 and the running total of the kept lengths."""
+    """Yield the offsets of the kept rows in blocks: 0, then the running total of the kept lengths."""
     total = np.zeros(1, np.int64)
     yield total
     for first in range(0, len(lengths), ROWS_AT_ONCE):

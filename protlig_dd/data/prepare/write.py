@@ -1,4 +1,4 @@
-"""A spool becomes a store."""
+"""Write a store from a spool."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from protlig_dd.data.prepare.splits import TEST, TRAIN, VALIDATION
-from protlig_dd.data.prepare.spool import ROWS_AT_ONCE, Spool, offsets_of, wanted_rows
+from protlig_dd.data.prepare.spool import ROWS_AT_ONCE, Spool, offsets_of, select_rows
 from protlig_dd.data.store import SPLITS, write_columns
 from protlig_dd.tokenizer import LETTERS, VOCAB_SIZE
 
@@ -22,26 +22,30 @@ def write_store(
     source: dict[str, Any],
     on_bytes: Callable[[int], None],
 ) -> None:
-    """The store of the kept rows; `source` becomes its manifest, with what the splits hold."""
+    """Write a store of the kept rows. Its manifest is `source` plus statistics of the splits."""
     lengths, header_lengths = spool.load("length"), spool.load("header_length")
     token_counts = np.zeros((len(SPLITS), VOCAB_SIZE), dtype=np.int64)
 
-    others = VALIDATION, TEST, len(SPLITS)  # the last: dropped
+    dropped = len(SPLITS)
 
     def tokens() -> Iterator[np.ndarray]:
         for first, end, block in spool.pieces("tokens", lengths):
-            row_splits = np.where(keep[first:end], splits[first:end], len(SPLITS))
-            counts = {code: count_tokens(wanted_rows(block, lengths[first:end], row_splits == code)) for code in others}
-            token_counts[TRAIN] += count_tokens(block) - sum(counts.values())  # no copy of the many
+            row_splits = np.where(keep[first:end], splits[first:end], dropped)
+            counts = {
+                code: count_tokens(select_rows(block, lengths[first:end], row_splits == code))
+                for code in (VALIDATION, TEST, dropped)
+            }
+            # by subtraction, so that the training rows, which are most of the block, are not copied
+            token_counts[TRAIN] += count_tokens(block) - sum(counts.values())
             token_counts[VALIDATION] += counts[VALIDATION]
             token_counts[TEST] += counts[TEST]
             on_bytes(len(block))
-            yield wanted_rows(block, lengths[first:end], keep[first:end])
+            yield select_rows(block, lengths[first:end], keep[first:end])
 
     def headers() -> Iterator[np.ndarray]:
         for first, end, block in spool.pieces("headers", header_lengths):
             on_bytes(len(block))
-            yield wanted_rows(block, header_lengths[first:end], keep[first:end])
+            yield select_rows(block, header_lengths[first:end], keep[first:end])
 
     n = int(keep.sum())
     totals = [int(column.sum(where=keep, dtype=np.int64)) for column in (lengths, header_lengths)]
@@ -60,7 +64,10 @@ def write_store(
 
 
 def count_tokens(tokens: np.ndarray) -> np.ndarray:
-    """(30,) int64: how often each id occurs; pairs at a time, which is twice as fast as np.bincount alone."""
+    """Return (30,) int64, how often each token id occurs.
+
+    Counting pairs of ids is twice as fast as np.bincount of single ids.
+    """
     counts = np.zeros(VOCAB_SIZE, np.int64)
     for start in range(0, len(tokens), ROWS_AT_ONCE):
         piece = tokens[start : start + ROWS_AT_ONCE]
@@ -74,7 +81,7 @@ def count_tokens(tokens: np.ndarray) -> np.ndarray:
 def _describe_splits(
     lengths: np.ndarray, keep: np.ndarray, splits: np.ndarray, token_counts: np.ndarray
 ) -> dict[str, Any]:
-    """What each split holds: sequences, residues, letters, and how many lengths lie in each LENGTH_BIN."""
+    """Return each split's numbers of sequences, residues and letters, and its histogram of lengths (LENGTH_BIN)."""
     described = {}
     for code, name in enumerate(SPLITS):
         residues = lengths[keep & (splits == code)] - 2

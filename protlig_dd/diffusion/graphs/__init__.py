@@ -1,1 +1,1 @@
-"""The forward processes."""
+"""The forward processes, called graphs: one file per kind."""

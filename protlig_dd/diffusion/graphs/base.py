@@ -1,14 +1,14 @@
 """Forward processes on the 20 amino acids: corruption, score entropy, prior and reverse steps.
 
-Everything is elementwise over tokens; nothing here knows of packs. Rates have the row convention: Q[i, j] is the rate
-i -> j, rows sum to 0, P(sigma) = exp(sigma Q). The score of state y is s_y ~ p_t(y) / p_t(x_t). Ids from n_states up
-(bar the mask) are context: never moved, never in the loss.
+All operations are elementwise over tokens and independent of how sequences are packed. Rates have the row convention:
+Q[i, j] is the rate i -> j, rows sum to 0, and P(sigma) = exp(sigma Q). The score s_y of state y estimates
+p_t(y) / p_t(x_t). Ids from n_states up, except the mask, are context: they are never changed and not in the loss.
 
-Shape suffixes: T tokens, V the n_states amino acids, S the states that a reverse step can land on (V, and the mask
-for the absorbing graph).
+Shape suffixes: T tokens, V the n_states amino acids, S the states that a reverse step can reach (the V amino acids, and
+the mask for the absorbing graph).
 
-Every graph says how fast it forgets: its slowest mode decays as exp(sigma lambda_2), and `sigma_max` is the total noise
-at which exp(sigma_max lambda_2) = 1e-3.
+The slowest mode of a graph decays as exp(sigma lambda_2). `sigma_max` is the total noise at which
+exp(sigma_max lambda_2) = 1e-3, where the process counts as mixed.
 """
 
 from abc import ABC, abstractmethod
@@ -20,19 +20,19 @@ from torch import Tensor
 
 from protlig_dd.diffusion.numerics import Sigma, Tokens, clamp_negative, to_float64
 
-FORGOTTEN = 1e-3
+MIXED = 1e-3  # remaining fraction of the slowest mode at which the process counts as mixed
 
 
 class Graph(ABC):
-    """A forward process: what every graph has. A new one is a subclass with a name in registry.py.
+    """Interface of a forward process. To add one, write a subclass and add its name to registry.py.
 
-    `n_reverse_states` is S. `lambda_2` and `sigma_max` say how fast it forgets.
+    `n_states` is V and `n_reverse_states` is S. `lambda_2` is the second largest eigenvalue of Q (the largest is 0).
     """
 
     name: ClassVar[str]
-    """In the registry."""
+    """Its name in the registry."""
     masks: ClassVar[bool] = False
-    """Whether residues decay to a mask, with id `mask`, so that what is not masked is clean."""
+    """Whether residues decay to a mask, whose id is `mask`. Then all unmasked residues are clean."""
     n_states: int
     n_reverse_states: int
     lambda_2: float
@@ -40,99 +40,109 @@ class Graph(ABC):
 
     @property
     def mask(self) -> int:
-        """The id of the mask, which only graphs that mask give to a residue."""
+        """The id of the mask. Only graphs with `masks` assign it to residues."""
         return self.n_states
 
     def time_free_with(self, parametrisation: str) -> bool:
-        """Whether the best network with this parametrisation is the same at every noise level."""
+        """Whether the optimal network with this parametrisation is the same at every noise level."""
         return self.masks and parametrisation == "x0"
 
     @abstractmethod
     def sample_transition(self, x0: Tokens, sigma: Sigma, generator: torch.Generator) -> Tokens:
-        """Draw x_t ~ P(sigma)[x0, .]; context stays."""
+        """Draw x_t from P(sigma)[x0, .]. Context ids are unchanged."""
 
     @abstractmethod
     def sample_limit(self, n: int, generator: torch.Generator, sigma: float = torch.inf) -> Int64[Tensor, " {n}"]:
-        """Draw n tokens of the prior at the last noise level."""
+        """Draw n tokens from the prior for the largest total noise `sigma`."""
 
     @abstractmethod
     def prior_kl(self, x0: Tokens, sigma: Sigma) -> Float[Tensor, " T"]:
-        """KL( P(sigma)[x0, .] || prior ) in nats per token; 0 for context."""
+        """Return KL( P(sigma)[x0, .] || prior ) in nats per token; 0 for context ids."""
 
     @abstractmethod
     def log_score(self, logits: Float[Tensor, "T V"], xt: Tokens, sigma: Sigma) -> Float[Tensor, "T V"]:
-        """Log-scores of a network that gives them, 0 at x_t."""
+        """Convert logits of the parametrisation `log_score` to log-scores, 0 at x_t."""
 
     @abstractmethod
     def log_score_from_x0(self, logits: Float[Tensor, "T V"], xt: Tokens, sigma: Sigma) -> Float[Tensor, "T V"]:
-        """Log-scores of a softmax q over x0 given the other tokens: s_y = (q P)_y / (q P)_x."""
+        """Convert logits of the parametrisation `x0` to log-scores, 0 at x_t.
+
+        q = softmax(logits) is the distribution of x0 given the other tokens, and s_y = (q P)_y / (q P)_x.
+        """
 
     @abstractmethod
     def x0_probs(self, log_score: Float[Tensor, "T V"], xt: Tokens, sigma: Sigma) -> Float64[Tensor, "T V"]:
-        """The distribution q of x0 given the other tokens that the scores imply."""
+        """Return the distribution q of x0 given the other tokens, as implied by the scores."""
 
     @abstractmethod
     def score_entropy(
         self, log_score: Float[Tensor, "T V"], sigma: Sigma, xt: Tokens, x0: Tokens
     ) -> Float[Tensor, " T"]:
-        """Denoising score entropy per token, nats (arXiv 2310.16834, eq. 11), not yet times dsigma."""
+        """Return the denoising score entropy per token in nats (arXiv 2310.16834, eq. 11), without dsigma."""
 
     @abstractmethod
     def posterior_probs(
-        self, log_q: Float[Tensor, "T V"], xt: Tokens, sigma: Sigma, left: Sigma
+        self, log_q: Float[Tensor, "T V"], xt: Tokens, sigma: Sigma, sigma_next: Sigma
     ) -> Float64[Tensor, "T S"]:
-        """From total noise sigma to what is `left` of it, given the distribution q of x0: exact."""
+        """Return the exact reverse step from total noise `sigma` to `sigma_next`, given q = softmax(log_q) of x0."""
 
     @abstractmethod
     def euler_probs(self, log_score: Float[Tensor, "T V"], xt: Tokens, step: Sigma) -> Float64[Tensor, "T S"]:
-        """One Euler step back, onehot(x) + step * reverse rate, with step = dt * dsigma."""
+        """Return one Euler step back, onehot(x_t) + step * reverse rate, with step = dt * dsigma."""
 
     @abstractmethod
     def analytic_probs(self, log_score: Float[Tensor, "T V"], xt: Tokens, delta: Sigma) -> Float64[Tensor, "T S"]:
-        """One Tweedie step back over delta of noise: p(z) ~ [s^T exp(-delta Q)]_z P(delta)[z, x]."""
+        """Return one Tweedie step back over total noise `delta`.
+
+        p(z) is proportional to [s^T exp(-delta Q)]_z P(delta)[z, x_t].
+        """
 
     @abstractmethod
     def denoise_probs(self, log_score: Float[Tensor, "T V"], xt: Tokens, sigma: Sigma) -> Float64[Tensor, "T S"]:
-        """The last step, all of sigma at once."""
+        """Return the last reverse step, which removes all noise `sigma` at once."""
 
 
 class ResidueGraph(Graph):
-    """What graphs share whose states are the residues alone: the reverse steps, from `_flow` and `_into`."""
+    """Reverse steps of graphs whose only states are the residues, computed from `_propagate` and `_probs_into`."""
 
     @abstractmethod
-    def _flow(self, row: Float64[Tensor, "T V"], sigma: Float64[Tensor, " T"]) -> Float64[Tensor, "T V"]:
-        """row exp(sigma Q), for either sign of sigma."""
+    def _propagate(self, row: Float64[Tensor, "T V"], sigma: Float64[Tensor, " T"]) -> Float64[Tensor, "T V"]:
+        """Return row exp(sigma Q), for sigma of either sign."""
 
     @abstractmethod
-    def _into(self, xt: Tokens, delta: Float64[Tensor, " T"]) -> Float64[Tensor, "T V"]:
-        """P(delta)[., x]."""
+    def _probs_into(self, xt: Tokens, delta: Float64[Tensor, " T"]) -> Float64[Tensor, "T V"]:
+        """Return P(delta)[., x_t]."""
 
     def x0_probs(self, log_score: Float[Tensor, "T V"], xt: Tokens, sigma: Sigma) -> Float64[Tensor, "T V"]:
-        """The distribution q of x0 given the other tokens that the scores imply: q P ~ s, negatives set to 0.
+        """Return the distribution q of x0 given the other tokens, as implied by the scores.
 
-        Errors of the scores grow by up to exp(sigma |lambda|) on the way, lambda the fastest of Q's eigenvalues.
+        It solves q P = s up to a constant factor; negative entries are set to 0. This amplifies errors of the scores by
+        up to exp(sigma |lambda|), where lambda is the most negative eigenvalue of Q.
         """
-        return clamp_negative(self._flow(to_float64(log_score).exp(), -to_float64(sigma)))[0]
+        return clamp_negative(self._propagate(to_float64(log_score).exp(), -to_float64(sigma)))[0]
 
     def posterior_probs(
-        self, log_q: Float[Tensor, "T V"], xt: Tokens, sigma: Sigma, left: Sigma
+        self, log_q: Float[Tensor, "T V"], xt: Tokens, sigma: Sigma, sigma_next: Sigma
     ) -> Float64[Tensor, "T S"]:
-        """From total noise sigma to what is `left` of it, given the distribution q of x0: exact, no growing terms.
+        """Return the exact reverse step from total noise `sigma` to `sigma_next`, given q = softmax(log_q) of x0.
 
-        p(z) ~ [q P(left)]_z P(sigma - left)[z, x]; to be normalised by the caller.
+        p(z) is proportional to [q P(sigma_next)]_z P(sigma - sigma_next)[z, x_t]. Unlike the analytic step it has no
+        growing exponentials. The result is unnormalised.
         """
-        sigma, left = to_float64(sigma), to_float64(left)
-        return self._flow(to_float64(log_q).softmax(-1), left).clamp(min=0.0) * self._into(xt, sigma - left)
+        sigma, sigma_next = to_float64(sigma), to_float64(sigma_next)
+        marginal = self._propagate(to_float64(log_q).softmax(-1), sigma_next).clamp(min=0.0)
+        return marginal * self._probs_into(xt, sigma - sigma_next)
 
     def analytic_probs(self, log_score: Float[Tensor, "T V"], xt: Tokens, delta: Sigma) -> Float64[Tensor, "T S"]:
-        """One Tweedie step back over delta of noise: p(z) ~ [s^T exp(-delta Q)]_z P(delta)[z, x].
+        """Return one Tweedie step back over total noise `delta`.
 
-        Errors of the scores grow by up to exp(delta |lambda|), lambda the fastest of Q's eigenvalues; what comes out
-        negative is left for the caller to clamp and count.
+        p(z) is proportional to [s^T exp(-delta Q)]_z P(delta)[z, x_t]. This amplifies errors of the scores by up to
+        exp(delta |lambda|), where lambda is the most negative eigenvalue of Q. Entries can be negative: the caller
+        clamps and counts them.
         """
         delta = to_float64(delta)
-        return self._flow(to_float64(log_score).exp(), -delta) * self._into(xt, delta)
+        return self._propagate(to_float64(log_score).exp(), -delta) * self._probs_into(xt, delta)
 
     def denoise_probs(self, log_score: Float[Tensor, "T V"], xt: Tokens, sigma: Sigma) -> Float64[Tensor, "T S"]:
-        """The last step, all of sigma at once: analytic."""
+        """Return the last reverse step, the analytic step over all noise `sigma`."""
         return self.analytic_probs(log_score, xt, sigma)

@@ -1,4 +1,4 @@
-"""Rate matrices over the 20 amino acids from substitution matrices: what the substitution graph diffuses by."""
+"""Rate matrices of the substitution graph: rates between the 20 amino acids from substitution matrices."""
 
 import io
 import math
@@ -11,36 +11,37 @@ from protlig_dd.tokenizer import AMINO_ACIDS
 
 KINDS = ("log_odds", "rates")
 
-# Background frequencies: composition in percent of UniProtKB/Swiss-Prot, from the statistics of its releases of 2023
-# (https://web.expasy.org/docs/relnotes/relstat.html), in the order of AMINO_ACIDS.
+# Background frequencies: amino-acid composition of UniProtKB/Swiss-Prot in percent, in the order of AMINO_ACIDS.
+# From the statistics of its 2023 releases (https://web.expasy.org/docs/relnotes/relstat.html).
 SWISS_PROT = np.array(
-    [8.25, 1.38, 5.46, 6.71, 3.86, 7.07, 2.27, 5.91, 5.80, 9.64, 2.41, 4.06, 4.74, 3.93, 5.52, 6.65, 5.36, 6.86, 1.10,
-     2.92]
-)  # fmt: skip
+    [
+        [8.25, 1.38, 5.46, 6.71, 3.86, 7.07, 2.27, 5.91, 5.80, 9.64],
+        [2.41, 4.06, 4.74, 3.93, 5.52, 6.65, 5.36, 6.86, 1.10, 2.92],
+    ]
+).ravel()
 
 
 def substitution_rates(matrix: str, kind: str = "log_odds", scale: float | None = None) -> np.ndarray:
-    """Rates Q[i, j] (i -> j) of a substitution matrix.
+    """Return the rates Q[i, j] (i -> j) of a substitution matrix.
 
-    Log-odds scores S and background frequencies f (Swiss-Prot's) give the joint J_ij ~ f_i f_j 2^(scale S_ij), its
-    marginals pi, the conditional P = J / pi, and Q ~ P - I: reversible by construction. Neither the diagonal nor the
-    unit of what is returned means anything: the graph sets both.
+    Log-odds scores S and background frequencies f (Swiss-Prot's) give the joint distribution J, with J_ij proportional
+    to f_i f_j 2^(scale S_ij), its marginals pi and the conditional P = J / pi. Q is proportional to P - I, so it is
+    reversible by construction. The diagonal and the overall factor of the result have no meaning: the graph sets both.
 
     Args:
-        matrix: a name that Biopython knows (BLOSUM62, PAM250, ...), or a file in the same format (NCBI's): a line of
-            column letters, then one line for each row, `#` for comments.
-        kind: `log_odds`, scores; or `rates`, a rate matrix itself.
-        scale: bits per unit of score. None reads it from the matrix' own comments ("1/2 Bit", "scale = ln(2)/3").
+        matrix: the name of a Biopython matrix (BLOSUM62, PAM250, ...), or a file in the same format (NCBI's): a line of
+            column letters, then one line per row; `#` starts a comment.
+        kind: `log_odds` for scores, or `rates` for a rate matrix.
+        scale: bits per unit of score. None reads it from the matrix' comments ("1/2 Bit", "scale = ln(2)/3").
 
     Returns:
-        (20, 20) float64 in the order of AMINO_ACIDS; rates off the diagonal.
+        (20, 20) float64 in the order of AMINO_ACIDS; the off-diagonal entries are the rates.
 
     Raises:
-        ValueError: an unknown name, a file that is none, letters that are missing, scores that are not symmetric, or a
-            scale that is not known.
+        ValueError: an unknown name, an invalid file, missing letters, asymmetric scores, or an unknown scale.
     """
     if kind not in KINDS:
-        raise ValueError(f"graph.kind={kind}: there are {', '.join(KINDS)}")
+        raise ValueError(f"graph.kind={kind}: choose from {', '.join(KINDS)}")
     values, comments = read_matrix(matrix)
     if kind == "rates":
         return values
@@ -54,7 +55,7 @@ def substitution_rates(matrix: str, kind: str = "log_odds", scale: float | None 
     if scale is None:
         stated = re.search(r"1/(\d+) bit|ln\(2\)/(\d+)", comments, flags=re.IGNORECASE)
         if stated is None:
-            raise ValueError(f"{matrix} does not state its units; give graph.scale, in bits per unit of score")
+            raise ValueError(f"{matrix} does not state its units; set graph.scale, in bits per unit of score")
         scale = 1 / int(stated.group(1) or stated.group(2))
     if not 0 < scale < math.inf:
         raise ValueError(f"graph.scale must be above 0, in bits per unit of score, got {scale}")
@@ -65,8 +66,8 @@ def substitution_rates(matrix: str, kind: str = "log_odds", scale: float | None 
 
 
 def read_matrix(matrix: str) -> tuple[np.ndarray, str]:
-    """A (20, 20) table in the order of AMINO_ACIDS, and the comments that came with it."""
-    from Bio.Align import substitution_matrices  # not at the top: an exported model is used without Biopython
+    """Return a (20, 20) matrix in the order of AMINO_ACIDS, and the comments of its file."""
+    from Bio.Align import substitution_matrices  # here, because exported models run without Biopython
 
     path = Path(matrix)
     try:
@@ -75,17 +76,20 @@ def read_matrix(matrix: str) -> tuple[np.ndarray, str]:
         else:
             table = substitution_matrices.load(matrix)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{matrix} is no text in UTF-8: {error.reason}") from error
+        raise ValueError(f"{matrix} is not text in UTF-8: {error.reason}") from error
     except FileNotFoundError as error:
         known = ", ".join(
             name
             for name in substitution_matrices.load()
             if set(AMINO_ACIDS) <= set(substitution_matrices.load(name).alphabet)
         )
-        raise ValueError(f"graph.matrix={matrix} is no file and no matrix of Biopython's; those are {known}") from error
-    except (ValueError, IndexError, KeyError, AssertionError, UnboundLocalError) as error:  # the last of an empty file
         raise ValueError(
-            f"{matrix} is not a substitution matrix: it should hold a line of column letters, then a line for each row"
+            f"graph.matrix={matrix} is neither a file nor a Biopython matrix; choose from {known}"
+        ) from error
+    # Biopython raises UnboundLocalError for an empty file
+    except (ValueError, IndexError, KeyError, AssertionError, UnboundLocalError) as error:
+        raise ValueError(
+            f"{matrix} is not a substitution matrix: expected a line of column letters, then one line per row"
         ) from error
     if missing := [letter for letter in AMINO_ACIDS if letter not in table.alphabet]:
         raise ValueError(f"{matrix} has no row for {', '.join(missing)}")

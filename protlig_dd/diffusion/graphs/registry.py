@@ -1,4 +1,4 @@
-"""The graphs by their names."""
+"""The graphs, by name."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,7 +10,7 @@ from protlig_dd.diffusion.graphs.uniform import Uniform
 from protlig_dd.tokenizer import N_STATES
 
 GRAPHS: dict[str, Callable[..., Graph]] = {
-    "absorbing": partial(Absorbing, N_STATES),  # the vocabulary is not an option
+    "absorbing": partial(Absorbing, N_STATES),  # the number of states is not configurable
     "uniform": partial(Uniform, N_STATES),
     "substitution": make_substitution_graph,
 }

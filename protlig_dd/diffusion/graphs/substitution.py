@@ -1,4 +1,4 @@
-"""The graph of evolution: residues turn into one another at the rates of a substitution matrix."""
+"""The substitution graph: residues are substituted at the rates of a substitution matrix."""
 
 import math
 from collections.abc import Sequence
@@ -9,20 +9,20 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from protlig_dd.diffusion.graphs.base import FORGOTTEN, ResidueGraph
+from protlig_dd.diffusion.graphs.base import MIXED, ResidueGraph
 from protlig_dd.diffusion.graphs.rates import substitution_rates
 from protlig_dd.diffusion.numerics import Sigma, Tokens, categorical, one_hot, pick, to_float64, uniform_draws
 from protlig_dd.system.device import float64_device
 from protlig_dd.tokenizer import AMINO_ACIDS, N_STATES
 
-REVERSIBLE = 1e-4  # how far two opposite fluxes may differ, in units of the largest: files round their numbers
-SLOWEST = -0.1  # lambda_2 must be below; sigma_max is 69 there
-TINY = 1e-300
+FLUX_TOLERANCE = 1e-4  # largest difference of two opposite fluxes, relative to the largest flux: files round numbers
+MAX_LAMBDA_2 = -0.1  # graphs that mix more slowly are rejected; sigma_max is 69 here
+TINY = 1e-300  # lower limit of probabilities, so that their logarithms are finite
 CPU = torch.device("cpu")
 
 
 class Spectrum(NamedTuple):
-    """The process in float64, on one device: P(sigma) = I + left expm1(sigma eigenvalues) right."""
+    """The process in float64 on one device: P(sigma) = I + left diag(expm1(sigma eigenvalues)) right."""
 
     pi: Float64[Tensor, " V"]
     rates: Float64[Tensor, "V V"]
@@ -32,18 +32,18 @@ class Spectrum(NamedTuple):
 
 
 class SubstitutionGraph(ResidueGraph):
-    """Residues turn into one another as they do in evolution: any reversible rates over the amino acids.
+    """Residues are substituted as in evolution, at any reversible rates between the amino acids.
 
-    With pi_i Q_ij = pi_j Q_ji and D = diag(pi), D^1/2 Q D^-1/2 = U Lambda U^T is symmetric, and
-    P(sigma) = I + D^-1/2 U expm1(sigma Lambda) U^T D^1/2: expm1, because for small sigma the entries off the diagonal
-    are the small differences that exp loses. The matrices and all that is computed with them are float64.
+    With pi_i Q_ij = pi_j Q_ji and D = diag(pi), the matrix D^1/2 Q D^-1/2 = U Lambda U^T is symmetric, and
+    P(sigma) = I + D^-1/2 U expm1(sigma Lambda) U^T D^1/2. expm1 is needed because for small sigma the off-diagonal
+    entries are small differences, which exp would lose. The matrices and all computations with them are float64.
 
     Args:
-        rates: (N, N) Q[i, j], the rate i -> j; the diagonal is not read, and the unit of sigma is chosen such that one
-            residue in equilibrium is substituted at rate 1: -sum_i pi_i Q_ii = 1.
+        rates: (N, N) Q[i, j], the rate i -> j. The diagonal is ignored. The rates are scaled so that a residue in
+            equilibrium is substituted at rate 1: -sum_i pi_i Q_ii = 1.
 
     Raises:
-        ValueError: rates that are no rate matrix, are not reversible, or leave states that hardly reach one another.
+        ValueError: the rates are not a rate matrix, are not reversible, or mix too slowly.
     """
 
     name = "substitution"
@@ -60,10 +60,12 @@ class SubstitutionGraph(ResidueGraph):
         balance = np.vstack([(q - np.diag(q.sum(1))).T, np.ones(n)])
         pi = np.linalg.lstsq(balance, np.append(np.zeros(n), 1.0), rcond=None)[0]
         if pi.min() <= 0:
-            raise ValueError(f"the rates do not mix: {names[pi.argmin()]} has no share in equilibrium ({pi.min():.1e})")
+            raise ValueError(
+                f"the rates do not mix: {names[pi.argmin()]} has equilibrium frequency {pi.min():.1e}, not above 0"
+            )
         flux = pi[:, None] * q
         i, j = np.unravel_index(np.abs(flux - flux.T).argmax(), flux.shape)
-        if abs(flux[i, j] - flux[j, i]) > REVERSIBLE * flux.max():
+        if abs(flux[i, j] - flux[j, i]) > FLUX_TOLERANCE * flux.max():
             raise ValueError(
                 f"the rates are not reversible: in equilibrium {flux[i, j]:.6g} flows from {names[i]} to {names[j]}, "
                 f"and {flux[j, i]:.6g} back"
@@ -73,14 +75,14 @@ class SubstitutionGraph(ResidueGraph):
         symmetric = flux / np.outer(root, root) - np.diag(flux.sum(1) / pi)
         eigenvalues, u = np.linalg.eigh(symmetric)
         self.lambda_2 = float(eigenvalues[-2])
-        if self.lambda_2 > SLOWEST:
+        if self.lambda_2 > MAX_LAMBDA_2:
             raise ValueError(
-                f"the rates do not mix: lambda_2 = {self.lambda_2:.3g} must be below {SLOWEST}, or it takes more than "
-                f"sigma = {math.log(FORGOTTEN) / SLOWEST:.0f} to forget where a residue came from"
+                f"the rates do not mix: lambda_2 = {self.lambda_2:.3g} must be at most {MAX_LAMBDA_2}, "
+                f"where mixing takes sigma = {math.log(MIXED) / MAX_LAMBDA_2:.0f}"
             )
-        self.sigma_max = math.log(FORGOTTEN) / self.lambda_2 * (1 + 1e-6)  # below the threshold, not at it
+        self.sigma_max = math.log(MIXED) / self.lambda_2 * (1 + 1e-6)  # slightly beyond the threshold, not at it
         self.n_states = self.n_reverse_states = n
-        eigenvalues[-1] = 0.0  # exactly, so that P's rows sum to 1 at any sigma
+        eigenvalues[-1] = 0.0  # exactly 0, so that P's rows sum to 1 at any sigma
         spectrum = Spectrum(
             pi=torch.from_numpy(pi / pi.sum()),
             rates=torch.from_numpy(flux / pi[:, None] - np.diag(flux.sum(1) / pi)),
@@ -92,44 +94,44 @@ class SubstitutionGraph(ResidueGraph):
         self._on_device = {CPU: spectrum}
 
     def transition_probs(self, x0: Tokens, sigma: Sigma) -> Float64[Tensor, "T V"]:
-        """P(sigma)[x0, .], float64; rows of context ids are those of state 0."""
+        """Return P(sigma)[x0, .] in float64. Rows of context ids are those of state 0."""
         sigma = to_float64(sigma)
         x0 = torch.where(x0 < self.n_states, x0, 0).to(sigma.device)
-        return self._flow(one_hot(x0, self.n_states).double(), sigma).clamp(min=TINY)
+        return self._propagate(one_hot(x0, self.n_states).double(), sigma).clamp(min=TINY)
 
     def sample_transition(self, x0: Tokens, sigma: Sigma, generator: torch.Generator) -> Tokens:
-        """Draw x_t ~ P(sigma)[x0, .] by inverse CDF."""
+        """Draw x_t from P(sigma)[x0, .] by inverse CDF."""
         u = uniform_draws(len(x0), generator)
         xt = categorical(self.transition_probs(x0, sigma).to(u.device), u).to(x0.device)
         return torch.where(x0 < self.n_states, xt, x0)
 
     def sample_limit(self, n: int, generator: torch.Generator, sigma: float = math.inf) -> Int64[Tensor, " {n}"]:
-        """Draw n tokens of the prior: the equilibrium pi, whatever the last sigma."""
+        """Draw n tokens from the prior, which is the equilibrium pi for every `sigma`."""
         u = uniform_draws(n, generator)
         return categorical(self._spectrum(u).pi.expand(n, -1), u)
 
     def prior_kl(self, x0: Tokens, sigma: Sigma) -> Float[Tensor, " T"]:
-        """KL( P(sigma)[x0, .] || pi ) in nats per token; 0 for context."""
+        """Return KL( P(sigma)[x0, .] || pi ) in nats per token; 0 for context ids."""
         p = self.transition_probs(x0, sigma)
         kl = (p * (p / self._spectrum(p).pi).log()).sum(-1)
         return torch.where(x0 < self.n_states, kl.to(sigma), 0.0)
 
     def log_score(self, logits: Float[Tensor, "T V"], xt: Tokens, sigma: Sigma) -> Float[Tensor, "T V"]:
-        """log pi_y - log pi_x + logits, 0 at x_t: zero logits are the exact score at large sigma."""
+        """Return log pi_y - log pi_x + logits, 0 at y = x_t. Zero logits are the exact score at large sigma."""
         log_pi = self._spectrum(logits).pi.log().to(logits)
         scaled = logits + log_pi - log_pi[torch.where(xt < self.n_states, xt, 0)][:, None]
         return torch.where(one_hot(xt, self.n_states).bool(), 0.0, scaled)
 
     def log_score_from_x0(self, logits: Float[Tensor, "T V"], xt: Tokens, sigma: Sigma) -> Float[Tensor, "T V"]:
-        """Scores of a softmax q over x0 given the other tokens: s_y = (q P)_y / (q P)_x, 0 in log at x_t."""
-        log_p = self._flow(to_float64(logits).softmax(-1), to_float64(sigma)).clamp(min=TINY).log()
+        """Return log s_y with s_y = (q P)_y / (q P)_x and q = softmax(logits), the distribution of x0; 0 at x_t."""
+        log_p = self._propagate(to_float64(logits).softmax(-1), to_float64(sigma)).clamp(min=TINY).log()
         log_score = (log_p - pick(log_p, xt.to(log_p.device))[:, None]).to(logits)
         return torch.where(one_hot(xt, self.n_states).bool(), 0.0, log_score)
 
     def score_entropy(
         self, log_score: Float[Tensor, "T V"], sigma: Sigma, xt: Tokens, x0: Tokens
     ) -> Float[Tensor, " T"]:
-        """Denoising score entropy per token, nats (arXiv 2310.16834, eq. 11), not yet times dsigma.
+        """Return the denoising score entropy per token in nats (arXiv 2310.16834, eq. 11), without dsigma.
 
         sum over y != x of Q[y, x] (s_y - r_y log s_y + K(r_y)), with r_y = P[x0, y] / P[x0, x], K(a) = a (log a - 1).
         """
@@ -141,30 +143,30 @@ class SubstitutionGraph(ResidueGraph):
         return torch.where(x0 < self.n_states, loss.to(log_score), 0.0)
 
     def euler_probs(self, log_score: Float[Tensor, "T V"], xt: Tokens, step: Sigma) -> Float64[Tensor, "T S"]:
-        """One Euler step back, onehot(x) + step * reverse rate, with step = dt * dsigma."""
+        """Return one Euler step back, onehot(x_t) + step * reverse rate, with step = dt * dsigma."""
         score = to_float64(log_score).exp()
         xt = xt.to(score.device)
         at_xt = one_hot(xt, self.n_states)
         moves = score * to_float64(step)[:, None] * self._rates_into(xt) * (1 - at_xt)
         return moves + at_xt * (1 - moves.sum(-1, keepdim=True))
 
-    def _flow(self, row: Float64[Tensor, "T V"], sigma: Float64[Tensor, " T"]) -> Float64[Tensor, "T V"]:
-        """row exp(sigma Q), for either sign of sigma."""
+    def _propagate(self, row: Float64[Tensor, "T V"], sigma: Float64[Tensor, " T"]) -> Float64[Tensor, "T V"]:
+        """Return row exp(sigma Q), for sigma of either sign."""
         process = self._spectrum(row)
         growth = torch.expm1(sigma[:, None] * process.eigenvalues)
         return row + ((row @ process.left) * growth) @ process.right
 
-    def _into(self, xt: Tokens, delta: Float64[Tensor, " T"]) -> Float64[Tensor, "T V"]:
-        """P(delta)[., x], by detailed balance."""
+    def _probs_into(self, xt: Tokens, delta: Float64[Tensor, " T"]) -> Float64[Tensor, "T V"]:
+        """Return P(delta)[., x_t], by detailed balance."""
         pi = self._spectrum(delta).pi
         return self.transition_probs(xt, delta) * pi[xt.to(pi.device)][:, None] / pi
 
     def _rates_into(self, x: Tokens) -> Float64[Tensor, "T V"]:
-        """Q[., x]."""
+        """Return Q[., x]."""
         return self._spectrum(x).rates.T[x]
 
     def _spectrum(self, like: Tensor) -> Spectrum:
-        """On the tensor's device; copied there once."""
+        """Return the spectrum on the tensor's device (or the CPU if that has no float64). It is copied there once."""
         device = float64_device(like.device)
         if device not in self._on_device:
             self._on_device[device] = Spectrum(*(constant.to(device) for constant in self._on_device[CPU]))
@@ -174,12 +176,12 @@ class SubstitutionGraph(ResidueGraph):
 def make_substitution_graph(
     matrix: str, kind: str = "log_odds", scale: float | None = None, rates: Sequence[Sequence[float]] | None = None
 ) -> SubstitutionGraph:
-    """The graph of a named matrix or file (see `substitution_rates`), or of rates that were read from one before.
+    """Return the graph of a named matrix or file (see `substitution_rates`), or of `rates` read from one earlier.
 
     Raises:
-        ValueError: as SubstitutionGraph and substitution_rates do; rates over other than the 20 amino acids.
+        ValueError: as in SubstitutionGraph and substitution_rates, or if `rates` does not have 20 rows.
     """
     graph = SubstitutionGraph(substitution_rates(matrix, kind, scale) if rates is None else rates)
     if graph.n_states != N_STATES:
-        raise ValueError(f"graph.rates has {graph.n_states} states; there are {N_STATES} amino acids")
+        raise ValueError(f"graph.rates must have {N_STATES} rows, one per amino acid, got {graph.n_states}")
     return graph

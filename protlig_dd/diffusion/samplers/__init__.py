@@ -1,1 +1,1 @@
-"""Ways to run the diffusion backwards: a file for each."""
+"""Samplers, which run the diffusion backwards: one file per kind."""

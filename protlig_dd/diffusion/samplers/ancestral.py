@@ -1,4 +1,4 @@
-"""Exact numbers of masked residues."""
+"""The sampler with an exact number of masked residues."""
 
 import math
 
@@ -12,34 +12,35 @@ from protlig_dd.diffusion.score import Steer
 
 
 class Ancestral(Analytic):
-    """The number of masked residues follows the noise exactly, L (1 - e^-sigma) to the nearest, instead of on average;
-    scores are normalised. For graphs that mask.
+    """Keeps L (1 - e^-sigma) residues masked after each step, rounded, instead of that number on average.
+
+    L is the number of residues that are masked at the start. Scores are normalised. For graphs with a mask.
     """
 
     needs_masks = True
     masked_n: Float64[Tensor, " n"] | None = None
-    """How many residues of each sequence are masked at the start, after `project`."""
+    """Number of masked residues of each sequence at the start, after `project`."""
 
     def init(self, sigma: float) -> Int64[Tensor, " R"]:
-        """As of `Analytic`, but always all masked."""
+        """Return masks for all residues."""
         return torch.full((sum(self.draws.lengths),), self.graph.mask, device=self.draws.device)
 
     def step(
         self, xt: Int64[Tensor, " total"], logits: Float64[Tensor, "total V"], level: Level
     ) -> Int64[Tensor, " total"]:
-        """As of `Analytic`: every masked residue is drawn, and as many are masked again as the noise wants."""
+        """As in `Analytic`, but draw all masked residues and reveal only as many as `level.sigma_next` requires."""
         if self.masked_n is None:
             self.masked_n = sum_by_sequence(xt == self.graph.mask, self.batch)
         drawn = super().step(xt, logits, level)
-        wanted_n = (self.masked_n * -math.expm1(-level.left)).round()
-        now_n = sum_by_sequence(xt == self.graph.mask, self.batch)
+        masked_next_n = (self.masked_n * -math.expm1(-level.sigma_next)).round()
+        masked_now_n = sum_by_sequence(xt == self.graph.mask, self.batch)
         u_T = torch.zeros_like(self.free_T, dtype=torch.float64)
         u_T = u_T.masked_scatter(self.free_T, self.draws(uniform_draws))
-        revealed_T = self.batch.random_subset(xt == self.graph.mask, now_n - wanted_n, u_T)
+        revealed_T = self.batch.random_subset(xt == self.graph.mask, masked_now_n - masked_next_n, u_T)
         return torch.where(revealed_T, drawn, xt)
 
     def reverse_probs(
         self, logits: Float64[Tensor, "T V"], xt: Int64[Tensor, " T"], level: Level, steer: Steer | None
     ) -> Float64[Tensor, "T S"]:
-        """As of `Analytic`, with no noise left."""
-        return super().reverse_probs(logits, xt, level._replace(left=0.0), steer)
+        """As in `Analytic`, for a step that removes all the noise."""
+        return super().reverse_probs(logits, xt, level._replace(sigma_next=0.0), steer)

@@ -1,4 +1,4 @@
-"""Steps of first order."""
+"""The sampler with Euler steps."""
 
 import torch
 from jaxtyping import Float64, Int64
@@ -9,13 +9,13 @@ from protlig_dd.diffusion.score import Steer
 
 
 class Euler(Analytic):
-    """Steps of first order in dt; the last one is analytic."""
+    """Steps of first order in dt. The last step is analytic."""
 
     def reverse_probs(
         self, logits: Float64[Tensor, "T V"], xt: Int64[Tensor, " T"], level: Level, steer: Steer | None
     ) -> Float64[Tensor, "T S"]:
-        """As of `Analytic`."""
-        if not level.left:
+        """As in `Analytic`, but of first order."""
+        if not level.sigma_next:
             return super().reverse_probs(logits, xt, level, steer)
-        now_T, step_T = (torch.full_like(logits[:, 0], value) for value in (level.now, level.euler))
-        return self.graph.euler_probs(self.score_fn.log_score(logits, xt, now_T, steer), xt, step_T)
+        sigma_T, step_T = (torch.full_like(logits[:, 0], value) for value in (level.sigma, level.euler_step))
+        return self.graph.euler_probs(self.score_fn.log_score(logits, xt, sigma_T, steer), xt, step_T)

@@ -1,4 +1,4 @@
-"""The samplers by their names."""
+"""The samplers, by name."""
 
 from protlig_dd.diffusion.samplers.ancestral import Ancestral
 from protlig_dd.diffusion.samplers.base import Analytic

@@ -1,1 +1,1 @@
-"""Bounds on the likelihood of held-out proteins."""
+"""Evaluate a model on held-out proteins: bounds on their likelihood, baselines and leaks from training."""

@@ -1,4 +1,4 @@
-"""Models that a protein language model has to beat: single amino acids, and pairs of neighbours."""
+"""Baselines of the likelihood: unigram and bigram models, which a protein language model has to beat."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -6,37 +6,37 @@ from dataclasses import dataclass
 import numpy as np
 
 from protlig_dd.data.store import SequenceStore, StoreGroup
-from protlig_dd.evaluation.likelihood.trained_on import own_data
+from protlig_dd.evaluation.likelihood.trained_on import find_training_stores
 from protlig_dd.inference.model import TrainedModel
 from protlig_dd.system.terminal import announce
 from protlig_dd.tokenizer import N_STATES, VOCAB_SIZE
 
-PSEUDO_COUNTS = 20.0  # of a bigram row, shared out as the unigram model says
-MOST_SEQUENCES = 200_000  # that are counted: 400 amino-acid pairs need no more
+PSEUDO_COUNTS = 20.0  # in each bigram row, in proportion to the unigram model
+MAX_SEQUENCES = 200_000  # enough to count 400 amino-acid pairs
 
 
 @dataclass(frozen=True)
 class Baselines:
-    """Log-probabilities of an amino acid, by itself and after the token before it."""
+    """Log-probabilities of an amino acid, alone and given the previous token."""
 
     unigram: np.ndarray
     """(20,)"""
     bigram: np.ndarray
-    """(30, 20): rows are tokens; after a context letter the unigram model stands in."""
+    """(30, 20): a row for each previous token; after a context letter it is the unigram model."""
     sequences: int
 
     def nats(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """-log p of each token (length,) under both, 0 for those that are no amino acids."""
+        """Return -log p of each token (length,) under both models, 0 for tokens that are not amino acids."""
         inside = tokens < N_STATES
         unigram, bigram = np.zeros(len(tokens)), np.zeros(len(tokens))
         unigram[inside] = -self.unigram[tokens[inside]]
-        before = np.roll(tokens, 1)  # an amino acid is never first: <bos> is, or the one before a crop's start
+        before = np.roll(tokens, 1)  # the first token is <bos>: evaluate cuts only the end of a sequence
         bigram[inside] = -self.bigram[before[inside], tokens[inside]]
         return unigram, bigram
 
 
 def fit_baselines(sequences: Iterable[np.ndarray]) -> Baselines:
-    """Count amino acids and neighbours in tokenised sequences, `<bos> residues <eos>`."""
+    """Fit both models by counting amino acids and pairs of neighbours in sequences `<bos> residues <eos>`."""
     pairs, n = np.zeros((VOCAB_SIZE, N_STATES)), 0
     for tokens in sequences:
         before, after = tokens[:-1].astype(np.int64), tokens[1:].astype(np.int64)
@@ -52,7 +52,7 @@ def fit_baselines(sequences: Iterable[np.ndarray]) -> Baselines:
 
 
 def training_sequences(stores: Sequence[SequenceStore]) -> Iterable[np.ndarray]:
-    """The training splits' sequences, evenly thinned out to MOST_SEQUENCES.
+    """Yield at most MAX_SEQUENCES sequences of the training splits, evenly spaced.
 
     Raises:
         ValueError: no training sequences.
@@ -61,25 +61,30 @@ def training_sequences(stores: Sequence[SequenceStore]) -> Iterable[np.ndarray]:
     total = sum(map(len, rows))
     if not total:
         raise ValueError(f"{', '.join(str(store.path) for store in stores)}: no training sequences")
-    stride = -(-total // MOST_SEQUENCES)
-    for store, mine in zip(stores, rows, strict=True):
-        for row in mine[::stride]:
+    stride = -(-total // MAX_SEQUENCES)
+    for store, store_rows in zip(stores, rows, strict=True):
+        for row in store_rows[::stride]:
             yield store[row]
 
 
-def find_baselines(wanted: str | None, store: SequenceStore | None, trained: TrainedModel) -> StoreGroup | None:
-    """Whose training split unigram and bigram models are made of: `train=`, else what the model was trained on."""
-    given = [] if store is None else [store]
-    found = (
-        StoreGroup([SequenceStore(wanted)])
-        if wanted
-        else own_data(given, trained.saved.path, trained.saved.data_fingerprint)
+def find_baseline_stores(train: str | None, store: SequenceStore | None, trained: TrainedModel) -> StoreGroup | None:
+    """Return the stores whose training splits the baselines are fitted to; None if there are none.
+
+    Args:
+        train: path of the store to use (`train=`). None: the stores that the model was trained on.
+        store: the evaluated store, which the model may have been trained on.
+    """
+    candidates = [] if store is None else [store]
+    stores = (
+        StoreGroup([SequenceStore(train)])
+        if train
+        else find_training_stores(candidates, trained.saved.path, trained.saved.data_fingerprint)
     )
-    if found is None:
+    if stores is None:
         announce(
             "the model's training set was not found: give train=store.h5 for unigram and bigram models",
             trained.processes,
         )
         return None
-    announce(f"unigram and bigram models are those of the training split of {found.name}", trained.processes)
-    return found
+    announce(f"fitting unigram and bigram models to the training split of {stores.name}", trained.processes)
+    return stores

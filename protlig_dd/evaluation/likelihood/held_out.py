@@ -1,4 +1,4 @@
-"""What a run says of itself: held-out bounds beside the unigram model, and samples beside the training proteins."""
+"""Figures of a run's report: held-out bounds beside the unigram model, and statistics of the training proteins."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,14 +8,14 @@ import torch
 
 from protlig_dd.batch import PackedBatch
 from protlig_dd.data.loader import PackDataset
-from protlig_dd.data.packing import AT_ONCE
+from protlig_dd.data.packing import ROWS_AT_ONCE
 from protlig_dd.data.store import SPLITS, StoreGroup
 from protlig_dd.diffusion.likelihood import nll_bound, protein_draws
 from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.evaluation.averages import per_residue
 from protlig_dd.inference.sharing import Tick, share
 from protlig_dd.system.distributed import Processes
-from protlig_dd.system.random import places_of_set, protein_keys
+from protlig_dd.system.random import protein_keys, stratified_positions
 from protlig_dd.system.tables import csv_text
 from protlig_dd.tokenizer import AMINO_ACIDS, N_STATES
 
@@ -24,7 +24,7 @@ LENGTH_BINS = 40  # at most
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Per-sequence bounds of one split, in row order, the same on every rank."""
+    """Bounds of the sequences of one split, in row order; the same on every rank."""
 
     rows: np.ndarray
     nats: np.ndarray
@@ -34,7 +34,7 @@ class HeldOut:
     estimator: str
 
     def summary(self) -> dict[str, Any]:
-        """Nats per residue with standard errors: the model's bound, the unigram NLL, their paired difference."""
+        """Return nats/residue with standard errors: the model's bound, the unigram NLL, their paired difference."""
         nll, nll_se = per_residue(self.nats, self.residues)
         unigram, unigram_se = per_residue(self.unigram_nats, self.residues)
         difference, difference_se = per_residue(self.nats - self.unigram_nats, self.residues)
@@ -61,43 +61,44 @@ def held_out_bound(
     processes: Processes,
     description: str,
 ) -> HeldOut:
-    """Bound every sequence of the dataset once, spread over the ranks; what it draws follows from the seed and the set
-    of sequences, not from their packs.
+    """Bound the NLL of every sequence of the dataset, shared among the ranks.
+
+    The random draws depend on the seed and on the set of sequences, not on their packs.
 
     Args:
-        dataset: unshuffled (seed None); sequences beyond its max_len are scored on their first max_len residues.
-        unigram: (20,) frequencies.
+        dataset: unshuffled (seed None); longer sequences are scored on their first max_len residues.
+        unigram: (20,) amino-acid frequencies.
     """
     log_unigram = torch.from_numpy(np.log(unigram))
-    firsts = np.cumsum([0, *(len(dataset.pack_rows(pack)) for pack in range(len(dataset)))])
+    pack_starts = np.cumsum([0, *(len(dataset.pack_rows(pack)) for pack in range(len(dataset)))])
     batches = map(dataset.__getitem__, range(len(dataset)))
     keys = protein_keys(tokens.numpy() for batch in batches for tokens in batch.unpack(batch.tokens))
-    places = places_of_set(keys, draws, seed)
+    positions = stratified_positions(keys, draws, seed)
 
     def bound_of(pack: int, tick: Tick) -> dict[int, tuple[np.ndarray, ...]]:
         batch = dataset[pack]
-        these = slice(firsts[pack], firsts[pack + 1])
-        drawn = protein_draws(keys[these], places[:, these], seed)
-        bound = nll_bound(score_fn, batch.to(score_fn.device), generator=drawn, draws=draws)
-        expected = (-residue_counts(batch) @ log_unigram).numpy()
+        in_pack = slice(pack_starts[pack], pack_starts[pack + 1])
+        keyed_draws = protein_draws(keys[in_pack], positions[:, in_pack], seed)
+        bound = nll_bound(score_fn, batch.to(score_fn.device), generator=keyed_draws, draws=draws)
+        unigram_nats = (-residue_counts(batch) @ log_unigram).numpy()
         tick()
-        return {pack: (batch.rows.numpy(), bound.nats.numpy(), bound.residues.numpy(), expected)}
+        return {pack: (batch.rows.numpy(), bound.nats.numpy(), bound.residues.numpy(), unigram_nats)}
 
-    found = share(range(len(dataset)), bound_of, description=description, processes=processes)
-    rows, nats, residues, unigram_nats = (np.concatenate(column) for column in zip(*found.values(), strict=True))
+    results = share(range(len(dataset)), bound_of, description=description, processes=processes)
+    rows, nats, residues, unigram_nats = (np.concatenate(column) for column in zip(*results.values(), strict=True))
     order = rows.argsort()
     return HeldOut(rows[order], nats[order], residues[order], unigram_nats[order], score_fn.estimator)
 
 
-def per_sequence(store: StoreGroup, held: HeldOut) -> str:
-    """CSV: the nats of each sequence, whole, so that two models can be compared sequence by sequence."""
+def per_sequence_csv(store: StoreGroup, held: HeldOut) -> str:
+    """Return CSV with the total nats of each sequence, so that two models can be compared sequence by sequence."""
     ids = [store.id(row) for row in held.rows]
     columns = zip(ids, held.residues, held.nats, held.unigram_nats, strict=True)
     return csv_text(["id", "residues", "nll_nats", "unigram_nats"], columns)
 
 
 def residue_counts(batch: PackedBatch) -> torch.Tensor:
-    """(n, 20) float64: how often each amino acid occurs in each sequence."""
+    """Return (n, 20) float64: how often each amino acid occurs in each sequence."""
     counts = torch.zeros(len(batch.lengths), N_STATES, dtype=torch.float64)
     inside = batch.tokens < N_STATES
     flat = batch.segment_ids[inside] * N_STATES + batch.tokens[inside]
@@ -105,32 +106,36 @@ def residue_counts(batch: PackedBatch) -> torch.Tensor:
 
 
 def training_frequencies(store: StoreGroup) -> np.ndarray:
-    """(20,) amino-acid frequencies of the training split, with one pseudo-count each."""
+    """Return the (20,) amino-acid frequencies of the training split, with one pseudo-count each."""
     counts = store.token_counts[SPLITS.index("train")][:N_STATES] + 1
     return counts / counts.sum()
 
 
 def composition_kl(samples: list[np.ndarray], frequencies: np.ndarray) -> float:
-    """KL( pooled composition of the samples || frequencies ) in nats."""
+    """Return KL(pooled composition of the samples || frequencies) in nats."""
     counts = np.bincount(np.concatenate(samples), minlength=N_STATES)[:N_STATES]
-    shares = counts / counts.sum()
-    used = shares > 0
-    return float((shares[used] * np.log(shares[used] / frequencies[used])).sum())
+    composition = counts / counts.sum()
+    used = composition > 0
+    return float((composition[used] * np.log(composition[used] / frequencies[used])).sum())
 
 
 def length_counts(store: StoreGroup, max_len: int) -> tuple[list[int], int]:
-    """How many training sequences have 0, 1, ... max_len residues, and how many are longer: those the model saw parts
-    of, whose lengths are no lengths of proteins."""
+    """Count the training sequences with 0, 1, ... max_len residues, and those that are longer.
+
+    The model reads only parts of longer sequences, so they are not counted as proteins of max_len residues.
+    """
     rows, counts = store.split("train"), np.zeros(max_len + 1, np.int64)
-    for start in range(0, len(rows), AT_ONCE):
-        lengths = store.lengths[rows[start : start + AT_ONCE]]
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        lengths = store.lengths[rows[start : start + ROWS_AT_ONCE]]
         counts += np.bincount(lengths[lengths <= max_len], minlength=max_len + 1)
     return counts.tolist(), len(rows) - int(counts.sum())
 
 
 def training_statistics(store: StoreGroup, max_len: int) -> dict[str, Any]:
-    """What samples are compared with: how many whole training sequences have [0, w), [w, 2w), ... residues, how many
-    were cropped, and the share of each amino acid.
+    """Return the statistics of the training sequences that samples are compared with.
+
+    They are the numbers of whole sequences with [0, w), [w, 2w), ... residues, the number of cropped sequences, and the
+    frequency of each amino acid.
     """
     counts, cropped = length_counts(store, max_len)
     width = -(-len(counts) // LENGTH_BINS)

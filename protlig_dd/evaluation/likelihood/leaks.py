@@ -1,4 +1,4 @@
-"""Whether proteins that a model is judged by have trained it: exact copies, and near ones by MMseqs2."""
+"""Find evaluated proteins that are also training proteins: exact copies, and similar proteins (MMseqs2)."""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -11,86 +11,90 @@ import numpy as np
 from protlig_dd.data.mmseqs import COVERAGE, IDENTITY, find_mmseqs, queries_with_hits
 from protlig_dd.data.store import SPLITS, SequenceStore, StoreGroup
 from protlig_dd.evaluation.inputs import numbered_fasta
-from protlig_dd.evaluation.likelihood.trained_on import Source
+from protlig_dd.evaluation.likelihood.trained_on import TrainingData
 from protlig_dd.tokenizer import N_STATES
 
-WINDOW = 8  # tokens from the middle of a protein, one 64-bit number, that rows are compared by first
+WINDOW = 8  # tokens from the middle of a protein, as one 64-bit number: rows are first compared by it
 ROWS_AT_ONCE = 1 << 18
-MOST_RESIDUES = 20_000_000  # of training proteins that near=auto searches: some minutes of two cores
-FEWEST = 2  # proteins that an error can be told of
-NEAR = f"at >= {IDENTITY:.0%} identity over >= {COVERAGE:.0%} of either"
+MAX_RESIDUES = 20_000_000  # of training proteins that near=auto searches: a few minutes on two cores
+MIN_PROTEINS = 2  # for a standard error
+SIMILARITY = f">= {IDENTITY:.0%} identity over >= {COVERAGE:.0%} of either sequence"
 
 
 @dataclass(frozen=True)
 class Leaks:
-    """Of n proteins, those that trained a model."""
+    """Which of n proteins are training proteins of a model, or similar to one."""
 
-    sources: Sequence[Source]
+    sources: Sequence[TrainingData]
     copies: list[np.ndarray]
-    """For each source whose stores were found, (n,) bool: an exact copy of one of its training proteins."""
+    """For each source whose stores were found, (n,) bool: exact copies of its training proteins."""
     near: np.ndarray | None
-    """(n,) bool: no copy, but near one of a source's training proteins; None where that was not looked for."""
-    why: str
-    """Why not."""
+    """(n,) bool: not a copy, but similar to a training protein of a source; None if they were not searched for."""
+    reason: str
+    """Why similar proteins were not searched for."""
 
     @property
-    def searched(self) -> list[Source]:
+    def searched(self) -> list[TrainingData]:
         return [source for source in self.sources if source.stores is not None]
 
     @property
     def copied(self) -> np.ndarray:
-        """(n,) bool, of any source; of no source that was found, (0,)."""
+        """(n,) bool: copies of training proteins of any source; (0,) if no source was found."""
         return np.any(self.copies, axis=0) if self.copies else np.zeros(0, bool)
 
     @property
     def leaked(self) -> np.ndarray:
-        """(n,) bool, copies and near ones; (0,) as above."""
+        """(n,) bool: copies and similar proteins; (0,) if no source was found."""
         return self.copied if self.near is None else self.copied | self.near
 
     def lines(self, proteins: str = "proteins") -> list[str]:
-        """What the user is told of these proteins."""
-        told, clean = [], []
-        for source, found in zip(self.searched, self.copies, strict=True):
-            name = named(source)
-            if found.any():
-                told.append(
-                    f"warning: {found.sum():,} of {len(found):,} {proteins} are exact copies of proteins that "
-                    f"trained {name}"
+        """Return the messages for the user; `proteins` is what they call these proteins."""
+        messages, clean = [], []
+        for source, copied in zip(self.searched, self.copies, strict=True):
+            name = source_name(source)
+            if copied.any():
+                messages.append(
+                    f"warning: {copied.sum():,} of {len(copied):,} {proteins} are exact copies of training proteins of "
+                    f"{name}"
                 )
             else:
                 clean.append(name)
         if clean:
-            told.append(
-                f"none of {len(self.copied):,} {proteins} is an exact copy of one that trained {' or '.join(clean)}"
+            messages.append(
+                f"none of {len(self.copied):,} {proteins} is an exact copy of a training protein of "
+                f"{' or '.join(clean)}"
             )
-        told += [
-            f"copies of what trained {source.model} were not looked for among the {proteins}: {source.why}"
+        messages += [
+            f"{proteins} were not compared with the training proteins of {source.model}: {source.reason}"
             for source in self.sources
             if source.stores is None
         ]
         if self.near is not None:
             more = "more " if self.copied.any() else ""
-            sign = "warning: " if self.near.any() else ""
-            told.append(f"{sign}{self.near.sum():,} {more}of {len(self.near):,} are near a training protein ({NEAR})")
-        elif self.copies and self.why:
-            told.append(f"near ones were not looked for: {self.why}")
-        return told
+            label = "warning: " if self.near.any() else ""
+            messages.append(
+                f"{label}{self.near.sum():,} {more}of {len(self.near):,} {proteins} are similar to a training protein "
+                f"({SIMILARITY})"
+            )
+        elif self.copies and self.reason:
+            messages.append(f"similar proteins were not searched for: {self.reason}")
+        return messages
 
     def report(self) -> dict[str, Any]:
-        """The same for JSON; None for what was not looked for."""
+        """Return the counts for JSON; None for what was not searched."""
         return {
             "copies": int(self.copied.sum()) if self.copies else None,
             "near": None if self.near is None else int(self.near.sum()),
             "searched": [
-                {"model": source.model, "store": source.stores.name, "copies": int(found.sum())}
-                for source, found in zip(self.searched, self.copies, strict=True)
+                {"model": source.model, "store": source.stores.name, "copies": int(copied.sum())}
+                for source, copied in zip(self.searched, self.copies, strict=True)
                 if source.stores is not None
             ],
-            "not_searched": [f"{one.model}: {one.why}" for one in self.sources if one.stores is None],
+            "not_searched": [f"{source.model}: {source.reason}" for source in self.sources if source.stores is None],
         }
 
     def cells(self, n: int) -> list[str]:
-        """For each of the n proteins `copy`, `near` or `no`; empty where nothing could be searched."""
+        """Return `copy`, `near` or `no` for each of the n proteins; empty texts if nothing could be searched."""
         if not self.copies:
             return [""] * n
         return [
@@ -98,88 +102,91 @@ class Leaks:
         ]
 
 
-def named(source: Source) -> str:
+def source_name(source: TrainingData) -> str:
     return source.model if source.stores is None else f"{source.model} ({source.stores.name})"
 
 
-def find_leaks(sequences: Sequence[np.ndarray], sources: Sequence[Source], near: object) -> Leaks:
+def find_leaks(sequences: Sequence[np.ndarray], sources: Sequence[TrainingData], near: object) -> Leaks:
     """Compare tokenised proteins with the training splits of the sources.
 
     Args:
-        near: `auto`, True or False: whether to search with MMseqs2; auto does where it is installed and there are at
-            most MOST_RESIDUES training residues. None does not either, and says nothing of it.
+        near: whether to search for similar proteins with MMseqs2: True, False, or `auto`, which searches if MMseqs2 is
+            installed and there are at most MAX_RESIDUES training residues. None does not search, without a message.
 
     Raises:
-        ValueError: near is none of these, or wanted and MMseqs2 not installed.
+        ValueError: near is True and MMseqs2 is not installed.
     """
     installed = near is not None and find_mmseqs(near, "near")
     stores = [source.stores for source in sources if source.stores is not None]
-    found = [copies(sequences, one) for one in stores]
-    residues = sum(training_residues(one) for one in stores)
+    copies = [find_copies(sequences, group) for group in stores]
+    residues = sum(training_residues(group) for group in stores)
     if near is None:
-        return Leaks(sources, found, None, "")
+        return Leaks(sources, copies, None, "")
     if not installed:
-        why = "near=false" if near is False else "MMseqs2 is not installed"
-    elif near == "auto" and residues > MOST_RESIDUES:
-        why = f"{residues:,} training residues would take long, and near=true does it all the same"
+        reason = "near=false" if near is False else "MMseqs2 is not installed"
+    elif near == "auto" and residues > MAX_RESIDUES:
+        reason = f"{residues:,} training residues would take long; set near=true to search them anyway"
     else:
-        why = ""
-    if why or not stores:
-        return Leaks(sources, found, None, why)
-    left = np.flatnonzero(~np.any(found, axis=0))
+        reason = ""
+    if reason or not stores:
+        return Leaks(sources, copies, None, reason)
+    not_copied = np.flatnonzero(~np.any(copies, axis=0))
     hits = np.zeros(len(sequences), bool)
-    if len(left):
+    if len(not_copied):
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
-            queries = numbered_fasta(folder / "queries", (sequences[i][1:-1] for i in left.tolist()))
-            targets = numbered_fasta(folder / "targets", (tokens[1:-1] for one in stores for tokens in trained_by(one)))
-            hits[left[queries_with_hits(queries, targets, folder / "mmseqs")]] = True
-    return Leaks(sources, found, hits, "")
+            queries = numbered_fasta(folder / "queries", (sequences[i][1:-1] for i in not_copied.tolist()))
+            targets = numbered_fasta(
+                folder / "targets", (tokens[1:-1] for group in stores for tokens in training_proteins(group))
+            )
+            hits[not_copied[queries_with_hits(queries, targets, folder / "mmseqs")]] = True
+    return Leaks(sources, copies, hits, "")
 
 
-def copies(sequences: Sequence[np.ndarray], stores: StoreGroup) -> np.ndarray:
-    """(n,) bool: which of the proteins, `<bos> residues <eos>`, are in the training split of the stores.
+def find_copies(sequences: Sequence[np.ndarray], stores: StoreGroup) -> np.ndarray:
+    """Return (n,) bool: which of the proteins, `<bos> residues <eos>`, are in the training split of the stores.
 
-    A row is read as a whole only where its length and its middle are those of one of them, so that 60 M rows take
-    one pass over the offsets and a look at each row of such a length.
+    A whole row is read only if its length and its middle are those of one of the proteins. 60 M rows then take one pass
+    over the offsets, and a read of WINDOW tokens for each row of such a length.
     """
-    places: dict[bytes, list[int]] = {}
+    indices: dict[bytes, list[int]] = {}
     for i, tokens in enumerate(sequences):
-        places.setdefault(tokens.astype(np.uint8).tobytes(), []).append(i)
-    lengths = np.array(sorted({len(one) for one in places}))
-    whole = [np.frombuffer(one, np.uint8) for one in places if len(one) >= WINDOW]
-    middles = np.array([one[start : start + WINDOW] for one in whole for start in [middle(len(one))]], np.uint8)
+        indices.setdefault(tokens.astype(np.uint8).tobytes(), []).append(i)
+    lengths = np.array(sorted({len(content) for content in indices}))
+    long = [np.frombuffer(content, np.uint8) for content in indices if len(content) >= WINDOW]
+    starts = [middle_start(len(tokens)) for tokens in long]
+    middles = np.array([tokens[start : start + WINDOW] for tokens, start in zip(long, starts, strict=True)], np.uint8)
     keys = middles.reshape(-1, WINDOW).view(np.uint64).ravel()
     found = np.zeros(len(sequences), bool)
     for store in stores.stores:
-        for row in candidates(store, lengths, keys):
-            found[places.get(store[row].tobytes(), [])] = True
+        for row in candidate_rows(store, lengths, keys):
+            found[indices.get(store[row].tobytes(), [])] = True
     return found
 
 
-def candidates(store: SequenceStore, lengths: np.ndarray, keys: np.ndarray) -> Iterator[int]:
-    """Rows of the training split with one of these numbers of tokens and, unless shorter than it, middles."""
+def candidate_rows(store: SequenceStore, lengths: np.ndarray, keys: np.ndarray) -> Iterator[int]:
+    """Yield training rows with one of these numbers of tokens and one of these middles (short rows have none)."""
     for block in store.split_blocks("train"):
         for first in range(0, len(block), ROWS_AT_ONCE):
             rows = block[first : first + ROWS_AT_ONCE]
             begins = store.offsets[rows]
             sizes = store.offsets[rows + 1] - begins
-            wanted = np.isin(sizes, lengths)
-            long = wanted & (sizes >= WINDOW)
+            selected = np.isin(sizes, lengths)
+            long = selected & (sizes >= WINDOW)
             if long.any():
                 windows = np.lib.stride_tricks.sliding_window_view(store.tokens, WINDOW)
-                own = windows[begins[long] + middle(sizes[long])].view(np.uint64).ravel()
-                wanted[long] = np.isin(own, keys)
-            yield from rows[wanted].tolist()
+                middles = windows[begins[long] + middle_start(sizes[long])].view(np.uint64).ravel()
+                selected[long] = np.isin(middles, keys)
+            yield from rows[selected].tolist()
 
 
-def middle(tokens: Any) -> Any:
-    """Where the WINDOW in the middle of so many tokens begins."""
+def middle_start(tokens: Any) -> Any:
+    """Return where the WINDOW in the middle of this number of tokens begins."""
     return (tokens - WINDOW) // 2
 
 
-def trained_by(stores: StoreGroup) -> Iterator[np.ndarray]:
-    """The tokens of every training protein."""
+def training_proteins(stores: StoreGroup) -> Iterator[np.ndarray]:
+    """Yield the tokens of every training protein."""
     for store in stores.stores:
         for rows in store.split_blocks("train"):
             yield from (store[row] for row in rows)
@@ -189,7 +196,7 @@ def training_residues(stores: StoreGroup) -> int:
     return int(stores.token_counts[SPLITS.index("train")][:N_STATES].sum())
 
 
-def may_repeat(stores: StoreGroup) -> bool:
-    """Whether a protein may be there twice: in several stores, or in one that `prepare` was told to keep copies in."""
+def may_have_duplicates(stores: StoreGroup) -> bool:
+    """Whether a protein may occur twice: in several stores, or in a store whose duplicates `prepare` did not remove."""
     filters = stores.stores[0].manifest.get("options", {}).get("filters", {})
     return len(stores.stores) > 1 or bool(filters.get("duplicates", True))

@@ -1,4 +1,4 @@
-"""A model's bound on the NLL of proteins, beside what other measures say of them."""
+"""Score proteins: a model's bound on the NLL, beside baselines and other measures."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,30 +13,30 @@ from protlig_dd.diffusion.exact_count import masked_cross_entropy
 from protlig_dd.diffusion.likelihood import ProteinDraws, nll_bound, protein_draws
 from protlig_dd.evaluation.averages import per_residue
 from protlig_dd.evaluation.likelihood.baselines import Baselines
-from protlig_dd.evaluation.likelihood.leaks import FEWEST, Leaks
+from protlig_dd.evaluation.likelihood.leaks import MIN_PROTEINS, Leaks
 from protlig_dd.inference.model import TrainedModel
 from protlig_dd.inference.sharing import Tick, Work
 from protlig_dd.runs.metrics import without_nan
-from protlig_dd.system.random import places_of_set, protein_keys
+from protlig_dd.system.random import protein_keys, stratified_positions
 from protlig_dd.tokenizer import N_STATES
 
-MASKED_SHARE = 0.15
+MASKED_FRACTION = 0.15
 COLUMNS = ("bound", "compared", "unigram", "bigram", "oadm", "evodiff", "masked")
 
 
 @dataclass
 class Scored:
-    """Nats of one protein, and those of each of its amino acids."""
+    """Nats of one protein: in total, and for each amino acid."""
 
     residues: int
     nats: dict[str, float]
-    """By column; those that were measured."""
+    """By column, for the columns that were computed."""
     bound_se: float
     masked: dict[str, float | int]
-    """Tokens that were masked, for the columns that are means over those and not over residues: in all draws, or a draw
-    on average."""
+    """Number of masked tokens, for the columns that are means over masked tokens and not over residues: in all draws
+    for `masked`, per draw on average for `evodiff`."""
     counts: np.ndarray
-    """(20,) how often each amino acid is there."""
+    """(20,) how often each amino acid occurs."""
     by_letter: dict[str, np.ndarray]
     """(20,) nats of each amino acid, for bound, unigram and bigram."""
 
@@ -47,48 +47,53 @@ def score(
     config: EvaluateConfig,
     baselines: Baselines | None,
     *,
-    alone: bool = False,
+    bound_only: bool = False,
 ) -> list[Scored]:
-    """Every sequence once, packs shared out over the ranks; what it draws follows from the seed and the set of
-    sequences, not from their packs."""
-    keys = protein_keys(sequences)
-    places = places_of_set(keys, config.draws, config.seed)
+    """Score every sequence, shared among the ranks.
 
-    def score_some(indices: range, tick: Tick) -> dict[int, Scored]:
-        some = [sequences[i] for i in indices]
-        drawn = protein_draws(keys[indices], places[:, indices], config.seed)
-        found = score_pack(trained, some, drawn, config, baselines, alone=alone)
+    The random draws depend on the seed and on the set of sequences, not on their packs.
+
+    Args:
+        bound_only: skip the other measures of the model.
+    """
+    keys = protein_keys(sequences)
+    positions = stratified_positions(keys, config.draws, config.seed)
+
+    def score_indices(indices: range, tick: Tick) -> dict[int, Scored]:
+        pack = [sequences[i] for i in indices]
+        keyed_draws = protein_draws(keys[indices], positions[:, indices], config.seed)
+        scored = score_pack(trained, pack, keyed_draws, config, baselines, bound_only=bound_only)
         tick()
-        return dict(zip(indices, found, strict=True))
+        return dict(zip(indices, scored, strict=True))
 
     work = Work(config.tokens_per_pack, "evaluating", trained.processes)
-    found = work.share([len(tokens) - 2 for tokens in sequences], score_some)
-    return [found[i] for i in range(len(sequences))]
+    results = work.share([len(tokens) - 2 for tokens in sequences], score_indices)
+    return [results[i] for i in range(len(sequences))]
 
 
 def score_pack(
     trained: TrainedModel,
     sequences: Sequence[np.ndarray],
-    drawn: ProteinDraws,
+    keyed_draws: ProteinDraws,
     config: EvaluateConfig,
     baselines: Baselines | None,
     *,
-    alone: bool,
+    bound_only: bool,
 ) -> list[Scored]:
-    """Those of one pack; of the bound alone, or of what else is measured too."""
+    """Score the sequences of one pack."""
     score_fn = trained.score_fn
     batch = PackedBatch.pack([torch.from_numpy(tokens.astype(np.int64)) for tokens in sequences]).to(trained.device)
-    bound = nll_bound(score_fn, batch, generator=drawn, draws=config.draws)
+    bound = nll_bound(score_fn, batch, generator=keyed_draws, draws=config.draws)
     per_token, whole, masked = {"bound": bound.token_nats}, {}, {}
-    if trained.graph.masks and not alone:
+    if trained.graph.masks and not bound_only:
         oadm = bound
         if bound.estimator != "exact_count":
-            oadm = nll_bound(score_fn, batch, generator=drawn, draws=config.draws, estimator="exact_count")
+            oadm = nll_bound(score_fn, batch, generator=keyed_draws, draws=config.draws, estimator="exact_count")
         per_token["oadm"] = oadm.token_nats
         whole["evodiff"], masked["evodiff"] = oadm.pooled_nats, oadm.pooled
         if config.masked:
             per_token["masked"], masked["masked"] = masked_cross_entropy(
-                score_fn, batch, share=MASKED_SHARE, draws=config.draws, generator=drawn.generators
+                score_fn, batch, fraction=MASKED_FRACTION, draws=config.draws, generator=keyed_draws.generators
             )
     parts = {name: [part.numpy() for part in batch.unpack(nats)] for name, nats in per_token.items()}
     scored = []
@@ -117,33 +122,36 @@ def score_pack(
 
 
 def column(scored: Sequence[Scored], name: str) -> np.ndarray:
-    return np.array([one.nats[name] for one in scored])
+    return np.array([protein.nats[name] for protein in scored])
 
 
 def summary(scored: Sequence[Scored]) -> dict[str, Any]:
-    """Nats a residue (or a masked token: see Scored) with standard errors over proteins, and paired differences to the
-    unigram model and to the model compared with.
+    """Return nats/residue (nats per masked token for columns in Scored.masked) with standard errors over proteins.
+
+    Also returns perplexities, and paired differences to the unigram model and to the model compared with.
     """
-    residues = np.array([one.residues for one in scored])
-    found: dict[str, Any] = {}
+    residues = np.array([protein.residues for protein in scored])
+    figures: dict[str, Any] = {}
     for name in COLUMNS:
         if name not in scored[0].nats:
             continue
-        count = np.array([one.masked.get(name, one.residues) for one in scored])
-        found[name], found[f"{name}_se"] = per_residue(column(scored, name), count)
-        if len(scored) == 1 and name == "bound":  # there is no spread between proteins; the draws' own is known
-            found["bound_se"] = scored[0].bound_se / scored[0].residues
-        found[f"{name}_perplexity"] = float(np.exp(found[name]))
+        count = np.array([protein.masked.get(name, protein.residues) for protein in scored])
+        figures[name], figures[f"{name}_se"] = per_residue(column(scored, name), count)
+        if len(scored) == 1 and name == "bound":  # the error of its draws: a single protein has no spread
+            figures["bound_se"] = scored[0].bound_se / scored[0].residues
+        figures[f"{name}_perplexity"] = float(np.exp(figures[name]))
     for name, other in (("bound", "unigram"), ("compared", "unigram"), ("bigram", "unigram"), ("bound", "compared")):
-        if name in found and other in found:
+        if name in figures and other in figures:
             difference = column(scored, name) - column(scored, other)
-            found[f"{name}_to_{other}"], found[f"{name}_to_{other}_se"] = per_residue(difference, residues)
-    return found
+            figures[f"{name}_to_{other}"], figures[f"{name}_to_{other}_se"] = per_residue(difference, residues)
+    return figures
 
 
 def in_training(leaks: Leaks, scored: Sequence[Scored]) -> dict[str, Any]:
-    """What is known of proteins that trained the model and, where some have, the figures of the others."""
-    others = [one for one, leaked in zip(scored, leaks.leaked, strict=True) if not leaked] if leaks.leaked.any() else []
-    enough = len(others) >= FEWEST and sum(one.residues for one in others) > 0
+    """Return the counts of leaked proteins and, if there are any, the figures of the other proteins."""
+    others: list[Scored] = []
+    if leaks.leaked.any():
+        others = [protein for protein, leaked in zip(scored, leaks.leaked, strict=True) if not leaked]
+    enough = len(others) >= MIN_PROTEINS and sum(protein.residues for protein in others) > 0
     figures = {"sequences": len(others), **without_nan(summary(others))} if enough else None
     return {**leaks.report(), "others": figures}

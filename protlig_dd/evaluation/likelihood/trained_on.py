@@ -1,4 +1,4 @@
-"""What trained a model: the stores of its own run, and those of the models that it began from (`from=`)."""
+"""Find the training data of a model: the stores of its own run, and those of its source models (`from=`)."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -17,30 +17,33 @@ from protlig_dd.system.launcher import recorded_environment
 NO_STORE = "its training set was not found, or cannot be read"
 
 
-class Source(NamedTuple):
-    """What trained a model, or one that it began from."""
+class TrainingData(NamedTuple):
+    """The training data of a model, or of one of its source models."""
 
     model: str
-    """What a message calls it."""
+    """What messages call the model."""
     stores: StoreGroup | None
-    why: str = ""
-    """What was not found, where there are no stores."""
+    reason: str = ""
+    """Why the stores were not found."""
 
 
-class Known(NamedTuple):
-    """A model that another began from."""
+class SourceModel(NamedTuple):
+    """A model whose weights a run began with (`from=`)."""
 
     path: Path
     config: TrainConfig
     data_fingerprint: str
 
 
-def own_data(given: Sequence[SequenceStore], checkpoint: Path, fingerprint: str) -> StoreGroup | None:
-    """The stores that a model was trained on, known by their fingerprint: one that is given, or those of its run.
+def find_training_stores(
+    known_stores: Sequence[SequenceStore], checkpoint: Path, fingerprint: str
+) -> StoreGroup | None:
+    """Return the stores with the fingerprint of a model's training data; None if they are not found.
 
-    A run's record has paths as they were given: from where it was started, which is a folder that the run lies in.
+    Candidates are each known store and the stores that the run recorded. Recorded paths can be relative to the folder
+    in which the run was launched, which is one of the folders that contain the run.
     """
-    candidates = [[store.path] for store in given]
+    candidates = [[store.path] for store in known_stores]
     run = run_folder(checkpoint)
     if run is not None and (paths := recorded_environment(run).get("data_path")):
         candidates += [[folder / path for path in paths.split(", ")] for folder in (Path(), *run.parents)]
@@ -48,71 +51,75 @@ def own_data(given: Sequence[SequenceStore], checkpoint: Path, fingerprint: str)
         if all(map(is_store, paths)):
             try:
                 group = StoreGroup([SequenceStore(path) for path in paths])
-            except (ValueError, OSError):  # damaged, or an earlier format's: as good as gone, and no reason to stop
+            except (ValueError, OSError):  # damaged or in an earlier format: the same as not found
                 continue
             if group.fingerprint == fingerprint:
                 return group
     return None
 
 
-def sources_before(config: TrainConfig, run: Path | None, given: Sequence[SequenceStore]) -> Iterator[Source]:
-    """The model that a run began from, the one that that one began from, and so on, as far as they are found.
+def source_training_data(
+    config: TrainConfig, run: Path | None, known_stores: Sequence[SequenceStore]
+) -> Iterator[TrainingData]:
+    """Yield the training data of a run's source model, of the source model of that model, and so on.
+
+    The chain ends at the first model that is not found.
 
     Args:
-        config: of the run.
-        run: its folder; a relative `from=` begins at one that it lies in.
-        given: stores that may be theirs.
+        config: the run's config.
+        run: the run folder; a relative `from=` is looked up in the folders that contain it.
+        known_stores: stores that may be the training data.
     """
     while config.from_sha256 is not None:
         name = "the model that it began from" if config.from_ is None else f"its source {config.from_}"
-        saved, why = find_source(config, run)
-        if saved is None:
-            yield Source(name, None, why)
+        source, reason = find_source_model(config, run)
+        if source is None:
+            yield TrainingData(name, None, reason)
             return
-        stores = own_data(given, saved.path, saved.data_fingerprint)
-        yield Source(name, stores, "" if stores else NO_STORE)
-        config, run = saved.config, run_folder(saved.path)
+        stores = find_training_stores(known_stores, source.path, source.data_fingerprint)
+        yield TrainingData(name, stores, "" if stores else NO_STORE)
+        config, run = source.config, run_folder(source.path)
 
 
-def find_source(config: TrainConfig, run: Path | None) -> tuple[Known | None, str]:
-    """The model of `from=` with the weights that the run began with; or None and what became of it."""
+def find_source_model(config: TrainConfig, run: Path | None) -> tuple[SourceModel | None, str]:
+    """Return the model of `from=` if it still has the weights that the run began with; else None and the reason."""
     if config.from_ is None:
         return None, "an exported model does not name it"
-    there = False
+    exists = False
     for folder in (Path(), *(run.resolve().parents if run is not None else ())):
         path = folder / config.from_
         for model in [path] if is_exported(path) or (path / COMPLETE).is_file() else complete_checkpoints(path):
-            there = True
+            exists = True
             try:
-                if weights_of(model) == config.from_sha256:
-                    return read_known(model), ""
+                if averaged_weights_sha256(model) == config.from_sha256:
+                    return read_source_model(model), ""
             except ValueError as error:
                 return None, str(error)
-    return None, "it has other weights by now" if there else f"there is no {config.from_}"
+    return None, "it has other weights by now" if exists else f"there is no {config.from_}"
 
 
-def read_known(model: Path) -> Known:
-    """The config and data of a model. The weights of a checkpoint are not read: this is not to load them.
+def read_source_model(model: Path) -> SourceModel:
+    """Return the config and data fingerprint of a model. The weights of a checkpoint are not read, as none are loaded.
 
     Raises:
-        ValueError: a damaged model; named.
+        ValueError: the model is damaged; names the file.
     """
     if is_exported(model):
         saved = find_saved(str(model))
-        return Known(saved.path, saved.config, saved.data_fingerprint)
+        return SourceModel(saved.path, saved.config, saved.data_fingerprint)
     try:
         fingerprint = json.loads((model / "state.json").read_text())["data_fingerprint"]
         config = config_in(model)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{model}: damaged ({error})") from error
-    return Known(model, config, fingerprint)
+    return SourceModel(model, config, fingerprint)
 
 
-def weights_of(model: Path) -> str | None:
-    """SHA-256 of the averaged weights of an exported model, or as a checkpoint has it written down.
+def averaged_weights_sha256(model: Path) -> str | None:
+    """Return the SHA-256 of a model's averaged weights: computed for an exported model, as recorded in a checkpoint.
 
     Raises:
-        ValueError: a damaged model; named.
+        ValueError: the model is damaged; names the file.
     """
     if is_exported(model):
         return sha256(find_saved(str(model)).weights)
@@ -122,20 +129,22 @@ def weights_of(model: Path) -> str | None:
         raise ValueError(f"{model / COMPLETE}: damaged ({error})") from error
 
 
-def all_sources(
-    wanted: str | None, store: SequenceStore | None, trained: TrainedModel, called: str = "this model"
-) -> list[Source]:
-    """What trained the model and those that it began from; of a training set that is not found, `train=` tells.
+def all_training_data(
+    train: str | None, store: SequenceStore | None, trained: TrainedModel, label: str = "this model"
+) -> list[TrainingData]:
+    """Return the training data of the model and of its source models.
 
     Args:
-        called: what messages call the model; `train=` may be another one's where it is not "this model".
+        train: store of `train=`. If the stores of "this model" are not found, it is taken for them.
+        store: the evaluated store, which may be the training data.
+        label: what messages call the model; `train=` may belong to another model unless it is "this model".
     """
-    named = [] if wanted is None else [SequenceStore(wanted)]
-    given = named + ([] if store is None else [store])
-    own = own_data(given, trained.saved.path, trained.saved.data_fingerprint)
-    if own is None and named and called == "this model":
-        first = Source(f"{called}, as train= says", StoreGroup(named))
+    train_stores = [] if train is None else [SequenceStore(train)]
+    known_stores = train_stores + ([] if store is None else [store])
+    own_stores = find_training_stores(known_stores, trained.saved.path, trained.saved.data_fingerprint)
+    if own_stores is None and train_stores and label == "this model":
+        own = TrainingData(f"{label}, as train= says", StoreGroup(train_stores))
     else:
-        hint = " (train=store.h5 names it)" if called == "this model" else ""
-        first = Source(called, own, "" if own else NO_STORE + hint)
-    return [first, *sources_before(trained.saved.config, run_folder(trained.saved.path), given)]
+        hint = " (train=store.h5 names it)" if label == "this model" else ""
+        own = TrainingData(label, own_stores, "" if own_stores else NO_STORE + hint)
+    return [own, *source_training_data(trained.saved.config, run_folder(trained.saved.path), known_stores)]

@@ -1,1 +1,1 @@
-"""A run as a page."""
+"""The HTML report page of a run, and the page that compares runs."""

@@ -1,4 +1,4 @@
-"""The curves and histograms of runs."""
+"""Training curves, and histograms of lengths and composition."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -10,8 +10,8 @@ from protlig_dd.evaluation.report.plots import Series, plot, smooth, thin
 from protlig_dd.evaluation.report.run import Run
 from protlig_dd.tokenizer import AMINO_ACIDS
 
-SMOOTHED = 12.0  # points of a curve that its mean spans
-CURVES = (  # of metrics.jsonl: key, title, unit, factor
+SMOOTHED = 12.0  # points of a curve over which its smoothed version averages
+CURVES = (  # key of metrics.jsonl, title, unit, factor
     ("lr", "Learning rate", "", 1.0),
     ("residues_per_s", "Speed", "residues/s", 1.0),
     ("grad_norm", "Gradient norm", "", 1.0),
@@ -21,13 +21,18 @@ NATS = "nats/residue"
 
 
 def labels_of(runs: Sequence[Run]) -> list[str]:
-    """The folders' names, or their paths where names repeat."""
-    seen = Counter(run.name for run in runs)
-    return [run.name if seen[run.name] == 1 else str(run.folder) for run in runs]
+    """Return the names of the run folders, or the path where several runs have the same name."""
+    counts = Counter(run.name for run in runs)
+    return [run.name if counts[run.name] == 1 else str(run.folder) for run in runs]
 
 
 def curves(runs: Sequence[Run], names: Sequence[str] | None = None) -> list[Markup]:
-    """The plots of metrics.jsonl: of one run with its raw values, of several (given names) with smoothed ones alone."""
+    """Return the plots of the values in metrics.jsonl.
+
+    Args:
+        names: labels of the runs, for a comparison; each run then has one smoothed curve. None: the page of one run,
+            with the values of each step as well.
+    """
 
     def raw_and_smooth(run: Run, key: str, name: str, colour: int, factor: float = 1.0) -> list[Series]:
         x, y = thin(*run.column(key))
@@ -41,12 +46,13 @@ def curves(runs: Sequence[Run], names: Sequence[str] | None = None) -> list[Mark
 
     def validation(run: Run, name: str, colour: int) -> Series:
         x, y = run.column("val_nll")
-        errors = [run.metrics[int(step)].get("val_nll_se") or 0.0 for step in x]  # null of a single protein
+        errors = [run.metrics[int(step)].get("val_nll_se") or 0.0 for step in x]  # null if one protein was evaluated
         return Series(name, x, y, colour, errors=errors)
 
     if names is None:
         (run,) = runs
-        loss = "loss, weights capped, " if has_capped_weights(run) else "loss, "  # which is no bound
+        # a loss with capped weights is not a bound, so its label must say so
+        loss = "loss, weights capped, " if has_capped_weights(run) else "loss, "
         plots = [
             plot(
                 "Loss and validation bound",
@@ -56,7 +62,7 @@ def curves(runs: Sequence[Run], names: Sequence[str] | None = None) -> list[Mark
         ]
     else:
         named = list(enumerate(zip(runs, names, strict=True)))
-        losses = [one for i, (run, name) in named for one in raw_and_smooth(run, "loss", name, i)]
+        losses = [curve for i, (run, name) in named for curve in raw_and_smooth(run, "loss", name, i)]
         plots = [
             plot("Loss, smoothed", NATS, losses),
             plot("Validation bound", NATS, [validation(run, name, i) for i, (run, name) in named]),
@@ -66,40 +72,41 @@ def curves(runs: Sequence[Run], names: Sequence[str] | None = None) -> list[Mark
             lines = [Series((names or [title])[i], *thin(*run.column(key)), i) for i, run in enumerate(runs)]
         else:
             lines = [
-                one for i, run in enumerate(runs) for one in raw_and_smooth(run, key, (names or [""])[i], i, factor)
+                curve for i, run in enumerate(runs) for curve in raw_and_smooth(run, key, (names or [""])[i], i, factor)
             ]
         plots.append(plot(title, unit, lines, from_zero=key != "grad_norm"))
-    return [one for one in plots if one]
+    return [figure for figure in plots if figure]
 
 
 def has_capped_weights(run: Run) -> bool:
-    """Whether the training loss has other weights than the bound (noise.max_weight)."""
-    wanted = run.config.get("noise.max_weight")
-    return wanted is not None and (wanted != "auto" or run.config.get("graph.name") == "absorbing")
+    """Whether noise.max_weight caps the weights of the training loss, so that it differs from the bound."""
+    max_weight = run.config.get("noise.max_weight")
+    return max_weight is not None and (max_weight != "auto" or run.config.get("graph.name") == "absorbing")
 
 
 def shapes(run: Run) -> list[Markup]:
-    """Lengths and composition of the training split beside the samples'."""
+    """Return plots of lengths and amino-acid composition, of the training split and of the samples."""
     training = run.report.get("training")
     if not training:
         return []
     width, counts = training["length_bin"], np.array(training["length_counts"])
     middles = [width * (i + 0.5) for i in range(len(counts))]
     lengths = [Series("training split", middles, (100 * counts / counts.sum()).tolist(), 7, "bars")]
-    shares = [training["composition"][letter] * 100 for letter in AMINO_ACIDS]
-    places = np.arange(float(len(AMINO_ACIDS))).tolist()
-    composition = [Series("training split", places, shares, 7, "bars")]
+    percentages = [training["composition"][letter] * 100 for letter in AMINO_ACIDS]
+    positions = np.arange(float(len(AMINO_ACIDS))).tolist()
+    composition = [Series("training split", positions, percentages, 7, "bars")]
     if run.samples:
         name = f"{len(run.samples)} samples"
-        bins = np.bincount([len(one.sequence) // width for one in run.samples], minlength=len(counts))[: len(counts)]
+        binned = [len(record.sequence) // width for record in run.samples]
+        bins = np.bincount(binned, minlength=len(counts))[: len(counts)]
         lengths.append(Series(name, middles, (100 * bins / len(run.samples)).tolist(), 0, "steps"))
-        letters = Counter("".join(one.sequence for one in run.samples))
+        letters = Counter("".join(record.sequence for record in run.samples))
         total = sum(letters[letter] for letter in AMINO_ACIDS)
-        drawn = [100 * letters[letter] / total for letter in AMINO_ACIDS]
-        composition.append(Series(name, places, drawn, 0, "dots"))
+        percentages = [100 * letters[letter] / total for letter in AMINO_ACIDS]
+        composition.append(Series(name, positions, percentages, 0, "dots"))
     x_name = f"residues, at most {run.report['max_len']}"
     if training.get("cropped"):
-        x_name += f"; {training['cropped']:,} longer proteins are left out"
+        x_name += f"; {training['cropped']:,} longer proteins left out"
     return [
         plot("Length", "% of proteins", lengths, x_name=x_name, from_zero=True),
         plot("Composition", "% of residues", composition, labels=list(AMINO_ACIDS), from_zero=True),

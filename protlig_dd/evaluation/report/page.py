@@ -1,6 +1,7 @@
-"""A run as one page of HTML that needs nothing else: bounds, curves, samples, config; and several runs compared.
+"""HTML pages of one run (bounds, curves, samples, config) and of several runs compared.
 
-A page is made from the run folder alone, of whatever is there: a run that was stopped has no report.json yet.
+A page is one self-contained file, built from the files in the run folder. A file may be missing: a run that was
+stopped early has no report.json yet.
 """
 
 from collections.abc import Sequence
@@ -24,35 +25,42 @@ from protlig_dd.evaluation.report.sections import (
 from protlig_dd.runs.metrics import with_nan
 from protlig_dd.system.files import write_atomic
 
-MOST_PROTEINS = 12
+MAX_PROTEINS = 12
 
 
 def write_run_page(folder: Path) -> Path:
-    """Make a run's report.html, or make it again."""
+    """Write a run's report.html, replacing an earlier one, and return its path."""
     path = folder / PAGE
     write_atomic(path, run_page(read_run(folder)))
     return path
 
 
 def run_page(run: Run) -> str:
-    """The page of one run."""
-    what, bounds = run.bounds
-    wanted, device = run.config.get("trainer.max_steps"), run.environment.get("device", "")
-    made, notices = f"This run has made {run.last_step:,} steps{f' of {wanted:,}' if wanted else ''}", []
+    """Return the HTML page of one run."""
+    protein_set, bounds = run.bounds
+    max_steps, device = run.config.get("trainer.max_steps"), run.environment.get("device", "")
+    progress = f"{run.last_step:,} of {max_steps:,} steps" if max_steps else f"{run.last_step:,} steps"
+    notices = []
     if not run.report:
-        notices = [f"{made} and has no report yet."]
+        notices = [f"This run has completed {progress} and has no report yet."]
     elif run.metrics and run.report["step"] != run.last_step:
-        notices = [f"{made}; its report, the bound and the samples, is of step {run.report['step']:,}."]
+        notices = [
+            f"This run has completed {progress}. Its report (the bound and the samples) is from step "
+            f"{run.report['step']:,}."
+        ]
     leaks = run.report.get("in_training") or {}
     if copies := leaks.get("copies"):
-        many = f"{copies:,} of {run.report['sequences']:,} proteins of the {run.report['split']} set"
-        notice = f"{many} are exact copies of proteins that trained the model, and are in its bound."
+        notice = (
+            f"{copies:,} of {run.report['sequences']:,} proteins of the {run.report['split']} set are exact copies of "
+            "proteins the model was trained on. The bound includes them."
+        )
         if leaks.get("others"):
-            clean = with_nan(leaks["others"])
-            difference = f"{clean['difference']:+.4f}".replace("-", "−")
+            others = with_nan(leaks["others"])
+            difference = f"{others['difference']:+.4f}".replace("-", "−")
             notice += (
-                f" Over the {clean['sequences']:,} others it is {clean['nll']:.4f} {plus_minus(clean['nll_se'])}, and "
-                f"{difference} {plus_minus(clean['difference_se'])} against the unigram model."
+                f" Over the {others['sequences']:,} others the bound is {others['nll']:.4f} "
+                f"{plus_minus(others['nll_se'])}, and its difference to the unigram model is "
+                f"{difference} {plus_minus(others['difference_se'])}."
             )
         notices.append(notice)
     records = [("config.yaml", [*run.config.items()]), ("environment.json", [*flatten(run.environment).items()])]
@@ -63,60 +71,60 @@ def run_page(run: Run) -> str:
             for key, name in (("graph.name", "diffusion"), ("noise.name", "noise"), ("optim.name", "optimizer"))
             if key in run.config
         )
-        + (f" · {device} in {run.environment.get('precision')}" if device else ""),
+        + (f" · {device}, {run.environment.get('precision')}" if device else ""),
         notices=notices,
-        figures=headline(run, what, bounds),
-        bounds=bounds_section(what, bounds, run.environment.get("data_path")),
+        figures=headline(run, protein_set, bounds),
+        bounds=bounds_section(protein_set, bounds, run.environment.get("data_path")),
         curves=curves([run]),
         shapes=shapes(run),
         judges=judges_section(run),
-        proteins=[protein(record) for record in run.samples[:MOST_PROTEINS]],
-        more=f"{len(run.samples) - MOST_PROTEINS} more in {run.report['samples']}"
-        if len(run.samples) > MOST_PROTEINS
+        proteins=[protein(record) for record in run.samples[:MAX_PROTEINS]],
+        more=f"{len(run.samples) - MAX_PROTEINS} more in {run.report['samples']}"
+        if len(run.samples) > MAX_PROTEINS
         else "",
         records=[(name, rows) for name, rows in records if rows],
     )
 
 
 def comparison_page(runs: Sequence[Run]) -> str:
-    """The page that sets runs side by side."""
+    """Return the HTML page that compares several runs."""
     names = labels_of(runs)
-    found = [run.bounds for run in runs]
-    scored = {
-        (what, bounds["sequences"], bounds["residues"], run.environment.get("data_fingerprint"))
-        for run, (what, bounds) in zip(runs, found, strict=True)
+    all_bounds = [run.bounds for run in runs]
+    protein_sets = {
+        (protein_set, bounds["sequences"], bounds["residues"], run.environment.get("data_fingerprint"))
+        for run, (protein_set, bounds) in zip(runs, all_bounds, strict=True)
         if bounds
     }
     estimates = [
         Estimate(name, bounds["nll"], bounds["nll_se"], i)
-        for i, (name, (_, bounds)) in enumerate(zip(names, found, strict=True))
+        for i, (name, (_, bounds)) in enumerate(zip(names, all_bounds, strict=True))
         if bounds
     ]
     nats = [nats_of_proteins(run) for run in runs]
     rows = [
         [
             name,
-            what,
+            protein_set,
             *with_error(bounds, "nll"),
-            *paired(own, nats[0]),
+            *paired(run_nats, nats[0]),
             *with_error(bounds, "unigram_nll"),
             *with_error(bounds, "difference"),
             f"{bounds['step']:,}",
             f"{bounds['sequences']:,}",
         ]
-        for name, own, (what, bounds) in zip(names, nats, found, strict=True)
+        for name, run_nats, (protein_set, bounds) in zip(names, nats, all_bounds, strict=True)
         if bounds
     ]
     head = [
         "run",
-        "on",
+        "protein set",
         "bound",
         "± SE",
-        "minus the first",
+        "bound − first run",
         "± SE",
         "unigram",
         "± SE",
-        "minus unigram",
+        "bound − unigram",
         "± SE",
         "step",
         "proteins",
@@ -124,17 +132,21 @@ def comparison_page(runs: Sequence[Run]) -> str:
     return render(
         title="Comparison of runs" if len(runs) > 1 else runs[0].name,
         subtitle=", ".join(names),
-        notices=["The bounds are not of the same proteins: compare each with its own unigram model."]
-        if len(scored) > 1
+        notices=[
+            "The runs were evaluated on different proteins: compare each bound with the unigram model of the same run."
+        ]
+        if len(protein_sets) > 1
         else [],
         bounds={
             "plot": dot_plot("Bound", NATS, estimates),
             "head": head,
             "rows": rows,
             "wide": True,
-            "note": "Nats per residue, averaged weights. Bars are two standard errors each way; the difference to "
-            "the first run is paired, protein by protein, and more certain than the bars say. It is left out where "
-            "the proteins are not the same. Each unigram model is that of its run's own training split: "
+            "note": "Nats per residue, averaged weights. Lower is better. "
+            "Bars extend two standard errors to each side. "
+            "The difference to the first run is paired, protein by protein, so it is more precise than the bars "
+            "suggest. It is left blank where the two runs were evaluated on different proteins. "
+            "Each unigram model has the amino-acid frequencies of its run's training split: "
             + "; ".join(
                 f"{name}: {run.environment.get('data_path', 'unknown')}" for name, run in zip(names, runs, strict=True)
             )
@@ -148,8 +160,8 @@ def comparison_page(runs: Sequence[Run]) -> str:
 
 
 def render(**content: Any) -> str:
-    """Fill the template; everything but what this package wrote as Markup is escaped."""
-    import jinja2  # only where a page is written
+    """Fill the page template. Jinja escapes every string that is not Markup."""
+    import jinja2  # imported here, as most commands write no page
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),

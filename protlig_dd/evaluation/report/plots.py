@@ -1,7 +1,6 @@
-"""Plots for a page of HTML: SVG with axes, and the values under the pointer as JSON for the page's script.
+"""SVG plots for the HTML pages, each with its values as JSON, which the page's script shows under the pointer.
 
-Colours are classes c0, c1, ... of the page's style sheet, so that they follow its light and dark palettes. Names are
-escaped wherever they are written.
+Colours are the CSS classes c0, c1, ... so that they follow the page's light and dark palettes. All names are escaped.
 """
 
 import itertools
@@ -14,15 +13,15 @@ import numpy as np
 from markupsafe import Markup
 
 WIDTH, HEIGHT = 360.0, 220.0
-LEFT, RIGHT, TOP, BOTTOM = 54.0, 342.0, 10.0, 186.0  # of the frame
+LEFT, RIGHT, TOP, BOTTOM = 54.0, 342.0, 10.0, 186.0  # edges of the axes
 COLOURS = 8
-MOST_POINTS = 300
+MAX_POINTS = 300
 ROW = 36.0  # height of a row of a dot plot
 
 
 @dataclass(frozen=True)
 class Series:
-    """What a plot draws of one thing: points (x, y) as a line, a faint line, dots, bars or steps."""
+    """Points (x, y) that a plot draws in one style: `line`, `faint` (a faint line), `dots`, `bars` or `steps`."""
 
     name: str
     x: Sequence[float]
@@ -30,35 +29,38 @@ class Series:
     colour: int = 0
     style: str = "line"
     errors: Sequence[float] | None = None
-    """Drawn as a bar of this length each way; 0 where there is none."""
+    """Length of the error bar to each side of a point; 0: no bar."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A row of a dot plot."""
+    """One row of a dot plot."""
 
     name: str
     value: float
     error: float
-    """NaN where there is none."""
+    """Standard error; NaN if unknown."""
     colour: int = 0
 
 
 def nice_ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """At most `most` + 1 multiples of 1, 2 or 5 times a power of ten that lie in [low, high]; at least 2."""
+    """Return axis ticks in [low, high], at consecutive multiples of 1, 2 or 5 times a power of ten.
+
+    There are at least 2 ticks, and at most `most` + 1 unless that would leave only one.
+    """
     if not low < high:
-        raise ValueError(f"an axis from {low} to {high} has no length")
+        raise ValueError(f"an axis from {low} to {high} has no length: low must be below high")
     rough = (high - low) / most
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * (1 - 1e-9))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    if first == last:  # a short axis around one multiple
+    if first == last:  # only one multiple lies on this axis
         return nice_ticks(low, high, most * 2)
     return [number * step for number in range(first, last + 1)]
 
 
 def tick_texts(ticks: Sequence[float]) -> list[str]:
-    """Ticks with the same number of decimals, as few as tell them apart; 20k, 3M and 5e−6 where they would be long."""
+    """Format ticks with the fewest decimals that distinguish them; long numbers become 20k, 3M or 5e−6."""
     largest, step = max(abs(tick) for tick in ticks), ticks[1] - ticks[0]
     unit, suffix = next(((u, s) for u, s in ((1e9, "G"), (1e6, "M"), (1e4, "k")) if largest >= u), (1.0, ""))
     unit = 1e3 if suffix == "k" else unit
@@ -68,17 +70,20 @@ def tick_texts(ticks: Sequence[float]) -> list[str]:
     return [f"{tick / unit:.{decimals}f}{suffix if tick else ''}".replace("-", "−") for tick in ticks]
 
 
-def thin(x: Sequence[float], y: Sequence[float], most: int = MOST_POINTS) -> tuple[list[float], list[float]]:
-    """The means of at most `most` runs of consecutive points, as equal in size as they can be."""
-    parts = min(most, len(x))
-    if not parts:
+def thin(x: Sequence[float], y: Sequence[float], most: int = MAX_POINTS) -> tuple[list[float], list[float]]:
+    """Reduce a curve to at most `most` points, each the mean of a group of consecutive points.
+
+    The groups have equal sizes, or sizes that differ by one.
+    """
+    n_groups = min(most, len(x))
+    if not n_groups:
         return [], []
-    xs, ys = (np.array_split(np.asarray(values, float), parts) for values in (x, y))
-    return [float(part.mean()) for part in xs], [float(part.mean()) for part in ys]
+    xs, ys = (np.array_split(np.asarray(values, float), n_groups) for values in (x, y))
+    return [float(group.mean()) for group in xs], [float(group.mean()) for group in ys]
 
 
 def smooth(y: Sequence[float], span: float) -> list[float]:
-    """Exponential means over about `span` points; each is a mean of the points so far, with weights that sum to 1."""
+    """Return the exponential moving average of `y` over about `span` points; the weights at each point sum to 1."""
     keep, total, weight, means = 1 - 1 / max(1.0, span), 0.0, 0.0, []
     for value in y:
         total, weight = keep * total + value, keep * weight + 1
@@ -95,24 +100,24 @@ def plot(
     labels: Sequence[str] | None = None,
     from_zero: bool = False,
 ) -> Markup:
-    """A figure with axes, lines and a legend; nothing where there are no points.
+    """Return a figure with axes, curves and a legend, or empty markup if no series has points.
+
+    The y axis may leave out the lowest and highest 2% of a faint series; these points are drawn on its edge.
 
     Args:
-        unit: of y.
-        labels: of x = 0, 1, ...; x then has a tick for each.
-        from_zero: y begins at 0.
-
-    The rarest values of faint series, 2% at each end, are drawn on the edge where they lie outside the rest's range.
+        unit: unit of y.
+        labels: tick labels of x = 0, 1, ..., for a categorical x axis.
+        from_zero: whether the y axis starts at 0.
     """
-    series = [one for one in series if len(one.x)]
+    series = [curve for curve in series if len(curve.x)]
     if not series:
         return Markup("")
-    x_low, x_high = range_of([x for one in series for x in one.x])
-    ends = [end for one in series for end in ends_of(one)]
-    y_low, y_high = range_of([0.0, *ends] if from_zero else ends)
+    x_low, x_high = range_of([x for curve in series for x in curve.x])
+    extremes = [value for curve in series for value in y_extremes(curve)]
+    y_low, y_high = range_of([0.0, *extremes] if from_zero else extremes)
     y_low, y_high = (y_low if from_zero else y_low - 0.05 * (y_high - y_low)), y_high + 0.05 * (y_high - y_low)
-    if labels or any(one.style in ("bars", "steps") for one in series):
-        half = 0.5 * min(float(np.diff(one.x).min()) if len(one.x) > 1 else 1.0 for one in series)
+    if labels or any(curve.style in ("bars", "steps") for curve in series):
+        half = 0.5 * min(float(np.diff(curve.x).min()) if len(curve.x) > 1 else 1.0 for curve in series)
         x_low, x_high = x_low - half, x_high + half
     elif 0 < x_low < 0.5 * x_high:
         x_low = 0.0
@@ -132,13 +137,14 @@ def plot(
         )
     else:
         parts += [x_tick(across(float(i)), text) for i, text in enumerate(labels)]
-    for one in series:
-        parts.append(drawn(one, [across(x) for x in one.x], [up(y) for y in one.y], up(y_low)))
-        if one.errors is not None:
-            whiskers = zip(one.x, one.y, one.errors, strict=True)
+    for curve in series:
+        parts.append(draw_series(curve, [across(x) for x in curve.x], [up(y) for y in curve.y], up(y_low)))
+        if curve.errors is not None:
+            whiskers = zip(curve.x, curve.y, curve.errors, strict=True)
             path = "".join(f"M{across(x):.1f} {up(y - e):.1f}V{up(y + e):.1f}" for x, y, e in whiskers)
-            parts.append(Markup('<path class="c{} error" d="{}"/>').format(one.colour % COLOURS, path))
-            parts += [circle(one.colour % COLOURS, across(x), up(y), 3.0) for x, y in zip(one.x, one.y, strict=True)]
+            parts.append(Markup('<path class="c{} error" d="{}"/>').format(curve.colour % COLOURS, path))
+            points = zip(curve.x, curve.y, strict=True)
+            parts += [circle(curve.colour % COLOURS, across(x), up(y), 3.0) for x, y in points]
     parts.append(Markup('<path class="rule" d="M0 {}V{}" hidden=""/>').format(TOP, BOTTOM))
     hover = {
         "left": LEFT,
@@ -147,15 +153,15 @@ def plot(
         "high": x_high,
         "xName": x_name,
         "labels": labels,
-        "series": [{"name": one.name, "x": rounded(one.x), "y": rounded(one.y)} for one in series],
+        "series": [{"name": curve.name, "x": rounded(curve.x), "y": rounded(curve.y)} for curve in series],
     }
     return figure(title, unit, svg(title, unit, HEIGHT, parts), series if len(series) > 1 else [], hover)
 
 
 def dot_plot(title: str, unit: str, rows: Sequence[Estimate]) -> Markup:
-    """Estimates, one below the other, with bars of two standard errors each way."""
+    """Return a figure with one estimate per row, with bars of two standard errors to each side."""
     bars = [2 * row.error if math.isfinite(row.error) else 0.0 for row in rows]
-    low, high = range_of([row.value + way * bar for row, bar in zip(rows, bars, strict=True) for way in (-1, 1)])
+    low, high = range_of([row.value + sign * bar for row, bar in zip(rows, bars, strict=True) for sign in (-1, 1)])
     low, high = low - 0.06 * (high - low), high + 0.06 * (high - low)
     bottom = TOP + ROW * len(rows) + 4
 
@@ -177,8 +183,13 @@ def dot_plot(title: str, unit: str, rows: Sequence[Estimate]) -> Markup:
     return figure(title, unit, svg(title, unit, bottom + 24, parts), [], None)
 
 
-def drawn(series: Series, x: Sequence[float], y: Sequence[float], bottom: float) -> Markup:
-    """One series at these places, in user units."""
+def draw_series(series: Series, x: Sequence[float], y: Sequence[float], bottom: float) -> Markup:
+    """Draw one series.
+
+    Args:
+        x, y: positions of its points, in SVG user units.
+        bottom: position of the x axis.
+    """
     colour = series.colour % COLOURS
     dashed = " dashed" if series.colour >= COLOURS else ""
     width = min((b - a for a, b in itertools.pairwise(x)), default=RIGHT - LEFT)
@@ -199,12 +210,12 @@ def drawn(series: Series, x: Sequence[float], y: Sequence[float], bottom: float)
     return Markup('<path class="c{} {}{}" d="{}"/>').format(colour, series.style, dashed, path)
 
 
-def ends_of(series: Series) -> list[float]:
-    """What the range of y has to hold."""
+def y_extremes(series: Series) -> list[float]:
+    """Return values that the y axis must include: the ends of all error bars, or the 2% and 98% quantiles if faint."""
     if series.style == "faint":
         return np.quantile(series.y, [0.02, 0.98]).tolist()
     errors = series.errors or [0.0] * len(series.y)
-    return [y + way * error for y, error in zip(series.y, errors, strict=True) for way in (-1, 1)]
+    return [y + sign * error for y, error in zip(series.y, errors, strict=True) for sign in (-1, 1)]
 
 
 def circle(colour: int, x: float, y: float, radius: float) -> Markup:
@@ -233,9 +244,9 @@ def svg(title: str, unit: str, height: float, parts: Sequence[Markup]) -> Markup
 def figure(title: str, unit: str, drawing: Markup, legend: Sequence[Series], hover: object) -> Markup:
     keys = Markup("").join(
         Markup('<li class="c{}"><i class="{}"></i><span>{}</span></li>').format(
-            one.colour % COLOURS, "dashed" if one.colour >= COLOURS else one.style, one.name
+            series.colour % COLOURS, "dashed" if series.colour >= COLOURS else series.style, series.name
         )
-        for one in legend
+        for series in legend
     )
     values = "" if hover is None else Markup('<script type="application/json">{}</script>').format(script_json(hover))
     return Markup(
@@ -245,19 +256,19 @@ def figure(title: str, unit: str, drawing: Markup, legend: Sequence[Series], hov
 
 
 def script_json(value: object) -> Markup:
-    """JSON that cannot end the script element that it stands in."""
+    """Return JSON that is safe inside a script element, which `</script>` would end."""
     return Markup(json.dumps(value).replace("<", "\\u003c"))
 
 
 def range_of(values: Sequence[float]) -> tuple[float, float]:
-    """Smallest and largest, spread out where they are the same."""
+    """Return the smallest and largest value, moved apart if they are equal."""
     low, high = min(values), max(values)
-    spread = max(abs(low), 1.0) * 1e-2 if high - low <= 1e-9 * max(abs(low), abs(high)) else 0.0
-    return low - spread, high + spread
+    margin = max(abs(low), 1.0) * 1e-2 if high - low <= 1e-9 * max(abs(low), abs(high)) else 0.0
+    return low - margin, high + margin
 
 
 def rounded(values: Sequence[float]) -> list[float]:
-    """To five digits, which is what a reader can use."""
+    """Round to five significant digits, which is enough for a tooltip."""
     return [float(f"{value:.5g}") for value in values]
 
 

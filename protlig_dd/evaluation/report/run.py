@@ -1,4 +1,4 @@
-"""What a run folder holds."""
+"""Read the files of a run folder."""
 
 import csv
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from protlig_dd.system.tables import read_json
 
 PAGE, CONFIG, METRICS = "report.html", "config.yaml", "metrics.jsonl"
 BOUNDS = ("nll", "unigram_nll", "difference")
-WRITTEN = {  # keys that the file has of any run
+REQUIRED_KEYS = {  # of every version of these files
     "report.json": ("split", "step", "sequences", "residues", *BOUNDS, *(f"{key}_se" for key in BOUNDS)),
     "judges.json": ("samples", "natural", "rows"),
 }
@@ -24,7 +24,7 @@ WRITTEN = {  # keys that the file has of any run
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder holds; empty where there is nothing."""
+    """The contents of a run folder; a value is empty if its file does not exist."""
 
     folder: Path
     config: dict[str, Any]
@@ -34,7 +34,7 @@ class Run:
     report: dict[str, Any]
     samples: list[FastaRecord]
     judges: dict[str, Any]
-    """`rows`, and of what: the files of `samples` and of `natural` proteins."""
+    """Contents of judges.json: `rows`, and the paths of the `samples` and the `natural` proteins."""
 
     @property
     def name(self) -> str:
@@ -45,13 +45,16 @@ class Run:
         return max(self.metrics, default=0)
 
     def column(self, key: str) -> tuple[list[float], list[float]]:
-        """Steps and values of a key, where it has a finite value."""
-        found = [(step, row[key]) for step, row in sorted(self.metrics.items()) if row.get(key) is not None]
-        return [float(step) for step, _ in found], [float(value) for _, value in found]
+        """Return the steps at which a key has a finite value, and these values."""
+        points = [(step, row[key]) for step, row in sorted(self.metrics.items()) if row.get(key) is not None]
+        return [float(step) for step, _ in points], [float(value) for _, value in points]
 
     @property
     def bounds(self) -> tuple[str, dict[str, Any]]:
-        """Of what proteins, and the figures: of the report, or of the last validation where there is none yet."""
+        """Return the name of the protein set, and the bounds on it.
+
+        They come from the report, or from the last validation if there is no report yet.
+        """
         if self.report:
             return f"{self.report['split']} set", with_nan(self.report)
         steps, _ = self.column("val_nll")
@@ -62,20 +65,22 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Read what a run folder holds.
+    """Read a run folder.
 
     Raises:
-        ValueError: no run folder, or a file in it that cannot be read, named.
+        ValueError: it is not a run folder, or a file in it is malformed.
     """
     if not (folder / CONFIG).is_file():
-        raise ValueError(f"{folder} is no run folder: it has no {CONFIG}")
-    report, judges = (read_json(folder / name, keys) for name, keys in WRITTEN.items())
+        raise ValueError(f"{folder}: not a run folder; expected {CONFIG} in it")
+    report, judges = (read_json(folder / name, keys) for name, keys in REQUIRED_KEYS.items())
     rows = judges.get("rows", [])
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "name" in row for row in rows):
-        raise ValueError(f"{folder / 'judges.json'}: want rows with name, {', '.join(SETS)}")
-    said = judges.get("verdicts", [])  # earlier versions wrote none
-    if not isinstance(said, list) or not all(isinstance(one, dict) and {"group", "told"} <= one.keys() for one in said):
-        raise ValueError(f"{folder / 'judges.json'}: want verdicts with group and told")
+        raise ValueError(f"{folder / 'judges.json'}: each of its rows must be an object with name, {', '.join(SETS)}")
+    verdicts = judges.get("verdicts", [])  # earlier versions wrote none
+    if not isinstance(verdicts, list) or not all(
+        isinstance(verdict, dict) and {"group", "told"} <= verdict.keys() for verdict in verdicts
+    ):
+        raise ValueError(f"{folder / 'judges.json'}: each of its verdicts must be an object with group and told")
     metrics = folder / METRICS
     fasta = folder / str(report.get("samples"))
     return Run(
@@ -90,10 +95,10 @@ def read_run(folder: Path) -> Run:
 
 
 def nats_of_proteins(run: Run) -> list[tuple[str, int, float]]:
-    """(id, residues, nats of its bound) of each protein that the report scored; [] where there is no report.
+    """Return (id, residues, bound in nats) of each protein in the report; [] if there is no report.
 
     Raises:
-        ValueError: a file that protlig_dd has not written, named.
+        ValueError: report.csv is malformed.
     """
     path = run.folder / "report.csv"
     if not run.report or not path.is_file():
@@ -102,11 +107,11 @@ def nats_of_proteins(run: Run) -> list[tuple[str, int, float]]:
         rows = csv.DictReader(path.read_text().splitlines())
         return [(row["id"], int(row["residues"]), float(row["nll_nats"])) for row in rows]
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not what protlig_dd has written ({error!r})") from error
+        raise ValueError(f"{path}: damaged, or not written by protlig_dd ({error!r})") from error
 
 
 def differing_keys(configs: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Key and values of all config keys that are not the same everywhere; run.name is none of them."""
+    """Return a row (key, value in each config) for each config key that differs, except run.name."""
     keys = sorted({key for config in configs for key in config} - {"run.name"})
     rows = [[key, *(str(config.get(key, "—")) for config in configs)] for key in keys]
     return [row for row in rows if len(set(row[1:])) > 1]

@@ -1,4 +1,4 @@
-"""The parts of a run's page that are words and tables."""
+"""Texts and tables of a run's page."""
 
 import itertools
 import math
@@ -11,10 +11,10 @@ from protlig_dd.evaluation.averages import per_residue
 from protlig_dd.evaluation.report.curves import NATS
 from protlig_dd.evaluation.report.plots import Estimate, dot_plot
 from protlig_dd.evaluation.report.run import Run
-from protlig_dd.evaluation.samples.statistics import SETS, Figure, written
+from protlig_dd.evaluation.samples.statistics import SETS, Figure, format_figure
 from protlig_dd.runs.metrics import with_nan
 
-LINE = 60  # residues
+LINE = 60  # residues per line
 RESIDUE_CLASSES = (
     ("aliphatic", "AVILM"),
     ("aromatic", "FWY"),
@@ -26,58 +26,69 @@ RESIDUE_CLASSES = (
 CLASS_OF = {letter: name for name, letters in RESIDUE_CLASSES for letter in letters}
 
 
-def paired(own: list[tuple[str, int, float]], first: list[tuple[str, int, float]]) -> list[str]:
-    """The difference to the first run a residue and its standard error; empty cells where the proteins differ."""
-    if own is first or not own or [row[:2] for row in own] != [row[:2] for row in first]:
+def paired(run_nats: list[tuple[str, int, float]], first: list[tuple[str, int, float]]) -> list[str]:
+    """Return two table cells: the difference to the first run in nats/residue, and its standard error.
+
+    The cells are empty for the first run itself, and if the two runs were evaluated on different proteins.
+
+    Args:
+        run_nats, first: results of `nats_of_proteins` for the run and for the first run.
+    """
+    if run_nats is first or not run_nats or [row[:2] for row in run_nats] != [row[:2] for row in first]:
         return ["", ""]
-    nats = np.array([mine[2] - other[2] for mine, other in zip(own, first, strict=True)])
-    difference, error = per_residue(nats, np.array([row[1] for row in own]))
+    nats = np.array([row[2] - first_row[2] for row, first_row in zip(run_nats, first, strict=True)])
+    difference, error = per_residue(nats, np.array([row[1] for row in run_nats]))
     return with_error({"d": difference, "d_se": error}, "d")
 
 
-def headline(run: Run, what: str, bounds: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """(name, value, note) of the figures that matter most."""
-    found = []
+def headline(run: Run, protein_set: str, bounds: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Return (name, value, note) of the run's main figures."""
+    boxes = []
     if bounds:
-        found = [
-            (f"Bound, {what}", f"{bounds['nll']:.4f}", f"{plus_minus(bounds['nll_se'])} {NATS}"),
+        boxes = [
+            (f"NLL bound, {protein_set}", f"{bounds['nll']:.4f}", f"{plus_minus(bounds['nll_se'])} {NATS}"),
             (
-                "Against the unigram model",
+                "Difference to the unigram model",
                 f"{bounds['difference']:+.4f}".replace("-", "−"),
                 f"{plus_minus(bounds['difference_se'])} {NATS}, paired",
             ),
         ]
     if run.metrics:
         _, residues = run.column("residues")
-        found.append(("Steps", f"{run.last_step:,}", f"{max(residues, default=0):,.0f} residues seen"))
+        boxes.append(("Steps", f"{run.last_step:,}", f"trained on {max(residues, default=0):,.0f} residues"))
     _, rates = run.column("residues_per_s")
     if rates:
-        found.append(("Speed", f"{np.median(rates):,.0f}", "residues/s, median"))
+        boxes.append(("Speed", f"{np.median(rates):,.0f}", "residues/s, median"))
     if "parameters" in run.report:
         shape = f"{run.config['model.n_blocks']} blocks of width {run.config['model.hidden_size']}"
-        found.append(("Parameters", f"{run.report['parameters'] / 1e6:,.1f} M", shape))
-    return found
+        boxes.append(("Parameters", f"{run.report['parameters'] / 1e6:,.1f} M", shape))
+    return boxes
 
 
-def bounds_section(what: str, bounds: dict[str, Any], data: str | None) -> dict[str, Any] | None:
-    """Dots and a table of the model's bound and every baseline that the figures have, `NAME_nll` with `NAME_nll_se`."""
+def bounds_section(protein_set: str, bounds: dict[str, Any], data: str | None) -> dict[str, Any] | None:
+    """Return a plot and a table of the model's bound and of the baselines.
+
+    Args:
+        bounds: the model's figures and, for each baseline, `NAME_nll` and `NAME_nll_se`.
+        data: path of the training data.
+    """
     if not bounds:
         return None
-    of_what = f" of {data}" if data else ""
+    of_data = f" of {data}" if data else ""
     precision = f", {bounds['precision']}" if "precision" in bounds else ""
     baselines = [key for key in bounds if key.endswith("_nll") and f"{key}_se" in bounds]
-    kept = [("this model, bound", "nll"), *((f"{key.removesuffix('_nll')} model", key) for key in baselines)]
-    estimates = [Estimate(name, bounds[key], bounds[f"{key}_se"], i and 7) for i, (name, key) in enumerate(kept)]
-    rows = [[name, *with_error(bounds, key), f"{math.exp(bounds[key]):.3f}"] for name, key in kept]
-    rows.append(["bound − unigram, paired", *with_error(bounds, "difference"), ""])
+    models = [("this model, upper bound", "nll"), *((f"{key.removesuffix('_nll')} model", key) for key in baselines)]
+    estimates = [Estimate(name, bounds[key], bounds[f"{key}_se"], i and 7) for i, (name, key) in enumerate(models)]
+    rows = [[name, *with_error(bounds, key), f"{math.exp(bounds[key]):.3f}"] for name, key in models]
+    rows.append(["this model − unigram, paired", *with_error(bounds, "difference"), ""])
     return {
         "plot": dot_plot("Negative log-likelihood", NATS, estimates),
         "head": ["", NATS, "± SE", "perplexity"],
         "rows": rows,
-        "note": f"The {what}: {bounds['sequences']:,} proteins, {bounds['residues']:,} residues, step "
+        "note": f"The {protein_set}: {bounds['sequences']:,} proteins, {bounds['residues']:,} residues, step "
         f"{bounds['step']:,}, averaged weights{precision}. "
-        f"The unigram model is that of the training split{of_what}. "
-        "Lower is better; bars are two standard errors each way.",
+        f"The unigram model has the amino-acid frequencies of the training split{of_data}. "
+        "Lower is better. Bars extend two standard errors to each side.",
     }
 
 
@@ -86,52 +97,61 @@ def with_error(bounds: dict[str, Any], key: str) -> list[str]:
 
 
 def plus_minus(error: float) -> str:
-    """A standard error, which one protein alone does not have."""
+    """Format a standard error; '± ?' if it is unknown, as for a single protein."""
     return f"± {error:.4f}" if math.isfinite(error) else "± ?"
 
 
 def judges_section(run: Run) -> dict[str, Any] | None:
-    """The table of judges.json, or that of the report in its place, and the report's other figures of the samples."""
+    """Return the comparison of samples with natural proteins, from judges.json or else from the report.
+
+    The report's other figures of the samples are added only in the second case: judges.json may be about other samples.
+    """
 
     def figure(row: dict[str, Any], column: str) -> str:
         value, *errors = (with_nan(row).get(f"{column}{end}", math.nan) for end in ("", "_se", "_low", "_high"))
-        return written(Figure(float(value), *map(float, errors))) if isinstance(value, int | float) else str(value)
+        if isinstance(value, int | float):
+            return format_figure(Figure(float(value), *map(float, errors)))
+        return str(value)
 
     if run.judges:
-        judged, note = run.judges["rows"], f"{run.judges['samples']} beside natural proteins of {run.judges['natural']}"
-        if train := run.judges.get("train"):
-            note += f" (relatives searched in {train})"
+        judged = run.judges["rows"]
+        note = f"{run.judges['samples']} compared with natural proteins of {run.judges['natural']}"
+        train = run.judges.get("train")
     else:
-        judged, note = run.report.get("judges", []), f"The samples beside proteins of the {run.report.get('split')} set"
+        judged, train = run.report.get("judges", []), None
+        note = f"The samples compared with proteins of the {run.report.get('split')} set"
+    note += ", and with the same proteins after shuffling their residues."
+    if train:
+        note += f" Related training proteins were searched for in {train}."
     rows = [[row["name"], *(figure(row, column) for column in SETS)] for row in judged]
     named = (
-        ("composition, KL to the training split, nats", "composition_kl"),
-        ("the same of the untrained network's samples", "untrained_composition_kl"),
-        ("share of draws clamped", "clamped_draws"),
+        ("composition, KL divergence to the training split in nats", "composition_kl"),
+        ("the same for samples of the untrained network", "untrained_composition_kl"),
+        ("fraction of residue draws with a negative probability, clamped to 0", "clamped_draws"),
     )
-    if not run.judges:  # which may be of other samples
-        rows += [[name, told(run.report[key]), "", ""] for name, key in named if key in run.report]
+    if not run.judges:
+        rows += [[name, format_cell(run.report[key]), "", ""] for name, key in named if key in run.report]
     if not rows:
         return None
-    verdicts = [f"{one['group']}: {one['told']}" for one in (run.judges or run.report).get("verdicts", [])]
+    verdicts = [f"{verdict['group']}: {verdict['told']}" for verdict in (run.judges or run.report).get("verdicts", [])]
     return {
-        "title": "What judges say",
-        "note": f"{note}, and those shuffled.",
+        "title": "Samples compared with natural proteins",
+        "note": note,
         "verdicts": verdicts,
-        "head": ["judge", *SETS],
+        "head": ["statistic", *SETS],
         "rows": rows,
     }
 
 
-def told(value: Any) -> str:
-    """A cell: numbers to four digits, nothing for what is missing."""
+def format_cell(value: Any) -> str:
+    """Format a table cell: floats to four significant digits, None as an empty cell."""
     if isinstance(value, float):
         return f"{value:.4g}".replace("-", "−")
     return "" if value is None else str(value)
 
 
 def protein(record: FastaRecord) -> dict[str, Any]:
-    """One sample of the gallery: lines of (position of its first residue, runs of one class)."""
+    """Return one sample for the page: lines of (position of the first residue, stretches of one residue class)."""
     sequence = record.sequence
     lines = []
     for start in range(0, len(sequence), LINE):

@@ -1,1 +1,1 @@
-"""Generated proteins beside natural ones."""
+"""Compare generated proteins with natural ones."""

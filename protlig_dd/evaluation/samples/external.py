@@ -1,4 +1,4 @@
-"""Judges that other packages bring: profile HMMs (pyhmmer), ESM-2 and ESMFold (transformers)."""
+"""Judges that need optional packages: profile HMMs (pyhmmer), ESM-2 and ESMFold (transformers)."""
 
 import importlib
 import math
@@ -10,18 +10,22 @@ import torch
 from torch import Tensor
 
 from protlig_dd.config.verbs import JudgeConfig
-from protlig_dd.evaluation.samples.statistics import Figure, figures, perplexity, share
+from protlig_dd.evaluation.samples.statistics import Figure, mean_figure, perplexity, share
 from protlig_dd.system.device import resolve_device
 
-E_VALUE = 1e-3  # of HMMs that have no gathering cutoffs of their own, as Pfam's have
-MASKED_AT_ONCE = 32  # copies of a protein in one pass, each with another residue masked
+E_VALUE = 1e-3  # threshold for HMMs without gathering cutoffs; Pfam's have them
+MASKED_AT_ONCE = 32  # copies of a protein in one forward pass, each with a different residue masked
 
 
-def imported(package: str, extra: str, wanted: str) -> Any:
-    """An optional package.
+def import_optional(package: str, extra: str, wanted: str) -> Any:
+    """Import an optional package.
+
+    Args:
+        extra: extra of protlig_dd that installs the package.
+        wanted: setting that needs the package, for the error message.
 
     Raises:
-        ValueError: it is not installed; says how to install it.
+        ValueError: the package is not installed.
     """
     try:
         return importlib.import_module(package)
@@ -30,16 +34,19 @@ def imported(package: str, extra: str, wanted: str) -> Any:
 
 
 Judge = Callable[[Sequence[str], Callable[[], None]], list[float]]
-"""Proteins, and what to call after each, to a figure of each."""
+"""(proteins, callback after each protein) -> one value for each protein."""
 
 
 def pfam_hits(hmms: Path) -> Judge:
-    """Whether (1 or 0) a protein has a significant hit to some profile HMM of a file (HMMER's, such as Pfam-A.hmm).
+    """Return a judge: 1 if a protein has a significant hit to any profile HMM of the file, else 0.
+
+    Args:
+        hmms: file of profile HMMs in HMMER's format, such as Pfam-A.hmm.
 
     Raises:
-        ValueError: pyhmmer is not installed, or the file holds no HMMs.
+        ValueError: pyhmmer is not installed, or the file contains no HMMs.
     """
-    pyhmmer = imported("pyhmmer", "hmm", f"hmm={hmms}")
+    pyhmmer = import_optional("pyhmmer", "hmm", f"hmm={hmms}")
     if not hmms.is_file():
         raise ValueError(f"hmm={hmms}: no such file")
     alphabet = pyhmmer.easel.Alphabet.amino()
@@ -49,32 +56,37 @@ def pfam_hits(hmms: Path) -> Judge:
     except (ValueError, EOFError) as error:
         raise ValueError(f"{hmms}: not a file of HMMs: {error}") from error
     if not profiles:
-        raise ValueError(f"{hmms}: no HMMs in it")
-    own = [hmm for hmm in profiles if hmm.cutoffs.gathering_available()]
-    others = [hmm for hmm in profiles if not hmm.cutoffs.gathering_available()]
+        raise ValueError(f"{hmms}: contains no HMMs")
+    with_cutoffs = [hmm for hmm in profiles if hmm.cutoffs.gathering_available()]
+    without_cutoffs = [hmm for hmm in profiles if not hmm.cutoffs.gathering_available()]
 
     def judge(sequences: Sequence[str], advance: Callable[[], None]) -> list[float]:
         block = pyhmmer.easel.TextSequenceBlock(
             [pyhmmer.easel.TextSequence(name=str(i), sequence=text) for i, text in enumerate(sequences)]
         ).digitize(alphabet)
-        found = [0.0] * len(sequences)
-        for some, options in ((own, {"bit_cutoffs": "gathering"}), (others, {"E": E_VALUE, "incE": E_VALUE})):
-            for hits in pyhmmer.hmmer.hmmsearch(some, block, **options):
+        has_hit = [0.0] * len(sequences)
+        for queries, options in (
+            (with_cutoffs, {"bit_cutoffs": "gathering"}),
+            (without_cutoffs, {"E": E_VALUE, "incE": E_VALUE}),
+        ):
+            for hits in pyhmmer.hmmer.hmmsearch(queries, block, **options):
                 for hit in hits.included:
-                    found[int(hit.name)] = 1.0
+                    has_hit[int(hit.name)] = 1.0
         for _ in sequences:
             advance()
-        return found
+        return has_hit
 
     return judge
 
 
 def pseudo_perplexity(logits_of: Callable[[Tensor], Tensor], tokens: Tensor, mask: int, places: range) -> float:
-    """exp of the mean cross-entropy of each residue when it alone is masked (Salazar et al., arXiv 1910.14659).
+    """Return exp of the mean cross-entropy of the residues, each masked alone (Salazar et al., arXiv 1910.14659).
 
     Args:
         logits_of: (copies, length) tokens -> (copies, length, vocabulary) logits.
-        tokens: (length,) ids of one protein; places: those that are residues.
+        tokens: (length,) ids of one protein.
+        mask: id of the mask token.
+        places: positions in `tokens` that are residues.
     """
     nats = 0.0
     for hidden in torch.tensor(places, device=tokens.device).split(MASKED_AT_ONCE):
@@ -87,69 +99,75 @@ def pseudo_perplexity(logits_of: Callable[[Tensor], Tensor], tokens: Tensor, mas
 
 
 def esm2_pseudo_perplexities(name: str, device: str) -> Judge:
-    """Of an ESM-2 model, such as facebook/esm2_t12_35M_UR50D (doi 10.1126/science.ade2574).
+    """Return a judge: the pseudo-perplexity of a protein by ESM-2 (doi 10.1126/science.ade2574).
+
+    Args:
+        name: the model, such as facebook/esm2_t12_35M_UR50D.
 
     Raises:
-        ValueError: transformers is not installed, or there is no such model.
+        ValueError: transformers is not installed, or the model cannot be loaded.
     """
-    where, tokenizer, model = loaded("EsmForMaskedLM", name, device, wanted=f"esm2={name}")
+    on_device, tokenizer, model = load_transformers("EsmForMaskedLM", name, device, wanted=f"esm2={name}")
 
     @torch.no_grad()
     def judge(sequences: Sequence[str], advance: Callable[[], None]) -> list[float]:
-        found = []
+        values = []
         for sequence in sequences:
-            tokens = tokenizer(sequence, return_tensors="pt")["input_ids"][0].to(where)  # <cls> residues <eos>
+            tokens = tokenizer(sequence, return_tensors="pt")["input_ids"][0].to(on_device)  # <cls> residues <eos>
             residues = range(1, len(tokens) - 1)
-            found.append(pseudo_perplexity(lambda ids: model(ids).logits, tokens, tokenizer.mask_token_id, residues))
+            values.append(pseudo_perplexity(lambda ids: model(ids).logits, tokens, tokenizer.mask_token_id, residues))
             advance()
-        return found
+        return values
 
     return judge
 
 
 def esmfold_plddts(name: str, device: str) -> Judge:
-    """Mean pLDDT of the atoms that ESMFold (facebook/esmfold_v1) predicts, 0 to 100 (doi 10.1126/science.ade2574).
+    """Return a judge: ESMFold's pLDDT of a protein, 0 to 100, mean over its atoms (doi 10.1126/science.ade2574).
+
+    Args:
+        name: the model, such as facebook/esmfold_v1.
 
     Raises:
         ValueError: transformers is not installed, or the model cannot be loaded.
     """
-    where, tokenizer, model = loaded("EsmForProteinFolding", name, device, wanted=f"esmfold={name}")
+    on_device, tokenizer, model = load_transformers("EsmForProteinFolding", name, device, wanted=f"esmfold={name}")
 
     @torch.no_grad()
     def judge(sequences: Sequence[str], advance: Callable[[], None]) -> list[float]:
-        found = []
+        values = []
         for sequence in sequences:
             tokens = tokenizer(sequence, return_tensors="pt", add_special_tokens=False)["input_ids"]
-            folded = model(tokens.to(where))
-            there = folded["atom37_atom_exists"]
-            found.append(float(100 * (folded["plddt"] * there).sum() / there.sum()))
+            folded = model(tokens.to(on_device))
+            exists = folded["atom37_atom_exists"]
+            values.append(float(100 * (folded["plddt"] * exists).sum() / exists.sum()))
             advance()
-        return found
+        return values
 
     return judge
 
 
-def loaded(kind: str, name: str, device: str, wanted: str) -> tuple[torch.device, Any, Any]:
-    """Device, tokenizer and model of transformers."""
-    transformers = imported("transformers", "esm", wanted)
-    where = resolve_device(device)
+def load_transformers(kind: str, name: str, device: str, wanted: str) -> tuple[torch.device, Any, Any]:
+    """Load a model of the class `kind` of transformers; return the device, the tokenizer and the model."""
+    transformers = import_optional("transformers", "esm", wanted)
+    on_device = resolve_device(device)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        return where, tokenizer, getattr(transformers, kind).from_pretrained(name).eval().to(where)
+        return on_device, tokenizer, getattr(transformers, kind).from_pretrained(name).eval().to(on_device)
     except (OSError, ValueError) as error:
         raise ValueError(f"{name} cannot be loaded: {error}") from error
 
 
 Summary = Callable[[Sequence[float], Sequence[str]], Figure]
-"""What a judge said of each of a set's proteins, and the proteins, to a figure of the set."""
+"""(value of a judge for each protein of a set, the proteins) -> Figure of the set."""
 
 
 def outside_judges(config: JudgeConfig) -> Iterator[tuple[str, tuple[Judge, Summary]]]:
-    """Row, judge and summary of those that other packages bring, loaded before time is spent on anything else."""
+    """Load the judges in the config, before anything is computed; yield row name, judge and summary of each."""
     if config.hmm is not None:
         yield "with a hit to the HMMs", (pfam_hits(Path(config.hmm)), lambda values, _: share(values))
     if config.esm2 is not None:
-        asked = esm2_pseudo_perplexities(config.esm2, config.device)
-        yield f"pseudo-perplexity, {config.esm2}", (asked, lambda values, some: perplexity(values, [*map(len, some)]))
+        esm2 = esm2_pseudo_perplexities(config.esm2, config.device)
+        yield f"pseudo-perplexity, {config.esm2}", (esm2, lambda values, texts: perplexity(values, [*map(len, texts)]))
     if config.esmfold is not None:
-        yield f"pLDDT, {config.esmfold}", (esmfold_plddts(config.esmfold, config.device), lambda v, _: figures(v))
+        yield f"pLDDT, {config.esmfold}", (esmfold_plddts(config.esmfold, config.device), lambda v, _: mean_figure(v))

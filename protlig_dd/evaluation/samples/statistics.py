@@ -1,6 +1,7 @@
-"""Statistics that tell generated proteins from natural ones, without a structure: each on lists of id arrays.
+"""Sequence statistics that distinguish generated proteins from natural ones.
 
-A sequence is a uint8 array of residue ids (length,), 0..19 for the amino acids; context letters above are left out.
+A sequence is a (length,) uint8 array of ids: 0..19 are the amino acids, higher ids are context letters, which k-mers,
+low-complexity windows and tandem repeats leave out.
 """
 
 import bisect
@@ -15,28 +16,28 @@ from protlig_dd.tokenizer import N_STATES
 
 Sequences = Sequence[np.ndarray]
 
-WINDOW, ENTROPY = 12, 2.2  # of SEG (Wootton and Federhen 1993): residues, and bits of a window of low complexity
-LONGEST_UNIT, LEAST_COPIES, LEAST_RESIDUES = 10, 3, 6  # of a tandem repeat
+WINDOW, MAX_ENTROPY = 12, 2.2  # residues and bits of a low-complexity window in SEG (Wootton and Federhen 1993)
+MAX_UNIT, MIN_COPIES, MIN_RESIDUES = 10, 3, 6  # a tandem repeat: residues per unit, copies, residues in all
 
 
 class Figure(NamedTuple):
-    """A value with what is known of its error; NaN where nothing is."""
+    """A value with its standard error or its confidence interval; NaN for what is unknown."""
 
     value: float
     error: float = math.nan
     """One standard error."""
     low: float = math.nan
     high: float = math.nan
-    """Of a share, the ends of its 95% interval."""
+    """Ends of the 95% interval, for a fraction of proteins."""
 
 
 def shuffled(sequences: Sequences, generator: np.random.Generator) -> list[np.ndarray]:
-    """The same residues of each sequence in random order: composition and length stay, all else goes."""
+    """Shuffle the residues within each sequence, which keeps only its composition and length."""
     return [generator.permutation(sequence) for sequence in sequences]
 
 
 def kmers(sequences: Sequences, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Every k-mer of amino acids as a number below 20^k, and which sequence it is in; both (k-mers,)."""
+    """Return the code of every k-mer of amino acids, 0 to 20^k - 1, and the index of its sequence; both (k-mers,)."""
     codes, owners = [], []
     for i, sequence in enumerate(sequences):
         if len(sequence) < k:
@@ -53,13 +54,16 @@ def kmers(sequences: Sequences, k: int) -> tuple[np.ndarray, np.ndarray]:
 def kmer_divergence(
     sequences: Sequences, reference: Sequences, k: int, *, bootstrap: int, generator: np.random.Generator
 ) -> Figure:
-    """Jensen-Shannon divergence of the pooled k-mer frequencies, nats, and its standard error.
+    """Return the Jensen-Shannon divergence of the pooled k-mer frequencies in nats, and its standard error.
 
-    The error is that of a bootstrap over `sequences`, on the large side where the divergence is mostly noise. Few
-    sequences make the divergence larger than it is, by about (20^k - 1) / (8 n) for each of the two sets of n k-mers;
-    another set of natural proteins shows by how much.
+    The error comes from a bootstrap over `sequences`; it is too large where the divergence is mostly noise. The
+    divergence is biased upwards by about (20^k - 1) / (8 n) for each of the two sets of n k-mers. The divergence of
+    another set of natural proteins shows how large this bias is.
+
+    Args:
+        bootstrap: number of bootstrap draws.
     """
-    from scipy.spatial.distance import jensenshannon  # takes half a second, which most users of this module do not need
+    from scipy.spatial.distance import jensenshannon  # imported here, as it takes half a second
 
     codes, owners = kmers(sequences, k)
     other = np.bincount(kmers(reference, k)[0], minlength=N_STATES**k)
@@ -71,48 +75,54 @@ def kmer_divergence(
         return float(jensenshannon(counts, other) ** 2) if counts.sum() else float("nan")
 
     n = len(sequences)
-    drawn = [divergence(generator.multinomial(n, np.full(n, 1 / n)).astype(float)) for _ in range(bootstrap)]
-    return Figure(divergence(np.ones(n)), float(np.std(drawn, ddof=1)) if min(bootstrap, n) > 1 else math.nan)
+    resampled = [divergence(generator.multinomial(n, np.full(n, 1 / n)).astype(float)) for _ in range(bootstrap)]
+    return Figure(divergence(np.ones(n)), float(np.std(resampled, ddof=1)) if min(bootstrap, n) > 1 else math.nan)
 
 
 def low_complexity(sequence: np.ndarray) -> np.ndarray:
-    """(length,) bool: residues in some window of WINDOW amino acids whose composition has at most ENTROPY bits."""
+    """Return a (length,) mask of residues in low-complexity windows.
+
+    Such a window consists of WINDOW amino acids whose composition has an entropy of at most MAX_ENTROPY bits.
+    """
     inside = np.zeros(len(sequence), bool)
     if len(sequence) < WINDOW:
         return inside
     counts = np.zeros((len(sequence) + 1, int(sequence.max()) + 1))
     counts[np.arange(1, len(sequence) + 1), sequence] = 1
     counts = counts.cumsum(0)
-    shares = (counts[WINDOW:] - counts[:-WINDOW]) / WINDOW
-    entropy = -(shares * np.log2(shares, where=shares > 0, out=np.zeros_like(shares))).sum(1)
-    amino_acids = shares[:, :N_STATES].sum(1) > 1 - 1e-9
-    for start in np.flatnonzero((entropy <= ENTROPY + 1e-9) & amino_acids):
+    frequencies = (counts[WINDOW:] - counts[:-WINDOW]) / WINDOW
+    log2 = np.log2(frequencies, where=frequencies > 0, out=np.zeros_like(frequencies))
+    entropy = -(frequencies * log2).sum(1)
+    amino_acids_only = frequencies[:, :N_STATES].sum(1) > 1 - 1e-9
+    for start in np.flatnonzero((entropy <= MAX_ENTROPY + 1e-9) & amino_acids_only):
         inside[start : start + WINDOW] = True
     return inside
 
 
 def tandem_repeats(sequence: np.ndarray) -> np.ndarray:
-    """(length,) bool: residues in a unit of 1 to 10 residues that stands at least three times in a row, 6 in all."""
+    """Return a (length,) mask of residues in tandem repeats.
+
+    A tandem repeat is a unit of 1 to 10 residues, repeated at least 3 times in a row, with at least 6 residues in all.
+    """
     inside = np.zeros(len(sequence), bool)
-    for unit in range(1, min(LONGEST_UNIT, len(sequence) - 1) + 1):
-        again = (sequence[unit:] == sequence[:-unit]) & (sequence[unit:] < N_STATES)
-        same = np.concatenate([[False], again, [False]])
-        edges = np.flatnonzero(np.diff(same))
+    for unit in range(1, min(MAX_UNIT, len(sequence) - 1) + 1):
+        repeats = (sequence[unit:] == sequence[:-unit]) & (sequence[unit:] < N_STATES)
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], repeats, [False]])))
         for first, last in zip(edges[::2], edges[1::2], strict=True):  # residues first .. last + unit - 1 repeat
-            if last - first + unit >= max(LEAST_COPIES * unit, LEAST_RESIDUES):
+            if last - first + unit >= max(MIN_COPIES * unit, MIN_RESIDUES):
                 inside[first : last + unit] = True
     return inside
 
 
 def share_of_residues(flags: Sequence[np.ndarray]) -> Figure:
-    """Share of all residues that are flagged, and its standard error over sequences (a ratio estimator)."""
+    """Return the fraction of all residues that are flagged, and its standard error over sequences (ratio estimator)."""
     hits, lengths = [flag.sum() for flag in flags], [len(flag) for flag in flags]
     return Figure(*per_residue(np.array(hits), np.array(lengths)))
 
 
 def share(flags: Sequence[float] | np.ndarray) -> Figure:
-    """Share of sequences that are flagged, with Wilson's interval, which is right near 0 and 1 too."""
-    from scipy.stats import binomtest  # takes a second
+    """Return the fraction of sequences that are flagged, with Wilson's interval, which also holds near 0 and 1."""
+    from scipy.stats import binomtest  # imported here, as it takes a second
 
     hits, n = round(float(np.sum(flags))), len(flags)
     low, high = binomtest(hits, n).proportion_ci(0.95, method="wilson")
@@ -120,29 +130,32 @@ def share(flags: Sequence[float] | np.ndarray) -> Figure:
 
 
 def unique_share(sequences: Sequences) -> float:
-    """How many different sequences there are, as a share of all: a half where each is there twice."""
+    """Return the number of different sequences / the number of sequences: 0.5 if each occurs twice."""
     return len({sequence.tobytes() for sequence in sequences}) / len(sequences)
 
 
 def length_distance(sequences: Sequences, reference: Sequences) -> float:
-    """Kolmogorov and Smirnov's distance of the two distributions of lengths."""
-    from scipy.stats import ks_2samp  # takes a second
+    """Return the Kolmogorov-Smirnov distance of the two length distributions."""
+    from scipy.stats import ks_2samp  # imported here, as it takes a second
 
-    return float(ks_2samp([len(one) for one in sequences], [len(one) for one in reference]).statistic)
+    return float(ks_2samp([len(ids) for ids in sequences], [len(ids) for ids in reference]).statistic)
 
 
-def figures(values: Sequence[float]) -> Figure:
-    """Mean and its standard error; NaN where there are too few."""
+def mean_figure(values: Sequence[float]) -> Figure:
+    """Return the mean and its standard error; NaN if there are too few values."""
     n = len(values)
     mean = float(np.mean(values)) if n else math.nan
     return Figure(mean, float(np.std(values, ddof=1) / np.sqrt(n)) if n > 1 else math.nan)
 
 
 def perplexity(values: Sequence[float], lengths: Sequence[int]) -> Figure:
-    """The perplexity of a set: e to the mean of -log p over all its residues, not the mean of its perplexities.
+    """Return the perplexity of a set, exp of the mean -log p over all its residues, with its standard error.
+
+    This is not the mean of the sequences' perplexities.
 
     Args:
-        values, lengths: of each sequence, its perplexity and how many residues that is over.
+        values: perplexity of each sequence.
+        lengths: number of residues of each sequence.
     """
     nats, error = per_residue(np.log(values) * lengths, np.array(lengths))
     return Figure(math.exp(nats), math.exp(nats) * error)
@@ -151,121 +164,126 @@ def perplexity(values: Sequence[float], lengths: Sequence[int]) -> Figure:
 SETS = ("samples", "natural", "shuffled")
 
 Rows = dict[str, list[Figure]]
-"""By its name, a row's figures of the SETS."""
+"""A Figure for each of the SETS, by the name of the row."""
 
 
 class Controls(NamedTuple):
-    """What samples are judged beside."""
+    """Samples, and the natural and shuffled proteins that they are compared with."""
 
     sets: list[Sequences]
-    """The SETS, of one size because divergences and uniqueness depend on it; the natural ones have the lengths of the
-    samples, as nearly as there are such."""
-    drawn: list[Sequences]
-    """The same for judges of lengths, the natural ones drawn at random."""
+    """The SETS. They have one size, because divergences and uniqueness depend on it. The natural proteins match the
+    lengths of the samples as closely as possible."""
+    length_sets: list[Sequences]
+    """The SETS for rows of lengths, with natural proteins drawn at random."""
     reference: Sequences
-    """The natural proteins that are not in `sets`, to compare those with."""
-    others: Sequences
-    """Those that are not in `drawn`."""
+    """The natural proteins that are not in `sets`; divergences are computed to them."""
+    length_reference: Sequences
+    """The natural proteins that are not in `length_sets`."""
 
 
 def with_controls(samples: Sequences, pool: Sequences, seed: int) -> Controls:
-    """Samples beside natural proteins and the same ones shuffled.
+    """Choose natural proteins to compare the samples with, and shuffle a copy of them.
 
     Args:
-        samples: generated proteins, at most half as many as `pool` has.
-        pool: natural held-out ones.
+        samples: generated proteins.
+        pool: natural held-out proteins, at least twice as many as samples.
 
     Raises:
-        ValueError: the pool is smaller.
+        ValueError: the pool is too small.
     """
     n = len(samples)
     if len(pool) < 2 * n:
         raise ValueError(f"{len(pool)} natural proteins; {n} samples need {2 * n}, half of them as reference")
     generator = np.random.default_rng([seed, 1])
     order = generator.permutation(len(pool)).tolist()
-    matched = match_lengths([len(one) for one in samples], [len(pool[i]) for i in order], generator)
-    chosen = [order[place] for place in matched]
-    natural, left = [pool[i] for i in chosen], set(order) - set(chosen)
+    matched = match_lengths([len(ids) for ids in samples], [len(pool[i]) for i in order], generator)
+    chosen = [order[index] for index in matched]
+    natural, remaining = [pool[i] for i in chosen], set(order) - set(chosen)
     mixed, drawn = shuffled(natural, generator), [pool[i] for i in order[:n]]
     return Controls(
         sets=[samples, natural, mixed],
-        drawn=[samples, drawn, drawn],
-        reference=[pool[i] for i in order if i in left],
-        others=[pool[i] for i in order[n:]],
+        length_sets=[samples, drawn, drawn],
+        reference=[pool[i] for i in order if i in remaining],
+        length_reference=[pool[i] for i in order[n:]],
     )
 
 
-def match_lengths(wanted: Sequence[int], there: Sequence[int], generator: np.random.Generator) -> list[int]:
-    """For each wanted length, in random order, the place of the nearest that is left of those there."""
-    left = sorted((length, place) for place, length in enumerate(there))
-    found = [0] * len(wanted)
+def match_lengths(wanted: Sequence[int], available: Sequence[int], generator: np.random.Generator) -> list[int]:
+    """Return the index of an available length for each wanted length.
+
+    In random order, each wanted length takes the nearest available length that is not taken yet.
+    """
+    left = sorted((length, index) for index, length in enumerate(available))
+    matched = [0] * len(wanted)
     for i in generator.permutation(len(wanted)).tolist():
         after = bisect.bisect_left(left, (wanted[i], 0))
         nearest = min((k for k in (after - 1, after) if 0 <= k < len(left)), key=lambda k: abs(left[k][0] - wanted[i]))
-        found[i] = left.pop(nearest)[1]
-    return found
+        matched[i] = left.pop(nearest)[1]
+    return matched
 
 
 Judge = Callable[[Sequences], Figure]
 
 
 def cheap_judges(controls: Controls, *, bootstrap: int, seed: int) -> dict[str, tuple[Judge, list[Sequences]]]:
-    """Every judge that needs nothing but the sequences, and the sets that it is asked about, by the name of its row.
+    """Return the judges that need only the sequences, with the sets that they judge, by the name of their row.
 
     Args:
-        bootstrap: draws for the standard errors of divergences.
+        bootstrap: number of bootstrap draws for the standard errors of divergences.
     """
     reference = controls.reference
 
     def quantile(q: float) -> Judge:
-        return lambda some: Figure(float(np.quantile([len(one) for one in some], q)))
+        return lambda proteins: Figure(float(np.quantile([len(ids) for ids in proteins], q)))
 
     def divergence(k: int) -> Judge:
-        return lambda some: kmer_divergence(
-            some, reference, k, bootstrap=bootstrap, generator=np.random.default_rng([seed, k])
+        return lambda proteins: kmer_divergence(
+            proteins, reference, k, bootstrap=bootstrap, generator=np.random.default_rng([seed, k])
         )
 
     of_lengths: dict[str, Judge] = {
         "length, lower quartile": quantile(0.25),
         "length, median": quantile(0.5),
         "length, upper quartile": quantile(0.75),
-        "length, Kolmogorov-Smirnov distance": lambda some: Figure(length_distance(some, controls.others)),
+        "length, Kolmogorov-Smirnov distance": lambda proteins: Figure(
+            length_distance(proteins, controls.length_reference)
+        ),
     }
     others: dict[str, Judge] = {
         "composition, divergence in nats": divergence(1),
         "2-mers, divergence in nats": divergence(2),
         "3-mers, divergence in nats": divergence(3),
-        "share of different sequences": lambda some: Figure(unique_share(some)),
-        "residues in low complexity": lambda some: share_of_residues([low_complexity(one) for one in some]),
-        "residues in tandem repeats": lambda some: share_of_residues([tandem_repeats(one) for one in some]),
+        "share of different sequences": lambda proteins: Figure(unique_share(proteins)),
+        "residues in low complexity": lambda proteins: share_of_residues([low_complexity(ids) for ids in proteins]),
+        "residues in tandem repeats": lambda proteins: share_of_residues([tandem_repeats(ids) for ids in proteins]),
     }
     counts: dict[str, Judge] = {
-        "proteins": lambda some: Figure(float(len(some))),
-        "residues": lambda some: Figure(float(sum(map(len, some)))),
+        "proteins": lambda proteins: Figure(float(len(proteins))),
+        "residues": lambda proteins: Figure(float(sum(map(len, proteins)))),
     }
     return {
-        **{name: (ask, controls.sets) for name, ask in counts.items()},
-        **{name: (ask, controls.drawn) for name, ask in of_lengths.items()},
-        **{name: (ask, controls.sets) for name, ask in others.items()},
+        **{name: (judge, controls.sets) for name, judge in counts.items()},
+        **{name: (judge, controls.length_sets) for name, judge in of_lengths.items()},
+        **{name: (judge, controls.sets) for name, judge in others.items()},
     }
 
 
 COLUMNS = tuple(f"{name}{ending}" for name in SETS for ending in ("", "_se", "_low", "_high"))
-"""Of a table of figures: the value, its standard error, the ends of a share's 95% interval."""
+"""Columns of judges.csv and judges.json: value, standard error and 95% interval for each of the SETS."""
 
 
 def for_json(rows: Rows) -> list[dict[str, str | float | None]]:
-    """For JSON, which has no NaN: an object for each row."""
+    """Return the rows as JSON objects, with null for NaN."""
     objects = []
     for name, row in rows.items():
         values = [value for figure in row for value in figure]
-        known = {key: None if np.isnan(value) else value for key, value in zip(COLUMNS, values, strict=True)}
-        objects.append({"name": name, **known})
+        cells = {key: None if np.isnan(value) else value for key, value in zip(COLUMNS, values, strict=True)}
+        objects.append({"name": name, **cells})
     return objects
 
 
-def written(figure: Figure) -> str:
-    """A figure as text: to the second digit of its error where it has one, nothing for NaN."""
+def format_figure(figure: Figure) -> str:
+    """Format a figure, rounded to the second digit of its error if it has one; NaN gives an empty string."""
     value, error, low, high = figure
     if math.isnan(value):
         return ""

@@ -1,28 +1,31 @@
-"""The figures of a judgement as tables."""
+"""Tables that `judge` writes."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from protlig_dd.evaluation.samples.statistics import SETS, Rows, low_complexity, tandem_repeats, written
+from protlig_dd.evaluation.samples.statistics import SETS, Rows, format_figure, low_complexity, tandem_repeats
 from protlig_dd.system.tables import csv_text
 
 
 def markdown(rows: Rows) -> str:
     lines = [f"| | {' | '.join(SETS)} |", "| --- | --- | --- | --- |"]
-    lines += [f"| {name} | {' | '.join(map(written, row))} |" for name, row in rows.items()]
+    lines += [f"| {name} | {' | '.join(map(format_figure, row))} |" for name, row in rows.items()]
     return "\n".join(lines) + "\n"
 
 
 def per_sequence(ids: Sequence[str], samples: list[np.ndarray], columns: dict[str, Sequence[float]]) -> str:
-    """A row for each sample."""
-    seen: dict[bytes, int] = {}
+    """Return a CSV table with a row for each sample.
+
+    Args:
+        columns: further columns by name, one value for each sample.
+    """
+    first_index: dict[bytes, int] = {}
     rows = []
-    for i, (id_, one) in enumerate(zip(ids, samples, strict=True)):
-        first = seen.setdefault(one.tobytes(), i)
-        flags = low_complexity(one), tandem_repeats(one)
-        shares = [float(flag.mean()) for flag in flags]
-        rows.append(
-            [id_, len(one), ids[first] if first != i else "", *shares, *(values[i] for values in columns.values())]
-        )
+    for i, (id_, sample) in enumerate(zip(ids, samples, strict=True)):
+        first = first_index.setdefault(sample.tobytes(), i)
+        flags = low_complexity(sample), tandem_repeats(sample)
+        fractions = [float(flag.mean()) for flag in flags]
+        same_as = ids[first] if first != i else ""
+        rows.append([id_, len(sample), same_as, *fractions, *(values[i] for values in columns.values())])
     return csv_text(["id", "length", "same_as", "low_complexity", "tandem_repeats", *columns], rows)

@@ -1,16 +1,19 @@
-"""From a table of judges to what it says: a sentence for each group of rows, and what to try.
+"""Verdicts on the rows that judges produced: one sentence for each group of rows, with advice.
 
-A row compares the difference of samples and natural proteins with its error, and with that which shuffling makes:
+A row yields the difference between samples and natural proteins with its 95% interval, and a limit: the difference
+between shuffled and natural proteins. The verdict on the row is:
 
-- *worse*: the 95% interval of the difference leaves out 0, on the side that is bad of this row;
-- *as natural*: it holds 0, and reaches as far as the shuffled proteins on neither side;
-- *cannot tell*: all else, as there are too few samples.
+- *worse*: the interval excludes 0, on the side that is bad for this row;
+- *as natural*: not worse, and the interval stays below the limit on each side that is bad for this row;
+- *cannot tell*: otherwise, because there are too few samples.
 
-A group is worse if one of its rows is, else as natural if one is; intervals hold for all rows of a group together
-(Bonferroni). Student's t has as many degrees of freedom as there are samples, less one. Where shuffling changes
-nothing, other limits stand in its place: a tenth of the proteins for shares of proteins, a fifth for the distance of
-lengths with its own uncertainty. Limits are taken as known, and shares of different sequences and of clusters as
-those of proteins by themselves; both are approximations. A composition can only say worse.
+A group is worse if any of its rows is worse, else as natural if any row is. The intervals of all rows of a group
+together hold with 95% (Bonferroni). Student's t has one degree of freedom less than there are samples.
+
+Where shuffling changes nothing, the limit is another: at least 0.1 for fractions of proteins, and 0.2 for the
+Kolmogorov-Smirnov distance of lengths plus its uncertainty. The verdicts make two approximations: limits are taken as
+exact, and the fractions of different sequences and of clusters are treated as fractions of independent proteins. The
+composition has the limit 0, so it can be worse but never as natural.
 """
 
 import math
@@ -28,98 +31,79 @@ from protlig_dd.evaluation.samples.statistics import Figure, Rows, share
 from protlig_dd.tokenizer import N_STATES
 
 LEVEL = 0.95
-OF_PROTEINS, OF_LENGTHS = 0.1, 0.2  # what stands in the place of the shuffled proteins where shuffling changes nothing
+FRACTION_LIMIT, LENGTH_LIMIT = 0.1, 0.2  # limits where shuffling changes nothing
 NORMAL = NormalDist()
 NATURAL, WORSE, UNKNOWN = "as natural", "worse", "cannot tell"
 
-WEAK = "train longer or a larger model, or more sampling steps (steps=)"
-DULL = "a higher temperature or top_p, or more sampling steps (steps=)"
-WILD = "a lower temperature, more sampling steps (steps=), or longer training"
+BETTER_MODEL = "longer training, a larger model, or more sampling steps (steps=)"
+MORE_RANDOM = "a higher temperature or top_p, or more sampling steps (steps=)"
+LESS_RANDOM = "a lower temperature, more sampling steps (steps=), or longer training"
+LESS_OVERFIT = "other training proteins or fewer epochs"
+COPIES = f"{LESS_OVERFIT} (the model copies training proteins)"
 
 
 class Kind(NamedTuple):
-    """What a row's difference means."""
+    """How to judge one kind of row."""
 
-    begins: str
-    """How the names of such rows begin."""
+    prefix: str
+    """Prefix of the names of these rows."""
     group: str
     bad: str
-    """The side that is worse: `more`, `less` or `either`."""
+    """Which deviation from natural proteins is bad: `more`, `less` or `either`."""
     if_more: str = ""
     if_less: str = ""
-    """What to try where samples have more than natural proteins, or less."""
+    """Advice if the value of the samples is higher than that of natural proteins, or lower."""
     k: int = 0
-    """Residues of a k-mer, where few of them make a figure larger than it is."""
-    of_proteins: bool = False
-    """Whether the figure is a share of the proteins."""
-    of_those: str = ""
-    """How the row begins whose share of the proteins the figure is a mean of."""
+    """Length of the k-mers, for a divergence, which is biased upwards if there are few of them."""
+    is_fraction: bool = False
+    """Whether the value is a fraction of the proteins."""
+    averaged_over: str = ""
+    """For a mean over part of the proteins: prefix of the row with the fraction of proteins in that part."""
 
 
 KINDS = (
-    Kind("composition", "composition and words", "more", WEAK, k=1),
-    Kind("2-mers", "composition and words", "more", WEAK, k=2),
-    Kind("3-mers", "composition and words", "more", WEAK, k=3),
-    Kind("residues in low complexity", "repeats", "either", DULL, WILD),
-    Kind("residues in tandem repeats", "repeats", "either", DULL, WILD),
-    Kind("share of different sequences", "variety", "less", if_less=DULL, of_proteins=True),
-    Kind("clusters at", "variety", "less", if_less=DULL, of_proteins=True),
-    Kind("with another of the set", "variety", "more", DULL, of_proteins=True),
-    Kind(
-        "with a training protein",
-        "relatives",
-        "either",
-        "other training proteins or fewer epochs",
-        WILD,
-        of_proteins=True,
-    ),
-    Kind(
-        "with one at",
-        "relatives",
-        "either",
-        "other training proteins or fewer epochs: it copies",
-        WILD,
-        of_proteins=True,
-    ),
-    Kind(
-        "identity to the best",
-        "relatives",
-        "either",
-        "other training proteins or fewer epochs: it copies",
-        WILD,
-        of_those="with a training protein",
-    ),
-    Kind("with a hit to the HMMs", "families", "less", if_less=WILD, of_proteins=True),
-    Kind("pseudo-perplexity", "ESM-2", "more", WILD),
-    Kind("pLDDT", "ESMFold", "less", if_less=WILD),
+    Kind("composition", "composition and words", "more", BETTER_MODEL, k=1),
+    Kind("2-mers", "composition and words", "more", BETTER_MODEL, k=2),
+    Kind("3-mers", "composition and words", "more", BETTER_MODEL, k=3),
+    Kind("residues in low complexity", "repeats", "either", MORE_RANDOM, LESS_RANDOM),
+    Kind("residues in tandem repeats", "repeats", "either", MORE_RANDOM, LESS_RANDOM),
+    Kind("share of different sequences", "variety", "less", if_less=MORE_RANDOM, is_fraction=True),
+    Kind("clusters at", "variety", "less", if_less=MORE_RANDOM, is_fraction=True),
+    Kind("with another of the set", "variety", "more", MORE_RANDOM, is_fraction=True),
+    Kind("with a training protein", "relatives", "either", LESS_OVERFIT, LESS_RANDOM, is_fraction=True),
+    Kind("with one at", "relatives", "either", COPIES, LESS_RANDOM, is_fraction=True),
+    Kind("identity to the best", "relatives", "either", COPIES, LESS_RANDOM, averaged_over="with a training protein"),
+    Kind("with a hit to the HMMs", "families", "less", if_less=LESS_RANDOM, is_fraction=True),
+    Kind("pseudo-perplexity", "ESM-2", "more", LESS_RANDOM),
+    Kind("pLDDT", "ESMFold", "less", if_less=LESS_RANDOM),
 )
 DISTANCE = "length, Kolmogorov-Smirnov distance"
 
 
 class Verdict(NamedTuple):
-    """Of a group of rows."""
+    """The verdict on a group of rows."""
 
     group: str
     verdict: str
     """`as natural`, `worse`, `cannot tell`, or `not judged`."""
     told: str
-    """The sentence: the verdict, by which rows, and what to try."""
+    """The sentence: the verdict, the rows that it follows from, and advice."""
 
     def __str__(self) -> str:
         return f"{self.group}: {self.told}"
 
 
 class Difference(NamedTuple):
-    """Of samples and natural proteins, in one row."""
+    """The difference, samples minus natural proteins, in one row."""
 
     low: float
     high: float
-    """Its interval."""
+    """Ends of its interval."""
     limit: float
-    """How far the shuffled proteins are from the natural ones; 0 where that says nothing."""
+    """Distance of the shuffled from the natural proteins, or another limit; 0 if there is none."""
 
     def verdict(self, bad: str) -> str:
-        """Of a row of which `more`, `less` or `either` is bad."""
+        """Return the verdict on a row in which `more`, `less` or `either` is bad."""
         more, less = self.low > 0 and bad != "less", self.high < 0 and bad != "more"
         if more or less:
             return WORSE
@@ -127,21 +111,21 @@ class Difference(NamedTuple):
         return NATURAL if max(above, below, 0) < self.limit else UNKNOWN
 
 
-def verdicts(rows: Rows, others: int, requested: str | None = None) -> list[Verdict]:
-    """What was matched, a verdict on lengths, and one on each group of rows that is there.
+def verdicts(rows: Rows, n_reference: int, lengths_not_judged: str | None = None) -> list[Verdict]:
+    """Return verdicts on the number of proteins, on the lengths, and on each group of rows in `rows`.
 
     Args:
-        rows: of `cheap_judges` and of what else was asked.
-        others: natural proteins that lengths are compared with.
-        requested: why the samples' lengths say nothing of the model, if they don't.
+        rows: rows of `cheap_judges` and of any other judges.
+        n_reference: number of natural proteins that lengths are compared with.
+        lengths_not_judged: reason why the lengths of the samples say nothing about the model, if there is one.
     """
     n = round(rows["proteins"][0].value)
-    matched = "not judged: as many natural proteins were chosen, of the samples' lengths as nearly as there are such"
-    found = [Verdict("proteins and residues", "not judged", matched)]
-    found += [verdict_on_lengths(rows[DISTANCE][0].value, n, others, requested)]
+    matched = "the natural proteins were chosen to match the samples in number and, as closely as possible, in length"
+    found = [Verdict("proteins and residues", "not judged", f"not judged: {matched}")]
+    found += [verdict_on_lengths(rows[DISTANCE][0].value, n, n_reference, lengths_not_judged)]
     for group in dict.fromkeys(kind.group for kind in KINDS):
         kinds = [kind for kind in KINDS if kind.group == group]
-        of_group = [(kind, name) for kind in kinds for name in rows if name.startswith(kind.begins)]
+        of_group = [(kind, name) for kind in kinds for name in rows if name.startswith(kind.prefix)]
         if of_group:
             level = 1 - (1 - LEVEL) / len(of_group)
             found.append(verdict_on([(kind, name, difference(kind, rows, name, level)) for kind, name in of_group], n))
@@ -149,103 +133,108 @@ def verdicts(rows: Rows, others: int, requested: str | None = None) -> list[Verd
 
 
 def verdict_on(group: list[tuple[Kind, str, Difference]], n: int) -> Verdict:
-    """Of the rows of one group, of n samples."""
+    """Return the verdict on the rows of one group, computed from n samples."""
     by_verdict: dict[str, list[str]] = {WORSE: [], NATURAL: [], UNKNOWN: []}
-    tries, wanted = [], []
+    advice, needed = [], []
     for kind, name, row in group:
-        verdict, short = row.verdict(kind.bad), name.partition(",")[0]
+        verdict, label = row.verdict(kind.bad), f'"{name.partition(",")[0]}"'
         if verdict == WORSE:
             more = row.low > 0
-            short += f" ({'more' if more else 'less'} than natural)"
-            tries.append(kind.if_more if more else kind.if_less)
+            label += f" ({'higher' if more else 'lower'} than natural)"
+            advice.append(kind.if_more if more else kind.if_less)
         if verdict != UNKNOWN or row.limit or math.isnan(row.low):
-            by_verdict[verdict].append(short)
+            by_verdict[verdict].append(label)
         if verdict == UNKNOWN and row.limit:
-            wanted.append(samples_wanted(row, n))
-    verdict = next((one for one in (WORSE, NATURAL) if by_verdict[one]), UNKNOWN)
-    told = f"{verdict}" + (f" in {', '.join(by_verdict[verdict])}" if by_verdict[verdict] else "")
+            needed.append(samples_needed(row, n))
+    verdict = next((choice for choice in (WORSE, NATURAL) if by_verdict[choice]), UNKNOWN)
+    sentence = f"{verdict}" + (f" in {', '.join(by_verdict[verdict])}" if by_verdict[verdict] else "")
     if verdict != UNKNOWN and by_verdict[UNKNOWN]:
-        told += f"; too few samples to tell in {', '.join(by_verdict[UNKNOWN])}"
+        sentence += f"; too few samples to judge {', '.join(by_verdict[UNKNOWN])}"
     if verdict == WORSE:
-        told += f"; try {', and '.join(dict.fromkeys(tries))}"
+        sentence += f"; try {', and '.join(dict.fromkeys(advice))}"
     if verdict == UNKNOWN:
-        least = min(wanted, default=4 * n)
-        told = too_few(n, least)
-    return Verdict(group[0][0].group, verdict, told)
+        sentence = too_few(n, min(needed, default=4 * n))
+    return Verdict(group[0][0].group, verdict, sentence)
 
 
-def too_few(n: int, wanted: int) -> str:
-    return f"{UNKNOWN}: {n} samples are too few; try n={wanted} or more, and natural= with twice as many proteins"
+def too_few(n: int, needed: int) -> str:
+    return f"{UNKNOWN}: {n} samples are too few; try n={needed} or more, and natural= with twice as many proteins"
 
 
-def samples_wanted(row: Difference, n: int) -> int:
-    """How many samples would make an interval half as wide as the limit; at most four times as many as there are, as
-    the limit itself is uncertain.
+def samples_needed(row: Difference, n: int) -> int:
+    """Return how many samples would make the interval half as wide as the limit.
+
+    The result is at most 4 n, because the limit itself is uncertain.
     """
     half = (row.high - row.low) / 2
     times = (2 * half / row.limit) ** 2 if row.limit and math.isfinite(half) else 4.0
     return math.ceil(n * min(max(times, 1.5), 4.0))
 
 
-def verdict_on_lengths(distance: float, n: int, others: int, requested: str | None) -> Verdict:
-    """By Kolmogorov and Smirnov's test: of n samples and so many natural proteins."""
-    if requested:
-        return Verdict("lengths", "not judged", f"not judged: {requested}")
-    from scipy.stats import kstwobign  # takes a second
+def verdict_on_lengths(distance: float, n: int, n_reference: int, lengths_not_judged: str | None) -> Verdict:
+    """Return the verdict on lengths, by the Kolmogorov-Smirnov test of n samples and n_reference natural proteins."""
+    if lengths_not_judged:
+        return Verdict("lengths", "not judged", f"not judged: {lengths_not_judged}")
+    from scipy.stats import kstwobign  # imported here, as it takes a second
 
-    limit = float(kstwobign.ppf(LEVEL)) * math.sqrt((n + others) / (n * others))
-    if distance > limit:
-        remedy = "lengths=empirical, training proteins like the natural ones, or a larger data.max_len, which ends them"
-        return Verdict("lengths", WORSE, f"worse; try {remedy}")
-    if distance + limit < OF_LENGTHS:
+    critical = float(kstwobign.ppf(LEVEL)) * math.sqrt((n + n_reference) / (n * n_reference))
+    if distance > critical:
+        advice = (
+            "lengths=empirical, training proteins with lengths like the natural ones, or a larger data.max_len, which "
+            "limits the lengths of samples"
+        )
+        return Verdict("lengths", WORSE, f"worse; try {advice}")
+    if distance + critical < LENGTH_LIMIT:
         return Verdict("lengths", NATURAL, NATURAL)
-    alike = (2 * limit / OF_LENGTHS) ** 2 * n * others / (n + others)  # n m / (n + m) that halves OF_LENGTHS
-    wanted = math.ceil(2 * alike)  # of as many in the reference
-    return Verdict("lengths", UNKNOWN, too_few(n, wanted))
+    # n m / (n + m) at which the critical distance of n samples and m natural proteins is half of LENGTH_LIMIT
+    size = (2 * critical / LENGTH_LIMIT) ** 2 * n * n_reference / (n + n_reference)
+    return Verdict("lengths", UNKNOWN, too_few(n, math.ceil(2 * size)))  # n = m gives n = 2 size
 
 
 def difference(kind: Kind, rows: Rows, name: str, level: float) -> Difference:
-    """The interval, at this level, of how much more the samples have than the natural proteins."""
-    from scipy.stats import t  # takes a second
+    """Return the difference in one row, samples minus natural proteins, with its interval at this confidence level."""
+    from scipy.stats import t  # imported here, as it takes a second
 
     n = round(rows["proteins"][0].value)
     samples, natural, shuffled = rows[name]
-    more, away = samples.value - natural.value, abs(shuffled.value - natural.value)
-    if kind.of_those:  # of the set that has fewer of them
-        (shares,) = (row for other, row in rows.items() if other.startswith(kind.of_those))
-        n = round(n * min(shares[0].value, shares[1].value))
+    more, limit = samples.value - natural.value, abs(shuffled.value - natural.value)
+    if kind.averaged_over:  # n of the set in which fewer proteins enter the mean
+        (fractions,) = (row for other, row in rows.items() if other.startswith(kind.averaged_over))
+        n = round(n * min(fractions[0].value, fractions[1].value))
     times = float(t.ppf((1 + level) / 2, n - 1)) if n > 1 else math.nan
-    if kind.of_proteins:
-        (low, high), (below, above) = (ends(figure, n) for figure in (samples, natural))
-        scale = NORMAL.inv_cdf((1 + level) / 2) / NORMAL.inv_cdf((1 + LEVEL) / 2)  # Newcombe's interval, of that level
+    if kind.is_fraction:
+        (low, high), (below, above) = (fraction_interval(figure, n) for figure in (samples, natural))
+        # Newcombe's interval of the difference, scaled from LEVEL to the requested level
+        scale = NORMAL.inv_cdf((1 + level) / 2) / NORMAL.inv_cdf((1 + LEVEL) / 2)
         lower = scale * math.hypot(samples.value - low, above - natural.value)
         upper = scale * math.hypot(high - samples.value, natural.value - below)
-        return Difference(more - lower, more + upper, max(OF_PROTEINS, away))
+        return Difference(more - lower, more + upper, max(FRACTION_LIMIT, limit))
     errors = [figure.error or max(samples.error, natural.error) for figure in (samples, natural)]
     half = times * math.hypot(*errors)
-    if kind.k:  # few k-mers alone make a divergence larger, by about this much
+    if kind.k:  # the upward bias of the two divergences differs by about this much
         counts = [rows["residues"][column].value for column in (0, 1)]
         half += (N_STATES**kind.k - 1) / 8 * abs(1 / counts[0] - 1 / counts[1])
-    return Difference(more - half, more + half, 0.0 if math.isnan(away) else away)
+    return Difference(more - half, more + half, 0.0 if math.isnan(limit) else limit)
 
 
-def ends(figure: Figure, n: int) -> tuple[float, float]:
-    """The interval of a share of n proteins, also where the table gives none."""
+def fraction_interval(figure: Figure, n: int) -> tuple[float, float]:
+    """Return the 95% interval of a fraction of n proteins, computed here if the figure has none."""
     if math.isnan(figure.low):
         figure = share(np.arange(n) < round(figure.value * n))
     return figure.low, figure.high
 
 
-def requested_lengths(path: Path, samples: Sequence[np.ndarray]) -> str | None:
-    """Why the lengths of samples say nothing of the model that made them, where that is so: by their headers, which
-    `sample` and `infill` write, or as all are alike.
+def why_lengths_are_not_judged(path: Path, samples: Sequence[np.ndarray]) -> str | None:
+    """Return the reason why the lengths of samples say nothing about the model, or None.
+
+    They were requested, according to the FASTA headers that `sample` and `infill` write, or all lengths are equal.
     """
-    told = [] if is_store(path) else [f" {record.description} " for record in read_fasta(path)]
-    asked = {match[1] if (match := re.search(r" (lengths=\S+) ", one)) else None for one in told}
-    if asked and None not in asked:
-        return f"they were asked for ({', '.join(sorted(filter(None, asked)))})"
-    if told and all(" nll_free=" in one for one in told):
-        return "infill was given them"
-    if len(samples) > 1 and len({len(one) for one in samples}) == 1:
-        return f"all have {len(samples[0])} residues"
+    headers = [] if is_store(path) else [f" {record.description} " for record in read_fasta(path)]
+    requested = {match[1] if (match := re.search(r" (lengths=\S+) ", header)) else None for header in headers}
+    if requested and None not in requested:
+        return f"they were requested ({', '.join(sorted(filter(None, requested)))})"
+    if headers and all(" nll_free=" in header for header in headers):
+        return "they were given to infill"
+    if len(samples) > 1 and len({len(sample) for sample in samples}) == 1:
+        return f"all samples have {len(samples[0])} residues"
     return None

@@ -1,1 +1,1 @@
-"""The effects of mutations."""
+"""Effects of mutations."""

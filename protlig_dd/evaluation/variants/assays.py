@@ -1,4 +1,4 @@
-"""Assays of protein variants, by ProteinGym's conventions: what their files say, and how predictions are judged.
+"""Assays of protein variants in ProteinGym's file format: reading them and evaluating predictions.
 
 `A24P:D30N` changes residue 24 (from 1) of the target from A to P and residue 30 from D to N.
 """
@@ -17,87 +17,89 @@ from protlig_dd.evaluation.variants.mutants import AS_THE_TARGET, Numbering, Var
 from protlig_dd.system.tables import csv_lines
 from protlig_dd.tokenizer import N_STATES
 
-CLINICAL = {"BENIGN": "1", "PATHOGENIC": "0"}  # what ProteinGym's clinical files have for DMS_score_bin
-NOTHING: Mapping[str, str] = {}
+CLINICAL = {"BENIGN": "1", "PATHOGENIC": "0"}  # DMS_score_bin in ProteinGym's clinical files
+NO_WORDS: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True)
 class Assay:
+    """The rows of an assay; `rows`, `variants`, `where`, `measured` and `fit` have one entry per row."""
+
     header: list[str]
     rows: list[list[str]]
     variants: list[Variant]
     where: list[str]
-    """What error messages call each row: file and line."""
+    """File and line of each row, for error messages."""
     measured: np.ndarray
-    """(rows,) DMS_score; NaN where there is none."""
+    """(rows,) DMS_score; NaN where it is missing."""
     fit: np.ndarray
-    """(rows,) 1 or 0: DMS_score_bin, else whether DMS_score is above its median; NaN where there is none."""
+    """(rows,) 1 or 0: DMS_score_bin, or without that column whether DMS_score is above its median; NaN if missing."""
     bad: Sequence[str] = ()
-    """What was wrong with rows that were left out."""
+    """Error messages of the rows that were skipped."""
 
     @property
     def most_changed(self) -> int:
-        """Substitutions of the row that has most."""
+        """The largest number of substitutions in a row."""
         return max(len(variant.substitutions) for variant in self.variants)
 
     @property
     def first_indel(self) -> int | None:
-        """The first row with insertions or deletions."""
+        """Index of the first row with an insertion or deletion, or None."""
         return next((i for i, variant in enumerate(self.variants) if variant.indel), None)
 
-    def only(self, rows: np.ndarray) -> "Assay":
-        """The assay of these rows alone; what was left out of it is not said again."""
-        chosen = rows.tolist()
+    def subset(self, rows: np.ndarray) -> "Assay":
+        """Return an assay with these rows only and without the messages in `bad`."""
+        selected = rows.tolist()
         return Assay(
             self.header,
-            [self.rows[i] for i in chosen],
-            [self.variants[i] for i in chosen],
-            [self.where[i] for i in chosen],
+            [self.rows[i] for i in selected],
+            [self.variants[i] for i in selected],
+            [self.where[i] for i in selected],
             self.measured[rows],
             self.fit[rows],
         )
 
     def judge(self, scores: np.ndarray) -> dict[str, Any]:
-        """How scores agree with DMS_score and DMS_score_bin, see protlig_dd.evaluation.variants.measurements."""
+        """Return the metrics of protlig_dd.evaluation.variants.measurements for these scores."""
         return judge(scores, self.measured, self.fit, [len(variant.substitutions) for variant in self.variants])
 
 
-def read_target(given: str) -> np.ndarray:
-    """The ids (length,) of a wild type: of a FASTA file's only record, or of a bare sequence.
+def read_target(file_or_sequence: str) -> np.ndarray:
+    """Return the token ids (length,) of a wild type, read from a FASTA file with one record or from a bare sequence.
 
     Raises:
-        ValueError: no such file and no sequence either, more than one record, or an illegal letter; named.
+        ValueError: neither a file nor a sequence, several records, or an illegal letter.
     """
-    path = Path(given)
-    if 0 < len(given) < 256 and path.exists():
+    path = Path(file_or_sequence)
+    if 0 < len(file_or_sequence) < 256 and path.exists():
         records = list(read_fasta(path))
         if len(records) != 1:
-            raise ValueError(f"{path}: the target is one protein, but there are {len(records)} records")
+            raise ValueError(f"{path}: the target must be one protein, but the file has {len(records)} records")
         return encode(records[0].sequence.upper(), records[0].name)
-    if not given.isalpha():
-        raise ValueError(f"target={given}: no such file, and no sequence of letters either")
-    return encode(given.upper(), "target")
+    if not file_or_sequence.isalpha():
+        raise ValueError(f"target={file_or_sequence}: no such file, and not a sequence of letters")
+    return encode(file_or_sequence.upper(), "target")
 
 
 def read_assay(
     path: Path, target: np.ndarray, *, numbering: Numbering = AS_THE_TARGET, skip_bad: bool = False
 ) -> Assay:
-    """An assay's CSV file.
+    """Read an assay's CSV file.
 
     Args:
         numbering: of the positions in `mutant`.
-        skip_bad: leave out rows that cannot be read, and list them; otherwise the first is an error.
+        skip_bad: skip invalid rows and collect their messages in `Assay.bad`, instead of raising at the first.
 
     Raises:
-        ValueError: names the file and, where there is one, the line: no such file, none of the columns, no rows, a
-            mutant that is malformed, out of range or not of this target, a `mutated_sequence` with illegal letters or
-            another one than `mutant` makes, a measurement that is no number.
+        ValueError: names the file and the line. The file is missing, or has neither column or no rows; a mutant is
+            malformed, out of range or does not match the target; a `mutated_sequence` has illegal letters or
+            contradicts `mutant`; a measurement is not a number.
     """
     header, lines = read_csv(path)
     if not {"mutant", "mutated_sequence"} & set(header):
-        raise ValueError(f"{path}: no column mutant or mutated_sequence; there are {', '.join(header)}")
+        raise ValueError(f"{path}: no column mutant or mutated_sequence; its columns are {', '.join(header)}")
     if not lines:
-        raise ValueError(f"{path}: no rows under the header")
+        raise ValueError(f"{path}: no rows below the header")
     variants, kept, bad = [], [], []
     for where, row in lines:
         cells = dict(zip(header, row, strict=True))
@@ -105,59 +107,59 @@ def read_assay(
         try:
             variant = read_variant(mutant, sequence, target, where, numbering)
             if skip_bad:
-                measurements(header, [(where, row)])
+                read_measurements(header, [(where, row)])
         except ValueError as error:
             if not skip_bad:
-                raise ValueError(f"{error} (bad_rows=skip leaves such rows out)") from error
+                raise ValueError(f"{error} (bad_rows=skip skips such rows)") from error
             bad.append(str(error))
         else:
             variants.append(variant)
             kept.append((where, row))
     if not kept:
-        raise ValueError(f"{bad[0]}; nor can any other row of {path} be read")
-    measured, labels = measurements(header, kept)
+        raise ValueError(f"{bad[0]}; every row of {path} is invalid")
+    measured, labels = read_measurements(header, kept)
     fit = above_median(measured) if labels is None else labels
     return Assay(header, [row for _, row in kept], variants, [where for where, _ in kept], measured, fit, bad)
 
 
-def measurements(header: list[str], rows: list[tuple[str, list[str]]]) -> tuple[np.ndarray, np.ndarray | None]:
-    """DMS_score of each row, and whether it is fit (0 or 1) where a column says so; NaN where nothing was measured.
+def read_measurements(header: list[str], rows: list[tuple[str, list[str]]]) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return DMS_score, and the binary labels (1: fit) or None without such a column; NaN where a value is missing.
 
     Raises:
-        ValueError: a measurement that is no number, or no 0 or 1; names the row.
+        ValueError: a score is not a number, or a label is not 0 or 1; names the row.
     """
     binary = "DMS_bin_score" if "DMS_bin_score" in header else "DMS_score_bin"
-    measured, labels = numbers(header, rows, "DMS_score"), numbers(header, rows, binary, CLINICAL)
+    measured, labels = read_numbers(header, rows, "DMS_score"), read_numbers(header, rows, binary, CLINICAL)
     wrong = np.flatnonzero(~np.isnan(labels) & (labels != 0) & (labels != 1))
     if len(wrong):
-        raise ValueError(f"{rows[wrong[0]][0]}: {binary} is 0 or 1, got {labels[wrong[0]]:g}")
+        raise ValueError(f"{rows[wrong[0]][0]}: {binary} must be 0 or 1, got {labels[wrong[0]]:g}")
     return measured, labels if binary in header else None
 
 
 def read_csv(path: Path) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """The header, and each further row with what error messages call it; empty lines are left out."""
+    """Return the header, and the rows with their file and line (for error messages); empty lines are skipped."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     lines = csv_lines(path)
     if not lines:
-        raise ValueError(f"{path}: empty")
+        raise ValueError(f"{path}: the file is empty")
     header = [cell.strip() for cell in lines[0][1]]
     for name in header:
         if name and header.count(name) > 1:  # a spreadsheet may leave empty columns without a name
-            raise ValueError(f"{path}: the column {name} is there {header.count(name)} times")
+            raise ValueError(f"{path}: column {name} occurs {header.count(name)} times")
     for where, row in lines[1:]:
         if len(row) != len(header):
-            raise ValueError(f"{where}: {len(row)} cells for {len(header)} columns")
+            raise ValueError(f"{where}: {len(row)} cells, but the header has {len(header)}")
     return header, lines[1:]
 
 
-def numbers(
-    header: list[str], lines: Sequence[tuple[str, list[str]]], column: str, words: Mapping[str, str] = NOTHING
+def read_numbers(
+    header: list[str], lines: Sequence[tuple[str, list[str]]], column: str, words: Mapping[str, str] = NO_WORDS
 ) -> np.ndarray:
-    """(rows,) float64; NaN where the cell is empty, NA or NaN, or there is no such column.
+    """Return a column as (rows,) float64; NaN if the cell is empty, NA or NaN, or the column does not exist.
 
     Args:
-        words: and the numbers that they stand for.
+        words: upper-case words that stand for numbers.
     """
     values = np.full(len(lines), np.nan)
     if column in header:
@@ -172,19 +174,19 @@ def numbers(
             except ValueError:
                 values[i] = math.inf
             if math.isinf(values[i]) or "_" in text:  # Python reads 1_0 as 10
-                raise ValueError(f"{where}: {column} {text!r} is no finite number")
+                raise ValueError(f"{where}: {column} {text!r} is not a finite number")
     return values
 
 
 def above_median(measured: np.ndarray) -> np.ndarray:
-    """1 above the median of what was measured, 0 elsewhere; NaN where nothing was."""
+    """Return 1 above the median of the measurements and 0 otherwise; NaN where the measurement is missing."""
     if np.isnan(measured).all():
         return measured
     return np.where(np.isnan(measured), np.nan, measured > np.nanmedian(measured))
 
 
 def all_substitutions(target: np.ndarray) -> Assay:
-    """A deep mutational scan: every amino acid but the wild type's at every position that has one."""
+    """Return a deep mutational scan: every single substitution of the target's amino acids."""
     variants = [
         Variant(((site, residue),))
         for site in range(len(target))
@@ -192,7 +194,7 @@ def all_substitutions(target: np.ndarray) -> Assay:
         if target[site] < N_STATES and residue != target[site]
     ]
     if not variants:
-        raise ValueError("the target has no amino acid that could be substituted")
+        raise ValueError("the target has no amino acid to substitute")
     names = [name_of(variant, target) for variant in variants]
-    nothing = np.full(len(variants), np.nan)
-    return Assay(["mutant"], [[name] for name in names], variants, names, nothing, nothing)
+    missing = np.full(len(variants), np.nan)
+    return Assay(["mutant"], [[name] for name in names], variants, names, missing, missing)

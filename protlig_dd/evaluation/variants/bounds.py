@@ -1,4 +1,4 @@
-"""Variants scored by the difference of their bounds to the wild type's, with the same noise for both."""
+"""Scores of variants as differences of NLL bounds, with the same noise for the wild type and the variant."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,132 +13,142 @@ from protlig_dd.diffusion.likelihood import integrand, reconstruction
 from protlig_dd.diffusion.numerics import sum_by_sequence, uniform_draws
 from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.evaluation.variants.mutants import Variant
-from protlig_dd.evaluation.variants.windows import Piece, longer, windowed
+from protlig_dd.evaluation.variants.windows import Piece, length_change, window_tokens
 from protlig_dd.inference.sharing import Tick, Work
 from protlig_dd.system.random import keyed_generator
 from protlig_dd.tokenizer import PAD
 
 CPU = torch.device("cpu")
-GAP = PAD  # where the wild type has a residue that the variant lacks; no graph noises it
+GAP = PAD  # in place of a residue that the variant lacks; no graph noises it
 
 
 class Columns(NamedTuple):
-    """A variant's window laid over the wild type's, so that both can be noised alike."""
+    """Alignment of a variant's window to the wild type's, so that both get the same noise."""
 
     aligned: Tensor
-    """(tokens of the wild type's window,): the variant's token there; GAP where it has none."""
+    """(tokens of the wild type's window,): the variant's aligned token, or GAP."""
     inserted: Tensor
-    """What has no place there."""
+    """The variant's tokens that are aligned with no token of the wild type."""
     order: Tensor
-    """The places, in `aligned` then `inserted`, of the variant's tokens."""
+    """For each of the variant's tokens, its index in the concatenation of `aligned` and `inserted`."""
 
     def join(self, aligned: Tensor, inserted: Tensor) -> Tensor:
+        """Return the values of the variant's tokens, in its own order."""
         return torch.cat([aligned, inserted])[self.order]
 
 
 def columns_of(target: np.ndarray, piece: Piece) -> Columns:
-    """Substitutions stay in their places; a block keeps as many places as both have, from its start on."""
-    aligned = torch.from_numpy(windowed(target, piece.start, piece.stop))
-    shift = (piece.start == 0) - piece.start  # from a residue's place in the protein to its place here
-    place = torch.arange(len(aligned))
+    """Align a variant with the wild type.
+
+    Substitutions align position by position. The residues of an indel's block align from its start, up to the shorter
+    of the two lengths.
+    """
+    aligned = torch.from_numpy(window_tokens(target, piece.start, piece.stop))
+    shift = (piece.start == 0) - piece.start  # from a position in the protein to an index in the window
+    index = torch.arange(len(aligned))
     for site, residue in piece.change.substitutions:
         aligned[site + shift] = residue
     if piece.change.indel is None:
-        return Columns(aligned, torch.empty(0, dtype=torch.int64), place)
+        return Columns(aligned, torch.empty(0, dtype=torch.int64), index)
     start, stop, ids = piece.change.indel
     new, shared = torch.tensor(ids, dtype=torch.int64), min(stop - start, len(ids))
     kept, inserted = start + shift + shared, new[shared:]
     aligned[start + shift : kept], aligned[kept : stop + shift] = new[:shared], GAP
     extra = len(aligned) + torch.arange(len(inserted))
-    return Columns(aligned, inserted, torch.cat([place[:kept], extra, place[stop + shift :]]))
+    return Columns(aligned, inserted, torch.cat([index[:kept], extra, index[stop + shift :]]))
 
 
 @torch.no_grad()
 def bound_differences(
     score_fn: ScoreFn, target: np.ndarray, pieces: Sequence[Piece], work: Work, *, draws: int, seed: int
 ) -> np.ndarray:
-    """(draws, pieces) float64: the wild type's draws of the NLL bound, drawn out to the variant's length, less the
-    variant's.
+    """Return draws of (NLL bound of the wild type, scaled to the variant's length) - (NLL bound of the variant).
 
-    Draw k has the same time (or share of masked residues) everywhere and the same noise at each residue of a window,
-    for the wild type as for all variants. Draws 2 i and 2 i + 1 are mirrored, u and 1 - u: their times, and for the
-    exact count which residues are masked as well.
+    In draw k the wild type and all variants share the time (or the fraction of masked residues), and the noise at each
+    residue of a window. Draws 2 i and 2 i + 1 are antithetic, u and 1 - u: in their times, and for the exact count also
+    in the choice of masked residues.
+
+    Returns:
+        (draws, pieces) float64, nats.
     """
     if draws < 4 or draws % 2:
-        raise ValueError(f"draws must be an even number of at least 4, got {draws}")
+        raise ValueError(f"draws must be even and at least 4, got {draws}")
     windows = list(dict.fromkeys((piece.start, piece.stop) for piece in pieces))
     items = [Piece(-1, start, stop, Variant()) for start, stop in windows] + list(pieces)
-    places = mirrored_places(draws, keyed_generator(seed, "variants, times", 0, CPU))
-    one_draw = exact_count_draw if score_fn.estimator == "exact_count" else integral_draw
+    uniforms = antithetic_uniforms(draws, keyed_generator(seed, "variants, times", 0, CPU))
+    bound_draw = exact_count_draw if score_fn.estimator == "exact_count" else integral_draw
 
     def score(numbers: range, tick: Tick) -> dict[int, np.ndarray]:
         columns = [columns_of(target, items[i]) for i in numbers]
-        batch = PackedBatch.pack([one.join(one.aligned, one.inserted) for one in columns])
+        batch = PackedBatch.pack([each.join(each.aligned, each.inserted) for each in columns])
         nats = []
-        for k, place in enumerate(places):
-            nats_T = one_draw(score_fn, batch, columns, place, k, seed).cpu()
+        for k, u in enumerate(uniforms):
+            nats_T = bound_draw(score_fn, batch, columns, u, k, seed).cpu()
             nats.append(sum_by_sequence(nats_T, batch).numpy())
             tick()
         return dict(zip(numbers, np.stack(nats, axis=1), strict=True))
 
-    lengths = [piece.stop - piece.start + longer(piece.change) for piece in items]
+    lengths = [piece.stop - piece.start + length_change(piece.change) for piece in items]
     found = work.share(lengths, score, ticks=draws)
     wild = {window: found[i] for i, window in enumerate(windows)}
     nats = []
     for i, piece in enumerate(pieces):
         residues = int((target[piece.start : piece.stop] < score_fn.graph.n_states).sum())
-        stretch = 1 + longer(piece.change) / max(1, residues)
+        stretch = 1 + length_change(piece.change) / max(1, residues)
         nats.append(stretch * wild[piece.start, piece.stop] - found[len(windows) + i])
     return np.array(nats).reshape(len(pieces), draws).T
 
 
-def mirrored_places(draws: int, generator: torch.Generator) -> list[float]:
-    """Draws on [0, 1], one in each of as many strata; of each two neighbours one is the other's mirror image."""
+def antithetic_uniforms(draws: int, generator: torch.Generator) -> list[float]:
+    """Return stratified uniform draws on [0, 1], one per stratum, as pairs u, 1 - u."""
     lower = (torch.arange(draws // 2) + uniform_draws(draws // 2, generator)) / draws
     return torch.stack([lower, 1 - lower], dim=1).flatten().tolist()
 
 
 def column_streams(seed: int, draw: int) -> tuple[torch.Generator, torch.Generator]:
-    """For the wild type's columns and for what is inserted; on the CPU, whatever computes."""
+    """Return the generators for aligned and for inserted tokens; on the CPU, so that all devices get the same draws."""
     return keyed_generator(seed, "variants, columns", draw, CPU), keyed_generator(seed, "variants, inserted", draw, CPU)
 
 
 def exact_count_draw(
-    score_fn: ScoreFn, batch: PackedBatch, columns: Sequence[Columns], place: float, k: int, seed: int
+    score_fn: ScoreFn, batch: PackedBatch, columns: Sequence[Columns], u: float, k: int, seed: int
 ) -> Tensor:
-    """(total,) nats: draw k, with the count at this place in 1..L, for sequences laid over the wild type's."""
+    """Return draw k of the exact-count bound, (total,) nats, with floor(u L) + 1 masked residues of L."""
     graph, device = score_fn.graph, score_fn.device
     drawn = []
-    for one in columns:
+    for each in columns:
         aligned, inserted = column_streams(seed, k // 2)
-        drawn.append(one.join(uniform_draws(len(one.aligned), aligned), uniform_draws(len(one.inserted), inserted)))
+        drawn.append(each.join(uniform_draws(len(each.aligned), aligned), uniform_draws(len(each.inserted), inserted)))
     u_T = torch.cat(drawn)
     residue_T = batch.tokens < graph.n_states
     length_n = sum_by_sequence(residue_T, batch)
-    count_n = torch.minimum((place * length_n).floor() + 1, length_n)
+    count_n = torch.minimum((u * length_n).floor() + 1, length_n)
     masked_T = batch.random_subset(residue_T, count_n, 1 - u_T if k % 2 else u_T)
     return masked_nats(score_fn, batch.to(device), masked_T.to(device))
 
 
 def integral_draw(
-    score_fn: ScoreFn, batch: PackedBatch, columns: Sequence[Columns], place: float, k: int, seed: int
+    score_fn: ScoreFn, batch: PackedBatch, columns: Sequence[Columns], u: float, k: int, seed: int
 ) -> Tensor:
-    """(total,) nats: draw k of the integral at this place in its times, with the reconstruction and prior terms."""
+    """Return draw k of the integral bound, (total,) nats, at time t_min + (1 - t_min) u.
+
+    It includes the reconstruction and prior terms.
+    """
     graph, noise, device, n = score_fn.graph, score_fn.noise, score_fn.device, len(columns)
     streams = [column_streams(seed, k) for _ in columns]
 
     def noised(sigma: Tensor) -> Tensor:
-        """x_t after this much noise."""
+        """Return x_t at total noise sigma."""
         parts = []
-        for one, (aligned, inserted) in zip(columns, streams, strict=True):
-            xt = graph.sample_transition(one.aligned, sigma.expand(len(one.aligned)), aligned)
-            more = graph.sample_transition(one.inserted, sigma.expand(len(one.inserted)), inserted)
-            parts.append(one.join(xt, more))
+        for each, (aligned, inserted) in zip(columns, streams, strict=True):
+            xt = graph.sample_transition(each.aligned, sigma.expand(len(each.aligned)), aligned)
+            xt_inserted = graph.sample_transition(each.inserted, sigma.expand(len(each.inserted)), inserted)
+            parts.append(each.join(xt, xt_inserted))
         return torch.cat(parts).to(device)
 
-    t = torch.tensor(noise.t_min + (1 - noise.t_min) * place).clamp(max=1)
+    t = torch.tensor(noise.t_min + (1 - noise.t_min) * u).clamp(max=1)
     (now, lowest, highest), _ = noise(torch.stack([t, torch.tensor(noise.t_min), torch.tensor(1.0)]))
-    there = batch.to(device)
-    nats = integrand(score_fn, there, t.expand(n).to(device), noised(now))
-    nats = nats + reconstruction(score_fn, there, lowest.expand(n).to(device), noised(lowest))
+    on_device = batch.to(device)
+    nats = integrand(score_fn, on_device, t.expand(n).to(device), noised(now))
+    nats = nats + reconstruction(score_fn, on_device, lowest.expand(n).to(device), noised(lowest))
     return nats.cpu() + graph.prior_kl(batch.tokens, highest.expand(len(batch.tokens)))

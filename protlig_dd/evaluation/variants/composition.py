@@ -1,4 +1,4 @@
-"""What residue frequencies alone say of variants: the baseline that a model's scores stand beside."""
+"""Baseline scores of variants from residue frequencies alone."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -7,7 +7,7 @@ import numpy as np
 
 from protlig_dd.diffusion.graphs.rates import SWISS_PROT
 from protlig_dd.evaluation.likelihood.held_out import training_frequencies
-from protlig_dd.evaluation.likelihood.trained_on import own_data
+from protlig_dd.evaluation.likelihood.trained_on import find_training_stores
 from protlig_dd.evaluation.variants.assays import Assay
 from protlig_dd.evaluation.variants.measurements import METRICS, aggregate, judge, spearman
 from protlig_dd.evaluation.variants.mutants import Variant
@@ -15,19 +15,22 @@ from protlig_dd.inference.model import TrainedModel
 
 
 class Background(NamedTuple):
-    """Residue frequencies."""
+    """Residue frequencies of a reference set.
+
+    Args:
+        logs: (20,) log frequencies.
+        name: the reference set, by fingerprint; does not depend on the path of the store.
+        label: the reference set as printed, by path.
+    """
 
     logs: np.ndarray
-    """(20,)."""
     name: str
-    """Whose they are; the same from wherever a store is opened."""
-    told: str
-    """The same for the user."""
+    label: str
 
 
 def background(trained: TrainedModel) -> Background:
-    """Frequencies in the training split of the model where its stores are found, else those of Swiss-Prot."""
-    stores = own_data([], trained.saved.path, trained.saved.data_fingerprint)
+    """Return the frequencies of the model's training split, or those of Swiss-Prot if its store is not found."""
+    stores = find_training_stores([], trained.saved.path, trained.saved.data_fingerprint)
     if stores is None:
         name = "UniProtKB/Swiss-Prot"
         return Background(np.log(SWISS_PROT / SWISS_PROT.sum()), name, f"{name}, as the training set was not found")
@@ -36,26 +39,35 @@ def background(trained: TrainedModel) -> Background:
 
 
 def composition_scores(variants: Sequence[Variant], target: np.ndarray, logs: np.ndarray) -> np.ndarray:
-    """(variants,) sum over substitutions of log f(mutant) - log f(wild type), nats; NaN where there is an insertion or
-    deletion, of which frequencies say nothing.
+    """Return the sum over substitutions of log f(mutant) - log f(wild type), (variants,), nats.
+
+    NaN for insertions and deletions, which have no such score.
 
     Args:
         target: (length,) ids of the wild type.
         logs: (20,) log f.
     """
 
-    def of(variant: Variant) -> float:
+    def score(variant: Variant) -> float:
         if variant.indel is not None:
             return float("nan")
         return float(sum(logs[residue] - logs[target[site]] for site, residue in variant.substitutions))
 
-    return np.array([of(variant) for variant in variants], np.float64)
+    return np.array([score(variant) for variant in variants], np.float64)
 
 
-def beside_composition(assay: Assay, scores: np.ndarray, baseline: np.ndarray, told: str) -> dict[str, Any]:
-    """How scores agree with the baseline, and how the baseline, and what scores say beyond it, agree with measurements.
+def compare_with_composition(assay: Assay, scores: np.ndarray, baseline: np.ndarray, label: str) -> dict[str, Any]:
+    """Compare the model's scores with the composition baseline.
 
-    All over the rows that have a baseline; where others have none, the model's own metrics of these rows are there too.
+    All figures are over the rows that have a baseline. If some rows have none, the metrics of the model's scores over
+    the same rows are included too.
+
+    Args:
+        label: the reference set of the frequencies, as printed.
+
+    Returns:
+        The rank correlation of scores and baseline, and the agreement with the measurements of the baseline and of
+        score - baseline.
     """
     known = ~np.isnan(baseline)
     measured, fit = assay.measured[known], assay.fit[known]
@@ -67,7 +79,7 @@ def beside_composition(assay: Assay, scores: np.ndarray, baseline: np.ndarray, t
         return {name: found[name] for name in METRICS}
 
     report = {
-        "of": told,
+        "of": label,
         "rows": int(known.sum()),
         "spearman_with_scores": spearman(scores, baseline),
         **metrics(baseline[known]),
@@ -79,27 +91,29 @@ def beside_composition(assay: Assay, scores: np.ndarray, baseline: np.ndarray, t
 
 
 def composition_line(report: Mapping[str, Any]) -> str:
-    """What the user is told of it."""
+    """Return the report of `compare_with_composition` as a line to print."""
 
-    def told(metrics: Mapping[str, Any]) -> str:
+    def figures(metrics: Mapping[str, Any]) -> str:
         return ", ".join(f"{name} {metrics[name]:.4f}" for name in ("spearman", "auc") if metrics[name] is not None)
 
     if not report["rows"]:
-        return "composition alone says nothing of insertions and deletions, and there are no other variants"
+        return "composition alone: no score, because all variants are insertions or deletions"
     agreement = report["spearman_with_scores"]
-    parts = [f"Spearman {'not known' if agreement is None else f'{agreement:.4f}'} with the scores"]
-    if figures := told(report):
-        parts += [f"with the measurements {figures}", f"score - composition {told(report['score_minus_composition'])}"]
+    parts = [f"Spearman {'undefined' if agreement is None else f'{agreement:.4f}'} with the scores"]
+    if text := figures(report):
+        parts += [f"with the measurements {text}", f"score - composition {figures(report['score_minus_composition'])}"]
     if same := report.get("scores_of_the_same_rows"):
         parts.append(
             f"over the {report['rows']:,} rows without insertion or deletion"
-            + (f", where the model has {told(same)}" if told(same) else "")
+            + (f", where the model has {figures(same)}" if figures(same) else "")
         )
     return f"composition alone (residue frequencies of {report['of']}): {'; '.join(parts)}"
 
 
 def aggregate_composition(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """ProteinGym's averages of the baseline's metrics, as those of the scores are made."""
-    own = [{**one, **{name: one["composition"][name] for name in METRICS}, "by_depth": None} for one in results]
-    total = aggregate(own)
+    """Return ProteinGym's averages of the baseline's metrics."""
+    baselines = [
+        {**result, **{name: result["composition"][name] for name in METRICS}, "by_depth": None} for result in results
+    ]
+    total = aggregate(baselines)
     return {name: total[name] for name in METRICS}

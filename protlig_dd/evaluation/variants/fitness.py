@@ -1,6 +1,6 @@
-"""How fit a model thinks the variants of a protein are: log-likelihood to the wild type, nats, higher is fitter.
+"""Fitness scores of protein variants: log p(variant) - log p(wild type), nats; higher is fitter.
 
-A protein longer than the model was trained on is seen through windows of that length around what a variant changes.
+A protein longer than the model's training length is scored in windows of that length around the changes.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.evaluation.variants.assays import Assay
 from protlig_dd.evaluation.variants.bounds import bound_differences
 from protlig_dd.evaluation.variants.strategies import UNMASKED, rows_by_strategy
-from protlig_dd.evaluation.variants.windows import Piece, pieces_of, windowed
+from protlig_dd.evaluation.variants.windows import Piece, pieces_of, window_tokens
 from protlig_dd.inference.sharing import Tick, Work
 
 
@@ -24,7 +24,7 @@ class Scores:
     nats: np.ndarray
     """(variants,) float64."""
     standard_error: np.ndarray | None
-    """(variants,) of the bound's draws."""
+    """(variants,) Monte Carlo error over the draws of the bound; None for strategies without draws."""
 
 
 def score_variants(
@@ -34,38 +34,39 @@ def score_variants(
     work: Work,
     *,
     strategy: str,
-    longest: int,
+    max_len: int,
     draws: int,
     seed: int,
 ) -> Scores:
-    """Score the variants of one protein, on all ranks; the same on each. What equals the wild type has 0.
+    """Score the variants of one protein, split over the ranks; every rank returns all scores. The wild type scores 0.
 
     Args:
         target: (length,) ids of the wild type.
-        strategy: one of `strategies_of` the graph:
+        strategy: one of `strategies_of(graph)`:
 
-            - masked_marginals: sum over the changed sites of log p(variant) - log p(wild type), all of them masked at
-              once (Meier et al. 2021, "Language models enable zero-shot prediction of the effects of mutations on
-              protein function", doi 10.1101/2021.07.09.450648);
-            - site_marginals: the same, each site masked by itself beside the wild type's residues at the others;
-            - wildtype_marginals: the same from one look at the wild type, nothing masked (the same paper);
-            - ratio: sum over the changed sites of the log-scores of the wild type at the schedule's smallest noise,
-              log p(y) / p(x) itself for a single substitution (arXiv 2310.16834, sec. 3.1);
-            - bound: the bound on -log p of the wild type less that of the variant, with the same noise for both.
-              Where the variant is by d residues longer (or shorter, d < 0), plus d times the wild type's bound per
-              residue: the bound is of log p given the length, and without that term each residue more would cost some
-              3 nats, whatever it is. The score is then the variant's length times the difference in nats per residue.
-        longest: residues that the model can see.
-        draws, seed: of the bound; an even number, at least 4.
+            - masked_marginals: sum over the changed sites of log p(variant) - log p(wild type), with all changed sites
+              masked at once (Meier et al. 2021, "Language models enable zero-shot prediction of the effects of
+              mutations on protein function", doi 10.1101/2021.07.09.450648);
+            - site_marginals: the same sum, with one site masked at a time and the wild type's residues elsewhere;
+            - wildtype_marginals: the same sum, from the unmasked wild type (same paper);
+            - ratio: sum over the changed sites of the wild type's log-scores at the schedule's smallest noise. For a
+              single substitution this is log p(y) / p(x) (arXiv 2310.16834, sec. 3.1);
+            - bound: the bound on -log p of the wild type minus that of the variant, with the same noise for both.
+              If the variant is d residues longer (d < 0: shorter), d times the wild type's bound per residue is
+              added. Without this term each extra residue would cost about 3 nats whatever it is, because the bound is
+              on log p given the length. The score is then the variant's length times the difference in nats per
+              residue.
+        max_len: the longest window that the model can score, in residues.
+        draws, seed: for the bound; `draws` must be even and at least 4.
 
     Raises:
-        ValueError: an indel that no window holds, a number of draws that does not do, scores that are not finite.
+        ValueError: an indel too long for a window, an invalid number of draws, or a score that is not finite.
     """
-    pieces = pieces_of(assay, len(target), longest, strategy)
+    pieces = pieces_of(assay, len(target), max_len, strategy)
     owner, n = np.array([piece.variant for piece in pieces], dtype=np.int64), len(assay.variants)
     if strategy == "bound":
         found_kp = bound_differences(score_fn, target, pieces, work, draws=draws, seed=seed)
-        scores = over_draws(np.stack([np.bincount(owner, row, n) for row in found_kp]))
+        scores = average_draws(np.stack([np.bincount(owner, row, n) for row in found_kp]))
     else:
         scores = Scores(np.bincount(owner, marginals(score_fn, target, pieces, work, strategy), n), None)
     wrong = np.flatnonzero(~np.isfinite(scores.nats))
@@ -83,62 +84,62 @@ def score_each(
     strategies: Sequence[str],
     **settings: int,
 ) -> Scores:
-    """Score each variant by its own strategy; the standard error of those that have none is NaN, None if no one has.
+    """Score each variant by its own strategy.
 
-    All estimate log p(variant) - log p(wild type) in nats, so that they may stand in one column.
+    All strategies estimate log p(variant) - log p(wild type) in nats, so their scores can share a column. The
+    standard error is NaN for variants whose strategy has none, and None if no variant has one.
 
     Args:
-        strategies: of each variant.
-        settings: longest, draws and seed of `score_variants`, which has the other arguments and errors too.
+        strategies: one for each variant.
+        settings: max_len, draws and seed; the other arguments and the errors are those of `score_variants`.
     """
     n = len(assay.variants)
     nats, errors = np.zeros(n), np.full(n, np.nan)
     for strategy, rows in rows_by_strategy(strategies).items():
-        some = assay.only(rows)
-        scores = score_variants(score_fn, target, some, work, strategy=strategy, **settings)
+        scores = score_variants(score_fn, target, assay.subset(rows), work, strategy=strategy, **settings)
         nats[rows] = scores.nats
         if scores.standard_error is not None:
             errors[rows] = scores.standard_error
     return Scores(nats, None if np.isnan(errors).all() else errors)
 
 
-def over_draws(nats_kn: np.ndarray) -> Scores:
-    """Means over draws (draws, variants), with standard errors from the pairs of mirrored draws, 2 i and 2 i + 1.
+def average_draws(nats_kn: np.ndarray) -> Scores:
+    """Return means over the draws (draws, variants), with standard errors from antithetic pairs, 2 i and 2 i + 1.
 
-    Pairs lie in different strata, which the error does not credit: it errs on the large side.
+    The error treats pairs as independent although they are stratified, so it tends to be too large.
     """
     pair_kn = (nats_kn[0::2] + nats_kn[1::2]) / 2
     return Scores(pair_kn.mean(0), pair_kn.std(0, ddof=1) / np.sqrt(len(pair_kn)))
 
 
 Context = tuple[int, int, tuple[int, ...]]
-"""A window of the wild type, and the sites that are masked in it."""
+"""start and stop of a window of the wild type, and its masked sites."""
 
 
 @torch.no_grad()
 def marginals(score_fn: ScoreFn, target: np.ndarray, pieces: Sequence[Piece], work: Work, strategy: str) -> np.ndarray:
-    """(pieces,) float64; the network is asked once for each context that they have."""
+    """Return the scores of the pieces, (pieces,) float64, with one network evaluation per distinct context."""
     contexts: dict[Context, list[int]] = {}
     for i, piece in enumerate(pieces):
         masked = () if strategy in UNMASKED else tuple(site for site, _ in piece.change.substitutions)
         contexts.setdefault((piece.start, piece.stop, masked), []).append(i)
     n_states, noise, device = score_fn.graph.n_states, score_fn.noise, score_fn.device
     contexts_in_order = list(contexts)
-    least = float(noise(torch.tensor(noise.t_min, dtype=torch.float64))[0])
+    min_sigma = float(noise(torch.tensor(noise.t_min, dtype=torch.float64))[0])
 
     def score(indices: range, tick: Tick) -> dict[int, float]:
         keys = contexts_in_order[indices.start : indices.stop]
-        tokens, shares, found = [], [], {}
+        tokens, masked_fractions, found = [], [], {}
         for start, stop, masked in keys:
-            ids = torch.from_numpy(windowed(target, start, stop))
+            ids = torch.from_numpy(window_tokens(target, start, stop))
             ids[torch.tensor(masked, dtype=torch.int64) + (start == 0) - start] = n_states
             tokens.append(ids)
-            shares.append(len(masked) / max(1, int((target[start:stop] < n_states).sum())))
+            masked_fractions.append(len(masked) / max(1, int((target[start:stop] < n_states).sum())))
         batch = PackedBatch.pack(tokens).to(device)
-        sigma = masked_sigma(noise, torch.tensor(shares, dtype=torch.float64)).clamp(min=least).to(device)
+        sigma = masked_sigma(noise, torch.tensor(masked_fractions, dtype=torch.float64)).clamp(min=min_sigma).to(device)
         values = score_fn.logits(batch, sigma) if strategy == "wildtype_marginals" else score_fn(batch, sigma)
         for key, values_TV in zip(keys, batch.unpack(values.cpu().double()), strict=True):
-            table = values_TV[1 if key[0] == 0 else 0 :].numpy()  # without <bos>
+            table = values_TV[1 if key[0] == 0 else 0 :].numpy()  # drop <bos>
             for i in contexts[key]:
                 sites, residues = np.array(pieces[i].change.substitutions).T
                 rows = sites - key[0]

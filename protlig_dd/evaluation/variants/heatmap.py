@@ -1,4 +1,4 @@
-"""A deep mutational scan as a picture and a table: positions by amino acids."""
+"""A deep mutational scan as a heat map and a table: positions by amino acids."""
 
 from io import BytesIO
 
@@ -8,13 +8,14 @@ from protlig_dd.evaluation.variants.assays import Assay
 from protlig_dd.system.tables import as_csv
 from protlig_dd.tokenizer import AMINO_ACIDS, N_STATES, ProteinTokenizer
 
-ROW = 100  # positions side by side in the picture
-LARGEST = 20  # rows of a picture
+ROW = 100  # positions per row of the picture
+MAX_ROWS = 20  # of the picture
 
 
 def heat_map(assay: Assay, target: np.ndarray, scores: np.ndarray) -> np.ndarray | None:
-    """(length, 20) scores of the single substitutions, 0 for the wild type's own residues, NaN for what was not
-    scored; None where there are no single substitutions.
+    """Return the scores of the single substitutions, (length, 20), or None if the assay has none.
+
+    The wild type's residues have 0; substitutions that were not scored have NaN.
     """
     table = np.full((len(target), N_STATES), np.nan)
     for variant, score in zip(assay.variants, scores, strict=True):
@@ -28,7 +29,7 @@ def heat_map(assay: Assay, target: np.ndarray, scores: np.ndarray) -> np.ndarray
 
 
 def to_csv(table: np.ndarray, target: np.ndarray) -> str:
-    """A line for each position, from 1; empty where nothing was scored."""
+    """Return CSV with a line for each position, from 1; cells that were not scored are empty."""
     letters = ProteinTokenizer().decode(target)
     rows = [
         [position, letter, *("" if np.isnan(score) else f"{score:.6f}" for score in row)]
@@ -38,13 +39,14 @@ def to_csv(table: np.ndarray, target: np.ndarray) -> str:
 
 
 def to_png(table: np.ndarray, target: np.ndarray, title: str) -> bytes:
-    """White is as fit as the wild type, red less, blue more; grey was not scored. The first 2,000 positions that have
-    scores, ROW of them in each row; wild-type residues are marked by a dot.
+    """Return a PNG: white is as fit as the wild type, red less fit, blue fitter, grey not scored.
+
+    It shows the first MAX_ROWS blocks of ROW positions that have scores. Dots mark the wild type's residues.
     """
-    from matplotlib.figure import Figure  # only where there is a picture to draw
+    from matplotlib.figure import Figure  # imported here because most commands draw no picture
 
     scored = np.flatnonzero(np.isnan(table).sum(1) < N_STATES - 1)
-    blocks = sorted({int(position) // ROW for position in scored})[:LARGEST]
+    blocks = sorted({int(position) // ROW for position in scored})[:MAX_ROWS]
     limit = float(np.nanquantile(np.abs(table), 0.98)) or 1.0
     figure = Figure(figsize=(16, 0.8 + 3.6 * len(blocks)), layout="constrained")
     axes = figure.subplots(len(blocks), squeeze=False)[:, 0]
@@ -59,8 +61,8 @@ def to_png(table: np.ndarray, target: np.ndarray, title: str) -> bytes:
             aspect="auto",
             extent=(start + 0.5, stop + 0.5, N_STATES - 0.5, -0.5),
         )
-        own = [position for position in range(start, stop) if target[position] < N_STATES]
-        axis.plot([position + 1 for position in own], target[own], "k.", markersize=3)
+        wild = [position for position in range(start, stop) if target[position] < N_STATES]
+        axis.plot([position + 1 for position in wild], target[wild], "k.", markersize=3)
         axis.set_xlim(start + 0.5, start + ROW + 0.5)
         axis.set_yticks(range(N_STATES), list(AMINO_ACIDS), fontsize=7)
         figure.colorbar(image, ax=axis, label="score, nats", pad=0.01)

@@ -1,4 +1,4 @@
-"""ProteinGym's reference file: the assays of a folder."""
+"""ProteinGym's reference file, which describes the assays of a folder."""
 
 import math
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from protlig_dd.evaluation.variants.assays import read_csv
 from protlig_dd.evaluation.variants.mutants import AS_THE_TARGET, Numbering, encode
 
 REFERENCE = ("DMS_id", "target_seq")
-BREAKDOWNS = ("MSA_Neff_L_category", "taxon")  # of a reference file, where it has them
+BREAKDOWNS = ("MSA_Neff_L_category", "taxon")  # optional columns; results are averaged by each
 
 
 class Reference(NamedTuple):
@@ -25,16 +25,16 @@ class Reference(NamedTuple):
     type: str
     """coarse_selection_type."""
     more: dict[str, str]
-    """Those of BREAKDOWNS that the file has."""
+    """The non-empty BREAKDOWNS columns."""
     numbering: Numbering = AS_THE_TARGET
 
 
 def read_reference(path: Path, folder: Path) -> list[Reference]:
-    """The assays whose files lie in the folder, as ProteinGym's reference file describes them.
+    """Return the assays whose CSV files are in the folder, with their rows of ProteinGym's reference file.
 
     Raises:
-        ValueError: a missing column, an assay that is there twice, a CSV file of the folder that is not in the
-            reference, a folder without any, an illegal letter of a target; named.
+        ValueError: a missing column, a repeated assay, a CSV file without a row in the reference file, a folder
+            without CSV files, or an illegal letter in a target.
     """
     files = {
         file.name for file in folder.glob("*.csv") if file.name[0] != "." and file.resolve() != path.resolve()
@@ -42,7 +42,7 @@ def read_reference(path: Path, folder: Path) -> list[Reference]:
     header, lines = read_csv(path)
     missing = [name for name in REFERENCE if name not in header]
     if missing:
-        raise ValueError(f"{path}: no column {missing[0]}; there are {', '.join(header)}")
+        raise ValueError(f"{path}: no column {missing[0]}; its columns are {', '.join(header)}")
     found: dict[str, Reference] = {}
     for where, row in lines:
         cells = dict(zip(header, (cell.strip() for cell in row), strict=True))
@@ -50,28 +50,29 @@ def read_reference(path: Path, folder: Path) -> list[Reference]:
         if file not in files:
             continue
         if not name or Path(name).name != name:
-            raise ValueError(f"{where}: DMS_id {name!r} cannot name a file")
+            raise ValueError(f"{where}: DMS_id {name!r} is not a valid file name")
         if file in found or name in {reference.id for reference in found.values()}:
-            raise ValueError(f"{where}: {name} is there twice")
+            raise ValueError(f"{where}: DMS_id {name} occurs twice")
         target = encode(cells["target_seq"].upper(), f"{where}, target_seq")
         more = {key: cells[key].capitalize() for key in BREAKDOWNS if cells.get(key)}
-        # clinical files name neither: each assay is a protein of its own
+        # clinical reference files have neither column; each of their assays is a separate protein
         protein, kind = cells.get("UniProt_ID") or name, cells.get("coarse_selection_type") or "Clinical"
         numbering = numbering_of(cells, where, path)
         found[file] = Reference(name, folder / file, target, protein, kind, more, numbering)
     if not files:
-        raise ValueError(f"{folder}: no CSV files in it")
+        raise ValueError(f"{folder}: no CSV files in this folder")
     if unknown := sorted(files - found.keys()):
-        raise ValueError(f"{folder / unknown[0]} is not in {path}")
+        raise ValueError(f"{folder / unknown[0]}: no row in the reference file {path}")
     return list(found.values())
 
 
 def numbering_of(cells: Mapping[str, str], where: str, path: Path) -> Numbering:
-    """What a reference file says of the positions in an assay's `mutant`.
+    """Return how the reference file numbers the positions in an assay's `mutant` column.
 
-    ProteinGym numbers its assays as their target_seq. Its script for ESM reads a column start_idx, which its own files
-    do not have: the number of the target's first residue. Their column raw_mut_offset is of the files that the assays
-    were made from, whose positions are smaller by so many, and only explains letters that do not fit.
+    ProteinGym's assays are numbered as their target_seq. ProteinGym's ESM script also reads a column start_idx, the
+    number of the target's first residue, which the published reference files do not have. The column raw_mut_offset
+    describes the raw files that the assays were made from, whose positions are smaller by that number. It changes no
+    position here and is only mentioned in error messages about letters that do not match.
     """
     start, raw = cells.get("start_idx", ""), cells.get("raw_mut_offset", "")
     if start:
@@ -80,8 +81,8 @@ def numbering_of(cells: Mapping[str, str], where: str, path: Path) -> Numbering:
         except ValueError:
             offset = math.nan
         if not offset.is_integer():
-            raise ValueError(f"{where}: start_idx is a whole number, got {start!r}")
-        return Numbering(int(offset), f", as start_idx={start} in {path} says")
+            raise ValueError(f"{where}: start_idx must be a whole number, got {start!r}")
+        return Numbering(int(offset), f", from start_idx={start} in {path}")
     if raw:
-        return Numbering(0, f"; raw_mut_offset={raw} in {path} is of the raw file: if this is it, offset=-{raw}")
+        return Numbering(0, f"; raw_mut_offset={raw} in {path} applies to the raw file: for that, set offset=-{raw}")
     return AS_THE_TARGET

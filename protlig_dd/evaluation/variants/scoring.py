@@ -1,4 +1,4 @@
-"""An assay of variants from its file to its table of scores."""
+"""Score an assay of variants and write its files."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from protlig_dd.config.verbs import VariantsConfig
 from protlig_dd.evaluation.variants.assays import Assay, read_assay
 from protlig_dd.evaluation.variants.composition import (
     Background,
-    beside_composition,
+    compare_with_composition,
     composition_line,
     composition_scores,
 )
@@ -28,49 +28,49 @@ from protlig_dd.system.tables import as_csv, as_json
 from protlig_dd.system.terminal import announce
 from protlig_dd.tokenizer import ProteinTokenizer
 
-SHOWN = 3  # rows that were left out
-ENOUGH = 10  # measured variants of a strategy, to judge it by itself
+SHOWN = 3  # messages of skipped rows that are printed
+ENOUGH = 10  # measured variants that a strategy needs for separate metrics
 
 
-def numbered(config: VariantsConfig, known: Numbering) -> Numbering:
-    """How an assay's positions are to be read: as `offset` says, or by what is known of the assay."""
-    return known if config.offset is None else Numbering(config.offset)
+def numbering_for(config: VariantsConfig, default: Numbering) -> Numbering:
+    """Return the numbering that `offset=` sets, or else the assay's default numbering."""
+    return default if config.offset is None else Numbering(config.offset)
 
 
 def read_checked(path: Path, target: np.ndarray, config: VariantsConfig, numbering: Numbering = AS_THE_TARGET) -> Assay:
-    """An assay whose file has no column yet of the names that are added."""
-    assay = read_assay(path, target, numbering=numbered(config, numbering), skip_bad=config.bad_rows == "skip")
-    for name in (config.column, *(f"{config.column}_{more}" for more in ("strategy", "se", "minus_composition"))):
+    """Read an assay, and raise if its file already has one of the columns that will be added."""
+    assay = read_assay(path, target, numbering=numbering_for(config, numbering), skip_bad=config.bad_rows == "skip")
+    for name in (config.column, *(f"{config.column}_{suffix}" for suffix in ("strategy", "se", "minus_composition"))):
         if name in assay.header:
-            raise ValueError(f"{assay.where[0]}: there is a column {name} already; name another with column=")
+            raise ValueError(f"{assay.where[0]}: column {name} exists already; choose another name with column=")
     return assay
 
 
 def check_assay(trained: TrainedModel, config: VariantsConfig, assay: Assay, target: np.ndarray) -> None:
-    """Raise for what cannot be scored with this model."""
+    """Raise for variants that this model cannot score."""
     strategies, _ = choose_strategies(config.strategy, trained.graph, assay)
     for strategy, rows in rows_by_strategy(strategies).items():
-        pieces_of(assay.only(rows), len(target), trained.max_len, strategy)
+        pieces_of(assay.subset(rows), len(target), trained.max_len, strategy)
 
 
-def check_different(outputs: list[Path]) -> None:
-    """Raise for assays whose files would have the same names, as those of A_heatmap and A, or of summary."""
+def check_distinct_outputs(outputs: list[Path]) -> None:
+    """Raise if two assays would write the same file, for example DMS_id A and A_heatmap, or summary."""
     taken: dict[Path, str] = {}
     for output in outputs:
-        for path in beside(output).values():
+        for path in output_files(output).values():
             if path in taken:
-                raise ValueError(f"{path} would be a file of {taken[path]} and of {output.stem}; rename a DMS_id")
+                raise ValueError(f"{path}: both {taken[path]} and {output.stem} would write this file; rename a DMS_id")
             taken[path] = output.stem
 
 
-def done_before(output: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """What an earlier command wrote of this assay; None if it did not, or did not come to its end.
+def earlier_summary(output: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the summary that an earlier command wrote for this assay, or None if it wrote none or was interrupted.
 
     Raises:
-        ValueError: files that this verb did not write, or with another model, assay or settings.
+        ValueError: files that this command did not write, or wrote with another model, assay or settings.
     """
-    files = beside(output)
-    path = files["summary"]  # written first: what lies beside it is then this verb's, too
+    files = output_files(output)
+    path = files["summary"]  # written first, so with it the other files were written by this command too
     if not path.exists():
         for other in files.values():
             check_free(str(other))
@@ -80,30 +80,32 @@ def done_before(output: Path, settings: dict[str, Any]) -> dict[str, Any] | None
     except ValueError:
         earlier = None
     if isinstance(earlier, dict) and "weights_sha256" in earlier and (lacking := settings.keys() - earlier.keys()):
-        raise ValueError(f"{path} is an earlier version's, without {', '.join(sorted(lacking))}; give another output")
+        raise ValueError(
+            f"{path} was written by an earlier version, without {', '.join(sorted(lacking))}; give another output"
+        )
     if not isinstance(earlier, dict) or not {*METRICS, *settings} <= earlier.keys():
-        raise ValueError(f"{path} is not what this verb writes; give another output or move it away")
+        raise ValueError(f"{path} was not written by this command; give another output or move the file")
     for key, value in settings.items():
         if earlier[key] != value:
-            raise ValueError(f"{path} was made with {key}={earlier[key]}, not {value}; give another output")
+            raise ValueError(f"{path} was written with {key}={earlier[key]}, not {value}; give another output")
     return earlier if output.exists() else None
 
 
 def settings_of(trained: TrainedModel, config: VariantsConfig) -> dict[str, Any]:
-    """What the scores of every assay depend on, for the summary."""
+    """Return the settings that the scores of every assay depend on, for the summary."""
     model = {"run": trained.run, "step": trained.step, "weights_sha256": sha256(trained.saved.weights)}
-    wanted = {"wanted": config.strategy, "draws": config.draws, "seed": config.seed, "column": config.column}
-    return {**model, "precision": trained.precision, **wanted, "bad_rows": config.bad_rows}
+    options = {"wanted": config.strategy, "draws": config.draws, "seed": config.seed, "column": config.column}
+    return {**model, "precision": trained.precision, **options, "bad_rows": config.bad_rows}
 
 
-def of_assay(path: Path | None, target: np.ndarray, offset: int) -> dict[str, Any]:
-    """What the scores of one assay depend on besides."""
+def assay_settings(path: Path | None, target: np.ndarray, offset: int) -> dict[str, Any]:
+    """Return the settings that are specific to one assay, for the summary."""
     sequence = ProteinTokenizer().decode(target)
     return {"offset": offset, "assay_sha256": None if path is None else sha256(path), "target": sequence}
 
 
-def beside(output: Path) -> dict[str, Path]:
-    """The files of one assay."""
+def output_files(output: Path) -> dict[str, Path]:
+    """Return the paths of the files written for one assay."""
     endings = {"summary": ".json", "map": "_heatmap.csv", "picture": "_heatmap.png"}
     return {"scores": output} | {name: output.with_name(output.stem + ending) for name, ending in endings.items()}
 
@@ -118,24 +120,24 @@ def score_assay(
     settings: dict[str, Any],
     frequencies: Background,
 ) -> dict[str, Any]:
-    """Score on all ranks, have rank 0 write and say what it wrote; returns the summary."""
+    """Score an assay on all ranks; rank 0 writes the files and prints. Return the summary."""
     strategies, reason = choose_strategies(config.strategy, trained.graph, assay)
     names = rows_by_strategy(strategies)
     if len(names) == 1:
         lines = [f"{len(assay.rows)} variants by strategy={strategies[0]} ({reason})"]
     else:
         kinds = {name: "insertions and deletions" if name == "bound" else "substitutions" for name in names}
-        own = [f"{len(rows)} by strategy={name} ({kinds[name]})" for name, rows in names.items()]
-        lines = [f"{len(assay.rows)} variants, {', '.join(own)}"]
+        counts = [f"{len(rows)} by strategy={name} ({kinds[name]})" for name, rows in names.items()]
+        lines = [f"{len(assay.rows)} variants, {', '.join(counts)}"]
     if assay.most_changed > 1:
-        lines.append(f"up to {assay.most_changed} substitutions in a row")
+        lines.append(f"up to {assay.most_changed} substitutions per row")
     if assay.bad:
         shown = f"the first {SHOWN}: " if len(assay.bad) > SHOWN else ""
-        announce(f"{len(assay.bad)} rows are left out, {shown}{' | '.join(assay.bad[:SHOWN])}", trained.processes)
+        announce(f"{len(assay.bad)} invalid rows skipped, {shown}{' | '.join(assay.bad[:SHOWN])}", trained.processes)
     if repeated := len(assay.variants) - len(set(assay.variants)):
-        lines.append(f"{repeated} of them are the protein of an earlier row, and have its score")
+        lines.append(f"{repeated} of them repeat the protein of an earlier row and get the same score")
     if assay.first_indel is not None:
-        lines.append("where lengths differ, by nats per residue, since each residue more costs some 3 whatever it is")
+        lines.append("indels are compared in nats per residue, because each added residue costs about 3 nats")
     announce(f"{description}: {'; '.join(lines)}", trained.processes)
     scores = score_each(
         trained.score_fn,
@@ -143,17 +145,17 @@ def score_assay(
         assay,
         Work(config.tokens_per_pack, description, trained.processes),
         strategies=strategies,
-        longest=trained.max_len,
+        max_len=trained.max_len,
         draws=config.draws,
         seed=config.seed,
     )
     metrics, strategy = assay.judge(scores.nats), "+".join(names)
-    alone = judged_alone(assay, scores, names) if len(names) > 1 else {}
-    made = {"variants": len(assay.rows), "left_out": len(assay.bad), "strategy": strategy, **metrics}
+    by_strategy = judge_by_strategy(assay, scores, names) if len(names) > 1 else {}
+    results = {"variants": len(assay.rows), "left_out": len(assay.bad), "strategy": strategy, **metrics}
     baseline = composition_scores(assay.variants, target, frequencies.logs)
-    made["composition"] = beside_composition(assay, scores.nats, baseline, frequencies.told)
-    summary = {**made, "by_strategy": alone, "checkpoint": str(trained.saved.path), **settings}
-    files = beside(output)
+    results["composition"] = compare_with_composition(assay, scores.nats, baseline, frequencies.label)
+    summary = {**results, "by_strategy": by_strategy, "checkpoint": str(trained.saved.path), **settings}
+    files = output_files(output)
     if trained.processes.first:
         write_atomic(files["summary"], as_json(summary))
         table = heat_map(assay, target, scores.nats)
@@ -161,50 +163,51 @@ def score_assay(
             write_atomic(files["map"], to_csv(table, target))
             write_atomic_bytes(files["picture"], to_png(table, target, f"{output.stem}: {strategy}"))
         rows = scored_rows(assay, strategies, scores, baseline, config.column)
-        write_atomic(files["scores"], rows)  # last: an assay with it is done
+        write_atomic(files["scores"], rows)  # last, because this file marks the assay as done
     measurements = int(max((~np.isnan(known)).sum() for known in (assay.measured, assay.fit)))
-    few = f" (of {measurements} measurements, too few to tell)" if 0 < measurements < ENOUGH else ""
+    few = f" ({measurements} measurements, too few to be meaningful)" if 0 < measurements < ENOUGH else ""
     announce(f"{output}: {metrics_line(metrics)}{few}", trained.processes)
-    announce(composition_line(made["composition"]), trained.processes)
+    announce(composition_line(results["composition"]), trained.processes)
     if len(names) > 1 and any(metrics[name] is not None for name in METRICS):
-        own = [f"{name} alone: {metrics_line(values)}" for name, values in alone.items()]
-        few = f"too few measurements to judge each by itself, fewer than {ENOUGH} of one"
-        line = f"these figures mix scores by {' and '.join(names)}; {'; '.join(own) or few}"
+        separate = [f"{name} alone: {metrics_line(values)}" for name, values in by_strategy.items()]
+        few = f"too few measurements for separate metrics (fewer than {ENOUGH} of one strategy)"
+        line = f"these metrics mix scores by {' and '.join(names)}; {'; '.join(separate) or few}"
         announce(f"{output}: {line}", trained.processes)
     return summary
 
 
-def judged_alone(assay: Assay, scores: Scores, names: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
-    """The metrics of each strategy's rows alone; nothing where one has fewer than ENOUGH that were measured."""
-    parts = {name: assay.only(rows) for name, rows in names.items()}
-    if any(max((~np.isnan(known)).sum() for known in (one.measured, one.fit)) < ENOUGH for one in parts.values()):
+def judge_by_strategy(assay: Assay, scores: Scores, names: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+    """Return the metrics of each strategy's rows; empty if a strategy has fewer than ENOUGH measured rows."""
+    parts = {name: assay.subset(rows) for name, rows in names.items()}
+    if any(max((~np.isnan(known)).sum() for known in (part.measured, part.fit)) < ENOUGH for part in parts.values()):
         return {}
-    judged = {name: one.judge(scores.nats[names[name]]) for name, one in parts.items()}
+    judged = {name: part.judge(scores.nats[names[name]]) for name, part in parts.items()}
     return {
-        name: {"variants": len(names[name]), **{metric: one[metric] for metric in METRICS}}
-        for name, one in judged.items()
+        name: {"variants": len(names[name]), **{metric: metrics[metric] for metric in METRICS}}
+        for name, metrics in judged.items()
     }
 
 
 def scored_rows(assay: Assay, strategies: list[str], scores: Scores, baseline: np.ndarray, column: str) -> str:
-    """The assay's own rows and columns, and the scores behind them, with the strategy of each.
+    """Return the assay's rows as CSV with columns added for the score and its strategy, error and baseline difference.
 
     Args:
-        baseline: (rows,) scores of composition alone; where NaN, the column of the difference is empty.
+        baseline: (rows,) composition scores; where NaN, the difference is left empty.
     """
-    columns = {column: written(scores.nats), f"{column}_strategy": strategies}
+    columns = {column: format_cells(scores.nats), f"{column}_strategy": strategies}
     if scores.standard_error is not None:
-        columns[f"{column}_se"] = written(scores.standard_error)
-    columns[f"{column}_minus_composition"] = written(scores.nats - baseline)
+        columns[f"{column}_se"] = format_cells(scores.standard_error)
+    columns[f"{column}_minus_composition"] = format_cells(scores.nats - baseline)
     added = zip(*columns.values(), strict=True)
-    return as_csv([[*assay.header, *columns], *([*row, *more] for row, more in zip(assay.rows, added, strict=True))])
+    rows = ([*row, *cells] for row, cells in zip(assay.rows, added, strict=True))
+    return as_csv([[*assay.header, *columns], *rows])
 
 
-def written(values: np.ndarray) -> list[str]:
-    """Cells with six decimals, empty for NaN."""
+def format_cells(values: np.ndarray) -> list[str]:
+    """Return the values with six decimals, empty for NaN."""
     return ["" if math.isnan(value) else f"{value:.6f}" for value in values.tolist()]
 
 
 def metrics_line(metrics: dict[str, Any]) -> str:
     known = [f"{name} {metrics[name]:.4f}" for name in METRICS if metrics[name] is not None]
-    return ", ".join(known) or "no measurements to compare with, or too few"
+    return ", ".join(known) or "no metrics: no measurements, or too few"

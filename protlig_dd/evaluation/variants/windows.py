@@ -1,4 +1,4 @@
-"""The windows through which a model sees the variants of a long protein."""
+"""Windows for proteins longer than the model's training length (`max_len`)."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -14,7 +14,13 @@ from protlig_dd.tokenizer import BOS, EOS
 
 
 class Piece(NamedTuple):
-    """What a variant changes within one window of the wild type, residues start..stop (from 0, stop not included)."""
+    """The part of a variant that one window of the wild type contains.
+
+    Args:
+        variant: index of the variant in the assay.
+        start, stop: residues of the window, from 0, `stop` excluded.
+        change: the changes inside the window.
+    """
 
     variant: int
     start: int
@@ -22,64 +28,68 @@ class Piece(NamedTuple):
     change: Variant
 
 
-def pieces_of(assay: Assay, length: int, longest: int, strategy: str) -> list[Piece]:
-    """The windows through which a model that sees `longest` residues sees the variants of a protein of this length.
+def pieces_of(assay: Assay, length: int, max_len: int, strategy: str) -> list[Piece]:
+    """Return the windows in which a model with this `max_len` scores each variant of a protein of `length` residues.
 
-    A window lies around the middle of the changes, as far inside the protein as it can. Substitutions that no window
-    holds together are scored in several (`groups_of`), each with the wild type's residues at the other windows' sites,
-    and summed.
-    Where nothing is masked, each site has a window by itself; these begin at multiples of a quarter of their length,
-    so that all sites share a few.
+    A window is centred on the changes and moved inwards at the ends of the protein. Substitutions too far apart for
+    one window are scored in several (`groups_of`) and the scores are summed; in each window, the sites of the other
+    windows keep the wild type's residues.
+    Strategies without masks use one window per site. Their windows start at multiples of a quarter of the window
+    length, so that many sites share a window.
 
     Raises:
-        ValueError: an insertion or deletion that no window holds; names the row and the lengths.
+        ValueError: an insertion or deletion too long for a window; names the row and the lengths.
     """
-    pieces, unmasked = [], strategy in UNMASKED
-    grid = max(1, longest // 4) if unmasked else 1
+    pieces = []
+    grid = max(1, max_len // 4) if strategy in UNMASKED else 1
     for number, (variant, where) in enumerate(zip(assay.variants, assay.where, strict=True)):
         if variant.indel is not None:
             start, stop, ids = variant.indel
-            if max(length, length + longer(variant)) > longest and max(stop - start, len(ids)) >= longest:
+            if max(length, length + length_change(variant)) > max_len and max(stop - start, len(ids)) >= max_len:
                 raise ValueError(
-                    f"{where}: {stop - start} residues become {len(ids)}, too many for a window of the {longest} "
-                    "that this model was trained on"
+                    f"{where}: {stop - start} residues become {len(ids)}, which is too long for a window of the "
+                    f"{max_len} residues that this model was trained on"
                 )
-            size = longest - max(0, longer(variant))  # of the wild type's window; the variant's is no longer either
-            pieces.append(Piece(number, *around(start, stop, length, size), variant))
-        alone, sites = strategy in ONE_BY_ONE, [site for site, _ in variant.substitutions]
-        for first, last in [(i, i + 1) for i in range(len(sites))] if alone else groups_of(sites, length, longest):
-            start, stop = around(sites[first], sites[last - 1] + 1, length, longest, grid)
+            size = max_len - max(0, length_change(variant))  # so that the variant's window fits as well
+            pieces.append(Piece(number, *window_around(start, stop, length, size), variant))
+        sites = [site for site, _ in variant.substitutions]
+        if strategy in ONE_BY_ONE:
+            groups = [(i, i + 1) for i in range(len(sites))]
+        else:
+            groups = groups_of(sites, length, max_len)
+        for first, last in groups:
+            start, stop = window_around(sites[first], sites[last - 1] + 1, length, max_len, grid)
             pieces.append(Piece(number, start, stop, Variant(variant.substitutions[first:last])))
     return pieces
 
 
-def groups_of(sites: Sequence[int], length: int, longest: int) -> list[tuple[int, int]]:
-    """Which sites share a window: first, last (not among them) of each group of neighbours.
+def groups_of(sites: Sequence[int], length: int, max_len: int) -> list[tuple[int, int]]:
+    """Partition the sites into groups that share a window, as (first, last) with `last` excluded.
 
-    As few windows as hold all the sites; of such partitions the one whose site nearest to its window's edge lies
-    furthest inside, then the next nearest window's, and so on. So the part of a best partition that ends at a site is
-    itself best, and a table over the sites finds it.
+    The partition has the fewest windows possible. Among those, it maximises the smallest margin (distance from a
+    site to the edge of its window), then the second smallest, and so on. Every prefix of an optimal partition is
+    optimal too, so dynamic programming over the sites finds it.
 
     Args:
-        sites: in ascending order, without repeats; none has no groups.
+        sites: positions in ascending order, without repeats; may be empty.
     """
-    if not sites or sites[-1] - sites[0] < longest:
+    if not sites or sites[-1] - sites[0] < max_len:
         return [(0, len(sites))] if sites else []
-    # of the sites before each: how many windows, their margins in ascending order, and where the last group begins
+    # for each prefix of the sites: number of windows, their margins in ascending order, start of the last group
     best: list[tuple[int, list[int], int]] = [(0, [], 0)]
     for last in range(1, len(sites) + 1):
-        lowest = bisect_right(sites, sites[last - 1] - longest)  # the first site that a window with the last can hold
+        lowest = bisect_right(sites, sites[last - 1] - max_len)  # first site within one window of the last
         windows, margins, begin = best[lowest][0] + 1, list[int](), lowest
         for first in range(lowest, last):
-            if best[first][0] + 1 > windows:  # more sites never need fewer
+            if best[first][0] + 1 > windows:  # the number of windows never decreases with more sites
                 break
             others = best[first][1]
             if margins and others and others[0] < margins[0]:
-                continue  # whatever the last group's
-            mine = margin(sites[first], sites[last - 1], length, longest)
-            if margins and mine < margins[0]:
-                continue  # not worth sorting
-            if (candidate := sorted([*others, mine])) > margins:
+                continue  # worse, whatever the margin of the last group
+            last_margin = margin(sites[first], sites[last - 1], length, max_len)
+            if margins and last_margin < margins[0]:
+                continue  # worse already, without sorting
+            if (candidate := sorted([*others, last_margin])) > margins:
                 margins, begin = candidate, first
         best.append((windows, margins, begin))
     groups, last = [], len(sites)
@@ -89,20 +99,24 @@ def groups_of(sites: Sequence[int], length: int, longest: int) -> list[tuple[int
     return groups[::-1]
 
 
-def margin(first: int, last: int, length: int, longest: int) -> int:
-    """Residues between the sites first..last and the nearer edge of their window; the protein's ends are no edges."""
-    start, stop = around(first, last + 1, length, longest)
+def margin(first: int, last: int, length: int, max_len: int) -> int:
+    """Residues between the sites first..last and the nearer edge of their window.
+
+    The ends of the protein do not count as edges.
+    """
+    start, stop = window_around(first, last + 1, length, max_len)
     return min(first - start if start else length, stop - 1 - last if stop < length else length)
 
 
-def longer(change: Variant) -> int:
-    """By how many residues a variant is longer than the wild type."""
+def length_change(change: Variant) -> int:
+    """Length of the variant minus that of the wild type."""
     return len(change.indel.ids) - (change.indel.stop - change.indel.start) if change.indel else 0
 
 
-def around(first: int, last: int, length: int, size: int, grid: int = 1) -> tuple[int, int]:
-    """start, stop of `size` residues (all, of a shorter protein) around first..last; from the nearest multiple of
-    `grid`, unless the protein ends before.
+def window_around(first: int, last: int, length: int, size: int, grid: int = 1) -> tuple[int, int]:
+    """Return start and stop of `size` residues (or the whole protein, if shorter) centred on first..last.
+
+    The start is rounded to a multiple of `grid` and moved inwards at the ends of the protein.
     """
     size = min(size, length)
     nearest = ((first + last - size) // 2 + grid // 2) // grid * grid
@@ -110,6 +124,6 @@ def around(first: int, last: int, length: int, size: int, grid: int = 1) -> tupl
     return start, start + size
 
 
-def windowed(target: np.ndarray, start: int, stop: int) -> np.ndarray:
-    """Ids of a window; <bos> and <eos> stand at the protein's own ends alone, as in the crops of training."""
+def window_tokens(target: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """Token ids of a window, with <bos> and <eos> only at the ends of the protein, as in training crops."""
     return window(np.concatenate([[BOS], target, [EOS]]), start, stop - start).astype(np.int64)

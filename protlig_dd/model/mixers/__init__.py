@@ -1,4 +1,4 @@
-"""What lets the tokens of a sequence see one another: a file for each kind, and its name here."""
+"""Mixers, in which the tokens of a sequence exchange information: one file per kind, listed here by name."""
 
 from protlig_dd.model.mixers.attention import Attention
 from protlig_dd.model.mixers.base import Mixer

@@ -1,4 +1,4 @@
-"""What a block asks of the layer in which tokens see one another."""
+"""Interface of a block's mixer, the layer in which the tokens of a sequence exchange information."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -11,14 +11,15 @@ from protlig_dd.model.positions.base import PositionEncoding
 
 
 class Mixer(nn.Module, ABC):
-    """(total, hidden) -> (total, hidden), each token seeing its own sequence only.
+    """Maps (total, hidden) to (total, hidden). Each token reads only its own sequence.
 
-    In three steps, because torch.compile fuses the first and the last with the block's norms and residuals. A new kind
-    is a subclass in a file of its own and a name in MIXERS. Its weights belong to child modules: the block takes these
-    over, and a checkpoint calls them `blocks.N.NAME`.
+    A mixer has three steps (`project`, `mix`, `out`), because torch.compile fuses the first and the last with the
+    block's norms and residual connections. To add a kind, write a subclass in a file of its own and add its name to
+    MIXERS. Its weights must belong to child modules: the block registers these, and checkpoints name them
+    `blocks.N.NAME`.
 
     Args:
-        backend: of attention, as resolved for this machine.
+        backend: the resolved attention backend.
     """
 
     def __init__(self, config: ModelConfig, backend: str) -> None:
@@ -26,24 +27,27 @@ class Mixer(nn.Module, ABC):
 
     @abstractmethod
     def project(self, x: Tensor, positions: PositionEncoding, *tables: Tensor) -> Tensor:
-        """What is mixed: computed from each token alone.
+        """Compute the input of `mix` from each token separately.
 
         Args:
-            tables: of `positions`, for this pack.
+            tables: the tables of `positions` for this pack.
         """
 
     @abstractmethod
     def mix(self, projected: Tensor, batch: PackedBatch) -> Tensor:
-        """The step in which they see one another."""
+        """Combine the tokens of each sequence."""
 
     @abstractmethod
     def out(self, mixed: Tensor) -> Tensor:
-        """Back to (total, hidden): computed from each token alone."""
+        """Map back to (total, hidden), from each token separately."""
 
     def flops(self, lengths: Sequence[int]) -> int:
-        """Multiply-adds of `mix` over sequences of these lengths (tokens); those of the linear layers are counted."""
+        """Return the multiply-adds of `mix` over sequences of these lengths (tokens).
+
+        `DiT.flops` counts the linear layers.
+        """
         return 0
 
     def forward(self, x: Tensor, batch: PackedBatch, positions: PositionEncoding) -> Tensor:
-        """All three."""
+        """Apply the three steps."""
         return self.out(self.mix(self.project(x, positions, *positions.tables(batch)), batch))

@@ -1,4 +1,4 @@
-"""How the network is told where a token stands: a file for each kind, and its name here."""
+"""Position encodings: one file per kind, listed here by name."""
 
 from protlig_dd.model.positions.base import PositionEncoding
 from protlig_dd.model.positions.rotary import Rotary

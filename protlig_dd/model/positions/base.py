@@ -1,4 +1,4 @@
-"""What a kind of position encoding may do. The kind that does nothing is the base class itself."""
+"""Interface of a position encoding. The base class itself encodes nothing."""
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -8,9 +8,10 @@ from protlig_dd.model.config import ModelConfig
 
 
 class PositionEncoding(nn.Module):
-    """How the network is told where a token stands in its sequence; each method may be left as it is.
+    """Gives the network each token's position in its sequence. By default every method does nothing.
 
-    A new kind is a subclass in a file of its own and a name in POSITIONS. It must take sequences of any length.
+    To add a kind, write a subclass in a file of its own and add its name to POSITIONS. It must accept sequences of any
+    length.
 
     Raises:
         ValueError: a head_dim that this kind cannot encode.
@@ -21,15 +22,15 @@ class PositionEncoding(nn.Module):
         self.head_dim = config.head_dim
 
     def add(self, x: Float[Tensor, "total hidden"], batch: PackedBatch) -> Float[Tensor, "total hidden"]:
-        """The embeddings, with what tells them their positions."""
+        """Return the embeddings with position information added."""
         return x
 
     def tables(self, batch: PackedBatch) -> tuple[Tensor, ...]:
-        """What `rotate` needs of a pack, computed once for all blocks, on the pack's device."""
+        """Return the tensors that `rotate` needs for this pack, on its device. Computed once for all blocks."""
         return ()
 
     def rotate(
         self, qkv: Float[Tensor, "total 3 heads head_dim"], *tables: Tensor
     ) -> Float[Tensor, "total 3 heads head_dim"]:
-        """Queries and keys turned by their positions."""
+        """Return qkv with queries and keys rotated by their positions."""
         return qkv

@@ -1,7 +1,8 @@
 """Rotary position embedding (RoFormer, arXiv 2104.09864) in plain torch.
 
-Dimension j < d/2 is paired with j + d/2 and turned by the angle position * base^(-2 j / d). The tables are built in
-float32 for the true sequence length; a table of any other length than qkv's is an error, never tiled or cut.
+Dimension j < d/2 and dimension j + d/2 form a pair, which is rotated by the angle position * base^(-2 j / d). The
+tables are float32 and have the exact sequence length. A table whose length differs from qkv's is an error; it is never
+tiled or cut.
 """
 
 from typing import Any
@@ -16,14 +17,14 @@ from protlig_dd.model.positions.base import PositionEncoding
 
 
 class Rotary(PositionEncoding):
-    """Queries and keys are turned by angles that grow with their positions, so that products know distances."""
+    """Rotates queries and keys by angles proportional to position, so that q k^T depends on relative positions."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         check_head_dim(config.head_dim)
 
     def tables(self, batch: PackedBatch) -> tuple[Tensor, ...]:
-        """cos and sin of each token, (1, total, 1, 1, head_dim) float32."""
+        """Return cos and sin for each token, each (1, total, 1, 1, head_dim) float32."""
         cos, sin = rotary_cos_sin(batch.max_seqlen, self.head_dim, device=batch.tokens.device)
         return gather_rotary(cos, sin, batch)
 
@@ -37,20 +38,20 @@ class Rotary(PositionEncoding):
 
 def check_head_dim(head_dim: int) -> None:
     if head_dim % 2 or head_dim < 2:
-        raise ValueError(f"rotary pairs dimensions, so head_dim must be even, got {head_dim}")
+        raise ValueError(f"rotary encoding rotates pairs of dimensions, so head_dim must be even, got {head_dim}")
 
 
 def rotary_cos_sin(
     seq_len: int, head_dim: int, base: float = 10000.0, device: torch.device | str = "cpu"
 ) -> tuple[Float32[Tensor, "1 {seq_len} 1 1 {head_dim}"], Float32[Tensor, "1 {seq_len} 1 1 {head_dim}"]]:
-    """cos and sin of every position 0 .. seq_len - 1, each (1, seq_len, 1, 1, head_dim) float32.
+    """Return cos and sin of the angles at positions 0 .. seq_len - 1, each (1, seq_len, 1, 1, head_dim) float32.
 
     Raises:
-        ValueError: an odd head_dim or a length below 1.
+        ValueError: an odd head_dim, or a seq_len below 1.
     """
     check_head_dim(head_dim)
     if seq_len < 1:
-        raise ValueError(f"rotary tables need a length of at least 1, got {seq_len}")
+        raise ValueError(f"rotary tables need a seq_len of at least 1, got {seq_len}")
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     angle = torch.outer(torch.arange(seq_len, dtype=torch.float32, device=device), base**-exponent)
     angle = torch.cat([angle, angle], dim=-1).view(1, seq_len, 1, 1, head_dim)
@@ -60,10 +61,10 @@ def rotary_cos_sin(
 def gather_rotary(
     cos: Float32[Tensor, "1 table 1 1 head_dim"], sin: Float32[Tensor, "1 table 1 1 head_dim"], batch: PackedBatch
 ) -> tuple[Float32[Tensor, "1 total 1 1 head_dim"], Float32[Tensor, "1 total 1 1 head_dim"]]:
-    """The tables' rows at every packed token's position: (1, total, 1, 1, head_dim).
+    """Return the tables' rows at each packed token's position, each (1, total, 1, 1, head_dim).
 
     Raises:
-        ValueError: a sequence longer than the table. Checked on the host, without waiting for the device.
+        ValueError: a sequence is longer than the table. This is checked on the host, without waiting for the device.
     """
     if batch.max_seqlen > cos.shape[1]:
         raise ValueError(f"the rotary table has {cos.shape[1]} positions but a sequence has {batch.max_seqlen} tokens")
@@ -73,17 +74,17 @@ def gather_rotary(
 def apply_rotary_pos_emb(
     qkv: Float[Tensor, "..."], cos: Float32[Tensor, "..."], sin: Float32[Tensor, "..."]
 ) -> Float[Tensor, "batch seq_len 3 heads head_dim"]:
-    """Rotate q and k of a fused qkv; v passes through untouched.
+    """Rotate q and k of a fused qkv tensor; v is unchanged.
 
     Args:
         qkv: (batch, seq_len, 3, heads, head_dim), any float dtype.
-        cos, sin: (1, seq_len, 1, 1, head_dim) float32, for exactly qkv's length.
+        cos, sin: (1, seq_len, 1, 1, head_dim) float32, with exactly qkv's length.
 
     Returns:
-        A new tensor of qkv's shape and dtype; the rotation itself is float32.
+        A new tensor of qkv's shape and dtype. The rotation is computed in float32.
 
     Raises:
-        ValueError: another rank, or a table whose length or head_dim differs from qkv's, in either direction.
+        ValueError: a qkv of another shape, or a table whose length or head_dim is larger or smaller than qkv's.
     """
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         raise ValueError(f"qkv must be (batch, seq_len, 3, heads, head_dim), got {tuple(qkv.shape)}")
@@ -101,27 +102,27 @@ def apply_rotary_pos_emb(
 
 
 class _Rotate(torch.autograd.Function):
-    """The rotation with one tensor allocated in each direction: the gradient is turned back by the same angle."""
+    """The rotation, which allocates one tensor in each pass. The backward pass rotates by the opposite angle."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        # with a setup_context of its own, torch would inspect this signature at every call, for 0.1 ms
+        # without a separate setup_context, for which torch would inspect this signature at every call (0.1 ms)
         ctx.save_for_backward(cos, sin)
-        return _turned(qkv, cos, sin)
+        return _rotated(qkv, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turned(grad, cos, -sin), None, None
+        return _rotated(grad, cos, -sin), None, None
 
 
-def _turned(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    (cos, _), (sin, _) = cos.chunk(2, dim=-1), sin.chunk(2, dim=-1)  # both halves of a table are the same
+def _rotated(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    (cos, _), (sin, _) = cos.chunk(2, dim=-1), sin.chunk(2, dim=-1)  # both halves of a table are equal
     qk, v = qkv.split([2, 1], dim=2)
     first, second = qk.chunk(2, dim=-1)
-    if torch.compiler.is_compiling() or qkv.device.type != "cpu":  # compilers fuse this; the CPU is slow at it
-        turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-        return torch.cat([turned.to(qkv.dtype), v], dim=2)
+    if torch.compiler.is_compiling() or qkv.device.type != "cpu":  # fast when fused or on a GPU, slow on the CPU
+        rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+        return torch.cat([rotated.to(qkv.dtype), v], dim=2)
     out = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     out_qk, out_v = out.split([2, 1], dim=2)
     out_first, out_second = out_qk.chunk(2, dim=-1)

@@ -9,28 +9,28 @@ from protlig_dd.training.optim.muon import Muon
 
 
 def make_optimizer(model: nn.Module, optim: OptimConfig, precision: str) -> torch.optim.Optimizer:
-    """Fused AdamW, or Muon for the matrices of the blocks with AdamW for the rest.
+    """Return fused AdamW, or Muon for the matrices of the blocks with AdamW for all other parameters.
 
-    Weight decay acts on matrices only, not on norms, biases or embeddings. The step reads `optimizer.found_inf`:
-    where that device flag is 1, it changes no weight. The trainer uses this to freeze the weights at the first
+    Weight decay acts on matrices only, not on norms, biases or embeddings. The optimizer's step reads the device flag
+    `optimizer.found_inf` and changes no weight if it is 1. The trainer uses this to freeze the weights at the first
     non-finite loss without waiting for the device.
 
     Args:
-        precision: bf16 | fp32, in which Muon orthogonalises.
+        precision: bf16 | fp32, the precision in which Muon orthogonalises.
     """
     hidden: dict[nn.Parameter, int] = {}
     decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+    undecayed: list[nn.Parameter] = []
     stacked = {part.weight: part.stacked for part in model.modules() if isinstance(part, StackedLinear)}
     embeddings = {part.weight for part in model.modules() if isinstance(part, nn.Embedding)}
     for name, parameter in model.named_parameters():
-        matrix = parameter.ndim >= 2 and parameter not in embeddings
+        is_matrix = parameter.ndim >= 2 and parameter not in embeddings
         in_block = name.startswith("blocks.") and ".adaln." not in name
-        if matrix and in_block and optim.name == "muon":
+        if is_matrix and in_block and optim.name == "muon":
             hidden[parameter] = stacked.get(parameter, 1)
         else:
-            (decayed if matrix else plain).append(parameter)
-    groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+            (decayed if is_matrix else undecayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
     betas = optim.betas[0], optim.betas[1]
     adamw = torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps, fused=True)
     if optim.name == "adamw":

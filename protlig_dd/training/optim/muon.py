@@ -1,4 +1,4 @@
-"""Muon, for the matrices of the blocks."""
+"""The Muon optimizer for the matrices of the blocks."""
 
 import math
 from collections.abc import Mapping
@@ -8,21 +8,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # kellerjordan.github.io/posts/muon: steepest at zero, ends within 0.7 .. 1.2
+# kellerjordan.github.io/posts/muon: steepest slope at zero, and singular values that end between 0.7 and 1.2
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
-ADAMW_RMS = 0.2  # of AdamW's usual update, which Muon's is scaled to (arXiv 2502.16982, section 2.2)
+ADAMW_RMS = 0.2  # usual RMS of an AdamW update, to which Muon's is scaled (arXiv 2502.16982, section 2.2)
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose matrix is orthogonalised before it is added (kellerjordan.github.io/posts/muon, arXiv 2502.16982).
+    """Momentum SGD with orthogonalised update matrices (kellerjordan.github.io/posts/muon, arXiv 2502.16982).
 
-    The update is torch.optim.Muon's with adjust_lr_fn="match_rms_adamw", but that matrices of one shape are taken
-    together, that those stacked in a fused qkv are orthogonalised one by one, and that it can be frozen.
+    The update is that of torch.optim.Muon with adjust_lr_fn="match_rms_adamw", with three differences: matrices of the
+    same shape are processed together, the matrices stacked in a fused qkv are orthogonalised separately, and the
+    weights can be frozen.
 
     Args:
-        hidden: matrices, and how many are stacked in each, one below the other.
-        adamw: for the other parameters; its groups are this optimizer's too.
-        dtype: of the Newton-Schulz iteration.
+        hidden: the matrices that Muon updates, and how many matrices are stacked along the rows of each.
+        adamw: optimizer of the other parameters. Its parameter groups become groups of this optimizer too.
+        dtype: precision of the Newton-Schulz iteration.
     """
 
     def __init__(
@@ -38,11 +40,11 @@ class Muon(torch.optim.Optimizer):
         super().__init__([{"params": list(hidden)}], {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         self.adamw, self.dtype, self.stacked = adamw, dtype, dict(hidden)
         self.param_groups += adamw.param_groups
-        adamw.state = self.state  # one table, by parameter
+        adamw.state = self.state  # both share one table, keyed by parameter
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update from the gradients of all parameters; none where `found_inf` is 1."""
+        """Update all parameters from their gradients, or none of them if `found_inf` is 1."""
         frozen = getattr(self, "found_inf", None)
         self.adamw.found_inf = frozen  # type: ignore[attr-defined]
         self.adamw.step()
@@ -54,25 +56,29 @@ class Muon(torch.optim.Optimizer):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         averages = [self.state[p]["momentum_buffer"] for p in weights]
         torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
-        updates = torch._foreach_lerp(gradients, averages, group["momentum"])  # Nesterov's
-        pieces = [piece for pair in zip(weights, updates, strict=True) for piece in self.matrices(*pair)]
-        for shape, same in groupby(sorted(pieces, key=lambda pair: pair[0].shape), key=lambda pair: pair[0].shape):
-            old, new = zip(*same, strict=True)
-            update = orthogonal(torch.stack(new), self.dtype) * (ADAMW_RMS * math.sqrt(max(shape)))
+        updates = torch._foreach_lerp(gradients, averages, group["momentum"])  # Nesterov momentum
+        pairs = [pair for stack in zip(weights, updates, strict=True) for pair in self.unstack(*stack)]
+        for shape, alike in groupby(sorted(pairs, key=lambda pair: pair[0].shape), key=lambda pair: pair[0].shape):
+            old, new = zip(*alike, strict=True)
+            update = orthogonalise(torch.stack(new), self.dtype) * (ADAMW_RMS * math.sqrt(max(shape)))
             if group["weight_decay"]:
                 update += group["weight_decay"] * torch.stack(old)
             if frozen is not None:
                 update = torch.where(frozen > 0, 0.0, update)
             torch._foreach_add_(list(old), list(update.unbind()), alpha=-group["lr"])
 
-    def matrices(self, weight: nn.Parameter, update: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """A weight and its update, cut into the matrices that are stacked in it."""
+    def unstack(self, weight: nn.Parameter, update: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Split a weight and its update into pairs of the matrices that are stacked in them."""
         stacked = self.stacked[weight]
         return list(zip(weight.chunk(stacked), update.chunk(stacked), strict=True))
 
 
-def orthogonal(matrices: Float[Tensor, "n rows columns"], dtype: torch.dtype) -> Float[Tensor, "n rows columns"]:
-    """U V^T of each matrix U S V^T, nearly: singular values end between 0.7 and 1.2. Float32, computed in `dtype`."""
+def orthogonalise(matrices: Float[Tensor, "n rows columns"], dtype: torch.dtype) -> Float[Tensor, "n rows columns"]:
+    """Return approximately U V^T for each matrix U S V^T, as float32: singular values end between 0.7 and 1.2.
+
+    Args:
+        dtype: precision of the computation.
+    """
     a, b, c = NEWTON_SCHULZ
     x = matrices.to(dtype)
     wide = x.shape[1] <= x.shape[2]

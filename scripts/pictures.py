@@ -1,0 +1,90 @@
+"""The pictures of the README: the top of a report page and a heat map of variant scores.
+
+    ./start_fresh_training.sh            # trains runs/demo
+    python -m scripts.pictures           # writes docs/pictures/report.png and docs/pictures/heatmap.png
+    python -m scripts.pictures runs/mine --output pictures
+
+Needs Chromium on the PATH. The heat map shows the first held-out bundled protein of 60 to 100 residues.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+
+from protlig_dd.data.fasta import read_fasta
+from protlig_dd.data.prepare.bundled import SAMPLE_FOLDER
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+WINDOW = (1100, 1500)  # CSS pixels: the top of the page
+SHORTEST, LONGEST = 60, 100  # residues: one row of the heat map
+LARGEST = 300_000  # bytes of a picture
+
+
+def screenshot(browser: str, page: Path, picture: Path) -> None:
+    """Write the top of an HTML page as PNG.
+
+    Raises:
+        subprocess.CalledProcessError: the browser fails.
+    """
+    with tempfile.TemporaryDirectory(prefix="pictures.") as profile:
+        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={profile}"]
+        size = f"--window-size={WINDOW[0]},{WINDOW[1]}"
+        command = [browser, *flags, size, f"--screenshot={picture.resolve()}", page.resolve().as_uri()]
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+
+
+def heat_map(run: Path, picture: Path) -> None:
+    """Score every substitution of a held-out protein, and keep the picture alone.
+
+    Raises:
+        subprocess.CalledProcessError: `python -m protlig_dd.variants` fails; it has printed why.
+    """
+    records = read_fasta(SAMPLE_FOLDER / "test.fasta.gz")
+    record = next(record for record in records if SHORTEST <= len(record.sequence) <= LONGEST)
+    with tempfile.TemporaryDirectory(prefix="pictures.") as folder:
+        target, output = Path(folder, "target.fasta"), Path(folder, "scan.csv")
+        target.write_text(f">{record.id}\n{record.sequence}\n")
+        arguments = [f"from={run}", f"target={target}", f"output={output}"]
+        subprocess.run([sys.executable, "-m", "protlig_dd.variants", *arguments], check=True)
+        shutil.copyfile(output.with_name("scan_heatmap.png"), picture)
+
+
+def shrink(picture: Path) -> None:
+    """Reduce a PNG to 128 colours.
+
+    Raises:
+        ValueError: it is still larger than LARGEST.
+    """
+    with Image.open(picture) as image:
+        image.convert("RGB").quantize(128).save(picture, optimize=True)
+    if picture.stat().st_size > LARGEST:
+        raise ValueError(f"{picture} has {picture.stat().st_size:,} bytes; the README allows {LARGEST:,}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", nargs="?", type=Path, default=Path("runs/demo"), help="run folder (default: runs/demo)")
+    parser.add_argument("--output", type=Path, default=Path("docs/pictures"), help="folder (default: docs/pictures)")
+    arguments = parser.parse_args()
+    page = arguments.run / "report.html"
+    if not page.is_file():
+        parser.exit(1, f"error: {page}: no such file; ./start_fresh_training.sh makes runs/demo\n")
+    browser = next((name for name in BROWSERS if shutil.which(name)), None)
+    if browser is None:
+        parser.exit(1, f"error: no browser on the PATH; one of {', '.join(BROWSERS)} is needed\n")
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    report, scores = arguments.output / "report.png", arguments.output / "heatmap.png"
+    screenshot(browser, page, report)
+    heat_map(arguments.run, scores)
+    for picture in (report, scores):
+        shrink(picture)
+        print(f"{picture}: {picture.stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    main()
