@@ -21,7 +21,7 @@ from scripts import mutation_check, pictures
 from scripts.arms import SCREEN, overrides
 from scripts.benchmarks.variants import blocks
 from scripts.diffusion_report import RUNS, samplers
-from scripts.mutation_check import LISTS, FOLDERS, read_mutations, read_results
+from scripts.mutation_check import FOLDERS, LISTS, read_mutations, read_results
 
 from .conftest import ROOT, Command, Start, composed, make_model, make_store, require_program, thorough, wait_for
 from .test_sampling import NOISES, SAMPLERS
