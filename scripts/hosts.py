@@ -56,7 +56,7 @@ class Host:
 
 
 def missing_requirements() -> str | None:
-    """Return the programs or rights that the trials need and this machine lacks, or None."""
+    """Return what this machine lacks for network namespaces: programs or rights. None if it lacks nothing."""
     if missing := [name for name in ("ip", "nsenter", "unshare", "mount") if shutil.which(name) is None]:
         return f"{', '.join(missing)} (iproute2, util-linux)"
     attempt = [*APART, "ip", "link", "add", "try", "type", "bridge"]

@@ -51,7 +51,10 @@ def test_a_bias_is_the_same_at_all_positions_or_has_a_row_for_each(tmp_path: Pat
         ("C,K\n1,x\n", "line 2: 'x' for K is not a number"),
         ("C,K\n1,inf\n", "line 2: K must be finite or -inf, got inf"),
         (",".join(AMINO_ACIDS) + "\n" + ",".join(["-inf"] * 20), "line 2 forbids every amino acid"),
-        ("C\n1\n1\n1\n", "has 3 rows but protein 2 has 4 residues; give a row for each, or lengths=3 "),
+        (
+            "C\n1\n1\n1\n",
+            "has 3 rows but protein 2 has 4 residues; the file needs one row per residue, so set lengths=3 ",
+        ),
     ],
 )
 def test_the_error_for_a_wrong_bias_file_names_the_line(tmp_path: Path, text: str, message: str) -> None:

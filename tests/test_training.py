@@ -449,7 +449,9 @@ def test_a_trained_model_beats_the_untrained_model_in_its_report(
     assert evaluations is not None
     assert 100 * (1 - 8 / 82) - 0.1 < float(evaluations[1]) < 100  # 2 proteins, 41 steps; each residue is unmasked once
     other = run_python("-m", "protlig_dd.sample", *steered[:1], "output=t.fasta", "log_bias=bias.csv", "lengths=5")
-    assert_one_line_error(other, "bias.csv has 3 rows but protein 1 has 5 residues; give a row for each, or lengths=3")
+    assert_one_line_error(
+        other, "bias.csv has 3 rows but protein 1 has 5 residues; the file needs one row per residue, so set lengths=3"
+    )
     again = run_python("-m", "protlig_dd.sample", "from=runs/report", "output=s.fasta")
     assert_one_line_error(again, "s.fasta exists already")
     wrong = run_python("-m", "protlig_dd.sample", "from=runs/report", "output=t.fasta", "lengths=long")

@@ -24,7 +24,7 @@ so today's limits are not checked."""
 def limited(allows: Callable[[Any], bool], words: str) -> AfterValidator:
     """A limit on new values; its error message is `KEY WORDS, got VALUE`."""
 
-    def check(value: Any, info: Any) -> Any:  # a ValidationInfo, which run-time type checks do not accept
+    def check(value: Any, info: Any) -> Any:  # a pydantic.ValidationInfo: beartype cannot check this type, hence Any
         if info.context != STORED and not allows(value):
             raise ValueError(words)
         return value

@@ -7,7 +7,7 @@ Layout, format version 2 (`n` sequences, every dataset contiguous so that it can
     headers         (header_total,) uint8  UTF-8 bytes of the FASTA headers without `>`, concatenated
     header_offsets  (n + 1,) int64         header i is headers[header_offsets[i]:header_offsets[i + 1]]
     split           (n,) uint8             index into SPLITS
-    token_counts    (3, 30) int64          how often each token id occurs in each split
+    token_counts    (90,) int64            how often each token id occurs in each split, (3, 30) row by row
     manifest        (m,) uint8             JSON: inputs, options, counts
     attributes      format_version, alphabet, fingerprint; each dataset has its 128-bit XXH3 checksum as `xxh3`
 """
@@ -273,10 +273,10 @@ class StoreGroup:
     def locate(
         self, rows: np.ndarray, tokens: Sequence[np.ndarray] | None = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return, for each row, the number of its store, the offset of its first token there, and its residues.
+        """Return, for each row, the index of its store, the offset of its first token in that store, and its residue count.
 
         Args:
-            tokens: each store's mapped tokens to read; None reads `store.tokens`.
+            tokens: the token array of each store, if the caller has mapped it separately; None: `store.tokens`.
 
         Raises:
             ValueError: a sequence does not begin with <bos> and end with <eos>, so the store is damaged. The message
@@ -323,7 +323,7 @@ def write_columns(
         if start != size:
             raise ValueError(f"{path}: {start} values of {name}, expected {size}")
         checksums[name] = digest.hexdigest()
-        # bytes_ has a fixed length; HDF5 stores variable-length strings where it has no checksum
+        # np.bytes_ has a fixed length; the checksums of HDF5's metadata do not cover variable-length text
         dataset.attrs["xxh3"] = np.bytes_(checksums[name])
 
     # since format 1.8, HDF5 checksums its own metadata

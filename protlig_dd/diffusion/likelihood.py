@@ -6,8 +6,10 @@
 
 For the absorbing graph the same bound can be computed from k masked residues out of L (`exact_count`): k is uniform on
 1..L, the masked set is uniform, and L/k times the sum of the masked residues' cross-entropies is averaged. Its variance
-is far lower. It covers all t, so it has no prior or reconstruction term. With a time-conditioned network it is the
-bound of the decoder whose network receives the sigma for which 1 - e^-sigma = k/L.
+is far lower. It covers all t, so it has no prior or reconstruction term. A time-conditioned network receives the sigma
+that matches the masked fraction, 1 - e^-sigma = k/L; the bound then belongs to the decoder that does the same.
+
+Context letters (X B Z J U O), <bos> and <eos> are given to the network and not scored.
 """
 
 from collections.abc import Sequence
@@ -40,15 +42,15 @@ class NLLBound:
     """Monte-Carlo standard error of `nats`, from the difference of the two draws in each stratum. The last of an odd
     number of draws is left out of it. A single draw gives NaN."""
     residues: Int64[Tensor, " n"]
-    """Number of residues; context letters are not counted."""
+    """Number of residues, without context letters."""
     estimator: str
     draws: int
     t_min: float
     token_nats: Float64[Tensor, " total"]
     """Each token's contribution to its sequence's bound; 0 for context letters."""
     pooled_nats: Float64[Tensor, " n"]
-    """Sum of the cross-entropies of the residues masked by a draw of the exact count, averaged over draws, without the
-    bound's factor L / k; 0 for the integral."""
+    """For EvoDiff's perplexity: the sum of the masked residues' cross-entropies, without the factor L / k of the bound.
+    Averaged over the draws of the exact count; 0 for the integral."""
     pooled: Float64[Tensor, " n"]
     """Number of masked residues in a draw, averaged over draws; 0 for the integral."""
 
@@ -76,12 +78,12 @@ def nll_bound(
     """Bound -log p(x0) of each sequence of a pack. Lengths and context letters are given; only residues are scored.
 
     Args:
-        generator: one generator for all sequences, whose positions in each stratum are then stratified as well; or
-            sources of randomness for each sequence separately.
+        generator: one generator for all sequences, or a source of randomness for each sequence. With one generator,
+            the positions of the sequences within a stratum are spread evenly too.
         draws: Monte-Carlo draws per sequence, two in each stratum of t (or k), see `strata`.
         estimator: `integral` for every graph. `exact_count` for the absorbing graph only: it bounds the decoder that
-            normalises the scores of masked tokens (those of x0 are normalised already). None: the estimator of the
-            score function.
+            normalises the scores of masked tokens (with the parametrisation `x0` they are normalised already). None:
+            the estimator of the score function.
         tokens_at_once: the network evaluates several draws together, up to this many tokens, but at least one draw.
 
     Raises:
@@ -156,7 +158,7 @@ def _integral_draws(
     in_strata: Sequence[Stratum],
     generator: Generators,
 ) -> Float64[Tensor, " total_of_copies"]:
-    """Draw the integral and the last step once in each stratum. The network evaluates all draws together.
+    """Sample the integrand and the last denoising step once in each stratum. The network evaluates all draws together.
 
     Args:
         copies: the batch once per stratum, packed together.

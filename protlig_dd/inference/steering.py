@@ -20,7 +20,7 @@ class Steering(Protocol):
 
 
 def describe_steering(config: Steering) -> str:
-    """Return the options without their default value, as in ` temperature=0.9 log_bias=C:-inf,K:0.5`."""
+    """Return the options that differ from their defaults, as in ` temperature=0.9 log_bias=C:-inf,K:0.5`."""
     bias = config.log_bias
     if isinstance(bias, dict):
         bias = ",".join(f"{letter}:{nats}" for letter, nats in bias.items())
@@ -56,7 +56,7 @@ def read_log_bias(log_bias: Any, lengths: list[int]) -> torch.Tensor | list[torc
         if length != len(bias):
             raise ValueError(
                 f"{path} has {len(bias)} rows but protein {number} has {length} residues; "
-                f"give a row for each, or lengths={len(bias)} (in infill only with contig=)"
+                f"the file needs one row per residue, so set lengths={len(bias)} (in infill, lengths= needs contig=)"
             )
     return [bias] * len(lengths)
 

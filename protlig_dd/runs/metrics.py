@@ -112,7 +112,7 @@ class MetricsLog:
             self.wandb.log({name: histogram}, step=step)
 
     def close(self) -> None:
-        with writing(self.path):  # closing writes what did not fit on a full disk before
+        with writing(self.path):  # close() tries to write the buffered rows again, which fails on a full disk
             self.file.close()
         if self.tensorboard is not None:
             with writing(self.events):

@@ -48,7 +48,8 @@ class RanksFailedError(Exception):
     def __init__(self, rank: int, message: str, trace: str) -> None:
         kind, _, text = message.partition(": ")
         kind = kind.rpartition(".")[2]
-        # wrong input and foreseen ends of a run are ValueErrors, full and read-only disks OSErrors; the rest are bugs
+        # the project raises ValueError for wrong input and for expected ends of a run, and OSError for a full or
+        # read-only disk; any other error is a bug
         self.foreseen = kind in class_names(ValueError) | class_names(OSError)
         self.trace = trace
         shown = text if self.foreseen else message

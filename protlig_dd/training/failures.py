@@ -11,11 +11,11 @@ from protlig_dd.training.trainer import Trainer
 
 
 class NonFiniteLossError(ValueError):
-    """The loss or the gradient is not finite; the weights were frozen before that step."""
+    """The loss or the gradient of a step is not finite. That step and later ones did not change the weights."""
 
 
 class LossSpikeError(ValueError):
-    """The loss rose far above its running mean; the weights were frozen before that step."""
+    """The loss of a step is far above its running mean. That step and later ones did not change the weights."""
 
 
 class LoaderDiedError(ValueError):
@@ -29,8 +29,8 @@ def describe_stopped_hosts(signalled: bool) -> str:
     if not stopped or stopped == hosts:
         return ""
     return (  # scripts/slurm and scripts/pbs search stopped.json for "only .* was told"
-        f"; only {', '.join(sorted(stopped))} was told to stop: its torchrun was stopped, or lost the other hosts, "
-        "whose torchrun may wait five minutes for it"
+        f"; only {', '.join(sorted(stopped))} was told to stop: torchrun was stopped there, or lost contact; torchrun "
+        "on the other hosts may wait five minutes before it ends"
     )
 
 
@@ -59,7 +59,10 @@ def ids_of_packs(dataset: PackDataset, packs: Sequence[int]) -> list[str]:
 
 
 def raise_bad_step(trainer: Trainer, pending: list[dict[str, Any]]) -> None:
-    """Raise for the first step since the last flush whose loss or gradient was not finite, or whose loss jumped."""
+    """Raise for the first bad step among the records that are not written to metrics.jsonl yet.
+
+    A step is bad if its loss or gradient is not finite, or if its loss is a spike.
+    """
     for record in pending:
         if not record["bad"].item():
             continue

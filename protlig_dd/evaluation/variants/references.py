@@ -11,7 +11,10 @@ from protlig_dd.evaluation.variants.assays import read_csv
 from protlig_dd.evaluation.variants.mutants import AS_THE_TARGET, Numbering, encode
 
 REFERENCE = ("DMS_id", "target_seq")
-BREAKDOWNS = ("MSA_Neff_L_category", "taxon")  # optional columns; results are averaged by each
+BREAKDOWNS = (
+    "MSA_Neff_L_category",
+    "taxon",
+)  # optional columns; results are also averaged over the assays of each value
 
 
 class Reference(NamedTuple):
@@ -69,20 +72,23 @@ def read_reference(path: Path, folder: Path) -> list[Reference]:
 def numbering_of(cells: Mapping[str, str], where: str, path: Path) -> Numbering:
     """Return how the reference file numbers the positions in an assay's `mutant` column.
 
-    ProteinGym's assays are numbered as their target_seq. ProteinGym's ESM script also reads a column start_idx, the
-    number of the target's first residue, which the published reference files do not have. The column raw_mut_offset
-    describes the raw files that the assays were made from, whose positions are smaller by that number. It changes no
-    position here and is only mentioned in error messages about letters that do not match.
+    In ProteinGym's assays position 1 is the first residue of target_seq. A reference file may have a column start_idx:
+    the position of the target's first residue. The published files do not have it, but ProteinGym's ESM script reads
+    it, and so does this function. The column raw_mut_offset is about the raw files from which ProteinGym made its
+    assays: position p of an assay is position p - raw_mut_offset of its raw file. This function does not apply it; an
+    error message about a letter that does not match mentions it.
     """
     start, raw = cells.get("start_idx", ""), cells.get("raw_mut_offset", "")
     if start:
         try:
-            offset = float(start) - 1  # spreadsheets write 101.0 where other rows have none
+            offset = float(start) - 1  # spreadsheets write 101 as 101.0 if another row is empty
         except ValueError:
             offset = math.nan
         if not offset.is_integer():
             raise ValueError(f"{where}: start_idx must be a whole number, got {start!r}")
         return Numbering(int(offset), f", from start_idx={start} in {path}")
     if raw:
-        return Numbering(0, f"; raw_mut_offset={raw} in {path} applies to the raw file: for that, set offset=-{raw}")
+        return Numbering(
+            0, f"; raw_mut_offset={raw} in {path} is for the raw file; to score the raw file, set offset=-{raw}"
+        )
     return AS_THE_TARGET
