@@ -273,7 +273,7 @@ class StoreGroup:
     def locate(
         self, rows: np.ndarray, tokens: Sequence[np.ndarray] | None = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return, for each row, the index of its store, the offset of its first token in that store, and its residue count.
+        """Return for each row the index of its store, the offset of its first token there, and its number of residues.
 
         Args:
             tokens: the token array of each store, if the caller has mapped it separately; None: `store.tokens`.
