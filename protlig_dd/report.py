@@ -79,7 +79,7 @@ def runs_in(folder: Path, levels: int = 2) -> list[Path]:
     found = []
     for path in sorted(folder.iterdir(), key=natural_order) if folder.is_dir() and levels else ():
         if (path / CONFIG).is_file() and not (path / METRICS).is_file():
-            console.print(f"{path} is left out: it has no {METRICS}, so its training has not started")
+            console.print(f"{path} is skipped: it has no {METRICS}, so its training has not started")
         else:
             found += runs_in(path, levels - 1)
     return found

@@ -79,8 +79,11 @@ def main() -> None:
         parser.exit(1, f"error: no browser on the PATH; one of {', '.join(BROWSERS)} is needed\n")
     arguments.output.mkdir(parents=True, exist_ok=True)
     report, scores = arguments.output / "report.png", arguments.output / "heatmap.png"
-    screenshot(browser, page, report)
-    heat_map(arguments.run, scores)
+    try:
+        screenshot(browser, page, report)
+        heat_map(arguments.run, scores)
+    except subprocess.CalledProcessError as error:
+        parser.exit(1, f"error: {error}\n")
     for picture in (report, scores):
         shrink(picture)
         print(f"{picture}: {picture.stat().st_size:,} bytes")

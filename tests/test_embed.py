@@ -146,7 +146,7 @@ def test_very_long_ids_fit_in_hdf5_and_are_an_error_in_npz(tmp_path: Path) -> No
     ids = ["x" * 300_000, *(f"p{i}" for i in range(2000))]
     assert sum(map(len, ids_column(ids, tmp_path / "x.h5"))) == sum(map(len, ids))
     with pytest.raises(
-        ValueError, match=r"output=.*x.npz: NPZ stores every id .* 300,000 letters \(xxxx.*2.4 GB in all"
+        ValueError, match=r"output=.*x.npz: NPZ stores every id .* 300,000 letters \(xxxx.*2.4 GB in total"
     ):
         ids_column(ids, tmp_path / "x.npz")
     assert ids_column(ids[1:], tmp_path / "x.npz").tolist() == ids[1:]

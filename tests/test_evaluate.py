@@ -596,7 +596,7 @@ def test_without_a_training_set_copies_are_reported_as_not_compared(
     assert (found.report()["copies"], found.report()["near"], found.cells(2)) == (None, None, ["", ""])
     lines = leaks.find_leaks([store[0], store[390]], all_training_data(str(store.path), None, unmatched), False).lines()
     assert lines[0] == (
-        f"warning: 1 of 2 proteins are exact copies of training proteins of this model, as train= says ({store.path})"
+        f"warning: 1 of 2 proteins are exact copies of training proteins of this model, given by train= ({store.path})"
     )
     clean = leaks.find_leaks([store[390]], all_training_data(None, store, trained), False)
     assert clean.lines()[0] == f"none of 1 proteins is an exact copy of a training protein of this model ({store.path})"

@@ -312,7 +312,7 @@ def test_held_out_proteins_in_the_sources_training_data_are_counted(
     ]
     assert [model_data.stores is not None for model_data in find_source_data([store])] == [True]
     shutil.rmtree(checkpoint)
-    assert [model_data.reason for model_data in find_source_data([])] == ["it has other weights by now"]
+    assert [model_data.reason for model_data in find_source_data([])] == ["its weights have changed since"]
     (runs / "base").rename(runs / "moved")
     assert [model_data.reason for model_data in find_source_data([])] == ["there is no runs/base"]
     (unknown,) = source_training_data(replace(run.saved.config, from_=None), None, [])

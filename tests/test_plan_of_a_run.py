@@ -110,7 +110,7 @@ def test_ranks_of_torchrun_print_the_plan_once_and_train_nothing(
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "protlig_dd.training")
     process = run_python(*torchrun, "plan=true", "model=tiny", "optim.packs_per_step=2", f"data.path={store.path}")
     assert process.returncode == 0, process.stderr
-    assert process.stdout.count("GFLOP a token") == 1
+    assert process.stdout.count("GFLOP per token") == 1
     assert not (tmp_path / "runs").exists()
 
 
@@ -142,6 +142,6 @@ def test_the_command_prints_the_plan_and_trains_nothing(
 ) -> None:
     process = run_python("-m", "protlig_dd.training", "plan=true", "model=tiny", f"data.path={store.path}")
     assert process.returncode == 0, process.stderr
-    for word in ("parameters  1.6 M", "GFLOP a token", "activations", "KiB a token", "days on 1 x cpu", "TFLOP/s"):
+    for word in ("parameters  1.6 M", "GFLOP per token", "activations", "KiB per token", "days on 1 x cpu", "TFLOP/s"):
         assert word in process.stdout
     assert not (tmp_path / "runs").exists()

@@ -550,7 +550,7 @@ def test_runs_may_be_a_sweeps_folder_or_a_pattern(
         assert run_report(wanted, output) == 0, wanted
         printed = "".join(capsys.readouterr().out.split("\n"))
         assert printed.endswith(f".html: {', '.join(names)}"), printed
-        left_out = "runs/sweep/lr-0.3 is left out: it has no metrics.jsonl" in printed
+        left_out = "runs/sweep/lr-0.3 is skipped: it has no metrics.jsonl" in printed
         assert left_out == ("sweep" in wanted.split("/")[-1])
     for wanted, part in (
         ("runs=runs/sweep/x*", "runs=runs/sweep/x*: no folder matches this pattern"),

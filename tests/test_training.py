@@ -33,6 +33,7 @@ from protlig_dd.tokenizer import AMINO_ACIDS, ProteinTokenizer
 from protlig_dd.training.extend import changes_length_or_report, check_extension, finished_step, put_report_aside
 from protlig_dd.training.packs import subset
 from protlig_dd.training.report import print_report
+from scripts.disturbed_runs import truncate
 
 from .conftest import TRAINED, Command, Start, assert_one_line_error, composed, require_program, thorough, wait_for
 
@@ -186,6 +187,17 @@ def test_a_decayed_schedule_is_extended_only_with_resume_extend(
     else:
         check_extension(trained_run, config)
         assert changes_length_or_report(trained_run, config)
+
+
+@pytest.mark.parametrize("file", ["state.json", "config.yaml"])
+def test_a_damaged_checkpoint_is_not_read_before_its_checksums(trained_run: Path, tmp_path: Path, file: str) -> None:
+    """Resuming with the same config must reach the code that falls back to the checkpoint before it."""
+    run = tmp_path / "small"
+    shutil.copytree(trained_run, run)
+    (run / "report.json").unlink()
+    truncate(run / "checkpoints/step_00000040" / file)
+    check_extension(run, read_config(composed(*TRAINED), TrainConfig))
+    assert finished_step(run) is None
 
 
 def test_a_run_whose_length_was_increased_is_not_finished(trained_run: Path, tmp_path: Path) -> None:

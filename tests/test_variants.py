@@ -1013,7 +1013,8 @@ def test_the_reference_file_sets_how_assays_are_numbered(tmp_path: Path) -> None
         read_entry(0)
     (tmp_path / "dms/B.csv").write_text("mutant\nK1A\n")
     with pytest.raises(
-        ValueError, match=r"K1A has K at position 1 \(offset=0; raw_mut_offset=25 in .*reference.csv applies "
+        ValueError,
+        match=r"K1A has K at position 1 \(offset=0; raw_mut_offset=25 in .*reference.csv is for the raw file",
     ):
         read_entry(1)
     reference.write_text(f"{head}\nA,{WILD},first,\nB,{WILD},,25\n")

@@ -248,7 +248,7 @@ def find_checkpoint(path: Path) -> tuple[Path, list[str]]:
     if checkpoint is None:
         errors = f" ({'; '.join(skipped)})" if skipped else ""
         raise ValueError(
-            f"{path}: not a run folder with a complete checkpoint, a checkpoint or an exported model{errors}"
+            f"{path}: neither a checkpoint, an exported model nor a run folder with a complete checkpoint{errors}"
         )
     return checkpoint, skipped
 

@@ -146,11 +146,11 @@ def print_plan(config: TrainConfig, store: StoreGroup, device: torch.device, pre
             f"{per_token * costs['step_tokens'] / 1e12:,.2f} TFLOP",
         ],
         "run": [f"{costs['steps']:,} steps = {tokens / 1e9:,.3f} G tokens = {costs['epochs']:,.2f} epochs"],
-        "FLOPs": [f"{per_token / 1e9:,.3f} GFLOP a token", f"{per_token * tokens:.2e} in total"],
+        "FLOPs": [f"{per_token / 1e9:,.3f} GFLOP per token", f"{per_token * tokens:.2e} in total"],
         "memory": [
-            f"{sum(gib.values()):,.2f} GiB a process",
+            f"{sum(gib.values()):,.2f} GiB per process",
             f"{gib['state']:,.2f} for weights, gradients, averages and optimizer",
-            f"{gib['pack']:,.2f} for activations, {kept / 1024:,.0f} KiB a token{recomputed}",
+            f"{gib['pack']:,.2f} for activations, {kept / 1024:,.0f} KiB per token{recomputed}",
         ],
         "time": [
             f"{three_digits(hours)} hours = {three_digits(hours / 24)} days on {processes} x {device}",

@@ -50,8 +50,9 @@ def check_extension(path: Path, config: TrainConfig) -> None:
     ]
     level = config.optim.min_lr_ratio == 1 or (config.optim.schedule == "wsd" and config.optim.decay_share == 0)
     checkpoints = complete_checkpoints(path)
-    finished = bool(checkpoints) and schedule_finished(path, checkpoints[-1])
-    if longer and finished and not level and config.run.resume != "extend":
+    if not longer or not checkpoints or level or config.run.resume == "extend":
+        return  # without reading the newest checkpoint, which may be damaged: the resume falls back to an earlier one
+    if schedule_finished(path, checkpoints[-1]):
         changes = " and ".join(f"{key} was {before[key]}, now {now[key]}" for key in longer)
         raise ValueError(
             f"{path} has finished its schedule at step {step_of(checkpoints[-1])} ({changes}): its learning rate is "

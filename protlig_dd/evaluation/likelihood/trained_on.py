@@ -95,7 +95,7 @@ def find_source_model(config: TrainConfig, run: Path | None) -> tuple[SourceMode
                     return read_source_model(model), ""
             except ValueError as error:
                 return None, str(error)
-    return None, "it has other weights by now" if exists else f"there is no {config.from_}"
+    return None, "its weights have changed since" if exists else f"there is no {config.from_}"
 
 
 def read_source_model(model: Path) -> SourceModel:
@@ -143,7 +143,7 @@ def all_training_data(
     known_stores = train_stores + ([] if store is None else [store])
     own_stores = find_training_stores(known_stores, trained.saved.path, trained.saved.data_fingerprint)
     if own_stores is None and train_stores and label == "this model":
-        own = TrainingData(f"{label}, as train= says", StoreGroup(train_stores))
+        own = TrainingData(f"{label}, given by train=", StoreGroup(train_stores))
     else:
         hint = " (train=store.h5 names it)" if label == "this model" else ""
         own = TrainingData(label, own_stores, "" if own_stores else NO_STORE + hint)
