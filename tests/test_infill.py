@@ -293,8 +293,8 @@ def test_two_letters_in_a_contig_are_two_records(
         run_in_process(tmp_path, monkeypatch, trained_run, records, "contig=A1-2/2/C1-2")
     run_in_process(tmp_path, monkeypatch, trained_run, records, "contig=A5-8/2/A1-6/B1-2", "n=1", "free_draws=0")
     printed = " ".join(capsys.readouterr().out.split())
-    assert "contig: A1-6 comes after A5-8" in printed
-    assert "contig: A5-6 appears twice, in A1-6 and A5-8" in printed
+    assert "warning: the contig puts A1-6 after A5-8" in printed
+    assert "warning: the contig has A5-6 twice, in A1-6 and A5-8" in printed
     assert "nll_free" not in Path("out.fasta").read_text()
     assert {row["nll_free"] for row in read_csv(Path("out.csv"))} == {""}
 

@@ -134,10 +134,10 @@ def test_packs_of_version_2_do_not_depend_on_the_numpy_version(
     assert packs(2) == before[2]
     of_rows = PackDataset(store, store.split("train"), max_len=100, tokens_per_pack=2000, seed=1, version=1)
     of_rows.plan = PackDataset(store, store.split("train"), max_len=100, tokens_per_pack=2000, seed=1).plan
-    assert first_tokens(of_rows) != before[2]  # the same rows, other crops
+    assert first_tokens(of_rows) != before[2]  # version 1 crops otherwise, also with the plan of version 2
 
 
-def test_crops_at_the_start_are_not_random(store: SequenceStore) -> None:
+def test_crop_start_always_takes_the_first_residues(store: SequenceStore) -> None:
     dataset = PackDataset(store, store.split("train"), max_len=300, tokens_per_pack=2000, seed=1, crop="start")
     for pack in range(len(dataset)):
         batch = dataset[pack]
@@ -153,7 +153,7 @@ def test_a_crop_has_bos_or_eos_only_if_it_reaches_that_end() -> None:
 
 
 @given(st.integers(1, 40), st.integers(0, 40))
-def test_a_crop_never_has_more_tokens_than_are_counted_for_it(max_len: int, more: int) -> None:
+def test_the_clipped_number_of_tokens_is_that_of_the_largest_crop(max_len: int, more: int) -> None:
     residues = max_len + 1 + more
     starts = np.arange(residues - max_len + 1)
     first, last = crop_bounds(np.full(len(starts), residues), starts, max_len)

@@ -109,7 +109,7 @@ class TrainerConfig:
     epochs: Positive | None
     stop_at_step: AtLeast1 | None
     device: str
-    precision: str  # a resumed run compares the resolved value
+    precision: str  # a resumed run must resolve it to the same precision as before
     log_every: AtLeast1
     log_rows: bool
     eval_every: AtLeast0
@@ -157,7 +157,7 @@ class TrainConfig:
     parametrisation: str
     time_conditioning: Auto  # resolved to true or false in a run folder's config.yaml
     optim: OptimConfig
-    trainer: Annotated[TrainerConfig, MAY_CHANGE]  # max_steps and epochs set where the learning-rate schedule ends
+    trainer: Annotated[TrainerConfig, MAY_CHANGE]  # also max_steps and epochs, which move the schedule's end
     logger: Annotated[LoggerConfig, MAY_CHANGE]
     report: Annotated[ReportConfig, MAY_CHANGE]
     plan: Annotated[bool, MAY_CHANGE] = False
@@ -262,7 +262,7 @@ def check_train_config(config: TrainConfig) -> None:
         raise ValueError(f"from={config.from_} and run.resume={config.run.resume}: give only one of them")
     if config.from_ is None and config.from_sha256 is not None:
         raise ValueError("from_sha256 is the checksum of the weights that from= names, but from= is not given")
-    name = config.run.name  # checked here and not on the field, as earlier versions allowed other names
+    name = config.run.name  # not on the field: saved configs of earlier versions may have other names
     if name != Path(name).name or name in ("", ".", ".."):
         raise ValueError(f"run.name={name!r} must be a plain folder name")
     if any(character.isspace() for character in name):

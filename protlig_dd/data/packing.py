@@ -1,22 +1,22 @@
 """The plan of an epoch: which sequences are in which pack.
 
 A plan is a pure function of (seed, epoch). Processes share it as a file (see plan_cache.py). The method of its random
-choices has a version, which a run keeps (see draws.py).
+choices has a version number. A resumed run uses the version that it started with (see draws.py).
 
 An epoch shuffles the rows and fills packs in that order. A pack closes when the next sequence would exceed the token
 budget. With lengths 5, 6, 4, 1 in shuffled order and a budget of 12 tokens, the packs are [5, 6] and [4, 1].
 
 Every epoch has the same number of packs, floor(tokens / budget). Pack g of the whole run is therefore in epoch
-g // packs_per_epoch, and a run can start at any step at the cost of planning one epoch. Packs are never perfectly full,
-so an epoch's shuffle always yields at least that many packs. The sequences left over, which differ from epoch to epoch,
-are the epoch's tail.
+g // packs_per_epoch, and a run can start at any step at the cost of planning one epoch. No pack exceeds the budget, so
+every shuffle fills at least that many packs. The sequences left over, which differ from epoch to epoch, are the
+epoch's tail.
 
 Stores can be mixed with weights w_s, the relative fractions of tokens. An epoch is then one pass over the store that
 takes longest, the one with the largest (tokens of s) / w_s. Each other store is read in passes of its own, reshuffled
-for each pass, which continue from epoch to epoch. If q_s is the store's quota of tokens per epoch, epoch e takes the
-sequences whose first token is among tokens e q_s .. (e + 1) q_s - 1 of the store's endless stream. So a pass contains
-every sequence of a store exactly once. Over a run, the numbers of times that two sequences of a store are read differ
-by at most one, apart from the tails. Without weights, an epoch is one pass over every store.
+for each pass. Its passes, one after another, form an endless stream of tokens. If q_s is the store's quota of tokens
+per epoch, epoch e takes the sequences that begin at tokens e q_s .. (e + 1) q_s - 1 of that stream. Each sequence of
+the stream is thus in exactly one epoch. Apart from what tails leave out, no sequence of a store is read more than once
+more often than another. Without weights, an epoch is one pass over every store.
 """
 
 from collections.abc import Iterable, Sequence
@@ -26,7 +26,7 @@ import numpy as np
 
 from protlig_dd.data.draws import shuffled
 
-_SHUFFLE, _PASS = 1, 3  # first integers of the random keys, so that two purposes never share a stream
+_SHUFFLE, _PASS = 1, 3  # part of the random keys: two purposes never draw the same random numbers
 ROWS_AT_ONCE = 1 << 22
 
 
@@ -38,7 +38,7 @@ class Plan(NamedTuple):
 
 
 def clipped_tokens(residues: np.ndarray, max_len: int) -> np.ndarray:
-    """Return (n,) tokens of each sequence after cropping to max_len residues; the maximum, if it is cropped."""
+    """Return (n,) the number of tokens of each sequence; for one longer than max_len, that of its largest crop."""
     return np.where(residues <= max_len, residues + 2, max_len + 1)
 
 
@@ -67,8 +67,8 @@ def token_quotas(totals: Sequence[int], weights: Sequence[float] | None) -> list
 def packs_in_epoch(totals: Sequence[int], quotas: Sequence[int], tokens_per_pack: int, max_len: int) -> int:
     """Return the number of packs that every epoch is guaranteed to fill.
 
-    If an epoch is not exactly one pass over a store, the store's tokens may fall short of its quota by up to one
-    sequence, the one across the boundary between two epochs.
+    If a store's quota is not exactly one pass, an epoch may get fewer tokens of it than the quota: the sequence across
+    the boundary of two epochs belongs to the earlier one. The difference is at most one sequence.
     """
     cut = sum(quota != total for total, quota in zip(totals, quotas, strict=True))
     return (sum(quotas) - cut * (max_len + 2)) // tokens_per_pack
@@ -113,10 +113,11 @@ def pack_starts(token_blocks: Iterable[np.ndarray], tokens_per_pack: int) -> np.
     """Fill packs in the given order, and return their (n_packs + 1,) bounds.
 
     Args:
-        token_blocks: tokens of each sequence in order, in consecutive arrays; none exceeds tokens_per_pack.
+        token_blocks: number of tokens of each sequence, in order, split into arrays. No sequence exceeds
+            tokens_per_pack.
     """
     starts = [0]
-    rows_before = tokens_before = 0  # the current block
+    rows_before = tokens_before = 0  # rows and tokens of the blocks before the current one
     pack_start = 0  # tokens before the pack that is being filled
     for block in token_blocks:
         ends = tokens_before + np.cumsum(block, dtype=np.int64)

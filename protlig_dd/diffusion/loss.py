@@ -26,13 +26,14 @@ def score_entropy_loss(
     Args:
         batch: clean sequences x0.
         generator: source of all random draws, on the batch's device (on the CPU for MPS).
-        t_max: 1, except with a curriculum, whose loss is the part of the integral below its cap.
-        max_weight: cap on the weight (t_max - t_min) dsigma / (e^sigma - 1), which is that of a masked residue's
-            cross-entropy with the absorbing graph. With a cap the loss is no longer the bound.
+        t_max: the largest time; 1 unless a curriculum limits it. The loss is then the integral up to that time only.
+        max_weight: the largest allowed weight (t_max - t_min) dsigma / (e^sigma - 1). With the absorbing graph this is
+            the factor of a masked residue's cross-entropy. With a cap the loss is no longer the bound.
 
     Returns:
         loss_sum: nats, summed over the pack; differentiable.
-        n_residues: number of residues in the sum (context letters are not counted), on the batch's device.
+        n_residues: number of residues in the sum, on the batch's device. <bos>, <eos> and context letters such as X are
+            not counted.
     """
     graph, noise, x0 = score_fn.graph, score_fn.noise, batch.tokens
     t = stratified_times(len(batch.lengths), noise.t_min, generator, x0.device, t_max)

@@ -32,7 +32,7 @@ class Segment(NamedTuple):
     start: int | None = None
     """None: new residues."""
     letter: str | None = None
-    """The contig's letter of the input."""
+    """The letter by which the contig names the input protein; None: new residues."""
 
     @property
     def end(self) -> int | None:
@@ -49,11 +49,11 @@ class Design(NamedTuple):
     template: np.ndarray
     """(length,) ids, MASK at free positions."""
     number: int
-    """Keys the random draws of the design, together with the seed."""
+    """This number and the seed determine all random draws of the design."""
 
 
 def designs_of_positions(config: InfillConfig, records: Sequence[Protein]) -> list[Design]:
-    """Return n designs of each record, with the free positions of its `_`, free= or fixed=."""
+    """Return n designs of each record. Positions are free by `_` in the record, by free= or by fixed=."""
     designs = []
     for k, (record, ids) in enumerate(records):
         template = mask_free_positions(record, ids, fixed=config.fixed, free=config.free)
@@ -120,7 +120,7 @@ def read_records(path: Path) -> list[Protein]:
             raise ValueError(f"{record.name} appears twice; designs are named after their record")
         seen.add(record.id)
         free = np.array([letter == FREE for letter in record.sequence.removesuffix("*")], bool)
-        try:  # a legal letter at free positions: encode then checks only the others
+        try:  # a legal letter at free positions, so that encode can reject only other positions
             ids = encode(record.sequence.upper().replace(FREE, "A"), record.name)[1:-1]
         except ValueError as error:
             raise ValueError(f"{error}; `{FREE}` marks a free position") from error
@@ -129,7 +129,7 @@ def read_records(path: Path) -> list[Protein]:
 
 
 def mask_free_positions(record: FastaRecord, ids: np.ndarray, *, fixed: Any, free: Any) -> np.ndarray:
-    """Return the ids with MASK at free positions: those with `_`, and those that `free` lists or `fixed` does not.
+    """Return the ids with MASK at free positions: those with `_`, those in `free`, or all those not in `fixed`.
 
     Raises:
         ValueError: an invalid range, a range that ends after the sequence, or a fixed position that has `_`.
@@ -192,7 +192,7 @@ def draw_layout(contig: str, lengths: str | None, generator: np.random.Generator
         sizes = draw_sizes(ranges, low, high, generator)
     else:
         sizes = []
-        while sum(sizes) < low:  # at most half of the combinations have no new residue
+        while sum(sizes) < low:  # draw again without a new residue, which happens in at most half of the draws
             sizes = [int(generator.integers(a, b, endpoint=True)) for a, b in ranges]
     return [Segment(size, start, letter) for size, start, letter in zip(sizes, starts, letters, strict=True) if size]
 
@@ -260,8 +260,8 @@ def warn_about_layout(config: InfillConfig, trained: TrainedModel) -> None:
     """Warn if infilling is an approximation, or if a contig reorders or repeats residues of the input."""
     if not trained.graph.masks:
         announce(
-            "infilling is an approximation with this model's graph (docs/diffusion.md); nll_free is for the absorbing "
-            "graph only, so designs are not ranked",
+            "infilling is an approximation with this model's graph (docs/diffusion.md); designs are not ranked: "
+            "the likelihood of the free residues (nll_free) needs the absorbing graph",
             trained.processes,
         )
     if config.contig is None:
@@ -269,11 +269,13 @@ def warn_about_layout(config: InfillConfig, trained: TrainedModel) -> None:
     for letter, stretches in contig_stretches(config.contig).items():
         for (first, last), (start, end) in itertools.pairwise(stretches):
             if start <= first:
-                announce(f"contig: {letter}{start}-{end} comes after {letter}{first}-{last}", trained.processes)
+                announce(
+                    f"warning: the contig puts {letter}{start}-{end} after {letter}{first}-{last}", trained.processes
+                )
         for (first, last), (start, end) in itertools.combinations(sorted(stretches), 2):
             if start <= last:
                 shared = f"{letter}{start}-{min(last, end)}"
                 announce(
-                    f"contig: {shared} appears twice, in {letter}{first}-{last} and {letter}{start}-{end}",
+                    f"warning: the contig has {shared} twice, in {letter}{first}-{last} and {letter}{start}-{end}",
                     trained.processes,
                 )

@@ -18,7 +18,8 @@ from protlig_dd.model.positions.base import PositionEncoding
 class Block(nn.Module):
     """Pre-norm transformer block.
 
-    With time conditioning, adaLN computes the shifts and scales of its norms and its residual gates from sigma.
+    With time conditioning, a linear layer (adaLN) computes the shifts and scales of the block's two norms, and the
+    gates of its two residual connections, from the embedding of sigma.
     """
 
     mixer: Mixer

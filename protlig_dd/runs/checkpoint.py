@@ -1,4 +1,4 @@
-"""Checkpoints: safetensors and JSON, written so that a folder under its final name has all its files.
+"""Checkpoints: safetensors and JSON. A folder gets its final name when its files are on disk; complete.json follows.
 
     checkpoints/step_00001000/
         model.safetensors  ema.safetensors  optimizer.safetensors   tensors by parameter name
@@ -65,8 +65,8 @@ def save_checkpoint(
 ) -> Path:
     """Write the checkpoint of `step`, and delete complete checkpoints that are no longer kept.
 
-    The files are written to a temporary folder and synced. The folder is then renamed and marked complete, so that
-    a kill at any moment leaves the checkpoint either absent or complete.
+    The files are written to a temporary folder and synced. The folder is then renamed and, last, marked complete. A
+    folder that is not marked complete does not count as a checkpoint, so a kill does no harm at any moment.
 
     Args:
         keep_last, keep_every: the newest `keep_last` checkpoints are kept, and all at steps divisible by `keep_every`.
@@ -91,7 +91,7 @@ def save_checkpoint(
             with writing(final / name):
                 sums[name] = write_tensors(named, temporary / name, mode)
         sync_folder(temporary)
-        if final.exists():  # not marked complete, damaged, or from before the run went back to an earlier step
+        if final.exists():  # incomplete, damaged, or older: the run has since gone back to an earlier step
             _remove(final)
         temporary.replace(final)
     except BaseException:
@@ -114,7 +114,7 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path, mode: int) -> str:
     """Write and sync a safetensors file of tensors on the host; return its SHA-256.
 
     The bytes are hashed in memory, in the order of the file's header, while the system writes the file to the disk.
-    Nothing is read back, so a file that is damaged on its way to the disk has another checksum.
+    The tensors are not read back from the file: if it is damaged on its way to the disk, its checksum does not match.
 
     Args:
         mode: the file's permissions; safetensors creates files that only their owner can read, whatever the umask.
@@ -154,7 +154,9 @@ def best_checkpoint(run_folder: Path) -> tuple[int | None, float]:
 
 
 def put_aside_newer(run_folder: Path, checkpoint: Path) -> list[Path]:
-    """Rename the checkpoints after this one, which are damaged, so that they do not count among the newest to keep.
+    """Rename the checkpoints of later steps, so that `keep_last` does not count them.
+
+    `checkpoint` is the newest valid one, so all later ones are damaged.
 
     Returns: their new paths.
     """
@@ -257,7 +259,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """Return state.json of a complete checkpoint, after comparing all its files with their checksums.
 
     Raises:
-        ValueError: an incomplete checkpoint, a damaged or missing file, or another format version; names it.
+        ValueError: an incomplete checkpoint, a damaged or missing file, or another format version; the message names
+            the file or folder.
     """
     try:
         sums = json.loads((checkpoint / COMPLETE).read_text())

@@ -1,4 +1,7 @@
-"""Stop a run in time: signals of schedulers and Ctrl-C stop it at once, or after the training step in progress."""
+"""Stop a run on request: on Ctrl-C, on a scheduler's signal or at its time limit.
+
+During training the step in progress is finished first; otherwise the run stops at once.
+"""
 
 import contextlib
 import re
@@ -9,8 +12,9 @@ from collections.abc import Iterator
 from types import FrameType
 
 EXIT_CODES = {"SIGINT": 130, "SIGTERM": 75, "SIGHUP": 75, "SIGUSR1": 75, "SIGUSR2": 75, "max_time": 75}
-"""Exit code for each reason to stop. Of several reasons the first in this order counts, since a launcher that is
-interrupted twice sends SIGTERM after the SIGINT. 75 (EX_TEMPFAIL of sysexits.h): the same command resumes the run."""
+"""Exit code for each reason to stop. If there are several reasons, the first in this order counts. SIGINT is first,
+because a launcher that is interrupted twice also sends SIGTERM, and the run was still interrupted by a person.
+75 (EX_TEMPFAIL of sysexits.h): the same command resumes the run."""
 REASONS = tuple(EXIT_CODES)
 SIGNALS = {signal.Signals[reason] for reason in REASONS if reason.startswith("SIG")}
 STOPPED = "stopped.json"  # in the run folder: why the run stopped; deleted when it resumes
@@ -54,8 +58,8 @@ class StopRequests:
 
     Args:
         insist: whether a second Ctrl-C interrupts at once. False for a launcher's ranks, as a launcher repeats signals.
-        patience: seconds to wait for this process's own signal when something fails inside `immediate()`: another rank
-            may have received its signal earlier and exited.
+        patience: if another rank receives its signal first and exits, a call inside `immediate()` fails here. Wait this
+            many seconds before raising that error, so that this process's own signal can arrive and raise Stopped.
     """
 
     def __init__(self, *, insist: bool = True, patience: float = 0.0) -> None:
@@ -86,7 +90,7 @@ class StopRequests:
             raise Stopped(reason)
 
     def set_deadline(self, deadline: float | None) -> None:
-        """Request a stop for max_time at this time.monotonic(), or at once if it has passed; None requests none."""
+        """Stop for max_time when time.monotonic() reaches `deadline`, at once if it has passed; None: no time limit."""
         if deadline is not None and self._earlier:
             signal.setitimer(signal.ITIMER_REAL, max(1e-6, deadline - time.monotonic()))
 
@@ -104,7 +108,7 @@ class StopRequests:
 
     @contextlib.contextmanager
     def immediate(self) -> Iterator[None]:
-        """Inside `deferred()`, let signals raise again, beginning with one that was noted before."""
+        """For use inside `deferred()`: let signals raise Stopped again, and raise on entry if one was noted."""
         with self._switched(False):
             self._raise_noted()
             try:

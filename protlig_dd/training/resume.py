@@ -95,7 +95,7 @@ def open_run_folder(
     for aside in put_aside_newer(path, checkpoint) if checkpoint is not None else []:
         console.print(f"the damaged checkpoint is now {aside} and may be deleted")
     state = read_state(checkpoint) if checkpoint is not None else {}
-    plan_version(checkpoint, state)  # raises before anything is written
+    plan_version(checkpoint, state)  # called for its error: an unknown version must stop the run before it writes
     weights = starting_weights(config) if checkpoint is None and config.from_ is not None else None
     if state:
         check_not_beyond(checkpoint, state["step"], config, store)
@@ -141,10 +141,10 @@ def check_not_beyond(checkpoint: Path | None, step: int, config: TrainConfig, st
 
 
 def seconds_left(path: Path, earlier: dict[str, Any]) -> float | None:
-    """Return the seconds left of the time limit of the launch that opened the folder last.
+    """Return how many seconds the folder's last launch has left of its time limit; None if it has no limit.
 
-    They are measured by the clock that stamps the folder's files. It is mostly a file server's clock, and so the same
-    for every host.
+    They are measured by the clock that stamps the folder's files. On a shared file system this is the file server's
+    clock, which is the same for all hosts.
     """
     if earlier["seconds_left"] is None:
         return None
@@ -181,7 +181,7 @@ def is_continued(earlier: dict[str, Any], meeting: Meeting) -> bool:
 
 
 def shares_launcher(earlier: dict[str, Any], meeting: Meeting) -> bool:
-    """Whether a launcher process that started ranks of the earlier launch also started ranks of this one."""
+    """Whether any launcher process (torchrun agent) took part in both the earlier launch and this one."""
     return bool(set(earlier.get("agents", ())) & set(meeting.agents))
 
 
@@ -202,7 +202,9 @@ def check_same_data(checkpoint: Path, config: TrainConfig, resolved: Resolved) -
         raise ValueError(f"{checkpoint} was made with another config ({'; '.join(changed)})")
     found = read_state(checkpoint)["data_fingerprint"]
     if found != resolved.data_fingerprint:
-        raise ValueError(f"{checkpoint} was made with data_fingerprint {found}, now {resolved.data_fingerprint}")
+        raise ValueError(
+            f"{checkpoint} was made with other data: data_fingerprint was {found}, now {resolved.data_fingerprint}"
+        )
 
 
 def check_same_run(path: Path, config: TrainConfig, resolved: Resolved) -> dict[str, Any]:

@@ -50,12 +50,12 @@ def score_variants(
             - site_marginals: the same sum, with one site masked at a time and the wild type's residues elsewhere;
             - wildtype_marginals: the same sum, from the unmasked wild type (same paper);
             - ratio: sum over the changed sites of the wild type's log-scores at the schedule's smallest noise. For a
-              single substitution this is log p(y) / p(x) (arXiv 2310.16834, sec. 3.1);
+              single substitution this is log(p(variant) / p(wild type)) (arXiv 2310.16834, sec. 3.1);
             - bound: the bound on -log p of the wild type minus that of the variant, with the same noise for both.
               If the variant is d residues longer (d < 0: shorter), d times the wild type's bound per residue is
-              added. Without this term each extra residue would cost about 3 nats whatever it is, because the bound is
-              on log p given the length. The score is then the variant's length times the difference in nats per
-              residue.
+              added. The bound is on log p given the length, so each extra residue costs about 3 nats, and without this
+              term every longer variant would score lower. The score is then the variant's length times (the wild
+              type's bound per residue minus the variant's).
         max_len: the longest window that the model can score, in residues.
         draws, seed: for the bound; `draws` must be even and at least 4.
 
