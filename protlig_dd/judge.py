@@ -15,7 +15,7 @@ from protlig_dd.config.cli import run_verb
 from protlig_dd.config.read import read_config
 from protlig_dd.config.verbs import JudgeConfig
 from protlig_dd.data.mmseqs import find_mmseqs
-from protlig_dd.evaluation.inputs import read_sequences, subsample
+from protlig_dd.evaluation.inputs import is_store, read_sequences, subsample
 from protlig_dd.evaluation.samples.external import outside_judges
 from protlig_dd.evaluation.samples.relatives import find_train, relatives
 from protlig_dd.evaluation.samples.statistics import COLUMNS, Rows, cheap_judges, for_json, with_controls
@@ -36,9 +36,7 @@ def judge(cfg: DictConfig) -> None:
     ids, samples = read(config, config.samples)
     _, pool = read(config, config.natural)
     if len(pool) < 4:
-        raise ValueError(
-            f"{config.natural} has {len(pool)} sequences but needs at least 4, half of them as the reference"
-        )
+        raise ValueError(too_few_natural(config, len(pool)))
     others = dict(outside_judges(config))
     chosen = subsample(np.arange(len(samples)), len(pool) // 2, config.seed)
     if len(chosen) < len(samples):
@@ -88,6 +86,16 @@ def judge(cfg: DictConfig) -> None:
     write_folder(output, files)
     console.print(table)
     console.print(f"{output}: {', '.join(files)}")
+
+
+def too_few_natural(config: JudgeConfig, n: int) -> str:
+    """Return the message for a set of n natural proteins that cannot be halved into a reference and a sample."""
+    needed = f"has {n} sequences but needs at least 4, half of them as the reference"
+    if not is_store(Path(config.natural)):
+        return f"{config.natural} {needed}"
+    larger = "more sequences" if config.split == "train" else f"a larger split.{config.split}_fraction"
+    remedy = f"build the store with {larger}, or set split= to another split"
+    return f"the {config.split} split of {config.natural} {needed}; {remedy}"
 
 
 def read(config: JudgeConfig, path: str) -> tuple[list[str], list[np.ndarray]]:

@@ -366,6 +366,19 @@ def free_port() -> int:
         return int(unused.getsockname()[1])
 
 
+def node_of_two() -> list[str]:
+    """Return the arguments of Python for torchrun on one of two nodes, which meet on the loopback interface."""
+    return [
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=2",
+        "--nproc-per-node=1",
+        "--rdzv-backend=c10d",
+        "--rdzv-id=pair",
+        f"--rdzv-endpoint=127.0.0.1:{free_port()}",
+    ]
+
+
 def require_program(name: str) -> None:
     """Skip the test without a system program; fail it if PROTLIG_REQUIRE_SYSTEM=1."""
     require(shutil.which(name) is not None, f"{name} is not installed (scripts/setup.sh --system)")

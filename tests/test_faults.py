@@ -40,7 +40,7 @@ from .conftest import (
     Command,
     Start,
     assert_one_line_error,
-    free_port,
+    node_of_two,
     make_model,
     make_store,
     require,
@@ -349,16 +349,7 @@ def test_agents_that_receive_sigterm_one_after_the_other_both_stop(
 ) -> None:
     """A signal interrupts an evaluation, so the second rank loses its connection to the first before its own signal."""
     long = ("trainer.eval_every=4", "trainer.eval_draws=100000", "trainer.eval_max_sequences=8", "trainer.log_every=1")
-    agent = [
-        "-m",
-        "torch.distributed.run",
-        "--nnodes=2",
-        "--nproc-per-node=1",
-        "--rdzv-backend=c10d",
-        "--rdzv-id=pair",
-        f"--rdzv-endpoint=127.0.0.1:{free_port()}",
-        *TRAINING,
-    ]
+    agent = [*node_of_two(), *TRAINING]
     agents = [start(*agent, *overrides_for(store, "skew", *OFTEN, *long)) for _ in range(2)]
     run = tmp_path / "runs/skew"
     wait_for(lambda: (run / "metrics.jsonl").exists() and '"step": 4,' in (run / "metrics.jsonl").read_text())
@@ -616,16 +607,7 @@ def test_two_torchrun_agents_train_one_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Two nodes for torchrun, both on the loopback interface."""
-    agent = [
-        "-m",
-        "torch.distributed.run",
-        "--nnodes=2",
-        "--nproc-per-node=1",
-        "--rdzv-backend=c10d",
-        "--rdzv-id=pair",
-        f"--rdzv-endpoint=127.0.0.1:{free_port()}",
-        *TRAINING,
-    ]
+    agent = [*node_of_two(), *TRAINING]
     more = ("trainer.max_steps=6", "report.samples=5")
     arguments = overrides_for(store, "nodes", *more)
     monkeypatch.setenv("PYTHON_EXEC", str(warm.executable))

@@ -7,6 +7,7 @@ import math
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyhmmer
@@ -16,7 +17,7 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protlig_dd.data.fasta import read_fasta
+from protlig_dd.data.fasta import FastaRecord, read_fasta
 from protlig_dd.data.mmseqs import Hit
 from protlig_dd.data.prepare.bundled import SAMPLE_FOLDER
 from protlig_dd.data.store import SequenceStore
@@ -50,7 +51,7 @@ from protlig_dd.evaluation.samples.statistics import (
 from protlig_dd.evaluation.samples.verdicts import KINDS, Verdict, difference, verdict_on_lengths, verdicts
 from protlig_dd.tokenizer import ProteinTokenizer
 
-from .conftest import Command, assert_one_line_error, require_program
+from .conftest import Command, assert_one_line_error, make_store, require_program
 
 ENDINGS = ("", "_se", "_low", "_high")
 ESM_LETTERS = ["<cls>", "<pad>", "<eos>", "<unk>", *"LAGVSERTIDPKQNFYMHWCXBUZO.-", "<null_1>", "<mask>"]
@@ -331,6 +332,19 @@ def test_each_result_on_relatives_is_in_its_own_row(
     assert columns[near] == [1, 0, 0, 0]
 
 
+SMALL_ESM: dict[str, Any] = {
+    "vocab_size": 33,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "pad_token_id": 1,
+    "mask_token_id": 32,
+    "position_embedding_type": "rotary",
+    "token_dropout": True,
+}
+
+
 @pytest.fixture(scope="module")
 def esm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with ESM-2's architecture, tokenizer and masking, and few, random weights."""
@@ -339,15 +353,7 @@ def esm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     transformers.EsmTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
     torch.manual_seed(0)
     config = transformers.EsmConfig(
-        vocab_size=33,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        pad_token_id=1,
-        mask_token_id=32,
-        position_embedding_type="rotary",
-        token_dropout=True,
+        **SMALL_ESM,
         initializer_range=0.5,
     )
     transformers.EsmForMaskedLM(config).save_pretrained(folder)
@@ -398,15 +404,7 @@ def test_the_plddt_of_esmfold_is_the_mean_over_existing_atoms(tmp_path: Path) ->
         "structure_module": structure,
     }
     config = transformers.EsmConfig(
-        vocab_size=33,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        pad_token_id=1,
-        mask_token_id=32,
-        position_embedding_type="rotary",
-        token_dropout=True,
+        **SMALL_ESM,
         is_folding_model=True,
         vocab_list=ESM_LETTERS,
         esmfold_config={"trunk": trunk, "lddt_head_hid_dim": 8, "fp16_esm": False},
@@ -605,6 +603,18 @@ def test_an_invalid_input_is_a_one_line_error(
     process = run_python("-m", "protlig_dd.judge", *arguments, HF_HUB_OFFLINE="1")
     assert_one_line_error(process, message)
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_split_with_too_few_proteins_is_named(
+    proteins: list[FastaRecord], tmp_path: Path, run_python: Command
+) -> None:
+    (tmp_path / "two.fasta").write_text(">a\nACD\n>b\nACD\n")
+    make_store(tmp_path / "small.h5", proteins, train=5, held_out=2)
+    process = run_python("-m", "protlig_dd.judge", "samples=two.fasta", "natural=small.h5", "mmseqs=false")
+    message = (
+        "the test split of small.h5 has 2 sequences but needs at least 4, half of them as the reference; build the"
+    )
+    assert_one_line_error(process, f"{message} store with a larger split.test_fraction, or set split= to another split")
 
 
 def verdicts_of(samples: list[np.ndarray], pool: list[np.ndarray], requested: str | None = None) -> dict[str, Verdict]:

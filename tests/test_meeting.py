@@ -17,7 +17,7 @@ from protlig_dd.system.distributed import OtherRankError, Processes, in_one_line
 from protlig_dd.system.meeting import Meeting, loopback_address
 from protlig_dd.training.resume import is_continued, seconds_left
 
-from .conftest import Command, Start, assert_one_line_error, free_port
+from .conftest import Command, Start, assert_one_line_error, free_port, node_of_two
 from .test_training import overrides_for
 from .warm import Server
 
@@ -223,17 +223,7 @@ def test_agents_with_different_commands_exit_with_an_error_and_do_not_train(
     store: SequenceStore, tmp_path: Path, start: Start, warm: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHON_EXEC", str(warm.executable))
-    agent = [
-        "-m",
-        "torch.distributed.run",
-        "--nnodes=2",
-        "--nproc-per-node=1",
-        "--rdzv-backend=c10d",
-        "--rdzv-id=pair",
-        f"--rdzv-endpoint=127.0.0.1:{free_port()}",
-        "-m",
-        "protlig_dd.training",
-    ]
+    agent = [*node_of_two(), "-m", "protlig_dd.training"]
     agents = [start(*agent, *overrides_for(store, "pair", f"optim.lr={lr}")) for lr in (0.001, 0.002)]
     for process in agents:
         _, errors = process.communicate(timeout=120)
