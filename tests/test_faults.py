@@ -40,9 +40,9 @@ from .conftest import (
     Command,
     Start,
     assert_one_line_error,
-    node_of_two,
     make_model,
     make_store,
+    node_of_two,
     require,
     wait_for,
 )

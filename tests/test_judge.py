@@ -323,7 +323,7 @@ def test_each_result_on_relatives_is_in_its_own_row(
     assert [value for value, *_ in rows[near]] == [0.25, 0.25, 0.0]
     assert rows[hit][0] == pytest.approx(share([1.0, 1.0, 1.0, 0.0]), nan_ok=True)
     assert rows[identity][0][1] == pytest.approx(0.3 / math.sqrt(3))
-    assert cluster_share == "clusters at 50% identity, a protein"
+    assert cluster_share == "clusters at 50% identity, per protein"
     assert same_cluster == "with another of the set at >= 50% identity"
     assert (hit, near) == ("with a training protein at E <= 0.001", "with one at >= 50% identity over >= 80%")
     assert columns[same_cluster] == [1, 0, 1, 0]
@@ -484,7 +484,7 @@ def test_the_output_folder_reports_relatives_and_families(
     assert rows["with a training protein at E <= 0.001"]["shuffled"] == 0
     assert rows["identity to the best of those"]["samples"] == pytest.approx(1)
     assert rows["with one at >= 50% identity over >= 80%"]["samples"] == pytest.approx(0.4)
-    assert rows["clusters at 50% identity, a protein"]["samples"] == pytest.approx(0.9)
+    assert rows["clusters at 50% identity, per protein"]["samples"] == pytest.approx(0.9)
     assert rows["with another of the set at >= 50% identity"]["samples"] == pytest.approx(0.2)
     assert rows["with another of the set at >= 50% identity"]["shuffled"] == 0
     assert rows["with a hit to the HMMs"]["samples"] == pytest.approx(0.1)

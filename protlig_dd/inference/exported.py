@@ -69,7 +69,7 @@ def write_exported(
     """Write weights, description, vocabulary and model card to a new folder; the weights' checksum is added.
 
     Args:
-        description: if it has the checksum of other weights, its report and `card` describe those and are left out.
+        description: if its checksum is that of other weights, its report and `card` describe them and are left out.
         card: existing README.md of these weights; a new one is written if it is None.
     """
     folder.mkdir()
@@ -132,7 +132,7 @@ def model_card(description: Mapping[str, Any]) -> str:
         'model = ProteinDiffusion.from_pretrained("this folder, or owner/name on the Hugging Face Hub")',
         "```",
         "",
-        "or pass `from=FOLDER` to any protlig_dd command, such as sample or embed, or training to fine-tune it.",
+        "or pass `from=FOLDER` to a protlig_dd command, for example `sample`, `embed` or `training` (to fine-tune it).",
         "",
     ]
     return "\n".join(lines)
@@ -142,7 +142,7 @@ def report_lines(report: Mapping[str, Any] | None) -> list[str]:
     """Return the lines of a run's report in Markdown."""
     if report is None:
         return ["The run has no report of this step."]
-    # the report has null for standard errors that a single protein does not have
+    # a standard error that cannot be computed, as for a single protein, is null in the report and NaN in the card
     report = {key: float("nan") if value is None else value for key, value in report.items()}
     leaks: Mapping[str, Any] = report.get("in_training") or {}
     copied = []

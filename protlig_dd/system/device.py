@@ -25,7 +25,7 @@ PRECISIONS = ("auto", "bf16", "fp32")
 
 
 def resolve_device(name: str, local_rank: int = 0) -> torch.device:
-    """Return the named device. `auto` is this process's GPU if there is one, else the CPU; any other must exist.
+    """Return the named device. `auto` is this process's GPU if there is one, else the CPU.
 
     Args:
         name: auto | cpu | cuda | cuda:N | mps. `cuda` is the GPU of this local rank.
@@ -44,9 +44,8 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
             raise ValueError(f"device={name}, but CUDA is not available (torch {torch.__version__})")
         index = local_rank if device.index is None else device.index
         if index >= torch.cuda.device_count():
-            raise ValueError(
-                f"device={name}: GPU {index} does not exist; {torch.cuda.device_count()} GPUs are visible, from 0 on"
-            )
+            visible = torch.cuda.device_count()
+            raise ValueError(f"device={name}: GPU {index} does not exist; {visible} GPUs are visible, numbered from 0")
         return torch.device("cuda", index)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError(f"device={name}, but MPS is not available (torch {torch.__version__})")
@@ -72,7 +71,7 @@ def resolve_precision(name: str, device: torch.device) -> str:
 
 
 def resolve_compile(choice: bool | str, device: torch.device) -> bool:
-    """Whether to use torch.compile. `auto` means on CUDA, where torch includes Triton, unless something is missing.
+    """Whether to use torch.compile. `auto` uses it only on CUDA, and only if nothing that it needs is missing.
 
     Raises:
         ValueError: `choice` is true, but this machine lacks something that torch.compile needs.

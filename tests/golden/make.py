@@ -1,6 +1,8 @@
 """Record the results of seeded runs, so that a later version can be compared with this one bit by bit.
 
-    python -m tests.golden.make FOLDER      FOLDER is empty; then copy the paths printed at the end into tests/golden
+    python -m tests.golden.make FOLDER
+
+FOLDER must be empty. Afterwards copy the file and the folder whose paths are printed into tests/golden.
 
 All results come from the public commands, in float32 on one thread. `record.json` has the losses, weights, bounds,
 samples, designs, scores and embeddings of three small models. `files/` has a store, a run that was stopped half-way and
@@ -80,7 +82,10 @@ def machine() -> dict[str, str]:
 
 
 def write_proteins(folder: Path) -> None:
-    """Write the first short training proteins of the sample: all.fasta, proteins.fasta (20) and motif.fasta (one)."""
+    """Write all.fasta, proteins.fasta and motif.fasta with the first PROTEINS, 20 and 1 proteins of the sample.
+
+    They are training proteins of at most LONGEST residues.
+    """
     short = (record for record in read_fasta(SAMPLE) if len(record.sequence) <= LONGEST)
     records = list(itertools.islice(short, PROTEINS))
     text = [f">{record.id} {record.description}\n{record.sequence}\n" for record in records]

@@ -12,14 +12,15 @@ from protlig_dd.diffusion.score import Steer
 
 
 class Ancestral(Analytic):
-    """Keeps L (1 - e^-sigma) residues masked after each step, rounded, instead of that number on average.
+    """Leaves exactly L (1 - e^-sigma) residues masked after each step, rounded to an integer.
 
-    L is the number of residues that are masked at the start. Scores are normalised. For graphs with a mask.
+    L is the number of residues that are masked at the start. With `Analytic` this is only the average number. The
+    scores of the 20 amino acids are normalised before a residue is drawn. The graph must have a mask.
     """
 
     needs_masks = True
     masked_n: Float64[Tensor, " n"] | None = None
-    """Number of masked residues of each sequence at the start, after `project`."""
+    """Number of masked residues of each sequence at the start, counted in the first step."""
 
     def init(self, sigma: float) -> Int64[Tensor, " R"]:
         """Return masks for all residues."""

@@ -42,7 +42,7 @@ def relatives(
     Returns:
         The values of each sample by column name.
     """
-    clusters_row = f"clusters at {IDENTITY:.0%} identity, a protein"
+    clusters_row = f"clusters at {IDENTITY:.0%} identity, per protein"
     same_cluster_row = f"with another of the set at >= {IDENTITY:.0%} identity"
     hit_row, identity_row = f"with a training protein at E <= {E_VALUE}", "identity to the best of those"
     near_row = f"with one at >= {IDENTITY:.0%} identity over >= {COVERAGE:.0%}"

@@ -7,13 +7,16 @@ between shuffled and natural proteins. The verdict on the row is:
 - *as natural*: not worse, and the interval stays below the limit on each side that is bad for this row;
 - *cannot tell*: otherwise, because there are too few samples.
 
-A group is worse if any of its rows is worse, else as natural if any row is. The intervals of all rows of a group
-together hold with 95% (Bonferroni). Student's t has one degree of freedom less than there are samples.
+A group is worse if any of its rows is worse, else as natural if any row is. The intervals are widened (Bonferroni) so
+that all intervals of a group contain their true values with a probability of 95%. Student's t has one degree of
+freedom less than there are samples.
 
-Where shuffling changes nothing, the limit is another: at least 0.1 for fractions of proteins, and 0.2 for the
-Kolmogorov-Smirnov distance of lengths plus its uncertainty. The verdicts make two approximations: limits are taken as
-exact, and the fractions of different sequences and of clusters are treated as fractions of independent proteins. The
+Shuffling does not change every row, so two limits have another definition. For fractions of proteins the limit is at
+least 0.1. Lengths are as natural if their Kolmogorov-Smirnov distance plus its critical value is below 0.2. The
 composition has the limit 0, so it can be worse but never as natural.
+
+The verdicts make two approximations. Limits are treated as exact. The fractions of different sequences and of clusters
+are treated as fractions of independent proteins.
 """
 
 import math
@@ -54,11 +57,11 @@ class Kind(NamedTuple):
     if_less: str = ""
     """Advice if the value of the samples is higher than that of natural proteins, or lower."""
     k: int = 0
-    """Length of the k-mers, for a divergence, which is biased upwards if there are few of them."""
+    """For a divergence, the length of its k-mers; else 0. Divergences of few k-mers are biased upwards."""
     is_fraction: bool = False
     """Whether the value is a fraction of the proteins."""
     averaged_over: str = ""
-    """For a mean over part of the proteins: prefix of the row with the fraction of proteins in that part."""
+    """If the value is a mean over some of the proteins: prefix of the row that gives the fraction of these proteins."""
 
 
 KINDS = (
@@ -162,9 +165,9 @@ def too_few(n: int, needed: int) -> str:
 
 
 def samples_needed(row: Difference, n: int) -> int:
-    """Return how many samples would make the interval half as wide as the limit.
+    """Return the number of samples with which the interval would be as wide as the limit.
 
-    The result is at most 4 n, because the limit itself is uncertain.
+    The result is at least 1.5 n and at most 4 n, because the limit itself is uncertain.
     """
     half = (row.high - row.low) / 2
     times = (2 * half / row.limit) ** 2 if row.limit and math.isfinite(half) else 4.0
@@ -180,13 +183,13 @@ def verdict_on_lengths(distance: float, n: int, n_reference: int, lengths_not_ju
     critical = float(kstwobign.ppf(LEVEL)) * math.sqrt((n + n_reference) / (n * n_reference))
     if distance > critical:
         advice = (
-            "lengths=empirical, training proteins with lengths like the natural ones, or a larger data.max_len, which "
-            "limits the lengths of samples"
+            "lengths=empirical, or training on proteins as long as the natural ones, or a larger data.max_len, because "
+            "samples cannot be longer"
         )
         return Verdict("lengths", WORSE, f"worse; try {advice}")
     if distance + critical < LENGTH_LIMIT:
         return Verdict("lengths", NATURAL, NATURAL)
-    # n m / (n + m) at which the critical distance of n samples and m natural proteins is half of LENGTH_LIMIT
+    # the critical distance of n samples and m natural proteins is half of LENGTH_LIMIT if n m / (n + m) equals size
     size = (2 * critical / LENGTH_LIMIT) ** 2 * n * n_reference / (n + n_reference)
     return Verdict("lengths", UNKNOWN, too_few(n, math.ceil(2 * size)))  # n = m gives n = 2 size
 
@@ -198,7 +201,7 @@ def difference(kind: Kind, rows: Rows, name: str, level: float) -> Difference:
     n = round(rows["proteins"][0].value)
     samples, natural, shuffled = rows[name]
     more, limit = samples.value - natural.value, abs(shuffled.value - natural.value)
-    if kind.averaged_over:  # n of the set in which fewer proteins enter the mean
+    if kind.averaged_over:  # the mean is over fewer proteins: take their number in the set with fewer
         (fractions,) = (row for other, row in rows.items() if other.startswith(kind.averaged_over))
         n = round(n * min(fractions[0].value, fractions[1].value))
     times = float(t.ppf((1 + level) / 2, n - 1)) if n > 1 else math.nan
@@ -227,7 +230,8 @@ def fraction_interval(figure: Figure, n: int) -> tuple[float, float]:
 def why_lengths_are_not_judged(path: Path, samples: Sequence[np.ndarray]) -> str | None:
     """Return the reason why the lengths of samples say nothing about the model, or None.
 
-    They were requested, according to the FASTA headers that `sample` and `infill` write, or all lengths are equal.
+    The reason is that the user chose the lengths, which the FASTA headers of `sample` and `infill` record, or that all
+    lengths are equal.
     """
     headers = [] if is_store(path) else [f" {record.description} " for record in read_fasta(path)]
     requested = {match[1] if (match := re.search(r" (lengths=\S+) ", header)) else None for header in headers}
