@@ -75,7 +75,7 @@ def proteins() -> list[FastaRecord]:
 
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
-    """Return a function that fills a folder once and returns it. All test processes share it, so do not change it."""
+    """Return a function that fills a folder once and returns its path. Test processes share it: do not change it."""
     base = tmp_path_factory.getbasetemp()
     root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
@@ -93,7 +93,7 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
 
 @pytest.fixture(scope="session")
 def store(proteins: list[FastaRecord], made_once: MadeOnce) -> SequenceStore:
-    """A store of these proteins: 360 to train on, 20 for validation and 20 for testing."""
+    """A store of `proteins`: 360 to train on, 20 for validation and 20 for testing."""
 
     def fill(folder: Path) -> None:
         make_store(folder / "small.h5", proteins, train=360, held_out=20)
@@ -142,7 +142,10 @@ def trained_run(store: SequenceStore, python: Command, made_once: MadeOnce) -> P
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Return one per core, at most 4. With --all add one, as tests of schedulers and hanging ranks mostly wait."""
+    """Return the number of test processes: one per core, and one more with --all, but at most 4.
+
+    The additional process is useful because tests of schedulers and hanging ranks, which --all includes, mostly wait.
+    """
     requested = os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS")
     return (
         int(requested)
@@ -166,7 +169,7 @@ def graph_of(name: str, n: int) -> Graph:
 
 
 def exact_score_fn(toy: brute_force.Toy, parametrisation: str = "log_score") -> ScoreFn:
-    """Return a ScoreFn with the toy's exact scores, for sequences of its sites with or without <bos> and <eos>."""
+    """Return a ScoreFn with the toy's exact scores, for sequences of `toy.sites` residues, <bos> and <eos> optional."""
     graph = graph_of(toy.graph, toy.n)
     states = torch.cartesian_prod(*[torch.arange(toy.n + (toy.graph == "absorbing"))] * toy.sites).view(-1, toy.sites)
     # the states of a sequence are the digits of its row number in `states`
@@ -222,7 +225,7 @@ def train_config(*overrides: str) -> TrainConfig:
 
 
 def make_model(*, dropout: float = 0.0, seed: int = 0, **options: Any) -> DiT:
-    """Return a small DiT with random weights, in zero-initialised layers too, so that every path matters."""
+    """Return a small DiT. All weights are random, even those that are initially zero, so that every path matters."""
     torch.manual_seed(seed)
     timed = options.pop("time_conditioning", True)
     config = ModelConfig(**{**SMALL_MODEL, "dropout": dropout, **options})
@@ -242,7 +245,7 @@ SERVER = pytest.StashKey[Server]()
 
 def pytest_configure(config: pytest.Config) -> None:
     """Start the interpreter from which all test processes fork, and restore SIGHUP."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, in child processes too, but the tests send it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, processes inherit an ignored SIGHUP, but tests send it
     if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
         config.stash[SERVER] = start_server()
 
@@ -260,7 +263,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def libraries(request: pytest.FixtureRequest) -> Iterator[Server]:
-    """The interpreter that has imported the libraries. Its forks import the package like a new interpreter."""
+    """The interpreter that has imported the libraries. Its forks import the package as a new interpreter does."""
     shared = getattr(request.config, "workerinput", {}).get("server")
     server = Server(READ_BY_LIBRARIES, os.environ, shared) if shared else start_server()
     yield server
@@ -269,10 +272,10 @@ def libraries(request: pytest.FixtureRequest) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def warm(libraries: Server) -> Iterator[Server]:
-    """The interpreter that has imported the package too. Its forks run at once."""
+    """The interpreter that has imported the package too. Its forks do not import it again."""
     server = libraries.import_package(ROOT, os.environ)
     try:
-        server.connect().close()  # wait for it here, as its executable does not wait
+        server.connect().close()  # wait for its imports, as its executable does not
         yield server
     finally:
         server.close()
@@ -287,8 +290,8 @@ def python(warm: Server, libraries: Server) -> Command:
 
     A program (`-c`), or a module with `new=True`, imports the package itself and starts new interpreters. It runs in a
     fork of an interpreter that has imported only the libraries, or in a new interpreter if `environment` sets a
-    variable that libraries read at import. Use this for effects of the import, and for variables that the package
-    reads at import.
+    variable that libraries read at import. Use `-c` or `new=True` to test effects of the import, and variables that
+    the package reads at import.
     """
 
     def run(*arguments: str, cwd: Path, new: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -306,7 +309,7 @@ def python(warm: Server, libraries: Server) -> Command:
 
 @pytest.fixture
 def run_python(python: Command, tmp_path: Path) -> Command:
-    """Like `python`, in an empty folder unless `cwd` names another."""
+    """Like `python`, but `cwd` is the test's empty folder by default."""
 
     def run(*arguments: str, cwd: Path = tmp_path, **options: Any) -> subprocess.CompletedProcess[str]:
         return python(*arguments, cwd=cwd, **options)
@@ -316,7 +319,7 @@ def run_python(python: Command, tmp_path: Path) -> Command:
 
 @pytest.fixture
 def start(warm: Server, libraries: Server, tmp_path: Path) -> Iterator[Start]:
-    """Like `run_python`, but do not wait, and use a new session like a shell's job. Left-over processes are killed."""
+    """Like `run_python`, but do not wait. The process has a new session, and is killed if it outlives the test."""
     started: list[Process] = []
 
     def start_process(*arguments: str, new: bool = False, cwd: Path = tmp_path) -> Process:
@@ -342,6 +345,9 @@ def spawned_in_forks(warm: Server) -> Iterator[None]:
     multiprocessing.set_executable(sys.executable)
 
 
+RESUMES = "; the same command resumes the run, unless it sets run.fresh=true"  # end of the message of a stopped run
+
+
 def assert_one_line_error(process: subprocess.CompletedProcess[str], *parts: str) -> None:
     """Check for exit code 1 and one line on stderr that contains the parts."""
     assert process.returncode == 1, process.stdout + process.stderr
@@ -353,7 +359,7 @@ def assert_one_line_error(process: subprocess.CompletedProcess[str], *parts: str
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 300) -> None:
-    """Wait until the condition is true; fail after so many seconds."""
+    """Wait until the condition is true; fail after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -367,7 +373,7 @@ def free_port() -> int:
 
 
 def node_of_two() -> list[str]:
-    """Return the arguments of Python for torchrun on one of two nodes, which meet on the loopback interface."""
+    """Return Python's arguments that start torchrun on one of two nodes. They connect over the loopback interface."""
     return [
         "-m",
         "torch.distributed.run",
@@ -380,12 +386,12 @@ def node_of_two() -> list[str]:
 
 
 def require_program(name: str) -> None:
-    """Skip the test without a system program; fail it if PROTLIG_REQUIRE_SYSTEM=1."""
+    """If a system program is not installed, skip the test, or fail it with PROTLIG_REQUIRE_SYSTEM=1."""
     require(shutil.which(name) is not None, f"{name} is not installed (scripts/setup.sh --system)")
 
 
 def require(available: bool, message: str) -> None:
-    """Skip the test without the requirement; fail it if PROTLIG_REQUIRE_SYSTEM=1."""
+    """If a requirement is not available, skip the test, or fail it with PROTLIG_REQUIRE_SYSTEM=1."""
     if not available and os.environ.get("PROTLIG_REQUIRE_SYSTEM") == "1":
         pytest.fail(message)
     if not available:

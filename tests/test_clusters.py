@@ -1,4 +1,4 @@
-"""Runs under schedulers: a real Slurm on loopback, submitit's local executor, and PBS with scripts as its commands."""
+"""Runs under schedulers: a real Slurm on loopback, submitit's local executor, and PBS commands replaced by scripts."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ from protlig_dd.data.store import SequenceStore
 from protlig_dd.runs.checkpoint import complete_checkpoints
 from protlig_dd.runs.metrics import read_metrics
 
-from .conftest import ROOT, Command, Start, free_port, require, require_program, wait_for
+from .conftest import RESUMES, ROOT, Command, Start, free_port, require, require_program, wait_for
 from .test_training import assert_bit_identical, overrides_for, train
 from .warm import Server
 
@@ -31,7 +31,7 @@ LONG = (*LONG, "trainer.eval_max_sequences=4", "data.tokens_per_pack=400", "data
 
 @pytest.fixture(autouse=True)
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Turn off type checks, which take half of a process's start. Other tests run the same code with them."""
+    """Turn off type checks, which take half of the time to start a process. Other tests run the same code with them."""
     monkeypatch.setenv("PROTLIG_TYPECHECK", "0")
 
 
@@ -72,7 +72,7 @@ PartitionName=high Nodes=n1,n2 PriorityTier=10 PreemptMode=OFF
 
 @pytest.fixture
 def slurm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The folder of a Slurm with two nodes on this machine, and a partition that preempts the other."""
+    """The folder of a Slurm with two nodes on this machine. Jobs of the partition `high` preempt those of `low`."""
     require_program("slurmctld")
     require(os.geteuid() == 0, "starting Slurm needs root")
     folder = Path(tempfile.mkdtemp(prefix="slurm", dir="/tmp"))  # a socket's path must be short
@@ -122,7 +122,7 @@ def state_of(job: str) -> tuple[str, int]:
 def start_now(job: str) -> None:
     """Let Slurm start a queued job now instead of after two minutes.
 
-    Wait first: a node rejects a job that it ended in the same second, because slurmd considers its credential revoked.
+    Wait first: slurmd rejects a job that it ended in the same second, because it considers the credential revoked.
     """
     time.sleep(2)
     slurm_output("scontrol", "update", f"jobid={job}", "starttime=now")
@@ -133,7 +133,7 @@ def forks_in_jobs(warm: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Give Slurm jobs an environment whose python runs modules in forks."""
     monkeypatch.setenv("PROTLIG_VENV", str(warm.executable.parent))
     monkeypatch.setenv("PYTHON_EXEC", str(warm.executable))
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")  # only this Slurm knows the nodes' names
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")  # n1, the name from scontrol, does not resolve
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")  # both nodes are this machine
     (warm.executable.parent / "bin").mkdir(exist_ok=True)
     python = warm.executable.parent / "bin/python"
@@ -145,7 +145,7 @@ def forks_in_jobs(warm: Server, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_slurm_job_is_requeued_at_its_time_limit_and_when_preempted(
     slurm: Path, store: SequenceStore, tmp_path: Path, forks_in_jobs: None, run_python: Command
 ) -> None:
-    """A job on two nodes receives the signal that Slurm sends before the limit. Then another partition preempts it."""
+    """A job on two nodes receives the signal that Slurm sends before the limit. Then another job preempts it."""
     script = str(ROOT / "scripts/slurm/train.sbatch")
     small = ["--gpus-per-node=0", "--cpus-per-task=1", "--output=out"]
     overrides = overrides_for(store, "given", *LONG, "run.fresh=true")
@@ -214,7 +214,7 @@ def test_a_slurm_job_that_is_cancelled_or_fails_is_not_requeued(
 def test_a_slurm_job_whose_nodes_lost_contact_is_requeued(
     slurm: Path, store: SequenceStore, tmp_path: Path, forks_in_jobs: None
 ) -> None:
-    """A torchrun that loses the other nodes sends SIGTERM to its ranks itself, and exits with 1."""
+    """If torchrun loses the connection to the other nodes, it sends SIGTERM to its ranks, and exits with 1."""
     submit = ["sbatch", "--parsable", "--gpus-per-node=0", "--cpus-per-task=1", "--output=out"]
     job = subprocess.run(
         [*submit, str(ROOT / "scripts/slurm/train.sbatch"), "lost", *overrides_for(store, "given", *LONG)],
@@ -228,8 +228,8 @@ def test_a_slurm_job_whose_nodes_lost_contact_is_requeued(
     os.kill(int(first), signal.SIGTERM)
     wait_for((tmp_path / "runs/lost/stopped.json").is_file)
     time.sleep(1)
-    with contextlib.suppress(ProcessLookupError):  # it may have ended when it lost the other's store
-        os.kill(int(second), signal.SIGKILL)  # otherwise it waits five minutes for the other
+    with contextlib.suppress(ProcessLookupError):  # the second may have ended when it lost the first one's store
+        os.kill(int(second), signal.SIGKILL)  # otherwise it waits five minutes for the first
     wait_for(lambda: state_of(job) == ("PENDING", 1))
     assert (
         "the nodes lost contact and stopped with a checkpoint; the job is queued again"
@@ -268,7 +268,7 @@ def test_the_end_of_a_submitit_job_is_reported_in_one_line(
     assert missing.stderr.splitlines()[-1].startswith("error: none.h5: no such data file")
     late = run_python(*sweep, "trainer.max_time=0s")
     assert late.returncode == 75
-    assert late.stderr.splitlines()[-1] == "stopped by max_time after step 1 of 200"
+    assert late.stderr.splitlines()[-1] == f"stopped by max_time after step 1 of 200{RESUMES}"
     assert "Traceback" not in missing.stderr + late.stderr
 
 
@@ -324,7 +324,7 @@ def test_a_pbs_job_submits_itself_again_until_the_run_is_finished(
             ["bash", "my_train.pbs"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
         )
 
-    for seconds in (4, 8, 16, 32, 64, 128):  # until the machine completes a step in this time
+    for seconds in (4, 8, 16, 32, 64, 128):  # retry until a step is completed within the limit
         (tmp_path / "submitted").unlink(missing_ok=True)
         first = job(1_000_000, f"{seconds}s")
         assert first.returncode == 75, first.stderr

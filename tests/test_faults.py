@@ -1,4 +1,4 @@
-"""Runs that are stopped or disturbed: signals, time limits, lost processes, damaged checkpoints, other runs' ones."""
+"""Stopped and disturbed runs: signals, time limits, lost processes, damaged checkpoints, checkpoints of other runs."""
 
 import json
 import math
@@ -36,6 +36,7 @@ from scripts.disturbed_runs import Campaign, flip, ranks_of, truncate
 from scripts.fault_campaign import FAULTS
 
 from .conftest import (
+    RESUMES,
     ROOT,
     Command,
     Start,
@@ -56,7 +57,7 @@ def requested_reasons(stop: StopRequests) -> list[str]:
     return [reason for reason, requested in zip(REASONS, stop.requested(), strict=True) if requested]
 
 
-def test_a_signal_raises_at_once_unless_deferred() -> None:
+def test_a_signal_raises_immediately_unless_deferred() -> None:
     for name in ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):  # sent by schedulers and closed terminals
         with pytest.raises(Stopped) as raised, StopRequests():
             os.kill(os.getpid(), signal.Signals[name])
@@ -67,7 +68,7 @@ def test_a_signal_raises_at_once_unless_deferred() -> None:
         assert requested_reasons(stop) == ["SIGINT"]
         with pytest.raises(Stopped, match="SIGINT"), stop.immediate():
             pass
-        with pytest.raises(KeyboardInterrupt):  # a second Ctrl-C interrupts at once
+        with pytest.raises(KeyboardInterrupt):  # a second Ctrl-C interrupts immediately
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
@@ -78,7 +79,7 @@ def test_the_first_signal_counts_and_later_ones_are_ignored() -> None:
         try:
             os.kill(os.getpid(), signal.SIGTERM)
         finally:
-            for number in (signal.SIGTERM, signal.SIGUSR1):  # while a checkpoint may be written
+            for number in (signal.SIGTERM, signal.SIGUSR1):  # they may arrive while a checkpoint is written
                 os.kill(os.getpid(), number)
                 passed.append(number)
     assert passed == [signal.SIGTERM, signal.SIGUSR1]
@@ -94,7 +95,7 @@ def test_the_first_signal_counts_and_later_ones_are_ignored() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_a_connection_closed_by_a_stopped_rank_waits_for_a_signal_before_it_is_an_error() -> None:
+def test_a_closed_connection_is_an_error_only_if_no_signal_follows() -> None:
     later = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
     with pytest.raises(Stopped, match="SIGTERM"), StopRequests(patience=60.0) as stop, stop.deferred():
         later.start()
@@ -145,7 +146,7 @@ def test_a_file_system_without_locks_gives_one_warning_for_each_folder(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """NFS and Lustre may be mounted without locks. Tested for a run's folder, building a store, and an epoch's plan."""
+    """NFS and Lustre may be mounted without locks. The test locks a run's folder, builds a store and plans an epoch."""
 
     def fail(*arguments: object) -> None:
         raise OSError(number, os.strerror(number))
@@ -215,8 +216,8 @@ def stop_after_checkpoint(process: Process, run: Path, number: signal.Signals) -
 @pytest.mark.slow
 @pytest.mark.system
 def test_processes_on_one_machine_need_no_resolvable_host_name(store: SequenceStore, tmp_path: Path) -> None:
-    """Use an unknown host name in a UTS namespace. Only new interpreters run in it; forks keep their server's."""
-    require(may_mount(), "another host name needs root")
+    """Run with an unknown host name in a UTS namespace. A fork would keep the host name of its server."""
+    require(may_mount(), "setting another host name needs root")
     options = overrides_for(store, "nameless", "trainer.max_steps=2", "trainer.devices=2", "optim.packs_per_step=2")
     command = " ".join([sys.executable, *TRAINING, *options, "trainer.timeout=60"])
     process = subprocess.run(
@@ -256,7 +257,7 @@ def test_a_closed_terminal_stops_a_run_after_a_step(
     os.killpg(process.pid, signal.SIGHUP)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 75, errors
-    assert re.fullmatch(r"stopped by SIGHUP after step \d+ of 3000\n", errors)
+    assert re.fullmatch(rf"stopped by SIGHUP after step \d+ of 3000{RESUMES}\n", errors)
 
 
 TRAINING = ("-m", "protlig_dd.training")
@@ -267,7 +268,7 @@ OFTEN = ("trainer.checkpoint_every=4", "trainer.max_steps=3000")
 def test_under_torchrun_a_stop_is_not_a_failure_and_leaves_a_marker(
     store: SequenceStore, tmp_path: Path, start: Start
 ) -> None:
-    """torchrun would report any other exit code of a rank than 0 as a failure."""
+    """torchrun would report every nonzero exit code of a rank as a failure."""
     code, errors = stop_after_checkpoint(
         start(*torchrun(2, overrides_for(store, "under", *OFTEN))), tmp_path / "runs/under", signal.SIGTERM
     )
@@ -291,9 +292,10 @@ def test_an_interrupted_evaluation_is_repeated_when_the_run_resumes(
     wait_for(lambda: (run / "metrics.jsonl").exists() and '"step": 4,' in (run / "metrics.jsonl").read_text())
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
-    assert (process.returncode, errors) == (75, "stopped by SIGTERM after step 4 of 6\n")
+    assert (process.returncode, errors) == (75, f"stopped by SIGTERM after step 4 of 6{RESUMES}\n")
     assert not any("val_nll" in row for row in read_metrics(run / "metrics.jsonl").values())
-    other = train(run_python, store, "other", *evaluated, "run.resume=runs/broken")  # another run does not repeat it
+    # another run does not repeat the evaluation
+    other = train(run_python, store, "other", *evaluated, "run.resume=runs/broken")
     assert "step 4: validation" not in other
     out = train(run_python, store, "broken", *evaluated)
     assert out.index("step 4: validation") < out.index("training 5/6")
@@ -311,7 +313,7 @@ def test_an_interrupted_evaluation_is_repeated_when_the_run_resumes(
 def test_processes_that_do_not_stop_in_time_are_killed_with_an_error(
     store: SequenceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: Start
 ) -> None:
-    monkeypatch.setenv("PROTLIG_TYPECHECK", "0")  # the checks take a quarter of a new rank's start
+    monkeypatch.setenv("PROTLIG_TYPECHECK", "0")  # type checks take a quarter of the time to start a rank
     more = ("trainer.devices=2", "trainer.stop_within=2")
     process = start(*TRAINING, *overrides_for(store, "hung", *OFTEN, *more), new=True)
     wait_for(lambda: complete_checkpoints(tmp_path / "runs/hung"))
@@ -339,7 +341,7 @@ def test_a_run_that_lost_a_process_still_stops_on_sigterm(store: SequenceStore, 
     process.send_signal(signal.SIGTERM)
     out, errors = process.communicate(timeout=120)
     assert process.returncode == 75, errors
-    assert re.fullmatch(r"stopped by SIGTERM after step \d+ of 3000\n", errors)
+    assert re.fullmatch(rf"stopped by SIGTERM after step \d+ of 3000{RESUMES}\n", errors)
     assert "a process was lost: restarting all processes (restart 1 of 2)" in out
 
 
@@ -347,7 +349,7 @@ def test_a_run_that_lost_a_process_still_stops_on_sigterm(store: SequenceStore, 
 def test_agents_that_receive_sigterm_one_after_the_other_both_stop(
     store: SequenceStore, tmp_path: Path, start: Start
 ) -> None:
-    """A signal interrupts an evaluation, so the second rank loses its connection to the first before its own signal."""
+    """The first rank stops during an evaluation. The second rank loses the connection before it receives the signal."""
     long = ("trainer.eval_every=4", "trainer.eval_draws=100000", "trainer.eval_max_sequences=8", "trainer.log_every=1")
     agent = [*node_of_two(), *TRAINING]
     agents = [start(*agent, *overrides_for(store, "skew", *OFTEN, *long)) for _ in range(2)]
@@ -365,7 +367,7 @@ def test_agents_that_receive_sigterm_one_after_the_other_both_stop(
 def train_with_time_limit(
     run_python: Command, overrides: Sequence[str], until: Callable[[str], object]
 ) -> subprocess.CompletedProcess[str]:
-    """Train for 2 s, and again for twice as long until `until(stderr)` is true, as slow machines need longer."""
+    """Train with a time limit of 2 s. Double it until `until(stderr)` is true, because slow machines need longer."""
     for seconds in (2, 4, 8, 16, 32, 64, 128):
         process = run_python(*TRAINING, *overrides, f"trainer.max_time={seconds}s")
         assert process.returncode == 75, process.stderr
@@ -380,10 +382,10 @@ def test_the_time_limit_interrupts_evaluations_and_reports(
 ) -> None:
     endless = overrides_for(store, "long", "trainer.max_steps=4", "report.draws=1000000")
     evaluated = [*endless, "trainer.eval_every=2", "trainer.eval_draws=1000000"]
-    in_evaluation = "stopped by max_time after step 2 of 4\n"
+    in_evaluation = f"stopped by max_time after step 2 of 4{RESUMES}\n"
     process = train_with_time_limit(run_python, evaluated, lambda errors: errors == in_evaluation)
     assert process.stderr == in_evaluation
-    in_report = "stopped by max_time before training began or after it ended\n"
+    in_report = f"stopped by max_time before training began or after it ended{RESUMES}\n"
     run = tmp_path / "runs/long"
     last = run / "checkpoints/step_00000004"
     # without evaluations, but with the report
@@ -408,7 +410,7 @@ def test_a_time_limit_ends_a_run_with_a_checkpoint_and_exit_code_75(
     run_python: Command, store: SequenceStore, tmp_path: Path
 ) -> None:
     overrides = overrides_for(store, "limited", *OFTEN[1:], "trainer.checkpoint_every=2000")
-    message = re.compile(r"stopped by max_time after step \d+ of 3000\n")
+    message = re.compile(rf"stopped by max_time after step \d+ of 3000{RESUMES}\n")
     process = train_with_time_limit(run_python, overrides, message.fullmatch)
     assert message.fullmatch(process.stderr)
     (checkpoint,) = complete_checkpoints(tmp_path / "runs/limited")
@@ -429,7 +431,7 @@ def test_a_time_limit_ends_a_run_with_a_checkpoint_and_exit_code_75(
 def test_the_error_for_a_lost_loader_process_names_step_rank_and_sequences(
     store: SequenceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: Start
 ) -> None:
-    # torch raises the error wherever the process is; inside a type check it would be reported as a wrong type
+    # torch may raise this error at any moment; if a type check were running, it would report a wrong type instead
     monkeypatch.setenv("PROTLIG_TYPECHECK", "0")
     process = start(*TRAINING, *overrides_for(store, "loader", *OFTEN, "data.workers=1"), new=True)
     wait_for(lambda: complete_checkpoints(tmp_path / "runs/loader"))
@@ -457,7 +459,7 @@ def test_a_signal_to_the_process_group_does_not_stop_the_loaders(
     os.killpg(process.pid, signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 75, errors
-    assert re.fullmatch(r"stopped by SIGTERM after step \d+ of 3000\n", errors)
+    assert re.fullmatch(rf"stopped by SIGTERM after step \d+ of 3000{RESUMES}\n", errors)
 
 
 @pytest.mark.slow
@@ -505,7 +507,7 @@ def test_the_checkpoint_just_written_is_never_deleted(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_resume_never_rejects_an_existing_run_despite_restarts(
+def test_with_resume_set_to_never_an_existing_run_is_rejected_despite_restarts(
     run_python: Command, store: SequenceStore, tmp_path: Path
 ) -> None:
     train(run_python, store, "once", "trainer.max_steps=2")
@@ -516,7 +518,7 @@ def test_resume_never_rejects_an_existing_run_despite_restarts(
 
 
 @pytest.mark.slow
-def test_a_run_can_start_from_another_runs_checkpoint(
+def test_a_run_can_resume_from_another_runs_checkpoint(
     run_python: Command, store: SequenceStore, tmp_path: Path
 ) -> None:
     train(run_python, store, "whole", "trainer.max_steps=8", "trainer.checkpoint_every=4")
@@ -538,7 +540,7 @@ def test_a_run_can_start_from_another_runs_checkpoint(
 def test_any_number_of_processes_gives_the_same_run(run_python: Command, store: SequenceStore, tmp_path: Path) -> None:
     """With 4 packs per step, 1 process sums 4 backward passes, 2 processes sum 2 each, and 4 processes run 1 each."""
     more = ["trainer.max_steps=6", "optim.packs_per_step=4", "data.tokens_per_pack=400"]
-    more += ["trainer.precision=fp32"]  # in bf16 the order of sums changes gradients from the third digit on
+    more += ["trainer.precision=fp32"]  # in bf16 the order of sums changes the third digit of gradients
     for devices in (1, 2, 4):
         train(run_python, store, f"on{devices}", *more, f"trainer.devices={devices}")
     reference = read_metrics(tmp_path / "runs/on1/metrics.jsonl")
@@ -588,7 +590,7 @@ def test_a_bug_in_all_ranks_prints_one_traceback(run_python: Command, store: Seq
     broken = "import runpy\nimport protlig_dd.training.loop as loop\n"
     broken += "def metrics_rows(*_):\n    return {}['not there']\nloop.metrics_rows = metrics_rows\n"
     broken += "if __name__ == '__main__':\n    runpy.run_module('protlig_dd.training', run_name='__main__')\n"
-    (tmp_path / "broken.py").write_text(broken)  # each rank imports it too, because it is __main__
+    (tmp_path / "broken.py").write_text(broken)  # each rank imports this file too, because it is __main__
     overrides = overrides_for(store, "bug", "trainer.max_steps=5", "trainer.devices=2")
     process = run_python("-m", "broken", *overrides)
     assert process.returncode == 1
@@ -606,7 +608,7 @@ def test_two_torchrun_agents_train_one_run(
     warm: Server,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Two nodes for torchrun, both on the loopback interface."""
+    """torchrun runs two nodes, which connect over the loopback interface."""
     agent = [*node_of_two(), *TRAINING]
     more = ("trainer.max_steps=6", "report.samples=5")
     arguments = overrides_for(store, "nodes", *more)
@@ -629,7 +631,7 @@ def test_two_torchrun_agents_train_one_run(
 
 @pytest.mark.slow
 def test_evaluation_is_the_same_on_any_number_of_processes(store: SequenceStore, tmp_path: Path, start: Start) -> None:
-    """23 sequences, a prime number, so that the processes never have equal numbers of sequences."""
+    """23 is a prime number, so two or three processes never have equal numbers of sequences."""
     summaries = []
     for world_size in (1, 2, 3):
         command = ["-m", "tests.bound_on_rank", str(store.path), str(tmp_path / f"meeting{world_size}")]
@@ -644,7 +646,7 @@ def test_evaluation_is_the_same_on_any_number_of_processes(store: SequenceStore,
 
 @pytest.fixture
 def in_forks(start: Start) -> Callable[[list[str], Path], Process]:
-    """Start the campaign's runs in forks, but ranks that hang in new interpreters, as SIGSTOP does not reach a fork."""
+    """Start the campaign's runs in forks. Ranks that hang need new interpreters, as SIGSTOP does not reach a fork."""
 
     def start_in(arguments: list[str], folder: Path) -> Process:
         hangs = any(argument.startswith("trainer.timeout=") for argument in arguments)
@@ -662,7 +664,7 @@ TRIED = {"kill": 3, "kill-rank": 2, "terminate": 2, "damage": 2}  # trials of ea
 def test_the_short_fault_campaign_loses_nothing(
     fault: str, tmp_path: Path, in_forks: Callable[[list[str], Path], Process]
 ) -> None:
-    require(may_mount(), "a small disk needs root to mount it")
+    require(may_mount(), "mounting a small disk needs root")
     tally = FAULTS[fault](Campaign(tmp_path, short=True, seed=0, start_process=in_forks))
     assert tally.survived == tally.tried == TRIED.get(fault, 1), tally
 
@@ -670,7 +672,7 @@ def test_the_short_fault_campaign_loses_nothing(
 @pytest.mark.slow
 @pytest.mark.campaign
 def test_the_fault_campaign_runs_as_a_command(run_python: Command) -> None:
-    require(may_mount(), "a small disk needs root to mount it")
+    require(may_mount(), "mounting a small disk needs root")
     environment = {"PYTHONPATH": str(ROOT), "PROTLIG_TYPECHECK": "0"}
     process = run_python("-m", "scripts.fault_campaign", "--short", "read-only", new=True, **environment)
     assert process.returncode == 0, process.stdout + process.stderr

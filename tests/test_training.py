@@ -35,7 +35,17 @@ from protlig_dd.training.packs import subset
 from protlig_dd.training.report import print_report
 from scripts.disturbed_runs import truncate
 
-from .conftest import TRAINED, Command, Start, assert_one_line_error, composed, require_program, thorough, wait_for
+from .conftest import (
+    RESUMES,
+    TRAINED,
+    Command,
+    Start,
+    assert_one_line_error,
+    composed,
+    require_program,
+    thorough,
+    wait_for,
+)
 
 pytestmark = pytest.mark.slow  # each test starts processes that train
 
@@ -93,7 +103,7 @@ def read_rows(run_folder: Path) -> dict[int, list[int]]:
 def test_stop_and_resume_is_bit_identical_to_an_undisturbed_run(
     run_python: Command, store: SequenceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: Start
 ) -> None:
-    """A run of 16 steps; one of 8 + 8 steps; and one that is killed with SIGKILL and restarted."""
+    """Compare a run of 16 steps with a run of 8 + 8 steps, and with a run that is killed with SIGKILL and restarted."""
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # waiting threads do not keep the cores busy
     train(run_python, store, "whole", "trainer.max_steps=16")
@@ -191,7 +201,7 @@ def test_a_decayed_schedule_is_extended_only_with_resume_extend(
 
 @pytest.mark.parametrize("file", ["state.json", "config.yaml"])
 def test_a_damaged_checkpoint_is_not_read_before_its_checksums(trained_run: Path, tmp_path: Path, file: str) -> None:
-    """Resuming with the same config must reach the code that falls back to the checkpoint before it."""
+    """Resuming with the same config must reach the code that falls back to the previous checkpoint."""
     run = tmp_path / "small"
     shutil.copytree(trained_run, run)
     (run / "report.json").unlink()
@@ -201,7 +211,10 @@ def test_a_damaged_checkpoint_is_not_read_before_its_checksums(trained_run: Path
 
 
 def test_a_run_whose_length_was_increased_is_not_finished(trained_run: Path, tmp_path: Path) -> None:
-    """An earlier version could be killed after the increase, before its next checkpoint. Also a run with epochs."""
+    """Earlier versions wrote the new length to config.yaml and could be killed before their next checkpoint.
+
+    The second part of the test is a run with epochs.
+    """
     run = tmp_path / "small"
     shutil.copytree(trained_run, run)
     text = (run / "config.yaml").read_text()
@@ -248,7 +261,7 @@ def test_a_kill_while_a_report_is_moved_aside_leaves_a_complete_copy(trained_run
 
 
 def set_plan_version(run_folder: Path, version: int | None) -> None:
-    """Set plan_version in the newest checkpoint's state; None removes it, as checkpoints once had none."""
+    """Set plan_version in the newest checkpoint's state; None removes it, as in checkpoints of early versions."""
     checkpoint = complete_checkpoints(run_folder)[-1]
     file, sums = checkpoint / "state.json", json.loads((checkpoint / COMPLETE).read_text())
     state = {key: value for key, value in json.loads(file.read_text()).items() if key != "plan_version"}
@@ -289,6 +302,13 @@ def test_a_resumed_run_keeps_the_plan_version_of_its_checkpoint(
     assert (runs / "whole/environment.json").read_text() == before
 
 
+def test_a_run_of_many_epochs_prints_a_warning(store: SequenceStore, tmp_path: Path, run_python: Command) -> None:
+    out = train(run_python, store, "long", "trainer.max_steps=30000", "trainer.stop_at_step=2")
+    sequences = len(store.split("train"))
+    assert re.search(rf"warning: [\d,]+ epochs of only {sequences} training sequences; train on more", out)
+    assert "warning" not in train(run_python, store, "short", "trainer.max_steps=2")
+
+
 def test_ctrl_c_exits_with_130_and_the_run_can_be_resumed(
     store: SequenceStore, tmp_path: Path, run_python: Command, start: Start
 ) -> None:
@@ -296,9 +316,10 @@ def test_ctrl_c_exits_with_130_and_the_run_can_be_resumed(
     process = start("-m", "protlig_dd.training", *command, new=True)
     wait_for(lambda: complete_checkpoints(tmp_path / "runs/stopped"))
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert re.fullmatch(r"stopped by SIGINT after step \d+ of 3000", errors.strip().splitlines()[-1])
+    assert "\nSIGINT: finishing the step, then writing a checkpoint\n" in output
+    assert re.fullmatch(rf"stopped by SIGINT after step \d+ of 3000{RESUMES}", errors.strip().splitlines()[-1])
     reached = int(complete_checkpoints(tmp_path / "runs/stopped")[-1].name.split("_")[1])
     out = train(run_python, store, "stopped", f"trainer.max_steps={reached + 2}", "trainer.checkpoint_every=2")
     assert "resuming from" in out
@@ -356,7 +377,7 @@ def test_a_run_is_not_resumed_with_another_config_or_other_data(
     assert (tmp_path / "runs/same/config.yaml").read_text() == config
     older = config.replace(re.search(r"  stop_within: .*\n", config)[0], "")  # as an earlier version wrote it
     (tmp_path / "runs/same/config.yaml").write_text(older)
-    out = train(run_python, store, "same", *more, "trainer.stop_at_step=1")  # a step that the run has made already
+    out = train(run_python, store, "same", *more, "trainer.stop_at_step=1")  # a step that the run has already reached
     assert len(read_metrics(tmp_path / "runs/same/metrics.jsonl")) == 2, out
     never = run_python("-m", "protlig_dd.training", *overrides_for(store, "same", *more, "run.resume=never"))
     assert_one_line_error(never, "runs/same exists and run.resume=never")
@@ -459,7 +480,7 @@ def test_a_trained_model_beats_the_untrained_model_in_its_report(
     assert (tmp_path / "mkw.fasta").read_text().splitlines()[1::2] == ["MKW", "MKW"]
     evaluations = re.search(r"([\d.]+)% of the network's evaluations were skipped", process.stdout)
     assert evaluations is not None
-    assert 100 * (1 - 8 / 82) - 0.1 < float(evaluations[1]) < 100  # 2 proteins, 41 steps; each residue is unmasked once
+    assert 100 * (1 - 8 / 82) - 0.1 < float(evaluations[1]) < 100  # at most 2 x (1 + 3) of 2 x 41 are needed
     other = run_python("-m", "protlig_dd.sample", *steered[:1], "output=t.fasta", "log_bias=bias.csv", "lengths=5")
     assert_one_line_error(
         other, "bias.csv has 3 rows but protein 1 has 5 residues; the file needs one row per residue, so set lengths=3"
@@ -512,8 +533,10 @@ def test_other_graphs_parametrisations_and_noises_train_too(
 def test_the_classic_launch_flags_start_the_same_training(
     run_python: Command, store: SequenceStore, tmp_path: Path
 ) -> None:
-    """The classic launch line with overrides that shorten a step. With --all the network is large enough for the
-    warning that it is slow on a CPU. plan=true counts the parameters of the full size.
+    """Run the classic launch line with overrides that shorten a step.
+
+    With --all the network is so large that the command warns that it is slow on a CPU. The network of full size is not
+    trained: plan=true counts its parameters.
     """
     narrow = ["model.n_blocks=1", f"model.hidden_size={1024 if thorough() else 64}", "model.n_heads=2"]
     command = [
@@ -666,7 +689,7 @@ def test_the_report_agrees_with_values_recomputed_from_its_rows_and_samples(
 def test_a_compiled_run_has_the_losses_of_an_eager_one(
     run_python: Command, store: SequenceStore, tmp_path: Path
 ) -> None:
-    """Packs of many sizes, and an evaluation between them, compile once. Shape checks are off, as they interfere."""
+    """Packs of many sizes, and an evaluation between them, compile once. Shape checks interfere and are off."""
     require_program("g++")
     losses = []
     # a low learning rate: Muon amplifies the rounding of gradients, which are close to 0 in the first steps

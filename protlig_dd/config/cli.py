@@ -1,6 +1,6 @@
 """The command line that every verb shares: Hydra composes the config, and a failure is reported in one line.
 
-Exit codes: 0 done, 1 error, 75 stopped by a signal or a time limit (the same command continues), 130 interrupted.
+Exit codes: 0 done, 1 error, 75 stopped by a signal or a time limit (repeat the command to resume), 130 interrupted.
 HYDRA_FULL_ERROR=1 adds the traceback.
 """
 
@@ -45,7 +45,7 @@ def run_verb(verb: Callable[[DictConfig], None], config_name: str, schema: type,
 
     Args:
         schema: the config's dataclass; its keys are suggested for a misspelt key.
-        rank0_only: rank 0 does all the work, and the other processes of torchrun return at once.
+        rank0_only: rank 0 does all the work, and the other processes of torchrun return without doing anything.
     """
     tolerate_output_errors()
     show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -69,7 +69,7 @@ def run_verb(verb: Callable[[DictConfig], None], config_name: str, schema: type,
         if isinstance(cause, Stopped):
             for number in SIGNALS:  # schedulers repeat their signals; these must not change the exit code
                 signal.signal(number, signal.SIG_IGN)
-            # torchrun takes any other code for a failure; stopped.json in the run folder records the stop
+            # torchrun takes any code except 0 for a failure; stopped.json in the run folder records the stop
             code = 0 if processes.launch is not None else code
         else:
             if show_traceback:
@@ -113,8 +113,8 @@ def compose_and_run(task: "Task", config_name: str) -> None:
 
 
 def is_plain(arguments: argparse.Namespace) -> bool:
-    """Whether the command line has only overrides, a config name and an absolute config path, and sets no key of Hydra
-    but its search path.
+    """Whether the command line has nothing but overrides, a config name and an absolute config path, and sets no key of
+    Hydra except hydra.searchpath.
     """
     usual = {"overrides", "config_name", "run"}
     if Path(arguments.config_path or "").is_absolute():
@@ -175,12 +175,12 @@ def message_and_code(error: BaseException, schema: type) -> tuple[str, int]:
         message, code = error.args
         return message, code
     if isinstance(error, Stopped):
-        return str(error), error.exit_code
+        return f"{error}; the same command resumes the run, unless it sets run.fresh=true", error.exit_code
     return one_line(error, schema), 1
 
 
 def quoted(argument: str) -> str:
-    """Return an override with its value in quotes if Hydra's grammar rejects it as it is.
+    """Return an override, with its value in quotes if Hydra's grammar rejects it without quotes.
 
     File names such as größe.fasta, a=1.fasta and uniprot (1).fasta need the quotes.
     """

@@ -4,6 +4,7 @@ During training the step in progress is finished first; otherwise the run stops 
 """
 
 import contextlib
+import os
 import re
 import signal
 import threading
@@ -58,12 +59,13 @@ class StopRequests:
 
     Args:
         insist: whether a second Ctrl-C interrupts at once. False for a launcher's ranks, as a launcher repeats signals.
+        notice: printed with the first signal that is noted inside `deferred()`; None prints nothing.
         patience: if another rank receives its signal first and exits, a call inside `immediate()` fails here. Wait this
             many seconds before raising that error, so that this process's own signal can arrive and raise Stopped.
     """
 
-    def __init__(self, *, insist: bool = True, patience: float = 0.0) -> None:
-        self.insist, self.patience = insist, patience
+    def __init__(self, *, insist: bool = True, notice: str | None = None, patience: float = 0.0) -> None:
+        self.insist, self.notice, self.patience = insist, notice, patience
         self.noted: set[str] = set()
         self._deferring = False
 
@@ -86,8 +88,13 @@ class StopRequests:
             raise KeyboardInterrupt
         is_stopping = bool(self.noted)
         self.noted.add(reason)
-        if not self._deferring and not is_stopping:
+        if is_stopping:
+            return
+        if not self._deferring:
             raise Stopped(reason)
+        if self.notice is not None:
+            with contextlib.suppress(OSError):  # a closed terminal
+                os.write(1, f"\n{reason}: {self.notice}\n".encode())  # print() must not run inside itself
 
     def set_deadline(self, deadline: float | None) -> None:
         """Stop for max_time when time.monotonic() reaches `deadline`, at once if it has passed; None: no time limit."""

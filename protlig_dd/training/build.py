@@ -1,4 +1,4 @@
-"""A run from its config to its report."""
+"""Carry out a training run, from its config to its report."""
 
 import contextlib
 import math
@@ -35,6 +35,7 @@ from protlig_dd.training.resolve import resolve
 from protlig_dd.training.trainer import Trainer, make_model
 
 SLOW_ON_CPU = 10_000_000  # parameters
+MANY_EPOCHS = 100  # UniRef50 models train for a few
 
 
 def run(cfg: DictConfig) -> None:
@@ -43,8 +44,8 @@ def run(cfg: DictConfig) -> None:
     Raises:
         ValueError: before training, an error in the config, the machine or the data; during training, an error that
             ends the run, such as a non-finite loss.
-        RanksFailedError: a process that this function started failed.
-        Stopped: by a signal or trainer.max_time.
+        RanksFailedError: a process started by this function has failed.
+        Stopped: a signal or trainer.max_time stopped the run.
     """
     config = read_config(cfg, TrainConfig)
     path = run_path(config)
@@ -56,7 +57,7 @@ def run(cfg: DictConfig) -> None:
 
 
 def run_path(config: TrainConfig) -> Path:
-    """Return runs/<run.name>, or the job's folder in a sweep. It has no timestamp: the same command finds its run."""
+    """Return runs/<run.name>, or the job's folder in a sweep. The same command always gets the same folder."""
     hydra_config = HydraConfig.get()
     if hydra_config.mode == RunMode.MULTIRUN:
         return Path(hydra_config.runtime.output_dir)
@@ -128,7 +129,7 @@ def kept_in_checkpoints(trainer: Trainer, store: StoreGroup) -> dict[str, Any]:
 
 
 def prepare_kernels(model: DiT, packs: PackDataset, config: TrainConfig, context: RunContext) -> None:
-    """If the context says so, compile the network for training, and on a GPU capture it as CUDA graphs."""
+    """Compile the network if `context.compiled` is set; on a GPU, also pad the packs and capture CUDA graphs."""
     if not context.compiled:
         return
     on_gpu = context.device.type == "cuda"
@@ -151,7 +152,7 @@ def load_start(trainer: Trainer, context: RunContext) -> range:
     start, control, first = context.start, trainer.config.trainer, 0
     if start.checkpoint is not None:
         trainer.load(start.checkpoint, start.state)
-        # a checkpoint of another run is evaluated by that run
+        # a checkpoint of another run (run.resume=FOLDER) is not evaluated in this run
         trainer.evaluation_due &= control.eval_every > 0 and start.checkpoint.is_relative_to(context.folder)
         first = start.state["step"]
         if first > trainer.max_steps:
@@ -185,12 +186,18 @@ def print_summary(trainer: Trainer, steps: range, store: StoreGroup, context: Ru
     parameters = sum(parameter.numel() for parameter in model.parameters())
     kernels = ", compiled (the first steps take longer)" if context.compiled else ""
     kernels += ", CUDA graphs" if model.graphed else ""
+    epochs = max_steps * optim.packs_per_step / dataset.packs_per_epoch
     say(
         f"{context.folder}: {parameters / 1e6:.1f} M parameters on {device} in {context.precision}, attention "
         f"{context.attention_backend}{kernels}; {processes.world_size} process(es); {max_steps} steps of "
         f"{optim.packs_per_step} x {config.data.tokens_per_pack} tokens = "
-        f"{max_steps * optim.packs_per_step / dataset.packs_per_epoch:.2f} epochs"
+        f"{epochs:,.2f} epochs"
     )
+    if epochs > MANY_EPOCHS:
+        say(
+            f"warning: {epochs:,.0f} epochs of only {len(dataset.rows):,} training sequences; train on more sequences "
+            "(data.path), or set fewer steps (trainer.max_steps, or trainer.epochs with trainer.max_steps=null)"
+        )
     graph, sigma_max = trainer.objective.graph, float(trainer.objective.noise(torch.ones(1))[0])
     name = " ".join(str(config.graph[key]) for key in ("name", "matrix") if key in config.graph)
     say(

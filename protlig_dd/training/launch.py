@@ -50,10 +50,10 @@ from protlig_dd.training.cost import print_plan, with_available_data
 from protlig_dd.training.resume import is_continued, move_aside, open_run_folder, seconds_left, shares_launcher
 
 UNIREF50 = Path("data/uniref50.h5")
-PATIENCE = 10.0  # seconds within which a signal that was sent to all ranks has reached each of them
+PATIENCE = 10.0  # seconds that a signal sent to all ranks may take to reach each of them
 
 Deadline = float | None
-"""time.monotonic() at which to stop."""
+"""Value of time.monotonic() at which the run stops; None for no limit."""
 
 TrainRank = Callable[[TrainConfig, Path, Deadline], None]
 
@@ -61,13 +61,13 @@ TrainRank = Callable[[TrainConfig, Path, Deadline], None]
 def launch(train_rank: TrainRank, config: TrainConfig, path: Path) -> None:
     """Call `train_rank` with the config, the run folder and the deadline.
 
-    It is called in this process if torchrun started this one, or if one process is enough and restarts are off.
-    Otherwise it is called in processes that this function starts.
+    If torchrun started this process, or if one process is enough and restarts are off, the call is made here.
+    Otherwise this function starts processes, and the call is made in each of them.
 
     Raises:
-        ValueError: optim.packs_per_step is not divisible by the number of processes; what `train_rank` raises.
-        RanksFailedError: a process that this function started failed.
-        Stopped: by a signal or trainer.max_time.
+        ValueError: optim.packs_per_step is not divisible by the number of processes, or an error of `train_rank`.
+        RanksFailedError: a process started by this function has failed.
+        Stopped: a signal or trainer.max_time stopped the run.
     """
     seconds = None if config.trainer.max_time is None else seconds_of(config.trainer.max_time)
     deadline = None if seconds is None else time.monotonic() + seconds
@@ -90,7 +90,7 @@ def count_processes(config: TrainConfig) -> int:
     """Return the number of processes of the run.
 
     Raises:
-        ValueError: optim.packs_per_step is not divisible by it.
+        ValueError: optim.packs_per_step is not divisible by this number.
     """
     processes, control = processes_from_environment(), config.trainer
     devices = processes.world_size if processes.launch is not None else count_devices(control.devices, control.device)
@@ -118,7 +118,7 @@ def rank_entry(train_rank: TrainRank, config: TrainConfig, path: Path, deadline:
             train_rank(config, path, deadline)
         code = 0
     except Stopped:  # the run folder has a marker of the stop
-        # torch waits until the launcher has read the return value, which it never does after forwarding a signal
+        # torch waits until the launcher has read the return value; a launcher that forwarded a signal never reads it
         code = 0
         leave = threading.Timer(1, exit_without_cleanup, [code])
         leave.daemon = True
@@ -134,7 +134,7 @@ def opened_run(
     """Connect to the other processes of the run and open its folder.
 
     Yields the config as recorded in the folder, the data and the context of this process; or None, after a message, if
-    the run has already finished. A failure inside is logged in the run folder, and a stop writes its marker there.
+    the run has already finished. A failure inside the context is logged in the run folder; a stop writes stopped.json.
 
     Raises:
         ValueError: a problem with the machine, the data or the run folder, or a difference between the ranks.
@@ -143,7 +143,8 @@ def opened_run(
     resolved, device = resolve_machine(config, processes)
     with contextlib.ExitStack() as stack:
         patience = PATIENCE if processes.world_size > 1 else 0.0
-        stop = stack.enter_context(StopRequests(insist=processes.launch is None, patience=patience))
+        notice = "finishing the step, then writing a checkpoint" if processes.first else None
+        stop = stack.enter_context(StopRequests(insist=processes.launch is None, notice=notice, patience=patience))
         stack.callback(leave_group)
         store = open_data(config.data.path, processes)
         resolved = replace(resolved, data_path=store.name, data_fingerprint=store.fingerprint)
@@ -204,7 +205,7 @@ def opened_run(
 
 
 def resolve_machine(config: TrainConfig, processes: Processes) -> tuple[Resolved, torch.device]:
-    """Resolve the device, precision and kernels of this process. The fields about data are still empty.
+    """Resolve the device, precision and kernels of this process. The returned fields about data are still empty.
 
     Raises:
         ValueError: a device, precision or kernel that this machine does not have.
@@ -243,7 +244,7 @@ def config_and_time_left(
 
 
 def announce_finished(folder: RunFolder, processes: Processes) -> None:
-    """Print that the run has already finished, and write its page if a kill prevented that."""
+    """Print that the run has already finished, and write its page if a kill has prevented that."""
     if processes.first and not (folder.path / PAGE).is_file():
         write_run_page(folder.path)
     announce(
