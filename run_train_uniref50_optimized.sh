@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Full UniRef50 training on all GPUs of this machine, or in one process without a GPU. The same command resumes the run.
+# Train on UniRef50, on all GPUs of this machine, or in one process without a GPU. The same command resumes the run.
 # Exit code 75 means that the run was stopped before its end, with a checkpoint.
 #
 #   ./run_train_uniref50_optimized.sh

@@ -23,7 +23,7 @@ def _report_missing_package(kind: type[BaseException], error: BaseException, tra
 
 
 if sys.argv[:1] == ["-m"] and any(argument.startswith("protlig_dd.") for argument in sys.orig_argv):
-    sys.excepthook = _report_missing_package  # python -m protlig_dd.VERB runs its imports before its main
+    sys.excepthook = _report_missing_package  # set before a verb's imports, which run before its main()
 
 if os.environ.get("PROTLIG_TYPECHECK") == "1":
     # Installed here, before any submodule is imported, so that spawned ranks and commands are checked too.

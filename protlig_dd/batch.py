@@ -106,7 +106,7 @@ class PackedBatch:
         check_not_empty(lengths)
         if rows is not None and len(rows) != len(lengths):
             raise ValueError(f"{len(rows)} rows for {len(lengths)} sequences")
-        # numpy: its repeat takes a fifth of the time of torch's repeat_interleave
+        # numpy's repeat takes a fifth of the time of torch's repeat_interleave
         length_n = np.array(lengths, np.int64)
         bounds = np.append(0, length_n.cumsum())
         geometry = {
@@ -203,7 +203,8 @@ class PackedBatch:
             counts: how many to choose in each sequence, at most the number of its candidates.
             u: independent uniform draws on [0, 1).
         """
-        # sort by sequence, then candidates before others, then u: a token's position in its sequence is its random rank
+        # Sort by sequence, within it candidates before other tokens, and candidates by u. A token's random rank is then
+        # its new position within its sequence.
         device = u.device
         segment = self.segment_ids.to(device)
         key = 2 * segment + torch.where(candidates.to(device), u, 1.5)

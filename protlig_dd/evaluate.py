@@ -46,7 +46,7 @@ def evaluate(cfg: DictConfig) -> None:
     sequences = [window(tokens, 0, max_len) for tokens in sequences]
     if n_cropped:
         models = "this model was" if compared is None else "both models were"
-        message = f"{n_cropped} proteins are longer than the {max_len} residues that {models} trained on"
+        message = f"{n_cropped} proteins have more than {max_len} residues, the most that {models} trained on"
         announce(f"{message}: only their first {max_len} are scored", trained.processes)
     scored = score(trained, sequences, config, baselines)
     if compared is not None:
@@ -54,7 +54,7 @@ def evaluate(cfg: DictConfig) -> None:
         for protein, other_protein in zip(scored, other_scored, strict=True):
             protein.nats["compared"] = other_protein.nats["bound"]
     if not trained.processes.first:
-        return  # rank 0 alone searches and writes, and the other ranks need not wait for it
+        return  # rank 0 alone searches and writes; the other ranks need not wait for rank 0
     sources = all_training_data(config.train, store, trained)
     if compared is not None:
         sources += all_training_data(config.train, store, compared, label="the model compared with")

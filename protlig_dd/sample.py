@@ -12,7 +12,7 @@ from protlig_dd.config.read import read_config
 from protlig_dd.config.verbs import SampleConfig
 from protlig_dd.diffusion.sampling import check_sampler
 from protlig_dd.inference.generate import describe_designs, options_of, sample_designs
-from protlig_dd.inference.lengths import choose_lengths
+from protlig_dd.inference.lengths import choose_lengths, longest_of
 from protlig_dd.inference.model import load_trained
 from protlig_dd.inference.steering import read_log_bias
 from protlig_dd.system.files import check_free, write_new
@@ -28,7 +28,7 @@ def sample_proteins(cfg: DictConfig) -> None:
     lengths = choose_lengths(config.lengths, config.n, config.seed, trained.lengths)
     if config.lengths == "empirical" and trained.lengths is not None:
         announce(f"lengths are drawn from {trained.lengths.description}", trained.processes)
-    trained.check_length(max(lengths), f"lengths={config.lengths}: the longest protein")
+    trained.check_length(longest_of(config.lengths, lengths), f"lengths={config.lengths}: the longest protein")
     samples = sample_designs(trained, config, lengths=lengths, log_bias=read_log_bias(config.log_bias, lengths))
     names = [f"{trained.run}_{i}" for i in range(1, config.n + 1)]
     note = "" if config.lengths == "empirical" else f" lengths={config.lengths}"

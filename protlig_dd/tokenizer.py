@@ -23,7 +23,7 @@ _DECODE = np.frombuffer(LETTERS.encode(), dtype=np.uint8)
 
 
 class ProteinTokenizer:
-    """Convert proteins to token ids and back, without loss for the 26 upper-case IUPAC letters.
+    """Convert proteins to token ids and back. The 26 upper-case IUPAC letters come back unchanged.
 
     A trailing `*` (stop) is dropped.
     """
@@ -38,11 +38,11 @@ class ProteinTokenizer:
             name: the protein's name in error messages.
 
         Returns:
-            uint8 array of len(sequence) + 2 ids.
+            uint8 array of residues + 2 ids.
 
         Raises:
-            ValueError: an empty sequence or any other character; names the protein, the 1-based position and the
-                character.
+            ValueError: an empty sequence, or a character that is not one of these letters. The message names the
+                protein, the 1-based position and the character.
         """
         residues = sequence.removesuffix("*")
         if not residues:

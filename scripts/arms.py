@@ -1,4 +1,6 @@
-"""Train the arms of an experiment and compare their validation bounds at equal residues seen. Each arm is a run.
+"""Train the arms of an experiment and compare their validation bounds after the same number of training tokens.
+
+An arm is a set of config overrides. Each arm is trained once for each size and seed.
 
     python -m scripts.arms screen --data data/swissprot.h5        every arm, short runs, one seed
     python -m scripts.arms finalists --data data/swissprot.h5     the best and the baseline, 4 times as long, two seeds

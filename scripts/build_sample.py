@@ -31,13 +31,13 @@ from statistics import mean, median
 DEBIAN_INPUT = Path("/usr/share/doc/mmseqs2/example-data/DB.fasta.gz")
 LETTERS = set("ACDEFGHIKLMNPQRSTVWYXBZJUO")
 CHECKS = (("validation", "train"), ("test", "train"), ("test", "validation"))  # hits are dropped from the first
-HELD_OUT, LARGEST = 0.05, 0.01  # fractions of all sequences: each held-out split, a component in one
+HELD_OUT, LARGEST = 0.05, 0.01  # fractions of all sequences: a held-out split, the largest component in it
 CLUSTER = ["--min-seq-id", "0.5", "-c", "0.8", "--cov-mode", "1"]
 SEARCH = ["-s", "7.5", "-e", "1e-3", "--alignment-mode", "3"]  # mode 3 computes identities exactly
 
 
 def read_fasta(path: Path) -> list[tuple[str, str]]:
-    """Return (header, sequence) of each record; exit with a message that names the record if one is invalid."""
+    """Return (header, sequence) of each record; if a record is invalid, exit with a message that names it."""
     try:
         with gzip.open(path, "rt", encoding="ascii") as lines:
             before, *blocks = f"\n{lines.read()}".split("\n>")
@@ -162,11 +162,11 @@ def main() -> None:
     tables = "\n".join([*table, "", *checks])
     facts = f"""{tables}
 
-Clustering kept {len(kept):,} of {len(records):,} proteins. They form {len(sizes):,} components;
-{sum(size > limit for size in sizes)} have more than {limit} sequences, the largest {sizes[-1]:,}.
+Clustering kept {len(kept):,} of {len(records):,} proteins. They form {len(sizes):,} components (step 2 below);
+{sum(size > limit for size in sizes)} have more than {limit} sequences, and the largest has {sizes[-1]:,}.
 
 Clustering alone would leak: of {len(out)} representatives held out at random, {any_hit} have a hit among
-the others, and {close} have one with at least 50% identity over the aligned region."""
+the others, and {close} have a hit with at least 50% identity over the aligned region."""
     debian = subprocess.getoutput("dpkg-query -Wf '${Version}' mmseqs2-examples 2>/dev/null || echo ?")
     readme = f"""# Protein sample
 

@@ -38,7 +38,7 @@ from tests.conftest import exact_score_fn
 from tests.test_sampling import NOISES, SAMPLERS, frequencies
 
 SITES, STATES = 2, 3
-# The demo, with time conditioning for the graphs that need it.
+# Overrides of experiment=demo. Graphs other than absorbing need time conditioning.
 RUNS = {
     "absorbing": [],
     "uniform": ["graph=uniform", "time_conditioning=true"],

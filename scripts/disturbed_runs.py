@@ -45,7 +45,7 @@ RANKS = {1: (), 2: TWO}
 
 @dataclass
 class Tally:
-    """Number of trials of a fault, and of those that the run survived without loss."""
+    """Number of trials of a fault, and number of trials that the run survived without loss."""
 
     fault: str
     tried: int = 0
@@ -82,10 +82,10 @@ def start_python(arguments: list[str], folder: Path) -> Process:
 
 
 class Campaign:
-    """Runs on the bundled proteins in `folder`, of 120 steps, or 20 for a short campaign.
+    """Runs in `folder` on the bundled proteins. A run has 120 steps, or 20 in a short campaign.
 
     Args:
-        seed: for the random moments of the faults.
+        seed: seed of the random moments of the faults.
         start_process: starts `python ARGUMENTS` in a folder.
     """
 
@@ -156,7 +156,7 @@ class Campaign:
         """Yield `times` names of runs to disturb.
 
         A run is disturbed repeatedly until it is finished, but at most 8 times, then compared with the undisturbed run.
-        All its disturbances count as survived if the two are identical.
+        All its disturbances count as survived if it ended identical to the undisturbed run.
         """
         number = waiting = 0
         with ProgressBar(tally.fault, times) as bar:

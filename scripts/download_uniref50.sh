@@ -7,7 +7,7 @@
 # uniref50.fasta.gz.release, next to the file, records the release's number, size, MD5 and address. A partial download
 # of another release, a wrong size or a wrong MD5 is an error; nothing is deleted.
 #
-# UNIREF_URL sets another folder of UniProt (a mirror, or that of UniRef90 with UNIREF_NAME=uniref90.fasta.gz).
+# UNIREF_URL sets another folder: a mirror, or UniProt's folder of UniRef90 with UNIREF_NAME=uniref90.fasta.gz.
 # UNIREF_WAIT sets the seconds between attempts (default 5).
 set -euo pipefail
 case " $* " in *" -h "* | *" --help "*) sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;; esac
@@ -47,7 +47,7 @@ same_release() { # FILE: fail unless the downloaded FILE is of this release
     local had
     had=$(cat "$1.release" 2> /dev/null) || fail "$1 exists, but $1.release does not; move $1 aside and start again"
     [ "$(head -n 3 <<< "$had")" = "$(head -n 3 <<< "$release")" ] ||
-        fail "$1 is of release $(sed -n 's/^release=//p' <<< "$had"), the server has release $number; move it aside to download that"
+        fail "$1 is of release $(sed -n 's/^release=//p' <<< "$had"), the server has release $number; move it aside to download release $number"
 }
 bytes() { [ -e "$1" ] && wc -c < "$1" | tr -d ' ' || echo 0; }
 

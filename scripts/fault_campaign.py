@@ -38,7 +38,7 @@ from scripts.disturbed_runs import (
 
 
 def kill_trainer(campaign: Campaign) -> Tally:
-    """SIGKILL at random moments; every third one while a checkpoint is being written."""
+    """SIGKILL at random moments, and every third time while a checkpoint is being written."""
     tally = Tally("SIGKILL of the trainer")
     writing, took = 0, campaign.seconds[campaign.undisturbed(1)]
     for name in campaign.disturbances(campaign.kills, "kill", tally):
@@ -113,7 +113,7 @@ def stop_rank(campaign: Campaign) -> Tally:
 
 
 def damage(campaign: Campaign) -> Tally:
-    """Each file of the newest checkpoint truncated, with a flipped bit, or deleted."""
+    """Damage the newest checkpoint: truncate a file, flip a bit in it, or delete it."""
     tally = Tally("newest checkpoint damaged: each file truncated, with a flipped bit, or deleted")
     tally.notes = "resumes from the previous checkpoint and prints the damage"
     campaign.finish("stopped", f"trainer.stop_at_step={campaign.steps // 2}")
@@ -167,7 +167,7 @@ def two_runs(campaign: Campaign) -> Tally:
     )
     first = campaign.start("shared")
     campaign.wait_for_checkpoint("shared", first)
-    first.send_signal(signal.SIGSTOP)  # so that it does not finish before the second has started
+    first.send_signal(signal.SIGSTOP)  # so that it does not finish before the second run has started
     code, _, errors = campaign.attempt("shared")
     first.send_signal(signal.SIGCONT)
     first.communicate(timeout=600)

@@ -51,7 +51,7 @@ class Trials:
 
     Args:
         folder: for the runs, shared by the hosts.
-        start_here: starts `python ARGUMENTS` outside the hosts, for the single-process run to compare with.
+        start_here: starts `python ARGUMENTS` outside the hosts, for the run in one process that trials are compared to.
     """
 
     def __init__(self, folder: Path, hosts: Sequence[Host], start_here: Callable[[list[str], Path], Process]) -> None:

@@ -27,7 +27,7 @@ def read_set(embeddings: Path, fasta: Path, pattern: str) -> tuple[dict[str, np.
     """Return features {name: (n, d)} and labels (n,) of the proteins of a FASTA file.
 
     Raises:
-        ValueError: the embeddings are of other proteins, or per residue; or all labels are equal.
+        ValueError: the embeddings are of other proteins or per residue; the pattern is invalid; all labels are equal.
     """
     records = list(read_fasta(fasta))
     with h5py.File(embeddings) as file:

@@ -90,10 +90,10 @@ def read_mutations(path: Path) -> list[Mutation]:
 
 
 def check(mutations: Sequence[Mutation], results: Path, jobs: int) -> dict[Mutation, str]:
-    """Return the first failing test of each mutation, or SURVIVED, and append each to `results` once it is known.
+    """Return the first failing test of each mutation, or SURVIVED. Append each verdict to `results` once it is known.
 
     Raises:
-        ValueError: a damaged file of results; or, at the end, mutations that could not be tested.
+        ValueError: the file of results is damaged; or some mutations could not be tested, raised after all others are.
     """
     state = digest_of_checkout()
     keys = {mutation: hashlib.sha256(f"{state}{asdict(mutation)}".encode()).hexdigest() for mutation in mutations}
@@ -104,7 +104,7 @@ def check(mutations: Sequence[Mutation], results: Path, jobs: int) -> dict[Mutat
         tempfile.TemporaryDirectory(prefix="mutation_check.") as folder,
         results.open("a") as file,
         cancelled_at_exit(ThreadPoolExecutor(jobs)) as pool,
-        warm_server(remaining) as server,  # closes before the pool, which ends the tests that the pool waits for
+        warm_server(remaining) as server,  # closes before the pool does: this ends the tests that the pool waits for
         ProgressBar("mutations", len(mutations), len(mutations) - len(remaining)) as bar,
     ):
         copies = queue.Queue[Path]()
@@ -135,7 +135,7 @@ def check(mutations: Sequence[Mutation], results: Path, jobs: int) -> dict[Mutat
 
 
 def read_results(path: Path) -> dict[str, str]:
-    """Return the saved verdicts by key; a last line cut short by a kill is dropped."""
+    """Return the saved verdicts by key; drop a partial last line, left by a kill."""
     if not path.exists():
         return {}
     drop_partial_line(path)
@@ -181,7 +181,7 @@ def cancelled_at_exit(pool: ThreadPoolExecutor) -> Iterator[ThreadPoolExecutor]:
 
 @contextmanager
 def warm_server(mutations: Sequence[Mutation]) -> Iterator[Server | None]:
-    """Start the interpreter, with torch imported, that tests are forked from; None if there are no mutations."""
+    """Start an interpreter that has imported torch, to fork the tests from it. Yield None if there are no mutations."""
     server = start_server() if mutations else None
     try:
         yield server
@@ -217,7 +217,7 @@ def run_tests(arguments: Sequence[str], copy: Path, server: Server | None) -> tu
     """Run pytest in the copy and return its exit code and output.
 
     Raises:
-        ValueError: it did not end within TIMEOUT.
+        ValueError: pytest did not end within TIMEOUT.
     """
     assert server is not None
     command = ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-W", "ignore", *arguments]

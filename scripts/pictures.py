@@ -39,7 +39,7 @@ def screenshot(browser: str, page: Path, picture: Path) -> None:
 
 
 def heat_map(run: Path, picture: Path) -> None:
-    """Score every substitution of a held-out protein, and keep the picture alone.
+    """Score every substitution of a held-out protein, and keep only the picture.
 
     Raises:
         subprocess.CalledProcessError: `python -m protlig_dd.variants` fails; it has printed why.
@@ -58,7 +58,7 @@ def shrink(picture: Path) -> None:
     """Reduce a PNG to 128 colours.
 
     Raises:
-        ValueError: it is still larger than LARGEST.
+        ValueError: the reduced PNG is still larger than LARGEST.
     """
     with Image.open(picture) as image:
         image.convert("RGB").quantize(128).save(picture, optimize=True)
@@ -73,10 +73,10 @@ def main() -> None:
     arguments = parser.parse_args()
     page = arguments.run / "report.html"
     if not page.is_file():
-        parser.exit(1, f"error: {page}: no such file; ./start_fresh_training.sh makes runs/demo\n")
+        parser.exit(1, f"error: {page}: no such file; ./start_fresh_training.sh writes runs/demo\n")
     browser = next((name for name in BROWSERS if shutil.which(name)), None)
     if browser is None:
-        parser.exit(1, f"error: no browser on the PATH; one of {', '.join(BROWSERS)} is needed\n")
+        parser.exit(1, f"error: no browser on the PATH; install one of {', '.join(BROWSERS)}\n")
     arguments.output.mkdir(parents=True, exist_ok=True)
     report, scores = arguments.output / "report.png", arguments.output / "heatmap.png"
     try:

@@ -47,7 +47,7 @@ for candidate in "${PYTHON:-}" python3 python3.13 python3.12 python3.11; do
     fi
 done
 if [ -z "$python" ]; then
-    echo "error: no Python 3.11 or newer found; set PYTHON to one" >&2
+    echo "error: no Python 3.11 or newer found; set PYTHON to the path of such an interpreter" >&2
     exit 1
 fi
 echo "setting up $venv with $("$python" --version) (the first time takes a few minutes)"
@@ -56,7 +56,7 @@ if ! "$venv/bin/python" -m pip --version > /dev/null 2>&1; then
 fi
 compile=--compile
 if [ -n "$extras" ] && [ -z "${PYTHONDONTWRITEBYTECODE:-}" ]; then
-    compile=--no-compile # compiling everything takes a third of the installation time; the tests import only some
+    compile=--no-compile # compiling all modules takes a third of the installation time, and the tests import only some of them
 fi
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check $compile -c constraints.txt -e ".$extras"
 if [ $compile = --no-compile ]; then # the tests' processes import these at the same time, and each would compile them

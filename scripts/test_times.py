@@ -27,7 +27,8 @@ class Group(NamedTuple):
 GROUPS = (
     Group(
         "Slurm",
-        "a real Slurm requeues a job at its limit and when preempted; the run ends bit-identical to an undisturbed one",
+        "a real Slurm requeues a job at its time limit and when preempted; the run ends bit-identical to an "
+        "undisturbed run",
         ("test_clusters",),
         ("test_a_slurm_job",),
     ),
@@ -39,7 +40,7 @@ GROUPS = (
     ),
     Group(
         "MMseqs2",
-        "the bundled splits share no homologs; homologs leave the held-out splits; relatives of samples are found",
+        "the bundled splits share no homologs; prepare removes held-out homologs; judge finds relatives of samples",
         ("test_build", "test_judge", "test_readme"),
         (
             "test_bundled_held_out",
@@ -72,8 +73,8 @@ GROUPS = (
     ),
     Group(
         "packing",
-        "a sequence gives the same result alone and in a pack; packs and crops follow from their keys on "
-        "any rank and worker; lengths that disagree are errors",
+        "a sequence gives the same result alone and in a pack; packs and crops do not depend on the rank "
+        "or worker; lengths that disagree are errors",
         ("test_batch", "test_attention", "test_rotary", "test_dit", "test_loader", "test_plan"),
     ),
     Group(
@@ -103,7 +104,8 @@ GROUPS = (
     ),
     Group(
         "two hosts",
-        "network namespaces: hosts that disagree both exit with an error; network cuts and lost hosts change no bit",
+        "network namespaces: hosts that disagree both exit with an error; network cuts and lost hosts do not change "
+        "the run",
         ("test_hosts",),
     ),
     Group(
@@ -143,12 +145,13 @@ GROUPS = (
     Group(
         "earlier versions",
         "seeded runs reproduce the recorded figures, bit-identical on the recording machine; files "
-        "of earlier versions are read and continued",
+        "of earlier versions can be read, and their runs resumed",
         ("test_golden",),
     ),
     Group(
         "structure",
-        "which modules may import which; annotated shapes are enforced and leave no bytecode behind",
+        "which modules may import which; annotated shapes are enforced; runs with and without these checks "
+        "do not share bytecode",
         ("test_layering", "test_typecheck"),
     ),
 )

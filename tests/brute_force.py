@@ -46,9 +46,10 @@ def equilibrium(graph: str, n: int) -> Tensor:
 
 
 def score_entropy(graph: str, n: int, sigma: float, log_score: Tensor, xt: int, x0: int) -> tuple[float, float]:
-    """Return sum_{y != x} Q[y, x] ( s_y - r_y log s_y + K(r_y) ) with r_y = P[x0, y] / P[x0, x], and its largest term.
+    """Return sum_{y != x} Q[y, x] ( s_y - r_y log s_y + K(r_y) ) with r_y = P[x0, y] / P[x0, x].
 
-    float32 errors are proportional to the largest absolute term. log_score has n entries.
+    Also return the largest absolute term of the sum, because float32 errors are proportional to it. log_score has n
+    entries.
     """
     rates, p = rate_matrix(graph, n)[:, xt].tolist(), transition(graph, n, sigma)[x0].tolist()
     log_s = log_score.tolist()
@@ -81,7 +82,10 @@ class Toy:
         return out
 
     def log_score(self, xt: Tensor, sigma: float) -> Tensor:
-        """(batch, sites) states -> (batch, sites, n) exact log p_t(x with site l set to y) / p_t(x); 0 at x_t."""
+        """Return the exact log p_t(x with site l set to y) / p_t(x), of shape (batch, sites, n), for states x = `xt`.
+
+        It is 0 where y is the state of x at the site, and for every y at an unmasked site of the absorbing graph.
+        """
         log_p = self.marginal(sigma).log()
         changed = xt[:, None, None, :].repeat(1, self.sites, self.n, 1)  # (batch, site, y, sites)
         for site in range(self.sites):
@@ -91,7 +95,7 @@ class Toy:
         return torch.where(unmasked[..., None], 0.0, out)
 
     def posterior(self, xt: Tensor, sigma: float) -> Tensor:
-        """(batch, sites) -> (batch, sites, n): p(x0 at a site | x_t at all the other sites), by enumeration."""
+        """Return p(x0 at a site | x_t at all other sites), of shape (batch, sites, n), by enumeration."""
         p = transition(self.graph, self.n, sigma)
         out = torch.zeros(*xt.shape, self.n, dtype=torch.float64)
         for x0 in itertools.product(range(self.n), repeat=self.sites):

@@ -85,7 +85,7 @@ def test_shapes_are_checked_before_every_backend(backend: str, shape: tuple[int,
 def test_devices_and_cu_seqlens_are_checked_before_every_backend(backend: str) -> None:
     with raises_value_error("qkv is on meta but cu_seqlens is on cpu"):
         varlen_attention(torch.zeros(8, 3, 2, 16, device="meta"), BATCH, backend)
-    # PackedBatch itself rejects wrong cu_seqlens when it is created; the kernels' inputs are checked all the same
+    # PackedBatch rejects wrong cu_seqlens when it is created, but they are checked again before the kernel
     broken = dataclasses.replace(BATCH)
     object.__setattr__(broken, "cu_seqlens", BATCH.cu_seqlens.long())
     with raises_value_error(r"cu_seqlens must be \(3,\) torch.int32, got \(3,\) torch.int64"):

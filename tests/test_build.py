@@ -227,7 +227,7 @@ def test_repeated_rows_are_found(values: list[int]) -> None:
 
 
 def test_sequences_that_share_half_a_hash_are_not_duplicates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The low halves of hashes are compared too. Ids whose hashes collide are compared themselves."""
+    """The low halves of hashes are compared too. If the hashes of ids collide, the ids are compared."""
 
     def colliding_sequences(encoded: EncodedBlock) -> np.ndarray:
         digests = original(encoded)
@@ -341,7 +341,7 @@ def mutated(sequence: str, fraction: float, seed: int) -> str:
 
 @pytest.fixture
 def families(tmp_path: Path, proteins: list[FastaRecord]) -> dict[str, Path]:
-    """Training proteins, and held-out proteins that are partly similar to them or to each other."""
+    """Training and held-out proteins. Some held-out proteins are similar to a training or another held-out protein."""
     parents = [record.sequence for record in proteins if 150 < len(record.sequence) < 400][:20]
     apart = [record.sequence for record in proteins if 150 < len(record.sequence) < 400][20:30]
     near, near_again, far, half = (mutated(parents[i], fraction, i) for i, fraction in enumerate((0.2, 0.3, 0.9, 0.2)))
@@ -352,7 +352,7 @@ def families(tmp_path: Path, proteins: list[FastaRecord]) -> dict[str, Path]:
             ("near", near),
             ("far", far),
             ("other", apart[0]),
-            # the alignment covers all of the training protein, but less than half of the held-out one
+            # the alignment covers all of the training protein, but less than half of the held-out protein
             ("longer", half + apart[1] + apart[2]),
         ),
         "test": write_fasta(
@@ -360,7 +360,7 @@ def families(tmp_path: Path, proteins: list[FastaRecord]) -> dict[str, Path]:
             ("near_again", near_again),
             # similar to `near`, but not to a training protein
             ("cousin", mutated(near, 0.4, 9)),
-            # shares half a protein: the alignment covers less than 80% of either sequence
+            # contains half of a training protein: the alignment covers less than 80% of either sequence
             ("partly", parents[5][: len(parents[5]) // 2] + apart[3][:200]),
             ("other_too", apart[4]),
         ),
@@ -415,7 +415,7 @@ def test_the_error_for_missing_mmseqs_gives_the_install_command(
         (Filters(max_unknown=1.5), Split(), r"filter\.max_unknown=1\.5 must be a fraction between 0 and 1"),
         (Filters(taxa=[]), Split(), r"filter\.taxa=\[\] keeps no sequence"),
         (Filters(taxa_nodes=Path("x")), Split(), r"filter\.taxa_nodes has no effect without filter\.taxa"),
-        (Filters(min_length=9), Split(), "no sequences left; dropped of 1 records: 1 by min_length"),
+        (Filters(min_length=9), Split(), "no sequences left of 1 records; the filters dropped 1 by min_length"),
     ],
 )
 def test_invalid_options_are_errors_and_leave_no_file(
@@ -483,7 +483,7 @@ def test_files_left_by_a_build_killed_at_its_end_are_removed(tmp_path: Path) -> 
     assert not (tmp_path / ".a.h5.partial").exists()
 
 
-def test_a_repeated_id_in_a_pipe_is_found_without_reading_it_again(tmp_path: Path) -> None:
+def test_a_repeated_id_in_a_pipe_is_found_without_reading_the_pipe_again(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=(">a\nMKV\n>b\nMKA\n>a\nMKC\n",))
     writer.start()
@@ -496,7 +496,7 @@ def bundled_store_size(folder: Path) -> int:
     return len(bundled_store(folder))
 
 
-def test_a_folder_that_another_process_locks_meanwhile_is_not_taken(
+def test_a_folder_that_another_process_has_just_locked_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another process may lock the folder and begin to write just before its files are listed."""
@@ -519,7 +519,7 @@ def test_a_folder_that_another_process_locks_meanwhile_is_not_taken(
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_processes_that_build_the_bundled_store_at_once_all_get_it(tmp_path: Path) -> None:
+def test_processes_that_build_the_bundled_store_simultaneously_all_get_it(tmp_path: Path) -> None:
     with multiprocessing.get_context("fork").Pool(3) as pool:
         assert len(set(pool.map(bundled_store_size, [tmp_path] * 3))) == 1
 
@@ -536,7 +536,7 @@ def test_a_partial_folder_with_foreign_files_is_an_error_and_is_kept(tmp_path: P
 
 
 def test_the_fields_of_real_headers_are_kept(tmp_path: Path) -> None:
-    """Three bundled proteins, with a UniRef header, a UniProt header and a bare id."""
+    """Three bundled proteins get a UniRef header, a UniProt header and a bare id."""
     bodies = [record.sequence for record in itertools.islice(read_fasta(SAMPLE_FOLDER / "test.fasta.gz"), 3)]
     headers = [
         "UniRef50_UPI0012 MULTISPECIES: [FeFe] hydrogenase (GTPase) n=4 Tax=Ca. X [a=b] TaxID=N/A RepID=UPI0012",

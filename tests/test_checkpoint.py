@@ -191,7 +191,7 @@ def test_a_failed_sync_leaves_no_checkpoint(tmp_path: Path, monkeypatch: pytest.
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
 
 
-def test_a_partial_checkpoint_from_a_kill_is_removed(tmp_path: Path) -> None:
+def test_a_partial_checkpoint_left_by_a_killed_run_is_removed(tmp_path: Path) -> None:
     path, _, _ = save(tmp_path, 1)
     (path.parent / ".step_00000002.abc").mkdir()
     (path.parent / ".step_00000002.abc" / "model.safetensors").write_bytes(b"half")

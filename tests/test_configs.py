@@ -142,7 +142,10 @@ def test_presets_have_the_size_that_they_state(preset: str, millions: float) -> 
 
 @pytest.mark.parametrize("recipe", options("experiment"))
 def test_stop_within_is_long_enough_for_the_checkpoint_of_a_recipe(recipe: str) -> None:
-    """It is more than twice the time in docs/reliability.md (2 CPU cores), with Muon's 12 bytes per parameter."""
+    """`stop_within` is more than twice the time to write the recipe's checkpoint.
+
+    This time is scaled from the medium model's in docs/reliability.md (2 CPU cores, Muon: 12 bytes per parameter).
+    """
     table = (ROOT / "docs/reliability.md").read_text()
     (row,) = re.findall(r"^\| medium, 149 M \| ([\d,]+) \| [\d.]+ \| [\d.]+ \| ([\d.]+) \|", table, re.MULTILINE)
     seconds = float(row[1]) / (149e6 * 12)
@@ -181,7 +184,9 @@ def test_the_config_of_a_run_is_read_without_the_limits_on_new_values(tmp_path: 
         (["optim.lrx=3"], ["'optim.lrx'", "'optim.lr'"]),
         (["+noise.sigma=3"], ["'noise.sigma'", "'noise.eps'"]),
         (["optim.lr=fast"], ["optim.lr=fast", "valid number"]),
-        (["experiment=dmeo"], ["experiment/dmeo", "demo"]),
+        (["experiment=dmeo"], ["experiment=dmeo: choose from demo, uniref50_150m"]),
+        (["run.name=a,b"], ["run.name=a,b: write several values as one list: run.name=[a,b]"]),
+        (["run.name=[a,b]"], ["run.name=[a,b]: give one value, not a list"]),
         (["model.hidden_size=2560", "model.n_heads=120"], ["hidden_size=2560", "n_heads=120"]),
         (["model.hidden_size=36", "model.n_heads=4"], ["hidden_size=36", "n_heads=4", "head_dim 9"]),
         (["data.path=none.h5"], ["none.h5", "no such data file"]),
@@ -245,6 +250,7 @@ def test_help_shows_the_chosen_options(run_python: Command) -> None:
     assert "matrix: PAM250" in text
     assert "sigma_max: null" in text
     assert_one_line_error(run_python("-m", "protlig_dd.training", "graph=nope", "--help"), "graph=nope: choose from")
+    assert "model=tiny " in run_python("-m", "protlig_dd.training", "experiment=demo", "--help").stdout
     several = ["~experiment", "graph=uniform,absorbing", "experiment=null", "--help"]
     assert "name: uniform" in run_python("-m", "protlig_dd.training", *several).stdout
     assert_one_line_error(run_python("-m", "protlig_dd.sample", "graph=uniform"), "this command has no 'graph'")
@@ -397,7 +403,10 @@ def test_a_missing_path_is_reported_as_missing(
 
 
 def test_every_from_key_names_the_same_three_sources() -> None:
-    """Their comment lists them, and --help prints it. `export` is left out: it cannot export an exported model."""
+    """The key's comment lists the sources, and --help prints it.
+
+    `export` is left out: it cannot export an exported model.
+    """
     found = [path for path in (ROOT / "configs").glob("*.yaml") if re.search("^from:", path.read_text(), re.MULTILINE)]
     assert len(found) == 7
     for path in found:

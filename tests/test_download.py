@@ -72,7 +72,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(body[first : min(first + 5000, at_most)])
             self.wfile.flush()
             time.sleep(self.server.pause if self.path.endswith(NAME) else 0)
-        self.close_connection = True  # fewer bytes than Content-Length: a broken connection
+        self.close_connection = True  # the client sees a broken connection if bytes are missing
 
     def log_message(self, format: str, *args: object) -> None: ...
 
@@ -193,7 +193,8 @@ def test_a_partial_file_of_another_release_is_not_continued(server: Server, tmp_
     code, _, errors = download(server, tmp_path)
     assert code == 1
     assert (
-        f"{NAME}.part is of release 2026_03, the server has release 2026_04; move it aside to download that" in errors
+        f"{NAME}.part is of release 2026_03, the server has release 2026_04; move it aside to download release 2026_04"
+        in errors
     )
     assert (tmp_path / "d" / f"{NAME}.part").read_bytes() == server.content[:100]
     (tmp_path / "d" / f"{NAME}.part.release").unlink()

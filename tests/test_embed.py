@@ -35,7 +35,7 @@ LAYERS = 2
 
 @functools.cache
 def network(kind: str) -> tuple:
-    """Return a `time-free` model, or one `conditioned` on time, and its score function."""
+    """Return a model and its score function. `kind` is `time-free`, or `conditioned` (on time)."""
     graph: Graph = Absorbing() if kind == "time-free" else Uniform()
     model = make_model(time_conditioning=kind != "time-free", n_blocks=LAYERS, norm="rms").eval()
     return model, ScoreFn(model, graph, LogLinearNoise(), "x0", kind != "time-free")

@@ -39,7 +39,7 @@ def test_explicit_devices_must_exist(name: str, message: str, monkeypatch: pytes
 
 
 def test_a_single_process_sets_its_current_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA graphs are captured on the current device, even if the tensors are on another one."""
+    """CUDA graphs are captured on the current device, even if the tensors are on another device."""
     chosen: list[torch.device] = []
     monkeypatch.setattr("torch.cuda.set_device", chosen.append)
     join_group(Processes(0, 1, 0), torch.device("cuda:1"), 1, None)
@@ -72,7 +72,7 @@ def test_compile_auto_is_false_on_a_gpu_machine_that_cannot_compile(
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_peak_is_that_of_the_fastest_product_after_the_first(
+def test_the_peak_is_the_rate_of_the_fastest_product_after_the_first(
     precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # the deadline is at 0 + 5 + 0.1 s; the products take 0.1 s (the first, which does not count), 1 s, 2 s and 0.5 s

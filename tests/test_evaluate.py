@@ -111,7 +111,7 @@ def test_masked_cross_entropy_is_the_sum_over_masked_residues() -> None:
 
 
 def test_pooled_nats_are_the_weighted_sum_over_masked_residues() -> None:
-    """EvoDiff divides the nats of all masked residues by their number, without L / k (analysis/sequence_perp.py)."""
+    """EvoDiff (analysis/sequence_perp.py) divides nats of masked residues by their number, without a factor L / k."""
     tokens = torch.tensor([BOS, 3, 21, 5, 7, 0, 11, 2, EOS])
     batch = PackedBatch.pack([tokens, tokens[:5]])
     table = torch.randn(30, 20, generator=torch.Generator().manual_seed(1))
@@ -140,7 +140,7 @@ def test_pooled_nats_are_the_weighted_sum_over_masked_residues() -> None:
 
 
 def test_pooled_nats_equal_those_of_an_enumerated_model() -> None:
-    """Of two sites, a draw masks either one (scored given the other) or both (each scored by itself)."""
+    """A draw masks one of two sites, which is scored given the other, or both, which are scored independently."""
     toy, x0, copies = brute_force.random_toy("absorbing", n=3, sites=2), (2, 1), 400
     batch = PackedBatch.pack([torch.tensor(x0)] * copies)
     bound = nll_bound(
@@ -224,7 +224,7 @@ def test_the_order_agnostic_bound_differs_only_for_a_time_conditioned_model(
     ],
 )
 def test_the_draws_of_a_protein_depend_only_on_the_set_and_the_seed(graph: Graph, noise: Noise, estimator: str) -> None:
-    """Its masks and times are the same in one pack, in packs of one and in any order; bounds differ by rounding."""
+    """A protein's masks and times do not depend on the packs or the order. Its bound only changes by rounding."""
     score_fn = ScoreFn(make_model(), graph, noise, "x0", time_conditioning=True)
     proteins = [random_batch([length], seed=length).tokens for length in (9, 30, 4)]
 
@@ -410,7 +410,7 @@ def test_the_output_folder_agrees_with_sums_over_proteins(
     assert table in done.stdout
     again = run_python(*command, f"input={store.path}", "output=out")
     assert_one_line_error(again, "out exists already")
-    # the same figures from two processes
+    # two processes give the same figures
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *command]
     done = run_python(*launcher, f"input={store.path}", "output=ranks")
     assert done.returncode == 0, done.stderr
@@ -485,7 +485,7 @@ def test_baselines_are_fitted_to_the_training_set_of_the_model(
 
 
 def test_find_copies_agrees_with_a_set_of_sequences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The proteins have all lengths from one residue on. Some share length and middle with a training protein."""
+    """Most proteins have 1 to 13 residues. The twins differ from training proteins only in the two end residues."""
     monkeypatch.setattr(leaks, "ROWS_AT_ONCE", 7)
     generator = np.random.default_rng(0)
     text = ["".join(generator.choice(list("ACDX"), generator.integers(1, 14))) for _ in range(300)]
@@ -506,7 +506,7 @@ def test_training_proteins_are_counted_and_left_out_of_a_second_bound(
     trained_run: Path, store: SequenceStore, tmp_path: Path, run_python: Command
 ) -> None:
     decode = ProteinTokenizer().decode
-    # only a crop of it is scored, but the whole protein is compared with the training set
+    # only the first 300 residues of this protein are scored, but all are compared with the training set
     long = next(i for i in store.split("train") if store.lengths[i] > 300)
     short = [i for i in store.split("test") if store.lengths[i] <= 300][:3]
     chosen = [0, 1, long, *short]
@@ -529,7 +529,8 @@ def test_training_proteins_are_counted_and_left_out_of_a_second_bound(
     assert (others["sequences"], others["bound"], others["bound_se"]) == pytest.approx((3, mean, error), abs=1e-5)
     assert abs(others["bound"] - report["bound"]) > 1e-4
     line = (
-        f"3 are exact copies of training proteins of a model named above; the 3 others have an NLL bound of {mean:.4f}"
+        "3 proteins are exact copies of training proteins of a model named above; "
+        f"the other 3 proteins have an NLL bound of {mean:.4f}"
     )
     assert line in (tmp_path / "out/report.md").read_text()
     unigram = np.array([float(row["unigram_nats"]) for row in rows[3:]])
@@ -542,14 +543,14 @@ def test_training_proteins_are_counted_and_left_out_of_a_second_bound(
 def test_proteins_without_residues_do_not_stop_an_evaluation(
     trained_run: Path, store: SequenceStore, tmp_path: Path, run_python: Command
 ) -> None:
-    """The other protein is a copy of a training protein, so no protein is left for the bound without copies."""
+    """The only protein with residues is a copy of a training protein, so none is left for the bound without copies."""
     text = f">copy\n{ProteinTokenizer().decode(store[0])}\n>x\nXXX\n>y\nXXXX\n"
     (tmp_path / "held.fasta").write_text(text)
     command = ["-m", "protlig_dd.evaluate", f"from={trained_run}", "draws=2", "masked=false", "near=false"]
     done = run_python(*command, "input=held.fasta", "output=out")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "out/report.json").read_text())["in_training"]["others"] is None
-    assert "named above. Too few other proteins are left, so these are not held-out figures." in done.stdout
+    assert "named above. Too few other proteins are left for held-out figures." in done.stdout
 
 
 def test_an_unreadable_training_store_does_not_stop_an_evaluation(
@@ -591,12 +592,13 @@ def test_without_a_training_set_copies_are_reported_as_not_compared(
     found = leaks.find_leaks([store[0], store[1]], [source], "auto")
     assert found.lines() == [
         "proteins were not compared with the training proteins of this model: its training "
-        "set was not found, or cannot be read (train=store.h5 names it)"
+        "set was not found, or cannot be read; give it with train=store.h5"
     ]
     assert (found.report()["copies"], found.report()["near"], found.cells(2)) == (None, None, ["", ""])
     lines = leaks.find_leaks([store[0], store[390]], all_training_data(str(store.path), None, unmatched), False).lines()
     assert lines[0] == (
-        f"warning: 1 of 2 proteins are exact copies of training proteins of this model, given by train= ({store.path})"
+        "warning: 1 of 2 proteins are exact copies of training proteins of this model, with the training set of train= "
+        f"({store.path})"
     )
     clean = leaks.find_leaks([store[390]], all_training_data(None, store, trained), False)
     assert clean.lines()[0] == f"none of 1 proteins is an exact copy of a training protein of this model ({store.path})"
@@ -648,7 +650,8 @@ def test_a_single_protein_has_the_standard_error_of_its_draws(
     table = (tmp_path / "out/report.md").read_text()
     assert f"| {report['bound']:.4f} ± {report['bound_se']:.4f} |" in table
     assert f"| unigram model, NLL | {report['unigram']:.4f} |" in table
-    assert "The standard error of a single protein is that of the bound's draws; the others are unknown." in table
+    note = "With a single protein, the standard error of the bound is over its draws; the other errors are unknown."
+    assert note in table
     assert "nan" not in table
 
 

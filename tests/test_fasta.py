@@ -50,7 +50,7 @@ def test_line_ends_of_any_system_give_the_same_records(
     text = "".join(line + end for line, end in zip(lines, itertools.cycle(ends), strict=False))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fasta, "PIECE_BYTES", piece)
-        patch.setattr(fasta, "BLOCK_BYTES", 2 * piece + 8)  # the first bytes show the file type
+        patch.setattr(fasta, "BLOCK_BYTES", 2 * piece + 8)  # the first block must show the file type
         patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbf" * marked + text.encode())))
         found = [(record.id, record.description, record.sequence) for record in read_fasta("-")]
     assert found == [(f"r{i}", "a b" * described, "".join(body)) for i, (body, described) in enumerate(records)]
@@ -94,7 +94,7 @@ MDIAIHHPWI*
 @pytest.mark.parametrize("first", ["", ">whole\nMKV\n"])
 @pytest.mark.parametrize("zipped", [False, True])
 def test_pir_is_rejected_with_a_command_that_converts_it(tmp_path: Path, first: str, zipped: bool) -> None:
-    """Read as FASTA, the first protein would begin with the letters of its description."""
+    """If PIR were read as FASTA, the first protein would begin with the letters of its description."""
     text = (first + PIR).encode()
     (tmp_path / "x.pir").write_bytes(gzip.compress(text) if zipped else text)
     line = 3 if first else 1
@@ -104,7 +104,7 @@ def test_pir_is_rejected_with_a_command_that_converts_it(tmp_path: Path, first: 
     command = re.search(r'Bio\.SeqIO\.convert\("(.*?)", "(.*?)", "(.*?)", "(.*?)"\)', str(error.value))
     assert command is not None
     (tmp_path / command[1]).write_text(PIR)
-    with (tmp_path / command[1]).open() as file:  # Biopython leaves it open
+    with (tmp_path / command[1]).open() as file:  # Biopython would not close it
         Bio.SeqIO.convert(file, command[2], tmp_path / command[3], command[4])
     records = list(read_fasta(tmp_path / "out.fasta"))
     assert [record.id for record in records] == ["CRAB_ANAPL", "CRAB_BOVIN"]
@@ -199,7 +199,7 @@ ZIPPED, ZIPPED_MANY, ZIPPED_NOTHING = (gzip.compress(TEXT.encode() * times, mtim
         (ZIPPED[:-8] + b"12345678", "truncated or damaged gzip, read as far as record 0: CRC"),
         (ZIPPED[:40], "truncated or damaged gzip, read as far as record 0: "),
         (ZIPPED_NOTHING, "empty, no FASTA records"),
-        (b">a\nMKV\nMK\xff\n", r"record 1 \(a\), line 3: not a letter"),
+        (b">a\nMKV\nMK\xff\n", r"record 1 \(a\), line 3: the sequence is not ASCII"),
     ],
 )
 def test_errors_name_the_file_and_the_fault(tmp_path: Path, content: bytes, message: str) -> None:

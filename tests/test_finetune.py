@@ -50,7 +50,7 @@ def config_of(*overrides: str) -> TrainConfig:
 SOURCE = replace(config_of("model=tiny", "model.dropout=0.2", "noise.max_weight=3"), time_conditioning=False)
 
 
-def test_the_network_and_process_are_those_of_the_source() -> None:
+def test_the_network_and_the_diffusion_process_are_taken_from_the_source() -> None:
     config = config_of("from=runs/a", "optim.lr=0.5", "data.max_len=77", "model.checkpointing=true")
     found = with_source_model(config, SOURCE, {"from", "optim.lr", "data.max_len", "model.checkpointing"})
     expected = flatten(asdict(config)) | {f"model.{key}": value for key, value in vars(SOURCE.model).items()}
@@ -73,7 +73,7 @@ def test_the_network_and_process_are_those_of_the_source() -> None:
         (["noise=cosine"], ["noise.name: loglinear in the source, cosine requested"]),
     ],
 )
-def test_another_network_or_process_is_an_error(overrides: list[str], parts: list[str]) -> None:
+def test_another_network_or_diffusion_process_is_an_error(overrides: list[str], parts: list[str]) -> None:
     keys = {override.partition("=")[0] for override in overrides}
     with pytest.raises(ValueError, match="^from=runs/a does not match the command line") as error:
         with_source_model(config_of("from=runs/a", *overrides), SOURCE, keys)
@@ -144,7 +144,7 @@ FAMILY += ["trainer.precision=fp32", "trainer.device=cpu"]
 
 @pytest.fixture(scope="session")
 def made_runs(store: SequenceStore, python: Command, made_once: MadeOnce) -> Path:
-    """A folder with a run of 30 steps, `base`, and one that is fine-tuned from it, `family`, stopped at step 4 of 8."""
+    """A folder with two runs: `base`, 30 steps, and `family`, fine-tuned from `base` and stopped at step 4 of 8."""
 
     def fill(folder: Path) -> None:
         train(functools.partial(python, cwd=folder), store, "base", *BASE, "trainer.max_steps=30")
@@ -167,7 +167,7 @@ Tune = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def tune(run_python: Command, store: SequenceStore, runs: Path) -> Tune:
-    """Fine-tune `base` with the options of `family` and these."""
+    """Return a function that fine-tunes `base` with the options of `family` and its arguments."""
 
     def run(*more: str) -> subprocess.CompletedProcess[str]:
         return run_python("-m", "protlig_dd.training", *FAMILY, f"data.path={store.path}", "run.name=family", *more)
@@ -191,7 +191,7 @@ def test_the_first_step_uses_the_sources_averaged_weights(made_runs: Path, store
     assert rows[1]["loss"] == pytest.approx(loss_before_training(made_runs / "runs/base", config, store), rel=1e-5)
     untrained = read_metrics(made_runs / "runs/base/metrics.jsonl")[1]["loss"]
     assert abs(rows[1]["loss"] - untrained) > 0.01
-    assert rows[0]["val_nll"] < math.log(20) - 0.05  # log(20) is that of an untrained network
+    assert rows[0]["val_nll"] < math.log(20) - 0.05  # log(20) is the bound of an untrained network
     warmup = resolve_warmup_steps(config.optim.warmup_steps, max(rows))
     assert rows[1]["lr"] == pytest.approx(config.optim.lr / max(1, warmup))
 
@@ -213,7 +213,7 @@ def loss_before_training(run: Path, config: TrainConfig, store: SequenceStore) -
 
 @pytest.mark.slow
 def test_a_fine_tuned_run_resumes_without_its_source(runs: Path, tune: Tune) -> None:
-    """Its own folder is enough, and the result is bit-identical to that of an uninterrupted run."""
+    """The run's folder is enough, and the result is bit-identical to that of an uninterrupted run."""
     whole = tune("run.name=whole")
     assert whole.returncode == 0, whole.stderr
     (runs / "base").rename(runs / "moved")
@@ -240,7 +240,7 @@ def test_a_fine_tuned_run_can_be_fine_tuned_again(runs: Path, tune: Tune) -> Non
 def test_held_out_proteins_in_the_sources_training_data_are_counted(
     runs: Path, run_python: Command, store: SequenceStore, tmp_path: Path
 ) -> None:
-    """When the run starts, in its report, and by `evaluate`, which finds the source's store through `from=`."""
+    """The run counts them at its start and in its report. `evaluate` finds the source's store through `from=`."""
     decode = ProteinTokenizer().decode
     test = store.split("test")
     chosen = {"train": test[:12], "validation": [*range(5), *test[12:14]], "test": [*range(5, 8), *test[14:18]]}
@@ -251,11 +251,11 @@ def test_held_out_proteins_in_the_sources_training_data_are_counted(
     options = [*FAMILY, "data.path=family.h5", "run.name=leaky", "trainer.max_steps=1", "report.max_sequences=15"]
     process = run_python("-m", "protlig_dd.training", *options)
     assert process.returncode == 0, process.stdout + process.stderr
-    trained = f"are exact copies of training proteins of its source runs/base ({store.path})"
+    trained = f"are exact copies of training proteins of the source model runs/base ({store.path})"
     assert f"warning: 5 of 7 validation proteins {trained}\n" in process.stdout
     assert f"warning: 3 of 7 test proteins {trained}\n" in process.stdout
     report = json.loads((runs / "leaky/report.json").read_text())
-    source = {"model": "its source runs/base", "store": str(store.path), "copies": 3}
+    source = {"model": "the source model runs/base", "store": str(store.path), "copies": 3}
     this_run = {"model": "this run", "store": "family.h5", "copies": 0}
     found = report["in_training"]
     assert (found["copies"], found["searched"], found["not_searched"]) == (3, [this_run, source], [])
@@ -306,17 +306,22 @@ def test_held_out_proteins_in_the_sources_training_data_are_counted(
     sums = json.loads((newer / "complete.json").read_text())
     (newer / "complete.json").write_text(json.dumps(sums | {"ema.safetensors": "0"}))
     assert [model_data.stores is not None for model_data in find_source_data([])] == [True]
-    (runs / "base/environment.json").unlink()  # which names its store
+    (runs / "base/environment.json").unlink()  # this file names the run's store
     assert [model_data.reason for model_data in find_source_data([])] == [
         "its training set was not found, or cannot be read"
     ]
     assert [model_data.stores is not None for model_data in find_source_data([store])] == [True]
     shutil.rmtree(checkpoint)
-    assert [model_data.reason for model_data in find_source_data([])] == ["its weights have changed since"]
+    assert [model_data.reason for model_data in find_source_data([])] == [
+        "its weights have changed since the run began"
+    ]
     (runs / "base").rename(runs / "moved")
     assert [model_data.reason for model_data in find_source_data([])] == ["there is no runs/base"]
     (unknown,) = source_training_data(replace(run.saved.config, from_=None), None, [])
-    assert (unknown.model, unknown.reason) == ("the model that it began from", "an exported model does not name it")
+    assert (unknown.model, unknown.reason) == (
+        "the source model",
+        "an exported model does not record the path of its source",
+    )
     assert family.fingerprint != store.fingerprint
 
 

@@ -1,4 +1,4 @@
-"""Seeded runs reproduce the record of an earlier version, and its files can be read (see tests/golden/make.py)."""
+"""Seeded runs reproduce the record of an earlier version, whose files can be read (see tests/golden/make.py)."""
 
 import json
 import shutil

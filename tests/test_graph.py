@@ -25,7 +25,7 @@ def state_count(name: str, n: int) -> int:
 
 
 def masked_score(name: str, n: int, xt: torch.Tensor, seed: int) -> torch.Tensor:
-    """Return random log-scores that are 0 at x_t (absorbing: for unmasked tokens), as those of score functions."""
+    """Return random log-scores. Like those of score functions, they are 0 at x_t (absorbing: for unmasked tokens)."""
     log_score = torch.randn(len(xt), n, generator=torch.Generator().manual_seed(seed))
     if name == "absorbing":
         return torch.where((xt == n)[:, None], log_score, 0.0)
@@ -87,7 +87,7 @@ def test_score_entropy_is_never_negative_and_zero_at_the_true_ratios(name: str, 
 def test_transitions_have_the_probabilities_of_the_matrix_exponential(
     name: str, n: int, sigma: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Evaluate the inverse CDF on a grid instead of random draws, up to twice the probability of moving."""
+    """Replace the random draws by a grid, which ends at twice the probability of moving."""
     points, expected = 400_000, brute_force.transition(name, n, sigma)[2]
     grid_end = min(1.0, 2 * float(1 - expected[2]))
     grid = (torch.arange(points, dtype=torch.float64) + 0.5) / points * grid_end
@@ -139,7 +139,10 @@ def test_prior_samples_and_prior_kl_equal_brute_force(name: str, n: int, sigma: 
 @pytest.mark.parametrize("sigma", SIGMAS)
 @pytest.mark.parametrize("share", [1e-3, 0.3, 1.0])
 def test_reverse_steps_equal_the_dense_formulas(name: str, n: int, sigma: float, share: float) -> None:
-    """Analytic: [s^T exp(-delta Q)]_z P(delta)[z, x]; Euler: onehot(x) + delta s_z Q[z, x]. Scores are float32."""
+    """The analytic step is [s^T exp(-delta Q)]_z P(delta)[z, x], the Euler step onehot(x) + delta s_z Q[z, x].
+
+    The scores are float32, the probabilities float64.
+    """
     graph, delta = graph_of(name, n), share * min(sigma, graph_of(name, n).sigma_max)
     toy = brute_force.random_toy(name, n, sites=2, seed=3)
     xt = torch.tensor([[n, 0], [n, n]]) if name == "absorbing" else torch.tensor([[1, 0], [3, 3]])
@@ -171,7 +174,7 @@ def test_reverse_steps_equal_the_dense_formulas(name: str, n: int, sigma: float,
 @pytest.mark.parametrize("sigma", [*SIGMAS, 40.0])
 @pytest.mark.parametrize("share", [0.0, 0.4, 0.999])
 def test_the_posterior_step_equals_bayes_rule(name: str, n: int, sigma: float, share: float) -> None:
-    """p(z | x_t) ~ sum over x0 of q(x0) P(sigma_next)[x0, z] P(sigma - sigma_next)[z, x_t], also at large sigma."""
+    """The posterior is proportional to the sum over x0 of q(x0) P(sigma_next)[x0, z] P(sigma - sigma_next)[z, x_t]."""
     sigma_next = share * sigma
     xt = torch.arange(state_count(name, n))
     if name == "absorbing":

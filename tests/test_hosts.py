@@ -1,4 +1,4 @@
-"""The trials of scripts/host_trials.py, each a test: two simulated hosts disagree or lose their connection."""
+"""Run each trial of scripts/host_trials.py as a test: two simulated hosts disagree or lose their connection."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.system]
 def trials(tmp_path_factory: pytest.TempPathFactory, warm: Server) -> Iterator[Trials]:
     """Two connected hosts.
 
-    On each host an interpreter waits that forks to run commands. A sleeping process holds the namespace of the switch
+    On each host, commands run in forks of a waiting interpreter. A sleeping process holds the namespace of the switch
     between the hosts.
     """
     if missing := missing_requirements():

@@ -73,7 +73,7 @@ def test_ranges_start_at_one_and_include_both_ends() -> None:
         ({"fixed": ["x"]}, "fixed=x: give a number or a range"),
     ],
 )
-def test_the_error_for_a_wrong_range_names_it(options: dict[str, list[str]], message: str) -> None:
+def test_the_error_for_a_wrong_range_names_the_range(options: dict[str, list[str]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         mask_free_positions(RECORD, IDS, **({"fixed": None, "free": None} | options))
 
@@ -145,7 +145,7 @@ def test_segment_sizes_fit_their_ranges_and_the_total_length(
     assert low <= sum(sizes) <= low + extra
 
 
-def test_segment_sizes_are_uniform_over_all_that_fit() -> None:
+def test_segment_sizes_are_uniform_over_all_fitting_combinations() -> None:
     bounds, low, high = [(0, 3), (5, 5), (1, 4)], 8, 9
     fitting = [c for c in itertools.product(*(range(a, b + 1) for a, b in bounds)) if low <= sum(c) <= high]
     generator = np.random.default_rng(0)
@@ -170,7 +170,7 @@ def test_segment_sizes_are_uniform_over_all_that_fit() -> None:
         ("5-10/A1-3", "x", "lengths=x: give a number"),
     ],
 )
-def test_the_error_for_a_wrong_contig_names_it(contig: str, lengths: str | None, message: str) -> None:
+def test_the_error_for_a_wrong_contig_names_the_contig(contig: str, lengths: str | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         draw_layout(contig, lengths, np.random.default_rng(0))
 
@@ -188,7 +188,7 @@ def test_the_input_may_have_gaps_and_lower_case_but_no_repeated_id(tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_fixed_residues_are_kept_and_free_ones_are_filled(
+def test_fixed_residues_are_kept_and_free_positions_are_filled(
     trained_run: Path, tmp_path: Path, run_python: Command
 ) -> None:
     (tmp_path / "in.fasta").write_text(f">wt a protein\n{RECORD.sequence * 4}\n>holes\nAC__DX__\n")
@@ -376,7 +376,7 @@ def test_the_nll_of_free_residues_is_the_average_over_their_masks(conditioned: b
 
 @pytest.mark.slow
 def test_two_seeds_rank_the_redesigns_of_a_loop_similarly(trained_run: Path, store: SequenceStore) -> None:
-    """With the default number of draws."""
+    """The number of draws is the default."""
     trained = load_trained(str(trained_run), device="cpu", precision="fp32")
     protein = next(store[row][1:-1] for row in store.split("test") if 60 < len(store[row]) < 130)
     template = protein.copy()

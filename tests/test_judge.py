@@ -154,7 +154,7 @@ def test_figures_are_rounded_to_the_second_digit_of_their_error(figure: Figure, 
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 300), (3, 10), (10, 10), (1, 4)])
 def test_a_share_has_wilsons_interval(hits: int, n: int) -> None:
-    """Its ends are the p with |hits / n - p| = z sqrt(p (1 - p) / n)."""
+    """The ends of the interval are the two p for which |hits / n - p| = z sqrt(p (1 - p) / n)."""
     value, error, low, high = share([1.0] * hits + [0.0] * (n - hits))
     assert value == hits / n
     assert math.isnan(error)
@@ -192,7 +192,7 @@ def test_pseudo_perplexity_masks_one_residue_at_a_time() -> None:
     assert value == pytest.approx(math.exp(sum(nats) / 3))
 
 
-def test_controls_have_the_number_of_the_samples_and_are_not_in_the_reference() -> None:
+def test_there_are_as_many_controls_as_samples_and_none_is_in_the_reference() -> None:
     pool = [np.full(50 + i, i) for i in range(20)]
     controls = with_controls([np.zeros(30), np.zeros(10)] * 4, pool, seed=3)
     for (samples, natural, mixed), reference in (
@@ -347,7 +347,7 @@ SMALL_ESM: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def esm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with ESM-2's architecture, tokenizer and masking, and few, random weights."""
+    """A model with ESM-2's architecture, tokenizer and masking, and a small number of random weights."""
     folder = tmp_path_factory.mktemp("esm")
     (folder / "vocab.txt").write_text("\n".join(ESM_LETTERS))
     transformers.EsmTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
@@ -380,7 +380,7 @@ def test_the_pseudo_perplexity_of_esm2_masks_one_residue_at_a_time(esm_folder: P
 
 @pytest.mark.slow
 def test_the_plddt_of_esmfold_is_the_mean_over_existing_atoms(tmp_path: Path) -> None:
-    """The model has ESMFold's architecture and tokenizer, and few, random weights."""
+    """The model has ESMFold's architecture and tokenizer, and a small number of random weights."""
     letters = [*"ARNDCQEGHILKMFPSTWYVX", "<unk>", "<pad>", "<cls>", "<eos>", "<mask>"]
     (tmp_path / "vocab.txt").write_text("\n".join(letters))
     transformers.EsmTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
@@ -562,7 +562,7 @@ def test_without_mmseqs_the_other_rows_are_written(store: SequenceStore, tmp_pat
 
 
 def test_a_single_sample_is_judged(store: SequenceStore, tmp_path: Path, run_python: Command) -> None:
-    """Its figures have no standard error where that needs several samples."""
+    """Figures whose standard error needs several samples are reported without it."""
     (tmp_path / "one.fasta").write_text(f">one\n{ProteinTokenizer().decode(store[0])}\n")
     done = run_python(
         "-m", "protlig_dd.judge", "samples=one.fasta", f"natural={store.path}", "mmseqs=false", "bootstrap=5"
@@ -623,7 +623,7 @@ def verdicts_of(samples: list[np.ndarray], pool: list[np.ndarray], requested: st
     cheap = cheap_judges(controls, bootstrap=10, seed=0)
     rows = {name: [judge(proteins) for proteins in sets] for name, (judge, sets) in cheap.items()}
     first, *found = verdicts(rows, len(controls.length_reference), requested)
-    assert (first.group, first.verdict) == ("proteins and residues", "not judged")  # the natural proteins match them
+    assert (first.group, first.verdict) == ("proteins and residues", "not judged")  # natural proteins match the samples
     return {verdict.group: verdict for verdict in found}
 
 
@@ -669,14 +669,14 @@ def test_few_samples_get_the_verdict_cannot_tell(bundled: list[np.ndarray], n: i
 
 def test_lengths_are_as_natural_only_if_the_whole_interval_is_below_the_limit() -> None:
     assert verdict_on_lengths(0.02, 1000, 1000, None).verdict == "as natural"  # the interval ends at 0.08
-    assert verdict_on_lengths(0.19, 100, 100, None).verdict == "cannot tell"  # at 0.38
+    assert verdict_on_lengths(0.19, 100, 100, None).verdict == "cannot tell"  # it ends at 0.38
     assert verdict_on_lengths(0.10, 100, 100, None).verdict == "cannot tell"
     assert verdict_on_lengths(0.10, 1000, 1000, None).verdict == "worse"
 
 
 @pytest.mark.parametrize(("hits", "verdict"), [(0.02, "cannot tell"), (0.5, "worse")])
 def test_the_identity_of_few_hits_gives_no_verdict(hits: float, verdict: str) -> None:
-    """Of 100 samples, 2 or 50 have hits: 1 or 49 degrees of freedom."""
+    """Of 100 samples, 2 or 50 have hits, so the error of their identity has 1 or 49 degrees of freedom."""
     rows = {
         "proteins": [Figure(100.0)] * 3,
         "length, Kolmogorov-Smirnov distance": [Figure(0.05)] * 3,

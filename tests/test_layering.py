@@ -89,7 +89,7 @@ def test_no_function_takes_more_than_eight_parameters() -> None:
 
 
 def test_nothing_assigns_to_a_config() -> None:
-    """Changed configs are new ones, made with dataclasses.replace."""
+    """Code that changes a config creates a new config with dataclasses.replace."""
     for name, path in MODULES.items():
         for node in ast.walk(ast.parse(path.read_text())):
             targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]

@@ -66,7 +66,7 @@ def test_with_exact_scores_the_bound_is_the_likelihood(name: str, estimator: str
 
 
 class UnconvertedScores(ScoreFn):
-    """A ScoreFn whose model returns log-scores, which it keeps in their precision."""
+    """A ScoreFn whose model returns log-scores. They are returned in the model's precision."""
 
     def __call__(self, batch: PackedBatch, sigma: Tensor) -> Tensor:
         return self.model(batch, sigma)
@@ -81,9 +81,9 @@ def exact_noise(graph: Graph) -> LogLinearNoise:
 
 
 def quadrature_nodes(noise: LogLinearNoise) -> list[tuple[Tensor, float]]:
-    """Return times and weights of a quadrature of the mean over t in [t_min, 1]: Gauss-Legendre in log sigma.
+    """Return times and weights that approximate the mean over t in [t_min, 1].
 
-    The times are float64.
+    The rule is Gauss-Legendre quadrature in log sigma. The times are float64.
     """
     ends = [float(noise(torch.tensor(t, dtype=torch.float64))[0]) for t in (noise.t_min, 1.0)]
     points, weights = np.polynomial.legendre.leggauss(16)
@@ -129,7 +129,7 @@ def exact_bound(
 def sampled_distribution(toy: brute_force.Toy, scores: Scores) -> Tensor:
     """Return the distribution, (n,) * sites, that the model with these scores samples with infinitely many steps.
 
-    The prior is integrated with the master equation of the reverse process (rates Q[z, x] s_z), and then denoised.
+    Start from the prior, integrate the master equation of the reverse process (rates Q[z, x] s_z), and denoise.
     """
     graph = graph_of(toy.graph, toy.n)
     noise = exact_noise(graph)
@@ -251,9 +251,9 @@ def test_zero_logits_have_a_bound_of_log_20_per_residue() -> None:
     "graph", [Absorbing(), Uniform(), make_substitution_graph("BLOSUM62")], ids=["absorbing", "uniform", "blosum62"]
 )
 def test_the_bound_contains_prior_integral_and_reconstruction(graph: Graph) -> None:
-    """With eps = t_min = 0.1 all three terms are large, and zero logits still have the bound -log pi.
+    """With eps = t_min = 0.1 all three terms are large, and their sum for zero logits is still -log pi.
 
-    They predict the equilibrium pi: uniform, or that of the substitution matrix.
+    Zero logits predict the equilibrium pi, which is uniform or that of the substitution matrix.
     """
     noise, batch = LogLinearNoise(eps=0.1, t_min=0.1), random_batch([80] * 40)
     pi = graph.pi if isinstance(graph, SubstitutionGraph) else torch.full((20,), 0.05).double()
@@ -267,7 +267,7 @@ def test_the_bound_contains_prior_integral_and_reconstruction(graph: Graph) -> N
 
 @pytest.mark.parametrize("matrix", ["BLOSUM62", "PAM30"])
 def test_the_bound_contains_errors_at_high_noise(matrix: str) -> None:
-    """Scores of a wrong equilibrium are equally bad at any noise. The draws must cover it up to sigma_max."""
+    """Scores of a wrong equilibrium are equally bad at every noise level. The draws must reach sigma_max."""
     graph = make_substitution_graph(matrix)
     noise = build_noise({"name": "loglinear", "eps": None, "rate": None, "t_min": 1e-3}, graph)
     v = torch.randn(20, generator=torch.Generator().manual_seed(0)) / 2
@@ -379,7 +379,7 @@ def test_the_standard_error_covers_the_population_average() -> None:
 def test_a_proteins_standard_error_is_the_standard_deviation_of_its_bounds(
     estimator: str, draws: int, covered: float, trained_run: Path, store: SequenceStore
 ) -> None:
-    """Compute the bound of one protein many times with a trained network, which predicts some residues better."""
+    """Compute one protein's bound many times. The trained network predicts some residues better than others."""
     trained = load_trained(str(trained_run), device="cpu", precision="fp32")
     tokens = next(store[row] for row in store.split("test") if 60 < len(store[row]) < 130)[:62]
     times, margin = (4, 0.12) if thorough() else (2, 0.25)
@@ -420,7 +420,7 @@ def test_strata_are_narrow_where_few_residues_are_masked() -> None:
 def test_an_odd_draw_is_left_out_of_the_standard_error() -> None:
     nats = torch.tensor([[1.0, 5.0], [2.0, 5.0], [7.0, 0.0], [4.0, 0.0], [99.0, 9.0]], dtype=torch.float64)
     weighted = nats * torch.tensor([weight for *_, weight in strata(5)], dtype=torch.float64)[:, None]
-    # two strata of widths 1/4 and 3/4, without the last draw; each contributes half of its difference
+    # two strata of widths 1/4 and 3/4, without the last draw; each contributes half the difference of its draws
     expected = math.sqrt((0.25 * (1 - 2) / 2) ** 2 + (0.75 * (7 - 4) / 2) ** 2)
     assert error_of_pairs(weighted).tolist() == pytest.approx([expected, 0])
 

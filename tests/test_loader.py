@@ -134,7 +134,7 @@ def test_packs_of_version_2_do_not_depend_on_the_numpy_version(
     assert packs(2) == before[2]
     of_rows = PackDataset(store, store.split("train"), max_len=100, tokens_per_pack=2000, seed=1, version=1)
     of_rows.plan = PackDataset(store, store.split("train"), max_len=100, tokens_per_pack=2000, seed=1).plan
-    assert first_tokens(of_rows) != before[2]  # version 1 crops otherwise, also with the plan of version 2
+    assert first_tokens(of_rows) != before[2]  # version 1 crops differently, even with the plan of version 2
 
 
 def test_crop_start_always_takes_the_first_residues(store: SequenceStore) -> None:

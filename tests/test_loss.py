@@ -36,7 +36,7 @@ def test_the_loss_is_the_weighted_sum_of_its_parts(graph: Graph, noise: Noise) -
 
 
 def test_the_loss_of_a_time_free_x0_network_is_weighted_cross_entropy() -> None:
-    """For log-linear noise kappa dsigma = 1/t (1 - eps cancels). The loss is the masked cross-entropy divided by t."""
+    """With log-linear noise kappa dsigma = 1/t (1 - eps cancels), so the loss is masked cross-entropy divided by t."""
     graph, noise, batch = Absorbing(), LogLinearNoise(), random_batch([40, 25])
     model = make_model()
     score_fn = ScoreFn(model, graph, noise, "x0", time_conditioning=False)

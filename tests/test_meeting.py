@@ -1,4 +1,7 @@
-"""Ranks that start together: the ranks are threads of one process, and communicate through torch's store."""
+"""The meeting of ranks at the start of a run.
+
+In most tests the ranks are threads of one process, which communicate through torch's store.
+"""
 
 import os
 import re
@@ -26,8 +29,9 @@ Outcome = Exception | list[str]
 
 @pytest.fixture
 def meet(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[Outcome]]]:
-    """Run one meeting of ranks with these facts, each on its own host. Returns each rank's exception or its hosts.
+    """Return a function that runs one meeting of ranks with the given facts, as if each rank had a host of its own.
 
+    The function returns, for each rank, its exception or the hosts that it has learned.
     A rank with the facts None does not start. A rank with an exception raises it before the meeting.
     """
     monkeypatch.setenv("MASTER_ADDR", "localhost")
@@ -119,7 +123,7 @@ def test_rank_0_ends_after_the_others_have_read_its_error(
 
 
 def test_restarts_and_requeued_jobs_continue_the_earlier_launch() -> None:
-    """A change in the number of hosts continues it too. Another launch with the same id does not."""
+    """So do launches after a change in the number of hosts. An unrelated launch with the same id does not."""
 
     def continued(
         launch: str | None, earlier: dict[str, Any], *, restart: int = 0, agents: str = "a 1", **slurm: Any

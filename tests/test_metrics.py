@@ -59,7 +59,7 @@ def test_brackets_are_printed_literally(capsys: pytest.CaptureFixture[str]) -> N
 def test_wandb_records_the_rows_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    for name in ("one", "two"):  # both runs share the service that the first one starts, which keeps its working folder
+    for name in ("one", "two"):  # both runs share wandb's service, which keeps the working folder of the first run
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
         Path("run").mkdir()

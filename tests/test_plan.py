@@ -104,7 +104,7 @@ def test_a_mixture_reads_its_longest_store_once_an_epoch_and_the_others_evenly(
         assert max(row_counts) - min(row_counts) <= 1
         if number == longest:
             assert set(row_counts) == {count}
-        # the number of tokens that its weight gives, except for one sequence at the boundary
+        # the number of tokens that the group's weight gives, except for one sequence at the boundary
         tokens = int(np.array(row_counts) @ clipped_tokens(lengths[group], max_len))
         assert abs(tokens - count * wanted[number]) <= max_len + 1
     # every epoch fills at least the number of packs that packs_in_epoch returns
@@ -135,7 +135,7 @@ def test_epochs_passes_and_stores_are_shuffled_independently() -> None:
         {row for row, n in Counter(rows.tolist()).items() if n == 2} for rows in epochs(groups, [2.0, 3.0], 30, 1, 4)
     ]
     assert [len(rows) for rows in twice] == [25] * 4
-    assert twice[0] | twice[1] == set(range(50, 100))  # the rows read twice in two epochs are one pass
+    assert twice[0] | twice[1] == set(range(50, 100))  # one pass: the rows read twice in epoch 0 and those in epoch 1
     assert twice[0] not in (twice[2], twice[3])  # the next pass has another order
 
 

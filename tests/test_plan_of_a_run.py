@@ -48,7 +48,7 @@ def test_fake_tensors_give_the_saved_bytes_of_real_tensors(precision: str, check
 @pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_activations_are_linear_in_tokens_and_depth(mlp: str, precision: str) -> None:
-    """The estimate counts fake tensors in small networks; it is compared with real tensors in a deeper one."""
+    """The estimate counts fake tensors in small networks. It is compared with real tensors in a deeper network."""
     config = config_of("model.n_blocks=5", f"model.mlp={mlp}")
     model = build_model(config.model, "sdpa", time_conditioning=False)
     for tokens in (250, 1000):
@@ -59,7 +59,7 @@ def test_activations_are_linear_in_tokens_and_depth(mlp: str, precision: str) ->
         assert saved == pytest.approx(expected, rel=0.03)
 
 
-def test_checkpointed_activations_of_20_blocks_take_less_than_a_sixth() -> None:
+def test_checkpointed_activations_of_20_blocks_take_less_than_a_sixth_of_the_bytes() -> None:
     plain, checkpointed = (
         activation_bytes(config_of("model.n_blocks=20", f"model.checkpointing={flag}"), "fp32")
         for flag in ("false", "true")
@@ -95,7 +95,9 @@ def test_the_plan_counts_epochs_of_cropped_sequences(store: SequenceStore) -> No
 
 
 @pytest.mark.parametrize(("device", "share"), [("cuda", 3), ("cpu", 1)])
-def test_the_planned_time_is_that_of_the_flops_on_all_devices(store: SequenceStore, device: str, share: int) -> None:
+def test_the_planned_time_is_the_flops_divided_by_the_speed_of_all_devices(
+    store: SequenceStore, device: str, share: int
+) -> None:
     config = config_of("trainer.max_steps=10", "optim.packs_per_step=2")
     for processes, devices in ((1, 1), (3, share)):
         found = plan(config, StoreGroup([store]), torch.device(device), "fp32", processes, peak=1e12)

@@ -122,7 +122,7 @@ def test_unusual_but_valid_fasta_is_read(run_python: Command, tmp_path: Path) ->
 
 
 def test_sequences_that_two_splits_share_are_counted(run_python: Command, tmp_path: Path) -> None:
-    """For any order of the splits, upper and lower case, and whether or not duplicates are kept."""
+    """They are counted in any order of the splits, in upper and lower case, and whether or not duplicates are kept."""
     files = {
         "train": ">t1 x\nMKVA\n>t2\nMKVC\n>t3\nMKVD\n>t4\nMKVE\n>t5\nMKVF\n>t6\nMKVF\n",
         "validation": ">v1\nMKVW\n>v2\nMKVY\n",
@@ -163,7 +163,7 @@ def test_sequences_that_two_splits_share_are_counted(run_python: Command, tmp_pa
     ("options", "parts"),
     [
         (["input={train: short.fasta, test: long.fasta}", "filter.min_length=3"],
-         ["none of the 2 records of short.fasta is left (dropped of all 3 records: 2 by min_length)"]),
+         ["none of the 2 records of short.fasta is left (of all 3 records, the filters dropped 2 by min_length)"]),
         (["input={test: long.fasta, train: same.fasta}"], ["1 records of same.fasta is left", "1 by duplicates"]),
         (["input=long.fasta", "split.test_fraction=0.9999"],
          ["split.validation_fraction and split.test_fraction hold out every sequence; lower them"]),
@@ -276,7 +276,7 @@ def test_a_file_size_limit_is_a_one_line_error_and_leaves_no_file(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """Return a function that mounts a tmpfs of so many megabytes. Mounting needs root."""
+    """Return a function that mounts a tmpfs of `size` megabytes. Mounting needs root."""
     mounted: list[Path] = []
 
     def mount(size: int) -> Path:

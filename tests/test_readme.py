@@ -54,7 +54,7 @@ def readme_commands() -> list[str]:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the files that git would clone, and the FASTA files that the README's commands expect of a user."""
+    """A copy of the files that git would clone, and the FASTA files that the README's commands expect from a user."""
     folder = tmp_path_factory.mktemp("clone") / "protlig_dd"
     list_files = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard"]
     for name in subprocess.run(list_files, capture_output=True, text=True, check=True).stdout.splitlines():

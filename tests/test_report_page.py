@@ -1,4 +1,4 @@
-"""The report page of a run: its contents, the escaping of text, and its looks in a browser."""
+"""The report page of a run: its contents, the escaping of text, and its appearance in a browser."""
 
 import csv
 import html
@@ -325,7 +325,7 @@ def test_one_held_out_protein_is_enough_and_an_extended_run_keeps_the_step_of_it
     done = run_python(*command, "trainer.max_steps=8", "trainer.stop_at_step=6", "run.resume=extend")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "This run has completed 6 of 8 steps and has no report yet." in (folder / "report.html").read_text()
-    shutil.copy(folder / "reports/step_00000004/report.json", folder)  # earlier versions kept it there
+    shutil.copy(folder / "reports/step_00000004/report.json", folder)  # earlier versions kept the report there
     write_run_page(folder)
     run = read_run(folder)
     assert (run.last_step, run.report["step"]) == (6, 4)
@@ -339,7 +339,7 @@ def test_one_held_out_protein_is_enough_and_an_extended_run_keeps_the_step_of_it
     assert "The validation set: 1 proteins" in page
 
 
-def test_the_label_of_a_loss_with_capped_weights_says_so(trained: Path) -> None:
+def test_a_loss_with_capped_weights_is_labelled_as_such(trained: Path) -> None:
     run = read_run(trained)
     assert has_capped_weights(run)
     for changes in ({"noise.max_weight": None}, {"graph.name": "uniform"}):
@@ -367,7 +367,7 @@ def test_the_report_compares_samples_with_natural_proteins(copied: Callable[[str
     assert f"{compared} residues." in page
     value = rows["3-mers, divergence in nats"]
     _, lengths, *others = run.report["verdicts"]
-    assert lengths["told"] == "not judged: they were drawn from those of the training set"
+    assert lengths["told"] == "not judged: they were drawn from the lengths of the training set"
     assert [verdict["group"] for verdict in others] == ["composition and words", "repeats", "variety"]
     for verdict in (lengths, *others):
         assert f"<li>{verdict['group']}: {escape(verdict['told'])}</li>" in page
@@ -515,7 +515,7 @@ def test_the_verb_rebuilds_and_compares_pages_and_rejects_damaged_files(
 def test_runs_may_be_a_sweeps_folder_or_a_pattern(
     copied: Callable[[str], Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A sweep of this project has its runs one level down, and Hydra's multirun two."""
+    """The runs are one level below a sweep's folder, and two levels below the folder of Hydra's multirun."""
     runs = [
         copied(name)
         for name in (
@@ -528,7 +528,7 @@ def test_runs_may_be_a_sweeps_folder_or_a_pattern(
     ]
     monkeypatch.chdir(runs[0].parents[2])
     (runs[0] / "checkpoints/step_1").mkdir(parents=True)
-    shutil.copy(runs[0] / "config.yaml", runs[0] / "checkpoints/step_1")  # not a run
+    shutil.copy(runs[0] / "config.yaml", runs[0] / "checkpoints/step_1")  # a checkpoint is not a run
     Path("runs/sweep/.submitit").mkdir()
     Path("runs/sweep/lr-0.3").mkdir()
     shutil.copy(runs[0] / "config.yaml", "runs/sweep/lr-0.3")
@@ -720,7 +720,7 @@ def test_smoothing_is_a_weighted_mean_of_the_values_so_far(values: list[float], 
 
 
 def axis(ticks: list[tuple[str, str]]) -> Callable[[str], float]:
-    """Return the function that reads the value at a position off an axis.
+    """Return a function that converts a position on an axis to its value.
 
     Args:
         ticks: (position, label) of each tick.
@@ -734,7 +734,7 @@ def axis(ticks: list[tuple[str, str]]) -> Callable[[str], float]:
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 4e4])
-def test_estimates_and_their_bars_are_read_off_the_axis(scale: float) -> None:
+def test_estimates_and_their_bars_match_the_axis(scale: float) -> None:
     rows = [Estimate("a", 2.0 * scale, 0.3 * scale), Estimate("b", -1.0 * scale, 0.05 * scale)]
     (svg,) = drawings(dot_plot("Bound", "nats", rows))
     drawing = ElementTree.tostring(svg, encoding="unicode")
@@ -751,7 +751,7 @@ def test_estimates_and_their_bars_are_read_off_the_axis(scale: float) -> None:
 
 
 @pytest.mark.parametrize("style", ["line", "dots"])
-def test_points_and_their_bars_are_read_off_both_axes(style: str) -> None:
+def test_points_and_their_bars_match_both_axes(style: str) -> None:
     x, y, errors = [100.0, 250.0, 400.0, 1000.0], [2.9, 2.7, 2.65, 2.6], [0.05, 0.02, 0.01, 0.0]
     (svg,) = drawings(plot("Loss", "nats", [Series("loss", x, y, style=style, errors=errors)]))
     drawing = ElementTree.tostring(svg, encoding="unicode")
@@ -769,7 +769,7 @@ def test_points_and_their_bars_are_read_off_both_axes(style: str) -> None:
     if style == "line":
         (path,) = re.findall(r'class="c0 line" d="M([^"]+)"', drawing)
         points += [tuple(point.split()) for point in path.split("L")]
-    assert len(points) == 2 * len(x)  # dots on the bars, and the dots or the corners of the curve
+    assert len(points) == 2 * len(x)  # each point has a dot on its bar, and a dot or a corner of the curve
     for (position, height), step, value in zip(points, x * 2, y * 2, strict=True):
         assert x_at(position) == pytest.approx(step, abs=2)
         assert y_at(height) == pytest.approx(value, abs=2e-3)

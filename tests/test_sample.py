@@ -78,7 +78,7 @@ def test_a_bias_file_that_is_not_utf8_is_an_error(tmp_path: Path) -> None:
         ("no.csv", "log_bias=no.csv"),
     ],
 )
-def test_the_error_for_a_wrong_bias_names_it(wanted: object, message: str) -> None:
+def test_the_error_for_a_wrong_bias_names_the_wrong_part(wanted: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_log_bias(wanted, [3])
 
@@ -111,7 +111,7 @@ def test_lengths_must_be_given_if_the_checkpoint_has_no_record_of_them() -> None
 
 
 def test_cropped_proteins_are_left_out_of_the_empirical_lengths(store: SequenceStore) -> None:
-    """A protein of 800 residues does not count as one of 200 because the model was trained on crops of 200."""
+    """The model was trained on crops of 200 residues, but a protein of 800 residues does not count as one of 200."""
     group, max_len = StoreGroup([store]), 200
     lengths = [int(store.lengths[row]) for row in store.split("train")]
     counts, cropped = length_counts(group, max_len)
@@ -184,7 +184,8 @@ def test_headers_give_the_bound_of_each_protein_on_any_number_of_ranks(
     done = run_python(*launcher, *command, "output=two.fasta", "n=7")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "two.fasta").read_text() == (tmp_path / "one.fasta").read_text()
-    assert_one_line_error(
-        run_python(*command, "output=long.fasta", "lengths=301"),
-        "lengths=301: the longest protein has 301 residues; this model was trained on 1 to 300",
-    )
+    for lengths in ("301", "1-301"):  # a range may draw its end
+        assert_one_line_error(
+            run_python(*command, "output=long.fasta", f"lengths={lengths}", "n=1"),
+            f"lengths={lengths}: the longest protein has 301 residues; this model was trained on 1 to 300",
+        )

@@ -122,7 +122,9 @@ def test_a_forbidden_residue_of_the_prior_is_redrawn_by_the_network() -> None:
 @pytest.mark.parametrize("predictor", ["analytic", "euler"])
 @pytest.mark.parametrize("conditioned", [False, True])
 def test_a_time_free_model_samples_every_residue_with_the_network(predictor: str, conditioned: bool) -> None:
-    """Its bound is that of a decoder that starts from masks only. Other priors have unmasked residues at t = 1."""
+    """The bound of such a model is that of a decoder that starts from masks only. A time-conditioned model starts from
+    the prior at t = 1, which has unmasked residues.
+    """
     logits = torch.where(torch.arange(20) == LETTERS.index("W"), 50.0, 0.0)
     score_fn = ScoreFn(
         lambda batch, sigma: logits.repeat(len(batch.tokens), 1),
@@ -166,7 +168,7 @@ def test_samples_are_amino_acids_of_the_requested_lengths(name: str, predictor: 
 
 @pytest.mark.parametrize(("name", "predictor"), SAMPLERS)
 def test_a_sampled_sequence_does_not_depend_on_its_pack(name: str, predictor: str) -> None:
-    """It does not depend on the number of sequences or on the others either: sequence i of 8 is sequence i of 5."""
+    """Nor does it depend on the number of sequences or on the others: sequence i of 8 equals sequence i of 5."""
     score_fn = ScoreFn(make_model(), graph_of(name, 20), LogLinearNoise(), "x0")
 
     def draw(n: int, tokens_per_pack: int, lengths: str) -> list[list[int]]:
@@ -344,7 +346,7 @@ def test_no_score_changes_by_more_than_the_bias(
 
 
 def test_one_step_with_slow_mixing_rates_has_no_rounding_error() -> None:
-    """The noise of PAM30 ends at sigma = 24.9, where inverting it would multiply rounding errors by e^48."""
+    """The noise of PAM30 ends at sigma = 24.9, where inverting P(sigma) would multiply rounding errors by e^48."""
     graph, counts = make_substitution_graph("PAM30"), Counter[str]()
     q = torch.rand(20, generator=seeded(0)).log()
     noise = LogLinearNoise(eps=float(np.exp(-graph.sigma_max)))

@@ -39,7 +39,7 @@ def test_scores_are_float32_and_zero_at_xt(graph: Graph, parametrisation: str) -
             assert log_score.gather(1, xt[:, None]).abs().max() == 0
             continue
         assert log_score[xt < 20].abs().max() == 0
-        if parametrisation == "x0":  # s_y = kappa p(y): the scores of a masked token sum to kappa
+        if parametrisation == "x0":  # the scores of a masked token, kappa p(y), sum to kappa
             total = log_score.exp().sum(-1)
             kappa = 1 / torch.expm1(sigma)[batch.segment_ids]
             assert torch.allclose(total[xt == 20], kappa[xt == 20], rtol=1e-5)
@@ -79,7 +79,7 @@ def test_zero_logits_on_the_absorbing_graph_have_a_loss_of_log_20_per_residue(pa
     """Zero logits predict a uniform distribution, s = kappa / 20, so each masked residue has the loss kappa log 20.
 
     For log-linear noise dsigma kappa = 1/t, and a residue is masked with probability (1 - eps) t. The expected loss is
-    therefore (1 - t_min)(1 - eps) log 20 nats per residue. With stratified times 20 batches are enough to estimate it.
+    therefore (1 - t_min)(1 - eps) log 20 nats per residue. With stratified times, 20 batches are enough to estimate it.
     """
     noise, graph = LogLinearNoise(), Absorbing()
     batch = random_batch([60] * 500)
@@ -107,7 +107,7 @@ def test_zero_logits_on_the_absorbing_graph_have_a_loss_of_log_20_per_residue(pa
 
 @pytest.mark.parametrize("graph", [Uniform(), BLOSUM62], ids=["uniform", "blosum62"])
 def test_zero_logits_on_other_graphs_have_the_loss_of_the_equilibrium(graph: Graph) -> None:
-    """They give the scores of the stationary process, so the loss over [low, high] is the decrease of KL(P || pi)."""
+    """Zero logits give the stationary process's scores, so the loss over [low, high] is the decrease of KL(P || pi)."""
     x0 = torch.arange(20).repeat_interleave(20)
     xt = torch.arange(20).repeat(20)
     log_score = graph.log_score(torch.zeros(400, 20, dtype=torch.float64), xt, torch.ones(400))

@@ -93,7 +93,7 @@ def test_a_mutation_fails_a_test_and_leaves_the_checkout_unchanged(
 @pytest.mark.slow
 @pytest.mark.campaign
 def test_an_interrupted_check_keeps_its_results(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It leaves no running process and no temporary folder."""
+    """The interrupted check leaves no running process and no temporary folder."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     command = ["-m", "scripts.mutation_check", "--folder", "data", "model", "--results", str(tmp_path / "results")]
     process = start(*command, cwd=ROOT)
@@ -119,7 +119,7 @@ def test_every_mutation_matches_the_source_and_names_existing_test_files() -> No
     assert len({mutation.what for mutation in mutations}) == len(mutations) >= 110
     for mutation in mutations:
         assert mutation.old != mutation.new
-        assert mutation.folder in FOLDERS, mutation.what  # others would never be checked
+        assert mutation.folder in FOLDERS, mutation.what  # mutations of other folders would never be checked
         files = [word for word in mutation.tests.split() if word.startswith("tests/")]
         assert all((ROOT / file).is_file() for file in files), mutation.what
 
@@ -172,7 +172,7 @@ def test_the_data_benchmark_prints_the_tables_of_the_docs(run_python: Command) -
     documented = [line for line in sections_on_data.splitlines() if line.startswith("|")]
 
     def shape(lines: list[str]) -> list[str]:
-        """Return the headings, and the number of cell borders of every other row."""
+        """Return headings and rules unchanged, and each of the remaining rows as its number of cell borders."""
         return [line if line.startswith(("| ---", *HEADINGS)) else str(line.count("|")) for line in lines]
 
     assert shape(printed) == shape(documented)
@@ -241,7 +241,7 @@ def test_concatenated_blocks_are_the_token_stream_cut_at_fixed_lengths() -> None
     stream = torch.cat(proteins)
     assert torch.equal(torch.cat([batch.tokens for batch in found]), stream[: 16 * len(found)])
     assert not any((batch.tokens == PAD).any() for batch in found)
-    # token 8, the last of the first protein and the first of block 1, attends to that block only
+    # token 8, the last of the first protein and the first of block 1, attends to block 1 only
     model = make_model()
     logits = model(found[0], torch.ones(2))[8]
     for position, attended in ((12, True), (3, False)):  # another protein in this block; the same protein in block 0
@@ -285,7 +285,7 @@ def test_arms_are_trained_once_and_compared(run_python: Command, proteins: list[
 
 
 def test_the_baseline_arm_has_the_objective_and_network_of_sedd() -> None:
-    """The baseline keeps them when the defaults change."""
+    """The baseline keeps SEDD's objective and network when the defaults change."""
     for name, arm in SCREEN.items():
         if not (thorough() or name.startswith("SEDD") or name == "the defaults" or "weight at most" in name):
             continue  # composing a config for every arm is slow

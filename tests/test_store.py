@@ -186,7 +186,7 @@ def test_columns_read_in_blocks_of_any_size_are_complete(store: SequenceStore, m
 
 
 def test_the_fingerprint_depends_on_every_column_except_the_manifest(store: SequenceStore) -> None:
-    """It identifies the contents of a store, whatever the options it was built with."""
+    """The fingerprint identifies the contents of a store, whatever options the store was built with."""
     for name in store.checksums:
         other = fingerprint_of(store.checksums | {name: "0" * 32})
         assert (other == store.fingerprint) is (name == "manifest"), name

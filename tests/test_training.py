@@ -261,7 +261,7 @@ def test_a_kill_while_a_report_is_moved_aside_leaves_a_complete_copy(trained_run
 
 
 def set_plan_version(run_folder: Path, version: int | None) -> None:
-    """Set plan_version in the newest checkpoint's state; None removes it, as in checkpoints of early versions."""
+    """Set plan_version in the newest checkpoint's state. None removes the key, as in checkpoints of early versions."""
     checkpoint = complete_checkpoints(run_folder)[-1]
     file, sums = checkpoint / "state.json", json.loads((checkpoint / COMPLETE).read_text())
     state = {key: value for key, value in json.loads(file.read_text()).items() if key != "plan_version"}

@@ -84,7 +84,7 @@ def test_checked_and_plain_runs_do_not_share_bytecode(
 
 @pytest.mark.slow
 def test_checks_do_not_change_the_bytecode_of_other_packages(package: Path, tmp_path: Path) -> None:
-    """The package imports einops, whose bytecode must keep the name under which the interpreter looks for it."""
+    """The package imports einops, whose bytecode files must keep the names that the interpreter looks for."""
     (tmp_path / "site").mkdir()
     import einops
 

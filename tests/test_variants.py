@@ -1,7 +1,7 @@
 """`python -m protlig_dd.variants`.
 
-The reading of assays, windows for long proteins, each strategy against a direct computation of every variant, and
-ProteinGym's metrics and averages.
+The tests cover the reading of assays, windows for long proteins, and ProteinGym's metrics and averages. They compare
+each strategy with a direct computation for every variant.
 """
 
 import csv
@@ -210,7 +210,7 @@ def test_earlier_scores_are_an_error_if_anything_that_they_depend_on_has_changed
 # assays and targets in files
 
 
-def test_both_columns_may_be_present_and_other_columns_are_kept(tmp_path: Path) -> None:
+def test_mutant_and_sequence_columns_may_be_combined_and_other_columns_are_kept(tmp_path: Path) -> None:
     assay = read(
         tmp_path,
         "\ufeffmutant,mutated_sequence,DMS_score,note\n"
@@ -247,8 +247,8 @@ def test_both_columns_may_be_present_and_other_columns_are_kept(tmp_path: Path) 
             f"mutant\n{WILD[1:]}\n",
             f"line 2: '{WILD[1:]}' is not a mutation.* and whole proteins in a column mutated_seq",
         ),
-        ("mutant\nM0A\n", "line 2: M0A is at position 0, outside the target's 1 to 22"),
-        ("mutant\nM23A\n", "line 2: M23A is at position 23, outside the target's 1 to 22"),
+        ("mutant\nM0A\n", "line 2: M0A is at position 0, outside the target's positions 1 to 22"),
+        ("mutant\nM23A\n", "line 2: M23A is at position 23, outside the target's positions 1 to 22"),
         ("mutant\nM1A:M1C\n", "line 2: M1A:M1C changes position 1 twice"),
         ("mutant\nM1X\n", "line 2: M1X: X is not one of the amino acids"),
         ("mutant\nM1*\n", r"line 2: M1\* is a stop codon; give the whole protein in a column mutated_sequence"),
@@ -305,7 +305,7 @@ def test_positions_may_be_numbered_as_in_a_longer_construct(tmp_path: Path) -> N
     with pytest.raises(ValueError, match=r"line 2: M101A has M at position 2 \(offset=99\), but"):
         read_assay(tmp_path / "a.csv", TARGET, numbering=Numbering(99))
     with pytest.raises(
-        ValueError, match=r"line 2: M101A is at position -4 \(offset=105\), outside the target's 1 to 22"
+        ValueError, match=r"line 2: M101A is at position -4 \(offset=105\), outside the target's positions 1 to 22"
     ):
         read_assay(tmp_path / "a.csv", TARGET, numbering=Numbering(105))
 
@@ -341,7 +341,7 @@ def test_letters_that_are_not_amino_acids_cannot_change(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="X1A changes X, which is not one of the amino acids"):
         read(tmp_path, "mutant\nX1A\n", "XK")
     assert read(tmp_path, "mutated_sequence\nXA\n", "XK").variants == [Variant(((1, 0),))]
-    with pytest.raises(ValueError, match="differ at position 1, where one of them is not an amino acid"):
+    with pytest.raises(ValueError, match="differ at position 1, where one of the two letters is not an amino acid"):
         compare(ids("AX"), ids("XA"), "row")
     assert [row[0] for row in all_substitutions(ids("XM")).rows][:2] == ["M2A", "M2C"]
 
@@ -399,7 +399,10 @@ def partitions(n: int) -> list[list[tuple[int, int]]]:
 
 @given(st.integers(1, 60), st.integers(1, 12), st.data())
 def test_sites_share_windows_by_the_best_partition(length: int, max_len: int, data: st.DataObject) -> None:
-    """The best partition has the fewest windows, and among those the largest margins, the smallest compared first."""
+    """The best partition has the fewest windows.
+
+    Of the partitions with the fewest windows it has the largest margins; the smallest margins are compared first.
+    """
     sites = sorted(data.draw(st.sets(st.integers(0, length - 1), min_size=1, max_size=8)))
     shown = min(length, max_len)
 
@@ -428,7 +431,7 @@ def test_distant_sites_share_a_window_with_the_nearer_neighbour() -> None:
 
 @given(st.integers(1, 200), st.integers(1, 40))
 def test_strategies_without_masks_use_few_windows(length: int, max_len: int) -> None:
-    """Each site has a quarter of a window on both sides, or all residues up to the end of the protein."""
+    """On each side, a site has at least a quarter of a window, or all residues up to the end of the protein."""
     every = Variant(tuple((site, 0) for site in range(length)))
     pieces = in_windows(assay_of(every), max_len, length, "ratio")
     assert [piece.change.substitutions for piece in pieces] == [(substitution,) for substitution in every.substitutions]
@@ -452,7 +455,7 @@ def test_windows_of_indels_contain_the_same_part_of_both_proteins(
     assay = assay_of(Variant(indel=Indel(start, stop, tuple(new))))
     if max(length, length + change) > max_len and max(stop - start, len(new)) >= max_len:
         with pytest.raises(
-            ValueError, match=f"row 0: {stop - start} residues become {len(new)}, which is too long for a wi"
+            ValueError, match=f"row 0: {len(new)} residues replace {stop - start}, which does not fit into a wi"
         ):
             in_windows(assay, max_len, length)
         return
@@ -623,7 +626,7 @@ def test_masked_marginals_of_an_exact_model_are_the_true_ratios_for_single_subst
 
 
 def test_with_all_masks_enumerated_the_bound_of_an_exact_model_is_the_likelihood() -> None:
-    """k = 1 masked residue (either site) and k = 2, with equal weights."""
+    """The bound averages over one masked residue, at either site, and two masked residues, with equal weights."""
     toy, score_fn = toy_scores("absorbing", "x0")
     for pair in itertools.product(range(3), repeat=2):
         batch = PackedBatch.pack([torch.tensor([BOS, *pair, EOS])])
@@ -639,7 +642,7 @@ def test_with_all_masks_enumerated_the_bound_of_an_exact_model_is_the_likelihood
     ("name", "parametrisation"), [("absorbing", "x0"), ("uniform", "log_score"), ("substitution", "x0")]
 )
 def test_the_bound_of_an_exact_model_is_the_true_difference(name: str, parametrisation: str) -> None:
-    """Up to its standard error, and a few hundredths of a nat from the ends of the noise range."""
+    """They agree up to the standard error, and up to a few hundredths of a nat that the ends of the noise range add."""
     toy, score_fn = toy_scores(name, parametrisation)
     if name == "absorbing":
         score_fn = without_time(score_fn)
@@ -691,7 +694,7 @@ class RecordingNetwork:
 
 
 def test_antithetic_draws_mask_complementary_residues() -> None:
-    """Of 22 residues 7 and 16 are masked, or 1 and 22: together all of them, and one residue twice."""
+    """Two antithetic draws mask 7 and 16 of the 22 residues, or 1 and 22: every residue, and one residue twice."""
     network = RecordingNetwork()
     score_fn = ScoreFn(network, Absorbing(), NOISE, "x0", False)
     columns = [columns_of(TARGET, Piece(0, 0, 22, Variant()))]
@@ -747,9 +750,9 @@ def test_with_all_noise_enumerated_the_integral_is_the_bound(name: str, monkeypa
 
 @pytest.mark.parametrize("max_len", [100, 12])
 def test_a_model_of_residue_frequencies_gives_indels_no_score_for_their_length(max_len: int) -> None:
-    """With equal frequencies the score is 0.
+    """If all frequencies are equal, the score is 0.
 
-    With others it is the variant's length times the difference of mean log-frequency from the wild type.
+    Otherwise it is the variant's length times (its mean log-frequency minus the mean log-frequency of the wild type).
     """
     changes = [Variant(indel=indel) for indel in (Indel(4, 4, (3, 3, 9)), Indel(8, 11, ()), Indel(3, 6, (1,)))]
     found = scored(
@@ -758,7 +761,7 @@ def test_a_model_of_residue_frequencies_gives_indels_no_score_for_their_length(m
         "bound",
         max_len=max_len,
     )
-    np.testing.assert_allclose(found.nats, 0, atol=1e-4)  # float32 rounding of about 60 nats
+    np.testing.assert_allclose(found.nats, 0, atol=1e-4)  # rounding errors of float32 sums of about 60 nats
     background = torch.randn(N_STATES, generator=torch.Generator().manual_seed(0)).log_softmax(0)
     score_fn = ScoreFn(
         lambda batch, sigma: background.expand(len(batch.tokens), -1), Absorbing(), LogLinearNoise(), "x0", False
@@ -872,7 +875,7 @@ def test_the_other_metrics_match_their_definitions(pairs: list[tuple[int, int]])
         {i for i, v in enumerate(values) if v >= np.quantile(values, 0.9)} for values in (measured, scores)
     )
     assert top_recall(scores, measured) == pytest.approx(len(fittest & chosen) / len(fittest))
-    assert ndcg(scores[:9], measured[:9]) is None  # 10% of nine rows is none
+    assert ndcg(scores[:9], measured[:9]) is None  # 10% of nine rows is less than one row
 
 
 def test_an_assay_has_metrics_by_mutation_depth_too() -> None:
@@ -925,7 +928,8 @@ def test_assays_are_averaged_as_in_proteingym() -> None:
     assert total["by_taxon"]["Virus"]["spearman"] == 0.5
     assert list(total["by_mutation_depth"]) == ["1"]
     assert total["by_mutation_depth"]["1"]["spearman"] == pytest.approx(((0.6 + 0.2) / 2 + 0.1) / 2)
-    # bootstrap over two proteins with 0.3 and 0.5; halved, as the other of the two types has a single protein
+    # The bootstrap varies Stability only: its two proteins have 0.3 and 0.5, but Activity has a single protein.
+    # Averaging the two types halves the error.
     assert total["spearman_se"] == pytest.approx(0.1 / math.sqrt(2) / 2, rel=0.05)
     assert total["mcc"] is total["mcc_se"] is None
 
@@ -1004,7 +1008,7 @@ def test_the_reference_file_sets_how_assays_are_numbered(tmp_path: Path) -> None
 
     assert read_entry(0).variants == read_entry(0, 100).variants == [Variant(((0, 0),)), Variant(((1, 2),))]
     assert read_entry(1).variants == [Variant(((0, 0),))]  # raw_mut_offset applies to the raw file only
-    with pytest.raises(ValueError, match=r"line 2: M101A is at position 101, outside the target's 1 to 22"):
+    with pytest.raises(ValueError, match=r"line 2: M101A is at position 101, outside the target's positions 1 to 22"):
         read_entry(0, 0)
     reference.write_text(f"{head}\nA,{WILD},100.0,\nB,{WILD},,25\n")
     with pytest.raises(
@@ -1152,7 +1156,10 @@ def run(short_run: Path, target: str, capsys: pytest.CaptureFixture[str]) -> Cal
 
 
 def log_ratios(mutants: list[str], store: SequenceStore) -> list[float]:
-    """Return log f(mutant) - log f(wild type) of single substitutions, f in the training split with a pseudo-count."""
+    """Return log f(mutant) - log f(wild type) of single substitutions.
+
+    f is the frequency of a residue in the training split, with a pseudo-count.
+    """
     counts = dict(zip(AMINO_ACIDS, (store.token_counts[0] + 1).tolist(), strict=False))
     return [math.log(counts[mutant[-1]]) - math.log(counts[mutant[0]]) for mutant in mutants]
 

@@ -48,8 +48,9 @@ from typing import Any, NoReturn, TextIO
 
 # Variables that libraries read at import, so that setting them for a fork would have no effect.
 READ_BY_LIBRARIES = ("TORCH_LOGS", "TORCH_COMPILE_DISABLE", "MPLCONFIGDIR")
-# The same, and variables that the package reads. It also reads PROTLIG_TYPECHECK, which is not in the list: a fork has
-# shape checks if the tests have them, and its value of the variable only counts for interpreters that it starts.
+# READ_BY_LIBRARIES, and variables that the package reads at import. The package also reads PROTLIG_TYPECHECK at import.
+# That variable is not in the list: a fork has shape checks if the tests have them, and setting the variable for a fork
+# affects only the new interpreters that the fork starts.
 READ_BY_PACKAGE = (*READ_BY_LIBRARIES, "PYTHONPATH")
 # Commands use one thread unless they set more, and waiting threads do not keep a core busy.
 THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
@@ -112,8 +113,8 @@ class Server:
     """An interpreter that forks. Its `executable` is a `python` that runs modules in forks.
 
     Args:
-        read: variables that the interpreter has read at import, so that a fork cannot change them.
-        env: the environment with their values.
+        read: variables that the interpreter has read at import. A fork cannot change them.
+        env: the environment in which the interpreter has read them.
         address: the server's socket, if another process has started the server.
     """
 
@@ -140,14 +141,14 @@ class Server:
         """Start `["-m", MODULE, ...]` or `["-c", PROGRAM, ...]` in a fork.
 
         Raises:
-            ValueError: the arguments are neither, or `env` sets a variable that was read at import to another value.
-                Such a command needs a new interpreter.
+            ValueError: the arguments have neither form, or `env` changes a variable that was read at import. Such a
+                command needs a new interpreter.
         """
         if arguments[0] not in ("-m", "-c"):
             raise ValueError(f"a fork runs -m MODULE or -c PROGRAM, not python {arguments[0]}")
         for name, value in self.environment.items():
             if env.get(name) != value:
-                raise ValueError(f"{name}={env.get(name)} is read at import, here {value}")
+                raise ValueError(f"{name}={env.get(name)}, but the interpreter has read {name}={value} at import")
         connection = self.connect()
         outputs = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")  # noqa: SIM115
         request = {"arguments": list(arguments), "cwd": str(cwd), "env": dict(env), "new_session": new_session}
@@ -317,9 +318,9 @@ def serve(address: str, until: TextIO | None = None) -> None:
         until: a file; the server ends when it can be read or is closed.
     """
     for finalizer in weakref.finalize._registry:  # type: ignore[attr-defined]
-        finalizer.atexit = False  # the libraries have thousands; those that a command adds run at its end
+        finalizer.atexit = False  # skip the libraries' thousands; finalizers that a command adds still run at its end
     gc.collect()
-    gc.freeze()  # the collector writes to the objects that it visits, and the fork copies each page it writes to
+    gc.freeze()  # the collector writes to every object that it visits, which would copy memory pages in a fork
     wakeup, wakeup_writer = os.pipe()
     os.set_blocking(wakeup_writer, False)
     signal.set_wakeup_fd(wakeup_writer, warn_on_full_buffer=False)
@@ -396,7 +397,8 @@ def run_as_python(request: dict[str, Any], files: dict[int, int]) -> NoReturn:
     if request["new_session"]:
         os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    moved = {n: fcntl.fcntl(file, fcntl.F_DUPFD, 1000) for n, file in files.items()}  # so that no dup2 overwrites one
+    # to numbers from 1000, which dup2 does not overwrite
+    moved = {n: fcntl.fcntl(file, fcntl.F_DUPFD, 1000) for n, file in files.items()}
     for file in files.values():
         os.close(file)
     for n, file in moved.items():
@@ -415,7 +417,7 @@ def run_as_python(request: dict[str, Any], files: dict[int, int]) -> NoReturn:
     sys.pycache_prefix = os.environ.get("PYTHONPYCACHEPREFIX") or None
     sys.executable = os.environ.get("PYTHON_EXEC", sys.executable)
     multiprocessing.set_executable(sys.executable)
-    # torch's launcher inspects its stack often, and each time would search all modules for this file
+    # torch's launcher often inspects its stack; without this entry it would search all modules for runpy each time
     inspect.modulesbyfile[inspect.getabsfile(runpy.run_module)] = "runpy"
     code = 0
     try:
@@ -430,7 +432,7 @@ def run_as_python(request: dict[str, Any], files: dict[int, int]) -> NoReturn:
     except BaseException:
         traceback.print_exc()
         code = 1
-    # the steps of an interpreter's end
+    # as an interpreter does before it exits
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     sys.stdout.flush()
@@ -439,7 +441,7 @@ def run_as_python(request: dict[str, Any], files: dict[int, int]) -> NoReturn:
 
 
 def run_main(arguments: list[str]) -> None:
-    """Run `-m MODULE ...`, or `... -c PROGRAM ...` as spawned by multiprocessing."""
+    """Run `-m MODULE ...` or `-c PROGRAM ...`. Ignore options before `-c`, which multiprocessing adds."""
     if arguments[0] == "-m":
         sys.argv = ["-m", *arguments[2:]]
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)

@@ -224,8 +224,7 @@ def print_help_if_requested(config_name: str) -> bool:
 def help_text(config_name: str, overrides: Sequence[str] = ()) -> str:
     """Return the verb's description, then its config files: every key, its default and what it means.
 
-    A config group is shown with the option that the command line or the defaults list selects. An experiment's choice
-    of an option is not shown.
+    A config group is shown with the option that the command line, the experiment or the defaults list selects.
 
     Raises:
         ValueError: `group=option` with an unknown option.
@@ -236,11 +235,14 @@ def help_text(config_name: str, overrides: Sequence[str] = ()) -> str:
     composed = OmegaConf.to_container(OmegaConf.load(path))
     defaults = composed.get("defaults", []) if isinstance(composed, dict) else []
     groups = {group: option for entry in defaults if isinstance(entry, dict) for group, option in entry.items()}
+    chosen: dict[str, str | None] = {}
     for override in overrides:
         group, equals, value = override.lstrip("+").partition("=")
         if equals and group in groups:  # a sweep lists several options; show the first
-            groups[group] = None if value == "null" else value.split(",")[0]
-    parts = [description, "\nEvery key, its default and what it means:\n", without_hydra(path.read_text())]
+            chosen[group] = None if value == "null" else value.split(",")[0]
+    groups |= options_of_experiment(chosen.get("experiment")) | chosen
+    heading = "\nEvery key, its default (???: it must be given) and what it means:\n"
+    parts = [description, heading, without_hydra(path.read_text())]
     for group, option in groups.items():
         options = " | ".join(sorted(file.stem for file in (folder / group).glob("*.yaml")))
         if option and option not in options.split(" | "):
@@ -248,6 +250,15 @@ def help_text(config_name: str, overrides: Sequence[str] = ()) -> str:
         body = (folder / group / f"{option}.yaml").read_text() if option else ""
         parts += [f"{group}={option or ''}  ({options})", textwrap.indent(body, "  ")]
     return "\n".join(parts)
+
+
+def options_of_experiment(name: str | None) -> dict[str, str]:
+    """Return the options of other config groups that an experiment selects; {} for no or an unknown experiment."""
+    path = config_folder() / "experiment" / f"{name}.yaml"
+    content = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else {}
+    entries = content.get("defaults", []) if isinstance(content, dict) else []
+    pairs = (pair for entry in entries if isinstance(entry, dict) for pair in entry.items())
+    return {group.removeprefix("override /"): option for group, option in pairs}
 
 
 def without_hydra(text: str) -> str:
@@ -265,6 +276,11 @@ def one_line(error: BaseException, schema: type) -> str:
     if (misspelt := re.search(r"Could not override '([^']+)'", text)) is not None:
         groups = [folder.name for folder in config_folder().iterdir() if folder.is_dir()]
         return "error: " + unknown_key(misspelt.group(1), [*known_keys(schema), *groups])
+    if (found := re.search(r"Could not find '(\w+)/([^']+)' Available options in '\w+': (.+)", text)) is not None:
+        group, option, options = found.groups()
+        return f"error: {group}={option}: choose from {', '.join(options.split())}"
+    if (found := re.search(r"Ambiguous value for argument '(\w[\w.]*)=([^']*)'", text)) is not None:
+        return f"error: {found[1]}={found[2]}: write several values as one list: {found[1]}=[{found[2]}]"
     if isinstance(error, RanksFailedError):
         return f"error: {text}"
     if isinstance(error, OSError) and error.errno in DISK_FULL and error.filename:

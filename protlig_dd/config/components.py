@@ -101,7 +101,7 @@ def build(kind: str, registry: Mapping[str, Callable[..., T]], spec: Mapping[str
 
 
 def unknown_key(key: str, known: list[str]) -> str:
-    """Return an error message that names the key and the nearest known one."""
+    """Return an error message that names the key and the nearest known key."""
     if key in known:  # a valid key of another component or command
         component, dot, _ = key.partition(".")
         if dot:

@@ -75,6 +75,8 @@ def first_problem(error: ValidationError) -> str:
         case "literal_error":
             choices = re.findall("'([^']*)'", context["expected"])
             return f"{key}={value}; choose from {', '.join(choices)}"
+        case "string_type" if isinstance(value, list):
+            return f"{key}={shown(value)}: give one value, not a list"
         case "list_type":
             return f"{key}: give a list: [a] or [a,b]"
         case "dataclass_type":
@@ -85,3 +87,8 @@ def first_problem(error: ValidationError) -> str:
                 return message
             return f"{key} {message}, got {value}" if message.startswith("must ") else f"{key}={value}; {message}"
     return f"{key}={value}: {found['msg'][0].lower()}{found['msg'][1:]}"
+
+
+def shown(values: list[Any]) -> str:
+    """Return a list as it is written on the command line."""
+    return f"[{','.join(map(str, values))}]"

@@ -94,7 +94,7 @@ def as_yaml(config: Any) -> str:
 
 
 def known_keys(schema: type, prefix: str = "") -> list[str]:
-    """Return the dotted keys of a schema as on the command line."""
+    """Return the dotted keys of a schema as they are written on the command line."""
     keys: list[str] = []
     for name, kind in get_type_hints(schema).items():
         key = prefix + name.removesuffix("_")
@@ -111,7 +111,7 @@ def known_keys(schema: type, prefix: str = "") -> list[str]:
 
 
 def flatten(cfg: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested config -> {"optim.lr": 0.001, ...}; missing values are kept as `???`."""
+    """Flatten a nested config to {"optim.lr": 0.001, ...}; missing values are kept as `???`."""
     content = OmegaConf.to_container(cfg, throw_on_missing=False) if OmegaConf.is_config(cfg) else cfg
     if not isinstance(content, Mapping):
         return {prefix: content}

@@ -157,7 +157,7 @@ class TrainConfig:
     parametrisation: str
     time_conditioning: Auto  # resolved to true or false in a run folder's config.yaml
     optim: OptimConfig
-    trainer: Annotated[TrainerConfig, MAY_CHANGE]  # also max_steps and epochs, which move the schedule's end
+    trainer: Annotated[TrainerConfig, MAY_CHANGE]  # max_steps and epochs too; they move the schedule's end
     logger: Annotated[LoggerConfig, MAY_CHANGE]
     report: Annotated[ReportConfig, MAY_CHANGE]
     plan: Annotated[bool, MAY_CHANGE] = False
@@ -262,8 +262,8 @@ def check_train_config(config: TrainConfig) -> None:
         raise ValueError(f"from={config.from_} and run.resume={config.run.resume}: give only one of them")
     if config.from_ is None and config.from_sha256 is not None:
         raise ValueError("from_sha256 is the checksum of the weights that from= names, but from= is not given")
-    name = config.run.name  # not on the field: saved configs of earlier versions may have other names
+    name = config.run.name  # not checked on the field, because configs of earlier versions may have other names
     if name != Path(name).name or name in ("", ".", ".."):
         raise ValueError(f"run.name={name!r} must be a plain folder name")
     if any(character.isspace() for character in name):
-        raise ValueError(f"run.name={name!r} must be without white space: samples are named after it")
+        raise ValueError(f"run.name={name!r} must be without white space, because samples are named after the run")

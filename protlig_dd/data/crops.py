@@ -33,7 +33,7 @@ def check_crop(crop: str) -> None:
 def window_starts(residues: int, max_len: int) -> list[int]:
     """Return the first residues of windows of `max_len` residues that cover a protein.
 
-    The windows are evenly spaced, and as few as possible with neighbours overlapping by at least half.
+    The windows are evenly spaced. There are as few as needed for neighbours to overlap by at least half.
     """
     if residues <= max_len:
         return [0]

@@ -21,9 +21,9 @@ def shuffled(rows: np.ndarray, key: Sequence[int], version: int = NEWEST) -> np.
 
     Version 2 gives each row a random 64-bit word and sorts by it. The low bits of the word are replaced by the row's
     index, with as many bits as the largest index needs. So no two words are equal, and every sorting algorithm gives
-    the same order. Two rows whose remaining bits agree keep their given order. This happens to about 18,000 pairs of
-    70 million rows (37 remaining bits), and to 30 pairs of a million rows in a thousand epochs. Such a pair is adjacent
-    at a random position, and only the order of the two is not random.
+    the same order. Two rows whose remaining high bits agree keep their given order. Among 70 million rows (37 high
+    bits), this happens to about 18,000 pairs. Among a million rows, it happens to 30 pairs in a thousand epochs. The
+    rows of such a pair are adjacent, at a random position; only the order within the pair is not random.
     """
     if version == 1:
         return np.random.default_rng(key).permutation(rows)
@@ -32,7 +32,7 @@ def shuffled(rows: np.ndarray, key: Sequence[int], version: int = NEWEST) -> np.
     number_mask = np.uint64((1 << number_bits) - 1)
     parts_bits = max(0, number_bits - ROWS_PER_SORT.bit_length() + 1)
     order, done = np.empty_like(rows), 0
-    for part in range(1 << parts_bits):  # each part takes the words that begin with its bits
+    for part in range(1 << parts_bits):  # each part sorts the words whose first bits are its number
         stream, blocks = random_words(key), [np.empty(0, np.uint64)]
         for first in range(0, n, ROWS_AT_ONCE):
             word = stream.random_raw(min(ROWS_AT_ONCE, n - first))
@@ -51,12 +51,12 @@ def shuffled(rows: np.ndarray, key: Sequence[int], version: int = NEWEST) -> np.
 
 
 def random_subset(rows: np.ndarray, size: int, seed: int, version: int = NEWEST) -> np.ndarray:
-    """Return a random subset, ascending, of at most `size` of these ascending rows."""
+    """Return at most `size` of these ascending rows, chosen at random; the result is ascending too."""
     return rows if len(rows) <= size else np.sort(shuffled(rows, [seed, size], version)[:size])
 
 
 def random_below(limits: np.ndarray, key: Sequence[int], version: int = NEWEST) -> np.ndarray:
-    """Draw (n,) int64 integers, each uniform on 0 .. limit - 1 for its limit.
+    """Draw one integer for each of n limits, uniform on 0 .. limit - 1. Returns (n,) int64.
 
     Version 2 takes the remainder of a 64-bit word. The probabilities of two integers then differ by a fraction of at
     most limit / 2^64.

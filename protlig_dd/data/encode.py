@@ -61,8 +61,8 @@ def encode_block(block: FastaBlock) -> EncodedBlock:
     """Encode a block's records. Lower case becomes upper case; white space and one trailing `*` per record are dropped.
 
     Raises:
-        ValueError: a record that has no residues or contains any other character. The message names the file, the
-            record, the line and the position.
+        ValueError: a record that has no residues or contains a character that is not a letter. The message names the
+            file, the record, the line and the position.
     """
     sequences, lower_case = [body.translate(_TABLE, WHITESPACE) for body in block.bodies], 0
     tokens = _joined(sequences)
@@ -85,7 +85,7 @@ def encode_block(block: FastaBlock) -> EncodedBlock:
 def is_nucleotide(tokens: bytes) -> bool:
     """Whether a sequence looks like DNA or RNA: at least 90% of its first 100 residues are A, C, G, T, U or N.
 
-    False for sequences shorter than FEWEST_BASES. Few real proteins pass.
+    False for sequences shorter than FEWEST_BASES. Only a few real proteins give True.
     """
     start = tokens[:100]
     return len(start) >= FEWEST_BASES and 10 * len(start.translate(None, _BASES)) <= len(start)

@@ -108,7 +108,7 @@ class FastaBlock(NamedTuple):
     """n + 1 offsets in `text`: each record's `>`, and the end of the last record."""
     ids: list[bytes]
     headers: list[bytes]
-    """First lines without `>`, checked to be UTF-8."""
+    """The records' first lines without `>`, checked to be UTF-8."""
     bodies: list[bytes]
     """The other lines, with their line ends."""
 
@@ -249,8 +249,8 @@ def _line_ends(text: bytes, last: bool) -> tuple[bytes, bytes]:
         last: whether no more text follows.
 
     Returns:
-        The normalised text, and the carriage returns held back from its end: the newline that completes them may be
-        the next byte of the file.
+        The normalised text, and the carriage returns at its end. These are held back, as the newline that completes
+        them may be the next byte of the file.
     """
     if b"\r" not in text:
         return text, b""
@@ -309,5 +309,5 @@ def read_fasta(path: Path | str) -> Iterator[FastaRecord]:
             try:
                 sequence = body.translate(None, WHITESPACE).decode("ascii")
             except UnicodeDecodeError as error:
-                raise ValueError(f"{block.location(i, error.start + 1)}: not a letter") from error
+                raise ValueError(f"{block.location(i, error.start + 1)}: the sequence is not ASCII") from error
             yield FastaRecord(id_.decode(), description, sequence, block.file)

@@ -1,6 +1,7 @@
 """Load packs of whole sequences by global index, for any number of ranks and workers.
 
-    rank r of R reads packs  step * packs_per_step + r, + R, + 2 R, ...
+    in a step, rank r of R reads the packs  first + r, first + r + R, first + r + 2 R, ...
+    where first = step * packs_per_step
 
 The sequences of a pack depend only on (seed, epoch) (see packing.py), and the positions of its crops only on
 (seed, pack). Neither depends on ranks or workers.
@@ -34,11 +35,11 @@ class PackDataset(Dataset[PackedBatch]):
         rows: (n,) rows to pack, ascending; usually one split.
         max_len: longer sequences are cropped to this many residues.
         tokens_per_pack: budget of a pack, in tokens.
-        seed: None (evaluation) packs every row exactly once in the given order, and crops at the start; a number
-            (training) shuffles the rows for every epoch.
+        seed: None (evaluation) packs every row exactly once in the given order, and keeps the first max_len residues of
+            longer sequences; a number (training) shuffles the rows for every epoch.
         crop: how training crops a long sequence. random: a new crop each epoch; start: the first max_len residues.
         weights: relative fractions of tokens from each store; None reads every store once per epoch.
-        version: of the random choices (see draws.py); a run keeps the version it was started with.
+        version: version of the random choices (see draws.py); a run keeps the version it was started with.
 
     Raises:
         ValueError: a pack that cannot contain max_len residues, an unknown crop, weights that do not match the stores,
@@ -208,8 +209,8 @@ def pack_loader(dataset: PackDataset, packs: Sampler[int] | range, workers: int,
 def end_workers(packs: Iterator[PackedBatch]) -> None:
     """Stop the worker processes of an iterator over `pack_loader`.
 
-    Otherwise they run until the last reference to the iterator is gone. An exception's traceback may keep one, and
-    Python would then wait at exit for processes that ignore SIGTERM.
+    Otherwise the workers run until the last reference to the iterator is gone. An exception's traceback may keep such a
+    reference, and Python would then wait at exit for the workers, which ignore SIGTERM.
     """
     shut_down = getattr(packs, "_shutdown_workers", None)  # torch has no public method; None without workers
     if shut_down is not None:

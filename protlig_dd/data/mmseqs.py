@@ -74,7 +74,7 @@ def clusters_of(sequences: Path, scratch: Path, *, identity: float, coverage: fl
     Args:
         scratch: a new folder for MMseqs2's files; removed at the end.
         identity: minimum identity, 0 to 1.
-        coverage: minimum fraction of both sequences that is aligned.
+        coverage: minimum aligned fraction of each of the two sequences, 0 to 1.
     """
     scratch.mkdir()
     options = {"--min-seq-id": identity, "-c": coverage}
@@ -96,7 +96,7 @@ def queries_with_hits(queries: Path, targets: Path, scratch: Path) -> np.ndarray
         scratch: a new folder for MMseqs2's databases (about three times the FASTA files' size); removed at the end.
     """
     rows = _search(queries, targets, scratch, "query,qcov,tcov", {"--min-seq-id": IDENTITY})
-    # MMseqs2 can filter by coverage of both sequences, of the query or of the target, but not of either one
+    # MMseqs2 can filter by the coverage of the query, of the target or of both, but not by the larger of the two
     similar = {
         int(name)
         for name, query_coverage, target_coverage in rows

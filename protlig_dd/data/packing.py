@@ -4,7 +4,7 @@ A plan is a pure function of (seed, epoch). Processes share it as a file (see pl
 choices has a version number. A resumed run uses the version that it started with (see draws.py).
 
 An epoch shuffles the rows and fills packs in that order. A pack closes when the next sequence would exceed the token
-budget. With lengths 5, 6, 4, 1 in shuffled order and a budget of 12 tokens, the packs are [5, 6] and [4, 1].
+budget. If the shuffled sequences have 5, 6, 4 and 1 tokens and the budget is 12, the packs are [5, 6] and [4, 1].
 
 Every epoch has the same number of packs, floor(tokens / budget). Pack g of the whole run is therefore in epoch
 g // packs_per_epoch, and a run can start at any step at the cost of planning one epoch. No pack exceeds the budget, so
@@ -15,8 +15,8 @@ Stores can be mixed with weights w_s, the relative fractions of tokens. An epoch
 takes longest, the one with the largest (tokens of s) / w_s. Each other store is read in passes of its own, reshuffled
 for each pass. Its passes, one after another, form an endless stream of tokens. If q_s is the store's quota of tokens
 per epoch, epoch e takes the sequences that begin at tokens e q_s .. (e + 1) q_s - 1 of that stream. Each sequence of
-the stream is thus in exactly one epoch. Apart from what tails leave out, no sequence of a store is read more than once
-more often than another. Without weights, an epoch is one pass over every store.
+the stream is thus in exactly one epoch. Apart from what tails leave out, the numbers of times that two sequences of a
+store have been read differ by at most one. Without weights, an epoch is one pass over every store.
 """
 
 from collections.abc import Iterable, Sequence
@@ -38,7 +38,7 @@ class Plan(NamedTuple):
 
 
 def clipped_tokens(residues: np.ndarray, max_len: int) -> np.ndarray:
-    """Return (n,) the number of tokens of each sequence; for one longer than max_len, that of its largest crop."""
+    """Return (n,) the number of tokens of each sequence. A sequence longer than max_len counts as its largest crop."""
     return np.where(residues <= max_len, residues + 2, max_len + 1)
 
 
@@ -67,8 +67,8 @@ def token_quotas(totals: Sequence[int], weights: Sequence[float] | None) -> list
 def packs_in_epoch(totals: Sequence[int], quotas: Sequence[int], tokens_per_pack: int, max_len: int) -> int:
     """Return the number of packs that every epoch is guaranteed to fill.
 
-    If a store's quota is not exactly one pass, an epoch may get fewer tokens of it than the quota: the sequence across
-    the boundary of two epochs belongs to the earlier one. The difference is at most one sequence.
+    If a store's quota is not exactly one pass, an epoch may get fewer tokens of the store than the quota, by at
+    most one sequence. The reason is that a sequence across the boundary of two epochs belongs to the earlier epoch.
     """
     cut = sum(quota != total for total, quota in zip(totals, quotas, strict=True))
     return (sum(quotas) - cut * (max_len + 2)) // tokens_per_pack
@@ -92,7 +92,7 @@ def epoch_rows(
         lengths: residues of every row.
         totals: tokens of each store.
         quotas: tokens that each store contributes to an epoch.
-        version: of the random choices (see draws.py).
+        version: version of the random choices (see draws.py).
     """
     parts = []
     for number, (rows, total, quota) in enumerate(zip(groups, totals, quotas, strict=True)):

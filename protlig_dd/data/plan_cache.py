@@ -36,7 +36,9 @@ def _storage_error(folder: Path, error: OSError) -> ValueError:
 
 
 def shared_plan(key: str, epoch: int, make: Callable[[], Plan], *, wait: bool = True) -> Plan | None:
-    """Return the plan of an epoch, memory-mapped. The first process of the node to request it makes it; others wait.
+    """Return the plan of an epoch, memory-mapped. The first process of the node that requests it makes the plan.
+
+    The other processes wait for it.
 
     When a plan is made, the key's plans of epochs before `epoch - 1` are removed.
 
@@ -56,7 +58,7 @@ def shared_plan(key: str, epoch: int, make: Callable[[], Plan], *, wait: bool = 
                 try:
                     if (plan := _map(path)) is not None:
                         return plan
-                    _remove(path)  # incomplete: a clean-up of the temporary folder or a crash damaged it
+                    _remove(path)  # if it exists, a clean-up of the temporary folder or a crash has left it incomplete
                     remove_plans(key, before=epoch - 1)
                     partial = Path(tempfile.mkdtemp(dir=folder, prefix=f"{key}-{epoch}."))
                     try:
@@ -78,7 +80,7 @@ def shared_plan(key: str, epoch: int, make: Callable[[], Plan], *, wait: bool = 
 def _map(path: Path) -> Plan | None:
     """Map a stored plan; return None if it is missing or incomplete, or is removed meanwhile."""
     with contextlib.suppress(FileNotFoundError, EOFError, ValueError):
-        # asarray: slices of a plain array cost a tenth of slices of a memmap
+        # slicing a plain array takes a tenth of the time of slicing a memmap
         return Plan(*(np.asarray(np.load(path / f"{name}.npy", mmap_mode="r")) for name in Plan._fields))
     return None
 

@@ -147,7 +147,7 @@ class SequenceStore:
         return np.concatenate(list(self.split_blocks(name)))
 
     def split_blocks(self, name: str) -> Iterator[np.ndarray]:
-        """Yield the same rows in blocks, which need little memory."""
+        """Yield the rows of one split in blocks, which need less memory than `split`."""
         if name not in SPLITS:
             raise ValueError(f"no split {name!r}; choose from {', '.join(SPLITS)}")
         splits = self._map("split")
@@ -190,7 +190,7 @@ class SequenceStore:
         if at_random and hasattr(mmap, "MADV_RANDOM"):
             with contextlib.suppress(OSError):  # the advice only saves reads; the data are the same without it
                 mapped._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
-        return np.asarray(mapped)  # slicing a plain array costs a tenth of slicing a memmap
+        return np.asarray(mapped)  # slicing a plain array takes a tenth of the time of slicing a memmap
 
     def tokens_at_random(self) -> np.ndarray:
         """Map `tokens` again, for random access: the system then reads no pages around those that are needed."""
@@ -273,7 +273,7 @@ class StoreGroup:
     def locate(
         self, rows: np.ndarray, tokens: Sequence[np.ndarray] | None = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return for each row the index of its store, the offset of its first token there, and its number of residues.
+        """Return each row's store number, the offset of its first token in that store, and its number of residues.
 
         Args:
             tokens: the token array of each store, if the caller has mapped it separately; None: `store.tokens`.

@@ -4,7 +4,7 @@ import numpy as np
 
 
 def per_residue(nats: np.ndarray, residues: np.ndarray) -> tuple[float, float]:
-    """Return total nats / total residues, r, and its standard error over sequences.
+    """Return r = total nats / total residues, and its standard error over sequences.
 
     The error is that of a ratio estimator, sqrt( n/(n-1) sum (nats_i - r L_i)^2 ) / sum L. It includes both the
     variation between proteins and the Monte Carlo noise. It is NaN for a single sequence.
@@ -14,7 +14,7 @@ def per_residue(nats: np.ndarray, residues: np.ndarray) -> tuple[float, float]:
         residues: (n,) lengths L per sequence.
     """
     if len(nats) != len(residues) or not residues.sum():
-        raise ValueError(f"cannot average {len(nats)} sequences over {residues.sum()} residues ({len(residues)} rows)")
+        raise ValueError(f"cannot average {len(nats)} values over {len(residues)} lengths with sum {residues.sum()}")
     ratio = nats.sum() / residues.sum()
     n = len(nats)
     variance = ((nats - ratio * residues) ** 2).sum() * n / (n - 1) if n > 1 else float("nan")

@@ -54,7 +54,7 @@ def is_store(path: Path) -> bool:
 
 
 def subsample(rows: np.ndarray, most: int | None, seed: int) -> np.ndarray:
-    """Return at most `most` of these ascending rows, chosen at random with `seed`; None: all."""
+    """Return at most `most` of these ascending rows, chosen at random with `seed`; all rows if `most` is None."""
     return rows if most is None else random_subset(rows, most, seed)
 
 
@@ -62,7 +62,7 @@ def numbered_fasta(path: Path, sequences: Iterable[np.ndarray]) -> Path:
     """Write a FASTA file of sequences named 0, 1, ... and return its path.
 
     Args:
-        sequences: ids of each sequence, without <bos> and <eos>.
+        sequences: token ids of each sequence, without <bos> and <eos>.
     """
     decode = ProteinTokenizer().decode
     with writing(path), path.open("w") as file:

@@ -68,6 +68,11 @@ def choose_lengths(lengths: str, n: int, seed: int, training_lengths: Lengths | 
     return (low + np.floor(length_draws(n, seed) * (high - low + 1)).astype(int)).tolist()
 
 
+def longest_of(lengths: str, drawn: Sequence[int]) -> int:
+    """Return the largest length that `choose_lengths` may draw: the end of a range, else the largest drawn one."""
+    return max(drawn) if lengths == "empirical" else parse_range(lengths, f"lengths={lengths}")[1]
+
+
 def parse_range(text: str, label: str, alternatives: str = "", *, least: int = 1) -> tuple[int, int]:
     """Parse a number or a range: `12-40` -> (12, 40), `77` -> (77, 77).
 

@@ -36,7 +36,7 @@ Tensors = dict[str, dict[str, Tensor]]
 
 
 def snapshot(model: nn.Module, ema: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> Tensors:
-    """Copy what a checkpoint stores to the host, so that training can continue while it is written.
+    """Copy a checkpoint's tensors to the host, so that training can continue while the checkpoint is written.
 
     Returns: {file stem: {name: tensor}}.
     """
@@ -69,8 +69,8 @@ def save_checkpoint(
     folder that is not marked complete does not count as a checkpoint, so a kill does no harm at any moment.
 
     Args:
-        keep_last, keep_every: the newest `keep_last` checkpoints are kept, and all at steps divisible by `keep_every`.
-            The best one is always kept.
+        keep_last, keep_every: the newest `keep_last` checkpoints are kept, and those of all steps that are divisible by
+            `keep_every`. The best checkpoint is always kept.
         best: the validation bound if this is the best checkpoint so far, else None.
     """
     parent = run_folder / "checkpoints"
@@ -91,7 +91,7 @@ def save_checkpoint(
             with writing(final / name):
                 sums[name] = write_tensors(named, temporary / name, mode)
         sync_folder(temporary)
-        if final.exists():  # incomplete, damaged, or older: the run has since gone back to an earlier step
+        if final.exists():  # incomplete, damaged, or written before the run resumed from an earlier step
             _remove(final)
         temporary.replace(final)
     except BaseException:
@@ -123,7 +123,7 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path, mode: int) -> str:
     file.chmod(mode)
     with file.open("rb") as handle, ThreadPoolExecutor(1, "sync") as thread:
         synced = thread.submit(os.fsync, handle.fileno())
-        size = handle.read(8)  # of the header, little-endian
+        size = handle.read(8)  # the header's size, little-endian
         header = handle.read(int.from_bytes(size, "little"))
         digest = hashlib.sha256(size + header)
         entries: dict[str, Any] = json.loads(header)
@@ -168,7 +168,8 @@ class CheckpointWriter:
     """Write checkpoints one after another in a background thread; training waits only for the copy to the host.
 
     Raises:
-        ValueError: from `save`, `wait` or `close`: the previous checkpoint could not be written; the message says why.
+        ValueError: in `save`, `wait` or `close`, if the previous checkpoint could not be written. The message has the
+            reason.
     """
 
     def __init__(self, run_folder: Path, *, config_yaml: str, keep_last: int, keep_every: int | None) -> None:
@@ -212,7 +213,7 @@ def remove_unfinished(run_folder: Path) -> None:
 
 
 def _remove(checkpoint: Path) -> None:
-    """Remove the mark first, so that a kill never leaves a partial checkpoint that is marked complete."""
+    """Delete a checkpoint, complete.json first: a kill never leaves a partial checkpoint that is marked complete."""
     (checkpoint / COMPLETE).unlink(missing_ok=True)
     sync_folder(checkpoint)
     shutil.rmtree(checkpoint)

@@ -148,7 +148,7 @@ def statuses_of_others() -> list[str]:
 def acknowledge() -> None:
     """Let rank 0 know that this rank has read why the run failed, or has failed itself.
 
-    The store ends with rank 0, which waits for this.
+    Rank 0 waits for this before it exits, as the store closes when rank 0 exits.
     """
     if _store is not None:
         within(5, lambda: _store.set(f"heard {os.environ['RANK']}", ""))
@@ -266,7 +266,7 @@ def run_on_all_ranks(action: Callable[[], T]) -> T:
 def in_one_line(error: BaseException) -> str:
     """Return an error's text in one line, with its type unless it is a ValueError or OSError.
 
-    The texts of those two are whole messages.
+    The texts of these two types are complete messages.
     """
     text = " ".join(str(error).split())
     return text if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {text}"

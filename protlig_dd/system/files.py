@@ -106,10 +106,10 @@ def creating(path: Path) -> Iterator[Path]:
 
 
 def _move_to_new_name(written: Path, path: Path) -> None:
-    """Move a file or folder to a name that nothing has yet; FileExistsError otherwise, even if it was just created.
+    """Move a file or folder to a new name. Raise FileExistsError if the name exists, even if it was just created.
 
-    Renaming a file would replace an existing one, but a hard link needs a new name. A folder can be renamed over an
-    empty folder, so an empty one is created first.
+    Renaming a file would replace an existing file, but creating a hard link fails if the name exists. For a folder, an
+    empty folder is created first, which also fails if the name exists; the rename then replaces it.
     """
     if written.is_dir():
         path.mkdir()
@@ -149,12 +149,13 @@ def drop_partial_line(path: Path) -> None:
             file.truncate(content.rfind(b"\n") + 1)
 
 
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems without locks, as some NFS and Lustre are
+# Errors of file systems without locks, such as some NFS and Lustre.
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextlib.contextmanager
 def lock_may_fail(folder: Path) -> Iterator[None]:
-    """Take or release a lock inside the block. If the file system has no locks, warn once and continue without."""
+    """Take or release a lock inside the block. If the file system has no locks, warn once and continue without one."""
     try:
         yield
     except OSError as error:
@@ -174,7 +175,7 @@ def _warn_of_missing_locks(folder: Path, number: int) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Lock a folder for this process. It is a POSIX lock, which ends with the process, however that ends.
+    """Lock a folder for this process, with a POSIX lock. The system releases it when the process ends, even by a kill.
 
     Raises:
         ValueError: another process has the lock.
@@ -199,7 +200,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def redirected_to(log: Path) -> Iterator[None]:
-    """Append what this process and its children print to a file."""
+    """Append to the file `log` what this process and its children print inside the block."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as file:
         sys.stdout.flush()

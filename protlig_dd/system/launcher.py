@@ -111,7 +111,8 @@ def launch_ranks(
         logs_specs=DefaultLogsSpecs(),
     )
     environment, log = run_folder / "environment.json", run_folder / "logs" / "rank_0.log"
-    handlers = {number: signal.getsignal(number) for number in handled_signals()}  # the launcher replaces them for good
+    # The launcher replaces these handlers and does not restore them.
+    handlers = {number: signal.getsignal(number) for number in handled_signals()}
     start_resource_tracker()
     earlier = os.environ.copy()
     os.environ.update(variables)
@@ -127,7 +128,7 @@ def launch_ranks(
                 raise RanksFailedError(0, text.strip().splitlines()[-1], text) from error
             raise ValueError(
                 f"{run_folder}: the step was not finished within trainer.stop_within={stop_within} s of {name}; "
-                "its processes were killed; the same command resumes from the last checkpoint"
+                "the processes were killed; the same command resumes from the last checkpoint"
             ) from error
     except ChildFailedError as error:
         (run_folder / STOPPED).unlink(missing_ok=True)  # written by ranks that were stopped because another failed
@@ -155,7 +156,7 @@ def recorded_environment(run_folder: Path) -> dict[str, Any]:
     """Return the environment.json of the last attempt that opened the folder; {} if it is missing or unreadable."""
     try:
         return dict(json.loads((run_folder / "environment.json").read_text()))
-    except (OSError, ValueError):  # resuming the run reports this
+    except (OSError, ValueError):  # the error is reported when the run is resumed
         return {}
 
 
@@ -171,7 +172,7 @@ def first_failure(failures: dict[int, Any]) -> RanksFailedError:
         return failure.exitcode != -signal.SIGKILL, OtherRankError.__name__ in message, failure.timestamp
 
     rank, failure = min(failures.items(), key=priority)
-    if isinstance(failure.message, dict):  # it has recorded its exception
+    if isinstance(failure.message, dict):  # the rank has recorded its exception
         return RanksFailedError(rank, failure.message["message"], failure.message["extraInfo"]["py_callstack"])
     killed = (
         f"killed by {failure.signal_name()}, perhaps because memory ran out; "
@@ -181,7 +182,7 @@ def first_failure(failures: dict[int, Any]) -> RanksFailedError:
 
 
 def exit_without_cleanup(code: int) -> NoReturn:
-    """End this process without closing the interpreter, once everything is written.
+    """Flush stdout and stderr, and end this process without closing the interpreter.
 
     A thread of the process group may still release its last tensor. While the interpreter closes, that would abort the
     process.

@@ -56,7 +56,7 @@ class Meeting:
         self.agents = [launcher_name()]
         """The launcher of each rank; until all ranks have arrived, only this rank's."""
         self.restart = processes.restart
-        """The highest restart count of the launchers: that of a host which joins later starts at 0."""
+        """The highest restart count of the launchers; the count of a host that joins later starts at 0."""
         self.store: Store | None = None
         self._arrived = self._agreed = False
 
@@ -71,7 +71,7 @@ class Meeting:
                 self._connect(self._wait_limit())
                 self._post({"failed": in_one_line(error)})
                 self._mark_as_read()
-            if self.store is not None and not isinstance(error, RankLostError):  # no other rank needs to read that one
+            if self.store is not None and not isinstance(error, RankLostError):  # other ranks need not read this error
                 late = self._agreed or isinstance(error, RankMissingError)
                 seconds = READ_WITHIN if late else self._wait_limit()
                 self._wait_for_others("heard" if self._agreed else "read", seconds)
@@ -84,9 +84,9 @@ class Meeting:
             timeout: seconds to wait for the others.
 
         Raises:
-            ValueError: a rank does not arrive; or facts differ, and the message names hosts, ranks and both values; or
-                other hosts cannot reach a host at the address of its own name.
-            OtherRankError: a rank failed before it arrived; names host, rank and its error.
+            ValueError: a rank does not arrive, facts differ, or other hosts cannot reach a host at the address of its
+                own name. If facts differ, the message names hosts, ranks and both values.
+            OtherRankError: a rank failed before it arrived. The message names the host, the rank and its error.
         """
         if self.processes.world_size == 1 or self.hosts:
             return
@@ -155,11 +155,11 @@ class Meeting:
             wait_for_workers=False,
             multi_tenant=True,
         )
-        # torchrun's store outlives a restart, and still has the keys that the ranks before it have set
+        # torchrun's store outlives a restart, and still has the keys that ranks set before the restart
         self.store = PrefixStore(f"meeting {processes.restart}" if torchrun_serves else "meeting", store)
 
     def _wait_for_store(self, address: str, port: int, timeout: int | float) -> None:
-        """Wait until the store listens. torch's client would wait without a message, and print each failed attempt."""
+        """Wait until the store listens, with a progress line now and then; torch's client would print each failure."""
         began = reported = time.monotonic()
         while True:
             try:
@@ -217,7 +217,10 @@ class Meeting:
         self.store.set(f"read {self.processes.rank}", "")
 
     def _wait_for_others(self, mark: str, seconds: float) -> None:
-        """On rank 0, with which the store ends, wait until all other ranks have set this mark, at most `seconds`."""
+        """On rank 0, wait at most `seconds` until all other ranks have set this mark.
+
+        The store closes when rank 0 exits.
+        """
         assert self.store is not None
         if self.processes.first and (mark == "read" or len(set(self.hosts)) > 1):  # on one host the launcher reports
             keys = [f"{mark} {rank}" for rank in range(1, self.processes.world_size)]
@@ -255,7 +258,7 @@ def loopback_address() -> str | None:
 
 
 def abbreviated(*values: Any) -> list[str]:
-    """Return the values as texts. Long ones are cut to a part that begins a little before their first difference."""
+    """Return the values as texts. Long texts are cut to a part that begins a little before their first difference."""
     texts = [str(value) for value in values]
     first_difference = next((i for i, chars in enumerate(zip(*texts, strict=False)) if len(set(chars)) > 1), 0)
     start = max(0, first_difference - 30) if max(map(len, texts)) > MAX_VALUE_LENGTH else 0

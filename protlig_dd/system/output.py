@@ -8,8 +8,8 @@ from typing import Any
 class TolerantStream:
     """A text stream that does not raise when it cannot be written.
 
-    It writes `?` for characters that its encoding lacks. After an OSError it discards all output; stdout reports that
-    in one line on stderr.
+    It writes `?` for characters that its encoding lacks. After an OSError it discards all output; if it is stdout, one
+    line on stderr reports this.
     """
 
     def __init__(self, stream: Any) -> None:

@@ -38,10 +38,10 @@ def protein_keys(sequences: Iterable[np.ndarray]) -> UInt64[np.ndarray, " n"]:
 
 
 def stratified_positions(keys: UInt64[np.ndarray, " n"], draws: int, seed: int) -> Float64[torch.Tensor, "draws n"]:
-    """Return the position in [0, 1) of each draw of each protein within its stratum, stratified over the n proteins.
+    """Return the position of each draw of each protein within the draw's stratum, on [0, 1).
 
-    In each draw, each of n equal parts of [0, 1) contains the position of one protein. The positions depend on the set
-    of proteins, not on their order or packs.
+    The positions are themselves stratified over the n proteins: in each draw, each of n equal parts of [0, 1) contains
+    the position of one protein. The positions depend on the set of proteins, not on their order or packs.
 
     Args:
         keys: `protein_keys` of the set.

@@ -1,6 +1,6 @@
 """Stop a run on request: on Ctrl-C, on a scheduler's signal or at its time limit.
 
-During training the step in progress is finished first; otherwise the run stops at once.
+During training the step in progress is finished first; otherwise the run stops immediately.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from types import FrameType
 
 EXIT_CODES = {"SIGINT": 130, "SIGTERM": 75, "SIGHUP": 75, "SIGUSR1": 75, "SIGUSR2": 75, "max_time": 75}
 """Exit code for each reason to stop. If there are several reasons, the first in this order counts. SIGINT is first,
-because a launcher that is interrupted twice also sends SIGTERM, and the run was still interrupted by a person.
+because a launcher that is interrupted twice also sends SIGTERM, although a person interrupted the run.
 75 (EX_TEMPFAIL of sysexits.h): the same command resumes the run."""
 REASONS = tuple(EXIT_CODES)
 SIGNALS = {signal.Signals[reason] for reason in REASONS if reason.startswith("SIG")}
@@ -58,7 +58,7 @@ class StopRequests:
     `requested()` returns them; the ranks then agree on the step after which all of them stop.
 
     Args:
-        insist: whether a second Ctrl-C interrupts at once. False for a launcher's ranks, as a launcher repeats signals.
+        insist: whether a second Ctrl-C interrupts immediately. False for a launcher's ranks: launchers repeat signals.
         notice: printed with the first signal that is noted inside `deferred()`; None prints nothing.
         patience: if another rank receives its signal first and exits, a call inside `immediate()` fails here. Wait this
             many seconds before raising that error, so that this process's own signal can arrive and raise Stopped.
@@ -97,7 +97,7 @@ class StopRequests:
                 os.write(1, f"\n{reason}: {self.notice}\n".encode())  # print() must not run inside itself
 
     def set_deadline(self, deadline: float | None) -> None:
-        """Stop for max_time when time.monotonic() reaches `deadline`, at once if it has passed; None: no time limit."""
+        """Stop for max_time when time.monotonic() reaches `deadline`, or now if it has passed; None: no time limit."""
         if deadline is not None and self._earlier:
             signal.setitimer(signal.ITIMER_REAL, max(1e-6, deadline - time.monotonic()))
 

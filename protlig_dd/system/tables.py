@@ -24,7 +24,7 @@ def csv_lines(path: Path) -> list[tuple[str, list[str]]]:
 
 
 def as_csv(rows: Iterable[Iterable[object]]) -> str:
-    """Return rows of cells as CSV, unchanged."""
+    """Return rows of cells as CSV; floats are not rounded."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()
@@ -45,7 +45,7 @@ def read_json(path: Path, keys: Sequence[str] = ()) -> dict[str, Any]:
     """Return the JSON object in a file; {} if there is no file.
 
     Raises:
-        ValueError: the file is not a JSON object, or lacks one of `keys`; the message names it.
+        ValueError: the file is not a JSON object, or lacks one of `keys`; the message names the file.
     """
     if not path.is_file():
         return {}

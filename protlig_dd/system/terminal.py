@@ -73,7 +73,7 @@ class ProgressBar:
 class ByteBar(ProgressBar):
     """A progress bar of bytes.
 
-    If the total is unknown (None), a terminal shows the bytes so far, and plain lines come once a GiB.
+    If the total is unknown (None), a terminal shows the bytes so far; elsewhere, a plain line is printed for each GiB.
     """
 
     def __init__(self, description: str, total: int | None) -> None:

@@ -1,10 +1,10 @@
 """Check every function of the package against its jaxtyping annotations, from the moment it is imported.
 
-jaxtyping's import hook rewrites a module before it is compiled. It stores the bytecode under a separate name only
-while the module is executed. `python -m` reads the bytecode first, through the loader's `get_code`, so the instrumented
-bytecode of every command ended up under the ordinary name, and a later run without the hook loaded it
-(patrick-kidger/jaxtyping#329). The loader below stores it under a separate name in both cases, for this package only:
-with the hook alone, every package that a module imports is also compiled again.
+jaxtyping's import hook rewrites a module before it is compiled. While the hook executes a module, it changes the
+name under which Python stores bytecode. `python -m` executes a command's module itself, with bytecode from the loader's
+`get_code`. The instrumented bytecode of every command therefore ended up under the ordinary name, and a later run
+without the hook loaded it (patrick-kidger/jaxtyping#329). The loader below uses a separate name in both cases, and only
+for this package. With the hook alone, every package that a module imports is also compiled again.
 """
 
 import sys

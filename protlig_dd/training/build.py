@@ -35,7 +35,7 @@ from protlig_dd.training.resolve import resolve
 from protlig_dd.training.trainer import Trainer, make_model
 
 SLOW_ON_CPU = 10_000_000  # parameters
-MANY_EPOCHS = 100  # UniRef50 models train for a few
+MANY_EPOCHS = 100  # UniRef50 models train for a few epochs
 
 
 def run(cfg: DictConfig) -> None:

@@ -13,7 +13,7 @@ from protlig_dd.system.signals import StopRequests
 
 @dataclass(frozen=True)
 class Resolved:
-    """What the `auto` values of the config mean in this launch; printed, and recorded in environment.json."""
+    """The config's `auto` values as resolved in this launch. They are printed, and recorded in environment.json."""
 
     device: str
     precision: str
@@ -45,7 +45,8 @@ class RunFolder:
     attempt: int
     start: Start
     seconds_left: float | None
-    """Seconds until the run stops; hosts' clocks differ. A restart after a lost process does not renew this time."""
+    """Seconds until the run stops, None for no limit; not a time of day, because the hosts' clocks differ. A restart
+    after a lost process does not renew this time."""
     finished: int | None
     """The last step of a run that has finished and is not extended; else None."""
 
@@ -65,7 +66,7 @@ class RunContext:
     processes: Processes
     stop: StopRequests
     deadline: float | None
-    """time.monotonic() at which to stop, after at least one step."""
+    """Value of time.monotonic() at which the run stops, after at least one step; None for no limit."""
 
     @property
     def autocast(self) -> torch.dtype | None:

@@ -20,15 +20,15 @@ from protlig_dd.training.optim.schedule import count_steps
 
 MFU = 0.4  # assumed fraction of the FLOP/s that matrix products reach
 H100_FLOPS = 989e12  # dense bf16
-TOKENS = 128  # size of the smaller pack whose activations are counted
+TOKENS = 128  # of the smaller of the two packs whose activations are counted
 
 
 def activation_bytes(config: TrainConfig, precision: str) -> float:
     """Return the peak bytes of activations per token of a pack, in eager mode (compiled blocks keep less).
 
     Counts the tensors that the forward pass keeps for the backward pass, in networks of one block and of two. Every
-    further block keeps as much as the second. With checkpointing, add those of one block, which the backward pass
-    recomputes.
+    further block keeps as much as the second. With checkpointing, the tensors of one block are added, because the
+    backward pass recomputes them.
     """
 
     def bytes_per_token(blocks: int, checkpointing: bool) -> float:
@@ -66,10 +66,10 @@ def kept_bytes(config: TrainConfig, precision: str, blocks: int, checkpointing: 
 
 
 def with_available_data(config: TrainConfig) -> TrainConfig:
-    """Return the config, with `data.path=auto` and a printed message if its data do not exist yet.
+    """Return the config. If its data do not exist yet, print a message and set `data.path=auto`.
 
-    A plan reads only the proteins' lengths. With trainer.epochs the config is unchanged, because the number of steps
-    depends on the data.
+    Other data can stand in, because a plan reads only the lengths of proteins. With trainer.epochs the config is
+    unchanged, because the number of steps depends on the data.
     """
     paths = config.data.path if isinstance(config.data.path, list) else [config.data.path]
     missing = next((path for path in paths if path != "auto" and not Path(path).exists()), None)
@@ -115,8 +115,8 @@ def plan(
         "step_tokens": step_tokens,
         "steps": steps,
         "epochs": steps * optim.packs_per_step / dataset.packs_per_epoch,
-        # in float32: weights, gradients, averages, and the optimizer's state, which is two numbers for each weight of
-        # AdamW and one of Muon; with bf16 also a copy of the weights of matrix products, kept for the backward pass
+        # in float32: weights, gradients, averages, and the optimizer's state (AdamW keeps two numbers for each of its
+        # weights, Muon one); with bf16 also the copies of weights that matrix products keep for the backward pass
         "state_bytes": 4 * (5 * parameters - muon_parameters)
         + (2 * (model.weights_per_token + model.weights_per_sequence) if precision == "bf16" else 0),
         "activation_bytes_per_token": per_token,

@@ -15,7 +15,7 @@ def resolve_decay(configured: float | str, max_steps: int) -> float:
 
 
 class EMA:
-    """weights <- decay * weights + (1 - decay) * parameters, after every step.
+    """Moving average, updated after every step: weights <- decay * weights + (1 - decay) * parameters.
 
     The decay warms up as min(decay, (1 + step) / (10 + step)), so that the average of a short run is not
     dominated by its first weights.
@@ -34,7 +34,7 @@ class EMA:
 
     @contextmanager
     def swapped_in(self, model: nn.Module) -> Iterator[None]:
-        """Let the model compute with the averaged weights inside, without copying them."""
+        """Exchange the model's weights for the averaged weights inside this context, without copying them."""
         self._swap(model)
         try:
             yield

@@ -13,11 +13,11 @@ from protlig_dd.system.tables import read_json
 
 
 def finished_step(path: Path) -> int | None:
-    """Return the last step of a run that has written its report; None if it has not, or has trained further since."""
+    """Return the last step of a run that has written its report; None without a report, or after further training."""
     step, checkpoints = read_json(path / "report.json").get("step"), complete_checkpoints(path)
     if not checkpoints or step != step_of(checkpoints[-1]) or not schedule_finished(path, checkpoints[-1]):
         return None
-    # an earlier version may have extended the run and been killed before the next checkpoint
+    # the lengths differ if an earlier version extended the run and was killed before the next checkpoint
     lengths = [configured_length(recorded_config(folder)) for folder in (path, checkpoints[-1])]
     return step if lengths[0] == lengths[1] else None
 
@@ -40,7 +40,8 @@ def check_extension(path: Path, config: TrainConfig) -> None:
     """Check that the config does not extend a run whose learning-rate schedule has ended, unless run.resume=extend.
 
     Raises:
-        ValueError: it does. The learning rate would jump from the end of the schedule to the middle of a longer one.
+        ValueError: it extends such a run. The learning rate would jump from the end of the schedule to the middle of a
+            longer one.
     """
     before, now = configured_length(recorded_config(path)), configured_length(as_dict(config))
     longer = [
@@ -51,7 +52,7 @@ def check_extension(path: Path, config: TrainConfig) -> None:
     level = config.optim.min_lr_ratio == 1 or (config.optim.schedule == "wsd" and config.optim.decay_share == 0)
     checkpoints = complete_checkpoints(path)
     if not longer or not checkpoints or level or config.run.resume == "extend":
-        return  # without reading the newest checkpoint, which may be damaged: the resume falls back to an earlier one
+        return  # before the newest checkpoint is read: if it is damaged, the run resumes from an earlier one
     if schedule_finished(path, checkpoints[-1]):
         changes = " and ".join(f"{key} was {before[key]}, now {now[key]}" for key in longer)
         raise ValueError(
@@ -63,16 +64,16 @@ def check_extension(path: Path, config: TrainConfig) -> None:
 
 
 def changes_length_or_report(path: Path, config: TrainConfig) -> bool:
-    """Whether the config sets another number of steps, or another report, than the finished run has."""
+    """Whether the config's number of steps or report settings differ from those of the finished run."""
     before, now = (flatten(values) for values in (recorded_config(path), as_dict(config)))
     prefixes = ("trainer.max_steps", "trainer.epochs", "report.")
     return any(before.get(key) != now[key] for key in now if key.startswith(prefixes))
 
 
 def put_report_aside(path: Path, step: int) -> Path:
-    """Move a finished run's report to reports/step_N, which this returns: the run will write another report.
+    """Move a finished run's report to reports/step_N and return that folder. The run will write another report.
 
-    The files are copied before they are deleted, so that one of the two places has the whole report after a kill.
+    The files are copied before they are deleted, so after a kill the old or the new folder has the whole report.
     """
     folder = path / "reports" / f"step_{step:08d}"
     folder = free_name(folder) if folder.exists() else folder

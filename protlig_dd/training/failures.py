@@ -59,7 +59,7 @@ def ids_of_packs(dataset: PackDataset, packs: Sequence[int]) -> list[str]:
 
 
 def raise_bad_step(trainer: Trainer, pending: list[dict[str, Any]]) -> None:
-    """Raise for the first bad step among the records that are not written to metrics.jsonl yet.
+    """Raise for the first bad step among the steps since the last flush of metrics.
 
     A step is bad if its loss or gradient is not finite, or if its loss is a spike.
     """

@@ -29,11 +29,12 @@ def with_source_model(config: TrainConfig, source: TrainConfig, named: Collectio
     """Return the config with the network, graph, noise and parametrisation of the source.
 
     Args:
-        named: keys and groups that the command line sets. Those of the network and the diffusion process must match the
-            source, except for dropout and the noise settings that only the training loss uses.
+        named: keys and groups that the command line sets, and FREE_KEYS that the experiment sets. Named keys of the
+            network and the diffusion process must match the source, except FREE_KEYS (dropout and the noise settings
+            that only the training loss uses) and THIS_MACHINE (how the network is computed).
 
     Raises:
-        ValueError: they do not match; names the keys and both values.
+        ValueError: named keys do not match; the message has the keys and both values.
     """
     mine, theirs = as_dict(config), as_dict(source)
     mine["graph"] = graph_with_rates(mine["graph"], theirs["graph"])
@@ -72,8 +73,8 @@ def with_source_model(config: TrainConfig, source: TrainConfig, named: Collectio
 def resolve_source_model(config: TrainConfig, path: Path) -> TrainConfig:
     """Return the config of a run that starts from another model's averaged weights.
 
-    Its network, graph, noise and parametrisation are those of that model, and `from_sha256` is the checksum of the
-    weights.
+    The network, graph, noise and parametrisation are those of the other model, and `from_sha256` is the checksum of
+    its weights.
 
     Raises:
         ValueError: there is no such model, or it does not match the command line.
@@ -82,7 +83,7 @@ def resolve_source_model(config: TrainConfig, path: Path) -> TrainConfig:
     named = {override.key_or_group for override in overrides}
     experiment_keys = keys_set_by_experiment()
     recorded = None
-    if has_steps(path) and not config.run.fresh:  # its config records the source, which may have changed or be gone
+    if has_steps(path) and not config.run.fresh:  # use the recorded source: the model itself may be changed or deleted
         recorded = config_in(path)
     if recorded is not None and recorded.from_ == config.from_:
         source, checksum = recorded, recorded.from_sha256

@@ -1,4 +1,4 @@
-"""Which held-out proteins of a run are in the training data of its model."""
+"""Find the held-out proteins of a run that are in the training data of its model."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,8 @@ def find_held_out_leaks(
 ) -> dict[str, Leaks]:
     """Find and print the held-out proteins that are in the training data of this run or of its source models (`from=`).
 
-    The run's own training split is not searched if it has one store in which `prepare` kept no sequence twice.
+    The run's own training split is searched only if a protein may occur twice: in several stores, or in a store whose
+    duplicates `prepare` did not remove.
 
     Args:
         held_rows: {split: store rows}.
@@ -48,7 +49,7 @@ def find_held_out_leaks(
 
 
 def leak_report(leaks: Leaks, rows: np.ndarray, held: HeldOut) -> dict[str, Any]:
-    """Return the report's entry on held-out proteins in the training data, with the bound over all others.
+    """Return the report's entry on held-out proteins in the training data, with the bound over the remaining ones.
 
     Args:
         rows: store rows of the proteins in `leaks`; `held` may contain fewer.

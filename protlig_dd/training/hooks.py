@@ -72,7 +72,7 @@ class Hooks:
             self.metrics.write_histogram(done, "grad_norm/of_each_parameter", norms.cpu().numpy())
 
     def save(self, done: int, new_best: float | None) -> None:
-        """Write a checkpoint; `new_best` is its validation bound if that is the lowest so far."""
+        """Write a checkpoint; `new_best` is its validation bound if that is the lowest so far, else None."""
         began = time.perf_counter()
         if self.writer is not None:
             self.writer.save(done, self.trainer.snapshot, self.state | self.trainer.state(), new_best)

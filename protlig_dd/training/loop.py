@@ -22,7 +22,7 @@ from protlig_dd.training.trainer import Trainer
 
 
 def fit(trainer: Trainer, steps: range, hooks: Hooks, context: RunContext) -> None:
-    """Run these training steps (counted from 0). An evaluation that a stop prevented runs first.
+    """Run these training steps (counted from 0). An evaluation that is still due runs first.
 
     Raises:
         NonFiniteLossError, LossSpikeError: with the step, the pack and its sequence ids. No checkpoint is written after
@@ -79,7 +79,7 @@ def fit(trainer: Trainer, steps: range, hooks: Hooks, context: RunContext) -> No
                 except Stopped as stopped:
                     stopping = stopped.reason
             signalled = stopping is not None and any(record["stop_requests"]) and stopping.startswith("SIG")
-            # before rank 0 writes the checkpoint, which may take long
+            # gathered before rank 0 writes the checkpoint, because writing may take long
             hosts = describe_stopped_hosts(stopping in stop.noted) if signalled else ""
             if saving or stopping or new_best is not None:
                 hooks.save(done, new_best)
@@ -115,7 +115,7 @@ def metrics_rows(pending: list[dict[str, Any]], seconds: float, memory: int, pea
 
 
 def write_rows(path: Path, pending: list[dict[str, Any]], processes: Processes) -> None:
-    """Append the store rows of each step to rows.jsonl: those of all ranks, sorted."""
+    """Append one line for each step to rows.jsonl, with the store rows of all ranks, sorted."""
     gathered = gather_objects([record["rows"] for record in pending])
     if not processes.first:
         return

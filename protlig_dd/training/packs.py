@@ -20,7 +20,7 @@ class Packs(NamedTuple):
     validation: PackDataset | None
     """None if the run is not evaluated during training."""
     reported: PackDataset
-    """For the bound of the report."""
+    """The packs for the bound in the report."""
     held_out: dict[str, np.ndarray]
     """{split: store rows} of `validation` and `reported`."""
 
@@ -47,7 +47,7 @@ def make_packs(config: TrainConfig, store: StoreGroup, start: Start) -> Packs:
 
 
 def plan_version(checkpoint: Path | None, state: dict[str, Any]) -> int:
-    """Return the version of random choices (see draws.py) of the run of this checkpoint: the newest for a new run.
+    """Return the version of random choices (see draws.py) that the checkpoint's run uses; without one, the newest.
 
     Args:
         state: state.json of the checkpoint. If it records no version, the version is 1.
@@ -59,7 +59,7 @@ def plan_version(checkpoint: Path | None, state: dict[str, Any]) -> int:
 
 
 def subset(store: StoreGroup, split: str, limit: int, seed: int, version: int) -> np.ndarray:
-    """Return at most `limit` rows of a split, the same ones at every evaluation of a run.
+    """Return at most `limit` rows of a split, the same rows at every evaluation of a run.
 
     Raises:
         ValueError: the split is empty.

@@ -46,12 +46,12 @@ LOGGED_SAMPLES = 8  # sent to the trackers
 
 @dataclass(frozen=True)
 class Samples:
-    """Amino-acid ids of proteins from the trained model, and from the untrained network if they were requested."""
+    """Amino-acid ids of proteins sampled from the trained model and, if requested, from the untrained network."""
 
     trained: list[np.ndarray]
     untrained: list[np.ndarray] | None
     clamped_draws: float
-    """Fraction of the draws that had a negative probability."""
+    """Fraction of the draws with a negative probability, which was set to 0."""
 
 
 def report_run(
@@ -128,7 +128,7 @@ def sample_report(
 ) -> dict[str, Any]:
     """Write samples/step_N.fasta, log the samples, and return the report's entries about them.
 
-    They are compared with the composition of the training split and with proteins of the report's split.
+    The samples are compared with the composition of the training split and with proteins of the report's split.
     """
     config, step, run_folder = trainer.config, trainer.max_steps, context.folder
     options, max_len = config.report, config.data.max_len
@@ -154,11 +154,11 @@ def sample_report(
         for number, begin, residues in zip(*(column.tolist() for column in locations), strict=True)
         if residues <= max_len  # no sample is longer
     ]
-    if len(judged := samples[: len(natural) // 2]) > 1:  # a single one has no standard error
+    if len(judged := samples[: len(natural) // 2]) > 1:  # a single sample has no standard error
         controls = with_controls(judged, natural, config.seed)
         judges = cheap_judges(controls, bootstrap=BOOTSTRAP, seed=config.seed)
         rows = {name: [judge(proteins) for proteins in sets] for name, (judge, sets) in judges.items()}
-        found = verdicts(rows, len(controls.length_reference), "they were drawn from those of the training set")
+        found = verdicts(rows, len(controls.length_reference), "they were drawn from the lengths of the training set")
         result |= {"judges": for_json(rows), "verdicts": [verdict._asdict() for verdict in found]}
     if drawn.untrained is not None:
         result["untrained_composition_kl"] = composition_kl(drawn.untrained, frequencies)

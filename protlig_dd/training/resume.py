@@ -33,7 +33,7 @@ from protlig_dd.training.packs import plan_version
 
 
 def starting_weights(config: TrainConfig) -> Path:
-    """Return the file of the weights of `from=`.
+    """Return the path of the weights that `from=` names.
 
     Raises:
         ValueError: the run started from other weights. The message has both checksums.
@@ -95,7 +95,7 @@ def open_run_folder(
     for aside in put_aside_newer(path, checkpoint) if checkpoint is not None else []:
         console.print(f"the damaged checkpoint is now {aside} and may be deleted")
     state = read_state(checkpoint) if checkpoint is not None else {}
-    plan_version(checkpoint, state)  # called for its error: an unknown version must stop the run before it writes
+    plan_version(checkpoint, state)  # called only for its error: a run with an unknown version must not write
     weights = starting_weights(config) if checkpoint is None and config.from_ is not None else None
     if state:
         check_not_beyond(checkpoint, state["step"], config, store)
@@ -143,8 +143,8 @@ def check_not_beyond(checkpoint: Path | None, step: int, config: TrainConfig, st
 def seconds_left(path: Path, earlier: dict[str, Any]) -> float | None:
     """Return how many seconds the folder's last launch has left of its time limit; None if it has no limit.
 
-    They are measured by the clock that stamps the folder's files. On a shared file system this is the file server's
-    clock, which is the same for all hosts.
+    The seconds are measured by the clock that stamps the folder's files. On a shared file system this is the file
+    server's clock, which is the same for all hosts.
     """
     if earlier["seconds_left"] is None:
         return None
@@ -154,7 +154,7 @@ def seconds_left(path: Path, earlier: dict[str, Any]) -> float | None:
 
 
 def move_aside(path: Path) -> None:
-    """Rename an earlier run in this folder.
+    """Rename the folder of an earlier run, if there is one.
 
     Raises:
         ValueError: the run is still active.
@@ -167,13 +167,13 @@ def move_aside(path: Path) -> None:
 
 
 def is_continued(earlier: dict[str, Any], meeting: Meeting) -> bool:
-    """Whether this launch continues the one that opened the folder last.
+    """Whether this launch continues the launch that opened the folder last.
 
-    This is so after a lost process, after a change in the number of hosts, and for a Slurm job that was requeued.
+    It does after a lost process, after a change in the number of hosts, and for a Slurm job that was requeued.
     """
     processes = meeting.processes
     same_launch = processes.launch is not None and earlier.get("launch") == processes.launch
-    restarted = meeting.restart > 0 and processes.launch != "none"  # torchrun's default id, which all launches share
+    restarted = meeting.restart > 0 and processes.launch != "none"  # "none": torchrun's default, the same each time
     requeued = processes.job is not None and earlier.get("job") == processes.job
     return (same_launch and (restarted or shares_launcher(earlier, meeting))) or (
         requeued and earlier["requeues"] < processes.requeues

@@ -26,14 +26,14 @@ from protlig_dd.training.objective import Objective
 from protlig_dd.training.optim.make import make_optimizer
 from protlig_dd.training.optim.schedule import count_steps, learning_rate
 
-SPIKE_STEPS = 50  # steps that the running mean of the loss averages over; no earlier step is a spike
+SPIKE_STEPS = 50  # steps that the running mean of the loss covers; none of the first SPIKE_STEPS steps is a spike
 
 
 class Trainer:
     """Trains one model on one dataset of packs.
 
-    All random numbers of step k are keyed by (seed, purpose, k * packs_per_step + i), and the loss is normalised by the
-    residues of the whole step. So the number of ranks changes nothing but the order of sums.
+    All random numbers of pack i of step k are keyed by (seed, purpose, k * packs_per_step + i), and the loss is
+    normalised by the residues of the whole step. So the number of ranks changes nothing but the order of sums.
     """
 
     def __init__(
@@ -57,7 +57,8 @@ class Trainer:
         """Make one optimizer step (counted from 0). Nothing here waits for the device.
 
         Args:
-            stop_requests: for each of REASONS, 1 if this rank was requested to stop. The record has the sum over ranks.
+            stop_requests: for each reason in REASONS, 1 if this rank was requested to stop for it, else 0. The returned
+                record has the sums over ranks.
         """
         rank, world_size = self.processes.rank, self.processes.world_size
         mine = range(rank, self.packs_per_step, world_size)
@@ -75,7 +76,7 @@ class Trainer:
             generator = keyed_generator(self.config.seed, "noise", index, self.device)
             with self.gradient_sync(last=pack == mine[-1]):
                 loss_sum = self.objective.loss(self.score_fn, batch.to(self.device), generator, step)
-                # DDP averages over ranks; the objective is the sum over all packs / residues of all packs
+                # DDP averages over ranks, so multiply: the objective is the sum over all packs / residues of all packs
                 (loss_sum * world_size / max(residues, 1)).backward()
             pack_loss[pack] = loss_sum.detach() / max(residues, 1)
         all_reduce_sum(pack_loss)
@@ -105,7 +106,9 @@ class Trainer:
         }
 
     def freeze_if_bad(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
-        """Freeze the weights from the first bad step on: its loss or gradient is not finite, or its loss is a spike.
+        """Freeze the weights from the first bad step on.
+
+        A step is bad if its loss or gradient is not finite, or if its loss is a spike.
 
         Returns:
             A flag on the device: whether this step is bad.
@@ -127,7 +130,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """Set the model to evaluation inside: averaged weights, no dropout."""
+        """Put the model into evaluation mode inside this context: averaged weights, no dropout."""
         training = self.model.training
         self.model.eval()
         try:
@@ -149,7 +152,7 @@ class Trainer:
         }
 
     def start_from(self, weights: Path) -> None:
-        """Start from a model's averaged weights, and start the average from them."""
+        """Load a model's averaged weights, and start the moving average from them too."""
         load_weights(weights, self.model)
         self.ema.weights = {name: p.detach().clone() for name, p in self.model.named_parameters()}
 

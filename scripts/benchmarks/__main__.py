@@ -4,8 +4,8 @@
 
 Packed training is compared with two baselines: the same network on batches padded to max_len, in float32, eager, with
 AdamW; and SEDD's concatenated stream of all proteins, cut into blocks of max_len + 2 tokens. The steps of all variants
-are interleaved in one process, and ratios are taken between them. Only real residues count. Prints Markdown tables and
-writes JSON.
+are interleaved in one process, and ratios compare steps of the same round. Only real residues count. Prints Markdown
+tables and writes JSON.
 """
 
 import argparse

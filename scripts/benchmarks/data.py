@@ -5,8 +5,8 @@
 
 The FASTA input repeats the given proteins, wrapped at 60 columns. Each repeat has other ids and rotates the sequences
 by one residue more, so that there are no exact duplicates. Preparing and planning run in separate processes, so that
-CPU seconds and peak memory (from Linux' /proc) are theirs alone. The store is read once before the loader is timed, so
-that it is in the page cache. Prints Markdown.
+their CPU seconds and peak memory (from Linux' /proc) include nothing else. The store is read once before the loader
+is timed, so that it is in the page cache. Prints Markdown.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def measured(code: str, folder: Path) -> dict[str, Any]:
     """Run Python code that prints a JSON object last.
 
     Returns:
-        That object, with the code's wall and CPU seconds and peak memory in bytes.
+        The JSON object, with the code's wall and CPU seconds and peak memory in bytes.
     """
     began, before = time.perf_counter(), os.times()
     # VmHWM rather than ru_maxrss, which a child inherits from a larger parent
@@ -154,7 +154,7 @@ def spread(values: list[float]) -> str:
 
 
 class OnlyLengths(SequenceStore):
-    """A store with the lengths only, as planning needs them."""
+    """A store that has only lengths, because planning needs nothing else."""
 
     def __init__(self, lengths: np.ndarray) -> None:
         self.path, self.fingerprint, self.token_counts = Path("lengths"), "lengths", np.zeros(1)
@@ -213,14 +213,15 @@ def plan(folder: Path, store: SequenceStore, sequences: int) -> None:
             )
             bar.advance()
     print(
-        f"\nFirst batch of {PACKS_PER_STEP} packs of {BUDGET:,} tokens, of {sequences:,} lengths drawn from the "
-        f"store's, cropped at {MAX_LEN:,}: without and with a cached plan\n"
+        f"\nTime to the first batch of a run that starts at the given step, without and with a cached plan. A batch "
+        f"has {PACKS_PER_STEP} packs of {BUDGET:,} tokens. An epoch has {sequences:,} lengths drawn from the store's "
+        f"lengths and cropped at {MAX_LEN:,}\n"
     )
     table(["at step", "epoch", "seconds", "seconds, plan cached", "peak GiB", "packs per epoch", "fill", "tail"], rows)
 
 
 def load(store: SequenceStore, folder: Path, seconds: float, steps: int) -> float:
-    """Compare the residues/s of the loader, with one worker, with those of training; return the loader's best."""
+    """Print the residues/s of a loader with one worker next to those of training. Return the loader's best rate."""
     with store.path.open("rb") as file:
         while file.read(1 << 26):
             pass
@@ -253,7 +254,7 @@ def loader_rate(dataset: PackDataset, seconds: float) -> float:
 
 
 def training_rate(store: SequenceStore, folder: Path, steps: int) -> float:
-    """Return the median residues/s of a short training run of the demo, without its first quarter."""
+    """Return the median residues/s of a short training run of the demo, without the first quarter of the steps."""
     command = [
         sys.executable,
         "-m",

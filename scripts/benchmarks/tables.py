@@ -14,7 +14,7 @@ def table(columns: list[str], rows: list[list[str]]) -> None:
 
 
 def open_store(fasta: Path | None, folder: Path) -> StoreGroup:
-    """Return the store of the bundled proteins, or one built from `fasta` on the first call."""
+    """Return the store of `fasta`, which is built if it does not exist, or else of the bundled proteins."""
     if fasta is None:
         return StoreGroup([SequenceStore(bundled_store().path)])
     store = folder / f"{fasta.name.split('.')[0]}.h5"

@@ -89,7 +89,7 @@ class RectangleDiT(DiT):
 
 
 def rectangles(packs: Iterator[PackedBatch], sequences: int, length: int) -> Iterator[PackedBatch]:
-    """Yield the same sequences in the same order, `sequences` at a time, each padded to `length` with <pad>."""
+    """Yield the sequences of the packs in order, `sequences` at a time, each padded to `length` with <pad>."""
     waiting: list[Tensor] = []
     for pack in packs:
         waiting += pack.unpack(pack.tokens)
@@ -101,7 +101,7 @@ def rectangles(packs: Iterator[PackedBatch], sequences: int, length: int) -> Ite
 
 
 def blocks(packs: Iterator[PackedBatch], rows: int, length: int) -> Iterator[PackedBatch]:
-    """Yield the same tokens in the same order as one stream cut into blocks of `length` tokens, `rows` at a time.
+    """Join the tokens of the packs into one stream and cut it into blocks of `length` tokens. Yield `rows` at a time.
 
     SEDD cuts its texts this way. A block can contain several proteins, which attend to each other.
     """

@@ -63,7 +63,7 @@ def build_store(
     if output.exists():
         if partial_path(output).exists():
             with contextlib.suppress(OutputExistsError), partial_folder(output):
-                pass  # removes what a process left that was killed just after finishing the output
+                pass  # removes the files of a process that was killed just after it finished the output
         raise output_exists(output)
     named = dict(inputs) if isinstance(inputs, Mapping) else {}
     for name in named:
@@ -91,7 +91,9 @@ def build_store(
                 counts = read_inputs(files, codes, spool, filters, taxa)
         if not spool.rows:
             dropped = ", ".join(f"{count:,} by {name}" for name, count in counts["dropped"].items() if count)
-            raise ValueError(f"{output}: no sequences left; dropped of {counts['records']:,} records: {dropped}")
+            raise ValueError(
+                f"{output}: no sequences left of {counts['records']:,} records; the filters dropped {dropped}"
+            )
         keep, repeats = kept_rows(spool, files, duplicates=filters.duplicates)
         counts["dropped"]["duplicates"] = int((~keep).sum())
         splits = spool.load("split") if named else hashed_splits(spool.load("id_hash"), split)
@@ -159,7 +161,7 @@ def check_options(filters: Filters, split: Split) -> None:
     if not 0 <= filters.max_unknown <= 1:
         raise ValueError(f"filter.max_unknown={filters.max_unknown} must be a fraction between 0 and 1")
     if filters.taxa is not None and not filters.taxa:
-        raise ValueError("filter.taxa=[] keeps no sequence; set it to null to keep all of them")
+        raise ValueError("filter.taxa=[] keeps no sequence; set it to null to keep all sequences")
     if filters.taxa is None and filters.taxa_nodes is not None:
         raise ValueError("filter.taxa_nodes has no effect without filter.taxa; set filter.taxa too")
 

@@ -20,7 +20,7 @@ def kept_rows(spool: Spool, files: Sequence[FastaFile], *, duplicates: bool) -> 
 
     Returns:
         keep: (rows,) bool, whether each row is kept.
-        repeats: (k, 2) rows, each row that is equal to an earlier one, and the first row with that sequence.
+        repeats: (k, 2), each row whose sequence occurs earlier, and the first row with that sequence.
 
     Raises:
         ValueError: an id occurs twice. The message names both records.
@@ -43,10 +43,10 @@ def kept_rows(spool: Spool, files: Sequence[FastaFile], *, duplicates: bool) -> 
 
 
 def shared_sequences(spool: Spool, splits: np.ndarray, repeats: np.ndarray) -> list[dict[str, Any]]:
-    """Count the sequences of one split that are equal to an earlier sequence in another split, with the first examples.
+    """Count the sequences of each split that equal an earlier sequence in another split, and give the first examples.
 
     Args:
-        repeats: (k, 2) rows, each row that is equal to an earlier one, and the first row with that sequence.
+        repeats: (k, 2), each row whose sequence occurs earlier, and the first row with that sequence.
     """
     repeats = repeats[np.argsort(repeats[:, 0])]
     shared = []

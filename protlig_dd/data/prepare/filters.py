@@ -18,7 +18,7 @@ class Filters:
     min_length: int = 1
     max_length: int | None = None
     max_unknown: float = 1.0
-    """Largest fraction of letters that are not one of the 20 amino acids (X B Z J U O)."""
+    """Largest allowed fraction of the letters X B Z J U O, which are not one of the 20 amino acids."""
     fragments: bool = True
     """False drops sequences whose header contains `(Fragment`."""
     taxa: Sequence[int] | None = None

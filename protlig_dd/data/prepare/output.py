@@ -1,4 +1,4 @@
-"""Outputs that appear under their name only when complete, and that one process at a time writes."""
+"""Outputs that appear under their name only when complete, and that only one process at a time can write."""
 
 import contextlib
 import fcntl

@@ -22,7 +22,7 @@ class Split:
     validation_fraction: float = 0.0
     test_fraction: float = 0.0
     check: str | None = None
-    """`mmseqs` searches for the held-out sequences among the training sequences."""
+    """`mmseqs` searches the training sequences for homologs of the held-out sequences."""
     on_hit: str = "move"
     """What to do with a held-out sequence that has a training homolog: `move` it to training or `drop` it."""
 
@@ -30,7 +30,7 @@ class Split:
 def hashed_splits(id_hashes: np.ndarray, split: Split) -> np.ndarray:
     """Return the (n,) uint8 split of each id.
 
-    It depends only on the id and the fractions, so a sequence keeps its split when data is added.
+    The split depends only on the id and the fractions, so a sequence keeps its split when data is added.
     """
     test_end, validation_end = (
         np.uint64(min(int(fraction * 2**64), 2**64 - 1))
@@ -44,7 +44,7 @@ def hashed_splits(id_hashes: np.ndarray, split: Split) -> np.ndarray:
 
 def empty_training_split(output: Path, file: FastaFile | None, counts: Mapping[str, Any]) -> ValueError:
     by_filter = ", ".join(f"{count:,} by {name}" for name, count in counts["dropped"].items() if count) or "none"
-    dropped = f"dropped of all {counts['records']:,} records: {by_filter}"
+    dropped = f"of all {counts['records']:,} records, the filters dropped {by_filter}"
     if file is None:
         reason = f"split.validation_fraction and split.test_fraction hold out every sequence; lower them ({dropped})"
     else:
@@ -55,8 +55,8 @@ def empty_training_split(output: Path, file: FastaFile | None, counts: Mapping[s
 def search_held_out(spool: Spool, keep: np.ndarray, splits: np.ndarray, on_hit: str) -> dict[str, Any]:
     """Move held-out sequences with a training homolog to training, or drop them. Changes `keep` and `splits` in place.
 
-    A moved sequence may itself have held-out homologs. So the remaining held-out sequences are searched among the moved
-    ones, until a search finds nothing.
+    A moved sequence may itself have held-out homologs. So each further search compares the remaining held-out sequences
+    with the sequences that were just moved, until a search finds nothing.
 
     Returns:
         The search's options and counts, for the manifest.

@@ -11,7 +11,7 @@ from protlig_dd.inference.model import TrainedModel
 from protlig_dd.system.terminal import announce
 from protlig_dd.tokenizer import N_STATES, VOCAB_SIZE
 
-PSEUDO_COUNTS = 20.0  # in each bigram row, in proportion to the unigram model
+PSEUDO_COUNTS = 20.0  # added to each bigram row, in proportion to the unigram frequencies
 MAX_SEQUENCES = 200_000  # enough to count 400 amino-acid pairs
 
 
@@ -22,7 +22,7 @@ class Baselines:
     unigram: np.ndarray
     """(20,)"""
     bigram: np.ndarray
-    """(30, 20): a row for each previous token; after a context letter it is the unigram model."""
+    """(30, 20): a row for each previous token; the rows of context letters equal the unigram model."""
     sequences: int
 
     def nats(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -30,7 +30,8 @@ class Baselines:
         inside = tokens < N_STATES
         unigram, bigram = np.zeros(len(tokens)), np.zeros(len(tokens))
         unigram[inside] = -self.unigram[tokens[inside]]
-        before = np.roll(tokens, 1)  # the first token is <bos>: evaluate cuts only the end of a sequence
+        # wrong for the first token only, which is always <bos> (evaluate cuts only the end) and has no score
+        before = np.roll(tokens, 1)
         bigram[inside] = -self.bigram[before[inside], tokens[inside]]
         return unigram, bigram
 
@@ -46,7 +47,7 @@ def fit_baselines(sequences: Iterable[np.ndarray]) -> Baselines:
         n += 1
     counts = pairs.sum(0) + 1
     unigram = counts / counts.sum()
-    pairs[N_STATES : VOCAB_SIZE - 3] = 0  # after a mask or a context letter
+    pairs[N_STATES : VOCAB_SIZE - 3] = 0  # rows of the mask and of the context letters
     bigram = (pairs + PSEUDO_COUNTS * unigram) / (pairs.sum(1, keepdims=True) + PSEUDO_COUNTS)
     return Baselines(np.log(unigram), np.log(bigram), n)
 
@@ -68,7 +69,7 @@ def training_sequences(stores: Sequence[SequenceStore]) -> Iterable[np.ndarray]:
 
 
 def find_baseline_stores(train: str | None, store: SequenceStore | None, trained: TrainedModel) -> StoreGroup | None:
-    """Return the stores whose training splits the baselines are fitted to; None if there are none.
+    """Return the stores whose training splits the baselines are fitted to; None, with a message, if not found.
 
     Args:
         train: path of the store to use (`train=`). None: the stores that the model was trained on.

@@ -66,7 +66,7 @@ def held_out_bound(
     The random draws depend on the seed and on the set of sequences, not on their packs.
 
     Args:
-        dataset: unshuffled (seed None); longer sequences are scored on their first max_len residues.
+        dataset: unshuffled (seed None); sequences longer than max_len are scored on their first max_len residues.
         unigram: (20,) amino-acid frequencies.
     """
     log_unigram = torch.from_numpy(np.log(unigram))
@@ -120,7 +120,7 @@ def composition_kl(samples: list[np.ndarray], frequencies: np.ndarray) -> float:
 
 
 def length_counts(store: StoreGroup, max_len: int) -> tuple[list[int], int]:
-    """Count the training sequences with 0, 1, ... max_len residues, and those that are longer.
+    """Return how many training sequences have 0, 1, ..., max_len residues, and how many have more.
 
     The model reads only parts of longer sequences, so they are not counted as proteins of max_len residues.
     """
@@ -132,7 +132,7 @@ def length_counts(store: StoreGroup, max_len: int) -> tuple[list[int], int]:
 
 
 def training_statistics(store: StoreGroup, max_len: int) -> dict[str, Any]:
-    """Return the statistics of the training sequences that samples are compared with.
+    """Return statistics of the training sequences, for comparison with the samples.
 
     They are the numbers of whole sequences with [0, w), [w, 2w), ... residues, the number of cropped sequences, and the
     frequency of each amino acid.

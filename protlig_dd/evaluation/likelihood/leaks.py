@@ -14,22 +14,22 @@ from protlig_dd.evaluation.inputs import numbered_fasta
 from protlig_dd.evaluation.likelihood.trained_on import TrainingData
 from protlig_dd.tokenizer import N_STATES
 
-WINDOW = 8  # tokens from the middle of a protein, as one 64-bit number: rows are first compared by it
+WINDOW = 8  # tokens in the middle of a protein; as one 64-bit number, they are compared before whole rows are
 ROWS_AT_ONCE = 1 << 18
-MAX_RESIDUES = 20_000_000  # of training proteins that near=auto searches: a few minutes on two cores
+MAX_RESIDUES = 20_000_000  # near=auto searches at most this many training residues: a few minutes on two cores
 MIN_PROTEINS = 2  # for a standard error
 SIMILARITY = f">= {IDENTITY:.0%} identity over >= {COVERAGE:.0%} of either sequence"
 
 
 @dataclass(frozen=True)
 class Leaks:
-    """Which of n proteins are training proteins of a model, or similar to one."""
+    """Which of n proteins are training proteins of the sources, or similar to a training protein."""
 
     sources: Sequence[TrainingData]
     copies: list[np.ndarray]
     """For each source whose stores were found, (n,) bool: exact copies of its training proteins."""
     near: np.ndarray | None
-    """(n,) bool: not a copy, but similar to a training protein of a source; None if they were not searched for."""
+    """(n,) bool: similar to a training protein of a source, but not a copy; None if this was not searched for."""
     reason: str
     """Why similar proteins were not searched for."""
 
@@ -39,16 +39,16 @@ class Leaks:
 
     @property
     def copied(self) -> np.ndarray:
-        """(n,) bool: copies of training proteins of any source; (0,) if no source was found."""
+        """(n,) bool: copies of training proteins of any source; (0,) if no stores were found."""
         return np.any(self.copies, axis=0) if self.copies else np.zeros(0, bool)
 
     @property
     def leaked(self) -> np.ndarray:
-        """(n,) bool: copies and similar proteins; (0,) if no source was found."""
+        """(n,) bool: copies and similar proteins; (0,) if no stores were found."""
         return self.copied if self.near is None else self.copied | self.near
 
     def lines(self, proteins: str = "proteins") -> list[str]:
-        """Return the messages for the user; `proteins` is what they call these proteins."""
+        """Return the messages for the user; `proteins` is the noun for the n proteins in the messages."""
         messages, clean = [], []
         for source, copied in zip(self.searched, self.copies, strict=True):
             name = source_name(source)
@@ -111,7 +111,7 @@ def find_leaks(sequences: Sequence[np.ndarray], sources: Sequence[TrainingData],
 
     Args:
         near: whether to search for similar proteins with MMseqs2: True, False, or `auto`, which searches if MMseqs2 is
-            installed and there are at most MAX_RESIDUES training residues. None does not search, without a message.
+            installed and there are at most MAX_RESIDUES training residues. None: no search, and no message about it.
 
     Raises:
         ValueError: near is True and MMseqs2 is not installed.
@@ -125,7 +125,7 @@ def find_leaks(sequences: Sequence[np.ndarray], sources: Sequence[TrainingData],
     if not installed:
         reason = "near=false" if near is False else "MMseqs2 is not installed"
     elif near == "auto" and residues > MAX_RESIDUES:
-        reason = f"{residues:,} training residues would take long; set near=true to search them anyway"
+        reason = f"a search of {residues:,} training residues would take long; set near=true to search anyway"
     else:
         reason = ""
     if reason or not stores:
@@ -146,8 +146,8 @@ def find_leaks(sequences: Sequence[np.ndarray], sources: Sequence[TrainingData],
 def find_copies(sequences: Sequence[np.ndarray], stores: StoreGroup) -> np.ndarray:
     """Return (n,) bool: which of the proteins, `<bos> residues <eos>`, are in the training split of the stores.
 
-    A whole row is read only if its length and its middle are those of one of the proteins. 60 M rows then take one pass
-    over the offsets, and a read of WINDOW tokens for each row of such a length.
+    A row is read in full only if its length and its middle both occur among the proteins. A search of 60 M rows
+    therefore reads all offsets once, and WINDOW tokens of each row whose length occurs.
     """
     indices: dict[bytes, list[int]] = {}
     for i, tokens in enumerate(sequences):
@@ -165,7 +165,10 @@ def find_copies(sequences: Sequence[np.ndarray], stores: StoreGroup) -> np.ndarr
 
 
 def candidate_rows(store: SequenceStore, lengths: np.ndarray, keys: np.ndarray) -> Iterator[int]:
-    """Yield training rows with one of these numbers of tokens and one of these middles (short rows have none)."""
+    """Yield training rows whose number of tokens is in `lengths` and whose middle is in `keys`.
+
+    Rows with fewer than WINDOW tokens have no middle, so their length is enough.
+    """
     for block in store.split_blocks("train"):
         for first in range(0, len(block), ROWS_AT_ONCE):
             rows = block[first : first + ROWS_AT_ONCE]
@@ -181,7 +184,7 @@ def candidate_rows(store: SequenceStore, lengths: np.ndarray, keys: np.ndarray) 
 
 
 def middle_start(tokens: Any) -> Any:
-    """Return where the WINDOW in the middle of this number of tokens begins."""
+    """Return the index at which the middle WINDOW of a sequence of this many tokens begins."""
     return (tokens - WINDOW) // 2
 
 

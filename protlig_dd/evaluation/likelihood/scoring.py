@@ -30,11 +30,11 @@ class Scored:
 
     residues: int
     nats: dict[str, float]
-    """By column, for the columns that were computed."""
+    """Total nats for each of COLUMNS that was computed."""
     bound_se: float
     masked: dict[str, float | int]
-    """Number of masked tokens, for the columns that are means over masked tokens and not over residues: in all draws
-    for `masked`, per draw on average for `evodiff`."""
+    """Number of masked tokens, for the columns that are means over masked tokens and not over residues. For `masked`
+    it is the sum over draws, for `evodiff` the mean over draws."""
     counts: np.ndarray
     """(20,) how often each amino acid occurs."""
     by_letter: dict[str, np.ndarray]
@@ -128,7 +128,7 @@ def column(scored: Sequence[Scored], name: str) -> np.ndarray:
 def summary(scored: Sequence[Scored]) -> dict[str, Any]:
     """Return nats/residue (nats per masked token for columns in Scored.masked) with standard errors over proteins.
 
-    Also returns perplexities, and paired differences to the unigram model and to the model compared with.
+    Also returns perplexities, and paired differences to the unigram model and to the model of `compare=`.
     """
     residues = np.array([protein.residues for protein in scored])
     figures: dict[str, Any] = {}
@@ -137,7 +137,7 @@ def summary(scored: Sequence[Scored]) -> dict[str, Any]:
             continue
         count = np.array([protein.masked.get(name, protein.residues) for protein in scored])
         figures[name], figures[f"{name}_se"] = per_residue(column(scored, name), count)
-        if len(scored) == 1 and name == "bound":  # the error of its draws: a single protein has no spread
+        if len(scored) == 1 and name == "bound":  # no spread over proteins: use the error of the draws
             figures["bound_se"] = scored[0].bound_se / scored[0].residues
         figures[f"{name}_perplexity"] = float(np.exp(figures[name]))
     for name, other in (("bound", "unigram"), ("compared", "unigram"), ("bigram", "unigram"), ("bound", "compared")):

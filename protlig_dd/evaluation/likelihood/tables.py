@@ -56,16 +56,16 @@ def report_table(report: dict[str, Any]) -> str:
         lines += [
             "",
             f"{models} ({other['checkpoint']}), paired difference: {difference} nats/residue; "
-            "below zero the first model is better.",
+            "if it is negative, the first model is better.",
         ]
         if report["estimator"] != other["estimator"]:
             lines += [f"Their estimators differ: {report['estimator']} and {other['estimator']}."]
     if (leaks := report["in_training"])["copies"] or leaks["near"]:
-        similar = f", and {leaks['near']:,} are similar to one" if leaks["near"] else ""
-        line = f"{leaks['copies']:,} are exact copies of training proteins of a model named above{similar}"
+        similar = f", and {leaks['near']:,} are similar to a training protein" if leaks["near"] else ""
+        line = f"{leaks['copies']:,} proteins are exact copies of training proteins of a model named above{similar}"
         others = leaks["others"]
         if others is None:
-            lines += ["", f"{line}. Too few other proteins are left, so these are not held-out figures."]
+            lines += ["", f"{line}. Too few other proteins are left for held-out figures."]
         else:
             others = with_nan(others)
             parts = [f"an NLL bound of {format_figure(others['bound'], others['bound_se'], '.4f')}"]
@@ -76,11 +76,11 @@ def report_table(report: dict[str, Any]) -> str:
                 if key in others:
                     difference = format_figure(others[key], others[f"{key}_se"], "+.4f")
                     parts.append(f"a difference of {difference} to {to}")
-            lines += ["", f"{line}; the {others['sequences']:,} others have {', '.join(parts)} (nats/residue)."]
+            lines += ["", f"{line}; the other {others['sequences']:,} proteins have {', '.join(parts)} (nats/residue)."]
     if report["sequences"] == 1:
         lines += [
             "",
-            "The standard error of a single protein is that of the bound's draws; the others are unknown.",
+            "With a single protein, the standard error of the bound is over its draws; the other errors are unknown.",
         ]
     return "\n".join(lines) + "\n"
 
@@ -109,7 +109,7 @@ def sequence_csv(ids: Sequence[str], scored: Sequence[Scored], in_training: Sequ
 
 
 def length_csv(scored: Sequence[Scored]) -> str:
-    """Return CSV with the figures of proteins by length; `to` is empty for the longest."""
+    """Return CSV with a row for each range of lengths; `to` is empty in the row of the longest proteins."""
     names = [name for name in ("bound", "unigram", "bigram") if name in scored[0].nats]
     rows = []
     for low, high in pairwise([*LENGTH_BINS, math.inf]):
@@ -125,7 +125,7 @@ def letter_csv(scored: Sequence[Scored]) -> str:
     """Return CSV with the nats of each amino acid per occurrence, with standard errors over proteins."""
     names, rows = list(scored[0].by_letter), []
     for i, letter in enumerate(AMINO_ACIDS):
-        # proteins without the letter are left out, so that the error is unknown if a single protein has it
+        # proteins without the letter are left out, so that the error is NaN if only one protein has it
         having = [protein for protein in scored if protein.counts[i]]
         counts = np.array([protein.counts[i] for protein in having])
         if having:

@@ -21,7 +21,7 @@ class TrainingData(NamedTuple):
     """The training data of a model, or of one of its source models."""
 
     model: str
-    """What messages call the model."""
+    """Name of the model in messages."""
     stores: StoreGroup | None
     reason: str = ""
     """Why the stores were not found."""
@@ -40,8 +40,9 @@ def find_training_stores(
 ) -> StoreGroup | None:
     """Return the stores with the fingerprint of a model's training data; None if they are not found.
 
-    Candidates are each known store and the stores that the run recorded. Recorded paths can be relative to the folder
-    in which the run was launched, which is one of the folders that contain the run.
+    The known stores are tried one at a time, then the stores that the run recorded are tried together. Recorded paths
+    may be relative to the folder in which the run was launched, so they are looked up in the current folder and in
+    every folder that contains the run.
     """
     candidates = [[store.path] for store in known_stores]
     run = run_folder(checkpoint)
@@ -67,11 +68,11 @@ def source_training_data(
 
     Args:
         config: the run's config.
-        run: the run folder; a relative `from=` is looked up in the folders that contain it.
+        run: the run folder; a relative `from=` is looked up in the current folder and in the parent folders of `run`.
         known_stores: stores that may be the training data.
     """
     while config.from_sha256 is not None:
-        name = "the model that it began from" if config.from_ is None else f"its source {config.from_}"
+        name = "the source model" if config.from_ is None else f"the source model {config.from_}"
         source, reason = find_source_model(config, run)
         if source is None:
             yield TrainingData(name, None, reason)
@@ -84,7 +85,7 @@ def source_training_data(
 def find_source_model(config: TrainConfig, run: Path | None) -> tuple[SourceModel | None, str]:
     """Return the model of `from=` if it still has the weights that the run began with; else None and the reason."""
     if config.from_ is None:
-        return None, "an exported model does not name it"
+        return None, "an exported model does not record the path of its source"
     exists = False
     for folder in (Path(), *(run.resolve().parents if run is not None else ())):
         path = folder / config.from_
@@ -95,11 +96,11 @@ def find_source_model(config: TrainConfig, run: Path | None) -> tuple[SourceMode
                     return read_source_model(model), ""
             except ValueError as error:
                 return None, str(error)
-    return None, "its weights have changed since" if exists else f"there is no {config.from_}"
+    return None, "its weights have changed since the run began" if exists else f"there is no {config.from_}"
 
 
 def read_source_model(model: Path) -> SourceModel:
-    """Return the config and data fingerprint of a model. The weights of a checkpoint are not read, as none are loaded.
+    """Return the config and data fingerprint of a model, without reading the weights of a checkpoint.
 
     Raises:
         ValueError: the model is damaged; names the file.
@@ -116,7 +117,9 @@ def read_source_model(model: Path) -> SourceModel:
 
 
 def averaged_weights_sha256(model: Path) -> str | None:
-    """Return the SHA-256 of a model's averaged weights: computed for an exported model, as recorded in a checkpoint.
+    """Return the SHA-256 of a model's averaged weights.
+
+    It is computed for an exported model, and read from the list of checksums of a checkpoint.
 
     Raises:
         ValueError: the model is damaged; names the file.
@@ -135,16 +138,17 @@ def all_training_data(
     """Return the training data of the model and of its source models.
 
     Args:
-        train: store of `train=`. If the stores of "this model" are not found, it is taken for them.
+        train: path of the store of `train=`. If the stores of "this model" are not found, this store replaces them.
         store: the evaluated store, which may be the training data.
-        label: what messages call the model; `train=` may belong to another model unless it is "this model".
+        label: name of the model in messages. Unless it is "this model", `train=` may belong to another model, so it
+            counts only if its fingerprint matches.
     """
     train_stores = [] if train is None else [SequenceStore(train)]
     known_stores = train_stores + ([] if store is None else [store])
     own_stores = find_training_stores(known_stores, trained.saved.path, trained.saved.data_fingerprint)
     if own_stores is None and train_stores and label == "this model":
-        own = TrainingData(f"{label}, given by train=", StoreGroup(train_stores))
+        own = TrainingData(f"{label}, with the training set of train=", StoreGroup(train_stores))
     else:
-        hint = " (train=store.h5 names it)" if label == "this model" else ""
+        hint = "; give it with train=store.h5" if label == "this model" else ""
         own = TrainingData(label, own_stores, "" if own_stores else NO_STORE + hint)
     return [own, *source_training_data(trained.saved.config, run_folder(trained.saved.path), known_stores)]

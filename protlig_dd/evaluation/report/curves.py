@@ -10,7 +10,7 @@ from protlig_dd.evaluation.report.plots import Series, plot, smooth, thin
 from protlig_dd.evaluation.report.run import Run
 from protlig_dd.tokenizer import AMINO_ACIDS
 
-SMOOTHED = 12.0  # points of a curve over which its smoothed version averages
+SMOOTHED = 12.0  # a smoothed curve is a moving average over about this many points
 CURVES = (  # key of metrics.jsonl, title, unit, factor
     ("lr", "Learning rate", "", 1.0),
     ("residues_per_s", "Speed", "residues/s", 1.0),
@@ -21,7 +21,7 @@ NATS = "nats/residue"
 
 
 def labels_of(runs: Sequence[Run]) -> list[str]:
-    """Return the names of the run folders, or the path where several runs have the same name."""
+    """Return a label for each run: the name of its folder, or the path if several runs have this name."""
     counts = Counter(run.name for run in runs)
     return [run.name if counts[run.name] == 1 else str(run.folder) for run in runs]
 
@@ -30,8 +30,8 @@ def curves(runs: Sequence[Run], names: Sequence[str] | None = None) -> list[Mark
     """Return the plots of the values in metrics.jsonl.
 
     Args:
-        names: labels of the runs, for a comparison; each run then has one smoothed curve. None: the page of one run,
-            with the values of each step as well.
+        names: labels of the runs, for the page that compares them: noisy values are drawn smoothed only. None: the page
+            of one run, where noisy values are drawn both for each step and smoothed.
     """
 
     def raw_and_smooth(run: Run, key: str, name: str, colour: int, factor: float = 1.0) -> list[Series]:
@@ -85,7 +85,7 @@ def has_capped_weights(run: Run) -> bool:
 
 
 def shapes(run: Run) -> list[Markup]:
-    """Return plots of lengths and amino-acid composition, of the training split and of the samples."""
+    """Return plots that compare the lengths and the composition of the training split and the samples."""
     training = run.report.get("training")
     if not training:
         return []

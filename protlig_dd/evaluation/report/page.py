@@ -58,7 +58,7 @@ def run_page(run: Run) -> str:
             others = with_nan(leaks["others"])
             difference = f"{others['difference']:+.4f}".replace("-", "−")
             notice += (
-                f" Over the {others['sequences']:,} others the bound is {others['nll']:.4f} "
+                f" Over the other {others['sequences']:,} proteins the bound is {others['nll']:.4f} "
                 f"{plus_minus(others['nll_se'])}, and its difference to the unigram model is "
                 f"{difference} {plus_minus(others['difference_se'])}."
             )
@@ -145,7 +145,7 @@ def comparison_page(runs: Sequence[Run]) -> str:
             "note": "Nats per residue, averaged weights. Lower is better. "
             "Bars extend two standard errors to each side. "
             "The difference to the first run is paired, protein by protein, so it is more precise than the bars "
-            "suggest. It is left blank where the two runs were evaluated on different proteins. "
+            "suggest. It is blank for a run that was evaluated on other proteins than the first run. "
             "Each unigram model has the amino-acid frequencies of its run's training split: "
             + "; ".join(
                 f"{name}: {run.environment.get('data_path', 'unknown')}" for name, run in zip(names, runs, strict=True)

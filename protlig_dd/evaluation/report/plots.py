@@ -1,4 +1,4 @@
-"""SVG plots for the HTML pages, each with its values as JSON, which the page's script shows under the pointer.
+"""SVG plots for the HTML pages. Curves and bars carry their values as JSON, which the page's script shows as a tooltip.
 
 Colours are the CSS classes c0, c1, ... so that they follow the page's light and dark palettes. All names are escaped.
 """
@@ -46,7 +46,7 @@ class Estimate:
 def nice_ticks(low: float, high: float, most: int = 5) -> list[float]:
     """Return axis ticks in [low, high], at consecutive multiples of 1, 2 or 5 times a power of ten.
 
-    There are at least 2 ticks, and at most `most` + 1 unless that would leave only one.
+    There are at most `most` + 1 ticks. If only one tick would fit, the spacing is reduced until there are at least 2.
     """
     if not low < high:
         raise ValueError(f"an axis from {low} to {high} has no length: low must be below high")
@@ -102,7 +102,7 @@ def plot(
 ) -> Markup:
     """Return a figure with axes, curves and a legend, or empty markup if no series has points.
 
-    The y axis may leave out the lowest and highest 2% of a faint series; these points are drawn on its edge.
+    The y axis may exclude the lowest and highest 2% of a faint series; such points are drawn on the edge of the plot.
 
     Args:
         unit: unit of y.
@@ -211,7 +211,7 @@ def draw_series(series: Series, x: Sequence[float], y: Sequence[float], bottom: 
 
 
 def y_extremes(series: Series) -> list[float]:
-    """Return values that the y axis must include: the ends of all error bars, or the 2% and 98% quantiles if faint."""
+    """Return values that the y axis must include: all points with error bars, or the 2% and 98% quantiles if faint."""
     if series.style == "faint":
         return np.quantile(series.y, [0.02, 0.98]).tolist()
     errors = series.errors or [0.0] * len(series.y)
@@ -256,7 +256,7 @@ def figure(title: str, unit: str, drawing: Markup, legend: Sequence[Series], hov
 
 
 def script_json(value: object) -> Markup:
-    """Return JSON that is safe inside a script element, which `</script>` would end."""
+    """Return JSON for a script element. Each < is escaped, because `</script>` in a name would end the element."""
     return Markup(json.dumps(value).replace("<", "\\u003c"))
 
 

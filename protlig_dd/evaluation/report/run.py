@@ -16,7 +16,7 @@ from protlig_dd.system.tables import read_json
 
 PAGE, CONFIG, METRICS = "report.html", "config.yaml", "metrics.jsonl"
 BOUNDS = ("nll", "unigram_nll", "difference")
-REQUIRED_KEYS = {  # of every version of these files
+REQUIRED_KEYS = {  # every version of these files has these keys
     "report.json": ("split", "step", "sequences", "residues", *BOUNDS, *(f"{key}_se" for key in BOUNDS)),
     "judges.json": ("samples", "natural", "rows"),
 }
@@ -28,7 +28,7 @@ class Run:
 
     folder: Path
     config: dict[str, Any]
-    """Flat: {"optim.lr": 0.001, ...}."""
+    """With dotted keys: {"optim.lr": 0.001, ...}."""
     environment: dict[str, Any]
     metrics: dict[int, dict[str, Any]]
     report: dict[str, Any]

@@ -27,7 +27,7 @@ CLASS_OF = {letter: name for name, letters in RESIDUE_CLASSES for letter in lett
 
 
 def paired(run_nats: list[tuple[str, int, float]], first: list[tuple[str, int, float]]) -> list[str]:
-    """Return two table cells: the difference to the first run in nats/residue, and its standard error.
+    """Return two table cells: the run's bound minus the first run's in nats/residue, and the standard error.
 
     The cells are empty for the first run itself, and if the two runs were evaluated on different proteins.
 
@@ -104,7 +104,8 @@ def plus_minus(error: float) -> str:
 def judges_section(run: Run) -> dict[str, Any] | None:
     """Return the comparison of samples with natural proteins, from judges.json or else from the report.
 
-    The report's other figures of the samples are added only in the second case: judges.json may be about other samples.
+    Without judges.json, the report's other figures of its samples are added. With it they are left out, because
+    judges.json may be about other samples.
     """
 
     def figure(row: dict[str, Any], column: str) -> str:
@@ -151,7 +152,7 @@ def format_cell(value: Any) -> str:
 
 
 def protein(record: FastaRecord) -> dict[str, Any]:
-    """Return one sample for the page: lines of (position of the first residue, stretches of one residue class)."""
+    """Return one sample for the page. A line is (position of its first residue, [(residue class, residues), ...])."""
     sequence = record.sequence
     lines = []
     for start in range(0, len(sequence), LINE):

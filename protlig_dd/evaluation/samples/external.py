@@ -13,7 +13,7 @@ from protlig_dd.config.verbs import JudgeConfig
 from protlig_dd.evaluation.samples.statistics import Figure, mean_figure, perplexity, share
 from protlig_dd.system.device import resolve_device
 
-E_VALUE = 1e-3  # threshold for HMMs without gathering cutoffs; Pfam's have them
+E_VALUE = 1e-3  # threshold for HMMs without gathering cutoffs; Pfam's HMMs have cutoffs
 MASKED_AT_ONCE = 32  # copies of a protein in one forward pass, each with a different residue masked
 
 
@@ -163,7 +163,7 @@ Summary = Callable[[Sequence[float], Sequence[str]], Figure]
 
 
 def outside_judges(config: JudgeConfig) -> Iterator[tuple[str, tuple[Judge, Summary]]]:
-    """Load the judges in the config, before anything is computed; yield row name, judge and summary of each."""
+    """Load the judges that the config names; yield (row name, (judge, summary)) for each."""
     if config.hmm is not None:
         yield "with a hit to the HMMs", (pfam_hits(Path(config.hmm)), lambda values, _: share(values))
     if config.esm2 is not None:

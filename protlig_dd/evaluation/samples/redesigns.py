@@ -47,7 +47,7 @@ def free_draws(score_fn: ScoreFn, designs: Sequence[Redesign], work: Work, *, dr
     levels = strata(draws)
 
     def masks(design: Redesign, k: int) -> tuple[int, torch.Tensor]:
-        """Return how many free residues draw k masks, and random numbers that order them."""
+        """Return how many free residues draw k masks, and a random number for each: the lowest are masked."""
         m, (low, high, _) = int(design.free.sum()), levels[k]
         generator = keyed_generator(seed, "free residues", design.protein * MAX_DRAWS + k, CPU)
         position, order = float(uniform_draws(1, generator)), uniform_draws(m, generator)
@@ -89,7 +89,7 @@ def free_nll(draws_kn: np.ndarray, designs: Sequence[Redesign], inputs: Sequence
 
     Args:
         draws_kn: result of `free_draws`.
-        inputs: for each design, the index of its input in `designs`, if it is there.
+        inputs: for each design, the index of its input in `designs`; None if the input is not there.
     """
     nats, errors = draws_kn.sum(0), errors_of(draws_kn)
     scores = []
@@ -120,7 +120,7 @@ def mutations(ids: np.ndarray, wild_type: np.ndarray) -> str:
 
 
 def designs_csv(rows: Sequence[tuple[Redesign, str, FreeNLL | None]]) -> str:
-    """Return a CSV table with a row (design or input, mutations, scores) for each; unknown scores are empty cells."""
+    """Return a CSV table with a row for each (design or input, mutations, scores); unknown scores are empty cells."""
     table = []
     for design, changes, scores in rows:
         cells = ["" if np.isnan(value) else value for value in scores] if scores is not None else [""] * 4
@@ -129,7 +129,7 @@ def designs_csv(rows: Sequence[tuple[Redesign, str, FreeNLL | None]]) -> str:
 
 
 def inputs_of(records: Sequence[Protein], designs: Sequence[Design]) -> list[Redesign]:
-    """Return the inputs with an amino acid at every free position of their designs, in the form of designs."""
+    """Return, as Redesigns, the inputs that have an amino acid at every free position of their designs."""
     free = {design.protein: design.template == MASK for design in designs}
     return [
         Redesign(record.id, ids, free[k], k)

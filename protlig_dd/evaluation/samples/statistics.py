@@ -1,7 +1,7 @@
 """Sequence statistics that distinguish generated proteins from natural ones.
 
-A sequence is a (length,) uint8 array of ids: 0..19 are the amino acids, higher ids are context letters, which k-mers,
-low-complexity windows and tandem repeats leave out.
+A sequence is a (length,) uint8 array of ids: 0..19 are the amino acids, higher ids are context letters. No k-mer,
+low-complexity window or tandem repeat contains a context letter.
 """
 
 import bisect
@@ -16,8 +16,10 @@ from protlig_dd.tokenizer import N_STATES
 
 Sequences = Sequence[np.ndarray]
 
-WINDOW, MAX_ENTROPY = 12, 2.2  # residues and bits of a low-complexity window in SEG (Wootton and Federhen 1993)
-MAX_UNIT, MIN_COPIES, MIN_RESIDUES = 10, 3, 6  # a tandem repeat: residues per unit, copies, residues in all
+# a low-complexity window: its residues, and its highest entropy in bits, as in SEG (Wootton and Federhen 1993)
+WINDOW, MAX_ENTROPY = 12, 2.2
+# a tandem repeat: the most residues per unit, the fewest copies, and the fewest residues in all
+MAX_UNIT, MIN_COPIES, MIN_RESIDUES = 10, 3, 6
 
 
 class Figure(NamedTuple):
@@ -121,7 +123,7 @@ def share_of_residues(flags: Sequence[np.ndarray]) -> Figure:
 
 
 def share(flags: Sequence[float] | np.ndarray) -> Figure:
-    """Return the fraction of sequences that are flagged, with Wilson's interval, which also holds near 0 and 1."""
+    """Return the fraction of sequences that are flagged, with Wilson's interval, which is valid near 0 and 1 too."""
     from scipy.stats import binomtest  # imported here, as it takes a second
 
     hits, n = round(float(np.sum(flags))), len(flags)
@@ -171,10 +173,10 @@ class Controls(NamedTuple):
     """Samples, and the natural and shuffled proteins that they are compared with."""
 
     sets: list[Sequences]
-    """The SETS. They have one size, because divergences and uniqueness depend on it. The natural proteins match the
-    lengths of the samples as closely as possible."""
+    """The SETS, each with the same number of proteins, because divergences and uniqueness depend on this number. The
+    natural proteins match the lengths of the samples as closely as possible."""
     length_sets: list[Sequences]
-    """The SETS for rows of lengths, with natural proteins drawn at random."""
+    """The SETS for the rows about lengths, whose natural proteins are drawn at random."""
     reference: Sequences
     """The natural proteins that are not in `sets`; divergences are computed to them."""
     length_reference: Sequences
@@ -226,7 +228,7 @@ Judge = Callable[[Sequences], Figure]
 
 
 def cheap_judges(controls: Controls, *, bootstrap: int, seed: int) -> dict[str, tuple[Judge, list[Sequences]]]:
-    """Return the judges that need only the sequences, with the sets that they judge, by the name of their row.
+    """Return {row name: (judge, the sets that it judges)} for the judges that need only the sequences.
 
     Args:
         bootstrap: number of bootstrap draws for the standard errors of divergences.

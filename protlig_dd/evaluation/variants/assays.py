@@ -33,7 +33,7 @@ class Assay:
     measured: np.ndarray
     """(rows,) DMS_score; NaN where it is missing."""
     fit: np.ndarray
-    """(rows,) 1 or 0: DMS_score_bin, or without that column whether DMS_score is above its median; NaN if missing."""
+    """(rows,) DMS_score_bin; without that column, 1 where DMS_score is above its median, else 0. NaN if missing."""
     bad: Sequence[str] = ()
     """Error messages of the rows that were skipped."""
 
@@ -87,13 +87,13 @@ def read_assay(
     """Read an assay's CSV file.
 
     Args:
-        numbering: of the positions in `mutant`.
+        numbering: how the positions in `mutant` are numbered.
         skip_bad: skip invalid rows and collect their messages in `Assay.bad`, instead of raising at the first.
 
     Raises:
-        ValueError: names the file and the line. The file is missing, or has neither column or no rows; a mutant is
-            malformed, out of range or does not match the target; a `mutated_sequence` has illegal letters or
-            contradicts `mutant`; a measurement is not a number.
+        ValueError: the file is missing, has no rows, or has neither a column `mutant` nor `mutated_sequence`; a mutant
+            is malformed, out of range or does not match the target; a `mutated_sequence` has illegal letters or
+            contradicts `mutant`; a measurement is not a number. The message names the file and the line.
     """
     header, lines = read_csv(path)
     if not {"mutant", "mutated_sequence"} & set(header):

@@ -33,15 +33,15 @@ class Columns(NamedTuple):
     """For each of the variant's tokens, its index in the concatenation of `aligned` and `inserted`."""
 
     def join(self, aligned: Tensor, inserted: Tensor) -> Tensor:
-        """Return the values of the variant's tokens, in its own order."""
+        """Return the values of the variant's tokens, in the variant's order."""
         return torch.cat([aligned, inserted])[self.order]
 
 
 def columns_of(target: np.ndarray, piece: Piece) -> Columns:
     """Align a variant with the wild type.
 
-    Substitutions align position by position. The residues of an indel's block align from its start, up to the shorter
-    of the two lengths.
+    Substitutions align position by position. In an indel's block, the residues of wild type and variant align from the
+    start of the block until the shorter of the two ends.
     """
     aligned = torch.from_numpy(window_tokens(target, piece.start, piece.stop))
     shift = (piece.start == 0) - piece.start  # from a position in the protein to an index in the window
@@ -65,8 +65,8 @@ def bound_differences(
     """Return draws of (NLL bound of the wild type, scaled to the variant's length) - (NLL bound of the variant).
 
     In draw k the wild type and all variants share the time (or the fraction of masked residues), and the noise at each
-    residue of a window. Draws 2 i and 2 i + 1 are antithetic, u and 1 - u: in their times, and for the exact count also
-    in the choice of masked residues.
+    residue of a window. Draws 2 i and 2 i + 1 are antithetic: they use u and 1 - u for the time and, with the exact
+    count, for the choice of masked residues too.
 
     Returns:
         (draws, pieces) float64, nats.

@@ -59,15 +59,15 @@ def composition_scores(variants: Sequence[Variant], target: np.ndarray, logs: np
 def compare_with_composition(assay: Assay, scores: np.ndarray, baseline: np.ndarray, label: str) -> dict[str, Any]:
     """Compare the model's scores with the composition baseline.
 
-    All figures are over the rows that have a baseline. If some rows have none, the metrics of the model's scores over
-    the same rows are included too.
+    All figures are over the rows that have a baseline. If other rows exist, the metrics of the model's scores over the
+    rows with a baseline are included too.
 
     Args:
         label: the reference set of the frequencies, as printed.
 
     Returns:
-        The rank correlation of scores and baseline, and the agreement with the measurements of the baseline and of
-        score - baseline.
+        The rank correlation of scores and baseline, and how well the baseline and score - baseline agree with the
+        measurements.
     """
     known = ~np.isnan(baseline)
     measured, fit = assay.measured[known], assay.fit[known]

@@ -49,8 +49,9 @@ def score_variants(
               mutations on protein function", doi 10.1101/2021.07.09.450648);
             - site_marginals: the same sum, with one site masked at a time and the wild type's residues elsewhere;
             - wildtype_marginals: the same sum, from the unmasked wild type (same paper);
-            - ratio: sum over the changed sites of the wild type's log-scores at the schedule's smallest noise. For a
-              single substitution this is log(p(variant) / p(wild type)) (arXiv 2310.16834, sec. 3.1);
+            - ratio: sum over the changed sites of the substitution's log-score, with the wild type as input, at the
+              schedule's smallest noise. For a single substitution this is log(p(variant) / p(wild type))
+              (arXiv 2310.16834, sec. 3.1);
             - bound: the bound on -log p of the wild type minus that of the variant, with the same noise for both.
               If the variant is d residues longer (d < 0: shorter), d times the wild type's bound per residue is
               added. The bound is on log p given the length, so each extra residue costs about 3 nats, and without this
@@ -87,7 +88,7 @@ def score_each(
     """Score each variant by its own strategy.
 
     All strategies estimate log p(variant) - log p(wild type) in nats, so their scores can share a column. The
-    standard error is NaN for variants whose strategy has none, and None if no variant has one.
+    standard error is NaN for variants that are scored without draws, and None if all variants are.
 
     Args:
         strategies: one for each variant.
@@ -104,9 +105,12 @@ def score_each(
 
 
 def average_draws(nats_kn: np.ndarray) -> Scores:
-    """Return means over the draws (draws, variants), with standard errors from antithetic pairs, 2 i and 2 i + 1.
+    """Return the means over draws, with standard errors from the antithetic pairs of draws 2 i and 2 i + 1.
 
     The error treats pairs as independent although they are stratified, so it tends to be too large.
+
+    Args:
+        nats_kn: (draws, variants).
     """
     pair_kn = (nats_kn[0::2] + nats_kn[1::2]) / 2
     return Scores(pair_kn.mean(0), pair_kn.std(0, ddof=1) / np.sqrt(len(pair_kn)))

@@ -27,7 +27,7 @@ from protlig_dd.system.terminal import ProgressBar, announce
 def score_folder(config: VariantsConfig) -> None:
     """Score each assay separately, so that an interrupted command keeps finished assays; then average over them."""
     folder = Path(config.assay or "")
-    if not folder.exists():  # Path("") is the current folder, so assay=null passes
+    if not folder.exists():  # assay=null gives the current folder, which exists: see the next check
         raise ValueError(f"assay={config.assay} does not exist")
     if config.assay is None or not folder.is_dir():
         raise ValueError(f"assay={config.assay} is not a folder; reference= needs a folder of CSV files")

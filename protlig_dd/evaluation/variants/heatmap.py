@@ -9,7 +9,7 @@ from protlig_dd.system.tables import as_csv
 from protlig_dd.tokenizer import AMINO_ACIDS, N_STATES, ProteinTokenizer
 
 ROW = 100  # positions per row of the picture
-MAX_ROWS = 20  # of the picture
+MAX_ROWS = 20  # at most this many rows in the picture
 
 
 def heat_map(assay: Assay, target: np.ndarray, scores: np.ndarray) -> np.ndarray | None:

@@ -3,8 +3,8 @@
     spearman     Spearman's rank correlation with the measurements
     auc          probability that a fit variant scores above an unfit one
     mcc          Matthews correlation of the fitness label with "score at least the median"
-    ndcg         of the 10% with the highest scores: gains are measurements scaled to 0..1, discounted by
-                 log2(rank + 1)
+    ndcg         normalised discounted cumulative gain of the 10% with the highest scores; a variant's gain is its
+                 measurement scaled to 0..1, divided by log2(rank + 1)
     top_recall   fraction of the 10% with the highest measurements that is in the 10% with the highest scores
 
 A metric is None if there are too few variants or no measurements.
@@ -44,7 +44,7 @@ def metrics_of(scores: np.ndarray, measured: np.ndarray, fit: np.ndarray, high: 
 
 
 def judge(scores: np.ndarray, measured: np.ndarray, fit: np.ndarray, changed: Sequence[int]) -> dict[str, Any]:
-    """Return the metrics of an assay, and under `by_depth` those by number of substitutions.
+    """Return the metrics of an assay, and under `by_depth` the metrics of its rows with 1, 2, 3, 4 or 5+ substitutions.
 
     Args:
         changed: number of substitutions in each row.
@@ -81,7 +81,7 @@ def auc(scores: np.ndarray, fit: np.ndarray) -> float | None:
 
 
 def matthews(high: np.ndarray, fit: np.ndarray) -> float | None:
-    """Matthews correlation coefficient; 0 if `high` is constant (sklearn's convention), None if `fit` is."""
+    """Matthews correlation coefficient; 0 if `high` is constant (sklearn's convention), None if `fit` is constant."""
     known = ~np.isnan(fit)
     predicted, true = high[known].astype(float), fit[known]
     if not known.any() or np.ptp(true) == 0:
@@ -102,7 +102,7 @@ def ndcg(scores: np.ndarray, measured: np.ndarray) -> float | None:
 
 
 def top_recall(scores: np.ndarray, measured: np.ndarray) -> float | None:
-    """Fraction of the top 10% of the measurements that is in the top 10% of the scores; ties at the limit count."""
+    """Fraction of the top 10% of the measurements that is in the top 10% of the scores, ties included."""
     if not len(scores) or np.ptp(measured) == 0:
         return None
     best, selected = (values >= np.percentile(values, 90) for values in (measured, scores))
@@ -114,8 +114,8 @@ def aggregate(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     Args:
         results: for each assay: UniProt_ID, coarse_selection_type and METRICS (None is left out of averages).
-            Optionally by_depth, MSA_Neff_L_category and taxon; there are averages by each of these too (over the
-            assays of a protein, then over proteins).
+            Optionally MSA_Neff_L_category and taxon, for averages by their values (over the assays of a protein, then
+            over proteins), and by_depth, see `depth_averages`.
     """
     by_type = {kind: averages(group) for kind, group in group_by(results, "coarse_selection_type").items()}
     overall = {metric: mean(values[metric] for values in by_type.values()) for metric in METRICS}

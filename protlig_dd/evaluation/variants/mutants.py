@@ -99,7 +99,7 @@ def read_mutant(mutant: str, target: np.ndarray, where: str, numbering: Numberin
         if not 1 <= position <= len(target):
             raise ValueError(
                 f"{where}: {mutation} is at position {position}{numbering}, "
-                f"outside the target's 1 to {len(target)}{hint}"
+                f"outside the target's positions 1 to {len(target)}{hint}"
             )
         site = position - 1
         expected = ProteinTokenizer().decode(target[site : site + 1])
@@ -138,13 +138,13 @@ def one_letter(mutation: str) -> str:
 def compare(sequence: np.ndarray, target: np.ndarray, where: str) -> Variant:
     """Return the differences between a sequence and the target.
 
-    Sequences of equal length are compared position by position. Otherwise the difference is one block: what remains
-    after the longest common prefix and then the longest common suffix.
+    Sequences of equal length are compared position by position. Otherwise the difference is one block: what
+    remains after removing the longest common prefix and then the longest common suffix.
     """
     if not np.array_equal(sequence[sequence >= N_STATES], target[target >= N_STATES]):
         raise ValueError(
             f"{where}: mutated_sequence and the target differ in letters other than the amino acids {AMINO_ACIDS}, "
-            "for which models give no probability"
+            "and models give no probability for such letters"
         )
     if len(sequence) == len(target):
         sites = np.flatnonzero(sequence != target)
@@ -152,7 +152,7 @@ def compare(sequence: np.ndarray, target: np.ndarray, where: str) -> Variant:
         if context:
             raise ValueError(
                 f"{where}: mutated_sequence and the target differ at position {context[0] + 1}, "
-                "where one of them is not an amino acid"
+                "where one of the two letters is not an amino acid"
             )
         return Variant(tuple((int(site), int(sequence[site])) for site in sites))
     shared = min(len(sequence), len(target))

@@ -14,7 +14,7 @@ REFERENCE = ("DMS_id", "target_seq")
 BREAKDOWNS = (
     "MSA_Neff_L_category",
     "taxon",
-)  # optional columns; results are also averaged over the assays of each value
+)  # optional columns; results are also averaged over the assays that share a value
 
 
 class Reference(NamedTuple):

@@ -28,7 +28,7 @@ from protlig_dd.system.tables import as_csv, as_json
 from protlig_dd.system.terminal import announce
 from protlig_dd.tokenizer import ProteinTokenizer
 
-SHOWN = 3  # messages of skipped rows that are printed
+SHOWN = 3  # number of skipped rows whose messages are printed
 ENOUGH = 10  # measured variants that a strategy needs for separate metrics
 
 
@@ -54,7 +54,7 @@ def check_assay(trained: TrainedModel, config: VariantsConfig, assay: Assay, tar
 
 
 def check_distinct_outputs(outputs: list[Path]) -> None:
-    """Raise if two assays would write the same file, for example DMS_id A and A_heatmap, or summary."""
+    """Raise if two outputs would be the same file, as for the DMS_ids A and A_heatmap, or for a DMS_id summary."""
     taken: dict[Path, str] = {}
     for output in outputs:
         for path in output_files(output).values():
@@ -70,7 +70,7 @@ def earlier_summary(output: Path, settings: dict[str, Any]) -> dict[str, Any] | 
         ValueError: files that this command did not write, or wrote with another model, assay or settings.
     """
     files = output_files(output)
-    path = files["summary"]  # written first, so with it the other files were written by this command too
+    path = files["summary"]  # written first: if it exists, the other files are from the same command
     if not path.exists():
         for other in files.values():
             check_free(str(other))

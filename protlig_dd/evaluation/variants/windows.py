@@ -33,9 +33,9 @@ def pieces_of(assay: Assay, length: int, max_len: int, strategy: str) -> list[Pi
 
     A window is centred on the changes and moved inwards at the ends of the protein. Substitutions too far apart for
     one window are scored in several (`groups_of`) and the scores are summed; in each window, the sites of the other
-    windows keep the wild type's residues.
-    Strategies without masks use one window per site. Their windows start at multiples of a quarter of the window
-    length, so that many sites share a window.
+    windows keep the wild type's residues. Strategies that score each site separately use one window per site. For
+    strategies without masks, windows start at multiples of a quarter of the window length, so that many sites share a
+    window.
 
     Raises:
         ValueError: an insertion or deletion too long for a window; names the row and the lengths.
@@ -47,8 +47,8 @@ def pieces_of(assay: Assay, length: int, max_len: int, strategy: str) -> list[Pi
             start, stop, ids = variant.indel
             if max(length, length + length_change(variant)) > max_len and max(stop - start, len(ids)) >= max_len:
                 raise ValueError(
-                    f"{where}: {stop - start} residues become {len(ids)}, which is too long for a window of the "
-                    f"{max_len} residues that this model was trained on"
+                    f"{where}: {len(ids)} residues replace {stop - start}, which does not fit into a window of "
+                    f"{max_len} residues, the most that this model was trained on"
                 )
             size = max_len - max(0, length_change(variant))  # so that the variant's window fits as well
             pieces.append(Piece(number, *window_around(start, stop, length, size), variant))
@@ -64,7 +64,7 @@ def pieces_of(assay: Assay, length: int, max_len: int, strategy: str) -> list[Pi
 
 
 def groups_of(sites: Sequence[int], length: int, max_len: int) -> list[tuple[int, int]]:
-    """Partition the sites into groups that share a window, as (first, last) with `last` excluded.
+    """Partition the sites into groups that share a window; return indices (first, last) into `sites`, `last` excluded.
 
     The partition has the fewest windows possible. Among those, it maximises the smallest margin (distance from a
     site to the edge of its window), then the second smallest, and so on. Every prefix of an optimal partition is
@@ -78,7 +78,7 @@ def groups_of(sites: Sequence[int], length: int, max_len: int) -> list[tuple[int
     # for each prefix of the sites: number of windows, their margins in ascending order, start of the last group
     best: list[tuple[int, list[int], int]] = [(0, [], 0)]
     for last in range(1, len(sites) + 1):
-        lowest = bisect_right(sites, sites[last - 1] - max_len)  # first site within one window of the last
+        lowest = bisect_right(sites, sites[last - 1] - max_len)  # first site that fits into a window with the last
         windows, margins, begin = best[lowest][0] + 1, list[int](), lowest
         for first in range(lowest, last):
             if best[first][0] + 1 > windows:  # the number of windows never decreases with more sites
@@ -114,7 +114,7 @@ def length_change(change: Variant) -> int:
 
 
 def window_around(first: int, last: int, length: int, size: int, grid: int = 1) -> tuple[int, int]:
-    """Return start and stop of `size` residues (or the whole protein, if shorter) centred on first..last.
+    """Return start and stop of `size` residues (or the whole protein, if shorter) centred on first..last - 1.
 
     The start is rounded to a multiple of `grid` and moved inwards at the ends of the protein.
     """
