@@ -447,7 +447,15 @@ def test_wrong_inputs_are_errors_and_existing_files_are_kept(tmp_path: Path) -> 
     assert sorted(p.name for p in tmp_path.glob("b.*")) == ["b.h5", "b.h5.manifest.json", "b.h5.manifest.json.1"]
 
 
-def test_an_output_that_appears_during_the_build_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("links", [True, False])
+def test_an_output_that_appears_during_the_build_is_kept(
+    links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise PermissionError("no hard links")
+
+    if not links:
+        monkeypatch.setattr(os, "link", fail)
     file = write_fasta(tmp_path / "a.fasta", ("a", "MKV"))
     for function in ("write_store", "put_in_place"):
 

@@ -98,14 +98,14 @@ def creating(path: Path) -> Iterator[Path]:
         with writing(path):
             yield temporary / path.name
         try:
-            _move_to_new_name(temporary / path.name, path)
+            move_to_new_name(temporary / path.name, path)
         except FileExistsError:
             raise ValueError(f"{path} exists already; choose another output, or rename or delete it") from None
     finally:
         shutil.rmtree(temporary)
 
 
-def _move_to_new_name(written: Path, path: Path) -> None:
+def move_to_new_name(written: Path, path: Path) -> None:
     """Move a file or folder to a new name. Raise FileExistsError if the name exists, even if it was just created.
 
     Renaming a file would replace an existing file, but creating a hard link fails if the name exists. For a folder, an

@@ -8,17 +8,15 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from protlig_dd.system.files import lock_may_fail
+from protlig_dd.system.files import lock_may_fail, move_to_new_name
 
 
 def put_in_place(file: Path, output: Path) -> None:
     """Give a file its final name, which must be free."""
     try:
-        os.link(file, output)
+        move_to_new_name(file, output)
     except FileExistsError:
         raise output_exists(output) from None
-    except OSError:  # the file system has no hard links
-        file.rename(output)
 
 
 def manifest_path(store: Path) -> Path:
