@@ -1171,6 +1171,7 @@ def test_a_scan_has_every_substitution_and_a_heat_map(
     printed = run("target=wt.fasta", "output=scan.csv")
     assert "strategy=masked_marginals (the graph is absorbing)" in printed
     rows = list(csv.DictReader(Path("scan.csv").read_text().splitlines()))
+    assert f"scan.csv: {len(rows)} scores; heat map in scan_heatmap.png" in printed
     assert rows[0]["mutant"].startswith(f"{target[0]}1")
     assert len(rows) == 19 * sum(letter in AMINO_ACIDS for letter in target)
     assert Path("scan_heatmap.png").stat().st_size > 10_000

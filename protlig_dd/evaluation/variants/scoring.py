@@ -155,18 +155,20 @@ def score_assay(
     baseline = composition_scores(assay.variants, target, frequencies.logs)
     results["composition"] = compare_with_composition(assay, scores.nats, baseline, frequencies.label)
     summary = {**results, "by_strategy": by_strategy, "checkpoint": str(trained.saved.path), **settings}
-    files = output_files(output)
+    files, picture = output_files(output), ""
     if trained.processes.first:
         write_atomic(files["summary"], as_json(summary))
         table = heat_map(assay, target, scores.nats)
         if table is not None:
             write_atomic(files["map"], to_csv(table, target))
             write_atomic_bytes(files["picture"], to_png(table, target, f"{output.stem}: {strategy}"))
+            picture = f"; heat map in {files['picture']}"
         rows = scored_rows(assay, strategies, scores, baseline, config.column)
         write_atomic(files["scores"], rows)  # last, because this file marks the assay as done
     measurements = int(max((~np.isnan(known)).sum() for known in (assay.measured, assay.fit)))
     few = f" ({measurements} measurements, too few to be meaningful)" if 0 < measurements < ENOUGH else ""
-    announce(f"{output}: {metrics_line(metrics)}{few}", trained.processes)
+    found = f"{metrics_line(metrics)}{few}" if measurements else f"{len(assay.rows)} scores"
+    announce(f"{output}: {found}{picture}", trained.processes)
     announce(composition_line(results["composition"]), trained.processes)
     if len(names) > 1 and any(metrics[name] is not None for name in METRICS):
         separate = [f"{name} alone: {metrics_line(values)}" for name, values in by_strategy.items()]
@@ -210,4 +212,4 @@ def format_cells(values: np.ndarray) -> list[str]:
 
 def metrics_line(metrics: dict[str, Any]) -> str:
     known = [f"{name} {metrics[name]:.4f}" for name in METRICS if metrics[name] is not None]
-    return ", ".join(known) or "no metrics: no measurements, or too few"
+    return ", ".join(known) or "too few measurements for metrics"
