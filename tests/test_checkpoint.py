@@ -215,7 +215,7 @@ def test_other_format_versions_are_errors(tmp_path: Path) -> None:
     sums = json.loads((path / COMPLETE).read_text())
     sums["state.json"] = hashlib.sha256((path / "state.json").read_bytes()).hexdigest()
     (path / COMPLETE).write_text(json.dumps(sums))
-    with pytest.raises(ValueError, match="format 99, this version reads 3"):
+    with pytest.raises(ValueError, match="has format 99; this version of protlig_dd reads only format 3"):
         read_state(path)
 
 

@@ -121,7 +121,7 @@ def test_an_export_computes_the_same_as_its_checkpoint(
     assert "| steps | 6, seed 0; averaged weights |" in card
     assert "# license: " in card
     assert "protlig_dd is not on a package index: run `pip install .` in a checkout" in card
-    assert f", protlig_dd-{__version__}-py3-none-any.whl. Then" in card  # test_training.py builds that wheel
+    assert f" and install protlig_dd-{__version__}-py3-none-any.whl. Then" in card  # test_training.py builds that wheel
     assert find_saved(str(run)).data_fingerprint in card
 
     sampled = []
@@ -280,7 +280,8 @@ def test_damaged_and_foreign_exports_are_rejected(exported: Path, tmp_path: Path
     assert_rejected("config.json: not a JSON object", config_json="[]")
     assert_rejected("config.json: not a model that protlig_dd has exported", config_json='{"model_type": "bert"}')
     assert_rejected(
-        "config.json: format 99, this version reads 1", config_json=lambda found: found | {"format_version": 99}
+        "config.json has format 99; this version of protlig_dd reads only format 1",
+        config_json=lambda found: found | {"format_version": 99},
     )
     assert_rejected("model.safetensors: SHA-256", model_safetensors="pickle")
     assert_rejected("vocabulary.json: token ids differ", vocabulary_json=lambda found: found | {"n_states": 21})

@@ -258,8 +258,11 @@ def cyclic_rates() -> np.ndarray:
         (-np.ones((3, 3)), "at least 0 off the diagonal, got -1"),
         (np.full((3, 3), np.nan), "must be finite"),
         (cyclic_rates(), r"not reversible: in equilibrium 0.333333 flows from state 0 to state 2, and 1 back"),
-        (np.kron(np.eye(2), np.ones((2, 2))) + 1e-4, "do not mix: lambda_2 = -0.000"),
-        (np.array([[0.0, 1.0], [0.0, 0.0]]), "do not mix: state 0 has equilibrium frequency .*, not above 0"),
+        (np.kron(np.eye(2), np.ones((2, 2))) + 1e-4, "mix too slowly: lambda_2 = -0.000"),
+        (
+            np.array([[0.0, 1.0], [0.0, 0.0]]),
+            "do not mix: the equilibrium frequency of state 0 is .* but must be above 0",
+        ),
     ],
 )
 def test_invalid_rates_are_rejected(rates: np.ndarray, message: str) -> None:

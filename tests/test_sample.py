@@ -133,11 +133,11 @@ def test_counts_at_max_len_of_earlier_versions_are_left_out() -> None:
     assert known is not None
     assert known.counts == [0, 0, 5, 0, 0]
     assert known.description.endswith(
-        "; 90 of 4 residues are left out, as the model does not record which were cropped"
+        "; 90 proteins with 4 residues are left out, because the model does not record which of them were cropped"
     )
     assert choose_lengths("empirical", 3, 0, known) == [2, 2, 2]
     with pytest.raises(
-        ValueError, match=r"no lengths to draw from \(0 training .* 95 of 4 residues .*\); give lengths="
+        ValueError, match=r"no lengths to draw from \(0 training .* 95 proteins with 4 residues .*\); give lengths="
     ):
         choose_lengths("empirical", 3, 0, lengths_of([0, 0, 0, 0, 95], None, 4))
 

@@ -85,15 +85,16 @@ def test_files_that_are_not_stores_of_this_version_are_rejected(tmp_path: Path, 
     (tmp_path / "magic.h5").write_bytes(store.path.read_bytes()[:8])
     with pytest.raises(ValueError, match=r"magic\.h5: not a readable store"):
         SequenceStore(tmp_path / "magic.h5")
-    with pytest.raises(ValueError, match=r"new\.h5: store format 99, this version reads 2$"):
+    with pytest.raises(ValueError, match=r"new\.h5 has format 99; this version of protlig_dd reads only format 2$"):
         SequenceStore(with_attributes(tmp_path / "new.h5", store, format_version=99))
-    with pytest.raises(ValueError, match=r"old\.h5: store format 1, this version reads 2; build it again from FASTA"):
+    older = r"old\.h5 has format 1; this version of protlig_dd reads only format 2; build it again from FASTA"
+    with pytest.raises(ValueError, match=older):
         SequenceStore(with_attributes(tmp_path / "old.h5", store, format_version=1))
-    with pytest.raises(ValueError, match=r"abc\.h5: alphabet 'ABC', this version uses 'ACDEF"):
+    with pytest.raises(ValueError, match=r"abc\.h5: its alphabet is 'ABC', but this version reads only 'ACDEF"):
         SequenceStore(with_attributes(tmp_path / "abc.h5", store, alphabet=np.bytes_("ABC")))
     with h5py.File(tmp_path / "other.h5", "w") as file:
         file["tokens"] = np.zeros(3, np.uint8)
-    with pytest.raises(ValueError, match=r"other\.h5: store format None, this version reads 2"):
+    with pytest.raises(ValueError, match=r"other\.h5 has format None; this version of protlig_dd reads only format 2"):
         SequenceStore(tmp_path / "other.h5")
     with h5py.File(tmp_path / "chunked.h5", "w") as file, h5py.File(store.path) as original:
         for name, dataset in original.items():

@@ -82,12 +82,12 @@ class SequenceStore:
         version = attrs.get("format_version")
         if version != FORMAT_VERSION:
             raise ValueError(
-                f"{self.path}: store format {version}, this version reads {FORMAT_VERSION}"
+                f"{self.path} has format {version}; this version of protlig_dd reads only format {FORMAT_VERSION}"
                 + ("; build it again from FASTA" if version is not None and version < FORMAT_VERSION else "")
             )
         alphabet, self.fingerprint = (attrs[name].decode() for name in ("alphabet", "fingerprint"))
         if alphabet != LETTERS:
-            raise ValueError(f"{self.path}: alphabet {alphabet!r}, this version uses {LETTERS!r}")
+            raise ValueError(f"{self.path}: its alphabet is {alphabet!r}, but this version reads only {LETTERS!r}")
         self._extents: dict[str, tuple[int, int]] = {}  # byte offset in the file, number of values
         self.checksums: dict[str, str] = {}
         size = self.path.stat().st_size

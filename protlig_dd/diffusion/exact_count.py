@@ -26,7 +26,7 @@ def exact_count_draws(
     """Draw once in each stratum of the exact count. The network evaluates all draws together.
 
     Args:
-        copies: the batch once per stratum, packed together.
+        copies: the sequences of `batch`, repeated once per stratum, as one pack.
 
     Returns:
         Each token's contribution to the bound in each draw, in nats, and which tokens were masked.
@@ -63,7 +63,7 @@ def cross_entropies(score_fn: ScoreFn, batch: PackedBatch, masked: Bool[Tensor, 
 
 
 def masked_sigma(noise: Noise, fraction: Float64[Tensor, " n"]) -> Float32[Tensor, " n"]:
-    """Return the total noise at which this fraction of the residues is masked, 1 - e^-sigma; at most sigma(1)."""
+    """Return the total noise sigma at which 1 - e^-sigma, the masked fraction, is `fraction`; at most sigma(1)."""
     last_sigma = noise(torch.ones(1))[0].to(fraction.device)
     return torch.minimum(-torch.log1p(-fraction.float()), last_sigma)  # a fraction of 1 would give infinity
 
@@ -77,13 +77,14 @@ def masked_cross_entropy(
     draws: int,
     generator: Generators,
 ) -> tuple[Float64[Tensor, " total"], Int64[Tensor, " n"]]:
-    """Return -log p of masked residues given the others. This is not a likelihood.
+    """Return -log p of masked residues given the unmasked ones. This is not a likelihood.
 
     Masked language models are measured in this way (ESM-2, doi 10.1126/science.ade2574, with 15%), except that all
     chosen residues are masked here: none is kept or replaced by another amino acid.
 
     Args:
-        fraction: fraction of each sequence's residues that a draw masks, rounded to at least one residue.
+        fraction: fraction of each sequence's residues that a draw masks. The number of masked residues is rounded, and
+            at least 1.
         draws: number of random masks.
 
     Returns:

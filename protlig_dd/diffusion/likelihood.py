@@ -7,7 +7,7 @@
 For the absorbing graph the same bound can be computed from k masked residues out of L (`exact_count`): k is uniform on
 1..L, the masked set is uniform, and L/k times the sum of the masked residues' cross-entropies is averaged. Its variance
 is far lower. It covers all t, so it has no prior or reconstruction term. A time-conditioned network receives the sigma
-that matches the masked fraction, 1 - e^-sigma = k/L; the bound then belongs to the decoder that does the same.
+that matches the masked fraction, 1 - e^-sigma = k/L. The bound then holds for a decoder that uses the same sigma.
 
 Context letters (X B Z J U O), <bos> and <eos> are given to the network and not scored.
 """
@@ -39,8 +39,8 @@ class NLLBound:
 
     nats: Float64[Tensor, " n"]
     standard_error: Float64[Tensor, " n"]
-    """Monte-Carlo standard error of `nats`, from the difference of the two draws in each stratum. The last of an odd
-    number of draws is left out of it. A single draw gives NaN."""
+    """Monte-Carlo standard error of `nats`, from the difference of the two draws in each stratum. If the number of
+    draws is odd, the last draw is left out. A single draw gives NaN."""
     residues: Int64[Tensor, " n"]
     """Number of residues, without context letters."""
     estimator: str
@@ -49,8 +49,8 @@ class NLLBound:
     token_nats: Float64[Tensor, " total"]
     """Each token's contribution to its sequence's bound; 0 for context letters."""
     pooled_nats: Float64[Tensor, " n"]
-    """For EvoDiff's perplexity: the sum of the masked residues' cross-entropies, without the factor L / k of the bound.
-    Averaged over the draws of the exact count; 0 for the integral."""
+    """For EvoDiff's perplexity: the sum of the masked residues' cross-entropies, without the factor L / k of the bound,
+    averaged over draws; 0 for the integral."""
     pooled: Float64[Tensor, " n"]
     """Number of masked residues in a draw, averaged over draws; 0 for the integral."""
 
@@ -75,11 +75,11 @@ def nll_bound(
     estimator: str | None = None,
     tokens_at_once: int = 0,
 ) -> NLLBound:
-    """Bound -log p(x0) of each sequence of a pack. Lengths and context letters are given; only residues are scored.
+    """Bound -log p(x0) of each sequence of a pack, given its length and context letters. Only residues are scored.
 
     Args:
         generator: one generator for all sequences, or a source of randomness for each sequence. With one generator,
-            the positions of the sequences within a stratum are spread evenly too.
+            the draws of different sequences are also distributed evenly within each stratum.
         draws: Monte-Carlo draws per sequence, two in each stratum of t (or k), see `strata`.
         estimator: `integral` for every graph. `exact_count` for the absorbing graph only: it bounds the decoder that
             normalises the scores of masked tokens (with the parametrisation `x0` they are normalised already). None:
@@ -161,7 +161,7 @@ def _integral_draws(
     """Sample the integrand and the last denoising step once in each stratum. The network evaluates all draws together.
 
     Args:
-        copies: the batch once per stratum, packed together.
+        copies: the sequences of `batch`, repeated once per stratum, as one pack.
 
     Returns:
         Each token's contribution to the bound in each draw, in nats.

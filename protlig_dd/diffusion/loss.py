@@ -26,7 +26,8 @@ def score_entropy_loss(
     Args:
         batch: clean sequences x0.
         generator: source of all random draws, on the batch's device (on the CPU for MPS).
-        t_max: the largest time; 1 unless a curriculum limits it. The loss is then the integral up to that time only.
+        t_max: the largest time; 1 unless a curriculum limits it. With a curriculum, the loss is the integral up to
+            t_max only.
         max_weight: the largest allowed weight (t_max - t_min) dsigma / (e^sigma - 1). With the absorbing graph this is
             the factor of a masked residue's cross-entropy. With a cap the loss is no longer the bound.
 

@@ -1,7 +1,7 @@
 """Noise schedules, which map t in [t_min, 1] to the total noise sigma(t) and its derivative dsigma = d sigma / d t.
 
-Both are exact formulas, evaluated in the precision of t. `t_min` belongs to the schedule, so that training, evaluation
-and sampling use the same range.
+sigma and dsigma are exact formulas, evaluated in the precision of t. `t_min` belongs to the schedule, so that training,
+evaluation and sampling use the same range.
 
 The log-linear and the cosine schedule prescribe exp(-rate sigma), the remaining fraction of the data. With
 rate = |lambda_2|, the decay rate of the graph's slowest mode, a fraction eps of that mode remains at t = 1, and dsigma
@@ -48,7 +48,7 @@ class CosineNoise:
 
     For the absorbing graph the loss weight of a masked residue is m' / m with m = 1 - exp(-sigma). Its second moment,
     the integral of m'^2 / m, is 4.04 for eps -> 0. The minimum over all schedules is 4, reached by m = t^2
-    (Cauchy-Schwarz applied to the derivative of sqrt(m)). The log-linear schedule has log(1 / t_min) = 6.9.
+    (Cauchy-Schwarz applied to the derivative of sqrt(m)). For the log-linear schedule it is log(1 / t_min) = 6.9.
 
     Args:
         eps: exp(-rate sigma) at t = 1.
@@ -102,7 +102,7 @@ NOISES: dict[str, Callable[..., Noise]] = {
 def stratified_times(
     n: int, t_min: float, generator: torch.Generator, device: torch.device | str, t_max: float = 1.0
 ) -> Float[Tensor, " {n}"]:
-    """Return (n,) times on [t_min, t_max], one in each of n equal strata, in random order.
+    """Return (n,) times on [t_min, t_max], one time in each of n equal strata, in random order.
 
     t_i = t_min + (t_max - t_min) (u + i) / n with one uniform u for all i = 0..n-1, shuffled.
     """
@@ -113,7 +113,7 @@ def stratified_times(
 
 
 def curriculum_t_max(step: int, steps: int, t_min: float) -> float:
-    """Return the largest t at a training step (counted from 0). It grows linearly and is 1 from step `steps` - 1 on."""
+    """Return the largest t at a training step (counted from 0). It grows linearly to 1 at step `steps` - 1."""
     return 1.0 if step + 1 >= steps else t_min + (1 - t_min) * (step + 1) / steps
 
 

@@ -15,7 +15,8 @@ from protlig_dd.system.device import float64_device
 Tokens = Int64[Tensor, " T"]
 Sigma = Float[Tensor, " T"]
 Generators = torch.Generator | Sequence[torch.Generator]
-"""One generator for all sequences of a pack, or one per sequence, which makes its draws independent of the others."""
+"""One generator for all sequences of a pack, or one per sequence, so that the draws of a sequence do not depend on the
+other sequences."""
 
 
 def log_expm1(sigma: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
@@ -36,7 +37,7 @@ def one_hot(tokens: Tokens, n: int) -> Float[Tensor, "T {n}"]:
 
 
 def to_float64(x: Shaped[Tensor, "*n"], generator: torch.Generator | None = None) -> Float64[Tensor, "*n"]:
-    """Return x as float64 on the generator's device (default: x's device), or on the CPU if that has no float64."""
+    """Return x as float64 on the generator's device (default: x's device); on the CPU if that device has no float64."""
     return x.to(float64_device(x.device if generator is None else generator.device)).double()
 
 

@@ -39,7 +39,8 @@ def sample(
 
     Args:
         lengths: number of residues of each sequence.
-        generator: one per sequence, so that a sequence's draws do not depend on its pack, or a single one.
+        generator: one generator for all sequences, or one per sequence, so that a sequence's draws do not depend on its
+            pack.
         project: tokens (total,) -> tokens, with <bos> and <eos> around each sequence, so residue 0 of the first
             sequence is token 1. It re-imposes fixed residues (or context letters), and is called before every step and
             after the last. This is exact for the absorbing graph and an approximation for the others

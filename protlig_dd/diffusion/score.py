@@ -34,8 +34,8 @@ class ScoreFn:
             s_y = (q P)_y / (q P)_x.
         time_conditioning: if False, the network always receives sigma = 0. This is valid only if the posterior of x0
             does not depend on time (absorbing with x0).
-        autocast: dtype in which the network computes; None for the dtype of its weights. Its logits are converted to
-            float32, and nothing after them has lower precision: sums of exponentials in bf16 are off by 0.2%.
+        autocast: dtype in which the network computes; None for the dtype of its weights. The logits are converted to
+            float32, and all later computations are at least as precise: sums of exponentials in bf16 are off by 0.2%.
 
     Raises:
         ValueError: an unknown parametrisation, or time_conditioning=False where it is not valid.
@@ -55,7 +55,8 @@ class ScoreFn:
     def estimator(self) -> str:
         """The estimator of the bound (see likelihood.py).
 
-        It is `exact_count` where that bounds the model itself (absorbing, x0, time-free), otherwise `integral`.
+        It is `exact_count` if the exact-count bound holds for the model itself (absorbing, x0, time-free), otherwise
+        `integral`.
         """
         exact = self.graph.time_free_with(self.parametrisation) and not self.time_conditioning
         return "exact_count" if exact else "integral"
@@ -82,9 +83,10 @@ class ScoreFn:
     ) -> Float[Tensor, "T V"]:
         """Convert logits to log-scores, in the precision of the logits. `steer` changes the distribution q of x0.
 
-        With x0, q is the network's own. With log_score, q is the distribution that the log-scores imply. Computing it
-        undoes all the noise, which amplifies errors, so the log-scores of q do not replace the network's. Only their
-        change by steering is added to the network's, so a small change of q is a small change of the scores.
+        With the parametrisation x0, q is the softmax of the logits. With log_score, q is the distribution that the
+        network's log-scores imply. Computing this q undoes all the noise, which amplifies errors. The log-scores of q
+        therefore do not replace the network's log-scores: only their change by steering is added. A small change of q
+        is then a small change of the scores.
         """
         if self.parametrisation == "x0":
             log_q = logits if steer is None else steer(logits.log_softmax(-1))
@@ -101,8 +103,8 @@ class ScoreFn:
     ) -> Float64[Tensor, "T S"]:
         """Return the probabilities (T, S) of each token's state after a step from total noise `sigma` to `sigma_next`.
 
-        The step is the exact posterior for x0, otherwise Tweedie's analytic step. With sigma_next = 0 no token stays
-        masked. Rows are unnormalised; inconsistent scores can give negative entries.
+        The step is the exact posterior with the parametrisation x0, otherwise Tweedie's analytic step. With
+        sigma_next = 0 no token stays masked. Rows are unnormalised; inconsistent scores can give negative entries.
         """
         if self.parametrisation == "x0":
             log_q = logits if steer is None else steer(logits.log_softmax(-1))

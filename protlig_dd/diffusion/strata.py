@@ -15,16 +15,16 @@ from protlig_dd.diffusion.numerics import Generators, uniform_draws
 from protlig_dd.system.device import float64_device
 
 Stratum = tuple[float, float, Tensor | None]
-"""Lower and upper end on [0, 1], and the position within it of each sequence's draw, on [0, 1), if it is given."""
+"""Lower and upper end on [0, 1], and each sequence's position within the stratum, on [0, 1); None: random positions."""
 
 
 def strata(draws: int, warp: Callable[[np.ndarray], np.ndarray] = np.square) -> list[tuple[float, float, float]]:
     """Return the stratum of each draw, and the draw's weight in the mean.
 
-    There are draws // 2 strata of u in [0, 1] with two draws each; the last of an odd number of draws may be anywhere
-    on [0, 1). A draw that masks a fraction u of the residues has a standard deviation of about 1 / sqrt(u). Strata that
-    end at the squares of evenly spaced numbers have equal integrals of this standard deviation (Neyman's allocation;
-    Cochran, Sampling Techniques, 1977, sec. 5.5).
+    There are draws // 2 strata of u in [0, 1] with two draws each. If the number of draws is odd, the last draw may be
+    anywhere on [0, 1). A draw that masks a fraction u of the residues has a standard deviation of about 1 / sqrt(u).
+    Strata that end at the squares of evenly spaced numbers have equal integrals of this standard deviation (Neyman's
+    allocation; Cochran, Sampling Techniques, 1977, sec. 5.5).
 
     Args:
         warp: maps evenly spaced numbers on [0, 1] to the ends of the strata.
@@ -41,7 +41,7 @@ def strata(draws: int, warp: Callable[[np.ndarray], np.ndarray] = np.square) -> 
 def time_warp(graph: Graph, noise: Noise) -> Callable[[np.ndarray], np.ndarray]:
     """Return the `warp` of `strata` for times on [t_min, 1], scaled to [0, 1].
 
-    Here u is the fraction of residues that have moved by that time. A geometric schedule already gives every order of
+    Here u is the fraction of residues that have moved by time t. A geometric schedule already gives every order of
     magnitude of the noise the same range of times, so its strata have equal widths.
     """
     if isinstance(noise, GeometricNoise):
@@ -67,7 +67,7 @@ def points_in_stratum(
 
 
 def uniform_per_token(batch: PackedBatch, generator: Generators) -> Float64[Tensor, " total"]:
-    """Return a uniform draw on [0, 1) per token, on the batch's device, or on the CPU if that has no float64."""
+    """Return a uniform draw on [0, 1) per token, on the batch's device, or on the CPU if that device has no float64."""
     device = float64_device(batch.tokens.device)
     if isinstance(generator, torch.Generator):
         return uniform_draws(len(batch.tokens), generator).to(device)
@@ -78,10 +78,10 @@ def uniform_per_token(batch: PackedBatch, generator: Generators) -> Float64[Tens
 def error_of_pairs(weighted_kn: Float64[Tensor, "draws n"]) -> Float64[Tensor, " n"]:
     """Return the standard error (n,) of the sum over draws, from the difference of the two draws in each stratum.
 
-    The last of an odd number of draws is left out. A single draw gives NaN.
+    If the number of draws is odd, the last draw is left out. A single draw gives NaN.
 
     Args:
-        weighted_kn: (draws, n), in the order of `strata` and multiplied by its weights.
+        weighted_kn: (draws, n), draws in the order of `strata`, each multiplied by its weight.
     """
     draws = len(weighted_kn)
     if draws == 1:

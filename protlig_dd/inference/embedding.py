@@ -1,4 +1,7 @@
-"""Embeddings of proteins: the network's hidden state at each residue of a clean sequence. Does not use Hydra."""
+"""Embeddings of proteins: the network's hidden state at each residue of a clean sequence.
+
+This module does not use Hydra.
+"""
 
 import itertools
 from collections.abc import Sequence

@@ -42,7 +42,7 @@ def read_proteins(path: str) -> tuple[list[str], list[np.ndarray]]:
     """Return the ids and tokens (`<bos> residues <eos>`) of a FASTA file's records.
 
     Raises:
-        ValueError: the file is malformed; names the record and line.
+        ValueError: the file is malformed. The message names the record and line.
     """
     ids: list[str] = []
     proteins: list[np.ndarray] = []
@@ -60,7 +60,7 @@ def read_proteins(path: str) -> tuple[list[str], list[np.ndarray]]:
 def embedded_blocks(
     trained: TrainedModel, proteins: list[np.ndarray], layer: int, pooling: str, tokens_per_pack: int
 ) -> Iterator[np.ndarray]:
-    """Yield float32 rows in the order of the proteins, all of them on every rank. A rank computes a pack at a time."""
+    """Yield float32 rows in the order of the proteins. Every rank yields all rows, and computes one pack at a time."""
     processes = trained.processes
     residues = [
         len(window_starts(len(tokens) - 2, trained.max_len)) * min(len(tokens) - 2, trained.max_len)

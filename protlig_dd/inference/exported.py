@@ -34,14 +34,15 @@ def read_description(folder: Path) -> dict[str, Any]:
     """Return config.json of an exported model after checking the vocabulary and the checksum of the weights.
 
     Raises:
-        ValueError: a file is missing or damaged, or has another format version or vocabulary; names the file.
+        ValueError: a file is missing or damaged, or has another format version or vocabulary. The message
+            names the file.
     """
     file = folder / DESCRIPTION
     description = read_json(file)
     if description.get("format") != FORMAT:
         raise ValueError(f"{file}: not a model that protlig_dd has exported")
     if (version := description.get("format_version")) != FORMAT_VERSION:
-        raise ValueError(f"{file}: format {version}, this version reads {FORMAT_VERSION}")
+        raise ValueError(f"{file} has format {version}; this version of protlig_dd reads only format {FORMAT_VERSION}")
     if read_json(folder / VOCABULARY) != vocabulary():
         raise ValueError(f"{folder / VOCABULARY}: token ids differ from this version's")
     weights = folder / WEIGHTS
@@ -69,8 +70,9 @@ def write_exported(
     """Write weights, description, vocabulary and model card to a new folder; the weights' checksum is added.
 
     Args:
-        description: if its checksum is that of other weights, its report and `card` describe them and are left out.
-        card: existing README.md of these weights; a new one is written if it is None.
+        description: config.json, with or without the weights' checksum. If it has the checksum of other weights, its
+            report and `card` are left out, because they describe the other weights.
+        card: an existing README.md of these weights; None: write a new one.
     """
     folder.mkdir()
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, folder / WEIGHTS)
@@ -124,7 +126,8 @@ def model_card(description: Mapping[str, Any]) -> str:
         "## Use",
         "",
         "protlig_dd is not on a package index: run `pip install .` in a checkout of it, or build a wheel there with",
-        f"`pip wheel --no-deps .` and install it, protlig_dd-{description['protlig_dd']}-py3-none-any.whl. Then",
+        f"`pip wheel --no-deps .` and install protlig_dd-{description['protlig_dd']}-py3-none-any.whl. Then load the",
+        "model in Python:",
         "",
         "```python",
         "from protlig_dd.hub import ProteinDiffusion",
@@ -132,7 +135,7 @@ def model_card(description: Mapping[str, Any]) -> str:
         'model = ProteinDiffusion.from_pretrained("this folder, or owner/name on the Hugging Face Hub")',
         "```",
         "",
-        "or pass `from=FOLDER` to a protlig_dd command, for example `sample`, `embed` or `training` (to fine-tune it).",
+        "Or pass `from=FOLDER` to a protlig_dd command, for example `sample`, `embed` or `training` (to fine-tune it).",
         "",
     ]
     return "\n".join(lines)
@@ -147,12 +150,13 @@ def report_lines(report: Mapping[str, Any] | None) -> list[str]:
     leaks: Mapping[str, Any] = report.get("in_training") or {}
     copied = []
     if leaks.get("copies"):
-        copied = ["", f"{leaks['copies']} of these are exact copies of training proteins of the model."]
+        copied = ["", f"Exact copies of training proteins of the model: {leaks['copies']}."]
         if others := leaks.get("others"):
             others = {key: float("nan") if value is None else value for key, value in others.items()}
             copied[1] += (
-                f" Over the {others['sequences']} others the bound is {others['nll']:.4f} ± {others['nll_se']:.4f}, "
-                f"the paired difference {others['difference']:+.4f} ± {others['difference_se']:.4f}."
+                f" Over the other {others['sequences']} proteins the bound is {others['nll']:.4f} ± "
+                f"{others['nll_se']:.4f}, and the paired difference is {others['difference']:+.4f} ± "
+                f"{others['difference_se']:.4f}."
             )
     return [
         f"On {report['sequences']} proteins of the {report['split']} split, {report['residues']:,} residues "

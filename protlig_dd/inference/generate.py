@@ -107,8 +107,8 @@ def bound_notes(
 ) -> list[str]:
     """Return ` nll=2.8512 nll_se=0.0113` for each protein: the model's own bound in nats/residue.
 
-    The texts are empty if nll_draws is 0. A protein is computed alone, and its draws are keyed by
-    (seed, "bound", its number), so that its bound does not depend on the other proteins.
+    The texts are empty if nll_draws is 0. The bound of each protein is computed alone, with draws keyed by
+    (seed, "bound", its number), so that it does not depend on the other proteins.
     """
     if not config.nll_draws:
         return [""] * len(samples)

@@ -32,7 +32,7 @@ class Segment(NamedTuple):
     start: int | None = None
     """None: new residues."""
     letter: str | None = None
-    """The letter by which the contig names the input protein; None: new residues."""
+    """The letter by which the contig names the input protein; None: new residues, or no contig."""
 
     @property
     def end(self) -> int | None:
@@ -53,7 +53,7 @@ class Design(NamedTuple):
 
 
 def designs_of_positions(config: InfillConfig, records: Sequence[Protein]) -> list[Design]:
-    """Return n designs of each record. Positions are free by `_` in the record, by free= or by fixed=."""
+    """Return n designs of each record, with the free positions of `mask_free_positions`."""
     designs = []
     for k, (record, ids) in enumerate(records):
         template = mask_free_positions(record, ids, fixed=config.fixed, free=config.free)
@@ -69,7 +69,8 @@ def designs_of_positions(config: InfillConfig, records: Sequence[Protein]) -> li
 def designs_of_contig(config: InfillConfig, records: Sequence[Protein]) -> list[Design]:
     """Return n designs of each record.
 
-    If the contig has several letters, return n designs that combine records instead: A is the first record.
+    If the contig has several letters, the designs combine records instead, and there are n in total: A is the first
+    record, B the second, and so on.
     """
     assert config.contig is not None
     letters = sorted({part[0] for part in config.contig.split("/") if part[:1].isalpha()})
@@ -112,7 +113,8 @@ def read_records(path: Path) -> list[Protein]:
     """Return the records of a FASTA file with their residues as ids (length,), MASK for `_`.
 
     Raises:
-        ValueError: an illegal letter (`_` is allowed here), an empty sequence or a repeated id; names the record.
+        ValueError: an illegal letter (`_` is allowed here), an empty sequence or a repeated id. The
+            message names the record.
     """
     encode, proteins, seen = ProteinTokenizer().encode, [], set()
     for record in read_fasta(path):
@@ -120,7 +122,7 @@ def read_records(path: Path) -> list[Protein]:
             raise ValueError(f"{record.name} appears twice; designs are named after their record")
         seen.add(record.id)
         free = np.array([letter == FREE for letter in record.sequence.removesuffix("*")], bool)
-        try:  # a legal letter at free positions, so that encode can reject only other positions
+        try:  # with a legal letter at free positions, encode can reject only letters at other positions
             ids = encode(record.sequence.upper().replace(FREE, "A"), record.name)[1:-1]
         except ValueError as error:
             raise ValueError(f"{error}; `{FREE}` marks a free position") from error
@@ -160,8 +162,9 @@ def draw_layout(contig: str, lengths: str | None, generator: np.random.Generator
     """Draw the segments of one design.
 
     `10-40/A45-60/5-20` is 10 to 40 new residues, residues 45 to 60 of input A, and 5 to 20 new residues. The length of
-    each new stretch is drawn uniformly. With `lengths`, a number or a range for the whole design, the draw is uniform
-    among all combinations that fit it. Combinations without a new residue are left out, unless there are no others.
+    each new stretch is drawn uniformly. `lengths` is a number or a range for the length of the whole design. If it is
+    given, the draw is uniform among all combinations of stretches with such a total. Combinations without a new residue
+    are left out, unless there are no others.
     The notation is RFdiffusion's (Watson et al. 2023), without its chain breaks (`/0`); a letter names the input.
 
     Raises:
@@ -192,14 +195,14 @@ def draw_layout(contig: str, lengths: str | None, generator: np.random.Generator
         sizes = draw_sizes(ranges, low, high, generator)
     else:
         sizes = []
-        while sum(sizes) < low:  # draw again without a new residue, which happens in at most half of the draws
+        while sum(sizes) < low:  # draw again if there is no new residue (at most half of the draws)
             sizes = [int(generator.integers(a, b, endpoint=True)) for a, b in ranges]
     return [Segment(size, start, letter) for size, start, letter in zip(sizes, starts, letters, strict=True) if size]
 
 
 def draw_sizes(ranges: Sequence[tuple[int, int]], low: int, high: int, generator: np.random.Generator) -> list[int]:
     """Draw a size in each range, uniformly among all combinations whose sum is in [low, high]."""
-    # ways[k][s]: how many combinations of the sizes from k on have the sum s, up to a factor: only ratios matter
+    # ways[k][s] is the number of combinations of sizes k, k + 1, ... with sum s, up to a factor: only ratios matter
     ways = [np.ones(1)]
     for first, last in reversed(ranges):
         ways.insert(0, np.convolve(ways[0], np.r_[np.zeros(first), np.ones(last - first + 1)]))
@@ -260,8 +263,8 @@ def warn_about_layout(config: InfillConfig, trained: TrainedModel) -> None:
     """Warn if infilling is an approximation, or if a contig reorders or repeats residues of the input."""
     if not trained.graph.masks:
         announce(
-            "infilling is an approximation with this model's graph (docs/diffusion.md); designs are not ranked: "
-            "the likelihood of the free residues (nll_free) needs the absorbing graph",
+            "infilling is an approximation with this model's graph (docs/diffusion.md); designs are not ranked, "
+            "because the likelihood of the free residues (nll_free) needs the absorbing graph",
             trained.processes,
         )
     if config.contig is None:

@@ -1,4 +1,4 @@
-"""Choose lengths of new proteins: drawn like the training proteins' lengths, a number, or a range."""
+"""Choose the lengths of new proteins: one number, a range, or draws from the training proteins' lengths."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -22,8 +22,8 @@ def lengths_of(counts: list[int] | None, cropped: int | None, max_len: int) -> L
 
     Args:
         counts: how many training proteins have 0, 1, ... max_len residues.
-        cropped: how many have more. None in files of earlier versions, which counted cropped proteins as max_len
-            residues: that count is then left out.
+        cropped: how many training proteins have more residues. It is None in files of earlier versions, which
+            counted cropped proteins as having max_len residues; counts[max_len] is then left out.
     """
     if counts is None:
         return None
@@ -31,7 +31,10 @@ def lengths_of(counts: list[int] | None, cropped: int | None, max_len: int) -> L
         left_out = f"{cropped:,} longer proteins were cropped in training and are left out"
     else:
         counts, at_max_len = [*counts[:max_len], 0], counts[max_len]
-        left_out = f"{at_max_len:,} of {max_len} residues are left out, as the model does not record which were cropped"
+        left_out = (
+            f"{at_max_len:,} proteins with {max_len} residues are left out, "
+            "because the model does not record which of them were cropped"
+        )
     return Lengths(counts, f"{sum(counts):,} training proteins of up to {max_len} residues; {left_out}")
 
 

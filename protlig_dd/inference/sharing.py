@@ -50,7 +50,7 @@ class Work:
     def share(
         self, lengths: Sequence[int], score: Callable[[range, Tick], dict[Any, Any]], ticks: int = 1
     ) -> dict[Any, Any]:
-        """Pack sequences of these numbers of residues and call `share`; a pack is a range of sequence indices."""
+        """Pack sequences of these lengths in residues and call `share`; a pack is a range of sequence indices."""
         sizes = map(len, split_lengths(lengths, self.tokens_per_pack))
         bounds = np.cumsum([0, *sizes]).tolist()
         packs = [range(first, end) for first, end in itertools.pairwise(bounds)]

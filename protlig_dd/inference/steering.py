@@ -35,7 +35,8 @@ def read_log_bias(log_bias: Any, lengths: list[int]) -> torch.Tensor | list[torc
 
     Raises:
         ValueError: a letter that is not one of the 20 amino acids, a value that is not a number, a row that forbids
-            every amino acid, or a file whose number of rows is not a protein's length; names the file and line.
+            every amino acid, or a file whose number of rows differs from a protein's length. The message names the
+            file and line.
     """
     if log_bias is None or log_bias == {}:
         return None
@@ -62,7 +63,7 @@ def read_log_bias(log_bias: Any, lengths: list[int]) -> torch.Tensor | list[torc
 
 
 def amino_acid_ids(names: list[str], where: str) -> list[int]:
-    """Return the ids of amino acids. Raise if a name is not an amino acid or repeated."""
+    """Return the ids of amino acids. Raise if a name is not an amino acid or is repeated."""
     for name in names:
         if name not in tuple(AMINO_ACIDS):
             raise ValueError(f"{where}: {name!r} is not one of the amino acids {AMINO_ACIDS}")

@@ -280,7 +280,10 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
             raise ValueError(f"{file}: damaged, SHA-256 is {found[:12]} but {expected[:12]} was written")
     state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
     if state["format_version"] != FORMAT_VERSION:
-        raise ValueError(f"{checkpoint}: format {state['format_version']}, this version reads {FORMAT_VERSION}")
+        raise ValueError(
+            f"{checkpoint} has format {state['format_version']}; "
+            f"this version of protlig_dd reads only format {FORMAT_VERSION}"
+        )
     return state
 
 

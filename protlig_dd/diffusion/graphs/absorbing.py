@@ -38,9 +38,9 @@ class Absorbing(Graph):
         return torch.where(x0 < self.n_states, torch.exp(-sigma) * math.log(self.n_states), 0.0)
 
     def log_score(self, logits: Float[Tensor, "T V"], xt: Tokens, sigma: Sigma) -> Float[Tensor, "T V"]:
-        """Return SEDD's log-scores scaled by sigma, 0 for unmasked tokens.
+        """Return logits + log(kappa / n_states) with kappa = 1 / (e^sigma - 1); 0 for unmasked tokens.
 
-        With kappa = 1 / (e^sigma - 1), zero logits give the uniform guess s_y = kappa / n_states.
+        This is SEDD's scaling by sigma: zero logits give the uniform guess s_y = kappa / n_states.
         """
         scaled = logits - (log_expm1(sigma) + math.log(self.n_states))[:, None]
         return torch.where((xt == self.mask)[:, None], scaled, 0.0)
@@ -54,7 +54,10 @@ class Absorbing(Graph):
         return torch.where((xt == self.mask)[:, None], scaled, 0.0)
 
     def x0_probs(self, log_score: Float[Tensor, "T V"], xt: Tokens, sigma: Sigma) -> Float64[Tensor, "T V"]:
-        """Return the distribution of x0 given the other tokens, as implied by the scores of masked tokens."""
+        """Return the distribution of x0 given the other tokens, as implied by the scores.
+
+        Only the rows of masked tokens are meaningful.
+        """
         return to_float64(log_score).softmax(-1)
 
     def score_entropy(
@@ -62,8 +65,8 @@ class Absorbing(Graph):
     ) -> Float[Tensor, " T"]:
         """Return the denoising score entropy per token in nats (arXiv 2310.16834, eq. 11), without dsigma.
 
-        With kappa = 1 / (e^sigma - 1) it is sum_y s_y - kappa log s_x0 + kappa (log kappa - 1) for masked tokens, and 0
-        for the others.
+        A masked token contributes sum_y s_y - kappa log s_x0 + kappa (log kappa - 1) with kappa = 1 / (e^sigma - 1).
+        Other tokens contribute 0.
         """
         log_kappa = -log_expm1(sigma)
         kappa = log_kappa.exp()
@@ -73,20 +76,21 @@ class Absorbing(Graph):
     def posterior_probs(
         self, log_q: Float[Tensor, "T V"], xt: Tokens, sigma: Sigma, sigma_next: Sigma
     ) -> Float64[Tensor, "T S"]:
-        """Return the exact reverse step from total noise `sigma` to `sigma_next`, given q = softmax(log_q) of x0.
+        """Return the probabilities after the exact reverse step from total noise `sigma` to `sigma_next`.
 
-        A masked token stays masked with probability (1 - e^-sigma_next) / (1 - e^-sigma), and otherwise becomes x0 ~ q.
+        q = softmax(log_q) is the distribution of x0. A masked token stays masked with probability
+        (1 - e^-sigma_next) / (1 - e^-sigma), and otherwise becomes x0 ~ q.
         """
         stays = (torch.expm1(-to_float64(sigma_next)) / torch.expm1(-to_float64(sigma)))[:, None]
         return self._unmask(torch.cat([(1 - stays) * to_float64(log_q).softmax(-1), stays], dim=-1), xt)
 
     def euler_probs(self, log_score: Float[Tensor, "T V"], xt: Tokens, step: Sigma) -> Float64[Tensor, "T S"]:
-        """Return one Euler step back, onehot(x_t) + step * reverse rate, with step = dt * dsigma."""
+        """Return the probabilities after one Euler step: onehot(x_t) + step * reverse rate, with step = dt * dsigma."""
         gain = to_float64(log_score).exp() * to_float64(step)[:, None]
         return self._unmask(torch.cat([gain, 1 - gain.sum(-1, keepdim=True)], dim=-1), xt)
 
     def analytic_probs(self, log_score: Float[Tensor, "T V"], xt: Tokens, delta: Sigma) -> Float64[Tensor, "T S"]:
-        """Return one Tweedie step back over total noise `delta`.
+        """Return the probabilities after one Tweedie step, which removes total noise `delta`.
 
         A masked token becomes residue z with probability (e^delta - 1) s_z, and otherwise stays masked.
         """
@@ -94,7 +98,10 @@ class Absorbing(Graph):
         return self._unmask(torch.cat([gain, 1 - gain.sum(-1, keepdim=True)], dim=-1), xt)
 
     def denoise_probs(self, log_score: Float[Tensor, "T V"], xt: Tokens, sigma: Sigma) -> Float64[Tensor, "T S"]:
-        """Return the last reverse step: the analytic step over all noise `sigma`, without the mask as a choice."""
+        """Return the probabilities after the last reverse step, which is analytic and removes all noise `sigma`.
+
+        The mask gets probability 0, and the others are renormalised.
+        """
         probs = self.analytic_probs(log_score, xt, sigma)
         probs[:, self.mask] = 0.0
         return probs / probs.sum(-1, keepdim=True)

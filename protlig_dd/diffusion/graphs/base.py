@@ -2,7 +2,7 @@
 
 All operations are elementwise over tokens and independent of how sequences are packed. Rates have the row convention:
 Q[i, j] is the rate i -> j, rows sum to 0, and P(sigma) = exp(sigma Q). The score s_y of state y estimates
-p_t(y) / p_t(x_t). Ids from n_states up, except the mask, are context: they are never changed and not in the loss.
+p_t(y) / p_t(x_t). Ids >= n_states, except the mask, are context: they never change and are not in the loss.
 
 Shape suffixes: T tokens, V the n_states amino acids, S the states that a reverse step can reach (the V amino acids, and
 the mask for the absorbing graph).
@@ -24,15 +24,15 @@ MIXED = 1e-3  # remaining fraction of the slowest mode at which the process coun
 
 
 class Graph(ABC):
-    """Interface of a forward process. To add one, write a subclass and add its name to registry.py.
+    """Interface of a forward process. To add a process, write a subclass and add its name to registry.py.
 
     `n_states` is V and `n_reverse_states` is S. `lambda_2` is the second largest eigenvalue of Q (the largest is 0).
     """
 
     name: ClassVar[str]
-    """Its name in the registry."""
+    """The graph's name in the registry."""
     masks: ClassVar[bool] = False
-    """Whether residues decay to a mask, whose id is `mask`. Then all unmasked residues are clean."""
+    """Whether residues decay to a mask, whose id is `mask`. If they do, every unmasked residue is as in x0."""
     n_states: int
     n_reverse_states: int
     lambda_2: float
@@ -53,7 +53,7 @@ class Graph(ABC):
 
     @abstractmethod
     def sample_limit(self, n: int, generator: torch.Generator, sigma: float = torch.inf) -> Int64[Tensor, " {n}"]:
-        """Draw n tokens from the prior for the largest total noise `sigma`."""
+        """Draw n tokens from the prior of a noise schedule whose largest total noise is `sigma`."""
 
     @abstractmethod
     def prior_kl(self, x0: Tokens, sigma: Sigma) -> Float[Tensor, " T"]:
@@ -67,7 +67,8 @@ class Graph(ABC):
     def log_score_from_x0(self, logits: Float[Tensor, "T V"], xt: Tokens, sigma: Sigma) -> Float[Tensor, "T V"]:
         """Convert logits of the parametrisation `x0` to log-scores, 0 at x_t.
 
-        q = softmax(logits) is the distribution of x0 given the other tokens, and s_y = (q P)_y / (q P)_x.
+        q = softmax(logits) is the distribution of x0 given the other tokens. With x = x_t and P = P(sigma), the scores
+        are s_y = (q P)_y / (q P)_x.
         """
 
     @abstractmethod
@@ -84,22 +85,25 @@ class Graph(ABC):
     def posterior_probs(
         self, log_q: Float[Tensor, "T V"], xt: Tokens, sigma: Sigma, sigma_next: Sigma
     ) -> Float64[Tensor, "T S"]:
-        """Return the exact reverse step from total noise `sigma` to `sigma_next`, given q = softmax(log_q) of x0."""
+        """Return the probabilities after the exact reverse step from total noise `sigma` to `sigma_next`.
+
+        q = softmax(log_q) is the distribution of x0.
+        """
 
     @abstractmethod
     def euler_probs(self, log_score: Float[Tensor, "T V"], xt: Tokens, step: Sigma) -> Float64[Tensor, "T S"]:
-        """Return one Euler step back, onehot(x_t) + step * reverse rate, with step = dt * dsigma."""
+        """Return the probabilities after one Euler step: onehot(x_t) + step * reverse rate, with step = dt * dsigma."""
 
     @abstractmethod
     def analytic_probs(self, log_score: Float[Tensor, "T V"], xt: Tokens, delta: Sigma) -> Float64[Tensor, "T S"]:
-        """Return one Tweedie step back over total noise `delta`.
+        """Return the probabilities after one Tweedie step, which removes total noise `delta`.
 
         p(z) is proportional to [s^T exp(-delta Q)]_z P(delta)[z, x_t].
         """
 
     @abstractmethod
     def denoise_probs(self, log_score: Float[Tensor, "T V"], xt: Tokens, sigma: Sigma) -> Float64[Tensor, "T S"]:
-        """Return the last reverse step, which removes all noise `sigma` at once."""
+        """Return the probabilities after the last reverse step, which removes all noise `sigma`."""
 
 
 class ResidueGraph(Graph):
@@ -116,33 +120,33 @@ class ResidueGraph(Graph):
     def x0_probs(self, log_score: Float[Tensor, "T V"], xt: Tokens, sigma: Sigma) -> Float64[Tensor, "T V"]:
         """Return the distribution q of x0 given the other tokens, as implied by the scores.
 
-        It solves q P = s up to a constant factor; negative entries are set to 0. This amplifies errors of the scores by
-        up to exp(sigma |lambda|), where lambda is the most negative eigenvalue of Q.
+        q is the solution of q P = s, normalised after negative entries are set to 0. Solving amplifies errors of the
+        scores by up to exp(sigma |lambda|), where lambda is the most negative eigenvalue of Q.
         """
         return clamp_negative(self._propagate(to_float64(log_score).exp(), -to_float64(sigma)))[0]
 
     def posterior_probs(
         self, log_q: Float[Tensor, "T V"], xt: Tokens, sigma: Sigma, sigma_next: Sigma
     ) -> Float64[Tensor, "T S"]:
-        """Return the exact reverse step from total noise `sigma` to `sigma_next`, given q = softmax(log_q) of x0.
+        """Return the unnormalised probabilities after the exact reverse step from total noise `sigma` to `sigma_next`.
 
-        p(z) is proportional to [q P(sigma_next)]_z P(sigma - sigma_next)[z, x_t]. Unlike the analytic step it has no
-        growing exponentials. The result is unnormalised.
+        With q = softmax(log_q), the distribution of x0, p(z) is proportional to
+        [q P(sigma_next)]_z P(sigma - sigma_next)[z, x_t]. Unlike the analytic step, this has no growing exponentials.
         """
         sigma, sigma_next = to_float64(sigma), to_float64(sigma_next)
         marginal = self._propagate(to_float64(log_q).softmax(-1), sigma_next).clamp(min=0.0)
         return marginal * self._probs_into(xt, sigma - sigma_next)
 
     def analytic_probs(self, log_score: Float[Tensor, "T V"], xt: Tokens, delta: Sigma) -> Float64[Tensor, "T S"]:
-        """Return one Tweedie step back over total noise `delta`.
+        """Return the probabilities after one Tweedie step, which removes total noise `delta`.
 
-        p(z) is proportional to [s^T exp(-delta Q)]_z P(delta)[z, x_t]. This amplifies errors of the scores by up to
-        exp(delta |lambda|), where lambda is the most negative eigenvalue of Q. Entries can be negative: the caller
-        clamps and counts them.
+        p(z) is proportional to [s^T exp(-delta Q)]_z P(delta)[z, x_t]. The factor exp(-delta Q) amplifies errors of the
+        scores by up to exp(delta |lambda|), where lambda is the most negative eigenvalue of Q. Entries can be negative:
+        the caller clamps and counts them.
         """
         delta = to_float64(delta)
         return self._propagate(to_float64(log_score).exp(), -delta) * self._probs_into(xt, delta)
 
     def denoise_probs(self, log_score: Float[Tensor, "T V"], xt: Tokens, sigma: Sigma) -> Float64[Tensor, "T S"]:
-        """Return the last reverse step, the analytic step over all noise `sigma`."""
+        """Return the probabilities after the last reverse step, which is analytic and removes all noise `sigma`."""
         return self.analytic_probs(log_score, xt, sigma)

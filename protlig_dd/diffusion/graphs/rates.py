@@ -1,4 +1,4 @@
-"""Rate matrices of the substitution graph: rates between the 20 amino acids from substitution matrices."""
+"""Rates of the substitution graph between the 20 amino acids, computed from substitution matrices."""
 
 import io
 import math
@@ -12,7 +12,7 @@ from protlig_dd.tokenizer import AMINO_ACIDS
 KINDS = ("log_odds", "rates")
 
 # Background frequencies: amino-acid composition of UniProtKB/Swiss-Prot in percent, in the order of AMINO_ACIDS.
-# From the statistics of its 2023 releases (https://web.expasy.org/docs/relnotes/relstat.html).
+# Source: the statistics of Swiss-Prot's 2023 releases (https://web.expasy.org/docs/relnotes/relstat.html).
 SWISS_PROT = np.array(
     [
         [8.25, 1.38, 5.46, 6.71, 3.86, 7.07, 2.27, 5.91, 5.80, 9.64],
@@ -24,21 +24,23 @@ SWISS_PROT = np.array(
 def substitution_rates(matrix: str, kind: str = "log_odds", scale: float | None = None) -> np.ndarray:
     """Return the rates Q[i, j] (i -> j) of a substitution matrix.
 
-    Log-odds scores S and background frequencies f (Swiss-Prot's) give the joint distribution J, with J_ij proportional
-    to f_i f_j 2^(scale S_ij), its marginals pi and the conditional P = J / pi. Q is proportional to P - I, so it is
-    reversible by construction. The diagonal and the overall factor of the result have no meaning: the graph sets both.
+    Log-odds scores S and the background frequencies f of Swiss-Prot give the joint distribution J, with J_ij
+    proportional to f_i f_j 2^(scale S_ij). Its marginals pi give the conditional distribution P_ij = J_ij / pi_i. Q is
+    proportional to P - I, so it is reversible by construction. The diagonal and the overall factor of the result have
+    no meaning: the graph sets both.
 
     Args:
-        matrix: the name of a Biopython matrix (BLOSUM62, PAM250, ...), or a file in the same format (NCBI's): a line of
-            column letters, then one line per row; `#` starts a comment.
+        matrix: the name of a Biopython matrix (BLOSUM62, PAM250, ...), or a file in NCBI's format: a line of column
+            letters, then one line per row; `#` starts a comment.
         kind: `log_odds` for scores, or `rates` for a rate matrix.
-        scale: bits per unit of score. None reads it from the matrix' comments ("1/2 Bit", "scale = ln(2)/3").
+        scale: bits per unit of score. None reads it from the matrix's comments ("1/2 Bit", "scale = ln(2)/3").
 
     Returns:
         (20, 20) float64 in the order of AMINO_ACIDS; the off-diagonal entries are the rates.
 
     Raises:
-        ValueError: an unknown name, an invalid file, missing letters, asymmetric scores, or an unknown scale.
+        ValueError: an unknown kind or matrix, an invalid file, missing letters, asymmetric scores, or a scale that is
+            missing or not above 0.
     """
     if kind not in KINDS:
         raise ValueError(f"graph.kind={kind}: choose from {', '.join(KINDS)}")

@@ -15,8 +15,9 @@ from protlig_dd.diffusion.numerics import Sigma, Tokens, categorical, one_hot, p
 from protlig_dd.system.device import float64_device
 from protlig_dd.tokenizer import AMINO_ACIDS, N_STATES
 
-FLUX_TOLERANCE = 1e-4  # largest difference of two opposite fluxes, relative to the largest flux: files round numbers
-MAX_LAMBDA_2 = -0.1  # graphs that mix more slowly are rejected; sigma_max is 69 here
+# largest allowed difference of two opposite fluxes, relative to the largest flux; above 0, as files round their numbers
+FLUX_TOLERANCE = 1e-4
+MAX_LAMBDA_2 = -0.1  # graphs that mix more slowly are rejected; with this lambda_2, sigma_max is 69
 TINY = 1e-300  # lower limit of probabilities, so that their logarithms are finite
 CPU = torch.device("cpu")
 
@@ -61,7 +62,8 @@ class SubstitutionGraph(ResidueGraph):
         pi = np.linalg.lstsq(balance, np.append(np.zeros(n), 1.0), rcond=None)[0]
         if pi.min() <= 0:
             raise ValueError(
-                f"the rates do not mix: {names[pi.argmin()]} has equilibrium frequency {pi.min():.1e}, not above 0"
+                f"the rates do not mix: the equilibrium frequency of {names[pi.argmin()]} is {pi.min():.1e} "
+                "but must be above 0"
             )
         flux = pi[:, None] * q
         i, j = np.unravel_index(np.abs(flux - flux.T).argmax(), flux.shape)
@@ -77,10 +79,11 @@ class SubstitutionGraph(ResidueGraph):
         self.lambda_2 = float(eigenvalues[-2])
         if self.lambda_2 > MAX_LAMBDA_2:
             raise ValueError(
-                f"the rates do not mix: lambda_2 = {self.lambda_2:.3g} must be at most {MAX_LAMBDA_2}, "
-                f"where mixing takes sigma = {math.log(MIXED) / MAX_LAMBDA_2:.0f}"
+                f"the rates mix too slowly: lambda_2 = {self.lambda_2:.3g} must be at most {MAX_LAMBDA_2} "
+                f"(at {MAX_LAMBDA_2}, mixing takes a total noise of {math.log(MIXED) / MAX_LAMBDA_2:.0f})"
             )
-        self.sigma_max = math.log(MIXED) / self.lambda_2 * (1 + 1e-6)  # slightly beyond the threshold, not at it
+        # slightly increased, so that in spite of rounding at most MIXED of the slowest mode remains at sigma_max
+        self.sigma_max = math.log(MIXED) / self.lambda_2 * (1 + 1e-6)
         self.n_states = self.n_reverse_states = n
         eigenvalues[-1] = 0.0  # exactly 0, so that P's rows sum to 1 at any sigma
         spectrum = Spectrum(
@@ -94,7 +97,7 @@ class SubstitutionGraph(ResidueGraph):
         self._on_device = {CPU: spectrum}
 
     def transition_probs(self, x0: Tokens, sigma: Sigma) -> Float64[Tensor, "T V"]:
-        """Return P(sigma)[x0, .] in float64. Rows of context ids are those of state 0."""
+        """Return P(sigma)[x0, .] in float64. A context id gets the row of state 0."""
         sigma = to_float64(sigma)
         x0 = torch.where(x0 < self.n_states, x0, 0).to(sigma.device)
         return self._propagate(one_hot(x0, self.n_states).double(), sigma).clamp(min=TINY)
@@ -117,13 +120,16 @@ class SubstitutionGraph(ResidueGraph):
         return torch.where(x0 < self.n_states, kl.to(sigma), 0.0)
 
     def log_score(self, logits: Float[Tensor, "T V"], xt: Tokens, sigma: Sigma) -> Float[Tensor, "T V"]:
-        """Return log pi_y - log pi_x + logits, 0 at y = x_t. Zero logits are the exact score at large sigma."""
+        """Return log pi_y - log pi_x + logits with x = x_t; 0 at y = x.
+
+        Zero logits give the exact score at large sigma.
+        """
         log_pi = self._spectrum(logits).pi.log().to(logits)
         scaled = logits + log_pi - log_pi[torch.where(xt < self.n_states, xt, 0)][:, None]
         return torch.where(one_hot(xt, self.n_states).bool(), 0.0, scaled)
 
     def log_score_from_x0(self, logits: Float[Tensor, "T V"], xt: Tokens, sigma: Sigma) -> Float[Tensor, "T V"]:
-        """Return log s_y with s_y = (q P)_y / (q P)_x and q = softmax(logits), the distribution of x0; 0 at x_t."""
+        """Return log s_y with s_y = (q P)_y / (q P)_x, x = x_t and q = softmax(logits), the distribution of x0."""
         log_p = self._propagate(to_float64(logits).softmax(-1), to_float64(sigma)).clamp(min=TINY).log()
         log_score = (log_p - pick(log_p, xt.to(log_p.device))[:, None]).to(logits)
         return torch.where(one_hot(xt, self.n_states).bool(), 0.0, log_score)
@@ -133,7 +139,8 @@ class SubstitutionGraph(ResidueGraph):
     ) -> Float[Tensor, " T"]:
         """Return the denoising score entropy per token in nats (arXiv 2310.16834, eq. 11), without dsigma.
 
-        sum over y != x of Q[y, x] (s_y - r_y log s_y + K(r_y)), with r_y = P[x0, y] / P[x0, x], K(a) = a (log a - 1).
+        With x = x_t, r_y = P[x0, y] / P[x0, x] and K(a) = a (log a - 1), this is the sum over y != x of
+        Q[y, x] (s_y - r_y log s_y + K(r_y)).
         """
         log_s, p = to_float64(log_score), self.transition_probs(x0, sigma)
         x = torch.where(xt < self.n_states, xt, 0).to(p.device)
@@ -143,7 +150,7 @@ class SubstitutionGraph(ResidueGraph):
         return torch.where(x0 < self.n_states, loss.to(log_score), 0.0)
 
     def euler_probs(self, log_score: Float[Tensor, "T V"], xt: Tokens, step: Sigma) -> Float64[Tensor, "T S"]:
-        """Return one Euler step back, onehot(x_t) + step * reverse rate, with step = dt * dsigma."""
+        """Return the probabilities after one Euler step: onehot(x_t) + step * reverse rate, with step = dt * dsigma."""
         score = to_float64(log_score).exp()
         xt = xt.to(score.device)
         at_xt = one_hot(xt, self.n_states)
@@ -166,7 +173,10 @@ class SubstitutionGraph(ResidueGraph):
         return self._spectrum(x).rates.T[x]
 
     def _spectrum(self, like: Tensor) -> Spectrum:
-        """Return the spectrum on the tensor's device (or the CPU if that has no float64). It is copied there once."""
+        """Return the spectrum on the tensor's device, or on the CPU if that device has no float64.
+
+        The spectrum is copied to each device once.
+        """
         device = float64_device(like.device)
         if device not in self._on_device:
             self._on_device[device] = Spectrum(*(constant.to(device) for constant in self._on_device[CPU]))
@@ -176,7 +186,7 @@ class SubstitutionGraph(ResidueGraph):
 def make_substitution_graph(
     matrix: str, kind: str = "log_odds", scale: float | None = None, rates: Sequence[Sequence[float]] | None = None
 ) -> SubstitutionGraph:
-    """Return the graph of a named matrix or file (see `substitution_rates`), or of `rates` read from one earlier.
+    """Return the graph of a matrix (see `substitution_rates`), or of `rates` that were computed from a matrix earlier.
 
     Raises:
         ValueError: as in SubstitutionGraph and substitution_rates, or if `rates` does not have 20 rows.

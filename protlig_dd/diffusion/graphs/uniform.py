@@ -1,4 +1,4 @@
-"""The uniform graph: residues jump to any other residue at the same rate."""
+"""The uniform graph: residues change to all other amino acids at the same rate."""
 
 import math
 
@@ -13,7 +13,7 @@ from protlig_dd.tokenizer import N_STATES
 
 
 class Uniform(ResidueGraph):
-    """Every residue jumps to a uniformly drawn one: Q = 1/N - I (SEDD, arXiv 2310.16834, eq. 16)."""
+    """Every residue changes at rate 1 to a uniformly drawn amino acid: Q = 1/N - I (SEDD, arXiv 2310.16834, eq. 16)."""
 
     name = "uniform"
     lambda_2 = -1.0
@@ -42,11 +42,11 @@ class Uniform(ResidueGraph):
         return torch.where(x0 < n, kl.to(sigma), 0.0)
 
     def log_score(self, logits: Float[Tensor, "T V"], xt: Tokens, sigma: Sigma) -> Float[Tensor, "T V"]:
-        """Return the logits, with 0 at x_t. Zero logits are the exact score at large sigma."""
+        """Return the logits, with 0 at x_t. Zero logits give the exact score at large sigma."""
         return torch.where(one_hot(xt, self.n_states).bool(), 0.0, logits)
 
     def log_score_from_x0(self, logits: Float[Tensor, "T V"], xt: Tokens, sigma: Sigma) -> Float[Tensor, "T V"]:
-        """Return log s_y with s_y = (q P)_y / (q P)_x and q = softmax(logits), the distribution of x0; 0 at x_t."""
+        """Return log s_y with s_y = (q P)_y / (q P)_x, x = x_t and q = softmax(logits), the distribution of x0."""
         log_c = (log_expm1(sigma) - math.log(self.n_states))[:, None]  # (q P)_y = e^-sigma (q_y + c)
         log_p = torch.logaddexp(F.log_softmax(logits, dim=-1), log_c)
         return torch.where(one_hot(xt, self.n_states).bool(), 0.0, log_p - pick(log_p, xt)[:, None])
@@ -56,7 +56,8 @@ class Uniform(ResidueGraph):
     ) -> Float[Tensor, " T"]:
         """Return the denoising score entropy per token in nats (arXiv 2310.16834, eq. 11), without dsigma.
 
-        sum over y != x of (1/N) (s_y - r_y log s_y + K(r_y)), with r_y = P[x0, y] / P[x0, x], K(a) = a (log a - 1).
+        With x = x_t, r_y = P[x0, y] / P[x0, x] and K(a) = a (log a - 1), this is the sum over y != x of
+        (1/N) (s_y - r_y log s_y + K(r_y)).
         """
         n = self.n_states
         em1 = torch.expm1(sigma)
@@ -71,7 +72,7 @@ class Uniform(ResidueGraph):
         return torch.where(x0 < n, torch.where(xt == x0, unmoved, moved), 0.0)
 
     def euler_probs(self, log_score: Float[Tensor, "T V"], xt: Tokens, step: Sigma) -> Float64[Tensor, "T S"]:
-        """Return one Euler step back, onehot(x_t) + step * reverse rate, with step = dt * dsigma."""
+        """Return the probabilities after one Euler step: onehot(x_t) + step * reverse rate, with step = dt * dsigma."""
         at_xt = one_hot(xt, self.n_states).to(to_float64(log_score).device)
         moves = to_float64(log_score).exp() * to_float64(step)[:, None] / self.n_states * (1 - at_xt)
         return moves + at_xt * (1 - moves.sum(-1, keepdim=True))

@@ -12,10 +12,10 @@ from protlig_dd.diffusion.score import Steer
 
 
 class Ancestral(Analytic):
-    """Leaves exactly L (1 - e^-sigma) residues masked after each step, rounded to an integer.
+    """Leaves exactly round(L (1 - e^-sigma)) residues masked after each step, where L residues are masked at the start.
 
-    L is the number of residues that are masked at the start. With `Analytic` this is only the average number. The
-    scores of the 20 amino acids are normalised before a residue is drawn. The graph must have a mask.
+    With `Analytic` the number of masked residues is random, and L (1 - e^-sigma) is only its average. The scores of
+    the 20 amino acids are normalised before a residue is drawn. The graph must have a mask.
     """
 
     needs_masks = True
@@ -29,7 +29,7 @@ class Ancestral(Analytic):
     def step(
         self, xt: Int64[Tensor, " total"], logits: Float64[Tensor, "total V"], level: Level
     ) -> Int64[Tensor, " total"]:
-        """As in `Analytic`, but draw all masked residues and reveal only as many as `level.sigma_next` requires."""
+        """Draw an amino acid for every masked residue, but reveal only as many as `level.sigma_next` requires."""
         if self.masked_n is None:
             self.masked_n = sum_by_sequence(xt == self.graph.mask, self.batch)
         drawn = super().step(xt, logits, level)
@@ -43,5 +43,5 @@ class Ancestral(Analytic):
     def reverse_probs(
         self, logits: Float64[Tensor, "T V"], xt: Int64[Tensor, " T"], level: Level, steer: Steer | None
     ) -> Float64[Tensor, "T S"]:
-        """As in `Analytic`, for a step that removes all the noise."""
+        """Return the probabilities of `Analytic` for a step that removes all the noise."""
         return super().reverse_probs(logits, xt, level._replace(sigma_next=0.0), steer)

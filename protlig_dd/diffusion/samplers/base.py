@@ -24,8 +24,8 @@ class SamplerOptions:
         steps: number of reverse steps from t = 1 to t_min; a denoising step follows.
         predictor: a name in SAMPLERS.
         temperature, top_p: sharpen each position's distribution of x0, after log_bias is applied: p^(1 / temperature),
-            then only the smallest set of amino acids whose total probability is at least top_p. The defaults, 1 and 1,
-            sample the model itself.
+            then keep only the smallest set of amino acids whose total probability is at least top_p. The defaults, 1
+            and 1, sample the model itself.
     """
 
     steps: int
@@ -54,7 +54,7 @@ class Draws:
         self.lengths, self.generator, self.device = lengths, generator, device
 
     def __call__(self, draw: Callable[[int, torch.Generator], Tensor]) -> Tensor:
-        """Return (R,) the results of draw(length, generator) for each sequence, concatenated. R counts residues."""
+        """Call draw(length, generator) for each sequence and return the concatenated results, one per residue (R,)."""
         if isinstance(self.generator, torch.Generator):
             return draw(sum(self.lengths), self.generator).to(self.device)
         pairs = zip(self.lengths, self.generator, strict=True)
@@ -64,13 +64,13 @@ class Draws:
 class Analytic:
     """Tweedie's step (arXiv 2310.16834, eq. 19).
 
-    For x0 it is the exact posterior, which is the same step without growing exponentials.
+    With the parametrisation x0 it is the exact posterior, which is the same step without growing exponentials.
 
     If the exact count is the model's bound, sampling starts with all residues masked, because that bound belongs to a
-    decoder that starts there. Otherwise it starts with a draw from the prior at t = 1.
+    decoder that starts from masks. Otherwise sampling starts with a draw from the prior at t = 1.
 
     Args:
-        batch: the sequences' lengths, as <bos> residues <eos>.
+        batch: sequences `<bos> residues <eos>`, of which only the lengths are used.
         bias: log_bias of each residue (R, V).
     """
 
@@ -101,12 +101,12 @@ class Analytic:
     def step(
         self, xt: Int64[Tensor, " total"], logits: Float64[Tensor, "total V"], level: Level
     ) -> Int64[Tensor, " total"]:
-        """Draw the tokens (total,) at noise `level.sigma_next`, given those at `level.sigma`.
+        """Draw the tokens (total,) at noise `level.sigma_next`, given the tokens xt at noise `level.sigma`.
 
         Raises:
             ValueError: the network's scores are not finite.
         """
-        moving_R = xt[self.free_T] < self.graph.n_reverse_states  # not context letters set by `project`
+        moving_R = xt[self.free_T] < self.graph.n_reverse_states  # without context letters that `project` has set
         moving_T = self.free_T.masked_scatter(self.free_T, moving_R)
         bias = None if self.bias is None else self.bias[moving_R]
         steer = None
@@ -118,7 +118,7 @@ class Analytic:
                 f"the network's scores are not finite in sampling step {level.number}, at sigma = {level.sigma:.3g}"
             )
         self.counts.update(draws=len(probs), clamped=int(clamped.sum()))
-        # only the final x0 must not contain forbidden amino acids; x_t may contain them before
+        # x_t may contain forbidden amino acids, but the final x0 must not
         if not level.sigma_next and bias is not None:
             allowed = F.pad(bias > -torch.inf, (0, probs.shape[1] - bias.shape[1]))
             probs = (probs + MIN_PROBABILITY) * allowed
@@ -137,7 +137,7 @@ def apply_steering(
 ) -> Float64[Tensor, "T V"]:
     """Return log q of x0 with q multiplied by exp(bias), then sharpened by temperature and top_p.
 
-    This is exact if positions are independent given the rest.
+    Sampling from this q gives the steered distribution exactly if positions are independent.
     """
     if bias is not None:
         log_q = log_q + bias
