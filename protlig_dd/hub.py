@@ -10,17 +10,19 @@ and the config is JSON, so loading a model never runs code from it.
 """
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
 from protlig_dd.batch import PackedBatch
 from protlig_dd.config.components import load_model
-from protlig_dd.inference.embedding import embed, resolve_layer
+from protlig_dd.diffusion.samplers.base import SamplerOptions
+from protlig_dd.inference.embedding import mean_embeddings
 from protlig_dd.inference.exported import (
     CARD,
     DESCRIPTION,
@@ -30,11 +32,13 @@ from protlig_dd.inference.exported import (
     read_description,
     write_exported,
 )
+from protlig_dd.inference.hooks import Hook, hooks
+from protlig_dd.inference.inspect import analysis, attention
+from protlig_dd.inference.steps import SamplingSteps
 from protlig_dd.model.config import ModelConfig
 from protlig_dd.model.dit import DiT
 from protlig_dd.system.device import resolve_device, resolve_precision
 from protlig_dd.system.files import creating
-from protlig_dd.tokenizer import ProteinTokenizer
 
 
 class ProteinDiffusion(nn.Module):
@@ -107,16 +111,45 @@ class ProteinDiffusion(nn.Module):
         Raises:
             ValueError: a single string, no sequence, or an illegal letter (the message names the sequence).
         """
-        if isinstance(sequences, str) or not len(sequences):
-            raise ValueError(f"embed takes a list of sequences, got {sequences!r:.40}")
-        encode = ProteinTokenizer().encode
-        tokens = [encode(sequence.upper(), f"sequence {i}") for i, sequence in enumerate(sequences, start=1)]
-        chosen = resolve_layer(layer, len(self.network.blocks))
-        means = [
-            embed(self.network, self.score_fn, [protein], layer=chosen, max_len=self.max_len)[0].mean(0)
-            for protein in tokens
-        ]
-        return torch.stack(means)
+        return mean_embeddings(self.network, self.score_fn, sequences, layer=layer, max_len=self.max_len)
+
+    def attention(
+        self,
+        sequences: Sequence[str],
+        *,
+        blocks: Sequence[int] | None = None,
+        heads: Sequence[int] | None = None,
+        t: float | None = None,
+    ) -> list[Float32[Tensor, "blocks heads tokens tokens"]]:
+        """Return the attention weights of each protein on the CPU; see `protlig_dd.inference.inspect.attention`."""
+        return attention(self.score_fn, sequences, blocks=blocks, heads=heads, t=t, max_len=self.max_len)
+
+    def hooks(self, functions: Mapping[str, Hook]) -> AbstractContextManager[None]:
+        """Read or replace outputs of the network's modules by name; see `protlig_dd.inference.hooks.hooks`.
+
+        with model.hooks({"blocks.0": f}):
+            model.embed(sequences)
+        """
+        return hooks(self.network, functions)
+
+    def analysis(self) -> AbstractContextManager[None]:
+        """Evaluation mode without gradients; afterwards every module has its earlier training mode again."""
+        return analysis(self)
+
+    def sample_steps(
+        self,
+        designs: Sequence[int | str],
+        options: SamplerOptions,
+        *,
+        seed: int = 0,
+        log_bias: Tensor | Sequence[Tensor] | None = None,
+    ) -> SamplingSteps:
+        """Sample step by step; see `protlig_dd.inference.steps.SamplingSteps`.
+
+        Args:
+            designs: numbers of residues, or sequences with `_` at free positions.
+        """
+        return SamplingSteps(self.score_fn, designs, options, seed=seed, log_bias=log_bias)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the model with its current weights to a new folder.

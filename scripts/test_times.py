@@ -115,7 +115,7 @@ GROUPS = (
     ),
     Group(
         "using a model",
-        "sample, infill, evaluate, judge, variants, embed, linear probe, export and hub",
+        "sample, infill, evaluate, judge, variants, embed, linear probe, export and hub, a look inside a model",
         (
             "test_sample",
             "test_infill",
@@ -123,6 +123,8 @@ GROUPS = (
             "test_judge",
             "test_variants",
             "test_embed",
+            "test_inspect",
+            "test_steps",
             "test_linear_probe",
             "test_export",
         ),

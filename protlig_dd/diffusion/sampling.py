@@ -6,11 +6,11 @@ level to the next.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from protlig_dd.batch import PackedBatch
@@ -62,36 +62,110 @@ def sample(
             temperature or top_p out of range, a log_bias of another shape or one that forbids all amino acids of a
             residue, or a network output that is not finite.
     """
-    graph, noise, device = score_fn.graph, score_fn.noise, score_fn.device
-    check_sampler(graph, options)
-    if not lengths or min(lengths) < 1:
-        raise ValueError(f"sampling needs lengths of at least 1, got {list(lengths)}")
-    counts = Counter() if counts is None else counts
-    device64 = float64_device(device)
-    batch = PackedBatch.pack([torch.tensor([BOS] + [0] * length + [EOS]) for length in lengths]).to(device64)
-    bias_RV = None
-    if log_bias is not None:
-        bias_RV = _expand_bias(log_bias.to(device64, torch.float64), sum(lengths), graph.n_states)
-    draws = Draws(lengths, generator, device64)
-    sampler = SAMPLERS[options.predictor](score_fn, batch, draws, bias_RV, options, counts)
-    sigma, dsigma = noise(torch.linspace(1, noise.t_min, options.steps + 1, dtype=torch.float64))
-    levels = [*sigma.tolist(), 0.0]
-    logits_of = CachedLogits(score_fn.logits, counts, time_free=not score_fn.time_conditioning)
-    xt = batch.tokens.masked_scatter(sampler.free_T, sampler.init(levels[0]))
-    xt = xt if project is None else project(xt)
-    for i, (sigma_now, sigma_next) in enumerate(pairwise(levels)):
-        sigma_n = torch.full((len(lengths),), sigma_now, dtype=torch.float64, device=device64)
-        if project is not None and graph.masks:
-            # fixed residues are never masked, so use the sigma that matches the masked fraction
-            residues_n = sum_by_sequence(xt <= graph.n_states, batch).clamp(min=1)
-            masked_fraction_n = sum_by_sequence(xt == graph.mask, batch) / residues_n
-            sigma_n = (-torch.log1p(-masked_fraction_n)).clamp(levels[-2], levels[0])
-        logits_TV = logits_of(batch.with_tokens(xt).to(device), sigma_n.to(device, torch.float32))
-        level = Level(i + 1, sigma_now, sigma_next, float(dsigma[i]) * (1 - noise.t_min) / options.steps)
-        xt = sampler.step(xt, logits_TV.to(device64, torch.float64), level)
-        xt = xt if project is None else project(xt)
+    steps = ReverseSteps(score_fn, lengths, options, generator, project, log_bias=log_bias, counts=counts)
+    for _ in steps:
         on_step()
-    return [tokens[1:-1].cpu().numpy().astype(np.uint8) for tokens in batch.unpack(xt)]
+    return steps.residues()
+
+
+class Step(NamedTuple):
+    """A reverse step of a pack."""
+
+    level: Level
+    before: Int64[Tensor, " total"]
+    """The tokens before the step."""
+    after: Int64[Tensor, " total"]
+    logits: Float64[Tensor, "total V"]
+    """The network's output at `before`."""
+
+
+class ReverseSteps:
+    """The reverse steps of one pack, as an iterator. Its arguments and errors are those of `sample`, which runs it.
+
+    `tokens` may be replaced between two steps by calling `continue_from`.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        score_fn: ScoreFn,
+        lengths: Sequence[int],
+        options: SamplerOptions,
+        generator: Generators,
+        project: Callable[[Tensor], Tensor] | None = None,
+        *,
+        log_bias: Float[Tensor, "*residues V"] | None = None,
+        counts: Counter[str] | None = None,
+    ) -> None:
+        graph, noise = score_fn.graph, score_fn.noise
+        check_sampler(graph, options)
+        if not lengths or min(lengths) < 1:
+            raise ValueError(f"sampling needs lengths of at least 1, got {list(lengths)}")
+        counts = Counter() if counts is None else counts
+        self.score_fn, self.options, self.project = score_fn, options, project
+        self.device, self.device64 = score_fn.device, float64_device(score_fn.device)
+        batch = PackedBatch.pack([torch.tensor([BOS] + [0] * length + [EOS]) for length in lengths]).to(self.device64)
+        bias_RV = None
+        if log_bias is not None:
+            bias_RV = _expand_bias(log_bias.to(self.device64, torch.float64), sum(lengths), graph.n_states)
+        draws = Draws(lengths, generator, self.device64)
+        self.sampler = SAMPLERS[options.predictor](score_fn, batch, draws, bias_RV, options, counts)
+        sigma, self.dsigma = noise(torch.linspace(1, noise.t_min, options.steps + 1, dtype=torch.float64))
+        self.levels = [*sigma.tolist(), 0.0]
+        self.logits_of = CachedLogits(score_fn.logits, counts, time_free=not score_fn.time_conditioning)
+        self.done = 0
+        """Number of steps that have run."""
+        self.matches_masks = project is not None and graph.masks
+        """Whether the network receives the sigma that matches the masked fraction: its schedule's may not."""
+        xt = batch.tokens.masked_scatter(self.sampler.free_T, self.sampler.init(self.levels[0]))
+        self.batch = batch.with_tokens(xt if project is None else project(xt))
+
+    def __len__(self) -> int:
+        return len(self.levels) - 1
+
+    def __iter__(self) -> "ReverseSteps":
+        return self
+
+    @torch.no_grad()
+    def __next__(self) -> Step:
+        if self.done == len(self):
+            raise StopIteration
+        i, noise, options = self.done, self.score_fn.noise, self.options
+        sigma_now, sigma_next = self.levels[i : i + 2]
+        sigma_n = torch.full((len(self.batch.lengths),), sigma_now, dtype=torch.float64, device=self.device64)
+        if self.matches_masks:
+            sigma_n = sigma_of_masks(self.batch, self.score_fn.graph, self.levels[-2], self.levels[0])
+        logits_TV = self.logits_of(self.batch.to(self.device), sigma_n.to(self.device, torch.float32))
+        logits_TV = logits_TV.to(self.device64, torch.float64)
+        level = Level(i + 1, sigma_now, sigma_next, float(self.dsigma[i]) * (1 - noise.t_min) / options.steps)
+        before = self.batch.tokens
+        xt = self.sampler.step(before, logits_TV, level)
+        self.batch = self.batch.with_tokens(xt if self.project is None else self.project(xt))
+        self.done += 1
+        return Step(level, before, self.batch.tokens, logits_TV)
+
+    def continue_from(self, tokens: Int64[Tensor, " total"]) -> None:
+        """Replace the tokens (total,), with <bos> and <eos>, from which the next step starts; `project` applies.
+
+        With the absorbing graph the network then receives the sigma that matches each sequence's masked fraction, as
+        with `project`, because the fraction no longer follows the schedule.
+        """
+        self.batch = self.batch.with_tokens(tokens if self.project is None else self.project(tokens))
+        self.matches_masks = self.score_fn.graph.masks
+
+    def residues(self) -> list[np.ndarray]:
+        """Return the present ids (length_i,) of each sequence's residues as uint8. Some may be masked."""
+        return [tokens[1:-1].cpu().numpy().astype(np.uint8) for tokens in self.batch.unpack(self.batch.tokens)]
+
+
+def sigma_of_masks(batch: PackedBatch, graph: Graph, lowest: float, highest: float) -> Float64[Tensor, " n"]:
+    """Return the sigma, from lowest to highest, that matches each sequence's fraction of masked residues.
+
+    Fixed residues are never masked, so the schedule's sigma would be too high for sequences that have them.
+    """
+    residues_n = sum_by_sequence(batch.tokens <= graph.n_states, batch).clamp(min=1)
+    masked_fraction_n = sum_by_sequence(batch.tokens == graph.mask, batch) / residues_n
+    return (-torch.log1p(-masked_fraction_n)).clamp(lowest, highest)
 
 
 def check_sampler(graph: Graph, options: SamplerOptions) -> None:

@@ -8,13 +8,15 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from protlig_dd.batch import PackedBatch, split_lengths
 from protlig_dd.data.crops import window, window_starts
 from protlig_dd.diffusion.score import ScoreFn
+from protlig_dd.inference.sequences import check_list
 from protlig_dd.model.dit import DiT
-from protlig_dd.tokenizer import BOS
+from protlig_dd.tokenizer import BOS, ProteinTokenizer
 
 TOKENS_PER_PACK = 16_384  # as in configs/embed.yaml
 
@@ -85,3 +87,22 @@ def embed(
             counts[start : start + len(residues)] += 1
         embedded.append(sums / counts)
     return embedded
+
+
+def mean_embeddings(
+    network: DiT, score_fn: ScoreFn, sequences: Sequence[str], *, layer: int, max_len: int
+) -> Float[Tensor, "n hidden"]:
+    """Return the mean hidden state of each protein, on the CPU.
+
+    Args:
+        layer: negative numbers count from the end (see `resolve_layer`).
+
+    Raises:
+        ValueError: a single string, no sequence, or an illegal letter (the message names the sequence).
+    """
+    check_list(sequences, "embed takes a list of sequences")
+    encode = ProteinTokenizer().encode
+    tokens = [encode(sequence.upper(), f"sequence {i}") for i, sequence in enumerate(sequences, start=1)]
+    chosen = resolve_layer(layer, len(network.blocks))
+    means = [embed(network, score_fn, [protein], layer=chosen, max_len=max_len)[0].mean(0) for protein in tokens]
+    return torch.stack(means)

@@ -1,7 +1,7 @@
 """Sample any number of proteins in packs, with keyed random draws and a progress bar, and format them as FASTA."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -14,12 +14,13 @@ from protlig_dd.diffusion.samplers.base import SamplerOptions
 from protlig_dd.diffusion.sampling import sample
 from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.inference.model import TrainedModel
+from protlig_dd.inference.sequences import fix_residues
 from protlig_dd.inference.sharing import Tick, Work, share
 from protlig_dd.inference.steering import Steering, describe_steering
 from protlig_dd.system.distributed import gather_objects
 from protlig_dd.system.random import keyed_generator
 from protlig_dd.system.terminal import announce
-from protlig_dd.tokenizer import BOS, EOS, MASK, ProteinTokenizer
+from protlig_dd.tokenizer import BOS, EOS, ProteinTokenizer
 
 CPU = torch.device("cpu")
 
@@ -178,17 +179,6 @@ def generate(
     samples = work.share(lengths, sample_pack, ticks=options.steps + 1)
     counts = sum(gather_objects(counts), Counter())
     return [samples[i] for i in range(len(lengths))], counts
-
-
-def fix_residues(templates: Sequence[np.ndarray]) -> Callable[[Tensor], Tensor]:
-    """Return the `project` argument of `sample`: it writes the templates' fixed residues into a pack's tokens."""
-    fixed_T = torch.from_numpy(np.concatenate([[BOS, *ids.tolist(), EOS] for ids in templates]))
-
-    def project(tokens: Tensor) -> Tensor:
-        template_T = fixed_T.to(tokens.device)
-        return torch.where(template_T == MASK, tokens, template_T)
-
-    return project
 
 
 def designs_fasta(

@@ -12,12 +12,12 @@ from protlig_dd.config.verbs import InfillConfig
 from protlig_dd.data.fasta import FastaRecord, read_fasta
 from protlig_dd.inference.lengths import parse_range
 from protlig_dd.inference.model import TrainedModel
+from protlig_dd.inference.sequences import encode_with_free
 from protlig_dd.system.random import random_key
 from protlig_dd.system.tables import as_csv
 from protlig_dd.system.terminal import announce
-from protlig_dd.tokenizer import MASK, ProteinTokenizer
+from protlig_dd.tokenizer import MASK
 
-FREE = "_"
 MAX_DESIGNS = 1_000_000  # of one protein
 
 
@@ -116,17 +116,12 @@ def read_records(path: Path) -> list[Protein]:
         ValueError: an illegal letter (`_` is allowed here), an empty sequence or a repeated id. The
             message names the record.
     """
-    encode, proteins, seen = ProteinTokenizer().encode, [], set()
+    proteins, seen = [], set()
     for record in read_fasta(path):
         if record.id in seen:
             raise ValueError(f"{record.name} appears twice; designs are named after their record")
         seen.add(record.id)
-        free = np.array([letter == FREE for letter in record.sequence.removesuffix("*")], bool)
-        try:  # with a legal letter at free positions, encode can reject only letters at other positions
-            ids = encode(record.sequence.upper().replace(FREE, "A"), record.name)[1:-1]
-        except ValueError as error:
-            raise ValueError(f"{error}; `{FREE}` marks a free position") from error
-        proteins.append((record, np.where(free, MASK, ids)))
+        proteins.append((record, encode_with_free(record.sequence, record.name)[1:-1]))
     return proteins
 
 

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
-import xxhash
 from jaxtyping import Float64, UInt64
 
 from protlig_dd.system.device import float64_device
@@ -28,6 +27,8 @@ def protein_keys(sequences: Iterable[np.ndarray]) -> UInt64[np.ndarray, " n"]:
 
     It depends on the tokens and, for equal sequences, on how many of them came before.
     """
+    import xxhash  # imported here because loading a model in Python must not need it
+
     seen: Counter[bytes] = Counter()
     keys = []
     for sequence in sequences:

@@ -1,0 +1,66 @@
+"""A map of averaged attention, corrected like a contact map, and its picture. Does not use Hydra."""
+
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor
+
+LETTERS_SHOWN = 130  # residues; longer sequences have numbers along the axes instead of letters
+
+
+def contact_map(weights: Float[Tensor, "*chosen tokens tokens"]) -> Float[Tensor, "residues residues"]:
+    """Return the mean of attention weights over blocks and heads, symmetrised and with APC, (residues, residues).
+
+    <bos> and <eos> are left out. As in Rao et al. 2020 (doi 10.1101/2020.12.15.422761), who however fit a weight for
+    each head on known structures: this is the plain mean, so it needs none.
+
+    Args:
+        weights: of one protein, as returned by `attention`.
+    """
+    mean = weights.double().mean(dim=tuple(range(weights.ndim - 2)))[1:-1, 1:-1]
+    return average_product_correction((mean + mean.T) / 2).to(weights.dtype)
+
+
+def average_product_correction(a: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """Return a_ij - a_i a_j / a, where a_i, a_j and a are the sums of row i, of column j and of all entries.
+
+    It removes what a position has in common with all others (APC, Dunn et al. 2008, doi 10.1093/bioinformatics/btm604).
+    """
+    return a - a.sum(1, keepdim=True) * a.sum(0, keepdim=True) / a.sum()
+
+
+def to_png(contacts: Float[Tensor, "residues residues"], sequence: str, title: str) -> bytes:
+    """Return a PNG of a contact map with the sequence along both axes: red above the product of averages, blue below.
+
+    The diagonal is grey. The scale ends at the 99th percentile of the other entries' absolute values.
+
+    Raises:
+        ValueError: the sequence does not have the map's length.
+    """
+    from matplotlib.figure import Figure  # imported here because most commands draw no picture
+
+    length = len(sequence)
+    if len(contacts) != length:
+        raise ValueError(f"the map has {len(contacts)} residues but the sequence has {length}")
+    shown = contacts.double().numpy().copy()
+    np.fill_diagonal(shown, np.nan)
+    limit = float(np.nanquantile(np.abs(shown), 0.99)) if length > 1 else 1.0
+    figure = Figure(figsize=(9.5, 8.5), layout="constrained")
+    axis = figure.subplots()
+    axis.set_facecolor("0.8")
+    extent = (0.5, length + 0.5, length + 0.5, 0.5)  # residues are numbered from 1, as on the command line
+    image = axis.imshow(shown, cmap="RdBu_r", vmin=-limit, vmax=limit, extent=extent, interpolation="nearest")
+    if length <= LETTERS_SHOWN:
+        font: dict[str, Any] = {"fontsize": min(9.0, 520 / length), "family": "monospace"}
+        axis.set_xticks(range(1, length + 1), list(sequence), **font)
+        axis.set_yticks(range(1, length + 1), list(sequence), **font)
+        axis.tick_params(length=0, pad=1)
+        for numbers in (axis.secondary_xaxis("top"), axis.secondary_yaxis("right")):
+            numbers.set_ticks(range(10, length + 1, 10))
+    axis.set_title(title)
+    figure.colorbar(image, ax=axis, label="attention, minus the product of averages", shrink=0.8)
+    picture = BytesIO()
+    figure.savefig(picture, format="png", dpi=100, metadata={"Software": None})
+    return picture.getvalue()

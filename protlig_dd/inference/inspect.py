@@ -1,0 +1,179 @@
+"""Look inside a trained network: attention weights, and a mode for analysis. Does not use Hydra.
+
+The methods of `protlig_dd.hub.ProteinDiffusion` call these functions (docs/inspect.md).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor, nn
+
+from protlig_dd.batch import PackedBatch
+from protlig_dd.diffusion.sampling import sigma_of_masks
+from protlig_dd.diffusion.score import ScoreFn
+from protlig_dd.inference.sequences import FREE, check_list, encode_with_free
+from protlig_dd.model.block import Block
+from protlig_dd.model.dit import DiT
+from protlig_dd.model.mixers.attention import Attention
+
+
+def attention(
+    score_fn: ScoreFn,
+    sequences: Sequence[str],
+    *,
+    blocks: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    t: float | None = None,
+    max_len: int,
+) -> list[Float32[Tensor, "blocks heads tokens tokens"]]:
+    """Return the attention weights of each protein, on the CPU.
+
+    Entry [b, h, i, j] is the weight with which token i reads token j in head heads[h] of block blocks[b]. The tokens
+    are `<bos> residues <eos>`, so a protein of L residues has L + 2 tokens and residue k is token k + 1. Each row sums
+    to 1. The weights are the softmax of the queries and keys that the attention kernel receives, computed in float32
+    also where the kernel has a lower precision. The network runs in evaluation mode on one protein at a time, as far as
+    the last of the blocks. A protein takes 4 (L + 2)^2 bytes per block and head.
+
+    Args:
+        sequences: letters in either case; `_` is a masked residue (for graphs with a mask).
+        blocks, heads: numbers from 0, in the order of the result; -1 is the last. None: all.
+        t: noise level, from the noise schedule's t_min to 1, that a network with time conditioning receives. None: with
+            a mask, the level that matches the protein's fraction of masked residues, as in sampling; otherwise t_min.
+        max_len: largest number of residues that the model was trained on.
+
+    Raises:
+        ValueError: a block or head that the network does not have; a block whose mixer is not attention; a single
+            string, no sequence, an illegal letter or `_` without a mask; a protein longer than max_len; t out of range.
+    """
+    network = network_of(score_fn)
+    chosen = choose("block", blocks, len(network.blocks))
+    mixers = {number: attention_of(network, number) for number in dict.fromkeys(chosen)}
+    chosen_heads = choose("head", heads, min(mixer.n_heads for mixer in mixers.values()))
+    check_list(sequences, "attention takes a list of sequences")
+    packs = [pack_of(score_fn, text, f"sequence {i}", max_len) for i, text in enumerate(sequences, start=1)]
+    return [
+        torch.stack([weights[number] for number in chosen])
+        for pack in packs
+        for weights in [weights_of_pack(score_fn, pack, sigma_of(score_fn, pack, t), list(mixers), chosen_heads)]
+    ]
+
+
+def weights_of_pack(
+    score_fn: ScoreFn, batch: PackedBatch, sigma: Float32[Tensor, "1"], blocks: Sequence[int], heads: Sequence[int]
+) -> dict[int, Float32[Tensor, "heads tokens tokens"]]:
+    """Return the weights by block of the only sequence of a pack."""
+    network, weights = network_of(score_fn), dict[int, Tensor]()
+    batch, sigma = batch.to(score_fn.device), sigma.to(score_fn.device)
+    network_sigma = sigma if score_fn.time_conditioning else torch.zeros_like(sigma)
+    with (
+        ExitStack() as stack,
+        analysis(network),
+        torch.autocast(score_fn.device.type, dtype=score_fn.autocast, enabled=score_fn.autocast is not None),
+    ):
+        for number in blocks:
+            stack.enter_context(recording(network, number, heads, weights))
+        network.hidden_states(batch, network_sigma, max(blocks) + 1)
+    return weights
+
+
+@contextmanager
+def recording(network: DiT, number: int, heads: Sequence[int], weights: dict[int, Tensor]) -> Iterator[None]:
+    """Store the attention weights of block `number` while the network runs on a pack of one sequence.
+
+    The input of `mix` is recorded, so these are the queries and keys that the kernel receives.
+    """
+    block = network.blocks[number]
+    assert isinstance(block, Block)
+    mix: Callable[..., Tensor] = block.mixer.mix
+
+    def record(projected: Tensor, batch: PackedBatch, *others: Tensor) -> Tensor:
+        weights[number] = attention_weights(block, projected, batch, heads).cpu()
+        return mix(projected, batch, *others)
+
+    block.mixer.__dict__["mix"] = record  # hides the method of the class
+    try:
+        yield
+    finally:
+        del block.mixer.__dict__["mix"]
+
+
+def attention_weights(
+    block: Block, projected: Float[Tensor, "tokens 3 all_heads head_dim"], batch: PackedBatch, heads: Sequence[int]
+) -> Float32[Tensor, "heads tokens tokens"]:
+    """Return softmax(q k^T / sqrt(head_dim)) of some heads in float32, for a pack of one sequence.
+
+    Args:
+        projected: the queries, keys and values that the block's mixer has computed (`Mixer.project`).
+    """
+    q, k, _ = projected[:, :, list(heads)].float().unbind(1)
+    with torch.autocast(projected.device.type, enabled=False):
+        scores = torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5
+        # if block.positions had a bias on the scores of this batch, it would be added here
+        return scores.softmax(-1)
+
+
+def attention_of(network: DiT, number: int) -> Attention:
+    """Return the mixer of a block. Raise a ValueError if it is not attention."""
+    block = network.blocks[number]
+    assert isinstance(block, Block)
+    if not isinstance(block.mixer, Attention):
+        raise ValueError(f"block {number} has no attention weights: its mixer is {type(block.mixer).__name__}")
+    return block.mixer
+
+
+def choose(part: str, numbers: Sequence[int] | None, n: int) -> list[int]:
+    """Return the numbers of blocks or heads, counted from 0. Negative numbers count from the end; None chooses all."""
+    if numbers is None:
+        return list(range(n))
+    if not len(numbers):
+        raise ValueError(f"no {part} is chosen; this model has {part}s 0 to {n - 1}")
+    for number in numbers:
+        if not -n <= number < n:
+            raise ValueError(f"{part} {number} does not exist: this model has {part}s 0 to {n - 1}; -1 is the last")
+    return [number % n for number in numbers]
+
+
+def pack_of(score_fn: ScoreFn, sequence: str, name: str, max_len: int) -> PackedBatch:
+    """Return a pack of one protein, after checking its letters and length."""
+    if FREE in sequence and not score_fn.graph.masks:
+        raise ValueError(f"{name} has `{FREE}`, but the graph {score_fn.graph.name} has no mask")
+    tokens = encode_with_free(sequence, name)
+    if (residues := len(tokens) - 2) > max_len:
+        raise ValueError(f"{name} has {residues} residues; this model was trained on 1 to {max_len}")
+    return PackedBatch.pack([torch.from_numpy(tokens)])
+
+
+def sigma_of(score_fn: ScoreFn, batch: PackedBatch, t: float | None) -> Float32[Tensor, " n"]:
+    """Return the total noise of each sequence (see `attention`)."""
+    noise, graph = score_fn.noise, score_fn.graph
+    if t is not None and not noise.t_min <= t <= 1:
+        raise ValueError(f"t must lie in [{noise.t_min:g}, 1], got {t:g}")
+    if t is None and graph.masks:
+        lowest, highest = noise(torch.tensor([noise.t_min, 1.0], dtype=torch.float64))[0].tolist()
+        return sigma_of_masks(batch, graph, lowest, highest).float()
+    return noise(torch.full((len(batch.lengths),), noise.t_min if t is None else t))[0]
+
+
+@contextmanager
+def analysis(model: nn.Module) -> Iterator[None]:
+    """Run the body in evaluation mode and without gradients.
+
+    Each module's training mode is restored afterwards, also if the body raises, and also if they differ.
+    """
+    modules = list(model.modules())
+    modules += [module.mixer for module in modules if isinstance(module, Block)]  # not registered as submodules
+    modes = [module.training for module in modules]
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in zip(modules, modes, strict=True):
+            module.training = training
+
+
+def network_of(score_fn: ScoreFn) -> DiT:
+    assert isinstance(score_fn.model, DiT)
+    return score_fn.model

@@ -1,0 +1,47 @@
+"""Sequences as users write them: letters, and `_` for a free (masked) position. Does not use Hydra or HDF5."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from protlig_dd.tokenizer import BOS, EOS, MASK, ProteinTokenizer
+
+FREE = "_"
+
+
+def check_list(items: Sequence[object], expected: str) -> None:
+    """Raise a ValueError for a single string or an empty list.
+
+    Args:
+        expected: the start of the message, such as `embed takes a list of sequences`.
+    """
+    if isinstance(items, str) or not len(items):
+        raise ValueError(f"{expected}, got {items!r:.40}")
+
+
+def encode_with_free(sequence: str, name: str) -> np.ndarray:
+    """Return `<bos> residues <eos>` (length + 2,) uint8, MASK at `_`. Lower-case letters are read as upper-case.
+
+    Raises:
+        ValueError: an empty sequence or an illegal letter; names the sequence and the position.
+    """
+    free = np.array([letter == FREE for letter in sequence.removesuffix("*")], bool)
+    try:  # a legal letter at free positions, so that encode can reject only other positions
+        tokens = ProteinTokenizer().encode(sequence.upper().replace(FREE, "A"), name)
+    except ValueError as error:
+        raise ValueError(f"{error}; `{FREE}` marks a free position") from error
+    tokens[1:-1][free] = MASK
+    return tokens
+
+
+def fix_residues(templates: Sequence[np.ndarray]) -> Callable[[Tensor], Tensor]:
+    """Return the `project` argument of `sample`: it writes the templates' fixed residues into a pack's tokens."""
+    fixed_T = torch.from_numpy(np.concatenate([[BOS, *ids.tolist(), EOS] for ids in templates]))
+
+    def project(tokens: Tensor) -> Tensor:
+        template_T = fixed_T.to(tokens.device)
+        return torch.where(template_T == MASK, tokens, template_T)
+
+    return project

@@ -1,0 +1,157 @@
+"""Sample step by step: look at every reverse step, change residues between steps, stop and continue."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from protlig_dd.diffusion.numerics import clamp_negative
+from protlig_dd.diffusion.samplers.base import SamplerOptions
+from protlig_dd.diffusion.sampling import ReverseSteps, Step
+from protlig_dd.diffusion.score import ScoreFn
+from protlig_dd.inference.sequences import FREE, check_list, encode_with_free, fix_residues
+from protlig_dd.system.random import keyed_generator
+from protlig_dd.tokenizer import LETTERS, MASK, ProteinTokenizer
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class SampledStep:
+    """What one reverse step did. Positions count residues from 0, as in `sequence[position]`."""
+
+    number: int
+    """Number of the step, from 1."""
+    sigma: float
+    """Total noise before the step."""
+    sigma_next: float
+    """Total noise after the step; 0 for the last one."""
+    sequences: list[str]
+    """The sequences after the step, `_` where they are masked."""
+    changed: list[list[int]]
+    """The positions of each sequence that the step has changed."""
+    step: Step = field(repr=False)
+    reverse: ReverseSteps = field(repr=False)
+
+    @cached_property
+    def log_probs(self) -> list[Float64[Tensor, "length 20"]]:
+        """Return the log-probability of each amino acid as the final residue, for each sequence, on the CPU.
+
+        This is the model's posterior of x0 at each position given the tokens before the step, before temperature, top_p
+        and log_bias. An unmasked residue of the absorbing graph is final: 0 for its letter and -inf for the others. The
+        rows of context letters are -inf. With `parametrisation=log_score` and a graph without a mask, the posterior
+        undoes all the noise at once, which amplifies the network's errors at high sigma. Computed when first read.
+        """
+        score_fn, free_T = self.reverse.score_fn, self.reverse.sampler.free_T
+        graph = score_fn.graph
+        xt_R, logits_RV = self.step.before[free_T], self.step.logits[free_T]
+        moving_R = xt_R < graph.n_reverse_states
+        sigma = torch.full((int(moving_R.sum()),), self.sigma, dtype=torch.float64, device=logits_RV.device)
+        probs = score_fn.reverse_probs(logits_RV[moving_R], xt_R[moving_R], sigma, torch.zeros_like(sigma))
+        log_RV = torch.full_like(logits_RV, -torch.inf)
+        log_RV[moving_R] = clamp_negative(probs)[0][:, : graph.n_states].log().to(log_RV.device)
+        return list(log_RV.cpu().split([len(sequence) for sequence in self.sequences]))
+
+
+class SamplingSteps:
+    """Sampling as an iterator of SampledStep. Without edits it ends with the sequences of `generate`, bit for bit.
+
+    All designs are computed in one pack. A loop may stop at any step, and `next` or another loop continues.
+
+    Args:
+        designs: for each protein its number of residues, or a sequence with `_` at free positions. The other residues
+            of such a sequence are fixed, as in infilling.
+        seed: with a design's index, the key of its random draws, as for `generate` and `python -m protlig_dd.sample`.
+        log_bias: nats for each amino acid (see `sample`): (20,) for all positions of all proteins, or one tensor
+            (length_i, 20) for each protein.
+
+    Raises:
+        ValueError: no design, an illegal letter, or invalid options (see `sample`).
+    """
+
+    def __init__(
+        self,
+        score_fn: ScoreFn,
+        designs: Sequence[int | str],
+        options: SamplerOptions,
+        *,
+        seed: int = 0,
+        log_bias: Tensor | Sequence[Tensor] | None = None,
+    ) -> None:
+        check_list(designs, "sample_steps takes a list of lengths and sequences")
+        texts = [design if isinstance(design, str) else FREE * design for design in designs]
+        self.templates = [encode_with_free(text, f"design {i}")[1:-1] for i, text in enumerate(texts)]
+        self.reverse = ReverseSteps(
+            score_fn,
+            [len(template) for template in self.templates],
+            options,
+            [keyed_generator(seed, "sample", i, CPU) for i in range(len(designs))],
+            fix_residues(self.templates) if any(isinstance(design, str) for design in designs) else None,
+            log_bias=log_bias if log_bias is None or isinstance(log_bias, Tensor) else torch.cat(list(log_bias)),
+        )
+
+    @property
+    def sequences(self) -> list[str]:
+        """The present sequences, `_` where they are masked."""
+        return [ProteinTokenizer().decode(ids) for ids in self.reverse.residues()]
+
+    @property
+    def done(self) -> int:
+        """Number of steps that have run, of `len(self)`."""
+        return self.reverse.done
+
+    def __len__(self) -> int:
+        return len(self.reverse)
+
+    def __iter__(self) -> "SamplingSteps":
+        return self
+
+    def __next__(self) -> SampledStep:
+        step = next(self.reverse)
+        moved = self.reverse.batch.unpack(step.before != step.after)
+        changed = [(tokens.nonzero()[:, 0] - 1).tolist() for tokens in moved]
+        level = step.level
+        return SampledStep(level.number, level.sigma, level.sigma_next, self.sequences, changed, step, self.reverse)
+
+    def finish(self) -> list[str]:
+        """Run the remaining steps and return the sequences."""
+        for _ in self.reverse:
+            pass
+        return self.sequences
+
+    def edit(self, protein: int, residues: Mapping[int, str]) -> None:
+        """Change residues before the next step.
+
+        With the absorbing graph a letter stays for the remaining steps and `_` masks the position again. The other
+        graphs have no mask, and later steps may change the letter. A context letter, such as X, stays with every graph.
+
+        Args:
+            protein: its index in `designs`.
+            residues: position, from 0, -> letter or `_`.
+
+        Raises:
+            ValueError: all steps are done; the protein or position does not exist; the letter is not allowed; or the
+                design fixes the residue. Nothing is changed then.
+        """
+        batch, graph = self.reverse.batch, self.reverse.score_fn.graph
+        if self.done == len(self):
+            raise ValueError(f"all {len(self)} steps are done, so an edit has no effect; edit the sequences instead")
+        if not 0 <= protein < len(self.templates):
+            raise ValueError(f"protein {protein} does not exist: {len(self.templates)} are sampled, counted from 0")
+        template, tokens = self.templates[protein], batch.tokens.clone()
+        first = sum(batch.lengths[:protein]) + 1  # the token of the protein's residue 0
+        for position, letter in residues.items():
+            where = f"position {position} of protein {protein}"
+            if not 0 <= position < len(template):
+                raise ValueError(f"{where} does not exist: it has {len(template)} residues, counted from 0")
+            if letter not in tuple(LETTERS):
+                raise ValueError(f"{where}: {letter!r} is not an allowed letter; choose from {LETTERS}")
+            if letter == FREE and not graph.masks:
+                raise ValueError(f"{where}: the graph {graph.name} has no mask; give a letter instead of `{FREE}`")
+            if template[position] != MASK:
+                raise ValueError(f"{where} is fixed by its design, which has {LETTERS[template[position]]} there")
+            tokens[first + position] = LETTERS.index(letter)
+        self.reverse.continue_from(tokens)

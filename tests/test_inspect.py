@@ -1,0 +1,409 @@
+"""A look inside a model: attention against the kernel, hooks on every path, modes, maps, and the docs' examples."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from protlig_dd.batch import PackedBatch
+from protlig_dd.data.fasta import FastaRecord
+from protlig_dd.diffusion.noise import LogLinearNoise
+from protlig_dd.diffusion.samplers.base import SamplerOptions
+from protlig_dd.diffusion.sampling import sample
+from protlig_dd.diffusion.score import ScoreFn
+from protlig_dd.hub import ProteinDiffusion
+from protlig_dd.inference.contacts import average_product_correction, contact_map, to_png
+from protlig_dd.inference.embedding import embed
+from protlig_dd.inference.exported import EXPORTED, write_exported
+from protlig_dd.inference.hooks import hooks
+from protlig_dd.inference.inspect import analysis, attention
+from protlig_dd.model.block import Block
+from protlig_dd.model.config import ModelConfig
+from protlig_dd.model.dit import DiT
+from protlig_dd.model.mixers import attention as kernels
+from protlig_dd.model.mixers.base import Mixer
+from protlig_dd.tokenizer import ProteinTokenizer
+
+from .conftest import ROOT, graph_of, make_model
+
+NETWORKS: dict[str, dict[str, Any]] = {
+    "time-free": {"time_conditioning": False},
+    "conditioned": {},
+    "qk_norm": {"qk_norm": True, "norm": "rms"},
+    "no positions": {"positions": "none"},
+}
+NOISE = LogLinearNoise()
+
+
+def score_fn_of(model: DiT, graph: str = "absorbing", *, autocast: torch.dtype | None = None) -> ScoreFn:
+    timed = model.sigma_embedding is not None
+    return ScoreFn(model.eval(), graph_of(graph, 20), NOISE, "x0", timed, autocast)
+
+
+def sharpened(model: DiT) -> DiT:
+    """Give the model queries and keys that are large enough for attention to differ between tokens."""
+    with torch.no_grad():
+        for block in model.blocks:
+            scaled = (block.mixer.q_norm, block.mixer.k_norm) if block.mixer.q_norm else (block.qkv,)
+            for module in scaled:
+                module.weight *= 10
+    return model
+
+
+def pack(sequence: str) -> PackedBatch:
+    return PackedBatch.pack([torch.from_numpy(ProteinTokenizer().encode(sequence))])
+
+
+@contextmanager
+def spied_kernel() -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Collect the input and output of the attention kernel in each block."""
+    calls: list[tuple[Tensor, Tensor]] = []
+    kernel = kernels._BACKENDS["sdpa"]
+
+    def spy(qkv: Tensor, batch: PackedBatch) -> Tensor:
+        calls.append((qkv, kernel(qkv, batch)))
+        return calls[-1][1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(kernels._BACKENDS, "sdpa", spy)
+        yield calls
+
+
+@pytest.fixture(scope="module")
+def sequences(proteins: list[FastaRecord]) -> list[str]:
+    """Three real proteins of different lengths."""
+    return [record.sequence for record in proteins if len(record.sequence) < 120][:3]
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_the_weights_and_the_values_give_the_output_of_the_kernel(kind: str, sequences: list[str]) -> None:
+    """The kernel is recorded in another run of the network, in which nothing is inspected."""
+    score_fn = score_fn_of(sharpened(make_model(**NETWORKS[kind])))
+    for sequence, weights in zip(sequences, attention(score_fn, sequences, max_len=200), strict=True):
+        with spied_kernel() as calls, torch.no_grad():
+            score_fn.logits(pack(sequence), NOISE(torch.tensor([NOISE.t_min]))[0])
+        assert weights.shape == (2, 4, len(sequence) + 2, len(sequence) + 2)
+        assert weights.dtype == torch.float32
+        assert (weights.sum(-1) - 1).abs().max() < 1e-5
+        assert weights.amax(-1).median() > 3 / weights.shape[-1]  # the weights are not uniform
+        for block_weights, (qkv, out) in zip(weights, calls, strict=True):
+            mixed = torch.einsum("hij,jhd->ihd", block_weights, qkv[:, 2])
+            assert (mixed - out).abs().max() < 2e-6 * out.abs().max()
+
+
+def test_with_bf16_the_weights_are_those_of_the_kernels_rounded_queries_in_float32(sequences: list[str]) -> None:
+    score_fn = score_fn_of(sharpened(make_model()), autocast=torch.bfloat16)
+    with spied_kernel() as calls:
+        (weights,) = attention(score_fn, sequences[:1], max_len=200)
+    for block_weights, (qkv, out) in zip(weights, calls, strict=True):
+        assert qkv.dtype == torch.bfloat16
+        q, k, v = qkv.double().unbind(1)
+        exact = (torch.einsum("ihd,jhd->hij", q, k) / q.shape[-1] ** 0.5).softmax(-1)
+        assert (block_weights - exact).abs().max() < 1e-5  # rounding to bf16 would change them by 4e-3
+        mixed = torch.einsum("hij,jhd->ihd", block_weights, v.float())
+        assert (mixed - out).abs().max() < 0.01 * out.abs().max()
+
+
+def test_blocks_and_heads_are_returned_in_the_order_of_the_request(sequences: list[str]) -> None:
+    score_fn = score_fn_of(make_model(n_blocks=3))
+    (everything,) = attention(score_fn, sequences[:1], max_len=200)
+    (chosen,) = attention(score_fn, sequences[:1], blocks=[2, 0, -2, 0], heads=[3, -4], max_len=200)
+    assert torch.equal(chosen, everything[[2, 0, 1, 0]][:, [3, 0]])
+    (first,) = attention(score_fn, [sequences[0].lower()], blocks=[0], max_len=200)
+    assert torch.equal(first, everything[:1])
+
+
+class Averaging(Mixer):
+    """Gives each token the mean of its sequence."""
+
+    def project(self, x: Tensor, positions: nn.Module, *tables: Tensor) -> Tensor:
+        return x
+
+    def mix(self, projected: Tensor, batch: PackedBatch) -> Tensor:
+        return torch.cat([part.mean(0, keepdim=True).expand_as(part) for part in batch.unpack(projected)])
+
+    def out(self, mixed: Tensor) -> Tensor:
+        return mixed
+
+
+def test_a_block_without_attention_is_an_error_only_if_it_is_chosen(sequences: list[str]) -> None:
+    model = make_model(n_blocks=3)
+    config = ModelConfig(32, 4, 3, 16, 0.0, "sdpa", "layer", "gelu", False, False)
+    model.blocks[1].__dict__["mixer"] = Averaging(config, "sdpa")
+    score_fn = score_fn_of(model)
+    with pytest.raises(ValueError, match="^block 1 has no attention weights: its mixer is Averaging$"):
+        attention(score_fn, sequences, max_len=200)
+    (weights,) = attention(score_fn, sequences[:1], blocks=[0, 2], max_len=200)
+    assert (weights.sum(-1) - 1).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"blocks": [0, 2]}, "block 2 does not exist: this model has blocks 0 to 1"),
+        ({"blocks": [-3]}, "block -3 does not exist: this model has blocks 0 to 1"),
+        ({"heads": [4]}, "head 4 does not exist: this model has heads 0 to 3"),
+        ({"heads": []}, "no head is chosen; this model has heads 0 to 3"),
+        ({"t": 1.5}, r"t must lie in \[0.001, 1\], got 1.5"),
+        ({"sequences": "MKV"}, "attention takes a list of sequences, got 'MKV'"),
+        ({"sequences": []}, "attention takes a list of sequences"),
+        ({"sequences": ["MKV", "M1"]}, "sequence 2: illegal character '1' at position 2"),
+        ({"sequences": ["M" * 21]}, "sequence 1 has 21 residues; this model was trained on 1 to 20"),
+        ({"sequences": ["M_V"], "graph": "uniform"}, "sequence 1 has `_`, but the graph uniform has no mask"),
+    ],
+)
+def test_what_the_model_does_not_have_is_an_error(options: dict[str, Any], message: str) -> None:
+    options = {"sequences": ["MKV"], "graph": "absorbing", "max_len": 20} | options
+    score_fn = score_fn_of(make_model(), options.pop("graph"))
+    with pytest.raises(ValueError, match=message):
+        attention(score_fn, options.pop("sequences"), **options)
+
+
+def test_the_noise_level_matches_the_masked_fraction_unless_a_time_is_given() -> None:
+    model = make_model()
+    score_fn, seen = score_fn_of(model), list[float]()
+    assert model.sigma_embedding is not None
+    model.sigma_embedding.register_forward_pre_hook(lambda _, inputs: seen.append(float(inputs[0])))
+    attention(score_fn, ["MKV_", "____", "MKVL"], max_len=9)
+    attention(score_fn, ["MKV_"], t=0.5, max_len=9)
+    attention(score_fn_of(model, "uniform"), ["MKVL"], max_len=9)
+    lowest, middle, highest = NOISE(torch.tensor([NOISE.t_min, 0.5, 1.0]))[0].tolist()
+    assert seen == pytest.approx([-np.log(0.75), highest, lowest, middle, lowest], rel=1e-5)
+
+
+def test_attention_leaves_the_network_as_it_was_even_if_it_fails(sequences: list[str]) -> None:
+    model = make_model(dropout=0.3)
+    score_fn = score_fn_of(model)
+    model.blocks[1].train()
+
+    def fail(output: Tensor) -> None:
+        raise KeyError("the caller's own error")
+
+    first = attention(score_fn, sequences[:1], max_len=200)[0]
+    with hooks(model, {"blocks.1.attention_out": fail}), pytest.raises(KeyError, match="own error"):
+        attention(score_fn, sequences, max_len=200)
+    assert all(isinstance(block, Block) and "mix" not in block.mixer.__dict__ for block in model.blocks)
+    assert [block.training for block in model.blocks] == [False, True]
+    assert torch.equal(first, attention(score_fn, sequences[:1], max_len=200)[0])  # no dropout, in block 1 neither
+
+
+PATHS = {
+    "plain": {},
+    "checkpointing": {"checkpointing": True},
+    "compiled": {},
+    "time-free": {"time_conditioning": False},
+}
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["", "grad"])
+@pytest.mark.parametrize("path", PATHS)
+def test_hooks_run_on_every_path_of_the_network_in_evaluation(path: str, grad: bool, sequences: list[str]) -> None:
+    model = make_model(**PATHS[path])
+    if path == "compiled":
+        model.compile_blocks(dynamic=True)
+    score_fn, found = score_fn_of(model), dict[str, list[Tensor]]()
+    names = [name for name, module in model.named_modules() if name and type(module).forward is not nn.Module.forward]
+    batch, sigma = pack(sequences[0]), torch.ones(1)
+    with (
+        hooks(model, {name: found.setdefault(name, []).append for name in names}),
+        torch.set_grad_enabled(grad),
+    ):
+        logits = score_fn.logits(batch, sigma)
+        assert {name: len(calls) for name, calls in found.items()} == dict.fromkeys(names, 1)
+        embed(model, score_fn, [ProteinTokenizer().encode(sequences[0])], layer=2, max_len=200)
+        sample(score_fn, [9], SamplerOptions(1), torch.Generator().manual_seed(0))
+        assert len(found["blocks.1"]) == 4
+    assert torch.equal(found["head"][0], logits)
+    used = sigma if score_fn.time_conditioning else torch.zeros(1)
+    assert torch.equal(found["blocks.0"][0], model.hidden_states(batch, used, 1))
+    assert torch.equal(found["embedding"][0], model.embedding(batch.tokens))
+
+
+def test_a_hook_may_replace_an_output(sequences: list[str]) -> None:
+    model, batch = make_model().eval(), pack(sequences[0])
+    x_TH = torch.randn(len(batch.tokens), 32)
+    with hooks(model, {"blocks.1": lambda output: x_TH}):
+        replaced = model(batch, torch.ones(1))
+    assert model.sigma_embedding is not None
+    expected = model.head(x_TH, model.sigma_embedding(torch.ones(1)), batch.segment_ids)
+    assert torch.equal(replaced, expected)
+    assert not torch.equal(replaced, model(batch, torch.ones(1)))
+    with hooks(model, {"blocks.0.attention_out": torch.zeros_like, "blocks.1.attention_out": torch.zeros_like}):
+        without_mixing = model(batch, torch.ones(1))
+        shuffled = batch.with_tokens(batch.tokens.flip(0))
+        assert torch.allclose(model(shuffled, torch.ones(1)).flip(0), without_mixing, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (torch.zeros(2, 32), r"the hook on blocks.0 returned \(2, 32\) torch.float32 on cpu in place of \(5, 32\)"),
+        (torch.zeros(5, 32).double(), r"returned \(5, 32\) torch.float64 on cpu in place of \(5, 32\) torch.float32"),
+        (3, "the hook on blocks.0 returned int; return a tensor or None"),
+    ],
+)
+def test_a_replacement_of_another_kind_is_an_error(returned: Any, message: str) -> None:
+    model = make_model().eval()
+    with hooks(model, {"blocks.0": lambda output: returned}), pytest.raises(ValueError, match=message):
+        model(pack("MKV"), torch.ones(1))
+
+
+def n_hooks(model: nn.Module) -> int:
+    return sum(len(module._forward_hooks) for module in model.modules())
+
+
+def test_hooks_are_removed_when_the_body_ends_or_raises() -> None:
+    model, batch = make_model().eval(), pack("MKVLA")
+    before = model(batch, torch.ones(1))
+    with hooks(model, {"blocks.0": torch.zeros_like, "blocks.1.mlp": torch.zeros_like}):
+        assert n_hooks(model) == 2
+        with pytest.raises(RuntimeError, match="3 hooks"), hooks(model, {"head": torch.zeros_like}):
+            raise RuntimeError(f"{n_hooks(model)} hooks")
+        assert n_hooks(model) == 2
+    assert n_hooks(model) == 0
+    assert torch.equal(model(batch, torch.ones(1)), before)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("block.1", "'block.1' is not a module of this network; did you mean 'blocks.1'?"),
+        ("blocks.2.qkv", "'blocks.2.qkv' is not a module of this network; did you mean 'blocks.1.qkv'?"),
+        ("blocks", "'blocks' is never called itself, so a hook would not run; did you mean 'blocks.1'?"),
+        ("positions", "'positions' is never called itself, so a hook would not run; did you mean"),
+        ("", "'' is never called itself, so a hook would not run; did you mean"),
+    ],
+)
+def test_a_name_that_cannot_be_hooked_suggests_the_nearest(name: str, message: str) -> None:
+    model = make_model().eval()
+    with pytest.raises(ValueError, match=re.escape(message)), hooks(model, {"blocks.0": print, name: print}):
+        pytest.fail("the body must not run")
+    assert n_hooks(model) == 0
+
+
+def test_hooks_on_compiled_training_steps_are_an_error() -> None:
+    model = make_model()
+    with hooks(model, {"blocks.0": print}):
+        assert n_hooks(model) == 1
+    model.compile_blocks(dynamic=True)
+    with pytest.raises(ValueError, match="put the network in evaluation mode"), hooks(model, {"blocks.0": print}):
+        pytest.fail("the body must not run")
+
+
+def test_analysis_restores_the_mode_of_every_module() -> None:
+    model = make_model(dropout=0.5)
+    model.eval()
+    model.blocks[1].train()
+    model.blocks[0].mlp.up.train()  # its block is in evaluation mode
+    model.head.out.train()
+    mixers = [block.mixer for block in model.blocks]
+    modules = [*model.modules(), *mixers]
+    modes = [module.training for module in modules]
+    assert 0 < sum(modes) < len(modes)
+    assert [mixer.training for mixer in mixers] == [False, True]
+    batch = pack("MKVLAW")
+    with analysis(model):
+        assert not any(module.training for module in modules)
+        first = model(batch, torch.ones(1))
+        assert torch.equal(first, model(batch, torch.ones(1)))
+        assert not first.requires_grad
+    assert [module.training for module in modules] == modes
+    with pytest.raises(RuntimeError, match="stop"), analysis(model):
+        raise RuntimeError("stop")
+    assert [module.training for module in modules] == modes
+    assert torch.is_grad_enabled()
+    assert model(batch, torch.ones(1)).requires_grad
+
+
+def test_the_contact_map_is_the_mean_over_heads_minus_the_product_of_averages(sequences: list[str]) -> None:
+    (weights,) = attention(score_fn_of(make_model()), sequences[:1], max_len=200)
+    contacts = contact_map(weights)
+    n = len(sequences[0])
+    a = np.zeros((n, n))
+    for block in weights.double().numpy():
+        for head in block:
+            for i in range(n):
+                for j in range(n):
+                    a[i, j] += (head[i + 1, j + 1] + head[j + 1, i + 1]) / (2 * weights.shape[0] * weights.shape[1])
+    expected = a - np.outer(a.mean(0), a.mean(0)) / a.mean()
+    assert np.abs(contacts.numpy() - expected).max() < 1e-7
+    assert torch.equal(contacts, contacts.T)
+    assert contacts.sum(0).abs().max() < 1e-6  # what a position has in common with all others is removed
+
+
+def test_a_product_of_averages_alone_is_corrected_to_zero() -> None:
+    rate = torch.rand(30, dtype=torch.float64)
+    a = torch.outer(rate, rate)
+    assert average_product_correction(a).abs().max() < 1e-12
+    a[3, 20] = a[20, 3] = 3.0
+    assert sorted(divmod(int(average_product_correction(a).argmax()), 30)) in ([3, 20],)
+
+
+def test_the_picture_has_the_sequence_beside_the_map(tmp_path: Path, sequences: list[str]) -> None:
+    (weights,) = attention(score_fn_of(make_model()), sequences[:1], max_len=200)
+    contacts = contact_map(weights)[:20, :20]
+    pictures = [to_png(contacts, sequence, "title") for sequence in (sequences[0][:20], "A" * 20)]
+    assert pictures[0] != pictures[1]
+    (tmp_path / "map.png").write_bytes(pictures[0])
+    with Image.open(tmp_path / "map.png") as image:
+        assert (image.format, image.size) == ("PNG", (950, 850))
+        assert len(image.convert("RGB").getcolors(1 << 20) or []) > 20
+    with pytest.raises(ValueError, match="the map has 20 residues but the sequence has 3"):
+        to_png(contacts, "MKV", "title")
+    assert to_png(torch.rand(140, 140), "A" * 140, "long").startswith(b"\x89PNG")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an exported model of random weights, models/demo, that has the demo's kinds of parts."""
+    folder = tmp_path_factory.mktemp("inspect")
+    description = json.loads((ROOT / "tests/golden/files/exported" / EXPORTED[1]).read_text())
+    options = {"hidden_size": 32, "n_heads": 8, "n_blocks": 2, "cond_dim": 16, "norm": "rms", "qk_norm": True}
+    description |= {"model": description["model"] | options, "max_len": 512}
+    (folder / "models").mkdir()
+    weights = make_model(time_conditioning=False, **options).state_dict()
+    write_exported(folder / "models/demo", weights, description)
+    return folder
+
+
+def test_the_examples_in_the_docs_run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of docs/inspect.md run one after the other, with the assertions that they contain."""
+    shutil.copytree(folder / "models", tmp_path / "models")
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs/inspect.md").read_text()
+    code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(code) >= 5
+    names: dict[str, Any] = {}
+    for block in code:
+        exec(block, names)
+    with Image.open(tmp_path / "attention.png") as image:
+        assert image.format == "PNG"
+    assert (ROOT / "docs" / re.findall(r"!\[.*?\]\((.*?)\)", text)[0]).is_file()
+
+
+def test_the_methods_of_a_loaded_model_call_these_functions(folder: Path) -> None:
+    model = ProteinDiffusion.from_pretrained(folder / "models/demo", device="cpu")
+    (weights,) = model.attention(["MKV_A"], blocks=[1], heads=[0, 7], t=0.5)
+    assert torch.equal(weights, attention(model.score_fn, ["MKV_A"], blocks=[1], heads=[0, 7], t=0.5, max_len=512)[0])
+    found: list[Tensor] = []
+    model.train()
+    with model.hooks({"blocks.0": found.append}), model.analysis():
+        assert not model.network.training
+        model.embed(["MKV"], layer=1)
+    assert model.network.training
+    assert torch.equal(found[0], model.network.hidden_states(pack("MKV"), torch.zeros(1), 1))
+    steps = model.sample_steps([9, "MK__V"], SamplerOptions(3), seed=4)
+    assert [len(sequence) for sequence in steps.finish()] == [9, 5]
+    with pytest.raises(ValueError, match="head 8 does not exist"):
+        model.attention(["MKV"], heads=[8])
+    with pytest.raises(ValueError, match="did you mean 'blocks.0'"), model.hooks({"block.0": print}):
+        pytest.fail("the body must not run")
