@@ -1,10 +1,11 @@
-"""The pictures of the README: the top of a report page and a heat map of variant scores.
+"""The pictures of the README and the docs: a report page, a heat map of variant scores, and a map of attention.
 
     ./start_fresh_training.sh            # trains runs/demo
-    python -m scripts.pictures           # writes docs/pictures/report.png and docs/pictures/heatmap.png
+    python -m scripts.pictures           # writes report.png, heatmap.png and attention.png in docs/pictures
     python -m scripts.pictures runs/mine --output pictures
+    python -m scripts.pictures --only attention
 
-Needs Chromium on the PATH. The heat map shows the first held-out bundled protein of 60 to 100 residues.
+The report page needs Chromium on the PATH. The maps show the first held-out bundled protein of 60 to 100 residues.
 """
 
 import argparse
@@ -16,9 +17,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from protlig_dd.data.fasta import read_fasta
+from protlig_dd.data.fasta import FastaRecord, read_fasta
 from protlig_dd.data.prepare.bundled import SAMPLE_FOLDER
+from protlig_dd.inference.contacts import contact_map, to_png
+from protlig_dd.inference.inspect import attention
+from protlig_dd.inference.model import load_trained
 
+PICTURES = ("report", "heatmap", "attention")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WINDOW = (1100, 1500)  # CSS pixels: the top of the page
 SHORTEST, LONGEST = 60, 100  # residues: one row of the heat map
@@ -38,20 +43,37 @@ def screenshot(browser: str, page: Path, picture: Path) -> None:
         subprocess.run(command, check=True, capture_output=True, timeout=120)
 
 
+def held_out_protein() -> FastaRecord:
+    records = read_fasta(SAMPLE_FOLDER / "test.fasta.gz")
+    return next(record for record in records if SHORTEST <= len(record.sequence) <= LONGEST)
+
+
 def heat_map(run: Path, picture: Path) -> None:
     """Score every substitution of a held-out protein, and keep only the picture.
 
     Raises:
         subprocess.CalledProcessError: `python -m protlig_dd.variants` fails; it has printed why.
     """
-    records = read_fasta(SAMPLE_FOLDER / "test.fasta.gz")
-    record = next(record for record in records if SHORTEST <= len(record.sequence) <= LONGEST)
+    record = held_out_protein()
     with tempfile.TemporaryDirectory(prefix="pictures.") as folder:
         target, output = Path(folder, "target.fasta"), Path(folder, "scan.csv")
         target.write_text(f">{record.id}\n{record.sequence}\n")
         arguments = [f"from={run}", f"target={target}", f"output={output}"]
         subprocess.run([sys.executable, "-m", "protlig_dd.variants", *arguments], check=True)
         shutil.copyfile(output.with_name("scan_heatmap.png"), picture)
+
+
+def attention_map(run: Path, picture: Path) -> None:
+    """Write the mean attention of all blocks and heads in a held-out protein, corrected like a contact map.
+
+    Raises:
+        ValueError: the run has no sound checkpoint, or a block without attention.
+    """
+    record = held_out_protein()
+    trained = load_trained(str(run), device="cpu", precision="fp32")
+    (weights,) = attention(trained.score_fn, [record.sequence], max_len=trained.max_len)
+    title = f"{record.id}, {run}: mean attention of {weights.shape[0]} blocks x {weights.shape[1]} heads, APC"
+    picture.write_bytes(to_png(contact_map(weights), record.sequence, title))
 
 
 def shrink(picture: Path) -> None:
@@ -70,21 +92,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", type=Path, default=Path("runs/demo"), help="run folder (default: runs/demo)")
     parser.add_argument("--output", type=Path, default=Path("docs/pictures"), help="folder (default: docs/pictures)")
+    parser.add_argument("--only", choices=PICTURES, nargs="+", default=PICTURES, help="pictures to make (default: all)")
     arguments = parser.parse_args()
     page = arguments.run / "report.html"
     if not page.is_file():
         parser.exit(1, f"error: {page}: no such file; ./start_fresh_training.sh writes runs/demo\n")
     browser = next((name for name in BROWSERS if shutil.which(name)), None)
-    if browser is None:
-        parser.exit(1, f"error: no browser on the PATH; install one of {', '.join(BROWSERS)}\n")
+    if browser is None and "report" in arguments.only:
+        parser.exit(1, f"error: no browser on the PATH; install one of {', '.join(BROWSERS)}
+")
     arguments.output.mkdir(parents=True, exist_ok=True)
-    report, scores = arguments.output / "report.png", arguments.output / "heatmap.png"
+    pictures = {name: arguments.output / f"{name}.png" for name in arguments.only}
     try:
-        screenshot(browser, page, report)
-        heat_map(arguments.run, scores)
-    except subprocess.CalledProcessError as error:
+        if browser is not None and "report" in pictures:
+            screenshot(browser, page, pictures["report"])
+        if "heatmap" in pictures:
+            heat_map(arguments.run, pictures["heatmap"])
+        if "attention" in pictures:
+            attention_map(arguments.run, pictures["attention"])
+    except (subprocess.CalledProcessError, ValueError) as error:
         parser.exit(1, f"error: {error}\n")
-    for picture in (report, scores):
+    for picture in pictures.values():
         shrink(picture)
         print(f"{picture}: {picture.stat().st_size:,} bytes")
 

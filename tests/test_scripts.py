@@ -332,7 +332,7 @@ def test_pictures_of_a_run_are_small_png_files(trained_run: Path, tmp_path: Path
     require_program("chromium")
     done = run_python("-m", "scripts.pictures", str(trained_run), "--output", "out", new=True, PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr
-    for name, width in (("report", pictures.WINDOW[0]), ("heatmap", 1600)):
+    for name, width in (("report", pictures.WINDOW[0]), ("heatmap", 1600), ("attention", 950)):
         with Image.open(tmp_path / "out" / f"{name}.png") as image:
             assert (image.format, image.width) == ("PNG", width)
             assert len(image.getcolors() or []) > 5
