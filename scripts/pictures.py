@@ -95,12 +95,11 @@ def main() -> None:
     parser.add_argument("--only", choices=PICTURES, nargs="+", default=PICTURES, help="pictures to make (default: all)")
     arguments = parser.parse_args()
     page = arguments.run / "report.html"
-    if not page.is_file():
+    if "report" in arguments.only and not page.is_file():
         parser.exit(1, f"error: {page}: no such file; ./start_fresh_training.sh writes runs/demo\n")
     browser = next((name for name in BROWSERS if shutil.which(name)), None)
     if browser is None and "report" in arguments.only:
-        parser.exit(1, f"error: no browser on the PATH; install one of {', '.join(BROWSERS)}
-")
+        parser.exit(1, f"error: no browser on the PATH; install one of {', '.join(BROWSERS)}\n")
     arguments.output.mkdir(parents=True, exist_ok=True)
     pictures = {name: arguments.output / f"{name}.png" for name in arguments.only}
     try:

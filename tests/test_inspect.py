@@ -31,6 +31,7 @@ from protlig_dd.model.config import ModelConfig
 from protlig_dd.model.dit import DiT
 from protlig_dd.model.mixers import attention as kernels
 from protlig_dd.model.mixers.base import Mixer
+from protlig_dd.model.positions import POSITIONS
 from protlig_dd.tokenizer import ProteinTokenizer
 
 from .conftest import ROOT, graph_of, make_model
@@ -39,7 +40,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "time-free": {"time_conditioning": False},
     "conditioned": {},
     "qk_norm": {"qk_norm": True, "norm": "rms"},
-    "no positions": {"positions": "none"},
+    **{f"positions={name}": {"positions": name} for name in POSITIONS},
 }
 NOISE = LogLinearNoise()
 

@@ -240,6 +240,21 @@ def test_an_edit_that_is_not_possible_changes_nothing(
     assert steps.finish() == unedited.finish()
 
 
+def test_an_edit_that_log_bias_forbids_is_an_error() -> None:
+    """The last step gives forbidden residues another letter, after the others have been sampled beside them."""
+    bias = [torch.zeros(length, 20) for length in (5, 7)]
+    bias[1][6, AMINO_ACIDS.index("W")] = -torch.inf
+    for graph in ("absorbing", "uniform"):
+        steps = SamplingSteps(score_fn_of(graph), [5, 7], SamplerOptions(3), log_bias=bias)
+        with pytest.raises(ValueError, match="position 6 of protein 1: log_bias forbids W there"):
+            steps.edit(1, {0: "A", 6: "W"})
+        steps.edit(1, {5: "W", 6: "V"})
+        steps.edit(0, {4: "W"})
+        if graph == "absorbing":
+            final = steps.finish()
+            assert (final[0][4], final[1][5:]) == ("W", "WV")
+
+
 def test_an_edit_after_the_last_step_is_an_error() -> None:
     steps = SamplingSteps(score_fn_of("absorbing"), [9], SamplerOptions(3), seed=0)
     steps.finish()

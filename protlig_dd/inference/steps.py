@@ -14,7 +14,7 @@ from protlig_dd.diffusion.sampling import ReverseSteps, Step
 from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.inference.sequences import FREE, check_list, encode_with_free, fix_residues
 from protlig_dd.system.random import keyed_generator
-from protlig_dd.tokenizer import LETTERS, MASK, ProteinTokenizer
+from protlig_dd.tokenizer import AMINO_ACIDS, LETTERS, MASK, ProteinTokenizer
 
 CPU = torch.device("cpu")
 
@@ -133,8 +133,8 @@ class SamplingSteps:
             residues: position, from 0, -> letter or `_`.
 
         Raises:
-            ValueError: all steps are done; the protein or position does not exist; the letter is not allowed; or the
-                design fixes the residue. Nothing is changed then.
+            ValueError: all steps are done; the protein or position does not exist; the letter is not allowed, or
+                forbidden by log_bias; or the design fixes the residue. Nothing is changed then.
         """
         batch, graph = self.reverse.batch, self.reverse.score_fn.graph
         if self.done == len(self):
@@ -153,5 +153,12 @@ class SamplingSteps:
                 raise ValueError(f"{where}: the graph {graph.name} has no mask; give a letter instead of `{FREE}`")
             if template[position] != MASK:
                 raise ValueError(f"{where} is fixed by its design, which has {LETTERS[template[position]]} there")
+            if letter in AMINO_ACIDS and self.forbids(first - 1 - 2 * protein + position, AMINO_ACIDS.index(letter)):
+                raise ValueError(f"{where}: log_bias forbids {letter} there, so the last step would replace it")
             tokens[first + position] = LETTERS.index(letter)
         self.reverse.continue_from(tokens)
+
+    def forbids(self, residue: int, amino_acid: int) -> bool:
+        """Whether log_bias forbids an amino acid (its id) at a residue of the pack."""
+        bias = self.reverse.sampler.bias
+        return bias is not None and bool(bias[residue, amino_acid] == -torch.inf)
