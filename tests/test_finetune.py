@@ -275,9 +275,7 @@ def test_held_out_proteins_in_the_sources_training_data_are_counted(
     exported = report_of(find_saved(str(runs / "leaky")).path, 1)
     others = found["others"]
     clean = f"{others['nll']:.4f} ± {others['nll_se']:.4f}, and the paired difference is {others['difference']:+.4f}"
-    assert report_lines(exported)[-1].startswith(
-        "Exact copies of training proteins of the model: 3. Over the other "
-    )
+    assert report_lines(exported)[-1].startswith("Exact copies of training proteins of the model: 3. Over the other ")
     assert f" proteins the bound is {clean}" in report_lines(exported)[-1]
     assert store.path.name not in json.dumps(exported)  # no paths of this machine
 
