@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from protlig_dd.batch import PackedBatch, StaticShape
@@ -28,6 +30,7 @@ OPTIONS = [
     {"checkpointing": True},
 ]
 VARIANTS = [make_model(**options) for options in OPTIONS]
+MIXED = {name: make_model(mixers=["attention", name], qk_norm=True) for name in MIXERS}
 
 
 def gradients(model: DiT, loss: torch.Tensor) -> list[torch.Tensor]:
@@ -35,7 +38,9 @@ def gradients(model: DiT, loss: torch.Tensor) -> list[torch.Tensor]:
 
 
 @settings(max_examples=10)
-@pytest.mark.parametrize("model", [MODEL, *VARIANTS], ids=["default", *map(str, OPTIONS)])
+@pytest.mark.parametrize(
+    "model", [MODEL, *VARIANTS, *MIXED.values()], ids=["default", *map(str, OPTIONS), *MIXED]
+)
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=7), st.integers(0, 99))
 def test_a_pack_gives_the_logits_and_gradients_of_its_sequences_one_at_a_time(
     model: DiT, lengths: list[int], seed: int
@@ -194,25 +199,42 @@ def test_invalid_model_dimensions_are_rejected(dimensions: dict[str, int], messa
         make_model(**dimensions)
 
 
+@pytest.mark.parametrize("mixer", MIXERS)
 @pytest.mark.parametrize(
     ("backend", "dtype"), [("sdpa", torch.float32), ("sdpa", torch.bfloat16), ("torch_varlen", torch.bfloat16)]
 )
-def test_the_whole_model_runs_on_fake_cuda_tensors(backend: str, dtype: torch.dtype) -> None:
+def test_the_whole_model_runs_on_fake_cuda_tensors(backend: str, dtype: torch.dtype, mixer: str) -> None:
     """Check shapes, dtypes and devices of the CUDA path without a GPU: every tensor must be on CUDA."""
     with FakeTensorMode(), torch.no_grad():
         # build on the fake CPU and move by hand: initialisers, Module.to and autocast need a CUDA build of torch
-        model = DiT(ModelConfig(**SMALL_MODEL | {"hidden_size": 64, "dropout": 0.1}), backend)
+        options = {"hidden_size": 64, "dropout": 0.1, "mixers": ["attention", mixer]}
+        model = DiT(ModelConfig(**SMALL_MODEL | options), backend)
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 setattr(module, name, torch.nn.Parameter(parameter.to("cuda:0", dtype)))
         model.sigma_embedding.mlp.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(dtype),))
-        sigma, batch = torch.ones(2).to("cuda:0"), random_batch([7, 12]).to("cuda:0")
-        out = model(batch, sigma)
+        sigma, batch = torch.ones(2).to("cuda:0"), random_batch([7, 40]).to("cuda:0")
+        with TensorDevices() as devices:
+            out = model(batch, sigma)
+        assert devices.found == {"cuda"}
         assert out.device.type == "cuda"
         assert out.dtype == dtype
-        assert out.shape == (19, 20)
+        assert out.shape == (47, 20)
         with raises_value_error("tokens is on cpu but the model is on cuda"):
-            model(random_batch([7, 12]), sigma)
+            model(random_batch([7, 40]), sigma)
+
+
+class TensorDevices(TorchDispatchMode):
+    """Record the kinds of device of all results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        self.found |= {x.device.type for x in tree_leaves(out) if isinstance(x, torch.Tensor)}
+        return out
 
 
 def test_a_mixer_with_weights_that_the_block_cannot_register_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,33 +257,35 @@ def test_a_mixer_with_weights_that_the_block_cannot_register_is_rejected(monkeyp
     for name, kind in mixers:
         monkeypatch.setitem(MIXERS, name, kind)
     with pytest.raises(ValueError, match="WithOwnWeight: gain must belong to a child module of the mixer"):
-        DiT(ModelConfig(**SMALL_MODEL, mixer="direct"), "sdpa")
+        DiT(ModelConfig(**SMALL_MODEL, mixers="direct"), "sdpa")
     with pytest.raises(ValueError, match="WithMLP: another part of the block is called mlp"):
-        DiT(ModelConfig(**SMALL_MODEL, mixer="mlp"), "sdpa")
-    model = DiT(ModelConfig(**SMALL_MODEL, mixer="dropout"), "sdpa").eval()
+        DiT(ModelConfig(**SMALL_MODEL, mixers="mlp"), "sdpa")
+    model = DiT(ModelConfig(**SMALL_MODEL, mixers="dropout"), "sdpa").eval()
     assert not any(part.training for block in model.blocks for part in block.mixer.modules())
     assert all(part.training for block in model.train().blocks for part in block.mixer.modules())
 
 
-def test_flops_equal_the_count_of_torch() -> None:
-    lengths = [7, 40, 12]
-    batch, sigma = random_batch(lengths), torch.ones(3)
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_flops_equal_the_count_of_torch(mixer: str) -> None:
+    model, lengths = MIXED[mixer], [7, 40, 16, 12]
+    batch, sigma = random_batch(lengths), torch.ones(4)
     # torch does not count the CPU's fused attention kernel
     with FlopCounterMode(display=False) as forward, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        MODEL(batch, sigma)
-    assert MODEL.flops(lengths) == forward.get_total_flops()
+        model(batch, sigma)
+    assert model.flops(lengths) == forward.get_total_flops()
     with FlopCounterMode(display=False) as forward_and_backward, sdpa_kernel(SDPBackend.MATH):
-        MODEL(batch, sigma).sum().backward()
-    MODEL.zero_grad()
+        model(batch, sigma).sum().backward()
+    model.zero_grad()
     # the backward pass costs slightly less than two forward passes, as the first layer's input needs no gradient
-    assert forward_and_backward.get_total_flops() == pytest.approx(3 * MODEL.flops(lengths), rel=0.05)
+    assert forward_and_backward.get_total_flops() == pytest.approx(3 * model.flops(lengths), rel=0.05)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_activation_checkpointing_changes_only_memory(dropout: float) -> None:
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_activation_checkpointing_changes_only_memory(dropout: float, mixer: str) -> None:
     batch, sigma, found = random_batch([7, 40, 12]), torch.rand(3), []
     for checkpointing in (False, True):
-        model = make_model(dropout=dropout, checkpointing=checkpointing).train()
+        model = make_model(dropout=dropout, checkpointing=checkpointing, mixers=["attention", mixer]).train()
         saved: list[torch.Tensor] = []
         torch.manual_seed(5)
         with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x) or x, lambda x: x):
@@ -300,8 +324,9 @@ def test_the_gradient_of_a_modulation_is_the_sum_over_its_tokens() -> None:
     assert torch.allclose(found, expected, atol=1e-5)
 
 
-def test_padded_packs_give_the_same_logits_and_gradients() -> None:
-    model = make_model(qk_norm=True).train()
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_padded_packs_give_the_same_logits_and_gradients(mixer: str) -> None:
+    model = make_model(qk_norm=True, mixers=["attention", mixer]).train()
     batch, sigma = random_batch([7, 40, 12]), torch.rand(3)
     plain = model(batch, sigma)
     expected = gradients(model, F.cross_entropy(plain, batch.tokens))
@@ -314,7 +339,8 @@ def test_padded_packs_give_the_same_logits_and_gradients() -> None:
         assert torch.allclose(gradient, expected_gradient, atol=1e-5)
     larger = random_batch([30] * 5)
     assert model(larger, torch.rand(5)).shape == (150, 20)  # does not fit the static shape: computed without padding
-    with raises_value_error("sdpa reads lengths on the host"):
+    message = "sdpa reads lengths on the host" if mixer == "attention" else "model.mixers contains a mixer that reads"
+    with raises_value_error(message):
         model.capture(None)
 
 

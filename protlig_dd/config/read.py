@@ -7,7 +7,7 @@ on values. An unknown key is an error, so a misspelt override is never ignored.
 import inspect
 import keyword
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -16,10 +16,10 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from protlig_dd.config.components import TRAINING_NOISE, unknown_key
-from protlig_dd.config.fields import STORED, first_problem, marked
+from protlig_dd.config.fields import STORED, first_problem
 from protlig_dd.diffusion.graphs.registry import GRAPHS
 from protlig_dd.diffusion.noise import NOISES
-from protlig_dd.model.config import ADDED_LATER, ModelConfig
+from protlig_dd.model.config import stored_model
 
 T = TypeVar("T")
 COMPONENTS: dict[str, Mapping[str, Callable[..., Any]]] = {"graph": GRAPHS, "noise": NOISES}
@@ -80,11 +80,8 @@ def expand_home(value: Any) -> Any:
 def as_dict(config: Any) -> dict[str, Any]:
     """Return a config with the keys of YAML and the command line: `from` instead of `from_`."""
     values = {key.removesuffix("_"): value for key, value in asdict(config).items()}
-    if "model" in values:  # leave out newer keys at their default, so that earlier versions can read it
-        added = marked(ModelConfig, ADDED_LATER)
-        later = {field.name: field.default for field in fields(ModelConfig) if field.name in added}
-        items = values["model"].items()
-        values["model"] = {key: value for key, value in items if key not in later or value != later[key]}
+    if "model" in values:
+        values["model"] = stored_model(values["model"])
     return values
 
 

@@ -34,7 +34,7 @@ from protlig_dd.data.loader import check_pack_sizes, check_weights
 from protlig_dd.diffusion.samplers.base import SamplerOptions
 from protlig_dd.diffusion.sampling import check_sampler
 from protlig_dd.diffusion.score import check_parametrisation
-from protlig_dd.model.config import COMPUTE_ONLY, ModelConfig
+from protlig_dd.model.config import COMPUTE_ONLY, ModelConfig, stored_model
 from protlig_dd.model.dit import check_model
 from protlig_dd.system.signals import seconds_of
 
@@ -205,7 +205,7 @@ def config_in(folder: Path) -> TrainConfig:
 
 
 def recorded_config(folder: Path) -> dict[str, Any]:
-    """Read the config saved in this folder as nested dictionaries, whatever version wrote it.
+    """Read the config saved in this folder as nested dictionaries with this version's keys.
 
     Raises:
         ValueError: a damaged file; the message names it.
@@ -216,6 +216,8 @@ def recorded_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder / CONFIG}: cannot be read ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{folder / CONFIG}: not a config")
+    if isinstance(content.get("model"), dict):
+        content["model"] = stored_model(content["model"])
     return {str(key): value for key, value in content.items()}
 
 

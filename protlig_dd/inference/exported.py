@@ -17,6 +17,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from protlig_dd.model.config import stored_model
 from protlig_dd.system.files import sha256
 from protlig_dd.system.tables import as_json
 from protlig_dd.tokenizer import BOS, EOS, LETTERS, MASK, N_STATES, PAD
@@ -43,6 +44,8 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: not a model that protlig_dd has exported")
     if (version := description.get("format_version")) != FORMAT_VERSION:
         raise ValueError(f"{file} has format {version}; this version of protlig_dd reads only format {FORMAT_VERSION}")
+    if isinstance(description.get("model"), dict):
+        description["model"] = stored_model(description["model"])
     if read_json(folder / VOCABULARY) != vocabulary():
         raise ValueError(f"{folder / VOCABULARY}: token ids differ from this version's")
     weights = folder / WEIGHTS

@@ -26,7 +26,7 @@ class Block(nn.Module):
     positions: PositionEncoding
 
     def __init__(
-        self, config: ModelConfig, backend: str, positions: PositionEncoding, *, time_conditioning: bool
+        self, config: ModelConfig, mixer_name: str, backend: str, positions: PositionEncoding, *, time_conditioning: bool
     ) -> None:
         super().__init__()
         hidden_size, self.dropout = config.hidden_size, config.dropout
@@ -38,8 +38,8 @@ class Block(nn.Module):
             nn.init.ones_(self.adaln.bias.view(6, hidden_size)[2])
             nn.init.ones_(self.adaln.bias.view(6, hidden_size)[5])
         self.attention_norm = make_norm(config.norm, hidden_size, modulated=time_conditioning)
-        mixer = MIXERS[config.mixer](config, backend)
-        check_mixer(mixer)
+        mixer = MIXERS[mixer_name](config, backend)
+        check_mixer(mixer, hidden_size)
         # register the mixer's parts directly, so that checkpoints keep the names blocks.N.qkv, ...
         for name, part in mixer.named_children():
             self.add_module(name, part)
@@ -71,7 +71,7 @@ class Block(nn.Module):
         if self.compiled is not None and self.training:
             before, after = self.compiled
         projected = before(x_TH, modulation_nK, batch.segment_ids, *tables)
-        return after(x_TH, self.mixer.mix(projected, batch), modulation_nK, batch.segment_ids)
+        return after(x_TH, self.mixer.mix(projected, batch, self.positions, *tables), modulation_nK, batch.segment_ids)
 
     def before_mixing(
         self,
@@ -105,12 +105,17 @@ class Block(nn.Module):
         return x_TH + gate_m * F.dropout(hidden, self.dropout, self.training)
 
 
-def check_mixer(mixer: Mixer) -> None:
-    """Raise a ValueError if the block cannot register all weights of the mixer.
+def check_mixer(mixer: Mixer, hidden_size: int) -> None:
+    """Raise a ValueError if the mixer has another width than its block, or if the block cannot register its weights.
 
     All weights must belong to child modules of the mixer, and no child may have the name of another part of the block.
     """
     kind = type(mixer).__name__
+    if mixer.hidden_size != hidden_size:
+        raise ValueError(
+            f"mixer {kind} has width {mixer.hidden_size}, but the Block that contains it has width {hidden_size} "
+            "(model.hidden_size): build the mixer from the config of its network"
+        )
     direct = [name for name, _ in (*mixer.named_parameters(recurse=False), *mixer.named_buffers(recurse=False))]
     if direct:
         raise ValueError(

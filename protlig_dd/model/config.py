@@ -1,7 +1,8 @@
 """The configuration of a network."""
 
-from dataclasses import dataclass
-from typing import Annotated
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, get_args, get_type_hints
 
 COMPUTE_ONLY = "affects how the network is computed, not which function it computes"
 ADDED_LATER = "omitted from files where it has its default, so that versions without this key can read them"
@@ -25,8 +26,25 @@ class ModelConfig:
     qk_norm: bool
     checkpointing: Annotated[bool, COMPUTE_ONLY]
     positions: Annotated[str, ADDED_LATER] = "rope"
-    mixer: Annotated[str, ADDED_LATER] = "attention"
+    mixers: Annotated[Any, ADDED_LATER] = "attention"  # a name for all blocks, or a list with one name for each
+
+    def __post_init__(self) -> None:
+        if isinstance(self.mixers, list) and len(self.mixers) == self.n_blocks == self.mixers.count(self.mixers[0]):
+            self.mixers = self.mixers[0]  # so that equal networks have equal configs
 
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.n_heads
+
+
+def stored_model(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a model's config as files contain it: without newer keys at their default, so that earlier versions can
+    read it.
+
+    Args:
+        values: the keys of this version, or those of an earlier one, in which `mixer` was the mixer of all blocks.
+    """
+    renamed = {"mixers" if key == "mixer" and "mixers" not in values else key: value for key, value in values.items()}
+    hints = get_type_hints(ModelConfig, include_extras=True)
+    later = {field.name: field.default for field in fields(ModelConfig) if ADDED_LATER in get_args(hints[field.name])}
+    return {key: value for key, value in renamed.items() if key not in later or value != later[key]}

@@ -1,6 +1,6 @@
 """The diffusion transformer (DiT, arXiv 2212.09748, as used by SEDD, arXiv 2310.16834) on packed tokens.
 
-    tokens -> embedding -> n_blocks x [adaLN, fused qkv, rotary, varlen attention, adaLN, MLP] -> adaLN -> 20 logits
+    tokens -> embedding -> n_blocks x [adaLN, mixer (attention by default), adaLN, MLP] -> adaLN -> 20 logits
     sigma  -> sinusoids -> MLP -> the shift, scale and gate of every adaLN
 
 Without time conditioning sigma is ignored and each adaLN is a plain norm: an ordinary pre-norm transformer.
@@ -23,7 +23,7 @@ from protlig_dd.model.conditioning import SigmaEmbedding
 from protlig_dd.model.config import MLPS, NORMS, ModelConfig
 from protlig_dd.model.cuda_graph import capture
 from protlig_dd.model.layers import Head
-from protlig_dd.model.mixers import MIXERS
+from protlig_dd.model.mixers import mixers_of_blocks
 from protlig_dd.model.positions import POSITIONS
 from protlig_dd.tokenizer import PAD, VOCAB_SIZE
 
@@ -54,8 +54,8 @@ class DiT(nn.Module):
         self.embedding = nn.Embedding(VOCAB_SIZE, config.hidden_size)
         self.sigma_embedding = SigmaEmbedding(config.cond_dim) if time_conditioning else None
         self.blocks = nn.ModuleList(
-            Block(config, attention_backend, self.positions, time_conditioning=time_conditioning)
-            for _ in range(config.n_blocks)
+            Block(config, mixer, attention_backend, self.positions, time_conditioning=time_conditioning)
+            for mixer in mixers_of_blocks(config)
         )
         self.head = Head(config.hidden_size, config.cond_dim if time_conditioning else None, config.norm)
         nn.init.normal_(self.embedding.weight, std=0.02)
@@ -153,9 +153,14 @@ class DiT(nn.Module):
             autocast: dtype in which the network computes; None for the dtype of its weights.
 
         Raises:
-            ValueError: the attention backend is sdpa, whose calls depend on the sequences' lengths.
+            ValueError: the attention backend is sdpa, whose calls depend on the sequences' lengths, or a mixer's do.
         """
         assert self.shape is not None
+        if not self.capturable:
+            raise ValueError(
+                "model.mixers contains a mixer that reads lengths on the host (ttt_linear, ttt_mlp), so the network "
+                "cannot be recorded as a CUDA graph; use model.mixers=attention or trainer.compile=false"
+            )
         if self.attention_backend == "sdpa":
             raise ValueError(
                 "attention backend sdpa reads lengths on the host, so it cannot be recorded as a CUDA graph; "
@@ -164,6 +169,11 @@ class DiT(nn.Module):
         blank = PackedBatch.pack([torch.full((self.shape.longest,), PAD)]).to(self.embedding.weight.device)
         # not registered as a submodule, because it contains this model
         self.__dict__["graphed"] = capture(self, self.network, blank.padded_to(self.shape), autocast)
+
+    @property
+    def capturable(self) -> bool:
+        """Whether `capture` supports the mixers of all blocks."""
+        return all(block.mixer.capturable for block in cast(Iterable[Block], self.blocks))
 
     def flops(self, lengths: Sequence[int]) -> int:
         """Return the FLOPs of the matrix products in one forward pass over sequences of these lengths (tokens).
@@ -191,10 +201,10 @@ def check_model(config: ModelConfig) -> None:
         ("norm", config.norm, NORMS),
         ("mlp", config.mlp, MLPS),
         ("positions", config.positions, POSITIONS),
-        ("mixer", config.mixer, MIXERS),
     ):
         if choice not in choices:
             raise ValueError(f"model.{name}={choice}: choose from {', '.join(choices)}")
+    mixers_of_blocks(config)
     hidden_size, n_heads = config.hidden_size, config.n_heads
     if hidden_size % n_heads:
         raise ValueError(

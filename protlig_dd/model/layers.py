@@ -23,6 +23,30 @@ class StackedLinear(nn.Linear):
         self.stacked = stacked
 
 
+class HeadMatrices(nn.Module):
+    """A learned matrix for each head, (heads, rows, columns), stored as (heads * rows, columns).
+
+    Muon orthogonalises the matrix of each head separately.
+    """
+
+    def __init__(self, heads: int, rows: int, columns: int, *, std: float) -> None:
+        super().__init__()
+        self.stacked = heads
+        self.weight = nn.Parameter(torch.empty(heads * rows, columns))
+        nn.init.normal_(self.weight, std=std)
+
+    @property
+    def matrices(self) -> Float[Tensor, "heads rows columns"]:
+        return self.weight.unflatten(0, (self.stacked, -1))
+
+
+class HeadGates(nn.Linear):
+    """One number for each head and token.
+
+    Each row of the weight belongs to another head, so the rows are vectors to the optimizer, not one matrix.
+    """
+
+
 class MLP(nn.Module):
     """Two linear layers with a nonlinearity between them.
 

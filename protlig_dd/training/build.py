@@ -138,8 +138,8 @@ def prepare_kernels(model: DiT, packs: PackDataset, config: TrainConfig, context
         return
     tokens = config.data.tokens_per_pack
     model.pad_packs(StaticShape(tokens, sequence_slots(tokens, packs.mean_tokens), config.data.max_len + 2))
-    # CUDA graphs can replay neither recomputation, which sets the random state, nor sdpa's loop over sequences
-    if not config.model.checkpointing and context.attention_backend != "sdpa":
+    # CUDA graphs can replay neither recomputation, which sets the random state, nor loops that depend on lengths
+    if not config.model.checkpointing and context.attention_backend != "sdpa" and model.capturable:
         model.capture(context.autocast)
 
 

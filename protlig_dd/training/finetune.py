@@ -1,7 +1,7 @@
 """What a run takes from the model that it starts from (`from=`)."""
 
 from collections.abc import Collection
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ def with_source_model(config: TrainConfig, source: TrainConfig, named: Collectio
         ValueError: named keys do not match; the message has the keys and both values.
     """
     mine, theirs = as_dict(config), as_dict(source)
+    mine["model"], theirs["model"] = asdict(config.model), asdict(source.model)  # with the keys at their default
     mine["graph"] = graph_with_rates(mine["graph"], theirs["graph"])
     conflicts = []
 

@@ -28,7 +28,7 @@ class Attention(Mixer):
 
     def __init__(self, config: ModelConfig, backend: str) -> None:
         super().__init__(config, backend)
-        self.n_heads, self.backend, self.hidden_size = config.n_heads, backend, config.hidden_size
+        self.n_heads, self.backend = config.n_heads, backend
         self.qkv = StackedLinear(config.hidden_size, config.hidden_size, stacked=3)
         self.q_norm, self.k_norm = (make_norm("rms", config.head_dim) if config.qk_norm else None for _ in "qk")
         self.attention_out = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
@@ -44,7 +44,11 @@ class Attention(Mixer):
         return positions.rotate(qkv, *tables)
 
     def mix(
-        self, projected: Float[Tensor, "total 3 heads head_dim"], batch: PackedBatch
+        self,
+        projected: Float[Tensor, "total 3 heads head_dim"],
+        batch: PackedBatch,
+        positions: PositionEncoding,
+        *tables: Tensor,
     ) -> Float[Tensor, "total heads head_dim"]:
         """Attend within each sequence."""
         return varlen_attention(projected, batch, self.backend)

@@ -11,7 +11,7 @@ from protlig_dd.model.positions.base import PositionEncoding
 
 
 class Mixer(nn.Module, ABC):
-    """Maps (total, hidden) to (total, hidden). Each token reads only its own sequence.
+    """Maps (total, hidden_size) to (total, hidden_size). Each token reads only its own sequence.
 
     A mixer has three steps (`project`, `mix`, `out`), because torch.compile fuses the first and the last with the
     block's norms and residual connections. To add a kind, write a subclass in a file of its own and add its name to
@@ -22,8 +22,12 @@ class Mixer(nn.Module, ABC):
         backend: the resolved attention backend.
     """
 
+    capturable = True
+    """Whether CUDA graphs can record `mix`. They cannot if it reads the lengths of a pack on the host."""
+
     def __init__(self, config: ModelConfig, backend: str) -> None:
         super().__init__()
+        self.hidden_size = config.hidden_size
 
     @abstractmethod
     def project(self, x: Tensor, positions: PositionEncoding, *tables: Tensor) -> Tensor:
@@ -34,7 +38,7 @@ class Mixer(nn.Module, ABC):
         """
 
     @abstractmethod
-    def mix(self, projected: Tensor, batch: PackedBatch) -> Tensor:
+    def mix(self, projected: Tensor, batch: PackedBatch, positions: PositionEncoding, *tables: Tensor) -> Tensor:
         """Combine the tokens of each sequence."""
 
     @abstractmethod
@@ -50,4 +54,5 @@ class Mixer(nn.Module, ABC):
 
     def forward(self, x: Tensor, batch: PackedBatch, positions: PositionEncoding) -> Tensor:
         """Apply the three steps."""
-        return self.out(self.mix(self.project(x, positions, *positions.tables(batch)), batch))
+        tables = positions.tables(batch)
+        return self.out(self.mix(self.project(x, positions, *tables), batch, positions, *tables))

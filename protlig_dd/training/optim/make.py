@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from protlig_dd.config.train import OptimConfig
-from protlig_dd.model.layers import StackedLinear
+from protlig_dd.model.layers import HeadGates, HeadMatrices, StackedLinear
 from protlig_dd.training.optim.muon import Muon
 
 
@@ -21,11 +21,12 @@ def make_optimizer(model: nn.Module, optim: OptimConfig, precision: str) -> torc
     hidden: dict[nn.Parameter, int] = {}
     decayed: list[nn.Parameter] = []
     undecayed: list[nn.Parameter] = []
-    stacked = {part.weight: part.stacked for part in model.modules() if isinstance(part, StackedLinear)}
+    stacked = {part.weight: part.stacked for part in model.modules() if isinstance(part, StackedLinear | HeadMatrices)}
+    gates = {part.weight for part in model.modules() if isinstance(part, HeadGates)}
     embeddings = {part.weight for part in model.modules() if isinstance(part, nn.Embedding)}
     for name, parameter in model.named_parameters():
         is_matrix = parameter.ndim >= 2 and parameter not in embeddings
-        in_block = name.startswith("blocks.") and ".adaln." not in name
+        in_block = name.startswith("blocks.") and ".adaln." not in name and parameter not in gates
         if is_matrix and in_block and optim.name == "muon":
             hidden[parameter] = stacked.get(parameter, 1)
         else:

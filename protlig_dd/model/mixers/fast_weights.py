@@ -1,0 +1,172 @@
+"""The inner models of test-time training (arXiv 2407.04620), trained on the tokens of a sequence while it is read.
+
+In each head the state of a model f is updated chunk by chunk, by one step of gradient descent on
+1/2 sum_j eta_j || LN(f(k_j)) - (v_j - k_j) ||^2 over the chunk's tokens j. The updated model is applied to the chunk's
+queries: the output is q + LN(f(q)). All gradients of a chunk are taken at the state before it.
+
+The dual form computes the output without the updated weights. With gradients G_j of the chunk's outputs z_j,
+
+    q (W - sum_j eta_j k_j^T G_j) + b - sum_j eta_j G_j = q W + b - sum_j (q . k_j + 1) eta_j G_j
+
+so one product with [k; q] per chunk depends on the previous chunk.
+
+Shapes: (chunks, heads, 16, width). The chunks of a pack are ordered by their number within the sequence, so that those
+of one step are adjacent; `counts` has the number of sequences that have a chunk 0, 1, ... Sequences that end first are
+last, so a step continues with the first rows of the state.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from protlig_dd.model.layers import HeadMatrices
+
+CHUNK = 16  # tokens; each chunk is one step of gradient descent
+HIDDEN_RATIO = 4  # width of the inner MLP's hidden layer / width of a head
+NORM_EPS = 1e-6
+INITIAL_STD = 0.02
+
+ByHead = Float[Tensor, "chunks heads tokens width"]
+Rates = Float[Tensor, "chunks heads tokens 1"]
+
+
+class InnerModel(nn.Module, ABC):
+    """A model per head whose learned weights are the state at the start of each sequence.
+
+    Args:
+        width: of a head.
+    """
+
+    base_rate: float
+    """Learning rate of the inner step; the mixer multiplies it by a gate per token, and divides it by width * CHUNK."""
+
+    def __init__(self, heads: int, width: int) -> None:
+        super().__init__()
+        self.heads, self.width = heads, width
+        # one dimension, like any gain, so that the optimizer does not take them for matrices
+        self.norm_gain = nn.Parameter(torch.ones(heads * width))
+        self.norm_shift = nn.Parameter(torch.zeros(heads * width))
+
+    @abstractmethod
+    def forward(self, q: ByHead, k: ByHead, v: ByHead, eta: Rates, counts: Sequence[int]) -> ByHead:
+        """Return q + LN(f(q)), with the state after each token's chunk.
+
+        Args:
+            eta: the learning rate of each token; 0 for the slots that fill up the last chunk of a sequence.
+            counts: number of sequences with a chunk 0, 1, ...; not increasing.
+        """
+
+    @abstractmethod
+    def flops(self, chunks: int) -> int:
+        """Return the multiply-adds for a sequence of so many chunks, in all heads."""
+
+    def vectors(self, parameter: Tensor, like: Tensor) -> Float[Tensor, "heads 1 width"]:
+        """Return a parameter with a vector per head, in the dtype of the state."""
+        return parameter.view(self.heads, 1, -1).to(like.dtype)
+
+    def gradients(self, z: ByHead, target: ByHead, eta: Rates) -> ByHead:
+        """Return eta times the gradient of 1/2 || LN(z) - target ||^2 to z."""
+        centred = z - z.mean(-1, keepdim=True)
+        rstd = (centred.square().mean(-1, keepdim=True) + NORM_EPS).rsqrt()
+        normed, gain = centred * rstd, self.vectors(self.norm_gain, z)
+        d = gain * (gain * normed + (self.vectors(self.norm_shift, z) - target))
+        return (d - d.mean(-1, keepdim=True) - normed * (d * normed).mean(-1, keepdim=True)) * (rstd * eta)
+
+    def read(self, q: ByHead, z: ByHead) -> ByHead:
+        """Return q + LN(z)."""
+        normed = F.layer_norm(z, (self.width,), eps=NORM_EPS)
+        return q + normed * self.vectors(self.norm_gain, z) + self.vectors(self.norm_shift, z)
+
+
+class InnerLinear(InnerModel):
+    """f(k) = k W + b."""
+
+    base_rate = 1.0
+
+    def __init__(self, heads: int, width: int) -> None:
+        super().__init__(heads, width)
+        self.matrix = HeadMatrices(heads, width, width, std=INITIAL_STD)
+        self.bias = nn.Parameter(torch.zeros(heads * width))
+
+    def forward(self, q: ByHead, k: ByHead, v: ByHead, eta: Rates, counts: Sequence[int]) -> ByHead:
+        w, b = (first_state(x, counts[0]) for x in (self.matrix.matrices.to(q.dtype), self.vectors(self.bias, q)))
+        outputs, steps = [], []
+        for kq, target, rate, staying in chunk_steps(q, k, v, eta, counts):
+            z_k, z_q = (kq @ w + b).split(CHUNK, dim=-2)
+            step = self.gradients(z_k, target, rate)
+            outputs.append(z_q)
+            steps.append(step)
+            if staying:
+                keys, step = first(kq, staying).narrow(-2, 0, CHUNK), first(step, staying)
+                w, b = first(w, staying) - keys.mT @ step, first(b, staying) - step.sum(-2, keepdim=True)
+        return self.read(q, torch.cat(outputs) - (q @ k.mT + 1) @ torch.cat(steps))
+
+    def flops(self, chunks: int) -> int:
+        width = self.width
+        state, attention = CHUNK * width**2, CHUNK**2 * width
+        return self.heads * (chunks * (2 * state + 2 * attention) + (chunks - 1) * state)
+
+
+class InnerMLP(InnerModel):
+    """f(k) = gelu(k W1 + b1) W2 + b2, with a hidden layer of 4 times the width."""
+
+    base_rate = 0.1
+
+    def __init__(self, heads: int, width: int) -> None:
+        super().__init__(heads, width)
+        hidden = HIDDEN_RATIO * width
+        self.matrix_1 = HeadMatrices(heads, width, hidden, std=INITIAL_STD)
+        self.bias_1 = nn.Parameter(torch.zeros(heads * hidden))
+        self.matrix_2 = HeadMatrices(heads, hidden, width, std=INITIAL_STD)
+        self.bias_2 = nn.Parameter(torch.zeros(heads * width))
+
+    def forward(self, q: ByHead, k: ByHead, v: ByHead, eta: Rates, counts: Sequence[int]) -> ByHead:
+        learned = (self.matrix_1.matrices, self.vectors(self.bias_1, q), self.matrix_2.matrices, self.vectors(self.bias_2, q))
+        w1, b1, w2, b2 = (first_state(x.to(q.dtype), counts[0]) for x in learned)
+        similarities = (q @ k.mT + 1).split(list(counts))
+        hiddens, outputs, steps = [], [], []
+        for i, (kq, target, rate, staying) in enumerate(chunk_steps(q, k, v, eta, counts)):
+            h_k, h_q = (kq @ w1 + b1).split(CHUNK, dim=-2)
+            x_k = F.gelu(h_k, approximate="tanh")
+            step_2 = self.gradients(x_k @ w2 + b2, target, rate)
+            # both steps use the weights before the chunk
+            step_1 = torch.ops.aten.gelu_backward(step_2 @ w2.mT, h_k, approximate="tanh")
+            x_q = F.gelu(h_q - similarities[i] @ step_1, approximate="tanh")
+            outputs.append(x_q @ w2 + b2 - (x_q @ x_k.mT + 1) @ step_2)
+            if staying:
+                keys, x_k = first(kq, staying).narrow(-2, 0, CHUNK), first(x_k, staying)
+                step_1, step_2 = first(step_1, staying), first(step_2, staying)
+                w1, b1 = first(w1, staying) - keys.mT @ step_1, first(b1, staying) - step_1.sum(-2, keepdim=True)
+                w2, b2 = first(w2, staying) - x_k.mT @ step_2, first(b2, staying) - step_2.sum(-2, keepdim=True)
+        return self.read(q, torch.cat(outputs))
+
+    def flops(self, chunks: int) -> int:
+        width, hidden = self.width, HIDDEN_RATIO * self.width
+        state, attention = CHUNK * width * hidden, CHUNK**2 * (width + hidden)
+        return self.heads * (chunks * (5 * state + 2 * attention) + (chunks - 1) * 2 * state)
+
+
+def first_state(learned: Float[Tensor, "heads rows columns"], n: int) -> Float[Tensor, "n heads rows columns"]:
+    """Return the state of n sequences at their first token."""
+    return learned.expand(n, *learned.shape)
+
+
+def first(x: Tensor, n: int) -> Tensor:
+    """Return the first n rows; all of them without a slice, whose gradient would be a copy."""
+    return x if len(x) == n else x.narrow(0, 0, n)
+
+
+def chunk_steps(
+    q: ByHead, k: ByHead, v: ByHead, eta: Rates, counts: Sequence[int]
+) -> list[tuple[Tensor, Tensor, Tensor, int]]:
+    """Return for each step [k; q], the targets v - k, the rates, and the number of sequences that have a further chunk.
+
+    The tensors are split once: a slice for each step would allocate a gradient of the full size in the backward pass.
+    """
+    sizes = list(counts)
+    parts = (x.split(sizes) for x in (torch.cat([k, q], dim=-2), v - k, eta))
+    return list(zip(*parts, [*sizes[1:], 0], strict=True))
