@@ -168,7 +168,7 @@ def test_the_config_of_a_run_is_read_without_the_limits_on_new_values(tmp_path: 
     values = as_dict(read_config(composed("model=tiny", "noise.curriculum=1e3"), TrainConfig))
     assert values["noise"]["curriculum"] == 1000
     # newer keys are left out at their defaults, so that earlier versions can read the config
-    assert not {"positions", "mixer"} & values["model"].keys()
+    assert not {"positions", "mixers"} & values["model"].keys()
     values["optim"]["min_lr_ratio"], values["report"]["draws"] = 1.5, 0
     with pytest.raises(ValueError, match=r"optim.min_lr_ratio must be at most 1, got 1.5"):
         read_config(OmegaConf.create(values), TrainConfig)
@@ -189,6 +189,9 @@ def test_the_config_of_a_run_is_read_without_the_limits_on_new_values(tmp_path: 
         (["run.name=[a,b]"], ["run.name=[a,b]: give one value, not a list"]),
         (["model.hidden_size=2560", "model.n_heads=120"], ["hidden_size=2560", "n_heads=120"]),
         (["model.hidden_size=36", "model.n_heads=4"], ["hidden_size=36", "n_heads=4", "head_dim 9"]),
+        (["model.mixer=attention"], ["'model.mixer'", "'model.mixers'"]),
+        (["model.mixers=[attention,ttt_linear]"], ["model.mixers has 2 names", "model.n_blocks=11"]),
+        (["model.mixers=ttt"], ["model.mixers=ttt: choose from attention, ttt_linear, ttt_mlp"]),
         (["data.path=none.h5"], ["none.h5", "no such data file"]),
         (["data.tokens_per_pack=500"], ["tokens_per_pack=500", "max_len=1024"]),
         (["model.attention_backend=flash_attn"], ["flash-attn is not installed", "pip install"]),

@@ -38,9 +38,7 @@ def gradients(model: DiT, loss: torch.Tensor) -> list[torch.Tensor]:
 
 
 @settings(max_examples=10)
-@pytest.mark.parametrize(
-    "model", [MODEL, *VARIANTS, *MIXED.values()], ids=["default", *map(str, OPTIONS), *MIXED]
-)
+@pytest.mark.parametrize("model", [MODEL, *VARIANTS, *MIXED.values()], ids=["default", *map(str, OPTIONS), *MIXED])
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=7), st.integers(0, 99))
 def test_a_pack_gives_the_logits_and_gradients_of_its_sequences_one_at_a_time(
     model: DiT, lengths: list[int], seed: int
@@ -352,13 +350,14 @@ def test_without_time_conditioning_sigma_is_ignored() -> None:
 
 
 @pytest.mark.gpu
-def test_logits_on_cuda_equal_logits_on_the_cpu() -> None:
-    batch, sigma = random_batch([7, 120]), torch.ones(2)
-    expected = MODEL(batch, sigma)
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_logits_on_cuda_equal_logits_on_the_cpu(mixer: str) -> None:
+    model, batch, sigma = MIXED[mixer], random_batch([7, 120]), torch.ones(2)
+    expected = model(batch, sigma)
     try:
-        out = MODEL.to("cuda")(batch.to("cuda"), sigma.to("cuda"))
+        out = model.to("cuda")(batch.to("cuda"), sigma.to("cuda"))
     finally:
-        MODEL.to("cpu")
+        model.to("cpu")
     assert torch.allclose(out.cpu(), expected, atol=1e-4)
 
 

@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -103,6 +104,31 @@ def test_muon_updates_attention_and_mlp_matrices_and_adamw_the_rest(options: dic
     assert not hidden & decayed
     assert hidden | decayed | plain == set(names.values())
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.1, 0.0]
+
+
+def test_muon_orthogonalises_the_inner_matrix_of_each_head_and_adamw_updates_gates_and_vectors() -> None:
+    model = make_model(mixers=["ttt_linear", "ttt_mlp"], time_conditioning=False)
+    optimizer = make_optimizer(model, replace(OPTIM, name="muon", lr=1e-2, weight_decay=0.1), "fp32")
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    hidden, decayed, plain = ({names[parameter] for parameter in group["params"]} for group in optimizer.param_groups)
+    matrices = {f"0.inner.{name}" for name in ("matrix.weight",)} | {f"1.inner.matrix_{i}.weight" for i in "12"}
+    linear = {f"{i}.{name}.weight" for i in "01" for name in ("qkv", "gate", "ttt_out", "mlp.up", "mlp.down")}
+    assert hidden == {f"blocks.{name}" for name in matrices | linear}
+    assert decayed == {"head.out.weight", "blocks.0.rate.weight", "blocks.1.rate.weight"}
+    vectors = ("inner.norm_gain", "inner.norm_shift", "directions.forward_alpha", "directions.backward_alpha")
+    vectors += ("heads_norm.weight", "heads_norm.bias", "rate.bias")
+    assert {f"blocks.{i}.{name}" for i in "01" for name in vectors} <= plain
+    assert {"blocks.0.inner.bias", "blocks.1.inner.bias_1", "blocks.1.inner.bias_2"} <= plain
+    matrix = model.blocks[0].inner.matrix
+    before = matrix.matrices.detach().clone()
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.param_groups[0]["weight_decay"] = 0.0
+    optimizer.step()
+    # each of the 4 heads has a matrix of 8 x 8, whose update has singular values near 0.2 lr sqrt(8)
+    updates = torch.linalg.svdvals(matrix.matrices.detach() - before) / (0.2 * 1e-2 * math.sqrt(8))
+    assert updates.shape == (4, 8)
+    assert 0.5 < updates.min() < updates.max() < 1.3
 
 
 def test_weight_decay_acts_on_matrices_but_not_on_the_embedding() -> None:

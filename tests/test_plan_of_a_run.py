@@ -11,6 +11,7 @@ from protlig_dd.batch import PackedBatch
 from protlig_dd.config.components import build_model
 from protlig_dd.config.train import TrainConfig
 from protlig_dd.data.store import SequenceStore, StoreGroup
+from protlig_dd.model.mixers import MIXERS
 from protlig_dd.training.cost import activation_bytes, kept_bytes, plan, with_available_data
 
 from .conftest import Command, assert_one_line_error, train_config
@@ -38,10 +39,27 @@ def saved_bytes(model: nn.Module, lengths: list[int], precision: str) -> int:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_fake_tensors_give_the_saved_bytes_of_real_tensors(precision: str, checkpointing: bool) -> None:
-    config = config_of("model.n_blocks=2", f"model.checkpointing={checkpointing}")
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_fake_tensors_give_the_saved_bytes_of_real_tensors(precision: str, checkpointing: bool, mixer: str) -> None:
+    mixers = [mixer, "attention"]
+    config = config_of("model.n_blocks=2", f"model.checkpointing={checkpointing}", f"model.mixers=[{','.join(mixers)}]")
     model = build_model(config.model, "sdpa", time_conditioning=False)
-    assert kept_bytes(config, precision, 2, checkpointing, 128) == saved_bytes(model, [128], precision)
+    assert kept_bytes(config, precision, mixers, checkpointing, 128) == saved_bytes(model, [128], precision)
+
+
+def test_activations_of_mixed_blocks_are_the_sum_over_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("protlig_dd.training.cost.TOKENS", 32)  # two chunks
+    config = config_of("model.n_blocks=3", "model.mixers=[attention,attention,ttt_linear]")
+    model = build_model(config.model, "sdpa", time_conditioning=False)
+    plain = activation_bytes(config, "fp32")
+    assert saved_bytes(model, [200], "fp32") == pytest.approx(200 * plain, rel=0.05)
+    attention, two = (
+        activation_bytes(replace(config, model=replace(config.model, n_blocks=n, mixers="attention")), "fp32")
+        for n in (1, 2)
+    )
+    checkpointed = activation_bytes(replace(config, model=replace(config.model, checkpointing=True)), "fp32")
+    # the backward pass recomputes the block of ttt_linear, which keeps more than one of attention
+    assert two - attention < plain - two < checkpointed < plain
 
 
 @pytest.mark.slow
@@ -67,16 +85,21 @@ def test_checkpointed_activations_of_20_blocks_take_less_than_a_sixth_of_the_byt
     assert checkpointed < plain / 6
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_the_plan_agrees_with_the_model_and_its_optimizer(store: SequenceStore, optimizer: str) -> None:
-    config = config_of(f"optim={optimizer}", "trainer.max_steps=10", "optim.packs_per_step=2")
+@pytest.mark.parametrize(
+    ("optimizer", "mixers"), [("adamw", "attention"), ("muon", "attention"), ("muon", "[ttt_linear,ttt_mlp]")]
+)
+def test_the_plan_agrees_with_the_model_and_its_optimizer(
+    store: SequenceStore, monkeypatch: pytest.MonkeyPatch, optimizer: str, mixers: str
+) -> None:
+    monkeypatch.setattr("protlig_dd.training.cost.TOKENS", 32)
+    config = config_of(f"optim={optimizer}", "trainer.max_steps=10", "optim.packs_per_step=2", f"model.mixers={mixers}")
     found = plan(config, StoreGroup([store]), torch.device("cpu"), "fp32", 1)
     model = build_model(config.model, "sdpa", time_conditioning=False)
     assert found["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     assert found["step_tokens"] == 2 * config.data.tokens_per_pack
     numbers = 5 * found["parameters"]
     if optimizer == "muon":
-        numbers -= sum(p.numel() for name, p in model.blocks.named_parameters() if p.ndim == 2)
+        numbers -= sum(p.numel() for name, p in model.blocks.named_parameters() if p.ndim == 2 and "rate" not in name)
     assert found["state_bytes"] == 4 * numbers
     train = store.split("train")
     lengths = [min(int(store.lengths[row]), config.data.max_len) + 2 for row in train]

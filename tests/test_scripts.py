@@ -16,9 +16,11 @@ from protlig_dd.batch import PackedBatch
 from protlig_dd.config.read import read_config
 from protlig_dd.config.train import TrainConfig
 from protlig_dd.data.fasta import FastaRecord
+from protlig_dd.model.mixers import MIXERS
 from protlig_dd.tokenizer import PAD
 from scripts import mutation_check, pictures
 from scripts.arms import SCREEN, overrides
+from scripts.benchmarks import __main__ as benchmarks
 from scripts.benchmarks.variants import blocks
 from scripts.diffusion_report import RUNS, samplers
 from scripts.mutation_check import FOLDERS, LISTS, read_mutations, read_results
@@ -229,6 +231,22 @@ def test_the_benchmark_measures_how_costs_grow(run_python: Command, tmp_path: Pa
     headings = [line for line in process.stdout.splitlines() if line.startswith(HEADINGS)]
     assert len(headings) == 1
     assert headings[0] in DOCUMENTED
+
+
+def test_the_benchmark_compares_the_mixers_at_each_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--models", "256 x 2", "--tokens", "40", "--lengths", "20", "50", "--steps", "1", "--warmup", "0")
+    arguments += ("--repeats", "2", "--device", "cpu", "--precision", "fp32", "--json", str(tmp_path / "found.json"))
+    monkeypatch.setattr("sys.argv", ["benchmarks", "mixers", *arguments])
+    benchmarks.main()
+    rows = json.loads((tmp_path / "found.json").read_text())["mixers"]
+    assert [(row["sequences"], row["length"], row["mixer"]) for row in rows] == [
+        (sequences, length, mixer) for sequences, length in ((2, 20), (1, 50)) for mixer in MIXERS
+    ]
+    assert [row["ratio"] for row in rows if row["mixer"] == "attention"] == [1.0, 1.0]
+    assert all(row["tokens_per_s"] > 0 for row in rows)
+    assert capsys.readouterr().out.count("\n| ttt_") == 4
 
 
 def test_concatenated_blocks_are_the_token_stream_cut_at_fixed_lengths() -> None:

@@ -686,14 +686,15 @@ def test_the_report_agrees_with_values_recomputed_from_its_rows_and_samples(
 
 @pytest.mark.slow
 @pytest.mark.system
+@pytest.mark.parametrize("mixer", ["attention", "ttt_linear"])
 def test_a_compiled_run_has_the_losses_of_an_eager_one(
-    run_python: Command, store: SequenceStore, tmp_path: Path
+    run_python: Command, store: SequenceStore, tmp_path: Path, mixer: str
 ) -> None:
     """Packs of many sizes, and an evaluation between them, compile once. Shape checks interfere and are off."""
     require_program("g++")
     losses = []
     # a low learning rate: Muon amplifies the rounding of gradients, which are close to 0 in the first steps
-    more = ["trainer.max_steps=6", "trainer.eval_every=3", "model.n_blocks=1", "optim.lr=1e-4"]
+    more = ["trainer.max_steps=6", "trainer.eval_every=3", "model.n_blocks=1", "optim.lr=1e-4", f"model.mixers={mixer}"]
     train(run_python, store, "eager", *more)
     process = run_python(
         "-m",

@@ -7,9 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from protlig_dd.batch import PackedBatch
 from protlig_dd.model.config import ModelConfig
-from protlig_dd.model.dit import DiT
 from protlig_dd.model.mixers import MIXERS
 from protlig_dd.model.mixers.fast_weights import CHUNK, InnerLinear, InnerMLP, InnerModel
 from protlig_dd.model.mixers.ttt import TTT, chunks_of, flip_of

@@ -26,7 +26,13 @@ class Block(nn.Module):
     positions: PositionEncoding
 
     def __init__(
-        self, config: ModelConfig, mixer_name: str, backend: str, positions: PositionEncoding, *, time_conditioning: bool
+        self,
+        config: ModelConfig,
+        mixer_name: str,
+        backend: str,
+        positions: PositionEncoding,
+        *,
+        time_conditioning: bool,
     ) -> None:
         super().__init__()
         hidden_size, self.dropout = config.hidden_size, config.dropout

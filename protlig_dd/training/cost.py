@@ -1,6 +1,8 @@
 """Estimate what a config will cost, before it runs: `python -m protlig_dd.training plan=true`."""
 
+from collections import Counter
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from protlig_dd.config.components import build_model
 from protlig_dd.config.train import TrainConfig
 from protlig_dd.data.loader import PackDataset
 from protlig_dd.data.store import StoreGroup
+from protlig_dd.model.mixers import mixers_of_blocks
 from protlig_dd.system.device import matmul_peak
 from protlig_dd.system.terminal import console
 from protlig_dd.training.optim.make import make_optimizer
@@ -27,29 +30,35 @@ def activation_bytes(config: TrainConfig, precision: str) -> float:
     """Return the peak bytes of activations per token of a pack, in eager mode (compiled blocks keep less).
 
     Counts the tensors that the forward pass keeps for the backward pass, in networks of one block and of two. Every
-    further block keeps as much as the second. With checkpointing, the tensors of one block are added, because the
-    backward pass recomputes them.
+    further block with the same mixer keeps as much as the second. With checkpointing, add those of the block that keeps
+    most, because the backward pass recomputes one block at a time.
     """
+    first, *others = mixers_of_blocks(config.model)
 
-    def bytes_per_token(blocks: int, checkpointing: bool) -> float:
+    @cache
+    def bytes_per_token(mixers: tuple[str, ...], checkpointing: bool) -> float:
         # the difference leaves out the bf16 copies of the weights, which do not grow with the pack
-        small, large = (kept_bytes(config, precision, blocks, checkpointing, n) for n in (TOKENS, 2 * TOKENS))
+        small, large = (kept_bytes(config, precision, [*mixers], checkpointing, n) for n in (TOKENS, 2 * TOKENS))
         return (large - small) / TOKENS
 
-    one_block, two_blocks = (bytes_per_token(blocks, config.model.checkpointing) for blocks in (1, 2))
-    total = one_block + (config.model.n_blocks - 1) * (two_blocks - one_block)
+    def bytes_of_block(mixer: str, checkpointing: bool) -> float:
+        return bytes_per_token((first, mixer), checkpointing) - bytes_per_token((first,), checkpointing)
+
+    total = bytes_per_token((first,), config.model.checkpointing)
+    total += sum(n * bytes_of_block(mixer, config.model.checkpointing) for mixer, n in Counter(others).items())
     if config.model.checkpointing:
-        total += bytes_per_token(2, False) - bytes_per_token(1, False)
+        total += max(bytes_of_block(mixer, False) for mixer in {first, *others})
     return total
 
 
-def kept_bytes(config: TrainConfig, precision: str, blocks: int, checkpointing: bool, tokens: int) -> int:
-    """Return the bytes that a network with this number of blocks keeps for its backward pass over one sequence.
+def kept_bytes(config: TrainConfig, precision: str, mixers: list[str], checkpointing: bool, tokens: int) -> int:
+    """Return the bytes that a network with a block for each of these mixers keeps for its backward pass.
 
-    Float32 weights are not counted. The tensors are fake: they have shapes and types, but no memory or arithmetic.
+    The input is one sequence. Float32 weights are not counted. The tensors are fake: they have shapes and types, but no
+    memory or arithmetic.
     """
     batch = PackedBatch.pack([torch.zeros(tokens, dtype=torch.int64)])
-    model_config = replace(config.model, n_blocks=blocks, checkpointing=checkpointing)
+    model_config = replace(config.model, n_blocks=len(mixers), mixers=mixers, checkpointing=checkpointing)
     kept: dict[int, int] = {}
 
     def keep(x: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
-"""Benchmark training steps, the cost of settings, sampling, and how time and memory grow.
+"""Benchmark training steps, the cost of settings, sampling, mixers, and how time and memory grow.
 
-    python -m scripts.benchmarks throughput cost profile presets sampling growth --fasta FILE
+    python -m scripts.benchmarks throughput cost profile presets sampling growth mixers --fasta FILE
 
 Packed training is compared with two baselines: the same network on batches padded to max_len, in float32, eager, with
 AdamW; and SEDD's concatenated stream of all proteins, cut into blocks of max_len + 2 tokens. The steps of all variants
@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 
 from scripts.benchmarks.growth import growth
+from scripts.benchmarks.mixers import mixers
 from scripts.benchmarks.presets import presets
 from scripts.benchmarks.sampling import sampling
 from scripts.benchmarks.steps import cost, profiled, throughput
@@ -25,6 +26,7 @@ PARTS = {
     "presets": presets,
     "sampling": sampling,
     "growth": growth,
+    "mixers": mixers,
 }
 
 
@@ -41,6 +43,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="steps of a variant in each round")
     parser.add_argument("--warmup", type=int, default=2, help="steps of each variant before the first round")
     parser.add_argument("--repeats", type=int, default=5, help="rounds, in which all variants are interleaved")
+    parser.add_argument(
+        "--lengths", nargs="+", type=int, default=[256, 1024, 4096], help="tokens of the sequences for `mixers`"
+    )
     parser.add_argument("--sampling-steps", nargs="+", type=int, default=[64, 256, 1024])
     parser.add_argument("--device", default="auto")
     parser.add_argument(

@@ -125,17 +125,24 @@ class InnerMLP(InnerModel):
         self.bias_2 = nn.Parameter(torch.zeros(heads * width))
 
     def forward(self, q: ByHead, k: ByHead, v: ByHead, eta: Rates, counts: Sequence[int]) -> ByHead:
-        learned = (self.matrix_1.matrices, self.vectors(self.bias_1, q), self.matrix_2.matrices, self.vectors(self.bias_2, q))
+        learned = (
+            self.matrix_1.matrices,
+            self.vectors(self.bias_1, q),
+            self.matrix_2.matrices,
+            self.vectors(self.bias_2, q),
+        )
         w1, b1, w2, b2 = (first_state(x.to(q.dtype), counts[0]) for x in learned)
         similarities = (q @ k.mT + 1).split(list(counts))
-        hiddens, outputs, steps = [], [], []
-        for i, (kq, target, rate, staying) in enumerate(chunk_steps(q, k, v, eta, counts)):
+        outputs = []
+        for (kq, target, rate, staying), similarity in zip(
+            chunk_steps(q, k, v, eta, counts), similarities, strict=True
+        ):
             h_k, h_q = (kq @ w1 + b1).split(CHUNK, dim=-2)
             x_k = F.gelu(h_k, approximate="tanh")
             step_2 = self.gradients(x_k @ w2 + b2, target, rate)
             # both steps use the weights before the chunk
             step_1 = torch.ops.aten.gelu_backward(step_2 @ w2.mT, h_k, approximate="tanh")
-            x_q = F.gelu(h_q - similarities[i] @ step_1, approximate="tanh")
+            x_q = F.gelu(h_q - similarity @ step_1, approximate="tanh")
             outputs.append(x_q @ w2 + b2 - (x_q @ x_k.mT + 1) @ step_2)
             if staying:
                 keys, x_k = first(kq, staying).narrow(-2, 0, CHUNK), first(x_k, staying)
