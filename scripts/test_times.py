@@ -78,6 +78,11 @@ GROUPS = (
         ("test_batch", "test_attention", "test_rotary", "test_dit", "test_loader", "test_plan"),
     ),
     Group(
+        "mixers",
+        "test-time training equals gradient steps in float64; a mixer for each block, in old and new configs",
+        ("test_mixers", "test_ttt"),
+    ),
+    Group(
         "data",
         "FASTA to store: every fault is a one-line error, any flipped bit is detected, a kill leaves no partial store",
         ("test_fasta", "test_encode", "test_tokenizer", "test_build", "test_store", "test_prepare", "test_download"),
