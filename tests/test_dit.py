@@ -27,6 +27,7 @@ OPTIONS = [
     {"norm": "rms", "qk_norm": True, "time_conditioning": False},
     {"mlp": "relu2", "norm": "rms"},
     {"mlp": "swiglu", "qk_norm": True},
+    {"mlp": "geglu", "tie_weights": True},
     {"checkpointing": True},
 ]
 VARIANTS = [make_model(**options) for options in OPTIONS]
@@ -111,13 +112,17 @@ def logits_by_formulas(model: DiT, tokens: torch.Tensor, sigma: float) -> torch.
         attended = torch.einsum("hij,jhd->ihd", scores.exp() / scores.exp().sum(-1, keepdim=True), v)
         x = x + gate_a * linear(f"{name}.attention_out", attended.reshape(length, width))
         h = linear(f"{name}.mlp.up", norm(f"{name}.mlp_norm", x, rms) * (1 + scale_m) + shift_m)
-        if block.mlp.kind == "swiglu":
-            h = silu(h[:, : h.shape[1] // 2]) * h[:, h.shape[1] // 2 :]
+        if block.mlp.kind in ("swiglu", "geglu"):
+            gate = silu if block.mlp.kind == "swiglu" else gelu
+            h = gate(h[:, : h.shape[1] // 2]) * h[:, h.shape[1] // 2 :]
         else:
             h = gelu(h) if block.mlp.kind == "gelu" else h.clamp(min=0) ** 2
         x = x + gate_m * linear(f"{name}.mlp.down", h)
     shift, scale = modulations("head", 2)
-    return linear("head.out", norm("head.norm", x, isinstance(model.head.norm, RMSNorm)) * (1 + scale) + shift)
+    x = norm("head.norm", x, isinstance(model.head.norm, RMSNorm)) * (1 + scale) + shift
+    if "head.out.gain" in w:
+        return w["head.out.gain"] * x / 0.02 @ w["embedding.weight"][:20].T + w["head.out.bias"]
+    return linear("head.out", x)
 
 
 @pytest.mark.parametrize("model", [MODEL, *VARIANTS], ids=["default", *map(str, OPTIONS)])
@@ -142,9 +147,10 @@ def test_the_order_of_sequences_in_a_pack_does_not_matter() -> None:
 
 def test_a_new_model_returns_zeros_and_a_random_one_depends_on_its_inputs() -> None:
     torch.manual_seed(0)
-    fresh = DiT(ModelConfig(**SMALL_MODEL), "sdpa")
     batch = random_batch([7, 12])
-    assert torch.equal(fresh(batch, torch.ones(2)), torch.zeros(19, 20))
+    for tied in (False, True):
+        fresh = DiT(ModelConfig(**SMALL_MODEL, tie_weights=tied), "sdpa")
+        assert torch.equal(fresh(batch, torch.ones(2)), torch.zeros(19, 20))
     out = MODEL(batch, torch.ones(2))
     assert not torch.allclose(out, MODEL(batch, torch.tensor([1.0, 2.0])))  # sigma changes the logits
     changed = batch.tokens.clone()
@@ -261,6 +267,29 @@ def test_a_mixer_with_weights_that_the_block_cannot_register_is_rejected(monkeyp
     model = DiT(ModelConfig(**SMALL_MODEL, mixers="dropout"), "sdpa").eval()
     assert not any(part.training for block in model.blocks for part in block.mixer.modules())
     assert all(part.training for block in model.train().blocks for part in block.mixer.modules())
+
+
+def test_tied_weights_are_rows_of_the_embedding_and_are_stored_once() -> None:
+    tied, untied = make_model(tie_weights=True), make_model()
+    shapes = {name: tuple(tensor.shape) for name, tensor in untied.state_dict().items()}
+    del shapes["head.out.weight"]
+    assert {name: tuple(tensor.shape) for name, tensor in tied.state_dict().items()} == shapes | {
+        "head.out.gain": (32,)
+    }
+    # the input has only A: the rows of other residues get their gradient from the output alone
+    batch = PackedBatch.pack([torch.zeros(9, dtype=torch.int64)])
+    for model, rows in ((tied, 20), (untied, 1)):
+        F.cross_entropy(model(batch, torch.ones(1)), batch.tokens + 1).backward()
+        assert int((model.embedding.weight.grad.abs().sum(1) > 0).sum()) == rows
+
+
+@pytest.mark.parametrize("mlp", ["geglu", "swiglu"])
+def test_gated_kinds_have_as_many_weights_as_gelu(mlp: str) -> None:
+    gated, plain = (
+        sum(p.numel() for p in make_model(mlp=kind, hidden_size=96).blocks.parameters() if p.ndim == 2)
+        for kind in (mlp, "gelu")
+    )
+    assert gated == plain
 
 
 @pytest.mark.parametrize("mixer", MIXERS)

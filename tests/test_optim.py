@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protlig_dd.config.train import OPTIMIZERS, SCHEDULES
+from protlig_dd.model.positions import POSITIONS
 from protlig_dd.training.ema import EMA, HORIZON, resolve_decay
 from protlig_dd.training.optim.make import make_optimizer
 from protlig_dd.training.optim.muon import orthogonalise
@@ -87,7 +88,9 @@ def test_muon_equals_torchs_muon_with_the_fused_qkv_split() -> None:
         assert (a - b).norm() < 0.02 * (b - before).norm()
 
 
-@pytest.mark.parametrize("options", [{}, {"time_conditioning": False}, {"mlp": "swiglu", "norm": "rms"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"time_conditioning": False}, {"mlp": "swiglu", "norm": "rms"}, {"tie_weights": True}]
+)
 def test_muon_updates_attention_and_mlp_matrices_and_adamw_the_rest(options: dict[str, Any]) -> None:
     model = make_model(**options)
     optimizer = make_optimizer(model, replace(OPTIM, name="muon", lr=1e-2, weight_decay=0.1), "fp32")
@@ -140,6 +143,21 @@ def test_weight_decay_acts_on_matrices_but_not_on_the_embedding() -> None:
     assert all(parameter.ndim == 2 for parameter in decayed["params"])
     assert "embedding.weight" in {names[parameter] for parameter in plain["params"]}
     assert len(decayed["params"]) + len(plain["params"]) == len(names)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("kind", POSITIONS)
+def test_tables_of_positions_and_a_tied_output_are_neither_decayed_nor_orthogonalised(kind: str, name: str) -> None:
+    limit = 50 if POSITIONS[kind].limited else None
+    model = make_model(positions=kind, max_positions=limit, tie_weights=True)
+    optimizer = make_optimizer(model, replace(OPTIM, name=name, lr=1e-3, weight_decay=0.1), "fp32")
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    *_, plain = optimizer.param_groups
+    assert plain["weight_decay"] == 0.0
+    expected = {name for name in names.values() if name.startswith(("positions.", "embedding.", "head.out."))}
+    assert expected <= {names[parameter] for parameter in plain["params"]}
+    updated = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    assert sorted(names[parameter] for parameter in updated) == sorted(names.values())
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -47,7 +47,8 @@ def load_model(
     Raises:
         ValueError: an unknown component or option, or weights that do not fit.
     """
-    backend = resolve_attention_backend("auto", device, precision, model.hidden_size // model.n_heads)
+    head_dim = model.hidden_size // model.n_heads
+    backend = resolve_attention_backend("auto", device, precision, head_dim, model.positions)
     process = build_graph(graph)
     with device:
         network = build_model(model, backend, time_conditioning).eval()

@@ -167,7 +167,7 @@ class TrainConfig:
     @field_validator("model", mode="before")
     @classmethod
     def _has_numbers(cls, model: Any) -> Any:
-        for key in ("hidden_size", "n_heads", "n_blocks", "cond_dim", "dropout"):
+        for key in ("hidden_size", "n_heads", "n_blocks", "cond_dim", "dropout", "max_positions"):
             if isinstance(model, dict) and isinstance(model.get(key), bool):
                 raise ValueError(f"model.{key}={model[key]}; give a number")
         return model
@@ -241,6 +241,12 @@ def check_train_config(config: TrainConfig) -> None:
     trainer = config.trainer
     check_model(config.model)
     check_pack_sizes(config.data.max_len, config.data.tokens_per_pack)
+    limit, tokens = config.model.max_positions, config.data.max_len + 2
+    if limit is not None and limit < tokens:
+        raise ValueError(
+            f"model.max_positions={limit} is less than the {tokens} tokens of data.max_len={config.data.max_len} "
+            "residues with <bos> and <eos>; lower data.max_len, or raise model.max_positions if the model is new"
+        )
     if config.data.path is None:
         raise ValueError("data.path=None: give a store, a list of stores [a.h5,b.h5], or auto")
     if config.data.weights is not None:

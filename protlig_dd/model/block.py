@@ -12,6 +12,7 @@ from protlig_dd.model.kernels import per_token
 from protlig_dd.model.layers import MLP, make_norm, modulate, zero_linear
 from protlig_dd.model.mixers import MIXERS
 from protlig_dd.model.mixers.base import Mixer
+from protlig_dd.model.mixers.scores import ScoreInputs
 from protlig_dd.model.positions.base import PositionEncoding
 
 
@@ -65,19 +66,22 @@ class Block(nn.Module):
         cond_nC: Float[Tensor, "n cond_dim"] | None,
         batch: PackedBatch,
         tables: tuple[Tensor, ...],
+        scores: ScoreInputs | None = None,
     ) -> Float[Tensor, "total hidden"]:
         """Return the residual stream after this block.
 
         Args:
             cond_nC: the embedding of each sequence's sigma; None without time conditioning.
             tables: the position encoding's tables for this pack.
+            scores: this block's bias of attention scores.
         """
         modulation_nK = None if self.adaln is None else self.adaln(cond_nC)
         before, after = self.before_mixing, self.after_mixing
         if self.compiled is not None and self.training:
             before, after = self.compiled
         projected = before(x_TH, modulation_nK, batch.segment_ids, *tables)
-        return after(x_TH, self.mixer.mix(projected, batch, self.positions, *tables), modulation_nK, batch.segment_ids)
+        mixed = self.mixer.mix(projected, batch, self.positions, *tables, scores=scores)
+        return after(x_TH, mixed, modulation_nK, batch.segment_ids)
 
     def before_mixing(
         self,

@@ -8,7 +8,7 @@ COMPUTE_ONLY = "affects how the network is computed, not which function it compu
 ADDED_LATER = "omitted from files where it has its default, so that versions without this key can read them"
 TUNABLE = "may be changed when the network is fine-tuned"
 NORMS = ("layer", "rms")
-MLPS = ("gelu", "relu2", "swiglu")
+MLPS = ("gelu", "geglu", "swiglu", "relu2")
 
 
 @dataclass
@@ -27,6 +27,8 @@ class ModelConfig:
     checkpointing: Annotated[bool, COMPUTE_ONLY]
     positions: Annotated[str, ADDED_LATER] = "rope"
     mixers: Annotated[Any, ADDED_LATER] = "attention"  # a name for all blocks, or a list with one name for each
+    max_positions: Annotated[int | None, ADDED_LATER] = None
+    tie_weights: Annotated[bool, ADDED_LATER] = False
 
     def __post_init__(self) -> None:
         if isinstance(self.mixers, list) and len(self.mixers) == self.n_blocks == self.mixers.count(self.mixers[0]):

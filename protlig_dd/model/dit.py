@@ -22,10 +22,12 @@ from protlig_dd.model.block import Block
 from protlig_dd.model.conditioning import SigmaEmbedding
 from protlig_dd.model.config import MLPS, NORMS, ModelConfig
 from protlig_dd.model.cuda_graph import capture
-from protlig_dd.model.layers import Head
+from protlig_dd.model.layers import EMBEDDING_STD, Head
 from protlig_dd.model.mixers import mixers_of_blocks
+from protlig_dd.model.mixers.attention import GRAPHABLE
+from protlig_dd.model.mixers.scores import prepare_scores
 from protlig_dd.model.positions import POSITIONS
-from protlig_dd.tokenizer import PAD, VOCAB_SIZE
+from protlig_dd.tokenizer import N_STATES, PAD, VOCAB_SIZE
 
 
 class DiT(nn.Module):
@@ -33,15 +35,16 @@ class DiT(nn.Module):
 
     Args:
         config: the network's dimensions and the kinds of its parts.
-        attention_backend: the resolved backend, flash_attn | torch_varlen | sdpa.
+        attention_backend: the resolved backend, flash_attn | torch_varlen | flex | sdpa.
         time_conditioning: False builds a network that ignores sigma.
 
     The output layer, every shift and every scale start at zero, so an untrained model returns zeros. The residual gates
     start at one (docs/decisions.md).
 
     Raises:
-        ValueError: at construction, if the config's dimensions are inconsistent. At the start of forward, if the batch
-            is not a PackedBatch, is on another device than the weights or does not have one sigma per sequence.
+        ValueError: at construction, if the config's dimensions are inconsistent or the backend cannot compute its
+            position encoding. At the start of forward, if the batch is not a PackedBatch, is on another device than the
+            weights, does not have one sigma per sequence or has a sequence longer than model.max_positions.
     """
 
     def __init__(self, config: ModelConfig, attention_backend: str, *, time_conditioning: bool = True) -> None:
@@ -57,11 +60,14 @@ class DiT(nn.Module):
             Block(config, mixer, attention_backend, self.positions, time_conditioning=time_conditioning)
             for mixer in mixers_of_blocks(config)
         )
-        self.head = Head(config.hidden_size, config.cond_dim if time_conditioning else None, config.norm)
-        nn.init.normal_(self.embedding.weight, std=0.02)
+        cond_dim = config.cond_dim if time_conditioning else None
+        self.head = Head(config.hidden_size, cond_dim, config.norm, tied=config.tie_weights)
+        nn.init.normal_(self.embedding.weight, std=EMBEDDING_STD)
         linear = {name: part.weight.numel() for name, part in self.named_modules() if isinstance(part, nn.Linear)}
         self.weights_per_sequence = sum(n for name, n in linear.items() if "adaln" in name or "sigma" in name)
         self.weights_per_token = sum(linear.values()) - self.weights_per_sequence
+        if config.tie_weights:
+            self.weights_per_token += N_STATES * config.hidden_size
 
     def forward(self, batch: PackedBatch, sigma: Float32[Tensor, " n"]) -> Float[Tensor, "total 20"]:
         """Return the logits (total, 20) of a pack at noise levels sigma (n,), one per sequence."""
@@ -96,7 +102,7 @@ class DiT(nn.Module):
     def network(self, batch: PackedBatch, sigma: Tensor) -> Tensor:
         """Run the forward pass without checking its inputs."""
         x_TH, cond_nC = self.trunk(batch, sigma, len(self.blocks))
-        return self.head(x_TH, cond_nC, batch.segment_ids)
+        return self.head(x_TH, cond_nC, batch.segment_ids, self.embedding.weight)
 
     def trunk(self, batch: PackedBatch, sigma: Tensor, n_blocks: int) -> tuple[Tensor, Tensor | None]:
         """Return the residual stream after the first n_blocks blocks, and the embedding of sigma.
@@ -104,13 +110,14 @@ class DiT(nn.Module):
         The embedding is None without time conditioning.
         """
         tables = self.positions.tables(batch)
+        scores = prepare_scores(self.positions, batch, self.attention_backend, len(self.blocks))
         cond_nC = None if self.sigma_embedding is None else self.sigma_embedding(sigma)
         x_TH = self.positions.add(self.embedding(batch.tokens), batch)
-        for block in list(self.blocks)[:n_blocks]:
+        for block, block_scores in list(zip(self.blocks, scores, strict=True))[:n_blocks]:
             if self.checkpointing and torch.is_grad_enabled():
-                x_TH = checkpoint(block, x_TH, cond_nC, batch, tables, use_reentrant=False)
+                x_TH = checkpoint(block, x_TH, cond_nC, batch, tables, block_scores, use_reentrant=False)
             else:
-                x_TH = block(x_TH, cond_nC, batch, tables)
+                x_TH = block(x_TH, cond_nC, batch, tables, block_scores)
         return x_TH, cond_nC
 
     def check(self, batch: PackedBatch, sigma: Tensor) -> None:
@@ -153,7 +160,8 @@ class DiT(nn.Module):
             autocast: dtype in which the network computes; None for the dtype of its weights.
 
         Raises:
-            ValueError: the attention backend is sdpa, whose calls depend on the sequences' lengths, or a mixer's do.
+            ValueError: the attention backend is sdpa, whose calls depend on the sequences' lengths, or flex, whose
+                mask of the pack is computed anew for each pack; or a mixer reads the lengths.
         """
         assert self.shape is not None
         if not self.capturable:
@@ -161,10 +169,11 @@ class DiT(nn.Module):
                 "model.mixers contains a mixer that reads lengths on the host (ttt_linear, ttt_mlp), so the network "
                 "cannot be recorded as a CUDA graph; use model.mixers=attention or trainer.compile=false"
             )
-        if self.attention_backend == "sdpa":
+        if self.attention_backend not in GRAPHABLE:
+            reason = "reads lengths on the host" if self.attention_backend == "sdpa" else "builds a mask for each pack"
             raise ValueError(
-                "attention backend sdpa reads lengths on the host, so it cannot be recorded as a CUDA graph; "
-                "use flash_attn or torch_varlen"
+                f"attention backend {self.attention_backend} {reason}, so it cannot be recorded as a CUDA graph; "
+                f"use {' or '.join(GRAPHABLE)}"
             )
         blank = PackedBatch.pack([torch.full((self.shape.longest,), PAD)]).to(self.embedding.weight.device)
         # not registered as a submodule, because it contains this model
@@ -182,6 +191,7 @@ class DiT(nn.Module):
         """
         blocks = cast(Iterable[Block], self.blocks)
         products = self.weights_per_token * sum(lengths) + self.weights_per_sequence * len(lengths)
+        products += self.positions.flops(lengths)
         return 2 * (products + sum(block.mixer.flops(lengths) for block in blocks))
 
 
@@ -195,6 +205,8 @@ def check_model(config: ModelConfig) -> None:
     ):
         if value < 1:
             raise ValueError(f"model.{name} must be at least 1, got {value}")
+    if config.max_positions is not None and config.max_positions < 1:
+        raise ValueError(f"model.max_positions must be at least 1, got {config.max_positions}")
     if not 0 <= config.dropout < 1:
         raise ValueError(f"model.dropout must lie in [0, 1), got {config.dropout}")
     for name, choice, choices in (
@@ -211,9 +223,11 @@ def check_model(config: ModelConfig) -> None:
             f"model.hidden_size={hidden_size} is not divisible by model.n_heads={n_heads} "
             f"({hidden_size} = {n_heads} * {config.head_dim} + {hidden_size % n_heads})"
         )
-    try:
-        POSITIONS[config.positions](config)
-    except ValueError as error:
+    if config.max_positions is not None and not POSITIONS[config.positions].limited:
+        limited = [name for name, kind in POSITIONS.items() if kind.limited]
         raise ValueError(
-            f"model.hidden_size={hidden_size} / model.n_heads={n_heads} gives head_dim {config.head_dim}: {error}"
-        ) from error
+            f"model.max_positions={config.max_positions} has no effect with model.positions={config.positions}, which "
+            f"has no limit; set it to null, or choose model.positions from {', '.join(limited)}"
+        )
+    with torch.device("meta"):  # neither memory nor random numbers
+        POSITIONS[config.positions](config)

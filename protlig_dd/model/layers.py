@@ -9,6 +9,8 @@ from protlig_dd.model.kernels import RMSNormFunction, per_token
 from protlig_dd.tokenizer import N_STATES
 
 MLP_RATIO = 4
+GATED = ("geglu", "swiglu")
+EMBEDDING_STD = 0.02
 RMS_EPS = 1e-6
 
 
@@ -50,17 +52,19 @@ class HeadGates(nn.Linear):
 class MLP(nn.Module):
     """Two linear layers with a nonlinearity between them.
 
-    For swiglu the first layer has two halves: the SiLU of one multiplies the other.
+    For geglu and swiglu (arXiv 2002.05202) the first layer has two halves: the GELU or SiLU of one multiplies the
+    other. They are two thirds as wide, so that all kinds have equally many weights.
 
     Args:
-        kind: gelu | relu2 | swiglu.
+        kind: gelu | geglu | swiglu | relu2 (squared ReLU).
     """
 
     def __init__(self, hidden_size: int, kind: str) -> None:
         super().__init__()
         self.kind = kind
-        inner = MLP_RATIO * hidden_size if kind != "swiglu" else 8 * round(2 * MLP_RATIO * hidden_size / 3 / 8)
-        self.up = nn.Linear(hidden_size, inner if kind != "swiglu" else 2 * inner)
+        gated = kind in GATED
+        inner = 8 * round(2 * MLP_RATIO * hidden_size / 3 / 8) if gated else MLP_RATIO * hidden_size
+        self.up = nn.Linear(hidden_size, 2 * inner if gated else inner)
         self.down = nn.Linear(inner, hidden_size)
 
     def forward(self, x: Float[Tensor, "total hidden"]) -> Float[Tensor, "total hidden"]:
@@ -71,29 +75,34 @@ class MLP(nn.Module):
             x = F.relu(x).square()
         else:
             gate, x = x.chunk(2, dim=-1)
-            x = F.silu(gate) * x
+            x = (F.silu(gate) if self.kind == "swiglu" else F.gelu(gate, approximate="tanh")) * x
         return self.down(x)
 
 
 class Head(nn.Module):
-    """Final adaLN and the projection to the logits of the 20 amino acids."""
+    """Final adaLN and the projection to the logits of the 20 amino acids.
 
-    def __init__(self, hidden_size: int, cond_dim: int | None, norm: str) -> None:
+    Args:
+        tied: the rows of the output projection are those of the amino acids in the input embedding.
+    """
+
+    def __init__(self, hidden_size: int, cond_dim: int | None, norm: str, *, tied: bool) -> None:
         super().__init__()
         self.adaln = None if cond_dim is None else zero_linear(cond_dim, 2 * hidden_size)
         self.norm = make_norm(norm, hidden_size, modulated=cond_dim is not None)
-        self.out = zero_linear(hidden_size, N_STATES)
+        self.out: nn.Module = TiedOutput(hidden_size) if tied else zero_linear(hidden_size, N_STATES)
 
     def forward(
         self,
         x_TH: Float[Tensor, "total hidden"],
         cond_nC: Float[Tensor, "n cond_dim"] | None,
         segment_ids: Int64[Tensor, " total"],
+        embedding_VH: Float[Tensor, "vocabulary hidden"],
     ) -> Float[Tensor, "total 20"]:
-        x_TH = self.normed(x_TH, cond_nC, segment_ids)
+        x_TH = self.normed(x_TH, cond_nC, segment_ids).to(embedding_VH.dtype)
         # compute the logits in full precision: exp() of bf16 logits is off by 0.2%
         with torch.autocast(x_TH.device.type, enabled=False):
-            return self.out(x_TH.to(self.out.weight.dtype))
+            return self.out(x_TH, embedding_VH) if isinstance(self.out, TiedOutput) else self.out(x_TH)
 
     def normed(
         self,
@@ -107,6 +116,24 @@ class Head(nn.Module):
             return x_TH
         shift, scale = per_token(self.adaln(cond_nC).chunk(2, dim=-1), segment_ids)
         return modulate(x_TH, shift, scale)
+
+
+class TiedOutput(nn.Module):
+    """Projection to the logits with the embedding's rows: (gain x) . e_a / EMBEDDING_STD + bias_a.
+
+    The gain of each dimension starts at zero, so an untrained network returns zeros, as with weights of its own. The
+    division makes the rows of order 1, so that the gain learns as fast as such weights.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.zeros(hidden_size))
+        self.bias = nn.Parameter(torch.zeros(N_STATES))
+
+    def forward(
+        self, x: Float[Tensor, "total hidden"], embedding_VH: Float[Tensor, "vocabulary hidden"]
+    ) -> Float[Tensor, "total 20"]:
+        return F.linear(x * (self.gain / EMBEDDING_STD), embedding_VH.narrow(0, 0, N_STATES), self.bias)
 
 
 def make_norm(kind: str, width: int, *, modulated: bool = True) -> nn.Module:

@@ -19,6 +19,7 @@ from protlig_dd.data.store import StoreGroup
 from protlig_dd.evaluation.likelihood.held_out import held_out_bound, length_counts, training_frequencies
 from protlig_dd.evaluation.report.page import write_run_page
 from protlig_dd.model.dit import DiT
+from protlig_dd.model.mixers.attention import GRAPHABLE
 from protlig_dd.runs.metrics import Row
 from protlig_dd.system.distributed import busy
 from protlig_dd.system.terminal import announce, console
@@ -138,8 +139,8 @@ def prepare_kernels(model: DiT, packs: PackDataset, config: TrainConfig, context
         return
     tokens = config.data.tokens_per_pack
     model.pad_packs(StaticShape(tokens, sequence_slots(tokens, packs.mean_tokens), config.data.max_len + 2))
-    # CUDA graphs can replay neither recomputation, which sets the random state, nor loops that depend on lengths
-    if not config.model.checkpointing and context.attention_backend != "sdpa" and model.capturable:
+    # CUDA graphs can replay neither recomputation, which sets the random state, nor what needs lengths on the host
+    if not config.model.checkpointing and context.attention_backend in GRAPHABLE and model.capturable:
         model.capture(context.autocast)
 
 

@@ -55,10 +55,14 @@ def kept_bytes(config: TrainConfig, precision: str, mixers: list[str], checkpoin
     """Return the bytes that a network with a block for each of these mixers keeps for its backward pass.
 
     The input is one sequence. Float32 weights are not counted. The tensors are fake: they have shapes and types, but no
-    memory or arithmetic.
+    memory or arithmetic. Attention is that of sdpa. With a bias of the scores it keeps the attention weights, which
+    flex does not.
     """
     batch = PackedBatch.pack([torch.zeros(tokens, dtype=torch.int64)])
-    model_config = replace(config.model, n_blocks=len(mixers), mixers=mixers, checkpointing=checkpointing)
+    limit = config.model.max_positions  # a table may be shorter than the sequence, but its length does not matter here
+    limit = None if limit is None else max(limit, tokens)
+    model_config = replace(config.model, checkpointing=checkpointing, max_positions=limit)
+    model_config = replace(model_config, n_blocks=len(mixers), mixers=mixers)
     kept: dict[int, int] = {}
 
     def keep(x: torch.Tensor) -> torch.Tensor:

@@ -37,7 +37,10 @@ def with_source_model(config: TrainConfig, source: TrainConfig, named: Collectio
         ValueError: named keys do not match; the message has the keys and both values.
     """
     mine, theirs = as_dict(config), as_dict(source)
-    mine["model"], theirs["model"] = asdict(config.model), asdict(source.model)  # with the keys at their default
+    # with the keys at their default, which the command line may set; null keeps the source's value
+    mine["model"], theirs["model"] = asdict(config.model), asdict(source.model)
+    kept = {key for key, value in mine["model"].items() if value is None}
+    mine["model"] |= {key: theirs["model"][key] for key in kept}
     mine["graph"] = graph_with_rates(mine["graph"], theirs["graph"])
     conflicts = []
 

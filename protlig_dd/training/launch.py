@@ -217,7 +217,10 @@ def resolve_machine(config: TrainConfig, processes: Processes) -> tuple[Resolved
             f"trainer.device={config.trainer.device} with {processes.world_size} processes: use auto or cuda"
         )
     precision = resolve_precision(config.trainer.precision, device)
-    backend = resolve_attention_backend(config.model.attention_backend, device, precision, config.model.head_dim)
+    network = config.model
+    backend = resolve_attention_backend(
+        network.attention_backend, device, precision, network.head_dim, network.positions
+    )
     compiled = resolve_compile(config.trainer.compile, device)
     if config.trainer.compile == "auto" and device.type == "cuda" and not compiled:
         announce(f"not compiled: torch.compile needs {missing_to_compile(device)}", processes)

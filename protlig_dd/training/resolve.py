@@ -5,12 +5,15 @@ from pathlib import Path
 
 from protlig_dd.config.components import build_graph, graph_with_rates
 from protlig_dd.config.train import TrainConfig, check_train_config
+from protlig_dd.model.positions import POSITIONS
 from protlig_dd.training.finetune import resolve_source_model
 from protlig_dd.training.resume import graph_of_run
 
 
 def resolve(config: TrainConfig, path: Path) -> TrainConfig:
-    """Return the config with the model of `from=`, the rates of a matrix file and `time_conditioning` filled in.
+    """Return the config with the model of `from=`, the rates of a matrix file, and what is null or auto filled in.
+
+    The latter are `model.max_positions`, for a position encoding that has a limit, and `time_conditioning`.
 
     Writes nothing and does not change the given config. A run's config is not changed after this.
 
@@ -24,6 +27,10 @@ def resolve(config: TrainConfig, path: Path) -> TrainConfig:
         config = resolve_source_model(config, path)
     earlier = {} if config.run.fresh else graph_of_run(path)
     config = replace(config, graph=graph_with_rates(config.graph, earlier))
+    kind = POSITIONS.get(config.model.positions)  # an unknown kind is reported below
+    if kind is not None and kind.limited and config.model.max_positions is None:
+        tokens = config.data.max_len + 2  # <bos> and <eos>
+        config = replace(config, model=replace(config.model, max_positions=tokens))
     check_train_config(config)
     if config.time_conditioning == "auto":
         time_free = build_graph(config.graph).time_free_with(config.parametrisation)

@@ -2,7 +2,8 @@
 
 flash_attn     the flash-attn package's varlen kernel; CUDA, bf16/fp16
 torch_varlen   torch.nn.attention.varlen, the same kernel as shipped with torch; CUDA, bf16/fp16
-sdpa           one scaled_dot_product_attention call per sequence; any device, any float dtype, no padding
+flex           torch's FlexAttention with a mask of the sequences, for any bias of the scores; CUDA, bf16/fp16
+sdpa           one scaled_dot_product_attention call per sequence; any device, any float dtype, any bias, no padding
 """
 
 from collections.abc import Callable, Sequence
@@ -17,9 +18,15 @@ from protlig_dd.batch import PackedBatch
 from protlig_dd.model.config import ModelConfig
 from protlig_dd.model.layers import StackedLinear, make_norm
 from protlig_dd.model.mixers.base import Mixer
+from protlig_dd.model.mixers.scores import ScoreInputs, matrices_of, with_columns
+from protlig_dd.model.positions import POSITIONS
 from protlig_dd.model.positions.base import PositionEncoding
+from protlig_dd.model.positions.biases import OffsetBias
+from protlig_dd.system.device import missing_to_compile
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
+GRAPHABLE = ("flash_attn", "torch_varlen")  # backends that CUDA graphs can record
+FLEX_HEAD_DIM = 16  # the smallest that FlexAttention supports
 FLASH_INSTALL = "pip install 'protlig_dd[flash]' (needs a CUDA toolkit), or use model.attention_backend=torch_varlen"
 
 
@@ -28,6 +35,7 @@ class Attention(Mixer):
 
     def __init__(self, config: ModelConfig, backend: str) -> None:
         super().__init__(config, backend)
+        check_positions(backend, config.positions)
         self.n_heads, self.backend = config.n_heads, backend
         self.qkv = StackedLinear(config.hidden_size, config.hidden_size, stacked=3)
         self.q_norm, self.k_norm = (make_norm("rms", config.head_dim) if config.qk_norm else None for _ in "qk")
@@ -49,9 +57,10 @@ class Attention(Mixer):
         batch: PackedBatch,
         positions: PositionEncoding,
         *tables: Tensor,
+        scores: ScoreInputs | None = None,
     ) -> Float[Tensor, "total heads head_dim"]:
         """Attend within each sequence."""
-        return varlen_attention(projected, batch, self.backend)
+        return varlen_attention(projected, batch, self.backend, scores)
 
     def flops(self, lengths: Sequence[int]) -> int:
         """Return the multiply-adds of q k^T and of the weighted sum of v."""
@@ -63,14 +72,15 @@ class Attention(Mixer):
 
 
 def varlen_attention(
-    qkv: Float[Tensor, "..."], batch: PackedBatch, backend: str
+    qkv: Float[Tensor, "..."], batch: PackedBatch, backend: str, scores: ScoreInputs | None = None
 ) -> Float[Tensor, "total heads head_dim"]:
-    """Return softmax(q k^T / sqrt(head_dim)) v. Each token attends to its own sequence only, in both directions.
+    """Return softmax(q k^T / sqrt(head_dim) + bias) v. Each token attends to its own sequence, in both directions.
 
     Args:
         qkv: (total, 3, heads, head_dim), packed like `batch`.
         batch: the pack's geometry: cu_seqlens, lengths, max_seqlen.
-        backend: flash_attn | torch_varlen | sdpa.
+        backend: flash_attn | torch_varlen | flex | sdpa.
+        scores: the bias, from `prepare_scores`; None for no bias.
 
     Returns:
         (total, heads, head_dim) in qkv's dtype.
@@ -79,11 +89,11 @@ def varlen_attention(
         ValueError: shapes, dtypes or devices that the backend does not support. This is checked before any kernel is
             called, because the kernels accept some invalid input.
     """
-    check_attention_input(qkv, batch, backend)
-    return _BACKENDS[backend](qkv, batch)
+    check_attention_input(qkv, batch, backend, scores)
+    return _BACKENDS[backend](qkv, batch, scores)
 
 
-def check_attention_input(qkv: Tensor, batch: PackedBatch, backend: str) -> None:
+def check_attention_input(qkv: Tensor, batch: PackedBatch, backend: str, scores: ScoreInputs | None = None) -> None:
     """Raise a ValueError unless `backend` supports this input. The check runs before every backend."""
     if backend not in _BACKENDS:
         raise ValueError(f"unknown attention backend {backend!r}; choose from {', '.join(_BACKENDS)}")
@@ -105,9 +115,37 @@ def check_attention_input(qkv: Tensor, batch: PackedBatch, backend: str) -> None
         raise ValueError(f"attention backend {backend} runs on CUDA, but qkv is on {qkv.device}; use sdpa")
     if qkv.dtype not in HALF_DTYPES:
         raise ValueError(f"attention backend {backend} needs bfloat16 or float16, but qkv is {qkv.dtype}; use sdpa")
-    if not flash_supports(qkv.shape[3]):
+    columns = 0 if scores is None or scores.columns is None else scores.columns.shape[-1]
+    if problem := head_dim_problem(backend, qkv.shape[3], columns):
+        raise ValueError(f"attention backend {backend} {problem}; use sdpa")
+    bias = None if scores is None else scores.bias
+    if isinstance(bias, OffsetBias) and (
+        backend == "torch_varlen" or (backend == "flash_attn" and bias.slopes_H is None)
+    ):
+        raise ValueError(f"attention backend {backend} cannot add this bias to the scores; use flex or sdpa")
+
+
+def head_dim_problem(backend: str, head_dim: int, columns: int) -> str | None:
+    """Return which head_dim a CUDA backend needs and what it would get; None if it supports this one.
+
+    Args:
+        columns: dimensions that the position encoding appends to each head.
+    """
+    appended = f" + {columns} of the position encoding" if columns else ""
+    if backend == "flex":
+        return None if head_dim >= FLEX_HEAD_DIM else f"needs a head_dim of at least {FLEX_HEAD_DIM}, got {head_dim}"
+    if flash_supports(head_dim + columns):
+        return None
+    return f"needs a head_dim of 8, 16, ... or 256, got {head_dim}{appended}"
+
+
+def check_positions(backend: str, positions: str) -> None:
+    """Raise a ValueError if the attention backend cannot compute this position encoding."""
+    able = POSITIONS[positions].backends
+    if backend in _BACKENDS and backend not in able:
         raise ValueError(
-            f"attention backend {backend} needs a head_dim of 8, 16, ... or 256, got {qkv.shape[3]}; use sdpa"
+            f"model.attention_backend={backend} cannot add the bias of model.positions={positions} to the scores; "
+            f"use {', '.join(able)} or auto"
         )
 
 
@@ -128,62 +166,105 @@ def has_flash_attn() -> bool:
     return callable(flash_attn_varlen_qkvpacked_func)
 
 
-def resolve_attention_backend(name: str, device: torch.device, precision: str, head_dim: int) -> str:
+def resolve_attention_backend(
+    name: str, device: torch.device, precision: str, head_dim: int, positions: str = "rope"
+) -> str:
     """Choose the backend for `auto`. Return an explicit backend unchanged if it can run here.
 
     Args:
-        name: auto | flash_attn | torch_varlen | sdpa.
+        name: auto | flash_attn | torch_varlen | flex | sdpa.
         precision: the resolved precision, bf16 | fp32.
+        positions: the position encoding; some backends cannot add its bias to the scores.
 
     Raises:
-        ValueError: an unknown backend, or one that the device, precision, head_dim or installation does not allow.
+        ValueError: an unknown backend, or one that the device, precision, head_dim, position encoding or installation
+            does not allow.
     """
+    kind = POSITIONS.get(positions, PositionEncoding)  # an unknown kind is reported when the network is built
     if name == "auto":
-        if device.type != "cuda" or precision != "bf16" or not flash_supports(head_dim):
+        if device.type != "cuda" or precision != "bf16":
             return "sdpa"
-        return "flash_attn" if has_flash_attn() else "torch_varlen"
+        # flex only for biases that the flash kernels do not take
+        candidates = [backend for backend in kind.backends if backend != "flex" or "torch_varlen" not in kind.backends]
+        runs = (backend for backend in candidates if not backend_problem(backend, device, precision, head_dim, kind))
+        return next(runs)
     if name not in _BACKENDS:
         raise ValueError(f"unknown attention backend {name!r}; choose from auto, {', '.join(_BACKENDS)}")
-    if name == "flash_attn" and not has_flash_attn():
-        raise ValueError(f"model.attention_backend=flash_attn, but flash-attn is not installed: {FLASH_INSTALL}")
-    if name != "sdpa" and device.type != "cuda":
-        raise ValueError(f"model.attention_backend={name} runs on CUDA, but the device is {device}; use sdpa or auto")
-    if name != "sdpa" and precision != "bf16":
-        raise ValueError(
-            f"model.attention_backend={name} needs bf16, but the precision is {precision}; use sdpa or auto"
-        )
-    if name != "sdpa" and not flash_supports(head_dim):
-        raise ValueError(
-            f"model.attention_backend={name} needs a head_dim of 8, 16, ... or 256, got {head_dim}; use sdpa or auto"
-        )
+    if positions in POSITIONS:
+        check_positions(name, positions)
+    if problem := backend_problem(name, device, precision, head_dim, kind):
+        raise ValueError(f"model.attention_backend={name}{problem}")
     return name
 
 
-def _flash_attn(qkv: Tensor, batch: PackedBatch) -> Tensor:
+def backend_problem(
+    backend: str, device: torch.device, precision: str, head_dim: int, kind: type[PositionEncoding]
+) -> str | None:
+    """Return why a backend cannot run here, to follow its name in a message; None if it can."""
+    if backend == "sdpa":
+        return None
+    if backend == "flash_attn" and not has_flash_attn():
+        return f", but flash-attn is not installed: {FLASH_INSTALL}"
+    if device.type != "cuda":
+        return f" runs on CUDA, but the device is {device}; use sdpa or auto"
+    if precision != "bf16":
+        return f" needs bf16, but the precision is {precision}; use sdpa or auto"
+    if problem := head_dim_problem(backend, head_dim, kind.columns):
+        return f" {problem}; use sdpa or auto"
+    if backend == "flex" and (missing := missing_to_compile(device)):
+        return f" is compiled by torch, which needs {missing}; install it, or use sdpa or auto"
+    return None
+
+
+def _flash_attn(qkv: Tensor, batch: PackedBatch, scores: ScoreInputs | None) -> Tensor:
     from flash_attn import flash_attn_varlen_qkvpacked_func
 
-    return flash_attn_varlen_qkvpacked_func(qkv, batch.cu_seqlens, batch.max_seqlen)
+    if scores is None:
+        return flash_attn_varlen_qkvpacked_func(qkv, batch.cu_seqlens, batch.max_seqlen)
+    head_dim, slopes = qkv.shape[-1], scores.bias.slopes_H if isinstance(scores.bias, OffsetBias) else None
+    qkv = with_columns(qkv, scores.columns)
+    out = flash_attn_varlen_qkvpacked_func(
+        qkv, batch.cu_seqlens, batch.max_seqlen, softmax_scale=head_dim**-0.5, alibi_slopes=slopes
+    )
+    return out.narrow(-1, 0, head_dim)
 
 
-def _torch_varlen(qkv: Tensor, batch: PackedBatch) -> Tensor:
+def _torch_varlen(qkv: Tensor, batch: PackedBatch, scores: ScoreInputs | None) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    q, k, v = qkv.unbind(1)
+    head_dim, columns = qkv.shape[-1], None if scores is None else scores.columns
+    q, k, v = with_columns(qkv, columns).unbind(1)
     cu_seqlens, longest = batch.cu_seqlens, batch.max_seqlen
-    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest)
+    scale = None if columns is None else head_dim**-0.5  # the default is the root of the larger dimension
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scale)
     assert isinstance(out, Tensor)
-    return out
+    return out if columns is None else out.narrow(-1, 0, head_dim)
 
 
-def _sdpa(qkv: Tensor, batch: PackedBatch) -> Tensor:
+def _flex(qkv: Tensor, batch: PackedBatch, scores: ScoreInputs | None) -> Tensor:
+    from protlig_dd.model.mixers.flex import flex  # slow to import
+
+    return flex(qkv, batch, scores)
+
+
+def _sdpa(qkv: Tensor, batch: PackedBatch, scores: ScoreInputs | None) -> Tensor:
     # one split instead of n slices: in the backward pass each slice would allocate a gradient of the full size
     parts = qkv.split([length for length in batch.lengths if length])
     heads_first = (part.permute(1, 2, 0, 3).unsqueeze(1) for part in parts)  # each (3, 1, heads, length, head_dim)
-    return torch.cat([F.scaled_dot_product_attention(*part).squeeze(0).transpose(0, 1) for part in heads_first])
+    biases: Sequence[Tensor | None] = [None] * len(parts)
+    if scores is not None and scores.bias is not None:
+        matrices = matrices_of(scores.bias, batch) if scores.matrices is None else scores.matrices
+        biases = [matrix.to(qkv.dtype).unsqueeze(0) for matrix in matrices]
+    attended = [
+        F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        for (q, k, v), bias in zip(heads_first, biases, strict=True)
+    ]
+    return torch.cat([part.squeeze(0).transpose(0, 1) for part in attended])
 
 
-_BACKENDS: dict[str, Callable[[Tensor, PackedBatch], Tensor]] = {
+_BACKENDS: dict[str, Callable[[Tensor, PackedBatch, ScoreInputs | None], Tensor]] = {
     "flash_attn": _flash_attn,
     "torch_varlen": _torch_varlen,
+    "flex": _flex,
     "sdpa": _sdpa,
 }

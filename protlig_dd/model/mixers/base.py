@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from protlig_dd.batch import PackedBatch
 from protlig_dd.model.config import ModelConfig
+from protlig_dd.model.mixers.scores import ScoreInputs
 from protlig_dd.model.positions.base import PositionEncoding
 
 
@@ -38,8 +39,20 @@ class Mixer(nn.Module, ABC):
         """
 
     @abstractmethod
-    def mix(self, projected: Tensor, batch: PackedBatch, positions: PositionEncoding, *tables: Tensor) -> Tensor:
-        """Combine the tokens of each sequence."""
+    def mix(
+        self,
+        projected: Tensor,
+        batch: PackedBatch,
+        positions: PositionEncoding,
+        *tables: Tensor,
+        scores: ScoreInputs | None = None,
+    ) -> Tensor:
+        """Combine the tokens of each sequence.
+
+        Args:
+            tables: the tables of `positions` for this pack.
+            scores: the bias of attention scores; other mixers ignore it.
+        """
 
     @abstractmethod
     def out(self, mixed: Tensor) -> Tensor:
@@ -52,7 +65,9 @@ class Mixer(nn.Module, ABC):
         """
         return 0
 
-    def forward(self, x: Tensor, batch: PackedBatch, positions: PositionEncoding) -> Tensor:
+    def forward(
+        self, x: Tensor, batch: PackedBatch, positions: PositionEncoding, scores: ScoreInputs | None = None
+    ) -> Tensor:
         """Apply the three steps."""
         tables = positions.tables(batch)
-        return self.out(self.mix(self.project(x, positions, *tables), batch, positions, *tables))
+        return self.out(self.mix(self.project(x, positions, *tables), batch, positions, *tables, scores=scores))

@@ -24,6 +24,7 @@ from protlig_dd.model.config import ModelConfig
 from protlig_dd.model.layers import HeadGates, StackedLinear
 from protlig_dd.model.mixers.base import Mixer
 from protlig_dd.model.mixers.fast_weights import CHUNK, INITIAL_STD, NORM_EPS, InnerLinear, InnerMLP, InnerModel
+from protlig_dd.model.mixers.scores import ScoreInputs
 from protlig_dd.model.positions.base import PositionEncoding
 
 INITIAL_ALPHA = 0.1
@@ -67,9 +68,14 @@ class TTT(Mixer):
         return x
 
     def mix(
-        self, projected: Float[Tensor, "total hidden"], batch: PackedBatch, positions: PositionEncoding, *tables: Tensor
+        self,
+        projected: Float[Tensor, "total hidden"],
+        batch: PackedBatch,
+        positions: PositionEncoding,
+        *tables: Tensor,
+        scores: ScoreInputs | None = None,
     ) -> Float[Tensor, "total hidden"]:
-        """Read each sequence from its first token to its last, then from its last to its first."""
+        """Read each sequence from its first token to its last, then from its last to its first. Ignore `scores`."""
         chunks, flipped = chunks_of(batch), flip_of(batch)
         forward, backward = self.directions.forward_alpha.tanh(), self.directions.backward_alpha.tanh()
         mixed = forward * self.read(projected, chunks, positions, *tables)

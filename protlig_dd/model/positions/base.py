@@ -1,21 +1,32 @@
 """Interface of a position encoding. The base class itself encodes nothing."""
 
+from collections.abc import Sequence
+from typing import ClassVar
+
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from protlig_dd.batch import PackedBatch
 from protlig_dd.model.config import ModelConfig
+from protlig_dd.model.positions.biases import ScoreBias
 
 
 class PositionEncoding(nn.Module):
     """Gives the network each token's position in its sequence. By default every method does nothing.
 
-    To add a kind, write a subclass in a file of its own and add its name to POSITIONS. It must accept sequences of any
-    length.
+    To add a kind, write a subclass in a file of its own and add its name to POSITIONS. Learned tables must be
+    nn.Embedding, which the optimizers neither decay nor orthogonalise.
 
     Raises:
-        ValueError: a head_dim that this kind cannot encode.
+        ValueError: dimensions that this kind cannot encode.
     """
+
+    backends: ClassVar[tuple[str, ...]] = ("flash_attn", "torch_varlen", "flex", "sdpa")
+    """The attention backends that can compute this kind."""
+    limited: ClassVar[bool] = False
+    """Whether sequences may have at most model.max_positions tokens. Otherwise they may have any length."""
+    columns: ClassVar[int] = 0
+    """How many dimensions a kernel that takes no bias appends to each head of q, k and v."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -34,3 +45,15 @@ class PositionEncoding(nn.Module):
     ) -> Float[Tensor, "total 3 heads head_dim"]:
         """Return qkv with queries and keys rotated by their positions."""
         return qkv
+
+    def bias(self, batch: PackedBatch) -> tuple[ScoreBias, ...]:
+        """Return the biases of the attention scores: none, one that all blocks share, or one for each block.
+
+        Raises:
+            ValueError: a sequence is longer than a table, checked on the host before anything is computed.
+        """
+        return ()
+
+    def flops(self, lengths: Sequence[int]) -> int:
+        """Return the multiply-adds of `bias` over sequences of these lengths (tokens)."""
+        return 0

@@ -21,7 +21,11 @@ class Rotary(PositionEncoding):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        check_head_dim(config.head_dim)
+        try:
+            check_head_dim(config.head_dim)
+        except ValueError as error:
+            sizes = f"model.hidden_size={config.hidden_size} / model.n_heads={config.n_heads}"
+            raise ValueError(f"{sizes} gives head_dim {config.head_dim}: {error}") from error
 
     def tables(self, batch: PackedBatch) -> tuple[Tensor, ...]:
         """Return cos and sin for each token, each (1, total, 1, 1, head_dim) float32."""

@@ -1,0 +1,72 @@
+"""FlexAttention with a mask of the sequences, for biases that the flash kernels do not take.
+
+torch compiles it to one Triton kernel (arXiv 2412.05496), so this module needs a GPU in training. On the CPU only its
+forward pass can run, uncompiled.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from protlig_dd.batch import PackedBatch
+from protlig_dd.model.mixers.scores import ScoreInputs, with_columns
+from protlig_dd.model.positions.biases import OffsetBias
+
+BLOCK = 128  # queries and keys of a block of scores that is computed or skipped as a whole
+
+
+def flex(qkv: Tensor, batch: PackedBatch, scores: ScoreInputs | None) -> Tensor:
+    """Return the attention output (total, heads, head_dim) of qkv (total, 3, heads, head_dim)."""
+    scores = scores or ScoreInputs(None, block_mask=document_mask(batch))
+    head_dim = qkv.shape[-1]
+    q, k, v = with_columns(qkv, scores.columns).permute(1, 2, 0, 3).unsqueeze(1)  # each (1, heads, total, head_dim)
+    attend: Any = compiled() if qkv.device.type == "cuda" else flex_attention
+    modify = bias_of(scores.bias, batch.positions) if isinstance(scores.bias, OffsetBias) else None
+    out = attend(q, k, v, score_mod=modify, block_mask=scores.block_mask, scale=head_dim**-0.5)
+    return out.squeeze(0).transpose(0, 1).narrow(-1, 0, head_dim)
+
+
+@functools.cache
+def compiled() -> Callable[..., Tensor]:
+    """Return flex_attention as compiled by torch. It is compiled at the first call for each kind of input."""
+    return torch.compile(flex_attention)
+
+
+def bias_of(bias: OffsetBias, positions: Tensor) -> Callable[..., Tensor]:
+    """Return the function that adds the bias to the score of one query and one key."""
+    values_HO, longest = bias.values_HO, bias.values_HO.shape[1] // 2
+    # a lambda, because torch cannot trace a function that jaxtyping checks (PROTLIG_TYPECHECK)
+    return lambda score, _, head, query, key: score + values_HO[head, positions[key] - positions[query] + longest]
+
+
+def document_mask(batch: PackedBatch) -> BlockMask:
+    """Return the mask of queries and keys of one sequence.
+
+    The blocks of scores that lie in a sequence follow from the sequences' bounds: those of a row are adjacent. So the
+    (total, total) mask is never computed, and the host does not wait for the device.
+    """
+    segment_ids, cu_seqlens, total = batch.segment_ids, batch.cu_seqlens, len(batch.tokens)
+    starts = torch.arange(0, total, BLOCK, device=segment_ids.device)
+    ends = (starts + BLOCK - 1).clamp(max=total - 1)
+    first = cu_seqlens.take(segment_ids.take(starts)) // BLOCK
+    last = (cu_seqlens.take(segment_ids.take(ends) + 1) - 1) // BLOCK
+    columns = torch.arange(len(starts), device=segment_ids.device, dtype=torch.int32)
+    indices = (first.unsqueeze(1) + columns).clamp(max=len(starts) - 1)
+    counts, indices = (last - first + 1).view(1, 1, -1), indices.view(1, 1, *indices.shape)
+    return BlockMask(
+        seq_lengths=(total, total),
+        kv_num_blocks=counts,
+        kv_indices=indices,
+        full_kv_num_blocks=None,
+        full_kv_indices=None,
+        q_num_blocks=counts,  # the mask is symmetric
+        q_indices=indices,
+        full_q_num_blocks=None,
+        full_q_indices=None,
+        BLOCK_SIZE=(BLOCK, BLOCK),
+        mask_mod=lambda _, head, query, key: segment_ids[query] == segment_ids[key],
+    )

@@ -1,0 +1,50 @@
+"""DIET with absolute positions: a low-rank bias of the scores (arXiv 2104.08698, DIET-ABS)."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from protlig_dd.batch import PackedBatch
+from protlig_dd.model.config import ModelConfig
+from protlig_dd.model.positions.base import PositionEncoding
+from protlig_dd.model.positions.biases import ProductBias
+
+RANK = 32  # of the bias of each head
+INIT_STD = 0.02
+
+
+class Diet(PositionEncoding):
+    """Adds p_i . p'_j to the scores, with two learned tables for each head. All blocks share them.
+
+    Raises:
+        ValueError: model.max_positions is not given. From `bias`: a sequence has more tokens than the tables have rows.
+    """
+
+    limited = True
+    columns = RANK
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        if config.max_positions is None:
+            raise ValueError(
+                "model.positions=diet has a table of positions: give its length, model.max_positions (tokens, <bos> "
+                "and <eos> included; training sets it to data.max_len + 2)"
+            )
+        self.n_heads = config.n_heads
+        self.queries, self.keys = (nn.Embedding(config.max_positions, config.n_heads * RANK) for _ in "qk")
+        for table in (self.queries, self.keys):
+            nn.init.normal_(table.weight, std=INIT_STD)
+
+    def bias(self, batch: PackedBatch) -> tuple[ProductBias]:
+        """Return the product of both tables."""
+        if batch.max_seqlen > (rows := self.queries.num_embeddings):
+            raise ValueError(
+                f"model.positions=diet has a table of {rows} positions (model.max_positions), but a sequence has "
+                f"{batch.max_seqlen} tokens (<bos> and <eos> included); use shorter sequences, or train with a larger "
+                "model.max_positions"
+            )
+        return (ProductBias(*(table.weight.view(-1, self.n_heads, RANK) for table in (self.queries, self.keys))),)
+
+    def flops(self, lengths: Sequence[int]) -> int:
+        """Return the multiply-adds of the plain sum. A kernel that appends columns instead computes more."""
+        return self.n_heads * RANK * sum(length**2 for length in lengths)

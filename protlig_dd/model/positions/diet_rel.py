@@ -1,0 +1,31 @@
+"""DIET with relative positions: a bias of the scores for each offset (arXiv 2104.08698, DIET-REL)."""
+
+import torch
+from torch import nn
+
+from protlig_dd.batch import PackedBatch
+from protlig_dd.model.config import ModelConfig
+from protlig_dd.model.positions.base import PositionEncoding
+from protlig_dd.model.positions.biases import OffsetBias
+
+CLIP = 128  # larger distances share the bias of this one; the clipping is this project's
+INIT_STD = 0.02
+
+
+class DietRelative(PositionEncoding):
+    """Adds a learned bias for each block, head and signed offset j - i, clipped to -128 .. 128."""
+
+    backends = ("flex", "sdpa")
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        tables = [nn.Embedding(2 * CLIP + 1, config.n_heads) for _ in range(config.n_blocks)]
+        for table in tables:
+            nn.init.normal_(table.weight, std=INIT_STD)
+        self.offsets = nn.ModuleList(tables)
+
+    def bias(self, batch: PackedBatch) -> tuple[OffsetBias, ...]:
+        """Return each block's bias of every offset in the pack's longest sequence."""
+        offsets = torch.arange(1 - batch.max_seqlen, batch.max_seqlen, device=batch.tokens.device)
+        rows = offsets.clamp(-CLIP, CLIP) + CLIP
+        return tuple(OffsetBias(table(rows).T) for table in self.offsets)

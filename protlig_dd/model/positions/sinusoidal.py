@@ -1,0 +1,38 @@
+"""Sinusoids of the position, added to the embedding (arXiv 1706.03762, section 3.5)."""
+
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor
+
+from protlig_dd.batch import PackedBatch
+from protlig_dd.model.config import ModelConfig
+from protlig_dd.model.positions.base import PositionEncoding
+
+BASE = 10000.0
+
+
+class Sinusoidal(PositionEncoding):
+    """Adds sin(i / 10000^(2 k / D)) to dimension 2 k and the cosine to dimension 2 k + 1, at position i."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        if config.hidden_size % 2:
+            raise ValueError(
+                f"model.positions={config.positions} pairs sines with cosines, so model.hidden_size must be even, got "
+                f"{config.hidden_size}"
+            )
+        self.hidden_size = config.hidden_size
+
+    def add(self, x: Float[Tensor, "total hidden"], batch: PackedBatch) -> Float[Tensor, "total hidden"]:
+        """Return the embeddings plus the sinusoids of each token's position."""
+        sin, cos = sinusoids(batch.positions.float(), self.hidden_size)
+        return x + torch.stack([sin, cos], dim=-1).flatten(1).to(x.dtype)
+
+
+def sinusoids(
+    positions: Float32[Tensor, " total"], width: int
+) -> tuple[Float32[Tensor, "total half"], Float32[Tensor, "total half"]]:
+    """Return sines and cosines of position / 10000^(2 k / width), each (total, width / 2)."""
+    exponent = torch.arange(0, width, 2, dtype=torch.float32, device=positions.device) / width
+    angle = torch.outer(positions, BASE**-exponent)
+    return angle.sin(), angle.cos()

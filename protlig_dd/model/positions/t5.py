@@ -1,0 +1,43 @@
+"""T5's relative position bias (arXiv 1910.10683, section 2.1), bidirectional."""
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor, nn
+
+from protlig_dd.batch import PackedBatch
+from protlig_dd.model.config import ModelConfig
+from protlig_dd.model.positions.base import PositionEncoding
+from protlig_dd.model.positions.biases import OffsetBias
+
+BUCKETS = 32
+EXACT = 8  # distances below it have a bucket of their own
+INIT_STD = 0.02
+
+
+class T5Relative(PositionEncoding):
+    """Adds a learned bias for each head and bucket of the offset j - i. All blocks share it."""
+
+    backends = ("flex", "sdpa")
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.buckets = nn.Embedding(BUCKETS, config.n_heads)
+        nn.init.normal_(self.buckets.weight, std=INIT_STD)
+
+    def bias(self, batch: PackedBatch) -> tuple[OffsetBias]:
+        """Return the bias of every offset in the pack's longest sequence."""
+        offsets = torch.arange(1 - batch.max_seqlen, batch.max_seqlen, device=batch.tokens.device)
+        return (OffsetBias(self.buckets(bucket_of(offsets)).T),)
+
+
+def bucket_of(offsets: Int64[Tensor, " offsets"]) -> Int64[Tensor, " offsets"]:
+    """Return the bucket, 0..31, of each offset j - i of key j from query i.
+
+    Keys after the query have buckets 16..31. Distances n below 8 have a bucket each; the larger ones share buckets
+    whose bounds grow by factors of sqrt(2), 8 * 2^(k / 2). The last bucket has all from 91. Computed with whole
+    numbers (n^2 >= 64 * 2^k), because a logarithm may fall on the wrong side of a bound.
+    """
+    n = offsets.abs()
+    bounds = EXACT**2 * 2 ** torch.arange(1, BUCKETS // 2 - EXACT, device=offsets.device)
+    shared = EXACT + (n.square().unsqueeze(1) >= bounds).sum(-1)
+    return BUCKETS // 2 * (offsets > 0) + torch.where(n < EXACT, n, shared)

@@ -1,0 +1,433 @@
+"""Every kind of position encoding: its formula, its backends, and that it works wherever the network is used."""
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from transformers.models.t5.modeling_t5 import T5Attention
+
+from protlig_dd.batch import PackedBatch, StaticShape
+from protlig_dd.model.config import ModelConfig
+from protlig_dd.model.dit import DiT
+from protlig_dd.model.mixers import attention
+from protlig_dd.model.mixers.attention import resolve_attention_backend, varlen_attention
+from protlig_dd.model.mixers.flex import document_mask, flex
+from protlig_dd.model.mixers.scores import ScoreInputs, prepare_scores, with_columns
+from protlig_dd.model.positions import POSITIONS
+from protlig_dd.model.positions.alibi import slopes_of
+from protlig_dd.model.positions.base import PositionEncoding
+from protlig_dd.model.positions.biases import ProductBias
+from protlig_dd.model.positions.diet import RANK
+from protlig_dd.model.positions.diet_rel import CLIP
+from protlig_dd.model.positions.t5 import bucket_of
+
+from .conftest import SMALL_MODEL, make_model, raises_value_error, random_batch
+
+LONGEST = 160  # tokens; longer than diet_rel's clip
+KINDS = sorted(POSITIONS)
+BIASED = [name for name in KINDS if "torch_varlen" not in POSITIONS[name].backends] + ["diet"]
+
+
+def options_of(kind: str, **options: Any) -> dict[str, Any]:
+    """Return the keys of `model` that choose this kind."""
+    return {"positions": kind, **({"max_positions": LONGEST} if POSITIONS[kind].limited else {}), **options}
+
+
+def encoding_of(kind: str, **options: Any) -> PositionEncoding:
+    """Return an encoding with random parameters."""
+    torch.manual_seed(0)
+    encoding = POSITIONS[kind](ModelConfig(**SMALL_MODEL | options_of(kind, **options)))
+    for parameter in encoding.parameters():
+        nn.init.normal_(parameter)
+    return encoding
+
+
+def bias_by_formula(kind: str, encoding: PositionEncoding, block: int, length: int) -> torch.Tensor | None:
+    """Return the bias (heads, length, length) of a block, entry by entry; None for a kind without one."""
+    w = {name: parameter.detach().double() for name, parameter in encoding.named_parameters()}
+    heads, bias = 4, torch.zeros(4, length, length, dtype=torch.float64)
+    for h, i, j in itertools.product(range(heads), range(length), range(length)):
+        match kind:
+            case "t5":
+                n = abs(j - i)
+                bucket = n if n < 8 else min(15, 8 + math.floor(8 * math.log(n / 8) / math.log(16) + 1e-9))
+                bias[h, i, j] = w["buckets.weight"][16 * (j > i) + bucket, h]
+            case "diet_rel":
+                bias[h, i, j] = w[f"offsets.{block}.weight"][max(-CLIP, min(CLIP, j - i)) + CLIP, h]
+            case "diet":
+                p, p_prime = (w[f"{name}.weight"].view(-1, heads, RANK) for name in ("queries", "keys"))
+                bias[h, i, j] = p[i, h] @ p_prime[j, h]
+            case "alibi":
+                bias[h, i, j] = -(2.0 ** (-8 * (h + 1) / heads)) * abs(j - i)
+            case _:
+                return None
+    return bias
+
+
+def attention_by_formula(qkv: torch.Tensor, batch: PackedBatch, kind: str, encoding: PositionEncoding) -> torch.Tensor:
+    """Return the attention output of the second block, one sequence at a time, in float64."""
+    out = []
+    for part in batch.unpack(qkv.double()):
+        q, k, v = part.permute(1, 2, 0, 3)
+        bias = bias_by_formula(kind, encoding, 1, len(part))
+        scores = q @ k.mT / q.shape[-1] ** 0.5 + (0.0 if bias is None else bias)
+        out.append((scores.softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(out)
+
+
+QKV = torch.randn(52, 3, 4, 16, generator=torch.Generator().manual_seed(3))
+BATCH = random_batch([7, 1, 30, 14])
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("kind", BIASED)
+def test_attention_adds_the_bias_of_the_formula_in_every_backend(kind: str) -> None:
+    """flex runs uncompiled here, and the kernels that append columns are replaced by plain attention."""
+    encoding = encoding_of(kind, hidden_size=64)
+    expected = attention_by_formula(QKV, BATCH, kind, encoding)
+    scores = prepare_scores(encoding, BATCH, "sdpa", 2)[1]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            varlen_attention(QKV, BATCH, "sdpa", scores).double(), expected, rtol=1e-5, atol=1e-5
+        )
+        in_flex = flex(QKV, BATCH, prepare_scores(encoding, BATCH, "flex", 2)[1])
+        torch.testing.assert_close(in_flex.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_diet_by_appended_columns_equals_the_plain_sum() -> None:
+    encoding = encoding_of("diet", hidden_size=64)
+    scores = prepare_scores(encoding, BATCH, "torch_varlen", 2)[1]
+    assert scores is not None
+    wide = with_columns(QKV, scores.columns)
+    assert wide.shape == (52, 3, 4, 16 + RANK)
+    same_sequence = BATCH.segment_ids[:, None] == BATCH.segment_ids
+    q, k, v = wide.permute(1, 2, 0, 3)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=same_sequence, scale=16**-0.5).transpose(0, 1)
+    expected = varlen_attention(QKV, BATCH, "sdpa", prepare_scores(encoding, BATCH, "sdpa", 2)[1])
+    torch.testing.assert_close(out[..., :16], expected, rtol=1e-5, atol=1e-5)
+    assert not out[..., 16:].any()
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=9))
+def test_the_mask_of_flex_has_every_block_with_scores_of_one_sequence_and_no_other(lengths: list[int]) -> None:
+    batch = random_batch(lengths)
+    same_sequence = batch.segment_ids[:, None] == batch.segment_ids
+    total, blocks = len(batch.tokens), -(-len(batch.tokens) // 128)
+    spare = 128 * blocks - total
+    padded = F.pad(same_sequence, (0, spare, 0, spare)).view(blocks, 128, blocks, 128)
+    mask = document_mask(batch)
+    assert torch.equal(mask.to_dense()[0, 0].bool(), padded.any(dim=3).any(dim=1))
+    transposed = BlockMask.from_kv_blocks(mask.kv_num_blocks, mask.kv_indices)
+    assert torch.equal(mask.q_num_blocks, transposed.q_num_blocks)
+    for row, count in enumerate(mask.q_num_blocks[0, 0].tolist()):
+        assert torch.equal(mask.q_indices[0, 0, row, :count], transposed.q_indices[0, 0, row, :count])
+
+
+@settings(max_examples=3)
+@pytest.mark.parametrize("kind", KINDS)
+@given(st.lists(st.integers(1, 150), min_size=1, max_size=5), st.integers(0, 99))
+def test_a_sequence_alone_gives_the_logits_and_gradients_that_it_has_in_a_pack(
+    kind: str, lengths: list[int], seed: int
+) -> None:
+    model = make_model(**options_of(kind))
+    batch = random_batch(lengths, seed)
+    sigma = torch.rand(len(lengths), generator=torch.Generator().manual_seed(seed)) * 5
+    packed = model(batch, sigma)
+    separate = torch.cat(
+        [model(PackedBatch.pack([tokens]), sigma[i : i + 1]) for i, tokens in enumerate(batch.unpack(batch.tokens))]
+    )
+    torch.testing.assert_close(packed, separate, rtol=1e-5, atol=1e-5)
+    parameters = list(model.parameters())
+    gradients = (torch.autograd.grad(F.cross_entropy(out, batch.tokens), parameters) for out in (packed, separate))
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "none"])
+def test_the_order_of_residues_matters_only_with_positions(kind: str) -> None:
+    batch, sigma = random_batch([30]), torch.ones(1)
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(0))
+    shuffled = batch.with_tokens(batch.tokens[order])
+    model, plain = make_model(**options_of(kind)), make_model(positions="none")
+    torch.testing.assert_close(plain(shuffled, sigma), plain(batch, sigma)[order], rtol=1e-5, atol=1e-5)
+    assert (model(shuffled, sigma) - model(batch, sigma)[order]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_parameter_of_an_encoding_gets_a_gradient(kind: str) -> None:
+    """DistributedDataParallel waits for the gradient of every parameter."""
+    model = make_model(**options_of(kind))
+    F.cross_entropy(model(random_batch([150]), torch.ones(1)), random_batch([150]).tokens).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.any(), name
+
+
+class RecordsDevices(FakeTensorMode):
+    """Records the devices of the tensors that operations return."""
+
+    devices: set[str]
+
+    def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().dispatch(func, types, args, kwargs)
+        self.devices |= {leaf.device.type for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)}
+        return out
+
+
+def kinds_and_backends() -> Iterator[tuple[str, str]]:
+    for kind in KINDS:
+        yield from ((kind, backend) for backend in POSITIONS[kind].backends if backend != "flash_attn")
+
+
+@pytest.mark.parametrize(("kind", "backend"), list(kinds_and_backends()))
+def test_no_tensor_of_a_network_on_cuda_is_on_the_cpu(kind: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Triton cannot run on fake tensors
+    monkeypatch.setattr("protlig_dd.model.mixers.flex.compiled", lambda: lambda q, k, v, **options: torch.empty_like(v))
+    dtype = torch.float32 if backend == "sdpa" else torch.bfloat16
+    with RecordsDevices() as mode, torch.no_grad():
+        mode.devices = set()
+        # build on the fake CPU and move by hand: initialisers and Module.to need a CUDA build of torch
+        config = ModelConfig(**SMALL_MODEL | options_of(kind, hidden_size=64, tie_weights=True))
+        model = DiT(config, backend)
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(parameter.to("cuda:0", dtype)))
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to("cuda:0"))
+        model.sigma_embedding.mlp.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(dtype),))
+        batch, sigma = random_batch([7, 140]).to("cuda:0"), torch.ones(2).to("cuda:0")
+        assert {tensor.device.type for tensor in model.state_dict().values()} == {"cuda"}
+        mode.devices = set()
+        out = model(batch, sigma)
+    assert mode.devices == {"cuda"}
+    assert out.shape == (147, 20)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("options", [{"mlp": "geglu"}, {"tie_weights": True}], ids=str)
+def test_flops_of_every_kind_equal_the_count_of_torch(kind: str, options: dict[str, Any]) -> None:
+    model, lengths = make_model(**options_of(kind, **options)), [7, 150, 12]
+    # torch does not count the CPU's fused attention kernel
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        model(random_batch(lengths), torch.ones(3))
+    assert model.flops(lengths) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpointing_and_padded_packs_give_the_same_gradients(kind: str) -> None:
+    batch, sigma, found = random_batch([7, 150, 12]), torch.rand(3), []
+    for checkpointing, padded in ((False, False), (True, False), (False, True)):
+        model = make_model(**options_of(kind, checkpointing=checkpointing)).train()
+        if padded:
+            model.pad_packs(StaticShape(256, 8, LONGEST))
+        loss = F.cross_entropy(model(batch, sigma), batch.tokens)
+        found.append(torch.autograd.grad(loss, list(model.parameters())))
+    plain, checkpointed, of_padded = found
+    for name, a, b, c in zip(dict(model.named_parameters()), plain, checkpointed, of_padded, strict=True):
+        assert torch.equal(a, b), name
+        torch.testing.assert_close(a, c, rtol=1e-4, atol=1e-5)
+
+
+def test_t5_has_the_buckets_of_transformers() -> None:
+    offsets = torch.arange(-5000, 5001)
+    expected = T5Attention._relative_position_bucket(offsets, bidirectional=True, num_buckets=32, max_distance=128)
+    assert torch.equal(bucket_of(offsets), expected)
+    assert 16 not in bucket_of(offsets)
+    first = [int((bucket_of(-offsets[5000:]) == bucket).nonzero()[0]) for bucket in range(8, 16)]
+    assert first == [8, 12, 16, 23, 32, 46, 64, 91]
+
+
+def test_alibi_has_the_slopes_of_the_paper() -> None:
+    assert slopes_of(8) == [1 / 2**head for head in range(1, 9)]
+    assert slopes_of(16) == pytest.approx([2 ** (-head / 2) for head in range(1, 17)])
+    assert slopes_of(12) == pytest.approx([*slopes_of(8), *[2 ** (-head / 2) for head in (1, 3, 5, 7)]])
+    assert slopes_of(20) == pytest.approx([*slopes_of(16), *[2 ** (-head / 4) for head in (1, 3, 5, 7)]])
+    assert slopes_of(1) == [2**-8]
+
+
+def test_adaptive_equals_sinusoidal_before_training() -> None:
+    batch = random_batch([40, 9])
+    embedded = torch.randn(49, 32, generator=torch.Generator().manual_seed(1))
+    config = ModelConfig(**SMALL_MODEL)
+    plain, adaptive = (POSITIONS[kind](config) for kind in ("sinusoidal", "adaptive"))
+    assert torch.equal(adaptive.add(embedded, batch), plain.add(embedded, batch))
+    added = (plain.add(embedded, batch) - embedded).double()
+    for token, (i, k) in itertools.product((0, 17, 39, 43), enumerate(range(0, 32, 2))):
+        angle = int(batch.positions[token]) / 10000 ** (k / 32)
+        assert float(added[token, 2 * i]) == pytest.approx(math.sin(angle), abs=1e-5)
+        assert float(added[token, 2 * i + 1]) == pytest.approx(math.cos(angle), abs=1e-5)
+
+
+def test_adaptive_weights_positions_frequencies_and_tokens() -> None:
+    encoding, batch = encoding_of("adaptive"), random_batch([12])
+    scale, gain, token_gain = (parameter.detach().double() for parameter in encoding.parameters())
+    added = encoding.add(torch.zeros(12, 32), batch).detach().double().view(12, 16, 2)
+    for token, k in itertools.product(range(12), range(16)):
+        angle = float(scale) * token / 10000 ** (2 * k / 32)
+        weight = float(token_gain[batch.tokens[token], 0] * gain[k])
+        expected = [weight * math.sin(angle), weight * math.cos(angle)]
+        assert added[token, k].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"positions": "diet"}, "model.positions=diet has a table of positions: give its length, model.max_positions"),
+        ({"positions": "diet", "max_positions": 0}, "model.max_positions must be at least 1, got 0"),
+        ({"max_positions": 30}, "max_positions=30 has no effect with model.positions=rope, .*from diet"),
+        ({"positions": "sinusoidal", "hidden_size": 33, "n_heads": 3}, "hidden_size must be even, got 33"),
+        ({"positions": "rope", "hidden_size": 33, "n_heads": 3}, "gives head_dim 11: .* must be even, got 11"),
+        ({"positions": "rpe"}, "model.positions=rpe: choose from rope, sinusoidal, t5, diet, diet_rel, alibi"),
+    ],
+)
+def test_dimensions_that_a_kind_cannot_encode_are_rejected(options: dict[str, Any], message: str) -> None:
+    with raises_value_error(message):
+        make_model(**options)
+
+
+@pytest.mark.parametrize("kind", ["t5", "diet", "diet_rel", "alibi", "none"])
+def test_kinds_without_pairs_of_dimensions_take_an_odd_head_dim(kind: str) -> None:
+    model = make_model(**options_of(kind, hidden_size=33, n_heads=3))
+    assert model(random_batch([5]), torch.ones(1)).shape == (5, 20)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if POSITIONS[kind].limited])
+def test_a_sequence_beyond_the_table_is_rejected_with_both_numbers(kind: str) -> None:
+    model = make_model(**options_of(kind))
+    assert model(random_batch([LONGEST]), torch.ones(1)).shape == (LONGEST, 20)
+    with raises_value_error(f"a table of {LONGEST} positions .*, but a sequence has {LONGEST + 1} tokens"):
+        model(random_batch([3, LONGEST + 1]), torch.ones(2))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if not POSITIONS[kind].limited])
+def test_kinds_without_a_table_take_sequences_of_any_length(kind: str) -> None:
+    model = make_model(**options_of(kind))
+    assert torch.isfinite(model(random_batch([1500]), torch.ones(1))).all()
+
+
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_backend_that_cannot_compute_a_kind_is_rejected_by_name(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "missing_to_compile", lambda device: None)
+    monkeypatch.setattr(attention, "has_flash_attn", lambda: True)
+    able = POSITIONS[kind].backends
+    for backend in ("flash_attn", "torch_varlen", "flex", "sdpa"):
+        config = ModelConfig(**SMALL_MODEL | options_of(kind, hidden_size=64))
+        if backend in able:
+            assert resolve_attention_backend(backend, CUDA, "bf16", 16, kind) == backend
+            assert DiT(config, backend).attention_backend == backend
+            continue
+        message = (
+            f"model.attention_backend={backend} cannot add the bias of model.positions={kind} .*; use .*flex, sdpa"
+        )
+        with raises_value_error(message):
+            resolve_attention_backend(backend, CUDA, "bf16", 16, kind)
+        with raises_value_error(message):
+            DiT(config, backend)
+
+
+def test_auto_selects_a_backend_that_can_compute_the_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "missing_to_compile", lambda device: None)
+    for flash, varlen, alibi in ((True, "flash_attn", "flash_attn"), (False, "torch_varlen", "flex")):
+        monkeypatch.setattr(attention, "has_flash_attn", lambda flash=flash: flash)
+        chosen = {kind: resolve_attention_backend("auto", CUDA, "bf16", 64, kind) for kind in KINDS}
+        expected = dict.fromkeys(KINDS, varlen) | {"t5": "flex", "diet_rel": "flex", "alibi": alibi}
+        assert chosen == expected
+    for device, precision in ((torch.device("cpu"), "bf16"), (CUDA, "fp32")):
+        assert {resolve_attention_backend("auto", device, precision, 64, kind) for kind in KINDS} == {"sdpa"}
+    assert resolve_attention_backend("auto", CUDA, "bf16", 20) == "sdpa"  # flex is only for biases
+    assert resolve_attention_backend("auto", CUDA, "bf16", 8, "t5") == "sdpa"
+    assert resolve_attention_backend("auto", CUDA, "bf16", 240, "diet") == "sdpa"
+    monkeypatch.setattr(attention, "missing_to_compile", lambda device: "a C compiler (gcc)")
+    assert resolve_attention_backend("auto", CUDA, "bf16", 64, "t5") == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("backend", "head_dim", "kind", "message"),
+    [
+        ("flex", 8, "t5", "attention_backend=flex needs a head_dim of at least 16, got 8; use sdpa or auto"),
+        ("torch_varlen", 240, "diet", r"8, 16, ... or 256, got 240 \+ 32 of the position encoding; use sdpa or auto"),
+        ("flex", 64, "t5", r"flex is compiled by torch, which needs a C compiler \(gcc\); install it, or use sdpa"),
+    ],
+)
+def test_an_explicit_backend_that_cannot_run_is_an_error(
+    backend: str, head_dim: int, kind: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "missing_to_compile", lambda device: "a C compiler (gcc)")
+    with raises_value_error(message):
+        resolve_attention_backend(backend, CUDA, "bf16", head_dim, kind)
+    with raises_value_error(f"model.attention_backend={backend} runs on CUDA, but the device is cpu; use sdpa or auto"):
+        resolve_attention_backend(backend, torch.device("cpu"), "bf16", head_dim, kind)
+
+
+def test_a_kernel_never_drops_a_bias_that_it_cannot_add() -> None:
+    with FakeTensorMode():
+        batch = random_batch([7, 1, 30, 14]).to("cuda:0")
+        qkv = torch.zeros(52, 3, 4, 16, dtype=torch.bfloat16, device="cuda:0")
+        for kind, backend in (("t5", "flash_attn"), ("t5", "torch_varlen"), ("alibi", "torch_varlen")):
+            (bias,) = encoding_of(kind).bias(random_batch([30]))
+            with raises_value_error(
+                f"attention backend {backend} cannot add this bias to the scores; use flex or sdpa"
+            ):
+                varlen_attention(qkv, batch, backend, ScoreInputs(bias))
+    with raises_value_error("attention backend flex runs on CUDA, but qkv is on cpu; use sdpa"):
+        varlen_attention(QKV, BATCH, "flex")
+
+
+def test_flex_cannot_be_recorded_as_a_cuda_graph() -> None:
+    model = DiT(ModelConfig(**SMALL_MODEL | options_of("t5", hidden_size=64)), "flex")
+    model.pad_packs(StaticShape(128, 8, 40))
+    with raises_value_error(
+        "flex builds a mask for each pack, so it cannot be recorded .*use flash_attn or torch_varlen"
+    ):
+        model.capture(torch.bfloat16)
+
+
+def gpu_backends() -> Iterator[tuple[str, str]]:
+    for kind in BIASED:
+        yield from ((kind, backend) for backend in POSITIONS[kind].backends if backend != "sdpa")
+    yield "rope", "flex"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("kind", "backend"), list(gpu_backends()))
+def test_biases_and_their_gradients_on_cuda_equal_those_of_sdpa(kind: str, backend: str) -> None:
+    if backend == "flash_attn" and not attention.has_flash_attn():
+        pytest.skip("flash-attn is not installed")
+    batch = random_batch([3, 150, 129]).to("cuda")
+    found = []
+    for name in (backend, "sdpa"):
+        encoding = encoding_of(kind, hidden_size=128, max_positions=LONGEST if kind == "diet" else None).to("cuda")
+        qkv = torch.randn(282, 3, 4, 32, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+        qkv = qkv.to(torch.bfloat16).requires_grad_()
+        out = varlen_attention(qkv, batch, name, prepare_scores(encoding, batch, name, 2)[1])
+        out.float().square().sum().backward()
+        gradients = [p.grad.flatten().float() for p in encoding.parameters() if p.grad is not None]
+        found.append((out, qkv.grad, torch.cat(gradients) if gradients else None))
+    (out, grad, table), (expected, expected_grad, expected_table) = found
+    assert torch.allclose(out, expected, atol=3e-2)
+    assert (grad - expected_grad).norm() < 0.02 * expected_grad.norm()
+    if table is not None:
+        assert (table - expected_table).norm() < 0.02 * expected_table.norm()
+
+
+def test_a_product_bias_is_the_product_of_its_tables() -> None:
+    q, k = (torch.from_numpy(np.random.default_rng(i).standard_normal((9, 2, 3))) for i in range(2))
+    found = ProductBias(q, k).matrix(5)
+    assert torch.allclose(found[1, 3, 4], q[3, 1] @ k[4, 1])
+    assert found.shape == (2, 5, 5)
