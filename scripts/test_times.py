@@ -83,6 +83,11 @@ GROUPS = (
         ("test_mixers", "test_ttt"),
     ),
     Group(
+        "kinds of networks",
+        "position encodings by their formulas and on every backend; every kind is trained, exported and used",
+        ("test_positions", "test_kinds_of_networks"),
+    ),
+    Group(
         "data",
         "FASTA to store: every fault is a one-line error, any flipped bit is detected, a kill leaves no partial store",
         ("test_fasta", "test_encode", "test_tokenizer", "test_build", "test_store", "test_prepare", "test_download"),
