@@ -366,7 +366,9 @@ def test_padded_packs_give_the_same_logits_and_gradients(mixer: str) -> None:
         assert torch.allclose(gradient, expected_gradient, atol=1e-5)
     larger = random_batch([30] * 5)
     assert model(larger, torch.rand(5)).shape == (150, 20)  # does not fit the static shape: computed without padding
-    message = "sdpa reads lengths on the host" if mixer == "attention" else "model.mixers contains a mixer that reads"
+    message = (
+        "sdpa reads lengths on the host" if mixer == "attention" else f"model.mixers has {mixer}, which reads lengths"
+    )
     with raises_value_error(message):
         model.capture(None)
 

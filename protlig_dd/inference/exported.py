@@ -99,6 +99,8 @@ def vocabulary() -> dict[str, Any]:
 def model_card(description: Mapping[str, Any]) -> str:
     """Return README.md: what the model is, its evaluation and how to load it. The user has to choose a licence."""
     model, training = description["model"], description["training"]
+    mixers = model.get("mixers", [])  # left out if all are attention
+    named = f", mixers {mixers if isinstance(mixers, str) else ', '.join(mixers)}" if mixers else ""
     graph = " ".join(str(description["graph"][key]) for key in ("name", "matrix") if key in description["graph"])
     lines = [
         "---",
@@ -112,7 +114,7 @@ def model_card(description: Mapping[str, Any]) -> str:
         "",
         "| | |",
         "| --- | --- |",
-        f"| network | {model['n_blocks']} blocks, width {model['hidden_size']}, {model['n_heads']} heads |",
+        f"| network | {model['n_blocks']} blocks, width {model['hidden_size']}, {model['n_heads']} heads{named} |",
         f"| graph | {graph}, {description['parametrisation']}, "
         f"{'with' if description['time_conditioning'] else 'without'} time conditioning |",
         f"| noise | {description['noise']['name']} |",

@@ -23,7 +23,7 @@ from protlig_dd.model.conditioning import SigmaEmbedding
 from protlig_dd.model.config import MLPS, NORMS, ModelConfig
 from protlig_dd.model.cuda_graph import capture
 from protlig_dd.model.layers import EMBEDDING_STD, Head
-from protlig_dd.model.mixers import mixers_of_blocks
+from protlig_dd.model.mixers import MIXERS, mixers_of_blocks
 from protlig_dd.model.mixers.attention import GRAPHABLE
 from protlig_dd.model.mixers.scores import prepare_scores
 from protlig_dd.model.positions import POSITIONS
@@ -60,6 +60,7 @@ class DiT(nn.Module):
             Block(config, mixer, attention_backend, self.positions, time_conditioning=time_conditioning)
             for mixer in mixers_of_blocks(config)
         )
+        self.uncapturable = sorted({name for name in mixers_of_blocks(config) if not MIXERS[name].capturable})
         cond_dim = config.cond_dim if time_conditioning else None
         self.head = Head(config.hidden_size, cond_dim, config.norm, tied=config.tie_weights)
         nn.init.normal_(self.embedding.weight, std=EMBEDDING_STD)
@@ -164,9 +165,9 @@ class DiT(nn.Module):
                 mask of the pack is computed anew for each pack; or a mixer reads the lengths.
         """
         assert self.shape is not None
-        if not self.capturable:
+        if self.uncapturable:
             raise ValueError(
-                "model.mixers contains a mixer that reads lengths on the host (ttt_linear, ttt_mlp), so the network "
+                f"model.mixers has {', '.join(self.uncapturable)}, which reads lengths on the host, so the network "
                 "cannot be recorded as a CUDA graph; use model.mixers=attention or trainer.compile=false"
             )
         if self.attention_backend not in GRAPHABLE:
@@ -178,11 +179,6 @@ class DiT(nn.Module):
         blank = PackedBatch.pack([torch.full((self.shape.longest,), PAD)]).to(self.embedding.weight.device)
         # not registered as a submodule, because it contains this model
         self.__dict__["graphed"] = capture(self, self.network, blank.padded_to(self.shape), autocast)
-
-    @property
-    def capturable(self) -> bool:
-        """Whether `capture` supports the mixers of all blocks."""
-        return all(block.mixer.capturable for block in cast(Iterable[Block], self.blocks))
 
     def flops(self, lengths: Sequence[int]) -> int:
         """Return the FLOPs of the matrix products in one forward pass over sequences of these lengths (tokens).

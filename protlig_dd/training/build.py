@@ -140,7 +140,7 @@ def prepare_kernels(model: DiT, packs: PackDataset, config: TrainConfig, context
     tokens = config.data.tokens_per_pack
     model.pad_packs(StaticShape(tokens, sequence_slots(tokens, packs.mean_tokens), config.data.max_len + 2))
     # CUDA graphs can replay neither recomputation, which sets the random state, nor what needs lengths on the host
-    if not config.model.checkpointing and context.attention_backend in GRAPHABLE and model.capturable:
+    if not config.model.checkpointing and context.attention_backend in GRAPHABLE and not model.uncapturable:
         model.capture(context.autocast)
 
 
