@@ -27,10 +27,9 @@ from protlig_dd.inference.exported import EXPORTED, write_exported
 from protlig_dd.inference.hooks import hooks
 from protlig_dd.inference.inspect import analysis, attention
 from protlig_dd.model.block import Block
-from protlig_dd.model.config import ModelConfig
 from protlig_dd.model.dit import DiT
 from protlig_dd.model.mixers import attention as kernels
-from protlig_dd.model.mixers.base import Mixer
+from protlig_dd.model.mixers.scores import ScoreInputs
 from protlig_dd.model.positions import POSITIONS
 from protlig_dd.tokenizer import ProteinTokenizer
 
@@ -40,7 +39,10 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "time-free": {"time_conditioning": False},
     "conditioned": {},
     "qk_norm": {"qk_norm": True, "norm": "rms"},
-    **{f"positions={name}": {"positions": name} for name in POSITIONS},
+    **{
+        f"positions={name}": {"positions": name, "max_positions": 200 if kind.limited else None}
+        for name, kind in POSITIONS.items()
+    },
 }
 NOISE = LogLinearNoise()
 
@@ -70,8 +72,8 @@ def spied_kernel() -> Iterator[list[tuple[Tensor, Tensor]]]:
     calls: list[tuple[Tensor, Tensor]] = []
     kernel = kernels._BACKENDS["sdpa"]
 
-    def spy(qkv: Tensor, batch: PackedBatch) -> Tensor:
-        calls.append((qkv, kernel(qkv, batch)))
+    def spy(qkv: Tensor, batch: PackedBatch, scores: ScoreInputs | None) -> Tensor:
+        calls.append((qkv, kernel(qkv, batch, scores)))
         return calls[-1][1]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -123,25 +125,9 @@ def test_blocks_and_heads_are_returned_in_the_order_of_the_request(sequences: li
     assert torch.equal(first, everything[:1])
 
 
-class Averaging(Mixer):
-    """Gives each token the mean of its sequence."""
-
-    def project(self, x: Tensor, positions: nn.Module, *tables: Tensor) -> Tensor:
-        return x
-
-    def mix(self, projected: Tensor, batch: PackedBatch) -> Tensor:
-        return torch.cat([part.mean(0, keepdim=True).expand_as(part) for part in batch.unpack(projected)])
-
-    def out(self, mixed: Tensor) -> Tensor:
-        return mixed
-
-
 def test_a_block_without_attention_is_an_error_only_if_it_is_chosen(sequences: list[str]) -> None:
-    model = make_model(n_blocks=3)
-    config = ModelConfig(32, 4, 3, 16, 0.0, "sdpa", "layer", "gelu", False, False)
-    model.blocks[1].__dict__["mixer"] = Averaging(config, "sdpa")
-    score_fn = score_fn_of(model)
-    with pytest.raises(ValueError, match="^block 1 has no attention weights: its mixer is Averaging$"):
+    score_fn = score_fn_of(make_model(n_blocks=3, mixers=["attention", "ttt_linear", "attention"]))
+    with pytest.raises(ValueError, match="^block 1 has no attention weights: its mixer is TTTLinear$"):
         attention(score_fn, sequences, max_len=200)
     (weights,) = attention(score_fn, sequences[:1], blocks=[0, 2], max_len=200)
     assert (weights.sum(-1) - 1).abs().max() < 1e-5
@@ -235,7 +221,8 @@ def test_a_hook_may_replace_an_output(sequences: list[str]) -> None:
     with hooks(model, {"blocks.1": lambda output: x_TH}):
         replaced = model(batch, torch.ones(1))
     assert model.sigma_embedding is not None
-    expected = model.head(x_TH, model.sigma_embedding(torch.ones(1)), batch.segment_ids)
+    cond_nC = model.sigma_embedding(torch.ones(1))
+    expected = model.head(x_TH, cond_nC, batch.segment_ids, model.embedding.weight)
     assert torch.equal(replaced, expected)
     assert not torch.equal(replaced, model(batch, torch.ones(1)))
     with hooks(model, {"blocks.0.attention_out": torch.zeros_like, "blocks.1.attention_out": torch.zeros_like}):

@@ -17,6 +17,9 @@ from protlig_dd.inference.sequences import FREE, check_list, encode_with_free
 from protlig_dd.model.block import Block
 from protlig_dd.model.dit import DiT
 from protlig_dd.model.mixers.attention import Attention
+from protlig_dd.model.mixers.scores import ScoreInputs
+from protlig_dd.model.positions.base import PositionEncoding
+from protlig_dd.model.positions.biases import ScoreBias
 
 
 def attention(
@@ -88,9 +91,12 @@ def recording(network: DiT, number: int, heads: Sequence[int], weights: dict[int
     assert isinstance(block, Block)
     mix: Callable[..., Tensor] = block.mixer.mix
 
-    def record(projected: Tensor, batch: PackedBatch, *others: Tensor) -> Tensor:
-        weights[number] = attention_weights(block, projected, batch, heads).cpu()
-        return mix(projected, batch, *others)
+    def record(
+        projected: Tensor, batch: PackedBatch, *others: PositionEncoding | Tensor, scores: ScoreInputs | None = None
+    ) -> Tensor:
+        bias = None if scores is None else scores.bias
+        weights[number] = attention_weights(projected, bias, heads).cpu()
+        return mix(projected, batch, *others, scores=scores)
 
     block.mixer.__dict__["mix"] = record  # hides the method of the class
     try:
@@ -100,17 +106,19 @@ def recording(network: DiT, number: int, heads: Sequence[int], weights: dict[int
 
 
 def attention_weights(
-    block: Block, projected: Float[Tensor, "tokens 3 all_heads head_dim"], batch: PackedBatch, heads: Sequence[int]
+    projected: Float[Tensor, "tokens 3 all_heads head_dim"], bias: ScoreBias | None, heads: Sequence[int]
 ) -> Float32[Tensor, "heads tokens tokens"]:
-    """Return softmax(q k^T / sqrt(head_dim)) of some heads in float32, for a pack of one sequence.
+    """Return softmax(q k^T / sqrt(head_dim) + bias) of some heads in float32, for a pack of one sequence.
 
     Args:
         projected: the queries, keys and values that the block's mixer has computed (`Mixer.project`).
+        bias: what the position encoding adds to the scores, if anything.
     """
     q, k, _ = projected[:, :, list(heads)].float().unbind(1)
     with torch.autocast(projected.device.type, enabled=False):
         scores = torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5
-        # if block.positions had a bias on the scores of this batch, it would be added here
+        if bias is not None:
+            scores = scores + bias.matrix(len(q))[list(heads)].float()
         return scores.softmax(-1)
 
 
