@@ -11,10 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.t5.modeling_t5 import T5Attention
@@ -396,6 +397,23 @@ def test_flex_cannot_be_recorded_as_a_cuda_graph() -> None:
         "flex builds a mask for each pack, so it cannot be recorded .*use flash_attn or torch_varlen"
     ):
         model.capture(torch.bfloat16)
+
+
+def test_flex_is_not_compiled_anew_for_every_shape_of_a_pack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Count the graphs that torch traces, without generating code for them."""
+    torch._dynamo.reset()
+    traced = torch.compile(flex_attention, fullgraph=True, backend="eager")
+    monkeypatch.setattr("protlig_dd.model.mixers.flex.flex_attention", traced)
+    encoding, graphs, before = encoding_of("t5", hidden_size=64), [], counters["stats"]["unique_graphs"]
+    for lengths in ([7, 14], [100, 60, 9], [33, 2], [150, 150, 150], [3], [44, 45]):
+        batch = random_batch(lengths)
+        qkv = torch.randn(sum(lengths), 3, 4, 16, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            found = flex(qkv, batch, prepare_scores(encoding, batch, "flex", 1)[0])
+            expected = varlen_attention(qkv, batch, "sdpa", prepare_scores(encoding, batch, "sdpa", 1)[0])
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        graphs.append(counters["stats"]["unique_graphs"] - before)
+    assert 1 <= graphs[0] <= graphs[2] == graphs[-1]
 
 
 def gpu_backends() -> Iterator[tuple[str, str]]:

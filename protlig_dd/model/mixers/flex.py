@@ -32,15 +32,21 @@ def flex(qkv: Tensor, batch: PackedBatch, scores: ScoreInputs | None) -> Tensor:
 
 @functools.cache
 def compiled() -> Callable[..., Tensor]:
-    """Return flex_attention as compiled by torch. It is compiled at the first call for each kind of input."""
-    return torch.compile(flex_attention)
+    """Return flex_attention as compiled by torch: at the first call, and when a size differs for the first time.
+
+    After that one kernel serves packs of all shapes. With `fullgraph`, torch raises where it would otherwise continue
+    with the uncompiled function, which stores all scores of the pack.
+    """
+    return torch.compile(flex_attention, fullgraph=True)
 
 
 def bias_of(bias: OffsetBias, positions: Tensor) -> Callable[..., Tensor]:
     """Return the function that adds the bias to the score of one query and one key."""
-    values_HO, longest = bias.values_HO, bias.values_HO.shape[1] // 2
+    values_HO = bias.values_HO
+    # the function contains tensors only: for a new number in it, torch would compile again
+    column_of_key = positions + values_HO.shape[1] // 2
     # a lambda, because torch cannot trace a function that jaxtyping checks (PROTLIG_TYPECHECK)
-    return lambda score, _, head, query, key: score + values_HO[head, positions[key] - positions[query] + longest]
+    return lambda score, _, head, query, key: score + values_HO[head, column_of_key[key] - positions[query]]
 
 
 def document_mask(batch: PackedBatch) -> BlockMask:

@@ -36,7 +36,7 @@ class OffsetBias(ScoreBias):
     def matrix(self, length: int) -> Float[Tensor, "heads length length"]:
         at = torch.arange(length, device=self.values_HO.device)
         column_LL = at - at.unsqueeze(1) + self.values_HO.shape[1] // 2
-        # twice as fast as indexing with column_LL, whose backward pass sorts
+        # four times as fast as indexing with column_LL
         return self.values_HO.index_select(1, column_LL.flatten()).view(-1, length, length)
 
 

@@ -28,4 +28,4 @@ class DietRelative(PositionEncoding):
         """Return each block's bias of every offset in the pack's longest sequence."""
         offsets = torch.arange(1 - batch.max_seqlen, batch.max_seqlen, device=batch.tokens.device)
         rows = offsets.clamp(-CLIP, CLIP) + CLIP
-        return tuple(OffsetBias(table(rows).T) for table in self.offsets)
+        return tuple(OffsetBias(weight.T.index_select(1, rows)) for weight in self.offsets.parameters())

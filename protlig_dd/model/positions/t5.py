@@ -27,7 +27,7 @@ class T5Relative(PositionEncoding):
     def bias(self, batch: PackedBatch) -> tuple[OffsetBias]:
         """Return the bias of every offset in the pack's longest sequence."""
         offsets = torch.arange(1 - batch.max_seqlen, batch.max_seqlen, device=batch.tokens.device)
-        return (OffsetBias(self.buckets(bucket_of(offsets)).T),)
+        return (OffsetBias(self.buckets.weight.T.index_select(1, bucket_of(offsets))),)
 
 
 def bucket_of(offsets: Int64[Tensor, " offsets"]) -> Int64[Tensor, " offsets"]:
