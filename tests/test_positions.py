@@ -291,7 +291,12 @@ def test_adaptive_weights_positions_frequencies_and_tokens() -> None:
         ({"max_positions": 30}, "max_positions=30 has no effect with model.positions=rope, .*from diet"),
         ({"positions": "sinusoidal", "hidden_size": 33, "n_heads": 3}, "hidden_size must be even, got 33"),
         ({"positions": "rope", "hidden_size": 33, "n_heads": 3}, "gives head_dim 11: .* must be even, got 11"),
-        ({"positions": "rpe"}, "model.positions=rpe: choose from rope, sinusoidal, t5, diet, diet_rel, alibi"),
+        ({"positions": "rpe"}, "model.positions=rpe: choose from rope, .*, none; did you mean 'rope'?"),
+        ({"mlp": "geglue"}, "model.mlp=geglue: choose from gelu, .*; did you mean 'geglu'?"),
+        (
+            {"positions": "t5", "mixers": "ttt_linear"},
+            "model.positions=t5 adds a bias to attention scores, but model.mixers=ttt_linear has no attention",
+        ),
     ],
 )
 def test_dimensions_that_a_kind_cannot_encode_are_rejected(options: dict[str, Any], message: str) -> None:

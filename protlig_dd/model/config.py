@@ -1,6 +1,7 @@
 """The configuration of a network."""
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, get_args, get_type_hints
 
@@ -37,6 +38,13 @@ class ModelConfig:
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.n_heads
+
+
+def unknown_choice(key: str, value: object, choices: Iterable[str]) -> str:
+    """Return an error message that lists the choices and suggests the nearest."""
+    names = list(choices)
+    nearest = difflib.get_close_matches(str(value), names, n=1)
+    return f"{key}={value}: choose from {', '.join(names)}" + (f"; did you mean {nearest[0]!r}?" if nearest else "")
 
 
 def stored_model(values: Mapping[str, Any]) -> dict[str, Any]:

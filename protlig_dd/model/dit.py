@@ -20,13 +20,14 @@ from torch.utils.checkpoint import checkpoint
 from protlig_dd.batch import PackedBatch, StaticShape, check_tokens
 from protlig_dd.model.block import Block
 from protlig_dd.model.conditioning import SigmaEmbedding
-from protlig_dd.model.config import MLPS, NORMS, ModelConfig
+from protlig_dd.model.config import MLPS, NORMS, ModelConfig, unknown_choice
 from protlig_dd.model.cuda_graph import capture
 from protlig_dd.model.layers import EMBEDDING_STD, Head
 from protlig_dd.model.mixers import MIXERS, mixers_of_blocks
 from protlig_dd.model.mixers.attention import GRAPHABLE
 from protlig_dd.model.mixers.scores import prepare_scores
 from protlig_dd.model.positions import POSITIONS
+from protlig_dd.model.positions.base import PositionEncoding
 from protlig_dd.tokenizer import N_STATES, PAD, VOCAB_SIZE
 
 
@@ -211,8 +212,13 @@ def check_model(config: ModelConfig) -> None:
         ("positions", config.positions, POSITIONS),
     ):
         if choice not in choices:
-            raise ValueError(f"model.{name}={choice}: choose from {', '.join(choices)}")
-    mixers_of_blocks(config)
+            raise ValueError(unknown_choice(f"model.{name}", choice, choices))
+    mixers = mixers_of_blocks(config)
+    if POSITIONS[config.positions].bias is not PositionEncoding.bias and "attention" not in mixers:
+        raise ValueError(
+            f"model.positions={config.positions} adds a bias to attention scores, but model.mixers={config.mixers} has "
+            "no attention: choose other positions, or attention for a block"
+        )
     hidden_size, n_heads = config.hidden_size, config.n_heads
     if hidden_size % n_heads:
         raise ValueError(

@@ -1,8 +1,6 @@
 """Mixers, in which the tokens of a sequence exchange information: one file per kind, listed here by name."""
 
-import difflib
-
-from protlig_dd.model.config import ModelConfig
+from protlig_dd.model.config import ModelConfig, unknown_choice
 from protlig_dd.model.mixers.attention import Attention
 from protlig_dd.model.mixers.base import Mixer
 from protlig_dd.model.mixers.ttt import TTTMLP, TTTLinear
@@ -19,10 +17,7 @@ def mixers_of_blocks(config: ModelConfig) -> list[str]:
     listed = isinstance(config.mixers, list)
     for i, name in enumerate(config.mixers if listed else [config.mixers]):
         if str(name) not in MIXERS:
-            nearest = difflib.get_close_matches(str(name), MIXERS, n=1)
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-            key = f"model.mixers[{i}]" if listed else "model.mixers"
-            raise ValueError(f"{key}={name}: choose from {', '.join(MIXERS)}{hint}")
+            raise ValueError(unknown_choice(f"model.mixers[{i}]" if listed else "model.mixers", name, MIXERS))
     names: list[str] = config.mixers if listed else [config.mixers] * config.n_blocks
     if len(names) != config.n_blocks:
         raise ValueError(
