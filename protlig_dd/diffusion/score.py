@@ -19,7 +19,10 @@ Network = Callable[[PackedBatch, Tensor], Tensor]
 """(batch at x_t, sigma (n,) float32) -> logits (total, 20)."""
 
 Steer = Callable[[Tensor], Tensor]
-"""log q (T, V) of x0 at each token given the others -> a changed log q, up to a constant per token."""
+"""log q (T, V) -> a changed log q. q is the distribution of x0 at each token given all other tokens.
+
+The result need not be normalised: each token's row may have any constant added.
+"""
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,8 @@ class ScoreFn:
     def estimator(self) -> str:
         """The estimator of the bound (see likelihood.py).
 
-        It is `exact_count` if the exact-count bound holds for the model itself (absorbing, x0, time-free), otherwise
-        `integral`.
+        It is `exact_count` for models with the absorbing graph, x0 and no time conditioning, because the exact-count
+        bound then holds for the model itself. Otherwise it is `integral`.
         """
         exact = self.graph.time_free_with(self.parametrisation) and not self.time_conditioning
         return "exact_count" if exact else "integral"
@@ -84,9 +87,9 @@ class ScoreFn:
         """Convert logits to log-scores, in the precision of the logits. `steer` changes the distribution q of x0.
 
         With the parametrisation x0, q is the softmax of the logits. With log_score, q is the distribution that the
-        network's log-scores imply. Computing this q undoes all the noise, which amplifies errors. The log-scores of q
-        therefore do not replace the network's log-scores: only their change by steering is added. A small change of q
-        is then a small change of the scores.
+        network's log-scores imply. Computing this q undoes all the noise, which amplifies errors. The result is
+        therefore not the log-scores of the steered q, but the network's log-scores plus a difference: the log-scores of
+        q after steering minus those before. A small change of q is then a small change of the scores.
         """
         if self.parametrisation == "x0":
             log_q = logits if steer is None else steer(logits.log_softmax(-1))
@@ -116,7 +119,7 @@ class ScoreFn:
 
 
 def check_parametrisation(graph: Graph, parametrisation: str, time_conditioning: bool) -> None:
-    """Raise a ValueError unless the graph supports this parametrisation with or without time conditioning."""
+    """Raise a ValueError for an unknown parametrisation, or for one that needs time conditioning with this graph."""
     if parametrisation not in PARAMETRISATIONS:
         raise ValueError(f"unknown parametrisation {parametrisation!r}; choose from {', '.join(PARAMETRISATIONS)}")
     if not time_conditioning and not graph.time_free_with(parametrisation):

@@ -60,7 +60,10 @@ def read_proteins(path: str) -> tuple[list[str], list[np.ndarray]]:
 def embedded_blocks(
     trained: TrainedModel, proteins: list[np.ndarray], layer: int, pooling: str, tokens_per_pack: int
 ) -> Iterator[np.ndarray]:
-    """Yield float32 rows in the order of the proteins. Every rank yields all rows, and computes one pack at a time."""
+    """Yield float32 rows in the order of the proteins.
+
+    The ranks share the work: each computes one pack at a time. The rows are then gathered, so every rank yields all.
+    """
     processes = trained.processes
     residues = [
         len(window_starts(len(tokens) - 2, trained.max_len)) * min(len(tokens) - 2, trained.max_len)

@@ -48,8 +48,10 @@ def unknown_choice(key: str, value: object, choices: Iterable[str]) -> str:
 
 
 def stored_model(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a model's config as files contain it: without newer keys at their default, so that earlier versions can
-    read it.
+    """Return a model's config as files contain it.
+
+    A key that was added later is left out if it has its default, so that earlier versions of the program can read the
+    file.
 
     Args:
         values: the keys of this version, or those of an earlier one, in which `mixer` was the mixer of all blocks.

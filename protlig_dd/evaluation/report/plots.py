@@ -211,7 +211,10 @@ def draw_series(series: Series, x: Sequence[float], y: Sequence[float], bottom: 
 
 
 def y_extremes(series: Series) -> list[float]:
-    """Return values that the y axis must include: all points with error bars, or the 2% and 98% quantiles if faint."""
+    """Return values that the y axis must include: the ends of all error bars, which may have the length 0.
+
+    For a faint series they are the 2% and 98% quantiles.
+    """
     if series.style == "faint":
         return np.quantile(series.y, [0.02, 0.98]).tolist()
     errors = series.errors or [0.0] * len(series.y)
