@@ -82,7 +82,7 @@ def start_python(arguments: list[str], folder: Path) -> Process:
 
 
 class Campaign:
-    """Runs in `folder` on the bundled proteins. A run has 120 steps, or 20 in a short campaign.
+    """Trains and disturbs runs in `folder` on the bundled proteins. A run has 120 steps, or 20 in a short campaign.
 
     Args:
         seed: seed of the random moments of the faults.
@@ -153,9 +153,9 @@ class Campaign:
             time.sleep(0.01)
 
     def disturbances(self, times: int, name: str, tally: Tally) -> Iterator[str]:
-        """Yield `times` names of runs to disturb.
+        """Yield, for each of `times` disturbances, the name of the run to disturb.
 
-        A run is disturbed repeatedly until it is finished, but at most 8 times, then compared with the undisturbed run.
+        A run is disturbed until it is finished, but at most 8 times, and is then compared with the undisturbed run.
         All its disturbances count as survived if it ended identical to the undisturbed run.
         """
         number = waiting = 0

@@ -298,7 +298,7 @@ def test_a_resumed_run_keeps_the_plan_version_of_its_checkpoint(
     before = (runs / "whole/environment.json").read_text()
     more = overrides_for(store, "whole", "trainer.max_steps=9", "run.resume=extend")
     rejected = run_python("-m", "protlig_dd.training", *more)
-    assert_one_line_error(rejected, "runs/whole/checkpoints/step_00000008", "plan version 3", "supports 1 and 2")
+    assert_one_line_error(rejected, "runs/whole/checkpoints/step_00000008", "plan_version 3", "supports only 1 and 2")
     assert (runs / "whole/environment.json").read_text() == before
 
 

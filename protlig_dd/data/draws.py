@@ -21,9 +21,9 @@ def shuffled(rows: np.ndarray, key: Sequence[int], version: int = NEWEST) -> np.
 
     Version 2 gives each row a random 64-bit word and sorts by it. The low bits of the word are replaced by the row's
     index, with as many bits as the largest index needs. So no two words are equal, and every sorting algorithm gives
-    the same order. Two rows whose remaining high bits agree keep their given order. Among 70 million rows (37 high
-    bits), this happens to about 18,000 pairs. Among a million rows, it happens to 30 pairs in a thousand epochs. The
-    rows of such a pair are adjacent, at a random position; only the order within the pair is not random.
+    the same order. Two rows whose remaining high bits agree keep their given order. One shuffle of 70 million rows
+    (37 high bits) has about 18,000 such pairs; a thousand shuffles of a million rows have about 30 together. The rows
+    of such a pair are adjacent, at a random position; only the order within the pair is not random.
     """
     if version == 1:
         return np.random.default_rng(key).permutation(rows)
@@ -58,8 +58,8 @@ def random_subset(rows: np.ndarray, size: int, seed: int, version: int = NEWEST)
 def random_below(limits: np.ndarray, key: Sequence[int], version: int = NEWEST) -> np.ndarray:
     """Draw one integer for each of n limits, uniform on 0 .. limit - 1. Returns (n,) int64.
 
-    Version 2 takes the remainder of a 64-bit word. The probabilities of two integers then differ by a fraction of at
-    most limit / 2^64.
+    Version 2 takes the remainder of a 64-bit word. The integers are then almost equally likely: the relative difference
+    of two probabilities is at most limit / 2^64.
     """
     if version == 1:
         return np.random.default_rng(key).integers(limits)
@@ -82,7 +82,7 @@ def check_version(version: int, where: object) -> int:
     """
     if version not in VERSIONS:
         raise ValueError(
-            f"{where}: the run's packs follow plan version {version}; "
-            f"this version of the program supports {' and '.join(map(str, VERSIONS))}"
+            f"{where}: the run's random choices have plan_version {version}, but this program supports only "
+            f"{' and '.join(map(str, VERSIONS))}"
         )
     return version

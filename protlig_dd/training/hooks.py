@@ -16,7 +16,7 @@ from protlig_dd.system.terminal import announce
 from protlig_dd.training.context import RunContext
 from protlig_dd.training.trainer import Trainer
 
-WEIGHTS_SHOWN = 10_000  # most weights of a tensor in a histogram
+WEIGHTS_SHOWN = 10_000  # a histogram shows at most this many weights of a tensor
 
 
 class Hooks:
@@ -101,7 +101,10 @@ class Hooks:
 
 
 def weights_by_part(model: nn.Module) -> dict[str, np.ndarray]:
-    """Return the finite weights of each block and each other part, evenly thinned out, for histograms."""
+    """Return the finite weights of each block, and of each part outside the blocks, for histograms.
+
+    A large tensor gives at most WEIGHTS_SHOWN evenly spaced weights.
+    """
     parts: dict[str, list[Tensor]] = {}
     for name, weights in model.named_parameters():
         part = ".".join(name.split(".")[: 2 if name.startswith("blocks.") else 1])

@@ -2,7 +2,7 @@
 
     python -m tests.golden.make FOLDER
 
-FOLDER must be empty. Afterwards copy the file and the folder whose paths are printed into tests/golden.
+FOLDER must be empty. At the end the paths of a file and a folder are printed: copy both into tests/golden.
 
 All results come from the public commands, in float32 on one thread. `record.json` has the losses, weights, bounds,
 samples, designs, scores and embeddings of three small models. `files/` has a store, a run that was stopped half-way and
@@ -82,9 +82,10 @@ def machine() -> dict[str, str]:
 
 
 def write_proteins(folder: Path) -> None:
-    """Write all.fasta, proteins.fasta and motif.fasta with the first PROTEINS, 20 and 1 proteins of the sample.
+    """Write the first proteins of the sample to three files.
 
-    They are training proteins of at most LONGEST residues.
+    all.fasta gets PROTEINS of them, proteins.fasta 20 and motif.fasta one. They are training proteins of at most
+    LONGEST residues.
     """
     short = (record for record in read_fasta(SAMPLE) if len(record.sequence) <= LONGEST)
     records = list(itertools.islice(short, PROTEINS))

@@ -64,10 +64,11 @@ class Draws:
 class Analytic:
     """Tweedie's step (arXiv 2310.16834, eq. 19).
 
-    With the parametrisation x0 it is the exact posterior, which is the same step without growing exponentials.
+    With the parametrisation x0 the step is computed as the exact posterior. This is the same distribution, but its
+    formula has no exponentials that grow with the noise.
 
-    If the exact count is the model's bound, sampling starts with all residues masked, because that bound belongs to a
-    decoder that starts from masks. Otherwise sampling starts with a draw from the prior at t = 1.
+    If the model's bound is estimated by `exact_count` (see likelihood.py), sampling starts with all residues masked,
+    because this bound is that of a decoder that starts so. Otherwise it starts with a draw from the prior at t = 1.
 
     Args:
         batch: sequences `<bos> residues <eos>`, of which only the lengths are used.
@@ -106,7 +107,8 @@ class Analytic:
         Raises:
             ValueError: the network's scores are not finite.
         """
-        moving_R = xt[self.free_T] < self.graph.n_reverse_states  # without context letters that `project` has set
+        # False where the caller's `project` (see `sample`) has set a letter such as X, which never changes
+        moving_R = xt[self.free_T] < self.graph.n_reverse_states
         moving_T = self.free_T.masked_scatter(self.free_T, moving_R)
         bias = None if self.bias is None else self.bias[moving_R]
         steer = None
@@ -137,7 +139,7 @@ def apply_steering(
 ) -> Float64[Tensor, "T V"]:
     """Return log q of x0 with q multiplied by exp(bias), then sharpened by temperature and top_p.
 
-    Sampling from this q gives the steered distribution exactly if positions are independent.
+    If positions are independent, sampling from this q gives the steered distribution exactly; otherwise approximately.
     """
     if bias is not None:
         log_q = log_q + bias

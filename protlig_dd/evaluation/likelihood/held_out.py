@@ -1,4 +1,4 @@
-"""Figures of a run's report: held-out bounds beside the unigram model, and statistics of the training proteins."""
+"""Numbers in a run's report: bounds of held-out proteins, the unigram model's NLL, and training statistics."""
 
 from dataclasses import dataclass
 from typing import Any
