@@ -127,8 +127,8 @@ def graph_with_rates(spec: Mapping[str, Any], earlier: Mapping[str, Any]) -> dic
     """Return the graph's config with the rates of its matrix file, so that the run does not need the file again.
 
     Args:
-        earlier: the graph's config in the run that may be resumed or fine-tuned, or {}. Its rates are used if the
-            matrix file no longer exists and the configs are equal otherwise.
+        earlier: the graph's config saved by the run that is resumed, or by the source of a fine-tune; {} if there is
+            none. Its rates are used if the matrix file no longer exists and the configs are equal otherwise.
     """
     spec = dict(spec)
     if not isinstance(spec.get("matrix"), str) or spec.get("rates") is not None:

@@ -67,7 +67,7 @@ USE = ["device=cpu", "precision=fp32", f"seed={SEED}"]
 
 
 def machine() -> dict[str, str]:
-    """Return the properties of this machine on which the bits of a float32 result depend."""
+    """Return what the bits of a float32 result depend on: the kind of machine and the versions of libraries."""
     lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines() if platform.system() == "Linux" else []
     cpu = dict(line.replace("\t", "").split(": ", 1) for line in lines if ": " in line)
     kinds = [flag for flag in cpu.get("flags", "").split() if flag.startswith(("avx", "amx", "fma"))]
@@ -84,8 +84,8 @@ def machine() -> dict[str, str]:
 def write_proteins(folder: Path) -> None:
     """Write the first proteins of the sample to three files.
 
-    all.fasta gets PROTEINS of them, proteins.fasta 20 and motif.fasta one. They are training proteins of at most
-    LONGEST residues.
+    All are training proteins of at most LONGEST residues. all.fasta has the first PROTEINS (80) of them, proteins.fasta
+    has the first 20, and motif.fasta has the first one.
     """
     short = (record for record in read_fasta(SAMPLE) if len(record.sequence) <= LONGEST)
     records = list(itertools.islice(short, PROTEINS))
@@ -109,7 +109,10 @@ def make_store(command: Command, folder: Path) -> None:
 
 
 def record(command: Command, folder: Path, model: str) -> dict[str, Any]:
-    """Return the results of one of MODELS, in a folder with store.h5 and the proteins."""
+    """Train one of MODELS in `folder`, run the other commands with it, and return the results.
+
+    The folder must contain store.h5 and the files of `write_proteins`.
+    """
     run(command, folder, "training", *TRAIN, *MODELS[model], f"run.name={model}", "data.path=store.h5")
     trained = folder / "runs" / model
     rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]

@@ -64,11 +64,12 @@ class Draws:
 class Analytic:
     """Tweedie's step (arXiv 2310.16834, eq. 19).
 
-    With the parametrisation x0 the step is computed as the exact posterior. This is the same distribution, but its
-    formula has no exponentials that grow with the noise.
+    If the parametrisation is `x0`, the step is drawn from the exact posterior of the next tokens. This is the same
+    distribution, but its formula has no exponentials that grow with the noise.
 
     If the model's bound is estimated by `exact_count` (see likelihood.py), sampling starts with all residues masked,
-    because this bound is that of a decoder that starts so. Otherwise it starts with a draw from the prior at t = 1.
+    because `exact_count` bounds a decoder that starts from masks. Otherwise sampling starts with a draw from the prior
+    at t = 1.
 
     Args:
         batch: sequences `<bos> residues <eos>`, of which only the lengths are used.
@@ -107,7 +108,7 @@ class Analytic:
         Raises:
             ValueError: the network's scores are not finite.
         """
-        # False where the caller's `project` (see `sample`) has set a letter such as X, which never changes
+        # whether each residue may change; a letter such as X, which the function `project` may have set, never does
         moving_R = xt[self.free_T] < self.graph.n_reverse_states
         moving_T = self.free_T.masked_scatter(self.free_T, moving_R)
         bias = None if self.bias is None else self.bias[moving_R]

@@ -134,8 +134,8 @@ def length_counts(store: StoreGroup, max_len: int) -> tuple[list[int], int]:
 def training_statistics(store: StoreGroup, max_len: int) -> dict[str, Any]:
     """Return statistics of the training sequences, for comparison with the samples.
 
-    They are the numbers of whole sequences with [0, w), [w, 2w), ... residues, the number of cropped sequences, and the
-    frequency of each amino acid.
+    They are a histogram of the lengths up to max_len, in bins of `length_bin` residues; the number of longer sequences,
+    which training crops; and the frequency of each amino acid.
     """
     counts, cropped = length_counts(store, max_len)
     width = -(-len(counts) // LENGTH_BINS)
