@@ -85,7 +85,7 @@ class Campaign:
     """Trains and disturbs runs in `folder` on the bundled proteins. A run has 120 steps, or 20 in a short campaign.
 
     Args:
-        seed: seed of the random moments of the faults.
+        seed: for the random numbers that decide when a fault occurs and which rank is killed.
         start_process: starts `python ARGUMENTS` in a folder.
     """
 

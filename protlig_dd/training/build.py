@@ -118,7 +118,7 @@ def train(config: TrainConfig, store: StoreGroup, context: RunContext) -> None:
 
 
 def kept_in_checkpoints(trainer: Trainer, store: StoreGroup) -> dict[str, Any]:
-    """Return what state.json contains beside the trainer's own state."""
+    """Return the entries that state.json has in addition to the trainer's own."""
     counts, cropped = length_counts(store, trainer.config.data.max_len)
     return {
         "data_fingerprint": store.fingerprint,

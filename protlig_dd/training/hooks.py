@@ -24,7 +24,7 @@ class Hooks:
 
     Args:
         validate: returns {"val_nll": ..., "val_nll_se": ..., ...} for the current weights of the model.
-        state: what state.json of the checkpoints contains beside the trainer's own state.
+        state: entries that each checkpoint's state.json has in addition to the trainer's own.
     """
 
     def __init__(

@@ -64,12 +64,12 @@ class Draws:
 class Analytic:
     """Tweedie's step (arXiv 2310.16834, eq. 19).
 
-    If the parametrisation is `x0`, the step is drawn from the exact posterior of the next tokens. This is the same
-    distribution, but its formula has no exponentials that grow with the noise.
+    If the parametrisation is `x0`, the step is computed from the posterior of x0. The result is the same distribution
+    as in eq. 19, but the formula has no exponentials that grow with the noise.
 
     If the model's bound is estimated by `exact_count` (see likelihood.py), sampling starts with all residues masked,
-    because `exact_count` bounds a decoder that starts from masks. Otherwise sampling starts with a draw from the prior
-    at t = 1.
+    because `exact_count` bounds the NLL of samples that start from masks. Otherwise sampling starts with a draw from
+    the prior at t = 1.
 
     Args:
         batch: sequences `<bos> residues <eos>`, of which only the lengths are used.
@@ -108,7 +108,7 @@ class Analytic:
         Raises:
             ValueError: the network's scores are not finite.
         """
-        # whether each residue may change; a letter such as X, which the function `project` may have set, never does
+        # True for each residue that may change; context letters such as X never change
         moving_R = xt[self.free_T] < self.graph.n_reverse_states
         moving_T = self.free_T.masked_scatter(self.free_T, moving_R)
         bias = None if self.bias is None else self.bias[moving_R]
@@ -140,7 +140,7 @@ def apply_steering(
 ) -> Float64[Tensor, "T V"]:
     """Return log q of x0 with q multiplied by exp(bias), then sharpened by temperature and top_p.
 
-    If positions are independent, sampling from this q gives the steered distribution exactly; otherwise approximately.
+    Where residues depend on each other, sampling from this q is an approximation (see docs/diffusion.md, Steering).
     """
     if bias is not None:
         log_q = log_q + bias
