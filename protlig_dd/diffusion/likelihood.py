@@ -81,9 +81,9 @@ def nll_bound(
         generator: one generator for all sequences, or a source of randomness for each sequence. With one generator,
             the draws of different sequences are also distributed evenly within each stratum.
         draws: Monte-Carlo draws per sequence, two in each stratum of t (or k), see `strata`.
-        estimator: `integral` for every graph. `exact_count` for the absorbing graph only: it bounds the NLL of a decoder
-            that normalises the scores of masked tokens (with the parametrisation `x0` they are normalised already).
-            None: the estimator of the score function.
+        estimator: `integral` for every graph. `exact_count` for the absorbing graph only: it bounds the NLL of a
+            decoder that normalises the scores of masked tokens (with the parametrisation `x0` they are normalised
+            already). None: the estimator of the score function.
         tokens_at_once: the network evaluates several draws together, up to this many tokens, but at least one draw.
 
     Raises:
