@@ -82,8 +82,8 @@ class ProteinDiffusion(nn.Module):
             precision: auto | bf16 | fp32.
 
         Raises:
-            ValueError: there is no such folder or model on the hub, huggingface_hub is not installed, or a file is
-                damaged or not written by protlig_dd.
+            ValueError: neither a folder nor a model on the hub has this name, the folder is not an exported model,
+                huggingface_hub is not installed, or a file is damaged or not written by protlig_dd.
         """
         folder = Path(name)
         if not folder.is_dir():
@@ -133,7 +133,7 @@ class ProteinDiffusion(nn.Module):
         return hooks(self.network, functions)
 
     def analysis(self) -> AbstractContextManager[None]:
-        """Evaluation mode without gradients; afterwards every module has its earlier training mode again."""
+        """Run the body in evaluation mode and without gradients; see `protlig_dd.inference.inspect.analysis`."""
         return analysis(self)
 
     def sample_steps(
@@ -180,7 +180,7 @@ def download(name: str, revision: str | None) -> Path:
         return Path(hugging_face().snapshot_download(name, revision=revision, allow_patterns=list(EXPORTED)))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{name} does not exist here, and was not found on the hub: {reason}") from error
+        raise ValueError(f"{name} is not a local folder, and was not found on the hub: {reason}") from error
 
 
 def hugging_face() -> Any:

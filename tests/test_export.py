@@ -408,8 +408,8 @@ def test_a_model_pushed_to_a_hub_is_pulled_unchanged(exported: Path, tmp_path: P
     assert process.returncode == 0, process.stderr
     assert (tmp_path / "cached" / WEIGHTS).read_bytes() == (model / WEIGHTS).read_bytes()
     assert_one_line_error(
-        run_python(*CLIENT, "pull", "someone/else", "x", **offline), "someone/else does not exist here"
+        run_python(*CLIENT, "pull", "someone/else", "x", **offline), "someone/else is not a local folder"
     )
     assert_one_line_error(
-        run_python(*CLIENT, "pull", "no/such/folder", "x", **offline), "no/such/folder does not exist here"
+        run_python(*CLIENT, "pull", "no/such/folder", "x", **offline), "no/such/folder is not a local folder"
     )

@@ -1,4 +1,4 @@
-"""A look inside a model: attention against the kernel, hooks on every path, modes, maps, and the docs' examples."""
+"""A look inside a model: attention weights, hooks on every path, training modes, maps and the docs' examples."""
 
 import json
 import re
@@ -103,7 +103,7 @@ def test_the_weights_and_the_values_give_the_output_of_the_kernel(kind: str, seq
             assert (mixed - out).abs().max() < 2e-6 * out.abs().max()
 
 
-def test_with_bf16_the_weights_are_those_of_the_kernels_rounded_queries_in_float32(sequences: list[str]) -> None:
+def test_with_bf16_the_weights_follow_in_float32_from_the_rounded_queries_and_keys(sequences: list[str]) -> None:
     score_fn = score_fn_of(sharpened(make_model()), autocast=torch.bfloat16)
     with spied_kernel() as calls:
         (weights,) = attention(score_fn, sequences[:1], max_len=200)
@@ -111,7 +111,7 @@ def test_with_bf16_the_weights_are_those_of_the_kernels_rounded_queries_in_float
         assert qkv.dtype == torch.bfloat16
         q, k, v = qkv.double().unbind(1)
         exact = (torch.einsum("ihd,jhd->hij", q, k) / q.shape[-1] ** 0.5).softmax(-1)
-        assert (block_weights - exact).abs().max() < 1e-5  # rounding to bf16 would change them by 4e-3
+        assert (block_weights - exact).abs().max() < 1e-5  # rounding the weights to bf16 would change them by 4e-3
         mixed = torch.einsum("hij,jhd->ihd", block_weights, v.float())
         assert (mixed - out).abs().max() < 0.01 * out.abs().max()
 
@@ -148,7 +148,7 @@ def test_a_block_without_attention_is_an_error_only_if_it_is_chosen(sequences: l
         ({"sequences": ["M_V"], "graph": "uniform"}, "sequence 1 has `_`, but the graph uniform has no mask"),
     ],
 )
-def test_what_the_model_does_not_have_is_an_error(options: dict[str, Any], message: str) -> None:
+def test_invalid_arguments_of_attention_are_errors(options: dict[str, Any], message: str) -> None:
     options = {"sequences": ["MKV"], "graph": "absorbing", "max_len": 20} | options
     score_fn = score_fn_of(make_model(), options.pop("graph"))
     with pytest.raises(ValueError, match=message):
@@ -180,7 +180,7 @@ def test_attention_leaves_the_network_as_it_was_even_if_it_fails(sequences: list
         attention(score_fn, sequences, max_len=200)
     assert all(isinstance(block, Block) and "mix" not in block.mixer.__dict__ for block in model.blocks)
     assert [block.training for block in model.blocks] == [False, True]
-    assert torch.equal(first, attention(score_fn, sequences[:1], max_len=200)[0])  # no dropout, in block 1 neither
+    assert torch.equal(first, attention(score_fn, sequences[:1], max_len=200)[0])  # no dropout, not even in block 1
 
 
 PATHS = {
@@ -352,7 +352,7 @@ def test_the_picture_has_the_sequence_beside_the_map(tmp_path: Path, sequences: 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with an exported model of random weights, models/demo, that has the demo's kinds of parts."""
+    """Return a folder with models/demo, an exported model with random weights and the demo's kinds of parts."""
     folder = tmp_path_factory.mktemp("inspect")
     description = json.loads((ROOT / "tests/golden/files/exported" / EXPORTED[1]).read_text())
     options = {"hidden_size": 32, "n_heads": 8, "n_blocks": 2, "cond_dim": 16, "norm": "rms", "qk_norm": True}

@@ -1,4 +1,4 @@
-"""`model.mixers`: one mixer for all blocks or one for each, in configs of this version and earlier ones, and in use."""
+"""`model.mixers`: one mixer for all blocks or one for each, in configs of all versions and in each use of a model."""
 
 import json
 import shutil
@@ -121,7 +121,7 @@ def test_an_earlier_export_with_one_mixer_key_is_loaded_and_saved(tmp_path: Path
     assert torch.equal(loaded.score_fn.logits(batch, sigma), expected)
     ProteinDiffusion.from_pretrained(folder, device="cpu").save_pretrained(tmp_path / "again")
     again = json.loads((tmp_path / "again/config.json").read_text())["model"]
-    assert not {"mixer", "mixers"} & again.keys()  # earlier versions read it
+    assert not {"mixer", "mixers"} & again.keys()  # so that earlier versions can read the file
 
 
 def test_a_mixed_network_is_exported_and_loaded(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every kind of position encoding: its formula, its backends, and that it works wherever the network is used."""
+"""Every kind of position encoding: its formula, its attention backends, its limits and its error messages."""
 
 import itertools
 import math
@@ -95,8 +95,8 @@ BATCH = random_batch([7, 1, 30, 14])
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("kind", BIASED)
-def test_attention_adds_the_bias_of_the_formula_in_every_backend(kind: str) -> None:
-    """flex runs uncompiled here, and the kernels that append columns are replaced by plain attention."""
+def test_attention_adds_the_bias_of_the_formula_in_sdpa_and_flex(kind: str) -> None:
+    """flex runs uncompiled here. The flash kernels need a GPU and are tested below."""
     encoding = encoding_of(kind, hidden_size=64)
     expected = attention_by_formula(QKV, BATCH, kind, encoding)
     scores = prepare_scores(encoding, BATCH, "sdpa", 2)[1]
@@ -123,7 +123,7 @@ def test_diet_by_appended_columns_equals_the_plain_sum() -> None:
 
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=9))
-def test_the_mask_of_flex_has_every_block_with_scores_of_one_sequence_and_no_other(lengths: list[int]) -> None:
+def test_the_flex_mask_has_exactly_the_blocks_with_a_query_and_key_of_one_sequence(lengths: list[int]) -> None:
     batch = random_batch(lengths)
     same_sequence = batch.segment_ids[:, None] == batch.segment_ids
     total, blocks = len(batch.tokens), -(-len(batch.tokens) // 128)

@@ -1,4 +1,4 @@
-"""Sampling step by step: bit-identical to sampling at once, and edits between the steps."""
+"""Sampling step by step: bit-identical to sampling in one call, and edits between the steps."""
 
 from typing import Any
 
@@ -38,7 +38,7 @@ def score_fn_of(graph: str, parametrisation: str = "x0", *, timed: bool = True) 
 
 
 def templates_of(proteins: list[FastaRecord]) -> list[str]:
-    """Return two real proteins of which a stretch, the ends and a context letter are fixed."""
+    """Return two real proteins in which a stretch, the ends and a context letter are fixed."""
     return [
         f"{protein.sequence[:4]}{'_' * 9}{protein.sequence[13:20]}X{'_' * 5}{protein.sequence[26:30]}"
         for protein in proteins[:2]
@@ -47,7 +47,7 @@ def templates_of(proteins: list[FastaRecord]) -> list[str]:
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize(("graph", "predictor"), PAIRS)
-def test_steps_end_with_the_bits_of_sampling_at_once(
+def test_the_last_step_has_the_sequences_of_sampling_in_one_call(
     graph: str, predictor: str, options: str, proteins: list[FastaRecord]
 ) -> None:
     bias = {"plain": None, "steered": torch.arange(20) / 10}[options]
@@ -130,7 +130,7 @@ def test_log_probs_exist_for_context_letters_and_under_steering() -> None:
 
 @pytest.mark.parametrize("predictor", SAMPLERS)
 def test_edits_stay_and_masked_residues_are_sampled_again(predictor: str) -> None:
-    """The logits do not depend on the other tokens, so an edit changes no other residue of these samplers."""
+    """The logits do not depend on the tokens, so with most samplers an edit changes no other residue."""
     logits = torch.randn(20, generator=torch.Generator().manual_seed(0))
     score_fn = ScoreFn(
         lambda batch, sigma: logits.repeat(len(batch.tokens), 1), graph_of("absorbing", 20), LogLinearNoise(), "x0"
@@ -149,7 +149,7 @@ def test_edits_stay_and_masked_residues_are_sampled_again(predictor: str) -> Non
     final = steps.sequences
     assert "_" not in final[0] + final[1]
     assert final[1] == unedited[1]
-    if predictor != "ancestral":  # whose number of masks couples the positions of a protein
+    if predictor != "ancestral":  # its fixed number of masks couples the positions of a protein
         others = [i for i in range(40) if i not in known[:3]]
         assert [final[0][i] for i in others] == [unedited[0][i] for i in others]
 
@@ -241,7 +241,7 @@ def test_an_edit_that_is_not_possible_changes_nothing(
 
 
 def test_an_edit_that_log_bias_forbids_is_an_error() -> None:
-    """The last step gives forbidden residues another letter, after the others have been sampled beside them."""
+    """Otherwise the last step would replace the letter, after other residues were sampled given that letter."""
     bias = [torch.zeros(length, 20) for length in (5, 7)]
     bias[1][6, AMINO_ACIDS.index("W")] = -torch.inf
     for graph in ("absorbing", "uniform"):

@@ -59,7 +59,7 @@ def one_step_at_a_time(
 
 
 @pytest.mark.parametrize("kind", [InnerLinear, InnerMLP])
-def test_the_dual_form_equals_gradient_steps_and_so_do_its_gradients(kind: type[InnerModel]) -> None:
+def test_the_dual_form_and_its_gradients_equal_those_of_gradient_steps(kind: type[InnerModel]) -> None:
     """Three chunks of one sequence beside two of another, in float64."""
     inner, generator = kind(2, 8).double(), torch.Generator().manual_seed(0)
     random_parameters(inner)
@@ -114,7 +114,7 @@ def test_both_directions_equal_the_formulas_in_each_sequence_of_a_pack(kind: str
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_order_within_a_chunk_matters_only_with_positions(kind: str) -> None:
-    """Without positions a sequence of one chunk is a set: the output moves with its tokens."""
+    """Without positions, permuting the tokens of a chunk permutes the outputs in the same way."""
     batch, order = random_batch([12]), torch.randperm(12, generator=torch.Generator().manual_seed(0))
     x = torch.randn(12, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     for positions, equal in (("none", True), ("rope", False)):
@@ -145,7 +145,7 @@ def test_every_token_has_its_own_slot_in_a_chunk_of_its_sequence(lengths: list[i
 @settings(max_examples=5)
 @pytest.mark.parametrize("kind", KINDS)
 @given(st.lists(st.integers(1, 50), min_size=2, max_size=5), st.integers(0, 99))
-def test_changing_a_sequence_changes_no_bit_of_its_neighbours(kind: str, lengths: list[int], seed: int) -> None:
+def test_changing_a_sequence_leaves_the_others_bit_identical(kind: str, lengths: list[int], seed: int) -> None:
     batch, sigma = random_batch(lengths, seed), torch.linspace(0.1, 3, len(lengths))
     model = MODELS[kind]
     changed = torch.where(batch.segment_ids == seed % len(lengths), (batch.tokens + 1) % 20, batch.tokens)

@@ -46,13 +46,13 @@ def sample(
             after the last. This is exact for the absorbing graph and an approximation for the others
             (docs/diffusion.md). With the absorbing graph the network then receives, for each sequence, the sigma that
             matches its fraction of masked residues.
-        log_bias: nats added for each of the V amino acids, at every residue (V,) or for each residue
-            (sum of lengths, V); <bos> and <eos> are not counted. The model is steered towards
+        log_bias: nats added to the log-probability of each of the V amino acids, (V,) for all residues or
+            (sum of lengths, V), without <bos> and <eos>. The model is steered towards
             p(x0) exp(sum of log_bias over x0), exactly if positions are independent. -inf forbids an amino acid.
         on_step: called after each step, for a progress bar.
         counts: is updated with `draws`, `clamped` (draws with a negative probability, which is clamped to 0 before
-            renormalisation), and the sequences `evaluated` and `skipped` by the network. A time-free network skips
-            sequences of which no residue has changed.
+            renormalisation), and the sequences `evaluated` and `skipped` by the network. A network without time
+            conditioning skips sequences that have not changed since its last evaluation.
 
     Returns:
         One uint8 array of amino-acid ids for each sequence.
@@ -82,7 +82,7 @@ class Step(NamedTuple):
 class ReverseSteps:
     """The reverse steps of one pack, as an iterator. Its arguments and errors are those of `sample`, which runs it.
 
-    `tokens` may be replaced between two steps by calling `continue_from`.
+    Between two steps, `continue_from` may replace the pack's tokens.
     """
 
     @torch.no_grad()
@@ -116,7 +116,7 @@ class ReverseSteps:
         self.done = 0
         """Number of steps that have run."""
         self.matches_masks = project is not None and graph.masks
-        """Whether the network receives the sigma that matches the masked fraction: its schedule's may not."""
+        """Whether the network receives the sigma that matches the masked fraction, instead of the schedule's sigma."""
         xt = batch.tokens.masked_scatter(self.sampler.free_T, self.sampler.init(self.levels[0]))
         self.batch = batch.with_tokens(xt if project is None else project(xt))
 
@@ -145,10 +145,13 @@ class ReverseSteps:
         return Step(level, before, self.batch.tokens, logits_TV)
 
     def continue_from(self, tokens: Int64[Tensor, " total"]) -> None:
-        """Replace the tokens (total,), with <bos> and <eos>, from which the next step starts; `project` applies.
+        """Replace the tokens from which the next step starts, after applying `project` to them.
 
         With the absorbing graph the network then receives the sigma that matches each sequence's masked fraction, as
         with `project`, because the fraction no longer follows the schedule.
+
+        Args:
+            tokens: (total,), with <bos> and <eos>.
         """
         self.batch = self.batch.with_tokens(tokens if self.project is None else self.project(tokens))
         self.matches_masks = self.score_fn.graph.masks
@@ -159,9 +162,9 @@ class ReverseSteps:
 
 
 def sigma_of_masks(batch: PackedBatch, graph: Graph, lowest: float, highest: float) -> Float64[Tensor, " n"]:
-    """Return the sigma, from lowest to highest, that matches each sequence's fraction of masked residues.
+    """Return the sigma that matches each sequence's fraction of masked residues, clamped to [lowest, highest].
 
-    Fixed residues are never masked, so the schedule's sigma would be too high for sequences that have them.
+    Fixed residues are never masked, so the schedule's sigma would be too high for sequences that have fixed residues.
     """
     residues_n = sum_by_sequence(batch.tokens <= graph.n_states, batch).clamp(min=1)
     masked_fraction_n = sum_by_sequence(batch.tokens == graph.mask, batch) / residues_n

@@ -11,13 +11,14 @@ LETTERS_SHOWN = 130  # residues; longer sequences have numbers along the axes in
 
 
 def contact_map(weights: Float[Tensor, "*chosen tokens tokens"]) -> Float[Tensor, "residues residues"]:
-    """Return the mean of attention weights over blocks and heads, symmetrised and with APC, (residues, residues).
+    """Return the mean of attention weights over blocks and heads, symmetrised and corrected, (residues, residues).
 
-    <bos> and <eos> are left out. As in Rao et al. 2020 (doi 10.1101/2020.12.15.422761), who however fit a weight for
-    each head on known structures: this is the plain mean, so it needs none.
+    <bos> and <eos> are left out. The correction is `average_product_correction`. Rao et al. 2020 (doi
+    10.1101/2020.12.15.422761) correct each head and fit the heads' weights on known structures. Here all heads have the
+    same weight, so no structures are needed.
 
     Args:
-        weights: of one protein, as returned by `attention`.
+        weights: attention weights of one protein, as returned by `attention`.
     """
     mean = weights.double().mean(dim=tuple(range(weights.ndim - 2)))[1:-1, 1:-1]
     return average_product_correction((mean + mean.T) / 2).to(weights.dtype)
@@ -32,9 +33,10 @@ def average_product_correction(a: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
 
 
 def to_png(contacts: Float[Tensor, "residues residues"], sequence: str, title: str) -> bytes:
-    """Return a PNG of a contact map with the sequence along both axes: red above the product of averages, blue below.
+    """Return a PNG of a contact map with the sequence along both axes.
 
-    The diagonal is grey. The scale ends at the 99th percentile of the other entries' absolute values.
+    Entries above the product of averages are red, entries below it are blue, and the diagonal is grey. The scale ends
+    at the 99th percentile of the off-diagonal entries' absolute values.
 
     Raises:
         ValueError: the sequence does not have the map's length.

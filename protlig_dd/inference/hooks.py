@@ -22,9 +22,9 @@ def hooks(network: DiT, functions: Mapping[str, Hook]) -> Iterator[None]:
             change it in place. If it returns a tensor, that replaces the output for the rest of the network.
 
     Raises:
-        ValueError: a name that is not a module's, or of a module that only contains others (nothing is hooked then); a
-            network in training mode whose blocks are compiled or recorded, where hooks would not run; or, from the
-            body, a replacement that is not a tensor of the output's shape, dtype and device.
+        ValueError: no module has the name, or the module only contains other modules (nothing is hooked then). The
+            network is in training mode and its blocks are compiled or recorded, so hooks would not run. In the body: a
+            replacement is not a tensor of the output's shape, dtype and device.
     """
     modules = {name: module for name, module in network.named_modules() if name and has_forward(module)}
     for name in functions:

@@ -35,15 +35,16 @@ def attention(
 
     Entry [b, h, i, j] is the weight with which token i reads token j in head heads[h] of block blocks[b]. The tokens
     are `<bos> residues <eos>`, so a protein of L residues has L + 2 tokens and residue k is token k + 1. Each row sums
-    to 1. The weights are the softmax of the queries and keys that the attention kernel receives, computed in float32
-    also where the kernel has a lower precision. The network runs in evaluation mode on one protein at a time, as far as
-    the last of the blocks. A protein takes 4 (L + 2)^2 bytes per block and head.
+    to 1. The weights are computed in float32 from the queries, keys and bias of the attention kernel, even if the
+    kernel has a lower precision. The network runs in evaluation mode on one protein at a time, up to the last selected
+    block. A protein takes 4 (L + 2)^2 bytes per block and head.
 
     Args:
         sequences: letters in either case; `_` is a masked residue (for graphs with a mask).
         blocks, heads: numbers from 0, in the order of the result; -1 is the last. None: all.
-        t: noise level, from the noise schedule's t_min to 1, that a network with time conditioning receives. None: with
-            a mask, the level that matches the protein's fraction of masked residues, as in sampling; otherwise t_min.
+        t: noise level, from the noise schedule's t_min to 1, that a network with time conditioning receives. None: the
+            level that matches the protein's fraction of masked residues, as in sampling; for graphs without a mask,
+            t_min.
         max_len: largest number of residues that the model was trained on.
 
     Raises:
@@ -66,7 +67,7 @@ def attention(
 def weights_of_pack(
     score_fn: ScoreFn, batch: PackedBatch, sigma: Float32[Tensor, "1"], blocks: Sequence[int], heads: Sequence[int]
 ) -> dict[int, Float32[Tensor, "heads tokens tokens"]]:
-    """Return the weights by block of the only sequence of a pack."""
+    """Return the attention weights of each block, by its number, for a pack of one sequence."""
     network, weights = network_of(score_fn), dict[int, Tensor]()
     batch, sigma = batch.to(score_fn.device), sigma.to(score_fn.device)
     network_sigma = sigma if score_fn.time_conditioning else torch.zeros_like(sigma)
@@ -85,7 +86,7 @@ def weights_of_pack(
 def recording(network: DiT, number: int, heads: Sequence[int], weights: dict[int, Tensor]) -> Iterator[None]:
     """Store the attention weights of block `number` while the network runs on a pack of one sequence.
 
-    The input of `mix` is recorded, so these are the queries and keys that the kernel receives.
+    The weights are computed from the input of `mix`, which contains the queries and keys that the kernel receives.
     """
     block = network.blocks[number]
     assert isinstance(block, Block)
@@ -108,11 +109,11 @@ def recording(network: DiT, number: int, heads: Sequence[int], weights: dict[int
 def attention_weights(
     projected: Float[Tensor, "tokens 3 all_heads head_dim"], bias: ScoreBias | None, heads: Sequence[int]
 ) -> Float32[Tensor, "heads tokens tokens"]:
-    """Return softmax(q k^T / sqrt(head_dim) + bias) of some heads in float32, for a pack of one sequence.
+    """Return softmax(q k^T / sqrt(head_dim) + bias) of the given heads in float32, for a pack of one sequence.
 
     Args:
         projected: the queries, keys and values that the block's mixer has computed (`Mixer.project`).
-        bias: what the position encoding adds to the scores, if anything.
+        bias: the position encoding's bias of the scores; None if it has none.
     """
     q, k, _ = projected[:, :, list(heads)].float().unbind(1)
     with torch.autocast(projected.device.type, enabled=False):
@@ -132,7 +133,7 @@ def attention_of(network: DiT, number: int) -> Attention:
 
 
 def choose(part: str, numbers: Sequence[int] | None, n: int) -> list[int]:
-    """Return the numbers of blocks or heads, counted from 0. Negative numbers count from the end; None chooses all."""
+    """Return the selected blocks or heads as numbers from 0. Negative numbers count from the end; None selects all."""
     if numbers is None:
         return list(range(n))
     if not len(numbers):
@@ -168,7 +169,7 @@ def sigma_of(score_fn: ScoreFn, batch: PackedBatch, t: float | None) -> Float32[
 def analysis(model: nn.Module) -> Iterator[None]:
     """Run the body in evaluation mode and without gradients.
 
-    Each module's training mode is restored afterwards, also if the body raises, and also if they differ.
+    Each module's training mode is restored afterwards, even if the body raises or the modules' modes differ.
     """
     modules = list(model.modules())
     modules += [module.mixer for module in modules if isinstance(module, Block)]  # not registered as submodules

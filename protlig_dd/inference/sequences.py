@@ -22,13 +22,15 @@ def check_list(items: Sequence[object], expected: str) -> None:
 
 
 def encode_with_free(sequence: str, name: str) -> np.ndarray:
-    """Return `<bos> residues <eos>` (length + 2,) uint8, MASK at `_`. Lower-case letters are read as upper-case.
+    """Return the ids of `<bos> residues <eos>`, (length + 2,) uint8, with MASK at each `_`.
+
+    Lower-case letters are read as upper-case.
 
     Raises:
-        ValueError: an empty sequence or an illegal letter; names the sequence and the position.
+        ValueError: an empty sequence or an illegal letter. The message names the sequence and the position.
     """
     free = np.array([letter == FREE for letter in sequence.removesuffix("*")], bool)
-    try:  # a legal letter at free positions, so that encode can reject only other positions
+    try:  # put a legal letter at free positions, so that encode rejects only other positions
         tokens = ProteinTokenizer().encode(sequence.upper().replace(FREE, "A"), name)
     except ValueError as error:
         raise ValueError(f"{error}; `{FREE}` marks a free position") from error

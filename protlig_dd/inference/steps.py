@@ -41,9 +41,10 @@ class SampledStep:
         """Return the log-probability of each amino acid as the final residue, for each sequence, on the CPU.
 
         This is the model's posterior of x0 at each position given the tokens before the step, before temperature, top_p
-        and log_bias. An unmasked residue of the absorbing graph is final: 0 for its letter and -inf for the others. The
+        and log_bias. With the absorbing graph an unmasked residue is final: its letter has 0, the others have -inf. The
         rows of context letters are -inf. With `parametrisation=log_score` and a graph without a mask, the posterior
-        undoes all the noise at once, which amplifies the network's errors at high sigma. Computed when first read.
+        undoes all the noise in one step, which amplifies the network's errors at high sigma. The log-probabilities are
+        computed when they are first read.
         """
         score_fn, free_T = self.reverse.score_fn, self.reverse.sampler.free_T
         graph = score_fn.graph
@@ -57,14 +58,14 @@ class SampledStep:
 
 
 class SamplingSteps:
-    """Sampling as an iterator of SampledStep. Without edits it ends with the sequences of `generate`, bit for bit.
+    """An iterator that samples and yields SampledStep. Without edits the final sequences equal those of `generate`.
 
     All designs are computed in one pack. A loop may stop at any step, and `next` or another loop continues.
 
     Args:
         designs: for each protein its number of residues, or a sequence with `_` at free positions. The other residues
             of such a sequence are fixed, as in infilling.
-        seed: with a design's index, the key of its random draws, as for `generate` and `python -m protlig_dd.sample`.
+        seed: the seed and a design's index determine its random draws, as in `generate` and `protlig_dd.sample`.
         log_bias: nats for each amino acid (see `sample`): (20,) for all positions of all proteins, or one tensor
             (length_i, 20) for each protein.
 
@@ -130,7 +131,7 @@ class SamplingSteps:
 
         Args:
             protein: its index in `designs`.
-            residues: position, from 0, -> letter or `_`.
+            residues: maps positions, counted from 0, to letters or `_`.
 
         Raises:
             ValueError: all steps are done; the protein or position does not exist; the letter is not allowed, or

@@ -40,8 +40,8 @@ class Block(nn.Module):
         self.compiled: tuple[Callable[..., Tensor], ...] | None = None
         self.adaln = zero_linear(config.cond_dim, 6 * hidden_size) if time_conditioning else None
         if self.adaln is not None:
-            # residual gates start at 1: with gates of 0 all masked tokens would reach the output layer with the same
-            # features, and it could at first learn only the unigram distribution (docs/decisions.md)
+            # residual gates start at 1: with gates of 0 the features of all masked tokens would be equal at the output
+            # layer, which could at first learn only the unigram distribution (docs/decisions.md)
             nn.init.ones_(self.adaln.bias.view(6, hidden_size)[2])
             nn.init.ones_(self.adaln.bias.view(6, hidden_size)[5])
         self.attention_norm = make_norm(config.norm, hidden_size, modulated=time_conditioning)
@@ -50,7 +50,7 @@ class Block(nn.Module):
         # register the mixer's parts directly, so that checkpoints keep the names blocks.N.qkv, ...
         for name, part in mixer.named_children():
             self.add_module(name, part)
-        # not submodules: the mixer's parts are registered already, and all blocks share `positions`
+        # not registered as submodules: the mixer's parts are registered already, and all blocks share `positions`
         self.__dict__.update(mixer=mixer, positions=positions)
         self.mlp_norm = make_norm(config.norm, hidden_size, modulated=time_conditioning)
         self.mlp = MLP(hidden_size, config.mlp)
@@ -116,7 +116,7 @@ class Block(nn.Module):
 
 
 def check_mixer(mixer: Mixer, hidden_size: int) -> None:
-    """Raise a ValueError if the mixer has another width than its block, or if the block cannot register its weights.
+    """Raise a ValueError if the mixer's width is not the block's, or if the block cannot register the mixer's weights.
 
     All weights must belong to child modules of the mixer, and no child may have the name of another part of the block.
     """
@@ -133,4 +133,4 @@ def check_mixer(mixer: Mixer, hidden_size: int) -> None:
         )
     taken = {"adaln", "attention_norm", "mlp_norm", "mlp"} & {name for name, _ in mixer.named_children()}
     if taken:
-        raise ValueError(f"mixer {kind}: another part of the block is called {min(taken)}; choose another name")
+        raise ValueError(f"mixer {kind}: the block already has a part called {min(taken)}; rename the mixer's part")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Annotated, Any, get_args, get_type_hints
 
 COMPUTE_ONLY = "affects how the network is computed, not which function it computes"
-ADDED_LATER = "omitted from files where it has its default, so that versions without this key can read them"
+ADDED_LATER = "omitted from a file if it has its default, so that versions without this key can read the file"
 TUNABLE = "may be changed when the network is fine-tuned"
 NORMS = ("layer", "rms")
 MLPS = ("gelu", "geglu", "swiglu", "relu2")
@@ -54,7 +54,8 @@ def stored_model(values: Mapping[str, Any]) -> dict[str, Any]:
     file.
 
     Args:
-        values: the keys of this version, or those of an earlier one, in which `mixer` was the mixer of all blocks.
+        values: the keys of `model` and their values. Files of earlier versions may have `mixer`, the mixer of all
+            blocks, which is renamed to `mixers`.
     """
     renamed = {"mixers" if key == "mixer" and "mixers" not in values else key: value for key, value in values.items()}
     hints = get_type_hints(ModelConfig, include_extras=True)

@@ -11,11 +11,11 @@ from protlig_dd.batch import PackedBatch
 
 
 class NetworkOnTensors(nn.Module):
-    """A network as a function of a pack's tensors alone, as CUDA graphs require. Host values come from `geometry`.
+    """Computes a network from a pack's tensors only, as CUDA graphs require. Host values are those of `geometry`.
 
     Args:
         model: the module whose parameters get gradients.
-        network: the model's (batch, sigma) -> logits, without checks that wait for the device.
+        network: the model's function (batch, sigma) -> logits that does not check its inputs.
         geometry: a pack of the captured shape.
     """
 

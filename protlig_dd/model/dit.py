@@ -3,7 +3,7 @@
     tokens -> embedding -> n_blocks x [adaLN, mixer (attention by default), adaLN, MLP] -> adaLN -> 20 logits
     sigma  -> sinusoids -> MLP -> the shift, scale and gate of every adaLN
 
-Without time conditioning sigma is ignored and each adaLN is a plain norm: an ordinary pre-norm transformer.
+Without time conditioning sigma is ignored and each adaLN is a plain norm, as in an ordinary pre-norm transformer.
 
 Shape suffixes: T tokens of the pack, n sequences, H hidden_size, C cond_dim.
 """
@@ -43,7 +43,7 @@ class DiT(nn.Module):
     start at one (docs/decisions.md).
 
     Raises:
-        ValueError: at construction, if the config's dimensions are inconsistent or the backend cannot compute its
+        ValueError: at construction, if the config's dimensions are inconsistent or the backend cannot compute the
             position encoding. At the start of forward, if the batch is not a PackedBatch, is on another device than the
             weights, does not have one sigma per sequence or has a sequence longer than model.max_positions.
     """
@@ -89,8 +89,8 @@ class DiT(nn.Module):
         """Return the hidden state of each token, (total, hidden).
 
         Args:
-            layer: 0 for the embedding, k for the residual stream after k blocks. n_blocks is the input of the output
-                projection, after the final norm, as in ESM-2.
+            layer: 0 for the embedding, k for the residual stream after k blocks, n_blocks for the input of the output
+                projection (after the final norm, as in ESM-2).
 
         Raises:
             ValueError: as in forward, or a layer outside 0..n_blocks.
@@ -135,9 +135,11 @@ class DiT(nn.Module):
             raise ValueError(f"sigma has shape {tuple(sigma.shape)} for {len(batch.lengths)} sequences")
 
     def compile_blocks(self, *, dynamic: bool) -> None:
-        """Compile the code between the attention kernels with torch.compile, for training, once for all blocks.
+        """Compile the code between the calls of `Mixer.mix` with torch.compile.
 
-        Attention is not compiled: its kernels would not get faster, and its input is checked on the host at each call.
+        Blocks of the same kind share the compiled code, which runs in training mode only.
+        `mix` is not compiled: attention kernels would not get faster, and their input is checked on the host at each
+        call.
 
         Args:
             dynamic: True compiles for packs of any number of tokens; False compiles again for each new number.
@@ -162,8 +164,8 @@ class DiT(nn.Module):
             autocast: dtype in which the network computes; None for the dtype of its weights.
 
         Raises:
-            ValueError: the attention backend is sdpa, whose calls depend on the sequences' lengths, or flex, whose
-                mask of the pack is computed anew for each pack; or a mixer reads the lengths.
+            ValueError: the attention backend is sdpa, which reads the sequences' lengths on the host, or flex, which
+                builds a mask for each pack; or a mixer reads the lengths on the host.
         """
         assert self.shape is not None
         if self.uncapturable:
@@ -217,7 +219,7 @@ def check_model(config: ModelConfig) -> None:
     if POSITIONS[config.positions].bias is not PositionEncoding.bias and "attention" not in mixers:
         raise ValueError(
             f"model.positions={config.positions} adds a bias to attention scores, but model.mixers={config.mixers} has "
-            "no attention: choose other positions, or attention for a block"
+            "no attention: choose other positions, or attention for at least one block"
         )
     hidden_size, n_heads = config.hidden_size, config.n_heads
     if hidden_size % n_heads:
@@ -231,5 +233,5 @@ def check_model(config: ModelConfig) -> None:
             f"model.max_positions={config.max_positions} has no effect with model.positions={config.positions}, which "
             f"has no limit; set it to null, or choose model.positions from {', '.join(limited)}"
         )
-    with torch.device("meta"):  # neither memory nor random numbers
+    with torch.device("meta"):  # uses no memory and draws no random numbers
         POSITIONS[config.positions](config)

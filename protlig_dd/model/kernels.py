@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 
 class RMSNormFunction(torch.autograd.Function):
-    """RMS norm in few passes over x. On the CPU torch has no fused kernel and takes three times as long.
+    """RMS norm that reads x only a few times. On the CPU torch has no fused kernel and takes three times as long.
 
     With r = 1 / sqrt(mean x^2 + eps) the output is y = x r gain, and dx = r gain dy - x r^3 mean(x gain dy).
     """
@@ -43,8 +43,8 @@ def per_token(
 ) -> list[Float[Tensor, "total hidden"]]:
     """Expand each sequence's shift, scale or gate to its tokens.
 
-    Each tensor is expanded separately: splitting an expanded (total, 6 hidden) tensor would cost one more pass, which
-    concatenates the gradients of its parts.
+    Each tensor is expanded separately. If a (total, 6 hidden) tensor were expanded and then split, the backward pass
+    would also have to concatenate the gradients of its parts.
 
     Args:
         modulations_nH: tensors (n, hidden), one row per sequence.

@@ -43,17 +43,18 @@ class HeadMatrices(nn.Module):
 
 
 class HeadGates(nn.Linear):
-    """One number for each head and token.
+    """Computes one number for each head and token.
 
-    Each row of the weight belongs to another head, so the rows are vectors to the optimizer, not one matrix.
+    The rows of the weight belong to different heads, so AdamW updates the weight even in a run with Muon.
     """
 
 
 class MLP(nn.Module):
     """Two linear layers with a nonlinearity between them.
 
-    For geglu and swiglu (arXiv 2002.05202) the first layer has two halves: the GELU or SiLU of one multiplies the
-    other. They are two thirds as wide, so that all kinds have equally many weights.
+    For geglu and swiglu (arXiv 2002.05202) the output of the first layer is split into two halves, and the GELU or SiLU
+    of the first half multiplies the second. Each half is two thirds as wide as the inner layer of the other kinds, so
+    that all kinds have about equally many weights.
 
     Args:
         kind: gelu | geglu | swiglu | relu2 (squared ReLU).
@@ -83,7 +84,7 @@ class Head(nn.Module):
     """Final adaLN and the projection to the logits of the 20 amino acids.
 
     Args:
-        tied: the rows of the output projection are those of the amino acids in the input embedding.
+        tied: whether the output projection uses the amino acids' rows of the input embedding instead of its own matrix.
     """
 
     def __init__(self, hidden_size: int, cond_dim: int | None, norm: str, *, tied: bool) -> None:
@@ -121,8 +122,8 @@ class Head(nn.Module):
 class TiedOutput(nn.Module):
     """Projection to the logits with the embedding's rows: (gain x) . e_a / EMBEDDING_STD + bias_a.
 
-    The gain of each dimension starts at zero, so an untrained network returns zeros, as with weights of its own. The
-    division makes the rows of order 1, so that the gain learns as fast as such weights.
+    The gain of each dimension starts at zero, so an untrained network returns zeros, as without tied weights. The
+    division scales the rows to order 1, so that the gain learns as fast as untied weights.
     """
 
     def __init__(self, hidden_size: int) -> None:
@@ -145,7 +146,7 @@ def make_norm(kind: str, width: int, *, modulated: bool = True) -> nn.Module:
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean x^2 + eps), times a learned gain."""
+    """Computes x / sqrt(mean x^2 + eps), times a learned gain."""
 
     def forward(self, x: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:
         if torch.compiler.is_compiling() or x.device.type != "cpu":

@@ -1,4 +1,4 @@
-"""Mixers, in which the tokens of a sequence exchange information: one file per kind, listed here by name."""
+"""Mixers, the layers in which the tokens of a sequence exchange information. MIXERS lists them by name."""
 
 from protlig_dd.model.config import ModelConfig, unknown_choice
 from protlig_dd.model.mixers.attention import Attention

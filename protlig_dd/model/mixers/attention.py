@@ -2,7 +2,7 @@
 
 flash_attn     the flash-attn package's varlen kernel; CUDA, bf16/fp16
 torch_varlen   torch.nn.attention.varlen, the same kernel as shipped with torch; CUDA, bf16/fp16
-flex           torch's FlexAttention with a mask of the sequences, for any bias of the scores; CUDA, bf16/fp16
+flex           torch's FlexAttention with a mask that separates the sequences, for any bias; CUDA, bf16/fp16
 sdpa           one scaled_dot_product_attention call per sequence; any device, any float dtype, any bias, no padding
 """
 
@@ -126,7 +126,7 @@ def check_attention_input(qkv: Tensor, batch: PackedBatch, backend: str, scores:
 
 
 def head_dim_problem(backend: str, head_dim: int, columns: int) -> str | None:
-    """Return which head_dim a CUDA backend needs and what it would get; None if it supports this one.
+    """Return why a CUDA backend does not support this head_dim, as the rest of a message; None if it does.
 
     Args:
         columns: dimensions that the position encoding appends to each head.
@@ -157,7 +157,7 @@ def flash_supports(head_dim: int) -> bool:
 def has_flash_attn() -> bool:
     """Whether flash-attn's kernel can be imported.
 
-    Version 4 has a package flash_attn without this kernel, and a build for another torch version cannot be loaded.
+    In version 4 the package flash_attn does not have this kernel, and a build for another torch cannot be loaded.
     """
     try:
         from flash_attn import flash_attn_varlen_qkvpacked_func
@@ -184,7 +184,7 @@ def resolve_attention_backend(
     if name == "auto":
         if device.type != "cuda" or precision != "bf16":
             return "sdpa"
-        # flex only for biases that the flash kernels do not take
+        # flex only for encodings that torch_varlen cannot compute
         candidates = [backend for backend in kind.backends if backend != "flex" or "torch_varlen" not in kind.backends]
         runs = (backend for backend in candidates if not backend_problem(backend, device, precision, head_dim, kind))
         return next(runs)
@@ -200,7 +200,7 @@ def resolve_attention_backend(
 def backend_problem(
     backend: str, device: torch.device, precision: str, head_dim: int, kind: type[PositionEncoding]
 ) -> str | None:
-    """Return why a backend cannot run here, to follow its name in a message; None if it can."""
+    """Return why a backend cannot run here, as the rest of a message that begins with its name; None if it can."""
     if backend == "sdpa":
         return None
     if backend == "flash_attn" and not has_flash_attn():
@@ -235,7 +235,7 @@ def _torch_varlen(qkv: Tensor, batch: PackedBatch, scores: ScoreInputs | None) -
     head_dim, columns = qkv.shape[-1], None if scores is None else scores.columns
     q, k, v = with_columns(qkv, columns).unbind(1)
     cu_seqlens, longest = batch.cu_seqlens, batch.max_seqlen
-    scale = None if columns is None else head_dim**-0.5  # the default is the root of the larger dimension
+    scale = None if columns is None else head_dim**-0.5  # the default is the inverse root of the enlarged dimension
     out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scale)
     assert isinstance(out, Tensor)
     return out if columns is None else out.narrow(-1, 0, head_dim)

@@ -51,7 +51,7 @@ class Mixer(nn.Module, ABC):
 
         Args:
             tables: the tables of `positions` for this pack.
-            scores: the bias of attention scores; other mixers ignore it.
+            scores: the bias of attention scores; mixers without attention ignore it.
         """
 
     @abstractmethod
@@ -61,7 +61,7 @@ class Mixer(nn.Module, ABC):
     def flops(self, lengths: Sequence[int]) -> int:
         """Return the multiply-adds of `mix` over sequences of these lengths (tokens).
 
-        `DiT.flops` counts the linear layers.
+        `DiT.flops` counts each linear layer once per token.
         """
         return 0
 

@@ -1,18 +1,20 @@
 """The inner models of test-time training (arXiv 2407.04620), trained on the tokens of a sequence while it is read.
 
-In each head the state of a model f is updated chunk by chunk, by one step of gradient descent on
-1/2 sum_j eta_j || LN(f(k_j)) - (v_j - k_j) ||^2 over the chunk's tokens j. The updated model is applied to the chunk's
-queries: the output is q + LN(f(q)). All gradients of a chunk are taken at the state before it.
+Each head has a model f, whose weights are the head's state. Each chunk updates the state by one step of gradient
+descent on 1/2 sum_j eta_j || LN(f(k_j)) - (v_j - k_j) ||^2, where j runs over the chunk's tokens and eta_j is the
+learning rate of token j. The updated model is applied to the chunk's queries: the output is q + LN(f(q)). All gradients
+of a chunk are taken at the state before the chunk.
 
-The dual form computes the output without the updated weights. With gradients G_j of the chunk's outputs z_j,
+The dual form computes the output without the updated weights. If f is linear, z_j = f(k_j) = k_j W + b, and G_j is the
+gradient of 1/2 || LN(z_j) - (v_j - k_j) ||^2 with respect to z_j, then the updated f maps a query q to
 
-    q (W - sum_j eta_j k_j^T G_j) + b - sum_j eta_j G_j = q W + b - sum_j (q . k_j + 1) eta_j G_j
+    q (W - sum_j eta_j k_j^T G_j) + b - sum_j eta_j G_j = q W + b - sum_j (q . k_j + 1) eta_j G_j,
 
-so one product with [k; q] per chunk depends on the previous chunk.
+so the outputs of a chunk need the state before it in one product with [k; q] only.
 
-Shapes: (chunks, heads, 16, width). The chunks of a pack are ordered by their number within the sequence, so that those
-of one step are adjacent; `counts` has the number of sequences that have a chunk 0, 1, ... Sequences that end first are
-last, so a step continues with the first rows of the state.
+Shapes: (chunks, heads, 16, width). The chunks of a pack are ordered by their number c within the sequence. Step c
+computes chunk c of each sequence that is long enough: these chunks are adjacent, and `counts[c]` is how many they are.
+Within a step longer sequences are first, so the next step continues with the first rows of the state.
 """
 
 from abc import ABC, abstractmethod
@@ -35,10 +37,10 @@ Rates = Float[Tensor, "chunks heads tokens 1"]
 
 
 class InnerModel(nn.Module, ABC):
-    """A model per head whose learned weights are the state at the start of each sequence.
+    """One model per head. Its learned weights are the state at the start of each sequence.
 
     Args:
-        width: of a head.
+        width: width of a head, head_dim.
     """
 
     base_rate: float
@@ -47,7 +49,7 @@ class InnerModel(nn.Module, ABC):
     def __init__(self, heads: int, width: int) -> None:
         super().__init__()
         self.heads, self.width = heads, width
-        # one dimension, like any gain, so that the optimizer does not take them for matrices
+        # stored as vectors, because the optimizer treats parameters of two dimensions as matrices
         self.norm_gain = nn.Parameter(torch.ones(heads * width))
         self.norm_shift = nn.Parameter(torch.zeros(heads * width))
 
@@ -57,19 +59,19 @@ class InnerModel(nn.Module, ABC):
 
         Args:
             eta: the learning rate of each token; 0 for the slots that fill up the last chunk of a sequence.
-            counts: number of sequences with a chunk 0, 1, ...; not increasing.
+            counts: entry c is the number of sequences that have a chunk c, so it never increases.
         """
 
     @abstractmethod
     def flops(self, chunks: int) -> int:
-        """Return the multiply-adds for a sequence of so many chunks, in all heads."""
+        """Return the multiply-adds of all heads for a sequence of `chunks` chunks."""
 
     def vectors(self, parameter: Tensor, like: Tensor) -> Float[Tensor, "heads 1 width"]:
         """Return a parameter with a vector per head, in the dtype of the state."""
         return parameter.view(self.heads, 1, -1).to(like.dtype)
 
     def gradients(self, z: ByHead, target: ByHead, eta: Rates) -> ByHead:
-        """Return eta times the gradient of 1/2 || LN(z) - target ||^2 to z."""
+        """Return eta times the gradient of 1/2 || LN(z) - target ||^2 with respect to z."""
         centred = z - z.mean(-1, keepdim=True)
         rstd = (centred.square().mean(-1, keepdim=True) + NORM_EPS).rsqrt()
         normed, gain = centred * rstd, self.vectors(self.norm_gain, z)
@@ -163,7 +165,7 @@ def first_state(learned: Float[Tensor, "heads rows columns"], n: int) -> Float[T
 
 
 def first(x: Tensor, n: int) -> Tensor:
-    """Return the first n rows; all of them without a slice, whose gradient would be a copy."""
+    """Return the first n rows. If x has n rows, return x itself: the gradient of a slice would be a copy."""
     return x if len(x) == n else x.narrow(0, 0, n)
 
 

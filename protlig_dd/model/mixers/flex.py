@@ -1,4 +1,4 @@
-"""FlexAttention with a mask of the sequences, for biases that the flash kernels do not take.
+"""FlexAttention with a mask that separates the sequences, for biases that the flash kernels do not take.
 
 torch compiles it to one Triton kernel (arXiv 2412.05496), so this module needs a GPU in training. On the CPU only its
 forward pass can run, uncompiled.
@@ -16,7 +16,7 @@ from protlig_dd.batch import PackedBatch
 from protlig_dd.model.mixers.scores import ScoreInputs, with_columns
 from protlig_dd.model.positions.biases import OffsetBias
 
-BLOCK = 128  # queries and keys of a block of scores that is computed or skipped as a whole
+BLOCK = 128  # scores are computed or skipped in blocks of 128 queries and 128 keys
 
 
 def flex(qkv: Tensor, batch: PackedBatch, scores: ScoreInputs | None) -> Tensor:
@@ -32,10 +32,10 @@ def flex(qkv: Tensor, batch: PackedBatch, scores: ScoreInputs | None) -> Tensor:
 
 @functools.cache
 def compiled() -> Callable[..., Tensor]:
-    """Return flex_attention as compiled by torch: at the first call, and when a size differs for the first time.
+    """Return flex_attention, which torch compiles at the first call and again when a size differs for the first time.
 
-    After that one kernel serves packs of all shapes. With `fullgraph`, torch raises where it would otherwise continue
-    with the uncompiled function, which stores all scores of the pack.
+    After that one kernel serves packs of all shapes. With `fullgraph`, torch raises an error where it would otherwise
+    continue with the uncompiled function, which stores all scores of the pack.
     """
     return torch.compile(flex_attention, fullgraph=True)
 
@@ -43,17 +43,17 @@ def compiled() -> Callable[..., Tensor]:
 def bias_of(bias: OffsetBias, positions: Tensor) -> Callable[..., Tensor]:
     """Return the function that adds the bias to the score of one query and one key."""
     values_HO = bias.values_HO
-    # the function contains tensors only: for a new number in it, torch would compile again
+    # the function reads only tensors: for each new Python number in it, torch would compile again
     column_of_key = positions + values_HO.shape[1] // 2
     # a lambda, because torch cannot trace a function that jaxtyping checks (PROTLIG_TYPECHECK)
     return lambda score, _, head, query, key: score + values_HO[head, column_of_key[key] - positions[query]]
 
 
 def document_mask(batch: PackedBatch) -> BlockMask:
-    """Return the mask of queries and keys of one sequence.
+    """Return the mask that lets each query attend to the keys of its own sequence only.
 
-    The blocks of scores that lie in a sequence follow from the sequences' bounds: those of a row are adjacent. So the
-    (total, total) mask is never computed, and the host does not wait for the device.
+    In each row of blocks, the blocks to compute are adjacent, and the first and the last follow from the sequences'
+    bounds. So the (total, total) mask is never computed, and the host does not wait for the device.
     """
     segment_ids, cu_seqlens, total = batch.segment_ids, batch.cu_seqlens, len(batch.tokens)
     starts = torch.arange(0, total, BLOCK, device=segment_ids.device)

@@ -1,4 +1,4 @@
-"""What attention needs beside q, k and v, computed once a pack rather than in every block."""
+"""The inputs of attention other than q, k and v. They are computed once per pack rather than in every block."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ScoreInputs:
-    """The bias of a block's scores, in the form that the attention backend takes."""
+    """The bias and the mask of a block's scores, in the form that the attention backend takes."""
 
     bias: ScoreBias | None
     matrices: tuple[Tensor, ...] | None = None
-    """sdpa: the bias of each sequence, (heads, length_i, length_i). None if blocks have different biases; each then
-    computes its own."""
+    """sdpa: the bias of each sequence, (heads, length_i, length_i). None if blocks have different biases; each block
+    then computes its own."""
     columns: Float[Tensor, "total 3 heads rank"] | None = None
-    """Other backends: what is appended to q, k and v for a ProductBias."""
+    """Other backends: the columns to append to q, k and v for a ProductBias."""
     block_mask: "BlockMask | None" = None
-    """flex: which blocks of the scores lie within sequences."""
+    """flex: the mask that separates the sequences."""
 
 
 def prepare_scores(

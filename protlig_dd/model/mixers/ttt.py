@@ -1,7 +1,7 @@
 """Test-time training layers (arXiv 2407.04620), in both directions of a sequence as in video diffusion transformers
 (arXiv 2504.05298).
 
-    TTT(x) = out(gelu(gate(x)) * LayerNorm(heads of q + LN(f(q))))      f: an inner model, see fast_weights.py
+    TTT(x) = out(gelu(gate(x)) * LayerNorm(q + LN(f(q)) of all heads))      f: an inner model, see fast_weights.py
     h      = x + tanh(alpha_f) TTT(x)
     mixed  = tanh(alpha_f) TTT(x) + tanh(alpha_b) flip(TTT(flip(h)))
 
@@ -42,7 +42,7 @@ class Directions(nn.Module):
 class TTT(Mixer):
     """A bidirectional test-time training layer; both directions have the same weights.
 
-    The state starts anew at each sequence and is float32, or float64 if x is.
+    The state is reset at the start of each sequence. It is float32, or float64 if x is float64.
     """
 
     inner_model: type[InnerModel]
@@ -106,11 +106,14 @@ class TTT(Mixer):
         return self.ttt_out(F.gelu(gate, approximate="tanh") * normed.to(gate.dtype))
 
     def out(self, mixed: Float[Tensor, "total hidden"]) -> Float[Tensor, "total hidden"]:
-        """Return `mixed`: each direction has its output projection in `mix`."""
+        """Return `mixed`, because `mix` applies the output projection in each direction."""
         return mixed
 
     def flops(self, lengths: Sequence[int]) -> int:
-        """Return the multiply-adds of the inner models, and of the linear layers for the second direction."""
+        """Return the multiply-adds of the inner models, and of the linear layers in the second direction.
+
+        `DiT.flops` counts the linear layers of the first direction.
+        """
         linear = (self.qkv, self.gate, self.rate, self.ttt_out)
         inner = sum(self.inner.flops(-(-length // CHUNK)) for length in lengths if length)
         return 2 * inner + sum(layer.weight.numel() for layer in linear) * sum(lengths)
@@ -129,18 +132,18 @@ class TTTMLP(TTT):
 
 
 class Chunks(NamedTuple):
-    """How the tokens of a pack are divided into chunks of one sequence each.
+    """The division of a pack's tokens into chunks. Each chunk has tokens of one sequence only.
 
     Chunks are ordered by their number within the sequence, then by the length of the sequence, longest first.
     """
 
     token: Int64[Tensor, " slots"]
-    """The token in each of the chunks * 16 slots; the last token of the sequence in slots that are not filled."""
+    """The index of the token in each of the chunks * 16 slots. Unfilled slots have the sequence's last token."""
     filled: Bool[Tensor, " slots"]
     slot: Int64[Tensor, " total"]
     """The slot of each token."""
     counts: list[int]
-    """Number of sequences that have a chunk 0, 1, ..."""
+    """Entry c is the number of sequences that have a chunk c."""
 
 
 def chunks_of(batch: PackedBatch) -> Chunks:

@@ -1,4 +1,4 @@
-"""Sinusoids with learned weights, added to the embedding. They equal the plain ones before training."""
+"""Sinusoids with learned weights, added to the embedding. Before training they equal the unweighted sinusoids."""
 
 import torch
 from jaxtyping import Float
@@ -11,10 +11,10 @@ from protlig_dd.tokenizer import VOCAB_SIZE
 
 
 class Adaptive(Sinusoidal):
-    """Adds g_token g_k sin(s i / 10000^(2 k / D)), and the cosine, at position i.
+    """Adds g_token g_k sin(s i / 10000^(2 k / D)), and the same with the cosine, to the embedding at position i.
 
-    Learned are the factor s of the position, a gain g_k of each frequency and a gain g_token of each token id. All of
-    them start at 1.
+    The factor s of the position, the gain g_k of each frequency and the gain g_token of each token id are learned. All
+    of them start at 1.
     """
 
     def __init__(self, config: ModelConfig) -> None:

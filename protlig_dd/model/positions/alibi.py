@@ -1,4 +1,4 @@
-"""ALiBi: linear biases of the distance (arXiv 2108.12409), symmetric, as for encoders."""
+"""ALiBi: a bias that is linear in the distance (arXiv 2108.12409) and equal in both directions."""
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ class Alibi(PositionEncoding):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        # follows from the number of heads, so checkpoints do not store it
+        # the slopes follow from the number of heads, so checkpoints do not store them
         self.register_buffer("slopes", torch.tensor(slopes_of(config.n_heads)), persistent=False)
 
     def bias(self, batch: PackedBatch) -> tuple[OffsetBias]:

@@ -26,7 +26,7 @@ class PositionEncoding(nn.Module):
     limited: ClassVar[bool] = False
     """Whether sequences may have at most model.max_positions tokens. Otherwise they may have any length."""
     columns: ClassVar[int] = 0
-    """How many dimensions a kernel that takes no bias appends to each head of q, k and v."""
+    """How many dimensions are appended to each head of q, k and v for a kernel that takes no bias."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class PositionEncoding(nn.Module):
         return x
 
     def tables(self, batch: PackedBatch) -> tuple[Tensor, ...]:
-        """Return the tensors that `rotate` needs for this pack, on its device. Computed once for all blocks."""
+        """Return the tensors that `rotate` needs for this pack, on its device. All blocks share them."""
         return ()
 
     def rotate(

@@ -26,8 +26,9 @@ class OffsetBias(ScoreBias):
     """A bias that depends on the signed offset j - i of key j from query i.
 
     Args:
-        values_HO: (heads, 2 longest - 1); column j - i + longest - 1, where no sequence has more than `longest` tokens.
-        slopes_H: if the bias is -slope |j - i|, its slope for each head, for kernels that compute it themselves.
+        values_HO: (heads, 2 longest - 1), where no sequence has more than `longest` tokens. Column j - i + longest - 1
+            has the bias of offset j - i.
+        slopes_H: the slope of each head if the bias is -slope |j - i|, for kernels that compute this bias from it.
     """
 
     values_HO: Float[Tensor, "heads offsets"]
@@ -42,7 +43,9 @@ class OffsetBias(ScoreBias):
 
 @dataclass(frozen=True)
 class ProductBias(ScoreBias):
-    """The bias q_i . k_j of two tables, which kernels compute without a bias if the tables are appended to q and k.
+    """The bias q_i . k_j, where q_i and k_j are rows of two tables.
+
+    A kernel that takes no bias computes it if these rows are appended to the queries and keys.
 
     Args:
         q_PHR, k_PHR: (positions, heads, rank), one row for each position.
@@ -55,10 +58,10 @@ class ProductBias(ScoreBias):
         return torch.einsum("ihr,jhr->hij", self.q_PHR.narrow(0, 0, length), self.k_PHR.narrow(0, 0, length))
 
     def columns(self, batch: PackedBatch, head_dim: int) -> Float[Tensor, "total 3 heads rank"]:
-        """Return what is appended to the heads of q, k and v, so that q k^T / sqrt(head_dim) contains the bias.
+        """Return the columns to append to the heads of q, k and v, so that q k^T / sqrt(head_dim) contains the bias.
 
-        The kernel must divide by sqrt(head_dim), not by the root of the larger dimension. Its output has as many
-        columns of zeros.
+        The kernel must divide by sqrt(head_dim), not by the root of the enlarged dimension. The last `rank` columns of
+        its output are zeros.
         """
         q_THR, k_THR = (table.index_select(0, batch.positions) for table in (self.q_PHR, self.k_PHR))
         return torch.stack([q_THR * head_dim**0.5, k_THR, torch.zeros_like(k_THR)], dim=1)

@@ -9,7 +9,7 @@ from protlig_dd.model.config import ModelConfig
 from protlig_dd.model.positions.base import PositionEncoding
 from protlig_dd.model.positions.biases import ProductBias
 
-RANK = 32  # of the bias of each head
+RANK = 32  # rank of the bias of each head
 INIT_STD = 0.02
 
 
@@ -46,5 +46,5 @@ class Diet(PositionEncoding):
         return (ProductBias(*(table.weight.view(-1, self.n_heads, RANK) for table in (self.queries, self.keys))),)
 
     def flops(self, lengths: Sequence[int]) -> int:
-        """Return the multiply-adds of the plain sum. A kernel that appends columns instead computes more."""
+        """Return the multiply-adds of the bias itself. A kernel with appended columns computes more."""
         return self.n_heads * RANK * sum(length**2 for length in lengths)

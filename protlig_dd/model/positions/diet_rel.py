@@ -8,7 +8,7 @@ from protlig_dd.model.config import ModelConfig
 from protlig_dd.model.positions.base import PositionEncoding
 from protlig_dd.model.positions.biases import OffsetBias
 
-CLIP = 128  # larger distances share the bias of this one; the clipping is this project's
+CLIP = 128  # larger distances have the bias of this distance; the clipping is this project's addition
 INIT_STD = 0.02
 
 

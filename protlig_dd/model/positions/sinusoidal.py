@@ -12,7 +12,10 @@ BASE = 10000.0
 
 
 class Sinusoidal(PositionEncoding):
-    """Adds sin(i / 10000^(2 k / D)) to dimension 2 k and the cosine to dimension 2 k + 1, at position i."""
+    """Adds sinusoids of the position i to the embedding, whose width is D.
+
+    Dimension 2 k receives sin(i / 10000^(2 k / D)), and dimension 2 k + 1 the cosine.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)

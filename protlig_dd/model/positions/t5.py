@@ -10,7 +10,7 @@ from protlig_dd.model.positions.base import PositionEncoding
 from protlig_dd.model.positions.biases import OffsetBias
 
 BUCKETS = 32
-EXACT = 8  # distances below it have a bucket of their own
+EXACT = 8  # distances below this value have a bucket each
 INIT_STD = 0.02
 
 
@@ -33,9 +33,9 @@ class T5Relative(PositionEncoding):
 def bucket_of(offsets: Int64[Tensor, " offsets"]) -> Int64[Tensor, " offsets"]:
     """Return the bucket, 0..31, of each offset j - i of key j from query i.
 
-    Keys after the query have buckets 16..31. Distances n below 8 have a bucket each; the larger ones share buckets
-    whose bounds grow by factors of sqrt(2), 8 * 2^(k / 2). The last bucket has all from 91. Computed with whole
-    numbers (n^2 >= 64 * 2^k), because a logarithm may fall on the wrong side of a bound.
+    Keys after the query have buckets 16..31. Each distance n below 8 has its own bucket. Larger distances share eight
+    buckets, which begin at 8 * 2^(k / 2), k = 0..7, so the last one contains all distances from 91. The bounds are
+    compared in whole numbers (n^2 >= 64 * 2^k), because a logarithm may fall on the wrong side of a bound.
     """
     n = offsets.abs()
     bounds = EXACT**2 * 2 ** torch.arange(1, BUCKETS // 2 - EXACT, device=offsets.device)

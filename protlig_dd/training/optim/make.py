@@ -9,7 +9,7 @@ from protlig_dd.training.optim.muon import Muon
 
 
 def make_optimizer(model: nn.Module, optim: OptimConfig, precision: str) -> torch.optim.Optimizer:
-    """Return fused AdamW, or Muon for the matrices of the blocks with AdamW for all other parameters.
+    """Return fused AdamW, or Muon for the matrices of the blocks and AdamW for all other parameters.
 
     Weight decay acts on matrices only, not on norms, biases or embeddings. The optimizer's step reads the device flag
     `optimizer.found_inf` and changes no weight if it is 1. The trainer uses this to freeze the weights at the first

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-# kellerjordan.github.io/posts/muon: steepest slope at zero, and singular values that end between 0.7 and 1.2
+# the steepest slope at zero that brings singular values to between 0.7 and 1.2 (kellerjordan.github.io/posts/muon)
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 ADAMW_RMS = 0.2  # usual RMS of an AdamW update, to which Muon's is scaled (arXiv 2502.16982, section 2.2)
@@ -22,7 +22,7 @@ class Muon(torch.optim.Optimizer):
     weights can be frozen.
 
     Args:
-        hidden: the matrices that Muon updates, and how many matrices are stacked along the rows of each.
+        hidden: maps each parameter that Muon updates to the number of matrices stacked along its rows.
         adamw: optimizer of the other parameters. Its parameter groups become groups of this optimizer too.
         dtype: precision of the Newton-Schulz iteration.
     """
@@ -68,13 +68,13 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_add_(list(old), list(update.unbind()), alpha=-group["lr"])
 
     def unstack(self, weight: nn.Parameter, update: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Split a weight and its update into pairs of the matrices that are stacked in them."""
+        """Return a pair (weight, update) for each matrix that is stacked in this weight."""
         stacked = self.stacked[weight]
         return list(zip(weight.chunk(stacked), update.chunk(stacked), strict=True))
 
 
 def orthogonalise(matrices: Float[Tensor, "n rows columns"], dtype: torch.dtype) -> Float[Tensor, "n rows columns"]:
-    """Return approximately U V^T for each matrix U S V^T, as float32: singular values end between 0.7 and 1.2.
+    """Return approximately U V^T for each matrix U S V^T, as float32. Its singular values are between 0.7 and 1.2.
 
     Args:
         dtype: precision of the computation.
