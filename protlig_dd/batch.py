@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float64, Int32, Int64, Num
 from torch import Tensor
 
-from protlig_dd.tokenizer import PAD
+from protlig_dd.tokenizer import CONTEXT, PAD
 
 
 class StaticShape(NamedTuple):
@@ -58,6 +58,8 @@ class PackedBatch:
     segment_ids: Int64[Tensor, " total"]
     positions: Int64[Tensor, " total"]
     rows: Int64[Tensor, " n"]
+    context: Bool[Tensor, " total"] | None = None
+    """Residues that are given to the network, as context letters are: never noised and not in the loss. None: none."""
 
     def __post_init__(self) -> None:
         check_tokens(self.tokens)
@@ -82,14 +84,22 @@ class PackedBatch:
                 )
             if name != "rows" and tensor.device != self.tokens.device:
                 raise ValueError(f"{name} is on {tensor.device} but tokens is on {self.tokens.device}")
+        if self.context is not None:
+            check_context(self.context, self.tokens)
 
     @classmethod
-    def pack(cls, sequences: Sequence[Tensor], rows: Sequence[int] | None = None) -> "PackedBatch":
+    def pack(
+        cls,
+        sequences: Sequence[Tensor],
+        rows: Sequence[int] | None = None,
+        context: Bool[Tensor, " total"] | None = None,
+    ) -> "PackedBatch":
         """Concatenate 1-D integer tensors.
 
         Args:
             sequences: n tensors of shape (length_i,), any integer dtype.
             rows: the store row of each sequence; -1 for all by default.
+            context: which tokens are given residues; None: none.
         """
         if not sequences:
             raise ValueError("a pack needs at least one sequence")
@@ -97,10 +107,16 @@ class PackedBatch:
             if sequence.ndim != 1:
                 raise ValueError(f"sequence {i} of a pack must be 1-D, got shape {tuple(sequence.shape)}")
         flat = torch.cat([sequence.to(torch.int64) for sequence in sequences])
-        return cls.from_flat(flat, [len(sequence) for sequence in sequences], rows)
+        return cls.from_flat(flat, [len(sequence) for sequence in sequences], rows, context)
 
     @classmethod
-    def from_flat(cls, flat: Tensor, lengths: Sequence[int], rows: Sequence[int] | None = None) -> "PackedBatch":
+    def from_flat(
+        cls,
+        flat: Tensor,
+        lengths: Sequence[int],
+        rows: Sequence[int] | None = None,
+        context: Bool[Tensor, " total"] | None = None,
+    ) -> "PackedBatch":
         """Return a pack of tokens (total,), of any integer dtype, that are concatenated already."""
         lengths = tuple(lengths)
         check_not_empty(lengths)
@@ -119,11 +135,12 @@ class PackedBatch:
             max_seqlen=max(lengths),
             lengths=lengths,
             rows=torch.tensor([-1] * len(lengths) if rows is None else [int(row) for row in rows]),
+            context=context,
             **{name: torch.from_numpy(array).to(flat.device) for name, array in geometry.items()},
         )
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Pickle tokens as bytes, with lengths and rows, and rebuild the pack on the CPU.
+        """Pickle tokens as bytes, with lengths, rows and context, and rebuild the pack on the CPU.
 
         Shared-memory segments for its tensors would cost milliseconds.
         """
@@ -131,11 +148,20 @@ class PackedBatch:
         ids = tokens.astype(np.uint8)
         if not np.array_equal(ids, tokens):
             raise ValueError("a pack with tokens outside 0..255 cannot be pickled")
-        return PackedBatch._restore, (ids, self.lengths, self.rows.numpy())
+        context = None if self.context is None else self.context.numpy(force=True)
+        return PackedBatch._restore, (ids, self.lengths, self.rows.numpy(), context)
 
     @classmethod
-    def _restore(cls, ids: np.ndarray, lengths: tuple[int, ...], rows: np.ndarray) -> "PackedBatch":
-        return cls.from_flat(torch.from_numpy(ids), lengths, rows.tolist())
+    def _restore(
+        cls, ids: np.ndarray, lengths: tuple[int, ...], rows: np.ndarray, context: np.ndarray | None
+    ) -> "PackedBatch":
+        context_T = None if context is None else torch.from_numpy(context)
+        return cls.from_flat(torch.from_numpy(ids), lengths, rows.tolist(), context_T)
+
+    @property
+    def targets(self) -> Int64[Tensor, " total"]:
+        """The tokens that are noised and scored: context residues are replaced by X, which is neither."""
+        return self.tokens if self.context is None else torch.where(self.context, CONTEXT, self.tokens)
 
     def unpack(self, x: Tensor) -> list[Tensor]:
         """Split any per-token tensor (total, ...) back into n tensors (length_i, ...)."""
@@ -147,14 +173,17 @@ class PackedBatch:
         """Return the same batch with its per-token tensors on `device`; `rows` stays on the host."""
         moved = {
             name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("tokens", "cu_seqlens", "segment_ids", "positions")
+            for name in ("tokens", "cu_seqlens", "segment_ids", "positions", "context")
+            if getattr(self, name) is not None
         }
         return replace(self, **moved)
 
     def pin_memory(self) -> "PackedBatch":
         """Return a copy in page-locked memory, which allows asynchronous copies to a GPU; a DataLoader calls this."""
         pinned = {
-            name: getattr(self, name).pin_memory() for name in ("tokens", "cu_seqlens", "segment_ids", "positions")
+            name: getattr(self, name).pin_memory()
+            for name in ("tokens", "cu_seqlens", "segment_ids", "positions", "context")
+            if getattr(self, name) is not None
         }
         return replace(self, **pinned)
 
@@ -168,7 +197,7 @@ class PackedBatch:
         """Append segments of <pad> up to shape.tokens tokens, and empty sequences up to shape.sequences.
 
         All padded packs have the same shapes, which compiled kernels and CUDA graphs need. The padding is computed on
-        the pack's device, and the host does not wait for it.
+        the pack's device, and the host does not wait for it. `context` is left out, as the network does not read it.
 
         Raises:
             ValueError: the pack is larger than the shape.
@@ -213,8 +242,13 @@ class PackedBatch:
         return (rank < counts.to(device)[segment]).to(candidates.device) & candidates
 
     def with_tokens(self, tokens: Int64[Tensor, " total"]) -> "PackedBatch":
-        """Return the same batch with other tokens of the same shape, such as a noised copy."""
-        return replace(self, tokens=tokens)
+        """Return the same batch with other tokens of the same shape, such as a noised copy. Context is kept."""
+        return replace(self, tokens=tokens if self.context is None else torch.where(self.context, self.tokens, tokens))
+
+    def repeated(self, times: int) -> "PackedBatch":
+        """Return the batch packed together with copies of itself."""
+        context = None if self.context is None else self.context.repeat(times)
+        return PackedBatch.from_flat(self.tokens.repeat(times), self.lengths * times, context=context)
 
 
 def split_lengths(lengths: Sequence[int], tokens_per_pack: int) -> list[list[int]]:
@@ -238,6 +272,15 @@ def check_not_empty(lengths: tuple[int, ...]) -> None:
     """Raise unless there is at least one sequence and each has at least one token."""
     if not lengths or min(lengths) < 1:
         raise ValueError(f"a pack needs sequences of at least one token, got lengths {lengths}")
+
+
+def check_context(context: Tensor, tokens: Tensor) -> None:
+    """Raise unless `context` is one boolean per token, on the same device."""
+    if context.shape != tokens.shape or context.dtype != torch.bool or context.device != tokens.device:
+        raise ValueError(
+            f"context must be {tuple(tokens.shape)} torch.bool on {tokens.device}, got {tuple(context.shape)} "
+            f"{context.dtype} on {context.device}"
+        )
 
 
 def check_tokens(tokens: Tensor) -> None:

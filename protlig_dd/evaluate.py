@@ -13,10 +13,10 @@ from omegaconf import DictConfig
 from protlig_dd.config.cli import run_verb
 from protlig_dd.config.read import read_config
 from protlig_dd.config.verbs import EvaluateConfig
-from protlig_dd.data.crops import window
 from protlig_dd.data.mmseqs import find_mmseqs
-from protlig_dd.evaluation.inputs import read_sequences
-from protlig_dd.evaluation.likelihood.baselines import find_baseline_stores, fit_baselines, training_sequences
+from protlig_dd.evaluation.inputs import read_proteins
+from protlig_dd.evaluation.likelihood.baselines import baselines_of, find_baseline_stores
+from protlig_dd.evaluation.likelihood.given import given_proteins, resolve_context
 from protlig_dd.evaluation.likelihood.leaks import find_leaks
 from protlig_dd.evaluation.likelihood.scoring import in_training, score, summary
 from protlig_dd.evaluation.likelihood.tables import length_csv, letter_csv, report_table, sequence_csv
@@ -33,24 +33,26 @@ def evaluate(cfg: DictConfig) -> None:
     config = read_config(cfg, EvaluateConfig)
     output = check_free(config.output)
     find_mmseqs(config.near, "near")
-    store, ids, sequences = read_sequences(Path(config.input), config.split, config.max_sequences, config.seed)
+    proteins = read_proteins(Path(config.input), config.split, config.max_sequences, config.seed)
+    store, ids, sequences, _ = proteins
     trained = load_trained(config.from_, device=config.device, precision=config.precision)
     compared = None
     if config.compare is not None:
         compared = load_trained(config.compare, device=config.device, precision=config.precision)
     max_len = min(model.max_len for model in (trained, compared) if model is not None)
-    baseline_group = find_baseline_stores(config.train, store, trained)
-    baselines = None if baseline_group is None else fit_baselines(training_sequences(baseline_group.stores))
-    full_sequences = sequences
+    context = resolve_context(config.context, trained, proteins, config.input)
+    given = given_proteins(proteins, context, max_len)
+    baseline_group = find_baseline_stores(config.train, store, trained, context)
+    baselines = None if baseline_group is None else baselines_of(baseline_group)
     n_cropped = sum(len(tokens) - 2 > max_len for tokens in sequences)
-    sequences = [window(tokens, 0, max_len) for tokens in sequences]
     if n_cropped:
         models = "this model was" if compared is None else "both models were"
         message = f"{n_cropped} proteins have more than {max_len} residues, the most that {models} trained on"
-        announce(f"{message}: only their first {max_len} are scored", trained.processes)
-    scored = score(trained, sequences, config, baselines)
+        part = f"first {max_len}" if context == "none" else f"{max_len} residues with the most designed ones"
+        announce(f"{message}: only their {part} are scored", trained.processes)
+    scored = score(trained, given, config, baselines)
     if compared is not None:
-        other_scored = score(compared, sequences, config, None, bound_only=True)
+        other_scored = score(compared, given, config, None, bound_only=True)
         for protein, other_protein in zip(scored, other_scored, strict=True):
             protein.nats["compared"] = other_protein.nats["bound"]
     if not trained.processes.first:
@@ -58,12 +60,13 @@ def evaluate(cfg: DictConfig) -> None:
     sources = all_training_data(config.train, store, trained)
     if compared is not None:
         sources += all_training_data(config.train, store, compared, label="the model compared with")
-    leaks = find_leaks(full_sequences, sources, config.near)
+    leaks = find_leaks(sequences, sources, config.near)
     console.print("\n".join(leaks.lines()))
     report = {
         **description_of(trained),
         "input": config.input,
         "split": config.split if store else None,
+        "context": context,
         "sequences": len(scored),
         "cut_to_max_len": n_cropped,
         "max_len": max_len,

@@ -3,6 +3,7 @@
 python -m protlig_dd.infill from=runs/demo input=partial.fasta output=designs.fasta n=10     # `_` marks free positions
 python -m protlig_dd.infill from=runs/demo input=wt.fasta output=designs.fasta free=[12-40,77]
 python -m protlig_dd.infill from=runs/demo input=wt.fasta output=designs.fasta fixed=[45-60]
+python -m protlig_dd.infill from=runs/demo input=marked.fasta output=designs.fasta context=lower  # upper case is free
 python -m protlig_dd.infill from=runs/demo input=wt.fasta output=designs.fasta contig=10-40/A45-60/5-20/A80-92/10
 python -m protlig_dd.infill from=runs/demo input=two.fasta output=designs.fasta contig=A1-30/10-20/B5-40
 """
@@ -59,8 +60,8 @@ def infill(cfg: DictConfig) -> None:
         raise ValueError(f"n must be at most {MAX_DESIGNS}, got {config.n}")
     if config.best is not None and config.best > config.n:
         raise ValueError(f"best={config.best} must be at most n={config.n}")
-    if sum(value is not None for value in (config.fixed, config.free, config.contig)) > 1:
-        raise ValueError("give only one of fixed=, free= and contig=")
+    if sum(value is not None for value in (config.fixed, config.free, config.context, config.contig)) > 1:
+        raise ValueError("give only one of fixed=, free=, context= and contig=")
     if config.lengths is not None and config.contig is None:
         raise ValueError(f"lengths={config.lengths} needs contig=; without it a design is as long as its input")
     records = read_records(Path(config.input))

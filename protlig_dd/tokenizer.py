@@ -11,6 +11,7 @@ CONTEXT_LETTERS = "XBZJUO"  # unknown, Asx, Glx, Xle, selenocysteine, pyrrolysin
 N_STATES = len(AMINO_ACIDS)
 MASK = N_STATES
 LETTERS = AMINO_ACIDS + "_" + CONTEXT_LETTERS  # `_` stands for <mask> in decoded text; encode rejects it
+CONTEXT = MASK + 1  # X; it stands for every residue that is context where only noised residues count
 BOS, EOS, PAD = 27, 28, 29
 VOCAB_SIZE = 30
 

@@ -29,7 +29,7 @@ from protlig_dd.diffusion.noise import GeometricNoise, LogLinearNoise, Noise
 from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.evaluation.likelihood import leaks
 from protlig_dd.evaluation.likelihood.baselines import find_baseline_stores, fit_baselines
-from protlig_dd.evaluation.likelihood.scoring import Scored, score, summary
+from protlig_dd.evaluation.likelihood.scoring import Given, Scored, score, summary
 from protlig_dd.evaluation.likelihood.tables import NAMES, letter_csv
 from protlig_dd.evaluation.likelihood.trained_on import all_training_data
 from protlig_dd.inference.model import load_trained, run_folder
@@ -186,6 +186,7 @@ def test_the_order_agnostic_bound_differs_only_for_a_time_conditioned_model(
         split="test",
         train=None,
         compare=None,
+        context="none",
         near=False,
         output="",
         draws=2,
@@ -197,7 +198,7 @@ def test_the_order_agnostic_bound_differs_only_for_a_time_conditioned_model(
         tokens_per_pack=10_000,
     )
     sequences = [store[row] for row in store.split("test")[:3]]
-    scored = score(trained, sequences, config, None)
+    scored = score(trained, [Given(tokens, None) for tokens in sequences], config, None)
     batch = PackedBatch.pack([torch.from_numpy(tokens.astype(np.int64)) for tokens in sequences])
     keys = protein_keys(sequences)
     generator = protein_draws(keys, stratified_positions(keys, 2, 3), 3)

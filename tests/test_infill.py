@@ -417,7 +417,7 @@ def test_designs_are_ranked_only_with_an_absorbing_graph(
         (["input=whole.fasta", "free=1", "output=out.csv"], "out.csv would be written twice"),
         (["input=whole.fasta", "free=[]"], "record wt has no free position"),
         (["input=whole.fasta"], "record wt has no free position"),
-        (["input=whole.fasta", "free=1", "fixed=2"], "give only one of fixed=, free= and contig="),
+        (["input=whole.fasta", "free=1", "fixed=2"], "give only one of fixed=, free=, context= and contig="),
         (["input=whole.fasta", "free=1", "lengths=9"], "lengths=9 needs contig="),
         (["input=whole.fasta", "contig=999/A1-2"], "the design has 1001 residues; this model was trained on 1 to"),
         (

@@ -19,7 +19,7 @@ from protlig_dd.config.components import TRAINING_NOISE, unknown_key
 from protlig_dd.config.fields import STORED, first_problem
 from protlig_dd.diffusion.graphs.registry import GRAPHS
 from protlig_dd.diffusion.noise import NOISES
-from protlig_dd.model.config import stored_model
+from protlig_dd.model.config import stored_model, without_added_defaults
 
 T = TypeVar("T")
 COMPONENTS: dict[str, Mapping[str, Callable[..., Any]]] = {"graph": GRAPHS, "noise": NOISES}
@@ -82,6 +82,8 @@ def as_dict(config: Any) -> dict[str, Any]:
     values = {key.removesuffix("_"): value for key, value in asdict(config).items()}
     if "model" in values:
         values["model"] = stored_model(values["model"])
+    if "data" in values:
+        values["data"] = without_added_defaults(values["data"], type(config.data))
     return values
 
 

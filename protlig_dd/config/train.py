@@ -29,12 +29,13 @@ from protlig_dd.config.fields import (
     marked,
 )
 from protlig_dd.config.read import flatten, read_config, shorten
+from protlig_dd.data.case import Context
 from protlig_dd.data.crops import Crop
 from protlig_dd.data.loader import check_pack_sizes, check_weights
 from protlig_dd.diffusion.samplers.base import SamplerOptions
 from protlig_dd.diffusion.sampling import check_sampler
 from protlig_dd.diffusion.score import check_parametrisation
-from protlig_dd.model.config import COMPUTE_ONLY, ModelConfig, stored_model
+from protlig_dd.model.config import ADDED_LATER, COMPUTE_ONLY, ModelConfig, stored_model
 from protlig_dd.model.dit import check_model
 from protlig_dd.system.signals import seconds_of
 
@@ -60,6 +61,7 @@ class DataConfig:
     crop: Crop
     tokens_per_pack: AtLeast1
     workers: Annotated[AtLeast0, MAY_CHANGE]
+    context: Annotated[Context, ADDED_LATER] = "none"
 
     @field_validator("path")
     @classmethod

@@ -91,6 +91,7 @@ class InfillConfig:
     n: AtLeast1
     free: Any  # ranges such as 12-40, or a list of them
     fixed: Any
+    context: Literal["lower", "upper"] | None
     contig: str | None
     lengths: str | None
     best: AtLeast1 | None
@@ -127,6 +128,7 @@ class EvaluateConfig:
     split: SplitName
     train: str | None
     compare: str | None
+    context: Literal["auto", "none", "lower", "upper"]
     near: Auto
     output: str
     draws: AtLeast1

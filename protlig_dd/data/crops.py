@@ -5,6 +5,8 @@ from typing import Literal, TypeVar, get_args
 
 import numpy as np
 
+from protlig_dd.tokenizer import N_STATES
+
 Crop = Literal["random", "start"]
 CROPS = get_args(Crop)
 
@@ -28,6 +30,23 @@ def check_crop(crop: str) -> None:
     """Raise ValueError unless `crop` is one of CROPS."""
     if crop not in CROPS:
         raise ValueError(f"data.crop={crop}; choose from {', '.join(CROPS)}")
+
+
+def designed_crops(targets: np.ndarray, max_len: int, *, first: bool) -> np.ndarray:
+    """Return the first residues of crops of max_len residues that contain designed residues, ascending.
+
+    If no crop contains any, all of them are returned.
+
+    Args:
+        targets: `<bos> residues <eos>` with X for context residues and more than max_len residues (see `targets_of`).
+        first: return a single crop, the first of those with the most designed residues. It begins at residue 0 if
+            everything is designed.
+    """
+    before = np.append(0, np.cumsum(targets[1:-1] < N_STATES))
+    counts = before[max_len:] - before[:-max_len]
+    if first:
+        return counts.argmax(keepdims=True)
+    return np.flatnonzero(counts) if counts.any() else np.arange(len(counts))
 
 
 def window_starts(residues: int, max_len: int) -> list[int]:

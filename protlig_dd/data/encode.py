@@ -9,15 +9,16 @@ import xxhash
 from protlig_dd.data.fasta import WHITESPACE, FastaBlock
 from protlig_dd.tokenizer import AMINO_ACIDS, BOS, CONTEXT_LETTERS, EOS, LETTERS
 
-# A byte's code: its token (plus _LOWER for a lower-case letter), or _STOP or _ILLEGAL.
-_LOWER, _STOP, _ILLEGAL = 64, 128, 129
+LOWER = 64  # added to the token of a lower-case letter
+# A byte's code: its token (plus LOWER), or _STOP or _ILLEGAL.
+_STOP, _ILLEGAL = 128, 129
 _CODES = bytearray([_ILLEGAL]) * 256
 for _id, _letter in enumerate(LETTERS):
     if _letter != "_":
-        _CODES[ord(_letter)], _CODES[ord(_letter.lower())] = _id, _id | _LOWER
+        _CODES[ord(_letter)], _CODES[ord(_letter.lower())] = _id, _id | LOWER
 _CODES[ord("*")] = _STOP
 _TABLE = bytes(_CODES)
-_FOLD = bytes(code & ~_LOWER for code in range(256))
+_FOLD = bytes(code & ~LOWER for code in range(256))
 
 _BASES = bytes(LETTERS.index(letter) for letter in "ACGTUN")
 FEWEST_BASES = 20  # shorter proteins may consist of these letters by chance
@@ -39,15 +40,22 @@ class EncodedBlock(NamedTuple):
     """Number of lower-case letters; they were encoded like upper-case letters."""
     nucleotides: int
     """Number of records that look like DNA or RNA."""
+    is_lower: np.ndarray | None = None
+    """(total,) bool: which tokens were lower-case letters; None if none was."""
 
     def select(self, keep: np.ndarray) -> "EncodedBlock":
         """Return the records for which `keep` (n,) is True."""
         if keep.all():
             return self
         sequences = list(itertools.compress(self.sequences, keep.tolist()))
-        tokens = self.tokens[np.repeat(keep, self.lengths)]
-        return EncodedBlock(
-            sequences, tokens, self.lengths[keep], self.id_hashes[keep], self.lower_case, self.nucleotides
+        selected = np.repeat(keep, self.lengths)
+        is_lower = None if self.is_lower is None else self.is_lower[selected]
+        return self._replace(
+            sequences=sequences,
+            tokens=self.tokens[selected],
+            lengths=self.lengths[keep],
+            id_hashes=self.id_hashes[keep],
+            is_lower=is_lower,
         )
 
     def sequence_hashes(self) -> np.ndarray:
@@ -64,22 +72,24 @@ def encode_block(block: FastaBlock) -> EncodedBlock:
         ValueError: a record that has no residues or contains a character that is not a letter. The message names the
             file, the record, the line and the position.
     """
-    sequences, lower_case = [body.translate(_TABLE, WHITESPACE) for body in block.bodies], 0
+    sequences, lower_case, is_lower = [body.translate(_TABLE, WHITESPACE) for body in block.bodies], 0, None
     tokens = _joined(sequences)
-    if tokens.max() >= _LOWER:
+    if tokens.max() >= LOWER:
         sequences = [sequence.removesuffix(bytes([_STOP])) for sequence in sequences]
         tokens = _joined(sequences)
         if tokens.max() >= _STOP:
             _raise_for_bad_record(block)
-        lower_case = int((tokens >= _LOWER).sum())
-        sequences, tokens = [sequence.translate(_FOLD) for sequence in sequences], tokens & ~np.uint8(_LOWER)
+        is_lower = tokens >= LOWER
+        lower_case = int(is_lower.sum())
+        sequences, tokens = [sequence.translate(_FOLD) for sequence in sequences], tokens & ~np.uint8(LOWER)
     if not all(sequences):
         raise ValueError(f"{block.location(sequences.index(b''))}: no residues")
     lengths = np.array([len(sequence) + 2 for sequence in sequences])
     digest = xxhash.xxh3_64_digest
     digests = b"".join([digest(id_, ID_SEED) for id_ in block.ids])
     hashes = np.frombuffer(digests, ">u8").astype(np.uint64)
-    return EncodedBlock(sequences, tokens, lengths, hashes, lower_case, sum(map(is_nucleotide, sequences)))
+    nucleotides = sum(map(is_nucleotide, sequences))
+    return EncodedBlock(sequences, tokens, lengths, hashes, lower_case, nucleotides, is_lower if lower_case else None)
 
 
 def is_nucleotide(tokens: bytes) -> bool:

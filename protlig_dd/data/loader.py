@@ -18,7 +18,9 @@ import xxhash
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from protlig_dd.batch import PackedBatch
-from protlig_dd.data.crops import check_crop, crop_bounds
+from protlig_dd.data.case import targets_of
+from protlig_dd.data.context import context_of, joined_context
+from protlig_dd.data.crops import check_crop, crop_bounds, designed_crops
 from protlig_dd.data.draws import NEWEST, random_below
 from protlig_dd.data.packing import Plan, epoch_rows, make_plan, packs_in_epoch, token_quotas, total_tokens
 from protlig_dd.data.plan_cache import remove_plans, shared_plan
@@ -38,6 +40,8 @@ class PackDataset(Dataset[PackedBatch]):
         seed: None (evaluation) packs every row exactly once in the given order, and keeps the first max_len residues of
             longer sequences; a number (training) shuffles the rows for every epoch.
         crop: how training crops a long sequence. random: a new crop each epoch; start: the first max_len residues.
+            If the stores' context marks residues of the sequence, random chooses among the crops that contain a
+            designed residue, and start (also in evaluation) is the first of the crops that contain the most of them.
         weights: relative fractions of tokens from each store; None reads every store once per epoch.
         version: version of the random choices (see draws.py); a run keeps the version it was started with.
 
@@ -119,16 +123,30 @@ class PackDataset(Dataset[PackedBatch]):
     def __getitem__(self, pack: int) -> PackedBatch:
         rows = self.pack_rows(pack)
         store_numbers, begins, residues = self.group.locate(rows, self.tokens)
-        cut = np.flatnonzero(residues > self.max_len)
-        starts = np.zeros(len(cut), np.int64)
+        ends, cut = begins + residues + 2, np.flatnonzero(residues > self.max_len)
+        starts, limits = np.zeros(len(cut), np.int64), residues[cut] - self.max_len + 1
+        contexts = None
+        if self.group.context != "none":
+            contexts = [context_of(self.group, row) for row in rows.tolist()]
+        choices: dict[int, np.ndarray] = {}  # the crops to choose from, by number in `cut`, where there is context
+        for k, i in enumerate(cut.tolist()):
+            if contexts is not None and (is_context := contexts[i]) is not None:
+                targets = targets_of(self.tokens[store_numbers[i]][begins[i] : ends[i]], is_context)
+                choices[k] = designed_crops(targets, self.max_len, first=self.seed is None or self.crop == "start")
+                limits[k] = len(choices[k])
         if self.seed is not None and self.crop == "random" and len(cut):
-            starts = random_below(residues[cut] - self.max_len + 1, [self.seed, _CROP, pack], self.version)
-        ends = begins + residues + 2
-        first, last = crop_bounds(residues[cut], starts, self.max_len)
-        begins[cut], ends[cut] = begins[cut] + first, begins[cut] + last
+            starts = random_below(limits, [self.seed, _CROP, pack], self.version)
+        for k, choice in choices.items():
+            starts[k] = choice[starts[k]]
+        first = np.zeros(len(rows), np.int64)
+        first[cut], last = crop_bounds(residues[cut], starts, self.max_len)
+        ends[cut] = begins[cut] + last
+        begins += first
         bounds = zip(store_numbers.tolist(), begins.tolist(), ends.tolist(), strict=True)
         flat = np.concatenate([self.tokens[store][begin:end] for store, begin, end in bounds])
-        return PackedBatch.from_flat(torch.from_numpy(flat), (ends - begins).tolist(), rows.tolist())
+        lengths = (ends - begins).tolist()
+        context_T = None if contexts is None else joined_context(contexts, first.tolist(), lengths)
+        return PackedBatch.from_flat(torch.from_numpy(flat), lengths, rows.tolist(), context_T)
 
     def plan(self, epoch: int) -> Plan:
         """Return the plan of one epoch, and make the next epoch's plan in the background. The latest plan is cached."""

@@ -9,13 +9,14 @@ Layout, format version 2 (`n` sequences, every dataset contiguous so that it can
     split           (n,) uint8             index into SPLITS
     token_counts    (90,) int64            how often each token id occurs in each split, (3, 30) row by row
     manifest        (m,) uint8             JSON: inputs, options, counts
+    case_*          only if a record has both upper-case and lower-case letters: their case (see case.py)
     attributes      format_version, alphabet, fingerprint; each dataset has its 128-bit XXH3 checksum as `xxh3`
 """
 
 import contextlib
 import json
 import mmap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from operator import index
 from pathlib import Path
@@ -25,6 +26,7 @@ import h5py
 import numpy as np
 import xxhash
 
+from protlig_dd.data.case import CASE_COLUMNS, CaseIndex, Context, check_has_case
 from protlig_dd.data.fasta import Header, id_of, parse_header
 from protlig_dd.tokenizer import BOS, EOS, LETTERS, VOCAB_SIZE
 
@@ -33,7 +35,7 @@ SPLITS = ("train", "validation", "test")
 COPY_BYTES = 4 << 20
 HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 HOW_TO_BUILD = "build one from FASTA with `python -m protlig_dd.prepare input=... output=...`"
-_COLUMNS = {
+COLUMNS = {
     "tokens": np.uint8,
     "offsets": np.int64,
     "headers": np.uint8,
@@ -41,6 +43,7 @@ _COLUMNS = {
     "split": np.uint8,
     "token_counts": np.int64,
     "manifest": np.uint8,
+    **CASE_COLUMNS,
 }
 
 
@@ -91,7 +94,10 @@ class SequenceStore:
         self._extents: dict[str, tuple[int, int]] = {}  # byte offset in the file, number of values
         self.checksums: dict[str, str] = {}
         size = self.path.stat().st_size
-        for name, dtype in _COLUMNS.items():
+        self.has_case = any(name in file for name in CASE_COLUMNS)  # whether the store keeps the case of its residues
+        for name, dtype in COLUMNS.items():
+            if name in CASE_COLUMNS and not self.has_case:
+                continue
             dataset = file[name]
             offset = dataset.id.get_offset()
             if dataset.dtype != dtype or dataset.ndim != 1 or offset is None or offset + dataset.nbytes > size:
@@ -101,9 +107,12 @@ class SequenceStore:
             self._extents[name] = offset, dataset.size
             self.checksums[name] = dataset.attrs["xxh3"].decode()
         n = self._extents["split"][1]
-        for name in ("offsets", "header_offsets"):
-            if self._extents[name][1] != n + 1:
-                raise ValueError(f"{self.path}: {self._extents[name][1]} {name} for {n} sequences, expected {n + 1}")
+        rows_of = {"offsets": n, "header_offsets": n}
+        if self.has_case:
+            rows_of["case_offsets"] = self._extents["case_rows"][1]
+        for name, rows in rows_of.items():
+            if (size := self._extents[name][1]) != rows + 1:
+                raise ValueError(f"{self.path}: {size} {name} for {rows} sequences, expected {rows + 1}")
         self.token_counts: np.ndarray = file["token_counts"][:].reshape(len(SPLITS), VOCAB_SIZE)
         self.manifest: dict[str, Any] = json.loads(file["manifest"][:].tobytes())
         self._length = n
@@ -154,6 +163,11 @@ class SequenceStore:
         for start in range(0, len(splits), COPY_BYTES):
             yield start + np.flatnonzero(splits[start : start + COPY_BYTES] == SPLITS.index(name))
 
+    def lower_case(self, row: SupportsIndex) -> np.ndarray | None:
+        """Return (residues,) bool, which residues were lower-case letters; None if none was, or if no case is kept."""
+        row = self._row(row)
+        return self._case.lower_case(row, int(self.offsets[row + 1] - self.offsets[row]) - 2) if self.has_case else None
+
     def verify(self, on_bytes: Callable[[int], None] | None = None) -> None:
         """Read every dataset and compare it with its checksum.
 
@@ -176,7 +190,7 @@ class SequenceStore:
     @property
     def nbytes(self) -> int:
         """Bytes of all datasets."""
-        return sum(size * np.dtype(_COLUMNS[name]).itemsize for name, (_, size) in self._extents.items())
+        return sum(size * np.dtype(COLUMNS[name]).itemsize for name, (_, size) in self._extents.items())
 
     def _row(self, row: SupportsIndex) -> int:
         row = index(row)
@@ -186,7 +200,7 @@ class SequenceStore:
 
     def _map(self, name: str, *, at_random: bool = False) -> np.ndarray:
         offset, size = self._extents[name]
-        mapped = np.memmap(self.path, mode="r", dtype=_COLUMNS[name], offset=offset, shape=(size,))
+        mapped = np.memmap(self.path, mode="r", dtype=COLUMNS[name], offset=offset, shape=(size,))
         if at_random and hasattr(mmap, "MADV_RANDOM"):
             with contextlib.suppress(OSError):  # the advice only saves reads; the data are the same without it
                 mapped._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
@@ -206,6 +220,15 @@ class SequenceStore:
         """(n + 1,) int64, memory-mapped."""
         return self._map("offsets")
 
+    @property
+    def case_counts(self) -> np.ndarray:
+        """(3, 30) int64: how often each token id occurs in lower case in each split, if the store keeps the case."""
+        return self._map("case_counts").reshape(len(SPLITS), VOCAB_SIZE)
+
+    @cached_property
+    def _case(self) -> CaseIndex:
+        return CaseIndex(*(self._map(name) for name in ("case_rows", "case_offsets", "case_bits")))
+
     @cached_property
     def _headers(self) -> np.ndarray:
         return self._map("headers")
@@ -218,13 +241,18 @@ class SequenceStore:
 class StoreGroup:
     """One or several stores with joint row numbers: the rows of the first store, then those of the second, and so on.
 
+    Args:
+        context: the case of the residues that are context (see case.py).
+
     Raises:
-        ValueError: two stores with the same contents.
+        ValueError: two stores with the same contents, or a store that does not keep the case that marks the context.
     """
 
-    def __init__(self, stores: Sequence[SequenceStore]) -> None:
-        self.stores = list(stores)
+    def __init__(self, stores: Sequence[SequenceStore], context: Context = "none") -> None:
+        self.stores, self.context = list(stores), context
         for i, store in enumerate(self.stores):
+            if context != "none":
+                check_has_case(store.path, store.has_case, context)
             for earlier in self.stores[:i]:
                 if store.fingerprint == earlier.fingerprint:
                     raise ValueError(f"{store.path} has the same contents as {earlier.path}; give each store once")
@@ -237,10 +265,10 @@ class StoreGroup:
         self.token_counts = np.sum([store.token_counts for store in self.stores], axis=0)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"stores": self.stores}
+        return {"stores": self.stores, "context": self.context}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["stores"])  # type: ignore[misc]
+        self.__init__(state["stores"], state["context"])  # type: ignore[misc]
 
     def __len__(self) -> int:
         return int(self.bases[-1]) + len(self.stores[-1])
@@ -267,8 +295,13 @@ class StoreGroup:
         )
 
     def id(self, row: SupportsIndex) -> str:
+        store, store_row = self.find(row)
+        return store.id(store_row)
+
+    def find(self, row: SupportsIndex) -> tuple[SequenceStore, int]:
+        """Return the store that contains a row, and the row's number in it."""
         number = int(np.searchsorted(self.bases, index(row), side="right")) - 1
-        return self.stores[number].id(index(row) - int(self.bases[number]))
+        return self.stores[number], index(row) - int(self.bases[number])
 
     def locate(
         self, rows: np.ndarray, tokens: Sequence[np.ndarray] | None = None
@@ -302,42 +335,7 @@ class StoreGroup:
         return numbers, begins, residues
 
 
-def write_columns(
-    path: Path, columns: dict[str, tuple[int, Iterable[np.ndarray]]], manifest: Callable[[], dict[str, Any]]
-) -> None:
-    """Write a store's datasets.
-
-    Args:
-        columns: {name: (size, consecutive blocks of values)} of every dataset but the manifest, written in this order.
-        manifest: called after the columns have been written.
-    """
-    checksums: dict[str, str] = {}
-
-    def write(name: str, size: int, blocks: Iterable[np.ndarray]) -> None:
-        dataset = file.create_dataset(name, shape=(size,), dtype=_COLUMNS[name])
-        digest, start = xxhash.xxh3_128(), 0
-        for block in blocks:
-            dataset[start : start + len(block)] = block
-            digest.update(block.data)
-            start += len(block)
-        if start != size:
-            raise ValueError(f"{path}: {start} values of {name}, expected {size}")
-        checksums[name] = digest.hexdigest()
-        # np.bytes_ has a fixed length; the checksums of HDF5's metadata do not cover variable-length text
-        dataset.attrs["xxh3"] = np.bytes_(checksums[name])
-
-    # since format 1.8, HDF5 checksums its own metadata
-    with h5py.File(path, "w", libver=("v108", "v108"), locking=False) as file:
-        for name, (size, blocks) in columns.items():
-            write(name, size, blocks)
-        text = np.frombuffer(json.dumps(manifest()).encode(), np.uint8)
-        write("manifest", len(text), [text])
-        file.attrs["format_version"] = FORMAT_VERSION
-        file.attrs["alphabet"] = np.bytes_(LETTERS)
-        file.attrs["fingerprint"] = np.bytes_(fingerprint_of(checksums))
-
-
 def fingerprint_of(checksums: dict[str, str]) -> str:
     """Return a hash of a store's contents: sequences, headers and splits, but not the manifest."""
-    parts = [f"{name}={checksums[name]}" for name in _COLUMNS if name != "manifest"]
+    parts = [f"{name}={checksums[name]}" for name in COLUMNS if name != "manifest" and name in checksums]
     return xxhash.xxh3_128_hexdigest(" ".join(parts).encode())

@@ -31,7 +31,7 @@ def exact_count_draws(
     Returns:
         Each token's contribution to the bound in each draw, in nats, and which tokens were masked.
     """
-    residue_T = batch.tokens < score_fn.graph.n_states
+    residue_T = batch.targets < score_fn.graph.n_states
     length_n = sum_by_sequence(residue_T, batch).clamp(min=1)
     drawn = []
     for stratum in in_strata:
@@ -48,7 +48,7 @@ def masked_nats(score_fn: ScoreFn, batch: PackedBatch, masked: Bool[Tensor, " to
     It is L / k times the cross-entropy of each masked residue, where k >= 1 of the sequence's L residues are masked.
     """
     nats_T = cross_entropies(score_fn, batch, masked)
-    residue_T = batch.tokens < score_fn.graph.n_states
+    residue_T = batch.targets < score_fn.graph.n_states
     length_n, count_n = (sum_by_sequence(selected_T, batch) for selected_T in (residue_T, masked))
     return nats_T * (length_n / count_n.clamp(min=1)).index_select(0, batch.segment_ids.to(length_n.device))
 
@@ -56,7 +56,7 @@ def masked_nats(score_fn: ScoreFn, batch: PackedBatch, masked: Bool[Tensor, " to
 def cross_entropies(score_fn: ScoreFn, batch: PackedBatch, masked: Bool[Tensor, " total"]) -> Float64[Tensor, " total"]:
     """Return -log p of each masked residue given the unmasked ones, in nats; 0 for all other tokens."""
     graph = score_fn.graph
-    length_n = sum_by_sequence(batch.tokens < graph.n_states, batch).clamp(min=1)
+    length_n = sum_by_sequence(batch.targets < graph.n_states, batch).clamp(min=1)
     sigma = masked_sigma(score_fn.noise, sum_by_sequence(masked, batch).clamp(min=1) / length_n).to(batch.tokens.device)
     log_score = score_fn(batch.with_tokens(torch.where(masked, graph.mask, batch.tokens)), sigma)
     return to_float64(torch.where(masked, -pick(F.log_softmax(log_score, -1), batch.tokens), 0.0))
@@ -92,7 +92,7 @@ def masked_cross_entropy(
         summed over all draws.
     """
     graph = score_fn.graph
-    residue_T = batch.tokens < graph.n_states
+    residue_T = batch.targets < graph.n_states
     count_n = (fraction * sum_by_sequence(residue_T, batch)).round().clamp(min=1)
     sigma = torch.full((len(batch.lengths),), -math.log1p(-fraction), device=batch.tokens.device)
     nats_T = torch.zeros(len(batch.tokens), dtype=torch.float64, device=float64_device(batch.tokens.device))

@@ -9,7 +9,9 @@ For the absorbing graph the same bound can be computed from k masked residues ou
 is far lower. It covers all t, so it has no prior or reconstruction term. A time-conditioned network receives the sigma
 that matches the masked fraction, 1 - e^-sigma = k/L. The bound then holds for a decoder that uses the same sigma.
 
-Context letters (X B Z J U O), <bos> and <eos> are given to the network and not scored.
+Context letters (X B Z J U O), <bos> and <eos> are given to the network and not scored. So are the residues that a pack
+marks as context (`PackedBatch.context`): L and k count the other residues only, and the bound is that of -log p of the
+other residues given the context.
 """
 
 from collections.abc import Sequence
@@ -42,12 +44,12 @@ class NLLBound:
     """Monte-Carlo standard error of `nats`, from the difference of the two draws in each stratum. If the number of
     draws is odd, the last draw is left out. A single draw gives NaN."""
     residues: Int64[Tensor, " n"]
-    """Number of residues, without context letters."""
+    """Number of residues, without context letters and context residues."""
     estimator: str
     draws: int
     t_min: float
     token_nats: Float64[Tensor, " total"]
-    """Each token's contribution to its sequence's bound; 0 for context letters."""
+    """Each token's contribution to its sequence's bound; 0 for context."""
     pooled_nats: Float64[Tensor, " n"]
     """For EvoDiff's perplexity: the sum of the masked residues' cross-entropies, without the factor L / k of the bound,
     averaged over draws; 0 for the integral."""
@@ -111,11 +113,11 @@ def nll_bound(
     for first in range(0, draws, at_once):
         chunk = levels[first : first + at_once]
         in_strata = [(low, high, positions_dn[first + i]) for i, (low, high, _) in enumerate(chunk)]
-        copies = batch if len(chunk) == 1 else PackedBatch.pack(batch.unpack(batch.tokens) * len(chunk))
+        copies = batch if len(chunk) == 1 else batch.repeated(len(chunk))
         weight_n = torch.tensor([weight for *_, weight in chunk], dtype=torch.float64).repeat_interleave(n).to(nats_T)
         if estimator == "exact_count":
             draw_T, masked_T = exact_count_draws(score_fn, batch, copies, in_strata, generators)
-            residue_T = copies.tokens < graph.n_states
+            residue_T = copies.targets < graph.n_states
             count_n, length_n = sum_by_sequence(masked_T, copies), sum_by_sequence(residue_T, copies)
             factor_n = weight_n * count_n / length_n.clamp(min=1)  # k / L undoes the bound's L / k
             pooled_nats_n += (factor_n * sum_by_sequence(draw_T, copies)).view(-1, n).sum(0)
@@ -127,11 +129,11 @@ def nll_bound(
         nats_T += draw_T.view(len(chunk), -1).sum(0)
     if estimator == "integral":
         sigma_T = noise(torch.ones(len(batch.tokens), device=device))[0]
-        nats_T += to_float64(graph.prior_kl(batch.tokens, sigma_T))
+        nats_T += to_float64(graph.prior_kl(batch.targets, sigma_T))
     return NLLBound(
         nats=sum_by_sequence(nats_T, batch).cpu(),
         standard_error=error_of_pairs(torch.cat(drawn)).cpu(),
-        residues=sum_by_sequence(batch.tokens < graph.n_states, batch).long().cpu(),
+        residues=sum_by_sequence(batch.targets < graph.n_states, batch).long().cpu(),
         estimator=estimator,
         draws=draws,
         t_min=noise.t_min,
@@ -144,10 +146,10 @@ def nll_bound(
 def _transition(batch: PackedBatch, graph: Graph, sigma_T: Sigma, generator: Generators) -> Tokens:
     """Return x_t of a batch. If there are several generators, each sequence uses its own."""
     if isinstance(generator, torch.Generator):
-        return graph.sample_transition(batch.tokens, sigma_T, generator)
+        return graph.sample_transition(batch.targets, sigma_T, generator)
     device = generator[0].device
     # copied together: copying each sequence separately would wait for the device each time
-    parts = zip(batch.unpack(batch.tokens.to(device)), batch.unpack(sigma_T.to(device)), generator, strict=True)
+    parts = zip(batch.unpack(batch.targets.to(device)), batch.unpack(sigma_T.to(device)), generator, strict=True)
     return torch.cat([graph.sample_transition(*part) for part in parts]).to(batch.tokens.device)
 
 
@@ -185,7 +187,7 @@ def integrand(score_fn: ScoreFn, batch: PackedBatch, t: Float[Tensor, " n"], xt:
     sigma, dsigma = noise(t)
     sigma_T = sigma.index_select(0, batch.segment_ids)
     log_score = score_fn(batch.with_tokens(xt), sigma)
-    loss_T = to_float64(score_fn.graph.score_entropy(log_score, sigma_T, xt, batch.tokens))
+    loss_T = to_float64(score_fn.graph.score_entropy(log_score, sigma_T, xt, batch.targets))
     return (1 - noise.t_min) * to_float64(dsigma.index_select(0, batch.segment_ids)) * loss_T
 
 
@@ -195,7 +197,7 @@ def reconstruction(
     """Return -log p(x0 | x_t) of each token, in nats, for the last denoising step from total noise sigma (n,)."""
     graph, sigma_T = score_fn.graph, sigma.index_select(0, batch.segment_ids)
     log_score = score_fn(batch.with_tokens(xt), sigma)
-    residue_T = batch.tokens < graph.n_states
+    residue_T = batch.targets < graph.n_states
     probs, _ = clamp_negative(
         graph.denoise_probs(log_score[residue_T], xt[residue_T], sigma_T[residue_T])[:, : graph.n_states]
     )

@@ -24,7 +24,7 @@ def score_entropy_loss(
     over [t_min, t_max] (arXiv 2310.16834, eq. 13).
 
     Args:
-        batch: clean sequences x0.
+        batch: clean sequences x0. Its context residues are given to the network as they are and not in the loss.
         generator: source of all random draws, on the batch's device (on the CPU for MPS).
         t_max: the largest time; 1 unless a curriculum limits it. With a curriculum, the loss is the integral up to
             t_max only.
@@ -34,9 +34,9 @@ def score_entropy_loss(
     Returns:
         loss_sum: nats, summed over the pack; differentiable.
         n_residues: number of residues in the sum, on the batch's device. <bos>, <eos> and context letters such as X are
-            not counted.
+            not counted, nor are context residues.
     """
-    graph, noise, x0 = score_fn.graph, score_fn.noise, batch.tokens
+    graph, noise, x0 = score_fn.graph, score_fn.noise, batch.targets
     t = stratified_times(len(batch.lengths), noise.t_min, generator, x0.device, t_max)
     sigma, dsigma = noise(t)
     sigma_T = sigma.index_select(0, batch.segment_ids)

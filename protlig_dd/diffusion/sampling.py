@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
 from protlig_dd.batch import PackedBatch
@@ -45,7 +45,7 @@ def sample(
             sequence is token 1. It re-imposes fixed residues (or context letters), and is called before every step and
             after the last. This is exact for the absorbing graph and an approximation for the others
             (docs/diffusion.md). With the absorbing graph the network then receives, for each sequence, the sigma that
-            matches its fraction of masked residues.
+            matches its fraction of masked residues, or of masked free residues if it was trained with context.
         log_bias: nats added to the log-probability of each of the V amino acids, (V,) for all residues or
             (sum of lengths, V), without <bos> and <eos>. The model is steered towards
             p(x0) exp(sum of log_bias over x0), exactly if positions are independent. -inf forbids an amino acid.
@@ -119,6 +119,8 @@ class ReverseSteps:
         """Whether the network receives the sigma that matches the masked fraction, instead of the schedule's sigma."""
         xt = batch.tokens.masked_scatter(self.sampler.free_T, self.sampler.init(self.levels[0]))
         self.batch = batch.with_tokens(xt if project is None else project(xt))
+        self.counted_T = self.batch.tokens == graph.mask if score_fn.trained_with_context and graph.masks else None
+        """The residues that are not given, if training had given ones: the masked fraction is that of these residues."""
 
     def __len__(self) -> int:
         return len(self.levels) - 1
@@ -134,7 +136,8 @@ class ReverseSteps:
         sigma_now, sigma_next = self.levels[i : i + 2]
         sigma_n = torch.full((len(self.batch.lengths),), sigma_now, dtype=torch.float64, device=self.device64)
         if self.matches_masks:
-            sigma_n = sigma_of_masks(self.batch, self.score_fn.graph, self.levels[-2], self.levels[0])
+            bounds = self.levels[-2], self.levels[0]
+            sigma_n = sigma_of_masks(self.batch, self.score_fn.graph, *bounds, counted_T=self.counted_T)
         logits_TV = self.logits_of(self.batch.to(self.device), sigma_n.to(self.device, torch.float32))
         logits_TV = logits_TV.to(self.device64, torch.float64)
         level = Level(i + 1, sigma_now, sigma_next, float(self.dsigma[i]) * (1 - noise.t_min) / options.steps)
@@ -155,18 +158,26 @@ class ReverseSteps:
         """
         self.batch = self.batch.with_tokens(tokens if self.project is None else self.project(tokens))
         self.matches_masks = self.score_fn.graph.masks
+        if self.counted_T is not None:
+            self.counted_T = self.counted_T | (self.batch.tokens == self.score_fn.graph.mask)
 
     def residues(self) -> list[np.ndarray]:
         """Return the present ids (length_i,) of each sequence's residues as uint8. Some may be masked."""
         return [tokens[1:-1].cpu().numpy().astype(np.uint8) for tokens in self.batch.unpack(self.batch.tokens)]
 
 
-def sigma_of_masks(batch: PackedBatch, graph: Graph, lowest: float, highest: float) -> Float64[Tensor, " n"]:
+def sigma_of_masks(
+    batch: PackedBatch, graph: Graph, lowest: float, highest: float, *, counted_T: Bool[Tensor, " total"] | None = None
+) -> Float64[Tensor, " n"]:
     """Return the sigma that matches each sequence's fraction of masked residues, clamped to [lowest, highest].
 
     Fixed residues are never masked, so the schedule's sigma would be too high for sequences that have fixed residues.
+
+    Args:
+        counted_T: residues of which the fraction is taken. None: all, fixed residues too.
     """
-    residues_n = sum_by_sequence(batch.tokens <= graph.n_states, batch).clamp(min=1)
+    counted_T = batch.tokens <= graph.n_states if counted_T is None else counted_T
+    residues_n = sum_by_sequence(counted_T, batch).clamp(min=1)
     masked_fraction_n = sum_by_sequence(batch.tokens == graph.mask, batch) / residues_n
     return (-torch.log1p(-masked_fraction_n)).clamp(lowest, highest)
 

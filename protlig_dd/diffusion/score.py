@@ -39,6 +39,8 @@ class ScoreFn:
             does not depend on time (absorbing with x0).
         autocast: dtype in which the network computes; None for the dtype of its weights. The logits are converted to
             float32, and all later computations are at least as precise: sums of exponentials in bf16 are off by 0.2%.
+        trained_with_context: whether residues were given to the network in training (`PackedBatch.context`). The sigma
+            that matches a fraction of masked residues is then that of a fraction of the residues that are not given.
 
     Raises:
         ValueError: an unknown parametrisation, or time_conditioning=False where it is not valid.
@@ -50,6 +52,7 @@ class ScoreFn:
     parametrisation: str
     time_conditioning: bool = True
     autocast: torch.dtype | None = None
+    trained_with_context: bool = False
 
     def __post_init__(self) -> None:
         check_parametrisation(self.graph, self.parametrisation, self.time_conditioning)

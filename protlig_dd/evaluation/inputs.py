@@ -2,9 +2,11 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from protlig_dd.data.case import lower_case_of
 from protlig_dd.data.draws import random_subset
 from protlig_dd.data.encode import is_nucleotide, nucleotide_warning
 from protlig_dd.data.fasta import read_fasta
@@ -15,16 +17,38 @@ from protlig_dd.system.terminal import announce
 from protlig_dd.tokenizer import ProteinTokenizer
 
 
+class Proteins(NamedTuple):
+    """Proteins of a file."""
+
+    store: SequenceStore | None
+    """None for FASTA."""
+    ids: list[str]
+    sequences: list[np.ndarray]
+    """The tokens `<bos> residues <eos>` of each protein."""
+    lower_case: list[np.ndarray | None]
+    """(residues,) bool for each protein, which residues are lower-case letters; None if none is, or if a store keeps
+    no case."""
+
+    @property
+    def has_case(self) -> bool:
+        """Whether a protein has both upper-case and lower-case letters, or the store keeps the case of its records."""
+        if self.store is not None:
+            return self.store.has_case
+        return any(lower is not None and not lower.all() for lower in self.lower_case)
+
+
 def read_sequences(
     path: Path, split: str, most: int | None, seed: int
 ) -> tuple[SequenceStore | None, list[str], list[np.ndarray]]:
+    """Read proteins as `read_proteins` does. Return the store (None for FASTA), and the id and tokens of each."""
+    return read_proteins(path, split, most, seed)[:3]
+
+
+def read_proteins(path: Path, split: str, most: int | None, seed: int) -> Proteins:
     """Read proteins from one split of a store, or from a FASTA file.
 
     Args:
         most: maximum number of proteins; a larger set is subsampled at random with `seed`. None: all.
-
-    Returns:
-        the store (None for FASTA), and the id and tokens of each protein.
 
     Raises:
         ValueError: the file or split does not exist, a letter is illegal, or the split is empty.
@@ -33,17 +57,19 @@ def read_sequences(
         store = SequenceStore(path)
         rows = subsample(store.split(split), most, seed)
         ids, sequences = [store.id(row) for row in rows], [store[row] for row in rows]
+        lower_case = [store.lower_case(row) for row in rows]
     else:
         store, encode = None, ProteinTokenizer().encode
         records = list(read_fasta(path))
         records = [records[i] for i in subsample(np.arange(len(records)), most, seed)]
         ids = [record.id for record in records]
         sequences = [encode(record.sequence.upper(), record.name) for record in records]
+        lower_case = [lower_case_of(record.sequence) for record in records]
         if found := sum(is_nucleotide(tokens[1:-1].astype(np.uint8).tobytes()) for tokens in sequences):
             announce(nucleotide_warning(found, len(records), str(path)), processes_from_environment())
     if not sequences:
         raise ValueError(f"{path}: the split {split} is empty")
-    return store, ids, sequences
+    return Proteins(store, ids, sequences, lower_case)
 
 
 def is_store(path: Path) -> bool:

@@ -118,6 +118,7 @@ def model_card(description: Mapping[str, Any]) -> str:
         f"| graph | {graph}, {description['parametrisation']}, "
         f"{'with' if description['time_conditioning'] else 'without'} time conditioning |",
         f"| noise | {description['noise']['name']} |",
+        *([f"| context | {case}-case residues are given (data.context) |"] if (case := context_in(training)) else []),
         f"| trained on | proteins of up to {description['max_len']} residues; data {description['data_fingerprint']} |",
         *([f"| fine-tuned from | {origin} |"] if (origin := description.get("fine_tuned_from")) else []),
         f"| steps | {description['step']}, seed {training['seed']}; averaged weights |",
@@ -146,6 +147,12 @@ def model_card(description: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def context_in(training: Mapping[str, Any]) -> str | None:
+    """Return the case of the residues that were context in training; None if all residues were trained on."""
+    context = training["data"].get("context")
+    return None if context == "none" else context
+
+
 def report_lines(report: Mapping[str, Any] | None) -> list[str]:
     """Return the lines of a run's report in Markdown."""
     if report is None:
@@ -153,6 +160,9 @@ def report_lines(report: Mapping[str, Any] | None) -> list[str]:
     # a standard error that cannot be computed, as for a single protein, is null in the report and NaN in the card
     report = {key: float("nan") if value is None else value for key, value in report.items()}
     leaks: Mapping[str, Any] = report.get("in_training") or {}
+    counted = f"residues (the first {report['max_len']} of each)"
+    if "context" in report:
+        counted = f"designed residues given the {report['context']}-case ones"
     copied = []
     if leaks.get("copies"):
         copied = ["", f"Exact copies of training proteins of the model: {leaks['copies']}."]
@@ -164,8 +174,8 @@ def report_lines(report: Mapping[str, Any] | None) -> list[str]:
                 f"{others['difference_se']:.4f}."
             )
     return [
-        f"On {report['sequences']} proteins of the {report['split']} split, {report['residues']:,} residues "
-        f"(the first {report['max_len']} of each), {report['estimator']} estimator, {report['draws']} draws; "
+        f"On {report['sequences']} proteins of the {report['split']} split, {report['residues']:,} {counted}, "
+        f"{report['estimator']} estimator, {report['draws']} draws; "
         "nats/residue, ± one standard error over proteins:",
         "",
         "| | |",

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from protlig_dd.config.verbs import InfillConfig
+from protlig_dd.data.case import lower_case_of
 from protlig_dd.data.fasta import FastaRecord, read_fasta
 from protlig_dd.inference.lengths import parse_range
 from protlig_dd.inference.model import TrainedModel
@@ -56,10 +57,11 @@ def designs_of_positions(config: InfillConfig, records: Sequence[Protein]) -> li
     """Return n designs of each record, with the free positions of `mask_free_positions`."""
     designs = []
     for k, (record, ids) in enumerate(records):
-        template = mask_free_positions(record, ids, fixed=config.fixed, free=config.free)
+        template = mask_free_positions(record, ids, fixed=config.fixed, free=config.free, context=config.context)
         if MASK not in template:
             raise ValueError(
-                f"{record.name} has no free position: mark positions with `_`, or give free=, fixed= or contig="
+                f"{record.name} has no free position: mark positions with `_`, or give free=, fixed=, context= or "
+                "contig="
             )
         layout = [Segment(len(template), 1)]
         designs += [Design(f"{record.id}_{i + 1}", k, layout, template, k * MAX_DESIGNS + i) for i in range(config.n)]
@@ -125,8 +127,13 @@ def read_records(path: Path) -> list[Protein]:
     return proteins
 
 
-def mask_free_positions(record: FastaRecord, ids: np.ndarray, *, fixed: Any, free: Any) -> np.ndarray:
+def mask_free_positions(
+    record: FastaRecord, ids: np.ndarray, *, fixed: Any, free: Any, context: str | None = None
+) -> np.ndarray:
     """Return the ids with MASK at free positions: those with `_`, those in `free`, or all those not in `fixed`.
+
+    Args:
+        context: the case of the letters that are fixed, `lower` or `upper`; those of the other case are free.
 
     Raises:
         ValueError: an invalid range, a range that ends after the sequence, or a fixed position that has `_`.
@@ -139,6 +146,10 @@ def mask_free_positions(record: FastaRecord, ids: np.ndarray, *, fixed: Any, fre
         if len(unknown := np.flatnonzero(kept & (ids == MASK))):
             raise ValueError(f"{record.name}: position {unknown[0] + 1} is fixed, but the sequence has `_` there")
         template[~kept] = MASK
+    if context is not None:
+        lower = lower_case_of(record.sequence)
+        is_fixed = np.full(len(ids), context == "upper") if lower is None else lower == (context == "lower")
+        template[~is_fixed] = MASK
     return template
 
 

@@ -13,6 +13,7 @@ from protlig_dd import __version__
 from protlig_dd.config.components import load_model
 from protlig_dd.config.read import as_dict, read_config
 from protlig_dd.config.train import LoggerConfig, RunConfig, TrainConfig, config_in
+from protlig_dd.data.case import Context
 from protlig_dd.diffusion.graphs.base import Graph
 from protlig_dd.diffusion.graphs.rates import substitution_rates
 from protlig_dd.diffusion.score import ScoreFn
@@ -91,7 +92,7 @@ def run_folder(checkpoint: Path) -> Path | None:
 
 
 def load_saved(saved: SavedModel, device: torch.device, precision: str) -> ScoreFn:
-    return load_model(
+    score_fn = load_model(
         saved.weights,
         model=saved.config.model,
         graph=saved.config.graph,
@@ -101,6 +102,7 @@ def load_saved(saved: SavedModel, device: torch.device, precision: str) -> Score
         device=device,
         precision=precision,
     )
+    return replace(score_fn, trained_with_context=saved.config.data.context != "none")
 
 
 def describe(saved: SavedModel, report: dict[str, Any] | None) -> dict[str, Any]:
@@ -190,6 +192,11 @@ class TrainedModel:
     def max_len(self) -> int:
         """The most residues that the model read of a training sequence."""
         return self.saved.config.data.max_len
+
+    @property
+    def context(self) -> Context:
+        """Which case of residues was context in training (`data.context`)."""
+        return self.saved.config.data.context
 
     @property
     def lengths(self) -> Lengths | None:

@@ -58,6 +58,11 @@ def stored_model(values: Mapping[str, Any]) -> dict[str, Any]:
             blocks, which is renamed to `mixers`.
     """
     renamed = {"mixers" if key == "mixer" and "mixers" not in values else key: value for key, value in values.items()}
-    hints = get_type_hints(ModelConfig, include_extras=True)
-    later = {field.name: field.default for field in fields(ModelConfig) if ADDED_LATER in get_args(hints[field.name])}
-    return {key: value for key, value in renamed.items() if key not in later or value != later[key]}
+    return without_added_defaults(renamed, ModelConfig)
+
+
+def without_added_defaults(values: Mapping[str, Any], schema: Any) -> dict[str, Any]:
+    """Return a group's values without the keys marked ADDED_LATER in its dataclass that have their default."""
+    hints = get_type_hints(schema, include_extras=True)
+    later = {field.name: field.default for field in fields(schema) if ADDED_LATER in get_args(hints[field.name])}
+    return {key: value for key, value in values.items() if key not in later or value != later[key]}

@@ -14,15 +14,17 @@ from omegaconf import DictConfig
 from protlig_dd.batch import StaticShape, sequence_slots
 from protlig_dd.config.read import read_config
 from protlig_dd.config.train import TrainConfig
+from protlig_dd.data.context import designed_counts
 from protlig_dd.data.loader import PackDataset
 from protlig_dd.data.store import StoreGroup
-from protlig_dd.evaluation.likelihood.held_out import held_out_bound, length_counts, training_frequencies
+from protlig_dd.evaluation.likelihood.held_out import designed_frequencies, held_out_bound, length_counts
 from protlig_dd.evaluation.report.page import write_run_page
 from protlig_dd.model.dit import DiT
 from protlig_dd.model.mixers.attention import GRAPHABLE
 from protlig_dd.runs.metrics import Row
 from protlig_dd.system.distributed import busy
 from protlig_dd.system.terminal import announce, console
+from protlig_dd.tokenizer import N_STATES
 from protlig_dd.training.context import RunContext
 from protlig_dd.training.held_out import find_held_out_leaks
 from protlig_dd.training.hooks import Hooks
@@ -86,7 +88,7 @@ def train(config: TrainConfig, store: StoreGroup, context: RunContext) -> None:
     bound = partial(
         held_out_bound,
         trainer.eval_score_fn,
-        unigram=training_frequencies(store),
+        unigram=designed_frequencies(store),
         seed=config.seed,
         processes=context.processes,
     )
@@ -183,6 +185,12 @@ def print_summary(trainer: Trainer, steps: range, store: StoreGroup, context: Ru
         say(
             f"epoch {epoch} of {store.name}: {rows:,} sequences; {dataset.packs_per_epoch:,} packs contain all but "
             f"{left_over:,} of them"
+        )
+    if store.context != "none":
+        designed, all_of_them = (counts[0, :N_STATES].sum() for counts in (designed_counts(store), store.token_counts))
+        say(
+            f"data.context={store.context}: {designed:,} of {all_of_them:,} amino acids of the training split are "
+            "designed; the others are given"
         )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     kernels = ", compiled (the first steps take longer)" if context.compiled else ""

@@ -89,7 +89,7 @@ def with_available_data(config: TrainConfig) -> TrainConfig:
     if missing is None or config.trainer.max_steps is None:
         return config
     console.print(f"{missing} does not exist: the plan's protein lengths and epochs are those of other data")
-    return replace(config, data=replace(config.data, path="auto", weights=None))
+    return replace(config, data=replace(config.data, path="auto", weights=None, context="none"))
 
 
 def plan(

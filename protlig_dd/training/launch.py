@@ -15,7 +15,8 @@ import torch
 
 from protlig_dd import __version__
 from protlig_dd.config.read import as_dict, flatten
-from protlig_dd.config.train import TrainConfig
+from protlig_dd.config.train import DataConfig, TrainConfig
+from protlig_dd.data.context import check_designed
 from protlig_dd.data.prepare.bundled import bundled_store
 from protlig_dd.data.store import SequenceStore, StoreGroup
 from protlig_dd.evaluation.report.page import write_run_page
@@ -105,7 +106,7 @@ def print_cost(config: TrainConfig) -> None:
     if not processes.first:
         return
     device, config = resolve_device(config.trainer.device), with_available_data(config)
-    store = open_data(config.data.path, processes)
+    store = open_data(config.data, processes)
     print_plan(config, store, device, resolve_precision(config.trainer.precision, device), devices)
 
 
@@ -146,7 +147,7 @@ def opened_run(
         notice = "finishing the step, then writing a checkpoint" if processes.first else None
         stop = stack.enter_context(StopRequests(insist=processes.launch is None, notice=notice, patience=patience))
         stack.callback(leave_group)
-        store = open_data(config.data.path, processes)
+        store = open_data(config.data, processes)
         resolved = replace(resolved, data_path=store.name, data_fingerprint=store.fingerprint)
         meeting = meeting_of(processes)
         meeting.agree(facts_to_compare(config, resolved), config.trainer.timeout)
@@ -289,13 +290,23 @@ def facts_to_compare(config: TrainConfig, resolved: Resolved) -> dict[str, Any]:
     return {**settings, **machine, "device": resolved.device.partition(":")[0], **versions}
 
 
-def open_data(path: str | list[str], processes: Processes) -> StoreGroup:
-    """Open the stores of `data.path`. `auto` is data/uniref50.h5 if it exists, else the bundled sample."""
+def open_data(data: DataConfig, processes: Processes) -> StoreGroup:
+    """Open the stores of `data.path`. `auto` is data/uniref50.h5 if it exists, else the bundled sample.
+
+    Raises:
+        ValueError: a store that cannot be read, that does not keep the case that marks `data.context`, or in which a
+            record has only context.
+    """
+    path = data.path
     if path != "auto":
-        return StoreGroup([SequenceStore(file) for file in (path if isinstance(path, list) else [path])])
-    if UNIREF50.is_file():
+        stores = [SequenceStore(file) for file in (path if isinstance(path, list) else [path])]
+    elif UNIREF50.is_file():
         announce(f"data: {UNIREF50}", processes)
-        return StoreGroup([SequenceStore(UNIREF50)])
-    store = bundled_store()
-    announce(f"data: the bundled sample of {len(store):,} proteins ({UNIREF50} has not been prepared)", processes)
-    return StoreGroup([store])
+        stores = [SequenceStore(UNIREF50)]
+    else:
+        stores = [bundled_store()]
+        count = f"{len(stores[0]):,} proteins"
+        announce(f"data: the bundled sample of {count} ({UNIREF50} has not been prepared)", processes)
+    group = StoreGroup(stores, data.context)
+    check_designed(group)
+    return group

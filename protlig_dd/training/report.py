@@ -74,6 +74,8 @@ def report_run(
     report: dict[str, Any] = {"split": split, "max_len": config.data.max_len, **held.summary()}
     report |= {"step": trainer.max_steps, "draws": config.report.draws, "t_min": noise.t_min, "sigma_max": sigma_max}
     report["precision"] = context.precision
+    if store.context != "none":
+        report["context"] = store.context
     if context.processes.first:
         parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
         report |= {"parameters": parameters, "training": training_statistics(store, config.data.max_len)}
@@ -103,6 +105,12 @@ def draw_samples(trainer: Trainer, store: StoreGroup, context: RunContext) -> Sa
         announce(f"no samples: every training protein has more than data.max_len={max_len} residues", processes)
         return None
     announce(f"sample lengths are drawn from {lengths.description}", processes)
+    if store.context != "none":
+        announce(
+            "warning: the report's samples are whole proteins, but this model was trained to design parts of proteins "
+            f"given the {store.context}-case residues; sample it with infill and context={store.context}",
+            processes,
+        )
     sample_lengths = draw_lengths(lengths.counts, options.samples, config.seed)
     tokens_per_pack = min(config.data.tokens_per_pack, -(-sum(sample_lengths) // processes.world_size))
 
@@ -183,12 +191,15 @@ def print_report(run_folder: Path, step: int, report: dict[str, Any], data: str)
     Args:
         data: name of the store whose training split gives the unigram model.
     """
+    of_case, crops = "residues", f"the first {report['max_len']} of each"
+    if "context" in report:
+        of_case = f"designed residues given the {report['context']}-case ones"
+        crops = f"in crops of at most {report['max_len']} residues"
     lines = [
         "",
         f"run folder             {run_folder}",
         f"report page            {run_folder / PAGE}",
-        f"{report['split']} set, {report['sequences']} proteins, {report['residues']:,} residues (the first "
-        f"{report['max_len']} of each), "
+        f"{report['split']} set, {report['sequences']} proteins, {report['residues']:,} {of_case} ({crops}), "
         f"step {step}, averaged weights, {report['estimator']} estimator; nats/residue:",
         f"  NLL bound            {report['nll']:.4f} ± {report['nll_se']:.4f}",
         f"  unigram NLL          {report['unigram_nll']:.4f} ± {report['unigram_nll_se']:.4f}, of the training split "

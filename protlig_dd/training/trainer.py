@@ -167,8 +167,8 @@ class Trainer:
 
 
 def count_residues(batch: PackedBatch) -> int:
-    """Count the residues of a pack that is still on the host."""
-    return int((batch.tokens < N_STATES).sum())
+    """Count the residues that a pack, which is still on the host, is trained on."""
+    return int((batch.targets < N_STATES).sum())
 
 
 def make_model(config: TrainConfig, device: torch.device, attention_backend: str) -> DiT:

@@ -15,6 +15,7 @@ from typing import Any
 from protlig_dd import __version__
 from protlig_dd.data.fasta import STDIN, FastaFile
 from protlig_dd.data.mmseqs import mmseqs_version
+from protlig_dd.data.prepare.case import repeats_in_other_case
 from protlig_dd.data.prepare.duplicates import kept_rows, shared_sequences
 from protlig_dd.data.prepare.filters import Filters, taxa_below
 from protlig_dd.data.prepare.output import (
@@ -96,6 +97,8 @@ def build_store(
             )
         keep, repeats = kept_rows(spool, files, duplicates=filters.duplicates)
         counts["dropped"]["duplicates"] = int((~keep).sum())
+        if in_other_case := repeats_in_other_case(spool, repeats):
+            counts["repeated_in_other_case"] = in_other_case
         splits = spool.load("split") if named else hashed_splits(spool.load("id_hash"), split)
         shared = shared_sequences(spool, splits, repeats) if named or filters.duplicates else []
         checked = None

@@ -35,6 +35,21 @@ def describe(store: SequenceStore) -> None:
         )
     if manifest["lower_case_letters"]:
         console.print(f"{manifest['lower_case_letters']:,} lower-case letters were read as upper-case")
+    if case := manifest.get("case"):  # missing if no record has both cases
+        console.print(
+            f"{case['sequences']:,} sequences have upper-case and lower-case letters; the store keeps the case, which "
+            "can mark context (data.context=lower or upper)"
+        )
+        for context, found in case["only_context"].items():
+            if found["sequences"]:
+                console.print(
+                    f"warning: data.context={context} would be an error: all amino acids of {found['sequences']:,} "
+                    f"sequences are {context}-case letters: {', '.join(found['first'])}"
+                    + (", ..." if found["sequences"] > len(found["first"]) else "")
+                )
+    if repeats := manifest.get("repeated_in_other_case"):
+        kept = "both are kept" if manifest["options"]["filters"]["duplicates"] else "only the first is kept"
+        console.print(f"warning: {repeats:,} sequences equal an earlier one in all but the case of letters; {kept}")
     if found := manifest.get("nucleotide_like"):  # missing in manifests of earlier versions
         console.print(nucleotide_warning(found, manifest["records"], "the input"))
     if (check := manifest["split_check"]) is not None:
@@ -67,6 +82,8 @@ def inspect(store: SequenceStore) -> None:
     decode = ProteinTokenizer().decode
     for row in range(min(SHOWN_RECORDS, len(store))):
         sequence = decode(store[row])
+        if (lower := store.lower_case(row)) is not None:
+            sequence = "".join(x.lower() if low else x for x, low in zip(sequence, lower.tolist(), strict=True))
         more = f"... {len(sequence):,} residues" if len(sequence) > 60 else ""
         console.print(f">{store.header(row)}\n{sequence[:60]}{more}")
     with ByteBar("verifying", store.nbytes) as bar:

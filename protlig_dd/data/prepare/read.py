@@ -8,6 +8,7 @@ import numpy as np
 
 from protlig_dd.data.encode import encode_block
 from protlig_dd.data.fasta import FastaFile
+from protlig_dd.data.prepare.case import spool_case
 from protlig_dd.data.prepare.filters import Filters, failures
 from protlig_dd.data.prepare.spool import Spool
 
@@ -54,9 +55,10 @@ def read_inputs(
             encoded = encoded.select(keep)
             headers = block.headers if keep.all() else list(itertools.compress(block.headers, keep.tolist()))
             digests = encoded.sequence_hashes()
+            tokens = encoded.tokens if encoded.is_lower is None else spool_case(spool, encoded)
             spool.append(
                 len(headers),
-                tokens=encoded.tokens,
+                tokens=tokens,
                 headers=b"".join(headers),
                 length=encoded.lengths,
                 header_length=np.array([len(header) for header in headers], np.int32),

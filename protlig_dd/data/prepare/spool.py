@@ -7,6 +7,7 @@ from typing import BinaryIO, ClassVar
 
 import numpy as np
 
+from protlig_dd.data.encode import LOWER
 from protlig_dd.data.store import COPY_BYTES
 from protlig_dd.tokenizer import ProteinTokenizer
 
@@ -14,7 +15,10 @@ ROWS_AT_ONCE = 1 << 16
 
 
 class Spool:
-    """Columns as files in a folder: first appended to, then closed and read back."""
+    """Columns as files in a folder: first appended to, then closed and read back.
+
+    `tokens` are ids, plus LOWER where the letter was lower-case (see encode.py).
+    """
 
     COLUMNS: ClassVar = {
         "tokens": np.uint8,
@@ -27,6 +31,10 @@ class Spool:
         "file": np.int32,
         "record": np.int32,
         "split": np.uint8,
+        # of the rows that have a lower-case letter, see case.py
+        "case_row": np.int64,
+        "case_letters": np.int32,
+        "case_hash": np.uint64,
     }
 
     def __init__(self, folder: Path) -> None:
@@ -86,6 +94,7 @@ def write_fasta(path: Path, spool: Spool, selected: np.ndarray) -> None:
     with path.open("w") as file:
         for first, end, tokens in spool.pieces("tokens", lengths):
             ends = np.cumsum(lengths[first:end])
+            tokens &= ~np.uint8(LOWER)
             for i in np.flatnonzero(selected[first:end]).tolist():
                 file.write(f">{first + i}\n{decode(tokens[ends[i] - lengths[first + i] : ends[i]])}\n")
 

@@ -1,14 +1,18 @@
 """Write a store from a spool."""
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
+import xxhash
 
+from protlig_dd.data.prepare.case import FOLD, KeptCase
 from protlig_dd.data.prepare.splits import TEST, TRAIN, VALIDATION
 from protlig_dd.data.prepare.spool import ROWS_AT_ONCE, Spool, offsets_of, select_rows
-from protlig_dd.data.store import SPLITS, write_columns
+from protlig_dd.data.store import COLUMNS, FORMAT_VERSION, SPLITS, fingerprint_of
 from protlig_dd.tokenizer import LETTERS, VOCAB_SIZE
 
 LENGTH_BIN = 50
@@ -27,10 +31,15 @@ def write_store(
     token_counts = np.zeros((len(SPLITS), VOCAB_SIZE), dtype=np.int64)
 
     dropped = len(SPLITS)
+    case = KeptCase(spool, lengths, keep) if spool.size("case_row") else None  # None: no lower-case letter
 
     def tokens() -> Iterator[np.ndarray]:
         for first, end, block in spool.pieces("tokens", lengths):
             row_splits = np.where(keep[first:end], splits[first:end], dropped)
+            if case is not None:
+                if case.written:
+                    case.count(first, end, block, row_splits)
+                block &= FOLD
             counts = {
                 code: count_tokens(select_rows(block, lengths[first:end], row_splits == code))
                 for code in (VALIDATION, TEST, dropped)
@@ -58,9 +67,49 @@ def write_store(
             "header_offsets": (n + 1, offsets_of(header_lengths, keep)),
             "split": (n, [splits[keep]]),
             "token_counts": (token_counts.size, [token_counts.reshape(-1)]),
+            **(case.columns() if case is not None else {}),
         },
-        lambda: source | {"splits": _describe_splits(lengths, keep, splits, token_counts), "length_bin": LENGTH_BIN},
+        lambda: (
+            source
+            | {"splits": _describe_splits(lengths, keep, splits, token_counts), "length_bin": LENGTH_BIN}
+            | (case.describe() if case is not None else {})
+        ),
     )
+
+
+def write_columns(
+    path: Path, columns: dict[str, tuple[int, Iterable[np.ndarray]]], manifest: Callable[[], dict[str, Any]]
+) -> None:
+    """Write a store's datasets.
+
+    Args:
+        columns: {name: (size, consecutive blocks of values)} of every dataset but the manifest, written in this order.
+        manifest: called after the columns have been written.
+    """
+    checksums: dict[str, str] = {}
+
+    def write(name: str, size: int, blocks: Iterable[np.ndarray]) -> None:
+        dataset = file.create_dataset(name, shape=(size,), dtype=COLUMNS[name])
+        digest, start = xxhash.xxh3_128(), 0
+        for block in blocks:
+            dataset[start : start + len(block)] = block
+            digest.update(block.data)
+            start += len(block)
+        if start != size:
+            raise ValueError(f"{path}: {start} values of {name}, expected {size}")
+        checksums[name] = digest.hexdigest()
+        # np.bytes_ has a fixed length; the checksums of HDF5's metadata do not cover variable-length text
+        dataset.attrs["xxh3"] = np.bytes_(checksums[name])
+
+    # since format 1.8, HDF5 checksums its own metadata
+    with h5py.File(path, "w", libver=("v108", "v108"), locking=False) as file:
+        for name, (size, blocks) in columns.items():
+            write(name, size, blocks)
+        text = np.frombuffer(json.dumps(manifest()).encode(), np.uint8)
+        write("manifest", len(text), [text])
+        file.attrs["format_version"] = FORMAT_VERSION
+        file.attrs["alphabet"] = np.bytes_(LETTERS)
+        file.attrs["fingerprint"] = np.bytes_(fingerprint_of(checksums))
 
 
 def count_tokens(tokens: np.ndarray) -> np.ndarray:

@@ -1,15 +1,18 @@
 """Baselines of the likelihood: unigram and bigram models, which a protein language model has to beat."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
 
+from protlig_dd.data.case import Context, targets_of
+from protlig_dd.data.context import context_of
 from protlig_dd.data.store import SequenceStore, StoreGroup
 from protlig_dd.evaluation.likelihood.trained_on import find_training_stores
 from protlig_dd.inference.model import TrainedModel
 from protlig_dd.system.terminal import announce
-from protlig_dd.tokenizer import N_STATES, VOCAB_SIZE
+from protlig_dd.tokenizer import CONTEXT, N_STATES, VOCAB_SIZE
 
 PSEUDO_COUNTS = 20.0  # added to each bigram row, in proportion to the unigram frequencies
 MAX_SEQUENCES = 200_000  # enough to count 400 amino-acid pairs
@@ -25,22 +28,33 @@ class Baselines:
     """(30, 20): a row for each previous token; the rows of context letters equal the unigram model."""
     sequences: int
 
-    def nats(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return -log p of each token (length,) under both models, 0 for tokens that are not amino acids."""
-        inside = tokens < N_STATES
+    def nats(self, tokens: np.ndarray, is_context: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Return -log p of each token (length,) under both models, 0 for context and for tokens that are no amino acid.
+
+        The bigram model reads the residue before, whether or not that is context.
+
+        Args:
+            is_context: (length,) bool, which tokens are context; None: none.
+        """
+        inside = targets_of(tokens, is_context) < N_STATES
         unigram, bigram = np.zeros(len(tokens)), np.zeros(len(tokens))
         unigram[inside] = -self.unigram[tokens[inside]]
-        # wrong for the first token only, which is always <bos> (evaluate cuts only the end) and has no score
-        before = np.roll(tokens, 1)
+        # the residue before the first token of a crop is unknown, like X, whose row equals the unigram model
+        before = np.append(CONTEXT, tokens[:-1])
         bigram[inside] = -self.bigram[before[inside], tokens[inside]]
         return unigram, bigram
 
 
-def fit_baselines(sequences: Iterable[np.ndarray]) -> Baselines:
-    """Fit both models by counting amino acids and pairs of neighbours in sequences `<bos> residues <eos>`."""
+def fit_baselines(sequences: Iterable[np.ndarray], contexts: Iterable[np.ndarray | None] = repeat(None)) -> Baselines:
+    """Fit both models by counting amino acids and pairs of neighbours in sequences `<bos> residues <eos>`.
+
+    Args:
+        contexts: for each sequence, which tokens are context, (length,) bool. They are not counted, but a pair may
+            begin with one.
+    """
     pairs, n = np.zeros((VOCAB_SIZE, N_STATES)), 0
-    for tokens in sequences:
-        before, after = tokens[:-1].astype(np.int64), tokens[1:].astype(np.int64)
+    for tokens, is_context in zip(sequences, contexts, strict=False):
+        before, after = tokens[:-1].astype(np.int64), targets_of(tokens, is_context)[1:].astype(np.int64)
         inside = after < N_STATES
         flat = before[inside] * N_STATES + after[inside]
         pairs += np.bincount(flat, minlength=pairs.size).reshape(pairs.shape)
@@ -52,28 +66,31 @@ def fit_baselines(sequences: Iterable[np.ndarray]) -> Baselines:
     return Baselines(np.log(unigram), np.log(bigram), n)
 
 
-def training_sequences(stores: Sequence[SequenceStore]) -> Iterable[np.ndarray]:
-    """Yield at most MAX_SEQUENCES sequences of the training splits, evenly spaced.
+def baselines_of(stores: StoreGroup) -> Baselines:
+    """Fit both models to at most MAX_SEQUENCES sequences of the training splits, evenly spaced in each store.
 
     Raises:
         ValueError: no training sequences.
     """
-    rows = [store.split("train") for store in stores]
-    total = sum(map(len, rows))
-    if not total:
-        raise ValueError(f"{', '.join(str(store.path) for store in stores)}: no training sequences")
+    store_rows = [store.split("train") for store in stores.stores]
+    if not (total := sum(map(len, store_rows))):
+        raise ValueError(f"{stores.name}: no training sequences")
     stride = -(-total // MAX_SEQUENCES)
-    for store, store_rows in zip(stores, rows, strict=True):
-        for row in store_rows[::stride]:
-            yield store[row]
+    rows = [base + row for base, rows in zip(stores.bases, store_rows, strict=True) for row in rows[::stride]]
+    found = (stores.find(row) for row in rows)
+    return fit_baselines((store[row] for store, row in found), (context_of(stores, row) for row in rows))
 
 
-def find_baseline_stores(train: str | None, store: SequenceStore | None, trained: TrainedModel) -> StoreGroup | None:
+def find_baseline_stores(
+    train: str | None, store: SequenceStore | None, trained: TrainedModel, context: Context = "none"
+) -> StoreGroup | None:
     """Return the stores whose training splits the baselines are fitted to; None, with a message, if not found.
 
     Args:
         train: path of the store to use (`train=`). None: the stores that the model was trained on.
         store: the evaluated store, which the model may have been trained on.
+        context: the case of residues that are context. If a store does not keep the case, the baselines are fitted to
+            all residues, with a message.
     """
     candidates = [] if store is None else [store]
     stores = (
@@ -87,5 +104,10 @@ def find_baseline_stores(train: str | None, store: SequenceStore | None, trained
             trained.processes,
         )
         return None
-    announce(f"fitting unigram and bigram models to the training split of {stores.name}", trained.processes)
+    residues = ""
+    if context != "none":
+        kept = all(item.has_case for item in stores.stores)
+        stores = StoreGroup(stores.stores, context if kept else "none")
+        residues = "the designed residues of " if kept else "all residues (a store keeps no case) of "
+    announce(f"fitting unigram and bigram models to {residues}the training split of {stores.name}", trained.processes)
     return stores

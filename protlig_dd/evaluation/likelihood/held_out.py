@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from protlig_dd.batch import PackedBatch
+from protlig_dd.data.context import designed_counts
 from protlig_dd.data.loader import PackDataset
 from protlig_dd.data.packing import ROWS_AT_ONCE
 from protlig_dd.data.store import SPLITS, StoreGroup
@@ -67,6 +68,7 @@ def held_out_bound(
 
     Args:
         dataset: unshuffled (seed None); sequences longer than max_len are scored on their first max_len residues.
+            If its stores have context, the bound is that of the designed residues given the context.
         unigram: (20,) amino-acid frequencies.
     """
     log_unigram = torch.from_numpy(np.log(unigram))
@@ -98,11 +100,17 @@ def per_sequence_csv(store: StoreGroup, held: HeldOut) -> str:
 
 
 def residue_counts(batch: PackedBatch) -> torch.Tensor:
-    """Return (n, 20) float64: how often each amino acid occurs in each sequence."""
+    """Return (n, 20) float64: how often each amino acid occurs in each sequence, without context residues."""
     counts = torch.zeros(len(batch.lengths), N_STATES, dtype=torch.float64)
-    inside = batch.tokens < N_STATES
+    inside = batch.targets < N_STATES
     flat = batch.segment_ids[inside] * N_STATES + batch.tokens[inside]
     return counts.view(-1).index_add_(0, flat, torch.ones(len(flat), dtype=torch.float64)).view_as(counts)
+
+
+def designed_frequencies(store: StoreGroup) -> np.ndarray:
+    """Return the (20,) frequencies of the amino acids that a run is trained on, with one pseudo-count each."""
+    counts = designed_counts(store)[SPLITS.index("train")][:N_STATES] + 1
+    return counts / counts.sum()
 
 
 def training_frequencies(store: StoreGroup) -> np.ndarray:

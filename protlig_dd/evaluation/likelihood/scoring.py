@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from protlig_dd.batch import PackedBatch
 from protlig_dd.config.verbs import EvaluateConfig
+from protlig_dd.data.case import targets_of
+from protlig_dd.data.context import joined_context
 from protlig_dd.diffusion.exact_count import masked_cross_entropy
 from protlig_dd.diffusion.likelihood import ProteinDraws, nll_bound, protein_draws
 from protlig_dd.evaluation.averages import per_residue
@@ -24,9 +26,18 @@ MASKED_FRACTION = 0.15
 COLUMNS = ("bound", "compared", "unigram", "bigram", "oadm", "evodiff", "masked")
 
 
+class Given(NamedTuple):
+    """A protein to score."""
+
+    tokens: np.ndarray
+    """(length,)"""
+    is_context: np.ndarray | None
+    """(length,) bool, which tokens are residues that are given and not scored; None: none."""
+
+
 @dataclass
 class Scored:
-    """Nats of one protein: in total, and for each amino acid."""
+    """Nats of one protein: in total, and for each amino acid. Context residues are not counted."""
 
     residues: int
     nats: dict[str, float]
@@ -43,7 +54,7 @@ class Scored:
 
 def score(
     trained: TrainedModel,
-    sequences: Sequence[np.ndarray],
+    proteins: Sequence[Given],
     config: EvaluateConfig,
     baselines: Baselines | None,
     *,
@@ -56,33 +67,37 @@ def score(
     Args:
         bound_only: skip the other measures of the model.
     """
-    keys = protein_keys(sequences)
+    keys = protein_keys(protein.tokens for protein in proteins)
     positions = stratified_positions(keys, config.draws, config.seed)
 
     def score_indices(indices: range, tick: Tick) -> dict[int, Scored]:
-        pack = [sequences[i] for i in indices]
+        pack = [proteins[i] for i in indices]
         keyed_draws = protein_draws(keys[indices], positions[:, indices], config.seed)
         scored = score_pack(trained, pack, keyed_draws, config, baselines, bound_only=bound_only)
         tick()
         return dict(zip(indices, scored, strict=True))
 
     work = Work(config.tokens_per_pack, "evaluating", trained.processes)
-    results = work.share([len(tokens) - 2 for tokens in sequences], score_indices)
-    return [results[i] for i in range(len(sequences))]
+    results = work.share([len(protein.tokens) - 2 for protein in proteins], score_indices)
+    return [results[i] for i in range(len(proteins))]
 
 
 def score_pack(
     trained: TrainedModel,
-    sequences: Sequence[np.ndarray],
+    proteins: Sequence[Given],
     keyed_draws: ProteinDraws,
     config: EvaluateConfig,
     baselines: Baselines | None,
     *,
     bound_only: bool,
 ) -> list[Scored]:
-    """Score the sequences of one pack."""
+    """Score the proteins of one pack."""
     score_fn = trained.score_fn
-    batch = PackedBatch.pack([torch.from_numpy(tokens.astype(np.int64)) for tokens in sequences]).to(trained.device)
+    lengths, contexts = [len(protein.tokens) for protein in proteins], [protein.is_context for protein in proteins]
+    batch = PackedBatch.pack(
+        [torch.from_numpy(protein.tokens.astype(np.int64)) for protein in proteins],
+        context=joined_context(contexts, [0] * len(proteins), lengths),
+    ).to(trained.device)
     bound = nll_bound(score_fn, batch, generator=keyed_draws, draws=config.draws)
     per_token, whole, masked = {"bound": bound.token_nats}, {}, {}
     if trained.graph.masks and not bound_only:
@@ -97,11 +112,11 @@ def score_pack(
             )
     parts = {name: [part.numpy() for part in batch.unpack(nats)] for name, nats in per_token.items()}
     scored = []
-    for i, tokens in enumerate(sequences):
+    for i, (tokens, is_context) in enumerate(proteins):
         nats = {name: part[i] for name, part in parts.items()}
         if baselines is not None:
-            nats["unigram"], nats["bigram"] = baselines.nats(tokens)
-        inside = tokens < N_STATES
+            nats["unigram"], nats["bigram"] = baselines.nats(tokens, is_context)
+        inside = targets_of(tokens, is_context) < N_STATES
         letters = tokens[inside]
         scored.append(
             Scored(

@@ -30,8 +30,13 @@ NAMES = {
 def report_table(report: dict[str, Any]) -> str:
     """Return Markdown with the figures of all proteins."""
     lines = [
-        f"{report['sequences']:,} proteins, {report['residues']:,} residues; {report['run']}, step {report['step']}; "
-        f"{report['estimator']} estimator, {report['draws']} draws",
+        f"{report['sequences']:,} proteins, {report['residues']:,} {'' if report['context'] == 'none' else 'designed '}"
+        f"residues; {report['run']}, step {report['step']}; {report['estimator']} estimator, {report['draws']} draws",
+        *(
+            ["", f"Nats are per designed residue, given the {report['context']}-case residues (the context)."]
+            if report["context"] != "none"
+            else []
+        ),
         "",
         "| | nats/residue | perplexity | to the unigram model |",
         "| --- | --- | --- | --- |",

@@ -76,6 +76,10 @@ def bounds_section(protein_set: str, bounds: dict[str, Any], data: str | None) -
         return None
     of_data = f" of {data}" if data else ""
     precision = f", {bounds['precision']}" if "precision" in bounds else ""
+    given, of_split = "", "the training split"
+    if context := bounds.get("context"):
+        given = f"Only designed residues are counted, and the {context}-case residues are given to the model. "
+        of_split = "the designed residues of the training split"
     baselines = [key for key in bounds if key.endswith("_nll") and f"{key}_se" in bounds]
     models = [("this model, upper bound", "nll"), *((f"{key.removesuffix('_nll')} model", key) for key in baselines)]
     estimates = [Estimate(name, bounds[key], bounds[f"{key}_se"], i and 7) for i, (name, key) in enumerate(models)]
@@ -87,7 +91,7 @@ def bounds_section(protein_set: str, bounds: dict[str, Any], data: str | None) -
         "rows": rows,
         "note": f"The {protein_set}: {bounds['sequences']:,} proteins, {bounds['residues']:,} residues, step "
         f"{bounds['step']:,}, averaged weights{precision}. "
-        f"The unigram model has the amino-acid frequencies of the training split{of_data}. "
+        f"{given}The unigram model has the amino-acid frequencies of {of_split}{of_data}. "
         "Lower is better. Bars extend two standard errors to each side.",
     }
 

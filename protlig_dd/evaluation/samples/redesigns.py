@@ -55,8 +55,10 @@ def free_draws(score_fn: ScoreFn, designs: Sequence[Redesign], work: Work, *, dr
 
     def score(keys: range, tick: Tick) -> dict[int, np.ndarray]:
         pack = [designs[i] for i in keys]
-        batch = PackedBatch.pack([torch.tensor([BOS, *design.ids.tolist(), EOS]) for design in pack])
+        tokens = [torch.tensor([BOS, *design.ids.tolist(), EOS]) for design in pack]
         free_T = torch.cat([torch.tensor([False, *design.free.tolist(), False]) for design in pack])
+        # a network that was trained with context receives the sigma of the masked fraction of the free residues
+        batch = PackedBatch.pack(tokens, context=~free_T if score_fn.trained_with_context else None)
         on_device, m_n, nats_kn = batch.to(score_fn.device), sum_by_sequence(free_T, batch).clamp(min=1), []
         for k, (_, _, weight) in enumerate(levels):
             counts, orders = zip(*(masks(design, k) for design in pack), strict=True)

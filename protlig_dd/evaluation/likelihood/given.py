@@ -1,0 +1,60 @@
+"""Which residues of evaluated proteins are context: given to the model, and not scored."""
+
+from protlig_dd.data.case import Context, context_tokens, has_only_context, nothing_to_design, targets_of
+from protlig_dd.data.crops import designed_crops, window
+from protlig_dd.evaluation.inputs import Proteins
+from protlig_dd.evaluation.likelihood.scoring import Given
+from protlig_dd.inference.model import TrainedModel
+from protlig_dd.system.terminal import announce
+
+
+def resolve_context(requested: str, trained: TrainedModel, proteins: Proteins, path: str) -> Context:
+    """Return which case of the proteins' residues is context.
+
+    Args:
+        requested: none, lower, upper, or `auto`: that of the model's training if the proteins have both cases, with a
+            message.
+        path: file of the proteins, for messages.
+
+    Raises:
+        ValueError: a context is requested, and the proteins have no case that could mark it.
+    """
+    if requested == "auto":
+        if trained.context == "none":
+            return "none"
+        if proteins.has_case:
+            announce(f"the {trained.context}-case residues are given, as in training (context=auto)", trained.processes)
+            return trained.context
+        announce(
+            f"warning: the model was trained with data.context={trained.context}, but {path} has no record with both "
+            "upper-case and lower-case letters: all residues are scored",
+            trained.processes,
+        )
+        return "none"
+    context: Context = "lower" if requested == "lower" else "upper" if requested == "upper" else "none"
+    if context != "none" and not proteins.has_case:
+        kept = "keeps no case; prepare it again from FASTA" if proteins.store is not None else "has no record"
+        raise ValueError(f"context={context}: {path} {kept} with both upper-case and lower-case letters")
+    return context
+
+
+def given_proteins(proteins: Proteins, context: Context, max_len: int) -> list[Given]:
+    """Return the proteins to score, cropped to max_len residues: to the first crop that has the most designed residues.
+
+    Without context that is the crop of the first max_len residues.
+
+    Raises:
+        ValueError: the context leaves nothing to design in a protein; the message names it.
+    """
+    given = []
+    for id_, tokens, lower in zip(proteins.ids, proteins.sequences, proteins.lower_case, strict=True):
+        residues = len(tokens) - 2
+        is_context = context_tokens(lower, residues, context)
+        if is_context is not None and has_only_context(tokens, is_context):
+            raise ValueError(nothing_to_design(f"record {id_}", context))
+        start = 0
+        if is_context is not None and residues > max_len:
+            start = int(designed_crops(targets_of(tokens, is_context), max_len, first=True)[0])
+        cropped = None if is_context is None else window(is_context, start, max_len)
+        given.append(Given(window(tokens, start, max_len), cropped))
+    return given
