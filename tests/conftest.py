@@ -111,6 +111,26 @@ def make_store(path: Path, proteins: list[FastaRecord], *, train: int, held_out:
     build_store(inputs, path)
 
 
+def marked(record: FastaRecord, designed: int = 12) -> str:
+    """Return the record as FASTA in lower case, except for `designed` residues in its first half."""
+    start = max(0, len(record.sequence) - designed) // 3
+    middle, end = record.sequence[start : start + designed], record.sequence[start + designed :]
+    return f">{record.id} {record.description}\n{record.sequence[:start].lower()}{middle}{end.lower()}\n"
+
+
+@pytest.fixture(scope="session")
+def marked_store(proteins: list[FastaRecord], made_once: MadeOnce) -> SequenceStore:
+    """The proteins of `store` in lower case, except for 12 residues of each."""
+
+    def fill(folder: Path) -> None:
+        rows, inputs = iter(proteins), {split: folder / f"{split}.fasta" for split in SPLITS}
+        for split, path in inputs.items():
+            path.write_text("".join(marked(r) for r in itertools.islice(rows, 360 if split == "train" else 20)))
+        build_store(inputs, folder / "marked.h5")
+
+    return SequenceStore(made_once("marked_store", fill) / "marked.h5")
+
+
 TRAINED = [
     "experiment=demo",
     "run.name=small",

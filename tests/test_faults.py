@@ -537,23 +537,34 @@ def test_a_run_can_resume_from_another_runs_checkpoint(
 
 
 @pytest.mark.slow
-def test_any_number_of_processes_gives_the_same_run(run_python: Command, store: SequenceStore, tmp_path: Path) -> None:
+def test_any_number_of_processes_gives_the_same_run(
+    run_python: Command, store: SequenceStore, marked_store: SequenceStore, tmp_path: Path
+) -> None:
     """With 4 packs per step, 1 process sums 4 backward passes, 2 processes sum 2 each, and 4 processes run 1 each."""
     more = ["trainer.max_steps=6", "optim.packs_per_step=4", "data.tokens_per_pack=400"]
     more += ["trainer.precision=fp32"]  # in bf16 the order of sums changes the third digit of gradients
-    for devices in (1, 2, 4):
-        train(run_python, store, f"on{devices}", *more, f"trainer.devices={devices}")
-    reference = read_metrics(tmp_path / "runs/on1/metrics.jsonl")
+    with_context = ["data.context=lower", "report.split=validation"]
+    for name, data, options, numbers in (("on", store, [], (1, 2, 4)), ("given", marked_store, with_context, (1, 2))):
+        for devices in numbers:
+            train(run_python, data, f"{name}{devices}", *more, *options, f"trainer.devices={devices}")
+        first = tmp_path / f"runs/{name}1"
+        reference, weights = read_metrics(first / "metrics.jsonl"), last_tensors(first)
+        for devices in numbers[1:]:
+            run = tmp_path / f"runs/{name}{devices}"
+            for step, row in read_metrics(run / "metrics.jsonl").items():
+                assert row["loss"] == pytest.approx(reference[step]["loss"], rel=1e-5), (devices, step)
+                assert row["residues"] == reference[step]["residues"], (devices, step)
+            for tensor_name, tensor in last_tensors(run).items():
+                if tensor_name.startswith("model/"):
+                    assert (tensor - weights[tensor_name]).abs().max() < 1e-5, (devices, tensor_name)
+            assert read_rows(run) == read_rows(first)
+            assert {path.name for path in (run / "logs").iterdir()} == {
+                f"rank_{rank}.log" for rank in range(1, devices)
+            }
+            reports = [json.loads((folder / "report.json").read_text()) for folder in (run, first)]
+            assert reports[0]["residues"] == reports[1]["residues"]
+            assert reports[0]["nll"] == pytest.approx(reports[1]["nll"], rel=1e-4)
     weights = last_tensors(tmp_path / "runs/on1")
-    for devices in (2, 4):
-        run = tmp_path / f"runs/on{devices}"
-        for step, row in read_metrics(run / "metrics.jsonl").items():
-            assert row["loss"] == pytest.approx(reference[step]["loss"], rel=1e-5), (devices, step)
-        for name, tensor in last_tensors(run).items():
-            if name.startswith("model/"):
-                assert (tensor - weights[name]).abs().max() < 1e-5, (devices, name)
-        assert read_rows(run) == read_rows(tmp_path / "runs/on1")
-        assert {path.name for path in (run / "logs").iterdir()} == {f"rank_{rank}.log" for rank in range(1, devices)}
     train(run_python, store, "moved", *more, "trainer.devices=2", "trainer.stop_at_step=3")
     assert "resuming from" in train(run_python, store, "moved", *more, "trainer.devices=1")
     for name, tensor in last_tensors(tmp_path / "runs/moved").items():
