@@ -183,6 +183,12 @@ def test_records_that_differ_only_in_case_are_duplicates_and_are_counted(tmp_pat
     both = build_store([path], tmp_path / "both.h5", filters=Filters(duplicates=True))
     assert (len(both), both.manifest["repeated_in_other_case"]) == (6, 3)
     assert "repeated_in_other_case" not in build(tmp_path, ["ACD", "acd"], "one").manifest
+    more = build(tmp_path, [*sequences, "WYwyACDE"], "more")
+    assert [lower is None or lower.tolist() for lower in map(more.lower_case, range(3))] == [
+        True,
+        True,
+        [False, False, True, True, False, False, False, False],
+    ]
 
 
 def test_damage_to_the_case_is_found_and_the_case_is_in_the_fingerprint(
@@ -520,5 +526,5 @@ def test_a_run_with_context_is_evaluated_and_infilled_with_it(
     rows = (tmp_path / "d.map.csv").read_text().splitlines()
     start = (len(records[0].sequence) - 12) // 3
     assert f"{records[0].id}_1,{start + 1},{start + 12},true,,{start + 1}" in rows
-    both = run_python(*verb, "context=lower", "free=1-3")
+    both = run_python(*verb[:-2], "output=e.fasta", "context=lower", "free=1-3")
     assert_one_line_error(both, "give only one of fixed=, free=, context= and contig=")

@@ -120,7 +120,7 @@ class ReverseSteps:
         xt = batch.tokens.masked_scatter(self.sampler.free_T, self.sampler.init(self.levels[0]))
         self.batch = batch.with_tokens(xt if project is None else project(xt))
         self.counted_T = self.batch.tokens == graph.mask if score_fn.trained_with_context and graph.masks else None
-        """The residues that are not given, if training had given ones: the masked fraction is that of these residues."""
+        """The residues whose masked fraction sets sigma: those that are not given, if training had given ones."""
 
     def __len__(self) -> int:
         return len(self.levels) - 1
