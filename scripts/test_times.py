@@ -104,6 +104,7 @@ GROUPS = (
             "test_checkpoint",
             "test_finetune",
             "test_plan_of_a_run",
+            "test_context",
         ),
     ),
     Group(

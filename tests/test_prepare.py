@@ -50,7 +50,7 @@ def test_prepare_and_inspect_report_the_contents_of_the_store(run_python: Comman
         '"max_length": 307',
         '"created": "20',
         *(f"{i:>5}-{i + 49:<5} {sum(i <= n < i + 50 for n in lengths.values()):>11,} █" for i in range(0, 300, 50)),
-        ">p0 [b]\nMKVAAAAAAAAA\n",
+        ">p0 [b]\nmkVAAAAAAAAA\n",
         "all checksums match",
     ):
         assert part in shown.stdout
