@@ -11,14 +11,13 @@ lower-case letter). Otherwise it has none of these datasets:
 """
 
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from protlig_dd.tokenizer import CONTEXT, N_STATES
 
 Context = Literal["none", "lower", "upper"]
-CONTEXTS = get_args(Context)
 CASE_COLUMNS = {"case_rows": np.int64, "case_offsets": np.int64, "case_bits": np.uint8, "case_counts": np.int64}
 
 
