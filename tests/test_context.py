@@ -464,11 +464,23 @@ def test_infilling_fixes_the_letters_of_one_case(tmp_path: Path, context: str, e
 
 
 OPTIONS = [
-    "experiment=demo", "run.name=given", "data.context=lower", "data.tokens_per_pack=600", "data.max_len=100",
-    "model.hidden_size=32", "model.n_heads=2", "model.n_blocks=1", "trainer.max_steps=4", "trainer.device=cpu",
-    "trainer.precision=fp32", "trainer.eval_every=4", "trainer.eval_max_sequences=4", "report.draws=2",
-    "report.samples=0", "report.max_sequences=20",
-]  # fmt: skip
+    "experiment=demo",
+    "run.name=given",
+    "data.context=lower",
+    "data.tokens_per_pack=600",
+    "data.max_len=100",
+    "model.hidden_size=32",
+    "model.n_heads=2",
+    "model.n_blocks=1",
+    "trainer.max_steps=4",
+    "trainer.device=cpu",
+    "trainer.precision=fp32",
+    "trainer.eval_every=4",
+    "trainer.eval_max_sequences=4",
+    "report.draws=2",
+    "report.samples=0",
+    "report.max_sequences=20",
+]
 
 
 @pytest.mark.slow
