@@ -128,21 +128,27 @@ def overrides(arm: Sequence[str], size: str, *, data: Path, residues: float, tok
     ]
 
 
-def train(name: str, arguments: list[str], threads: int) -> dict[str, Any]:
-    """Train the run unless it is finished; return its report and the nats of each held-out sequence."""
-    folder = Path("runs") / name
+def train(name: str, arguments: list[str], threads: int, base: Path = Path()) -> dict[str, Any]:
+    """Train the run unless it is finished; return its report and the nats of each held-out sequence.
+
+    Args:
+        base: an existing folder; the run is in base/runs/name.
+    """
+    folder = base / "runs" / name
     if not (folder / "report.json").exists():
         command = [sys.executable, "-m", "protlig_dd.training", f"run.name={name}", *arguments]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=base)
         if done.returncode:
-            return {"error": (done.stderr or done.stdout).strip().splitlines()[-1]}
+            lines = (done.stderr or done.stdout).strip().splitlines()
+            return {"error": lines[-1] if lines else f"exit code {done.returncode}"}
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     with (folder / "report.csv").open(newline="") as file:
         sequences = list(csv.DictReader(file))
     return {
         **json.loads((folder / "report.json").read_text()),
         "seen": max(row["residues"] for row in rows if "residues" in row),
+        "peak_memory_gib": max(row["peak_memory_gib"] for row in rows if "peak_memory_gib" in row),
         "nats": [float(row["nll_nats"]) for row in sequences],
         "lengths": [int(row["residues"]) for row in sequences],
     }

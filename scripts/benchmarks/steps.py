@@ -74,6 +74,47 @@ def compare(
     size: str,
     max_len: int,
 ) -> list[dict[str, Any]]:
+    """Measure interleaved variants against the first, and print a table."""
+    rows = rates(variants, arguments, device, size, max_len)
+    print(f"\n{size}, max_len {max_len}, {arguments.tokens} tokens per pack, {device}\n")
+    table(
+        [
+            "variant",
+            "residues/s",
+            "ratio to the baseline (lowest, highest)",
+            "slots per residue",
+            "MFU",
+            "first step, s",
+        ],
+        [
+            [
+                row["variant"],
+                f"{row['residues_per_s']:,.0f}",
+                f"{row['ratio']:.2f} ({row['ratio_low']:.2f}, {row['ratio_high']:.2f})",
+                f"{row['slots_per_residue']:.2f}",
+                "" if row["mfu"] is None else f"{row['mfu']:.0%}",
+                f"{row['first_step_s']:.1f}",
+            ]
+            for row in rows
+        ],
+    )
+    return rows
+
+
+def rates(
+    variants: list[Variant],
+    arguments: argparse.Namespace,
+    device: torch.device,
+    size: str,
+    max_len: int,
+) -> list[dict[str, Any]]:
+    """Return the median speed of each variant, and its ratio to the first.
+
+    All variants are interleaved in each round, and ratios compare steps of the same round.
+
+    Args:
+        arguments: has `warmup`, `repeats` (rounds) and `steps` (of a variant in each round).
+    """
     for variant in variants:
         variant.first_s = timed(variant, 1, device)
         timed(variant, arguments.warmup, device)
@@ -107,28 +148,6 @@ def compare(
                 "first_step_s": variant.first_s,
             }
         )
-    print(f"\n{size}, max_len {max_len}, {arguments.tokens} tokens per pack, {device}\n")
-    table(
-        [
-            "variant",
-            "residues/s",
-            "ratio to the baseline (lowest, highest)",
-            "slots per residue",
-            "MFU",
-            "first step, s",
-        ],
-        [
-            [
-                row["variant"],
-                f"{row['residues_per_s']:,.0f}",
-                f"{row['ratio']:.2f} ({row['ratio_low']:.2f}, {row['ratio_high']:.2f})",
-                f"{row['slots_per_residue']:.2f}",
-                "" if row["mfu"] is None else f"{row['mfu']:.0%}",
-                f"{row['first_step_s']:.1f}",
-            ]
-            for row in rows
-        ],
-    )
     return rows
 
 

@@ -24,7 +24,7 @@ from protlig_dd.diffusion.noise import LogLinearNoise
 from protlig_dd.model.config import ModelConfig
 from protlig_dd.model.dit import DiT
 from protlig_dd.model.layers import modulate
-from protlig_dd.model.mixers.attention import resolve_attention_backend
+from protlig_dd.model.mixers.attention import GRAPHABLE, resolve_attention_backend
 from protlig_dd.model.positions.rotary import apply_rotary_pos_emb, rotary_cos_sin
 from protlig_dd.system.distributed import ALONE
 from protlig_dd.system.signals import StopRequests
@@ -166,7 +166,8 @@ def make_variant(
         if setup.device.type == "cuda":
             spare = sequence_slots(setup.tokens, dataset.mean_tokens)
             model.pad_packs(StaticShape(setup.tokens, spare, setup.max_len + 2))
-            model.capture(context.autocast)
+            if context.attention_backend in GRAPHABLE and not model.uncapturable:  # as in a run
+                model.capture(context.autocast)
     objective = Objective(Absorbing(), LogLinearNoise(), "x0", time_conditioning, context.autocast)
     config = read_config(composed(f"optim={optimizer}", *TRAINED), TrainConfig)
     trainer = Trainer(model, objective, dataset, config, context)
@@ -185,7 +186,7 @@ def make_variant(
 
 def context_of(device: torch.device, precision: str, network: ModelConfig) -> RunContext:
     """Return the context of a single process that writes no files."""
-    backend = resolve_attention_backend("auto", device, precision, network.head_dim)
+    backend = resolve_attention_backend("auto", device, precision, network.head_dim, network.positions)
     return RunContext(
         folder=Path(),
         attempt=1,
@@ -200,9 +201,9 @@ def context_of(device: torch.device, precision: str, network: ModelConfig) -> Ru
     )
 
 
-def composed(*overrides: str) -> DictConfig:
+def composed(*overrides: str, name: str = "train") -> DictConfig:
     with initialize_config_dir(str(config_folder()), version_base=None):
-        return compose("train", overrides=list(overrides))
+        return compose(name, overrides=list(overrides))
 
 
 def timed(variant: Variant, steps: int, device: torch.device) -> float:

@@ -1,0 +1,1 @@
+"""Measurements of the kinds of networks in docs/architecture.md."""

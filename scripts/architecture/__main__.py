@@ -1,0 +1,111 @@
+"""Measure the kinds of networks of docs/architecture.md, and print Markdown tables.
+
+    python -m scripts.architecture bounds       train every kind with the demo's budget (minutes a run); held-out bounds
+    python -m scripts.architecture speed        speed and memory of a training step; needs an otherwise idle machine
+    python -m scripts.architecture lengths      train on short proteins; bounds of longer ones (minutes a run)
+    python -m scripts.architecture robustness   forward pass, sampling and infilling of real proteins, after bounds
+    python -m scripts.architecture tables       print all tables again
+
+Each finished run is appended to the results file and is not trained again, so an interrupted command can be repeated to
+resume. Failed runs are recorded and tried again by the next command; the exit code is then 1.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from protlig_dd.system.terminal import console
+from scripts.architecture import results
+from scripts.architecture.arms import ARMS, ENCODINGS
+from scripts.architecture.lengths import MAX_LEN, lengths
+from scripts.architecture.robustness import FEW, robustness
+from scripts.architecture.runs import bounds
+from scripts.architecture.speed import speed
+from scripts.architecture.tables import print_tables
+from scripts.benchmarks.variants import MODELS
+
+PARTS: dict[str, Callable[[argparse.Namespace], bool]] = {
+    "bounds": bounds,
+    "speed": speed,
+    "lengths": lengths,
+    "robustness": robustness,
+}
+SELECTING = ("part", "results", "folder", "only", "seeds", "threads")  # options that do not change what a row measures
+
+
+def parser() -> argparse.ArgumentParser:
+    formatter = argparse.RawDescriptionHelpFormatter
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--folder", type=Path, default=Path("runs/architecture"), help="the runs are in FOLDER/runs")
+    shared.add_argument("--results", type=Path, help="results file; default: results.jsonl in the folder")
+    measured = argparse.ArgumentParser(add_help=False, parents=[shared])
+    measured.add_argument("--data", type=Path, help="a store written by prepare; default: the bundled proteins")
+    measured.add_argument("--only", nargs="+", choices=list(ARMS), metavar="ARM", help=f"of {', '.join(ARMS)}")
+    trained = argparse.ArgumentParser(add_help=False, parents=[measured])
+    trained.add_argument("--steps", type=int, help="training steps; default: the demo's")
+    trained.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of a training run")
+
+    top = argparse.ArgumentParser(prog="scripts.architecture", description=__doc__, formatter_class=formatter)
+    parts = top.add_subparsers(dest="part", required=True)
+    part = parts.add_parser("bounds", parents=[trained], help="held-out bound of every kind")
+    part.add_argument("--seeds", type=int, help="seeds of each arm; default: 3 of the baseline, 2 of the others")
+    part.set_defaults(only=list(ARMS))
+    part = parts.add_parser("speed", parents=[measured], help="speed and memory of a training step, interleaved")
+    part.add_argument("--model", choices=list(MODELS), default="256 x 2", help="width x blocks")
+    part.add_argument("--tokens", type=int, default=4096, help="tokens of a step")
+    part.add_argument("--steps", type=int, default=3, help="steps of a kind in each round")
+    part.add_argument("--warmup", type=int, default=2, help="steps of each kind before the first round")
+    part.add_argument("--repeats", type=int, default=9, help="rounds; the table has medians over them")
+    part.add_argument("--device", default="auto")
+    part.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"])
+    part.set_defaults(only=list(ARMS))
+    part = parts.add_parser(
+        "lengths", parents=[trained], help=f"trained with data.max_len={MAX_LEN}, bounds of longer proteins"
+    )
+    part.add_argument("--draws", type=int, default=8, help="noise draws per protein")
+    part.add_argument("--proteins", type=int, help="at most this many of each range of lengths; default: all")
+    part.set_defaults(only=ENCODINGS)
+    part = parts.add_parser(
+        "robustness",
+        parents=[trained],
+        help=f"use of 20 real proteins, with the runs of bounds or, if absent, after {FEW} training steps",
+    )
+    part.add_argument("--sampling-steps", type=int, default=16)
+    part.set_defaults(only=ENCODINGS)
+    parts.add_parser("tables", parents=[shared], help="print all tables from the results file")
+    return top
+
+
+def command_of(arguments: argparse.Namespace, defaults: argparse.Namespace) -> str:
+    """Return the command without the options that only select rows, and without options at their default."""
+    words = ["python -m scripts.architecture", arguments.part]
+    for name, value in vars(arguments).items():
+        if name not in SELECTING and value != getattr(defaults, name):
+            shown = f'"{value}"' if " " in str(value) else value
+            words.append(f"--{name.replace('_', '-')} {shown}")
+    return " ".join(words)
+
+
+def main() -> None:
+    top = parser()
+    arguments = top.parse_args()
+    arguments.command = command_of(arguments, top.parse_args([arguments.part]))
+    arguments.results = arguments.results or arguments.folder / "results.jsonl"
+    try:
+        succeeded = PARTS[arguments.part](arguments) if arguments.part in PARTS else True
+        rows = results.read(arguments.results)
+        if arguments.part not in PARTS and not rows:
+            raise ValueError(f"{arguments.results}: no results; run bounds, speed, lengths or robustness first")
+        print_tables(rows.values(), arguments.command if arguments.part in PARTS else None)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        console.print(f"interrupted; repeat the command to resume with the results in {arguments.results}")
+        sys.exit(130)
+    sys.exit(not succeeded)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""The results file: one JSON line for each measurement, appended as soon as it is finished."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from protlig_dd.system.files import drop_partial_line
+
+Row = dict[str, Any]
+Key = tuple[str, str, int]
+"""The command without the options that only select arms and seeds, the arm, and the seed."""
+
+
+def key_of(row: Row) -> Key:
+    return row["command"], row["arm"], row["seed"]
+
+
+def read(path: Path) -> dict[Key, Row]:
+    """Return the newest row of each measurement; none if the file does not exist. A partial last line is removed.
+
+    Raises:
+        ValueError: a line is not a row of results; names the file and the line.
+    """
+    drop_partial_line(path)
+    rows: dict[Key, Row] = {}
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
+        try:
+            row = json.loads(line)
+            row["part"]
+            rows[key_of(row)] = row
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}, line {number}: not a row of results ({error!r}); choose another file with --results"
+            ) from error
+    return rows
+
+
+def append(path: Path, row: Row) -> None:
+    """Append a row, and return when it is on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
