@@ -213,4 +213,4 @@ def timed(variant: Variant, steps: int, device: torch.device) -> float:
         variant.step()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return (time.perf_counter() - began) / steps
+    return (time.perf_counter() - began) / max(1, steps)
