@@ -153,7 +153,7 @@ GROUPS = (
     Group(
         "scripts and docs",
         "benchmarks print the tables of the docs; a mutation fails a test; set-up",
-        ("test_scripts", "test_setup", "test_testing"),
+        ("test_scripts", "test_architecture", "test_setup", "test_testing"),
     ),
     Group(
         "earlier versions",

@@ -74,7 +74,10 @@ def drive(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Drive:
         with pytest.raises(SystemExit) as raised:
             architecture.main()
         code = raised.value.code
-        return code if isinstance(code, int) else 1
+        if isinstance(code, int):
+            return code
+        print(code)
+        return 1
 
     return run
 
@@ -263,6 +266,14 @@ def test_the_tables_contain_means_over_seeds_and_paired_differences(capsys: pyte
     assert text.splitlines()[-1] == "| `positions=none` | seed 0 failed: a \\| b |  |  |  |  |  |"
 
 
+def test_a_range_of_lengths_without_proteins_is_an_error(
+    drive: Drive, trainings: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert drive("lengths", "--proteins", "0") == 1
+    assert "no held-out protein has 1 to 256 residues" in capsys.readouterr().out
+    assert trainings == []
+
+
 def test_a_row_of_the_results_that_is_measured_again_replaces_the_earlier(tmp_path: Path) -> None:
     file = tmp_path / "new/results.jsonl"
     assert results.read(file) == {}
@@ -292,5 +303,6 @@ def test_the_speed_of_every_kind_is_relative_to_the_baseline_and_printed_with_it
 
 def test_tables_without_results_and_unknown_arms_are_errors(drive: Drive, capsys: pytest.CaptureFixture[str]) -> None:
     assert drive("tables") == 1
+    assert "no results; run bounds, speed, lengths or robustness first" in capsys.readouterr().out
     assert drive("bounds", "--only", "rotary") == 2
     assert "invalid choice: 'rotary'" in capsys.readouterr().err

@@ -31,6 +31,8 @@ def label(arm: str) -> str:
     """Return the name of an arm as the tables print it: the keys of `model` in which it differs from the baseline."""
     if arm == BASELINE:
         return "baseline: " + ", ".join(f"`{key}={value}`" for key, value in NETWORK.items())
+    if ARMS.get(arm, {}).get("mixers", "").startswith("["):
+        return f"`{arm}` in every other block"
     return ", ".join(f"`{key}={value}`" for key, value in ARMS[arm].items()) if arm in ARMS else arm
 
 

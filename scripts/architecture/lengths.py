@@ -9,7 +9,6 @@ from protlig_dd.config.read import read_config
 from protlig_dd.config.verbs import EvaluateConfig
 from protlig_dd.evaluation.likelihood.scoring import column, score
 from protlig_dd.inference.model import TrainedModel, load_trained
-from protlig_dd.model.positions import POSITIONS
 from scripts.architecture.runs import REPORT, Job, job, measure, store_of
 from scripts.benchmarks.variants import composed
 
@@ -25,6 +24,9 @@ def lengths(arguments: argparse.Namespace) -> bool:
         (low, high): rows[(store.lengths[rows] > low) & (store.lengths[rows] <= high)][: arguments.proteins]
         for low, high in RANGES
     }
+    for (low, high), found in selected.items():
+        if not len(found):
+            raise ValueError(f"{store.path}: no held-out protein has {low + 1} to {high} residues; use another --data")
     options = [f"data.max_len={MAX_LEN}", *REPORT]
     jobs = [job(arguments, arm, 0, arguments.steps, options) for arm in arguments.only]
 
@@ -43,7 +45,8 @@ def bound(trained: TrainedModel, proteins: list[np.ndarray], config: EvaluateCon
     try:
         scored = score(trained, proteins, config, None, bound_only=True)
     except ValueError as error:
-        if not POSITIONS[trained.saved.config.model.positions].limited:
+        limit = trained.saved.config.model.max_positions
+        if limit is None or max(map(len, proteins)) <= limit:
             raise
         return {"rejected": str(error)}
     return {"nats": column(scored, "bound").tolist(), "lengths": [protein.residues for protein in scored]}
