@@ -1,5 +1,6 @@
 """Sampling step by step: bit-identical to sampling in one call, and edits between the steps."""
 
+import re
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,15 @@ def test_the_last_step_has_the_sequences_of_sampling_in_one_call(
             steps = SamplingSteps(score_fn, designs, chosen, seed=5, log_bias=bias)
             assert [step.number for step in steps] == [1, 2, 3, 4, 5, 6, 7]
             assert steps.sequences == [ProteinTokenizer().decode(sampled) for sampled in at_once]
+
+
+@pytest.mark.parametrize(("graph", "predictor"), PAIRS)
+def test_sampling_in_several_packs_gives_the_sequences_of_the_steps(graph: str, predictor: str) -> None:
+    """The network's outputs may differ by rounding, so another seed could give another residue."""
+    score_fn, lengths, options = score_fn_of(graph), [12, 30, 7, 19], SamplerOptions(4, predictor)
+    in_packs, _ = generate(score_fn, lengths, options, Work(32), seed=3)
+    steps = SamplingSteps(score_fn, lengths, options, seed=3)
+    assert steps.finish() == [ProteinTokenizer().decode(sampled) for sampled in in_packs]
 
 
 @pytest.mark.parametrize(("graph", "predictor"), PAIRS)
@@ -253,6 +263,39 @@ def test_an_edit_that_log_bias_forbids_is_an_error() -> None:
         if graph == "absorbing":
             final = steps.finish()
             assert (final[0][4], final[1][5:]) == ("W", "WV")
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ([(3, 20), (5, 20)], "log_bias of design 0 has shape (3, 20), but the design has 5 residues; give (5, 20)"),
+        ([(5, 20), (4, 20)], "log_bias of design 1 has shape (4, 20), but the design has 3 residues; give (3, 20)"),
+        ([(5, 20), (3, 21)], "log_bias of design 1 has shape (3, 21), but the design has 3 residues; give (3, 20)"),
+        ([(5, 20), (20,)], "log_bias of design 1 has shape (20,), but the design has 3 residues; give (3, 20)"),
+        ([(8, 20)], "log_bias is a list of 1 for 2 designs; give one tensor for each, or a single tensor (20,)"),
+        ([(5, 20), (2, 20), (1, 20)], "log_bias is a list of 3 for 2 designs; give one tensor for each"),
+        ([], "log_bias is a list of 0 for 2 designs; give one tensor for each"),
+    ],
+)
+def test_a_bias_of_other_shapes_than_its_designs_is_an_error(shapes: list[tuple[int, ...]], message: str) -> None:
+    """Also if all the rows together are as many as the residues of the pack."""
+    bias = [torch.zeros(shape) for shape in shapes]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        SamplingSteps(score_fn_of("absorbing"), ["M___V", 3], SamplerOptions(3), log_bias=bias)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        generate(score_fn_of("absorbing"), [5, 3], SamplerOptions(3), Work(1000), seed=0, log_bias=bias)
+
+
+def test_each_design_is_sampled_with_the_rows_of_its_bias() -> None:
+    """Each position allows one amino acid, so the sequences are those of the biases."""
+    wanted = ["MKVLA", "WYF"]
+    bias = []
+    for sequence in wanted:
+        rows = torch.full((len(sequence), 20), -torch.inf)
+        rows[range(len(sequence)), [AMINO_ACIDS.index(letter) for letter in sequence]] = 0
+        bias.append(rows)
+    for graph in ("absorbing", "uniform"):
+        assert SamplingSteps(score_fn_of(graph), [5, 3], SamplerOptions(3), log_bias=bias).finish() == wanted
 
 
 def test_an_edit_after_the_last_step_is_an_error() -> None:

@@ -14,7 +14,7 @@ from protlig_dd.diffusion.samplers.base import SamplerOptions
 from protlig_dd.diffusion.sampling import sample
 from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.inference.model import TrainedModel
-from protlig_dd.inference.sequences import fix_residues
+from protlig_dd.inference.sequences import check_biases, fix_residues
 from protlig_dd.inference.sharing import Tick, Work, share
 from protlig_dd.inference.steering import Steering, describe_steering
 from protlig_dd.system.distributed import gather_objects
@@ -156,7 +156,11 @@ def generate(
 
     Returns:
         uint8 arrays of amino-acid ids in the order of `lengths`, and the sampler's counts; the same on every rank.
+
+    Raises:
+        ValueError: the list of biases does not match `lengths`; or see `sample`.
     """
+    check_biases(log_bias, lengths)
     counts: Counter[str] = Counter()
 
     def sample_pack(indices: range, tick: Tick) -> dict[int, np.ndarray]:

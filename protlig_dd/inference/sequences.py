@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from protlig_dd.tokenizer import BOS, EOS, MASK, ProteinTokenizer
+from protlig_dd.tokenizer import BOS, EOS, MASK, N_STATES, ProteinTokenizer
 
 FREE = "_"
 
@@ -36,6 +36,30 @@ def encode_with_free(sequence: str, name: str) -> np.ndarray:
         raise ValueError(f"{error}; `{FREE}` marks a free position") from error
     tokens[1:-1][free] = MASK
     return tokens
+
+
+def check_biases(log_bias: Tensor | Sequence[Tensor] | None, lengths: Sequence[int]) -> None:
+    """Check that a list of biases has one tensor (length_i, 20) for each design of length_i residues.
+
+    A single tensor is checked by the sampler. Tensors of other shapes could together have as many rows as the pack has
+    residues, so that residues would be sampled with the rows of other designs.
+
+    Raises:
+        ValueError: another number of tensors, or another shape; the message names the design.
+    """
+    if log_bias is None or isinstance(log_bias, Tensor):
+        return
+    if len(log_bias) != len(lengths):
+        raise ValueError(
+            f"log_bias is a list of {len(log_bias)} for {len(lengths)} designs; give one tensor for each, or a single "
+            f"tensor ({N_STATES},) for all"
+        )
+    for number, (bias, length) in enumerate(zip(log_bias, lengths, strict=True)):
+        if tuple(bias.shape) != (length, N_STATES):
+            raise ValueError(
+                f"log_bias of design {number} has shape {tuple(bias.shape)}, but the design has {length} residues; "
+                f"give ({length}, {N_STATES})"
+            )
 
 
 def fix_residues(templates: Sequence[np.ndarray]) -> Callable[[Tensor], Tensor]:

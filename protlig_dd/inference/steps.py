@@ -12,7 +12,7 @@ from protlig_dd.diffusion.numerics import clamp_negative
 from protlig_dd.diffusion.samplers.base import SamplerOptions
 from protlig_dd.diffusion.sampling import ReverseSteps, Step
 from protlig_dd.diffusion.score import ScoreFn
-from protlig_dd.inference.sequences import FREE, check_list, encode_with_free, fix_residues
+from protlig_dd.inference.sequences import FREE, check_biases, check_list, encode_with_free, fix_residues
 from protlig_dd.system.random import keyed_generator
 from protlig_dd.tokenizer import AMINO_ACIDS, LETTERS, MASK, ProteinTokenizer
 
@@ -58,9 +58,11 @@ class SampledStep:
 
 
 class SamplingSteps:
-    """An iterator that samples and yields SampledStep. Without edits the final sequences equal those of `generate`.
+    """An iterator that samples and yields SampledStep.
 
-    All designs are computed in one pack. A loop may stop at any step, and `next` or another loop continues.
+    All designs are computed in one pack. Without edits the final sequences are those of `generate`, bit for bit if it
+    also samples the designs in one pack. In several packs the network's outputs may differ by rounding. A loop may stop
+    at any step, and `next` or another loop continues.
 
     Args:
         designs: for each protein its number of residues, or a sequence with `_` at free positions. The other residues
@@ -70,7 +72,8 @@ class SamplingSteps:
             (length_i, 20) for each protein.
 
     Raises:
-        ValueError: no design, an illegal letter, or invalid options (see `sample`).
+        ValueError: no design, an illegal letter, a bias of another shape than its design, or invalid options (see
+            `sample`).
     """
 
     def __init__(
@@ -85,9 +88,11 @@ class SamplingSteps:
         check_list(designs, "sample_steps takes a list of lengths and sequences")
         texts = [design if isinstance(design, str) else FREE * design for design in designs]
         self.templates = [encode_with_free(text, f"design {i}")[1:-1] for i, text in enumerate(texts)]
+        lengths = [len(template) for template in self.templates]
+        check_biases(log_bias, lengths)
         self.reverse = ReverseSteps(
             score_fn,
-            [len(template) for template in self.templates],
+            lengths,
             options,
             [keyed_generator(seed, "sample", i, CPU) for i in range(len(designs))],
             fix_residues(self.templates) if any(isinstance(design, str) for design in designs) else None,
