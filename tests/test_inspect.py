@@ -1,5 +1,6 @@
 """A look inside a model: attention weights, hooks on every path, training modes, maps and the docs' examples."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -24,10 +25,11 @@ from protlig_dd.hub import ProteinDiffusion
 from protlig_dd.inference.contacts import average_product_correction, contact_map, to_png
 from protlig_dd.inference.embedding import embed
 from protlig_dd.inference.exported import EXPORTED, write_exported
-from protlig_dd.inference.hooks import hooks
+from protlig_dd.inference.hooks import called_modules, hooks
 from protlig_dd.inference.inspect import analysis, attention
 from protlig_dd.model.block import Block
 from protlig_dd.model.dit import DiT
+from protlig_dd.model.mixers import MIXERS
 from protlig_dd.model.mixers import attention as kernels
 from protlig_dd.model.mixers.scores import ScoreInputs
 from protlig_dd.model.positions import POSITIONS
@@ -183,36 +185,79 @@ def test_attention_leaves_the_network_as_it_was_even_if_it_fails(sequences: list
     assert torch.equal(first, attention(score_fn, sequences[:1], max_len=200)[0])  # no dropout, not even in block 1
 
 
-PATHS = {
+PATHS: dict[str, dict[str, Any]] = {
     "plain": {},
     "checkpointing": {"checkpointing": True},
     "compiled": {},
     "time-free": {"time_conditioning": False},
+    "rms": {"norm": "rms", "qk_norm": True, "tie_weights": True},
+    **{name: options for name, options in NETWORKS.items() if name.startswith("positions=")},
+    **{f"mixers={name}": {"mixers": ["attention", name]} for name in MIXERS},
 }
+TWICE = ("qkv", "rate", "gate", "inner", "ttt_out")
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["", "grad"])
 @pytest.mark.parametrize("path", PATHS)
 def test_hooks_run_on_every_path_of_the_network_in_evaluation(path: str, grad: bool, sequences: list[str]) -> None:
+    """Each module runs once, but test-time training reads each sequence in both directions with the same modules."""
     model = make_model(**PATHS[path])
     if path == "compiled":
         model.compile_blocks(dynamic=True)
     score_fn, found = score_fn_of(model), dict[str, list[Tensor]]()
-    names = [name for name, module in model.named_modules() if name and type(module).forward is not nn.Module.forward]
+    names = list(called_modules(model))
+    twice = tuple(f"blocks.1.{part}" for part in TWICE) if "ttt" in path else ()
+    expected = {name: 2 if name.startswith(twice) else 1 for name in names}
     batch, sigma = pack(sequences[0]), torch.ones(1)
     with (
         hooks(model, {name: found.setdefault(name, []).append for name in names}),
         torch.set_grad_enabled(grad),
     ):
         logits = score_fn.logits(batch, sigma)
-        assert {name: len(calls) for name, calls in found.items()} == dict.fromkeys(names, 1)
+        assert {name: len(calls) for name, calls in found.items()} == expected
         embed(model, score_fn, [ProteinTokenizer().encode(sequences[0])], layer=2, max_len=200)
         sample(score_fn, [9], SamplerOptions(1), torch.Generator().manual_seed(0))
         assert len(found["blocks.1"]) == 4
     assert torch.equal(found["head"][0], logits)
     used = sigma if score_fn.time_conditioning else torch.zeros(1)
-    assert torch.equal(found["blocks.0"][0], model.hidden_states(batch, used, 1))
+    with torch.set_grad_enabled(grad):
+        assert torch.equal(found["blocks.0"][0], model.hidden_states(batch, used, 1))
     assert torch.equal(found["embedding"][0], model.embedding(batch.tokens))
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_a_name_is_accepted_exactly_if_a_forward_pass_calls_its_module(positions: str, mixer: str) -> None:
+    """Weights that the network reads without a call, such as tables of positions, would never run a hook."""
+    options = {**NETWORKS[f"positions={positions}"], "mixers": ["attention", mixer]}
+    for others in ({}, {"norm": "rms", "qk_norm": True, "tie_weights": True, "time_conditioning": False}):
+        model, called = make_model(**options, **others).eval(), set[str]()
+        for name, module in model.named_modules():
+            module.register_forward_hook(lambda *_, called=called, name=name: called.add(name))
+        model(pack("MKVLA"), torch.ones(1))
+        accepted = set()
+        for name, _ in model.named_modules():
+            with contextlib.suppress(ValueError), hooks(model, {name: print}):
+                accepted.add(name)
+        assert accepted == called - {""}
+        assert {"embedding", "blocks.0", "blocks.0.qkv", "blocks.1.mlp", "head"} <= accepted
+
+
+def test_in_test_time_training_the_second_call_of_a_module_is_on_reversed_sequences(sequences: list[str]) -> None:
+    """docs/inspect.md describes the order of the tokens, and the shape of the output of the inner model."""
+    model, found = make_model(mixers="ttt_linear", n_blocks=1), dict[str, list[Tensor]]()
+    with torch.no_grad():  # the second direction then reads the block's input, not the sum with the first direction
+        model.blocks[0].directions.forward_alpha.zero_()
+    tokens = [torch.from_numpy(ProteinTokenizer().encode(sequence)) for sequence in sequences[:2]]
+    batch = PackedBatch.pack(tokens)
+    names = ("qkv", "inner")
+    with hooks(model.eval(), {f"blocks.0.{name}": found.setdefault(name, []).append for name in names}):
+        model(batch, torch.ones(2))
+    first, second = found["qkv"]
+    for ahead, reverse in zip(batch.unpack(first), batch.unpack(second), strict=True):
+        torch.testing.assert_close(reverse, ahead.flip(0))
+    chunks = sum(-(-length // 16) for length in batch.lengths)
+    assert [tuple(output.shape) for output in found["inner"]] == [(chunks, 4, 16, 8)] * 2
 
 
 def test_a_hook_may_replace_an_output(sequences: list[str]) -> None:
@@ -268,7 +313,7 @@ def test_hooks_are_removed_when_the_body_ends_or_raises() -> None:
         ("blocks.2.qkv", "'blocks.2.qkv' is not a module of this network; did you mean 'blocks.1.qkv'?"),
         ("blocks", "'blocks' is never called itself, so a hook would not run; did you mean 'blocks.1'?"),
         ("positions", "'positions' is never called itself, so a hook would not run; did you mean"),
-        ("", "'' is never called itself, so a hook would not run; did you mean"),
+        ("", "'' is not the name of a module; give a name such as 'embedding', 'blocks.0.qkv', 'blocks.0' or 'head'"),
     ],
 )
 def test_a_name_that_cannot_be_hooked_suggests_the_nearest(name: str, message: str) -> None:
@@ -276,6 +321,22 @@ def test_a_name_that_cannot_be_hooked_suggests_the_nearest(name: str, message: s
     with pytest.raises(ValueError, match=re.escape(message)), hooks(model, {"blocks.0": print, name: print}):
         pytest.fail("the body must not run")
     assert n_hooks(model) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"positions": "t5"}, "positions.buckets"),
+        ({"positions": "diet", "max_positions": 9}, "positions.queries"),
+        ({"positions": "diet_rel"}, "positions.offsets.1"),
+        ({"mixers": "ttt_mlp"}, "blocks.0.heads_norm"),
+    ],
+)
+def test_weights_that_are_read_without_a_call_cannot_be_hooked(options: dict[str, Any], name: str) -> None:
+    model = make_model(**options).eval()
+    message = f"'{name}' is never called itself, so a hook would not run; did you mean"
+    with pytest.raises(ValueError, match=re.escape(message)), hooks(model, {name: print}):
+        pytest.fail("the body must not run")
 
 
 def test_hooks_on_compiled_training_steps_are_an_error() -> None:

@@ -6,7 +6,10 @@ from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
 
+from protlig_dd.model.block import Block
 from protlig_dd.model.dit import DiT
+from protlig_dd.model.mixers.ttt import TTT
+from protlig_dd.model.positions.base import PositionEncoding
 
 Hook = Callable[[Tensor], Tensor | None]
 """Receives a module's output. Returns None, or a tensor of the same shape, dtype and device that replaces it."""
@@ -22,11 +25,11 @@ def hooks(network: DiT, functions: Mapping[str, Hook]) -> Iterator[None]:
             change it in place. If it returns a tensor, that replaces the output for the rest of the network.
 
     Raises:
-        ValueError: no module has the name, or the module only contains other modules (nothing is hooked then). The
-            network is in training mode and its blocks are compiled or recorded, so hooks would not run. In the body: a
+        ValueError: no module has the name, or the module is never called itself (nothing is hooked then). The network
+            is in training mode and its blocks are compiled or recorded, so hooks would not run. In the body: a
             replacement is not a tensor of the output's shape, dtype and device.
     """
-    modules = {name: module for name, module in network.named_modules() if name and has_forward(module)}
+    modules = called_modules(network)
     for name in functions:
         if name not in modules:
             raise ValueError(unknown_module(network, name, list(modules)))
@@ -56,13 +59,28 @@ def checked(name: str, function: Hook) -> Callable[[nn.Module, object, Tensor], 
     return hook
 
 
-def has_forward(module: nn.Module) -> bool:
-    """Whether the module is called itself; ModuleList, for example, only contains modules."""
-    return type(module).forward is not nn.Module.forward
+def called_modules(network: DiT) -> dict[str, nn.Module]:
+    """Return the modules that a forward pass calls, by name.
+
+    The others only contain modules, as ModuleList does, or contain weights that the network reads without a call.
+    """
+    uncalled = set[nn.Module]()
+    if type(network.positions).bias is not PositionEncoding.bias:
+        uncalled |= set(network.positions.modules())  # `bias` reads the weights of whole tables
+    for block in network.blocks:
+        if isinstance(block, Block) and isinstance(block.mixer, TTT):
+            uncalled.add(block.mixer.heads_norm)  # computed in the dtype of the state
+    return {
+        name: module
+        for name, module in network.named_modules()
+        if name and type(module).forward is not nn.Module.forward and module not in uncalled
+    }
 
 
 def unknown_module(network: DiT, name: str, known: Sequence[str]) -> str:
     """Return an error message for a name that cannot be hooked, with the nearest one that can."""
+    if not name:
+        return "'' is not the name of a module; give a name such as 'embedding', 'blocks.0.qkv', 'blocks.0' or 'head'"
     exists = name in dict(network.named_modules())
     problem = "is never called itself, so a hook would not run" if exists else "is not a module of this network"
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
