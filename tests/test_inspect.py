@@ -26,13 +26,14 @@ from protlig_dd.inference.contacts import average_product_correction, contact_ma
 from protlig_dd.inference.embedding import embed
 from protlig_dd.inference.exported import EXPORTED, write_exported
 from protlig_dd.inference.hooks import called_modules, hooks
-from protlig_dd.inference.inspect import analysis, attention
+from protlig_dd.inference.inspect import analysis, attention, attention_weights
 from protlig_dd.model.block import Block
 from protlig_dd.model.dit import DiT
 from protlig_dd.model.mixers import MIXERS
 from protlig_dd.model.mixers import attention as kernels
 from protlig_dd.model.mixers.scores import ScoreInputs
 from protlig_dd.model.positions import POSITIONS
+from protlig_dd.model.positions.biases import ProductBias
 from protlig_dd.tokenizer import ProteinTokenizer
 
 from .conftest import ROOT, graph_of, make_model
@@ -105,17 +106,44 @@ def test_the_weights_and_the_values_give_the_output_of_the_kernel(kind: str, seq
             assert (mixed - out).abs().max() < 2e-6 * out.abs().max()
 
 
-def test_with_bf16_the_weights_follow_in_float32_from_the_rounded_queries_and_keys(sequences: list[str]) -> None:
-    score_fn = score_fn_of(sharpened(make_model()), autocast=torch.bfloat16)
-    with spied_kernel() as calls:
-        (weights,) = attention(score_fn, sequences[:1], max_len=200)
-    for block_weights, (qkv, out) in zip(weights, calls, strict=True):
-        assert qkv.dtype == torch.bfloat16
-        q, k, v = qkv.double().unbind(1)
-        exact = (torch.einsum("ihd,jhd->hij", q, k) / q.shape[-1] ** 0.5).softmax(-1)
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_with_bf16_the_weights_follow_in_float32_from_the_rounded_queries_keys_and_biases(
+    positions: str, sequences: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The inputs of torch's kernel are recorded. The tables of positions are large, so that their rounding matters."""
+    model, calls = sharpened(make_model(**NETWORKS[f"positions={positions}"])), list[tuple[Tensor | None, ...]]()
+    kernel = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> Tensor:
+        calls.append((q, k, v, attn_mask, kernel(q, k, v, attn_mask=attn_mask)))
+        return kernel(q, k, v, attn_mask=attn_mask)
+
+    with torch.no_grad():
+        for table in model.positions.parameters():
+            table *= 10
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    (weights,) = attention(score_fn_of(model, autocast=torch.bfloat16), sequences[:1], max_len=200)
+    assert len(calls) == 2
+    for block_weights, call in zip(weights, calls, strict=True):
+        assert {tensor.dtype for tensor in call if tensor is not None} == {torch.bfloat16}
+        q, k, v, bias, out = (None if tensor is None else tensor.squeeze(0).double() for tensor in call)
+        scores = q @ k.mT / q.shape[-1] ** 0.5
+        exact = (scores if bias is None else scores + bias).softmax(-1)
         assert (block_weights - exact).abs().max() < 1e-5  # rounding the weights to bf16 would change them by 4e-3
-        mixed = torch.einsum("hij,jhd->ihd", block_weights, v.float())
-        assert (mixed - out).abs().max() < 0.01 * out.abs().max()
+        assert (block_weights.double() @ v - out).abs().max() < 0.01 * out.abs().max()
+
+
+def test_a_bias_in_appended_columns_gives_the_same_weights() -> None:
+    """The CUDA kernels receive the bias of diet as columns of the queries and keys. The scale is that of head_dim."""
+    torch.manual_seed(0)
+    qkv, table = torch.randn(9, 3, 4, 8), torch.randn(2, 20, 4, 5)
+    bias = ProductBias(*table)
+    batch = PackedBatch.pack([torch.zeros(9, dtype=torch.long)])
+    plain = attention_weights(qkv, ScoreInputs(bias), [3, 0], rounded=True)
+    in_columns = attention_weights(qkv, ScoreInputs(bias, columns=bias.columns(batch, 8)), [3, 0], rounded=False)
+    torch.testing.assert_close(in_columns, plain)
+    expected = torch.einsum("ihd,jhd->hij", *qkv[:, :2].unbind(1)) / 8**0.5 + bias.matrix(9)
+    torch.testing.assert_close(plain, expected.softmax(-1)[[3, 0]])
 
 
 def test_blocks_and_heads_are_returned_in_the_order_of_the_request(sequences: list[str]) -> None:

@@ -17,9 +17,8 @@ from protlig_dd.inference.sequences import FREE, check_list, encode_with_free
 from protlig_dd.model.block import Block
 from protlig_dd.model.dit import DiT
 from protlig_dd.model.mixers.attention import Attention
-from protlig_dd.model.mixers.scores import ScoreInputs
+from protlig_dd.model.mixers.scores import ScoreInputs, with_columns
 from protlig_dd.model.positions.base import PositionEncoding
-from protlig_dd.model.positions.biases import ScoreBias
 
 
 def attention(
@@ -35,9 +34,9 @@ def attention(
 
     Entry [b, h, i, j] is the weight with which token i reads token j in head heads[h] of block blocks[b]. The tokens
     are `<bos> residues <eos>`, so a protein of L residues has L + 2 tokens and residue k is token k + 1. Each row sums
-    to 1. The weights are computed in float32 from the queries, keys and bias of the attention kernel, even if the
-    kernel has a lower precision. The network runs in evaluation mode on one protein at a time, up to the last selected
-    block. A protein takes 4 (L + 2)^2 bytes per block and head.
+    to 1. The weights are computed in float32 from the queries, keys and bias that the attention kernel receives, which
+    are rounded if the network computes in a lower precision. The network runs in evaluation mode on one protein at a
+    time, up to the last selected block. A protein takes 4 (L + 2)^2 bytes per block and head.
 
     Args:
         sequences: letters in either case; `_` is a masked residue (for graphs with a mask).
@@ -91,12 +90,12 @@ def recording(network: DiT, number: int, heads: Sequence[int], weights: dict[int
     block = network.blocks[number]
     assert isinstance(block, Block)
     mix: Callable[..., Tensor] = block.mixer.mix
+    rounded = network.attention_backend == "sdpa"
 
     def record(
         projected: Tensor, batch: PackedBatch, *others: PositionEncoding | Tensor, scores: ScoreInputs | None = None
     ) -> Tensor:
-        bias = None if scores is None else scores.bias
-        weights[number] = attention_weights(projected, bias, heads).cpu()
+        weights[number] = attention_weights(projected, scores, heads, rounded=rounded).cpu()
         return mix(projected, batch, *others, scores=scores)
 
     block.mixer.__dict__["mix"] = record  # hides the method of the class
@@ -107,20 +106,30 @@ def recording(network: DiT, number: int, heads: Sequence[int], weights: dict[int
 
 
 def attention_weights(
-    projected: Float[Tensor, "tokens 3 all_heads head_dim"], bias: ScoreBias | None, heads: Sequence[int]
+    projected: Float[Tensor, "tokens 3 all_heads head_dim"],
+    scores: ScoreInputs | None,
+    heads: Sequence[int],
+    *,
+    rounded: bool,
 ) -> Float32[Tensor, "heads tokens tokens"]:
     """Return softmax(q k^T / sqrt(head_dim) + bias) of the given heads in float32, for a pack of one sequence.
 
     Args:
         projected: the queries, keys and values that the block's mixer has computed (`Mixer.project`).
-        bias: the position encoding's bias of the scores; None if it has none.
+        scores: the position encoding's bias of the scores; None if it has none.
+        rounded: whether the kernel receives the bias in the dtype of the queries, as sdpa does.
     """
+    head_dim, bias = projected.shape[-1], None
+    if scores is not None and scores.columns is not None:
+        projected = with_columns(projected, scores.columns)
+    elif scores is not None and scores.bias is not None:
+        # under the autocast of the network, as for the kernel
+        bias = scores.bias.matrix(len(projected)) if scores.matrices is None else scores.matrices[0]
+        bias = bias[list(heads)].to(projected.dtype if rounded else torch.float32).float()
     q, k, _ = projected[:, :, list(heads)].float().unbind(1)
     with torch.autocast(projected.device.type, enabled=False):
-        scores = torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5
-        if bias is not None:
-            scores = scores + bias.matrix(len(q))[list(heads)].float()
-        return scores.softmax(-1)
+        products = torch.einsum("qhd,khd->hqk", q, k) * head_dim**-0.5
+        return (products if bias is None else products + bias).softmax(-1)
 
 
 def attention_of(network: DiT, number: int) -> Attention:
