@@ -12,9 +12,19 @@ from omegaconf import DictConfig, OmegaConf
 
 from protlig_dd.config.cli import quoted, run_verb
 from protlig_dd.config.components import build_model
-from protlig_dd.config.read import as_dict, config_folder, expand_home, flatten, known_keys, read_config
+from protlig_dd.config.read import (
+    as_dict,
+    as_yaml,
+    config_folder,
+    defaults_of,
+    expand_home,
+    flatten,
+    known_keys,
+    read_config,
+)
 from protlig_dd.config.train import (
     TrainConfig,
+    all_settings,
     changed_keys,
     check_train_config,
     config_in,
@@ -162,6 +172,36 @@ def test_changed_keys_name_both_values_and_leave_out_keys_that_may_change() -> N
     assert isinstance(old, dict)
     assert isinstance(new, dict)
     assert changed_keys(old, new) == ["graph.name: absorbing -> uniform", "optim.lr: 0.003 -> 0.5"]
+
+
+def test_a_change_of_a_key_that_a_file_leaves_out_is_shown_with_its_default(tmp_path: Path) -> None:
+    """Earlier versions do not have the key, and this version leaves it out at its default, so that they can read it."""
+    others = {
+        "model.positions": "t5",
+        "model.mixers": "ttt_linear",
+        "model.max_positions": 700,
+        "model.tie_weights": True,
+        "data.context": "lower",
+        "from": "runs/a",
+        "from_sha256": "0" * 64,
+    }
+    defaults = {key: value for key, value in defaults_of(TrainConfig).items() if not may_change(key)}
+    assert defaults.keys() == others.keys()  # also for keys that are added later
+    plain = read_config(composed("model=tiny"), TrainConfig)
+    for key, value in others.items():
+        other = read_config(composed("model=tiny", f"{key}={value}"), TrainConfig)
+        for before, now, message in (
+            (plain, other, f"{key}: {defaults[key]} -> {value}"),
+            (other, plain, f"{key}: {value} -> {defaults[key]}"),
+        ):
+            (tmp_path / "config.yaml").write_text(as_yaml(before))
+            assert changed_keys(recorded_config(tmp_path), as_dict(now)) == [message]
+        of_earlier_version = as_dict(plain)
+        group, _, name = key.rpartition(".")
+        (of_earlier_version[group] if group else of_earlier_version).pop(name, None)
+        assert changed_keys(of_earlier_version, as_dict(other)) == [f"{key}: {defaults[key]} -> {value}"]
+        assert changed_keys(of_earlier_version, as_dict(plain)) == []
+    assert all_settings({"trainer": {"epochs": 2}})["trainer.compile"] == "auto"  # earlier versions do not have it
 
 
 def test_the_config_of_a_run_is_read_without_the_limits_on_new_values(tmp_path: Path) -> None:

@@ -446,7 +446,8 @@ def test_old_configs_have_no_context_and_a_changed_context_is_named() -> None:
     assert config.data.context == "none"
     plain, given = as_dict(config), as_dict(train_config("data.context=lower"))
     assert "context" not in plain["data"]  # so that earlier versions can read the config
-    assert changed_keys(plain, given) == ["data.context: None -> lower"]
+    assert changed_keys(plain, given) == ["data.context: none -> lower"]
+    assert changed_keys(given, plain) == ["data.context: lower -> none"]
     assert changed_keys(given, given) == []
     with raises_value_error("data.context=lowr; choose from none, lower, upper"):
         train_config("data.context=lowr")

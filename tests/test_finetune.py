@@ -81,25 +81,39 @@ def test_another_network_or_diffusion_process_is_an_error(overrides: list[str], 
         assert part in str(error.value)
 
 
+Resolve = Callable[..., tuple[TrainConfig, str]]
+
+
+@pytest.fixture
+def resolve_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Resolve:
+    """Return a function that resolves a run with an experiment and a source, and returns what it prints.
+
+    It also searches for the experiment in the test's folder.
+    """
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
+
+    def resolved(source: Path, experiment: str, *overrides: str) -> tuple[TrainConfig, str]:
+        search = f"hydra.searchpath=[file://{tmp_path}]"
+        with initialize_config_dir(str(config_folder()), version_base="1.3"):
+            cfg = compose("train", [f"experiment={experiment}", f"from={source}", search, *overrides], True)
+        HydraConfig.instance().set_config(cfg)
+        with open_dict(cfg):
+            del cfg["hydra"]
+        config = resolve_source_model(read_config(OmegaConf.create(cfg), TrainConfig), tmp_path / "runs/new")
+        return config, " ".join(capsys.readouterr().out.split())
+
+    return resolved
+
+
 def test_settings_of_an_experiment_are_used_or_reported_as_ignored(
-    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    trained_run: Path, tmp_path: Path, resolve_experiment: Resolve
 ) -> None:
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment/mine.yaml").write_text(
         "# @package _global_\ndefaults:\n  - demo\nmodel:\n  dropout: 0.25\n  n_heads: 4\nnoise:\n  curriculum: 9\n"
     )
     (tmp_path / "experiment/plain.yaml").write_text("# @package _global_\noptim:\n  lr: 0.5\n")
-    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
-
-    def resolved(experiment: str, *overrides: str) -> tuple[TrainConfig, str]:
-        search = f"hydra.searchpath=[file://{tmp_path}]"
-        with initialize_config_dir(str(config_folder()), version_base="1.3"):
-            cfg = compose("train", [f"experiment={experiment}", f"from={trained_run}", search, *overrides], True)
-        HydraConfig.instance().set_config(cfg)
-        with open_dict(cfg):
-            del cfg["hydra"]
-        config = resolve_source_model(read_config(OmegaConf.create(cfg), TrainConfig), tmp_path / "runs/new")
-        return config, " ".join(capsys.readouterr().out.split())
+    resolved = functools.partial(resolve_experiment, trained_run)
 
     config, out = resolved("uniref50_35m")
     assert (config.model.hidden_size, config.model.n_blocks, config.optim.packs_per_step) == (32, 2, 16)
@@ -113,6 +127,47 @@ def test_settings_of_an_experiment_are_used_or_reported_as_ignored(
     assert config.model.dropout == 0.3
     config, out = resolved("plain")
     assert (config.model.hidden_size, config.optim.lr, out) == (32, 0.5, "")
+
+
+def test_newer_settings_of_an_experiment_are_reported_as_ignored_with_their_defaults(
+    trained_run: Path, tmp_path: Path, resolve_experiment: Resolve
+) -> None:
+    """Configs leave out these keys at their default, in the source or in the experiment."""
+    (tmp_path / "experiment").mkdir()
+    newer = {"positions": "diet", "mixers": "ttt_linear", "max_positions": 400, "tie_weights": True}
+    (tmp_path / "experiment/newer.yaml").write_text(
+        "# @package _global_\nmodel:\n" + "".join(f"  {key}: {value}\n" for key, value in newer.items())
+    )
+    (tmp_path / "experiment/unset.yaml").write_text("# @package _global_\nmodel:\n  max_positions: null\n")
+    (tmp_path / "experiment/context.yaml").write_text("# @package _global_\ndata:\n  context: lower\n")
+    source = shutil.copytree(trained_run, tmp_path / "newer")
+    for file in source.rglob("config.yaml"):
+        added = "".join(f"  {key}: {value}\n" for key, value in newer.items())
+        file.write_text(file.read_text().replace("model:\n", f"model:\n{added}"))
+    for file in source.rglob("complete.json"):
+        file.write_text(json.dumps({name: sha256(file.parent / name) for name in json.loads(file.read_text())}))
+
+    config, out = resolve_experiment(trained_run, "newer")
+    assert {key: getattr(config.model, key) for key in newer} != newer
+    for message in (
+        "model.positions=diet (rope in the source)",
+        "model.mixers=ttt_linear (attention in the source)",
+        "model.max_positions=400 (None in the source)",
+        "model.tie_weights=True (False in the source)",
+    ):
+        assert message in out
+    config, out = resolve_experiment(source, "demo")
+    assert {key: getattr(config.model, key) for key in newer} == newer
+    for message in (
+        "model.positions=rope (diet in the source)",
+        "model.mixers=attention (ttt_linear in the source)",
+        "model.tie_weights=False (True in the source)",
+    ):
+        assert message in out
+    assert "max_positions" not in out  # null keeps the value of the source
+    assert resolve_experiment(source, "newer")[1] == resolve_experiment(source, "unset")[1] == ""
+    config, out = resolve_experiment(source, "context")
+    assert (config.data.context, out) == ("lower", "")  # data is not the source's
 
 
 def test_a_graph_from_a_matrix_file_matches_without_the_file(tmp_path: Path) -> None:

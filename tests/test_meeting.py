@@ -18,9 +18,11 @@ from protlig_dd.data.store import SequenceStore
 from protlig_dd.system import meeting as module
 from protlig_dd.system.distributed import OtherRankError, Processes, in_one_line, within
 from protlig_dd.system.meeting import Meeting, loopback_address
+from protlig_dd.training.context import Resolved
+from protlig_dd.training.launch import facts_to_compare
 from protlig_dd.training.resume import is_continued, seconds_left
 
-from .conftest import Command, Start, assert_one_line_error, free_port, node_of_two
+from .conftest import Command, Start, assert_one_line_error, free_port, node_of_two, train_config
 from .test_training import overrides_for
 from .warm import Server
 
@@ -63,6 +65,19 @@ def meet(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[Outcome
 
 def test_ranks_with_equal_facts_learn_the_hosts_of_all_ranks(meet: Callable[..., list[Outcome]]) -> None:
     assert meet(*[{"optim.lr": 0.1, "optim.betas": [0.9, 0.99]}] * 3) == [["host-0", "host-1", "host-2"]] * 3
+
+
+def test_ranks_compare_a_key_at_its_default_with_another_value() -> None:
+    """Files leave out newer keys at their default, but a message that ranks differ shows both values."""
+    resolved = Resolved("cpu", "fp32", "sdpa", False, 2, "a.h5", "0")
+    default, other = (
+        facts_to_compare(train_config(*overrides), resolved)
+        for overrides in ((), ("data.context=lower", "model.positions=t5"))
+    )
+    differing = {
+        key: (default.get(key), other.get(key)) for key in default | other if default.get(key) != other.get(key)
+    }
+    assert differing == {"data.context": ("none", "lower"), "model.positions": ("rope", "t5")}
 
 
 def test_every_rank_reports_which_facts_differ(meet: Callable[..., list[Outcome]]) -> None:

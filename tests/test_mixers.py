@@ -105,7 +105,7 @@ def test_the_config_of_an_earlier_run_with_one_mixer_key_is_read_and_resumed(tmp
     assert saved == config_in(file.parent)
     assert changed_keys(recorded_config(tmp_path), as_dict(saved)) == []
     other = replace(saved, model=replace(saved.model, mixers="ttt_linear"))
-    assert changed_keys(recorded_config(tmp_path), as_dict(other)) == ["model.mixers: None -> ttt_linear"]
+    assert changed_keys(recorded_config(tmp_path), as_dict(other)) == ["model.mixers: attention -> ttt_linear"]
 
 
 def test_an_earlier_export_with_one_mixer_key_is_loaded_and_saved(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ on values. An unknown key is an error, so a misspelt override is never ignored.
 import inspect
 import keyword
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -107,6 +107,18 @@ def known_keys(schema: type, prefix: str = "") -> list[str]:
         else:
             keys.append(key)
     return keys
+
+
+def defaults_of(schema: type, prefix: str = "") -> dict[str, Any]:
+    """Return the keys of a schema that a file may leave out, and their defaults: {"model.positions": "rope", ...}."""
+    kinds, defaults = get_type_hints(schema), dict[str, Any]()
+    for field in fields(schema):
+        key, kind = prefix + field.name.removesuffix("_"), kinds[field.name]
+        if isinstance(kind, type) and is_dataclass(kind):
+            defaults |= defaults_of(kind, f"{key}.")
+        elif field.default is not MISSING:
+            defaults[key] = field.default
+    return defaults
 
 
 def flatten(cfg: Any, prefix: str = "") -> dict[str, Any]:

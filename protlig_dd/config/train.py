@@ -28,7 +28,7 @@ from protlig_dd.config.fields import (
     SplitName,
     marked,
 )
-from protlig_dd.config.read import flatten, read_config, shorten
+from protlig_dd.config.read import defaults_of, flatten, read_config, shorten
 from protlig_dd.data.case import Context
 from protlig_dd.data.crops import Crop
 from protlig_dd.data.loader import check_pack_sizes, check_weights
@@ -223,14 +223,22 @@ def recorded_config(folder: Path) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
+def all_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Flatten a training config to {"optim.lr": 0.001, ...}, with the defaults of the keys that it leaves out.
+
+    Files leave out keys that were added later: all of them in files of earlier versions, otherwise those at their
+    default (`stored_model`).
+    """
+    return {**defaults_of(TrainConfig), **flatten(values)}
+
+
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Return `key: old -> new` for every key that differs although it must not change when a run is resumed."""
-    old_flat, new_flat = flatten(old), flatten(new)
-    keys = [key for key in sorted(old_flat | new_flat) if not may_change(key)]
+    before, now = all_settings(old), all_settings(new)
     return [
-        f"{key}: {shorten(str(old_flat.get(key)))} -> {shorten(str(new_flat.get(key)))}"
-        for key in keys
-        if old_flat.get(key) != new_flat.get(key)
+        f"{key}: {shorten(str(before.get(key)))} -> {shorten(str(now.get(key)))}"
+        for key in sorted(before | now)
+        if not may_change(key) and before.get(key) != now.get(key)
     ]
 
 

@@ -4,8 +4,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from protlig_dd.config.read import as_dict, flatten
-from protlig_dd.config.train import TrainConfig, recorded_config
+from protlig_dd.config.read import as_dict
+from protlig_dd.config.train import TrainConfig, all_settings, recorded_config
 from protlig_dd.evaluation.report.run import PAGE
 from protlig_dd.runs.checkpoint import complete_checkpoints, step_of
 from protlig_dd.system.files import creating, free_name
@@ -65,7 +65,7 @@ def check_extension(path: Path, config: TrainConfig) -> None:
 
 def changes_length_or_report(path: Path, config: TrainConfig) -> bool:
     """Whether the config's number of steps or report settings differ from those of the finished run."""
-    before, now = (flatten(values) for values in (recorded_config(path), as_dict(config)))
+    before, now = (all_settings(values) for values in (recorded_config(path), as_dict(config)))
     prefixes = ("trainer.max_steps", "trainer.epochs", "report.")
     return any(before.get(key) != now[key] for key in now if key.startswith(prefixes))
 

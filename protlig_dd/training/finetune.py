@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from protlig_dd.config.components import TRAINING_NOISE, graph_with_rates
 from protlig_dd.config.fields import marked
 from protlig_dd.config.read import as_dict, flatten, shorten
-from protlig_dd.config.train import TrainConfig, config_in
+from protlig_dd.config.train import TrainConfig, all_settings, config_in
 from protlig_dd.inference.model import find_saved
 from protlig_dd.model.config import COMPUTE_ONLY, TUNABLE, ModelConfig
 from protlig_dd.system.distributed import processes_from_environment
@@ -97,11 +97,12 @@ def resolve_source_model(config: TrainConfig, path: Path) -> TrainConfig:
     if config.from_sha256 not in (None, checksum):
         raise ValueError(f"from={config.from_} has weights of SHA-256 {checksum}, not from_sha256={config.from_sha256}")
     resolved = with_source_model(config, source, named | (experiment_keys & FREE_KEYS))
-    before, after = flatten(as_dict(config)), flatten(as_dict(resolved))
+    before, after = all_settings(as_dict(config)), all_settings(as_dict(resolved))
     ignored = [
         f"{key}={shorten(str(value))} ({shorten(str(after.get(key)))} in the source)"
         for key, value in before.items()
         if (key in experiment_keys or key.partition(".")[0] in experiment_keys) and value != after.get(key)
+        if not (key.startswith("model.") and value is None)  # null keeps the source's value
     ]
     if ignored:
         announce(

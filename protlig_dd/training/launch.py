@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from protlig_dd import __version__
-from protlig_dd.config.read import as_dict, flatten
-from protlig_dd.config.train import DataConfig, TrainConfig
+from protlig_dd.config.read import as_dict
+from protlig_dd.config.train import DataConfig, TrainConfig, all_settings
 from protlig_dd.data.context import check_designed
 from protlig_dd.data.prepare.bundled import bundled_store
 from protlig_dd.data.store import SequenceStore, StoreGroup
@@ -282,7 +282,7 @@ def facts_to_compare(config: TrainConfig, resolved: Resolved) -> dict[str, Any]:
     """
     settings = {
         key: value
-        for key, value in flatten(as_dict(config)).items()
+        for key, value in all_settings(as_dict(config)).items()
         if key != "from" and not key.startswith("data.path")
     }
     machine = {key: value for key, value in vars(resolved).items() if key not in ("data_path", "world_size")}

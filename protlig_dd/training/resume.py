@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from protlig_dd.config.read import as_dict, as_yaml, flatten
-from protlig_dd.config.train import CONFIG, RESUME, TrainConfig, changed_keys, recorded_config
+from protlig_dd.config.read import as_dict, as_yaml
+from protlig_dd.config.train import CONFIG, RESUME, TrainConfig, all_settings, changed_keys, recorded_config
 from protlig_dd.data.loader import PackDataset
 from protlig_dd.data.store import StoreGroup
 from protlig_dd.inference.model import find_saved
@@ -229,7 +229,7 @@ def check_same_run(path: Path, config: TrainConfig, resolved: Resolved) -> dict[
 
 def print_changes(path: Path, config: TrainConfig, resolved: Resolved, earlier: dict[str, Any]) -> None:
     """Print the settings that may change when a run is resumed, and have changed."""
-    before, now = (flatten(values) for values in (recorded_config(path), as_dict(config)))
+    before, now = (all_settings(values) for values in (recorded_config(path), as_dict(config)))
     for key in ("trainer.max_steps", "trainer.epochs"):
         if before[key] != now[key]:
             console.print(

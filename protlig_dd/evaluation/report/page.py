@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from protlig_dd.config.read import flatten
+from protlig_dd.config.read import defaults_of, flatten
+from protlig_dd.config.train import TrainConfig
 from protlig_dd.evaluation.report.curves import NATS, curves, labels_of, shapes
 from protlig_dd.evaluation.report.plots import Estimate, dot_plot
 from protlig_dd.evaluation.report.run import PAGE, Run, differing_keys, nats_of_proteins, read_run
@@ -89,6 +90,7 @@ def run_page(run: Run) -> str:
 def comparison_page(runs: Sequence[Run]) -> str:
     """Return the HTML page that compares several runs."""
     names = labels_of(runs)
+    defaults = defaults_of(TrainConfig)  # config.yaml may leave out the keys that have a default
     all_bounds = [run.bounds for run in runs]
     protein_sets = {
         (protein_set, bounds["sequences"], bounds["residues"], run.environment.get("data_fingerprint"))
@@ -155,7 +157,7 @@ def comparison_page(runs: Sequence[Run]) -> str:
         if rows
         else None,
         curves=curves(runs, names),
-        differing={"head": ["key", *names], "rows": differing_keys([run.config for run in runs])},
+        differing={"head": ["key", *names], "rows": differing_keys([defaults | run.config for run in runs])},
     )
 
 
