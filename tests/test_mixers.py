@@ -25,10 +25,10 @@ from protlig_dd.evaluation.variants.fitness import score_variants
 from protlig_dd.evaluation.variants.mutants import Variant
 from protlig_dd.hub import ProteinDiffusion
 from protlig_dd.inference.embedding import embed
-from protlig_dd.inference.exported import write_exported
+from protlig_dd.inference.exported import DEFAULT_KINDS, model_card, write_exported
 from protlig_dd.inference.model import find_saved, load_trained
 from protlig_dd.inference.sharing import Work
-from protlig_dd.model.config import ModelConfig
+from protlig_dd.model.config import ModelConfig, stored_model
 from protlig_dd.model.dit import DiT
 from protlig_dd.model.mixers import MIXERS
 from protlig_dd.model.mixers.attention import Attention
@@ -133,7 +133,29 @@ def test_a_mixed_network_is_exported_and_loaded(tmp_path: Path) -> None:
     assert torch.equal(loaded(batch, sigma), SCORE.logits(batch, sigma))
     assert find_saved(str(tmp_path / "mixed")).config.model.mixers == MIXED
     card = (tmp_path / "mixed/README.md").read_text()
-    assert "| network | 3 blocks, width 32, 4 heads, mixers ttt_linear, attention, ttt_mlp |" in card
+    assert "| network | 3 blocks, width 32, 4 heads; mixers ttt_linear, attention, ttt_mlp |" in card
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({}, "2 blocks, width 32, 4 heads"),
+        ({"mixers": "ttt_mlp"}, "2 blocks, width 32, 4 heads; mixers ttt_mlp"),
+        ({"mlp": "geglu", "norm": "layer"}, "2 blocks, width 32, 4 heads; mlp geglu; norm layer"),
+        (
+            {"positions": "diet", "max_positions": 99, "tie_weights": True, "qk_norm": False},
+            "2 blocks, width 32, 4 heads; positions diet; qk_norm false; tie_weights true",
+        ),
+    ],
+)
+def test_the_model_card_lists_the_kinds_of_parts_that_are_not_the_default(options: dict[str, Any], line: str) -> None:
+    description = json.loads((GOLDEN / "exported/config.json").read_text())
+    shipped = {"norm": "rms", "qk_norm": True}
+    model = asdict(ModelConfig(**{**SMALL_MODEL, **shipped, **options}))
+    for written in (model, stored_model(model)):  # with and without the newer keys at their default
+        assert f"\n| network | {line} |\n" in model_card(description | {"model": written})
+    config = config_of("model=tiny").model
+    assert all(getattr(config, key) == value for key, value in DEFAULT_KINDS.items())  # the defaults of configs/model
 
 
 def test_fine_tuning_uses_the_mixers_of_the_source_and_rejects_others() -> None:

@@ -25,6 +25,15 @@ from protlig_dd.tokenizer import BOS, EOS, LETTERS, MASK, N_STATES, PAD
 FORMAT, FORMAT_VERSION = "protlig_dd", 1
 WEIGHTS, DESCRIPTION, VOCABULARY, CARD = "model.safetensors", "config.json", "vocabulary.json", "README.md"
 EXPORTED = (WEIGHTS, DESCRIPTION, VOCABULARY, CARD)
+DEFAULT_KINDS = {
+    "mixers": "attention",
+    "positions": "rope",
+    "mlp": "gelu",
+    "norm": "rms",
+    "qk_norm": True,
+    "tie_weights": False,
+}
+"""The kinds of a network's parts in configs/model/*.yaml. The model card names only others."""
 
 
 def is_exported(folder: Path) -> bool:
@@ -99,8 +108,7 @@ def vocabulary() -> dict[str, Any]:
 def model_card(description: Mapping[str, Any]) -> str:
     """Return README.md: what the model is, its evaluation and how to load it. The user has to choose a licence."""
     model, training = description["model"], description["training"]
-    mixers = model.get("mixers", [])  # left out if all are attention
-    named = f", mixers {mixers if isinstance(mixers, str) else ', '.join(mixers)}" if mixers else ""
+    kinds = kinds_of_parts(model)
     graph = " ".join(str(description["graph"][key]) for key in ("name", "matrix") if key in description["graph"])
     lines = [
         "---",
@@ -114,7 +122,7 @@ def model_card(description: Mapping[str, Any]) -> str:
         "",
         "| | |",
         "| --- | --- |",
-        f"| network | {model['n_blocks']} blocks, width {model['hidden_size']}, {model['n_heads']} heads{named} |",
+        f"| network | {model['n_blocks']} blocks, width {model['hidden_size']}, {model['n_heads']} heads{kinds} |",
         f"| graph | {graph}, {description['parametrisation']}, "
         f"{'with' if description['time_conditioning'] else 'without'} time conditioning |",
         f"| noise | {description['noise']['name']} |",
@@ -145,6 +153,19 @@ def model_card(description: Mapping[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def kinds_of_parts(model: Mapping[str, Any]) -> str:
+    """Return the kinds of the network's parts that are not the default, as in `; positions t5; tie_weights true`."""
+    kinds = {key: model.get(key, default) for key, default in DEFAULT_KINDS.items()}
+    named = [f"; {key} {kind_as_text(kind)}" for key, kind in kinds.items() if kind != DEFAULT_KINDS[key]]
+    return "".join(named)
+
+
+def kind_as_text(kind: str | bool | list[str]) -> str:
+    if isinstance(kind, bool):
+        return "true" if kind else "false"
+    return kind if isinstance(kind, str) else ", ".join(kind)
 
 
 def context_in(training: Mapping[str, Any]) -> str | None:
