@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from protlig_dd.batch import PackedBatch
 from protlig_dd.config.read import as_dict, read_config
-from protlig_dd.config.train import TrainConfig, changed_keys, config_in, recorded_config
+from protlig_dd.config.train import TrainConfig, changed_keys, check_train_config, config_in, recorded_config
 from protlig_dd.data.fasta import FastaRecord
 from protlig_dd.diffusion.graphs.absorbing import Absorbing
 from protlig_dd.diffusion.noise import LogLinearNoise
@@ -69,6 +69,17 @@ def test_equal_networks_have_equal_configs() -> None:
     assert "mixers" not in as_dict(config_of("model=tiny", "model.mixers=[attention,attention]"))["model"]
     mixed = config_of("model=tiny", "model.mixers=[attention,ttt_mlp]")
     assert read_config(OmegaConf.create(as_dict(mixed)), TrainConfig) == mixed
+
+
+def test_a_tuple_of_mixers_is_read_as_a_list() -> None:
+    assert ModelConfig(**SMALL_MODEL, mixers=("attention", "ttt_mlp")).mixers == ["attention", "ttt_mlp"]
+    assert ModelConfig(**SMALL_MODEL, mixers=("ttt_mlp", "ttt_mlp")).mixers == "ttt_mlp"
+
+
+@pytest.mark.parametrize("mixers", ["[]", "attention"])
+def test_a_network_without_blocks_is_an_error(mixers: str) -> None:
+    with pytest.raises(ValueError, match="model.n_blocks must be at least 1, got 0"):
+        check_train_config(config_of("model=tiny", "model.n_blocks=0", f"model.mixers={mixers}"))
 
 
 @pytest.mark.parametrize(

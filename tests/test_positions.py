@@ -1,8 +1,10 @@
 """Every kind of position encoding: its formula, its attention backends, its limits and its error messages."""
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,8 +26,8 @@ from protlig_dd.batch import PackedBatch, StaticShape
 from protlig_dd.model.config import ModelConfig
 from protlig_dd.model.dit import DiT
 from protlig_dd.model.mixers import attention
-from protlig_dd.model.mixers.attention import resolve_attention_backend, varlen_attention
-from protlig_dd.model.mixers.flex import document_mask, flex
+from protlig_dd.model.mixers.attention import check_attention_input, resolve_attention_backend, varlen_attention
+from protlig_dd.model.mixers.flex import compiled, document_mask, flex
 from protlig_dd.model.mixers.scores import ScoreInputs, prepare_scores, with_columns
 from protlig_dd.model.positions import POSITIONS
 from protlig_dd.model.positions.alibi import slopes_of
@@ -36,15 +38,29 @@ from protlig_dd.model.positions.diet_rel import CLIP
 from protlig_dd.model.positions.t5 import bucket_of
 
 from .conftest import SMALL_MODEL, make_model, raises_value_error, random_batch
+from .test_plan_of_a_run import saved_bytes
 
 LONGEST = 160  # tokens; longer than diet_rel's clip
 KINDS = sorted(POSITIONS)
+MIXER_LISTS = [
+    "attention",
+    "ttt_linear",
+    ["attention", "ttt_linear"],
+    ["ttt_linear", "attention"],
+    ["attention", "ttt_mlp", "attention"],
+]
 BIASED = [name for name in KINDS if "torch_varlen" not in POSITIONS[name].backends] + ["diet"]
 
 
 def options_of(kind: str, **options: Any) -> dict[str, Any]:
     """Return the keys of `model` that choose this kind."""
     return {"positions": kind, **({"max_positions": LONGEST} if POSITIONS[kind].limited else {}), **options}
+
+
+def model_of(kind: str, mixers: str | list[str]) -> DiT:
+    """Return a network with these mixers."""
+    n_blocks = 2 if isinstance(mixers, str) else len(mixers)
+    return make_model(**options_of(kind, mixers=mixers, n_blocks=n_blocks))
 
 
 def encoding_of(kind: str, **options: Any) -> PositionEncoding:
@@ -54,6 +70,11 @@ def encoding_of(kind: str, **options: Any) -> PositionEncoding:
     for parameter in encoding.parameters():
         nn.init.normal_(parameter)
     return encoding
+
+
+def prepared(encoding: PositionEncoding, batch: PackedBatch, backend: str) -> ScoreInputs | None:
+    """Return the inputs of the second of two blocks with attention."""
+    return prepare_scores(encoding, batch, backend, [True, True], torch.float32)[1]
 
 
 def bias_by_formula(kind: str, encoding: PositionEncoding, block: int, length: int) -> torch.Tensor | None:
@@ -99,25 +120,25 @@ def test_attention_adds_the_bias_of_the_formula_in_sdpa_and_flex(kind: str) -> N
     """flex runs uncompiled here. The flash kernels need a GPU and are tested below."""
     encoding = encoding_of(kind, hidden_size=64)
     expected = attention_by_formula(QKV, BATCH, kind, encoding)
-    scores = prepare_scores(encoding, BATCH, "sdpa", 2)[1]
+    scores = prepared(encoding, BATCH, "sdpa")
     with torch.no_grad():
         torch.testing.assert_close(
             varlen_attention(QKV, BATCH, "sdpa", scores).double(), expected, rtol=1e-5, atol=1e-5
         )
-        in_flex = flex(QKV, BATCH, prepare_scores(encoding, BATCH, "flex", 2)[1])
+        in_flex = flex(QKV, BATCH, prepared(encoding, BATCH, "flex"))
         torch.testing.assert_close(in_flex.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_diet_by_appended_columns_equals_the_plain_sum() -> None:
     encoding = encoding_of("diet", hidden_size=64)
-    scores = prepare_scores(encoding, BATCH, "torch_varlen", 2)[1]
+    scores = prepared(encoding, BATCH, "torch_varlen")
     assert scores is not None
     wide = with_columns(QKV, scores.columns)
     assert wide.shape == (52, 3, 4, 16 + RANK)
     same_sequence = BATCH.segment_ids[:, None] == BATCH.segment_ids
     q, k, v = wide.permute(1, 2, 0, 3)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=same_sequence, scale=16**-0.5).transpose(0, 1)
-    expected = varlen_attention(QKV, BATCH, "sdpa", prepare_scores(encoding, BATCH, "sdpa", 2)[1])
+    expected = varlen_attention(QKV, BATCH, "sdpa", prepared(encoding, BATCH, "sdpa"))
     torch.testing.assert_close(out[..., :16], expected, rtol=1e-5, atol=1e-5)
     assert not out[..., 16:].any()
 
@@ -138,12 +159,13 @@ def test_the_flex_mask_has_exactly_the_blocks_with_a_query_and_key_of_one_sequen
 
 
 @settings(max_examples=3)
+@pytest.mark.parametrize("mixers", ["attention", ["attention", "ttt_linear", "attention"]], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @given(st.lists(st.integers(1, 150), min_size=1, max_size=5), st.integers(0, 99))
 def test_a_sequence_alone_gives_the_logits_and_gradients_that_it_has_in_a_pack(
-    kind: str, lengths: list[int], seed: int
+    kind: str, mixers: str | list[str], lengths: list[int], seed: int
 ) -> None:
-    model = make_model(**options_of(kind))
+    model = model_of(kind, mixers)
     batch = random_batch(lengths, seed)
     sigma = torch.rand(len(lengths), generator=torch.Generator().manual_seed(seed)) * 5
     packed = model(batch, sigma)
@@ -167,14 +189,32 @@ def test_the_order_of_residues_matters_only_with_positions(kind: str) -> None:
     assert (model(shuffled, sigma) - model(batch, sigma)[order]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("mixers", MIXER_LISTS, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_parameter_of_an_encoding_gets_a_gradient(kind: str) -> None:
+def test_every_parameter_of_an_encoding_gets_a_gradient(kind: str, mixers: str | list[str]) -> None:
     """DistributedDataParallel waits for the gradient of every parameter."""
-    model = make_model(**options_of(kind))
-    F.cross_entropy(model(random_batch([150]), torch.ones(1)), random_batch([150]).tokens).backward()
+    if kind in BIASED and "attention" not in mixers:
+        with raises_value_error(f"model.positions={kind} adds a bias to attention scores, but .* has no attention"):
+            model_of(kind, mixers)
+        return
+    model, batch = model_of(kind, mixers), random_batch([150])
+    F.cross_entropy(model(batch, torch.ones(1)), batch.tokens).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.any(), name
+
+
+def test_diet_rel_has_a_table_for_each_block_with_attention_named_after_the_block() -> None:
+    mixed, plain = model_of("diet_rel", ["attention", "ttt_linear", "attention"]), make_model(positions="diet_rel")
+    names = [[name for name, _ in model.named_parameters() if "offsets" in name] for model in (mixed, plain)]
+    assert names == [[f"positions.offsets.{block}.weight" for block in blocks] for blocks in ((0, 2), (0, 1))]
+    batch, sigma = random_batch([40]), torch.ones(1)
+    with torch.no_grad():
+        before = [mixed.hidden_states(batch, sigma, layer) for layer in range(3)]
+        mixed.positions.offsets["2"].weight.add_(torch.randn(2 * CLIP + 1, 4))
+        for layer, states in enumerate(before):
+            assert torch.equal(mixed.hidden_states(batch, sigma, layer), states)
+        assert not torch.equal(mixed.trunk(batch, sigma, 3)[0], before[2])
 
 
 class RecordsDevices(FakeTensorMode):
@@ -391,8 +431,86 @@ def test_a_kernel_never_drops_a_bias_that_it_cannot_add() -> None:
                 f"attention backend {backend} cannot add this bias to the scores; use flex or sdpa"
             ):
                 varlen_attention(qkv, batch, backend, ScoreInputs(bias))
+        (product,) = encoding_of("diet").bias(random_batch([30]))
+        for backend in ("flash_attn", "torch_varlen", "flex"):
+            columns_missing = ScoreInputs(product, block_mask=document_mask(batch))
+            with raises_value_error(f"attention backend {backend} needs the columns of a ProductBias, but got none"):
+                varlen_attention(qkv, batch, backend, columns_missing)
     with raises_value_error("attention backend flex runs on CUDA, but qkv is on cpu; use sdpa"):
         varlen_attention(QKV, BATCH, "flex")
+
+
+@pytest.mark.parametrize("kind", ["none", "t5", "diet"])
+def test_flex_never_attends_across_sequences_for_lack_of_a_mask(kind: str) -> None:
+    complete = prepared(encoding_of(kind, hidden_size=64), BATCH, "flex")
+    assert complete is not None
+    with FakeTensorMode():
+        batch = random_batch([7, 1, 30, 14]).to("cuda:0")
+        qkv = torch.zeros(52, 3, 4, 16, dtype=torch.bfloat16, device="cuda:0")
+        check_attention_input(qkv, batch, "flex", complete)
+        with raises_value_error("attention backend flex needs a mask that separates the sequences, but got none"):
+            varlen_attention(qkv, batch, "flex", replace(complete, block_mask=None))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in BIASED if kind != "diet_rel"])
+@pytest.mark.parametrize("precision", ["bf16", "fp32", "fp64"])
+def test_on_sdpa_all_blocks_read_the_same_copy_of_a_bias_that_they_share(
+    kind: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, read = make_model(**options_of(kind, n_blocks=3)), list[torch.Tensor]()
+    if precision == "fp64":
+        model.double().sigma_embedding.mlp.register_forward_pre_hook(lambda _, inputs: (inputs[0].double(),))
+    plain = F.scaled_dot_product_attention
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor) -> torch.Tensor:
+        assert attn_mask.dtype == q.dtype
+        read.append(attn_mask)  # keeps it, so that its memory is not used again
+        return plain(q, k, v, attn_mask=attn_mask)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32"):
+        model(random_batch([20, 9, 20]), torch.ones(3))
+    pointers = [matrix.data_ptr() for matrix in read]
+    assert pointers == pointers[:3] * 3
+    # sequences of equal length share it too, if it needs no gradient
+    assert len(set(pointers)) == (2 if kind == "alibi" else 3)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_further_block_keeps_no_copy_of_the_bias_for_the_backward_pass(precision: str) -> None:
+    kept = {
+        kind: [saved_bytes(make_model(**options_of(kind, n_blocks=n)), [130, 70], precision) for n in (1, 2, 3)]
+        for kind in ("none", "alibi", "t5", "diet")
+    }
+    number = 2 if precision == "bf16" else 4
+    bias = number * 4 * (130**2 + 70**2)  # bytes: 4 heads
+    for kind, (one, two, three) in kept.items():
+        more = [b - a for a, b in zip(kept["none"], (one, two, three), strict=True)]
+        # with a bias that needs a gradient, torch keeps the attention weights on the CPU, in bf16 twice
+        weights = 0 if kind in ("none", "alibi") else bias * 4 // number
+        assert three - two == two - one
+        assert weights <= more[1] - more[0] < weights + bias // 2
+
+
+@pytest.mark.parametrize(("mixers", "backend"), [("attention", "sdpa"), (["ttt_linear", "attention"], "flex")])
+def test_no_bias_or_mask_is_prepared_for_blocks_without_attention(
+    mixers: str | list[str], backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("prepared in vain")
+
+    model = make_model(**options_of("t5", mixers=mixers, hidden_size=64))
+    model.attention_backend = backend
+    plain = make_model(mixers="ttt_linear", hidden_size=64)
+    plain.attention_backend = "flex"
+    for target in ("protlig_dd.model.mixers.flex.document_mask", "protlig_dd.model.positions.t5.T5Relative.bias"):
+        monkeypatch.setattr(target, fail)
+    batch, sigma = random_batch([5, 9]), torch.ones(2)
+    for layer in range(1 if mixers == "attention" else 2):
+        assert model.hidden_states(batch, sigma, layer).shape == (14, 64)
+    assert plain(batch, sigma).shape == (14, 20)
+    with pytest.raises(AssertionError, match="prepared in vain"):
+        model(batch, sigma)
 
 
 def test_flex_cannot_be_recorded_as_a_cuda_graph() -> None:
@@ -414,11 +532,30 @@ def test_flex_is_not_compiled_anew_for_every_shape_of_a_pack(monkeypatch: pytest
         batch = random_batch(lengths)
         qkv = torch.randn(sum(lengths), 3, 4, 16, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
-            found = flex(qkv, batch, prepare_scores(encoding, batch, "flex", 1)[0])
-            expected = varlen_attention(qkv, batch, "sdpa", prepare_scores(encoding, batch, "sdpa", 1)[0])
+            found = flex(qkv, batch, prepared(encoding, batch, "flex"))
+            expected = varlen_attention(qkv, batch, "sdpa", prepared(encoding, batch, "sdpa"))
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
         graphs.append(counters["stats"]["unique_graphs"] - before)
     assert 1 <= graphs[0] <= graphs[2] == graphs[-1]
+
+
+def test_one_process_can_compile_flex_for_several_networks_and_modes_of_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torch's default limit is lowered from 8 variants to 2. On the CPU the modes differ without a backward pass."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr("protlig_dd.model.mixers.flex.flex_attention", compiled.__wrapped__())
+    before = counters["stats"]["unique_graphs"]
+    for width, grad in itertools.product((64, 128), (True, False)):
+        encoding = encoding_of("t5", hidden_size=width).requires_grad_(False)
+        qkv = torch.randn(52, 3, 4, width // 4, generator=torch.Generator().manual_seed(0))
+        with torch.set_grad_enabled(grad):
+            found = flex(qkv, BATCH, prepared(encoding, BATCH, "flex"))
+            expected = varlen_attention(qkv, BATCH, "sdpa", prepared(encoding, BATCH, "sdpa"))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] - before > 2
 
 
 def gpu_backends() -> Iterator[tuple[str, str]]:
@@ -438,7 +575,7 @@ def test_biases_and_their_gradients_on_cuda_equal_those_of_sdpa(kind: str, backe
         encoding = encoding_of(kind, hidden_size=128, max_positions=LONGEST if kind == "diet" else None).to("cuda")
         qkv = torch.randn(282, 3, 4, 32, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
         qkv = qkv.to(torch.bfloat16).requires_grad_()
-        out = varlen_attention(qkv, batch, name, prepare_scores(encoding, batch, name, 2)[1])
+        out = varlen_attention(qkv, batch, name, prepared(encoding, batch, name))
         out.float().square().sum().backward()
         gradients = [p.grad.flatten().float() for p in encoding.parameters() if p.grad is not None]
         found.append((out, qkv.grad, torch.cat(gradients) if gradients else None))

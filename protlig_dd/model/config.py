@@ -32,12 +32,21 @@ class ModelConfig:
     tie_weights: Annotated[bool, ADDED_LATER] = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.mixers, list) and len(self.mixers) == self.n_blocks == self.mixers.count(self.mixers[0]):
+        if isinstance(self.mixers, tuple):
+            self.mixers = list(self.mixers)
+        listed = isinstance(self.mixers, list) and len(self.mixers) > 0
+        if listed and len(self.mixers) == self.n_blocks == self.mixers.count(self.mixers[0]):
             self.mixers = self.mixers[0]  # so that equal networks have equal configs
 
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.n_heads
+
+    @property
+    def attention_blocks(self) -> list[int]:
+        """The numbers of the blocks whose mixer is attention, counted from 0."""
+        names = self.mixers if isinstance(self.mixers, list) else [self.mixers] * self.n_blocks
+        return [number for number, name in enumerate(names) if name == "attention"]
 
 
 def unknown_choice(key: str, value: object, choices: Iterable[str]) -> str:

@@ -27,7 +27,6 @@ from protlig_dd.model.mixers import MIXERS, mixers_of_blocks
 from protlig_dd.model.mixers.attention import GRAPHABLE
 from protlig_dd.model.mixers.scores import prepare_scores
 from protlig_dd.model.positions import POSITIONS
-from protlig_dd.model.positions.base import PositionEncoding
 from protlig_dd.tokenizer import N_STATES, PAD, VOCAB_SIZE
 
 
@@ -61,6 +60,7 @@ class DiT(nn.Module):
             Block(config, mixer, attention_backend, self.positions, time_conditioning=time_conditioning)
             for mixer in mixers_of_blocks(config)
         )
+        self.attends = [number in config.attention_blocks for number in range(config.n_blocks)]
         self.uncapturable = sorted({name for name in mixers_of_blocks(config) if not MIXERS[name].capturable})
         cond_dim = config.cond_dim if time_conditioning else None
         self.head = Head(config.hidden_size, cond_dim, config.norm, tied=config.tie_weights)
@@ -93,7 +93,8 @@ class DiT(nn.Module):
                 projection (after the final norm, as in ESM-2).
 
         Raises:
-            ValueError: as in forward, or a layer outside 0..n_blocks.
+            ValueError: as in forward, or a layer outside 0..n_blocks. A sequence may be longer than a table of biases
+                that none of the first `layer` blocks reads.
         """
         self.check(batch, sigma)
         if not 0 <= layer <= len(self.blocks):
@@ -112,15 +113,23 @@ class DiT(nn.Module):
         The embedding is None without time conditioning.
         """
         tables = self.positions.tables(batch)
-        scores = prepare_scores(self.positions, batch, self.attention_backend, len(self.blocks))
+        scores = prepare_scores(
+            self.positions, batch, self.attention_backend, self.attends[:n_blocks], self.compute_dtype()
+        )
         cond_nC = None if self.sigma_embedding is None else self.sigma_embedding(sigma)
         x_TH = self.positions.add(self.embedding(batch.tokens), batch)
-        for block, block_scores in list(zip(self.blocks, scores, strict=True))[:n_blocks]:
+        for block, block_scores in zip(self.blocks, scores, strict=False):  # `scores` has n_blocks entries
             if self.checkpointing and torch.is_grad_enabled():
                 x_TH = checkpoint(block, x_TH, cond_nC, batch, tables, block_scores, use_reentrant=False)
             else:
                 x_TH = block(x_TH, cond_nC, batch, tables, block_scores)
         return x_TH, cond_nC
+
+    def compute_dtype(self) -> torch.dtype:
+        """Return the dtype of queries, keys and values: autocast's, or that of the weights."""
+        weight = self.embedding.weight
+        autocast = torch.is_autocast_enabled(weight.device.type) and weight.dtype != torch.float64
+        return torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
 
     def check(self, batch: PackedBatch, sigma: Tensor) -> None:
         """Raise a ValueError unless `batch` is a PackedBatch on the weights' device with one sigma per sequence."""
@@ -216,7 +225,7 @@ def check_model(config: ModelConfig) -> None:
         if choice not in choices:
             raise ValueError(unknown_choice(f"model.{name}", choice, choices))
     mixers = mixers_of_blocks(config)
-    if POSITIONS[config.positions].bias is not PositionEncoding.bias and "attention" not in mixers:
+    if POSITIONS[config.positions].is_biased() and "attention" not in mixers:
         raise ValueError(
             f"model.positions={config.positions} adds a bias to attention scores, but model.mixers={config.mixers} has "
             "no attention: choose other positions, or attention for at least one block"

@@ -18,7 +18,7 @@ from protlig_dd.batch import PackedBatch
 from protlig_dd.model.config import ModelConfig
 from protlig_dd.model.layers import StackedLinear, make_norm
 from protlig_dd.model.mixers.base import Mixer
-from protlig_dd.model.mixers.scores import ScoreInputs, matrices_of, with_columns
+from protlig_dd.model.mixers.scores import ScoreInputs, matrices_of, scores_problem, with_columns
 from protlig_dd.model.positions import POSITIONS
 from protlig_dd.model.positions.base import PositionEncoding
 from protlig_dd.model.positions.biases import OffsetBias
@@ -118,11 +118,8 @@ def check_attention_input(qkv: Tensor, batch: PackedBatch, backend: str, scores:
     columns = 0 if scores is None or scores.columns is None else scores.columns.shape[-1]
     if problem := head_dim_problem(backend, qkv.shape[3], columns):
         raise ValueError(f"attention backend {backend} {problem}; use sdpa")
-    bias = None if scores is None else scores.bias
-    if isinstance(bias, OffsetBias) and (
-        backend == "torch_varlen" or (backend == "flash_attn" and bias.slopes_H is None)
-    ):
-        raise ValueError(f"attention backend {backend} cannot add this bias to the scores; use flex or sdpa")
+    if problem := scores_problem(scores, backend):
+        raise ValueError(f"attention backend {backend} {problem}")
 
 
 def head_dim_problem(backend: str, head_dim: int, columns: int) -> str | None:
@@ -253,8 +250,8 @@ def _sdpa(qkv: Tensor, batch: PackedBatch, scores: ScoreInputs | None) -> Tensor
     heads_first = (part.permute(1, 2, 0, 3).unsqueeze(1) for part in parts)  # each (3, 1, heads, length, head_dim)
     biases: Sequence[Tensor | None] = [None] * len(parts)
     if scores is not None and scores.bias is not None:
-        matrices = matrices_of(scores.bias, batch) if scores.matrices is None else scores.matrices
-        biases = [matrix.to(qkv.dtype).unsqueeze(0) for matrix in matrices]
+        matrices = matrices_of(scores.bias, batch, qkv.dtype) if scores.matrices is None else scores.matrices
+        biases = [matrix.to(qkv.dtype).unsqueeze(0) for matrix in matrices]  # no copy if the dtype is the same
     attended = [
         F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         for (q, k, v), bias in zip(heads_first, biases, strict=True)

@@ -16,6 +16,7 @@ from protlig_dd.batch import PackedBatch
 from protlig_dd.model.mixers.scores import ScoreInputs, with_columns
 from protlig_dd.model.positions.biases import OffsetBias
 
+VARIANTS: dict[str, Any] = {"recompile_limit": 256}  # the annotations of torch.compile do not have this argument
 BLOCK = 128  # scores are computed or skipped in blocks of 128 queries and 128 keys
 
 
@@ -32,12 +33,14 @@ def flex(qkv: Tensor, batch: PackedBatch, scores: ScoreInputs | None) -> Tensor:
 
 @functools.cache
 def compiled() -> Callable[..., Tensor]:
-    """Return flex_attention, which torch compiles at the first call and again when a size differs for the first time.
+    """Return flex_attention, compiled by torch.
 
-    After that one kernel serves packs of all shapes. With `fullgraph`, torch raises an error where it would otherwise
-    continue with the uncompiled function, which stores all scores of the pack.
+    torch compiles it at the first call, and again for each number of heads, head_dim, dtype, kind of bias and mode of
+    gradients that differs, but for other shapes of a pack only once. All networks of a process share these variants.
+    With `fullgraph`, torch raises an error where it would otherwise continue with the uncompiled function, which stores
+    all scores of the pack: also after `recompile_limit` variants, by default 8.
     """
-    return torch.compile(flex_attention, fullgraph=True)
+    return torch.compile(flex_attention, fullgraph=True, **VARIANTS)
 
 
 def bias_of(bias: OffsetBias, positions: Tensor) -> Callable[..., Tensor]:

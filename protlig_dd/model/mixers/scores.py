@@ -1,5 +1,6 @@
 """The inputs of attention other than q, k and v. They are computed once per pack rather than in every block."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from protlig_dd.batch import PackedBatch
 from protlig_dd.model.positions.base import PositionEncoding
-from protlig_dd.model.positions.biases import ProductBias, ScoreBias
+from protlig_dd.model.positions.biases import OffsetBias, ProductBias, ScoreBias
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -22,8 +23,8 @@ class ScoreInputs:
 
     bias: ScoreBias | None
     matrices: tuple[Tensor, ...] | None = None
-    """sdpa: the bias of each sequence, (heads, length_i, length_i). None if blocks have different biases; each block
-    then computes its own."""
+    """sdpa: the bias of each sequence, (heads, length_i, length_i) in the dtype of q. None if blocks have different
+    biases; each block then computes its own."""
     columns: Float[Tensor, "total 3 heads rank"] | None = None
     """Other backends: the columns to append to q, k and v for a ProductBias."""
     block_mask: "BlockMask | None" = None
@@ -31,36 +32,73 @@ class ScoreInputs:
 
 
 def prepare_scores(
-    positions: PositionEncoding, batch: PackedBatch, backend: str, n_blocks: int
+    positions: PositionEncoding, batch: PackedBatch, backend: str, attends: Sequence[bool], dtype: torch.dtype
 ) -> Sequence[ScoreInputs | None]:
-    """Return each block's ScoreInputs; None where the backend needs only q, k and v.
+    """Return the ScoreInputs of the first blocks; None where the backend needs only q, k and v.
+
+    Args:
+        attends: for each of the blocks, whether its mixer is attention. The others have None.
+        dtype: that of q, k and v. A bias that blocks share is cast to it once.
 
     Raises:
-        ValueError: a sequence is longer than a table of the position encoding.
+        ValueError: a sequence is longer than a table of the position encoding that one of these blocks needs.
     """
+    if not any(attends):
+        return [None] * len(attends)
     biases, block_mask = positions.bias(batch), None
     if backend == "flex":
         from protlig_dd.model.mixers.flex import document_mask  # slow to import
 
         block_mask = document_mask(batch)
     if not biases:
-        return [None if block_mask is None else ScoreInputs(None, block_mask=block_mask)] * n_blocks
+        plain = None if block_mask is None else ScoreInputs(None, block_mask=block_mask)
+        return [plain if attending else None for attending in attends]
     shared = len(biases) == 1
     inputs = [
         ScoreInputs(
             bias,
-            matrices=matrices_of(bias, batch) if shared and backend == "sdpa" else None,
+            matrices=matrices_of(bias, batch, dtype) if shared and backend == "sdpa" else None,
             columns=columns_of(bias, batch, positions.head_dim) if backend != "sdpa" else None,
             block_mask=block_mask,
         )
         for bias in biases
     ]
-    return inputs * n_blocks if shared else inputs
+    numbers = itertools.count()  # of the blocks with attention
+    return [inputs[0 if shared else next(numbers)] if attending else None for attending in attends]
 
 
-def matrices_of(bias: ScoreBias, batch: PackedBatch) -> tuple[Tensor, ...]:
-    """Return the bias of each sequence that has tokens."""
-    return tuple(bias.matrix(length) for length in batch.lengths if length)
+def matrices_of(bias: ScoreBias, batch: PackedBatch, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Return the bias of each sequence that has tokens.
+
+    Sequences of equal length share a matrix, unless it needs a gradient: a gradient of this dtype would be summed over
+    the sequences before it is that of the parameters.
+    """
+    matrices: list[Tensor] = []
+    shared: dict[int, Tensor] = {}
+    for length in filter(None, batch.lengths):
+        matrix = shared[length] if length in shared else bias.matrix(length).to(dtype)
+        matrices.append(matrix)
+        if not matrix.requires_grad:
+            shared[length] = matrix
+    return tuple(matrices)
+
+
+def scores_problem(scores: ScoreInputs | None, backend: str) -> str | None:
+    """Return why a CUDA backend would compute wrong attention from these inputs, as the rest of a message.
+
+    Those of `prepare_scores` for the same backend have no problem.
+    """
+    if scores is None:
+        return None
+    if isinstance(scores.bias, OffsetBias) and (
+        backend == "torch_varlen" or (backend == "flash_attn" and scores.bias.slopes_H is None)
+    ):
+        return "cannot add this bias to the scores; use flex or sdpa"
+    if isinstance(scores.bias, ProductBias) and scores.columns is None:
+        return "needs the columns of a ProductBias, but got none; use prepare_scores with this backend"
+    if backend == "flex" and scores.block_mask is None:
+        return "needs a mask that separates the sequences, but got none; use prepare_scores with this backend"
+    return None
 
 
 def columns_of(bias: ScoreBias, batch: PackedBatch, head_dim: int) -> Tensor | None:

@@ -32,6 +32,11 @@ class PositionEncoding(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
 
+    @classmethod
+    def is_biased(cls) -> bool:
+        """Whether this kind adds a bias to the attention scores."""
+        return cls.bias is not PositionEncoding.bias
+
     def add(self, x: Float[Tensor, "total hidden"], batch: PackedBatch) -> Float[Tensor, "total hidden"]:
         """Return the embeddings with position information added."""
         return x
@@ -47,7 +52,7 @@ class PositionEncoding(nn.Module):
         return qkv
 
     def bias(self, batch: PackedBatch) -> tuple[ScoreBias, ...]:
-        """Return the biases of the attention scores: none, one that all blocks share, or one for each block.
+        """Return the biases of the attention scores: none, one that all blocks share, or one for each attention block.
 
         Raises:
             ValueError: a sequence is longer than a table, checked on the host before anything is computed.
