@@ -12,7 +12,8 @@ from protlig_dd.config.components import build_model
 from protlig_dd.config.train import TrainConfig
 from protlig_dd.data.store import SequenceStore, StoreGroup
 from protlig_dd.model.mixers import MIXERS
-from protlig_dd.training.cost import activation_bytes, kept_bytes, plan, with_available_data
+from protlig_dd.model.positions import POSITIONS
+from protlig_dd.training.cost import activation_bytes, kept_bytes, plan, print_plan, with_available_data
 
 from .conftest import Command, assert_one_line_error, train_config
 
@@ -44,7 +45,7 @@ def test_fake_tensors_give_the_saved_bytes_of_real_tensors(precision: str, check
     mixers = [mixer, "attention"]
     config = config_of("model.n_blocks=2", f"model.checkpointing={checkpointing}", f"model.mixers=[{','.join(mixers)}]")
     model = build_model(config.model, "sdpa", time_conditioning=False)
-    assert kept_bytes(config, precision, mixers, checkpointing, 128) == saved_bytes(model, [128], precision)
+    assert kept_bytes(config, precision, mixers, checkpointing, [128]) == saved_bytes(model, [128], precision)
 
 
 def test_activations_of_mixed_blocks_are_the_sum_over_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,6 +61,37 @@ def test_activations_of_mixed_blocks_are_the_sum_over_the_blocks(monkeypatch: py
     checkpointed = activation_bytes(replace(config, model=replace(config.model, checkpointing=True)), "fp32")
     # the backward pass recomputes the block of ttt_linear, which keeps more than one of attention
     assert two - attention < plain - two < checkpointed < plain
+
+
+@pytest.mark.parametrize("mixers", ["[attention,attention]", "[ttt_linear,attention]"])
+@pytest.mark.parametrize("kind", [kind for kind, encoding in POSITIONS.items() if encoding.is_biased()])
+def test_activations_with_a_bias_are_those_of_a_pack_of_the_longest_proteins(
+    kind: str, mixers: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bias and the attention weights grow with the square of the length, so packs of short proteins keep less."""
+    monkeypatch.setattr("protlig_dd.training.cost.TOKENS", 32)
+    options = [f"model.positions={kind}", f"model.mixers={mixers}", f"model.n_blocks={mixers.count(',') + 1}"]
+    options += ["model.hidden_size=16", "model.n_heads=4", "model.cond_dim=8"]
+    if POSITIONS[kind].limited:
+        options.append("model.max_positions=242")
+    estimates = []
+    for max_len in (60, 240):
+        config = config_of(*options, f"data.max_len={max_len}")
+        estimates.append(activation_bytes(config, "fp32"))
+        lengths = [max_len + 2 - i for i in range(3)]
+        saved = saved_bytes(build_model(config.model, "sdpa", time_conditioning=False), lengths, "fp32")
+        assert saved == pytest.approx(sum(lengths) * estimates[-1], rel=0.05)
+    assert estimates[1] > 1.2 * estimates[0]
+
+
+def test_the_plan_prints_which_attention_it_counts_if_there_is_a_bias(
+    store: SequenceStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for kind, counted in (("rope", False), ("alibi", True)):
+        config = config_of(f"model.positions={kind}", "data.max_len=60")
+        print_plan(config, StoreGroup([store]), torch.device("cpu"), "fp32", 1)
+        printed = " ".join(capsys.readouterr().out.split())
+        assert ("activations of attention on sdpa for proteins of 60 residues; flex keeps less" in printed) == counted
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Estimate what a config will cost, before it runs: `python -m protlig_dd.training plan=true`."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from protlig_dd.config.train import TrainConfig
 from protlig_dd.data.loader import PackDataset
 from protlig_dd.data.store import StoreGroup
 from protlig_dd.model.mixers import mixers_of_blocks
+from protlig_dd.model.positions import POSITIONS
 from protlig_dd.system.device import matmul_peak
 from protlig_dd.system.terminal import console
 from protlig_dd.training.optim.make import make_optimizer
@@ -23,7 +25,7 @@ from protlig_dd.training.optim.schedule import count_steps
 
 MFU = 0.4  # assumed fraction of the FLOP/s that matrix products reach
 H100_FLOPS = 989e12  # dense bf16
-TOKENS = 128  # of the smaller of the two packs whose activations are counted
+TOKENS = 128  # of the smaller of the two packs whose activations are counted if they are proportional to the tokens
 
 
 def activation_bytes(config: TrainConfig, precision: str) -> float:
@@ -32,35 +34,55 @@ def activation_bytes(config: TrainConfig, precision: str) -> float:
     Counts the tensors that the forward pass keeps for the backward pass, in networks of one block and of two. Every
     further block with the same mixer keeps as much as the second. With checkpointing, add those of the block that keeps
     most, because the backward pass recomputes one block at a time.
+
+    With a bias of the attention scores, sdpa keeps numbers for each pair of tokens, so attention is counted in a pack
+    of the longest proteins that training reads. The bytes of other blocks are proportional to the tokens.
     """
-    first, *others = mixers_of_blocks(config.model)
+    mixers = mixers_of_blocks(config.model)
+    # a network without attention cannot have a bias of the scores
+    first = "attention" if "attention" in mixers else mixers[0]
+    others = Counter(mixers) - Counter([first])
+    longest, biased = config.data.max_len + 2, has_bias(config)
 
     @cache
-    def bytes_per_token(mixers: tuple[str, ...], checkpointing: bool) -> float:
+    def bytes_per_token(mixers: tuple[str, ...], checkpointing: bool, of_longest: bool) -> float:
+        # the longest two have different lengths, because sequences of equal length share some tensors
+        small, large = ([longest], [longest, longest - 1]) if of_longest else ([TOKENS], [2 * TOKENS])
         # the difference leaves out the bf16 copies of the weights, which do not grow with the pack
-        small, large = (kept_bytes(config, precision, [*mixers], checkpointing, n) for n in (TOKENS, 2 * TOKENS))
-        return (large - small) / TOKENS
+        kept = [kept_bytes(config, precision, [*mixers], checkpointing, lengths) for lengths in (small, large)]
+        return (kept[1] - kept[0]) / (sum(large) - sum(small))
 
     def bytes_of_block(mixer: str, checkpointing: bool) -> float:
-        return bytes_per_token((first, mixer), checkpointing) - bytes_per_token((first,), checkpointing)
+        one, two = (
+            bytes_per_token(names, checkpointing, biased and mixer == "attention")
+            for names in ((first,), (first, mixer))
+        )
+        return two - one
 
-    total = bytes_per_token((first,), config.model.checkpointing)
-    total += sum(n * bytes_of_block(mixer, config.model.checkpointing) for mixer, n in Counter(others).items())
+    total = bytes_per_token((first,), config.model.checkpointing, biased)
+    total += sum(n * bytes_of_block(mixer, config.model.checkpointing) for mixer, n in others.items())
     if config.model.checkpointing:
         total += max(bytes_of_block(mixer, False) for mixer in {first, *others})
     return total
 
 
-def kept_bytes(config: TrainConfig, precision: str, mixers: list[str], checkpointing: bool, tokens: int) -> int:
+def has_bias(config: TrainConfig) -> bool:
+    """Whether the position encoding adds a bias to the attention scores."""
+    return POSITIONS[config.model.positions].is_biased()
+
+
+def kept_bytes(
+    config: TrainConfig, precision: str, mixers: list[str], checkpointing: bool, lengths: Sequence[int]
+) -> int:
     """Return the bytes that a network with a block for each of these mixers keeps for its backward pass.
 
-    The input is one sequence. Float32 weights are not counted. The tensors are fake: they have shapes and types, but no
-    memory or arithmetic. Attention is that of sdpa. With a bias of the scores it keeps the attention weights, which
-    flex does not.
+    The input has sequences of these lengths (tokens). Float32 weights are not counted. The tensors are fake: they have
+    shapes and types, but no memory or arithmetic. Attention is that of sdpa. With a bias of the scores it keeps the
+    attention weights, which flex does not.
     """
-    batch = PackedBatch.pack([torch.zeros(tokens, dtype=torch.int64)])
+    batch = PackedBatch.pack([torch.zeros(length, dtype=torch.int64) for length in lengths])
     limit = config.model.max_positions  # a table may be shorter than the sequence, but its length does not matter here
-    limit = None if limit is None else max(limit, tokens)
+    limit = None if limit is None else max(limit, *lengths)
     model_config = replace(config.model, checkpointing=checkpointing, max_positions=limit)
     model_config = replace(model_config, n_blocks=len(mixers), mixers=mixers)
     kept: dict[int, int] = {}
@@ -74,7 +96,7 @@ def kept_bytes(config: TrainConfig, precision: str, mixers: list[str], checkpoin
         weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
         autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16")
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), autocast:
-            model(batch, torch.ones(1))
+            model(batch, torch.ones(len(lengths)))
     return sum(size for storage, size in kept.items() if storage not in weights)
 
 
@@ -151,6 +173,7 @@ def print_plan(config: TrainConfig, store: StoreGroup, device: torch.device, pre
     per_token, kept, hours = costs["flops_per_token"], costs["activation_bytes_per_token"], costs["seconds"] / 3600
     gib = {key: costs[f"{key}_bytes"] / 2**30 for key in ("state", "pack")}
     recomputed = ", recomputed in the backward pass" if config.model.checkpointing else ""
+    longest = f"activations of attention on sdpa for proteins of {config.data.max_len:,} residues; flex keeps less"
     rows = {
         "parameters": [f"{costs['parameters'] / 1e6:,.1f} M"],
         "data": [store.name, f"{int(store.token_counts[0].sum()):,} training tokens"],
@@ -164,6 +187,7 @@ def print_plan(config: TrainConfig, store: StoreGroup, device: torch.device, pre
             f"{sum(gib.values()):,.2f} GiB per process",
             f"{gib['state']:,.2f} for weights, gradients, averages and optimizer",
             f"{gib['pack']:,.2f} for activations, {kept / 1024:,.0f} KiB per token{recomputed}",
+            *([longest] if has_bias(config) else []),
         ],
         "time": [
             f"{three_digits(hours)} hours = {three_digits(hours / 24)} days on {processes} x {device}",
