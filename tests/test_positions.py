@@ -440,6 +440,14 @@ def test_a_kernel_never_drops_a_bias_that_it_cannot_add() -> None:
         varlen_attention(QKV, BATCH, "flex")
 
 
+@pytest.mark.parametrize(("kind", "backend"), [("t5", "sdpa"), ("diet", "sdpa"), ("diet", "torch_varlen")])
+def test_matrices_and_columns_without_their_bias_are_rejected(kind: str, backend: str) -> None:
+    complete = prepared(encoding_of(kind, hidden_size=64), BATCH, backend)
+    assert complete is not None
+    with raises_value_error(f"attention backend {backend} got the matrices or columns of a bias without the bias"):
+        varlen_attention(QKV, BATCH, backend, replace(complete, bias=None))
+
+
 @pytest.mark.parametrize("kind", ["none", "t5", "diet"])
 def test_flex_never_attends_across_sequences_for_lack_of_a_mask(kind: str) -> None:
     complete = prepared(encoding_of(kind, hidden_size=64), BATCH, "flex")

@@ -109,6 +109,8 @@ def check_attention_input(qkv: Tensor, batch: PackedBatch, backend: str, scores:
         )
     if batch.cu_seqlens.device != qkv.device:
         raise ValueError(f"qkv is on {qkv.device} but cu_seqlens is on {batch.cu_seqlens.device}")
+    if problem := scores_problem(scores, backend):
+        raise ValueError(f"attention backend {backend} {problem}")
     if backend == "sdpa":
         return
     if qkv.device.type != "cuda":
@@ -118,8 +120,6 @@ def check_attention_input(qkv: Tensor, batch: PackedBatch, backend: str, scores:
     columns = 0 if scores is None or scores.columns is None else scores.columns.shape[-1]
     if problem := head_dim_problem(backend, qkv.shape[3], columns):
         raise ValueError(f"attention backend {backend} {problem}; use sdpa")
-    if problem := scores_problem(scores, backend):
-        raise ValueError(f"attention backend {backend} {problem}")
 
 
 def head_dim_problem(backend: str, head_dim: int, columns: int) -> str | None:

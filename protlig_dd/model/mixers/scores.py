@@ -84,11 +84,15 @@ def matrices_of(bias: ScoreBias, batch: PackedBatch, dtype: torch.dtype) -> tupl
 
 
 def scores_problem(scores: ScoreInputs | None, backend: str) -> str | None:
-    """Return why a CUDA backend would compute wrong attention from these inputs, as the rest of a message.
+    """Return why a backend would compute wrong attention from these inputs, as the rest of a message.
 
     Those of `prepare_scores` for the same backend have no problem.
     """
     if scores is None:
+        return None
+    if scores.bias is None and not (scores.matrices is None and scores.columns is None):
+        return "got the matrices or columns of a bias without the bias itself; use prepare_scores with this backend"
+    if backend == "sdpa":
         return None
     if isinstance(scores.bias, OffsetBias) and (
         backend == "torch_varlen" or (backend == "flash_attn" and scores.bias.slopes_H is None)
