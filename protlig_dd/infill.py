@@ -77,7 +77,7 @@ def infill(cfg: DictConfig) -> None:
     designs = designs_of_contig(config, records) if config.contig else designs_of_positions(config, records)
     for design in designs:
         trained.check_length(len(design.template), f"{records[design.protein][0].name}: the design")
-    warn_about_layout(config, trained)
+    warn_about_layout(config, trained, records, designs)
     lengths = [len(design.template) for design in designs]
     samples = sample_designs(
         trained,

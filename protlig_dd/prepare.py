@@ -21,6 +21,8 @@ from protlig_dd.data.prepare.splits import Split
 from protlig_dd.data.store import SequenceStore
 from protlig_dd.system.terminal import ByteBar, console
 
+FEW = 10  # held-out sequences, whose mean has a large standard error
+
 
 def prepare(cfg: DictConfig) -> None:
     """Read the inputs, filter and split them, write the store, and print its contents."""
@@ -47,13 +49,14 @@ def prepare(cfg: DictConfig) -> None:
             "filter.taxa kept only the listed TaxIDs; filter.taxa_nodes=nodes.dmp also keeps the taxa below them"
         )
     for name, counts in store.manifest["splits"].items():
-        if not counts["sequences"]:
+        if name != "train" and counts["sequences"] < FEW:
             remedy = (
-                f"name a {name} file"
+                f"name a {name} file" + (" with more" if counts["sequences"] else "")
                 if isinstance(config.input, dict)
                 else f"prepare again with a larger split.{name}_fraction"
             )
-            console.print(f"warning: the {name} split is empty, but training reads it: {remedy}")
+            found = f"has only {counts['sequences']} sequences" if counts["sequences"] else "is empty"
+            console.print(f"warning: the {name} split {found}, but training evaluates on it: {remedy}")
 
 
 def main() -> None:

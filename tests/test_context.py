@@ -518,7 +518,7 @@ def test_a_run_with_context_is_evaluated_and_infilled_with_it(
     assert_one_line_error(refused, "context=lower", str(store.path), "keeps no case")
 
     changed = run_python(*training, f"data.path={marked_store.path}", "data.context=none", "trainer.max_steps=5")
-    assert_one_line_error(changed, "data.context: lower -> None")
+    assert_one_line_error(changed, "data.context: lower -> none")
     short = run_python(*training, f"data.path={marked_store.path}", "data.context=upper", "run.name=none")
     assert_one_line_error(short, "context=upper leaves nothing to design: all amino acids are upper-case letters")
     missing = run_python(*training, f"data.path={store.path}", "run.name=none")
@@ -539,5 +539,10 @@ def test_a_run_with_context_is_evaluated_and_infilled_with_it(
     rows = (tmp_path / "d.map.csv").read_text().splitlines()
     start = (len(records[0].sequence) - 12) // 3
     assert f"{records[0].id}_1,{start + 1},{start + 12},true,,{start + 1}" in rows
+    assert "fixes no residue" not in done.stdout
+    (tmp_path / "forgotten.fasta").write_text(f">forgotten\n{records[0].sequence.upper()}\n")
+    options = ("context=lower", "n=1", "steps=2", "free_draws=0")
+    whole = run_python(*verb[:3], "input=forgotten.fasta", "output=w.fasta", "device=cpu", *options)
+    assert "warning: context=lower fixes no residue, so all are redesigned: record forgotten\n" in whole.stdout
     both = run_python(*verb[:-2], "output=e.fasta", "context=lower", "free=1-3")
     assert_one_line_error(both, "give only one of fixed=, free=, context= and contig=")

@@ -33,7 +33,12 @@ def test_prepare_and_inspect_report_the_contents_of_the_store(run_python: Comman
     assert process.returncode == 0, process.stderr
     assert "d/my.h5: 296 sequences" in process.stdout
     assert "dropped 4 by max_length, 1 by duplicates" in process.stdout
-    assert "600 lower-case letters were read as upper-case" in process.stdout
+    assert "600 lower-case letters are stored as the same amino acids" in process.stdout
+    n_test = len(SequenceStore(tmp_path / "d/my.h5").split("test"))
+    assert 0 < n_test < 10
+    few = f"the test split has only {n_test} sequences, but training evaluates on it: prepare again with a larger split"
+    assert f"warning: {few}.test_fraction\n" in process.stdout
+    assert "the validation split" not in process.stdout
     assert 30 < len(SequenceStore(tmp_path / "d/my.h5").split("validation")) < 90
     assert sorted(path.name for path in (tmp_path / "d").iterdir()) == ["my.h5", "my.h5.manifest.json"]
     # the reported numbers, counted again in the input

@@ -91,7 +91,7 @@ class PackDataset(Dataset[PackedBatch]):
         if self.packs_per_epoch <= 0:
             raise ValueError(
                 f"{group.name}: the training split has {sum(self._quotas)} tokens an epoch, less than one pack of "
-                f"data.tokens_per_pack={tokens_per_pack}; lower data.tokens_per_pack"
+                f"data.tokens_per_pack={tokens_per_pack}; lower data.tokens_per_pack and, if need be, data.max_len"
             )
         rows_digest = xxhash.xxh3_128_hexdigest(self.rows.data)
         parts = [version, group.fingerprint, rows_digest, max_len, tokens_per_pack, seed, self._quotas]
@@ -248,7 +248,7 @@ def check_pack_sizes(max_len: int, tokens_per_pack: int) -> None:
     if tokens_per_pack < max_len + 2:
         raise ValueError(
             f"data.tokens_per_pack={tokens_per_pack} cannot hold one sequence of data.max_len={max_len} residues "
-            f"(with <bos> and <eos> that is {max_len + 2} tokens)"
+            f"(with <bos> and <eos> that is {max_len + 2} tokens); lower data.max_len or raise data.tokens_per_pack"
         )
 
 

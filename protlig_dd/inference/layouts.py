@@ -265,8 +265,19 @@ def map_csv(designs: Sequence[Design]) -> str:
     return as_csv(table)
 
 
-def warn_about_layout(config: InfillConfig, trained: TrainedModel) -> None:
-    """Warn if infilling is an approximation, or if a contig reorders or repeats residues of the input."""
+def warn_about_layout(
+    config: InfillConfig, trained: TrainedModel, records: Sequence[Protein], designs: Sequence[Design]
+) -> None:
+    """Print a warning for each layout that a user may not intend, and for graphs where infilling is an approximation.
+
+    Warnings are for records of which context= fixes no residue, and for contigs that reorder or repeat residues.
+    """
+    whole = dict.fromkeys(design.protein for design in designs if (design.template == MASK).all())
+    if config.context is not None and whole:
+        names = ", ".join(records[protein][0].name for protein in whole)
+        announce(
+            f"warning: context={config.context} fixes no residue, so all are redesigned: {names}", trained.processes
+        )
     if not trained.graph.masks:
         announce(
             "infilling is an approximation with this model's graph (docs/diffusion.md); designs are not ranked, "

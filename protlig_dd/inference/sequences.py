@@ -18,7 +18,7 @@ def check_list(items: Sequence[object], expected: str) -> None:
         expected: the start of the message, such as `embed takes a list of sequences`.
     """
     if isinstance(items, str) or not len(items):
-        raise ValueError(f"{expected}, got {items!r:.40}")
+        raise ValueError(f"{expected}, got {items!r:.40}" + ("" if isinstance(items, str) else ", which is empty"))
 
 
 def encode_with_free(sequence: str, name: str) -> np.ndarray:

@@ -216,4 +216,4 @@ def print_summary(trainer: Trainer, steps: range, store: StoreGroup, context: Ru
     if device.type == "cuda" and processes.world_size == 1 and torch.cuda.device_count() > 1:
         say(f"using one of {torch.cuda.device_count()} GPUs; trainer.devices=auto uses all of them")
     if device.type == "cpu" and parameters > SLOW_ON_CPU:
-        say("this model is slow on a CPU; experiment=demo and model=tiny are sized for a CPU")
+        say("this model is slow on a CPU; experiment=demo is sized for a CPU")

@@ -144,8 +144,11 @@ def opened_run(
     resolved, device = resolve_machine(config, processes)
     with contextlib.ExitStack() as stack:
         patience = PATIENCE if processes.world_size > 1 else 0.0
-        notice = "finishing the step, then writing a checkpoint" if processes.first else None
-        stop = stack.enter_context(StopRequests(insist=processes.launch is None, notice=notice, patience=patience))
+        insist = processes.launch is None
+        notice = "finishing the step, then writing a checkpoint"
+        notice += "; Ctrl-C again stops at once, without a checkpoint" if insist else ""
+        stop = StopRequests(insist=insist, notice=notice if processes.first else None, patience=patience)
+        stack.enter_context(stop)
         stack.callback(leave_group)
         store = open_data(config.data, processes)
         resolved = replace(resolved, data_path=store.name, data_fingerprint=store.fingerprint)

@@ -7,7 +7,7 @@ import numpy as np
 
 from protlig_dd.config.read import read_config
 from protlig_dd.config.verbs import EvaluateConfig
-from protlig_dd.evaluation.likelihood.scoring import column, score
+from protlig_dd.evaluation.likelihood.scoring import Given, column, score
 from protlig_dd.inference.model import TrainedModel, load_trained
 from scripts.architecture.runs import REPORT, Job, job, measure, store_of
 from scripts.benchmarks.variants import composed
@@ -43,7 +43,7 @@ def lengths(arguments: argparse.Namespace) -> bool:
 def bound(trained: TrainedModel, proteins: list[np.ndarray], config: EvaluateConfig) -> dict[str, Any]:
     """Return the nats and residues of each protein, at full length, or the message of an encoding that rejects them."""
     try:
-        scored = score(trained, proteins, config, None, bound_only=True)
+        scored = score(trained, [Given(tokens, None) for tokens in proteins], config, None, bound_only=True)
     except ValueError as error:
         limit = trained.saved.config.model.max_positions
         if limit is None or max(map(len, proteins)) <= limit:

@@ -34,7 +34,7 @@ def describe(store: SequenceStore) -> None:
             f"{kept}: {pairs}{more}"
         )
     if manifest["lower_case_letters"]:
-        console.print(f"{manifest['lower_case_letters']:,} lower-case letters were read as upper-case")
+        console.print(f"{manifest['lower_case_letters']:,} lower-case letters are stored as the same amino acids")
     if case := manifest.get("case"):  # missing if no record has both cases
         console.print(
             f"{case['sequences']:,} sequences have upper-case and lower-case letters; the store keeps the case, which "
