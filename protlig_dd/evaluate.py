@@ -34,13 +34,19 @@ def evaluate(cfg: DictConfig) -> None:
     output = check_free(config.output)
     find_mmseqs(config.near, "near")
     proteins = read_proteins(Path(config.input), config.split, config.max_sequences, config.seed)
-    store, ids, sequences, _ = proteins
+    store, ids, sequences = proteins[:3]
     trained = load_trained(config.from_, device=config.device, precision=config.precision)
     compared = None
     if config.compare is not None:
         compared = load_trained(config.compare, device=config.device, precision=config.precision)
     max_len = min(model.max_len for model in (trained, compared) if model is not None)
     context = resolve_context(config.context, trained, proteins, config.input)
+    if compared is not None and compared.context != trained.context:
+        announce(
+            f"warning: the models were trained with data.context={trained.context} and {compared.context}; both are "
+            f"scored with context={context}",
+            trained.processes,
+        )
     given = given_proteins(proteins, context, max_len)
     baseline_group = find_baseline_stores(config.train, store, trained, context)
     baselines = None if baseline_group is None else baselines_of(baseline_group)

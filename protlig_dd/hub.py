@@ -12,6 +12,7 @@ and the config is JSON, so loading a model never runs code from it.
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from protlig_dd.inference.exported import (
     DESCRIPTION,
     EXPORTED,
     WEIGHTS,
+    context_in,
     is_exported,
     read_description,
     write_exported,
@@ -52,7 +54,7 @@ class ProteinDiffusion(nn.Module):
         self.description = read_description(folder)
         self.card = (folder / CARD).read_text()
         try:
-            self.score_fn = load_model(
+            score_fn = load_model(
                 folder / WEIGHTS,
                 model=ModelConfig(**self.description["model"]),
                 graph=self.description["graph"],
@@ -62,6 +64,8 @@ class ProteinDiffusion(nn.Module):
                 device=device,
                 precision=precision,
             )
+            given = context_in(self.description["training"]) is not None
+            self.score_fn = replace(score_fn, trained_with_context=given)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder / DESCRIPTION}: damaged, or not written by protlig_dd ({error!r})") from error
         network = self.score_fn.model

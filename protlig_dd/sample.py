@@ -29,6 +29,12 @@ def sample_proteins(cfg: DictConfig) -> None:
     if config.lengths == "empirical" and trained.lengths is not None:
         announce(f"lengths are drawn from {trained.lengths.description}", trained.processes)
     trained.check_length(longest_of(config.lengths, lengths), f"lengths={config.lengths}: the longest protein")
+    if trained.context != "none":
+        announce(
+            "warning: the samples are whole proteins, but this model was trained to design parts of proteins given the "
+            f"{trained.context}-case residues; use infill with context={trained.context}",
+            trained.processes,
+        )
     samples = sample_designs(trained, config, lengths=lengths, log_bias=read_log_bias(config.log_bias, lengths))
     names = [f"{trained.run}_{i}" for i in range(1, config.n + 1)]
     note = "" if config.lengths == "empirical" else f" lengths={config.lengths}"

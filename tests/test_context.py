@@ -6,6 +6,7 @@ import json
 import math
 import pickle
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,10 +39,14 @@ from protlig_dd.diffusion.loss import score_entropy_loss
 from protlig_dd.diffusion.noise import LogLinearNoise
 from protlig_dd.diffusion.numerics import sum_by_sequence
 from protlig_dd.diffusion.score import ScoreFn
+from protlig_dd.evaluation.inputs import read_proteins
 from protlig_dd.evaluation.likelihood.baselines import baselines_of, fit_baselines
 from protlig_dd.evaluation.likelihood.held_out import designed_frequencies
 from protlig_dd.evaluation.samples.redesigns import Redesign, free_draws
+from protlig_dd.hub import ProteinDiffusion
+from protlig_dd.inference.inspect import sigma_of
 from protlig_dd.inference.layouts import mask_free_positions, read_records
+from protlig_dd.inference.sequences import encode_with_free
 from protlig_dd.inference.sharing import Work
 from protlig_dd.system.distributed import ALONE
 from protlig_dd.tokenizer import AMINO_ACIDS, BOS, CONTEXT, EOS, MASK, N_STATES, ProteinTokenizer
@@ -485,6 +490,16 @@ OPTIONS = [
 ]
 
 
+def test_the_sigma_of_a_network_trained_with_context_matches_its_free_residues() -> None:
+    score_fn = ScoreFn(make_model(), graph_of("absorbing", N_STATES), LogLinearNoise(), "x0")
+    batch = PackedBatch.pack([torch.from_numpy(encode_with_free("A" * 9 + "_", "p"))])
+    fixed, given = (
+        float(sigma_of(replace(score_fn, trained_with_context=flag), batch, None)) for flag in (False, True)
+    )
+    assert fixed == pytest.approx(-math.log(0.9))
+    assert given == pytest.approx(float(score_fn.noise(torch.ones(1))[0]))
+
+
 @pytest.mark.slow
 def test_a_run_with_context_is_evaluated_and_infilled_with_it(
     tmp_path: Path, run_python: Command, marked_store: SequenceStore, store: SequenceStore, proteins: list[FastaRecord]
@@ -513,6 +528,28 @@ def test_a_run_with_context_is_evaluated_and_infilled_with_it(
     assert {key: found["fasta"][key] for key in ("bound", "unigram", "bigram", "residues")} == {
         key: found["store"][key] for key in ("bound", "unigram", "bigram", "residues")
     }
+    # one upper-case record drawn from a file that has marks: context=auto does not depend on the draw
+    (tmp_path / "few.fasta").write_text(f">plain\n{'ACDEFGHIKL' * 4}\n" + marked(proteins[380]))
+    drawn = [read_proteins(tmp_path / "few.fasta", "test", 1, seed) for seed in range(8)]
+    assert {found.ids[0] for found in drawn} == {"plain", proteins[380].id}
+    assert all(found.has_case for found in drawn)
+
+    assert run_python("-m", "protlig_dd.export", "from=runs/given", "to=shared").returncode == 0
+    assert ProteinDiffusion.from_pretrained(tmp_path / "shared", device="cpu").score_fn.trained_with_context
+    sampled = run_python("-m", "protlig_dd.sample", "from=shared", "output=s.fasta", "n=1", "steps=2", "nll_draws=0")
+    assert "warning: the samples are whole proteins, but this model was trained to design parts" in sampled.stdout
+
+    # a run whose report is about other residues of the same proteins is not paired
+    shutil.copytree(tmp_path / "runs/given", tmp_path / "runs/other")
+    pages = []
+    for context in ("lower", "upper"):
+        other = json.loads((tmp_path / "runs/given/report.json").read_text()) | {"context": context}
+        (tmp_path / "runs/other/report.json").write_text(json.dumps(other))
+        done = run_python("-m", "protlig_dd.report", "runs=[runs/given,runs/other]", f"output={context}.html")
+        assert done.returncode == 0, done.stderr
+        pages.append((tmp_path / f"{context}.html").read_text())
+    assert [">0.0000<" in page for page in pages] == [True, False]
+
     verb = ["-m", "protlig_dd.evaluate", "from=runs/given", f"input={store.path}", "device=cpu", "near=false"]
     assert "has no record with both" in run_python(*verb, "output=plain", "draws=1", "masked=false").stdout
     refused = run_python(*verb, "output=again", "context=lower")

@@ -28,13 +28,9 @@ class Proteins(NamedTuple):
     lower_case: list[np.ndarray | None]
     """(residues,) bool for each protein, which residues are lower-case letters; None if none is, or if a store keeps
     no case."""
-
-    @property
-    def has_case(self) -> bool:
-        """Whether a protein has both upper-case and lower-case letters, or the store keeps the case of its records."""
-        if self.store is not None:
-            return self.store.has_case
-        return any(lower is not None and not lower.all() for lower in self.lower_case)
+    has_case: bool
+    """Whether a record of the FASTA file has both upper-case and lower-case letters, even if a subsample left it out;
+    or whether the store keeps the case of its records."""
 
 
 def read_sequences(
@@ -57,10 +53,12 @@ def read_proteins(path: Path, split: str, most: int | None, seed: int) -> Protei
         store = SequenceStore(path)
         rows = subsample(store.split(split), most, seed)
         ids, sequences = [store.id(row) for row in rows], [store[row] for row in rows]
-        lower_case = [store.lower_case(row) for row in rows]
+        lower_case, has_case = [store.lower_case(row) for row in rows], store.has_case
     else:
         store, encode = None, ProteinTokenizer().encode
         records = list(read_fasta(path))
+        cases = (lower_case_of(record.sequence) for record in records)
+        has_case = any(lower is not None and not lower.all() for lower in cases)
         records = [records[i] for i in subsample(np.arange(len(records)), most, seed)]
         ids = [record.id for record in records]
         sequences = [encode(record.sequence.upper(), record.name) for record in records]
@@ -69,7 +67,7 @@ def read_proteins(path: Path, split: str, most: int | None, seed: int) -> Protei
             announce(nucleotide_warning(found, len(records), str(path)), processes_from_environment())
     if not sequences:
         raise ValueError(f"{path}: the split {split} is empty")
-    return Proteins(store, ids, sequences, lower_case)
+    return Proteins(store, ids, sequences, lower_case, has_case)
 
 
 def is_store(path: Path) -> bool:

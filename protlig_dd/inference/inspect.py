@@ -170,7 +170,8 @@ def sigma_of(score_fn: ScoreFn, batch: PackedBatch, t: float | None) -> Float32[
         raise ValueError(f"t must lie in [{noise.t_min:g}, 1], got {t:g}")
     if t is None and graph.masks:
         lowest, highest = noise(torch.tensor([noise.t_min, 1.0], dtype=torch.float64))[0].tolist()
-        return sigma_of_masks(batch, graph, lowest, highest).float()
+        counted_T = batch.tokens == graph.mask if score_fn.trained_with_context else None  # as in sampling
+        return sigma_of_masks(batch, graph, lowest, highest, counted_T=counted_T).float()
     return noise(torch.full((len(batch.lengths),), noise.t_min if t is None else t))[0]
 
 

@@ -93,7 +93,13 @@ def comparison_page(runs: Sequence[Run]) -> str:
     defaults = defaults_of(TrainConfig)  # config.yaml may leave out the keys that have a default
     all_bounds = [run.bounds for run in runs]
     protein_sets = {
-        (protein_set, bounds["sequences"], bounds["residues"], run.environment.get("data_fingerprint"))
+        (
+            protein_set,
+            bounds["sequences"],
+            bounds["residues"],
+            run.environment.get("data_fingerprint"),
+            bounds.get("context"),
+        )
         for run, (protein_set, bounds) in zip(runs, all_bounds, strict=True)
         if bounds
     }
@@ -102,7 +108,11 @@ def comparison_page(runs: Sequence[Run]) -> str:
         for i, (name, (_, bounds)) in enumerate(zip(names, all_bounds, strict=True))
         if bounds
     ]
-    nats = [nats_of_proteins(run) for run in runs]
+    first_context = all_bounds[0][1].get("context")
+    nats = [
+        nats_of_proteins(run) if bounds.get("context") == first_context else []
+        for run, (_, bounds) in zip(runs, all_bounds, strict=True)
+    ]
     rows = [
         [
             name,
@@ -147,7 +157,7 @@ def comparison_page(runs: Sequence[Run]) -> str:
             "note": "Nats per residue, averaged weights. Lower is better. "
             "Bars extend two standard errors to each side. "
             "The difference to the first run is paired, protein by protein, so it is more precise than the bars "
-            "suggest. It is blank for a run that was evaluated on other proteins than the first run. "
+            "suggest. It is blank for a run that was evaluated on other proteins or designed residues. "
             "Each unigram model has the amino-acid frequencies of its run's training split: "
             + "; ".join(
                 f"{name}: {run.environment.get('data_path', 'unknown')}" for name, run in zip(names, runs, strict=True)
