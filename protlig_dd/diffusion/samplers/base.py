@@ -67,9 +67,8 @@ class Analytic:
     If the parametrisation is `x0`, the step is computed from the posterior of x0. The result is the same distribution
     as in eq. 19, but the formula has no exponentials that grow with the noise.
 
-    If the model's bound is estimated by `exact_count` (see likelihood.py), sampling starts with all residues masked,
-    because `exact_count` bounds the NLL of samples that start from masks. Otherwise sampling starts with a draw from
-    the prior at t = 1.
+    Samples must start as the bound assumes (see likelihood.py). For models with `exact_count` they start with all
+    residues masked, and for models with `integral` with a draw from the prior at t = 1.
 
     Args:
         batch: sequences `<bos> residues <eos>`, of which only the lengths are used.
@@ -130,7 +129,7 @@ class Analytic:
     def reverse_probs(
         self, logits: Float64[Tensor, "T V"], xt: Int64[Tensor, " T"], level: Level, steer: Steer | None
     ) -> Float64[Tensor, "T S"]:
-        """Return the unnormalised probabilities (T, S) of the tokens that may change."""
+        """Return, for each of T tokens that may change, the unnormalised probabilities (T, S) of its next value."""
         sigma_T, next_T = (torch.full_like(logits[:, 0], sigma) for sigma in (level.sigma, level.sigma_next))
         return self.score_fn.reverse_probs(logits, xt, sigma_T, next_T, steer)
 

@@ -1,4 +1,4 @@
-"""Numbers in a run's report: bounds of held-out proteins, the unigram model's NLL, and training statistics."""
+"""Numbers in a run's report: bounds on the NLL of held-out proteins, the unigram NLL, and training statistics."""
 
 from dataclasses import dataclass
 from typing import Any
