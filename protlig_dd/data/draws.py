@@ -32,7 +32,7 @@ def shuffled(rows: np.ndarray, key: Sequence[int], version: int = NEWEST) -> np.
     number_mask = np.uint64((1 << number_bits) - 1)
     parts_bits = max(0, number_bits - ROWS_PER_SORT.bit_length() + 1)
     order, done = np.empty_like(rows), 0
-    for part in range(1 << parts_bits):  # each part sorts the words whose first bits are its number
+    for part in range(1 << parts_bits):  # to save memory: this part has the words whose highest bits equal `part`
         stream, blocks = random_words(key), [np.empty(0, np.uint64)]
         for first in range(0, n, ROWS_AT_ONCE):
             word = stream.random_raw(min(ROWS_AT_ONCE, n - first))

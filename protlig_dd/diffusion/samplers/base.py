@@ -67,8 +67,8 @@ class Analytic:
     If the parametrisation is `x0`, the step is computed from the posterior of x0. The result is the same distribution
     as in eq. 19, but the formula has no exponentials that grow with the noise.
 
-    Samples must start as the bound assumes (see likelihood.py). For models with `exact_count` they start with all
-    residues masked, and for models with `integral` with a draw from the prior at t = 1.
+    Sampling starts from the distribution at t = 1 that the bound on the NLL assumes (see likelihood.py). If the model's
+    estimator is `exact_count`, all residues are masked at the start. If it is `integral`, they are drawn from the prior.
 
     Args:
         batch: sequences `<bos> residues <eos>`, of which only the lengths are used.

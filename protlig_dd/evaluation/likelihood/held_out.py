@@ -62,7 +62,7 @@ def held_out_bound(
     processes: Processes,
     description: str,
 ) -> HeldOut:
-    """Bound the NLL of every sequence of the dataset, shared among the ranks.
+    """Compute a bound on the NLL of every sequence of the dataset. The ranks share the work.
 
     The random draws depend on the seed and on the set of sequences, not on their packs.
 
@@ -108,7 +108,7 @@ def residue_counts(batch: PackedBatch) -> torch.Tensor:
 
 
 def designed_frequencies(store: StoreGroup) -> np.ndarray:
-    """Return the (20,) frequencies of the amino acids that a run is trained on, with one pseudo-count each."""
+    """Return the (20,) amino-acid frequencies of the training split without context, with one pseudo-count each."""
     counts = designed_counts(store)[SPLITS.index("train")][:N_STATES] + 1
     return counts / counts.sum()
 
