@@ -128,7 +128,7 @@ def graph_with_rates(spec: Mapping[str, Any], earlier: Mapping[str, Any]) -> dic
 
     Args:
         earlier: the graph's config saved by the run that is resumed, or by the source of a fine-tune; {} if there is
-            none. If the matrix file no longer exists, the rates of `earlier` are used, if the configs agree in every other key.
+            none. If the matrix file no longer exists, the rates of `earlier` are used; all other keys must agree.
     """
     spec = dict(spec)
     if not isinstance(spec.get("matrix"), str) or spec.get("rates") is not None:

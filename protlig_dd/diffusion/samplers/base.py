@@ -68,7 +68,8 @@ class Analytic:
     as in eq. 19, but the formula has no exponentials that grow with the noise.
 
     Sampling starts from the distribution at t = 1 that the bound on the NLL assumes (see likelihood.py). If the model's
-    estimator is `exact_count`, all residues are masked at the start. If it is `integral`, they are drawn from the prior.
+    estimator is `exact_count`, all residues are masked at the start. If it is `integral`, they are drawn from the
+    prior.
 
     Args:
         batch: sequences `<bos> residues <eos>`, of which only the lengths are used.
