@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from protlig_dd.model.block import Block
 from protlig_dd.model.dit import DiT
 from protlig_dd.model.mixers.ttt import TTT
-from protlig_dd.model.positions.base import PositionEncoding
 
 Hook = Callable[[Tensor], Tensor | None]
 """Receives a module's output. Returns None, or a tensor of the same shape, dtype and device that replaces it."""
@@ -65,7 +64,7 @@ def called_modules(network: DiT) -> dict[str, nn.Module]:
     The others only contain modules, as ModuleList does, or contain weights that the network reads without a call.
     """
     uncalled = set[nn.Module]()
-    if type(network.positions).bias is not PositionEncoding.bias:
+    if network.positions.is_biased():
         uncalled |= set(network.positions.modules())  # `bias` reads the weights of whole tables
     for block in network.blocks:
         if isinstance(block, Block) and isinstance(block.mixer, TTT):
