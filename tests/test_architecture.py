@@ -301,6 +301,14 @@ def test_the_speed_of_every_kind_is_relative_to_the_baseline_and_printed_with_it
     assert diet["activation_bytes_per_token"] > baseline["activation_bytes_per_token"] > 0
 
 
+@pytest.mark.parametrize(
+    ("part", "selected"),
+    [("bounds", list(ARMS)), ("speed", list(ARMS)), ("lengths", ENCODINGS), ("robustness", ENCODINGS)],
+)
+def test_each_part_compares_its_own_kinds_by_default(part: str, selected: list[str]) -> None:
+    assert architecture.parser().parse_args([part]).only == selected
+
+
 def test_tables_without_results_and_unknown_arms_are_errors(drive: Drive, capsys: pytest.CaptureFixture[str]) -> None:
     assert drive("tables") == 1
     assert "no results; run bounds, speed, lengths or robustness first" in capsys.readouterr().out

@@ -40,10 +40,7 @@ def parser() -> argparse.ArgumentParser:
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--folder", type=Path, default=Path("runs/architecture"), help="the runs are in FOLDER/runs")
     shared.add_argument("--results", type=Path, help="results file; default: results.jsonl in the folder")
-    measured = argparse.ArgumentParser(add_help=False, parents=[shared])
-    measured.add_argument("--data", type=Path, help="a store written by prepare; default: the bundled proteins")
-    measured.add_argument("--only", nargs="+", choices=list(ARMS), metavar="ARM", help=f"of {', '.join(ARMS)}")
-    trained = argparse.ArgumentParser(add_help=False, parents=[measured])
+    trained = argparse.ArgumentParser(add_help=False, parents=[shared])
     trained.add_argument("--steps", type=int, help="training steps; default: the demo's")
     trained.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of a training run")
 
@@ -51,8 +48,8 @@ def parser() -> argparse.ArgumentParser:
     parts = top.add_subparsers(dest="part", required=True)
     part = parts.add_parser("bounds", parents=[trained], help="held-out bound of every kind")
     part.add_argument("--seeds", type=int, help="seeds of each arm; default: 3 of the baseline, 2 of the others")
-    part.set_defaults(only=list(ARMS))
-    part = parts.add_parser("speed", parents=[measured], help="speed and memory of a training step, interleaved")
+    select_arms(part, list(ARMS))
+    part = parts.add_parser("speed", parents=[shared], help="speed and memory of a training step, interleaved")
     part.add_argument("--model", choices=list(MODELS), default="256 x 2", help="width x blocks")
     part.add_argument("--tokens", type=int, default=4096, help="tokens of a step")
     part.add_argument("--steps", type=int, default=3, help="steps of a kind in each round")
@@ -60,22 +57,32 @@ def parser() -> argparse.ArgumentParser:
     part.add_argument("--repeats", type=int, default=9, help="rounds; the table has medians over them")
     part.add_argument("--device", default="auto")
     part.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"])
-    part.set_defaults(only=list(ARMS))
+    select_arms(part, list(ARMS))
     part = parts.add_parser(
         "lengths", parents=[trained], help=f"trained with data.max_len={MAX_LEN}, bounds of longer proteins"
     )
     part.add_argument("--draws", type=int, default=8, help="noise draws per protein")
     part.add_argument("--proteins", type=int, help="at most this many of each range of lengths; default: all")
-    part.set_defaults(only=ENCODINGS)
+    select_arms(part, ENCODINGS)
     part = parts.add_parser(
         "robustness",
         parents=[trained],
         help=f"use of 20 real proteins, with the runs of bounds or, if absent, after {FEW} training steps",
     )
     part.add_argument("--sampling-steps", type=int, default=16)
-    part.set_defaults(only=ENCODINGS)
+    select_arms(part, ENCODINGS)
     parts.add_parser("tables", parents=[shared], help="print all tables from the results file")
     return top
+
+
+def select_arms(part: argparse.ArgumentParser, default: list[str]) -> None:
+    """Add the options that choose the proteins and the kinds of networks.
+
+    Each part gets options of its own: a default that is set for an option of a shared parent applies to all parts.
+    """
+    part.add_argument("--data", type=Path, help="a store written by prepare; default: the bundled proteins")
+    names = f"of {', '.join(ARMS)}; default: {'all' if default == list(ARMS) else 'the position encodings'}"
+    part.add_argument("--only", nargs="+", choices=list(ARMS), default=default, metavar="ARM", help=names)
 
 
 def command_of(arguments: argparse.Namespace, defaults: argparse.Namespace) -> str:
