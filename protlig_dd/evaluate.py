@@ -29,7 +29,10 @@ from protlig_dd.system.terminal import announce, console
 
 
 def evaluate(cfg: DictConfig) -> None:
-    """Bound the negative log-likelihood of every sequence, shared among the ranks, and write a folder of tables."""
+    """Bound the negative log-likelihood of every sequence, and write a folder of tables.
+
+    The sequences are divided among the ranks, and rank 0 writes the folder.
+    """
     config = read_config(cfg, EvaluateConfig)
     output = check_free(config.output)
     find_mmseqs(config.near, "near")
@@ -54,8 +57,9 @@ def evaluate(cfg: DictConfig) -> None:
     if n_cropped:
         models = "this model was" if compared is None else "both models were"
         message = f"{n_cropped} proteins have more than {max_len} residues, the most that {models} trained on"
-        part = f"first {max_len}" if context == "none" else f"{max_len} residues with the most designed ones"
-        announce(f"{message}: only their {part} are scored", trained.processes)
+        first = f"only the first {max_len} residues of each are scored"
+        most = f"each is cropped to the {max_len} consecutive residues that contain the most designed residues"
+        announce(f"{message}: {first if context == 'none' else most}", trained.processes)
     scored = score(trained, given, config, baselines)
     if compared is not None:
         other_scored = score(compared, given, config, None, bound_only=True)
@@ -81,6 +85,7 @@ def evaluate(cfg: DictConfig) -> None:
         "seed": config.seed,
         "precision": trained.precision,
         "baseline_store": None if baseline_group is None else baseline_group.name,
+        "baseline_context": None if baseline_group is None else baseline_group.context,
         "baseline_sequences": None if baselines is None else baselines.sequences,
         "compared_with": None if compared is None else description_of(compared),
         **summary(scored),
@@ -100,12 +105,13 @@ def evaluate(cfg: DictConfig) -> None:
 
 
 def description_of(trained: TrainedModel) -> dict[str, Any]:
-    """Return the report's fields that identify a model and the estimator of its bound."""
+    """Return the report's fields that identify a model, the estimator of its bound and its `data.context`."""
     return {
         "run": trained.run,
         "step": trained.step,
         "checkpoint": str(trained.saved.path),
         "estimator": trained.score_fn.estimator,
+        "trained_context": trained.context,
     }
 
 

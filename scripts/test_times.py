@@ -15,7 +15,10 @@ from typing import NamedTuple
 
 
 class Group(NamedTuple):
-    """Tests of one subject; a test belongs to the first group that lists its name or file."""
+    """Tests of one subject.
+
+    A test belongs to the first group that lists its file and, if the group has `tests`, also a prefix of its name.
+    """
 
     name: str
     checks: str
@@ -74,12 +77,13 @@ GROUPS = (
     Group(
         "packing",
         "a sequence gives the same result alone and in a pack; packs and crops do not depend on the rank "
-        "or worker; lengths that disagree are errors",
+        "or worker; lengths that do not sum to the number of tokens are errors",
         ("test_batch", "test_attention", "test_rotary", "test_dit", "test_loader", "test_plan"),
     ),
     Group(
         "mixers",
-        "test-time training equals gradient steps in float64; a mixer for each block, in old and new configs",
+        "test-time training equals gradient steps in float64; each block can have its own mixer; earlier configs "
+        "with one mixer are still read",
         ("test_mixers", "test_ttt"),
     ),
     Group(
@@ -95,7 +99,7 @@ GROUPS = (
     Group(
         "training and resume",
         "stop + resume is bit-identical to an undisturbed run; other configs, data and weights are "
-        "rejected; optimizers; the wheel trains",
+        "rejected; optimizers; a model can be trained from the installed package alone",
         (
             "test_training",
             "test_trainer",
@@ -152,7 +156,7 @@ GROUPS = (
     ),
     Group(
         "scripts and docs",
-        "benchmarks print the tables of the docs; a mutation fails a test; set-up",
+        "benchmarks print the tables of the docs; a fault planted in the code makes a test fail; set-up",
         ("test_scripts", "test_architecture", "test_setup", "test_testing"),
     ),
     Group(
@@ -171,7 +175,7 @@ GROUPS = (
 
 
 def group_of(file: str, test: str) -> Group:
-    """Return the first group that lists the test or its file.
+    """Return the group of a test (see Group).
 
     Raises:
         ValueError: no group lists the file.

@@ -154,6 +154,13 @@ def test_the_case_of_every_residue_of_a_mixed_store_is_kept(
             check_designed(group)
 
 
+def test_a_row_with_fewer_bits_of_case_than_residues_is_an_error(tmp_path: Path) -> None:
+    store = build_store([write(tmp_path / "a.fasta", ["ACDEFGHIKlmn"])], tmp_path / "a.h5")
+    assert store.lower_case(0) is not None
+    with raises_value_error("row 0: 2 bytes of case_bits for 17 residues, expected 3"):
+        store._case.lower_case(0, 17)
+
+
 def test_gzip_and_several_files_and_filters_keep_the_case(tmp_path: Path, proteins: list[FastaRecord]) -> None:
     texts = [marked(record) for record in proteins[:60]]
     (tmp_path / "all.fasta").write_text("".join(texts))
@@ -524,7 +531,7 @@ def test_a_run_with_context_is_evaluated_and_infilled_with_it(
         assert done.returncode == 0, done.stderr
         found[name] = json.loads((tmp_path / name / "report.json").read_text())
         assert "20 proteins, 240 designed residues" in (tmp_path / name / "report.md").read_text()
-    assert found["store"]["context"] == "lower"
+    assert [found["store"][key] for key in ("context", "trained_context", "baseline_context")] == ["lower"] * 3
     assert {key: found["fasta"][key] for key in ("bound", "unigram", "bigram", "residues")} == {
         key: found["store"][key] for key in ("bound", "unigram", "bigram", "residues")
     }
@@ -538,6 +545,11 @@ def test_a_run_with_context_is_evaluated_and_infilled_with_it(
     assert ProteinDiffusion.from_pretrained(tmp_path / "shared", device="cpu").score_fn.trained_with_context
     sampled = run_python("-m", "protlig_dd.sample", "from=shared", "output=s.fasta", "n=1", "steps=2", "nll_draws=0")
     assert "warning: the samples are whole proteins, but this model was trained to design parts" in sampled.stdout
+
+    keys = ("target=MKTAYIAKQR", "output=scan.csv", "device=cpu")
+    scanned = run_python("-m", "protlig_dd.variants", "from=shared", *keys)
+    assert scanned.returncode == 0, scanned.stderr
+    assert "warning: this model was trained to design parts of proteins given the lower-case residues" in scanned.stdout
 
     # a run whose report is about other residues of the same proteins is not paired
     shutil.copytree(tmp_path / "runs/given", tmp_path / "runs/other")

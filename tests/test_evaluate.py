@@ -316,7 +316,13 @@ def test_two_models_are_compared_protein_by_protein(
     nats, compared_nats, residues = (
         np.array([float(row[key]) for row in rows]) for key in ("bound_nats", "compared_nats", "residues")
     )
-    assert report["compared_with"] == {"run": "small", "step": 20, "checkpoint": str(start), "estimator": "exact_count"}
+    assert report["compared_with"] == {
+        "run": "small",
+        "step": 20,
+        "checkpoint": str(start),
+        "estimator": "exact_count",
+        "trained_context": "none",
+    }
     for name, values in (("compared", compared_nats), ("bound_to_compared", nats - compared_nats)):
         expected = ratio_and_error(values, residues)
         assert (report[name], report[f"{name}_se"]) == pytest.approx(expected, abs=1e-6)
@@ -432,7 +438,7 @@ def test_baselines_of_fasta_input_come_from_the_runs_training_set(
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["cut_to_max_len"] == 1
-    assert "their first 300 are scored" in done.stdout
+    assert "only the first 300 residues of each are scored" in done.stdout
     rows = list(csv.DictReader((tmp_path / "out/per_sequence.csv").read_text().splitlines()))
     assert {row["id"]: int(row["residues"]) for row in rows}["long"] == 300
     assert report["baseline_sequences"] == 360

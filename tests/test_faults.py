@@ -68,7 +68,7 @@ def test_a_signal_raises_immediately_unless_deferred() -> None:
         assert requested_reasons(stop) == ["SIGINT"]
         with pytest.raises(Stopped, match="SIGINT"), stop.immediate():
             pass
-        with pytest.raises(KeyboardInterrupt):  # a second Ctrl-C interrupts immediately
+        with pytest.raises(KeyboardInterrupt, match="same command resumes"):  # a second Ctrl-C interrupts immediately
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 

@@ -1,5 +1,6 @@
 """`plan=true`: the estimated cost of a config, compared with the memory and FLOPs of its training."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -201,4 +202,14 @@ def test_the_command_prints_the_plan_and_trains_nothing(
     assert process.returncode == 0, process.stderr
     for word in ("parameters  1.6 M", "GFLOP per token", "activations", "KiB per token", "days on 1 x cpu", "TFLOP/s"):
         assert word in process.stdout
+    sequences = len(store.split("train"))
+    assert re.search(rf"\nwarning: [\d,]+ epochs of only {sequences} training sequences", process.stdout)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_plan_rejects_a_backend_that_cannot_compute_the_position_encoding(
+    store: SequenceStore, run_python: Command
+) -> None:
+    keys = ("plan=true", f"data.path={store.path}", "model.positions=t5", "model.attention_backend=flash_attn")
+    process = run_python("-m", "protlig_dd.training", *keys)
+    assert_one_line_error(process, "model.attention_backend=flash_attn cannot add the bias of model.positions=t5")

@@ -31,13 +31,21 @@ class CaseIndex(NamedTuple):
     bits: np.ndarray
 
     def lower_case(self, row: int, residues: int) -> np.ndarray | None:
-        """Return (residues,) bool, which residues of a row are lower-case letters; None if none is."""
+        """Return (residues,) bool, which residues of a row are lower-case letters; None if none is.
+
+        Raises:
+            ValueError: the row has another number of bytes than its residues need.
+        """
         j = int(np.searchsorted(self.rows, row))
         if j == len(self.rows) or self.rows[j] != row:
             return None
         start, end = self.offsets[j : j + 2].tolist()
         if start == end:
             return np.ones(residues, bool)
+        if end - start != (expected := -(-residues // 8)):
+            raise ValueError(
+                f"row {row}: {end - start} bytes of case_bits for {residues} residues, expected {expected}"
+            )
         return np.unpackbits(self.bits[start:end], count=residues).view(bool)
 
 

@@ -85,7 +85,7 @@ class StopRequests:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         reason = "max_time" if number == signal.SIGALRM else signal.Signals(number).name
         if self.insist and reason == "SIGINT" and reason in self.noted:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("; the same command resumes from the last checkpoint")
         is_stopping = bool(self.noted)
         self.noted.add(reason)
         if is_stopping:

@@ -26,6 +26,7 @@ from protlig_dd.system.distributed import busy
 from protlig_dd.system.terminal import announce, console
 from protlig_dd.tokenizer import N_STATES
 from protlig_dd.training.context import RunContext
+from protlig_dd.training.cost import warning_of_epochs
 from protlig_dd.training.held_out import find_held_out_leaks
 from protlig_dd.training.hooks import Hooks
 from protlig_dd.training.launch import Deadline, launch, opened_run, print_cost
@@ -38,7 +39,6 @@ from protlig_dd.training.resolve import resolve
 from protlig_dd.training.trainer import Trainer, make_model
 
 SLOW_ON_CPU = 10_000_000  # parameters
-MANY_EPOCHS = 100  # UniRef50 models train for a few epochs
 
 
 def run(cfg: DictConfig) -> None:
@@ -202,11 +202,8 @@ def print_summary(trainer: Trainer, steps: range, store: StoreGroup, context: Ru
         f"{optim.packs_per_step} x {config.data.tokens_per_pack} tokens = "
         f"{epochs:,.2f} epochs"
     )
-    if epochs > MANY_EPOCHS:
-        say(
-            f"warning: {epochs:,.0f} epochs of only {len(dataset.rows):,} training sequences; train on more sequences "
-            "(data.path), or set fewer steps (trainer.max_steps, or trainer.epochs with trainer.max_steps=null)"
-        )
+    if warning := warning_of_epochs(epochs, len(dataset.rows)):
+        say(warning)
     graph, sigma_max = trainer.objective.graph, float(trainer.objective.noise(torch.ones(1))[0])
     name = " ".join(str(config.graph[key]) for key in ("name", "matrix") if key in config.graph)
     say(

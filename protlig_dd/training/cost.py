@@ -23,6 +23,7 @@ from protlig_dd.system.terminal import console
 from protlig_dd.training.optim.make import make_optimizer
 from protlig_dd.training.optim.schedule import count_steps
 
+MANY_EPOCHS = 100  # UniRef50 models train for a few epochs
 MFU = 0.4  # assumed fraction of the FLOP/s that matrix products reach
 H100_FLOPS = 989e12  # dense bf16
 TOKENS = 128  # of the smaller of the two packs whose activations are counted if they are proportional to the tokens
@@ -148,6 +149,7 @@ def plan(
         "parameters": parameters,
         "flops_per_token": flops,
         "step_tokens": step_tokens,
+        "sequences": len(dataset.rows),
         "steps": steps,
         "epochs": steps * optim.packs_per_step / dataset.packs_per_epoch,
         # in float32: weights, gradients, averages, and the optimizer's state (AdamW keeps two numbers for each of its
@@ -159,6 +161,16 @@ def plan(
         "peak_flops": peak,
         "seconds": steps * step_tokens * flops / (MFU * peak * devices),
     }
+
+
+def warning_of_epochs(epochs: float, sequences: int) -> str | None:
+    """Return a warning of more than MANY_EPOCHS passes over the training sequences; None for fewer."""
+    if epochs <= MANY_EPOCHS:
+        return None
+    return (
+        f"warning: {epochs:,.0f} epochs of only {sequences:,} training sequences; train on more sequences "
+        "(data.path), or set fewer steps (trainer.max_steps, or trainer.epochs with trainer.max_steps=null)"
+    )
 
 
 def three_digits(x: float) -> str:
@@ -200,3 +212,5 @@ def print_plan(config: TrainConfig, store: StoreGroup, device: torch.device, pre
         ],
     }
     console.print("\n".join(f"{name:<11} {'; '.join(parts)}" for name, parts in rows.items()))
+    if warning := warning_of_epochs(costs["epochs"], costs["sequences"]):
+        console.print(warning)

@@ -21,7 +21,7 @@ from protlig_dd.data.prepare.bundled import bundled_store
 from protlig_dd.data.store import SequenceStore, StoreGroup
 from protlig_dd.evaluation.report.page import write_run_page
 from protlig_dd.evaluation.report.run import PAGE
-from protlig_dd.model.mixers.attention import resolve_attention_backend
+from protlig_dd.model.mixers.attention import check_positions, resolve_attention_backend
 from protlig_dd.runs.metrics import import_wandb
 from protlig_dd.system.device import missing_to_compile, resolve_compile, resolve_device, resolve_precision
 from protlig_dd.system.distributed import (
@@ -101,10 +101,15 @@ def count_processes(config: TrainConfig) -> int:
 
 
 def print_cost(config: TrainConfig) -> None:
-    """Print what a run will cost, on rank 0."""
+    """Print what a run will cost, on rank 0.
+
+    Raises:
+        ValueError: the attention backend cannot compute the position encoding, on any machine.
+    """
     processes, devices = processes_from_environment(), count_processes(config)
     if not processes.first:
         return
+    check_positions(config.model.attention_backend, config.model.positions)
     device, config = resolve_device(config.trainer.device), with_available_data(config)
     store = open_data(config.data, processes)
     print_plan(config, store, device, resolve_precision(config.trainer.precision, device), devices)

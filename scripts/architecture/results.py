@@ -9,7 +9,7 @@ from protlig_dd.system.files import drop_partial_line
 
 Row = dict[str, Any]
 Key = tuple[str, str, int]
-"""The command without the options that only select arms and seeds, the arm, and the seed."""
+"""(command, arm, seed). The command has no options that only select arms or seeds, and none at their default."""
 
 
 def key_of(row: Row) -> Key:

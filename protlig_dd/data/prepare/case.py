@@ -47,6 +47,17 @@ def repeats_in_other_case(spool: Spool, repeats: np.ndarray) -> int:
     return int((hashes[:, 0] != hashes[:, 1]).sum())
 
 
+def kept_case(spool: Spool, lengths: np.ndarray, keep: np.ndarray) -> "KeptCase | None":
+    """Return the case of the kept rows; None if none of them has both upper-case and lower-case letters.
+
+    Args:
+        lengths: (rows,) tokens of each row.
+        keep: (rows,) bool.
+    """
+    case = KeptCase(spool, lengths, keep)
+    return case if case.mixed.any() else None
+
+
 class KeptCase:
     """The case of the rows that a store keeps, while its columns are written.
 
@@ -67,11 +78,6 @@ class KeptCase:
         self.only_context: dict[str, dict[str, Any]] = {
             context: {"sequences": 0, "first": []} for context in ("lower", "upper")
         }
-
-    @property
-    def written(self) -> bool:
-        """Whether the store keeps the case: a kept record has both upper-case and lower-case letters."""
-        return bool(self.mixed.any())
 
     def count(self, first: int, end: int, block: np.ndarray, row_splits: np.ndarray) -> None:
         """Count the lower-case letters of a block of the spool, and find records without an amino acid of one case.
@@ -97,8 +103,6 @@ class KeptCase:
 
     def columns(self) -> dict[str, tuple[int, Any]]:
         """Return {name: (size, blocks)} of the columns of the store, to be written after its tokens."""
-        if not self.written:
-            return {}
         return {
             "case_rows": (len(self.rows), [np.cumsum(self.keep)[self.rows] - 1]),
             "case_offsets": (len(self.rows) + 1, [np.append(0, np.cumsum(self.bytes, dtype=np.int64))]),
@@ -119,7 +123,5 @@ class KeptCase:
 
     def describe(self) -> dict[str, Any]:
         """Return the manifest's entry."""
-        if not self.written:
-            return {}
         splits = {name: int(counts.sum()) for name, counts in zip(SPLITS, self.counts, strict=True)}
         return {"case": {"sequences": int(self.mixed.sum()), "lower_case": splits, "only_context": self.only_context}}

@@ -9,7 +9,7 @@ import h5py
 import numpy as np
 import xxhash
 
-from protlig_dd.data.prepare.case import FOLD, KeptCase
+from protlig_dd.data.prepare.case import FOLD, kept_case
 from protlig_dd.data.prepare.splits import TEST, TRAIN, VALIDATION
 from protlig_dd.data.prepare.spool import ROWS_AT_ONCE, Spool, offsets_of, select_rows
 from protlig_dd.data.store import COLUMNS, FORMAT_VERSION, SPLITS, fingerprint_of
@@ -31,15 +31,14 @@ def write_store(
     token_counts = np.zeros((len(SPLITS), VOCAB_SIZE), dtype=np.int64)
 
     dropped = len(SPLITS)
-    case = KeptCase(spool, lengths, keep) if spool.size("case_row") else None  # None: no lower-case letter
+    case = kept_case(spool, lengths, keep)
 
     def tokens() -> Iterator[np.ndarray]:
         for first, end, block in spool.pieces("tokens", lengths):
             row_splits = np.where(keep[first:end], splits[first:end], dropped)
             if case is not None:
-                if case.written:
-                    case.count(first, end, block, row_splits)
-                block &= FOLD
+                case.count(first, end, block, row_splits)
+            block &= FOLD
             counts = {
                 code: count_tokens(select_rows(block, lengths[first:end], row_splits == code))
                 for code in (VALIDATION, TEST, dropped)

@@ -23,9 +23,9 @@ class SamplerOptions:
     Args:
         steps: number of reverse steps from t = 1 to t_min; a denoising step follows.
         predictor: a name in SAMPLERS.
-        temperature, top_p: sharpen each position's distribution of x0, after log_bias is applied: p^(1 / temperature),
-            then keep only the smallest set of amino acids whose total probability is at least top_p. The defaults, 1
-            and 1, sample the model itself.
+        temperature, top_p: sharpen each position's distribution p of x0. First p is raised to the power
+            1 / temperature and normalised. Then only the smallest set of amino acids whose total probability is at
+            least top_p is kept. The defaults, 1 and 1, sample the model itself.
     """
 
     steps: int

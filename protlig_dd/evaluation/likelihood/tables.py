@@ -52,7 +52,8 @@ def report_table(report: dict[str, Any]) -> str:
         figures = format_figure(nats, error, ".4f"), format_figure(perplexity, perplexity * error, ".3f")
         lines.append(f"| {NAMES[name]} | {' | '.join(figures)} | {difference} |")
     if "unigram" in report:
-        data = f"{report['baseline_sequences']:,} training proteins of {report['baseline_store']}"
+        all_residues = "all residues of " if report["baseline_context"] != report["context"] else ""
+        data = f"{all_residues}{report['baseline_sequences']:,} training proteins of {report['baseline_store']}"
         lines += ["", f"The unigram and bigram models were fitted to {data}."]
     if "compared" in report:
         other = report["compared_with"]
