@@ -52,8 +52,8 @@ CUDA_BACKENDS = ("flash_attn", "torch_varlen")
     ("dtype", "head_dim", "message"),
     [
         (torch.float32, 16, "needs bfloat16 or float16, but qkv is torch.float32; use sdpa"),
-        (torch.bfloat16, 10, "needs a head_dim of 8, 16, ... or 256, got 10; use sdpa"),
-        (torch.bfloat16, 264, "needs a head_dim of 8, 16, ... or 256, got 264; use sdpa"),
+        (torch.bfloat16, 10, "needs a head_dim that is a multiple of 8 and at most 256, got 10; use sdpa"),
+        (torch.bfloat16, 264, "needs a head_dim that is a multiple of 8 and at most 256, got 264; use sdpa"),
     ],
 )
 def test_cuda_backends_reject_unsupported_dtypes_and_head_dims(
@@ -129,7 +129,7 @@ def test_explicit_backends_that_cannot_run_are_errors(monkeypatch: pytest.Monkey
     with raises_value_error("torch_varlen runs on CUDA, but the device is cpu"):
         resolve_attention_backend("torch_varlen", CPU, "bf16", 64)
     assert resolve_attention_backend("auto", CUDA, "bf16", 10) == "sdpa"
-    with raises_value_error("needs a head_dim of 8, 16, ... or 256, got 10; use sdpa or auto"):
+    with raises_value_error("needs a head_dim that is a multiple of 8 and at most 256, got 10; use sdpa or auto"):
         resolve_attention_backend("torch_varlen", CUDA, "bf16", 10)
     with raises_value_error("unknown attention backend 'flash'; choose from auto"):
         resolve_attention_backend("flash", CPU, "bf16", 64)

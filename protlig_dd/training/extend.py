@@ -13,11 +13,15 @@ from protlig_dd.system.tables import read_json
 
 
 def finished_step(path: Path) -> int | None:
-    """Return the last step of a run that has written its report; None without a report, or after further training."""
+    """Return the last step of a finished run; None for any other run.
+
+    The schedule of a finished run has ended, and its report is about its newest checkpoint.
+    """
     step, checkpoints = read_json(path / "report.json").get("step"), complete_checkpoints(path)
     if not checkpoints or step != step_of(checkpoints[-1]) or not schedule_finished(path, checkpoints[-1]):
         return None
-    # the lengths differ if an earlier version extended the run and was killed before the next checkpoint
+    # An earlier version of protlig_dd wrote the longer schedule into the run folder before it trained. If it was killed
+    # before the next checkpoint, the config of the newest checkpoint still has the shorter schedule.
     lengths = [configured_length(recorded_config(folder)) for folder in (path, checkpoints[-1])]
     return step if lengths[0] == lengths[1] else None
 
@@ -52,7 +56,7 @@ def check_extension(path: Path, config: TrainConfig) -> None:
     level = config.optim.min_lr_ratio == 1 or (config.optim.schedule == "wsd" and config.optim.decay_share == 0)
     checkpoints = complete_checkpoints(path)
     if not longer or not checkpoints or level or config.run.resume == "extend":
-        return  # before the newest checkpoint is read: if it is damaged, the run resumes from an earlier one
+        return  # The newest checkpoint is not read: it may be damaged, and the run then resumes from an earlier one.
     if schedule_finished(path, checkpoints[-1]):
         changes = " and ".join(f"{key} was {before[key]}, now {now[key]}" for key in longer)
         raise ValueError(

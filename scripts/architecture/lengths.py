@@ -1,4 +1,4 @@
-"""Bounds of proteins that are longer than those on which the network was trained."""
+"""Bounds on the NLL of held-out proteins by their length, up to four times the length that the network trained on."""
 
 import argparse
 from typing import Any
@@ -17,7 +17,10 @@ RANGES = ((0, 256), (256, 512), (512, 1024))  # residues: more than the first nu
 
 
 def lengths(arguments: argparse.Namespace) -> bool:
-    """Train each arm on proteins of at most MAX_LEN residues, and bound held-out proteins of each range of lengths."""
+    """Train each kind of network on at most MAX_LEN residues of each protein, and compute bounds for longer proteins.
+
+    Held-out proteins are grouped by length (RANGES). They are not cropped.
+    """
     store = store_of(arguments)
     rows = np.concatenate([store.split(split) for split in ("validation", "test")])
     selected = {
@@ -41,7 +44,10 @@ def lengths(arguments: argparse.Namespace) -> bool:
 
 
 def bound(trained: TrainedModel, proteins: list[np.ndarray], config: EvaluateConfig) -> dict[str, Any]:
-    """Return the nats and residues of each protein, at full length, or the message of an encoding that rejects them."""
+    """Return the NLL bound of each protein in nats (`nats`) and its number of residues (`lengths`).
+
+    The proteins are not cropped. If the position encoding rejects one as too long, return its message (`rejected`).
+    """
     try:
         scored = score(trained, [Given(tokens, None) for tokens in proteins], config, None, bound_only=True)
     except ValueError as error:

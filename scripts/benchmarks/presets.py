@@ -15,7 +15,10 @@ from scripts.benchmarks.variants import composed
 
 
 def presets(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Print the figures of `plan=true` for each preset in bf16, with and without activation checkpointing."""
+    """Print the estimated cost of training each preset in bf16, with and without activation checkpointing.
+
+    The estimates are those that `python -m protlig_dd.training plan=true` prints.
+    """
     store, rows = open_store(arguments.fasta, arguments.folder), []
     names = ("tiny", "small", "medium", "large")
     with ProgressBar("presets", 4) as bar:

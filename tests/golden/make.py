@@ -4,9 +4,10 @@
 
 FOLDER must be empty. At the end the paths of a file and a folder are printed: copy both into tests/golden.
 
-All results come from the public commands, in float32 on one thread. `record.json` has the losses, weights, bounds,
-samples, designs, scores and embeddings of three small models. `files/` has a store, a run that was stopped half-way and
-an exported model, which later versions must read and continue.
+All results come from the public commands, in float32 on one thread. `record.json` has, for each of three small
+models, the training losses, the bounds on the NLL of proteins, the samples and the infilled designs, and checksums of
+the weights, the variant scores and the embeddings. `files/` has a store, a run that was stopped half-way and an
+exported model. Later versions must be able to read all three, and to resume the run.
 """
 
 import hashlib
@@ -82,10 +83,10 @@ def machine() -> dict[str, str]:
 
 
 def write_proteins(folder: Path) -> None:
-    """Write the first proteins of the sample to three files.
+    """Write the first proteins of the bundled sample's training split to three files.
 
-    All are training proteins of at most LONGEST residues. all.fasta has the first PROTEINS (80) of them, proteins.fasta
-    has the first 20, and motif.fasta has the first one.
+    Proteins of more than LONGEST residues are left out. all.fasta has the first PROTEINS (80) of the others,
+    proteins.fasta has the first 20, and motif.fasta has the first one.
     """
     short = (record for record in read_fasta(SAMPLE) if len(record.sequence) <= LONGEST)
     records = list(itertools.islice(short, PROTEINS))

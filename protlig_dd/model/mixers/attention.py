@@ -123,7 +123,7 @@ def check_attention_input(qkv: Tensor, batch: PackedBatch, backend: str, scores:
 
 
 def head_dim_problem(backend: str, head_dim: int, columns: int) -> str | None:
-    """Return why a CUDA backend does not support this head_dim, as the rest of a message; None if it does.
+    """Return None if a CUDA backend supports this head_dim, and otherwise the reason, to follow the backend's name.
 
     Args:
         columns: dimensions that the position encoding appends to each head.
@@ -133,7 +133,7 @@ def head_dim_problem(backend: str, head_dim: int, columns: int) -> str | None:
         return None if head_dim >= FLEX_HEAD_DIM else f"needs a head_dim of at least {FLEX_HEAD_DIM}, got {head_dim}"
     if flash_supports(head_dim + columns):
         return None
-    return f"needs a head_dim of 8, 16, ... or 256, got {head_dim}{appended}"
+    return f"needs a head_dim that is a multiple of 8 and at most 256, got {head_dim}{appended}"
 
 
 def check_positions(backend: str, positions: str) -> None:
@@ -197,7 +197,7 @@ def resolve_attention_backend(
 def backend_problem(
     backend: str, device: torch.device, precision: str, head_dim: int, kind: type[PositionEncoding]
 ) -> str | None:
-    """Return why a backend cannot run here, as the rest of a message that begins with its name; None if it can."""
+    """Return None if a backend can run here, and otherwise the reason, to follow the backend's name in a message."""
     if backend == "sdpa":
         return None
     if backend == "flash_attn" and not has_flash_attn():
