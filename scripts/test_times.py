@@ -17,7 +17,8 @@ from typing import NamedTuple
 class Group(NamedTuple):
     """Tests of one subject.
 
-    A test belongs to the first group that lists its file and, if the group has `tests`, also a prefix of its name.
+    A test belongs to the first group that matches it. `files` of that group contains the test's file, and the test's
+    name starts with a prefix in `tests`, unless `tests` is empty.
     """
 
     name: str
@@ -98,8 +99,8 @@ GROUPS = (
     ),
     Group(
         "training and resume",
-        "stop + resume is bit-identical to an undisturbed run; other configs, data and weights are "
-        "rejected; optimizers; a model can be trained from the installed package alone",
+        "stop + resume is bit-identical to an undisturbed run; a run does not resume with another config, "
+        "other data or other weights; optimizers; a model can be trained from the installed package alone",
         (
             "test_training",
             "test_trainer",
@@ -114,12 +115,12 @@ GROUPS = (
     Group(
         "faults and DDP",
         "signals, time limits, lost ranks and loaders, damaged checkpoints; 1, 2 and 4 processes "
-        "give the same run; ranks that disagree are rejected",
+        "give the same run; ranks whose configs or stores differ are rejected",
         ("test_faults", "test_meeting"),
     ),
     Group(
         "two hosts",
-        "network namespaces: hosts that disagree both exit with an error; network cuts and lost hosts do not change "
+        "two hosts simulated by network namespaces: both exit with an error if their configs or stores differ; network cuts and lost hosts do not change "
         "the run",
         ("test_hosts",),
     ),

@@ -29,8 +29,8 @@ class Proteins(NamedTuple):
     """(residues,) bool for each protein, which residues are lower-case letters; None if none is, or if a store keeps
     no case."""
     has_case: bool
-    """For FASTA: whether any record of the file, in the subsample or not, has both upper-case and lower-case letters.
-    For a store: whether it keeps the case of its records."""
+    """For FASTA: whether any record of the file has both upper-case and lower-case letters, even if that record is not
+    among the selected ones. For a store: whether it keeps the case of its records."""
 
 
 def read_sequences(

@@ -9,7 +9,11 @@ from protlig_dd.system.files import drop_partial_line
 
 Row = dict[str, Any]
 Key = tuple[str, str, int]
-"""(command, arm, seed). The command has no options that only select arms or seeds, and none at their default."""
+"""(command, arm, seed). An arm is one of the compared kinds of networks.
+
+Two rows with the same command, arm and seed measured the same thing: options that do not change what is measured, such
+as --seeds or --threads, are left out of the command.
+"""
 
 
 def key_of(row: Row) -> Key:

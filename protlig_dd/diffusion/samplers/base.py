@@ -67,13 +67,14 @@ class Analytic:
     If the parametrisation is `x0`, the step is computed from the posterior of x0. The result is the same distribution
     as in eq. 19, but the formula has no exponentials that grow with the noise.
 
-    Sampling starts from the distribution at t = 1 that the bound on the NLL assumes (see likelihood.py). If the model's
-    estimator is `exact_count`, all residues are masked at the start. If it is `integral`, they are drawn from the
-    prior.
+    Sampling starts from the distribution at t = 1 that the bound on the NLL assumes (see likelihood.py). If
+    `exact_count` estimates that bound, all residues are masked at the start. If `integral` estimates it, the residues
+    are drawn from the prior.
 
     Args:
         batch: sequences `<bos> residues <eos>`, of which only the lengths are used.
-        bias: log_bias of each residue (R, V).
+        bias: (R, V), added to the log-probability of each of the V amino acids at each of the R residues. -inf forbids
+            an amino acid.
     """
 
     needs_masks = False
@@ -140,7 +141,8 @@ def apply_steering(
 ) -> Float64[Tensor, "T V"]:
     """Return log q of x0 with q multiplied by exp(bias), then sharpened by temperature and top_p.
 
-    Where residues depend on each other, sampling from this q is an approximation (see docs/diffusion.md, Steering).
+    This steers each residue on its own. The samples follow the steered distribution of whole sequences exactly only if
+    the residues are independent (see docs/diffusion.md, Steering).
     """
     if bias is not None:
         log_q = log_q + bias
