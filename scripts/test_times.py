@@ -120,8 +120,8 @@ GROUPS = (
     ),
     Group(
         "two hosts",
-        "two hosts simulated by network namespaces: both exit with an error if their configs or stores differ; network cuts and lost hosts do not change "
-        "the run",
+        "two hosts simulated by network namespaces: both exit with an error if their configs or stores "
+        "differ; network cuts and lost hosts do not change the run",
         ("test_hosts",),
     ),
     Group(
