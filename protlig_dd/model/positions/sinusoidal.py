@@ -6,6 +6,7 @@ from torch import Tensor
 
 from protlig_dd.batch import PackedBatch
 from protlig_dd.model.config import ModelConfig
+from protlig_dd.model.layers import EMBEDDING_STD
 from protlig_dd.model.positions.base import PositionEncoding
 
 BASE = 10000.0
@@ -14,7 +15,9 @@ BASE = 10000.0
 class Sinusoidal(PositionEncoding):
     """Adds sinusoids of the position i to the embedding, whose width is D.
 
-    Dimension 2 k receives sin(i / 10000^(2 k / D)), and dimension 2 k + 1 the cosine.
+    Dimension 2 k receives EMBEDDING_STD sin(i / 10000^(2 k / D)), and dimension 2 k + 1 the cosine. Initial embeddings
+    have this standard deviation, so letters and positions have the proportions of the source (arXiv 1706.03762,
+    section 3.4), which multiplies the embeddings by sqrt(D) instead.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -29,7 +32,7 @@ class Sinusoidal(PositionEncoding):
     def add(self, x: Float[Tensor, "total hidden"], batch: PackedBatch) -> Float[Tensor, "total hidden"]:
         """Return the embeddings plus the sinusoids of each token's position."""
         sin, cos = sinusoids(batch.positions.float(), self.hidden_size)
-        return x + torch.stack([sin, cos], dim=-1).flatten(1).to(x.dtype)
+        return x + EMBEDDING_STD * torch.stack([sin, cos], dim=-1).flatten(1).to(x.dtype)
 
 
 def sinusoids(
