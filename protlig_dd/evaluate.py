@@ -58,7 +58,7 @@ def evaluate(cfg: DictConfig) -> None:
         models = "this model was" if compared is None else "both models were"
         message = f"{n_cropped} proteins have more than {max_len} residues, the most that {models} trained on"
         first = f"only the first {max_len} residues of each are scored"
-        most = f"each is cropped to the {max_len} consecutive residues that contain the most residues to score"
+        most = f"each is cropped to the {max_len} consecutive residues with the largest number of residues to score"
         announce(f"{message}: {first if context == 'none' else most}", trained.processes)
     scored = score(trained, given, config, baselines)
     if compared is not None:

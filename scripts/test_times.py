@@ -17,8 +17,8 @@ from typing import NamedTuple
 class Group(NamedTuple):
     """Tests of one subject.
 
-    A test belongs to the first group that matches it. `files` of that group contains the test's file, and the test's
-    name starts with a prefix in `tests`, unless `tests` is empty.
+    A group matches a test if `files` contains the test's file and the test's name starts with one of the prefixes in
+    `tests`. If `tests` is empty, all tests of these files match. A test belongs to the first group that matches it.
     """
 
     name: str
@@ -67,7 +67,7 @@ GROUPS = (
     ),
     Group(
         "README commands",
-        "every command of the README, in order, in a copy with an empty HOME",
+        "every command of the README, in order, in a copy of the repository with an empty HOME",
         ("test_readme",),
     ),
     Group(

@@ -1,6 +1,7 @@
 """The driver that measures the kinds of networks: what it trains, resumes, records and prints."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -135,7 +136,7 @@ def test_an_interrupted_command_resumes_and_trains_no_run_twice(
     order = [("rope", 0), ("none", 0), ("rope", 1), ("none", 1), ("rope", 2)]
     assert [(row["arm"], row["seed"]) for row in rows_of(tmp_path)] == order
     printed = capsys.readouterr().out
-    assert "\n```\npython -m scripts.architecture bounds --data " in printed
+    assert re.search(r"\n```\npython -m scripts.architecture bounds .*--data ", printed)
     assert [(cells[0], cells[2]) for cells in table_rows(printed)][1:] == [("`positions=none`", "2")]
     assert len(trainings) == len(set(trainings)) == 5
     content = (tmp_path / "results.jsonl").read_bytes()

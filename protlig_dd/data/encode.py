@@ -102,7 +102,7 @@ def is_nucleotide(tokens: bytes) -> bool:
 
 
 def nucleotide_warning(found: int, records: int, name: str) -> str:
-    """Return a warning for `found` of `records` sequences that look like DNA or RNA."""
+    """Return the warning that some sequences look like DNA or RNA: `found` of `records`."""
     return f"warning: {found:,} of {records:,} sequences of {name} look like DNA or RNA, and were read as proteins"
 
 

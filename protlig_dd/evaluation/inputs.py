@@ -26,8 +26,8 @@ class Proteins(NamedTuple):
     sequences: list[np.ndarray]
     """The tokens `<bos> residues <eos>` of each protein."""
     lower_case: list[np.ndarray | None]
-    """(residues,) bool for each protein, which residues are lower-case letters; None if none is, or if a store keeps
-    no case."""
+    """For each protein, (residues,) bool, which residues are lower-case letters. None if no residue is, or if the store
+    does not keep the case of letters."""
     has_case: bool
     """For FASTA: whether any record of the file has both upper-case and lower-case letters, even if that record is not
     among the selected ones. For a store: whether it keeps the case of its records."""

@@ -43,8 +43,8 @@ def per_token(
 ) -> list[Float[Tensor, "total hidden"]]:
     """Expand each sequence's shift, scale or gate to its tokens.
 
-    Each tensor is expanded separately. If a (total, 6 hidden) tensor were expanded and then split, the backward pass
-    would also have to concatenate the gradients of its parts.
+    Each tensor is expanded separately. If all were expanded as one tensor and split afterwards, the backward pass would
+    also have to concatenate the gradients of the parts.
 
     Args:
         modulations_nH: tensors (n, hidden), one row per sequence.

@@ -20,8 +20,9 @@ def finished_step(path: Path) -> int | None:
     step, checkpoints = read_json(path / "report.json").get("step"), complete_checkpoints(path)
     if not checkpoints or step != step_of(checkpoints[-1]) or not schedule_finished(path, checkpoints[-1]):
         return None
-    # An earlier version of protlig_dd wrote the longer schedule into the run folder before it trained. If it was killed
-    # before the next checkpoint, the config of the newest checkpoint still has the shorter schedule.
+    # When an earlier version of protlig_dd extended a run, it wrote the new length into the run folder before training.
+    # If that process was killed before it saved a checkpoint, the newest checkpoint's config still has the old length.
+    # Such a run is not finished.
     lengths = [configured_length(recorded_config(folder)) for folder in (path, checkpoints[-1])]
     return step if lengths[0] == lengths[1] else None
 
@@ -30,7 +31,7 @@ def schedule_finished(path: Path, checkpoint: Path) -> bool:
     """Whether the learning-rate schedule of the run ends at this checkpoint."""
     step, config = step_of(checkpoint), recorded_config(checkpoint)
     max_steps = read_json(checkpoint / "state.json").get("max_steps", config["trainer"]["max_steps"])
-    if max_steps is None:  # written by an earlier version with trainer.epochs
+    if max_steps is None:  # an earlier version wrote this checkpoint of a run with trainer.epochs
         return bool(read_json(path / "report.json").get("step") == step)
     return bool(step >= max_steps)
 
@@ -56,7 +57,7 @@ def check_extension(path: Path, config: TrainConfig) -> None:
     level = config.optim.min_lr_ratio == 1 or (config.optim.schedule == "wsd" and config.optim.decay_share == 0)
     checkpoints = complete_checkpoints(path)
     if not longer or not checkpoints or level or config.run.resume == "extend":
-        return  # The newest checkpoint is not read: it may be damaged, and the run then resumes from an earlier one.
+        return  # without reading the newest checkpoint: if it is damaged, the run resumes from an earlier one
     if schedule_finished(path, checkpoints[-1]):
         changes = " and ".join(f"{key} was {before[key]}, now {now[key]}" for key in longer)
         raise ValueError(

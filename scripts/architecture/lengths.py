@@ -17,9 +17,9 @@ RANGES = ((0, 256), (256, 512), (512, 1024))  # residues: more than the first nu
 
 
 def lengths(arguments: argparse.Namespace) -> bool:
-    """Train each kind of network on at most MAX_LEN residues of each protein, and compute bounds for longer proteins.
+    """Train each kind of network on proteins cropped to MAX_LEN residues, and compute bounds for held-out proteins.
 
-    Held-out proteins are grouped by length (RANGES). They are not cropped.
+    The held-out proteins are not cropped. They are grouped by length (RANGES), up to four times MAX_LEN.
     """
     store = store_of(arguments)
     rows = np.concatenate([store.split(split) for split in ("validation", "test")])
@@ -46,7 +46,8 @@ def lengths(arguments: argparse.Namespace) -> bool:
 def bound(trained: TrainedModel, proteins: list[np.ndarray], config: EvaluateConfig) -> dict[str, Any]:
     """Return the NLL bound of each protein in nats (`nats`) and its number of residues (`lengths`).
 
-    The proteins are not cropped. If the position encoding rejects one as too long, return its message (`rejected`).
+    The proteins are not cropped. If one is too long for the position encoding, return only the error message
+    (`rejected`), and no bounds.
     """
     try:
         scored = score(trained, [Given(tokens, None) for tokens in proteins], config, None, bound_only=True)

@@ -85,8 +85,8 @@ def machine() -> dict[str, str]:
 def write_proteins(folder: Path) -> None:
     """Write the first proteins of the bundled sample's training split to three files.
 
-    Proteins of more than LONGEST residues are left out. all.fasta has the first PROTEINS (80) of the others,
-    proteins.fasta has the first 20, and motif.fasta has the first one.
+    Proteins of more than LONGEST residues are skipped. Of the rest, all.fasta has the first 80 (PROTEINS),
+    proteins.fasta the first 20 and motif.fasta the first one.
     """
     short = (record for record in read_fasta(SAMPLE) if len(record.sequence) <= LONGEST)
     records = list(itertools.islice(short, PROTEINS))

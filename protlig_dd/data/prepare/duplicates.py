@@ -20,7 +20,7 @@ def kept_rows(spool: Spool, files: Sequence[FastaFile], *, duplicates: bool) -> 
 
     Returns:
         keep: (rows,) bool, whether each row is kept.
-        repeats: (k, 2), each row whose sequence occurs earlier, and the first row with that sequence.
+        repeats: (k, 2) row numbers: a row whose sequence also occurs in an earlier row, and the first such row.
 
     Raises:
         ValueError: an id occurs twice. The message names both records.
@@ -46,7 +46,7 @@ def shared_sequences(spool: Spool, splits: np.ndarray, repeats: np.ndarray) -> l
     """Count the sequences of each split that equal an earlier sequence in another split, and give the first examples.
 
     Args:
-        repeats: (k, 2), each row whose sequence occurs earlier, and the first row with that sequence.
+        repeats: (k, 2) row numbers: a row whose sequence also occurs in an earlier row, and the first such row.
     """
     repeats = repeats[np.argsort(repeats[:, 0])]
     shared = []

@@ -44,7 +44,7 @@ class Level(NamedTuple):
     sigma_next: float
     """Total noise after the step; 0 for the last step, after which no residue is masked."""
     euler_step: float
-    """dt * dsigma, the length of an Euler step."""
+    """Length of an Euler step: the step in t times the derivative d sigma / d t."""
 
 
 class Draws:
@@ -67,9 +67,9 @@ class Analytic:
     If the parametrisation is `x0`, the step is computed from the posterior of x0. The result is the same distribution
     as in eq. 19, but the formula has no exponentials that grow with the noise.
 
-    Sampling starts from the distribution at t = 1 that the bound on the NLL assumes (see likelihood.py). If
-    `exact_count` estimates that bound, all residues are masked at the start. If `integral` estimates it, the residues
-    are drawn from the prior.
+    Sampling starts from the distribution at t = 1 that the bound on the NLL assumes (see likelihood.py).
+    `score_fn.estimator` names the estimator of that bound. For `exact_count`, all residues are masked at the start. For
+    `integral`, they are drawn from the prior.
 
     Args:
         batch: sequences `<bos> residues <eos>`, of which only the lengths are used.
@@ -141,8 +141,8 @@ def apply_steering(
 ) -> Float64[Tensor, "T V"]:
     """Return log q of x0 with q multiplied by exp(bias), then sharpened by temperature and top_p.
 
-    This steers each residue on its own. The samples follow the steered distribution of whole sequences exactly only if
-    the residues are independent (see docs/diffusion.md, Steering).
+    This steers each residue on its own. If residues depend on each other, the samples follow the steered distribution
+    of whole sequences only approximately (see docs/diffusion.md, Steering).
     """
     if bias is not None:
         log_q = log_q + bias

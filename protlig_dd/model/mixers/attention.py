@@ -44,7 +44,7 @@ class Attention(Mixer):
     def project(
         self, x: Float[Tensor, "total hidden"], positions: PositionEncoding, *tables: Tensor
     ) -> Float[Tensor, "total 3 heads head_dim"]:
-        """Return queries and keys, rotated by their positions, and values."""
+        """Return queries, keys and values. Queries and keys are rotated by their positions."""
         qkv = rearrange(self.qkv(x), "t (three h d) -> t three h d", three=3, h=self.n_heads)
         if self.q_norm is not None and self.k_norm is not None:
             q, k, v = qkv.unbind(1)
@@ -123,17 +123,21 @@ def check_attention_input(qkv: Tensor, batch: PackedBatch, backend: str, scores:
 
 
 def head_dim_problem(backend: str, head_dim: int, columns: int) -> str | None:
-    """Return None if a CUDA backend supports this head_dim, and otherwise the reason, to follow the backend's name.
+    """Return None if this CUDA backend supports the head_dim, else the reason, to follow its name in a message.
 
     Args:
         columns: dimensions that the position encoding appends to each head.
     """
-    appended = f" + {columns} of the position encoding" if columns else ""
     if backend == "flex":
         return None if head_dim >= FLEX_HEAD_DIM else f"needs a head_dim of at least {FLEX_HEAD_DIM}, got {head_dim}"
     if flash_supports(head_dim + columns):
         return None
-    return f"needs a head_dim that is a multiple of 8 and at most 256, got {head_dim}{appended}"
+    width = (
+        f"{head_dim + columns} ({head_dim} and the {columns} dimensions of the position encoding)"
+        if columns
+        else head_dim
+    )
+    return f"needs a head_dim that is a multiple of 8 and at most 256, got {width}"
 
 
 def check_positions(backend: str, positions: str) -> None:
@@ -154,7 +158,8 @@ def flash_supports(head_dim: int) -> bool:
 def has_flash_attn() -> bool:
     """Whether flash-attn's kernel can be imported.
 
-    In version 4 the package flash_attn does not have this kernel, and a build for another torch cannot be loaded.
+    Version 4 of flash-attn does not have this kernel, and flash-attn built for another version of torch cannot be
+    imported.
     """
     try:
         from flash_attn import flash_attn_varlen_qkvpacked_func
