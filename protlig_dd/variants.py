@@ -26,6 +26,7 @@ from protlig_dd.evaluation.variants.scoring import (
     read_checked,
     score_assay,
     settings_of,
+    warn_of_context,
 )
 from protlig_dd.inference.model import load_trained
 from protlig_dd.system.distributed import broadcast_from_first
@@ -55,12 +56,7 @@ def score_one(config: VariantsConfig) -> None:
     target = read_target(config.target)
     assay = all_substitutions(target) if config.assay is None else read_checked(Path(config.assay), target, config)
     trained = load_trained(config.from_, device=config.device, precision=config.precision)
-    if trained.context != "none":
-        announce(
-            f"warning: this model was trained to design parts of proteins given the {trained.context}-case residues; "
-            "variants are scored as if the model had been trained on whole proteins",
-            trained.processes,
-        )
+    warn_of_context(trained)
     if is_nucleotide(target.astype(np.uint8).tobytes()):
         announce(nucleotide_warning(1, 1, "target="), trained.processes)
     file = None if config.assay is None else Path(config.assay)

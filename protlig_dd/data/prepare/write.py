@@ -31,14 +31,16 @@ def write_store(
     token_counts = np.zeros((len(SPLITS), VOCAB_SIZE), dtype=np.int64)
 
     dropped = len(SPLITS)
-    case = kept_case(spool, lengths, keep)
+    has_lower_case = spool.size("case_row") > 0
+    case = kept_case(spool, lengths, keep) if has_lower_case else None
 
     def tokens() -> Iterator[np.ndarray]:
         for first, end, block in spool.pieces("tokens", lengths):
             row_splits = np.where(keep[first:end], splits[first:end], dropped)
             if case is not None:
                 case.count(first, end, block, row_splits)
-            block &= FOLD
+            if has_lower_case:
+                block &= FOLD
             counts = {
                 code: count_tokens(select_rows(block, lengths[first:end], row_splits == code))
                 for code in (VALIDATION, TEST, dropped)

@@ -16,6 +16,7 @@ from protlig_dd.evaluation.variants.scoring import (
     read_checked,
     score_assay,
     settings_of,
+    warn_of_context,
 )
 from protlig_dd.inference.model import load_trained
 from protlig_dd.system.distributed import broadcast_from_first
@@ -46,6 +47,7 @@ def score_folder(config: VariantsConfig) -> None:
     outputs = {reference.id: output / f"{reference.id}.csv" for reference in references}
     check_distinct_outputs([*outputs.values(), output / "summary.csv"])
     trained = load_trained(config.from_, device=config.device, precision=config.precision)
+    warn_of_context(trained)
     frequencies = broadcast_from_first(background(trained) if trained.processes.first else None)
     common = settings_of(trained, config) | {"frequencies": frequencies.name}
     settings = {

@@ -53,6 +53,16 @@ def check_assay(trained: TrainedModel, config: VariantsConfig, assay: Assay, tar
         pieces_of(assay.subset(rows), len(target), trained.max_len, strategy)
 
 
+def warn_of_context(trained: TrainedModel) -> None:
+    """Print a warning if the model was trained on parts of proteins (`data.context`)."""
+    if trained.context != "none":
+        announce(
+            f"warning: this model was trained to design parts of proteins given the {trained.context}-case residues; "
+            "variants are scored as if the model had been trained on whole proteins",
+            trained.processes,
+        )
+
+
 def check_distinct_outputs(outputs: list[Path]) -> None:
     """Raise if two outputs would be the same file, as for the DMS_ids A and A_heatmap, or for a DMS_id summary."""
     taken: dict[Path, str] = {}
