@@ -12,7 +12,7 @@ from protlig_dd import __version__
 from protlig_dd.config.cli import run_verb
 from protlig_dd.config.read import read_config
 from protlig_dd.config.verbs import EmbedConfig
-from protlig_dd.inference.embedding import resolve_layer
+from protlig_dd.inference.embedding import check_long, resolve_layer
 from protlig_dd.inference.embedding_file import (
     SUFFIXES,
     embedded_blocks,
@@ -36,12 +36,8 @@ def embed_proteins(cfg: DictConfig) -> None:
     lengths = np.array([len(tokens) - 2 for tokens in proteins])
     trained = load_trained(config.from_, device=config.device, precision=config.precision)
     layer = resolve_layer(config.layer, len(trained.network.blocks))
-    if config.long == "error" and lengths.max() > trained.max_len:
-        first = int((lengths > trained.max_len).argmax())
-        raise ValueError(
-            f"{config.input}: {ids[first]} has {lengths[first]} residues, but this model was trained on at most "
-            f"{trained.max_len}; long=window averages over windows of that length"
-        )
+    longest = int(lengths.argmax())
+    check_long(config.long, int(lengths[longest]), f"{config.input}: {ids[longest]}", trained.max_len)
     blocks = embedded_blocks(trained, proteins, layer, config.pooling, config.tokens_per_pack)
     offsets = np.append(0, lengths.cumsum())
     columns = {"ids": ids_column(ids, output), "lengths": lengths}

@@ -106,16 +106,20 @@ class ProteinDiffusion(nn.Module):
         """Return the logits of a pack at noise levels sigma (n,), one for each sequence."""
         return self.score_fn.logits(batch, sigma)
 
-    def embed(self, sequences: Sequence[str], *, layer: int = -1) -> Float[Tensor, "n hidden"]:
-        """Return the mean hidden state of each protein, on the CPU, as computed by `protlig_dd.embed long=window`.
+    def embed(self, sequences: Sequence[str], *, layer: int = -1, long: str = "error") -> Float[Tensor, "n hidden"]:
+        """Return the mean hidden state of each protein, on the CPU, as computed by `protlig_dd.embed`.
 
         Args:
+            sequences: letters in either case.
             layer: 0 is the embedding, k is after k blocks, -1 is after the last block and the final norm.
+            long: what to do with proteins of more than `max_len` residues, `error` or `window` (windows of `max_len`
+                residues that overlap by half; a residue's state is the mean over the windows that contain it).
 
         Raises:
-            ValueError: a single string, no sequence, or an illegal letter (the message names the sequence).
+            ValueError: anything else than a list of sequences, an illegal letter or a protein that is too long (the
+                message names the sequence), or a layer that the network does not have.
         """
-        return mean_embeddings(self.network, self.score_fn, sequences, layer=layer, max_len=self.max_len)
+        return mean_embeddings(self.network, self.score_fn, sequences, layer=layer, max_len=self.max_len, long=long)
 
     def attention(
         self,
@@ -151,9 +155,9 @@ class ProteinDiffusion(nn.Module):
         """Sample step by step; see `protlig_dd.inference.steps.SamplingSteps`.
 
         Args:
-            designs: numbers of residues, or sequences with `_` at free positions.
+            designs: numbers of residues, or sequences with `_` at free positions; at most `max_len` residues.
         """
-        return SamplingSteps(self.score_fn, designs, options, seed=seed, log_bias=log_bias)
+        return SamplingSteps(self.score_fn, designs, options, seed=seed, log_bias=log_bias, max_len=self.max_len)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the model with its current weights to a new folder.
@@ -181,7 +185,11 @@ class ProteinDiffusion(nn.Module):
 def download(name: str, revision: str | None) -> Path:
     """Download the exported files of a model on the hub, and return their folder in the hub's cache."""
     try:
-        return Path(hugging_face().snapshot_download(name, revision=revision, allow_patterns=list(EXPORTED)))
+        hub = hugging_face()
+    except ValueError as error:
+        raise ValueError(f"{name} is not a local folder, and {error}") from error
+    try:
+        return Path(hub.snapshot_download(name, revision=revision, allow_patterns=list(EXPORTED)))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{name} is not a local folder, and was not found on the hub: {reason}") from error

@@ -72,7 +72,8 @@ def attention_map(run: Path, picture: Path) -> None:
     record = held_out_protein()
     trained = load_trained(str(run), device="cpu", precision="fp32")
     (weights,) = attention(trained.score_fn, [record.sequence], max_len=trained.max_len)
-    title = f"{record.id}, {run}: mean attention of {weights.shape[0]} blocks x {weights.shape[1]} heads, APC"
+    heads = f"{weights.shape[0]} blocks x {weights.shape[1]} heads"
+    title = f"{record.id}, {run.name}, step {trained.step}\nmean attention of {heads}, APC"
     picture.write_bytes(to_png(contact_map(weights), record.sequence, title))
 
 

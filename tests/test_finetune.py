@@ -69,7 +69,7 @@ def test_the_network_and_the_diffusion_process_are_taken_from_the_source() -> No
         (["model.n_blocks=3", "model.dropout=0"], ["(model.n_blocks: 2 in the source, 3 requested)"]),
         (["graph=uniform"], ["(graph.name: absorbing in the source, uniform requested)"]),
         (["parametrisation=log_score"], ["(parametrisation: x0 in the source, log_score requested)"]),
-        (["time_conditioning=true"], ["(time_conditioning: False in the source, True requested)"]),
+        (["time_conditioning=true"], ["(time_conditioning: false in the source, true requested)"]),
         (["noise=cosine"], ["noise.name: loglinear in the source, cosine requested"]),
     ],
 )
@@ -117,11 +117,11 @@ def test_settings_of_an_experiment_are_used_or_reported_as_ignored(
 
     config, out = resolved("uniref50_35m")
     assert (config.model.hidden_size, config.model.n_blocks, config.optim.packs_per_step) == (32, 2, 16)
-    assert "are ignored: model.hidden_size=512 (32 in the source), model.n_heads=8 (2 in the source)" in out
+    assert "its config groups: model.hidden_size=512 (32 in the source), model.n_heads=8 (2 in the source)" in out
     assert "model.n_blocks=11 (2 in the source)" in out
     config, out = resolved("mine")
     assert (config.model.dropout, config.noise["curriculum"], config.model.n_heads) == (0.25, 9, 2)
-    assert "are ignored: model.hidden_size=256 (32 in the source), model.n_heads=4 (2 in the source)" in out
+    assert "its config groups: model.hidden_size=256 (32 in the source), model.n_heads=4 (2 in the source)" in out
     assert "dropout" not in out
     config, out = resolved("mine", "model.dropout=0.3")
     assert config.model.dropout == 0.3
@@ -152,8 +152,8 @@ def test_newer_settings_of_an_experiment_are_reported_as_ignored_with_their_defa
     for message in (
         "model.positions=diet (rope in the source)",
         "model.mixers=ttt_linear (attention in the source)",
-        "model.max_positions=400 (None in the source)",
-        "model.tie_weights=True (False in the source)",
+        "model.max_positions=400 (null in the source)",
+        "model.tie_weights=true (false in the source)",
     ):
         assert message in out
     config, out = resolve_experiment(source, "demo")
@@ -161,7 +161,7 @@ def test_newer_settings_of_an_experiment_are_reported_as_ignored_with_their_defa
     for message in (
         "model.positions=rope (diet in the source)",
         "model.mixers=attention (ttt_linear in the source)",
-        "model.tie_weights=False (True in the source)",
+        "model.tie_weights=false (true in the source)",
     ):
         assert message in out
     assert "max_positions" not in out  # null keeps the value of the source

@@ -417,6 +417,10 @@ def test_designs_are_ranked_only_with_an_absorbing_graph(
         (["input=whole.fasta", "free=1", "output=out.csv"], "out.csv would be written twice"),
         (["input=whole.fasta", "free=[]"], "record wt has no free position"),
         (["input=whole.fasta"], "record wt has no free position"),
+        (
+            ["input=lower.fasta", "context=lower"],
+            "record low has no free position: all its letters are lower-case, and",
+        ),
         (["input=whole.fasta", "free=1", "fixed=2"], "give only one of fixed=, free=, context= and contig="),
         (["input=whole.fasta", "free=1", "lengths=9"], "lengths=9 needs contig="),
         (["input=whole.fasta", "contig=999/A1-2"], "the design has 1001 residues; this model was trained on 1 to"),
@@ -436,10 +440,11 @@ def test_wrong_options_are_one_line_errors_and_leave_no_file(
     trained_run: Path, tmp_path: Path, run_python: Command, options: list[str], message: str
 ) -> None:
     (tmp_path / "whole.fasta").write_text(f">wt\n{RECORD.sequence}\n")
+    (tmp_path / "lower.fasta").write_text(f">low\n{RECORD.sequence.lower()}\n")
     keys = {option.partition("=")[0] for option in options}
     more = [option for option in (f"from={trained_run}", "output=out.fasta") if option.partition("=")[0] not in keys]
     assert_one_line_error(run_python("-m", "protlig_dd.infill", *more, *options), message)
-    assert [path.name for path in tmp_path.iterdir()] == ["whole.fasta"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lower.fasta", "whole.fasta"]
 
 
 Sampled = tuple[list[np.ndarray], Counter[str]]

@@ -25,7 +25,7 @@ from protlig_dd.hub import ProteinDiffusion
 from protlig_dd.inference.contacts import average_product_correction, contact_map, to_png
 from protlig_dd.inference.embedding import embed
 from protlig_dd.inference.exported import EXPORTED, write_exported
-from protlig_dd.inference.hooks import called_modules, hooks
+from protlig_dd.inference.hooks import called_modules, hooks, parts_of
 from protlig_dd.inference.inspect import analysis, attention, attention_weights
 from protlig_dd.model.block import Block
 from protlig_dd.model.dit import DiT
@@ -36,7 +36,7 @@ from protlig_dd.model.positions import POSITIONS
 from protlig_dd.model.positions.biases import ProductBias
 from protlig_dd.tokenizer import ProteinTokenizer
 
-from .conftest import ROOT, graph_of, make_model
+from .conftest import ROOT, graph_of, make_model, raises_value_error
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "time-free": {"time_conditioning": False},
@@ -157,8 +157,12 @@ def test_blocks_and_heads_are_returned_in_the_order_of_the_request(sequences: li
 
 def test_a_block_without_attention_is_an_error_only_if_it_is_chosen(sequences: list[str]) -> None:
     score_fn = score_fn_of(make_model(n_blocks=3, mixers=["attention", "ttt_linear", "attention"]))
-    with pytest.raises(ValueError, match="^block 1 has no attention weights: its mixer is TTTLinear$"):
+    with pytest.raises(ValueError, match="block 1 has .*: its mixer is ttt_linear; choose from blocks 0, 2$"):
         attention(score_fn, sequences, max_len=200)
+    with pytest.raises(
+        ValueError, match="block 0 has .*: its mixer is ttt_mlp; no block of this network has attention$"
+    ):
+        attention(score_fn_of(make_model(mixers="ttt_mlp")), sequences, max_len=200)
     (weights,) = attention(score_fn, sequences[:1], blocks=[0, 2], max_len=200)
     assert (weights.sum(-1) - 1).abs().max() < 1e-5
 
@@ -169,11 +173,17 @@ def test_a_block_without_attention_is_an_error_only_if_it_is_chosen(sequences: l
         ({"blocks": [0, 2]}, "block 2 does not exist: this model has blocks 0 to 1"),
         ({"blocks": [-3]}, "block -3 does not exist: this model has blocks 0 to 1"),
         ({"heads": [4]}, "head 4 does not exist: this model has heads 0 to 3"),
-        ({"heads": []}, "no head is chosen; this model has heads 0 to 3"),
+        ({"heads": []}, r"heads is a list of numbers, such as \[0, -1\], got \[\], which is empty"),
+        ({"blocks": 0}, r"blocks is a list of numbers, such as \[0, -1\], got 0"),
+        ({"heads": 3}, r"heads is a list of numbers, such as \[0, -1\], got 3"),
+        ({"blocks": ["0"]}, "blocks is a list of whole numbers, got '0'"),
+        ({"heads": [1.0]}, "heads is a list of whole numbers, got 1.0"),
         ({"t": 1.5}, r"t must lie in \[0.001, 1\], got 1.5"),
         ({"sequences": "MKV"}, "attention takes a list of sequences, got 'MKV'"),
         ({"sequences": []}, "attention takes a list of sequences"),
         ({"sequences": ["MKV", "M1"]}, "sequence 2: illegal character '1' at position 2"),
+        ({"sequences": 5}, "attention takes a list of sequences, got 5"),
+        ({"sequences": ["MKV", 5]}, "sequence 2: a sequence is a string of letters, got 5"),
         ({"sequences": ["M" * 21]}, "sequence 1 has 21 residues; this model was trained on 1 to 20"),
         ({"sequences": ["M_V"], "graph": "uniform"}, "sequence 1 has `_`, but the graph uniform has no mask"),
     ],
@@ -181,7 +191,7 @@ def test_a_block_without_attention_is_an_error_only_if_it_is_chosen(sequences: l
 def test_invalid_arguments_of_attention_are_errors(options: dict[str, Any], message: str) -> None:
     options = {"sequences": ["MKV"], "graph": "absorbing", "max_len": 20} | options
     score_fn = score_fn_of(make_model(), options.pop("graph"))
-    with pytest.raises(ValueError, match=message):
+    with raises_value_error(message):
         attention(score_fn, options.pop("sequences"), **options)
 
 
@@ -337,18 +347,29 @@ def test_hooks_are_removed_when_the_body_ends_or_raises() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("block.1", "'block.1' is not a module of this network; did you mean 'blocks.1'?"),
-        ("blocks.2.qkv", "'blocks.2.qkv' is not a module of this network; did you mean 'blocks.1.qkv'?"),
-        ("blocks", "'blocks' is never called itself, so a hook would not run; did you mean 'blocks.1'?"),
-        ("positions", "'positions' is never called itself, so a hook would not run; did you mean"),
-        ("", "'' is not the name of a module; give a name such as 'embedding', 'blocks.0.qkv', 'blocks.0' or 'head'"),
+        ("block.1", "'block.1' is not a module of this network; the network has embedding, "),
+        ("blocks.2.qkv", "'blocks.2.qkv' is not a module of this network; blocks has blocks.0 to blocks.1"),
+        ("blocks", "'blocks' is never called itself, so a hook would not run; blocks has blocks.0 to blocks.1"),
+        (
+            "blocks.0.qvk",
+            "'blocks.0.qvk' is not a module of this network; blocks.0 has blocks.0.adaln, blocks.0.attention_norm, ",
+        ),
+        ("embedding.weight", "'embedding.weight' is a weight, not a module; read it as network.get_parameter("),
+        ("", "'' is not a module of this network; the network has embedding, "),
+        (0, "0 is not a module of this network; the network has embedding, "),
     ],
 )
-def test_a_name_that_cannot_be_hooked_suggests_the_nearest(name: str, message: str) -> None:
+def test_a_name_that_cannot_be_hooked_lists_those_at_its_place(name: Any, message: str) -> None:
     model = make_model().eval()
-    with pytest.raises(ValueError, match=re.escape(message)), hooks(model, {"blocks.0": print, name: print}):
+    with raises_value_error(re.escape(message)), hooks(model, {"blocks.0": print, name: print}):
         pytest.fail("the body must not run")
     assert n_hooks(model) == 0
+
+
+def test_the_names_at_a_place_summarise_numbered_modules() -> None:
+    names = [f"blocks.{i}{part}" for i in range(12) for part in ("", ".qkv", ".mlp", ".mlp.up")]
+    assert parts_of("", ["embedding", *names, "head"]) == ["embedding", "blocks.0 to blocks.11", "head"]
+    assert parts_of("blocks.3", names) == ["blocks.3.qkv", "blocks.3.mlp"]
 
 
 @pytest.mark.parametrize(
@@ -362,9 +383,24 @@ def test_a_name_that_cannot_be_hooked_suggests_the_nearest(name: str, message: s
 )
 def test_weights_that_are_read_without_a_call_cannot_be_hooked(options: dict[str, Any], name: str) -> None:
     model = make_model(**options).eval()
-    message = f"'{name}' is never called itself, so a hook would not run; did you mean"
+    message = f"'{name}' is never called itself, so a hook would not run: the network reads its weights; read them as"
     with pytest.raises(ValueError, match=re.escape(message)), hooks(model, {name: print}):
         pytest.fail("the body must not run")
+    assert list(model.get_submodule(name).parameters())
+
+
+@pytest.mark.parametrize(
+    ("functions", "message"),
+    [
+        ({"blocks.0": 3}, "the hook on blocks.0 is 3; give a function of the module's output"),
+        ([print], r"hooks takes a mapping of module names to functions, got \[<built-in function print>\]"),
+    ],
+)
+def test_hooks_that_are_not_functions_by_name_are_errors(functions: Any, message: str) -> None:
+    model = make_model().eval()
+    with raises_value_error(message), hooks(model, functions):
+        pytest.fail("the body must not run")
+    assert n_hooks(model) == 0
 
 
 def test_hooks_on_compiled_training_steps_are_an_error() -> None:
@@ -415,6 +451,20 @@ def test_the_contact_map_is_the_mean_over_heads_minus_the_product_of_averages(se
     assert np.abs(contacts.numpy() - expected).max() < 1e-7
     assert torch.equal(contacts, contacts.T)
     assert contacts.sum(0).abs().max() < 1e-6  # what a position has in common with all others is removed
+
+
+def test_a_contact_map_of_one_head_needs_no_other_dimensions() -> None:
+    weights = torch.rand(2, 3, 9, 9)
+    assert torch.equal(contact_map(weights[1, 2]), contact_map(weights[1:, 2:]))
+
+
+@pytest.mark.parametrize(
+    ("weights", "found"),
+    [([torch.rand(1, 1, 5, 5)], "list"), (torch.rand(5), r"shape \(5,\)"), (torch.rand(1, 1, 2, 2), "shape")],
+)
+def test_a_contact_map_of_anything_but_one_protein_is_an_error(weights: Any, found: str) -> None:
+    with raises_value_error(rf"contact_map takes the weights of one protein, a tensor \(.*\), got {found}"):
+        contact_map(weights)
 
 
 def test_a_product_of_averages_alone_is_corrected_to_zero() -> None:
@@ -480,7 +530,15 @@ def test_the_methods_of_a_loaded_model_call_these_functions(folder: Path) -> Non
     assert torch.equal(found[0], model.network.hidden_states(pack("MKV"), torch.zeros(1), 1))
     steps = model.sample_steps([9, "MK__V"], SamplerOptions(3), seed=4)
     assert [len(sequence) for sequence in steps.finish()] == [9, 5]
+    with pytest.raises(ValueError, match="design 0 has 513 residues; this model was trained on 1 to 512"):
+        model.sample_steps([513], SamplerOptions(3))
+    long = ["MKV", "M" * 513]
+    with pytest.raises(ValueError, match="sequence 2 has 513 residues, but .* at most 512; long=window averages"):
+        model.embed(long)
+    with pytest.raises(ValueError, match="long=windows: choose from error, window; did you mean 'window'"):
+        model.embed(long, long="windows")
+    assert model.embed(long, long="window").shape == (2, 32)
     with pytest.raises(ValueError, match="head 8 does not exist"):
         model.attention(["MKV"], heads=[8])
-    with pytest.raises(ValueError, match="did you mean 'blocks.0'"), model.hooks({"block.0": print}):
+    with pytest.raises(ValueError, match="the network has .*blocks.0 to blocks.1"), model.hooks({"block.0": print}):
         pytest.fail("the body must not run")

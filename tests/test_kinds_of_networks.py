@@ -101,7 +101,7 @@ def test_a_network_of_every_kind_can_be_trained_and_used(
     with np.load(tmp_path / "vectors.npz") as vectors:
         (vector,) = vectors["embeddings"]
     model = ProteinDiffusion.from_pretrained(tmp_path / "model", device="cpu")
-    torch.testing.assert_close(model.embed([long.sequence])[0], torch.from_numpy(vector))
+    torch.testing.assert_close(model.embed([long.sequence], long="window")[0], torch.from_numpy(vector))
     assert len((tmp_path / "variants.csv").read_text().splitlines()) == 1 + 6 * 19
     batch = random_batch([30, 12])
     network = load_trained(str(run), device="cpu", precision="fp32").network
@@ -132,7 +132,9 @@ def test_a_table_of_positions_is_as_long_as_the_longest_training_sequence(store:
     larger = resolve(config_of(store, "model.positions=diet", "model.max_positions=100"), Path("none"))
     assert larger.model.max_positions == 100
     short = config_of(store, "model.positions=diet", "model.max_positions=41")
-    with pytest.raises(ValueError, match=r"max_positions=41 is less than the 42 tokens of data.max_len=40 residues"):
+    with pytest.raises(
+        ValueError, match="=41 is less than the 42 tokens of .* at most 39, or model.max_positions to at least 42"
+    ):
         resolve(short, Path("none"))
 
 
@@ -150,11 +152,11 @@ def test_fine_tuning_keeps_the_kind_and_the_table_of_the_source(store: SequenceS
     same = config_of(store, "from=a", "model.positions=diet", "model.tie_weights=true")
     assert with_source_model(same, source, {"model.positions", "model.tie_weights"}).model == source.model
     longer = with_source_model(config_of(store, "from=a", "data.max_len=41"), source, {"from", "data.max_len"})
-    with pytest.raises(ValueError, match=r"max_positions=42 is less than the 43 tokens of data.max_len=41 residues"):
+    with pytest.raises(ValueError, match="of data.max_len=41 .*: set data.max_len to at most 40; .* fine-tuned"):
         check_train_config(longer)
     for override, message in (
         ("model.positions=rope", "model.positions: diet in the source, rope requested"),
-        ("model.tie_weights=false", "model.tie_weights: True in the source, False requested"),
+        ("model.tie_weights=false", "model.tie_weights: true in the source, false requested"),
         ("model.max_positions=50", "model.max_positions: 42 in the source, 50 requested"),
     ):
         key = override.partition("=")[0]

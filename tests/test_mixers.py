@@ -105,7 +105,7 @@ def test_a_mixer_of_another_width_is_rejected_when_the_network_is_built(monkeypa
             super().__init__(replace(config, hidden_size=2 * config.hidden_size), backend)
 
     monkeypatch.setitem(MIXERS, "wide", Wide)
-    with pytest.raises(ValueError, match="mixer Wide has width 64, but the Block that contains it has width 32"):
+    with pytest.raises(ValueError, match="mixer wide has width 64, but the Block that contains it has width 32"):
         DiT(ModelConfig(**SMALL_MODEL, mixers=["attention", "wide"]), "sdpa")
 
 
@@ -173,7 +173,7 @@ def test_fine_tuning_uses_the_mixers_of_the_source_and_rejects_others() -> None:
     source = replace(config_of("model=tiny", "model.mixers=[ttt_linear,attention]"), time_conditioning=False)
     found = with_source_model(config_of("from=runs/a"), source, {"from"})
     assert found.model.mixers == ["ttt_linear", "attention"]
-    with pytest.raises(ValueError, match=r"model.mixers: \['ttt_linear', 'attention'\] in the source, attention req"):
+    with pytest.raises(ValueError, match=r"model.mixers: \[ttt_linear, attention\] in the source, attention req"):
         with_source_model(config_of("from=runs/a", "model.mixers=attention"), source, {"model.mixers"})
 
 

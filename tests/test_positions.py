@@ -329,7 +329,10 @@ def test_adaptive_weights_positions_frequencies_and_tokens() -> None:
     [
         ({"positions": "diet"}, "model.positions=diet has a table of positions: give its length, model.max_positions"),
         ({"positions": "diet", "max_positions": 0}, "model.max_positions must be at least 1, got 0"),
-        ({"max_positions": 30}, "max_positions=30 has no effect with model.positions=rope, .*from diet"),
+        (
+            {"max_positions": 30},
+            "max_positions=30 has no effect with model.positions=rope, .*set model.positions to diet",
+        ),
         ({"positions": "sinusoidal", "hidden_size": 33, "n_heads": 3}, "hidden_size must be even, got 33"),
         ({"positions": "rope", "hidden_size": 33, "n_heads": 3}, "gives head_dim 11: .* must be even, got 11"),
         ({"positions": "rpe"}, "model.positions=rpe: choose from rope, .*, none; did you mean 'rope'?"),

@@ -820,3 +820,10 @@ def test_a_protein_is_wrapped_numbered_and_coloured() -> None:
 def test_differing_keys_leave_out_equal_values_and_the_name() -> None:
     configs = [{"a": 1, "run.name": "x", "c": None}, {"a": 1, "run.name": "y", "b": 2, "c": None}]
     assert differing_keys(configs) == [["b", "—", "2"]]
+
+
+def test_differing_keys_are_shown_as_config_files_contain_them() -> None:
+    assert differing_keys([{"a": None, "b": ["x", "y"]}, {"a": True, "b": "x"}]) == [
+        ["a", "null", "true"],
+        ["b", "[x, y]", "x"],
+    ]

@@ -1,6 +1,7 @@
 """Sampling step by step: bit-identical to sampling in one call, and edits between the steps."""
 
 import re
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from protlig_dd.inference.steps import SamplingSteps
 from protlig_dd.tokenizer import AMINO_ACIDS, LETTERS, ProteinTokenizer
 
 from . import brute_force
-from .conftest import exact_score_fn, graph_of, make_model
+from .conftest import exact_score_fn, graph_of, make_model, raises_value_error
 
 PAIRS = [
     (graph, predictor)
@@ -36,6 +37,9 @@ OPTIONS: dict[str, dict[str, Any]] = {"plain": {}, "steered": {"temperature": 0.
 def score_fn_of(graph: str, parametrisation: str = "x0", *, timed: bool = True) -> ScoreFn:
     model = make_model(time_conditioning=timed).eval()
     return ScoreFn(model, graph_of(graph, 20), LogLinearNoise(), parametrisation, timed)
+
+
+sampling_steps = partial(SamplingSteps, max_len=200)
 
 
 def templates_of(proteins: list[FastaRecord]) -> list[str]:
@@ -61,7 +65,7 @@ def test_the_last_step_has_the_sequences_of_sampling_in_one_call(
             lengths = [design if isinstance(design, int) else len(design) for design in designs]
             templates = None if ids[0] is None else ids
             at_once, _ = generate(score_fn, lengths, chosen, Work(1000), seed=5, log_bias=bias, templates=templates)
-            steps = SamplingSteps(score_fn, designs, chosen, seed=5, log_bias=bias)
+            steps = sampling_steps(score_fn, designs, chosen, seed=5, log_bias=bias)
             assert [step.number for step in steps] == [1, 2, 3, 4, 5, 6, 7]
             assert steps.sequences == [ProteinTokenizer().decode(sampled) for sampled in at_once]
 
@@ -71,14 +75,14 @@ def test_sampling_in_several_packs_gives_the_sequences_of_the_steps(graph: str, 
     """The network's outputs may differ by rounding, so another seed could give another residue."""
     score_fn, lengths, options = score_fn_of(graph), [12, 30, 7, 19], SamplerOptions(4, predictor)
     in_packs, _ = generate(score_fn, lengths, options, Work(32), seed=3)
-    steps = SamplingSteps(score_fn, lengths, options, seed=3)
+    steps = sampling_steps(score_fn, lengths, options, seed=3)
     assert steps.finish() == [ProteinTokenizer().decode(sampled) for sampled in in_packs]
 
 
 @pytest.mark.parametrize(("graph", "predictor"), PAIRS)
 def test_sampling_can_be_stopped_and_continued(graph: str, predictor: str) -> None:
-    whole = SamplingSteps(score_fn_of(graph), [30, 12], SamplerOptions(9, predictor), seed=1).finish()
-    steps = SamplingSteps(score_fn_of(graph), [30, 12], SamplerOptions(9, predictor), seed=1)
+    whole = sampling_steps(score_fn_of(graph), [30, 12], SamplerOptions(9, predictor), seed=1).finish()
+    steps = sampling_steps(score_fn_of(graph), [30, 12], SamplerOptions(9, predictor), seed=1)
     assert len(steps) == 10
     for step in steps:
         if step.number == 3:
@@ -93,7 +97,7 @@ def test_sampling_can_be_stopped_and_continued(graph: str, predictor: str) -> No
 @pytest.mark.parametrize(("graph", "predictor"), PAIRS)
 def test_a_step_lists_the_positions_that_it_changed(graph: str, predictor: str, proteins: list[FastaRecord]) -> None:
     designs = [*templates_of(proteins), 12]
-    steps = SamplingSteps(score_fn_of(graph), designs, SamplerOptions(8, predictor), seed=2)
+    steps = sampling_steps(score_fn_of(graph), designs, SamplerOptions(8, predictor), seed=2)
     before, sigmas = steps.sequences, []
     for step in steps:
         for old, new, changed in zip(before, step.sequences, step.changed, strict=True):
@@ -113,7 +117,7 @@ def test_a_step_lists_the_positions_that_it_changed(graph: str, predictor: str, 
 def test_log_probs_are_the_exact_posterior_of_the_final_residues(name: str, parametrisation: str) -> None:
     toy = brute_force.random_toy(name, n=20, sites=2, seed=4)
     states = "_" if name == "absorbing" else ""
-    steps = SamplingSteps(exact_score_fn(toy, parametrisation), [2] * 6, SamplerOptions(5), seed=0)
+    steps = sampling_steps(exact_score_fn(toy, parametrisation), [2] * 6, SamplerOptions(5), seed=0)
     before = steps.sequences
     for step in steps:
         if step.sigma < 3:  # at more noise the implied posterior amplifies rounding errors
@@ -130,7 +134,7 @@ def test_log_probs_are_the_exact_posterior_of_the_final_residues(name: str, para
 
 def test_log_probs_exist_for_context_letters_and_under_steering() -> None:
     for graph, predictor in PAIRS:
-        steps = SamplingSteps(score_fn_of(graph), ["MX__V", 3], SamplerOptions(2, predictor, top_p=0.5), seed=0)
+        steps = sampling_steps(score_fn_of(graph), ["MX__V", 3], SamplerOptions(2, predictor, top_p=0.5), seed=0)
         for step in steps:
             assert [tuple(log_probs.shape) for log_probs in step.log_probs] == [(5, 20), (3, 20)]
             assert (step.log_probs[0][1] == -torch.inf).all()
@@ -145,8 +149,8 @@ def test_edits_stay_and_masked_residues_are_sampled_again(predictor: str) -> Non
     score_fn = ScoreFn(
         lambda batch, sigma: logits.repeat(len(batch.tokens), 1), graph_of("absorbing", 20), LogLinearNoise(), "x0"
     )
-    unedited = SamplingSteps(score_fn, [40, 9], SamplerOptions(12, predictor), seed=3).finish()
-    steps = SamplingSteps(score_fn, [40, 9], SamplerOptions(12, predictor), seed=3)
+    unedited = sampling_steps(score_fn, [40, 9], SamplerOptions(12, predictor), seed=3).finish()
+    steps = sampling_steps(score_fn, [40, 9], SamplerOptions(12, predictor), seed=3)
     for step in steps:
         if step.number == 6:
             known = [i for i, letter in enumerate(step.sequences[0]) if letter != "_"]
@@ -174,7 +178,7 @@ def test_without_a_mask_an_edit_is_where_the_next_step_starts(graph: str) -> Non
         return model(batch, sigma)
 
     score_fn = ScoreFn(network, graph_of(graph, 20), LogLinearNoise(), "x0")
-    steps = SamplingSteps(score_fn, [30], SamplerOptions(5), seed=3)
+    steps = sampling_steps(score_fn, [30], SamplerOptions(5), seed=3)
     steps.edit(0, {0: "C"})  # before the first step
     next(steps)
     before = steps.sequences[0]
@@ -196,7 +200,7 @@ def test_residues_that_the_caller_sets_condition_the_others_exactly(timed: bool)
         return exact.model(batch, torch.ones_like(sigma))  # the posterior is the same at every sigma
 
     score_fn = ScoreFn(network, exact.graph, LogLinearNoise(1e-5, 1e-5), "x0", timed)
-    steps = SamplingSteps(score_fn, [2] * chains, SamplerOptions(12), seed=0)
+    steps = sampling_steps(score_fn, [2] * chains, SamplerOptions(12), seed=0)
     for _ in range(3):
         next(steps)
     undecided = [i for i, sequence in enumerate(steps.sequences) if sequence == "__"]
@@ -217,7 +221,7 @@ def test_after_an_edit_the_network_receives_the_sigma_that_matches_the_masks() -
         calls.append((float((batch.tokens == 20).sum()) / (len(batch.tokens) - 2), float(sigma)))
         return torch.zeros(len(batch.tokens), 20)
 
-    steps = SamplingSteps(ScoreFn(network, graph_of("absorbing", 20), LogLinearNoise(), "x0"), [50], SamplerOptions(4))
+    steps = sampling_steps(ScoreFn(network, graph_of("absorbing", 20), LogLinearNoise(), "x0"), [50], SamplerOptions(4))
     first, second = next(steps), next(steps)
     steps.edit(0, dict.fromkeys(range(45), "A"))
     steps.finish()
@@ -236,17 +240,18 @@ def test_after_an_edit_the_network_receives_the_sigma_that_matches_the_masks() -
         ("absorbing", 0, {0: "AC"}, "'AC' is not an allowed letter"),
         ("absorbing", 1, {1: "A", 0: "A"}, "position 0 of protein 1 is fixed by its design, which has M there"),
         ("uniform", 0, {0: "_"}, "position 0 of protein 0: the graph uniform has no mask; give a letter"),
+        ("absorbing", "0", {0: "A"}, "edit takes the number of a protein, got '0'"),
+        ("absorbing", 0, "A", "edit takes a mapping of positions to letters, such as {10: 'W'}, got 'A'"),
+        ("absorbing", 0, {"0": "A"}, "protein 0: a position is a whole number from 0, got '0'"),
     ],
 )
-def test_an_edit_that_is_not_possible_changes_nothing(
-    graph: str, protein: int, residues: dict[int, str], message: str
-) -> None:
-    steps = SamplingSteps(score_fn_of(graph), [9, "M__"], SamplerOptions(3), seed=0)
+def test_an_edit_that_is_not_possible_changes_nothing(graph: str, protein: Any, residues: Any, message: str) -> None:
+    steps = sampling_steps(score_fn_of(graph), [9, "M__"], SamplerOptions(3), seed=0)
     before = steps.sequences
-    with pytest.raises(ValueError, match=message):
+    with raises_value_error(message):
         steps.edit(protein, residues)
     assert steps.sequences == before
-    unedited = SamplingSteps(score_fn_of(graph), [9, "M__"], SamplerOptions(3), seed=0)
+    unedited = sampling_steps(score_fn_of(graph), [9, "M__"], SamplerOptions(3), seed=0)
     assert steps.finish() == unedited.finish()
 
 
@@ -255,7 +260,7 @@ def test_an_edit_that_log_bias_forbids_is_an_error() -> None:
     bias = [torch.zeros(length, 20) for length in (5, 7)]
     bias[1][6, AMINO_ACIDS.index("W")] = -torch.inf
     for graph in ("absorbing", "uniform"):
-        steps = SamplingSteps(score_fn_of(graph), [5, 7], SamplerOptions(3), log_bias=bias)
+        steps = sampling_steps(score_fn_of(graph), [5, 7], SamplerOptions(3), log_bias=bias)
         with pytest.raises(ValueError, match="position 6 of protein 1: log_bias forbids W there"):
             steps.edit(1, {0: "A", 6: "W"})
         steps.edit(1, {5: "W", 6: "V"})
@@ -281,7 +286,7 @@ def test_a_bias_of_other_shapes_than_its_designs_is_an_error(shapes: list[tuple[
     """Also if all the rows together are as many as the residues of the pack."""
     bias = [torch.zeros(shape) for shape in shapes]
     with pytest.raises(ValueError, match=re.escape(message)):
-        SamplingSteps(score_fn_of("absorbing"), ["M___V", 3], SamplerOptions(3), log_bias=bias)
+        sampling_steps(score_fn_of("absorbing"), ["M___V", 3], SamplerOptions(3), log_bias=bias)
     with pytest.raises(ValueError, match=re.escape(message)):
         generate(score_fn_of("absorbing"), [5, 3], SamplerOptions(3), Work(1000), seed=0, log_bias=bias)
 
@@ -295,11 +300,11 @@ def test_each_design_is_sampled_with_the_rows_of_its_bias() -> None:
         rows[range(len(sequence)), [AMINO_ACIDS.index(letter) for letter in sequence]] = 0
         bias.append(rows)
     for graph in ("absorbing", "uniform"):
-        assert SamplingSteps(score_fn_of(graph), [5, 3], SamplerOptions(3), log_bias=bias).finish() == wanted
+        assert sampling_steps(score_fn_of(graph), [5, 3], SamplerOptions(3), log_bias=bias).finish() == wanted
 
 
 def test_an_edit_after_the_last_step_is_an_error() -> None:
-    steps = SamplingSteps(score_fn_of("absorbing"), [9], SamplerOptions(3), seed=0)
+    steps = sampling_steps(score_fn_of("absorbing"), [9], SamplerOptions(3), seed=0)
     steps.finish()
     with pytest.raises(ValueError, match="all 4 steps are done, so an edit has no effect"):
         steps.edit(0, {0: "A"})
@@ -310,7 +315,13 @@ def test_an_edit_after_the_last_step_is_an_error() -> None:
     [
         ([], SamplerOptions(3), "sample_steps takes a list of lengths and sequences, got "),
         ("M__", SamplerOptions(3), "sample_steps takes a list of lengths and sequences, got 'M__'"),
-        ([4, 0], SamplerOptions(3), "design 1: no residues"),
+        (60, SamplerOptions(3), "sample_steps takes a list of lengths and sequences, got 60"),
+        ({60: 1}, SamplerOptions(3), "sample_steps takes a list of lengths and sequences, got {60: 1}"),
+        ([4, 0], SamplerOptions(3), "design 1 has 0 residues; this model was trained on 1 to 200"),
+        ([4, 201], SamplerOptions(3), "design 1 has 201 residues; this model was trained on 1 to 200"),
+        (["_" * 201], SamplerOptions(3), "design 0 has 201 residues; this model was trained on 1 to 200"),
+        ([60.5], SamplerOptions(3), "design 0: give a number of residues, or a sequence with `_` .*, got 60.5"),
+        (["M_", "MKX"], SamplerOptions(3), "design 1 has no free position, so there is nothing to sample"),
         (["M1"], SamplerOptions(3), "design 0: illegal character '1' at position 2 of 2"),
         ([4], SamplerOptions(0), "sampling needs at least 1 step, got 0"),
         ([4], SamplerOptions(3, "ancestral"), "predictor=ancestral is for the absorbing graph"),
@@ -318,5 +329,5 @@ def test_an_edit_after_the_last_step_is_an_error() -> None:
 )
 def test_impossible_designs_and_options_are_errors(designs: Any, options: SamplerOptions, message: str) -> None:
     score_fn = ScoreFn(make_model(), make_substitution_graph("BLOSUM62"), LogLinearNoise(), "x0")
-    with pytest.raises(ValueError, match=message):
-        SamplingSteps(score_fn, designs, options)
+    with raises_value_error(message):
+        sampling_steps(score_fn, designs, options)

@@ -253,9 +253,14 @@ def check_train_config(config: TrainConfig) -> None:
     check_pack_sizes(config.data.max_len, config.data.tokens_per_pack)
     limit, tokens = config.model.max_positions, config.data.max_len + 2
     if limit is not None and limit < tokens:
+        remedy = f"set data.max_len to at most {limit - 2}"
+        if config.from_ is None:
+            remedy += f", or model.max_positions to at least {tokens}"
+        else:
+            remedy += "; the table of a fine-tuned model has the length of its source's"
         raise ValueError(
             f"model.max_positions={limit} is less than the {tokens} tokens of data.max_len={config.data.max_len} "
-            "residues with <bos> and <eos>; lower data.max_len, or raise model.max_positions if the model is new"
+            f"residues with <bos> and <eos>: {remedy}"
         )
     if config.data.path is None:
         raise ValueError("data.path=None: give a store, a list of stores [a.h5,b.h5], or auto")

@@ -18,9 +18,16 @@ def contact_map(weights: Float[Tensor, "*chosen tokens tokens"]) -> Float[Tensor
     same weight, so no structures are needed.
 
     Args:
-        weights: attention weights of one protein, as returned by `attention`.
+        weights: attention weights of one protein, as returned by `attention`, or those of one head.
+
+    Raises:
+        ValueError: not one tensor (..., tokens, tokens) with at least three tokens.
     """
-    mean = weights.double().mean(dim=tuple(range(weights.ndim - 2)))[1:-1, 1:-1]
+    shape = tuple(weights.shape) if isinstance(weights, Tensor) else None
+    if shape is None or len(shape) < 2 or shape[-1] != shape[-2] or shape[-1] < 3:
+        found = type(weights).__name__ if shape is None else f"shape {shape}"
+        raise ValueError(f"contact_map takes the weights of one protein, a tensor (..., tokens, tokens), got {found}")
+    mean = weights.double().reshape(-1, *shape[-2:]).mean(0)[1:-1, 1:-1]
     return average_product_correction((mean + mean.T) / 2).to(weights.dtype)
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from protlig_dd.batch import PackedBatch, split_lengths
 from protlig_dd.data.crops import window, window_starts
 from protlig_dd.diffusion.score import ScoreFn
-from protlig_dd.inference.sequences import check_list
+from protlig_dd.inference.sequences import check_letters, check_list
+from protlig_dd.model.config import unknown_choice
 from protlig_dd.model.dit import DiT
 from protlig_dd.tokenizer import BOS, ProteinTokenizer
 
@@ -89,20 +90,44 @@ def embed(
     return embedded
 
 
+def check_long(long: str, longest: int, name: str, max_len: int) -> None:
+    """Check that the longest protein is not longer than the model was trained on, unless it may be cut into windows.
+
+    Args:
+        long: what to do with longer proteins, `error` or `window`.
+        name: the longest protein's name in the error message.
+
+    Raises:
+        ValueError: it is longer, and `long` is `error`; or another value of `long`.
+    """
+    if long not in (choices := ("error", "window")):
+        raise ValueError(unknown_choice("long", long, choices))
+    if long == "error" and longest > max_len:
+        raise ValueError(
+            f"{name} has {longest} residues, but this model was trained on at most {max_len}; long=window averages "
+            "over windows of that length"
+        )
+
+
 def mean_embeddings(
-    network: DiT, score_fn: ScoreFn, sequences: Sequence[str], *, layer: int, max_len: int
+    network: DiT, score_fn: ScoreFn, sequences: Sequence[str], *, layer: int, max_len: int, long: str
 ) -> Float[Tensor, "n hidden"]:
     """Return the mean hidden state of each protein, on the CPU.
 
     Args:
         layer: negative numbers count from the end (see `resolve_layer`).
+        long: what to do with proteins of more than max_len residues, `error` or `window` (see `embed`).
 
     Raises:
-        ValueError: a single string, no sequence, or an illegal letter (the message names the sequence).
+        ValueError: anything else than a list of sequences, an illegal letter or a protein that is too long (the message
+            names the sequence), or a layer that the network does not have.
     """
     check_list(sequences, "embed takes a list of sequences")
-    encode = ProteinTokenizer().encode
-    tokens = [encode(sequence.upper(), f"sequence {i}") for i, sequence in enumerate(sequences, start=1)]
     chosen = resolve_layer(layer, len(network.blocks))
+    encode, tokens = ProteinTokenizer().encode, list[np.ndarray]()
+    for i, sequence in enumerate(sequences, start=1):
+        check_letters(sequence, f"sequence {i}")
+        tokens.append(encode(sequence.upper(), f"sequence {i}"))
+        check_long(long, len(tokens[-1]) - 2, f"sequence {i}", max_len)
     means = [embed(network, score_fn, [protein], layer=chosen, max_len=max_len)[0].mean(0) for protein in tokens]
     return torch.stack(means)

@@ -1,7 +1,7 @@
 """Read or replace the outputs of a network's modules by name. Does not use Hydra (docs/inspect.md)."""
 
-import difflib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
@@ -24,14 +24,18 @@ def hooks(network: DiT, functions: Mapping[str, Hook]) -> Iterator[None]:
             change it in place. If it returns a tensor, that replaces the output for the rest of the network.
 
     Raises:
-        ValueError: no module has the name, or the module is never called itself (nothing is hooked then). The network
-            is in training mode and its blocks are compiled or recorded, so hooks would not run. In the body: a
-            replacement is not a tensor of the output's shape, dtype and device.
+        ValueError: no module has the name, or the module is never called itself, or a value is not a function
+            (nothing is hooked then). The network is in training mode and its blocks are compiled or recorded, so hooks
+            would not run. In the body: a replacement is not a tensor of the output's shape, dtype and device.
     """
+    if not isinstance(functions, Mapping):
+        raise ValueError(f"hooks takes a mapping of module names to functions, got {functions!r:.40}")
     modules = called_modules(network)
-    for name in functions:
+    for name, function in functions.items():
         if name not in modules:
-            raise ValueError(unknown_module(network, name, list(modules)))
+            raise ValueError(unknown_module(network, name, modules))
+        if not callable(function):
+            raise ValueError(f"the hook on {name} is {function!r:.40}; give a function of the module's output")
     if network.training and (network.graphed or any(getattr(block, "compiled", None) for block in network.blocks)):
         raise ValueError("hooks do not run in compiled training steps; put the network in evaluation mode first")
     with ExitStack() as stack:
@@ -76,11 +80,34 @@ def called_modules(network: DiT) -> dict[str, nn.Module]:
     }
 
 
-def unknown_module(network: DiT, name: str, known: Sequence[str]) -> str:
-    """Return an error message for a name that cannot be hooked, with the nearest one that can."""
-    if not name:
-        return "'' is not the name of a module; give a name such as 'embedding', 'blocks.0.qkv', 'blocks.0' or 'head'"
-    exists = name in dict(network.named_modules())
-    problem = "is never called itself, so a hook would not run" if exists else "is not a module of this network"
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-    return f"{name!r} {problem}; did you mean {nearest[0]!r}?"
+def unknown_module(network: DiT, name: object, called: Iterable[str]) -> str:
+    """Return an error message for a name that cannot be hooked, with the names at its place that can.
+
+    Args:
+        called: the names that can be hooked.
+    """
+    weights, modules = dict(network.named_parameters()), set(dict(network.named_modules())) - {""}
+    if name in weights:
+        return f"{name!r} is a weight, not a module; read it as network.get_parameter({name!r})"
+    problem = "is not a module of this network"
+    if name in modules:
+        problem = "is never called itself, so a hook would not run"
+        if not any(other.startswith(f"{name}.") for other in called):
+            return f"{name!r} {problem}: the network reads its weights; read them as network.get_submodule({name!r})"
+    place = str(name)
+    while place and not any(other.startswith(f"{place}.") for other in called):
+        place = place.rpartition(".")[0]
+    return f"{name!r} {problem}; {place or 'the network'} has {', '.join(parts_of(place, called))}"
+
+
+def parts_of(place: str, names: Iterable[str]) -> list[str]:
+    """Return the names inside the module `place` (all if it is empty), without the parts of these modules.
+
+    Numbered modules are summarised, as in `blocks.0 to blocks.11`.
+    """
+    inside = [name for name in names if name.startswith(f"{place}." if place else "")]
+    outer = [name for name in inside if not any(name.startswith(f"{other}.") for other in inside)]
+    numbered: dict[str, list[str]] = {}
+    for name in outer:
+        numbered.setdefault(re.sub(r"\.\d+$", ".", name), []).append(name)
+    return [group[0] if len(group) == 1 else f"{group[0]} to {group[-1]}" for group in numbered.values()]

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from protlig_dd.batch import PackedBatch
 from protlig_dd.diffusion.sampling import sigma_of_masks
 from protlig_dd.diffusion.score import ScoreFn
-from protlig_dd.inference.sequences import FREE, check_list, encode_with_free
+from protlig_dd.inference.sequences import FREE, check_list, check_trained_length, check_whole, encode_with_free
 from protlig_dd.model.block import Block
 from protlig_dd.model.dit import DiT
+from protlig_dd.model.mixers import name_of
 from protlig_dd.model.mixers.attention import Attention
 from protlig_dd.model.mixers.scores import ScoreInputs, with_columns
 from protlig_dd.model.positions.base import PositionEncoding
+from protlig_dd.tokenizer import MASK
 
 
 def attention(
@@ -137,7 +139,9 @@ def attention_of(network: DiT, number: int) -> Attention:
     block = network.blocks[number]
     assert isinstance(block, Block)
     if not isinstance(block.mixer, Attention):
-        raise ValueError(f"block {number} has no attention weights: its mixer is {type(block.mixer).__name__}")
+        attending = [str(number) for number, attends in enumerate(network.attends) if attends]
+        others = f"choose from blocks {', '.join(attending)}" if attending else "no block of this network has attention"
+        raise ValueError(f"block {number} has no attention weights: its mixer is {name_of(block.mixer)}; {others}")
     return block.mixer
 
 
@@ -145,9 +149,9 @@ def choose(part: str, numbers: Sequence[int] | None, n: int) -> list[int]:
     """Return the selected blocks or heads as numbers from 0. Negative numbers count from the end; None selects all."""
     if numbers is None:
         return list(range(n))
-    if not len(numbers):
-        raise ValueError(f"no {part} is chosen; this model has {part}s 0 to {n - 1}")
+    check_list(numbers, f"{part}s is a list of numbers, such as [0, -1]")
     for number in numbers:
+        check_whole(number, f"{part}s is a list of whole numbers")
         if not -n <= number < n:
             raise ValueError(f"{part} {number} does not exist: this model has {part}s 0 to {n - 1}; -1 is the last")
     return [number % n for number in numbers]
@@ -155,11 +159,10 @@ def choose(part: str, numbers: Sequence[int] | None, n: int) -> list[int]:
 
 def pack_of(score_fn: ScoreFn, sequence: str, name: str, max_len: int) -> PackedBatch:
     """Return a pack of one protein, after checking its letters and length."""
-    if FREE in sequence and not score_fn.graph.masks:
-        raise ValueError(f"{name} has `{FREE}`, but the graph {score_fn.graph.name} has no mask")
     tokens = encode_with_free(sequence, name)
-    if (residues := len(tokens) - 2) > max_len:
-        raise ValueError(f"{name} has {residues} residues; this model was trained on 1 to {max_len}")
+    if MASK in tokens and not score_fn.graph.masks:
+        raise ValueError(f"{name} has `{FREE}`, but the graph {score_fn.graph.name} has no mask")
+    check_trained_length(len(tokens) - 2, name, max_len)
     return PackedBatch.pack([torch.from_numpy(tokens)])
 
 

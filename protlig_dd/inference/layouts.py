@@ -59,6 +59,11 @@ def designs_of_positions(config: InfillConfig, records: Sequence[Protein]) -> li
     for k, (record, ids) in enumerate(records):
         template = mask_free_positions(record, ids, fixed=config.fixed, free=config.free, context=config.context)
         if MASK not in template:
+            if config.context is not None:
+                raise ValueError(
+                    f"{record.name} has no free position: all its letters are {config.context}-case, and "
+                    f"context={config.context} keeps those; write the residues to design in the other case"
+                )
             raise ValueError(
                 f"{record.name} has no free position: mark positions with `_`, or give free=, fixed=, context= or "
                 "contig="

@@ -19,6 +19,7 @@ from protlig_dd.diffusion.graphs.rates import substitution_rates
 from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.inference.exported import DESCRIPTION, FORMAT, FORMAT_VERSION, WEIGHTS, is_exported, read_description
 from protlig_dd.inference.lengths import Lengths, lengths_of
+from protlig_dd.inference.sequences import check_trained_length
 from protlig_dd.model.dit import DiT
 from protlig_dd.runs.checkpoint import find_checkpoint, read_state
 from protlig_dd.system.device import resolve_device, resolve_precision
@@ -205,8 +206,7 @@ class TrainedModel:
 
     def check_length(self, residues: int, name: str) -> None:
         """Raise for an empty protein, or one that is longer than the model was trained on."""
-        if not 1 <= residues <= self.max_len:
-            raise ValueError(f"{name} has {residues} residues; this model was trained on 1 to {self.max_len}")
+        check_trained_length(residues, name, self.max_len)
 
 
 def load_trained(path: str, *, device: str, precision: str) -> TrainedModel:
@@ -234,5 +234,5 @@ def load_trained(path: str, *, device: str, precision: str) -> TrainedModel:
     }
     meeting.agree(facts | {"protlig_dd": __version__, "torch": str(torch.__version__)}, TIMEOUT)
     join_group(processes, own_device, TIMEOUT, meeting.store)
-    announce(f"{saved.path} on {own_device} in {precision}, attention {trained.network.attention_backend}", processes)
+    announce(f"{saved.path} on {own_device} in {precision}, {trained.network.kinds}", processes)
     return trained

@@ -1,6 +1,7 @@
 """Sequences as users write them: letters, and `_` for a free (masked) position. Does not use Hydra or HDF5."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -12,13 +13,27 @@ FREE = "_"
 
 
 def check_list(items: Sequence[object], expected: str) -> None:
-    """Raise a ValueError for a single string or an empty list.
+    """Raise a ValueError for an empty list, or for anything else than a list: a single string or number, a mapping.
 
     Args:
         expected: the start of the message, such as `embed takes a list of sequences`.
     """
-    if isinstance(items, str) or not len(items):
-        raise ValueError(f"{expected}, got {items!r:.40}" + ("" if isinstance(items, str) else ", which is empty"))
+    if isinstance(items, str | Mapping) or not hasattr(items, "__getitem__") or not hasattr(items, "__len__"):
+        raise ValueError(f"{expected}, got {items!r:.40}")
+    if not len(items):
+        raise ValueError(f"{expected}, got {items!r:.40}, which is empty")
+
+
+def check_whole(value: object, expected: str) -> None:
+    """Raise a ValueError unless the value is a whole number of Python or numpy."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise ValueError(f"{expected}, got {value!r:.40}")
+
+
+def check_trained_length(residues: int, name: str, max_len: int) -> None:
+    """Raise a ValueError for an empty protein, or one that is longer than the model was trained on."""
+    if not 1 <= residues <= max_len:
+        raise ValueError(f"{name} has {residues} residues; this model was trained on 1 to {max_len}")
 
 
 def encode_with_free(sequence: str, name: str) -> np.ndarray:
@@ -27,8 +42,10 @@ def encode_with_free(sequence: str, name: str) -> np.ndarray:
     Lower-case letters are read as upper-case.
 
     Raises:
-        ValueError: an empty sequence or an illegal letter. The message names the sequence and the position.
+        ValueError: not a string, an empty sequence or an illegal letter. The message names the sequence and the
+            position.
     """
+    check_letters(sequence, name)
     free = np.array([letter == FREE for letter in sequence.removesuffix("*")], bool)
     try:  # put a legal letter at free positions, so that encode rejects only other positions
         tokens = ProteinTokenizer().encode(sequence.upper().replace(FREE, "A"), name)
@@ -36,6 +53,12 @@ def encode_with_free(sequence: str, name: str) -> np.ndarray:
         raise ValueError(f"{error}; `{FREE}` marks a free position") from error
     tokens[1:-1][free] = MASK
     return tokens
+
+
+def check_letters(sequence: object, name: str) -> None:
+    """Raise a ValueError unless the sequence is a string."""
+    if not isinstance(sequence, str):
+        raise ValueError(f"{name}: a sequence is a string of letters, got {sequence!r:.40}")
 
 
 def check_biases(log_bias: Tensor | Sequence[Tensor] | None, lengths: Sequence[int]) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
 import torch
 from jaxtyping import Float64
 from torch import Tensor
@@ -12,7 +13,15 @@ from protlig_dd.diffusion.numerics import clamp_negative
 from protlig_dd.diffusion.samplers.base import SamplerOptions
 from protlig_dd.diffusion.sampling import ReverseSteps, Step
 from protlig_dd.diffusion.score import ScoreFn
-from protlig_dd.inference.sequences import FREE, check_biases, check_list, encode_with_free, fix_residues
+from protlig_dd.inference.sequences import (
+    FREE,
+    check_biases,
+    check_list,
+    check_trained_length,
+    check_whole,
+    encode_with_free,
+    fix_residues,
+)
 from protlig_dd.system.random import keyed_generator
 from protlig_dd.tokenizer import AMINO_ACIDS, LETTERS, MASK, ProteinTokenizer
 
@@ -70,10 +79,11 @@ class SamplingSteps:
         seed: the seed and a design's index determine its random draws, as in `generate` and `protlig_dd.sample`.
         log_bias: nats for each amino acid (see `sample`): (20,) for all positions of all proteins, or one tensor
             (length_i, 20) for each protein.
+        max_len: largest number of residues that the model was trained on.
 
     Raises:
-        ValueError: no design, an illegal letter, a bias of another shape than its design, or invalid options (see
-            `sample`).
+        ValueError: no design, an illegal letter, a design without free positions or with more than max_len residues, a
+            bias of another shape than its design, or invalid options (see `sample`).
     """
 
     def __init__(
@@ -84,10 +94,10 @@ class SamplingSteps:
         *,
         seed: int = 0,
         log_bias: Tensor | Sequence[Tensor] | None = None,
+        max_len: int,
     ) -> None:
         check_list(designs, "sample_steps takes a list of lengths and sequences")
-        texts = [design if isinstance(design, str) else FREE * design for design in designs]
-        self.templates = [encode_with_free(text, f"design {i}")[1:-1] for i, text in enumerate(texts)]
+        self.templates = [template_of(design, f"design {i}", max_len) for i, design in enumerate(designs)]
         lengths = [len(template) for template in self.templates]
         check_biases(log_bias, lengths)
         self.reverse = ReverseSteps(
@@ -143,6 +153,9 @@ class SamplingSteps:
                 forbidden by log_bias; or the design fixes the residue. Nothing is changed then.
         """
         batch, graph = self.reverse.batch, self.reverse.score_fn.graph
+        check_whole(protein, "edit takes the number of a protein")
+        if not isinstance(residues, Mapping):
+            raise ValueError(f"edit takes a mapping of positions to letters, such as {{10: 'W'}}, got {residues!r:.40}")
         if self.done == len(self):
             raise ValueError(f"all {len(self)} steps are done, so an edit has no effect; edit the sequences instead")
         if not 0 <= protein < len(self.templates):
@@ -150,6 +163,7 @@ class SamplingSteps:
         template, tokens = self.templates[protein], batch.tokens.clone()
         first = sum(batch.lengths[:protein]) + 1  # the token of the protein's residue 0
         for position, letter in residues.items():
+            check_whole(position, f"protein {protein}: a position is a whole number from 0")
             where = f"position {position} of protein {protein}"
             if not 0 <= position < len(template):
                 raise ValueError(f"{where} does not exist: it has {len(template)} residues, counted from 0")
@@ -168,3 +182,16 @@ class SamplingSteps:
         """Whether log_bias forbids an amino acid (its id) at a residue of the pack."""
         bias = self.reverse.sampler.bias
         return bias is not None and bool(bias[residue, amino_acid] == -torch.inf)
+
+
+def template_of(design: int | str, name: str, max_len: int) -> np.ndarray:
+    """Return the ids (length,) of a design's residues, MASK at free positions; see `SamplingSteps`."""
+    if not isinstance(design, str):
+        check_whole(design, f"{name}: give a number of residues, or a sequence with `{FREE}` at free positions")
+        check_trained_length(int(design), name, max_len)
+        design = FREE * int(design)
+    template = encode_with_free(design, name)[1:-1]
+    check_trained_length(len(template), name, max_len)
+    if MASK not in template:
+        raise ValueError(f"{name} has no free position, so there is nothing to sample; mark positions with `{FREE}`")
+    return template

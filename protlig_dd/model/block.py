@@ -10,7 +10,7 @@ from protlig_dd.batch import PackedBatch
 from protlig_dd.model.config import ModelConfig
 from protlig_dd.model.kernels import per_token
 from protlig_dd.model.layers import MLP, make_norm, modulate, zero_linear
-from protlig_dd.model.mixers import MIXERS
+from protlig_dd.model.mixers import MIXERS, name_of
 from protlig_dd.model.mixers.base import Mixer
 from protlig_dd.model.mixers.scores import ScoreInputs
 from protlig_dd.model.positions.base import PositionEncoding
@@ -120,7 +120,7 @@ def check_mixer(mixer: Mixer, hidden_size: int) -> None:
 
     All weights must belong to child modules of the mixer, and no child may have the name of another part of the block.
     """
-    kind = type(mixer).__name__
+    kind = name_of(mixer)
     if mixer.hidden_size != hidden_size:
         raise ValueError(
             f"mixer {kind} has width {mixer.hidden_size}, but the Block that contains it has width {hidden_size} "

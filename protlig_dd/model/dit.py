@@ -8,6 +8,7 @@ Without time conditioning sigma is ignored and each adaLN is a plain norm, as in
 Shape suffixes: T tokens of the pack, n sequences, H hidden_size, C cond_dim.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
@@ -51,6 +52,7 @@ class DiT(nn.Module):
         super().__init__()
         check_model(config)
         self.attention_backend, self.checkpointing = attention_backend, config.checkpointing
+        self.kinds = kinds_of(config, attention_backend)
         self.shape: StaticShape | None = None
         self.graphed: Callable[..., Tensor] | None = None
         self.positions = POSITIONS[config.positions](config)
@@ -203,6 +205,17 @@ class DiT(nn.Module):
         return 2 * (products + sum(block.mixer.flops(lengths) for block in blocks))
 
 
+def kinds_of(config: ModelConfig, attention_backend: str) -> str:
+    """Return the kinds of the network's parts, for progress lines."""
+    counts = Counter(mixers_of_blocks(config))
+    mixers = " + ".join(
+        (f"{n} x " if len(counts) > 1 else "") + (f"attention ({attention_backend})" if name == "attention" else name)
+        for name, n in counts.items()
+    )
+    tied = ", tied weights" if config.tie_weights else ""
+    return f"positions {config.positions}, mixers {mixers}, mlp {config.mlp}{tied}"
+
+
 def check_model(config: ModelConfig) -> None:
     """Raise a ValueError that names the key and its value if the config does not define a valid network."""
     for name, value in (
@@ -240,7 +253,7 @@ def check_model(config: ModelConfig) -> None:
         limited = [name for name, kind in POSITIONS.items() if kind.limited]
         raise ValueError(
             f"model.max_positions={config.max_positions} has no effect with model.positions={config.positions}, which "
-            f"has no limit; set it to null, or choose model.positions from {', '.join(limited)}"
+            f"has no limit; set it to null, or set model.positions to {' or '.join(limited)}"
         )
     with torch.device("meta"):  # uses no memory and draws no random numbers
         POSITIONS[config.positions](config)

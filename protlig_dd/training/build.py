@@ -197,8 +197,8 @@ def print_summary(trainer: Trainer, steps: range, store: StoreGroup, context: Ru
     kernels += ", CUDA graphs" if model.graphed else ""
     epochs = max_steps * optim.packs_per_step / dataset.packs_per_epoch
     say(
-        f"{context.folder}: {parameters / 1e6:.1f} M parameters on {device} in {context.precision}, attention "
-        f"{context.attention_backend}{kernels}; {processes.world_size} process(es); {max_steps} steps of "
+        f"{context.folder}: {parameters / 1e6:.1f} M parameters on {device} in {context.precision}, "
+        f"{model.kinds}{kernels}; {processes.world_size} process(es); {max_steps} steps of "
         f"{optim.packs_per_step} x {config.data.tokens_per_pack} tokens = "
         f"{epochs:,.2f} epochs"
     )

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from protlig_dd.config.components import TRAINING_NOISE, graph_with_rates
 from protlig_dd.config.fields import marked
-from protlig_dd.config.read import as_dict, flatten, shorten
+from protlig_dd.config.read import as_dict, as_written, flatten, shorten
 from protlig_dd.config.train import TrainConfig, all_settings, config_in
 from protlig_dd.inference.model import find_saved
 from protlig_dd.model.config import COMPUTE_ONLY, TUNABLE, ModelConfig
@@ -46,7 +46,9 @@ def with_source_model(config: TrainConfig, source: TrainConfig, named: Collectio
 
     def compare(key: str, value: Any, other: Any) -> None:
         if value != other:
-            conflicts.append(f"{key}: {shorten(str(other))} in the source, {shorten(str(value))} requested")
+            conflicts.append(
+                f"{key}: {shorten(as_written(other))} in the source, {shorten(as_written(value))} requested"
+            )
 
     for section, free in FREE.items():
         for key, value in mine[section].items():
@@ -99,14 +101,14 @@ def resolve_source_model(config: TrainConfig, path: Path) -> TrainConfig:
     resolved = with_source_model(config, source, named | (experiment_keys & FREE_KEYS))
     before, after = all_settings(as_dict(config)), all_settings(as_dict(resolved))
     ignored = [
-        f"{key}={shorten(str(value))} ({shorten(str(after.get(key)))} in the source)"
+        f"{key}={shorten(as_written(value))} ({shorten(as_written(after.get(key)))} in the source)"
         for key, value in before.items()
         if (key in experiment_keys or key.partition(".")[0] in experiment_keys) and value != after.get(key)
         if not (key.startswith("model.") and value is None)  # null keeps the source's value
     ]
     if ignored:
         announce(
-            f"from={config.from_}: settings of the experiment that differ from the source are ignored: "
+            f"from={config.from_}: the source's settings replace those of the experiment and of its config groups: "
             f"{', '.join(ignored)}",
             processes_from_environment(),
         )

@@ -50,14 +50,15 @@ def chosen_proteins() -> list[FastaRecord]:
 def robustness(arguments: argparse.Namespace) -> bool:
     """Count on how many proteins the forward pass, sampling and infilling of each arm succeed.
 
-    Uses the runs of `bounds` with seed 0 where they are finished, and otherwise trains FEW steps.
+    Uses the runs of `bounds` with seed 0 and the same --steps where they are finished, and otherwise trains --steps, by
+    default FEW.
     """
     proteins = chosen_proteins()
     jobs = []
     for arm in arguments.only:
         of_bounds = job(arguments, arm, 0, arguments.steps)
         finished = (of_bounds.folder(arguments.folder) / "report.json").exists()
-        jobs.append(of_bounds if finished else job(arguments, arm, 0, FEW, REPORT))
+        jobs.append(of_bounds if finished else job(arguments, arm, 0, arguments.steps or FEW, REPORT))
 
     def finish(job: Job, report: dict[str, Any]) -> dict[str, Any]:
         trained = load_trained(str(job.folder(arguments.folder)), device="auto", precision="auto")
@@ -109,7 +110,7 @@ def sample(score_fn: ScoreFn, template: str, steps: int) -> None:
     Raises:
         ValueError: an output of the network is not finite, or a residue is not what the template allows.
     """
-    sampling = SamplingSteps(score_fn, [template], SamplerOptions(steps), seed=0)
+    sampling = SamplingSteps(score_fn, [template], SamplerOptions(steps), seed=0, max_len=LONGEST)
     for step in sampling:
         check_finite(step.step.logits)
     (found,) = sampling.sequences

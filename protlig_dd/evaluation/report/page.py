@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from protlig_dd.config.read import defaults_of, flatten
+from protlig_dd.config.read import as_written, defaults_of, flatten
 from protlig_dd.config.train import TrainConfig
 from protlig_dd.evaluation.report.curves import NATS, curves, labels_of, shapes
 from protlig_dd.evaluation.report.plots import Estimate, dot_plot
@@ -64,7 +64,8 @@ def run_page(run: Run) -> str:
                 f"{difference} {plus_minus(others['difference_se'])}."
             )
         notices.append(notice)
-    records = [("config.yaml", [*run.config.items()]), ("environment.json", [*flatten(run.environment).items()])]
+    sources = {"config.yaml": run.config, "environment.json": flatten(run.environment)}
+    records = [(name, [(key, as_written(value)) for key, value in found.items()]) for name, found in sources.items()]
     return render(
         title=run.name,
         subtitle=" · ".join(

@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from protlig_dd.config.read import flatten
+from protlig_dd.config.read import as_written, flatten
 from protlig_dd.data.fasta import FastaRecord, read_fasta
 from protlig_dd.evaluation.samples.statistics import SETS
 from protlig_dd.runs.metrics import read_metrics, with_nan
@@ -113,5 +113,5 @@ def nats_of_proteins(run: Run) -> list[tuple[str, int, float]]:
 def differing_keys(configs: Sequence[dict[str, Any]]) -> list[list[str]]:
     """Return a row (key, value in each config) for each config key that differs, except run.name."""
     keys = sorted({key for config in configs for key in config} - {"run.name"})
-    rows = [[key, *(str(config.get(key, "—")) for config in configs)] for key in keys]
+    rows = [[key, *(as_written(config.get(key, "—")) for config in configs)] for key in keys]
     return [row for row in rows if len(set(row[1:])) > 1]

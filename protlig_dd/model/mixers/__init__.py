@@ -8,6 +8,11 @@ from protlig_dd.model.mixers.ttt import TTTMLP, TTTLinear
 MIXERS: dict[str, type[Mixer]] = {"attention": Attention, "ttt_linear": TTTLinear, "ttt_mlp": TTTMLP}
 
 
+def name_of(mixer: Mixer) -> str:
+    """Return the mixer's name in MIXERS, or that of its class if it is not there."""
+    return next((name for name, kind in MIXERS.items() if type(mixer) is kind), type(mixer).__name__)
+
+
 def mixers_of_blocks(config: ModelConfig) -> list[str]:
     """Return the name of each block's mixer.
 
