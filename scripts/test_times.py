@@ -44,7 +44,8 @@ GROUPS = (
     ),
     Group(
         "MMseqs2",
-        "the bundled splits share no homologs; prepare removes held-out homologs; judge finds relatives of samples",
+        "the bundled splits share no homologs; `split.check=mmseqs` removes held-out proteins that resemble training "
+        "proteins; judge finds relatives of samples",
         ("test_build", "test_judge", "test_readme"),
         (
             "test_bundled_held_out",
@@ -162,14 +163,14 @@ GROUPS = (
     ),
     Group(
         "earlier versions",
-        "seeded runs reproduce the recorded figures, bit-identical on the recording machine; files "
-        "of earlier versions can be read, and their runs resumed",
+        "seeded runs give the figures in the golden record, bit for bit on the machine that made it; files of earlier "
+        "versions can be read, and their runs resumed",
         ("test_golden",),
     ),
     Group(
         "structure",
-        "which modules may import which; annotated shapes are enforced; runs with and without these checks "
-        "do not share bytecode",
+        "which modules may import which; annotated shapes are enforced; runs with and without "
+        "PROTLIG_TYPECHECK=1 do not share bytecode",
         ("test_layering", "test_typecheck"),
     ),
 )
@@ -215,7 +216,9 @@ def table(times: list[tuple[str, str, float]]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("xml", type=Path, nargs="+", help="JUnit XML files of different tests, from pytest --junitxml")
+    parser.add_argument(
+        "xml", type=Path, nargs="+", help="files from pytest --junitxml; their tests are counted together"
+    )
     parser.add_argument("--slowest", type=int, metavar="N", help="print the N slowest tests instead")
     arguments = parser.parse_args()
     times = []
