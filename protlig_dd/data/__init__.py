@@ -1,1 +1,1 @@
-"""FASTA -> HDF5 store -> packs of whole sequences."""
+"""FASTA -> HDF5 store -> packs of sequences (sequences longer than data.max_len are cropped)."""

@@ -1,13 +1,18 @@
-"""The case of residues, which marks those that are context: given to the network, never noised, not in the loss.
+"""The case of letters, which can mark residues as context.
 
-A store keeps the case of its records if any record has both upper-case and lower-case letters (`m` records have a
-lower-case letter). Otherwise it has none of these datasets:
+Context residues are given to the network. They are never noised and not in the loss. All other amino acids are
+designed.
+
+A store keeps the case of its records only if at least one record has both upper-case and lower-case letters. It then
+has these datasets, where m is the number of records that have a lower-case letter:
 
     case_rows     (m,) int64      rows of the records that have a lower-case letter, ascending
-    case_offsets  (m + 1,) int64  the bits of record j are case_bits[case_offsets[j]:case_offsets[j + 1]]
-    case_bits     (b,) uint8      one bit a residue, 1 for a lower-case letter, the first residue in the highest bit;
-                                  a record has whole bytes, and none if all its letters are lower-case
-    case_counts   (90,) int64     how often each token id occurs in lower case in each split, (3, 30) row by row
+    case_offsets  (m + 1,) int64  the bits of row case_rows[j] are case_bits[case_offsets[j]:case_offsets[j + 1]]
+    case_bits     (b,) uint8      one bit per residue: 1 for a lower-case letter. The first residue of a record is the
+                                  highest bit of its first byte. The last byte of a record is filled up with zeros.
+                                  A record with only lower-case letters has no bytes.
+    case_counts   (90,) int64     how often each token id occurs in lower case in each split: a (3, 30) array of
+                                  splits and token ids, flattened row by row
 """
 
 from pathlib import Path
@@ -22,7 +27,7 @@ CASE_COLUMNS = {"case_rows": np.int64, "case_offsets": np.int64, "case_bits": np
 
 
 class CaseIndex(NamedTuple):
-    """The case of a store's records."""
+    """The datasets case_rows, case_offsets and case_bits of a store (see the module's docstring)."""
 
     rows: np.ndarray
     """(m,)"""
@@ -31,10 +36,10 @@ class CaseIndex(NamedTuple):
     bits: np.ndarray
 
     def lower_case(self, row: int, residues: int) -> np.ndarray | None:
-        """Return (residues,) bool, which residues of a row are lower-case letters; None if none is.
+        """Return which residues of a row are lower-case letters: (residues,) bool, or None if none is.
 
         Raises:
-            ValueError: the row has another number of bytes than its residues need.
+            ValueError: the number of bytes in case_bits does not match the number of residues.
         """
         j = int(np.searchsorted(self.rows, row))
         if j == len(self.rows) or self.rows[j] != row:
@@ -50,17 +55,19 @@ class CaseIndex(NamedTuple):
 
 
 def lower_case_of(sequence: str) -> np.ndarray | None:
-    """Return (residues,) bool, which letters of a FASTA sequence are lower-case; None if none is."""
+    """Return which letters of a FASTA sequence are lower-case: (residues,) bool, or None if none is."""
     lower = np.frombuffer(sequence.removesuffix("*").encode("ascii", "replace"), np.uint8) >= ord("a")
     return lower if lower.any() else None
 
 
 def context_tokens(lower: np.ndarray | None, residues: int, context: Context) -> np.ndarray | None:
-    """Return (residues + 2,) bool, which tokens of `<bos> residues <eos>` are context; None if none is.
+    """Return which tokens of `<bos> residues <eos>` are context, (residues + 2,) bool.
+
+    If no token is context, the result is None or an array in which every value is False.
 
     Args:
         lower: which residues are lower-case letters; None if none is.
-        context: the case of the context.
+        context: the case that marks residues as context; `none` if no residue is context.
     """
     if context == "none" or (context == "lower" and lower is None):
         return None
@@ -70,17 +77,17 @@ def context_tokens(lower: np.ndarray | None, residues: int, context: Context) ->
 
 
 def targets_of(tokens: np.ndarray, is_context: np.ndarray | None) -> np.ndarray:
-    """Return tokens (length,) in which X replaces the context residues, so that only designed ones are amino acids."""
+    """Return the (length,) tokens with X in place of context residues. All amino acids in the result are designed."""
     return tokens if is_context is None else np.where(is_context, np.uint8(CONTEXT), tokens)
 
 
 def has_only_context(tokens: np.ndarray, is_context: np.ndarray | None) -> bool:
-    """Whether a sequence has amino acids, and all of them are context."""
+    """Whether a sequence has amino acids and all these amino acids are context."""
     return bool((tokens < N_STATES).any()) and not bool((targets_of(tokens, is_context) < N_STATES).any())
 
 
 def check_has_case(path: Path, has_case: bool, context: Context) -> None:
-    """Raise ValueError if the store keeps no case, although the context is marked by it."""
+    """Raise ValueError if case marks the context (`context` is not `none`) but the store does not keep the case."""
     if context != "none" and not has_case:
         raise ValueError(
             f"{path}: data.context={context} needs the case of its residues, but the store keeps none: it was prepared "
@@ -90,7 +97,7 @@ def check_has_case(path: Path, has_case: bool, context: Context) -> None:
 
 
 def nothing_to_design(name: str, context: Context, others: str = "") -> str:
-    """Return the message for a record all of whose amino acids are context."""
+    """Return the error message for a record in which all amino acids are context."""
     return (
         f"{name}: context={context} leaves nothing to design: all amino acids are {context}-case letters{others}; "
         "remove such records, or change the case of what is to be designed"

@@ -1,4 +1,4 @@
-"""The context of the rows of stores: residues that are given, marked by their case (see case.py)."""
+"""Find the context of sequences in stores: residues that the network is given, marked by their case (see case.py)."""
 
 from collections.abc import Sequence
 from typing import SupportsIndex
@@ -13,7 +13,7 @@ from protlig_dd.data.store import StoreGroup
 
 
 def context_of(group: StoreGroup, row: SupportsIndex) -> np.ndarray | None:
-    """Return which tokens of a row, `<bos> residues <eos>`, are context, (tokens,) bool; None if none is."""
+    """Return which tokens of a row (`<bos> residues <eos>`) are context, or None (see `context_tokens`)."""
     if group.context == "none":
         return None
     store, store_row = group.find(row)
@@ -24,11 +24,11 @@ def context_of(group: StoreGroup, row: SupportsIndex) -> np.ndarray | None:
 def joined_context(
     contexts: Sequence[np.ndarray | None], first: Sequence[int], lengths: Sequence[int]
 ) -> Bool[Tensor, " total"] | None:
-    """Return the context of crops of n sequences, joined as in a pack; None if no crop has any.
+    """Return which tokens of n crops are context, concatenated as in a pack; None if all `contexts` are None.
 
     Args:
-        contexts: which tokens of each whole sequence are context; None: none.
-        first: the first token of each crop.
+        contexts: for each sequence before cropping, which tokens are context; None means no token.
+        first: index of the first token of each crop.
         lengths: number of tokens of each crop.
     """
     if all(is_context is None for is_context in contexts):
@@ -41,7 +41,7 @@ def joined_context(
 
 
 def check_designed(group: StoreGroup) -> None:
-    """Raise ValueError if the context leaves nothing to design in a record of a store; the message names the record."""
+    """Raise ValueError if all amino acids of a record are context. The message names the first such record."""
     if group.context == "none":
         return
     for store in group.stores:
@@ -52,7 +52,10 @@ def check_designed(group: StoreGroup) -> None:
 
 
 def designed_counts(group: StoreGroup) -> np.ndarray:
-    """Return (3, 30) int64: how often each token id occurs outside the context in each split."""
+    """Return (3, 30) int64: how often each token id occurs outside the context in each split.
+
+    If upper-case letters are the context, `<bos>` and `<eos>` are not counted.
+    """
     if group.context == "none":
         return group.token_counts
     lower = np.sum([store.case_counts for store in group.stores], axis=0)

@@ -15,13 +15,14 @@ Count = TypeVar("Count", int, np.ndarray)
 
 
 def crop_bounds(residues: Count, starts: Count, max_len: int) -> tuple[Count, Count]:
-    """Return the token bounds (first, end) of crops to residues start .. start + max_len - 1.
+    """Return the bounds (first, end) of a crop: tokens[first:end] has the residues start .. start + max_len - 1.
 
-    Tokens are counted in `<bos> residues <eos>`. A crop keeps `<bos>` only if it begins with the first residue, and
-    `<eos>` only if it ends with the last one.
+    `tokens` is `<bos> residues <eos>`, and residues are counted from 0. A crop keeps `<bos>` only if it begins with the
+    first residue of the protein, and `<eos>` only if it ends with the last residue.
 
     Args:
-        residues, starts: length and first residue of one protein, or (n,) arrays for n proteins.
+        residues: number of residues of one protein, or (n,) for n proteins.
+        starts: first residue of the crop, or (n,) for n proteins.
     """
     return starts + (starts > 0), starts + max_len + 1 + (starts + max_len == residues)
 
@@ -33,14 +34,16 @@ def check_crop(crop: str) -> None:
 
 
 def designed_crops(targets: np.ndarray, max_len: int, *, first: bool) -> np.ndarray:
-    """Return the first residues of crops of max_len residues that contain designed residues, ascending.
+    """Return the residues (counted from 0, ascending) at which a crop with designed residues may begin.
 
-    If no crop contains any, all of them are returned.
+    A crop has max_len residues. A designed residue is an amino acid that is not context. If no crop contains a designed
+    residue, return the starts of all crops.
 
     Args:
-        targets: `<bos> residues <eos>` with X for context residues and more than max_len residues (see `targets_of`).
-        first: return a single crop, the first of those with the most designed residues. It begins at residue 0 if
-            everything is designed.
+        targets: tokens `<bos> residues <eos>` of a protein longer than max_len, with X in place of context residues
+            (see `targets_of` in case.py).
+        first: whether to return only one start, that of the crop with the largest number of designed residues. If
+            several crops have this number, the first of them is taken; if every residue is designed, the start is 0.
     """
     before = np.append(0, np.cumsum(targets[1:-1] < N_STATES))
     counts = before[max_len:] - before[:-max_len]
@@ -50,9 +53,9 @@ def designed_crops(targets: np.ndarray, max_len: int, *, first: bool) -> np.ndar
 
 
 def window_starts(residues: int, max_len: int) -> list[int]:
-    """Return the first residues of windows of `max_len` residues that cover a protein.
+    """Return the first residue of each window, for windows of `max_len` residues that together cover a protein.
 
-    The windows are evenly spaced. There are as few as needed for neighbours to overlap by at least half.
+    The windows are evenly spaced. Their number is the smallest for which neighbouring windows overlap by at least half.
     """
     if residues <= max_len:
         return [0]
@@ -61,7 +64,7 @@ def window_starts(residues: int, max_len: int) -> list[int]:
 
 
 def window(tokens: np.ndarray, start: int, max_len: int) -> np.ndarray:
-    """Crop `<bos> residues <eos>` to at most `max_len` residues, beginning with residue `start`."""
+    """Return `<bos> residues <eos>` cropped to at most `max_len` residues, beginning with residue `start`."""
     residues = len(tokens) - 2
     first, end = crop_bounds(residues, start, min(max_len, residues - start))
     return tokens[first:end]

@@ -1,9 +1,10 @@
-"""Random choices that a resumed run must repeat: orders, subsets and crop positions, keyed by integers.
+"""Random choices that a resumed run must repeat: orders, subsets and crop positions.
 
-The method has a version. A run keeps the version it was started with:
+The random numbers of a choice depend only on its key (a sequence of integers) and on the version of the method. A run
+keeps the version it was started with:
 
-    1   methods of numpy's Generator, whose streams may change in a new numpy release (NEP 19)
-    2   raw words of PCG64 seeded by SeedSequence, which numpy guarantees to keep
+    1   methods of numpy's Generator, whose random numbers may change in a new numpy release (NEP 19)
+    2   raw words of PCG64 seeded by SeedSequence; numpy guarantees that these words never change
 """
 
 from collections.abc import Sequence
@@ -13,17 +14,17 @@ import numpy as np
 VERSIONS = (1, 2)
 NEWEST = VERSIONS[-1]
 ROWS_AT_ONCE = 1 << 20  # random words are drawn in blocks of this many rows
-ROWS_PER_SORT = 1 << 25  # approximate; sorting takes 16 bytes of memory per row
+ROWS_PER_SORT = 1 << 25  # approximate number of rows sorted at once; sorting takes 16 bytes of memory per row
 
 
 def shuffled(rows: np.ndarray, key: Sequence[int], version: int = NEWEST) -> np.ndarray:
-    """Return the same rows (n,) in random order.
+    """Return the given (n,) rows in random order.
 
-    Version 2 gives each row a random 64-bit word and sorts by it. The low bits of the word are replaced by the row's
-    index, with as many bits as the largest index needs. So no two words are equal, and every sorting algorithm gives
-    the same order. Two rows whose remaining high bits agree keep their given order. One shuffle of 70 million rows
-    (37 high bits) has about 18,000 such pairs; one shuffle of a million rows has 0.03 on average. The rows of such a
-    pair are adjacent, at a random position; only the order within the pair is not random.
+    Version 2 gives each row a random 64-bit word and sorts the words. The low bits of each word are replaced by the
+    row's index, with as many bits as the largest index needs. So no two words are equal, and every sorting algorithm
+    gives the same order. Two rows whose remaining high bits agree keep their given order. One shuffle of 70 million
+    rows (37 high bits) has about 18,000 such pairs; one shuffle of a million rows has 0.03 on average. The rows of such
+    a pair are adjacent, at a random position; only the order within the pair is not random.
     """
     if version == 1:
         return np.random.default_rng(key).permutation(rows)
@@ -32,7 +33,7 @@ def shuffled(rows: np.ndarray, key: Sequence[int], version: int = NEWEST) -> np.
     number_mask = np.uint64((1 << number_bits) - 1)
     parts_bits = max(0, number_bits - ROWS_PER_SORT.bit_length() + 1)
     order, done = np.empty_like(rows), 0
-    for part in range(1 << parts_bits):  # to save memory: this part has the words whose highest bits equal `part`
+    for part in range(1 << parts_bits):  # saves memory: each part sorts the words whose highest bits equal `part`
         stream, blocks = random_words(key), [np.empty(0, np.uint64)]
         for first in range(0, n, ROWS_AT_ONCE):
             word = stream.random_raw(min(ROWS_AT_ONCE, n - first))
@@ -51,15 +52,15 @@ def shuffled(rows: np.ndarray, key: Sequence[int], version: int = NEWEST) -> np.
 
 
 def random_subset(rows: np.ndarray, size: int, seed: int, version: int = NEWEST) -> np.ndarray:
-    """Return at most `size` of these ascending rows, chosen at random; the result is ascending too."""
+    """Return `size` of the ascending rows, chosen at random, in ascending order; all rows if there are fewer."""
     return rows if len(rows) <= size else np.sort(shuffled(rows, [seed, size], version)[:size])
 
 
 def random_below(limits: np.ndarray, key: Sequence[int], version: int = NEWEST) -> np.ndarray:
     """Draw one integer for each of n limits, uniform on 0 .. limit - 1. Returns (n,) int64.
 
-    Version 2 takes the remainder of a 64-bit word. The integers are then almost equally likely: the relative difference
-    of two probabilities is at most limit / 2^64.
+    Version 2 divides a random 64-bit word by the limit and takes the remainder. The integers are then almost equally
+    likely: the relative difference of two probabilities is at most limit / 2^64.
     """
     if version == 1:
         return np.random.default_rng(key).integers(limits)
@@ -67,7 +68,7 @@ def random_below(limits: np.ndarray, key: Sequence[int], version: int = NEWEST) 
 
 
 def random_words(key: Sequence[int]) -> np.random.PCG64:
-    """Return the stream of 64-bit words of a key."""
+    """Return the generator of random 64-bit words that is seeded with the key."""
     return np.random.PCG64(np.random.SeedSequence(key))
 
 
@@ -75,7 +76,7 @@ def check_version(version: int, where: object) -> int:
     """Return the version if this program supports it.
 
     Args:
-        where: file or folder that records the version, for the message.
+        where: file or folder that records the version, for the error message.
 
     Raises:
         ValueError: the version is not supported.

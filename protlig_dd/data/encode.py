@@ -1,4 +1,7 @@
-"""Encode a block of FASTA records as tokens: one vectorised pass over all letters, slower checks only if needed."""
+"""Encode a block of FASTA records as tokens.
+
+Whole sequences are translated at once. Slower checks follow only if letters are lower-case or not in the alphabet.
+"""
 
 import itertools
 from typing import NamedTuple
@@ -9,8 +12,8 @@ import xxhash
 from protlig_dd.data.fasta import WHITESPACE, FastaBlock
 from protlig_dd.tokenizer import AMINO_ACIDS, BOS, CONTEXT_LETTERS, EOS, LETTERS
 
-LOWER = 64  # added to the token of a lower-case letter
-# A byte's code: its token (plus LOWER), or _STOP or _ILLEGAL.
+LOWER = 64  # added to the token id of a lower-case letter
+# The code of a byte is the token id of its letter (plus LOWER for lower case), or _STOP (for `*`), or _ILLEGAL.
 _STOP, _ILLEGAL = 128, 129
 _CODES = bytearray([_ILLEGAL]) * 256
 for _id, _letter in enumerate(LETTERS):
@@ -21,7 +24,7 @@ _TABLE = bytes(_CODES)
 _FOLD = bytes(code & ~LOWER for code in range(256))
 
 _BASES = bytes(LETTERS.index(letter) for letter in "ACGTUN")
-FEWEST_BASES = 20  # shorter proteins may consist of these letters by chance
+FEWEST_BASES = 20  # minimum length for is_nucleotide: shorter proteins may consist of these letters by chance
 
 # Never change these seeds: all hashed splits depend on ID_SEED.
 ID_SEED, SEQUENCE_SEED = 0x70726F746C6967, 0x64647365646464
@@ -35,16 +38,16 @@ class EncodedBlock(NamedTuple):
     lengths: np.ndarray
     """(n,) int64: tokens of each sequence, including `<bos>` and `<eos>`."""
     id_hashes: np.ndarray
-    """(n,) uint64: 64-bit XXH3 of the id's UTF-8 bytes, keyed by ID_SEED."""
+    """(n,) uint64: 64-bit XXH3 of the id's UTF-8 bytes, with the seed ID_SEED."""
     lower_case: int
-    """Number of lower-case letters; they were encoded like upper-case letters."""
+    """Number of lower-case letters. They were encoded like upper-case letters."""
     nucleotides: int
     """Number of records that look like DNA or RNA."""
     is_lower: np.ndarray | None = None
-    """(total,) bool: which tokens were lower-case letters; None if none was."""
+    """(total,) bool: which tokens were lower-case letters; None if no letter of the block was lower-case."""
 
     def select(self, keep: np.ndarray) -> "EncodedBlock":
-        """Return the records for which `keep` (n,) is True."""
+        """Return the records for which `keep` (n,) is True, with the counts of the whole block."""
         if keep.all():
             return self
         sequences = list(itertools.compress(self.sequences, keep.tolist()))
@@ -59,18 +62,20 @@ class EncodedBlock(NamedTuple):
         )
 
     def sequence_hashes(self) -> np.ndarray:
-        """(n, 2) uint64: the 128-bit XXH3 of each sequence, keyed by SEQUENCE_SEED."""
+        """Return the 128-bit XXH3 of each sequence, with the seed SEQUENCE_SEED: (n, 2) uint64, the high half first."""
         digest = xxhash.xxh3_128_digest
         digests = b"".join([digest(sequence, SEQUENCE_SEED) for sequence in self.sequences])
         return np.frombuffer(digests, dtype=">u8").astype(np.uint64).reshape(-1, 2)
 
 
 def encode_block(block: FastaBlock) -> EncodedBlock:
-    """Encode a block's records. Lower case becomes upper case; white space and one trailing `*` per record are dropped.
+    """Encode a block's records. White space and one trailing `*` per record are dropped.
+
+    Lower-case letters get the tokens of upper-case letters; `is_lower` records which letters they were.
 
     Raises:
-        ValueError: a record that has no residues or contains a character that is not a letter. The message names the
-            file, the record, the line and the position.
+        ValueError: a record has no residues, or contains a character that is not a letter. The message names the file,
+            the record, the line and the position of the character.
     """
     sequences, lower_case, is_lower = [body.translate(_TABLE, WHITESPACE) for body in block.bodies], 0, None
     tokens = _joined(sequences)
@@ -95,14 +100,14 @@ def encode_block(block: FastaBlock) -> EncodedBlock:
 def is_nucleotide(tokens: bytes) -> bool:
     """Whether a sequence looks like DNA or RNA: at least 90% of its first 100 residues are A, C, G, T, U or N.
 
-    False for sequences shorter than FEWEST_BASES. Only a few real proteins give True.
+    The result is False for sequences shorter than FEWEST_BASES. It is True for only a few real proteins.
     """
     start = tokens[:100]
     return len(start) >= FEWEST_BASES and 10 * len(start.translate(None, _BASES)) <= len(start)
 
 
 def nucleotide_warning(found: int, records: int, name: str) -> str:
-    """Return the warning that some sequences look like DNA or RNA: `found` of `records`."""
+    """Return the warning that `found` of `records` sequences look like DNA or RNA."""
     return f"warning: {found:,} of {records:,} sequences of {name} look like DNA or RNA, and were read as proteins"
 
 
@@ -112,7 +117,7 @@ def _joined(sequences: list[bytes]) -> np.ndarray:
 
 
 def _raise_for_bad_record(block: FastaBlock) -> None:
-    """Raise ValueError for the first record of a block that is empty or has an illegal character."""
+    """Raise ValueError for the first record of a block that has no residues or has an illegal character."""
     for i, body in enumerate(block.bodies):
         residues = body.translate(None, WHITESPACE).removesuffix(b"*")
         if not residues:

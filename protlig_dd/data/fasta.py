@@ -1,6 +1,6 @@
 """Stream FASTA from a plain file, a gzipped file or stdin. Errors name the file, the record and the line.
 
-There is one parser, which cuts the bytes into blocks of whole records. For speed it leaves the inner loops to C: numpy
+There is only one parser. It cuts the bytes into blocks of whole records. For speed, the inner loops run in C: numpy
 finds the records, and `bytes.partition` splits off their headers. `read_fasta` yields single records; `prepare` reads
 whole blocks.
 """
@@ -30,9 +30,9 @@ OTHER_FORMATS = {  # first bytes of files that are not FASTA
     b"\xfd7zXZ": "is compressed by xz; only gzip is read",
     b"PK\x03\x04": "is a zip archive; only gzip is read",
 }
-PIR_CODES = {b"P1", b"F1", b"DL", b"DC", b"RL", b"RC", b"N1", b"N3", b"XX"}  # molecule types; PIR writes `>P1;id`
+PIR_CODES = {b"P1", b"F1", b"DL", b"DC", b"RL", b"RC", b"N1", b"N3", b"XX"}  # molecule types in PIR's `>P1;id`
 BLOCK_BYTES = 1 << 18  # small enough that the slices of a block stay in the processor's cache
-PIECE_BYTES = 1 << 16  # in a damaged gzip file, up to this many bytes before the damage may be lost
+PIECE_BYTES = 1 << 16  # up to this many bytes before the damage in a gzip file may be lost
 LONGEST_RECORD = 16 << 20  # bytes; the longest known protein has some 45,000 residues
 WHITESPACE = b" \t\r\n\v\f"
 NEWLINE, SIGN, SEMICOLON = b"\n>;"
@@ -61,13 +61,13 @@ class Header(NamedTuple):
     n: int | None
     """Number of cluster members (UniRef's n=)."""
     tax: str | None
-    """UniRef's Tax=, UniProt's OS=."""
+    """Name of the taxon (UniRef's Tax=, UniProt's OS=)."""
     tax_id: int | None
-    """UniRef's TaxID= (None for N/A), UniProt's OX=."""
+    """TaxID of the taxon (UniRef's TaxID=, UniProt's OX=); None also for N/A."""
     rep_id: str | None
 
 
-# Descriptions match greedily: if a protein name itself contains `n=2 Tax=`, the last such fields are used.
+# The description matches as much as possible: if a protein name itself contains `n=2 Tax=`, the last such fields count.
 _UNIREF = re.compile(r"(?:(?P<d>.*) )?n=(?P<n>\d+) Tax=(?P<tax>.*?)(?: TaxID=(?P<id>\d+|N/A))?(?: RepID=(?P<rep>\S+))?")
 _UNIPROT = re.compile(r"(?:(?P<d>.*) )?OS=(?P<tax>.*?) OX=(?P<id>\d+)(?: .*)?")
 
@@ -101,7 +101,7 @@ class FastaBlock(NamedTuple):
     first_record: int
     """Number of the block's first record in the file, counted from 1."""
     first_line: int
-    """Line number of that record's header, counted from 1."""
+    """Line number of the header of the block's first record, counted from 1."""
     text: bytes
     """The records' bytes, with every line end normalised to a newline."""
     starts: list[int]
@@ -110,13 +110,13 @@ class FastaBlock(NamedTuple):
     headers: list[bytes]
     """The records' first lines without `>`, checked to be UTF-8."""
     bodies: list[bytes]
-    """The other lines, with their line ends."""
+    """The records' other lines, with their line ends."""
 
     def location(self, i: int, position: int | None = None) -> str:
         """Return file, number, id and line of record i, for error messages.
 
         Args:
-            position: residue (counted from 1) whose line is named; None names the header's line.
+            position: residue (counted from 1) whose line is returned; None returns the line of the header.
         """
         line = self.first_line + self.text.count(b"\n", 0, self.starts[i])
         if position is not None:
@@ -132,12 +132,12 @@ class FastaFile:
 
     Args:
         path: a plain or gzipped file (recognised by its first two bytes, not by its name), or `-` for stdin.
-        on_bytes: called with the number of bytes read from the (compressed) file.
+        on_bytes: called after each read with the number of bytes read (compressed bytes if the file is gzipped).
 
     Raises:
-        ValueError: no such file, no records, text before the first `>`, a header that has no id or is not UTF-8, a
-            record longer than LONGEST_RECORD or in PIR format, or truncated or damaged gzip. The message names the
-            file and, if known, the record and the line.
+        ValueError: the file does not exist, is not FASTA, has no records, has text before the first `>`, has a header
+            without id or not in UTF-8, has a record that is longer than LONGEST_RECORD or in PIR format, or is
+            truncated or damaged gzip. The message names the file and, if known, the record and the line.
     """
 
     def __init__(self, path: Path | str, on_bytes: Callable[[int], None] | None = None) -> None:
@@ -226,7 +226,7 @@ class FastaFile:
             raise ValueError(f"{block.location(i)}: no id in the header {shown!r}")
         codes_end = np.array(starts[:-1]) + 3
         for i in np.flatnonzero(letters[np.minimum(codes_end, len(text) - 1)] == SEMICOLON).tolist():
-            if ids[i][:2] in PIR_CODES and b"*" in bodies[i]:  # else its description line would be read as residues
+            if ids[i][:2] in PIR_CODES and b"*" in bodies[i]:  # else PIR's description would be read as residues
                 raise ValueError(
                     f"{block.location(i)} looks like PIR, not FASTA: its id starts with `{ids[i][:3].decode()}`, a "
                     "line of description follows, and * ends its sequence. Convert PIR to FASTA with "
@@ -249,8 +249,8 @@ def _line_ends(text: bytes, last: bool) -> tuple[bytes, bytes]:
         last: whether no more text follows.
 
     Returns:
-        The normalised text, and the carriage returns at its end. These are held back, as the newline that completes
-        them may be the next byte of the file.
+        The normalised text, and the carriage returns at the end of `text`. They are held back, because the next byte of
+        the file may be the newline of the same line end.
     """
     if b"\r" not in text:
         return text, b""
@@ -285,7 +285,7 @@ class _CountingReader(io.RawIOBase):
 
 
 def _read(stream: io.BufferedIOBase) -> tuple[bytes, Exception | None]:
-    """Read about BLOCK_BYTES (b"" at the end). Also return the gzip error that follows those bytes, or None."""
+    """Return about BLOCK_BYTES bytes (b"" at the end), and the gzip error that occurred after these bytes, or None."""
     pieces: list[bytes] = []
     size = 0
     try:
@@ -301,7 +301,7 @@ def read_fasta(path: Path | str) -> Iterator[FastaRecord]:
     """Yield the records of one FASTA file (see FastaFile).
 
     Raises:
-        ValueError: as FastaFile, or a sequence that is not ASCII.
+        ValueError: an error of FastaFile, or a sequence that is not ASCII.
     """
     for block in FastaFile(path).blocks():
         for i, (header, id_, body) in enumerate(zip(block.headers, block.ids, block.bodies, strict=True)):

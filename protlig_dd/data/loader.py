@@ -1,10 +1,13 @@
-"""Load packs of whole sequences by global index, for any number of ranks and workers.
+"""Load packs of sequences, for any number of ranks and workers. The packs of a run are numbered 0, 1, 2, ...
 
-    in a step, rank r of R reads the packs  first + r, first + r + R, first + r + 2 R, ...
+A sequence is never divided between packs. Sequences longer than max_len are cropped.
+
+    in a step, rank r of R reads the packs  first + r, first + r + R, first + r + 2 R, ...  < first + packs_per_step
     where first = step * packs_per_step
 
-The sequences of a pack depend only on (seed, epoch) (see packing.py), and the positions of its crops only on
-(seed, pack). Neither depends on ranks or workers.
+For given data and settings, (seed, epoch) determines which sequences are in each pack of an epoch (see packing.py),
+and (seed, pack number) determines where the sequences of a pack are cropped. The numbers of ranks and workers have no
+influence on the packs.
 """
 
 import signal
@@ -26,28 +29,30 @@ from protlig_dd.data.packing import Plan, epoch_rows, make_plan, packs_in_epoch,
 from protlig_dd.data.plan_cache import remove_plans, shared_plan
 from protlig_dd.data.store import SequenceStore, StoreGroup
 
-_CROP = 2  # first integer of the random key; packing.py defines the others
+_CROP = 2  # second integer of the random keys of crops; packing.py uses 1 and 3
 PREFETCH = 4  # packs that each worker prepares in advance
 
 
 class PackDataset(Dataset[PackedBatch]):
-    """The packs of the selected rows of one or several stores, by global pack index.
+    """Packs of the selected rows of one or several stores: `dataset[i]` is pack i of the run, counted over all epochs.
 
     Args:
-        rows: (n,) rows to pack, ascending; usually one split.
+        rows: (n,) row numbers of the sequences to pack, ascending; usually the rows of one split.
         max_len: longer sequences are cropped to this many residues.
-        tokens_per_pack: budget of a pack, in tokens.
-        seed: None (evaluation) packs every row exactly once in the given order, and keeps the first max_len residues of
-            longer sequences; a number (training) shuffles the rows for every epoch.
-        crop: how training crops a long sequence. random: a new crop each epoch; start: the first max_len residues.
-            If the stores' context marks residues of the sequence, random chooses among the crops that contain a
-            designed residue, and start (also in evaluation) is the first of the crops that contain the most of them.
-        weights: relative fractions of tokens from each store; None reads every store once per epoch.
-        version: version of the random choices (see draws.py); a run keeps the version it was started with.
+        tokens_per_pack: maximum number of tokens of a pack.
+        seed: a number for training, which shuffles the rows for every epoch. None for evaluation, which packs every row
+            exactly once in the given order and always crops as with crop=start.
+        crop: how training crops a sequence longer than max_len. random: a new random crop in each epoch; start: the
+            first max_len residues. Sequences with context are cropped differently: random chooses among the crops that
+            contain a designed residue (an amino acid outside the context), and start is the crop with the largest
+            number of designed residues (if several crops have this number, the first of them).
+        weights: one number per store, proportional to the tokens that an epoch reads from the store; None reads every
+            store once per epoch.
+        version: version of the method of random choices (see draws.py); a run keeps the version it was started with.
 
     Raises:
-        ValueError: a pack that cannot contain max_len residues, an unknown crop, weights that do not match the stores,
-            or, in training, a store without rows or less than one pack of data.
+        ValueError: max_len is below 1 or too large for a pack, crop is unknown, or weights are not one positive number
+            per store. In training also: a store has no rows, or the rows do not fill one pack.
     """
 
     def __init__(
@@ -66,7 +71,7 @@ class PackDataset(Dataset[PackedBatch]):
         self.group, self.rows, self.max_len = group, rows.astype(group.row_type, copy=False), max_len
         self.tokens_per_pack, self.seed, self.crop, self.version = tokens_per_pack, seed, crop, version
         self.plan_ahead = True
-        """Whether the next epoch is planned in the background as soon as an epoch begins."""
+        """Whether `plan` also makes the plan of the following epoch, in a background thread."""
         self._planned: tuple[int, Plan] | None = None
         self.planner: threading.Thread | None = None
         check_pack_sizes(max_len, tokens_per_pack)
@@ -85,7 +90,7 @@ class PackDataset(Dataset[PackedBatch]):
         self.mean_tokens = min(
             total / len(rows_of_store) for total, rows_of_store in zip(self._totals, store_rows, strict=True)
         )
-        """Mean tokens of a cropped sequence, in the store where this is smallest."""
+        """Mean number of tokens per sequence after cropping; with several stores, the smallest of their means."""
         self._quotas = token_quotas(self._totals, weights)
         self.packs_per_epoch = packs_in_epoch(self._totals, self._quotas, tokens_per_pack, max_len)
         if self.packs_per_epoch <= 0:
@@ -109,13 +114,13 @@ class PackDataset(Dataset[PackedBatch]):
 
     @cached_property
     def tokens(self) -> list[np.ndarray]:
-        """Each store's tokens, (total,) uint8, mapped by this process; in training, mapped for random access."""
+        """The (total,) uint8 tokens of each store, memory-mapped by this process (in training, for random access)."""
         if self.seed is None:
             return [store.tokens for store in self.group.stores]
         return [store.tokens_at_random() for store in self.group.stores]
 
     def pack_rows(self, pack: int) -> np.ndarray:
-        """Return the (n,) int64 rows of one pack, by global index."""
+        """Return the (n,) int64 row numbers of the sequences in a pack. Packs are counted over all epochs."""
         epoch, local = divmod(pack, self.packs_per_epoch)
         rows, starts = self.plan(epoch)
         return rows[starts[local] : starts[local + 1]].astype(np.int64)
@@ -128,7 +133,8 @@ class PackDataset(Dataset[PackedBatch]):
         contexts = None
         if self.group.context != "none":
             contexts = [context_of(self.group, row) for row in rows.tolist()]
-        choices: dict[int, np.ndarray] = {}  # the crops to choose from, by number in `cut`, where there is context
+        # choices[k]: residues at which the crop of sequence cut[k] of this pack may begin, if this sequence has context
+        choices: dict[int, np.ndarray] = {}
         for k, i in enumerate(cut.tolist()):
             if contexts is not None and (is_context := contexts[i]) is not None:
                 targets = targets_of(self.tokens[store_numbers[i]][begins[i] : ends[i]], is_context)
@@ -149,7 +155,11 @@ class PackDataset(Dataset[PackedBatch]):
         return PackedBatch.from_flat(torch.from_numpy(flat), lengths, rows.tolist(), context_T)
 
     def plan(self, epoch: int) -> Plan:
-        """Return the plan of one epoch, and make the next epoch's plan in the background. The latest plan is cached."""
+        """Return the plan of one epoch, which says which sequences are in which pack.
+
+        The most recently returned plan is cached. If the plan of another epoch is requested, a background thread also
+        makes the plan of the epoch that follows.
+        """
         if self._planned is None or self._planned[0] != epoch:
             plan = shared_plan(self.key, epoch, lambda: self._make_plan(epoch))
             assert plan is not None
@@ -197,7 +207,7 @@ class PackDataset(Dataset[PackedBatch]):
 
 
 class RankPacks(Sampler[int]):
-    """The global pack indices that one rank reads in steps first_step .. last_step - 1."""
+    """The numbers of the packs that one rank reads in steps first_step .. last_step - 1, in this order."""
 
     def __init__(self, first_step: int, last_step: int, packs_per_step: int, rank: int, world_size: int) -> None:
         self.steps, self.packs = range(first_step, last_step), range(rank, packs_per_step, world_size)
@@ -211,7 +221,7 @@ class RankPacks(Sampler[int]):
 
 
 def pack_loader(dataset: PackDataset, packs: Sampler[int] | range, workers: int, pin_memory: bool) -> DataLoader:
-    """Return a DataLoader that yields the packs with these indices, in order."""
+    """Return a DataLoader that yields the packs with the numbers `packs`, in this order."""
     return DataLoader(
         dataset,
         sampler=packs,
@@ -227,22 +237,22 @@ def pack_loader(dataset: PackDataset, packs: Sampler[int] | range, workers: int,
 def end_workers(packs: Iterator[PackedBatch]) -> None:
     """Stop the worker processes of an iterator over `pack_loader`.
 
-    Otherwise the workers run until the last reference to the iterator is gone. An exception's traceback may keep such a
-    reference, and Python would then wait at exit for the workers, which ignore SIGTERM.
+    Without this call, the workers run until the last reference to the iterator is gone. An exception's traceback may
+    keep such a reference, and Python would then wait at exit for the workers, which ignore SIGTERM.
     """
-    shut_down = getattr(packs, "_shutdown_workers", None)  # torch has no public method; None without workers
+    shut_down = getattr(packs, "_shutdown_workers", None)  # torch has no public method; without workers it is None
     if shut_down is not None:
         shut_down()
 
 
 def ignore_signals(worker: int) -> None:
-    """Ignore Ctrl-C and the scheduler's signals, which reach workers too; the trainer stops the workers."""
+    """Ignore Ctrl-C and the scheduler's signals in a worker, which receives them too. The trainer stops the workers."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
 
 
 def check_pack_sizes(max_len: int, tokens_per_pack: int) -> None:
-    """Raise ValueError unless a pack can contain max_len residues with `<bos>` and `<eos>`."""
+    """Raise ValueError unless max_len is positive and a pack can contain max_len residues, `<bos>` and `<eos>`."""
     if max_len < 1:
         raise ValueError(f"data.max_len must be at least 1 residue, got {max_len}")
     if tokens_per_pack < max_len + 2:

@@ -30,7 +30,7 @@ def find_mmseqs(wanted: object, key: str = "mmseqs") -> bool:
     """Whether to use MMseqs2.
 
     Args:
-        wanted: True, False, or `auto` to use it if it is installed.
+        wanted: True, False, or `auto`, which uses MMseqs2 if it is installed.
         key: name of the config key that sets `wanted`.
 
     Raises:
@@ -43,24 +43,26 @@ def find_mmseqs(wanted: object, key: str = "mmseqs") -> bool:
 
 
 class Hit(NamedTuple):
-    """The best target of a query, and whether any target is similar."""
+    """How similar the best target of a query is, and whether any target is similar."""
 
     identity: float
-    """Fraction of the aligned residues that are identical to the best target's, 0 to 1."""
+    """Fraction of aligned residues that are identical in the query and its best target, 0 to 1."""
     near: bool
-    """Whether any target has identity >= IDENTITY over >= COVERAGE of either sequence."""
+    """Whether the query and any target have identity >= IDENTITY over >= COVERAGE of the query or of the target."""
 
 
 def best_hits(queries: Path, targets: Path, scratch: Path) -> dict[int, Hit]:
-    """Return the best hit of each query that has a target at E <= E_VALUE, at MMseqs2's default sensitivity.
+    """Return {query id: Hit} of the queries that have a target with E <= E_VALUE.
+
+    The search has MMseqs2's default sensitivity.
 
     Args:
         queries, targets: FASTA files whose ids are integers.
-        scratch: a new folder for MMseqs2's databases; removed at the end.
+        scratch: a new folder for MMseqs2's databases. The folder is created, and removed at the end.
     """
     rows = _search(queries, targets, scratch, "query,fident,qcov,tcov", {})
     found: dict[int, Hit] = {}
-    for name, fraction, query_coverage, target_coverage in rows:  # a query's targets are sorted, best first
+    for name, fraction, query_coverage, target_coverage in rows:  # sorted: the best target of a query comes first
         query, identity = int(name), float(fraction)
         near = identity >= IDENTITY and max(float(query_coverage), float(target_coverage)) >= COVERAGE
         first = found.get(query, Hit(identity, near))
@@ -69,10 +71,10 @@ def best_hits(queries: Path, targets: Path, scratch: Path) -> dict[int, Hit]:
 
 
 def clusters_of(sequences: Path, scratch: Path, *, identity: float, coverage: float) -> list[list[int]]:
-    """Cluster a FASTA file whose ids are integers, and return the members of each cluster.
+    """Cluster a FASTA file whose ids are integers, and return the ids of each cluster's members.
 
     Args:
-        scratch: a new folder for MMseqs2's files; removed at the end.
+        scratch: a new folder for MMseqs2's files. The folder is created, and removed at the end.
         identity: minimum identity, 0 to 1.
         coverage: minimum aligned fraction of each of the two sequences, 0 to 1.
     """
@@ -89,14 +91,18 @@ def clusters_of(sequences: Path, scratch: Path, *, identity: float, coverage: fl
 
 
 def queries_with_hits(queries: Path, targets: Path, scratch: Path) -> np.ndarray:
-    """Return the ids, ascending, of queries with a target at identity >= IDENTITY over >= COVERAGE of either sequence.
+    """Return the ids of the queries that are similar to a target, ascending.
+
+    A query is similar to a target if the two have E <= E_VALUE and identity >= IDENTITY, over >= COVERAGE of the query
+    or of the target.
 
     Args:
         queries, targets: FASTA files whose ids are integers.
-        scratch: a new folder for MMseqs2's databases (about three times the FASTA files' size); removed at the end.
+        scratch: a new folder for MMseqs2's databases (about three times the FASTA files' size). The folder is created,
+            and removed at the end.
     """
     rows = _search(queries, targets, scratch, "query,qcov,tcov", {"--min-seq-id": IDENTITY})
-    # MMseqs2 can filter by the coverage of the query, of the target or of both, but not by the larger of the two
+    # MMseqs2 can filter by the coverage of the query, of the target or of both, but not by the larger coverage
     similar = {
         int(name)
         for name, query_coverage, target_coverage in rows
@@ -106,7 +112,7 @@ def queries_with_hits(queries: Path, targets: Path, scratch: Path) -> np.ndarray
 
 
 def _search(queries: Path, targets: Path, scratch: Path, columns: str, options: dict[str, float]) -> list[list[str]]:
-    """Return the requested columns of every hit at E <= E_VALUE."""
+    """Search the targets for the queries, and return these columns of every hit with E <= E_VALUE."""
     scratch.mkdir()
     hits = scratch / "hits"
     fixed_options = {"-e": E_VALUE, "--alignment-mode": 3, "--format-output": columns}

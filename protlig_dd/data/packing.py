@@ -1,22 +1,25 @@
 """The plan of an epoch: which sequences are in which pack.
 
-A plan is a pure function of (seed, epoch). Processes share it as a file (see plan_cache.py). The method of its random
-choices has a version number. A resumed run uses the version that it started with (see draws.py).
+For given data and settings, a plan depends only on (seed, epoch). The processes of a node share the plan as a file (see
+plan_cache.py). The method of random choices has a version number. A resumed run uses the version that it was started
+with (see draws.py).
 
-An epoch shuffles the rows and fills packs in that order. A pack closes when the next sequence would exceed the token
-budget. If the shuffled sequences have 5, 6, 4 and 1 tokens and the budget is 12, the packs are [5, 6] and [4, 1].
+For each epoch, the rows are shuffled and packs are filled with the shuffled sequences. A pack closes when the next
+sequence would exceed the budget, the maximum number of tokens of a pack. If the shuffled sequences have 5, 6, 4 and 1
+tokens and the budget is 12, the packs are [5, 6] and [4, 1].
 
-Every epoch has the same number of packs, floor(tokens / budget). Pack g of the whole run is therefore in epoch
-g // packs_per_epoch, and a run can start at any step at the cost of planning one epoch. No pack exceeds the budget, so
-every shuffle fills at least that many packs. The sequences left over, which differ from epoch to epoch, are the
-epoch's tail.
+Every epoch has the same number of packs, floor(tokens of an epoch / budget); see packs_in_epoch for mixed stores. Pack
+g of the whole run is therefore in epoch g // packs_per_epoch, and a run can start at any step at the cost of planning
+one epoch. No pack exceeds the budget, so every shuffle fills at least this number of packs. The sequences that remain
+after these packs are the epoch's tail. They differ from epoch to epoch.
 
-Stores can be mixed with weights w_s, the relative fractions of tokens. An epoch is then one pass over the store that
-takes longest, the one with the largest (tokens of s) / w_s. Each other store is read in passes of its own, reshuffled
-for each pass. Its passes, one after another, form an endless stream of tokens. If q_s is the store's quota of tokens
-per epoch, epoch e takes the sequences that begin at tokens e q_s .. (e + 1) q_s - 1 of that stream. Each sequence of
-the stream is thus in exactly one epoch. Apart from what tails leave out, the numbers of times that two sequences of a
-store have been read differ by at most one. Without weights, an epoch is one pass over every store.
+Stores can be mixed with weights. The weight w_s is proportional to the number of tokens that an epoch reads from store
+s. A pass over a store reads each of its sequences once. With weights, an epoch is one pass over the store with the
+largest (tokens of s) / w_s. Every other store s is shuffled again for each pass, and its passes, one after another,
+form an endless stream of tokens. The store's quota q_s is its number of tokens per epoch: epoch e takes the sequences
+that begin at tokens e q_s .. (e + 1) q_s - 1 of the stream. Each sequence of the stream is thus in exactly one epoch.
+If sequences in tails are counted as read, the numbers of times that two sequences of a store have been read differ by
+at most one. Without weights, an epoch is one pass over every store.
 """
 
 from collections.abc import Iterable, Sequence
@@ -26,27 +29,27 @@ import numpy as np
 
 from protlig_dd.data.draws import shuffled
 
-_SHUFFLE, _PASS = 1, 3  # part of the random keys: two purposes never draw the same random numbers
+_SHUFFLE, _PASS = 1, 3  # second integer of the random keys, one for each purpose; loader.py uses 2
 ROWS_AT_ONCE = 1 << 22
 
 
 class Plan(NamedTuple):
     rows: np.ndarray
-    """(n,) rows of the epoch in pack order, including the tail."""
+    """(n,) row numbers of the epoch's sequences, in the order of the packs; the tail is at the end."""
     starts: np.ndarray
-    """(n_packs + 1,) bounds of the packs in `rows`."""
+    """(n_packs + 1,) pack i has rows[starts[i]:starts[i + 1]]. The tail fills the packs from packs_per_epoch on."""
 
 
 def clipped_tokens(residues: np.ndarray, max_len: int) -> np.ndarray:
-    """Return (n,) the number of tokens of each sequence. A sequence longer than max_len counts as its largest crop."""
+    """Return (n,), the number of tokens of each sequence. A sequence longer than max_len counts as its largest crop."""
     return np.where(residues <= max_len, residues + 2, max_len + 1)
 
 
 def total_tokens(lengths: np.ndarray, rows: np.ndarray, max_len: int) -> int:
-    """Return the sum of the clipped tokens of these rows.
+    """Return the sum of `clipped_tokens` over the sequences with these row numbers.
 
     Args:
-        lengths: residues of every row.
+        lengths: number of residues of every row of the stores.
     """
     blocks = (rows[first : first + ROWS_AT_ONCE] for first in range(0, len(rows), ROWS_AT_ONCE))
     return sum(int(clipped_tokens(lengths[block], max_len).sum(dtype=np.int64)) for block in blocks)
@@ -56,7 +59,7 @@ def token_quotas(totals: Sequence[int], weights: Sequence[float] | None) -> list
     """Return how many tokens each store contributes to an epoch (see the module's docstring).
 
     Args:
-        totals: tokens of each store.
+        totals: number of tokens in each store.
     """
     if weights is None:
         return list(totals)
@@ -67,8 +70,8 @@ def token_quotas(totals: Sequence[int], weights: Sequence[float] | None) -> list
 def packs_in_epoch(totals: Sequence[int], quotas: Sequence[int], tokens_per_pack: int, max_len: int) -> int:
     """Return the number of packs that every epoch is guaranteed to fill.
 
-    If a store's quota is not exactly one pass, an epoch may get fewer tokens of the store than the quota, by at
-    most one sequence. The reason is that a sequence across the boundary of two epochs belongs to the earlier epoch.
+    If a store's quota is not exactly one pass, a sequence may lie across the boundary of two epochs. It belongs to the
+    earlier epoch, so that the later epoch may get fewer tokens than the quota, by at most the tokens of one sequence.
     """
     cut = sum(quota != total for total, quota in zip(totals, quotas, strict=True))
     return (sum(quotas) - cut * (max_len + 2)) // tokens_per_pack
@@ -85,14 +88,14 @@ def epoch_rows(
     epoch: int,
     version: int,
 ) -> np.ndarray:
-    """Return the rows of one epoch, shuffled.
+    """Return the row numbers of the sequences of one epoch, shuffled.
 
     Args:
-        groups: rows of each store.
-        lengths: residues of every row.
-        totals: tokens of each store.
-        quotas: tokens that each store contributes to an epoch.
-        version: version of the random choices (see draws.py).
+        groups: row numbers of each store's sequences.
+        lengths: number of residues of every row of the stores.
+        totals: number of tokens in each store.
+        quotas: number of tokens that each store contributes to an epoch.
+        version: version of the method of random choices (see draws.py).
     """
     parts = []
     for number, (rows, total, quota) in enumerate(zip(groups, totals, quotas, strict=True)):
@@ -110,11 +113,10 @@ def epoch_rows(
 
 
 def pack_starts(token_blocks: Iterable[np.ndarray], tokens_per_pack: int) -> np.ndarray:
-    """Fill packs in the given order, and return their (n_packs + 1,) bounds.
+    """Fill packs with sequences in the given order. Return the packs' (n_packs + 1,) bounds (see Plan.starts).
 
     Args:
-        token_blocks: number of tokens of each sequence, in order, split into arrays. No sequence exceeds
-            tokens_per_pack.
+        token_blocks: arrays with the number of tokens of each sequence, in order. No number exceeds tokens_per_pack.
     """
     starts = [0]
     rows_before = tokens_before = 0  # rows and tokens of the blocks before the current one
@@ -132,10 +134,10 @@ def pack_starts(token_blocks: Iterable[np.ndarray], tokens_per_pack: int) -> np.
 
 
 def make_plan(rows: np.ndarray, lengths: np.ndarray, *, max_len: int, tokens_per_pack: int) -> Plan:
-    """Fill packs with the rows in the given order.
+    """Fill packs with the rows in the given order, and return the plan.
 
     Args:
-        lengths: residues of every row.
+        lengths: number of residues of every row of the stores.
     """
     blocks = (rows[first : first + ROWS_AT_ONCE] for first in range(0, len(rows), ROWS_AT_ONCE))
     return Plan(rows, pack_starts((clipped_tokens(lengths[block], max_len) for block in blocks), tokens_per_pack))

@@ -1,4 +1,4 @@
-"""Epoch plans as files that the processes of a node share."""
+"""Store the plans of epochs (see packing.py) as files that the processes of a node share."""
 
 import contextlib
 import fcntl
@@ -36,13 +36,14 @@ def _storage_error(folder: Path, error: OSError) -> ValueError:
 
 
 def shared_plan(key: str, epoch: int, make: Callable[[], Plan], *, wait: bool = True) -> Plan | None:
-    """Return the plan of an epoch, memory-mapped. The first process of the node that requests it makes the plan.
+    """Return the plan of an epoch, memory-mapped.
 
-    The other processes wait for it.
-
-    When a plan is made, the key's plans of epochs before `epoch - 1` are removed.
+    The first process of the node that requests the plan makes and stores it. Other processes wait until the plan is
+    stored. The process that makes a plan also removes the stored plans of the same key for epochs before `epoch - 1`.
 
     Args:
+        key: hash of the data and the settings that determine the plans of all epochs.
+        make: returns the plan; called only if the plan is not stored.
         wait: False returns None, instead of waiting, if another process is making the plan.
     """
     folder = plan_folder()
@@ -58,18 +59,18 @@ def shared_plan(key: str, epoch: int, make: Callable[[], Plan], *, wait: bool = 
                 try:
                     if (plan := _map(path)) is not None:
                         return plan
-                    _remove(path)  # if it exists, a clean-up of the temporary folder or a crash has left it incomplete
+                    _remove(path)  # if the folder exists, a crash or a clean-up of TMPDIR has left it incomplete
                     remove_plans(key, before=epoch - 1)
                     partial = Path(tempfile.mkdtemp(dir=folder, prefix=f"{key}-{epoch}."))
                     try:
                         for name, values in make()._asdict().items():
                             np.save(partial / f"{name}.npy", values)
-                        with contextlib.suppress(FileExistsError):  # without file locks, another process may be first
+                        with contextlib.suppress(FileExistsError):  # without file locks, another process may be faster
                             partial.rename(path)
                     finally:
                         shutil.rmtree(partial, ignore_errors=True)
                 finally:
-                    # Closing the file is not enough: a process forked meanwhile shares it and would keep the lock.
+                    # Closing is not enough: a process forked meanwhile shares the open file and would keep the lock.
                     with contextlib.suppress(OSError):
                         fcntl.flock(lock, fcntl.LOCK_UN)
     except OSError as error:
@@ -78,7 +79,7 @@ def shared_plan(key: str, epoch: int, make: Callable[[], Plan], *, wait: bool = 
 
 
 def _map(path: Path) -> Plan | None:
-    """Map a stored plan; return None if it is missing or incomplete, or is removed meanwhile."""
+    """Return a stored plan, memory-mapped; None if the plan is missing or incomplete, or is removed meanwhile."""
     with contextlib.suppress(FileNotFoundError, EOFError, ValueError):
         # slicing a plain array takes a tenth of the time of slicing a memmap
         return Plan(*(np.asarray(np.load(path / f"{name}.npy", mmap_mode="r")) for name in Plan._fields))
@@ -86,7 +87,7 @@ def _map(path: Path) -> Plan | None:
 
 
 def _remove(path: Path) -> None:
-    """Rename, then delete, so that readers never see a partial plan."""
+    """Rename a stored plan, then delete it, so that readers never see a partial plan."""
     aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{path.name}.old."))
     with contextlib.suppress(OSError):
         path.rename(aside / "plan")
@@ -94,7 +95,7 @@ def _remove(path: Path) -> None:
 
 
 def remove_plans(key: str, before: int | None = None) -> None:
-    """Remove the key's plans, or only those of epochs below `before`.
+    """Remove the key's stored plans; with `before`, only the plans of epochs below `before`.
 
     Processes that have already mapped a plan can still read it.
     """

@@ -1,16 +1,18 @@
-"""The HDF5 sequence store: flat tokens, offsets, headers and splits.
+"""The HDF5 sequence store: tokens, headers and splits of many sequences.
 
-Layout, format version 2 (`n` sequences, every dataset contiguous so that it can be memory-mapped):
+Layout of format version 2, for n sequences. Every dataset is contiguous, so that it can be memory-mapped.
 
     tokens          (total,) uint8         every sequence as `<bos> residues <eos>`
     offsets         (n + 1,) int64         sequence i is tokens[offsets[i]:offsets[i + 1]]
     headers         (header_total,) uint8  UTF-8 bytes of the FASTA headers without `>`, concatenated
     header_offsets  (n + 1,) int64         header i is headers[header_offsets[i]:header_offsets[i + 1]]
     split           (n,) uint8             index into SPLITS
-    token_counts    (90,) int64            how often each token id occurs in each split, (3, 30) row by row
-    manifest        (m,) uint8             JSON: inputs, options, counts
-    case_*          only if a record has both upper-case and lower-case letters: their case (see case.py)
-    attributes      format_version, alphabet, fingerprint; each dataset has its 128-bit XXH3 checksum as `xxh3`
+    token_counts    (90,) int64            how often each token id occurs in each split: a (3, 30) array of
+                                           splits and token ids, flattened row by row
+    manifest        (k,) uint8             JSON text of k bytes: inputs, options, counts
+    case_*          the case of letters; only if a record has both upper-case and lower-case letters (see case.py)
+    attributes      format_version, alphabet, fingerprint; each dataset has an attribute `xxh3`, the 128-bit XXH3 of
+                    its bytes
 """
 
 import contextlib
@@ -48,12 +50,12 @@ COLUMNS = {
 
 
 class SequenceStore:
-    """Read access to a store. Only the path is pickled; each process maps the file when it first reads from it.
+    """Read access to a store. Only the path is pickled; each process maps the file itself, at its first read.
 
-    `store[i]` is a read-only uint8 array `<bos> residues <eos>`; `store.lengths` counts residues.
+    `store[i]` is a read-only uint8 array `<bos> residues <eos>`. `store.lengths` are numbers of residues.
 
     Raises:
-        ValueError: a file that is missing, is not a store, is incomplete, or has another format version. The message
+        ValueError: the file is missing, is not a store, is incomplete, or has another format version. The message
             names the file.
         IndexError: a row outside the store.
     """
@@ -91,7 +93,7 @@ class SequenceStore:
         alphabet, self.fingerprint = (attrs[name].decode() for name in ("alphabet", "fingerprint"))
         if alphabet != LETTERS:
             raise ValueError(f"{self.path}: its alphabet is {alphabet!r}, but this version reads only {LETTERS!r}")
-        self._extents: dict[str, tuple[int, int]] = {}  # byte offset in the file, number of values
+        self._extents: dict[str, tuple[int, int]] = {}  # {dataset: (byte offset in the file, number of values)}
         self.checksums: dict[str, str] = {}
         size = self.path.stat().st_size
         self.has_case = any(name in file for name in CASE_COLUMNS)  # whether the store keeps the case of its residues
@@ -140,12 +142,12 @@ class SequenceStore:
         return lengths
 
     def header(self, row: SupportsIndex) -> str:
-        """Return the FASTA header without `>`."""
+        """Return the FASTA header of a row, without `>`."""
         row = self._row(row)
         return self._headers[self._header_offsets[row] : self._header_offsets[row + 1]].tobytes().decode()
 
     def fields(self, row: SupportsIndex) -> Header:
-        """Return the header's fields: id, description, n, tax, tax_id, rep_id."""
+        """Return the fields of a row's header: id, description, n, tax, tax_id, rep_id."""
         return parse_header(self.header(row))
 
     def id(self, row: SupportsIndex) -> str:
@@ -156,7 +158,7 @@ class SequenceStore:
         return np.concatenate(list(self.split_blocks(name)))
 
     def split_blocks(self, name: str) -> Iterator[np.ndarray]:
-        """Yield the rows of one split in blocks, which need less memory than `split`."""
+        """Yield the rows of one split in blocks. This takes less memory than `split`."""
         if name not in SPLITS:
             raise ValueError(f"no split {name!r}; choose from {', '.join(SPLITS)}")
         splits = self._map("split")
@@ -164,7 +166,10 @@ class SequenceStore:
             yield start + np.flatnonzero(splits[start : start + COPY_BYTES] == SPLITS.index(name))
 
     def lower_case(self, row: SupportsIndex) -> np.ndarray | None:
-        """Return (residues,) bool, which residues were lower-case letters; None if none was, or if no case is kept."""
+        """Return which residues of a row were lower-case letters, (residues,) bool.
+
+        The result is None if no residue was, or if the store does not keep the case.
+        """
         row = self._row(row)
         return self._case.lower_case(row, int(self.offsets[row + 1] - self.offsets[row]) - 2) if self.has_case else None
 
@@ -189,7 +194,7 @@ class SequenceStore:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all datasets."""
+        """Total size of all datasets, in bytes."""
         return sum(size * np.dtype(COLUMNS[name]).itemsize for name, (_, size) in self._extents.items())
 
     def _row(self, row: SupportsIndex) -> int:
@@ -207,12 +212,12 @@ class SequenceStore:
         return np.asarray(mapped)  # slicing a plain array takes a tenth of the time of slicing a memmap
 
     def tokens_at_random(self) -> np.ndarray:
-        """Map `tokens` again, for random access: the system then reads no pages around those that are needed."""
+        """Map `tokens` again, for random access: the system then reads only needed pages, not their neighbours."""
         return self._map("tokens", at_random=True)
 
     @cached_property
     def tokens(self) -> np.ndarray:
-        """(total,) uint8, memory-mapped."""
+        """Tokens of all sequences, (total,) uint8, memory-mapped."""
         return self._map("tokens")
 
     @cached_property
@@ -222,7 +227,7 @@ class SequenceStore:
 
     @property
     def case_counts(self) -> np.ndarray:
-        """(3, 30) int64: how often each token id occurs in lower case in each split, if the store keeps the case."""
+        """(3, 30) int64: how often each token id occurs in lower case in each split. Only if `has_case` is True."""
         return self._map("case_counts").reshape(len(SPLITS), VOCAB_SIZE)
 
     @cached_property
@@ -242,7 +247,7 @@ class StoreGroup:
     """One or several stores with joint row numbers: the rows of the first store, then those of the second, and so on.
 
     Args:
-        context: the case of the residues that are context (see case.py).
+        context: the case that marks residues as context, or `none` (see case.py).
 
     Raises:
         ValueError: two stores with the same contents, or a store that does not keep the case that marks the context.
@@ -306,14 +311,16 @@ class StoreGroup:
     def locate(
         self, rows: np.ndarray, tokens: Sequence[np.ndarray] | None = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return each row's store number, the offset of its first token in that store, and its number of residues.
+        """Return three (n,) arrays: each row's store number, offset of the first token, and number of residues.
+
+        The offset is the index in the tokens of the row's store.
 
         Args:
-            tokens: the token array of each store, if the caller has mapped it separately; None: `store.tokens`.
+            tokens: the token array of each store, if the caller has mapped them separately; None: `store.tokens`.
 
         Raises:
-            ValueError: a sequence does not begin with <bos> and end with <eos>, so the store is damaged. The message
-                names the store and the row.
+            ValueError: the store is damaged: the offsets of a row are invalid, or its tokens do not begin with <bos> or
+                do not end with <eos>. The message names the store and the row.
         """
         numbers = np.searchsorted(self.bases, rows, side="right") - 1
         begins, residues = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)
@@ -336,6 +343,6 @@ class StoreGroup:
 
 
 def fingerprint_of(checksums: dict[str, str]) -> str:
-    """Return a hash of a store's contents: sequences, headers and splits, but not the manifest."""
+    """Return a hash of the contents of a store (all datasets except the manifest), computed from their checksums."""
     parts = [f"{name}={checksums[name]}" for name in COLUMNS if name != "manifest" and name in checksums]
     return xxhash.xxh3_128_hexdigest(" ".join(parts).encode())

@@ -1,7 +1,8 @@
 """Build a store from FASTA: parse once into a spool, find duplicates, assign splits, then copy the kept rows in bulk.
 
-The spool is a folder `.NAME.partial` beside the output. It contains the sequences, and their lengths and hashes as
-columns. So only a few columns of numbers are in memory at a time, and never all the sequences.
+The spool is a folder `.NAME.partial` beside the output. It has one file per column: the sequences, their headers, and
+their lengths, hashes and other numbers. So only a few columns of numbers are in memory at a time, and never all the
+sequences.
 """
 
 import contextlib
@@ -46,16 +47,16 @@ def build_store(
 ) -> SequenceStore:
     """Build a new store from FASTA, and write its manifest beside it (`<output>.manifest.json`).
 
-    The same inputs and options give a store of the same bytes; times are only in the manifest file. The store appears
+    The same inputs and options give bit-identical stores; times are only in the manifest file. The store appears
     under its name only when it is complete and synced.
 
     Args:
-        inputs: {split: file}, or files whose sequences are split by hash; `-` is stdin.
+        inputs: {split: file}, or files whose sequences are assigned to splits by a hash of their ids; `-` is stdin.
         progress: called with a description and the total bytes (None if unknown); returns a progress bar.
 
     Raises:
-        ValueError: unreadable input (the message names file, record, line and position), an invalid option, an output
-            that exists or that another process is writing, or a full disk.
+        ValueError: an input cannot be read (the message names file, record, line and position), an option is invalid,
+            the output exists or another process is writing it, or the disk is full.
     """
     filters, split, output = filters or Filters(), split or Split(), Path(output)
     began = time.time()
@@ -81,7 +82,7 @@ def build_store(
     files = [FastaFile(path) for path in paths]
     codes: list[int | None] = [SPLITS.index(name) for name in named] if named else [None] * len(files)
     with output_errors(output), partial_folder(output) as folder:
-        if output.exists():  # another process has just finished it
+        if output.exists():  # another process has just finished the output
             raise output_exists(output)
         spool = Spool(folder)
         sizes = [file.path.stat().st_size if file.path is not None and file.path.is_file() else None for file in files]
@@ -131,10 +132,10 @@ def build_store(
         store = SequenceStore(finished)
         identity = {"fingerprint": store.fingerprint, "software": f"protlig_dd {__version__}"}
         write_atomic(folder / "manifest", as_json(store.manifest | times | identity))
-        if output.exists():  # another process created it meanwhile
+        if output.exists():  # another process created the output meanwhile
             raise output_exists(output)
         manifest = manifest_path(output)
-        if manifest.exists():  # it belongs to a store that has been moved elsewhere
+        if manifest.exists():  # this manifest belongs to a store that has been moved elsewhere
             manifest.rename(free_name(manifest))
         (folder / "manifest").rename(manifest)
         put_in_place(finished, output)
@@ -170,7 +171,7 @@ def check_options(filters: Filters, split: Split) -> None:
 
 
 def _options(named: Mapping[str, Any], filters: Filters, split: Split) -> dict[str, Any]:
-    """Return the options for the manifest, which records a file as its name and SHA-256."""
+    """Return the options for the manifest. A file is recorded as its name and SHA-256."""
     options: dict[str, Any] = {"splits": list(named) or asdict(split), "filters": asdict(filters)}
     if filters.taxa_nodes is not None:
         options["filters"]["taxa_nodes"] = {"name": filters.taxa_nodes.name, "sha256": sha256(filters.taxa_nodes)}

@@ -13,7 +13,10 @@ SAMPLE_FOLDER = Path(__file__).resolve().parents[1] / "sample"
 
 
 def bundled_store(folder: Path = Path("data")) -> SequenceStore:
-    """Return the store of the bundled sample. It is built in `folder` if missing, and named after its contents."""
+    """Return the store of the bundled sample. It is built in `folder` if missing.
+
+    The file name contains a hash of the sample and of the format version.
+    """
     inputs = {split: SAMPLE_FOLDER / f"{split}.fasta.gz" for split in SPLITS}
     digest = hashlib.sha256(f"{FORMAT_VERSION}".encode() + "".join(map(sha256, inputs.values())).encode()).hexdigest()
     path = folder / f"sample-{digest[:8]}.h5"

@@ -1,4 +1,4 @@
-"""Keep the case of residues in a store, if any record has both upper-case and lower-case letters (see data/case.py)."""
+"""Write the case of letters to a store, if a record has both upper-case and lower-case letters (see data/case.py)."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +16,10 @@ FOLD = ~np.uint8(LOWER)
 
 
 def spool_case(spool: Spool, encoded: EncodedBlock) -> np.ndarray:
-    """Append the case columns of the records that have a lower-case letter. Return the tokens, marked with LOWER."""
+    """Append the case columns of the records that have a lower-case letter.
+
+    Return the tokens; LOWER is added to the tokens of lower-case letters.
+    """
     assert encoded.is_lower is not None
     if encoded.is_lower.any():  # else the filters have dropped all such records
         ends = np.cumsum(encoded.lengths)
@@ -34,10 +37,10 @@ def spool_case(spool: Spool, encoded: EncodedBlock) -> np.ndarray:
 def repeats_in_other_case(spool: Spool, repeats: np.ndarray) -> int:
     """Count the repeated sequences whose case differs from that of the first row with the sequence.
 
-    It is 0 if no record of the input has both upper-case and lower-case letters.
+    The count is 0 if no record in the spool has both upper-case and lower-case letters.
 
     Args:
-        repeats: (k, 2), each row whose sequence occurs earlier, and the first row with that sequence.
+        repeats: (k, 2) row numbers: a row whose sequence occurs in an earlier row, and the first row with the sequence.
     """
     rows = spool.load("case_row")
     if not len(rows) or not len(repeats) or not (spool.load("case_letters") < spool.load("length")[rows] - 2).any():
@@ -48,22 +51,22 @@ def repeats_in_other_case(spool: Spool, repeats: np.ndarray) -> int:
 
 
 def kept_case(spool: Spool, lengths: np.ndarray, keep: np.ndarray) -> "KeptCase | None":
-    """Return the case of the kept rows; None if none of them has both upper-case and lower-case letters.
+    """Return the case of the kept rows; None if no kept row has both upper-case and lower-case letters.
 
     Args:
-        lengths: (rows,) tokens of each row.
-        keep: (rows,) bool.
+        lengths: (rows,) number of tokens of each row.
+        keep: (rows,) bool, whether each row is kept.
     """
     case = KeptCase(spool, lengths, keep)
     return case if case.mixed.any() else None
 
 
 class KeptCase:
-    """The case of the rows that a store keeps, while its columns are written.
+    """Collects the case of the kept rows while the columns of the store are written.
 
     Args:
-        lengths: (rows,) tokens of each row.
-        keep: (rows,) bool.
+        lengths: (rows,) number of tokens of each row.
+        keep: (rows,) bool, whether each row is kept.
     """
 
     def __init__(self, spool: Spool, lengths: np.ndarray, keep: np.ndarray) -> None:
@@ -80,11 +83,11 @@ class KeptCase:
         }
 
     def count(self, first: int, end: int, block: np.ndarray, row_splits: np.ndarray) -> None:
-        """Count the lower-case letters of a block of the spool, and find records without an amino acid of one case.
+        """Count the lower-case letters in a block of the spool, and find records whose amino acids all have one case.
 
         Args:
-            block: marked tokens of rows first .. end - 1.
-            row_splits: (end - first,) index into SPLITS; a larger number for rows that are not kept.
+            block: tokens of rows first .. end - 1, with LOWER added for lower-case letters.
+            row_splits: (end - first,) index of each row's split in SPLITS; a larger number for rows that are not kept.
         """
         lengths, tokens, is_lower = self.lengths[first:end], block & FOLD, block >= LOWER
         in_split = np.repeat(row_splits, lengths)[is_lower]
@@ -102,7 +105,7 @@ class KeptCase:
             found["first"] += [id_of_row(self.spool, row) for row in shown]
 
     def columns(self) -> dict[str, tuple[int, Any]]:
-        """Return {name: (size, blocks)} of the columns of the store, to be written after its tokens."""
+        """Return {name: (size, blocks)} of the store's case columns, which must be written after the tokens."""
         return {
             "case_rows": (len(self.rows), [np.cumsum(self.keep)[self.rows] - 1]),
             "case_offsets": (len(self.rows) + 1, [np.append(0, np.cumsum(self.bytes, dtype=np.int64))]),
@@ -118,10 +121,10 @@ class KeptCase:
             residue_ends = ends[selected - first] - 1
             bounds = zip((residue_ends - self.lengths[selected] + 2).tolist(), residue_ends.tolist(), strict=True)
             packed = [np.packbits(block[start:end] >= LOWER) for start, end in bounds]
-            if packed:  # written together, as each write to the file takes longer than packing a record
+            if packed:  # written together: each write to the file takes longer than packing a record
                 yield np.concatenate(packed)
 
     def describe(self) -> dict[str, Any]:
-        """Return the manifest's entry."""
+        """Return the manifest's entry `case`."""
         splits = {name: int(counts.sum()) for name, counts in zip(SPLITS, self.counts, strict=True)}
         return {"case": {"sequences": int(self.mixed.sum()), "lower_case": splits, "only_context": self.only_context}}

@@ -92,7 +92,10 @@ def inspect(store: SequenceStore) -> None:
 
 
 def length_plot(manifest: dict[str, Any]) -> list[str]:
-    """Return a text histogram of all lengths with at most PLOT_ROWS rows; the last row counts all longer sequences."""
+    """Return the lines of a text histogram of all lengths, with at most PLOT_ROWS rows.
+
+    If more rows are needed, the last row counts all longer sequences.
+    """
     width = manifest["length_bin"]
     splits = [split["lengths"] for split in manifest["splits"].values()]
     counts = [sum(column) for column in itertools.zip_longest(*splits, fillvalue=0)]

@@ -9,18 +9,18 @@ from protlig_dd.data.fasta import FastaFile, id_of
 from protlig_dd.data.prepare.spool import ROWS_AT_ONCE, Spool
 from protlig_dd.data.store import SPLITS
 
-SHOWN_IDS = 3  # examples of sequences that are in two splits
+SHOWN_IDS = 3  # maximum number of examples in a list of the manifest
 
 
 def kept_rows(spool: Spool, files: Sequence[FastaFile], *, duplicates: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Find repeated sequences.
+    """Find repeated sequences, and which rows to keep.
 
     Args:
-        duplicates: whether to keep sequences that are equal to an earlier one.
+        duplicates: whether to keep sequences that are equal to an earlier sequence.
 
     Returns:
         keep: (rows,) bool, whether each row is kept.
-        repeats: (k, 2) row numbers: a row whose sequence also occurs in an earlier row, and the first such row.
+        repeats: (k, 2) row numbers: a row whose sequence occurs in an earlier row, and the first row with the sequence.
 
     Raises:
         ValueError: an id occurs twice. The message names both records.
@@ -43,10 +43,10 @@ def kept_rows(spool: Spool, files: Sequence[FastaFile], *, duplicates: bool) -> 
 
 
 def shared_sequences(spool: Spool, splits: np.ndarray, repeats: np.ndarray) -> list[dict[str, Any]]:
-    """Count the sequences of each split that equal an earlier sequence in another split, and give the first examples.
+    """Count the repeated sequences of each split that first occur in another split, and give the ids of examples.
 
     Args:
-        repeats: (k, 2) row numbers: a row whose sequence also occurs in an earlier row, and the first such row.
+        repeats: (k, 2) row numbers: a row whose sequence occurs in an earlier row, and the first row with the sequence.
     """
     repeats = repeats[np.argsort(repeats[:, 0])]
     shared = []
@@ -83,7 +83,7 @@ def repeated_rows(hashes: np.ndarray) -> np.ndarray:
 
 
 def _raise_for_repeated_id(spool: Spool, files: Sequence[FastaFile], rows: np.ndarray) -> None:
-    """Raise ValueError if two of these rows have the same id. Compares the ids themselves, as hashes may collide."""
+    """Raise ValueError if two of these rows have the same id. The ids are compared, as their hashes may collide."""
     ends = np.cumsum(spool.load("header_length"), dtype=np.int64)
     headers = np.memmap(spool.path("headers"), np.uint8, "r")
     seen: dict[str, int] = {}
@@ -97,7 +97,7 @@ def _raise_for_repeated_id(spool: Spool, files: Sequence[FastaFile], rows: np.nd
 
 
 def _location(spool: Spool, files: Sequence[FastaFile], row: int) -> str:
-    """Return file and record of a row, and its line if the file can be read again (a pipe cannot)."""
+    """Return the file and record of a row, and the line if the file can be read again (a pipe cannot)."""
     file, number = files[spool.load("file")[row]], int(spool.load("record")[row])
     if file.path is not None and file.path.is_file():
         for block in FastaFile(file.path).blocks():

@@ -18,22 +18,22 @@ class Filters:
     min_length: int = 1
     max_length: int | None = None
     max_unknown: float = 1.0
-    """Largest allowed fraction of the letters X B Z J U O, which are not one of the 20 amino acids."""
+    """Largest allowed fraction of the letters X, B, Z, J, U and O, which are not among the 20 amino acids."""
     fragments: bool = True
     """False drops sequences whose header contains `(Fragment`."""
     taxa: Sequence[int] | None = None
-    """TaxIDs to keep; with taxa_nodes, also all taxa below them."""
+    """TaxIDs to keep; with taxa_nodes, all taxa below them are kept too. None keeps all sequences."""
     taxa_nodes: Path | None = None
     """The file nodes.dmp of the NCBI taxonomy."""
     duplicates: bool = False
-    """True keeps sequences that are equal to an earlier one."""
+    """True keeps sequences that are equal to an earlier sequence."""
 
 
 def taxa_below(taxa: Sequence[int], nodes: Path | None) -> np.ndarray:
-    """Return the TaxIDs themselves and, if nodes.dmp of the NCBI taxonomy is given, all taxa below them; ascending.
+    """Return the TaxIDs `taxa` and, if nodes.dmp of the NCBI taxonomy is given, all TaxIDs below them, ascending.
 
     Raises:
-        ValueError: a file that is not a nodes.dmp, or a TaxID that is not in it.
+        ValueError: `nodes` does not exist or is not a nodes.dmp, or a TaxID is not in `nodes`.
     """
     if nodes is None:
         return np.unique(np.array(taxa, dtype=np.int64))
@@ -60,7 +60,7 @@ def taxa_below(taxa: Sequence[int], nodes: Path | None) -> np.ndarray:
 def failures(
     block: FastaBlock, encoded: EncodedBlock, filters: Filters, taxa: np.ndarray | None
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield, for each active filter, its name and whether each record fails it, (n,) bool."""
+    """Yield, for each active filter, the name of the filter and which records fail it, (n,) bool."""
     residues = encoded.lengths - 2
     if filters.min_length > 1:
         yield "min_length", residues < filters.min_length

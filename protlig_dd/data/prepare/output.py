@@ -1,4 +1,4 @@
-"""Outputs that appear under their name only when complete, and that only one process at a time can write."""
+"""Make outputs appear under their name only when complete, and let only one process at a time write an output."""
 
 import contextlib
 import fcntl
@@ -43,7 +43,7 @@ def partial_folder(output: Path) -> Iterator[Path]:
 
     Raises:
         OutputExistsError: another process has locked the folder.
-        ValueError: a folder of that name exists that this program did not create.
+        ValueError: the folder exists, but this program did not create it.
     """
     folder = partial_path(output)
     lock = None

@@ -1,4 +1,4 @@
-"""Parse and filter FASTA, and append it to the spool."""
+"""Parse and filter FASTA, and append the records to the spool."""
 
 import itertools
 from collections.abc import Sequence
@@ -39,7 +39,12 @@ def read_inputs(
     filters: Filters,
     taxa: np.ndarray | None,
 ) -> dict[str, Any]:
-    """Parse, filter and spool every input. Return the counts for the manifest."""
+    """Parse and filter every input, and append the records to the spool. Return the counts for the manifest.
+
+    Args:
+        codes: the split of each file as an index into SPLITS; None if the sequences are split by hash.
+        taxa: the TaxIDs to keep, ascending; None keeps all.
+    """
     dropped = dict.fromkeys(("min_length", "max_length", "max_unknown", "fragments", "taxa", "duplicates"), 0)
     records = lower_case = nucleotides = 0
     for number, (file, code) in enumerate(zip(files, codes, strict=True)):

@@ -17,20 +17,24 @@ TRAIN, VALIDATION, TEST = range(3)
 
 @dataclass(frozen=True)
 class Split:
-    """Options of the splits. A sequence's split follows from a keyed hash of its id and the two fractions."""
+    """Options of the splits.
+
+    Unless the inputs name the split of each file, a seeded hash of a sequence's id and the two fractions determine the
+    sequence's split.
+    """
 
     validation_fraction: float = 0.0
     test_fraction: float = 0.0
     check: str | None = None
-    """`mmseqs` searches the training sequences for homologs of the held-out sequences."""
+    """`mmseqs` searches the training sequences for homologs of the held-out sequences; None does not search."""
     on_hit: str = "move"
     """What to do with a held-out sequence that has a training homolog: `move` it to training or `drop` it."""
 
 
 def hashed_splits(id_hashes: np.ndarray, split: Split) -> np.ndarray:
-    """Return the (n,) uint8 split of each id.
+    """Return the split of each id, (n,) uint8 index into SPLITS.
 
-    The split depends only on the id and the fractions, so a sequence keeps its split when data is added.
+    The split depends only on the id and the fractions, so a sequence keeps its split when data are added.
     """
     test_end, validation_end = (
         np.uint64(min(int(fraction * 2**64), 2**64 - 1))

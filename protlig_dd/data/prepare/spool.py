@@ -15,9 +15,9 @@ ROWS_AT_ONCE = 1 << 16
 
 
 class Spool:
-    """Columns as files in a folder: first appended to, then closed and read back.
+    """Columns stored as files in a folder. All rows are appended, then the files are closed and read back.
 
-    `tokens` are ids, plus LOWER where the letter was lower-case (see encode.py).
+    The column `tokens` has token ids; LOWER is added to the ids of lower-case letters (see encode.py).
     """
 
     COLUMNS: ClassVar = {
@@ -31,7 +31,7 @@ class Spool:
         "file": np.int32,
         "record": np.int32,
         "split": np.uint8,
-        # of the rows that have a lower-case letter, see case.py
+        # these three columns have values only for the rows that have a lower-case letter (see case.py)
         "case_row": np.int64,
         "case_letters": np.int32,
         "case_hash": np.uint64,
@@ -56,17 +56,17 @@ class Spool:
                 stack.callback(file.close)
 
     def size(self, name: str) -> int:
-        """Bytes of a column."""
+        """Return the size of a column in bytes."""
         return self.path(name).stat().st_size
 
     def load(self, name: str) -> np.ndarray:
-        """Read a column that has one number per sequence."""
+        """Return all values of a column of numbers."""
         return np.fromfile(self.path(name), self.COLUMNS[name])
 
     def pieces(self, name: str, lengths: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
         """Yield (first row, end row, bytes of these rows) of `tokens` or `headers`, a few megabytes at a time.
 
-        Each piece overwrites the bytes of the previous one.
+        Each piece overwrites the bytes of the previous piece.
         """
         buffer = np.empty(COPY_BYTES, np.uint8)
         with self.path(name).open("rb") as file:
@@ -88,7 +88,7 @@ def write_fasta(path: Path, spool: Spool, selected: np.ndarray) -> None:
     """Write the selected rows as FASTA, with row numbers as ids.
 
     Args:
-        selected: (rows,) bool.
+        selected: (rows,) bool, which rows to write.
     """
     decode, lengths = ProteinTokenizer().decode, spool.load("length")
     with path.open("w") as file:
@@ -104,8 +104,8 @@ def select_rows(block: np.ndarray, lengths: np.ndarray, selected: np.ndarray) ->
 
     Args:
         block: concatenated bytes of n rows.
-        lengths: (n,) bytes of each row.
-        selected: (n,) bool.
+        lengths: (n,) number of bytes of each row.
+        selected: (n,) bool, which rows to return.
     """
     if selected.all():
         return block

@@ -26,7 +26,7 @@ def write_store(
     source: dict[str, Any],
     on_bytes: Callable[[int], None],
 ) -> None:
-    """Write a store of the kept rows. Its manifest is `source` plus statistics of the splits."""
+    """Write a store of the kept rows. The manifest is `source` plus statistics of the splits and of the case."""
     lengths, header_lengths = spool.load("length"), spool.load("header_length")
     token_counts = np.zeros((len(SPLITS), VOCAB_SIZE), dtype=np.int64)
 
@@ -45,7 +45,7 @@ def write_store(
                 code: count_tokens(select_rows(block, lengths[first:end], row_splits == code))
                 for code in (VALIDATION, TEST, dropped)
             }
-            # by subtraction, so that the training rows, which are most of the block, are not copied
+            # training tokens are counted by subtraction: the training rows, most of the block, need not be copied
             token_counts[TRAIN] += count_tokens(block) - sum(counts.values())
             token_counts[VALIDATION] += counts[VALIDATION]
             token_counts[TEST] += counts[TEST]
@@ -84,8 +84,9 @@ def write_columns(
     """Write a store's datasets.
 
     Args:
-        columns: {name: (size, consecutive blocks of values)} of every dataset but the manifest, written in this order.
-        manifest: called after the columns have been written.
+        columns: {name: (size, consecutive blocks of values)} of every dataset but the manifest. Datasets are written in
+            this order.
+        manifest: returns the manifest; called after the columns have been written.
     """
     checksums: dict[str, str] = {}
 
@@ -131,7 +132,10 @@ def count_tokens(tokens: np.ndarray) -> np.ndarray:
 def _describe_splits(
     lengths: np.ndarray, keep: np.ndarray, splits: np.ndarray, token_counts: np.ndarray
 ) -> dict[str, Any]:
-    """Return each split's numbers of sequences, residues and letters, and its histogram of lengths (LENGTH_BIN)."""
+    """Return each split's numbers of sequences, residues and letters, and its histogram of lengths.
+
+    Each bin of the histogram has LENGTH_BIN lengths.
+    """
     described = {}
     for code, name in enumerate(SPLITS):
         residues = lengths[keep & (splits == code)] - 2
