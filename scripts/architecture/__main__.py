@@ -1,13 +1,18 @@
 """Measure the kinds of networks of docs/architecture.md, and print Markdown tables.
 
-    python -m scripts.architecture bounds       train every kind with the demo's budget (minutes a run); held-out bounds
+    python -m scripts.architecture bounds       train every kind of network; NLL bounds of test proteins
     python -m scripts.architecture speed        speed and memory of a training step; needs an otherwise idle machine
-    python -m scripts.architecture lengths      train on short proteins; bounds of longer ones (minutes a run)
-    python -m scripts.architecture robustness   forward pass, sampling and infilling of real proteins, after bounds
+    python -m scripts.architecture lengths      train on short proteins; NLL bounds of short and longer proteins
+    python -m scripts.architecture robustness   forward pass, sampling and infilling of real proteins
     python -m scripts.architecture tables       print all tables again
 
-Each finished run is appended to the results file and is not trained again, so an interrupted command can be repeated to
-resume. Failed runs are recorded and tried again by the next command; the exit code is then 1.
+A kind of network is called an arm. `bounds` and `lengths` train with the demo's budget, which takes minutes for each
+run. `robustness` uses the networks that `bounds` has trained. By default it trains missing networks for a few steps
+only, so run `bounds` first.
+
+The result of each finished run is appended to the results file, and the run is not trained again. So repeat an
+interrupted command to resume it. The results file also records failed runs. If a run failed, the exit code is 1, and
+the same command, when repeated, tries the run again.
 """
 
 import argparse
@@ -46,28 +51,29 @@ def parser() -> argparse.ArgumentParser:
 
     top = argparse.ArgumentParser(prog="scripts.architecture", description=__doc__, formatter_class=formatter)
     parts = top.add_subparsers(dest="part", required=True)
-    part = parts.add_parser("bounds", parents=[trained], help="held-out bound of every kind")
-    part.add_argument("--seeds", type=int, help="seeds of each arm; default: 3 of the baseline, 2 of the others")
+    part = parts.add_parser("bounds", parents=[trained], help="NLL bound of test proteins for every kind of network")
+    part.add_argument("--seeds", type=int, help="seeds of each arm; default: 3 for the baseline, 2 for other arms")
     select_arms(part, list(ARMS))
-    part = parts.add_parser("speed", parents=[shared], help="speed and memory of a training step, interleaved")
+    part = parts.add_parser("speed", parents=[shared], help="speed and memory of a training step for every kind")
     part.add_argument("--model", choices=list(MODELS), default="256 x 2", help="width x blocks")
-    part.add_argument("--tokens", type=int, default=4096, help="tokens of a step")
-    part.add_argument("--steps", type=int, default=3, help="steps of a kind in each round")
-    part.add_argument("--warmup", type=int, default=2, help="steps of each kind before the first round")
-    part.add_argument("--repeats", type=int, default=9, help="rounds; the table has medians over them")
+    part.add_argument("--tokens", type=int, default=4096, help="maximum number of tokens per step")
+    part.add_argument("--steps", type=int, default=3, help="steps of each arm in each round")
+    part.add_argument("--warmup", type=int, default=2, help="steps of each arm before the first round")
+    part.add_argument("--repeats", type=int, default=9, help="rounds, each of all arms; the table has medians")
     part.add_argument("--device", default="auto")
     part.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"])
     select_arms(part, list(ARMS))
     part = parts.add_parser(
-        "lengths", parents=[trained], help=f"trained with data.max_len={MAX_LEN}, bounds of longer proteins"
+        "lengths", parents=[trained], help=f"train with data.max_len={MAX_LEN}; NLL bounds of longer proteins too"
     )
     part.add_argument("--draws", type=int, default=8, help="noise draws per protein")
-    part.add_argument("--proteins", type=int, help="at most this many of each range of lengths; default: all")
+    part.add_argument("--proteins", type=int, help="maximum number in each range of lengths; default: all")
     select_arms(part, ENCODINGS)
     part = parts.add_parser(
         "robustness",
         parents=[trained],
-        help=f"use of 20 real proteins, with the runs of bounds or, if absent, after {FEW} training steps",
+        help="forward pass, sampling and infilling of 20 real proteins, with the networks of `bounds`; missing "
+        f"networks are trained for --steps, by default {FEW}",
     )
     part.add_argument("--sampling-steps", type=int, default=16)
     select_arms(part, ENCODINGS)
@@ -78,15 +84,16 @@ def parser() -> argparse.ArgumentParser:
 def select_arms(part: argparse.ArgumentParser, default: list[str]) -> None:
     """Add the options that choose the proteins and the kinds of networks.
 
-    Each part gets options of its own: a default that is set for an option of a shared parent applies to all parts.
+    Each part gets its own copy of these options, because `default` differs between parts: argparse would apply a
+    default set for an option of a shared parent parser to all parts.
     """
     part.add_argument("--data", type=Path, help="a store written by prepare; default: the bundled proteins")
-    names = f"of {', '.join(ARMS)}; default: {'all' if default == list(ARMS) else 'the position encodings'}"
+    names = f"choose from {', '.join(ARMS)}; default: {'all' if default == list(ARMS) else 'the position encodings'}"
     part.add_argument("--only", nargs="+", choices=list(ARMS), default=default, metavar="ARM", help=names)
 
 
 def command_of(arguments: argparse.Namespace, defaults: argparse.Namespace) -> str:
-    """Return the command without the options that only select rows, and without options at their default."""
+    """Return the command without the options in SELECTING, and without options that have their default."""
     words = ["python -m scripts.architecture", arguments.part]
     for name, value in vars(arguments).items():
         if name not in SELECTING and value != getattr(defaults, name):

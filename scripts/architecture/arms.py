@@ -1,4 +1,4 @@
-"""The kinds of networks to compare: the baseline, and networks that differ from it in one key."""
+"""The kinds of networks to compare (arms): the baseline, and networks that differ from the baseline in one key."""
 
 import hashlib
 from collections.abc import Sequence
@@ -9,16 +9,16 @@ from protlig_dd.model.positions import POSITIONS
 
 BASELINE = "rope"
 NETWORK = {"positions": "rope", "mixers": "attention", "mlp": "gelu", "tie_weights": "false"}
-BLOCKS = 2  # of the demo's network
-WARMUP = 15  # a warm-up step for this many steps, as in the demo
+BLOCKS = 2  # number of blocks of the demo's network
+WARMUP = 15  # training steps for each warm-up step, as in the demo
 
 
 def alternating(n_blocks: int) -> str:
-    """Return model.mixers with test-time training in every other block."""
+    """Return a value of model.mixers that alternates attention with test-time training."""
     return f"[{','.join(['attention', 'ttt_linear'][block % 2] for block in range(n_blocks))}]"
 
 
-ENCODINGS = sorted(POSITIONS, key=lambda name: name != BASELINE)  # the baseline first
+ENCODINGS = sorted(POSITIONS, key=lambda name: name != BASELINE)  # position encodings, the baseline first
 ARMS: dict[str, dict[str, str]] = {
     **{name: {"positions": name} for name in ENCODINGS},
     "ttt_linear": {"mixers": alternating(BLOCKS)},
@@ -28,7 +28,10 @@ ARMS: dict[str, dict[str, str]] = {
 
 
 def label(arm: str) -> str:
-    """Return the name of an arm as the tables print it: the keys of `model` in which it differs from the baseline."""
+    """Return the name of an arm for the tables.
+
+    The name lists the keys of `model` in which the arm differs from the baseline.
+    """
     if arm == BASELINE:
         return "baseline: " + ", ".join(f"`{key}={value}`" for key, value in NETWORK.items())
     if ARMS.get(arm, {}).get("mixers", "").startswith("["):
@@ -37,7 +40,7 @@ def label(arm: str) -> str:
 
 
 def model_overrides(arm: str, n_blocks: int = BLOCKS) -> list[str]:
-    """Return the config overrides that choose the kinds of an arm, all of them explicitly."""
+    """Return overrides that set every key in NETWORK to the arm's value, also where the baseline has this value."""
     kinds = NETWORK | ARMS[arm]
     if kinds["mixers"].startswith("["):
         kinds["mixers"] = alternating(n_blocks)
@@ -49,7 +52,7 @@ def overrides(arm: str, *, seed: int, data: Path, steps: int | None, options: Se
 
     Args:
         data: a store, as an absolute path.
-        steps: number of training steps; None: the demo's.
+        steps: number of training steps; None for the demo's number.
         options: further overrides.
     """
     budget = [] if steps is None else [f"trainer.max_steps={steps}", f"optim.warmup_steps={max(1, steps // WARMUP)}"]
@@ -68,6 +71,9 @@ def overrides(arm: str, *, seed: int, data: Path, steps: int | None, options: Se
 
 
 def run_name(arm: str, seed: int, arguments: Sequence[str]) -> str:
-    """Return the run's name, which contains a hash of its overrides. The folder of its data does not matter."""
+    """Return the run's name: the arm, the seed and a hash of the overrides.
+
+    Of the path in `data.path`, only the file's name enters the hash.
+    """
     keys = [Path(argument).name if argument.startswith("data.path=") else argument for argument in arguments]
     return f"{arm}_{seed}_{hashlib.sha256(' '.join(keys).encode()).hexdigest()[:8]}"

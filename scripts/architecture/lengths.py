@@ -1,4 +1,7 @@
-"""Bounds on the NLL of held-out proteins by their length, up to four times the length that the network trained on."""
+"""NLL bounds of held-out proteins by length, for networks that were trained on short proteins.
+
+The proteins have up to four times as many residues as the proteins in training.
+"""
 
 import argparse
 from typing import Any
@@ -46,7 +49,7 @@ def lengths(arguments: argparse.Namespace) -> bool:
 def bound(trained: TrainedModel, proteins: list[np.ndarray], config: EvaluateConfig) -> dict[str, Any]:
     """Return the NLL bound of each protein in nats (`nats`) and its number of residues (`lengths`).
 
-    The proteins are not cropped. If one is too long for the position encoding, return only the error message
+    The proteins are not cropped. If a protein is too long for the position encoding, return only the error message
     (`rejected`), and no bounds.
     """
     try:

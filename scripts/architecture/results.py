@@ -1,4 +1,4 @@
-"""The results file: one JSON line for each measurement, appended as soon as it is finished."""
+"""The results file: one JSON line for each measurement, appended as soon as the measurement is finished."""
 
 import json
 import os
@@ -21,10 +21,12 @@ def key_of(row: Row) -> Key:
 
 
 def read(path: Path) -> dict[Key, Row]:
-    """Return the newest row of each measurement; none if the file does not exist. A partial last line is removed.
+    """Return the newest row of each measurement. If the file does not exist, the result is empty.
+
+    A partial last line is removed from the file.
 
     Raises:
-        ValueError: a line is not a row of results; names the file and the line.
+        ValueError: a line is not a row of results; the message names the file and the line.
     """
     drop_partial_line(path)
     rows: dict[Key, Row] = {}
@@ -41,7 +43,7 @@ def read(path: Path) -> dict[Key, Row]:
 
 
 def append(path: Path, row: Row) -> None:
-    """Append a row, and return when it is on the disk."""
+    """Append a row, and wait until the row is on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps(row) + "\n")

@@ -1,4 +1,4 @@
-"""Whether every kind of network can be used on real proteins of several families."""
+"""Check that every kind of network can be used on real proteins of several families."""
 
 import argparse
 from typing import Any
@@ -23,9 +23,9 @@ CHECKS = ("forward", "sampling", "infilling")
 
 
 def family(record: FastaRecord) -> str | None:
-    """Return the protein's name in its UniProt entry name, as EX7L in sp|A1AX20|EX7L_RUTMC; None if it has none.
+    """Return the protein's name, such as EX7L in sp|A1AX20|EX7L_RUTMC; None if the record is not from Swiss-Prot (sp).
 
-    Swiss-Prot gives orthologues the same name. Names of unreviewed entries (tr) are their accession numbers.
+    Swiss-Prot gives orthologues the same name. Unreviewed entries (tr) have only their accession number as a name.
     """
     database, _, entry = record.id.partition("|")
     return entry.rpartition("|")[2].partition("_")[0] if database == "sp" else None
@@ -34,8 +34,8 @@ def family(record: FastaRecord) -> str | None:
 def chosen_proteins() -> list[FastaRecord]:
     """Return two held-out proteins of each of ten families of the bundled sample.
 
-    The families are the first, in the order of the files, of which test and validation split together have two
-    proteins of at most LONGEST residues. The proteins are the first two of each.
+    A family qualifies if the test and validation splits together contain at least two of its proteins with at most
+    LONGEST residues. The result has the first two proteins of each of the first ten families, in the files' order.
     """
     members: dict[str, list[FastaRecord]] = {}
     for split in ("test", "validation"):
@@ -48,10 +48,10 @@ def chosen_proteins() -> list[FastaRecord]:
 
 
 def robustness(arguments: argparse.Namespace) -> bool:
-    """Count on how many proteins the forward pass, sampling and infilling of each arm succeed.
+    """Count for each arm the proteins on which the forward pass, sampling and infilling succeed.
 
-    Uses the runs of `bounds` with seed 0 and the same --steps where they are finished, and otherwise trains --steps, by
-    default FEW.
+    If the arm's run of `bounds` with seed 0 and the same --steps is finished, its network is used. Otherwise a network
+    is trained for --steps steps, by default FEW.
     """
     proteins = chosen_proteins()
     jobs = []
@@ -71,7 +71,7 @@ def robustness(arguments: argparse.Namespace) -> bool:
 
 
 def count_successes(score_fn: ScoreFn, proteins: list[FastaRecord], steps: int) -> tuple[dict[str, int], list[str]]:
-    """Return the number of proteins on which each of CHECKS succeeds, and what is wrong with the others."""
+    """Return the number of proteins on which each of CHECKS succeeds, and a message for each failed check."""
     counts, problems = dict.fromkeys(CHECKS, 0), []
     for protein in proteins:
         sequence = protein.sequence.upper()
@@ -91,7 +91,7 @@ def count_successes(score_fn: ScoreFn, proteins: list[FastaRecord], steps: int) 
 
 @torch.no_grad()
 def forward(score_fn: ScoreFn, sequence: str) -> None:
-    """Evaluate the network on a protein as it is, with every other residue masked, and with all masked.
+    """Evaluate the network on a protein: without masks, with every other residue masked, and with all residues masked.
 
     Raises:
         ValueError: an output is not finite.
@@ -108,7 +108,7 @@ def sample(score_fn: ScoreFn, template: str, steps: int) -> None:
     """Sample the free positions of a template.
 
     Raises:
-        ValueError: an output of the network is not finite, or a residue is not what the template allows.
+        ValueError: an output of the network is not finite, or the template does not allow a sampled residue.
     """
     sampling = SamplingSteps(score_fn, [template], SamplerOptions(steps), seed=0, max_len=LONGEST)
     for step in sampling:

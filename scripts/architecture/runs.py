@@ -1,4 +1,4 @@
-"""Train the runs of the arms, each only once, and measure each as soon as it is trained."""
+"""Train a run for each arm and seed, only once, and measure each run as soon as it is trained."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from scripts.architecture import results
 from scripts.architecture.arms import BASELINE, overrides, run_name
 from scripts.arms import train
 
-REPORT = ["report.draws=2", "report.max_sequences=2"]  # for runs whose own report is not read
+REPORT = ["report.draws=2", "report.max_sequences=2"]  # small, because only the report's `step` is read
 
 
 class Job(NamedTuple):
@@ -41,7 +41,10 @@ def job(arguments: argparse.Namespace, arm: str, seed: int, steps: int | None, o
 
 
 def trained(job: Job, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the report of the run, which is trained if it is not finished. It has the key `error` if that failed."""
+    """Return the run's report. The run is trained first if it is not finished.
+
+    If the training fails, return only the error message, in the key `error`.
+    """
     arguments.folder.mkdir(parents=True, exist_ok=True)
     return train(job.name, job.arguments, arguments.threads, arguments.folder)
 
@@ -54,11 +57,12 @@ def measure(
     """Train the runs whose results are not in the results file, and append a row for each.
 
     Args:
-        finish: (job, report of the run) -> the part's columns of its row. It may raise a ValueError, which fails the
-            arm as a failed training does.
+        finish: (job, report of the run) -> the columns that the part adds to the run's row. A ValueError from `finish`
+            is recorded as a failure of the run, like a failed training.
 
     Returns:
-        Whether all runs, also those of earlier commands, have results. Failed ones are tried again.
+        Whether all `jobs` have results. Results of earlier commands count. Runs that failed in an earlier command are
+            tried again.
     """
     known = results.read(arguments.results)
     with ProgressBar(arguments.part, len(jobs)) as bar:
@@ -82,7 +86,7 @@ def measure(
 
 
 def bounds(arguments: argparse.Namespace) -> bool:
-    """Train every arm with each seed; the rows contain the nats of each protein of the test split."""
+    """Train every arm with each seed. The rows contain the NLL bound of each protein of the test split, in nats."""
     seeds = {arm: arguments.seeds or (3 if arm == BASELINE else 2) for arm in arguments.only}
     jobs = [
         job(arguments, arm, seed, arguments.steps)

@@ -1,4 +1,4 @@
-"""Speed and memory of a training step of every kind of network, all interleaved in one process."""
+"""Speed and memory of a training step of every kind of network, measured alternately in one process."""
 
 import argparse
 from dataclasses import asdict
@@ -29,7 +29,7 @@ def speed(arguments: argparse.Namespace) -> bool:
     precision = resolve_precision(arguments.precision, device)
     sizes = MODELS[arguments.model]
     setup = Setup(StoreGroup([SequenceStore(store_of(arguments).path)]), sizes, MAX_LEN, arguments.tokens, device)
-    arms = sorted(arguments.only, key=lambda arm: arm != BASELINE)  # rates are relative to the first
+    arms = sorted(arguments.only, key=lambda arm: arm != BASELINE)  # ratios are relative to the first arm
     configs = {arm: config_of(arm, sizes) for arm in arms}
     compiled = device.type == "cuda"
     variants = [
@@ -46,7 +46,7 @@ def speed(arguments: argparse.Namespace) -> bool:
 
 
 def config_of(arm: str, sizes: dict[str, int]) -> TrainConfig:
-    """Return the config of a run of the demo with this arm's kinds and these sizes."""
+    """Return the demo's config, changed to this arm and to a network of these sizes."""
     keys = [f"model.{key}={value}" for key, value in sizes.items()] + model_overrides(arm, sizes["n_blocks"])
     return resolve(read_config(composed("experiment=demo", f"data.max_len={MAX_LEN}", *keys), TrainConfig), Path())
 

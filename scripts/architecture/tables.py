@@ -1,4 +1,4 @@
-"""The Markdown tables, from the rows of the results file."""
+"""Print Markdown tables from the rows of the results file."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -13,11 +13,11 @@ from scripts.arms import paired
 from scripts.benchmarks.tables import table
 
 Arms = dict[str, list[Row]]
-"""The rows of each arm, in the order of ARMS; each arm's rows by seed."""
+"""{arm: rows}. The arms are in the order of ARMS, and the rows of each arm in the order of their seeds."""
 
 
 def print_tables(rows: Iterable[Row], only: str | None = None) -> None:
-    """Print a table for each command whose rows are given, or for the command `only`."""
+    """Print a table for each command that has rows, or only for the command `only`."""
     commands: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         commands.setdefault((row["part"], row["command"]), []).append(row)
@@ -39,7 +39,7 @@ def by_arm(rows: Sequence[Row]) -> Arms:
 
 
 def failures(rows: Sequence[Row], columns: int) -> list[list[str]]:
-    """Return a table row of so many columns for each failed arm and seed."""
+    """Return a table row with `columns` cells for each failed run (arm and seed)."""
     cells = []
     for row in rows:
         if "error" in row:
@@ -49,7 +49,7 @@ def failures(rows: Sequence[Row], columns: int) -> list[list[str]]:
 
 
 def mean_over_seeds(rows: Sequence[Row]) -> Row:
-    """Return the nats of each protein, averaged over the rows, and its length."""
+    """Return each protein's nats, averaged over the rows (one row for each seed), and each protein's length."""
     if any(row["lengths"] != rows[0]["lengths"] for row in rows):
         raise ValueError(f"the seeds of {rows[0]['arm']} were evaluated on different proteins")
     return {"nats": np.mean([row["nats"] for row in rows], axis=0), "lengths": rows[0]["lengths"]}
@@ -61,7 +61,10 @@ def bound_cell(row: Row) -> str:
 
 
 def difference_cell(rows: Sequence[Row], baseline: Sequence[Row]) -> str:
-    """Return the paired difference to the baseline over the seeds that both have; empty if there are none."""
+    """Return the arm's paired difference to the baseline, over the seeds that both arms have.
+
+    The result is empty for the baseline itself, and for an arm that has no seed in common with the baseline.
+    """
     seeds = {row["seed"] for row in rows} & {row["seed"] for row in baseline}
     if not seeds or rows[0]["arm"] == BASELINE:
         return ""

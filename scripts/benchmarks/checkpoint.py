@@ -1,4 +1,4 @@
-"""Measure how long training waits for a checkpoint, and how long writing it takes, for docs/reliability.md.
+"""Measure how long training waits for a checkpoint, and how long a checkpoint takes to write (docs/reliability.md).
 
     python -m scripts.benchmarks.checkpoint
 
@@ -56,9 +56,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["tiny", "small", "medium"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=7, help="checkpoints of each model")
+    parser.add_argument("--repeats", type=int, default=7, help="checkpoints to write for each model")
     parser.add_argument(
-        "--folder", type=Path, default=Path(), help="folder for scratch files, twice the size of a checkpoint"
+        "--folder", type=Path, default=Path(), help="folder for scratch files; needs twice the size of a checkpoint"
     )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="benchmarks.checkpoint.") as name:

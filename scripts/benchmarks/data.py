@@ -1,12 +1,13 @@
-"""Benchmark the data path: preparing a store, planning an epoch and loading packs, against the rate that GPUs need.
+"""Benchmark the data path: preparing a store, planning the packs of an epoch, and loading packs.
 
     python -m scripts.benchmarks.data                                     the bundled proteins, a few minutes
     python -m scripts.benchmarks.data --fasta my.fasta --gigabytes 2      your own proteins
 
-The FASTA input repeats the given proteins, wrapped at 60 columns. Each repeat has other ids and rotates the sequences
-by one residue more, so that there are no exact duplicates. Preparing and planning run in separate processes, so that
-their CPU seconds and peak memory (from Linux' /proc) include nothing else. The store is read once before the loader
-is timed, so that it is in the page cache. Prints Markdown.
+The benchmark writes a FASTA file that repeats the given proteins, in lines of 60 residues. Each repeat has new ids, and
+rotates every sequence by one residue more than the previous repeat, so that there are no exact duplicates. Preparing
+and planning run in processes of their own, so that their CPU seconds and peak memory include nothing else. The peak
+memory is read from /proc, so the benchmark needs Linux. The whole store is read once before the loader is timed, so
+that the store is in the page cache. The loader's rate is compared with the rate that GPUs need. Prints Markdown tables.
 """
 
 import argparse
@@ -47,7 +48,10 @@ GPUS = 8
 
 
 def make_fasta(proteins: Path, path: Path, size: int) -> None:
-    """Write at least `size` bytes of FASTA; every repeat permutes the ids and rotates the sequences."""
+    """Write the proteins repeatedly, until the FASTA file `path` has at least `size` bytes.
+
+    Every repeat permutes the ids and rotates the sequences.
+    """
     records = list(read_fasta(proteins))
     rng = np.random.default_rng(0)
     with path.open("w") as file, ProgressBar("writing FASTA", size >> 20) as bar:
@@ -63,13 +67,14 @@ def make_fasta(proteins: Path, path: Path, size: int) -> None:
 
 
 def measured(code: str, folder: Path) -> dict[str, Any]:
-    """Run Python code that prints a JSON object last.
+    """Run Python code in a new process. The last line that the code prints must be a JSON object.
 
     Returns:
-        The JSON object, with the code's wall and CPU seconds and peak memory in bytes.
+        The JSON object, extended by the code's wall time (`wall`) and CPU time (`cpu`) in seconds, and by its peak
+            memory in bytes (`peak`).
     """
     began, before = time.perf_counter(), os.times()
-    # VmHWM rather than ru_maxrss, which a child inherits from a larger parent
+    # read VmHWM, because a process inherits ru_maxrss from a parent with more memory
     code += "\nprint(open('/proc/self/status').read().partition('VmHWM:')[2].split()[0])"
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -90,7 +95,7 @@ print(json.dumps({{"sequences": len(store), "residues": int(store.lengths.sum())
 
 
 def prepare(folder: Path, fasta: Path, repeats: int) -> Path:
-    """Time prepare on the plain and the gzipped file, interleaved, and return the path of the store."""
+    """Time `prepare` on the plain and on the gzipped FASTA file, alternately. Return the path of the store."""
     zipped = fasta.with_suffix(".fasta.gz")
     if not zipped.exists():
         with fasta.open("rb") as source, gzip.open(zipped, "wb", compresslevel=6) as target:
@@ -143,7 +148,7 @@ def prepare(folder: Path, fasta: Path, repeats: int) -> Path:
 
 
 def hashing_rate(file: Path) -> float:
-    """Return the bytes hashed by SHA-256 per CPU second."""
+    """Return how many bytes SHA-256 hashes per CPU second."""
     began = time.process_time()
     sha256(file)
     return file.stat().st_size / (time.process_time() - began)
@@ -162,11 +167,19 @@ class OnlyLengths(SequenceStore):
 
 
 def plan_once(lengths: np.ndarray, step: int) -> None:
-    """Print, as JSON, the time to reach the packs of a step without and with a cached plan, and the plan's figures."""
+    """Time how long it takes to find the sequences of a training step's packs, and print the results as JSON.
+
+    A plan lists the sequences of every pack of an epoch. The JSON object has these keys:
+        seconds, mapped: the time in seconds without and with a cached plan.
+        epoch: the epoch of the step.
+        packs: the number of packs in an epoch.
+        fill: the mean fraction of the packs' token budget that is used.
+        tail: the fraction of the epoch's sequences that are left over after the last pack.
+    """
     group = StoreGroup([OnlyLengths(lengths)])
     rows_of_split, last = np.arange(len(lengths), dtype=np.uint32), step * PACKS_PER_STEP + PACKS_PER_STEP - 1
     times = {}
-    for name in ("seconds", "mapped"):  # the second pass maps the plan that the first one wrote
+    for name in ("seconds", "mapped"):  # `mapped` maps the plan file that `seconds` wrote
         began = time.perf_counter()
         dataset = PackDataset(group, rows_of_split, max_len=MAX_LEN, tokens_per_pack=BUDGET, seed=0)
         dataset.plan_ahead = False
@@ -187,7 +200,7 @@ plan_once(np.load({lengths!r}), {step})
 
 
 def plan(folder: Path, store: SequenceStore, sequences: int) -> None:
-    """Time the planning of an epoch of `sequences` lengths, which are drawn from the store's lengths."""
+    """Time the planning of an epoch of `sequences` sequences, whose lengths are drawn from the store's lengths."""
     lengths = np.random.default_rng(0).choice(store.lengths, sequences)
     np.save(folder / "lengths.npy", lengths)
     last = total_tokens(lengths, np.arange(sequences, dtype=np.uint32), MAX_LEN) // BUDGET // PACKS_PER_STEP
@@ -221,7 +234,7 @@ def plan(folder: Path, store: SequenceStore, sequences: int) -> None:
 
 
 def load(store: SequenceStore, folder: Path, seconds: float, steps: int) -> float:
-    """Print the residues/s of a loader with one worker next to those of training. Return the loader's best rate."""
+    """Print the residues/s of a loader with one worker and of training. Return the loader's best rate."""
     with store.path.open("rb") as file:
         while file.read(1 << 26):
             pass
@@ -244,7 +257,7 @@ def load(store: SequenceStore, folder: Path, seconds: float, steps: int) -> floa
 
 def loader_rate(dataset: PackDataset, seconds: float) -> float:
     packs: Iterator[Any] = iter(pack_loader(dataset, range(10**9), workers=1, pin_memory=False))
-    for _ in range(20):  # the worker starts and maps the plan
+    for _ in range(20):  # not timed, because the worker first starts and maps the plan
         next(packs)
     residues, began = 0, time.perf_counter()
     while (spent := time.perf_counter() - began) < seconds:
@@ -254,7 +267,7 @@ def loader_rate(dataset: PackDataset, seconds: float) -> float:
 
 
 def training_rate(store: SequenceStore, folder: Path, steps: int) -> float:
-    """Return the median residues/s of a short training run of the demo, without the first quarter of the steps."""
+    """Return the median residues/s of a short training run of the demo. The first quarter of the steps is left out."""
     command = [
         sys.executable,
         "-m",
@@ -276,7 +289,10 @@ def training_rate(store: SequenceStore, folder: Path, steps: int) -> float:
 
 
 def gpu_demand(store: SequenceStore, rate: float) -> None:
-    """Print the tokens/s that a node of H100s needs, estimated from FLOPs, and the loader's rate relative to it."""
+    """Print the tokens/s that one H100 and a node of H100s need, estimated from FLOPs.
+
+    The table also has the ratio of the loader's rate to the rate that one H100 needs.
+    """
     tokens = np.minimum(store.lengths, MAX_LEN).astype(np.int64)
     attended = float((tokens**2).sum() / tokens.sum())  # tokens that a token attends to, on average
     rows = []
@@ -306,11 +322,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fasta", type=Path, default=SAMPLE_FOLDER / "train.fasta.gz", help="proteins to repeat")
     parser.add_argument("--gigabytes", type=float, default=1.1, help="size of the FASTA file to write")
-    parser.add_argument("--sequences", type=int, default=UNIREF50_CLUSTERS, help="sequences of the planned epoch")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of prepare on each file")
-    parser.add_argument("--seconds", type=float, default=15, help="time to measure the loader")
+    parser.add_argument("--sequences", type=int, default=UNIREF50_CLUSTERS, help="number of sequences in the epoch")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of `prepare` on each file")
+    parser.add_argument("--seconds", type=float, default=15, help="seconds for which the loader is measured")
     parser.add_argument("--steps", type=int, default=40, help="steps of the training run")
-    parser.add_argument("--folder", type=Path, default=Path(), help="folder for scratch files, 4 times the FASTA")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(), help="folder for scratch files; needs 4 times the size of the FASTA"
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="benchmarks.") as name:
         folder = Path(name).resolve()

@@ -1,4 +1,4 @@
-"""Time and memory of a training step against its size."""
+"""Time and memory of a forward and backward pass, for several sizes of network and pack."""
 
 import argparse
 import os
@@ -27,7 +27,7 @@ from scripts.benchmarks.variants import MODELS, NETWORK
 def growth(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure time and memory of a forward and backward pass, changing one setting at a time.
 
-    Each measurement runs in a new process, or in two new processes that exchange gradients.
+    Each measurement runs in a new process. With two ranks, it runs in two new processes that exchange gradients.
     """
     tokens, size = arguments.tokens, MODELS[arguments.models[0]]
     base = {
@@ -81,7 +81,9 @@ def growth(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def step_cost(spec: dict[str, Any], rank: int, folder: str) -> tuple[float, float]:
-    """Return the median milliseconds of a forward and backward pass, and its peak GiB beyond the model.
+    """Return the median time of a forward and backward pass in milliseconds, and its memory in GiB.
+
+    The memory is how much the passes raise the process's peak memory, which already includes weights and gradients.
 
     Args:
         folder: an empty folder through which the ranks connect.

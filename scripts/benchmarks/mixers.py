@@ -1,4 +1,4 @@
-"""Speed of the mixers against the length of the sequences."""
+"""Speed of each mixer for several sequence lengths."""
 
 import argparse
 import statistics
@@ -22,7 +22,7 @@ from scripts.benchmarks.variants import MODELS, NETWORK
 def mixers(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure tokens/s of an eager forward and backward pass, with the same mixer in all blocks.
 
-    The networks are interleaved in each round, and each figure is a median over the rounds.
+    Each round measures the networks of all mixers. The printed speeds and ratios are medians over the rounds.
     """
     device = resolve_device(arguments.device)
     precision = resolve_precision(arguments.precision, device)
@@ -86,7 +86,7 @@ def network_with(mixer: str, size: str, device: torch.device, precision: str) ->
 
 
 def seconds_of_pass(model: DiT, batch: PackedBatch, precision: str, passes: int) -> float:
-    """Return the mean seconds of a forward and backward pass."""
+    """Run `passes` forward and backward passes, and return their mean time in seconds."""
     device = batch.tokens.device
     sigma = torch.ones(len(batch.lengths), device=device)
     began = time.perf_counter()

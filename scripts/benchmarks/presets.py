@@ -1,4 +1,4 @@
-"""Cost of the model presets."""
+"""Estimated cost of training each model preset."""
 
 import argparse
 from dataclasses import replace

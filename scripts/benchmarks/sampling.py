@@ -38,7 +38,7 @@ def sampling(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             rates: dict[bool, list[float]] = {False: [], True: []}
             for repeat in range(arguments.repeats):
                 for keep, found in rates.items():
-                    # with time conditioning the sampler runs the network at every step
+                    # with time conditioning, the sampler runs the network at every step and reuses no scores
                     tested = replace(score_fn, time_conditioning=not keep)
                     began = time.perf_counter()
                     sample(tested, [300] * 4, SamplerOptions(steps), torch.Generator().manual_seed(repeat))

@@ -1,4 +1,4 @@
-"""Speed of a training step: against baselines, for each recipe, and by operator."""
+"""Speed of training steps compared with baselines, cost of settings, and time of each operator in a step."""
 
 import argparse
 import statistics
@@ -15,7 +15,10 @@ from scripts.benchmarks.variants import DEFAULT_NETWORK, MODELS, Setup, Variant,
 
 
 def throughput(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure residues/s of interleaved variants against the padded baseline."""
+    """Measure the residues/s of training on packs and on the batches of two baselines.
+
+    Ratios are relative to the padded baseline in float32.
+    """
     device = resolve_device(arguments.device)
     best = resolve_precision(arguments.precision, device)
     store = open_store(arguments.fasta, arguments.folder)
@@ -41,7 +44,10 @@ def throughput(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def cost(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure the eager residues/s of the arms of scripts/arms.py against the SEDD network with AdamW."""
+    """Measure the residues/s of eager training with settings that scripts/arms.py compares, and with checkpointing.
+
+    Ratios are relative to the SEDD network with AdamW.
+    """
     device = resolve_device(arguments.device)
     precision, store = resolve_precision(arguments.precision, device), open_store(arguments.fasta, arguments.folder)
     free = {"time_conditioning": False}
@@ -74,7 +80,7 @@ def compare(
     size: str,
     max_len: int,
 ) -> list[dict[str, Any]]:
-    """Measure interleaved variants against the first, and print a table."""
+    """Measure the variants with `rates`, print the results as a table, and return them."""
     rows = rates(variants, arguments, device, size, max_len)
     print(f"\n{size}, max_len {max_len}, {arguments.tokens} tokens per pack, {device}\n")
     table(
@@ -108,12 +114,12 @@ def rates(
     size: str,
     max_len: int,
 ) -> list[dict[str, Any]]:
-    """Return the median speed of each variant, and its ratio to the first.
+    """Return a row for each variant, with its median speed and the ratio of its speed to the first variant's.
 
-    All variants are interleaved in each round, and ratios compare steps of the same round.
+    Each round measures all variants, and each ratio compares two variants within one round.
 
     Args:
-        arguments: has `warmup`, `repeats` (rounds) and `steps` (of a variant in each round).
+        arguments: has `warmup`, `repeats` (number of rounds) and `steps` (of each variant in each round).
     """
     for variant in variants:
         variant.first_s = timed(variant, 1, device)
@@ -152,7 +158,10 @@ def rates(
 
 
 def profiled(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Print the fraction of an eager packed step's time spent in each operator itself."""
+    """Print the fraction of a training step's time that each operator takes, without the operators that it calls.
+
+    The step is eager, and trains on a pack.
+    """
     device = resolve_device(arguments.device)
     precision, store = resolve_precision(arguments.precision, device), open_store(arguments.fasta, arguments.folder)
     networks: dict[str, dict[str, Any]] = {"SEDD network": {}, "default network": DEFAULT_NETWORK}

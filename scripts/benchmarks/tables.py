@@ -1,4 +1,4 @@
-"""Input and output of the benchmarks."""
+"""Read the proteins of the benchmarks, and print Markdown tables."""
 
 import subprocess
 import sys
@@ -14,7 +14,10 @@ def table(columns: list[str], rows: list[list[str]]) -> None:
 
 
 def open_store(fasta: Path | None, folder: Path) -> StoreGroup:
-    """Return the store of `fasta`, which is built if it does not exist, or else of the bundled proteins."""
+    """Return the store of `fasta`, or the store of the bundled proteins if `fasta` is None.
+
+    A store of `fasta` that does not exist in `folder` is built.
+    """
     if fasta is None:
         return StoreGroup([SequenceStore(bundled_store().path)])
     store = folder / f"{fasta.name.split('.')[0]}.h5"

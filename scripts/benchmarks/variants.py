@@ -1,4 +1,4 @@
-"""Variants of a training step to compare: padded and concatenated baselines, and packs."""
+"""The training steps that the benchmarks compare (variants): on packs, or on the batches of a baseline."""
 
 import statistics
 import time
@@ -58,13 +58,13 @@ TRAINED = (
     "trainer.max_steps=1000000",
     "seed=0",
 )
-LOADED = 100  # packs; at max_len 512 their padding ratio is within 2% of the full data set's
+LOADED = 100  # packs for each variant; at max_len 512 their padding ratio is within 2% of the full data set's
 
 
 class RectangleDiT(DiT):
-    """The same network on rectangular batches (sequences, length), with one attention call and no mask.
+    """Computes a DiT on rectangular batches (sequences, length), with one attention call per block and no mask.
 
-    It expects packs whose sequences all have the same length, by padding or cutting.
+    The input is a pack whose sequences were padded or cut to the same length.
     """
 
     def forward(self, batch: PackedBatch, sigma: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ def rectangles(packs: Iterator[PackedBatch], sequences: int, length: int) -> Ite
 
 
 def blocks(packs: Iterator[PackedBatch], rows: int, length: int) -> Iterator[PackedBatch]:
-    """Join the tokens of the packs into one stream and cut it into blocks of `length` tokens. Yield `rows` at a time.
+    """Join the tokens of the packs into one stream, cut into blocks of `length` tokens. Yield `rows` blocks at a time.
 
     SEDD cuts its texts this way. A block can contain several proteins, which attend to each other.
     """
@@ -119,11 +119,11 @@ class Variant:
     step: Callable[[], object]
     precision: str
     residues: float
-    """Mean number of real residues in a step."""
+    """Mean number of amino acids in a step's batch, without special tokens such as <pad>."""
     flops: float
-    """Mean FLOPs of a step of the packed network."""
+    """Mean FLOPs of a step's matrix products, without those of the padding that GPUs append to a pack."""
     slots: int
-    """Tokens computed in a step, including <pad>; for packs their token budget, to which GPUs pad them."""
+    """Number of tokens in a step's batch, including <pad>. For packs: the token budget, even if packs have fewer."""
     first_s: float = 0.0
 
 
@@ -136,18 +136,20 @@ class Setup:
     """ModelConfig fields of the network's size."""
     max_len: int
     tokens: int
-    """Tokens in a pack, and at most in a padded batch."""
+    """Maximum number of tokens in a pack, or in a batch of a baseline."""
     device: torch.device
 
 
 def make_variant(
     name: str, setup: Setup, precision: str, *, baseline: str | None = None, compiled: bool = False, **options: Any
 ) -> Variant:
-    """Build a variant with a new trainer over the same packs.
+    """Return a variant with a network and a trainer of its own. All variants of a setup read the same packs.
 
     Args:
-        baseline: padded or concatenated; uses as many rows of max_len + 2 tokens as fit in `setup.tokens`.
-        compiled: on a GPU also pads packs to a fixed shape and uses CUDA graphs.
+        baseline: padded | concatenated, for batches of as many rows of max_len + 2 tokens as fit in `setup.tokens`;
+            None for packs.
+        compiled: whether the network is compiled. On a GPU, packs are then also padded to a fixed shape, and CUDA
+            graphs are used if backend and mixers support them.
         options: fields of ModelConfig, time_conditioning and optimizer.
     """
     time_conditioning, optimizer = options.pop("time_conditioning", True), options.pop("optimizer", "adamw")
@@ -166,7 +168,7 @@ def make_variant(
         if setup.device.type == "cuda":
             spare = sequence_slots(setup.tokens, dataset.mean_tokens)
             model.pad_packs(StaticShape(setup.tokens, spare, setup.max_len + 2))
-            if context.attention_backend in GRAPHABLE and not model.uncapturable:  # as in a run
+            if context.attention_backend in GRAPHABLE and not model.uncapturable:  # as in a training run
                 model.capture(context.autocast)
     objective = Objective(Absorbing(), LogLinearNoise(), "x0", time_conditioning, context.autocast)
     config = read_config(composed(f"optim={optimizer}", *TRAINED), TrainConfig)
@@ -207,7 +209,7 @@ def composed(*overrides: str, name: str = "train") -> DictConfig:
 
 
 def timed(variant: Variant, steps: int, device: torch.device) -> float:
-    """Return the mean seconds of a step over `steps` steps."""
+    """Run `steps` steps of a variant, and return the mean seconds of a step."""
     began = time.perf_counter()
     for _ in range(steps):
         variant.step()
