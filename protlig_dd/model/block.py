@@ -1,4 +1,7 @@
-"""One block of the transformer: norm, mixer, norm, MLP."""
+"""One block of the transformer: norm, mixer, norm, MLP.
+
+Shape suffixes: T tokens of the pack, n sequences, H hidden_size, C cond_dim, K = 6 hidden_size.
+"""
 
 from collections.abc import Callable
 
@@ -73,7 +76,7 @@ class Block(nn.Module):
         Args:
             cond_nC: the embedding of each sequence's sigma; None without time conditioning.
             tables: the position encoding's tables for this pack.
-            scores: this block's bias of attention scores.
+            scores: the bias and mask of this block's attention scores; None if the mixer needs neither.
         """
         modulation_nK = None if self.adaln is None else self.adaln(cond_nC)
         before, after = self.before_mixing, self.after_mixing
@@ -104,7 +107,7 @@ class Block(nn.Module):
         modulation_nK: Float[Tensor, "n width"] | None,
         segment_ids: Int64[Tensor, " total"],
     ) -> Float[Tensor, "total hidden"]:
-        """Apply the mixer's output projection, then the norm and the MLP, each with its residual connection."""
+        """Apply the mixer's output projection, then the norm and the MLP. Mixer and MLP have residual connections."""
         mixed = F.dropout(self.mixer.out(mixed), self.dropout, self.training)
         if modulation_nK is None:
             x_TH = x_TH + mixed

@@ -27,7 +27,7 @@ class ModelConfig:
     qk_norm: bool
     checkpointing: Annotated[bool, COMPUTE_ONLY]
     positions: Annotated[str, ADDED_LATER] = "rope"
-    mixers: Annotated[Any, ADDED_LATER] = "attention"  # a name for all blocks, or a list with one name for each
+    mixers: Annotated[Any, ADDED_LATER] = "attention"  # one name for all blocks, or a list of one name per block
     max_positions: Annotated[int | None, ADDED_LATER] = None
     tie_weights: Annotated[bool, ADDED_LATER] = False
 
@@ -36,7 +36,7 @@ class ModelConfig:
             self.mixers = list(self.mixers)
         listed = isinstance(self.mixers, list) and len(self.mixers) > 0
         if listed and len(self.mixers) == self.n_blocks == self.mixers.count(self.mixers[0]):
-            self.mixers = self.mixers[0]  # so that equal networks have equal configs
+            self.mixers = self.mixers[0]  # one name instead of a list, so that equal networks have equal configs
 
     @property
     def head_dim(self) -> int:
@@ -57,7 +57,7 @@ def unknown_choice(key: str, value: object, choices: Iterable[str]) -> str:
 
 
 def stored_model(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a model's config as files contain it.
+    """Return the keys of `model` and their values as files store them.
 
     A key that was added later is left out if it has its default, so that earlier versions of the program can read the
     file.
@@ -71,7 +71,10 @@ def stored_model(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def without_added_defaults(values: Mapping[str, Any], schema: Any) -> dict[str, Any]:
-    """Return a group's values without the keys marked ADDED_LATER in its dataclass that have their default."""
+    """Return the values of a config group whose dataclass is `schema`.
+
+    A key that `schema` marks ADDED_LATER is left out if it has its default.
+    """
     hints = get_type_hints(schema, include_extras=True)
     later = {field.name: field.default for field in fields(schema) if ADDED_LATER in get_args(hints[field.name])}
     return {key: value for key, value in values.items() if key not in later or value != later[key]}

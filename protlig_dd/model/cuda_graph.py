@@ -11,7 +11,9 @@ from protlig_dd.batch import PackedBatch
 
 
 class NetworkOnTensors(nn.Module):
-    """Computes a network from a pack's tensors only, as CUDA graphs require. Host values are those of `geometry`.
+    """Computes a network from a pack's tensors only, as CUDA graphs require.
+
+    The pack's values on the host, such as `lengths`, are those of `geometry`.
 
     Args:
         model: the module whose parameters get gradients.

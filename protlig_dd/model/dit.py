@@ -95,8 +95,8 @@ class DiT(nn.Module):
                 projection (after the final norm, as in ESM-2).
 
         Raises:
-            ValueError: as in forward, or a layer outside 0..n_blocks. A sequence may be longer than a table of biases
-                that none of the first `layer` blocks reads.
+            ValueError: as in forward, or a layer outside 0..n_blocks. However, a sequence longer than
+                model.max_positions is an error only if the first `layer` blocks include attention.
         """
         self.check(batch, sigma)
         if not 0 <= layer <= len(self.blocks):
@@ -105,7 +105,7 @@ class DiT(nn.Module):
         return x_TH if layer < len(self.blocks) else self.head.normed(x_TH, cond_nC, batch.segment_ids)
 
     def network(self, batch: PackedBatch, sigma: Tensor) -> Tensor:
-        """Run the forward pass without checking its inputs."""
+        """Return the logits (total, 20), without checking the inputs."""
         x_TH, cond_nC = self.trunk(batch, sigma, len(self.blocks))
         return self.head(x_TH, cond_nC, batch.segment_ids, self.embedding.weight)
 
@@ -120,7 +120,8 @@ class DiT(nn.Module):
         )
         cond_nC = None if self.sigma_embedding is None else self.sigma_embedding(sigma)
         x_TH = self.positions.add(self.embedding(batch.tokens), batch)
-        for block, block_scores in zip(self.blocks, scores, strict=False):  # `scores` has n_blocks entries
+        # `scores` has n_blocks entries, so the loop ends after the first n_blocks blocks
+        for block, block_scores in zip(self.blocks, scores, strict=False):
             if self.checkpointing and torch.is_grad_enabled():
                 x_TH = checkpoint(block, x_TH, cond_nC, batch, tables, block_scores, use_reentrant=False)
             else:
@@ -128,7 +129,7 @@ class DiT(nn.Module):
         return x_TH, cond_nC
 
     def compute_dtype(self) -> torch.dtype:
-        """Return the dtype of queries, keys and values: autocast's, or that of the weights."""
+        """Return the dtype of queries, keys and values: autocast's dtype if autocast applies, else the weights'."""
         weight = self.embedding.weight
         autocast = torch.is_autocast_enabled(weight.device.type) and weight.dtype != torch.float64
         return torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
@@ -162,14 +163,17 @@ class DiT(nn.Module):
             )
 
     def pad_packs(self, shape: StaticShape) -> None:
-        """Pad training packs to a fixed shape from now on; padding is removed from the logits."""
+        """From now on, pad training packs to a fixed shape. Packs that are too large for this shape are not padded.
+
+        The logits that `forward` returns do not include the padding.
+        """
         self.shape = shape
 
     def capture(self, autocast: torch.dtype | None) -> None:
         """Record the forward and backward pass for packs of the shape set by `pad_packs`, as two CUDA graphs.
 
         A replay costs the host one launch instead of a thousand. Gradients then have fixed memory and accumulate:
-        between steps they must be zeroed, not dropped (`zero_grad(set_to_none=False)`).
+        between steps they must be set to zero, not to None (`zero_grad(set_to_none=False)`).
 
         Args:
             autocast: dtype in which the network computes; None for the dtype of its weights.
@@ -206,7 +210,7 @@ class DiT(nn.Module):
 
 
 def kinds_of(config: ModelConfig, attention_backend: str) -> str:
-    """Return the kinds of the network's parts, for progress lines."""
+    """Return a description of the kinds of the network's parts, for progress lines."""
     counts = Counter(mixers_of_blocks(config))
     mixers = " + ".join(
         (f"{n} x " if len(counts) > 1 else "") + (f"attention ({attention_backend})" if name == "attention" else name)

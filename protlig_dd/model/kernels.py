@@ -13,7 +13,8 @@ from torch.autograd.function import once_differentiable
 class RMSNormFunction(torch.autograd.Function):
     """RMS norm that reads x only a few times. On a CPU, torch's own RMS norm takes three times as long.
 
-    With r = 1 / sqrt(mean x^2 + eps) the output is y = x r gain, and dx = r gain dy - x r^3 mean(x gain dy).
+    With r = 1 / sqrt(mean x^2 + eps) the output is y = x r gain, and dx = r gain dy - x r^3 mean(x gain dy). Here dx
+    and dy are the gradients of the loss with respect to x and y.
     """
 
     @staticmethod
@@ -48,7 +49,7 @@ def per_token(
 
     Args:
         modulations_nH: tensors (n, hidden), one row per sequence.
-        segment_ids: (total,), the sequence of each token.
+        segment_ids: (total,), the number of each token's sequence.
     """
     return [_ExpandToTokens.apply(part_nH, segment_ids) for part_nH in modulations_nH]  # type: ignore[no-untyped-call]
 
@@ -56,7 +57,7 @@ def per_token(
 class _ExpandToTokens(torch.autograd.Function):
     """Row selection whose gradient is a matrix product with the one-hot segment ids.
 
-    This is faster than adding rows one by one (with atomic operations, on a GPU), and the order of summation is fixed.
+    The product is faster than adding rows one by one (with atomic operations, on a GPU), and it sums in a fixed order.
     """
 
     @staticmethod

@@ -122,8 +122,9 @@ class Head(nn.Module):
 class TiedOutput(nn.Module):
     """Projection to the logits with the embedding's rows: (gain x) . e_a / EMBEDDING_STD + bias_a.
 
-    The gain of each dimension starts at zero, so the logits of an untrained network are zero, as with untied
-    weights. The division scales the rows to order 1, so that the gain learns as fast as untied weights.
+    e_a is the row of amino acid a in the input embedding. The gain of each dimension starts at zero, so the logits of
+    an untrained network are zero, as with untied weights. The division scales the entries of the rows to order 1, so
+    that the gain learns as fast as untied weights.
     """
 
     def __init__(self, hidden_size: int) -> None:

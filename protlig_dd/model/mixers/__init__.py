@@ -9,7 +9,7 @@ MIXERS: dict[str, type[Mixer]] = {"attention": Attention, "ttt_linear": TTTLinea
 
 
 def name_of(mixer: Mixer) -> str:
-    """Return the mixer's name in MIXERS, or that of its class if it is not there."""
+    """Return the mixer's name in MIXERS, or the name of its class if MIXERS does not contain the class."""
     return next((name for name, kind in MIXERS.items() if type(mixer) is kind), type(mixer).__name__)
 
 

@@ -1,7 +1,7 @@
 """Attention within each sequence of a pack. All backends share one check of their input.
 
 flash_attn     the flash-attn package's varlen kernel; CUDA, bf16/fp16
-torch_varlen   torch.nn.attention.varlen, the same kernel as shipped with torch; CUDA, bf16/fp16
+torch_varlen   torch.nn.attention.varlen, the same kernel, which torch includes; CUDA, bf16/fp16
 flex           torch's FlexAttention with a mask that separates the sequences, for any bias; CUDA, bf16/fp16
 sdpa           one scaled_dot_product_attention call per sequence; any device, any float dtype, any bias, no padding
 """
@@ -26,7 +26,7 @@ from protlig_dd.system.device import missing_to_compile
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 GRAPHABLE = ("flash_attn", "torch_varlen")  # backends that CUDA graphs can record
-FLEX_HEAD_DIM = 16  # the smallest that FlexAttention supports
+FLEX_HEAD_DIM = 16  # the smallest head_dim that FlexAttention supports
 FLASH_INSTALL = "pip install 'protlig_dd[flash]' (needs a CUDA toolkit), or use model.attention_backend=torch_varlen"
 
 
@@ -44,7 +44,7 @@ class Attention(Mixer):
     def project(
         self, x: Float[Tensor, "total hidden"], positions: PositionEncoding, *tables: Tensor
     ) -> Float[Tensor, "total 3 heads head_dim"]:
-        """Return queries, keys and values. Queries and keys are rotated by their positions."""
+        """Return queries, keys and values. `positions` may rotate the queries and keys."""
         qkv = rearrange(self.qkv(x), "t (three h d) -> t three h d", three=3, h=self.n_heads)
         if self.q_norm is not None and self.k_norm is not None:
             q, k, v = qkv.unbind(1)
@@ -59,7 +59,7 @@ class Attention(Mixer):
         *tables: Tensor,
         scores: ScoreInputs | None = None,
     ) -> Float[Tensor, "total heads head_dim"]:
-        """Attend within each sequence."""
+        """Return the output of attention within each sequence."""
         return varlen_attention(projected, batch, self.backend, scores)
 
     def flops(self, lengths: Sequence[int]) -> int:
@@ -123,7 +123,7 @@ def check_attention_input(qkv: Tensor, batch: PackedBatch, backend: str, scores:
 
 
 def head_dim_problem(backend: str, head_dim: int, columns: int) -> str | None:
-    """Return None if this CUDA backend supports the head_dim, else the reason, to follow its name in a message.
+    """Return None if this CUDA backend supports the head_dim, else the reason (text to follow the backend's name).
 
     Args:
         columns: dimensions that the position encoding appends to each head.
@@ -182,11 +182,11 @@ def resolve_attention_backend(
         ValueError: an unknown backend, or one that the device, precision, head_dim, position encoding or installation
             does not allow.
     """
-    kind = POSITIONS.get(positions, PositionEncoding)  # an unknown kind is reported when the network is built
+    kind = POSITIONS.get(positions, PositionEncoding)  # an unknown name raises an error when the network is built
     if name == "auto":
         if device.type != "cuda" or precision != "bf16":
             return "sdpa"
-        # flex only for encodings that torch_varlen cannot compute
+        # choose flex only for encodings that torch_varlen cannot compute
         candidates = [backend for backend in kind.backends if backend != "flex" or "torch_varlen" not in kind.backends]
         runs = (backend for backend in candidates if not backend_problem(backend, device, precision, head_dim, kind))
         return next(runs)
@@ -202,7 +202,7 @@ def resolve_attention_backend(
 def backend_problem(
     backend: str, device: torch.device, precision: str, head_dim: int, kind: type[PositionEncoding]
 ) -> str | None:
-    """Return None if a backend can run here, and otherwise the reason, to follow the backend's name in a message."""
+    """Return None if a backend can run here, else the reason (text to follow the backend's name)."""
     if backend == "sdpa":
         return None
     if backend == "flash_attn" and not has_flash_attn():
@@ -237,7 +237,7 @@ def _torch_varlen(qkv: Tensor, batch: PackedBatch, scores: ScoreInputs | None) -
     head_dim, columns = qkv.shape[-1], None if scores is None else scores.columns
     q, k, v = with_columns(qkv, columns).unbind(1)
     cu_seqlens, longest = batch.cu_seqlens, batch.max_seqlen
-    scale = None if columns is None else head_dim**-0.5  # the default is the inverse root of the enlarged dimension
+    scale = None if columns is None else head_dim**-0.5  # default: the inverse root of the enlarged head_dim
     out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scale)
     assert isinstance(out, Tensor)
     return out if columns is None else out.narrow(-1, 0, head_dim)

@@ -14,17 +14,17 @@ from protlig_dd.model.positions.base import PositionEncoding
 class Mixer(nn.Module, ABC):
     """Maps (total, hidden_size) to (total, hidden_size). Each token reads only its own sequence.
 
-    A mixer has three steps (`project`, `mix`, `out`), because torch.compile fuses the first and the last with the
+    A mixer has three steps (`project`, `mix`, `out`), because torch.compile fuses `project` and `out` with the
     block's norms and residual connections. To add a kind, write a subclass in a file of its own and add its name to
-    MIXERS. Its weights must belong to child modules: the block registers these, and checkpoints name them
-    `blocks.N.NAME`.
+    MIXERS. Its weights must belong to child modules: the block registers the child modules, and checkpoints name
+    them `blocks.N.NAME`.
 
     Args:
         backend: the resolved attention backend.
     """
 
     capturable = True
-    """Whether CUDA graphs can record `mix`. They cannot if it reads the lengths of a pack on the host."""
+    """Whether CUDA graphs can record `mix`. They cannot if `mix` reads the lengths of a pack on the host."""
 
     def __init__(self, config: ModelConfig, backend: str) -> None:
         super().__init__()
@@ -56,18 +56,19 @@ class Mixer(nn.Module, ABC):
 
     @abstractmethod
     def out(self, mixed: Tensor) -> Tensor:
-        """Map back to (total, hidden), from each token separately."""
+        """Map the output of `mix` to (total, hidden_size), each token separately."""
 
     def flops(self, lengths: Sequence[int]) -> int:
         """Return the multiply-adds of `mix` over sequences of these lengths (tokens).
 
-        `DiT.flops` counts each linear layer once per token.
+        Linear layers are not included unless `mix` applies them more than once per token: `DiT.flops` counts each
+        linear layer once per token.
         """
         return 0
 
     def forward(
         self, x: Tensor, batch: PackedBatch, positions: PositionEncoding, scores: ScoreInputs | None = None
     ) -> Tensor:
-        """Apply the three steps."""
+        """Apply `project`, `mix` and `out`."""
         tables = positions.tables(batch)
         return self.out(self.mix(self.project(x, positions, *tables), batch, positions, *tables, scores=scores))

@@ -10,11 +10,11 @@ gradient of 1/2 || LN(z_j) - (v_j - k_j) ||^2 with respect to z_j, then the upda
 
     q (W - sum_j eta_j k_j^T G_j) + b - sum_j eta_j G_j = q W + b - sum_j (q . k_j + 1) eta_j G_j,
 
-so the outputs of a chunk need the state before it in one product with [k; q] only.
+so the outputs of a chunk need the state before the chunk only in one matrix product, with [k; q].
 
 Shapes: (chunks, heads, 16, width). The chunks of a pack are ordered by their number c within the sequence. Step c
-computes chunk c of each sequence that is long enough: these chunks are adjacent, and `counts[c]` is how many they are.
-Within a step longer sequences are first, so the next step continues with the first rows of the state.
+computes chunk c of each sequence that is long enough: these chunks are adjacent, and `counts[c]` is their number.
+Within a step, longer sequences are first, so the sequences of the next step have the first rows of the state.
 """
 
 from abc import ABC, abstractmethod
@@ -55,10 +55,10 @@ class InnerModel(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, q: ByHead, k: ByHead, v: ByHead, eta: Rates, counts: Sequence[int]) -> ByHead:
-        """Return q + LN(f(q)), with the state after each token's chunk.
+        """Return q + LN(f(q)), where f has the state after each token's chunk.
 
         Args:
-            eta: the learning rate of each token; 0 for the slots that fill up the last chunk of a sequence.
+            eta: the learning rate of each token; 0 for the unused slots in the last chunk of a sequence.
             counts: entry c is the number of sequences that have a chunk c, so it never increases.
         """
 
@@ -67,7 +67,7 @@ class InnerModel(nn.Module, ABC):
         """Return the multiply-adds of all heads for a sequence of `chunks` chunks."""
 
     def vectors(self, parameter: Tensor, like: Tensor) -> Float[Tensor, "heads 1 width"]:
-        """Return a parameter with a vector per head, in the dtype of the state."""
+        """Return a parameter that has one vector for each head, in the dtype of `like`."""
         return parameter.view(self.heads, 1, -1).to(like.dtype)
 
     def gradients(self, z: ByHead, target: ByHead, eta: Rates) -> ByHead:
@@ -142,7 +142,7 @@ class InnerMLP(InnerModel):
             h_k, h_q = (kq @ w1 + b1).split(CHUNK, dim=-2)
             x_k = F.gelu(h_k, approximate="tanh")
             step_2 = self.gradients(x_k @ w2 + b2, target, rate)
-            # both steps use the weights before the chunk
+            # the steps of both layers use the weights before the chunk
             step_1 = torch.ops.aten.gelu_backward(step_2 @ w2.mT, h_k, approximate="tanh")
             x_q = F.gelu(h_q - similarity @ step_1, approximate="tanh")
             outputs.append(x_q @ w2 + b2 - (x_q @ x_k.mT + 1) @ step_2)
@@ -172,7 +172,7 @@ def first(x: Tensor, n: int) -> Tensor:
 def chunk_steps(
     q: ByHead, k: ByHead, v: ByHead, eta: Rates, counts: Sequence[int]
 ) -> list[tuple[Tensor, Tensor, Tensor, int]]:
-    """Return for each step [k; q], the targets v - k, the rates, and the number of sequences that have a further chunk.
+    """Return a tuple for each step: [k; q], the targets v - k, the rates, and how many sequences have another chunk.
 
     The tensors are split once: a slice for each step would allocate a gradient of the full size in the backward pass.
     """

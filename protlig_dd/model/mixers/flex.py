@@ -1,6 +1,6 @@
 """FlexAttention with a mask that separates the sequences, for biases that the flash kernels do not take.
 
-torch compiles it to one Triton kernel (arXiv 2412.05496), so this module needs a GPU in training. On the CPU only its
+torch compiles FlexAttention to one Triton kernel (arXiv 2412.05496), so training needs a GPU. On a CPU, only the
 forward pass can run, uncompiled.
 """
 
@@ -16,7 +16,7 @@ from protlig_dd.batch import PackedBatch
 from protlig_dd.model.mixers.scores import ScoreInputs, with_columns
 from protlig_dd.model.positions.biases import OffsetBias
 
-VARIANTS: dict[str, Any] = {"recompile_limit": 256}  # the annotations of torch.compile do not have this argument
+VARIANTS: dict[str, Any] = {"recompile_limit": 256}  # a dict, as torch.compile's annotations lack this argument
 BLOCK = 128  # scores are computed or skipped in blocks of 128 queries and 128 keys
 
 
@@ -35,10 +35,12 @@ def flex(qkv: Tensor, batch: PackedBatch, scores: ScoreInputs | None) -> Tensor:
 def compiled() -> Callable[..., Tensor]:
     """Return flex_attention, compiled by torch.
 
-    torch compiles it at the first call, and again for each number of heads, head_dim, dtype, kind of bias and mode of
-    gradients that differs, but for other shapes of a pack only once. All networks of a process share these variants.
+    torch compiles a variant of the function at the first call, and another variant whenever the number of heads, the
+    head_dim, the dtype, the kind of bias or the gradient mode differs. When the shape of the pack differs, torch
+    compiles only one more variant. All networks of a process share the variants.
+
     With `fullgraph`, torch raises an error where it would otherwise continue with the uncompiled function, which stores
-    all scores of the pack: also after `recompile_limit` variants, by default 8.
+    all scores of the pack. One such case is more than `recompile_limit` variants (8 by default in torch).
     """
     return torch.compile(flex_attention, fullgraph=True, **VARIANTS)
 
@@ -55,8 +57,9 @@ def bias_of(bias: OffsetBias, positions: Tensor) -> Callable[..., Tensor]:
 def document_mask(batch: PackedBatch) -> BlockMask:
     """Return the mask that lets each query attend to the keys of its own sequence only.
 
-    In each row of blocks, the blocks to compute are adjacent, and the first and the last follow from the sequences'
-    bounds. So the (total, total) mask is never computed, and the host does not wait for the device.
+    The mask consists of blocks of 128 queries and 128 keys. In each row of blocks, the blocks to compute are adjacent.
+    The bounds of the sequences give the first and the last of them. So the (total, total) mask is never computed, and
+    the host does not wait for the device.
     """
     segment_ids, cu_seqlens, total = batch.segment_ids, batch.cu_seqlens, len(batch.tokens)
     starts = torch.arange(0, total, BLOCK, device=segment_ids.device)

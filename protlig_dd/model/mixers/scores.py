@@ -34,14 +34,15 @@ class ScoreInputs:
 def prepare_scores(
     positions: PositionEncoding, batch: PackedBatch, backend: str, attends: Sequence[bool], dtype: torch.dtype
 ) -> Sequence[ScoreInputs | None]:
-    """Return the ScoreInputs of the first blocks; None where the backend needs only q, k and v.
+    """Return the ScoreInputs of the first len(attends) blocks; None for a block that needs only q, k and v.
 
     Args:
-        attends: for each of the blocks, whether its mixer is attention. The others have None.
-        dtype: that of q, k and v. A bias that blocks share is cast to it once.
+        attends: for each of these blocks, whether its mixer is attention. Blocks with other mixers get None.
+        dtype: the dtype of q, k and v. With sdpa, a bias that blocks share is cast to this dtype once.
 
     Raises:
-        ValueError: a sequence is longer than a table of the position encoding that one of these blocks needs.
+        ValueError: a sequence is longer than the position encoding's table, and at least one of these blocks has
+                attention.
     """
     if not any(attends):
         return [None] * len(attends)
@@ -63,15 +64,15 @@ def prepare_scores(
         )
         for bias in biases
     ]
-    numbers = itertools.count()  # of the blocks with attention
+    numbers = itertools.count()  # counts the blocks with attention
     return [inputs[0 if shared else next(numbers)] if attending else None for attending in attends]
 
 
 def matrices_of(bias: ScoreBias, batch: PackedBatch, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Return the bias of each sequence that has tokens.
 
-    Sequences of equal length share a matrix, unless it needs a gradient: a gradient of this dtype would be summed over
-    the sequences before it is that of the parameters.
+    Sequences of equal length share a matrix, unless the matrix needs a gradient. Autograd would sum the gradients of a
+    shared matrix over the sequences in `dtype`, before it converts the sum to the dtype of the parameters.
     """
     matrices: list[Tensor] = []
     shared: dict[int, Tensor] = {}
@@ -84,9 +85,10 @@ def matrices_of(bias: ScoreBias, batch: PackedBatch, dtype: torch.dtype) -> tupl
 
 
 def scores_problem(scores: ScoreInputs | None, backend: str) -> str | None:
-    """Return why a backend would compute wrong attention from these inputs, as the rest of a message.
+    """Return None if a backend can use these inputs, else the reason (text to follow the backend's name).
 
-    Those of `prepare_scores` for the same backend have no problem.
+    Inputs from `prepare_scores` for the same backend are always valid. From invalid inputs, the backend would compute
+    wrong attention.
     """
     if scores is None:
         return None

@@ -42,7 +42,7 @@ class Directions(nn.Module):
 class TTT(Mixer):
     """A bidirectional test-time training layer; both directions have the same weights.
 
-    The state is reset at the start of each sequence. It is float32, or float64 if x is float64.
+    The inner model's state is reset at the start of each sequence. The state is float32, or float64 if x is float64.
     """
 
     inner_model: type[InnerModel]
@@ -64,7 +64,7 @@ class TTT(Mixer):
     def project(
         self, x: Float[Tensor, "total hidden"], positions: PositionEncoding, *tables: Tensor
     ) -> Float[Tensor, "total hidden"]:
-        """Return x: the projections of the second direction need the result of the first."""
+        """Return x. `mix` computes all projections, because the second direction projects the result of the first."""
         return x
 
     def mix(
@@ -138,7 +138,8 @@ class Chunks(NamedTuple):
     """
 
     token: Int64[Tensor, " slots"]
-    """The index of the token in each of the chunks * 16 slots. Unfilled slots have the sequence's last token."""
+    """The index of the token in each of the chunks * 16 slots. Unfilled slots have the index of their sequence's last
+    token."""
     filled: Bool[Tensor, " slots"]
     slot: Int64[Tensor, " total"]
     """The slot of each token."""

@@ -10,7 +10,7 @@ from protlig_dd.model.positions.biases import OffsetBias
 
 
 class Alibi(PositionEncoding):
-    """Adds -m_h |j - i| to the scores of head h. It has no parameters."""
+    """Adds -m_h |j - i| to the score of query i and key j in head h. This kind has no parameters."""
 
     backends = ("flash_attn", "flex", "sdpa")
     slopes: Tensor
@@ -27,7 +27,7 @@ class Alibi(PositionEncoding):
 
 
 def slopes_of(n_heads: int) -> list[float]:
-    """Return m_h = 2^(-8 h / n_heads), h = 1..n_heads, if n_heads is a power of two.
+    """Return the slopes m_h = 2^(-8 h / n_heads), h = 1..n_heads, if n_heads is a power of two.
 
     Otherwise return the slopes of the next lower power of two, followed by every other slope of the next higher one,
     as in the paper's code.

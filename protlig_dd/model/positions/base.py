@@ -12,7 +12,7 @@ from protlig_dd.model.positions.biases import ScoreBias
 
 
 class PositionEncoding(nn.Module):
-    """Gives the network each token's position in its sequence. By default every method does nothing.
+    """Gives the network each token's position in its sequence. The methods of this base class add no positions.
 
     To add a kind, write a subclass in a file of its own and add its name to POSITIONS. Learned tables must be
     nn.Embedding, which the optimizers neither decay nor orthogonalise.
@@ -26,7 +26,7 @@ class PositionEncoding(nn.Module):
     limited: ClassVar[bool] = False
     """Whether sequences may have at most model.max_positions tokens. Otherwise they may have any length."""
     columns: ClassVar[int] = 0
-    """How many dimensions are appended to each head of q, k and v for a kernel that takes no bias."""
+    """Number of dimensions that are appended to each head of q, k and v for a kernel that does not accept a bias."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -42,20 +42,20 @@ class PositionEncoding(nn.Module):
         return x
 
     def tables(self, batch: PackedBatch) -> tuple[Tensor, ...]:
-        """Return the tensors that `rotate` needs for this pack, on its device. All blocks share them."""
+        """Return the tensors that `rotate` needs for this pack, on the pack's device. All blocks share the tensors."""
         return ()
 
     def rotate(
         self, qkv: Float[Tensor, "total 3 heads head_dim"], *tables: Tensor
     ) -> Float[Tensor, "total 3 heads head_dim"]:
-        """Return qkv with queries and keys rotated by their positions."""
+        """Return qkv. A rotary kind rotates queries and keys by angles that depend on their positions."""
         return qkv
 
     def bias(self, batch: PackedBatch) -> tuple[ScoreBias, ...]:
-        """Return the biases of the attention scores: none, one that all blocks share, or one for each attention block.
+        """Return the biases of the scores: no bias, one bias for all attention blocks, or one bias per attention block.
 
         Raises:
-            ValueError: a sequence is longer than a table, checked on the host before anything is computed.
+            ValueError: a sequence is longer than a table. The host checks the lengths before anything is computed.
         """
         return ()
 

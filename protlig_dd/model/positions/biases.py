@@ -28,7 +28,8 @@ class OffsetBias(ScoreBias):
     Args:
         values_HO: (heads, 2 longest - 1), where no sequence has more than `longest` tokens. Column j - i + longest - 1
             has the bias of offset j - i.
-        slopes_H: the slope of each head if the bias is -slope |j - i|, for kernels that compute this bias from it.
+        slopes_H: the slope of each head if the bias is -slope |j - i|, for kernels that compute it from the slopes;
+            None for other biases.
     """
 
     values_HO: Float[Tensor, "heads offsets"]
@@ -37,7 +38,7 @@ class OffsetBias(ScoreBias):
     def matrix(self, length: int) -> Float[Tensor, "heads length length"]:
         at = torch.arange(length, device=self.values_HO.device)
         column_LL = at - at.unsqueeze(1) + self.values_HO.shape[1] // 2
-        # four times as fast as indexing with column_LL
+        # index_select is four times as fast as indexing with column_LL
         return self.values_HO.index_select(1, column_LL.flatten()).view(-1, length, length)
 
 
@@ -45,7 +46,7 @@ class OffsetBias(ScoreBias):
 class ProductBias(ScoreBias):
     """The bias q_i . k_j, where q_i and k_j are rows of two tables.
 
-    A kernel that takes no bias computes it if these rows are appended to the queries and keys.
+    A kernel that does not accept a bias still adds this bias if the rows are appended to the queries and keys.
 
     Args:
         q_PHR, k_PHR: (positions, heads, rank), one row for each position.
@@ -60,7 +61,7 @@ class ProductBias(ScoreBias):
     def columns(self, batch: PackedBatch, head_dim: int) -> Float[Tensor, "total 3 heads rank"]:
         """Return the columns to append to the heads of q, k and v, so that q k^T / sqrt(head_dim) contains the bias.
 
-        The kernel must divide by sqrt(head_dim), not by the root of the enlarged dimension. The last `rank` columns of
+        The kernel must divide by sqrt(head_dim), not by the root of the enlarged head_dim. The last `rank` columns of
         its output are zeros.
         """
         q_THR, k_THR = (table.index_select(0, batch.positions) for table in (self.q_PHR, self.k_PHR))

@@ -14,7 +14,9 @@ INIT_STD = 0.02
 
 
 class Diet(PositionEncoding):
-    """Adds p_i . p'_j to the scores, with two learned tables for each head. All blocks share them.
+    """Adds p_i . p'_j to the score of query i and key j.
+
+    p_i and p'_j are rows of two learned tables for each head. All blocks share the tables.
 
     Raises:
         ValueError: model.max_positions is not given. From `bias`: a sequence has more tokens than the tables have rows.
@@ -36,7 +38,7 @@ class Diet(PositionEncoding):
             nn.init.normal_(table.weight, std=INIT_STD)
 
     def bias(self, batch: PackedBatch) -> tuple[ProductBias]:
-        """Return the product of both tables."""
+        """Return the bias, which is the product of both tables."""
         if batch.max_seqlen > (rows := self.queries.num_embeddings):
             raise ValueError(
                 f"model.positions=diet has a table of {rows} positions (model.max_positions), but a sequence has "

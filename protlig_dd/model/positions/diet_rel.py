@@ -13,7 +13,7 @@ INIT_STD = 0.02
 
 
 class DietRelative(PositionEncoding):
-    """Adds a learned bias for each block, head and signed offset j - i, clipped to -128 .. 128.
+    """Adds a learned bias for each block, head and signed offset j - i of key j from query i, clipped to -128 .. 128.
 
     Only blocks with attention have a table, whose name is the block's number.
     """

@@ -1,8 +1,8 @@
 """Rotary position embedding (RoFormer, arXiv 2104.09864) in plain torch.
 
 Dimension j < d/2 and dimension j + d/2 form a pair, which is rotated by the angle position * base^(-2 j / d). The
-tables are float32 and have the exact sequence length. A table whose length differs from qkv's is an error; it is never
-tiled or cut.
+tables of cosines and sines are float32 and must have exactly qkv's length. A table of another length is an error; it is
+never tiled or cut.
 """
 
 from typing import Any
@@ -36,7 +36,7 @@ class Rotary(PositionEncoding):
     def rotate(
         self, qkv: Float[Tensor, "total 3 heads head_dim"], *tables: Tensor
     ) -> Float[Tensor, "total 3 heads head_dim"]:
-        """See apply_rotary_pos_emb."""
+        """Return qkv with queries and keys rotated by their positions."""
         cos, sin = tables
         return apply_rotary_pos_emb(qkv.unsqueeze(0), cos, sin).squeeze(0)
 
@@ -107,7 +107,10 @@ def apply_rotary_pos_emb(
 
 
 class _Rotate(torch.autograd.Function):
-    """Rotates q and k with one allocation of qkv's size per pass. The backward pass rotates by the opposite angle."""
+    """Rotates q and k. The backward pass rotates by the opposite angle.
+
+    The forward and the backward pass each allocate one tensor of qkv's size.
+    """
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -125,7 +128,7 @@ def _rotated(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     (cos, _), (sin, _) = cos.chunk(2, dim=-1), sin.chunk(2, dim=-1)  # both halves of a table are equal
     qk, v = qkv.split([2, 1], dim=2)
     first, second = qk.chunk(2, dim=-1)
-    if torch.compiler.is_compiling() or qkv.device.type != "cpu":  # fast when fused or on a GPU, slow on the CPU
+    if torch.compiler.is_compiling() or qkv.device.type != "cpu":  # fast if compiled or on a GPU, slow on a CPU
         rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
         return torch.cat([rotated.to(qkv.dtype), v], dim=2)
     out = torch.empty_like(qkv, memory_format=torch.contiguous_format)

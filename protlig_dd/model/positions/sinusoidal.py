@@ -15,9 +15,9 @@ BASE = 10000.0
 class Sinusoidal(PositionEncoding):
     """Adds sinusoids of the position i to the embedding, whose width is D.
 
-    Dimension 2 k receives EMBEDDING_STD sin(i / 10000^(2 k / D)), and dimension 2 k + 1 the cosine. Initial embeddings
-    have this standard deviation, so letters and positions have the proportions of the source (arXiv 1706.03762,
-    section 3.4), which multiplies the embeddings by sqrt(D) instead.
+    Dimension 2 k receives EMBEDDING_STD sin(i / 10000^(2 k / D)), and dimension 2 k + 1 the cosine. EMBEDDING_STD is
+    also the standard deviation of the initial embeddings. So embeddings and sinusoids have the same proportions as in
+    arXiv 1706.03762 (section 3.4), which multiplies the embeddings by sqrt(D) instead.
     """
 
     def __init__(self, config: ModelConfig) -> None:

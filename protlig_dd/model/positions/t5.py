@@ -15,7 +15,7 @@ INIT_STD = 0.02
 
 
 class T5Relative(PositionEncoding):
-    """Adds a learned bias for each head and bucket of the offset j - i. All blocks share it."""
+    """Adds a learned bias for each head and bucket of the offset j - i. All blocks share the biases."""
 
     backends = ("flex", "sdpa")
 
@@ -34,8 +34,8 @@ def bucket_of(offsets: Int64[Tensor, " offsets"]) -> Int64[Tensor, " offsets"]:
     """Return the bucket, 0..31, of each offset j - i of key j from query i.
 
     Keys after the query have buckets 16..31. Each distance n below 8 has its own bucket. Larger distances share eight
-    buckets, which begin at 8 * 2^(k / 2), k = 0..7, so the last one contains all distances from 91. The bounds are
-    compared in whole numbers (n^2 >= 64 * 2^k), because a logarithm may fall on the wrong side of a bound.
+    buckets, which begin at 8 * 2^(k / 2), k = 0..7, so the last bucket contains all distances of at least 91. The
+    bounds are compared in whole numbers (n^2 >= 64 * 2^k), because a rounded logarithm may be on the wrong side.
     """
     n = offsets.abs()
     bounds = EXACT**2 * 2 ** torch.arange(1, BUCKETS // 2 - EXACT, device=offsets.device)
