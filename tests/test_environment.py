@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -8,6 +10,7 @@ from protlig_dd.system.device import (
     describe_environment,
     matmul_peak,
     missing_to_compile,
+    peak_memory,
     resolve_compile,
     resolve_device,
     resolve_precision,
@@ -118,3 +121,23 @@ def test_random_keys_depend_on_seed_purpose_and_index() -> None:
     assert len(keys) == 200
     first, second = (keyed_generator(1, "noise", 7, torch.device("cpu")) for _ in range(2))
     assert torch.equal(torch.rand(9, generator=first), torch.rand(9, generator=second))
+
+
+PEAK = "import torch; from protlig_dd.system.device import peak_memory; print(peak_memory(torch.device('cpu')))"
+LARGE = f"import subprocess, sys; full = b'x' * (1 << 30); subprocess.run([sys.executable, '-c', {PEAK!r}], check=True)"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not record the peak of one program")
+def test_the_peak_memory_of_a_process_does_not_contain_that_of_its_parent() -> None:
+    """The peak of `getrusage` does: a program inherits it from the one that started it."""
+    alone, of_large_parent = (
+        int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+        for code in (PEAK, LARGE)
+    )
+    assert of_large_parent < alone + (1 << 29)
+
+
+def test_peak_memory_grows_with_what_a_process_holds() -> None:
+    before = peak_memory(torch.device("cpu"))
+    held = torch.ones(before // 4 + (1 << 24))  # more bytes than the peak
+    assert peak_memory(torch.device("cpu")) > before + held.nbytes - (1 << 24) - before
