@@ -1,11 +1,14 @@
-"""Checkpoints: safetensors and JSON. A folder gets its final name when its files are on disk; complete.json follows.
+"""Write and read checkpoints: folders of safetensors, YAML and JSON files.
 
     checkpoints/step_00001000/
         model.safetensors  ema.safetensors  optimizer.safetensors   tensors by parameter name
         config.yaml  state.json
-        complete.json      SHA-256 of each file; written last, so its presence means that the checkpoint is complete
+        complete.json      SHA-256 of each of the other files
 
-Loading never unpickles and never runs code that a file names.
+The files are written to a temporary folder. When they are on the disk, the folder is renamed to its final name, and
+complete.json is written into it. A folder that contains complete.json is therefore a complete checkpoint.
+
+Loading a checkpoint never unpickles and never runs code that a file names.
 """
 
 import hashlib
@@ -38,7 +41,7 @@ Tensors = dict[str, dict[str, Tensor]]
 def snapshot(model: nn.Module, ema: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> Tensors:
     """Copy a checkpoint's tensors to the host, so that training can continue while the checkpoint is written.
 
-    Returns: {file stem: {name: tensor}}.
+    Returns: {file stem: {name: tensor}}, with the stems model, ema and optimizer.
     """
     state = {
         f"{name}/{field}": value
@@ -65,13 +68,17 @@ def save_checkpoint(
 ) -> Path:
     """Write the checkpoint of `step`, and delete complete checkpoints that are no longer kept.
 
-    The files are written to a temporary folder and synced. The folder is then renamed and, last, marked complete. A
-    folder that is not marked complete does not count as a checkpoint, so a kill does no harm at any moment.
+    The files are written to a temporary folder and synced. The folder is then renamed, and complete.json is written
+    into it. A folder without complete.json does not count as a checkpoint, so a kill does no harm at any moment.
 
     Args:
-        keep_last, keep_every: the newest `keep_last` checkpoints are kept, and those of all steps that are divisible by
-            `keep_every`. The best checkpoint is always kept.
-        best: the validation bound if this is the best checkpoint so far, else None.
+        tensors: as returned by `snapshot`.
+        state: entries of state.json, in addition to the format version and the step.
+        keep_last: number of newest complete checkpoints to keep.
+        keep_every: also keep the checkpoints of all steps that are divisible by this number. The checkpoint of `step`
+            and the best checkpoint are always kept.
+        best: the bound on the validation NLL in nats per residue if it is the lowest of the run so far, else None. The
+            checkpoint with the lowest bound is the best checkpoint, and best.json records its step and bound.
     """
     parent = run_folder / "checkpoints"
     parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +98,7 @@ def save_checkpoint(
             with writing(final / name):
                 sums[name] = write_tensors(named, temporary / name, mode)
         sync_folder(temporary)
-        if final.exists():  # incomplete, damaged, or written before the run resumed from an earlier step
+        if final.exists():  # an incomplete or damaged checkpoint, or one from before a resume from an earlier step
             _remove(final)
         temporary.replace(final)
     except BaseException:
@@ -111,13 +118,15 @@ def save_checkpoint(
 
 
 def write_tensors(tensors: Mapping[str, Tensor], file: Path, mode: int) -> str:
-    """Write and sync a safetensors file of tensors on the host; return its SHA-256.
+    """Write tensors that are on the host to a safetensors file, sync it, and return the file's SHA-256.
 
-    The bytes are hashed in memory, in the order of the file's header, while the system writes the file to the disk.
-    The tensors are not read back from the file: if it is damaged on its way to the disk, its checksum does not match.
+    While the system writes the file to the disk, the tensors are hashed in memory, in the order in which the file has
+    them. They are not read back from the file. If the file is damaged on its way to the disk, the returned checksum
+    therefore differs from that of the file, and `read_state` detects the damage.
 
     Args:
-        mode: the file's permissions; safetensors creates files that only their owner can read, whatever the umask.
+        mode: permissions to set on the file. safetensors itself creates files that only their owner can read, whatever
+            the umask.
     """
     save_file(dict(tensors), file)
     file.chmod(mode)
@@ -143,33 +152,39 @@ def write_best(checkpoints: Path, step: int, val_nll: float) -> None:
 
 
 def best_checkpoint(run_folder: Path) -> tuple[int | None, float]:
-    """Return the step and validation bound of the run's best checkpoint; (None, infinity) if there is none."""
+    """Return the step and the validation bound of the run's best checkpoint; (None, infinity) if there is none.
+
+    The best checkpoint is the one with the lowest bound on the validation NLL, in nats per residue.
+    """
     file = run_folder / "checkpoints" / BEST
     if not file.is_file():
         return None, math.inf
     found = json.loads(file.read_text())
+    # a resume renames damaged checkpoints, so the checkpoint that best.json names may no longer exist
     if not (file.parent / f"step_{found['step']:08d}" / COMPLETE).is_file():  # damaged, and put aside
         return None, math.inf
     return found["step"], found["val_nll"]
 
 
 def put_aside_newer(run_folder: Path, checkpoint: Path) -> list[Path]:
-    """Rename the checkpoints of later steps, so that `keep_last` does not count them.
+    """Rename the checkpoints of all steps after that of `checkpoint`, so that `keep_last` does not count them.
 
-    `checkpoint` is the newest valid one, so all later ones are damaged.
+    `checkpoint` is the run's newest valid checkpoint. So no checkpoint of a later step is valid.
 
-    Returns: their new paths.
+    Returns: the new paths of the renamed checkpoints.
     """
     damaged = [path for path in (run_folder / "checkpoints").glob("step_*") if path.name > checkpoint.name]
     return [path.rename(free_name(path.with_name(f"damaged_{path.name}"))) for path in damaged]
 
 
 class CheckpointWriter:
-    """Write checkpoints one after another in a background thread; training waits only for the copy to the host.
+    """Write checkpoints one after another in a background thread.
+
+    Training waits while the tensors are copied to the host, and before that until the previous checkpoint is written.
 
     Raises:
-        ValueError: in `save`, `wait` or `close`, if the previous checkpoint could not be written. The message has the
-            reason.
+        ValueError: in `save`, `wait` or `close`, if the checkpoint that was started before could not be written. The
+            message has the reason.
     """
 
     def __init__(self, run_folder: Path, *, config_yaml: str, keep_last: int, keep_every: int | None) -> None:
@@ -181,16 +196,25 @@ class CheckpointWriter:
         self.pending: Future[Path] | None = None
 
     def save(self, step: int, copy: Callable[[], Tensors], state: Mapping[str, Any], best: float | None) -> None:
-        """Start writing the checkpoint of `step`; `copy` is called once the previous one is written."""
+        """Wait until the previous checkpoint is written, call `copy`, and start writing the checkpoint of `step`.
+
+        Args:
+            copy: returns the checkpoint's tensors, copied to the host (see `snapshot`).
+            state, best: see `save_checkpoint`.
+        """
         self.wait()
         self.pending = self.thread.submit(self.write, step, copy(), state=state, best=best)
 
     def mark_best(self, step: int, val_nll: float) -> None:
-        """Record that the checkpoint of `step`, which is written already, is the best so far."""
+        """Record that the checkpoint of `step`, which has been written before, has the lowest validation bound so far.
+
+        Args:
+            val_nll: this bound, in nats per residue.
+        """
         write_best(self.folder, step, val_nll)
 
     def wait(self) -> None:
-        """Wait until the last checkpoint is on the disk."""
+        """Wait until the checkpoint that `save` started last is on the disk."""
         if self.pending is not None:
             pending, self.pending = self.pending, None
             try:
@@ -207,13 +231,13 @@ class CheckpointWriter:
 
 
 def remove_unfinished(run_folder: Path) -> None:
-    """Delete the temporary folders of checkpoints whose writing was killed."""
+    """Delete the temporary folders of checkpoints that were not finished because the process was killed."""
     for folder in (run_folder / "checkpoints").glob(".step_*"):
         shutil.rmtree(folder)
 
 
 def _remove(checkpoint: Path) -> None:
-    """Delete a checkpoint, complete.json first: a kill never leaves a partial checkpoint that is marked complete."""
+    """Delete a checkpoint. complete.json is deleted first, so a kill never leaves it in a partial checkpoint."""
     (checkpoint / COMPLETE).unlink(missing_ok=True)
     sync_folder(checkpoint)
     shutil.rmtree(checkpoint)
@@ -225,7 +249,11 @@ def complete_checkpoints(run_folder: Path) -> list[Path]:
 
 
 def newest_valid_checkpoint(run_folder: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest checkpoint that is complete and matches its checksums, and the error of each newer one."""
+    """Return the run's newest valid checkpoint, and an error message for each newer checkpoint.
+
+    A checkpoint is valid if `read_state` accepts it. If none is valid, the first value is None, and there is a message
+    for every checkpoint.
+    """
     skipped = []
     for checkpoint in sorted((run_folder / "checkpoints").glob("step_*"), reverse=True):
         try:
@@ -238,10 +266,15 @@ def newest_valid_checkpoint(run_folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def find_checkpoint(path: Path) -> tuple[Path, list[str]]:
-    """Return the checkpoint at `path`, or the newest valid one of a run folder, and the error of each newer one.
+    """Return a checkpoint, and an error message for each newer checkpoint of the run that is not valid.
+
+    Args:
+        path: a complete checkpoint or a run folder. A checkpoint is returned as it is, without comparing its checksums
+            and without messages. For a run folder, its newest valid checkpoint is returned.
 
     Raises:
-        ValueError: no such path, or no valid checkpoint there; the message gives the error of each invalid one.
+        ValueError: `path` does not exist, or is neither a complete checkpoint nor a run folder with a valid checkpoint.
+            The message has the error of each checkpoint in the run folder.
     """
     if not path.exists():
         raise ValueError(f"{path} does not exist; give a run folder, a checkpoint or an exported model")
@@ -257,11 +290,11 @@ def find_checkpoint(path: Path) -> tuple[Path, list[str]]:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Return state.json of a complete checkpoint, after comparing all its files with their checksums.
+    """Return a checkpoint's state.json as a dictionary, after comparing all its files with their checksums.
 
     Raises:
-        ValueError: an incomplete checkpoint, a damaged or missing file, or another format version; the message names
-            the file or folder.
+        ValueError: the checkpoint is incomplete or has another format version, or one of its files is damaged or
+            missing. The message names the file or folder.
     """
     try:
         sums = json.loads((checkpoint / COMPLETE).read_text())
@@ -288,10 +321,11 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def load_weights(file: Path, model: nn.Module) -> None:
-    """Load a safetensors file of named weights into a model; names and shapes must agree.
+    """Load a safetensors file of weights into a model. The tensors' names and shapes must be those of the model.
 
     Raises:
-        ValueError: a missing, extra or differently shaped tensor; the message names it and its shapes.
+        ValueError: the file cannot be read, or a tensor is missing, is not part of the model or has another shape. The
+            message names the tensor and its shapes.
     """
     loaded = load_tensors(file)
     check_same_tensors(file, model.state_dict(), loaded)
@@ -320,10 +354,11 @@ def check_same_tensors(file: Path, expected: Mapping[str, Tensor], loaded: Mappi
 
 
 def load_optimizer(file: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Restore the optimizer's state of each parameter, by parameter name.
+    """Load the optimizer's state of every parameter from a safetensors file, by parameter name.
 
     Raises:
-        ValueError: the state of a parameter is missing, or a state belongs to no parameter.
+        ValueError: the file cannot be read, a parameter of the model has no state in it, or the file has the state of a
+            parameter that the model does not have.
     """
     by_parameter: dict[str, dict[str, Tensor]] = {}
     for key, tensor in load_tensors(file).items():

@@ -15,26 +15,28 @@ Row = dict[str, float | int]
 
 
 def without_nan(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values with None (JSON's null) for NaN and infinities, which JSON does not have."""
+    """Return the values, with None (null in JSON) instead of NaN and infinities, which JSON cannot represent."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 def with_nan(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values that were read back, with NaN for None."""
+    """Return values that were read from JSON, with NaN instead of None."""
     return {k: math.nan if v is None else v for k, v in values.items()}
 
 
 class MetricsLog:
-    """Append flat rows to metrics.jsonl and send them to the trackers, TensorBoard and Weights & Biases.
+    """Append rows of metrics to metrics.jsonl, and send them to the trackers (TensorBoard and Weights & Biases).
 
-    Samples and histograms go to the trackers only. Only rank 0 has a MetricsLog.
+    Samples and histograms are sent to the trackers only. Only rank 0 has a MetricsLog.
 
     Args:
-        config: the run's config, for Weights & Biases.
-        wandb_mode: online, offline, or None for the environment's WANDB_MODE.
+        folder: the run folder.
+        attempt: number of this launch of the run. It is added to each row of metrics.jsonl.
+        config: the run's config, which is sent to Weights & Biases.
+        wandb_mode: online, offline, or None to use the environment variable WANDB_MODE.
 
     Raises:
-        ValueError: `wandb_project` is set and wandb is not installed.
+        ValueError: `wandb_project` is set, but wandb is not installed.
     """
 
     def __init__(
@@ -60,14 +62,14 @@ class MetricsLog:
 
             self.tensorboard = SummaryWriter(self.events)  # type: ignore[no-untyped-call]
         if wandb is not None:
-            id_file = folder / "wandb_id"  # all attempts of a run share one id; a fresh run gets another
+            id_file = folder / "wandb_id"  # all launches of a run share this id; run.fresh=true starts with a new id
             if not id_file.exists():
                 write_atomic(id_file, uuid.uuid4().hex[:12])
             self.wandb = wandb.init(
                 project=wandb_project,
                 name=wandb_name,
                 config=None if config is None else dict(config),
-                allow_val_change=True,  # a resumed run may have other steps and devices
+                allow_val_change=True,  # the number of steps and devices may change when a run is resumed
                 dir=folder.resolve(),  # wandb's service may belong to a parent process with another working folder
                 id=id_file.read_text(),
                 resume="allow",
@@ -75,7 +77,10 @@ class MetricsLog:
             )
 
     def write(self, rows: list[Row]) -> None:
-        """Append rows, each with a `step`; NaN and infinities are written as null."""
+        """Append rows to metrics.jsonl and send them to the trackers. Each row has a `step`.
+
+        In metrics.jsonl, NaN and infinities are written as null.
+        """
         for row in rows:
             with writing(self.path):
                 self.file.write(json.dumps(without_nan(row) | {"attempt": self.attempt}) + "\n")
@@ -91,19 +96,23 @@ class MetricsLog:
             self.file.flush()
 
     def write_samples(self, step: int, sequences: Mapping[str, str]) -> None:
-        """Log proteins as text, by name."""
+        """Send protein sequences to the trackers as text.
+
+        Args:
+            sequences: {name: sequence}.
+        """
         if self.tensorboard is not None:
             lines = "\n".join(f"    {name}  {sequence}" for name, sequence in sequences.items())
-            self.tensorboard.add_text("samples", lines, step)  # indented text is verbatim in Markdown
+            self.tensorboard.add_text("samples", lines, step)  # text is shown as Markdown; indented lines are verbatim
         if self.wandb is not None:
             table = import_wandb().Table(columns=["name", "sequence"], data=[list(item) for item in sequences.items()])
             self.wandb.log({"samples": table}, step=step)
 
     def write_histogram(self, step: int, name: str, values: np.ndarray, bins: np.ndarray | int = 64) -> None:
-        """Log the distribution of finite values (n,).
+        """Send a histogram of values (n,), which must be finite, to the trackers.
 
         Args:
-            bins: their number, or their edges.
+            bins: the number of bins, or their edges.
         """
         if self.tensorboard is not None:
             self.tensorboard.add_histogram(name, values, step, bins=bins)
@@ -112,7 +121,7 @@ class MetricsLog:
             self.wandb.log({name: histogram}, step=step)
 
     def close(self) -> None:
-        with writing(self.path):  # close() tries to write the buffered rows again, which fails on a full disk
+        with writing(self.path):  # close() writes rows that are still buffered, which fails on a full disk
             self.file.close()
         if self.tensorboard is not None:
             with writing(self.events):
@@ -132,12 +141,16 @@ def import_wandb() -> Any:
 
 
 def read_metrics(path: Path) -> dict[int, dict[str, Any]]:
-    """Return metrics.jsonl as {step: row}; a later attempt's row replaces an earlier attempt's, key by key.
+    """Return the metrics in metrics.jsonl as {step: row}.
 
-    Text after the last newline is ignored: it is a row that is being written, or that a kill cut short.
+    Several lines may have the same step, for example after a resume. Their keys are merged into one row. If a key is in
+    several of these lines, the value of the last line counts.
+
+    Text after the last newline is ignored. It is a row that is still being written, or a row that was not finished
+    because the process was killed.
 
     Raises:
-        ValueError: any other line that is not a row; the message names file and line.
+        ValueError: any other line is not a row. The message names the file and the line.
     """
     rows: dict[int, dict[str, Any]] = {}
     for number, line in enumerate(path.read_text().rpartition("\n")[0].splitlines(), 1):

@@ -38,11 +38,11 @@ from protlig_dd.training.report import report_run
 from protlig_dd.training.resolve import resolve
 from protlig_dd.training.trainer import Trainer, make_model
 
-SLOW_ON_CPU = 10_000_000  # parameters
+SLOW_ON_CPU = 10_000_000  # models with more parameters get a warning on a CPU
 
 
 def run(cfg: DictConfig) -> None:
-    """Train as the config says, or print what that will cost (plan=true).
+    """Train the model that the config describes. With plan=true, only print what the training would cost.
 
     Raises:
         ValueError: before training, an error in the config, the machine or the data; during training, an error that
@@ -60,7 +60,10 @@ def run(cfg: DictConfig) -> None:
 
 
 def run_path(config: TrainConfig) -> Path:
-    """Return runs/<run.name>, or the job's folder in a sweep. The same command always gets the same folder."""
+    """Return the run folder: runs/<run.name>, or in a sweep the job's own folder.
+
+    The same command always gets the same folder.
+    """
     hydra_config = HydraConfig.get()
     if hydra_config.mode == RunMode.MULTIRUN:
         return Path(hydra_config.runtime.output_dir)
@@ -68,7 +71,10 @@ def run_path(config: TrainConfig) -> Path:
 
 
 def train_rank(config: TrainConfig, path: Path, deadline: Deadline) -> None:
-    """Train in this process, which may be one of several."""
+    """Train in this process, which may be one of several processes of the run.
+
+    Does nothing if the run has already finished.
+    """
     with opened_run(config, path, deadline) as opened:
         if opened is not None:
             train(*opened)
@@ -120,7 +126,7 @@ def train(config: TrainConfig, store: StoreGroup, context: RunContext) -> None:
 
 
 def kept_in_checkpoints(trainer: Trainer, store: StoreGroup) -> dict[str, Any]:
-    """Return the entries that state.json has in addition to the trainer's own."""
+    """Return the entries of a checkpoint's state.json that do not come from the trainer."""
     counts, cropped = length_counts(store, trainer.config.data.max_len)
     return {
         "data_fingerprint": store.fingerprint,
@@ -132,7 +138,10 @@ def kept_in_checkpoints(trainer: Trainer, store: StoreGroup) -> dict[str, Any]:
 
 
 def prepare_kernels(model: DiT, packs: PackDataset, config: TrainConfig, context: RunContext) -> None:
-    """Compile the network if `context.compiled` is set; on a GPU, also pad the packs and capture CUDA graphs."""
+    """If `context.compiled` is set, compile the network and, on a GPU, also pad the packs and capture CUDA graphs.
+
+    Padding gives training packs the same shape. CUDA graphs are captured only if every part of the network allows it.
+    """
     if not context.compiled:
         return
     on_gpu = context.device.type == "cuda"
@@ -141,16 +150,20 @@ def prepare_kernels(model: DiT, packs: PackDataset, config: TrainConfig, context
         return
     tokens = config.data.tokens_per_pack
     model.pad_packs(StaticShape(tokens, sequence_slots(tokens, packs.mean_tokens), config.data.max_len + 2))
-    # CUDA graphs can replay neither recomputation, which sets the random state, nor what needs lengths on the host
+    # CUDA graphs cannot replay activation checkpointing, because its recomputation sets the random state. They cannot
+    # replay operations that read the sequences' lengths on the host, or that build an attention mask for each pack.
     if not config.model.checkpointing and context.attention_backend in GRAPHABLE and not model.uncapturable:
         model.capture(context.autocast)
 
 
 def load_start(trainer: Trainer, context: RunContext) -> range:
-    """Load the run's starting point, and return the steps to make from there (counted from 0).
+    """Load the checkpoint or the weights that the run starts from, and return the steps that are left to make.
+
+    Returns:
+        The numbers of these steps, counted from 0, up to trainer.stop_at_step or the end of the run.
 
     Raises:
-        ValueError: the checkpoint is beyond the run's last step.
+        ValueError: the checkpoint's step is after the run's last step.
     """
     start, control, first = context.start, trainer.config.trainer, 0
     if start.checkpoint is not None:
@@ -168,7 +181,7 @@ def load_start(trainer: Trainer, context: RunContext) -> range:
 
 
 def print_summary(trainer: Trainer, steps: range, store: StoreGroup, context: RunContext) -> None:
-    """Print the model, the data, the device and the number of steps."""
+    """Print a summary of the model, the data, the device, the number of steps and the noise."""
     say = partial(announce, processes=context.processes)
     config, dataset, model, device = trainer.config, trainer.dataset, trainer.model, context.device
     optim, max_steps, processes = config.optim, trainer.max_steps, context.processes

@@ -1,4 +1,4 @@
-"""What a launch of a run resolves: devices, run folder, starting point."""
+"""Data classes that describe a launch of a run: its devices, its run folder and its starting point."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,10 @@ from protlig_dd.system.signals import StopRequests
 
 @dataclass(frozen=True)
 class Resolved:
-    """The config's `auto` values as resolved in this launch. They are printed, and recorded in environment.json."""
+    """What this launch uses for the settings that may be `auto`, and the fingerprint of its data.
+
+    The resolved settings are printed. All fields are recorded in environment.json.
+    """
 
     device: str
     precision: str
@@ -26,13 +29,13 @@ class Resolved:
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run starts: from a checkpoint, from another model's weights, or from neither."""
+    """Where a run starts: from a checkpoint, from another model's weights, or from neither (random weights)."""
 
     checkpoint: Path | None = None
     state: dict[str, Any] = field(default_factory=dict)
-    """state.json of that checkpoint."""
+    """The contents of the checkpoint's state.json; {} without a checkpoint."""
     weights: Path | None = None
-    """The weights of `from=`, if there is no checkpoint yet."""
+    """The file with the weights of the `from=` model. None without `from=`, or if there is a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -41,19 +44,21 @@ class RunFolder:
 
     path: Path
     config: TrainConfig
-    """As written to config.yaml."""
+    """The config as written to config.yaml."""
     attempt: int
+    """Number of this launch of the run: 1 until the run has made a step, then 1 more each time that it is resumed."""
     start: Start
     seconds_left: float | None
-    """Seconds until the run stops, None for no limit; not a time of day, because the hosts' clocks differ. A restart
-    after a lost process does not renew this time."""
+    """Seconds until trainer.max_time stops the run; None for no limit. This is not a time of day, because the hosts'
+    clocks differ. After a lost process, the restarted processes have only the seconds that were left."""
     finished: int | None
-    """The last step of a run that has finished and is not extended; else None."""
+    """The last step of the run, if it has finished and this launch changes neither its length nor its report. Else
+    None."""
 
 
 @dataclass(frozen=True)
 class RunContext:
-    """Where and how this launch of a run computes."""
+    """The run folder, the device, the processes and the numerical settings of this launch of a run."""
 
     folder: Path
     attempt: int
@@ -66,7 +71,8 @@ class RunContext:
     processes: Processes
     stop: StopRequests
     deadline: float | None
-    """Value of time.monotonic() at which the run stops, after at least one step; None for no limit."""
+    """Value of time.monotonic() at which the run stops; None for no limit. Training makes at least one step before it
+    stops, unless an evaluation is due before that step."""
 
     @property
     def autocast(self) -> torch.dtype | None:

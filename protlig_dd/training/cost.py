@@ -1,4 +1,4 @@
-"""Estimate what a config will cost, before it runs: `python -m protlig_dd.training plan=true`."""
+"""Estimate the FLOPs, memory and time of a run before it starts: `python -m protlig_dd.training plan=true`."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -23,33 +23,35 @@ from protlig_dd.system.terminal import console
 from protlig_dd.training.optim.make import make_optimizer
 from protlig_dd.training.optim.schedule import count_steps
 
-MANY_EPOCHS = 100  # UniRef50 models train for a few epochs
-MFU = 0.4  # assumed fraction of the FLOP/s that matrix products reach
+MANY_EPOCHS = 100  # more epochs give a warning; UniRef50 models train for a few epochs
+MFU = 0.4  # assumed FLOP/s of training, as a fraction of the FLOP/s of matrix products alone
 H100_FLOPS = 989e12  # dense bf16
-TOKENS = 128  # of the smaller of the two packs whose activations are counted if they are proportional to the tokens
+TOKENS = 128  # size of the smaller of the two packs in which activations proportional to the tokens are counted
 
 
 def activation_bytes(config: TrainConfig, precision: str) -> float:
     """Return the peak bytes of activations per token of a pack, in eager mode (compiled blocks keep less).
 
-    Counts the tensors that the forward pass keeps for the backward pass, in networks of one block and of two. Every
-    further block with the same mixer keeps as much as the second. With checkpointing, add those of the block that keeps
-    most, because the backward pass recomputes one block at a time.
+    This function counts the tensors that the forward pass keeps for the backward pass, in networks of one block and of
+    two blocks. The difference is what the second block keeps, and every further block with the same mixer keeps as
+    much. With activation checkpointing, the backward pass recomputes one block at a time. The result then also includes
+    the tensors of one recomputed block, the one that keeps the most.
 
-    With a bias of the attention scores, sdpa keeps numbers for each pair of tokens, so attention is counted in a pack
-    of the longest proteins that training reads. The bytes of other blocks are proportional to the tokens.
+    If the position encoding adds a bias to the attention scores, sdpa keeps numbers for each pair of tokens. Attention
+    is then counted in packs of the longest proteins that training reads. The bytes of all other blocks are proportional
+    to the number of tokens.
     """
     mixers = mixers_of_blocks(config.model)
-    # a network without attention cannot have a bias of the scores
+    # attention comes first, because a network without attention cannot have a bias of the attention scores
     first = "attention" if "attention" in mixers else mixers[0]
     others = Counter(mixers) - Counter([first])
     longest, biased = config.data.max_len + 2, has_bias(config)
 
     @cache
     def bytes_per_token(mixers: tuple[str, ...], checkpointing: bool, of_longest: bool) -> float:
-        # the longest two have different lengths, because sequences of equal length share some tensors
+        # the two longest proteins get different lengths, because sequences of equal length share some tensors
         small, large = ([longest], [longest, longest - 1]) if of_longest else ([TOKENS], [2 * TOKENS])
-        # the difference leaves out the bf16 copies of the weights, which do not grow with the pack
+        # the difference of the two packs excludes the bf16 copies of the weights, which do not grow with the pack
         kept = [kept_bytes(config, precision, [*mixers], checkpointing, lengths) for lengths in (small, large)]
         return (kept[1] - kept[0]) / (sum(large) - sum(small))
 
@@ -75,14 +77,17 @@ def has_bias(config: TrainConfig) -> bool:
 def kept_bytes(
     config: TrainConfig, precision: str, mixers: list[str], checkpointing: bool, lengths: Sequence[int]
 ) -> int:
-    """Return the bytes that a network with a block for each of these mixers keeps for its backward pass.
+    """Return the bytes that a network with one block for each of these mixers keeps for its backward pass.
 
-    The input has sequences of these lengths (tokens). Float32 weights are not counted. The tensors are fake: they have
-    shapes and types, but no memory or arithmetic. Attention is that of sdpa. With a bias of the scores it keeps the
-    attention weights, which flex does not.
+    Float32 weights are not counted. The tensors are fake: they have shapes and types, but no memory, and nothing is
+    computed. The attention backend is sdpa. If the attention scores have a bias, sdpa keeps the attention weights,
+    which flex does not keep.
+
+    Args:
+        lengths: number of tokens of each sequence in the input.
     """
     batch = PackedBatch.pack([torch.zeros(length, dtype=torch.int64) for length in lengths])
-    limit = config.model.max_positions  # a table may be shorter than the sequence, but its length does not matter here
+    limit = config.model.max_positions  # a table of positions must cover the sequences; its length is not counted
     limit = None if limit is None else max(limit, *lengths)
     model_config = replace(config.model, checkpointing=checkpointing, max_positions=limit)
     model_config = replace(model_config, n_blocks=len(mixers), mixers=mixers)
@@ -102,10 +107,10 @@ def kept_bytes(
 
 
 def with_available_data(config: TrainConfig) -> TrainConfig:
-    """Return the config. If its data do not exist yet, print a message and set `data.path=auto`.
+    """Return the config. If its data do not exist yet, print a message and return it with `data.path=auto`.
 
-    Other data can stand in, because a plan reads only the lengths of proteins. With trainer.epochs the config is
-    unchanged, because the number of steps depends on the data.
+    The estimate can use other data instead, because it depends only on the lengths of the proteins. A config with
+    trainer.epochs is returned unchanged, because its number of steps depends on the data.
     """
     paths = config.data.path if isinstance(config.data.path, list) else [config.data.path]
     missing = next((path for path in paths if path != "auto" and not Path(path).exists()), None)
@@ -123,9 +128,10 @@ def plan(
     processes: int,
     peak: float | None = None,
 ) -> dict[str, Any]:
-    """Return parameters, FLOPs, memory and time of a run, as numbers.
+    """Return estimates for a run by name: its parameters, FLOPs, bytes of memory and seconds.
 
     Args:
+        processes: number of processes of the run.
         peak: FLOP/s of the device's matrix products; measured if None.
     """
     data, optim = config.data, config.optim
@@ -152,8 +158,9 @@ def plan(
         "sequences": len(dataset.rows),
         "steps": steps,
         "epochs": steps * optim.packs_per_step / dataset.packs_per_epoch,
-        # in float32: weights, gradients, averages, and the optimizer's state (AdamW keeps two numbers for each of its
-        # weights, Muon one); with bf16 also the copies of weights that matrix products keep for the backward pass
+        # in float32: weights, gradients, averaged weights, and the optimizer's state (AdamW keeps two numbers for each
+        # weight that it updates, Muon one). With bf16, matrix products also keep bf16 copies of their weights for the
+        # backward pass.
         "state_bytes": 4 * (5 * parameters - muon_parameters)
         + (2 * (model.weights_per_token + model.weights_per_sequence) if precision == "bf16" else 0),
         "activation_bytes_per_token": per_token,
@@ -164,7 +171,7 @@ def plan(
 
 
 def warning_of_epochs(epochs: float, sequences: int) -> str | None:
-    """Return a warning of more than MANY_EPOCHS passes over the training sequences; None for fewer."""
+    """Return a warning if the run passes over its training sequences more than MANY_EPOCHS times, else None."""
     if epochs <= MANY_EPOCHS:
         return None
     return (
@@ -174,12 +181,12 @@ def warning_of_epochs(epochs: float, sequences: int) -> str | None:
 
 
 def three_digits(x: float) -> str:
-    """Format with three significant digits, or as a whole number if it is at least 100."""
+    """Format a number with three significant digits, or as a whole number if it is at least 100."""
     return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
 def print_plan(config: TrainConfig, store: StoreGroup, device: torch.device, precision: str, processes: int) -> None:
-    """Print the plan as a table."""
+    """Print the estimates of `plan` as a table."""
     costs = plan(config, store, device, precision, processes)
     tokens = costs["steps"] * costs["step_tokens"]
     per_token, kept, hours = costs["flops_per_token"], costs["activation_bytes_per_token"], costs["seconds"] / 3600

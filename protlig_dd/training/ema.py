@@ -10,15 +10,15 @@ HORIZON = 0.05  # fraction of the run that the average covers with ema_decay=aut
 
 
 def resolve_decay(configured: float | str, max_steps: int) -> float:
-    """Return the configured decay; `auto` averages over HORIZON * max_steps steps."""
+    """Return the configured decay. For `auto`, return the decay that averages over HORIZON * max_steps steps."""
     return 1 - 1 / max(1.0, HORIZON * max_steps) if configured == "auto" else float(configured)
 
 
 class EMA:
     """Moving average, updated after every step: weights <- decay * weights + (1 - decay) * parameters.
 
-    The decay warms up as min(decay, (1 + step) / (10 + step)), so that the average of a short run is not
-    dominated by its first weights.
+    The decay warms up as min(decay, (1 + step) / (10 + step)), so that the initial weights do not dominate the average
+    of a short run.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

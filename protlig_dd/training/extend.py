@@ -15,7 +15,7 @@ from protlig_dd.system.tables import read_json
 def finished_step(path: Path) -> int | None:
     """Return the last step of a finished run; None for any other run.
 
-    The schedule of a finished run has ended, and its report is about its newest checkpoint.
+    A run is finished if its learning-rate schedule has ended and its report describes its newest checkpoint.
     """
     step, checkpoints = read_json(path / "report.json").get("step"), complete_checkpoints(path)
     if not checkpoints or step != step_of(checkpoints[-1]) or not schedule_finished(path, checkpoints[-1]):
@@ -28,10 +28,10 @@ def finished_step(path: Path) -> int | None:
 
 
 def schedule_finished(path: Path, checkpoint: Path) -> bool:
-    """Whether the learning-rate schedule of the run ends at this checkpoint."""
+    """Whether the learning-rate schedule of the run has ended at this checkpoint."""
     step, config = step_of(checkpoint), recorded_config(checkpoint)
     max_steps = read_json(checkpoint / "state.json").get("max_steps", config["trainer"]["max_steps"])
-    if max_steps is None:  # an earlier version wrote this checkpoint of a run with trainer.epochs
+    if max_steps is None:  # a run with trainer.epochs, by an earlier version that did not record its steps
         return bool(read_json(path / "report.json").get("step") == step)
     return bool(step >= max_steps)
 
@@ -42,11 +42,13 @@ def configured_length(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_extension(path: Path, config: TrainConfig) -> None:
-    """Check that the config does not extend a run whose learning-rate schedule has ended, unless run.resume=extend.
+    """Check that the config does not extend a run whose learning-rate schedule has ended.
+
+    With run.resume=extend, every run may be extended. A schedule that does not decay may always be extended.
 
     Raises:
-        ValueError: it extends such a run. The learning rate would jump from the end of the schedule to the middle of a
-            longer one.
+        ValueError: the config extends such a run. The learning rate would jump from the end of the old schedule to the
+            middle of the longer schedule.
     """
     before, now = configured_length(recorded_config(path)), configured_length(as_dict(config))
     longer = [
@@ -57,7 +59,7 @@ def check_extension(path: Path, config: TrainConfig) -> None:
     level = config.optim.min_lr_ratio == 1 or (config.optim.schedule == "wsd" and config.optim.decay_share == 0)
     checkpoints = complete_checkpoints(path)
     if not longer or not checkpoints or level or config.run.resume == "extend":
-        return  # without reading the newest checkpoint: if it is damaged, the run resumes from an earlier one
+        return  # before the newest checkpoint is read: if it is damaged, the run resumes from an earlier checkpoint
     if schedule_finished(path, checkpoints[-1]):
         changes = " and ".join(f"{key} was {before[key]}, now {now[key]}" for key in longer)
         raise ValueError(
@@ -76,9 +78,10 @@ def changes_length_or_report(path: Path, config: TrainConfig) -> bool:
 
 
 def put_report_aside(path: Path, step: int) -> Path:
-    """Move a finished run's report to reports/step_N and return that folder. The run will write another report.
+    """Move a finished run's report to the folder reports/step_N, and return this folder.
 
-    The files are copied before they are deleted, so after a kill the old or the new folder has the whole report.
+    The run will then write a new report. The files are copied before they are deleted. So even after a kill, the run
+    folder or the new folder has the whole report.
     """
     folder = path / "reports" / f"step_{step:08d}"
     folder = free_name(folder) if folder.exists() else folder
@@ -87,6 +90,6 @@ def put_report_aside(path: Path, step: int) -> Path:
         temporary.mkdir()
         for file in files:
             shutil.copy2(file, temporary)
-    for file in files:  # report.json first: without it the run does not count as finished
+    for file in files:  # report.json is deleted first, because the run does not count as finished without it
         file.unlink()
     return folder

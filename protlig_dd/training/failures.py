@@ -1,4 +1,4 @@
-"""Errors that end a run early, with the step, rank and sequences."""
+"""Errors that end a run early. Their messages name the step, the rank or pack, and the sequences."""
 
 import contextlib
 import math
@@ -11,19 +11,25 @@ from protlig_dd.training.trainer import Trainer
 
 
 class NonFiniteLossError(ValueError):
-    """The loss or the gradient of a step is not finite. That step and later ones did not change the weights."""
+    """The loss or the gradient of a step is not finite. This step and all later steps did not change the weights."""
 
 
 class LossSpikeError(ValueError):
-    """The loss of a step is far above its running mean. That step and later ones did not change the weights."""
+    """The loss of a step is far above its running mean. This step and all later steps did not change the weights."""
 
 
 class LoaderDiedError(ValueError):
-    """A process that loads packs died, for example killed for lack of memory."""
+    """A process that loads packs died, for example because it was killed for lack of memory."""
 
 
 def describe_stopped_hosts(signalled: bool) -> str:
-    """Return a note that names the hosts whose ranks were signalled to stop, or "" if all hosts or none were."""
+    """Return a text that names the hosts on which a rank received the signal to stop.
+
+    The text is "" if a rank received the signal on every host or on no host.
+
+    Args:
+        signalled: whether this rank received the signal.
+    """
     ranks = gather_objects((host_name(), signalled))
     hosts, stopped = {host for host, _ in ranks}, {host for host, signalled in ranks if signalled}
     if not stopped or stopped == hosts:
@@ -36,7 +42,12 @@ def describe_stopped_hosts(signalled: bool) -> str:
 
 @contextlib.contextmanager
 def explain_lost_processes(trainer: Trainer) -> Iterator[None]:
-    """Turn torch's errors about a lost loader process or rank into one line that names step, rank and sequences."""
+    """Replace torch's error about a lost loader process or a lost rank by an error with a message of one line.
+
+    Raises:
+        LoaderDiedError: a loader process died. The message names the step, this rank and the sequences that it needs.
+        RankLostError: another rank is gone or does not answer. The message names the step and this rank.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -59,9 +70,16 @@ def ids_of_packs(dataset: PackDataset, packs: Sequence[int]) -> list[str]:
 
 
 def raise_bad_step(trainer: Trainer, pending: list[dict[str, Any]]) -> None:
-    """Raise for the first bad step among the steps since the last flush of metrics.
+    """Raise an error if there is a bad step among the steps since metrics were last written.
 
-    A step is bad if its loss or gradient is not finite, or if its loss is a spike.
+    A step is bad if its loss or gradient is not finite, or if its loss exceeds trainer.loss_spike times its running
+    mean. The error is about the first bad step.
+
+    Args:
+        pending: the records of these steps.
+
+    Raises:
+        NonFiniteLossError, LossSpikeError: there is a bad step.
     """
     for record in pending:
         if not record["bad"].item():

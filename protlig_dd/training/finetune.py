@@ -1,4 +1,4 @@
-"""What a run takes from the model that it starts from (`from=`)."""
+"""Copy settings from the source model of a run, the model whose weights it starts from (`from=`)."""
 
 from collections.abc import Collection
 from dataclasses import asdict, replace
@@ -26,18 +26,22 @@ THIS_MACHINE = marked(ModelConfig, COMPUTE_ONLY)
 
 
 def with_source_model(config: TrainConfig, source: TrainConfig, named: Collection[str]) -> TrainConfig:
-    """Return the config with the network, graph, noise and parametrisation of the source.
+    """Return the config with the network, graph, noise, parametrisation and time conditioning of the source model.
+
+    Two kinds of settings may differ from those of the source. FREE_KEYS (dropout, and the noise settings that only the
+    training loss uses) keep the value of `config` if they are in `named`. THIS_MACHINE (settings that affect only how
+    the network is computed) always keep the value of `config`.
 
     Args:
-        named: keys and groups that the command line sets, and FREE_KEYS that the experiment sets. Named keys of the
-            network and the diffusion process must match the source, except FREE_KEYS (dropout and the noise settings
-            that only the training loss uses) and THIS_MACHINE (how the network is computed).
+        source: config of the source model.
+        named: keys and config groups that the command line sets, and those of the FREE_KEYS that the experiment sets.
 
     Raises:
-        ValueError: named keys do not match; the message has the keys and both values.
+        ValueError: another named setting of the network or the diffusion process has not the same value as in the
+            source. The message has the keys and both values.
     """
     mine, theirs = as_dict(config), as_dict(source)
-    # with the keys at their default, which the command line may set; null keeps the source's value
+    # as_dict omits some keys at their default, but the command line may set them; null keeps the source's value
     mine["model"], theirs["model"] = asdict(config.model), asdict(source.model)
     kept = {key for key, value in mine["model"].items() if value is None}
     mine["model"] |= {key: theirs["model"][key] for key in kept}
@@ -79,17 +83,20 @@ def with_source_model(config: TrainConfig, source: TrainConfig, named: Collectio
 def resolve_source_model(config: TrainConfig, path: Path) -> TrainConfig:
     """Return the config of a run that starts from another model's averaged weights.
 
-    The network, graph, noise and parametrisation are those of the other model, and `from_sha256` is the checksum of
-    its weights.
+    The network, graph, noise, parametrisation and time conditioning are copied from the other model. `from_sha256` is
+    the checksum of its weights.
+
+    Args:
+        path: the run folder.
 
     Raises:
-        ValueError: there is no such model, or it does not match the command line.
+        ValueError: the model of `from=` does not exist, or it does not match the command line or `from_sha256`.
     """
     overrides = OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))
     named = {override.key_or_group for override in overrides}
     experiment_keys = keys_set_by_experiment()
     recorded = None
-    if has_steps(path) and not config.run.fresh:  # use the recorded source: the model itself may be changed or deleted
+    if has_steps(path) and not config.run.fresh:  # the source itself may have been changed or deleted since then
         recorded = config_in(path)
     if recorded is not None and recorded.from_ == config.from_:
         source, checksum = recorded, recorded.from_sha256
@@ -116,7 +123,7 @@ def resolve_source_model(config: TrainConfig, path: Path) -> TrainConfig:
 
 
 def keys_set_by_experiment() -> set[str]:
-    """Return the keys and groups that the chosen experiment sets, including the experiments that it builds on."""
+    """Return the config keys and groups that the chosen experiment sets, itself or through its default experiments."""
     runtime = HydraConfig.get().runtime
     folders = [Path(source.path) / "experiment" for source in runtime.config_sources if source.schema == "file"]
 
@@ -127,7 +134,7 @@ def keys_set_by_experiment() -> set[str]:
         content = dict(OmegaConf.to_container(OmegaConf.load(file)) or {})  # type: ignore[arg-type]
         found: set[str] = set()
         for entry in content.pop("defaults", []):
-            if isinstance(entry, dict):  # `override /model: tiny`
+            if isinstance(entry, dict):  # an entry such as `override /model: tiny`
                 found |= {str(key).split()[-1].lstrip("/") for key in entry}
             elif entry != "_self_":
                 found |= keys_of(entry)

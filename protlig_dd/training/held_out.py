@@ -1,4 +1,4 @@
-"""Find the held-out proteins of a run that are in the training data of its model."""
+"""Find the held-out proteins of a run that are also in the training data of its model."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -20,11 +20,11 @@ def find_held_out_leaks(
 ) -> dict[str, Leaks]:
     """Find and print the held-out proteins that are in the training data of this run or of its source models (`from=`).
 
-    The run's own training split is searched only if a protein may occur twice: in several stores, or in a store whose
-    duplicates `prepare` did not remove.
+    The run's own training split is searched only if the data may contain a protein twice. This is possible with several
+    stores, or with a store whose duplicates `prepare` did not remove.
 
     Args:
-        held_rows: {split: store rows}.
+        held_rows: {split: rows of `store`}.
 
     Returns:
         {split: Leaks}.
@@ -49,10 +49,13 @@ def find_held_out_leaks(
 
 
 def leak_report(leaks: Leaks, rows: np.ndarray, held: HeldOut) -> dict[str, Any]:
-    """Return the report's entry on held-out proteins in the training data, with the bound over the remaining ones.
+    """Return the report's entry about held-out proteins that are in the training data.
+
+    Its key `others` has the bound over the proteins that are not in the training data. It is None if no protein is in
+    the training data, or if too few proteins are left for a bound.
 
     Args:
-        rows: store rows of the proteins in `leaks`; `held` may contain fewer.
+        rows: store rows of the proteins in `leaks`. `held` may contain only some of these proteins.
     """
     judged = np.isin(rows, held.rows)
     leaks = replace(leaks, copies=[copied[judged] for copied in leaks.copies])

@@ -20,11 +20,11 @@ WEIGHTS_SHOWN = 10_000  # a histogram shows at most this many weights of a tenso
 
 
 class Hooks:
-    """Logging and checkpoints of a run, on rank 0, and its evaluation, on all ranks.
+    """Log metrics and write checkpoints on rank 0, and evaluate the model on all ranks.
 
     Args:
         validate: returns {"val_nll": ..., "val_nll_se": ..., ...} for the current weights of the model.
-        state: entries that each checkpoint's state.json has in addition to the trainer's own.
+        state: the entries of each checkpoint's state.json that do not come from the trainer.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Hooks:
     ) -> None:
         self.trainer, self.validate, self.state, self.context = trainer, validate, state, context
         self.best = best_checkpoint(context.folder)[1]
-        """The lowest validation bound so far."""
+        """The lowest validation bound so far, in nats per residue; infinity before the first."""
         self.metrics: MetricsLog | None = None
         self.writer: CheckpointWriter | None = None
         if context.processes.first:
@@ -47,7 +47,7 @@ class Hooks:
 
     @contextlib.contextmanager
     def closing_log(self) -> Iterator[None]:
-        """Close the log at the end."""
+        """Close the metrics log at the end of this context."""
         with contextlib.ExitStack() as stack:
             if self.metrics is not None:
                 stack.callback(self.metrics.close)
@@ -55,7 +55,7 @@ class Hooks:
 
     @contextlib.contextmanager
     def finishing_checkpoints(self) -> Iterator[None]:
-        """Wait at the end until the last checkpoint is completely written."""
+        """At the end of this context, wait until the last checkpoint is completely written."""
         with contextlib.ExitStack() as stack:
             if self.writer is not None:
                 stack.callback(self.writer.close)
@@ -67,24 +67,37 @@ class Hooks:
             self.metrics.write(rows)
 
     def log_gradients(self, done: int, norms: Tensor) -> None:
-        """Log a histogram of the gradient norms of all parameters."""
+        """Send a histogram of the gradient norms, one for each parameter tensor, to the trackers.
+
+        Args:
+            done: number of steps made so far.
+        """
         if self.metrics is not None:
             self.metrics.write_histogram(done, "grad_norm/of_each_parameter", norms.cpu().numpy())
 
     def save(self, done: int, new_best: float | None) -> None:
-        """Write a checkpoint; `new_best` is its validation bound if that is the lowest so far, else None."""
+        """Start writing a checkpoint, and log how long training had to wait for it.
+
+        Args:
+            done: number of steps made so far.
+            new_best: the checkpoint's validation bound if it is the lowest so far, else None.
+        """
         began = time.perf_counter()
         if self.writer is not None:
             self.writer.save(done, self.trainer.snapshot, self.state | self.trainer.state(), new_best)
         self.log([{"step": done, "checkpoint_stall_s": time.perf_counter() - began}])
 
     def mark_best(self, done: int, bound: float) -> None:
-        """Record that the existing checkpoint of this step is the best so far."""
+        """Record that the existing checkpoint of step `done` has the lowest validation bound so far."""
         if self.writer is not None:
             self.writer.mark_best(done, bound)
 
     def evaluate(self, done: int) -> float | None:
-        """Compute and log the validation bound of this step; return it if it is the lowest so far, else None."""
+        """Compute and log the validation bound of the averaged weights after `done` steps.
+
+        Returns:
+            The bound if it is the lowest so far, else None. After 0 steps always None.
+        """
         with self.trainer.averaged(), self.context.stop.immediate():
             values = self.validate()
         self.trainer.evaluation_due = False
@@ -101,9 +114,9 @@ class Hooks:
 
 
 def weights_by_part(model: nn.Module) -> dict[str, np.ndarray]:
-    """Return the finite weights of each block, and of each part outside the blocks, for histograms.
+    """Return {part of the network: its finite weights}, for histograms. A part is a block or a module outside the blocks.
 
-    A large tensor gives at most WEIGHTS_SHOWN evenly spaced weights.
+    Of each tensor, at most WEIGHTS_SHOWN evenly spaced weights are returned.
     """
     parts: dict[str, list[Tensor]] = {}
     for name, weights in model.named_parameters():

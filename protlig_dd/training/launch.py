@@ -51,7 +51,7 @@ from protlig_dd.training.cost import print_plan, with_available_data
 from protlig_dd.training.resume import is_continued, move_aside, open_run_folder, seconds_left, shares_launcher
 
 UNIREF50 = Path("data/uniref50.h5")
-PATIENCE = 10.0  # seconds that a signal sent to all ranks may take to reach each of them
+PATIENCE = 10.0  # when all ranks are sent a signal, the seconds that it may take to reach each of them
 
 Deadline = float | None
 """Value of time.monotonic() at which the run stops; None for no limit."""
@@ -62,11 +62,11 @@ TrainRank = Callable[[TrainConfig, Path, Deadline], None]
 def launch(train_rank: TrainRank, config: TrainConfig, path: Path) -> None:
     """Call `train_rank` with the config, the run folder and the deadline.
 
-    If torchrun started this process, or if one process is enough and restarts are off, the call is made here.
-    Otherwise this function starts processes, and the call is made in each of them.
+    If torchrun started this process, or if one process is enough and restarts are off, this process makes the call.
+    Otherwise this function starts processes, and each of them makes the call.
 
     Raises:
-        ValueError: optim.packs_per_step is not divisible by the number of processes, or an error of `train_rank`.
+        ValueError: optim.packs_per_step is not divisible by the number of processes, or `train_rank` raised this error.
         RanksFailedError: a process started by this function has failed.
         Stopped: a signal or trainer.max_time stopped the run.
     """
@@ -101,10 +101,10 @@ def count_processes(config: TrainConfig) -> int:
 
 
 def print_cost(config: TrainConfig) -> None:
-    """Print what a run will cost, on rank 0.
+    """On rank 0, print the estimated FLOPs, memory and time of a run.
 
     Raises:
-        ValueError: the attention backend cannot compute the position encoding, on any machine.
+        ValueError: the chosen attention backend cannot compute the chosen position encoding on any machine.
     """
     processes, devices = processes_from_environment(), count_processes(config)
     if not processes.first:
@@ -123,8 +123,9 @@ def rank_entry(train_rank: TrainRank, config: TrainConfig, path: Path, deadline:
         with meeting_of(processes_from_environment()):
             train_rank(config, path, deadline)
         code = 0
-    except Stopped:  # the run folder has a marker of the stop
-        # torch waits until the launcher has read the return value; a launcher that forwarded a signal never reads it
+    except Stopped:  # not a failure: stopped.json in the run folder records the stop
+        # Torch would wait until the launcher has read the return value. A launcher that has forwarded a signal never
+        # reads it.
         code = 0
         leave = threading.Timer(1, exit_without_cleanup, [code])
         leave.daemon = True
@@ -137,10 +138,11 @@ def rank_entry(train_rank: TrainRank, config: TrainConfig, path: Path, deadline:
 def opened_run(
     config: TrainConfig, path: Path, deadline: Deadline
 ) -> Iterator[tuple[TrainConfig, StoreGroup, RunContext] | None]:
-    """Connect to the other processes of the run and open its folder.
+    """Connect to the other processes of the run and open the run folder.
 
-    Yields the config as recorded in the folder, the data and the context of this process; or None, after a message, if
-    the run has already finished. A failure inside the context is logged in the run folder; a stop writes stopped.json.
+    Yields the config as recorded in the folder, the data, and the context of this process. If the run has already
+    finished, prints a message and yields None. Inside the `with` block, an error is logged in the run folder, and a
+    request to stop the run writes stopped.json.
 
     Raises:
         ValueError: a problem with the machine, the data or the run folder, or a difference between the ranks.
@@ -203,7 +205,7 @@ def opened_run(
             with failures_logged(log):
                 yield folder.config, store, context
         except Stopped as stopped:
-            # torchrun stops all ranks when one fails: that is a failure and not a stop
+            # when one rank fails, torchrun stops all ranks; then the run has failed and gets no stopped.json
             if (
                 processes.first
                 and (path / "config.yaml").is_file()
@@ -214,10 +216,11 @@ def opened_run(
 
 
 def resolve_machine(config: TrainConfig, processes: Processes) -> tuple[Resolved, torch.device]:
-    """Resolve the device, precision and kernels of this process. The returned fields about data are still empty.
+    """Return the device, precision and kernels of this process. `data_path` and `data_fingerprint` are still empty.
 
     Raises:
-        ValueError: a device, precision or kernel that this machine does not have.
+        ValueError: this machine does not support the requested device, precision or kernel, or wandb is requested but
+            not installed.
     """
     count_processes(config)
     device = resolve_device(config.trainer.device, processes.local_rank)
@@ -241,10 +244,11 @@ def resolve_machine(config: TrainConfig, processes: Processes) -> tuple[Resolved
 def config_and_time_left(
     config: TrainConfig, path: Path, meeting: Meeting, deadline: Deadline
 ) -> tuple[TrainConfig, float | None]:
-    """Return the config and the seconds left before trainer.max_time.
+    """Return the config for this launch, and the seconds left until trainer.max_time (None for no limit).
 
-    If this launch continues an earlier one in the same folder, it must not move the run aside or reject it, so
-    `run.fresh` and `run.resume=never` are dropped. A restart by the same launcher keeps the earlier time limit.
+    If this launch continues an earlier launch in the same folder, it must neither move the run aside nor reject it.
+    `run.fresh` is then false, and `run.resume=never` becomes `auto`. A restart by the same launcher has only the time
+    that the earlier launch had left.
     """
     left, earlier = None if deadline is None else deadline - time.monotonic(), recorded_environment(path)
     if not is_continued(earlier, meeting):
@@ -256,7 +260,7 @@ def config_and_time_left(
 
 
 def announce_finished(folder: RunFolder, processes: Processes) -> None:
-    """Print that the run has already finished, and write its page if a kill has prevented that."""
+    """Print that the run has already finished. Write its report page if it is missing after a kill."""
     if processes.first and not (folder.path / PAGE).is_file():
         write_run_page(folder.path)
     announce(
@@ -269,7 +273,10 @@ def announce_finished(folder: RunFolder, processes: Processes) -> None:
 
 @contextlib.contextmanager
 def failures_logged(log: Path) -> Iterator[None]:
-    """Append the traceback and message of an exception raised inside to a log file."""
+    """Append the traceback and message of an exception to a log file, if one is raised inside this context.
+
+    The message is also posted to the other ranks.
+    """
     try:
         yield
     except Exception as error:
@@ -278,15 +285,16 @@ def failures_logged(log: Path) -> Iterator[None]:
             acknowledge()
         with contextlib.suppress(OSError):  # if the disk is full, still raise the error itself
             log.parent.mkdir(exist_ok=True)
-            with log.open("a") as file:  # the last line is the whole message
+            with log.open("a") as file:  # `launch_ranks` reads the whole message from the last line
                 file.write(f"{traceback.format_exc()}{type(error).__name__}: {' '.join(str(error).split())}\n")
         raise
 
 
 def facts_to_compare(config: TrainConfig, resolved: Resolved) -> dict[str, Any]:
-    """Return what must be the same on all ranks of a run.
+    """Return the settings and versions that must be the same on all ranks of a run, by name.
 
-    Each host may keep the data and the source model (`from=`) under its own paths, so their checksums are compared.
+    The paths of the data and of the source model (`from=`) may differ between hosts. The checksums of the data and the
+    model are compared instead.
     """
     settings = {
         key: value
@@ -302,8 +310,8 @@ def open_data(data: DataConfig, processes: Processes) -> StoreGroup:
     """Open the stores of `data.path`. `auto` is data/uniref50.h5 if it exists, else the bundled sample.
 
     Raises:
-        ValueError: a store that cannot be read, that does not keep the case that marks `data.context`, or in which a
-            record has only context.
+        ValueError: a store cannot be read, it does not contain the letter case that marks `data.context`, or one of its
+            records has only context residues.
     """
     path = data.path
     if path != "auto":
