@@ -37,8 +37,8 @@ def with_source_model(config: TrainConfig, source: TrainConfig, named: Collectio
         named: keys and config groups that the command line sets, and those of the FREE_KEYS that the experiment sets.
 
     Raises:
-        ValueError: another named setting of the network or the diffusion process has not the same value as in the
-            source. The message has the keys and both values.
+        ValueError: any other named setting of the network or the diffusion process differs from that of the source. The
+            message has the keys and both values.
     """
     mine, theirs = as_dict(config), as_dict(source)
     # as_dict omits some keys at their default, but the command line may set them; null keeps the source's value
@@ -123,7 +123,7 @@ def resolve_source_model(config: TrainConfig, path: Path) -> TrainConfig:
 
 
 def keys_set_by_experiment() -> set[str]:
-    """Return the config keys and groups that the chosen experiment sets, itself or through its default experiments."""
+    """Return the config keys and groups that the chosen experiment sets, or that experiments it builds on set."""
     runtime = HydraConfig.get().runtime
     folders = [Path(source.path) / "experiment" for source in runtime.config_sources if source.schema == "file"]
 

@@ -114,9 +114,10 @@ class Hooks:
 
 
 def weights_by_part(model: nn.Module) -> dict[str, np.ndarray]:
-    """Return {part of the network: its finite weights}, for histograms. A part is a block or a module outside the blocks.
+    """Return the finite weights of each part of the network, for histograms: {name of the part: weights}.
 
-    Of each tensor, at most WEIGHTS_SHOWN evenly spaced weights are returned.
+    A part is a block, or a module outside the blocks. Of each tensor, at most WEIGHTS_SHOWN evenly spaced weights are
+    returned.
     """
     parts: dict[str, list[Tensor]] = {}
     for name, weights in model.named_parameters():

@@ -22,13 +22,14 @@ from protlig_dd.training.trainer import Trainer
 
 
 def fit(trainer: Trainer, steps: range, hooks: Hooks, context: RunContext) -> None:
-    """Run these training steps (counted from 0). An evaluation that is still due runs first.
+    """Run these training steps (counted from 0). If the checkpoint's evaluation is still due, it runs first.
 
     Raises:
-        NonFiniteLossError, LossSpikeError: with the step, the pack and its sequence ids. No checkpoint is written after
-            that step.
-        LoaderDiedError, RankLostError: with the step and rank.
-        Stopped: after the step that was running when the stop was requested, and after writing its checkpoint.
+        NonFiniteLossError, LossSpikeError: a step is bad. The message names the step, the pack and its sequence ids. No
+            checkpoint is written after that step.
+        LoaderDiedError, RankLostError: a loader process or another rank is lost. The message names the step and rank.
+        Stopped: a stop was requested. The step in progress is finished and its checkpoint is written before this is
+            raised. Only during the evaluation before the first step, it is raised immediately.
     """
     device, processes, stop, control = context.device, context.processes, context.stop, trainer.config.trainer
     peak = float(all_reduce_sum(torch.tensor(matmul_peak(device, context.precision), dtype=torch.float64)))
@@ -44,7 +45,7 @@ def fit(trainer: Trainer, steps: range, hooks: Hooks, context: RunContext) -> No
         stack.callback(end_workers, packs)
         stack.enter_context(stop.deferred())
         stop.set_deadline(context.deadline)
-        stack.enter_context(explain_lost_processes(trainer))  # torch reports a lost loader anywhere in the loop
+        stack.enter_context(explain_lost_processes(trainer))  # torch may report a lost loader anywhere in the loop
         if trainer.evaluation_due and (new_best := hooks.evaluate(steps.start)) is not None:
             hooks.mark_best(steps.start, new_best)
         bar = stack.enter_context(ProgressBar("training", trainer.max_steps, steps.start, shown=processes.first))
@@ -63,7 +64,7 @@ def fit(trainer: Trainer, steps: range, hooks: Hooks, context: RunContext) -> No
             if not (done % control.log_every == 0 or trainer.evaluation_due or saving or stopping):
                 bar.advance()
                 continue
-            frozen = bool(trainer.frozen.item())  # waits for the device, so that the time covers all these steps
+            frozen = bool(trainer.frozen.item())  # waits for the device, so the time covers all pending steps
             rows = metrics_rows(pending, time.perf_counter() - since, peak_memory(device), peak)
             hooks.log(rows)
             if frozen:
@@ -79,7 +80,7 @@ def fit(trainer: Trainer, steps: range, hooks: Hooks, context: RunContext) -> No
                 except Stopped as stopped:
                     stopping = stopped.reason
             signalled = stopping is not None and any(record["stop_requests"]) and stopping.startswith("SIG")
-            # gathered before rank 0 writes the checkpoint, because writing may take long
+            # the ranks exchange this before rank 0 writes the checkpoint, because writing may take long
             hosts = describe_stopped_hosts(stopping in stop.noted) if signalled else ""
             if saving or stopping or new_best is not None:
                 hooks.save(done, new_best)
@@ -89,12 +90,13 @@ def fit(trainer: Trainer, steps: range, hooks: Hooks, context: RunContext) -> No
 
 
 def metrics_rows(pending: list[dict[str, Any]], seconds: float, memory: int, peak_flops: float) -> list[Row]:
-    """Return a row of metrics for each step since the last flush. Waits for the device.
+    """Return one row of metrics for each step since metrics were last written. Waits for the device.
 
     Args:
-        seconds: duration of these steps.
-        memory: peak so far, bytes.
-        peak_flops: FLOP/s that all devices together reach in matrix products. MFU is a fraction of it.
+        pending: the records of these steps, as returned by `Trainer.step`.
+        seconds: total duration of these steps.
+        memory: this process's peak memory so far, in bytes.
+        peak_flops: FLOP/s that all devices together reach in matrix products. The MFU is a fraction of this number.
     """
     rate = sum(record["residues"] for record in pending) / seconds
     mfu = sum(record["flops"] for record in pending) / seconds / peak_flops
@@ -115,7 +117,7 @@ def metrics_rows(pending: list[dict[str, Any]], seconds: float, memory: int, pea
 
 
 def write_rows(path: Path, pending: list[dict[str, Any]], processes: Processes) -> None:
-    """Append one line for each step to rows.jsonl, with the store rows of all ranks, sorted."""
+    """Append one line to rows.jsonl for each pending step: the sorted store rows that all ranks read in that step."""
     gathered = gather_objects([record["rows"] for record in pending])
     if not processes.first:
         return

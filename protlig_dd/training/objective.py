@@ -17,12 +17,12 @@ from protlig_dd.diffusion.score import Network, ScoreFn
 
 @dataclass(frozen=True)
 class Objective:
-    """The score entropy of a diffusion process, with the weights of its noise times.
+    """The score-entropy loss of a diffusion process, with limits on its noise times and their weights.
 
     Args:
         autocast: dtype in which the network computes; None for the dtype of its weights.
-        curriculum_steps: steps over which the largest time grows to 1.
-        max_weight: cap on a time's weight; see `score_entropy_loss`.
+        curriculum_steps: number of training steps over which the largest noise time grows to 1. 0: it is always 1.
+        max_weight: cap on the loss weight of a noise time (see `score_entropy_loss`); None for no cap.
     """
 
     graph: Graph
@@ -34,11 +34,15 @@ class Objective:
     max_weight: float | None = None
 
     def score_fn(self, network: Network) -> ScoreFn:
-        """Return a network as a score function of this process."""
+        """Return a network wrapped as a score function of this diffusion process."""
         return ScoreFn(network, self.graph, self.noise, self.parametrisation, self.time_conditioning, self.autocast)
 
     def loss(self, score_fn: ScoreFn, batch: PackedBatch, generator: torch.Generator, step: int) -> Float32[Tensor, ""]:
-        """Return the loss in nats, summed over the pack, at a step counted from 0."""
+        """Return the loss in nats, summed over the residues of a pack.
+
+        Args:
+            step: the training step, counted from 0. A curriculum depends on it.
+        """
         t_max = curriculum_t_max(step, self.curriculum_steps, self.noise.t_min)
         return score_entropy_loss(score_fn, batch, generator, t_max, self.max_weight)[0]
 

@@ -1,4 +1,4 @@
-"""The packs that a run trains on, and those that it is evaluated on."""
+"""The packs (batches of whole sequences) on which a run trains, and the packs on which it is evaluated."""
 
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ class Packs(NamedTuple):
     reported: PackDataset
     """The packs for the bound in the report."""
     held_out: dict[str, np.ndarray]
-    """{split: store rows} of `validation` and `reported`."""
+    """The proteins in `validation` and `reported`: {split: their store rows}."""
 
 
 def make_packs(config: TrainConfig, store: StoreGroup, start: Start) -> Packs:
@@ -47,19 +47,21 @@ def make_packs(config: TrainConfig, store: StoreGroup, start: Start) -> Packs:
 
 
 def plan_version(checkpoint: Path | None, state: dict[str, Any]) -> int:
-    """Return the version of random choices (see draws.py) that the checkpoint's run uses; without one, the newest.
+    """Return the version of the random choices (see draws.py) that a run uses.
+
+    A run that resumes from a checkpoint uses the version of the checkpoint. Any other run uses the newest version.
 
     Args:
-        state: state.json of the checkpoint. If it records no version, the version is 1.
+        state: state.json of the checkpoint. If it does not contain a version, the version is 1.
 
     Raises:
-        ValueError: the version is not known.
+        ValueError: this program does not support the version of the checkpoint.
     """
     return NEWEST if checkpoint is None else check_version(state.get("plan_version", 1), checkpoint)
 
 
 def subset(store: StoreGroup, split: str, limit: int, seed: int, version: int) -> np.ndarray:
-    """Return at most `limit` rows of a split, the same rows at every evaluation of a run.
+    """Return at most `limit` random rows of a split. Every evaluation of a run gets the same rows.
 
     Raises:
         ValueError: the split is empty.

@@ -41,7 +41,7 @@ from protlig_dd.training.trainer import Trainer, make_model
 
 BOOTSTRAP = 100  # bootstrap draws for the standard errors of the samples' divergences
 SHOWN_SAMPLES = 3
-LOGGED_SAMPLES = 8  # sent to the trackers
+LOGGED_SAMPLES = 8  # number of samples that are sent to TensorBoard and Weights & Biases
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Samples:
     trained: list[np.ndarray]
     untrained: list[np.ndarray] | None
     clamped_draws: float
-    """Fraction of the draws with a negative probability, which was set to 0."""
+    """Fraction of the sampler's draws in which a probability was negative and was set to 0."""
 
 
 def report_run(
@@ -63,11 +63,13 @@ def report_run(
     metrics: MetricsLog | None,
     context: RunContext,
 ) -> None:
-    """Sample from the averaged weights on all ranks; rank 0 writes the report, its page and the samples.
+    """Sample proteins from the model on all ranks. Rank 0 writes the report, the report page and the samples.
 
     Args:
-        held: bounds of the proteins of the report's split.
-        leaks: held-out proteins in the model's training data, by split; only on rank 0.
+        trainer: its model must have the averaged weights (see `Trainer.averaged`).
+        held: bounds on the NLL of the proteins of the report's split.
+        leaks: which held-out proteins are in the model's training data, by split. Empty on all ranks but rank 0.
+        metrics: log of samples and histograms. None on all ranks but rank 0.
     """
     config, noise = trainer.config, trainer.objective.noise
     split, sigma_max = config.report.split, float(noise(torch.ones(1))[0])
@@ -155,12 +157,12 @@ def sample_report(
         "clamped_draws": drawn.clamped_draws,
         "composition_kl": composition_kl(samples, frequencies),
     }
-    most = max(options.max_sequences, 4 * len(samples))  # enough for a control of each sample and a reference set
+    most = max(options.max_sequences, 4 * len(samples))  # enough for one control per sample, and a reference set
     locations = store.locate(subset(store, options.split, most, config.seed, trainer.dataset.version))
     natural = [
         store.stores[number].tokens[begin + 1 : begin + 1 + residues]
         for number, begin, residues in zip(*(column.tolist() for column in locations), strict=True)
-        if residues <= max_len  # no sample is longer
+        if residues <= max_len  # the samples are not longer either
     ]
     if len(judged := samples[: len(natural) // 2]) > 1:  # a single sample has no standard error
         controls = with_controls(judged, natural, config.seed)
@@ -174,7 +176,11 @@ def sample_report(
 
 
 def lines_without_copies(others: dict[str, Any] | None) -> list[str]:
-    """Return the printed lines of the bound over the proteins that are not in the model's training data."""
+    """Return the lines to print about the bound over the proteins that are not in the model's training data.
+
+    Args:
+        others: this bound as in report.json; None if there is none.
+    """
     if others is None:
         return ["  no proteins are left, or too few for a bound"]
     found = with_nan(others)
@@ -186,7 +192,7 @@ def lines_without_copies(others: dict[str, Any] | None) -> list[str]:
 
 
 def print_report(run_folder: Path, step: int, report: dict[str, Any], data: str) -> None:
-    """Print where the run is, its held-out bound and some of its samples.
+    """Print the run folder, the bound on the held-out proteins, and some samples.
 
     Args:
         data: name of the store whose training split gives the unigram model.

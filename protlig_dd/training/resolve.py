@@ -11,23 +11,28 @@ from protlig_dd.training.resume import graph_of_run
 
 
 def resolve(config: TrainConfig, path: Path) -> TrainConfig:
-    """Return the config with the model of `from=`, the rates of a matrix file, and what is null or auto filled in.
+    """Return the config with the values filled in that follow from other settings.
 
-    The latter are `model.max_positions`, for a position encoding that has a limit, and `time_conditioning`.
+    - The network, graph, noise, parametrisation and time conditioning are those of the model of `from=`, if it is set.
+    - The graph's config gets the rates of its matrix file, if it has one.
+    - `model.max_positions`, if null, becomes the largest number of tokens in a sequence, for position encodings that
+      have a limit.
+    - `time_conditioning`, if auto, becomes true or false.
 
-    Writes nothing and does not change the given config. A run's config is not changed after this.
+    This function writes nothing and does not change the given config. A training run changes only `run.fresh` and
+    `run.resume` after this.
 
     Args:
         path: the run folder.
 
     Raises:
-        ValueError: values that cannot work together, or that do not match the model of `from=`.
+        ValueError: some values cannot work together, or do not match the model of `from=`.
     """
     if config.from_ is not None:
         config = resolve_source_model(config, path)
     earlier = {} if config.run.fresh else graph_of_run(path)
     config = replace(config, graph=graph_with_rates(config.graph, earlier))
-    kind = POSITIONS.get(config.model.positions)  # an unknown kind is reported below
+    kind = POSITIONS.get(config.model.positions)  # `check_train_config` reports an unknown kind
     if kind is not None and kind.limited and config.model.max_positions is None:
         tokens = config.data.max_len + 2  # <bos> and <eos>
         config = replace(config, model=replace(config.model, max_positions=tokens))

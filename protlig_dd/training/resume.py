@@ -36,7 +36,8 @@ def starting_weights(config: TrainConfig) -> Path:
     """Return the path of the weights that `from=` names.
 
     Raises:
-        ValueError: the run started from other weights. The message has both checksums.
+        ValueError: the run started from other weights, or the model of `from=` does not exist. In the first case the
+            message has both checksums.
     """
     saved = find_saved(str(config.from_))
     for problem in saved.skipped:
@@ -65,9 +66,13 @@ def open_run_folder(
 ) -> RunFolder:
     """Create or reopen the run folder, and find the checkpoint to resume from. Called on rank 0 only.
 
+    Args:
+        left: seconds until trainer.max_time stops the run; None for no limit.
+
     Raises:
         ValueError: the run exists and may not be resumed, its config or data differ (the message names what differs),
-            or a newer version of the program started it.
+            it has no valid checkpoint, its checkpoint is after the last step, or a newer version of the program started
+            it.
     """
     started = has_steps(path)
     (path / STOPPED).unlink(missing_ok=True)
@@ -95,7 +100,7 @@ def open_run_folder(
     for aside in put_aside_newer(path, checkpoint) if checkpoint is not None else []:
         console.print(f"the damaged checkpoint is now {aside} and may be deleted")
     state = read_state(checkpoint) if checkpoint is not None else {}
-    plan_version(checkpoint, state)  # called only for its error: a run with an unknown version must not write
+    plan_version(checkpoint, state)  # only to raise its error, because a run of an unknown version must not start
     weights = starting_weights(config) if checkpoint is None and config.from_ is not None else None
     if state:
         check_not_beyond(checkpoint, state["step"], config, store)
@@ -120,7 +125,7 @@ def open_run_folder(
 
 
 def check_not_beyond(checkpoint: Path | None, step: int, config: TrainConfig, store: StoreGroup) -> None:
-    """Raise a ValueError if the checkpoint is beyond the last step of the run."""
+    """Raise a ValueError if `step`, the step of the checkpoint, is after the last step of the run."""
     control, data = config.trainer, config.data
     last, setting = control.max_steps, f"trainer.max_steps={control.max_steps}"
     if last is None:
@@ -141,10 +146,13 @@ def check_not_beyond(checkpoint: Path | None, step: int, config: TrainConfig, st
 
 
 def seconds_left(path: Path, earlier: dict[str, Any]) -> float | None:
-    """Return how many seconds the folder's last launch has left of its time limit; None if it has no limit.
+    """Return how many seconds are left of the time limit of the folder's last launch; None if it has no limit.
 
-    The seconds are measured by the clock that stamps the folder's files. On a shared file system this is the file
-    server's clock, which is the same for all hosts.
+    The time that has passed is measured with the clock that sets the modification times of the folder's files. On a
+    shared file system this is the file server's clock, which is the same for all hosts.
+
+    Args:
+        earlier: environment.json of the last launch.
     """
     if earlier["seconds_left"] is None:
         return None
@@ -157,7 +165,7 @@ def move_aside(path: Path) -> None:
     """Rename the folder of an earlier run, if there is one.
 
     Raises:
-        ValueError: the run is still active.
+        ValueError: a process that trains this run is still active.
     """
     if (path / "config.yaml").is_file():
         with locked(path):
@@ -169,11 +177,14 @@ def move_aside(path: Path) -> None:
 def is_continued(earlier: dict[str, Any], meeting: Meeting) -> bool:
     """Whether this launch continues the launch that opened the folder last.
 
-    It does after a lost process, after a change in the number of hosts, and for a Slurm job that was requeued.
+    This is so after a process was lost, after the number of hosts changed, and after a Slurm job was requeued.
+
+    Args:
+        earlier: environment.json of the last launch.
     """
     processes = meeting.processes
     same_launch = processes.launch is not None and earlier.get("launch") == processes.launch
-    restarted = meeting.restart > 0 and processes.launch != "none"  # "none": torchrun's default, the same each time
+    restarted = meeting.restart > 0 and processes.launch != "none"  # torchrun's default id, shared by all launches
     requeued = processes.job is not None and earlier.get("job") == processes.job
     return (same_launch and (restarted or shares_launcher(earlier, meeting))) or (
         requeued and earlier["requeues"] < processes.requeues
@@ -192,10 +203,10 @@ def has_steps(path: Path) -> bool:
 
 
 def check_same_data(checkpoint: Path, config: TrainConfig, resolved: Resolved) -> None:
-    """Compare this run with the run that wrote the checkpoint.
+    """Check that this run has the same config and data as the run that wrote the checkpoint.
 
     Raises:
-        ValueError: the config (except for keys that may change) or the data differ.
+        ValueError: the data differ, or a config key differs that must not change when a run is resumed.
     """
     changed = changed_keys(recorded_config(checkpoint), as_dict(config))
     if changed:
@@ -208,10 +219,11 @@ def check_same_data(checkpoint: Path, config: TrainConfig, resolved: Resolved) -
 
 
 def check_same_run(path: Path, config: TrainConfig, resolved: Resolved) -> dict[str, Any]:
-    """Compare this run with the run in `path`, and return the environment.json of that run.
+    """Check that the run in `path` has the same config, precision and data as this launch. Return its environment.json.
 
     Raises:
-        ValueError: the config (except for keys that may change), the precision or the data differ.
+        ValueError: the precision or the data differ, a config key differs that must not change when a run is resumed,
+            or environment.json cannot be read.
     """
     remedy = f"use another run.name, or run.fresh=true to move {path} aside"
     changed = changed_keys(recorded_config(path), as_dict(config))
@@ -228,7 +240,11 @@ def check_same_run(path: Path, config: TrainConfig, resolved: Resolved) -> dict[
 
 
 def print_changes(path: Path, config: TrainConfig, resolved: Resolved, earlier: dict[str, Any]) -> None:
-    """Print the settings that may change when a run is resumed, and have changed."""
+    """Print how the number of steps, the machine settings and the data path have changed since the earlier launch.
+
+    Args:
+        earlier: environment.json of the earlier launch.
+    """
     before, now = (all_settings(values) for values in (recorded_config(path), as_dict(config)))
     for key in ("trainer.max_steps", "trainer.epochs"):
         if before[key] != now[key]:

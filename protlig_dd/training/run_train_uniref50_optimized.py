@@ -1,4 +1,6 @@
-"""Train with classic flags, for launch scripts that use them. Runs the same code as `python -m protlig_dd.training`.
+"""Train with flags such as --seed 1, for launch scripts that use such flags instead of Hydra overrides.
+
+The training itself is the same as with `python -m protlig_dd.training`.
 
     python -m protlig_dd.training.run_train_uniref50_optimized --work_dir . \
         --config configs/config_uniref50_stable.yaml --fresh --device auto --seed 1 --epochs 2
@@ -70,14 +72,16 @@ def parse_arguments() -> argparse.Namespace:
         "--config",
         type=Path,
         required=True,
-        help="primary config, relative to the current folder or to --work_dir; it may use the shipped groups",
+        help="main config file, in the current folder or in --work_dir; it may use the shipped config groups",
     )
-    parser.add_argument("--datafile", help="store written by `python -m protlig_dd.prepare` (default: the config's)")
+    parser.add_argument(
+        "--datafile", help="store written by `python -m protlig_dd.prepare` (default: the config's data.path)"
+    )
     parser.add_argument(
         "--fresh", action="store_true", help="move an existing run of this name aside and start from step 0"
     )
     parser.add_argument("--device", help="auto | cpu | cuda | cuda:1 | mps (default: the config's)")
-    parser.add_argument("--seed", type=int, help="seed of everything random (default: the config's)")
+    parser.add_argument("--seed", type=int, help="seed of all random numbers (default: the config's)")
     parser.add_argument(
         "--epochs", type=float, help="passes over the training split, instead of the config's max_steps"
     )

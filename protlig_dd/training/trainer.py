@@ -1,4 +1,4 @@
-"""`Trainer.step` is the whole training step; the loop around it is in loop.py."""
+"""The training step, which is `Trainer.step`. The loop over the steps is in loop.py."""
 
 import contextlib
 import time
@@ -26,14 +26,14 @@ from protlig_dd.training.objective import Objective
 from protlig_dd.training.optim.make import make_optimizer
 from protlig_dd.training.optim.schedule import count_steps, learning_rate
 
-SPIKE_STEPS = 50  # steps that the running mean of the loss covers; none of the first SPIKE_STEPS steps is a spike
+SPIKE_STEPS = 50  # steps that the running mean of the loss covers; no loss spike is reported in the first SPIKE_STEPS
 
 
 class Trainer:
     """Trains one model on one dataset of packs.
 
     All random numbers of pack i of step k are keyed by (seed, purpose, k * packs_per_step + i), and the loss is
-    normalised by the residues of the whole step. So the number of ranks changes nothing but the order of sums.
+    divided by the number of residues in the whole step. So the number of ranks changes only the order of sums.
     """
 
     def __init__(
@@ -46,19 +46,22 @@ class Trainer:
         self.ema = EMA(model, resolve_decay(config.optim.ema_decay, self.max_steps))
         self.wrapped: nn.Module = DistributedDataParallel(model) if self.processes.world_size > 1 else model
         self.score_fn = objective.score_fn(self.wrapped)
-        self.eval_score_fn = objective.score_fn(model)  # no DDP, as ranks evaluate different numbers of packs
+        self.eval_score_fn = objective.score_fn(model)  # without DDP, because ranks evaluate different numbers of packs
         self.frozen = torch.zeros((), device=self.device)  # 1 from the first bad step on
         self.optimizer.found_inf = self.frozen  # type: ignore[attr-defined]
         self.usual_loss = torch.zeros((), device=self.device)
         self.residues_seen = self.current_step = 0
-        self.evaluation_due = False  # whether the last step still has to be evaluated
+        self.evaluation_due = False  # whether the model still has to be evaluated after the last step
 
     def step(self, step: int, packs: Iterator[PackedBatch], stop_requests: list[int]) -> dict[str, Any]:
-        """Make one optimizer step (counted from 0). Nothing here waits for the device.
+        """Make one optimizer step. Nothing in this method waits for the device.
 
         Args:
-            stop_requests: for each reason in REASONS, 1 if this rank was requested to stop for it, else 0. The returned
-                record has the sums over ranks.
+            step: number of the step, counted from 0.
+            stop_requests: for each reason in REASONS, 1 if this rank was requested to stop for that reason, else 0.
+
+        Returns:
+            A record of the step. Its losses and norms are on the device. `stop_requests` has the sums over all ranks.
         """
         rank, world_size = self.processes.rank, self.processes.world_size
         mine = range(rank, self.packs_per_step, world_size)
@@ -76,7 +79,8 @@ class Trainer:
             generator = keyed_generator(self.config.seed, "noise", index, self.device)
             with self.gradient_sync(last=pack == mine[-1]):
                 loss_sum = self.objective.loss(self.score_fn, batch.to(self.device), generator, step)
-                # DDP averages over ranks, so multiply: the objective is the sum over all packs / residues of all packs
+                # The loss of the step is the sum over the packs of all ranks, divided by their residues. DDP averages
+                # gradients over ranks, so multiply by the number of ranks.
                 (loss_sum * world_size / max(residues, 1)).backward()
             pack_loss[pack] = loss_sum.detach() / max(residues, 1)
         all_reduce_sum(pack_loss)
@@ -108,7 +112,8 @@ class Trainer:
     def freeze_if_bad(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
         """Freeze the weights from the first bad step on.
 
-        A step is bad if its loss or gradient is not finite, or if its loss is a spike.
+        A step is bad if its loss or gradient is not finite, or if its loss exceeds trainer.loss_spike times the running
+        mean of the loss.
 
         Returns:
             A flag on the device: whether this step is bad.
@@ -123,7 +128,11 @@ class Trainer:
         return bad
 
     def gradient_sync(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which DDP exchanges gradients only for the last pack of the step."""
+        """Return a context for the backward pass of one pack. DDP exchanges gradients in it only if `last` is set.
+
+        Args:
+            last: whether this is the rank's last pack of the step.
+        """
         if last or not isinstance(self.wrapped, DistributedDataParallel):
             return contextlib.nullcontext()
         return self.wrapped.no_sync()  # type: ignore[no-any-return]
@@ -144,7 +153,7 @@ class Trainer:
         return snapshot(self.model, self.ema.weights, self.optimizer)
 
     def state(self) -> dict[str, Any]:
-        """Return what the trainer adds to a checkpoint's state.json."""
+        """Return the entries that the trainer adds to a checkpoint's state.json."""
         return {
             "residues_seen": self.residues_seen,
             "usual_loss": float(self.usual_loss),
@@ -152,12 +161,16 @@ class Trainer:
         }
 
     def start_from(self, weights: Path) -> None:
-        """Load a model's averaged weights, and start the moving average from them too."""
+        """Load a model's averaged weights. The moving average of the weights starts from them too."""
         load_weights(weights, self.model)
         self.ema.weights = {name: p.detach().clone() for name, p in self.model.named_parameters()}
 
     def load(self, checkpoint: Path, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint whose state was read and verified."""
+        """Load a checkpoint, to continue from it.
+
+        Args:
+            state: the checkpoint's state.json. `read_state`, which returns it, has also verified the checkpoint.
+        """
         self.start_from(checkpoint / "ema.safetensors")
         load_weights(checkpoint / "model.safetensors", self.model)
         load_optimizer(checkpoint / "optimizer.safetensors", self.model, self.optimizer)
@@ -167,12 +180,12 @@ class Trainer:
 
 
 def count_residues(batch: PackedBatch) -> int:
-    """Count the residues that a pack, which is still on the host, is trained on."""
+    """Return the number of residues of a pack that are in the loss. The pack must still be on the host."""
     return int((batch.targets < N_STATES).sum())
 
 
 def make_model(config: TrainConfig, device: torch.device, attention_backend: str) -> DiT:
-    """Return the network of a config with its initial weights, which follow from the seed."""
+    """Return the network of a config with initial weights, which are random numbers that follow from config.seed."""
     torch.manual_seed(random_key(config.seed, "weights", 0))
     with device:
         return build_model(config.model, attention_backend, config.time_conditioning)

@@ -9,11 +9,13 @@ from protlig_dd.training.optim.muon import Muon
 
 
 def make_optimizer(model: nn.Module, optim: OptimConfig, precision: str) -> torch.optim.Optimizer:
-    """Return fused AdamW, or Muon for the matrices of the blocks and AdamW for all other parameters.
+    """Return fused AdamW for all parameters, or Muon for the matrices of the blocks and fused AdamW for the others.
 
-    Weight decay acts on matrices only, not on norms, biases or embeddings. The optimizer's step reads the device flag
-    `optimizer.found_inf` and changes no weight if it is 1. The trainer uses this to freeze the weights at the first
-    non-finite loss without waiting for the device.
+    Within the blocks, AdamW also updates the matrices of adaLN and of HeadGates. Weight decay acts on matrices only, not
+    on norms, biases or embeddings.
+
+    The optimizer's step reads the device flag `optimizer.found_inf` and changes no weight if the flag is 1. The trainer
+    uses the flag to freeze the weights at the first bad step without waiting for the device.
 
     Args:
         precision: bf16 | fp32, the precision in which Muon orthogonalises.

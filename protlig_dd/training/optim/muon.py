@@ -8,18 +8,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-# the steepest slope at zero that brings singular values to between 0.7 and 1.2 (kellerjordan.github.io/posts/muon)
+# Coefficients of the polynomial that is iterated on the singular values. It has the steepest slope at zero with which
+# the iteration brings singular values to between 0.7 and 1.2 (kellerjordan.github.io/posts/muon).
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
-ADAMW_RMS = 0.2  # usual RMS of an AdamW update, to which Muon's is scaled (arXiv 2502.16982, section 2.2)
+ADAMW_RMS = 0.2  # usual RMS of AdamW updates; Muon's updates are scaled to it (arXiv 2502.16982, section 2.2)
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum SGD with orthogonalised update matrices (kellerjordan.github.io/posts/muon, arXiv 2502.16982).
 
     The update is that of torch.optim.Muon with adjust_lr_fn="match_rms_adamw", with three differences: matrices of the
-    same shape are processed together, the matrices stacked in a fused qkv are orthogonalised separately, and the
-    weights can be frozen.
+    same shape are processed together, matrices that are stacked in one parameter (such as a fused qkv) are
+    orthogonalised separately, and the weights can be frozen.
 
     Args:
         hidden: maps each parameter that Muon updates to the number of matrices stacked along its rows.
@@ -40,11 +41,11 @@ class Muon(torch.optim.Optimizer):
         super().__init__([{"params": list(hidden)}], {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         self.adamw, self.dtype, self.stacked = adamw, dtype, dict(hidden)
         self.param_groups += adamw.param_groups
-        adamw.state = self.state  # both share one table, keyed by parameter
+        adamw.state = self.state  # the two optimizers share one dictionary of states, keyed by parameter
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update all parameters from their gradients, or none of them if `found_inf` is 1."""
+        """Update all parameters from their gradients. If `found_inf` is 1, change no parameter."""
         frozen = getattr(self, "found_inf", None)
         self.adamw.found_inf = frozen  # type: ignore[attr-defined]
         self.adamw.step()
@@ -74,7 +75,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(matrices: Float[Tensor, "n rows columns"], dtype: torch.dtype) -> Float[Tensor, "n rows columns"]:
-    """Return approximately U V^T for each matrix U S V^T, as float32. Its singular values are between 0.7 and 1.2.
+    """Return approximately U V^T for each matrix with the singular value decomposition U S V^T, as float32.
+
+    The singular values of the result are between 0.7 and 1.2.
 
     Args:
         dtype: precision of the computation.

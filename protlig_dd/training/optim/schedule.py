@@ -7,7 +7,7 @@ from protlig_dd.data.loader import PackDataset
 
 
 def count_steps(config: TrainConfig, dataset: PackDataset) -> int:
-    """Return trainer.max_steps, or the number of steps in trainer.epochs."""
+    """Return the number of steps of the run: trainer.max_steps, or the number of steps in trainer.epochs."""
     if config.trainer.max_steps is not None:
         return config.trainer.max_steps
     assert config.trainer.epochs is not None  # check_train_config requires exactly one of the two
@@ -22,8 +22,9 @@ def resolve_warmup_steps(configured: int, max_steps: int) -> int:
 def learning_rate(step: int, optim: OptimConfig, max_steps: int) -> float:
     """Return the learning rate of a step: linear warm-up to optim.lr, then decay to lr * min_lr_ratio at `max_steps`.
 
-    `cosine` decays from the end of the warm-up. `wsd` (warm-up, stable, decay; arXiv 2404.06395) stays at lr, then
-    decays linearly over the last decay_share of max_steps.
+    With the schedule `cosine`, the rate decays as a cosine from the end of the warm-up. With `wsd` (warm-up, stable,
+    decay; arXiv 2404.06395), it stays at optim.lr and then decays linearly. decay_share is the fraction of max_steps
+    over which it decays.
 
     Args:
         step: counted from 0. The first warm-up step already has a positive rate.
