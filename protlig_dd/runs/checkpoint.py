@@ -237,7 +237,7 @@ def remove_unfinished(run_folder: Path) -> None:
 
 
 def _remove(checkpoint: Path) -> None:
-    """Delete a checkpoint. complete.json is deleted first, so a kill never leaves it in a partial checkpoint."""
+    """Delete a checkpoint. complete.json is deleted first, so a partly deleted checkpoint never counts as complete."""
     (checkpoint / COMPLETE).unlink(missing_ok=True)
     sync_folder(checkpoint)
     shutil.rmtree(checkpoint)

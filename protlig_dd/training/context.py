@@ -52,8 +52,8 @@ class RunFolder:
     """Seconds until trainer.max_time stops the run; None for no limit. This is not a time of day, because the hosts'
     clocks differ. After a lost process, the restarted processes have only the seconds that were left."""
     finished: int | None
-    """The last step of the run, if it has finished and this launch changes neither its length nor its report. Else
-    None."""
+    """The last step of the run, if the run has finished and this launch changes neither the number of steps nor the
+    report settings. Else None."""
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ def kept_bytes(
         lengths: number of tokens of each sequence in the input.
     """
     batch = PackedBatch.pack([torch.zeros(length, dtype=torch.int64) for length in lengths])
-    limit = config.model.max_positions  # a table of positions must cover the sequences; its length is not counted
+    limit = config.model.max_positions  # a table of positions must cover the sequences; its size is not counted
     limit = None if limit is None else max(limit, *lengths)
     model_config = replace(config.model, checkpointing=checkpointing, max_positions=limit)
     model_config = replace(model_config, n_blocks=len(mixers), mixers=mixers)

@@ -47,6 +47,7 @@ def explain_lost_processes(trainer: Trainer) -> Iterator[None]:
     Raises:
         LoaderDiedError: a loader process died. The message names the step, this rank and the sequences that it needs.
         RankLostError: another rank is gone or does not answer. The message names the step and this rank.
+        RuntimeError: any other RuntimeError is raised unchanged.
     """
     try:
         yield

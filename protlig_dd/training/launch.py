@@ -273,9 +273,9 @@ def announce_finished(folder: RunFolder, processes: Processes) -> None:
 
 @contextlib.contextmanager
 def failures_logged(log: Path) -> Iterator[None]:
-    """Append the traceback and message of an exception to a log file, if one is raised inside this context.
+    """If an error is raised inside this context, append its traceback and message to a log file.
 
-    The message is also posted to the other ranks.
+    Unless the error is about another rank, its message is also posted for the other ranks.
     """
     try:
         yield

@@ -93,7 +93,7 @@ def metrics_rows(pending: list[dict[str, Any]], seconds: float, memory: int, pea
     """Return one row of metrics for each step since metrics were last written. Waits for the device.
 
     Args:
-        pending: the records of these steps, as returned by `Trainer.step`.
+        pending: the records of these steps that `Trainer.step` returned, with `step` and `residues_seen` added.
         seconds: total duration of these steps.
         memory: this process's peak memory so far, in bytes.
         peak_flops: FLOP/s that all devices together reach in matrix products. The MFU is a fraction of this number.

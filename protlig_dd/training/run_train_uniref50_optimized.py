@@ -72,7 +72,7 @@ def parse_arguments() -> argparse.Namespace:
         "--config",
         type=Path,
         required=True,
-        help="main config file, in the current folder or in --work_dir; it may use the shipped config groups",
+        help="path of the main config, relative to the current folder or to --work_dir; it may use the shipped groups",
     )
     parser.add_argument(
         "--datafile", help="store written by `python -m protlig_dd.prepare` (default: the config's data.path)"

@@ -26,7 +26,7 @@ from protlig_dd.training.objective import Objective
 from protlig_dd.training.optim.make import make_optimizer
 from protlig_dd.training.optim.schedule import count_steps, learning_rate
 
-SPIKE_STEPS = 50  # steps that the running mean of the loss covers; no loss spike is reported in the first SPIKE_STEPS
+SPIKE_STEPS = 50  # steps in the running mean of the loss; in the first SPIKE_STEPS steps of a run, no loss is a spike
 
 
 class Trainer:

@@ -11,8 +11,8 @@ from protlig_dd.training.optim.muon import Muon
 def make_optimizer(model: nn.Module, optim: OptimConfig, precision: str) -> torch.optim.Optimizer:
     """Return fused AdamW for all parameters, or Muon for the matrices of the blocks and fused AdamW for the others.
 
-    Within the blocks, AdamW also updates the matrices of adaLN and of HeadGates. Weight decay acts on matrices only, not
-    on norms, biases or embeddings.
+    AdamW also updates the matrices of adaLN and of HeadGates in the blocks. Weight decay acts on matrices only, not on
+    norms, biases or embeddings.
 
     The optimizer's step reads the device flag `optimizer.found_inf` and changes no weight if the flag is 1. The trainer
     uses the flag to freeze the weights at the first bad step without waiting for the device.
