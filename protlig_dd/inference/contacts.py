@@ -1,4 +1,7 @@
-"""A map of averaged attention, corrected like a contact map, and its picture. Does not use Hydra."""
+"""Average attention weights to a map of residue pairs, correct the map like a contact map, and draw it.
+
+This module does not use Hydra.
+"""
 
 from io import BytesIO
 from typing import Any
@@ -7,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-LETTERS_SHOWN = 130  # residues; longer sequences have numbers along the axes instead of letters
+LETTERS_SHOWN = 130  # maximum length of a sequence whose letters are shown along the axes; longer ones have numbers
 
 
 def contact_map(weights: Float[Tensor, "*chosen tokens tokens"]) -> Float[Tensor, "residues residues"]:
@@ -18,10 +21,10 @@ def contact_map(weights: Float[Tensor, "*chosen tokens tokens"]) -> Float[Tensor
     same weight, so no structures are needed.
 
     Args:
-        weights: attention weights of one protein, as returned by `attention`, or those of one head.
+        weights: one tensor of the list that `attention` returns, or a part of the tensor, such as one head.
 
     Raises:
-        ValueError: not one tensor (..., tokens, tokens) with at least three tokens.
+        ValueError: `weights` is not a tensor (..., tokens, tokens) with at least three tokens.
     """
     shape = tuple(weights.shape) if isinstance(weights, Tensor) else None
     if shape is None or len(shape) < 2 or shape[-1] != shape[-2] or shape[-1] < 3:
@@ -34,7 +37,8 @@ def contact_map(weights: Float[Tensor, "*chosen tokens tokens"]) -> Float[Tensor
 def average_product_correction(a: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     """Return a_ij - a_i a_j / a, where a_i, a_j and a are the sums of row i, of column j and of all entries.
 
-    It removes what a position has in common with all others (APC, Dunn et al. 2008, doi 10.1093/bioinformatics/btm604).
+    This correction removes what a position has in common with all other positions (APC, Dunn et al. 2008, doi
+    10.1093/bioinformatics/btm604).
     """
     return a - a.sum(1, keepdim=True) * a.sum(0, keepdim=True) / a.sum()
 
@@ -42,8 +46,8 @@ def average_product_correction(a: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
 def to_png(contacts: Float[Tensor, "residues residues"], sequence: str, title: str) -> bytes:
     """Return a PNG of a contact map with the sequence along both axes.
 
-    Entries above the product of averages are red, entries below it are blue, and the diagonal is grey. The scale ends
-    at the 99th percentile of the off-diagonal entries' absolute values.
+    Positive entries (attention above the product of averages) are red, negative entries are blue, and the diagonal is
+    grey. The scale ends at the 99th percentile of the off-diagonal entries' absolute values.
 
     Raises:
         ValueError: the sequence does not have the map's length.

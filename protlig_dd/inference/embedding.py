@@ -48,15 +48,15 @@ def embed(
 ) -> list[Tensor]:
     """Return the hidden states of each protein's residues.
 
-    The network reads the clean sequence (no masks). With time conditioning it receives the noise level of t_min.
+    The network reads the clean sequence (no masks). A network with time conditioning receives the noise level of t_min.
 
     Args:
         network: the network of score_fn, in evaluation mode.
         proteins: each is `<bos> residues <eos>`.
         layer: see `DiT.hidden_states`.
-        max_len: longer proteins are cut into windows of max_len residues that overlap by half; a residue's state is
-            the mean over the windows that contain it.
-        tokens_per_pack: tokens computed together; a pack has at least one window.
+        max_len: longer proteins are cut into windows of max_len residues that overlap by at least half. A residue's
+            state is the mean over the windows that contain the residue.
+        tokens_per_pack: maximum number of tokens per pack. A window with more tokens is a pack of its own.
 
     Returns: (residues_i, hidden) float32 for each protein, on the CPU.
     """
@@ -91,14 +91,15 @@ def embed(
 
 
 def check_long(long: str, longest: int, name: str, max_len: int) -> None:
-    """Check that the longest protein is not longer than the model was trained on, unless it may be cut into windows.
+    """Check that no protein is longer than those the model was trained on, unless proteins may be cut into windows.
 
     Args:
         long: what to do with longer proteins, `error` or `window`.
+        longest: number of residues of the longest protein.
         name: the longest protein's name in the error message.
 
     Raises:
-        ValueError: it is longer, and `long` is `error`; or another value of `long`.
+        ValueError: the longest protein is too long and `long` is `error`, or `long` has an unknown value.
     """
     if long not in (choices := ("error", "window")):
         raise ValueError(unknown_choice("long", long, choices))
@@ -119,8 +120,8 @@ def mean_embeddings(
         long: what to do with proteins of more than max_len residues, `error` or `window` (see `embed`).
 
     Raises:
-        ValueError: anything else than a list of sequences, an illegal letter or a protein that is too long (the message
-            names the sequence), or a layer that the network does not have.
+        ValueError: `sequences` is not a list of sequences, a sequence has an illegal letter or is too long (the message
+            names the sequence), or the network does not have the layer.
     """
     check_list(sequences, "embed takes a list of sequences")
     chosen = resolve_layer(layer, len(network.blocks))

@@ -22,7 +22,9 @@ MAX_ID_BYTES = 1 << 30
 
 
 def ids_column(ids: list[str], output: Path) -> np.ndarray:
-    """Return the ids as an array for the output file: HDF5 stores each id at its own length, NPZ at the longest length.
+    """Return the ids as an array for the output file.
+
+    HDF5 stores each id at its own length. NPZ stores every id at the length of the longest id.
 
     Raises:
         ValueError: the ids would take more than MAX_ID_BYTES in an NPZ file.
@@ -60,9 +62,10 @@ def read_proteins(path: str) -> tuple[list[str], list[np.ndarray]]:
 def embedded_blocks(
     trained: TrainedModel, proteins: list[np.ndarray], layer: int, pooling: str, tokens_per_pack: int
 ) -> Iterator[np.ndarray]:
-    """Yield float32 rows in the order of the proteins.
+    """Yield blocks of float32 rows, the embeddings of the proteins in their order.
 
-    The ranks share the work: each computes one pack at a time. The rows are then gathered, so every rank yields all.
+    The ranks share the work: each rank computes one pack at a time. The rows are then gathered, so every rank yields
+    the rows of all proteins.
     """
     processes = trained.processes
     residues = [
@@ -90,12 +93,12 @@ def embedded_blocks(
 
 
 def pool(states: Tensor, pooling: str) -> Tensor:
-    """Return the rows to write for states (residues, hidden): (1, hidden) for the mean, else the states."""
+    """Return a protein's rows of the output: the mean (1, hidden) of its states, or all states (residues, hidden)."""
     return states.mean(0, keepdim=True) if pooling == "mean" else states
 
 
 def fill(target: Any, blocks: Iterator[np.ndarray]) -> None:
-    """Write blocks of rows one after another."""
+    """Write blocks of rows to `target`, one after another."""
     start = 0
     for block in blocks:
         target[start : start + len(block)] = block

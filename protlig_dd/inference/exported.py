@@ -1,7 +1,8 @@
 """An exported model: a folder with everything needed to use the model, and nothing that can run code.
 
     model.safetensors    the averaged weights
-    config.json          network, graph, noise, parametrisation; lengths; origin; evaluation report
+    config.json          network, graph, noise, parametrisation; lengths of the training proteins; the run's name, step,
+                         data and training settings; evaluation report
     vocabulary.json      token ids
     README.md            the model card
 
@@ -33,7 +34,7 @@ DEFAULT_KINDS = {
     "qk_norm": True,
     "tie_weights": False,
 }
-"""The kinds of a network's parts in configs/model/*.yaml. The model card names only others."""
+"""The kinds of a network's parts in configs/model/*.yaml. The model card lists only parts of another kind."""
 
 
 def is_exported(folder: Path) -> bool:
@@ -41,7 +42,7 @@ def is_exported(folder: Path) -> bool:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """Return config.json of an exported model after checking the vocabulary and the checksum of the weights.
+    """Return the content of an exported model's config.json, after checking the vocabulary and the weights' checksum.
 
     Raises:
         ValueError: a file is missing or damaged, or has another format version or vocabulary. The message
@@ -79,12 +80,14 @@ def read_json(file: Path) -> dict[str, Any]:
 def write_exported(
     folder: Path, weights: Mapping[str, Tensor], description: Mapping[str, Any], card: str | None = None
 ) -> None:
-    """Write weights, description, vocabulary and model card to a new folder; the weights' checksum is added.
+    """Write weights, description, vocabulary and model card to a new folder.
+
+    The checksum of the weights is added to the description.
 
     Args:
-        description: config.json, with or without the weights' checksum. If it has the checksum of other weights, its
-            report and `card` are left out, because they describe the other weights.
-        card: an existing README.md of these weights; None: write a new one.
+        description: the content of config.json, with or without the checksum of the weights. If it has the checksum of
+            other weights, its report and `card` are left out, because they describe the other weights.
+        card: the text of an existing README.md for these weights. If it is None, a new model card is written.
     """
     folder.mkdir()
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, folder / WEIGHTS)
@@ -100,13 +103,19 @@ def write_exported(
 
 
 def vocabulary() -> dict[str, Any]:
-    """Return the token ids by letter or name; the first n_states ids are the diffused states."""
+    """Return the content of vocabulary.json: the token ids by letter or name, and the number of diffused states.
+
+    The diffused states have the first n_states ids.
+    """
     ids = {letter: i for i, letter in enumerate(LETTERS) if i != MASK}
     return {"n_states": N_STATES, "ids": ids | {"<mask>": MASK, "<bos>": BOS, "<eos>": EOS, "<pad>": PAD}}
 
 
 def model_card(description: Mapping[str, Any]) -> str:
-    """Return README.md: what the model is, its evaluation and how to load it. The user has to choose a licence."""
+    """Return the text of README.md: what the model is, its evaluation and how to load it.
+
+    The user has to choose a licence.
+    """
     model, training = description["model"], description["training"]
     kinds = kinds_of_parts(model)
     graph = " ".join(str(description["graph"][key]) for key in ("name", "matrix") if key in description["graph"])
@@ -156,7 +165,7 @@ def model_card(description: Mapping[str, Any]) -> str:
 
 
 def kinds_of_parts(model: Mapping[str, Any]) -> str:
-    """Return the kinds of the network's parts that are not the default, as in `; positions t5; tie_weights true`."""
+    """Return the parts of the network whose kind is not the default, as in `; positions t5; tie_weights true`."""
     kinds = {key: model.get(key, default) for key, default in DEFAULT_KINDS.items()}
     named = [f"; {key} {kind_as_text(kind)}" for key, kind in kinds.items() if kind != DEFAULT_KINDS[key]]
     return "".join(named)
@@ -169,7 +178,7 @@ def kind_as_text(kind: str | bool | list[str]) -> str:
 
 
 def context_in(training: Mapping[str, Any]) -> str | None:
-    """Return the case of the residues that were context in training; None if all residues were trained on."""
+    """Return the case of the residues that were given to the network as context in training; None without context."""
     context = training["data"].get("context")
     return None if context == "none" else context
 

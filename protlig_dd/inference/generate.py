@@ -1,4 +1,7 @@
-"""Sample any number of proteins in packs, with keyed random draws and a progress bar, and format them as FASTA."""
+"""Sample any number of proteins in packs, with a progress bar, and format them as FASTA.
+
+The random draws of a protein depend only on the seed and the protein's number.
+"""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -93,9 +96,10 @@ def describe_designs(
     numbers: Sequence[int] | None = None,
     notes: Sequence[str] | None = None,
 ) -> str:
-    """Return FASTA of samples, the same on every rank. Each header ends with the note and the model's NLL bound.
+    """Return the samples as FASTA. Every rank returns the same text.
 
-    The ranks share the computation of the bounds.
+    Each header ends with the sample's note, if there are notes, and with the model's bound on the sample's NLL, unless
+    nll_draws is 0. The ranks share the computation of the bounds.
     """
     bounds = bound_notes(trained, samples, numbers, config)
     notes = bounds if notes is None else [note + bound for note, bound in zip(notes, bounds, strict=True)]
@@ -106,10 +110,11 @@ def describe_designs(
 def bound_notes(
     trained: TrainedModel, samples: Sequence[np.ndarray], numbers: Sequence[int] | None, config: SamplingConfig
 ) -> list[str]:
-    """Return ` nll=2.8512 nll_se=0.0113` for each protein: the model's own bound in nats/residue.
+    """Return a text such as ` nll=2.8512 nll_se=0.0113` for each protein.
 
-    The texts are empty if nll_draws is 0. The bound of each protein is computed alone, with draws keyed by
-    (seed, "bound", its number), so that it does not depend on the other proteins.
+    It gives the model's bound on the protein's NLL and the standard error, in nats/residue. The texts are empty if
+    nll_draws is 0. The bound of each protein is computed separately, with draws keyed by (seed, "bound", the protein's
+    number), so that the bound does not depend on other proteins.
     """
     if not config.nll_draws:
         return [""] * len(samples)
@@ -124,7 +129,7 @@ def bound_notes(
             draws=config.nll_draws,
             tokens_at_once=config.tokens_per_pack,
         )
-        residues = max(1, int(bound.residues))  # a design of context letters alone has none
+        residues = max(1, int(bound.residues))  # context letters such as X do not count
         tick()
         return {i: f" nll={float(bound.nats) / residues:.4f} nll_se={float(bound.standard_error) / residues:.4f}"}
 
@@ -145,20 +150,20 @@ def generate(
 ) -> tuple[list[np.ndarray], Counter[str]]:
     """Sample sequences of these lengths, one pack at a time.
 
-    A sequence's draws are keyed by (seed, "sample", its number) and made on the CPU.
+    The random draws of a sequence are keyed by (seed, "sample", the sequence's number) and made on the CPU.
 
     Args:
         work: the size of the packs and the processes that share them.
         log_bias: nats for each amino acid (see `sample`): (20,) for all positions of all sequences, or one tensor
             (length_i, 20) for each sequence.
-        numbers: number of each sequence; 0, 1, 2, ... by default.
+        numbers: the number of each sequence, which keys its draws; 0, 1, 2, ... by default.
         templates: ids (length_i,) of each sequence's residues, MASK at free positions; other residues are fixed.
 
     Returns:
         uint8 arrays of amino-acid ids in the order of `lengths`, and the sampler's counts; the same on every rank.
 
     Raises:
-        ValueError: the list of biases does not match `lengths`; or see `sample`.
+        ValueError: the list of biases does not match `lengths`, or an error of `sample`.
     """
     check_biases(log_bias, lengths)
     counts: Counter[str] = Counter()

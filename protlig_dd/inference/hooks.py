@@ -1,4 +1,4 @@
-"""Read or replace the outputs of a network's modules by name. Does not use Hydra (docs/inspect.md)."""
+"""Read or replace the outputs of a network's modules by name (docs/inspect.md). This module does not use Hydra."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,22 +11,26 @@ from protlig_dd.model.dit import DiT
 from protlig_dd.model.mixers.ttt import TTT
 
 Hook = Callable[[Tensor], Tensor | None]
-"""Receives a module's output. Returns None, or a tensor of the same shape, dtype and device that replaces it."""
+"""Receives a module's output. Returns None, or a tensor of the same shape, dtype and device to replace the output."""
 
 
 @contextmanager
 def hooks(network: DiT, functions: Mapping[str, Hook]) -> Iterator[None]:
-    """Call functions on the outputs of named modules while the body runs; the hooks are removed even if it raises.
+    """Call functions on the outputs of named modules while the body of the `with` statement runs.
+
+    The hooks are removed after the body, even if the body raises.
 
     Args:
-        functions: name of a module, as in the names of weights: `embedding`, `blocks.3`, `blocks.3.attention_out`,
-            `head`. A function receives the output itself, usually (total tokens of the pack, width), and must not
-            change it in place. If it returns a tensor, that replaces the output for the rest of the network.
+        functions: name of a module -> function. Modules are named as in the names of weights: `embedding`, `blocks.3`,
+            `blocks.3.attention_out`, `head`. A function receives the module's output itself and not a copy, usually
+            (total tokens of the pack, width), and must not change it in place. A tensor that the function returns
+            replaces the output for the rest of the network.
 
     Raises:
-        ValueError: no module has the name, or the module is never called itself, or a value is not a function
-            (nothing is hooked then). The network is in training mode and its blocks are compiled or recorded, so hooks
-            would not run. In the body: a replacement is not a tensor of the output's shape, dtype and device.
+        ValueError: no module has the name, the network never calls the module itself, or a value is not a function; or
+            the network is in training mode and its blocks are compiled or recorded as CUDA graphs, so hooks would not
+            run. In these cases nothing is hooked. While the body runs: a function returns neither None nor a tensor of
+            the output's shape, dtype and device.
     """
     if not isinstance(functions, Mapping):
         raise ValueError(f"hooks takes a mapping of module names to functions, got {functions!r:.40}")
@@ -46,7 +50,7 @@ def hooks(network: DiT, functions: Mapping[str, Hook]) -> Iterator[None]:
 
 
 def checked(name: str, function: Hook) -> Callable[[nn.Module, object, Tensor], Tensor | None]:
-    """Return a forward hook that calls `function` and checks its replacement."""
+    """Return a forward hook that calls `function` and checks the tensor that `function` returns."""
 
     def hook(module: nn.Module, inputs: object, output: Tensor) -> Tensor | None:
         replacement = function(output)
@@ -65,14 +69,15 @@ def checked(name: str, function: Hook) -> Callable[[nn.Module, object, Tensor], 
 def called_modules(network: DiT) -> dict[str, nn.Module]:
     """Return the modules that a forward pass calls, by name.
 
-    The others only contain modules, as ModuleList does, or contain weights that the network reads without a call.
+    All other modules only contain modules, as ModuleList does, or contain weights that the network reads without
+    calling the module.
     """
     uncalled = set[nn.Module]()
     if network.positions.is_biased():
-        uncalled |= set(network.positions.modules())  # `bias` reads the weights of whole tables
+        uncalled |= set(network.positions.modules())  # `bias` reads their weights
     for block in network.blocks:
         if isinstance(block, Block) and isinstance(block.mixer, TTT):
-            uncalled.add(block.mixer.heads_norm)  # computed in the dtype of the state
+            uncalled.add(block.mixer.heads_norm)  # TTT computes this norm itself, in the dtype of its state
     return {
         name: module
         for name, module in network.named_modules()
@@ -81,7 +86,9 @@ def called_modules(network: DiT) -> dict[str, nn.Module]:
 
 
 def unknown_module(network: DiT, name: object, called: Iterable[str]) -> str:
-    """Return an error message for a name that cannot be hooked, with the names at its place that can.
+    """Return an error message for a name that cannot be hooked.
+
+    The message lists names that can be hooked in the same part of the network, or explains how to read a weight.
 
     Args:
         called: the names that can be hooked.
@@ -101,7 +108,7 @@ def unknown_module(network: DiT, name: object, called: Iterable[str]) -> str:
 
 
 def parts_of(place: str, names: Iterable[str]) -> list[str]:
-    """Return the names inside the module `place` (all if it is empty), without the parts of these modules.
+    """Return the outermost of the names inside the module `place`, or inside the network if `place` is empty.
 
     Numbered modules are summarised, as in `blocks.0 to blocks.11`.
     """

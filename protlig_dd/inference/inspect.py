@@ -1,6 +1,6 @@
-"""Look inside a trained network: attention weights, and a mode for analysis. Does not use Hydra.
+"""Look inside a trained network: compute its attention weights, or run code on it in evaluation mode.
 
-The methods of `protlig_dd.hub.ProteinDiffusion` call these functions (docs/inspect.md).
+The methods of `protlig_dd.hub.ProteinDiffusion` call these functions (docs/inspect.md). This module does not use Hydra.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -36,13 +36,14 @@ def attention(
 
     Entry [b, h, i, j] is the weight with which token i reads token j in head heads[h] of block blocks[b]. The tokens
     are `<bos> residues <eos>`, so a protein of L residues has L + 2 tokens and residue k is token k + 1. Each row sums
-    to 1. The weights are computed in float32 from the queries, keys and bias that the attention kernel receives, which
-    are rounded if the network computes in a lower precision. The network runs in evaluation mode on one protein at a
-    time, up to the last selected block. A protein takes 4 (L + 2)^2 bytes per block and head.
+    to 1. The weights are computed in float32 from the queries, keys and bias that the attention kernel receives. Those
+    that the kernel receives in a lower precision are rounded to it. The network runs in evaluation mode on one protein
+    at a time, up to the last selected block. The weights of a protein take 4 (L + 2)^2 bytes per block and head.
 
     Args:
-        sequences: letters in either case; `_` is a masked residue (for graphs with a mask).
-        blocks, heads: numbers from 0, in the order of the result; -1 is the last. None: all.
+        sequences: letters in either case; `_` is a masked residue (only for graphs with a mask).
+        blocks, heads: numbers from 0, in the order that the result is to have; -1 is the last block or head. None
+            selects all.
         t: noise level, from the noise schedule's t_min to 1, that a network with time conditioning receives. None: the
             level that matches the protein's fraction of masked residues, as in sampling; for graphs without a mask,
             t_min.
@@ -85,9 +86,10 @@ def weights_of_pack(
 
 @contextmanager
 def recording(network: DiT, number: int, heads: Sequence[int], weights: dict[int, Tensor]) -> Iterator[None]:
-    """Store the attention weights of block `number` while the network runs on a pack of one sequence.
+    """Store the attention weights of block `number` in `weights` while the network runs on a pack of one sequence.
 
-    The weights are computed from the input of `mix`, which contains the queries and keys that the kernel receives.
+    The attention weights are computed from the input of the mixer's method `mix`, which contains the queries and keys
+    that the kernel receives.
     """
     block = network.blocks[number]
     assert isinstance(block, Block)
@@ -118,14 +120,14 @@ def attention_weights(
 
     Args:
         projected: the queries, keys and values that the block's mixer has computed (`Mixer.project`).
-        scores: the position encoding's bias of the scores; None if it has none.
+        scores: the position encoding's bias of the scores; None if the kernel needs only q, k and v.
         rounded: whether the kernel receives the bias in the dtype of the queries, as sdpa does.
     """
     head_dim, bias = projected.shape[-1], None
     if scores is not None and scores.columns is not None:
         projected = with_columns(projected, scores.columns)
     elif scores is not None and scores.bias is not None:
-        # under the autocast of the network, as for the kernel
+        # computed under the network's autocast, as is the bias for the kernel
         bias = scores.bias.matrix(len(projected)) if scores.matrices is None else scores.matrices[0]
         bias = bias[list(heads)].to(projected.dtype if rounded else torch.float32).float()
     q, k, _ = projected[:, :, list(heads)].float().unbind(1)
@@ -135,7 +137,7 @@ def attention_weights(
 
 
 def attention_of(network: DiT, number: int) -> Attention:
-    """Return the mixer of a block. Raise a ValueError if it is not attention."""
+    """Return the mixer of a block. Raise a ValueError if the mixer is not attention."""
     block = network.blocks[number]
     assert isinstance(block, Block)
     if not isinstance(block.mixer, Attention):
@@ -167,7 +169,7 @@ def pack_of(score_fn: ScoreFn, sequence: str, name: str, max_len: int) -> Packed
 
 
 def sigma_of(score_fn: ScoreFn, batch: PackedBatch, t: float | None) -> Float32[Tensor, " n"]:
-    """Return the total noise of each sequence (see `attention`)."""
+    """Return the total noise sigma that the network receives for each sequence; `t` is described in `attention`."""
     noise, graph = score_fn.noise, score_fn.graph
     if t is not None and not noise.t_min <= t <= 1:
         raise ValueError(f"t must lie in [{noise.t_min:g}, 1], got {t:g}")

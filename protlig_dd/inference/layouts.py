@@ -1,4 +1,4 @@
-"""Lay out designs for infilling: which residues are fixed and which are free, from positions or a contig."""
+"""Lay out designs for infilling: decide from positions or a contig which residues are fixed and which are free."""
 
 import itertools
 import string
@@ -19,11 +19,11 @@ from protlig_dd.system.tables import as_csv
 from protlig_dd.system.terminal import announce
 from protlig_dd.tokenizer import MASK
 
-MAX_DESIGNS = 1_000_000  # of one protein
+MAX_DESIGNS = 1_000_000  # maximum number of designs of one protein
 
 
 Protein = tuple[FastaRecord, np.ndarray]
-"""A record and the ids (length,) of its residues, MASK where the sequence has `_`."""
+"""A record and the token ids (length,) of its residues, with MASK where the sequence has `_`."""
 
 
 class Segment(NamedTuple):
@@ -31,9 +31,9 @@ class Segment(NamedTuple):
 
     length: int
     start: int | None = None
-    """None: new residues."""
+    """None for new residues."""
     letter: str | None = None
-    """The letter by which the contig names the input protein; None: new residues, or no contig."""
+    """The letter by which the contig names the input protein; None for new residues, or without a contig."""
 
     @property
     def end(self) -> int | None:
@@ -54,7 +54,7 @@ class Design(NamedTuple):
 
 
 def designs_of_positions(config: InfillConfig, records: Sequence[Protein]) -> list[Design]:
-    """Return n designs of each record, with the free positions of `mask_free_positions`."""
+    """Return `config.n` designs of each record. `mask_free_positions` chooses their free positions."""
     designs = []
     for k, (record, ids) in enumerate(records):
         template = mask_free_positions(record, ids, fixed=config.fixed, free=config.free, context=config.context)
@@ -74,10 +74,9 @@ def designs_of_positions(config: InfillConfig, records: Sequence[Protein]) -> li
 
 
 def designs_of_contig(config: InfillConfig, records: Sequence[Protein]) -> list[Design]:
-    """Return n designs of each record.
+    """Return `config.n` designs of each record or, if the contig has several letters, `config.n` designs in total.
 
-    If the contig has several letters, the designs combine records instead, and there are n in total: A is the first
-    record, B the second, and so on.
+    In the second case each design combines records: A is the first record, B is the second record, and so on.
     """
     assert config.contig is not None
     letters = sorted({part[0] for part in config.contig.split("/") if part[:1].isalpha()})
@@ -108,7 +107,7 @@ def designs_of_contig(config: InfillConfig, records: Sequence[Protein]) -> list[
 
 
 def contig_stretches(contig: str) -> dict[str, list[tuple[int, int]]]:
-    """Return the first and last residue of each input stretch of a contig, in order, by letter."""
+    """Return a contig's stretches of the input as (first, last) residues, in a list for each letter of the contig."""
     stretches: dict[str, list[tuple[int, int]]] = {}
     for part in contig.split("/"):
         if part[:1].isalpha():
@@ -135,10 +134,13 @@ def read_records(path: Path) -> list[Protein]:
 def mask_free_positions(
     record: FastaRecord, ids: np.ndarray, *, fixed: Any, free: Any, context: str | None = None
 ) -> np.ndarray:
-    """Return the ids with MASK at free positions: those with `_`, those in `free`, or all those not in `fixed`.
+    """Return the ids with MASK at free positions.
+
+    Positions with `_` are free. So are the positions in `free`, those outside `fixed`, and those that `context` does
+    not fix.
 
     Args:
-        context: the case of the letters that are fixed, `lower` or `upper`; those of the other case are free.
+        context: the case of the letters that are fixed, `lower` or `upper`; letters of the other case are free.
 
     Raises:
         ValueError: an invalid range, a range that ends after the sequence, or a fixed position that has `_`.
@@ -159,7 +161,7 @@ def mask_free_positions(
 
 
 def in_ranges(record: FastaRecord, ranges: Any, key: str, length: int) -> np.ndarray:
-    """Return (length,) bool: the positions in ranges such as `[12-40,77]`, 1-based and inclusive."""
+    """Return (length,) bool, True at the positions in ranges such as `[12-40,77]`, which are 1-based and inclusive."""
     inside = np.zeros(length, bool)
     for item in ranges if isinstance(ranges, list) else [ranges]:
         first, last = parse_range(str(item), f"{key}={item}")
@@ -173,10 +175,10 @@ def draw_layout(contig: str, lengths: str | None, generator: np.random.Generator
     """Draw the segments of one design.
 
     `10-40/A45-60/5-20` is 10 to 40 new residues, residues 45 to 60 of input A, and 5 to 20 new residues. The length of
-    each new stretch is drawn uniformly. `lengths` is a number or a range for the length of the whole design. If it is
-    given, the draw is uniform among all combinations of stretches with such a total. Combinations without a new residue
-    are left out, unless there are no others.
-    The notation is RFdiffusion's (Watson et al. 2023), without its chain breaks (`/0`); a letter names the input.
+    each new stretch is drawn uniformly. `lengths` is a number or a range for the length of the whole design. If
+    `lengths` is given, the draw is uniform among all combinations of stretches whose total length is allowed.
+    Combinations without a new residue are left out, unless every possible combination has none. The notation is
+    RFdiffusion's (Watson et al. 2023), without its chain breaks (`/0`); a letter names the input.
 
     Raises:
         ValueError: a part that is not a range, a design without residues, or lengths that the contig cannot have.
@@ -206,14 +208,14 @@ def draw_layout(contig: str, lengths: str | None, generator: np.random.Generator
         sizes = draw_sizes(ranges, low, high, generator)
     else:
         sizes = []
-        while sum(sizes) < low:  # draw again if there is no new residue (at most half of the draws)
+        while sum(sizes) < low:  # draw again if no residue is new, as in at most half of the draws
             sizes = [int(generator.integers(a, b, endpoint=True)) for a, b in ranges]
     return [Segment(size, start, letter) for size, start, letter in zip(sizes, starts, letters, strict=True) if size]
 
 
 def draw_sizes(ranges: Sequence[tuple[int, int]], low: int, high: int, generator: np.random.Generator) -> list[int]:
     """Draw a size in each range, uniformly among all combinations whose sum is in [low, high]."""
-    # ways[k][s] is the number of combinations of sizes k, k + 1, ... with sum s, up to a factor: only ratios matter
+    # ways[k][s] is proportional to the number of ways in which the sizes of ranges k, k + 1, ... can have the sum s
     ways = [np.ones(1)]
     for first, last in reversed(ranges):
         ways.insert(0, np.convolve(ways[0], np.r_[np.zeros(first), np.ones(last - first + 1)]))
@@ -229,10 +231,10 @@ def draw_sizes(ranges: Sequence[tuple[int, int]], low: int, high: int, generator
 
 
 def build_template(inputs: Mapping[str, Protein], layout: Sequence[Segment]) -> np.ndarray:
-    """Return the design's ids, MASK in the new stretches.
+    """Return the design's token ids, with MASK in the new stretches.
 
     Args:
-        inputs: proteins by the letters of the layout's segments.
+        inputs: letter in the layout's segments -> protein.
     """
     parts = []
     for segment in layout:
@@ -251,8 +253,8 @@ def build_template(inputs: Mapping[str, Protein], layout: Sequence[Segment]) -> 
 def map_csv(designs: Sequence[Design]) -> str:
     """Return CSV with a row for each free or fixed stretch: its position in the design, and its origin in the input.
 
-    Positions are 1-based and inclusive. `input` and `input_start` are empty for a contig's new residues; `input` is
-    also empty without a contig.
+    Positions are 1-based and inclusive. The columns `input` and `input_start` are empty for a contig's new residues.
+    Without a contig, `input` is always empty.
     """
     table: list[list[object]] = [["design", "start", "end", "free", "input", "input_start"]]
     for name, _, layout, template, _ in designs:
@@ -275,7 +277,7 @@ def warn_about_layout(
 ) -> None:
     """Print a warning for each layout that a user may not intend, and for graphs where infilling is an approximation.
 
-    Warnings are for records of which context= fixes no residue, and for contigs that reorder or repeat residues.
+    These layouts are records in which `context=` fixes no residue, and contigs that reorder or repeat residues.
     """
     whole = dict.fromkeys(design.protein for design in designs if (design.template == MASK).all())
     if config.context is not None and whole:

@@ -12,7 +12,7 @@ class Lengths(NamedTuple):
     """Lengths of a model's training proteins."""
 
     counts: list[int]
-    """How many proteins have 0, 1, ... residues, without those that were cropped in training."""
+    """counts[n] is the number of proteins with n residues. Proteins that were cropped in training are not counted."""
     description: str
     """For messages: how many proteins there are, and how many were left out."""
 
@@ -21,9 +21,9 @@ def lengths_of(counts: list[int] | None, cropped: int | None, max_len: int) -> L
     """Return the training lengths that a checkpoint or an exported model records; None if it records none.
 
     Args:
-        counts: how many training proteins have 0, 1, ... max_len residues.
-        cropped: how many training proteins have more residues. It is None in files of earlier versions, which
-            counted cropped proteins as having max_len residues; counts[max_len] is then left out.
+        counts: counts[n] is the number of training proteins with n residues, for n up to max_len.
+        cropped: the number of training proteins with more than max_len residues. It is None in files of earlier
+            versions, which counted cropped proteins as having max_len residues; counts[max_len] is then left out.
     """
     if counts is None:
         return None
@@ -45,19 +45,19 @@ def draw_lengths(counts: Sequence[int], n: int, seed: int) -> list[int]:
 
 
 def length_draws(n: int, seed: int) -> np.ndarray:
-    """Return (n,) uniform draws on [0, 1). The first draws do not depend on n."""
-    # computed as in Generator.random, but from the raw stream, which numpy promises to keep
+    """Return (n,) uniform draws on [0, 1). A larger n adds draws but does not change the earlier ones."""
+    # computed as in Generator.random, but from the raw stream, which numpy promises not to change
     return (np.random.PCG64(random_key(seed, "lengths", 0)).random_raw(n) >> np.uint64(11)) * 2.0**-53
 
 
 def choose_lengths(lengths: str, n: int, seed: int, training_lengths: Lengths | None) -> list[int]:
-    """Return n lengths.
+    """Return the lengths of n new proteins.
 
     Args:
         lengths: `empirical` (drawn like the training lengths), a number, or `shortest-longest` (uniform).
 
     Raises:
-        ValueError: lengths is something else, or `empirical` for a model without a record of its training lengths.
+        ValueError: `lengths` has another form, or it is `empirical` and no training lengths are recorded.
     """
     if lengths == "empirical":
         if training_lengths is None:
@@ -72,7 +72,7 @@ def choose_lengths(lengths: str, n: int, seed: int, training_lengths: Lengths | 
 
 
 def longest_of(lengths: str, drawn: Sequence[int]) -> int:
-    """Return the largest length that `choose_lengths` may draw: the end of a range, else the largest drawn one."""
+    """Return the largest length that `choose_lengths` may draw, or for `empirical` the largest length in `drawn`."""
     return max(drawn) if lengths == "empirical" else parse_range(lengths, f"lengths={lengths}")[1]
 
 

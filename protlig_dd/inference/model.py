@@ -27,8 +27,8 @@ from protlig_dd.system.distributed import Processes, join_group, processes_from_
 from protlig_dd.system.meeting import meeting_of
 from protlig_dd.system.terminal import announce
 
-TIMEOUT = 3600  # seconds that a rank waits for the others
-HOST_ARGUMENTS = ("from", "compare", "input", "train", "output")  # paths, which may differ between hosts
+TIMEOUT = 3600  # seconds that a rank waits for the other ranks
+HOST_ARGUMENTS = ("from", "compare", "input", "train", "output")  # arguments with paths that may differ between hosts
 MODEL_KEYS = ("model", "graph", "noise", "parametrisation", "time_conditioning")  # config keys that define a model
 
 
@@ -42,19 +42,23 @@ class SavedModel:
     config: TrainConfig
     step: int
     length_counts: list[int] | None
-    """How many training sequences have 0, 1, ... residues."""
+    """length_counts[n] is the number of training sequences with n residues."""
     cropped_sequences: int | None
-    """How many training sequences are longer than max_len. None: length_counts counts them as max_len residues."""
+    """How many training sequences are longer than max_len. If it is None, length_counts counts these sequences as
+    having max_len residues."""
     data_fingerprint: str
     skipped: list[str]
-    """Newer checkpoints of the same run, and what is wrong with each."""
+    """The error of each newer checkpoint of the same run; such a checkpoint is not valid."""
 
 
 def find_saved(path: str) -> SavedModel:
-    """Find the newest sound checkpoint of a run folder, a checkpoint, or an exported model, and verify its checksums.
+    """Return the saved model at a path, after verifying its checksums.
+
+    The path is an exported model, a checkpoint, or a run folder. The newest valid checkpoint of a run folder is used.
 
     Raises:
-        ValueError: the path is none of these, or a file is damaged or not from protlig_dd; names the file.
+        ValueError: the path is not one of these, or a file is damaged or not written by protlig_dd. The message names
+            the path or the file.
     """
     folder = Path(path)
     if is_exported(folder):
@@ -87,7 +91,7 @@ def find_saved(path: str) -> SavedModel:
 
 
 def run_folder(checkpoint: Path) -> Path | None:
-    """Return the run folder that contains a checkpoint, however its path is spelt; None if it is not in a run."""
+    """Return the run folder that contains a checkpoint, after resolving links; None if the checkpoint is not in one."""
     folder = checkpoint.resolve().parent
     return folder.parent if folder.name == "checkpoints" else None
 
@@ -107,13 +111,13 @@ def load_saved(saved: SavedModel, device: torch.device, precision: str) -> Score
 
 
 def describe(saved: SavedModel, report: dict[str, Any] | None) -> dict[str, Any]:
-    """Return config.json of an exported model, without this machine's paths and without the logger's settings.
+    """Return the content of an exported model's config.json, without local paths and without the logger's settings.
 
     Args:
         report: the run's report of these weights, if it has one.
     """
     config, graph = saved.config, dict(saved.config.graph)
-    if (matrix := graph.get("matrix")) is not None:  # its rates, so that loading needs neither the file nor Biopython
+    if (matrix := graph.get("matrix")) is not None:  # store rates, so that loading needs neither file nor Biopython
         if graph["rates"] is None:
             graph["rates"] = substitution_rates(matrix, graph["kind"], graph["scale"]).tolist()
         graph["matrix"] = Path(matrix).name
@@ -143,10 +147,11 @@ def describe(saved: SavedModel, report: dict[str, Any] | None) -> dict[str, Any]
 
 
 def config_from_description(description: dict[str, Any], file: Path) -> TrainConfig:
-    """Return the run's config from a description that `describe` made.
+    """Return the run's config from a description that `describe` returned.
 
     Raises:
-        ValueError: not such a description, or it has an interpolation, which could read values outside the file.
+        ValueError: `describe` cannot have returned the description, or the description has an interpolation, which
+            could read values outside the file.
     """
     try:
         parts = {**description["training"], **{key: description[key] for key in MODEL_KEYS}}
@@ -159,7 +164,7 @@ def config_from_description(description: dict[str, Any], file: Path) -> TrainCon
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """Averaged weights in a network in evaluation mode, and the record that was saved with them."""
+    """A network in evaluation mode with averaged weights, and the record that was saved with the weights."""
 
     saved: SavedModel
     score_fn: ScoreFn
@@ -182,7 +187,10 @@ class TrainedModel:
 
     @property
     def run(self) -> str:
-        """The run's name with `_` for white space, which earlier versions allowed and which ends an id in FASTA."""
+        """The run's name with `_` for white space.
+
+        Earlier versions allowed white space in names, but white space ends an id in FASTA.
+        """
         return "_".join(self.saved.config.run.name.split())
 
     @property
@@ -191,12 +199,12 @@ class TrainedModel:
 
     @property
     def max_len(self) -> int:
-        """The most residues that the model read of a training sequence."""
+        """Maximum number of residues that the model read of one training sequence."""
         return self.saved.config.data.max_len
 
     @property
     def context(self) -> Context:
-        """Which case of residues was context in training (`data.context`)."""
+        """The case of the residues that were given as context in training, or `none` (`data.context`)."""
         return self.saved.config.data.context
 
     @property
@@ -205,16 +213,16 @@ class TrainedModel:
         return lengths_of(self.saved.length_counts, self.saved.cropped_sequences, self.max_len)
 
     def check_length(self, residues: int, name: str) -> None:
-        """Raise for an empty protein, or one that is longer than the model was trained on."""
+        """Raise a ValueError if a protein is empty, or longer than the model was trained on."""
         check_trained_length(residues, name, self.max_len)
 
 
 def load_trained(path: str, *, device: str, precision: str) -> TrainedModel:
-    """Load the model that `find_saved` finds. Under torchrun each rank loads it on its own device.
+    """Load the saved model at a path (see `find_saved`). Under torchrun each rank loads it on its own device.
 
     Raises:
-        ValueError: no sound model at this path, a device or precision that this machine does not have, or weights that
-            do not fit the config that was saved with them.
+        ValueError: there is no valid model at this path, this machine does not have the device or precision, the
+            weights do not fit the config that was saved with them, or the ranks differ or cannot connect.
     """
     saved = find_saved(path)
     processes = processes_from_environment()

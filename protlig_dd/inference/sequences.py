@@ -13,7 +13,7 @@ FREE = "_"
 
 
 def check_list(items: Sequence[object], expected: str) -> None:
-    """Raise a ValueError for an empty list, or for anything else than a list: a single string or number, a mapping.
+    """Raise a ValueError if `items` is empty or is not a list, for example a single string, a number or a mapping.
 
     Args:
         expected: the start of the message, such as `embed takes a list of sequences`.
@@ -31,7 +31,7 @@ def check_whole(value: object, expected: str) -> None:
 
 
 def check_trained_length(residues: int, name: str, max_len: int) -> None:
-    """Raise a ValueError for an empty protein, or one that is longer than the model was trained on."""
+    """Raise a ValueError if a protein is empty, or longer than the model was trained on."""
     if not 1 <= residues <= max_len:
         raise ValueError(f"{name} has {residues} residues; this model was trained on 1 to {max_len}")
 
@@ -64,11 +64,12 @@ def check_letters(sequence: object, name: str) -> None:
 def check_biases(log_bias: Tensor | Sequence[Tensor] | None, lengths: Sequence[int]) -> None:
     """Check that a list of biases has one tensor (length_i, 20) for each design of length_i residues.
 
-    A single tensor is checked by the sampler. Tensors of other shapes could together have as many rows as the pack has
-    residues, so that residues would be sampled with the rows of other designs.
+    A single tensor is not checked here, because the sampler checks it. The sampler receives a list as one concatenated
+    tensor and checks only the total number of rows. If that number happened to be right, wrong shapes in the list would
+    go unnoticed, and residues would be sampled with the rows of other designs.
 
     Raises:
-        ValueError: another number of tensors, or another shape; the message names the design.
+        ValueError: the number of tensors is wrong, or a tensor has another shape. The message names the design.
     """
     if log_bias is None or isinstance(log_bias, Tensor):
         return
@@ -86,7 +87,7 @@ def check_biases(log_bias: Tensor | Sequence[Tensor] | None, lengths: Sequence[i
 
 
 def fix_residues(templates: Sequence[np.ndarray]) -> Callable[[Tensor], Tensor]:
-    """Return the `project` argument of `sample`: it writes the templates' fixed residues into a pack's tokens."""
+    """Return a function that writes the templates' fixed residues into a pack's tokens: the `project` of `sample`."""
     fixed_T = torch.from_numpy(np.concatenate([[BOS, *ids.tolist(), EOS] for ids in templates]))
 
     def project(tokens: Tensor) -> Tensor:

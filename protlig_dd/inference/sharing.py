@@ -50,7 +50,11 @@ class Work:
     def share(
         self, lengths: Sequence[int], score: Callable[[range, Tick], dict[Any, Any]], ticks: int = 1
     ) -> dict[Any, Any]:
-        """Pack sequences of these lengths in residues and call `share`; a pack is a range of sequence indices."""
+        """Split the sequences into packs and call `share` on the packs. A pack is a range of sequence indices.
+
+        Args:
+            lengths: number of residues of each sequence.
+        """
         sizes = map(len, split_lengths(lengths, self.tokens_per_pack))
         bounds = np.cumsum([0, *sizes]).tolist()
         packs = [range(first, end) for first, end in itertools.pairwise(bounds)]

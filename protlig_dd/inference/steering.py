@@ -20,7 +20,7 @@ class Steering(Protocol):
 
 
 def describe_steering(config: Steering) -> str:
-    """Return the options that differ from their defaults, as in ` temperature=0.9 log_bias=C:-inf,K:0.5`."""
+    """Return a text with the options that differ from their defaults: ` temperature=0.9 log_bias=C:-inf,K:0.5`."""
     bias = config.log_bias
     if isinstance(bias, dict):
         bias = ",".join(f"{letter}:{nats}" for letter, nats in bias.items())
@@ -31,7 +31,8 @@ def describe_steering(config: Steering) -> str:
 def read_log_bias(log_bias: Any, lengths: list[int]) -> torch.Tensor | list[torch.Tensor] | None:
     """Return the bias of amino acids in nats: (20,) from {letter: nats}, or (length, 20) per protein from a CSV file.
 
-    The file has a header of letters and one row for each position. Letters that are not named have 0.
+    The file has a header of letters and one row for each position. Letters that are not in the header or the mapping
+    have a bias of 0.
 
     Raises:
         ValueError: a letter that is not one of the 20 amino acids, a value that is not a number, a row that forbids
@@ -63,7 +64,7 @@ def read_log_bias(log_bias: Any, lengths: list[int]) -> torch.Tensor | list[torc
 
 
 def amino_acid_ids(names: list[str], where: str) -> list[int]:
-    """Return the ids of amino acids. Raise if a name is not an amino acid or is repeated."""
+    """Return the ids of amino acids. Raise a ValueError if a name is not an amino acid or is repeated."""
     for name in names:
         if name not in tuple(AMINO_ACIDS):
             raise ValueError(f"{where}: {name!r} is not one of the amino acids {AMINO_ACIDS}")

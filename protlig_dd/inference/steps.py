@@ -37,11 +37,11 @@ class SampledStep:
     sigma: float
     """Total noise before the step."""
     sigma_next: float
-    """Total noise after the step; 0 for the last one."""
+    """Total noise after the step; 0 for the last step."""
     sequences: list[str]
-    """The sequences after the step, `_` where they are masked."""
+    """The sequences after the step, with `_` at masked positions."""
     changed: list[list[int]]
-    """The positions of each sequence that the step has changed."""
+    """For each sequence, the positions that the step has changed."""
     step: Step = field(repr=False)
     reverse: ReverseSteps = field(repr=False)
 
@@ -49,11 +49,11 @@ class SampledStep:
     def log_probs(self) -> list[Float64[Tensor, "length 20"]]:
         """Return the log-probability of each amino acid as the final residue, for each sequence, on the CPU.
 
-        This is the model's posterior of x0 at each position given the tokens before the step, before temperature, top_p
-        and log_bias. With the absorbing graph an unmasked residue is final: its letter has 0, the others have -inf. The
-        rows of context letters are -inf. With `parametrisation=log_score` and a graph without a mask, the posterior
-        undoes all the noise in one step, which amplifies the network's errors at high sigma. The log-probabilities are
-        computed when they are first read.
+        This is the model's posterior of x0 at each position, given the tokens before the step. Temperature, top_p and
+        log_bias are not applied. With the absorbing graph an unmasked residue is final: its letter has log-probability
+        0, and all other letters have -inf. The rows of context letters are -inf. With `parametrisation=log_score` and a
+        graph without a mask, the posterior undoes all the noise in one step, which amplifies the network's errors at
+        high sigma. The log-probabilities are computed when they are first read.
         """
         score_fn, free_T = self.reverse.score_fn, self.reverse.sampler.free_T
         graph = score_fn.graph
@@ -69,9 +69,9 @@ class SampledStep:
 class SamplingSteps:
     """An iterator that samples and yields SampledStep.
 
-    All designs are computed in one pack. Without edits the final sequences are those of `generate`, bit for bit if it
-    also samples the designs in one pack. In several packs the network's outputs may differ by rounding. A loop may stop
-    at any step, and `next` or another loop continues.
+    All designs are computed in one pack. Without edits the final sequences are those of `generate`. They are identical
+    if `generate` also samples the designs in one pack. With several packs the network's outputs may differ by rounding.
+    A loop over the steps may stop at any step; `next` or another loop continues from there.
 
     Args:
         designs: for each protein its number of residues, or a sequence with `_` at free positions. The other residues
@@ -111,12 +111,12 @@ class SamplingSteps:
 
     @property
     def sequences(self) -> list[str]:
-        """The present sequences, `_` where they are masked."""
+        """The current sequences, with `_` at masked positions."""
         return [ProteinTokenizer().decode(ids) for ids in self.reverse.residues()]
 
     @property
     def done(self) -> int:
-        """Number of steps that have run, of `len(self)`."""
+        """Number of steps that have run. The total number of steps is `len(self)`."""
         return self.reverse.done
 
     def __len__(self) -> int:
@@ -145,12 +145,12 @@ class SamplingSteps:
         graphs have no mask, and later steps may change the letter. A context letter, such as X, stays with every graph.
 
         Args:
-            protein: its index in `designs`.
+            protein: index of the protein in `designs`.
             residues: maps positions, counted from 0, to letters or `_`.
 
         Raises:
             ValueError: all steps are done; the protein or position does not exist; the letter is not allowed, or
-                forbidden by log_bias; or the design fixes the residue. Nothing is changed then.
+                forbidden by log_bias; or the design fixes the residue. In all these cases nothing is changed.
         """
         batch, graph = self.reverse.batch, self.reverse.score_fn.graph
         check_whole(protein, "edit takes the number of a protein")
@@ -179,13 +179,13 @@ class SamplingSteps:
         self.reverse.continue_from(tokens)
 
     def forbids(self, residue: int, amino_acid: int) -> bool:
-        """Whether log_bias forbids an amino acid (its id) at a residue of the pack."""
+        """Whether log_bias forbids an amino acid, given by its id, at a residue, given by its index in the pack."""
         bias = self.reverse.sampler.bias
         return bias is not None and bool(bias[residue, amino_acid] == -torch.inf)
 
 
 def template_of(design: int | str, name: str, max_len: int) -> np.ndarray:
-    """Return the ids (length,) of a design's residues, MASK at free positions; see `SamplingSteps`."""
+    """Return the token ids (length,) of a design's residues, with MASK at free positions; see `SamplingSteps`."""
     if not isinstance(design, str):
         check_whole(design, f"{name}: give a number of residues, or a sequence with `{FREE}` at free positions")
         check_trained_length(int(design), name, max_len)

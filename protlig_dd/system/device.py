@@ -55,7 +55,7 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
-    """Return bf16 or fp32. `auto` is bf16 if the hardware computes in it natively, else fp32.
+    """Return bf16 or fp32. `auto` is bf16 if the hardware computes in bf16 natively, else fp32.
 
     Native bf16: CUDA GPUs that support it, and CPUs with AMX or AVX512-BF16.
     """
@@ -71,7 +71,7 @@ def resolve_precision(name: str, device: torch.device) -> str:
 
 
 def resolve_compile(choice: bool | str, device: torch.device) -> bool:
-    """Whether to use torch.compile. `auto` uses it only on CUDA, and only if nothing that it needs is missing.
+    """Whether to use torch.compile. `auto` uses it only on CUDA, and only if `missing_to_compile` returns None.
 
     Raises:
         ValueError: `choice` is true, but this machine lacks something that torch.compile needs.
@@ -101,7 +101,7 @@ def missing_to_compile(device: torch.device) -> str | None:
 
 
 def matmul_peak(device: torch.device, precision: str, seconds: float = 0.1, size: int | None = None) -> float:
-    """Measure the FLOP/s of matrix products on this device: the fastest of those computed within `seconds`.
+    """Measure matrix products on this device for `seconds`, and return the FLOP/s of the fastest product.
 
     Args:
         size: rows and columns of the square matrices; None chooses a size at which the device reaches its peak.

@@ -24,7 +24,7 @@ _store: Store | None = None  # the store through which the ranks of this process
 
 @dataclass(frozen=True)
 class Processes:
-    """This process's rank among the processes of a run, and its launch."""
+    """The rank of this process among the processes of a run, and how the processes were launched."""
 
     rank: int
     world_size: int
@@ -36,7 +36,7 @@ class Processes:
     job: str | None = None
     """The id of the Slurm job that this process belongs to; None outside Slurm."""
     requeues: int = 0
-    """How often Slurm has requeued that job."""
+    """How often Slurm has requeued the job."""
 
     @property
     def first(self) -> bool:
@@ -48,10 +48,12 @@ ALONE = Processes(0, 1, 0)
 
 
 def processes_from_environment() -> Processes:
-    """Read the variables that torchrun and Slurm set; without torchrun there is one process.
+    """Return the `Processes` that the environment variables of torchrun and Slurm describe.
+
+    Without torchrun there is one process.
 
     Raises:
-        ValueError: a variable is not a number.
+        ValueError: a variable that must be a number is not a number.
     """
     names = (
         ("RANK", 0),
@@ -74,17 +76,19 @@ def processes_from_environment() -> Processes:
 def join_group(processes: Processes, device: torch.device, timeout: int, store: Store | None) -> None:
     """Make `device` the current device, and join the process group if there are several processes.
 
-    Tensors on GPUs are exchanged by nccl, tensors on CPUs by gloo. A process that has joined does not join again.
+    Tensors on GPUs are exchanged by nccl, tensors on CPUs by gloo. A process that has joined already does not join
+    again.
 
     Args:
-        timeout: seconds that a rank waits for the others before it raises.
+        timeout: seconds that a rank waits for the other ranks before it raises an error.
         store: the Meeting's store, through which the ranks find one another.
 
     Raises:
         ValueError: the ranks cannot connect; the message names host and rank.
     """
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # for one process too: CUDA graphs and new streams use the current device
+        # a single process needs it too, because CUDA graphs and new streams use the current device
+        torch.cuda.set_device(device)
     if processes.world_size == 1 or dist.is_initialized():
         return
     global _store
@@ -110,7 +114,10 @@ def join_group(processes: Processes, device: torch.device, timeout: int, store: 
 
 @contextlib.contextmanager
 def busy(what: str) -> Iterator[None]:
-    """Post what this rank does inside the block, in case other ranks reach their timeout while they wait for it."""
+    """Post to the store what this rank does inside the block.
+
+    Other ranks that reach their timeout while they wait for this rank include the text in their error message.
+    """
     post_status(what)
     try:
         yield
@@ -119,16 +126,19 @@ def busy(what: str) -> Iterator[None]:
 
 
 def post_status(what: str) -> None:
-    """Post what this rank is doing, for the error message of ranks that wait for it in vain; "" clears it."""
+    """Post to the store what this rank is doing. The empty text clears the status.
+
+    Other ranks that wait for this rank in vain include the text in their error message.
+    """
     if _store is not None:
-        with contextlib.suppress(dist.DistError):  # rank 0, which serves the store, is gone
+        with contextlib.suppress(dist.DistError):  # the process that serves the store is gone
             _store.set(f"status {os.environ['RANK']}", f"on {host_name()} {what}" if what else "")
 
 
 def statuses_of_others() -> list[str]:
-    """Return the statuses that other ranks have posted, as far as the store answers within 5 seconds.
+    """Return the statuses of other ranks that the store returns within 5 seconds.
 
-    The store does not answer if rank 0, which serves it, is gone or the network is cut.
+    The store does not answer if the process that serves it (rank 0 or torchrun) is gone, or if the network is cut.
     """
     found: list[str] = []
 
@@ -146,18 +156,19 @@ def statuses_of_others() -> list[str]:
 
 
 def acknowledge() -> None:
-    """Let rank 0 know that this rank has read why the run failed, or has failed itself.
+    """Record in the store that this rank has read why the run failed, or has failed itself.
 
-    Rank 0 waits for this before it exits, as the store closes when rank 0 exits.
+    If the ranks are on several hosts, rank 0 waits for the records of all other ranks before it exits, because a store
+    that rank 0 serves closes when rank 0 exits.
     """
     if _store is not None:
         within(5, lambda: _store.set(f"heard {os.environ['RANK']}", ""))
 
 
 def within(seconds: int, action: Callable[[], object]) -> None:
-    """Run an action on the store, and return after `seconds` even if it has not finished.
+    """Run an action on the store, and return after `seconds` even if the action has not finished.
 
-    When the network is cut, torch's client may wait without end, whatever its timeout.
+    If the network is cut, torch's client of the store may wait for ever, whatever timeout is set.
     """
 
     def run() -> None:
@@ -175,9 +186,9 @@ def host_name() -> str:
 
 
 def launcher_name() -> str:
-    """Return a name for the torchrun agent that started this rank: its host and its folder of error files.
+    """Return a name for the torchrun agent that started this rank: the host, and the agent's folder of error files.
 
-    Each agent has a new folder.
+    Each agent creates a folder of its own, so no two agents have the same name.
     """
     return f"{host_name()} {Path(os.environ.get('TORCHELASTIC_ERROR_FILE', '')).parent.parent.parent}"
 
@@ -188,11 +199,11 @@ class RankLostError(ValueError):
 
 @contextlib.contextmanager
 def lost_ranks_named(where: str, limit: str = "trainer.timeout") -> Iterator[None]:
-    """Turn torch's errors about a rank that is gone or does not answer into one line.
+    """Turn torch's errors about a rank that is gone or does not answer into an error message of one line.
 
     Args:
         where: the step and this rank, for the message.
-        limit: how long a rank waits for the others, for the message.
+        limit: how long a rank waits for the other ranks, for the message: a config key or a duration.
 
     Raises:
         RankLostError: the message includes the statuses that other ranks have posted, if any.
@@ -202,7 +213,7 @@ def lost_ranks_named(where: str, limit: str = "trainer.timeout") -> Iterator[Non
     except RuntimeError as error:
         if not dist.is_initialized() or not any(word in str(error) for word in ("gloo", "NCCL", "process group")):
             raise
-        # torch's text without gloo's line numbers and advice
+        # keep torch's text, but drop gloo's line numbers and advice
         reason = re.sub(r"^\[\S+\] |\. This is typically.*", "", " ".join(str(error).split()))
         details = "; ".join(statuses_of_others()) or reason
         raise RankLostError(f"{where}: another rank is gone or did not answer within {limit} ({details})") from error
@@ -221,7 +232,7 @@ def leave_group() -> None:
 
 
 def all_reduce_sum(x: torch.Tensor) -> torch.Tensor:
-    """Sum over ranks, in place."""
+    """Sum a tensor over all ranks in place, and return it."""
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
@@ -237,15 +248,16 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def broadcast_from_first(value: Any) -> Any:
-    """Return rank 0's value on every rank; also a barrier."""
+    """Return rank 0's value on every rank. The call is also a barrier."""
     return gather_objects(value)[0]
 
 
 def run_on_all_ranks(action: Callable[[], T]) -> T:
-    """Run an action on every rank. If it fails on any rank, all ranks raise.
+    """Run an action on every rank and return this rank's result. If the action fails on any rank, all ranks raise.
 
     Raises:
-        OtherRankError: on the ranks where it succeeded; names the first rank that failed, its host and its error.
+        OtherRankError: the action succeeded on this rank but failed on another. The message names the first rank that
+            failed, its host and its error.
     """
     result, failure = None, None
     try:
@@ -264,9 +276,9 @@ def run_on_all_ranks(action: Callable[[], T]) -> T:
 
 
 def in_one_line(error: BaseException) -> str:
-    """Return an error's text in one line, with its type unless it is a ValueError or OSError.
+    """Return an error's text in one line, after the name of the error's type.
 
-    The texts of these two types are complete messages.
+    The name is left out for a ValueError or OSError, because their texts are complete messages.
     """
     text = " ".join(str(error).split())
     return text if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {text}"

@@ -1,4 +1,4 @@
-"""Write files so that no partial file ever has a final name."""
+"""Write files so that a partial file never has its final name."""
 
 import contextlib
 import errno
@@ -20,9 +20,9 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a used-up 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Name `path` in errors of a full disk that are raised inside the block.
+    """Replace an error about a full disk that is raised inside the block with an OSError that names `path`.
 
-    The original error names no file, or a temporary one, or is an exception type of HDF5 or safetensors.
+    The original error may name no file or a temporary file, or its type may be one of HDF5 or safetensors.
 
     Raises:
         OSError: with an errno of DISK_FULL and `path` as its filename.
@@ -42,7 +42,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write, sync and rename; readers see either the old file or the new one."""
+    """Write and sync a temporary file, then rename it to `path`. Readers see either the old file or the new file."""
     write_atomic_bytes(path, text.encode())
 
 
@@ -65,14 +65,14 @@ def write_new(path: Path, text: str) -> None:
     """Write and sync a file that does not exist yet.
 
     Raises:
-        ValueError: `path` exists, even if it was created meanwhile; it stays unchanged.
+        ValueError: `path` exists, even if it was created during this call. The existing file stays unchanged.
     """
     with creating(path) as temporary:
         write_atomic(temporary, text)
 
 
 def write_folder(path: Path, files: Mapping[str, str]) -> None:
-    """Write a new folder of text files. It appears complete or not at all.
+    """Write a new folder of text files. Either all files appear in it at once, or none.
 
     Raises:
         ValueError: `path` exists.
@@ -87,10 +87,10 @@ def write_folder(path: Path, files: Mapping[str, str]) -> None:
 
 @contextlib.contextmanager
 def creating(path: Path) -> Iterator[Path]:
-    """Yield a temporary path at which to write a file or folder, and rename it to `path` at the end of the block.
+    """Yield a temporary path for a new file or folder, and rename that file or folder to `path` after the block.
 
     Raises:
-        ValueError: `path` exists, even if it was created meanwhile; it stays unchanged.
+        ValueError: `path` exists, even if it was created during the block. The existing path stays unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
@@ -108,8 +108,9 @@ def creating(path: Path) -> Iterator[Path]:
 def move_to_new_name(written: Path, path: Path) -> None:
     """Move a file or folder to a new name. Raise FileExistsError if the name exists, even if it was just created.
 
-    Renaming a file would replace an existing file, but creating a hard link fails if the name exists. For a folder, an
-    empty folder is created first, which also fails if the name exists; the rename then replaces it.
+    Renaming a file would replace an existing file, but creating a hard link fails if the name exists. To move a folder,
+    first create an empty folder with the new name, which also fails if the name exists. The rename then replaces the
+    empty folder.
     """
     if written.is_dir():
         path.mkdir()
@@ -131,7 +132,7 @@ def sha256(path: Path) -> str:
 
 
 def sync_folder(path: Path) -> None:
-    """Make the folder's entries durable; a rename is durable only after this."""
+    """Sync a folder's entries to disk. A rename in the folder is durable only after this call."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -155,7 +156,7 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 @contextlib.contextmanager
 def lock_may_fail(folder: Path) -> Iterator[None]:
-    """Take or release a lock inside the block. If the file system has no locks, warn once and continue without one."""
+    """Let the block take or release a lock. If the file system has no locks, warn once and continue without a lock."""
     try:
         yield
     except OSError as error:
@@ -175,7 +176,9 @@ def _warn_of_missing_locks(folder: Path, number: int) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Lock a folder for this process, with a POSIX lock. The system releases it when the process ends, even by a kill.
+    """Lock a folder for this process during the block, with a POSIX lock.
+
+    The operating system releases the lock when the process ends, even if the process is killed.
 
     Raises:
         ValueError: another process has the lock.
@@ -227,10 +230,10 @@ def free_name(path: Path) -> Path:
 
 
 def check_free(output: str) -> Path:
-    """Return the output path.
+    """Return `output` as a path, after checking that it can be created.
 
     Raises:
-        ValueError: it exists already, or it cannot be created because its folder is not writable.
+        ValueError: the path exists already, or cannot be created because its folder is not writable.
     """
     path = Path(output)
     if os.path.lexists(path):

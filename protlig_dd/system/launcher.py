@@ -1,4 +1,7 @@
-"""Start one process for each device of this machine, restart them when one is lost, and report the first failure."""
+"""Start one process for each device of this machine.
+
+All processes are restarted when a process is lost. If the run fails, the first failure is reported.
+"""
 
 import json
 import logging
@@ -24,7 +27,7 @@ def count_devices(requested: Any, device: str) -> int:
         requested: a number, or `auto` for one process per GPU (1 without GPUs).
 
     Raises:
-        ValueError: not a number of at least 1, or more than there are GPUs.
+        ValueError: `requested` is neither `auto` nor a number of at least 1, or it exceeds the number of GPUs.
     """
     gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
     if requested == "auto":
@@ -41,15 +44,15 @@ class RanksFailedError(Exception):
 
     Args:
         rank: the rank whose failure is reported.
-        message: its error, as `ErrorType: text`.
-        trace: its traceback; empty if it was killed.
+        message: the rank's error as `ErrorType: text`, or how the process ended if it recorded no error.
+        trace: the traceback of that error; empty if the process recorded none, for example because it was killed.
     """
 
     def __init__(self, rank: int, message: str, trace: str) -> None:
         kind, _, text = message.partition(": ")
         kind = kind.rpartition(".")[2]
-        # the project raises ValueError for wrong input and for expected ends of a run, and OSError for a full or
-        # read-only disk; any other error is a bug
+        # The project raises ValueError for wrong input and for failures that it detects, such as a non-finite loss or a
+        # lost rank. A full or read-only disk raises OSError. Any other error is a bug.
         self.foreseen = kind in class_names(ValueError) | class_names(OSError)
         self.trace = trace
         shown = text if self.foreseen else message
@@ -71,25 +74,28 @@ def launch_ranks(
     timeout: int,
     run_folder: Path,
 ) -> None:
-    """Run `entry(*arguments)` in several processes on this machine, through torch's elastic launcher.
+    """Start processes on this machine with torch's elastic launcher, and run `entry(*arguments)` in each of them.
 
     Args:
-        max_restarts: how often all processes are restarted when one fails or is killed.
-        stop_within: seconds between a signal that is forwarded to the processes and SIGKILL.
-        timeout: seconds that the launcher waits for an answer of its store.
-        run_folder: rank 0 writes environment.json there once it has opened the run, and STOPPED if the run is stopped.
+        max_restarts: maximum number of times that all processes are restarted after one has failed or was killed.
+        stop_within: seconds that the processes have to exit after the launcher has forwarded a signal to them. The
+            launcher then kills the remaining processes with SIGKILL.
+        timeout: seconds that the launcher waits for an answer from torch's rendezvous store. If it is below 60, the
+            launcher waits 60 seconds.
+        run_folder: the run's folder. Rank 0 writes environment.json to it when it opens the run, and stopped.json (the
+            constant STOPPED) if the run is stopped on request.
 
     Raises:
         RanksFailedError: a process failed.
-        ValueError: the run was to stop, but the processes had to be killed.
-        Stopped: the run was to stop, and has stopped.
+        ValueError: a signal requested a stop, but the run did not stop within `stop_within` seconds and was killed.
+        Stopped: a signal or the time limit stopped the run.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     for name in logging.root.manager.loggerDict:
-        if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):  # each sets its own level
+        if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):  # each logger has its own level
             logging.getLogger(name).setLevel(logging.CRITICAL)
     # A store that outlives a restart would give the new processes the addresses of the dead ones.
     variables = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
@@ -123,7 +129,7 @@ def launch_ranks(
         if recorded_environment(run_folder).get("launch") != config.run_id:
             raise Stopped(name) from error
         if not (run_folder / STOPPED).is_file():
-            if log.is_file() and log.stat().st_mtime >= environment.stat().st_mtime:  # not of an earlier attempt
+            if log.is_file() and log.stat().st_mtime >= environment.stat().st_mtime:  # written by this attempt
                 text = log.read_text()  # rank 0 logs the error that ended it
                 raise RanksFailedError(0, text.strip().splitlines()[-1], text) from error
             raise ValueError(
@@ -131,7 +137,8 @@ def launch_ranks(
                 "the processes were killed; the same command resumes from the last checkpoint"
             ) from error
     except ChildFailedError as error:
-        (run_folder / STOPPED).unlink(missing_ok=True)  # written by ranks that were stopped because another failed
+        # the launcher stops the other ranks when one fails, and rank 0 may then have written this file
+        (run_folder / STOPPED).unlink(missing_ok=True)
         raise first_failure(error.failures) from error
     finally:
         for number, handler in handlers.items():
@@ -144,7 +151,7 @@ def launch_ranks(
 
 
 def start_resource_tracker() -> None:
-    """Start multiprocessing's resource tracker now, with SIGHUP ignored, so that a closed terminal does not end it."""
+    """Start multiprocessing's resource tracker with SIGHUP ignored, so that it survives when the terminal is closed."""
     earlier = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         resource_tracker.ensure_running()
@@ -161,9 +168,10 @@ def recorded_environment(run_folder: Path) -> dict[str, Any]:
 
 
 def first_failure(failures: dict[int, Any]) -> RanksFailedError:
-    """Return the failure to report: a killed rank (the others fail as a consequence), else the earliest failure.
+    """Return the failure to report: that of a killed rank if there is one, else the earliest failure.
 
-    Errors that only repeat another rank's error come last.
+    If a rank is killed, the other ranks fail as a consequence. An error that only repeats another rank's error is
+    reported only if there is no other error.
     """
 
     def priority(item: tuple[int, Any]) -> tuple[bool, bool, int]:
@@ -184,8 +192,8 @@ def first_failure(failures: dict[int, Any]) -> RanksFailedError:
 def exit_without_cleanup(code: int) -> NoReturn:
     """Flush stdout and stderr, and end this process without closing the interpreter.
 
-    A thread of the process group may still release its last tensor. While the interpreter closes, that would abort the
-    process.
+    A thread of the process group may still have a tensor to release. If the thread releases the tensor while the
+    interpreter closes, the process aborts.
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,7 +1,7 @@
-"""How ranks start together.
+"""Compare all ranks of a launch before they form a process group.
 
-Before they form a process group, the ranks compare their configs, data and versions through torchrun's store, so that
-every host reports a difference or a failure.
+The ranks compare their configs, data and versions through a key-value store, so that every host reports a difference or
+a failure. torchrun or rank 0 serves this store.
 """
 
 import contextlib
@@ -29,9 +29,9 @@ from protlig_dd.system.distributed import (
 
 REPORT_EVERY = 30.0  # seconds between two progress lines while waiting
 RESOLVE_WITHIN = 30.0  # seconds after which a host name that cannot be resolved is an error
-READ_WITHIN = 10.0  # seconds that a failed rank waits for the others to arrive and read its error
+READ_WITHIN = 10.0  # after a failure: seconds to wait for the store, and for other ranks to arrive and read the error
 READ_WITHIN_SEVERAL_HOSTS = 120.0  # the same for several hosts, which may load their libraries from slow disks
-MAX_DIFFERENCES = 5  # in one message
+MAX_DIFFERENCES = 5  # differences listed in one message
 MAX_VALUE_LENGTH = 80  # characters of a value in a message
 
 
@@ -42,11 +42,11 @@ class RankMissingError(ValueError):
 class Meeting:
     """The comparison of all ranks of one launch before they start. A single rank compares nothing.
 
-    Use it as a context manager: an exception that is raised before the ranks have agreed is posted, so that the other
-    ranks raise too instead of waiting for this one.
+    Use a Meeting as a context manager. It then posts an exception that is raised before the ranks have agreed, so that
+    the other ranks raise too instead of waiting for this rank.
 
     Args:
-        processes: this rank, as torchrun started it.
+        processes: the rank of this process, and how torchrun launched the process.
     """
 
     def __init__(self, processes: Processes) -> None:
@@ -54,9 +54,9 @@ class Meeting:
         self.hosts: list[str] = []
         """The host of each rank; empty until all ranks have arrived."""
         self.agents = [launcher_name()]
-        """The launcher of each rank; until all ranks have arrived, only this rank's."""
+        """The name of each rank's launcher; until all ranks have arrived, only the name of this rank's launcher."""
         self.restart = processes.restart
-        """The highest restart count of the launchers; the count of a host that joins later starts at 0."""
+        """The highest of the launchers' restart counts, which differ if a host joined later: its count starts at 0."""
         self.store: Store | None = None
         self._arrived = self._agreed = False
 
@@ -66,7 +66,7 @@ class Meeting:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if not isinstance(error, Exception) or self.processes.world_size == 1:
             return
-        with contextlib.suppress(ValueError, OverflowError, DistError):  # report the original error instead
+        with contextlib.suppress(ValueError, OverflowError, DistError):  # only the original error is reported
             if not self._arrived:
                 self._connect(self._wait_limit())
                 self._post({"failed": in_one_line(error)})
@@ -77,16 +77,16 @@ class Meeting:
                 self._wait_for_others("heard" if self._agreed else "read", seconds)
 
     def agree(self, facts: Mapping[str, Any], timeout: int | float) -> None:
-        """Wait for all ranks and compare their facts. Only the first call does anything.
+        """Wait for all ranks and compare their facts. Once the ranks have met, further calls do nothing.
 
         Args:
             facts: name -> JSON value, which must be equal on all ranks.
-            timeout: seconds to wait for the others.
+            timeout: seconds to wait for the other ranks.
 
         Raises:
-            ValueError: a rank does not arrive, facts differ, or other hosts cannot reach a host at the address of its
-                own name. If facts differ, the message names hosts, ranks and both values.
-            OtherRankError: a rank failed before it arrived. The message names the host, the rank and its error.
+            ValueError: a rank does not arrive, facts differ, or a host's own name resolves to an address that other
+                hosts cannot reach. If facts differ, the message names hosts, ranks and both values.
+            OtherRankError: a rank failed before it arrived. The message names that rank, its host and its error.
         """
         if self.processes.world_size == 1 or self.hosts:
             return
@@ -94,7 +94,8 @@ class Meeting:
         self._connect(timeout)
         launch = {"loopback": loopback_address(), "agent": self.agents[0], "restart": self.restart}
         self._post({"facts": dict(facts), **launch})
-        notes = dict(sorted(self._read(timeout).items()))  # by rank, so that all ranks name the same host
+        # sort by rank, so that the messages of all ranks name the same host
+        notes = dict(sorted(self._read(timeout).items()))
         for rank, note in notes.items():
             if "failed" in note:
                 raise OtherRankError(rank, note["host"], note["failed"])
@@ -115,7 +116,7 @@ class Meeting:
         self._agreed = True
 
     def _differences(self, facts: list[dict[str, Any]]) -> list[str]:
-        """Describe how each rank differs from rank 0; for ranks with the same difference, only the first."""
+        """Return a text for each difference from rank 0, which names the first rank that has this difference."""
         found: dict[tuple[str, str], str] = {}
         for rank, other in enumerate(facts):
             for key in sorted({*facts[0], *other}):
@@ -129,10 +130,10 @@ class Meeting:
         return list(found.values())
 
     def _connect(self, timeout: int | float) -> None:
-        """Open torchrun's store. Either torchrun serves it or rank 0 does.
+        """Connect to the store at MASTER_ADDR and MASTER_PORT. If torchrun does not serve the store, rank 0 does.
 
         Raises:
-            ValueError: the host of rank 0 cannot be resolved or reached.
+            ValueError: one of these variables is missing, or the host of rank 0 cannot be resolved or reached.
         """
         processes = self.processes
         address, number = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
@@ -159,7 +160,10 @@ class Meeting:
         self.store = PrefixStore(f"meeting {processes.restart}" if torchrun_serves else "meeting", store)
 
     def _wait_for_store(self, address: str, port: int, timeout: int | float) -> None:
-        """Wait until the store listens, with a progress line now and then; torch's client would print each failure."""
+        """Wait until the store accepts connections, and print a progress line every REPORT_EVERY seconds.
+
+        torch's own client could wait for the store too, but it would print each failed attempt.
+        """
         began = reported = time.monotonic()
         while True:
             try:
@@ -187,7 +191,7 @@ class Meeting:
         self.store.set(f"rank {self.processes.rank}", json.dumps({"host": self.host} | note))
 
     def _read(self, timeout: int | float) -> dict[int, dict[str, Any]]:
-        """Return the note of every rank or, once a rank has failed, the notes posted so far.
+        """Return the notes that all ranks have posted, by rank. If a rank has failed, return the notes posted so far.
 
         Raises:
             RankMissingError: a rank does not arrive in time.
@@ -219,10 +223,11 @@ class Meeting:
     def _wait_for_others(self, mark: str, seconds: float) -> None:
         """On rank 0, wait at most `seconds` until all other ranks have set this mark.
 
-        The store closes when rank 0 exits.
+        A store that rank 0 serves closes when rank 0 exits.
         """
         assert self.store is not None
-        if self.processes.first and (mark == "read" or len(set(self.hosts)) > 1):  # on one host the launcher reports
+        # if all ranks are on one host, their launcher reports the error
+        if self.processes.first and (mark == "read" or len(set(self.hosts)) > 1):
             keys = [f"{mark} {rank}" for rank in range(1, self.processes.world_size)]
             self.store.wait(keys, timedelta(seconds=seconds))
 
@@ -237,14 +242,15 @@ class Meeting:
 
 @functools.cache
 def meeting_of(processes: Processes) -> Meeting:
-    """Return the one Meeting of this process: the ranks meet once, however often this is called."""
+    """Return this process's Meeting. Every call returns the same Meeting, because the ranks meet only once."""
     return Meeting(processes)
 
 
 def loopback_address() -> str | None:
-    """Return the address of this host's own name if gloo would listen there and no other host could reach it.
+    """Return the address that this host's own name resolves to if it is a loopback address, else None.
 
-    None if other hosts can reach it; "no address" if the name cannot be resolved.
+    gloo listens at the address of the name, and other hosts cannot reach a loopback address. The result is "no address"
+    if the name cannot be resolved, and None if GLOO_SOCKET_IFNAME sets the interface.
 
     Source: torch/csrc/distributed/c10d/ProcessGroupGloo.cpp, createDefaultDevice.
     """

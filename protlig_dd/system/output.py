@@ -1,4 +1,7 @@
-"""Output that cannot be printed never ends a command: closed pipes, full disks, characters that the locale lacks."""
+"""Keep a command running when its output cannot be printed.
+
+The reason may be a closed pipe, a full disk, or a character that the encoding of the locale lacks.
+"""
 
 import os
 import sys
@@ -8,8 +11,8 @@ from typing import Any
 class TolerantStream:
     """A text stream that does not raise when it cannot be written.
 
-    It writes `?` for characters that its encoding lacks. After an OSError it discards all output; if it is stdout, one
-    line on stderr reports this.
+    The stream writes `?` for characters that its encoding lacks. After an OSError it discards all further output. If
+    the stream is stdout, one line on stderr reports the error.
     """
 
     def __init__(self, stream: Any) -> None:

@@ -1,4 +1,7 @@
-"""Random streams keyed by (seed, purpose, index): the same on every rank, in any order and after any restart."""
+"""Random streams keyed by (seed, purpose, index).
+
+A stream is the same on every rank and after every restart. It does not depend on the use of other streams.
+"""
 
 import hashlib
 from collections import Counter
@@ -18,14 +21,14 @@ def random_key(seed: int, purpose: str, index: int) -> int:
 
 
 def keyed_generator(seed: int, purpose: str, index: int, device: torch.device) -> torch.Generator:
-    """Return a generator for one purpose and index. For MPS it is on the CPU, as MPS has no float64."""
+    """Return a generator for one purpose and index. For MPS, the generator is on the CPU, as MPS has no float64."""
     return torch.Generator(float64_device(device)).manual_seed(random_key(seed, purpose, index))
 
 
 def protein_keys(sequences: Iterable[np.ndarray]) -> UInt64[np.ndarray, " n"]:
-    """Return a number for each token sequence.
+    """Return a number for each token sequence. It keys the random draws of a protein.
 
-    It depends on the tokens and, for equal sequences, on how many of them came before.
+    The number depends on the sequence's tokens and on how many equal sequences precede it.
     """
     import xxhash  # imported here because loading a model in Python must not need it
 
@@ -39,13 +42,14 @@ def protein_keys(sequences: Iterable[np.ndarray]) -> UInt64[np.ndarray, " n"]:
 
 
 def stratified_positions(keys: UInt64[np.ndarray, " n"], draws: int, seed: int) -> Float64[torch.Tensor, "draws n"]:
-    """Return the position of each draw of each protein within the draw's stratum, on [0, 1).
+    """Return the position, on [0, 1), of each draw of each protein within the draw's stratum.
 
     The positions are themselves stratified over the n proteins: in each draw, each of n equal parts of [0, 1) contains
-    the position of one protein. The positions depend on the set of proteins, not on their order or packs.
+    the position of one protein. The positions depend on which proteins there are, but not on their order or on how they
+    are packed.
 
     Args:
-        keys: `protein_keys` of the set.
+        keys: the `protein_keys` of the n proteins.
     """
     n, generator = len(keys), keyed_generator(seed, "places", 0, torch.device("cpu"))
     rank = torch.from_numpy(np.argsort(np.argsort(keys, kind="stable")))

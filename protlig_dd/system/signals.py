@@ -15,10 +15,10 @@ from types import FrameType
 EXIT_CODES = {"SIGINT": 130, "SIGTERM": 75, "SIGHUP": 75, "SIGUSR1": 75, "SIGUSR2": 75, "max_time": 75}
 """Exit code for each reason to stop. If there are several reasons, the first in this order counts. SIGINT is first,
 because a launcher that is interrupted twice also sends SIGTERM, although a person interrupted the run.
-75 (EX_TEMPFAIL of sysexits.h): the same command resumes the run."""
+Exit code 75 (EX_TEMPFAIL of sysexits.h) means that the same command resumes the run."""
 REASONS = tuple(EXIT_CODES)
 SIGNALS = {signal.Signals[reason] for reason in REASONS if reason.startswith("SIG")}
-STOPPED = "stopped.json"  # in the run folder: why the run stopped; deleted when it resumes
+STOPPED = "stopped.json"  # file in the run folder that records why the run stopped; deleted when the run resumes
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -26,7 +26,7 @@ def seconds_of(time_limit: str) -> float:
     """Return the seconds of a time limit such as 90s, 30m, 11.5h or 2d.
 
     Raises:
-        ValueError: anything else.
+        ValueError: the time limit has another form.
     """
     number, unit = time_limit[:-1], time_limit[-1:]
     if unit not in UNITS or re.fullmatch(r"\d+(\.\d+)?", number) is None:
@@ -35,7 +35,7 @@ def seconds_of(time_limit: str) -> float:
 
 
 def handled_signals() -> set[signal.Signals]:
-    """Return SIGNALS, without SIGHUP if it is ignored, as under nohup."""
+    """Return SIGNALS, without SIGHUP if the process ignores SIGHUP, as under nohup."""
     return {number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN}
 
 
@@ -54,14 +54,16 @@ class Stopped(BaseException):
 class StopRequests:
     """Requests to stop this process, by signals or by its time limit.
 
-    Outside `deferred()` the first signal raises Stopped where it arrives. Inside, signals are only noted and
-    `requested()` returns them; the ranks then agree on the step after which all of them stop.
+    Outside a `deferred()` block, the first signal raises Stopped immediately. Inside such a block, signals are only
+    recorded and `requested()` returns them. The ranks then agree on the step after which all of them stop.
 
     Args:
-        insist: whether a second Ctrl-C interrupts immediately. False for a launcher's ranks: launchers repeat signals.
-        notice: printed with the first signal that is noted inside `deferred()`; None prints nothing.
-        patience: if another rank receives its signal first and exits, a call inside `immediate()` fails here. Wait this
-            many seconds before raising that error, so that this process's own signal can arrive and raise Stopped.
+        insist: whether a second Ctrl-C interrupts immediately. It is False for the ranks of a launcher, because
+            launchers repeat signals.
+        notice: text printed with the first signal that is recorded inside `deferred()`; None prints nothing.
+        patience: seconds to wait before an error inside `immediate()` is raised again. If another rank receives its
+            signal first and exits, calls that need this rank fail here. During the wait, this process's own signal can
+            arrive and raise Stopped.
     """
 
     def __init__(self, *, insist: bool = True, notice: str | None = None, patience: float = 0.0) -> None:
@@ -93,29 +95,36 @@ class StopRequests:
         if not self._deferring:
             raise Stopped(reason)
         if self.notice is not None:
-            with contextlib.suppress(OSError):  # a closed terminal
-                os.write(1, f"\n{reason}: {self.notice}\n".encode())  # print() must not run inside itself
+            with contextlib.suppress(OSError):  # the terminal may be closed
+                # print() must not run inside itself, and the signal may have interrupted a print()
+                os.write(1, f"\n{reason}: {self.notice}\n".encode())
 
     def set_deadline(self, deadline: float | None) -> None:
-        """Stop for max_time when time.monotonic() reaches `deadline`, or now if it has passed; None: no time limit."""
+        """Request a stop for max_time when time.monotonic() reaches `deadline`, or immediately if it already has.
+
+        If `deadline` is None, there is no time limit.
+        """
         if deadline is not None and self._earlier:
             signal.setitimer(signal.ITIMER_REAL, max(1e-6, deadline - time.monotonic()))
 
     def stopped(self, reason: str, when: str) -> Stopped:
-        """Return the exception for a stop that the ranks agreed on, even if this rank did not receive the request."""
+        """Return the exception for a stop on which the ranks agreed. This rank need not have received the request."""
         self.noted.add(reason)
         return Stopped(reason, when)
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Note signals inside the block instead of raising; at its end, raise Stopped if there were any."""
+        """Record signals inside the block instead of raising Stopped. At the end of the block, raise it if any came."""
         with self._switched(True):
             yield
         self._raise_noted()
 
     @contextlib.contextmanager
     def immediate(self) -> Iterator[None]:
-        """For use inside `deferred()`: let signals raise Stopped again, and raise on entry if one was noted."""
+        """Within a `deferred()` block, let signals raise Stopped immediately again while this inner block runs.
+
+        On entry, raise Stopped if a signal has already been recorded.
+        """
         with self._switched(False):
             self._raise_noted()
             try:
@@ -138,5 +147,5 @@ class StopRequests:
             self._deferring = earlier
 
     def requested(self) -> list[int]:
-        """Return 1 or 0 for each of REASONS: whether this process was requested to stop for it."""
+        """Return 1 or 0 for each of REASONS: whether this process was requested to stop for that reason."""
         return [int(reason in self.noted) for reason in REASONS]

@@ -10,10 +10,10 @@ from typing import Any
 
 
 def csv_lines(path: Path) -> list[tuple[str, list[str]]]:
-    """Return (name for error messages, cells) of each line; empty lines are left out.
+    """Return (name of the line for error messages, its cells) for each line. Empty lines are left out.
 
     Raises:
-        ValueError: the file is not CSV in UTF-8 (a byte-order mark is allowed); the message names it.
+        ValueError: the file is not CSV in UTF-8 (a byte-order mark is allowed); the message names the file.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:

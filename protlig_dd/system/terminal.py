@@ -26,7 +26,7 @@ def announce(message: str, processes: Processes) -> None:
 
 
 class ProgressBar:
-    """A live bar on a terminal; elsewhere a plain line after each `1 / lines` of the total."""
+    """A progress bar: live on a terminal, elsewhere a plain line after each `1 / lines` of the total."""
 
     def __init__(self, description: str, total: int, done: int = 0, *, shown: bool = True, lines: int = 10) -> None:
         self.total, self.done, self.description = total, done, description

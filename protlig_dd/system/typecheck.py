@@ -1,10 +1,12 @@
-"""Check every function of the package against its jaxtyping annotations, from the moment it is imported.
+"""Check each call of the package's functions against their jaxtyping annotations.
 
-jaxtyping's import hook rewrites a module before it is compiled. While the hook executes a module, it changes the
-name under which Python stores bytecode. `python -m` executes a command's module itself, with bytecode from the loader's
-`get_code`. The instrumented bytecode of every command therefore ended up under the ordinary name, and a later run
-without the hook loaded it (patrick-kidger/jaxtyping#329). The loader below uses a separate name in both cases, and only
-for this package. With the hook alone, every package that a module imports is also compiled again.
+jaxtyping's import hook rewrites a module before the module is compiled. While the hook executes a module, the hook
+changes the name under which Python stores bytecode. The module of a command, however, is executed by `python -m`, which
+takes the bytecode from the loader's `get_code`. With the hook alone, the instrumented bytecode of every command was
+therefore stored under the ordinary name, and a later run without the hook loaded this bytecode
+(patrick-kidger/jaxtyping#329). The hook alone also compiles every package again that a module imports.
+
+The loader below uses a separate name for modules and for commands, and only for this package.
 """
 
 import sys
@@ -44,7 +46,7 @@ class CheckedFinder(MetaPathFinder):
 
 
 class CheckedLoader(SourceFileLoader):
-    """Compile like `instrumenting`, and keep the bytecode in `__pycache__/<name>.shapes-<version>.pyc`."""
+    """Compile like the loader `instrumenting`, and store the bytecode as `__pycache__/<name>.shapes-<version>.pyc`."""
 
     def __init__(self, instrumenting: SourceFileLoader) -> None:
         super().__init__(instrumenting.name, instrumenting.path)
