@@ -1,4 +1,4 @@
-"""Average attention weights to a map of residue pairs, correct the map like a contact map, and draw it.
+"""Average attention weights into a map of residue pairs, correct the map like a contact map, and draw it.
 
 This module does not use Hydra.
 """

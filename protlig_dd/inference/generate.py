@@ -112,7 +112,7 @@ def bound_notes(
 ) -> list[str]:
     """Return a text such as ` nll=2.8512 nll_se=0.0113` for each protein.
 
-    It gives the model's bound on the protein's NLL and the standard error, in nats/residue. The texts are empty if
+    The text gives the model's bound on the protein's NLL and its standard error, in nats/residue. It is empty if
     nll_draws is 0. The bound of each protein is computed separately, with draws keyed by (seed, "bound", the protein's
     number), so that the bound does not depend on other proteins.
     """

@@ -36,9 +36,10 @@ def attention(
 
     Entry [b, h, i, j] is the weight with which token i reads token j in head heads[h] of block blocks[b]. The tokens
     are `<bos> residues <eos>`, so a protein of L residues has L + 2 tokens and residue k is token k + 1. Each row sums
-    to 1. The weights are computed in float32 from the queries, keys and bias that the attention kernel receives. Those
-    that the kernel receives in a lower precision are rounded to it. The network runs in evaluation mode on one protein
-    at a time, up to the last selected block. The weights of a protein take 4 (L + 2)^2 bytes per block and head.
+    to 1. The weights are computed in float32 from the queries, keys and bias that the attention kernel receives. Inputs
+    that the kernel receives in a lower precision are rounded to that precision first. The network runs in evaluation
+    mode on one protein at a time, up to the last selected block. The weights of a protein take 4 (L + 2)^2 bytes per
+    block and head.
 
     Args:
         sequences: letters in either case; `_` is a masked residue (only for graphs with a mask).

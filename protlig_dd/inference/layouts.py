@@ -177,8 +177,8 @@ def draw_layout(contig: str, lengths: str | None, generator: np.random.Generator
     `10-40/A45-60/5-20` is 10 to 40 new residues, residues 45 to 60 of input A, and 5 to 20 new residues. The length of
     each new stretch is drawn uniformly. `lengths` is a number or a range for the length of the whole design. If
     `lengths` is given, the draw is uniform among all combinations of stretches whose total length is allowed.
-    Combinations without a new residue are left out, unless every possible combination has none. The notation is
-    RFdiffusion's (Watson et al. 2023), without its chain breaks (`/0`); a letter names the input.
+    Combinations without a new residue are drawn only if there are no other combinations. The notation is RFdiffusion's
+    (Watson et al. 2023), without its chain breaks (`/0`); a letter names the input.
 
     Raises:
         ValueError: a part that is not a range, a design without residues, or lengths that the contig cannot have.

@@ -69,9 +69,9 @@ class SampledStep:
 class SamplingSteps:
     """An iterator that samples and yields SampledStep.
 
-    All designs are computed in one pack. Without edits the final sequences are those of `generate`. They are identical
-    if `generate` also samples the designs in one pack. With several packs the network's outputs may differ by rounding.
-    A loop over the steps may stop at any step; `next` or another loop continues from there.
+    All designs are computed in one pack. Without edits, the final sequences are those that `generate` samples in one
+    pack. If `generate` needs several packs, the network's outputs may differ by rounding. A loop over the steps may
+    stop at any step; `next` or another loop continues from there.
 
     Args:
         designs: for each protein its number of residues, or a sequence with `_` at free positions. The other residues

@@ -77,9 +77,9 @@ def launch_ranks(
     """Start processes on this machine with torch's elastic launcher, and run `entry(*arguments)` in each of them.
 
     Args:
-        max_restarts: maximum number of times that all processes are restarted after one has failed or was killed.
-        stop_within: seconds that the processes have to exit after the launcher has forwarded a signal to them. The
-            launcher then kills the remaining processes with SIGKILL.
+        max_restarts: maximum number of times that all processes are restarted after a process has failed or was killed.
+        stop_within: seconds that the processes have to exit after the launcher has forwarded a signal to them. After
+            this time, the launcher kills the remaining processes with SIGKILL.
         timeout: seconds that the launcher waits for an answer from torch's rendezvous store. If it is below 60, the
             launcher waits 60 seconds.
         run_folder: the run's folder. Rank 0 writes environment.json to it when it opens the run, and stopped.json (the
@@ -87,7 +87,7 @@ def launch_ranks(
 
     Raises:
         RanksFailedError: a process failed.
-        ValueError: a signal requested a stop, but the run did not stop within `stop_within` seconds and was killed.
+        ValueError: a signal requested a stop, but the processes did not stop in time and were killed.
         Stopped: a signal or the time limit stopped the run.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException

@@ -26,7 +26,7 @@ def keyed_generator(seed: int, purpose: str, index: int, device: torch.device) -
 
 
 def protein_keys(sequences: Iterable[np.ndarray]) -> UInt64[np.ndarray, " n"]:
-    """Return a number for each token sequence. It keys the random draws of a protein.
+    """Return a number for each token sequence, which keys the protein's random draws.
 
     The number depends on the sequence's tokens and on how many equal sequences precede it.
     """

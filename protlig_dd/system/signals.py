@@ -62,8 +62,8 @@ class StopRequests:
             launchers repeat signals.
         notice: text printed with the first signal that is recorded inside `deferred()`; None prints nothing.
         patience: seconds to wait before an error inside `immediate()` is raised again. If another rank receives its
-            signal first and exits, calls that need this rank fail here. During the wait, this process's own signal can
-            arrive and raise Stopped.
+            signal first and exits, a call that waits for the other rank fails in this process. During the wait, this
+            process's own signal can arrive and raise Stopped.
     """
 
     def __init__(self, *, insist: bool = True, notice: str | None = None, patience: float = 0.0) -> None:

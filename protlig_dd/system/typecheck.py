@@ -1,4 +1,4 @@
-"""Check each call of the package's functions against their jaxtyping annotations.
+"""Check every call of a function in this package against the function's jaxtyping annotations.
 
 jaxtyping's import hook rewrites a module before the module is compiled. While the hook executes a module, the hook
 changes the name under which Python stores bytecode. The module of a command, however, is executed by `python -m`, which
