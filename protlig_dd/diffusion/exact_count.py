@@ -23,13 +23,15 @@ def exact_count_draws(
     in_strata: Sequence[Stratum],
     generator: Generators,
 ) -> tuple[Float64[Tensor, " total_of_copies"], Bool[Tensor, " total_of_copies"]]:
-    """Draw once in each stratum of the exact count. The network evaluates all draws together.
+    """Draw a random set of masked residues of each sequence once in each stratum of the exact count.
+
+    The network evaluates all draws together.
 
     Args:
         copies: the sequences of `batch`, repeated once per stratum, as one pack.
 
     Returns:
-        Each token's contribution to the bound in each draw, in nats, and which tokens were masked.
+        For each token of each draw, its contribution to the bound in nats, and whether it was masked.
     """
     residue_T = batch.targets < score_fn.graph.n_states
     length_n = sum_by_sequence(residue_T, batch).clamp(min=1)
@@ -43,9 +45,10 @@ def exact_count_draws(
 
 
 def masked_nats(score_fn: ScoreFn, batch: PackedBatch, masked: Bool[Tensor, " total"]) -> Float64[Tensor, " total"]:
-    """Return each token's contribution to the exact-count bound, in nats, for a draw that masks these residues.
+    """Return each token's contribution to the exact-count bound, in nats, when the residues `masked` are masked.
 
-    It is L / k times the cross-entropy of each masked residue, where k >= 1 of the sequence's L residues are masked.
+    If k >= 1 of a sequence's L residues are masked, a masked residue contributes L / k times its cross-entropy. Other
+    tokens contribute 0.
     """
     nats_T = cross_entropies(score_fn, batch, masked)
     residue_T = batch.targets < score_fn.graph.n_states
@@ -54,7 +57,7 @@ def masked_nats(score_fn: ScoreFn, batch: PackedBatch, masked: Bool[Tensor, " to
 
 
 def cross_entropies(score_fn: ScoreFn, batch: PackedBatch, masked: Bool[Tensor, " total"]) -> Float64[Tensor, " total"]:
-    """Return -log p of each masked residue given the unmasked ones, in nats; 0 for all other tokens."""
+    """Return -log p of each masked residue given the unmasked tokens, in nats; 0 for the unmasked tokens."""
     graph = score_fn.graph
     length_n = sum_by_sequence(batch.targets < graph.n_states, batch).clamp(min=1)
     sigma = masked_sigma(score_fn.noise, sum_by_sequence(masked, batch).clamp(min=1) / length_n).to(batch.tokens.device)
@@ -63,7 +66,7 @@ def cross_entropies(score_fn: ScoreFn, batch: PackedBatch, masked: Bool[Tensor, 
 
 
 def masked_sigma(noise: Noise, fraction: Float64[Tensor, " n"]) -> Float32[Tensor, " n"]:
-    """Return the total noise sigma at which 1 - e^-sigma, the masked fraction, is `fraction`; at most sigma(1)."""
+    """Return the total noise sigma at which the masked fraction 1 - e^-sigma is `fraction`, but at most sigma(1)."""
     last_sigma = noise(torch.ones(1))[0].to(fraction.device)
     return torch.minimum(-torch.log1p(-fraction.float()), last_sigma)  # a fraction of 1 would give infinity
 
@@ -77,15 +80,15 @@ def masked_cross_entropy(
     draws: int,
     generator: Generators,
 ) -> tuple[Float64[Tensor, " total"], Int64[Tensor, " n"]]:
-    """Return -log p of masked residues given the unmasked ones. This is not a likelihood.
+    """Mask random residues, and return -log p of these residues given the unmasked tokens. This is not a likelihood.
 
-    Masked language models are measured in this way (ESM-2, doi 10.1126/science.ade2574, with 15%), except that all
-    chosen residues are masked here: none is kept or replaced by another amino acid.
+    Masked language models are measured in this way (ESM-2, doi 10.1126/science.ade2574, with 15%). The only difference
+    is that all chosen residues are masked here: no chosen residue is kept or replaced by another amino acid.
 
     Args:
         fraction: fraction of each sequence's residues that a draw masks. The number of masked residues is rounded, and
             at least 1.
-        draws: number of random masks.
+        draws: number of random sets of masked residues.
 
     Returns:
         Nats of each token, summed over the draws that masked it, and the number of masked residues of each sequence,

@@ -4,14 +4,17 @@
                 + sum_l KL( P(sigma(1))[x0_l, .] || prior )        (closed form)
                 - E log p(x0 | x_{t_min})                          (the last, denoising step)
 
-For the absorbing graph the same bound can be computed from k masked residues out of L (`exact_count`): k is uniform on
-1..L, the masked set is uniform, and L/k times the sum of the masked residues' cross-entropies is averaged. Its variance
-is far lower. It covers all t, so it has no prior or reconstruction term. A time-conditioned network receives the sigma
-that matches the masked fraction, 1 - e^-sigma = k/L. The bound then holds for a decoder that uses the same sigma.
+The sum runs over the positions l of the residues. This estimator of the bound is `integral`.
 
-Context letters (X B Z J U O), <bos> and <eos> are given to the network and not scored. So are the residues that a pack
-marks as context (`PackedBatch.context`): L and k count the other residues only, and the bound is that of -log p of the
-other residues given the context.
+For the absorbing graph the same bound can be computed from k masked residues out of L (estimator `exact_count`): k is
+uniform on 1..L, the masked set is uniform, and L/k times the sum of the masked residues' cross-entropies is averaged.
+This estimator has a far lower variance. It covers all t, so there is no prior term and no reconstruction term. A
+time-conditioned network receives the sigma that matches the masked fraction, 1 - e^-sigma = k/L. The bound then holds
+for a decoder that uses the same sigma.
+
+Context letters (X B Z J U O), <bos> and <eos> are given to the network and are not scored. The same holds for residues
+that a pack marks as context (`PackedBatch.context`). L and k then count only the residues that are not context, and the
+bound is on -log p of these residues given the context.
 """
 
 from collections.abc import Sequence
@@ -49,20 +52,20 @@ class NLLBound:
     draws: int
     t_min: float
     token_nats: Float64[Tensor, " total"]
-    """Each token's contribution to its sequence's bound; 0 for context."""
+    """Contribution of each token to the bound of its sequence; 0 for context."""
     pooled_nats: Float64[Tensor, " n"]
     """For EvoDiff's perplexity: the sum of the masked residues' cross-entropies, without the factor L / k of the bound,
-    averaged over draws; 0 for the integral."""
+    averaged over draws; 0 for the estimator `integral`."""
     pooled: Float64[Tensor, " n"]
-    """Number of masked residues in a draw, averaged over draws; 0 for the integral."""
+    """Number of masked residues in a draw, averaged over draws; 0 for the estimator `integral`."""
 
 
 @dataclass(frozen=True)
 class ProteinDraws:
-    """Sources of randomness for sequences whose bounds must not depend on the pack that they are in."""
+    """Sources of randomness for each sequence, so that its bound does not depend on the other sequences of its pack."""
 
     generators: Sequence[torch.Generator]
-    """One per sequence."""
+    """One generator per sequence."""
     positions: Float64[Tensor, "draws n"]
     """Position of each draw of each sequence within its stratum, on [0, 1)."""
 
@@ -77,16 +80,19 @@ def nll_bound(
     estimator: str | None = None,
     tokens_at_once: int = 0,
 ) -> NLLBound:
-    """Bound -log p(x0) of each sequence of a pack, given its length and context letters. Only residues are scored.
+    """Return an upper bound on -log p(x0) for each sequence of a pack, given the sequence's length and context.
+
+    Context (letters and residues) is not scored.
 
     Args:
         generator: one generator for all sequences, or a source of randomness for each sequence. With one generator,
             the draws of different sequences are also distributed evenly within each stratum.
-        draws: Monte-Carlo draws per sequence, two in each stratum of t (or k), see `strata`.
-        estimator: `integral` for every graph. `exact_count` for the absorbing graph only: it bounds the NLL of a
-            decoder that normalises the scores of masked tokens (with the parametrisation `x0` they are normalised
-            already). None: the estimator of the score function.
-        tokens_at_once: the network evaluates several draws together, up to this many tokens, but at least one draw.
+        draws: number of Monte-Carlo draws per sequence, two in each stratum of t (or k), see `strata`.
+        estimator: `integral` is valid for every graph. `exact_count` is valid for the absorbing graph only, and bounds
+            the NLL of a decoder that normalises the scores of masked tokens (with the parametrisation `x0` these scores
+            are normalised already). None: `score_fn.estimator`.
+        tokens_at_once: maximum number of tokens in one evaluation of the network. As many draws as fit are evaluated
+            together, but at least one draw.
 
     Raises:
         ValueError: an unknown estimator, exact_count with another graph, or draws below 1.
@@ -144,7 +150,7 @@ def nll_bound(
 
 
 def _transition(batch: PackedBatch, graph: Graph, sigma_T: Sigma, generator: Generators) -> Tokens:
-    """Return x_t of a batch. If there are several generators, each sequence uses its own."""
+    """Draw x_t of a batch at total noise sigma_T. If there are several generators, each sequence uses its own."""
     if isinstance(generator, torch.Generator):
         return graph.sample_transition(batch.targets, sigma_T, generator)
     device = generator[0].device
@@ -160,7 +166,9 @@ def _integral_draws(
     in_strata: Sequence[Stratum],
     generator: Generators,
 ) -> Float64[Tensor, " total_of_copies"]:
-    """Sample the integrand and the last denoising step once in each stratum. The network evaluates all draws together.
+    """Return the contributions of one draw per stratum to the integral and to the last denoising step.
+
+    The network evaluates all draws together.
 
     Args:
         copies: the sequences of `batch`, repeated once per stratum, as one pack.
@@ -201,8 +209,8 @@ def reconstruction(
     probs, _ = clamp_negative(
         graph.denoise_probs(log_score[residue_T], xt[residue_T], sigma_T[residue_T])[:, : graph.n_states]
     )
-    # without the floor, one residue whose probability was clamped to 0 would make the bound infinite; with it the step
-    # is still a valid decoder
+    # without the floor, one residue whose probability was clamped to 0 would make the bound infinite; with the
+    # floor the step is still a valid decoder
     probs = (probs + FLOOR) / (1 + graph.n_states * FLOOR)
     nats_T = torch.zeros(len(batch.tokens), dtype=torch.float64, device=probs.device)
     nats_T[residue_T.to(probs.device)] = -pick(probs, batch.tokens[residue_T].to(probs.device)).log()
@@ -212,9 +220,10 @@ def reconstruction(
 def protein_draws(
     keys: UInt64[np.ndarray, " n"], positions: Float64[torch.Tensor, "draws n"], seed: int
 ) -> ProteinDraws:
-    """Return the sources of randomness of proteins with these keys. Each protein has its own generator, on the CPU.
+    """Return the sources of randomness of proteins. Each protein has its own generator, on the CPU.
 
     Args:
+        keys: the `protein_keys` of the proteins; with the seed, a key determines the protein's generator.
         positions: position of each draw of each protein within its stratum, on [0, 1).
     """
     return ProteinDraws([keyed_generator(seed, "evaluation", int(key), torch.device("cpu")) for key in keys], positions)

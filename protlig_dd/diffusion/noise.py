@@ -42,13 +42,14 @@ class LogLinearNoise:
 class CosineNoise:
     """1 - exp(-rate sigma(t)) = (1 - eps) (1 - cos(pi t / 2)).
 
-    The noise grows slowly near t = 0, where a moved residue has the largest weight in the loss. The remaining fraction
+    The noise grows slowly near t = 0, where a noised residue has the largest weight in the loss. The remaining fraction
     of the data falls as a cosine. (MaskGIT's schedule, arXiv 2202.04200, is the mirror image: its masked fraction rises
     as a sine.)
 
-    For the absorbing graph the loss weight of a masked residue is m' / m with m = 1 - exp(-sigma). Its second moment,
-    the integral of m'^2 / m, is 4.04 for eps -> 0. The minimum over all schedules is 4, reached by m = t^2
-    (Cauchy-Schwarz applied to the derivative of sqrt(m)). For the log-linear schedule it is log(1 / t_min) = 6.9.
+    For the absorbing graph the loss weight of a masked residue is m' / m with m = 1 - exp(-sigma) and m' = d m / d t.
+    The second moment of this weight, the integral of m'^2 / m over t, is 4.04 for eps -> 0. The minimum over all
+    schedules is 4, reached by m = t^2 (Cauchy-Schwarz applied to the derivative of sqrt(m)). For the log-linear
+    schedule the second moment is log(1 / t_min) = 6.9.
 
     Args:
         eps: exp(-rate sigma) at t = 1.
@@ -113,7 +114,7 @@ def stratified_times(
 
 
 def curriculum_t_max(step: int, steps: int, t_min: float) -> float:
-    """Return the largest t at a training step (counted from 0). It grows linearly to 1 at step `steps` - 1."""
+    """Return the largest t of a training step (counted from 0), which grows linearly to 1 at step `steps` - 1."""
     return 1.0 if step + 1 >= steps else t_min + (1 - t_min) * (step + 1) / steps
 
 

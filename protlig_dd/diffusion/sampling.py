@@ -1,7 +1,7 @@
 """Sample new sequences by running the diffusion backwards.
 
-A sampler is a class (see samplers/): `init` returns the residues at the highest noise level, and `step` goes from one
-level to the next.
+A sampler is a class (see samplers/): `init` returns the residues at the highest noise level, and `step` changes the
+tokens from one noise level to the next lower level.
 """
 
 from collections import Counter
@@ -41,18 +41,23 @@ def sample(
         lengths: number of residues of each sequence.
         generator: one generator for all sequences, or one per sequence, so that a sequence's draws do not depend on its
             pack.
-        project: tokens (total,) -> tokens, with <bos> and <eos> around each sequence, so residue 0 of the first
-            sequence is token 1. It re-imposes fixed residues (or context letters), and is called before every step and
-            after the last. This is exact for the absorbing graph and an approximation for the others
-            (docs/diffusion.md). With the absorbing graph the network then receives, for each sequence, the sigma that
-            matches its fraction of masked residues, or of masked free residues if it was trained with context.
-        log_bias: nats added to the log-probability of each of the V amino acids, (V,) for all residues or
-            (sum of lengths, V), without <bos> and <eos>. The model is steered towards
-            p(x0) exp(sum of log_bias over x0), exactly if positions are independent. -inf forbids an amino acid.
+        project: function that sets fixed residues (or context letters) back to their values. It maps the tokens
+            (total,) of the pack to new tokens. Each sequence has <bos> and <eos> around it, so residue 0 of the first
+            sequence is token 1. The function is called before the first step and after every step. Fixing residues in
+            this way is exact for the absorbing graph and an approximation for the other graphs (docs/diffusion.md).
+            With the absorbing graph and `project`, the network receives for each sequence the sigma that matches the
+            masked fraction of the sequence's residues. If the network was trained with context, this is the masked
+            fraction of the free residues only.
+        log_bias: nats added to the log-probability of each of the V amino acids. The shape is (V,), to add the same
+            values at all residues, or (sum of lengths, V), with a row for each residue but none for <bos> and <eos>.
+            The model is steered towards the distribution proportional to p(x0) exp(sum of log_bias over the residues
+            of x0). The samples follow this distribution exactly if positions are independent. -inf forbids an amino
+            acid.
         on_step: called after each step, for a progress bar.
-        counts: is updated with `draws`, `clamped` (draws with a negative probability, which is clamped to 0 before
-            renormalisation), and the sequences `evaluated` and `skipped` by the network. A network without time
-            conditioning skips sequences that have not changed since its last evaluation.
+        counts: the function adds to these counts. `draws` counts tokens that were drawn, and `clamped` draws with a
+            negative probability, which is set to 0 before renormalisation. In each step, `evaluated` counts sequences
+            that the network evaluates, and `skipped` the others: a network without time conditioning does not evaluate
+            sequences again that have not changed since their last evaluation.
 
     Returns:
         One uint8 array of amino-acid ids for each sequence.
@@ -80,9 +85,9 @@ class Step(NamedTuple):
 
 
 class ReverseSteps:
-    """The reverse steps of one pack, as an iterator. Its arguments and errors are those of `sample`, which runs it.
+    """An iterator over the reverse steps of one pack. See `sample`, which runs it, for the arguments and errors.
 
-    Between two steps, `continue_from` may replace the pack's tokens.
+    Between two steps, the caller may replace the pack's tokens with `continue_from`.
     """
 
     @torch.no_grad()
@@ -120,7 +125,10 @@ class ReverseSteps:
         xt = batch.tokens.masked_scatter(self.sampler.free_T, self.sampler.init(self.levels[0]))
         self.batch = batch.with_tokens(xt if project is None else project(xt))
         self.counted_T = self.batch.tokens == graph.mask if score_fn.trained_with_context and graph.masks else None
-        """The residues whose masked fraction sets sigma: those that are not given, if training had given ones."""
+        """(total,) bool: the residues whose masked fraction sets sigma. None: all residues.
+
+        For a network trained with context, these are the residues that were masked at the start or by `continue_from`.
+        """
 
     def __len__(self) -> int:
         return len(self.levels) - 1
@@ -148,10 +156,10 @@ class ReverseSteps:
         return Step(level, before, self.batch.tokens, logits_TV)
 
     def continue_from(self, tokens: Int64[Tensor, " total"]) -> None:
-        """Replace the tokens from which the next step starts, after applying `project` to them.
+        """Replace the pack's tokens, from which the next step starts. `project` is applied to the new tokens.
 
-        With the absorbing graph the network then receives the sigma that matches each sequence's masked fraction, as
-        with `project`, because the fraction no longer follows the schedule.
+        With the absorbing graph, all later steps give the network the sigma that matches each sequence's masked
+        fraction, as with `project`, because this fraction no longer follows the schedule.
 
         Args:
             tokens: (total,), with <bos> and <eos>.
@@ -162,7 +170,7 @@ class ReverseSteps:
             self.counted_T = self.counted_T | (self.batch.tokens == self.score_fn.graph.mask)
 
     def residues(self) -> list[np.ndarray]:
-        """Return the present ids (length_i,) of each sequence's residues as uint8. Some may be masked."""
+        """Return the current residues of each sequence as uint8 token ids (length_i,). Residues may still be masked."""
         return [tokens[1:-1].cpu().numpy().astype(np.uint8) for tokens in self.batch.unpack(self.batch.tokens)]
 
 
@@ -174,7 +182,7 @@ def sigma_of_masks(
     Fixed residues are never masked, so the schedule's sigma would be too high for sequences that have fixed residues.
 
     Args:
-        counted_T: residues of which the fraction is taken. None: all, fixed residues too.
+        counted_T: the residues over which the fraction is computed. None: all residues, including fixed residues.
     """
     counted_T = batch.tokens <= graph.n_states if counted_T is None else counted_T
     residues_n = sum_by_sequence(counted_T, batch).clamp(min=1)
@@ -198,7 +206,11 @@ def check_sampler(graph: Graph, options: SamplerOptions) -> None:
 
 
 class CachedLogits:
-    """A network's logits. A time-free network is evaluated only on sequences that have changed since the last call."""
+    """Logits of a network, kept for reuse.
+
+    If `time_free`, the logits do not depend on sigma. The network is then evaluated only on sequences that have changed
+    since the last call.
+    """
 
     def __init__(self, logits: Network, counts: Counter[str], *, time_free: bool) -> None:
         self.logits, self.counts, self.time_free = logits, counts, time_free
@@ -223,7 +235,7 @@ class CachedLogits:
 
 
 def _expand_bias(log_bias: Float64[Tensor, "..."], residues: int, n_states: int) -> Float64[Tensor, "R V"]:
-    """Check log_bias and expand it to one row per residue."""
+    """Check log_bias, and return it with one row for each residue."""
     if log_bias.shape not in ((n_states,), (residues, n_states)):
         raise ValueError(
             f"log_bias must have shape ({n_states},) or ({residues}, {n_states}), got {tuple(log_bias.shape)}"

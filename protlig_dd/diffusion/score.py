@@ -16,10 +16,10 @@ PARAMETRISATIONS = ("log_score", "x0")
 MIN_PROBABILITY = 1e-30  # lower limit of probabilities, so that their logarithms are finite
 
 Network = Callable[[PackedBatch, Tensor], Tensor]
-"""(batch at x_t, sigma (n,) float32) -> logits (total, 20)."""
+"""(batch with tokens x_t, sigma (n,) float32) -> logits (total, 20)."""
 
 Steer = Callable[[Tensor], Tensor]
-"""log q (T, V) -> a changed log q. q is the distribution of x0 at each token given all other tokens.
+"""log q (T, V) -> a changed log q, where q is the distribution of x0 at each position given x_t at all others.
 
 The result need not be normalised: each token's row may have any constant added.
 """
@@ -32,15 +32,17 @@ class ScoreFn:
     Args:
         model: (batch, sigma) -> logits.
         graph, noise: the forward process.
-        parametrisation: `log_score`: the logits are log-scores, as in SEDD. `x0`: the softmax q of the logits is the
-            distribution of x0 at a token given all the others, and the graph converts it to scores exactly,
-            s_y = (q P)_y / (q P)_x.
+        parametrisation: `log_score`: the logits are log-scores up to known terms, which the graph adds, as in SEDD.
+            `x0`: q, the softmax of the logits, is the distribution of x0 at each position, given the tokens of x_t at
+            all other positions. The graph converts q to scores exactly: s_y = (q P)_y / (q P)_x with x = x_t.
         time_conditioning: if False, the network always receives sigma = 0. This is valid only if the posterior of x0
-            does not depend on time (absorbing with x0).
+            does not depend on time (the absorbing graph with parametrisation x0).
         autocast: dtype in which the network computes; None for the dtype of its weights. The logits are converted to
-            float32, and all later computations are at least as precise: sums of exponentials in bf16 are off by 0.2%.
-        trained_with_context: whether residues were given to the network in training (`PackedBatch.context`). The sigma
-            that matches a fraction of masked residues is then that of a fraction of the residues that are not given.
+            float32, and all later computations are at least as precise, because sums of exponentials in bf16 have
+            errors of 0.2%.
+        trained_with_context: whether training gave some residues to the network as context, which is never masked
+            (`PackedBatch.context`). If so, the sigma that matches a masked fraction is computed from the masked
+            fraction of the residues that are not context.
 
     Raises:
         ValueError: an unknown parametrisation, or time_conditioning=False where it is not valid.
@@ -59,17 +61,17 @@ class ScoreFn:
 
     @property
     def estimator(self) -> str:
-        """The estimator of the bound (see likelihood.py).
+        """The estimator of the bound on the NLL (see likelihood.py).
 
-        It is `exact_count` for models with the absorbing graph, x0 and no time conditioning, because the exact-count
-        bound then holds for the model itself. Otherwise it is `integral`.
+        For models with the absorbing graph, x0 and no time conditioning it is `exact_count`, because the exact-count
+        bound then holds for the model itself. For all other models it is `integral`.
         """
         exact = self.graph.time_free_with(self.parametrisation) and not self.time_conditioning
         return "exact_count" if exact else "integral"
 
     @property
     def device(self) -> torch.device:
-        """The network's device, or the CPU if it has no parameters."""
+        """The network's device, or the CPU if the network has no parameters."""
         parameters = self.model.parameters() if isinstance(self.model, nn.Module) else iter(())
         return next((parameter.device for parameter in parameters), torch.device("cpu"))
 
@@ -89,10 +91,11 @@ class ScoreFn:
     ) -> Float[Tensor, "T V"]:
         """Convert logits to log-scores, in the precision of the logits. `steer` changes the distribution q of x0.
 
-        With the parametrisation x0, q is the softmax of the logits. With log_score, q is the distribution that the
-        network's log-scores imply. Computing this q undoes all the noise, which amplifies errors. The result is
-        therefore not the log-scores of the steered q, but the network's log-scores plus a difference: the log-scores of
-        q after steering minus those before. A small change of q is then a small change of the scores.
+        With the parametrisation x0, q is the softmax of the logits. With the parametrisation
+        log_score, q is the distribution that the network's log-scores imply. Computing this q undoes all the noise,
+        which amplifies errors. With `steer` the result is therefore not the log-scores of the steered q, but the
+        network's log-scores plus a difference: the log-scores of q after steering minus the log-scores of q before
+        steering. A small change of q then causes only a small change of the scores.
         """
         if self.parametrisation == "x0":
             log_q = logits if steer is None else steer(logits.log_softmax(-1))
@@ -109,7 +112,7 @@ class ScoreFn:
     ) -> Float64[Tensor, "T S"]:
         """Return the probabilities (T, S) of each token's state after a step from total noise `sigma` to `sigma_next`.
 
-        The step is the exact posterior with the parametrisation x0, otherwise Tweedie's analytic step. With
+        With the parametrisation x0 the step is the exact posterior, otherwise Tweedie's analytic step. With
         sigma_next = 0 no token stays masked. Rows are unnormalised; inconsistent scores can give negative entries.
         """
         if self.parametrisation == "x0":
@@ -122,7 +125,7 @@ class ScoreFn:
 
 
 def check_parametrisation(graph: Graph, parametrisation: str, time_conditioning: bool) -> None:
-    """Raise a ValueError for an unknown parametrisation, or for one that needs time conditioning with this graph."""
+    """Raise a ValueError if the parametrisation is unknown, or if it lacks the time conditioning that it needs."""
     if parametrisation not in PARAMETRISATIONS:
         raise ValueError(f"unknown parametrisation {parametrisation!r}; choose from {', '.join(PARAMETRISATIONS)}")
     if not time_conditioning and not graph.time_free_with(parametrisation):

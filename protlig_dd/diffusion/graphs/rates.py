@@ -26,14 +26,15 @@ def substitution_rates(matrix: str, kind: str = "log_odds", scale: float | None 
 
     Log-odds scores S and the background frequencies f of Swiss-Prot give the joint distribution J, with J_ij
     proportional to f_i f_j 2^(scale S_ij). Its marginals pi give the conditional distribution P_ij = J_ij / pi_i. Q is
-    proportional to P - I, so it is reversible by construction. The diagonal and the overall factor of the result have
-    no meaning: the graph sets both.
+    proportional to P - I, so Q is reversible by construction. The diagonal and the overall factor of the result have no
+    meaning: `SubstitutionGraph` sets the diagonal and scales the rates.
 
     Args:
         matrix: the name of a Biopython matrix (BLOSUM62, PAM250, ...), or a file in NCBI's format: a line of column
             letters, then one line per row; `#` starts a comment.
         kind: `log_odds` for scores, or `rates` for a rate matrix.
-        scale: bits per unit of score. None reads it from the matrix's comments ("1/2 Bit", "scale = ln(2)/3").
+        scale: bits per unit of score. None: read the scale from the comments of the matrix
+            ("1/2 Bit", "scale = ln(2)/3").
 
     Returns:
         (20, 20) float64 in the order of AMINO_ACIDS; the off-diagonal entries are the rates.
@@ -69,7 +70,7 @@ def substitution_rates(matrix: str, kind: str = "log_odds", scale: float | None 
 
 def read_matrix(matrix: str) -> tuple[np.ndarray, str]:
     """Return a (20, 20) matrix in the order of AMINO_ACIDS, and the comments of its file."""
-    from Bio.Align import substitution_matrices  # here, because exported models run without Biopython
+    from Bio.Align import substitution_matrices  # imported here because exported models run without Biopython
 
     path = Path(matrix)
     try:

@@ -15,7 +15,8 @@ from protlig_dd.diffusion.numerics import Sigma, Tokens, categorical, one_hot, p
 from protlig_dd.system.device import float64_device
 from protlig_dd.tokenizer import AMINO_ACIDS, N_STATES
 
-# largest allowed difference of two opposite fluxes, relative to the largest flux; above 0, as files round their numbers
+# Largest allowed difference between the flux i -> j, pi_i Q_ij, and the opposite flux j -> i, relative to the largest
+# flux. The tolerance is above 0 because the numbers in files are rounded.
 FLUX_TOLERANCE = 1e-4
 MAX_LAMBDA_2 = -0.1  # graphs that mix more slowly are rejected; with this lambda_2, sigma_max is 69
 TINY = 1e-300  # lower limit of probabilities, so that their logarithms are finite
@@ -23,7 +24,10 @@ CPU = torch.device("cpu")
 
 
 class Spectrum(NamedTuple):
-    """The process in float64 on one device: P(sigma) = I + left diag(expm1(sigma eigenvalues)) right."""
+    """The process in float64 on one device: P(sigma) = I + left diag(expm1(sigma eigenvalues)) right.
+
+    `pi` is the equilibrium distribution of the amino acids, and `rates` is Q.
+    """
 
     pi: Float64[Tensor, " V"]
     rates: Float64[Tensor, "V V"]
@@ -35,9 +39,10 @@ class Spectrum(NamedTuple):
 class SubstitutionGraph(ResidueGraph):
     """Residues are substituted as in evolution, at any reversible rates between the amino acids.
 
-    With pi_i Q_ij = pi_j Q_ji and D = diag(pi), the matrix D^1/2 Q D^-1/2 = U Lambda U^T is symmetric, and
-    P(sigma) = I + D^-1/2 U expm1(sigma Lambda) U^T D^1/2. expm1 is needed because for small sigma the off-diagonal
-    entries are small differences, which exp would lose. The matrices and all computations with them are float64.
+    pi contains the equilibrium frequencies of the amino acids. With pi_i Q_ij = pi_j Q_ji and D = diag(pi), the matrix
+    D^1/2 Q D^-1/2 = U Lambda U^T is symmetric, and P(sigma) = I + D^-1/2 U expm1(sigma Lambda) U^T D^1/2. For small
+    sigma the off-diagonal entries of P(sigma) are small: expm1 keeps their precision, which exp would lose to rounding.
+    The matrices and all computations with them are float64.
 
     Args:
         rates: (N, N) Q[i, j], the rate i -> j. The diagonal is ignored. The rates are scaled so that a residue in
@@ -97,7 +102,7 @@ class SubstitutionGraph(ResidueGraph):
         self._on_device = {CPU: spectrum}
 
     def transition_probs(self, x0: Tokens, sigma: Sigma) -> Float64[Tensor, "T V"]:
-        """Return P(sigma)[x0, .] in float64. A context id gets the row of state 0."""
+        """Return P(sigma)[x0, .] in float64. For a context id, the row is that of state 0."""
         sigma = to_float64(sigma)
         x0 = torch.where(x0 < self.n_states, x0, 0).to(sigma.device)
         return self._propagate(one_hot(x0, self.n_states).double(), sigma).clamp(min=TINY)
@@ -120,7 +125,7 @@ class SubstitutionGraph(ResidueGraph):
         return torch.where(x0 < self.n_states, kl.to(sigma), 0.0)
 
     def log_score(self, logits: Float[Tensor, "T V"], xt: Tokens, sigma: Sigma) -> Float[Tensor, "T V"]:
-        """Return log pi_y - log pi_x + logits with x = x_t; 0 at y = x.
+        """Return the log-scores log pi_y - log pi_x + logits with x = x_t; 0 at y = x.
 
         Zero logits give the exact score at large sigma.
         """
@@ -129,7 +134,10 @@ class SubstitutionGraph(ResidueGraph):
         return torch.where(one_hot(xt, self.n_states).bool(), 0.0, scaled)
 
     def log_score_from_x0(self, logits: Float[Tensor, "T V"], xt: Tokens, sigma: Sigma) -> Float[Tensor, "T V"]:
-        """Return log s_y with s_y = (q P)_y / (q P)_x, x = x_t and q = softmax(logits), the distribution of x0."""
+        """Return log s_y with s_y = (q P)_y / (q P)_x, x = x_t and P = P(sigma).
+
+        q = softmax(logits) is the distribution of x0 at each position.
+        """
         log_p = self._propagate(to_float64(logits).softmax(-1), to_float64(sigma)).clamp(min=TINY).log()
         log_score = (log_p - pick(log_p, xt.to(log_p.device))[:, None]).to(logits)
         return torch.where(one_hot(xt, self.n_states).bool(), 0.0, log_score)
@@ -137,9 +145,11 @@ class SubstitutionGraph(ResidueGraph):
     def score_entropy(
         self, log_score: Float[Tensor, "T V"], sigma: Sigma, xt: Tokens, x0: Tokens
     ) -> Float[Tensor, " T"]:
-        """Return the denoising score entropy per token in nats (arXiv 2310.16834, eq. 11), without dsigma.
+        """Return the denoising score entropy of each token in nats (arXiv 2310.16834, eq. 11).
 
-        With x = x_t, r_y = P[x0, y] / P[x0, x] and K(a) = a (log a - 1), this is the sum over y != x of
+        The factor d sigma / d t of the loss is not included.
+
+        With x = x_t, r_y = P[x0, y] / P[x0, x] and K(a) = a (log a - 1), the entropy is the sum over y != x of
         Q[y, x] (s_y - r_y log s_y + K(r_y)).
         """
         log_s, p = to_float64(log_score), self.transition_probs(x0, sigma)
@@ -150,7 +160,10 @@ class SubstitutionGraph(ResidueGraph):
         return torch.where(x0 < self.n_states, loss.to(log_score), 0.0)
 
     def euler_probs(self, log_score: Float[Tensor, "T V"], xt: Tokens, step: Sigma) -> Float64[Tensor, "T S"]:
-        """Return the probabilities after one Euler step: onehot(x_t) + step * reverse rate, with step = dt * dsigma."""
+        """Return the probabilities after one Euler step: onehot(x_t) + step * reverse rate.
+
+        `step` is the step in t, multiplied by the derivative d sigma / d t.
+        """
         score = to_float64(log_score).exp()
         xt = xt.to(score.device)
         at_xt = one_hot(xt, self.n_states)
@@ -158,18 +171,18 @@ class SubstitutionGraph(ResidueGraph):
         return moves + at_xt * (1 - moves.sum(-1, keepdim=True))
 
     def _propagate(self, row: Float64[Tensor, "T V"], sigma: Float64[Tensor, " T"]) -> Float64[Tensor, "T V"]:
-        """Return row exp(sigma Q), for sigma of either sign."""
+        """Multiply each row vector in `row` by the matrix exp(sigma Q) from the right. sigma may be negative."""
         process = self._spectrum(row)
         growth = torch.expm1(sigma[:, None] * process.eigenvalues)
         return row + ((row @ process.left) * growth) @ process.right
 
     def _probs_into(self, xt: Tokens, delta: Float64[Tensor, " T"]) -> Float64[Tensor, "T V"]:
-        """Return P(delta)[., x_t], by detailed balance."""
+        """Return the column P(delta)[., x_t], computed from the row P(delta)[x_t, .] by detailed balance."""
         pi = self._spectrum(delta).pi
         return self.transition_probs(xt, delta) * pi[xt.to(pi.device)][:, None] / pi
 
     def _rates_into(self, x: Tokens) -> Float64[Tensor, "T V"]:
-        """Return Q[., x]."""
+        """Return the column Q[., x]: the rates into x from each state."""
         return self._spectrum(x).rates.T[x]
 
     def _spectrum(self, like: Tensor) -> Spectrum:

@@ -13,7 +13,10 @@ from protlig_dd.tokenizer import N_STATES
 
 
 class Uniform(ResidueGraph):
-    """Every residue changes at rate 1 to a uniformly drawn amino acid: Q = 1/N - I (SEDD, arXiv 2310.16834, eq. 16)."""
+    """Every residue changes at rate 1 to a uniformly drawn amino acid (SEDD, arXiv 2310.16834, eq. 16).
+
+    With N amino acids Q[i, j] = 1/N for i != j, and Q[i, i] = 1/N - 1.
+    """
 
     name = "uniform"
     lambda_2 = -1.0
@@ -24,7 +27,7 @@ class Uniform(ResidueGraph):
         self.n_reverse_states = n_states
 
     def sample_transition(self, x0: Tokens, sigma: Sigma, generator: torch.Generator) -> Tokens:
-        """Draw x_t: with probability 1 - e^-sigma a uniformly drawn residue (x0 included), otherwise x0."""
+        """Draw x_t: with probability 1 - e^-sigma a uniformly drawn amino acid, which may equal x0; otherwise x0."""
         u, p_moved = uniform_draws(len(x0), generator), to_float64(-torch.expm1(-sigma), generator)
         # where u < p_moved, u / p_moved is uniform on [0, 1) and also selects the residue
         residue = (u / p_moved * self.n_states).clamp(max=self.n_states - 1).long()
@@ -42,11 +45,14 @@ class Uniform(ResidueGraph):
         return torch.where(x0 < n, kl.to(sigma), 0.0)
 
     def log_score(self, logits: Float[Tensor, "T V"], xt: Tokens, sigma: Sigma) -> Float[Tensor, "T V"]:
-        """Return the logits, with 0 at x_t. Zero logits give the exact score at large sigma."""
+        """Return the logits as log-scores, with 0 at x_t. Zero logits give the exact score at large sigma."""
         return torch.where(one_hot(xt, self.n_states).bool(), 0.0, logits)
 
     def log_score_from_x0(self, logits: Float[Tensor, "T V"], xt: Tokens, sigma: Sigma) -> Float[Tensor, "T V"]:
-        """Return log s_y with s_y = (q P)_y / (q P)_x, x = x_t and q = softmax(logits), the distribution of x0."""
+        """Return log s_y with s_y = (q P)_y / (q P)_x, x = x_t and P = P(sigma).
+
+        q = softmax(logits) is the distribution of x0 at each position.
+        """
         log_c = (log_expm1(sigma) - math.log(self.n_states))[:, None]  # (q P)_y = e^-sigma (q_y + c)
         log_p = torch.logaddexp(F.log_softmax(logits, dim=-1), log_c)
         return torch.where(one_hot(xt, self.n_states).bool(), 0.0, log_p - pick(log_p, xt)[:, None])
@@ -54,9 +60,11 @@ class Uniform(ResidueGraph):
     def score_entropy(
         self, log_score: Float[Tensor, "T V"], sigma: Sigma, xt: Tokens, x0: Tokens
     ) -> Float[Tensor, " T"]:
-        """Return the denoising score entropy per token in nats (arXiv 2310.16834, eq. 11), without dsigma.
+        """Return the denoising score entropy of each token in nats (arXiv 2310.16834, eq. 11).
 
-        With x = x_t, r_y = P[x0, y] / P[x0, x] and K(a) = a (log a - 1), this is the sum over y != x of
+        The factor d sigma / d t of the loss is not included.
+
+        With x = x_t, r_y = P[x0, y] / P[x0, x] and K(a) = a (log a - 1), the entropy is the sum over y != x of
         (1/N) (s_y - r_y log s_y + K(r_y)).
         """
         n = self.n_states
@@ -72,7 +80,10 @@ class Uniform(ResidueGraph):
         return torch.where(x0 < n, torch.where(xt == x0, unmoved, moved), 0.0)
 
     def euler_probs(self, log_score: Float[Tensor, "T V"], xt: Tokens, step: Sigma) -> Float64[Tensor, "T S"]:
-        """Return the probabilities after one Euler step: onehot(x_t) + step * reverse rate, with step = dt * dsigma."""
+        """Return the probabilities after one Euler step: onehot(x_t) + step * reverse rate.
+
+        `step` is the step in t, multiplied by the derivative d sigma / d t.
+        """
         at_xt = one_hot(xt, self.n_states).to(to_float64(log_score).device)
         moves = to_float64(log_score).exp() * to_float64(step)[:, None] / self.n_states * (1 - at_xt)
         return moves + at_xt * (1 - moves.sum(-1, keepdim=True))

@@ -12,10 +12,12 @@ from protlig_dd.diffusion.score import Steer
 
 
 class Ancestral(Analytic):
-    """Leaves exactly round(L (1 - e^-sigma)) residues masked after each step, where L residues are masked at the start.
+    """Keeps the number of masked residues of each sequence exactly on the noise schedule. The graph must have a mask.
 
-    With `Analytic` the number of masked residues is random, and L (1 - e^-sigma) is only its average. The scores of
-    the 20 amino acids are normalised before a residue is drawn. The graph must have a mask.
+    If L residues of a sequence are masked at the start, exactly round(L (1 - e^-sigma)) of them are masked after a step
+    to total noise sigma (`level.sigma_next`). With `Analytic` this number is random, with mean L (1 - e^-sigma).
+
+    The amino acid of a residue is drawn from the scores of the 20 amino acids, normalised to probabilities.
     """
 
     needs_masks = True
@@ -23,13 +25,16 @@ class Ancestral(Analytic):
     """Number of masked residues of each sequence at the start, counted in the first step."""
 
     def init(self, sigma: float) -> Int64[Tensor, " R"]:
-        """Return masks for all residues."""
+        """Return the residues (R,) at the start: the token id of the mask for each residue."""
         return torch.full((sum(self.draws.lengths),), self.graph.mask, device=self.draws.device)
 
     def step(
         self, xt: Int64[Tensor, " total"], logits: Float64[Tensor, "total V"], level: Level
     ) -> Int64[Tensor, " total"]:
-        """Draw an amino acid for every masked residue, but reveal only as many as `level.sigma_next` requires."""
+        """Draw an amino acid for every masked residue, but reveal only a random subset of these residues.
+
+        The size of the subset is such that the number of residues that stay masked matches `level.sigma_next`.
+        """
         if self.masked_n is None:
             self.masked_n = sum_by_sequence(xt == self.graph.mask, self.batch)
         drawn = super().step(xt, logits, level)
@@ -43,5 +48,5 @@ class Ancestral(Analytic):
     def reverse_probs(
         self, logits: Float64[Tensor, "T V"], xt: Int64[Tensor, " T"], level: Level, steer: Steer | None
     ) -> Float64[Tensor, "T S"]:
-        """Return the probabilities of `Analytic` for a step that removes all the noise."""
+        """Return the probabilities (T, S) that `Analytic` computes for a step from `level.sigma` to total noise 0."""
         return super().reverse_probs(logits, xt, level._replace(sigma_next=0.0), steer)

@@ -25,7 +25,8 @@ class SamplerOptions:
         predictor: a name in SAMPLERS.
         temperature, top_p: sharpen each position's distribution p of x0. First p is raised to the power
             1 / temperature and normalised. Then only the smallest set of amino acids whose total probability is at
-            least top_p is kept. The defaults, 1 and 1, sample the model itself.
+            least top_p is kept. The defaults, 1 and 1, sample from the model's
+            own distribution.
     """
 
     steps: int
@@ -54,7 +55,10 @@ class Draws:
         self.lengths, self.generator, self.device = lengths, generator, device
 
     def __call__(self, draw: Callable[[int, torch.Generator], Tensor]) -> Tensor:
-        """Call draw(length, generator) for each sequence and return the concatenated results, one per residue (R,)."""
+        """Return the results of draw(length, generator) for all sequences, concatenated to one value per residue (R,).
+
+        With a single generator, `draw` is called once, with the total number of residues.
+        """
         if isinstance(self.generator, torch.Generator):
             return draw(sum(self.lengths), self.generator).to(self.device)
         pairs = zip(self.lengths, self.generator, strict=True)
@@ -62,14 +66,14 @@ class Draws:
 
 
 class Analytic:
-    """Tweedie's step (arXiv 2310.16834, eq. 19).
+    """The sampler with Tweedie's steps (arXiv 2310.16834, eq. 19).
 
     If the parametrisation is `x0`, the step is computed from the posterior of x0. The result is the same distribution
     as in eq. 19, but the formula has no exponentials that grow with the noise.
 
     Sampling starts from the distribution at t = 1 that the bound on the NLL assumes (see likelihood.py).
     `score_fn.estimator` names the estimator of that bound. For `exact_count`, all residues are masked at the start. For
-    `integral`, they are drawn from the prior.
+    `integral`, the residues at the start are drawn from the prior.
 
     Args:
         batch: sequences `<bos> residues <eos>`, of which only the lengths are used.
@@ -97,7 +101,7 @@ class Analytic:
         if self.score_fn.estimator == "exact_count":
             return torch.full((sum(self.draws.lengths),), self.graph.mask, device=self.draws.device)
         start_R = self.draws(lambda n, generator: self.graph.sample_limit(n, generator, sigma))
-        if self.bias is not None and self.graph.masks:  # no step changes an unmasked residue, so mask forbidden ones
+        if self.bias is not None and self.graph.masks:  # no step changes unmasked residues, so mask the forbidden
             start_R = torch.where(is_forbidden(start_R, self.bias), self.graph.mask, start_R)
         return start_R
 
@@ -131,7 +135,7 @@ class Analytic:
     def reverse_probs(
         self, logits: Float64[Tensor, "T V"], xt: Int64[Tensor, " T"], level: Level, steer: Steer | None
     ) -> Float64[Tensor, "T S"]:
-        """Return, for each of T tokens that may change, the unnormalised probabilities (T, S) of its next value."""
+        """Return the unnormalised probabilities (T, S) of the next state of each of the T tokens that may change."""
         sigma_T, next_T = (torch.full_like(logits[:, 0], sigma) for sigma in (level.sigma, level.sigma_next))
         return self.score_fn.reverse_probs(logits, xt, sigma_T, next_T, steer)
 
@@ -139,10 +143,11 @@ class Analytic:
 def apply_steering(
     log_q: Float64[Tensor, "T V"], *, bias: Float64[Tensor, "T V"] | None, temperature: float, top_p: float
 ) -> Float64[Tensor, "T V"]:
-    """Return log q of x0 with q multiplied by exp(bias), then sharpened by temperature and top_p.
+    """Multiply q, the distribution of x0 at each residue, by exp(bias), sharpen q, and return log q.
 
-    This steers each residue on its own. If residues depend on each other, the samples follow the steered distribution
-    of whole sequences only approximately (see docs/diffusion.md, Steering).
+    See `SamplerOptions` for temperature and top_p. Each residue is steered on its own. If residues depend on each
+    other, the samples follow the steered distribution of whole sequences only approximately (see docs/diffusion.md,
+    Steering).
     """
     if bias is not None:
         log_q = log_q + bias
@@ -155,5 +160,5 @@ def apply_steering(
 
 
 def is_forbidden(tokens: Tensor, bias: Float64[Tensor, "R V"]) -> Bool[Tensor, " R"]:
-    """Whether the bias of each residue forbids its token."""
+    """Return (R,) bool: whether the bias of a residue forbids the residue's token. A mask is never forbidden."""
     return pick((bias == -torch.inf).double(), tokens).bool()

@@ -9,12 +9,15 @@ from protlig_dd.diffusion.score import Steer
 
 
 class Euler(Analytic):
-    """Steps of first order in dt. The last step is analytic."""
+    """Euler steps, which are accurate to first order in the step in t. The last step is analytic."""
 
     def reverse_probs(
         self, logits: Float64[Tensor, "T V"], xt: Int64[Tensor, " T"], level: Level, steer: Steer | None
     ) -> Float64[Tensor, "T S"]:
-        """As in `Analytic`, but of first order."""
+        """Return the probabilities (T, S) after an Euler step, or after an analytic step if it is the last step.
+
+        Entries can be negative.
+        """
         if not level.sigma_next:
             return super().reverse_probs(logits, xt, level, steer)
         sigma_T, step_T = (torch.full_like(logits[:, 0], value) for value in (level.sigma, level.euler_step))
