@@ -23,9 +23,9 @@ def exact_count_draws(
     in_strata: Sequence[Stratum],
     generator: Generators,
 ) -> tuple[Float64[Tensor, " total_of_copies"], Bool[Tensor, " total_of_copies"]]:
-    """Draw a random set of masked residues of each sequence once in each stratum of the exact count.
+    """Return the contributions to the exact-count bound of one draw per sequence in each stratum.
 
-    The network evaluates all draws together.
+    A draw masks a random set of a sequence's residues. The network evaluates all draws together.
 
     Args:
         copies: the sequences of `batch`, repeated once per stratum, as one pack.
@@ -66,7 +66,7 @@ def cross_entropies(score_fn: ScoreFn, batch: PackedBatch, masked: Bool[Tensor, 
 
 
 def masked_sigma(noise: Noise, fraction: Float64[Tensor, " n"]) -> Float32[Tensor, " n"]:
-    """Return the total noise sigma at which the masked fraction 1 - e^-sigma is `fraction`, but at most sigma(1)."""
+    """Return the total noise sigma at which the masked fraction 1 - e^-sigma is `fraction`; at most sigma at t = 1."""
     last_sigma = noise(torch.ones(1))[0].to(fraction.device)
     return torch.minimum(-torch.log1p(-fraction.float()), last_sigma)  # a fraction of 1 would give infinity
 
@@ -82,8 +82,8 @@ def masked_cross_entropy(
 ) -> tuple[Float64[Tensor, " total"], Int64[Tensor, " n"]]:
     """Mask random residues, and return -log p of these residues given the unmasked tokens. This is not a likelihood.
 
-    Masked language models are measured in this way (ESM-2, doi 10.1126/science.ade2574, with 15%). The only difference
-    is that all chosen residues are masked here: no chosen residue is kept or replaced by another amino acid.
+    Masked language models are measured in a similar way (ESM-2, doi 10.1126/science.ade2574, with 15%). There, some of
+    the chosen residues are kept or replaced by another amino acid. Here, all chosen residues are masked.
 
     Args:
         fraction: fraction of each sequence's residues that a draw masks. The number of masked residues is rounded, and

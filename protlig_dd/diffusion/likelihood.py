@@ -4,7 +4,7 @@
                 + sum_l KL( P(sigma(1))[x0_l, .] || prior )        (closed form)
                 - E log p(x0 | x_{t_min})                          (the last, denoising step)
 
-The sum runs over the positions l of the residues. This estimator of the bound is `integral`.
+The sum runs over the positions l of the residues. The estimator that computes these three terms is called `integral`.
 
 For the absorbing graph the same bound can be computed from k masked residues out of L (estimator `exact_count`): k is
 uniform on 1..L, the masked set is uniform, and L/k times the sum of the masked residues' cross-entropies is averaged.

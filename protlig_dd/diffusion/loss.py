@@ -24,13 +24,14 @@ def score_entropy_loss(
     estimate over draws is the likelihood bound's integral over [t_min, t_max] (arXiv 2310.16834, eq. 13).
 
     Args:
-        batch: clean sequences x0. Its context residues are given to the network without noise, and are not in
-            the loss.
+        batch: clean sequences x0. Its context residues are given to the network without noise and are not
+            in the loss.
         generator: source of all random draws, on the batch's device (on the CPU for MPS).
         t_max: the largest time; 1 unless a curriculum limits it. With a curriculum, the loss is the integral up to
             t_max only.
         max_weight: the largest allowed weight (t_max - t_min) dsigma / (e^sigma - 1). With the absorbing graph this is
-            the factor of a masked residue's cross-entropy. With a maximum the loss is no longer the bound.
+            the factor of a masked residue's cross-entropy. If max_weight is set, the loss is not the
+            bound.
 
     Returns:
         loss_sum: nats, summed over the pack; differentiable.

@@ -114,7 +114,7 @@ def stratified_times(
 
 
 def curriculum_t_max(step: int, steps: int, t_min: float) -> float:
-    """Return the largest t of a training step (counted from 0), which grows linearly to 1 at step `steps` - 1."""
+    """Return the largest t of a training step (counted from 0). This t grows linearly to 1 at step `steps` - 1."""
     return 1.0 if step + 1 >= steps else t_min + (1 - t_min) * (step + 1) / steps
 
 

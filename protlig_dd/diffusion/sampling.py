@@ -51,13 +51,12 @@ def sample(
         log_bias: nats added to the log-probability of each of the V amino acids. The shape is (V,), to add the same
             values at all residues, or (sum of lengths, V), with a row for each residue but none for <bos> and <eos>.
             The model is steered towards the distribution proportional to p(x0) exp(sum of log_bias over the residues
-            of x0). The samples follow this distribution exactly if positions are independent. -inf forbids an amino
-            acid.
+            of x0). The steering is exact if positions are independent. -inf forbids an amino acid.
         on_step: called after each step, for a progress bar.
-        counts: the function adds to these counts. `draws` counts tokens that were drawn, and `clamped` draws with a
-            negative probability, which is set to 0 before renormalisation. In each step, `evaluated` counts sequences
-            that the network evaluates, and `skipped` the others: a network without time conditioning does not evaluate
-            sequences again that have not changed since their last evaluation.
+        counts: counter to which the function adds. `draws` counts drawn tokens. `clamped` counts draws with a negative
+            probability, which is set to 0 before renormalisation. `evaluated` counts, over all steps, the sequences
+            that the network evaluates. `skipped` counts the sequences that a network without time conditioning
+            need not evaluate, because they have not changed since the step before.
 
     Returns:
         One uint8 array of amino-acid ids for each sequence.
@@ -125,7 +124,7 @@ class ReverseSteps:
         xt = batch.tokens.masked_scatter(self.sampler.free_T, self.sampler.init(self.levels[0]))
         self.batch = batch.with_tokens(xt if project is None else project(xt))
         self.counted_T = self.batch.tokens == graph.mask if score_fn.trained_with_context and graph.masks else None
-        """(total,) bool: the residues whose masked fraction sets sigma. None: all residues.
+        """(total,) bool: which tokens are the residues whose masked fraction sets sigma. None: all residues.
 
         For a network trained with context, these are the residues that were masked at the start or by `continue_from`.
         """
@@ -182,7 +181,7 @@ def sigma_of_masks(
     Fixed residues are never masked, so the schedule's sigma would be too high for sequences that have fixed residues.
 
     Args:
-        counted_T: the residues over which the fraction is computed. None: all residues, including fixed residues.
+        counted_T: which residues count in the fraction. None: all residues, including fixed residues.
     """
     counted_T = batch.tokens <= graph.n_states if counted_T is None else counted_T
     residues_n = sum_by_sequence(counted_T, batch).clamp(min=1)

@@ -91,11 +91,11 @@ class ScoreFn:
     ) -> Float[Tensor, "T V"]:
         """Convert logits to log-scores, in the precision of the logits. `steer` changes the distribution q of x0.
 
-        With the parametrisation x0, q is the softmax of the logits. With the parametrisation
-        log_score, q is the distribution that the network's log-scores imply. Computing this q undoes all the noise,
-        which amplifies errors. With `steer` the result is therefore not the log-scores of the steered q, but the
-        network's log-scores plus a difference: the log-scores of q after steering minus the log-scores of q before
-        steering. A small change of q then causes only a small change of the scores.
+        With the parametrisation x0, q is the softmax of the logits. With the parametrisation log_score, q is the
+        distribution that the network's log-scores imply. Computing this q undoes all the noise, which amplifies errors.
+        With `steer` the result is therefore not the log-scores of the steered q, but the network's log-scores plus a
+        difference: the log-scores of q after steering minus the log-scores of q before steering. A small change of q
+        then causes only a small change of the scores.
         """
         if self.parametrisation == "x0":
             log_q = logits if steer is None else steer(logits.log_softmax(-1))
@@ -125,7 +125,10 @@ class ScoreFn:
 
 
 def check_parametrisation(graph: Graph, parametrisation: str, time_conditioning: bool) -> None:
-    """Raise a ValueError if the parametrisation is unknown, or if it lacks the time conditioning that it needs."""
+    """Raise a ValueError if the parametrisation is unknown, or if `time_conditioning` is False where it must be True.
+
+    Only the absorbing graph with the parametrisation x0 is valid without time conditioning.
+    """
     if parametrisation not in PARAMETRISATIONS:
         raise ValueError(f"unknown parametrisation {parametrisation!r}; choose from {', '.join(PARAMETRISATIONS)}")
     if not time_conditioning and not graph.time_free_with(parametrisation):

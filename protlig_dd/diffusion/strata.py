@@ -23,8 +23,8 @@ def strata(draws: int, warp: Callable[[np.ndarray], np.ndarray] = np.square) -> 
 
     There are draws // 2 strata of u in [0, 1] with two draws each. If the number of draws is odd, the last draw may be
     anywhere on [0, 1). The standard deviation of a draw that masks a fraction u of the residues is roughly proportional
-    to 1 / sqrt(u). Strata that end at the squares of evenly spaced numbers (the default `warp`) have equal
-    integrals of this standard deviation (Neyman's allocation; Cochran, Sampling Techniques, 1977, sec. 5.5).
+    to 1 / sqrt(u). Strata that end at the squares of evenly spaced numbers (the default `warp`) have equal integrals of
+    this standard deviation (Neyman's allocation; Cochran, Sampling Techniques, 1977, sec. 5.5).
 
     Args:
         warp: maps evenly spaced numbers on [0, 1] to the ends of the strata.

@@ -54,9 +54,9 @@ class Absorbing(Graph):
         return torch.where((xt == self.mask)[:, None], scaled, 0.0)
 
     def x0_probs(self, log_score: Float[Tensor, "T V"], xt: Tokens, sigma: Sigma) -> Float64[Tensor, "T V"]:
-        """Return the distribution of x0 at each position that the scores imply.
+        """Return q, the distribution of x0 at each position, as implied by the scores.
 
-        It is conditional on the tokens of x_t at all other positions. Only the rows of masked tokens are meaningful.
+        q is conditional on the tokens of x_t at all other positions. Only the rows of masked tokens are meaningful.
         """
         return to_float64(log_score).softmax(-1)
 
@@ -105,7 +105,7 @@ class Absorbing(Graph):
     def denoise_probs(self, log_score: Float[Tensor, "T V"], xt: Tokens, sigma: Sigma) -> Float64[Tensor, "T S"]:
         """Return the probabilities after the last reverse step, an analytic step from total noise `sigma` to 0.
 
-        The probability of the mask is set to 0, and those of the amino acids are renormalised.
+        The probability of the mask is set to 0, and the probabilities of the amino acids are renormalised.
         """
         probs = self.analytic_probs(log_score, xt, sigma)
         probs[:, self.mask] = 0.0

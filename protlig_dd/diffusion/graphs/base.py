@@ -77,7 +77,7 @@ class Graph(ABC):
 
     @abstractmethod
     def x0_probs(self, log_score: Float[Tensor, "T V"], xt: Tokens, sigma: Sigma) -> Float64[Tensor, "T V"]:
-        """Return the distribution q of x0 at each position that the scores imply.
+        """Return q, the distribution of x0 at each position, as implied by the scores.
 
         q is conditional on the tokens of x_t at all other positions, as in `log_score_from_x0`.
         """
@@ -135,7 +135,7 @@ class ResidueGraph(Graph):
         """Return the column P(delta)[., x_t]: the probability of a transition to x_t from each state."""
 
     def x0_probs(self, log_score: Float[Tensor, "T V"], xt: Tokens, sigma: Sigma) -> Float64[Tensor, "T V"]:
-        """Return the distribution q of x0 at each position that the scores imply.
+        """Return q, the distribution of x0 at each position, as implied by the scores.
 
         q is conditional on the tokens of x_t at all other positions. It is the solution of q P = s, where s is the
         vector of the scores, normalised after negative entries are set to 0. Solving this equation amplifies errors of

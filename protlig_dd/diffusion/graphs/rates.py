@@ -33,8 +33,7 @@ def substitution_rates(matrix: str, kind: str = "log_odds", scale: float | None 
         matrix: the name of a Biopython matrix (BLOSUM62, PAM250, ...), or a file in NCBI's format: a line of column
             letters, then one line per row; `#` starts a comment.
         kind: `log_odds` for scores, or `rates` for a rate matrix.
-        scale: bits per unit of score. None: read the scale from the comments of the matrix
-            ("1/2 Bit", "scale = ln(2)/3").
+        scale: bits per unit of score. None: read it from the comments in the matrix ("1/2 Bit", "scale = ln(2)/3").
 
     Returns:
         (20, 20) float64 in the order of AMINO_ACIDS; the off-diagonal entries are the rates.

@@ -25,8 +25,7 @@ class SamplerOptions:
         predictor: a name in SAMPLERS.
         temperature, top_p: sharpen each position's distribution p of x0. First p is raised to the power
             1 / temperature and normalised. Then only the smallest set of amino acids whose total probability is at
-            least top_p is kept. The defaults, 1 and 1, sample from the model's
-            own distribution.
+            least top_p is kept. The defaults, 1 and 1, sample from the model's own distribution.
     """
 
     steps: int
@@ -101,7 +100,7 @@ class Analytic:
         if self.score_fn.estimator == "exact_count":
             return torch.full((sum(self.draws.lengths),), self.graph.mask, device=self.draws.device)
         start_R = self.draws(lambda n, generator: self.graph.sample_limit(n, generator, sigma))
-        if self.bias is not None and self.graph.masks:  # no step changes unmasked residues, so mask the forbidden
+        if self.bias is not None and self.graph.masks:  # mask forbidden residues, as no step would change them
             start_R = torch.where(is_forbidden(start_R, self.bias), self.graph.mask, start_R)
         return start_R
 

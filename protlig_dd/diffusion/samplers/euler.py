@@ -14,7 +14,7 @@ class Euler(Analytic):
     def reverse_probs(
         self, logits: Float64[Tensor, "T V"], xt: Int64[Tensor, " T"], level: Level, steer: Steer | None
     ) -> Float64[Tensor, "T S"]:
-        """Return the probabilities (T, S) after an Euler step, or after an analytic step if it is the last step.
+        """Return the probabilities (T, S) after an Euler step or, in the last step, after an analytic step.
 
         Entries can be negative.
         """

@@ -1,4 +1,4 @@
-"""Baselines of the likelihood: unigram and bigram models, which a protein language model has to beat."""
+"""Unigram and bigram models, the baselines of the likelihood. A protein language model has to beat them."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ from protlig_dd.system.terminal import announce
 from protlig_dd.tokenizer import CONTEXT, N_STATES, VOCAB_SIZE
 
 PSEUDO_COUNTS = 20.0  # added to each bigram row, in proportion to the unigram frequencies
-MAX_SEQUENCES = 200_000  # enough to count 400 amino-acid pairs
+MAX_SEQUENCES = 200_000  # maximum number of sequences to fit to; enough to count 400 amino-acid pairs
 
 
 @dataclass(frozen=True)
 class Baselines:
-    """Log-probabilities of an amino acid, alone and given the previous token."""
+    """Log-probabilities of an amino acid: alone (unigram model) and given the previous token (bigram model)."""
 
     unigram: np.ndarray
     """(20,)"""
@@ -29,12 +29,13 @@ class Baselines:
     sequences: int
 
     def nats(self, tokens: np.ndarray, is_context: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Return -log p of each token (length,) under both models, 0 for context and for tokens that are no amino acid.
+        """Return -log p of each token (length,) under the unigram model and under the bigram model.
 
-        The bigram model reads the residue before, whether or not that is context.
+        Context residues, and tokens that are not amino acids, get 0. The bigram model reads the previous token, even if
+        that token is context.
 
         Args:
-            is_context: (length,) bool, which tokens are context; None: none.
+            is_context: (length,) bool: which tokens are context residues. None: there is no context.
         """
         inside = targets_of(tokens, is_context) < N_STATES
         unigram, bigram = np.zeros(len(tokens)), np.zeros(len(tokens))
@@ -46,11 +47,12 @@ class Baselines:
 
 
 def fit_baselines(sequences: Iterable[np.ndarray], contexts: Iterable[np.ndarray | None] = repeat(None)) -> Baselines:
-    """Fit both models by counting amino acids and pairs of neighbours in sequences `<bos> residues <eos>`.
+    """Fit the unigram and the bigram model by counting amino acids and pairs of neighbours in the sequences.
 
     Args:
-        contexts: for each sequence, which tokens are context, (length,) bool. They are not counted, but a pair may
-            begin with one.
+        sequences: `<bos> residues <eos>` of each protein.
+        contexts: for each sequence (length,) bool, which tokens are context residues; None for a sequence without
+            context. Context residues are not counted as amino acids, but a pair may begin with a context residue.
     """
     pairs, n = np.zeros((VOCAB_SIZE, N_STATES)), 0
     for tokens, is_context in zip(sequences, contexts, strict=False):
@@ -67,7 +69,7 @@ def fit_baselines(sequences: Iterable[np.ndarray], contexts: Iterable[np.ndarray
 
 
 def baselines_of(stores: StoreGroup) -> Baselines:
-    """Fit both models to at most MAX_SEQUENCES sequences of the training splits, evenly spaced in each store.
+    """Fit the two models to at most MAX_SEQUENCES sequences of the training splits, evenly spaced in each store.
 
     Raises:
         ValueError: no training sequences.
@@ -84,13 +86,15 @@ def baselines_of(stores: StoreGroup) -> Baselines:
 def find_baseline_stores(
     train: str | None, store: SequenceStore | None, trained: TrainedModel, context: Context = "none"
 ) -> StoreGroup | None:
-    """Return the stores whose training splits the baselines are fitted to; None, with a message, if not found.
+    """Return the stores whose training splits the baselines are fitted to.
+
+    If the stores are not found, print a message and return None.
 
     Args:
         train: path of the store to use (`train=`). None: the stores that the model was trained on.
         store: the evaluated store, which the model may have been trained on.
         context: the case of residues that are context. If a store does not keep the case, the baselines are fitted to
-            all residues, with a message.
+            all residues, and a message reports this.
     """
     candidates = [] if store is None else [store]
     stores = (

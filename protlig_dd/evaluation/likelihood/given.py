@@ -1,4 +1,4 @@
-"""Which residues of evaluated proteins are context: given to the model, and not scored."""
+"""Find out which residues of evaluated proteins are context, which is given to the model and not scored."""
 
 from protlig_dd.data.case import Context, context_tokens, has_only_context, nothing_to_design, targets_of
 from protlig_dd.data.crops import designed_crops, window
@@ -9,15 +9,16 @@ from protlig_dd.system.terminal import announce
 
 
 def resolve_context(requested: str, trained: TrainedModel, proteins: Proteins, path: str) -> Context:
-    """Return which case of the proteins' residues is context.
+    """Return which letters of the proteins mark context residues: none, lower-case letters or upper-case letters.
 
     Args:
-        requested: none, lower, upper, or `auto`: that of the model's training if the proteins have both cases, with a
-            message.
+        requested: none, lower, upper or auto. If the model was trained with context and a protein has both upper-case
+            and lower-case letters, `auto` is the context of the training. Otherwise `auto` is none. If the model was
+            trained with context, a message reports the result of `auto`.
         path: file of the proteins, for messages.
 
     Raises:
-        ValueError: a context is requested, and the proteins have no case that could mark it.
+        ValueError: lower or upper is requested, but no protein has both upper-case and lower-case letters.
     """
     if requested == "auto":
         if trained.context == "none":
@@ -39,12 +40,13 @@ def resolve_context(requested: str, trained: TrainedModel, proteins: Proteins, p
 
 
 def given_proteins(proteins: Proteins, context: Context, max_len: int) -> list[Given]:
-    """Return the proteins to score, cropped to max_len residues: to the first crop that has the most designed residues.
+    """Return the proteins to score, cropped to at most max_len residues.
 
-    Without context that is the crop of the first max_len residues.
+    Designed residues are residues that are not context. Of the crops with the most designed residues, the first is
+    used. Without context, this crop is the first max_len residues.
 
     Raises:
-        ValueError: the context leaves nothing to design in a protein; the message names it.
+        ValueError: all amino acids of a protein are context; the message names the protein.
     """
     given = []
     for id_, tokens, lower in zip(proteins.ids, proteins.sequences, proteins.lower_case, strict=True):

@@ -1,4 +1,4 @@
-"""Numbers in a run's report: bounds on the NLL of held-out proteins, the unigram NLL, and training statistics."""
+"""Compute figures of a run's report: NLL bounds of held-out proteins, the unigram NLL, and training statistics."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -20,12 +20,12 @@ from protlig_dd.system.random import protein_keys, stratified_positions
 from protlig_dd.system.tables import csv_text
 from protlig_dd.tokenizer import AMINO_ACIDS, N_STATES
 
-LENGTH_BINS = 40  # at most
+LENGTH_BINS = 40  # maximum number of bins in the histogram of lengths
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Bounds of the sequences of one split, in row order; the same on every rank."""
+    """NLL bounds of the sequences of one split, in the order of their store rows. All ranks have the same bounds."""
 
     rows: np.ndarray
     nats: np.ndarray
@@ -35,7 +35,7 @@ class HeldOut:
     estimator: str
 
     def summary(self) -> dict[str, Any]:
-        """Return nats/residue with standard errors: the model's bound, the unigram NLL, their paired difference."""
+        """Return nats/residue with standard errors: the model's bound, the unigram NLL, and their paired difference."""
         nll, nll_se = per_residue(self.nats, self.residues)
         unigram, unigram_se = per_residue(self.unigram_nats, self.residues)
         difference, difference_se = per_residue(self.nats - self.unigram_nats, self.residues)
@@ -64,11 +64,13 @@ def held_out_bound(
 ) -> HeldOut:
     """Compute a bound on the NLL of every sequence of the dataset. The ranks share the work.
 
-    The random draws depend on the seed and on the set of sequences, not on their packs.
+    The random draws depend on the seed and on the set of sequences, not on how the sequences are packed.
 
     Args:
-        dataset: unshuffled (seed None); sequences longer than max_len are scored on their first max_len residues.
-            If its stores have context, the bound is that of the designed residues given the context.
+        dataset: unshuffled (seed None). If the dataset's stores have context, the bound is on the NLL of the designed
+            residues (all residues that are not context) given the context. A sequence longer than max_len is cropped to
+            its first max_len residues or, if it has context residues, to the first of the crops with the most designed
+            residues.
         unigram: (20,) amino-acid frequencies.
     """
     log_unigram = torch.from_numpy(np.log(unigram))
@@ -100,7 +102,7 @@ def per_sequence_csv(store: StoreGroup, held: HeldOut) -> str:
 
 
 def residue_counts(batch: PackedBatch) -> torch.Tensor:
-    """Return (n, 20) float64: how often each amino acid occurs in each sequence, without context residues."""
+    """Return (n, 20) float64: how often each amino acid occurs in each sequence. Context residues are not counted."""
     counts = torch.zeros(len(batch.lengths), N_STATES, dtype=torch.float64)
     inside = batch.targets < N_STATES
     flat = batch.segment_ids[inside] * N_STATES + batch.tokens[inside]
@@ -108,13 +110,16 @@ def residue_counts(batch: PackedBatch) -> torch.Tensor:
 
 
 def designed_frequencies(store: StoreGroup) -> np.ndarray:
-    """Return the (20,) amino-acid frequencies of the training split without context, with one pseudo-count each."""
+    """Return the (20,) amino-acid frequencies of the training split, computed without the context residues.
+
+    Each amino acid has one pseudo-count.
+    """
     counts = designed_counts(store)[SPLITS.index("train")][:N_STATES] + 1
     return counts / counts.sum()
 
 
 def training_frequencies(store: StoreGroup) -> np.ndarray:
-    """Return the (20,) amino-acid frequencies of the training split, with one pseudo-count each."""
+    """Return the (20,) amino-acid frequencies of the training split, with one pseudo-count for each amino acid."""
     counts = store.token_counts[SPLITS.index("train")][:N_STATES] + 1
     return counts / counts.sum()
 
@@ -142,8 +147,8 @@ def length_counts(store: StoreGroup, max_len: int) -> tuple[list[int], int]:
 def training_statistics(store: StoreGroup, max_len: int) -> dict[str, Any]:
     """Return statistics of the training sequences, for comparison with the samples.
 
-    They are a histogram of the lengths up to max_len, in bins of `length_bin` residues; the number of longer sequences,
-    which training crops; and the frequency of each amino acid.
+    The statistics are the frequency of each amino acid, a histogram of the lengths up to max_len in bins of
+    `length_bin` residues, and the number of longer sequences, which training crops.
     """
     counts, cropped = length_counts(store, max_len)
     width = -(-len(counts) // LENGTH_BINS)

@@ -14,22 +14,26 @@ from protlig_dd.evaluation.inputs import numbered_fasta
 from protlig_dd.evaluation.likelihood.trained_on import TrainingData
 from protlig_dd.tokenizer import N_STATES
 
-WINDOW = 8  # tokens in the middle of a protein; as one 64-bit number, they are compared before whole rows are
+# number of tokens in the middle of a protein; before whole rows are read, these tokens are compared as a 64-bit number
+WINDOW = 8
 ROWS_AT_ONCE = 1 << 18
 MAX_RESIDUES = 20_000_000  # near=auto searches at most this many training residues: a few minutes on two cores
-MIN_PROTEINS = 2  # for a standard error
+MIN_PROTEINS = 2  # smallest number of proteins for which a standard error exists
 SIMILARITY = f">= {IDENTITY:.0%} identity over >= {COVERAGE:.0%} of either sequence"
 
 
 @dataclass(frozen=True)
 class Leaks:
-    """Which of n proteins are training proteins of the sources, or similar to a training protein."""
+    """Which of n evaluated proteins are exact copies of training proteins, or similar to a training protein.
+
+    `sources` is the training data that the proteins were compared with.
+    """
 
     sources: Sequence[TrainingData]
     copies: list[np.ndarray]
     """For each source whose stores were found, (n,) bool: exact copies of its training proteins."""
     near: np.ndarray | None
-    """(n,) bool: similar to a training protein of a source, but not a copy; None if this was not searched for."""
+    """(n,) bool: similar to a training protein, but not a copy; None if similar proteins were not searched for."""
     reason: str
     """Why similar proteins were not searched for."""
 
@@ -81,7 +85,7 @@ class Leaks:
         return messages
 
     def report(self) -> dict[str, Any]:
-        """Return the counts for JSON; None for what was not searched."""
+        """Return the counts for JSON. A count is None if the search for such proteins was not made."""
         return {
             "copies": int(self.copied.sum()) if self.copies else None,
             "near": None if self.near is None else int(self.near.sum()),
@@ -94,7 +98,7 @@ class Leaks:
         }
 
     def cells(self, n: int) -> list[str]:
-        """Return `copy`, `near` or `no` for each of the n proteins; empty texts if nothing could be searched."""
+        """Return `copy`, `near` or `no` for each of the n proteins; empty texts if no training stores were found."""
         if not self.copies:
             return [""] * n
         return [
@@ -111,7 +115,8 @@ def find_leaks(sequences: Sequence[np.ndarray], sources: Sequence[TrainingData],
 
     Args:
         near: whether to search for similar proteins with MMseqs2: True, False, or `auto`, which searches if MMseqs2 is
-            installed and there are at most MAX_RESIDUES training residues. None: no search, and no message about it.
+            installed and there are at most MAX_RESIDUES training residues. None: no search, and no message that says
+            so.
 
     Raises:
         ValueError: near is True and MMseqs2 is not installed.
@@ -146,8 +151,9 @@ def find_leaks(sequences: Sequence[np.ndarray], sources: Sequence[TrainingData],
 def find_copies(sequences: Sequence[np.ndarray], stores: StoreGroup) -> np.ndarray:
     """Return (n,) bool: which of the proteins, `<bos> residues <eos>`, are in the training split of the stores.
 
-    A row is read in full only if its length and its middle both occur among the proteins. A search of 60 M rows
-    therefore reads all offsets once, and WINDOW tokens of each row whose length occurs.
+    A row of a store is read in full only if its length and its middle WINDOW tokens both occur among the proteins. A
+    search of 60 M rows therefore reads all offsets once, and WINDOW tokens of each row that is as long as one of
+    the proteins.
     """
     indices: dict[bytes, list[int]] = {}
     for i, tokens in enumerate(sequences):
@@ -165,9 +171,9 @@ def find_copies(sequences: Sequence[np.ndarray], stores: StoreGroup) -> np.ndarr
 
 
 def candidate_rows(store: SequenceStore, lengths: np.ndarray, keys: np.ndarray) -> Iterator[int]:
-    """Yield training rows whose number of tokens is in `lengths` and whose middle is in `keys`.
+    """Yield training rows whose number of tokens is in `lengths` and whose middle WINDOW tokens are in `keys`.
 
-    Rows with fewer than WINDOW tokens have no middle, so their length is enough.
+    Rows with fewer than WINDOW tokens have no such middle. They are yielded if their length is in `lengths`.
     """
     for block in store.split_blocks("train"):
         for first in range(0, len(block), ROWS_AT_ONCE):
@@ -184,7 +190,7 @@ def candidate_rows(store: SequenceStore, lengths: np.ndarray, keys: np.ndarray) 
 
 
 def middle_start(tokens: Any) -> Any:
-    """Return the index at which the middle WINDOW of a sequence of this many tokens begins."""
+    """Return the index of the first of the WINDOW middle tokens in a sequence of this many tokens."""
     return (tokens - WINDOW) // 2
 
 

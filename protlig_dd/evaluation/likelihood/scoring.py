@@ -1,4 +1,4 @@
-"""Score proteins: a model's bound on the NLL, beside baselines and other measures."""
+"""Score proteins by a model's bound on the NLL, by the baselines, and by other measures of the model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,20 +32,21 @@ class Given(NamedTuple):
     tokens: np.ndarray
     """(length,)"""
     is_context: np.ndarray | None
-    """(length,) bool, which tokens are residues that are given and not scored; None: none."""
+    """(length,) bool: which tokens are context residues, which are given to the model and not scored. None: there is no
+    context."""
 
 
 @dataclass
 class Scored:
-    """Nats of one protein: in total, and for each amino acid. Context residues are not counted."""
+    """Nats of one protein, in total and for each amino acid. Context residues are not counted."""
 
     residues: int
     nats: dict[str, float]
     """Total nats for each of COLUMNS that was computed."""
     bound_se: float
     masked: dict[str, float | int]
-    """Number of masked tokens, for the columns that are means over masked tokens and not over residues. For `masked`
-    it is the sum over draws, for `evodiff` the mean over draws."""
+    """Number of masked tokens, for the columns that are means over masked tokens and not over residues. For the column
+    `masked` this is the sum over draws, for `evodiff` the mean over draws."""
     counts: np.ndarray
     """(20,) how often each amino acid occurs."""
     by_letter: dict[str, np.ndarray]
@@ -60,12 +61,12 @@ def score(
     *,
     bound_only: bool = False,
 ) -> list[Scored]:
-    """Score every sequence, shared among the ranks.
+    """Score every protein. The ranks share the work.
 
-    The random draws depend on the seed and on the set of sequences, not on their packs.
+    The random draws depend on the seed and on the set of proteins, not on how the proteins are packed.
 
     Args:
-        bound_only: skip the other measures of the model.
+        bound_only: compute only the bound of the model and the baselines, not the other measures of the model.
     """
     keys = protein_keys(protein.tokens for protein in proteins)
     positions = stratified_positions(keys, config.draws, config.seed)
@@ -152,7 +153,7 @@ def summary(scored: Sequence[Scored]) -> dict[str, Any]:
             continue
         count = np.array([protein.masked.get(name, protein.residues) for protein in scored])
         figures[name], figures[f"{name}_se"] = per_residue(column(scored, name), count)
-        if len(scored) == 1 and name == "bound":  # no spread over proteins: use the error of the draws
+        if len(scored) == 1 and name == "bound":  # one protein has no spread: use the error of the draws
             figures["bound_se"] = scored[0].bound_se / scored[0].residues
         figures[f"{name}_perplexity"] = float(np.exp(figures[name]))
     for name, other in (("bound", "unigram"), ("compared", "unigram"), ("bigram", "unigram"), ("bound", "compared")):

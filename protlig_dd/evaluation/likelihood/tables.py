@@ -1,4 +1,4 @@
-"""Write the figures of an evaluation as Markdown and CSV tables."""
+"""Format the figures of an evaluation as Markdown and CSV tables."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from protlig_dd.runs.metrics import with_nan
 from protlig_dd.system.tables import csv_text
 from protlig_dd.tokenizer import AMINO_ACIDS
 
-LENGTH_BINS = (0, 50, 100, 200, 300, 400, 500, 750, 1000)  # residues; bins are 1-50, 51-100, ...
+LENGTH_BINS = (0, 50, 100, 200, 300, 400, 500, 750, 1000)  # bounds in residues; the bins are 1-50, 51-100, ...
 
 
 NAMES = {
@@ -92,7 +92,7 @@ def report_table(report: dict[str, Any]) -> str:
 
 
 def format_figure(value: float, error: float, digits: str) -> str:
-    """Return a figure as text, with its standard error if that is known."""
+    """Return a figure as text, with its standard error unless the error is NaN."""
     return f"{value:{digits}}" + ("" if math.isnan(error) else f" ± {error:{digits.lstrip('+')}}")
 
 
@@ -115,7 +115,7 @@ def sequence_csv(ids: Sequence[str], scored: Sequence[Scored], in_training: Sequ
 
 
 def length_csv(scored: Sequence[Scored]) -> str:
-    """Return CSV with a row for each range of lengths; `to` is empty in the row of the longest proteins."""
+    """Return CSV with a row for each range of lengths; the column `to` is empty for lengths above 1000."""
     names = [name for name in ("bound", "unigram", "bigram") if name in scored[0].nats]
     rows = []
     for low, high in pairwise([*LENGTH_BINS, math.inf]):
@@ -131,7 +131,7 @@ def letter_csv(scored: Sequence[Scored]) -> str:
     """Return CSV with the nats of each amino acid per occurrence, with standard errors over proteins."""
     names, rows = list(scored[0].by_letter), []
     for i, letter in enumerate(AMINO_ACIDS):
-        # proteins without the letter are left out, so that the error is NaN if only one protein has it
+        # proteins without the letter are left out, so that the error is NaN if only one protein has the letter
         having = [protein for protein in scored if protein.counts[i]]
         counts = np.array([protein.counts[i] for protein in having])
         if having:

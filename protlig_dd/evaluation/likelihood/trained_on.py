@@ -1,4 +1,4 @@
-"""Find the training data of a model: the stores of its own run, and those of its source models (`from=`)."""
+"""Find the training data of a model: the stores of its own run, and the stores of its source models (`from=`)."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -24,11 +24,11 @@ class TrainingData(NamedTuple):
     """Name of the model in messages."""
     stores: StoreGroup | None
     reason: str = ""
-    """Why the stores were not found."""
+    """Why the stores were not found; empty if they were found."""
 
 
 class SourceModel(NamedTuple):
-    """A model whose weights a run began with (`from=`)."""
+    """A model whose weights are the starting weights of a run (`from=`)."""
 
     path: Path
     config: TrainConfig
@@ -40,9 +40,9 @@ def find_training_stores(
 ) -> StoreGroup | None:
     """Return the stores with the fingerprint of a model's training data; None if they are not found.
 
-    The known stores are tried one at a time, then the stores that the run recorded are tried together. Recorded paths
-    may be relative to the folder in which the run was launched, so they are looked up in the current folder and in
-    every folder that contains the run.
+    The known stores are tried one at a time. Then the stores that the checkpoint's run recorded are tried together.
+    Recorded paths may be relative to the folder in which the run was launched, so they are looked up in the current
+    folder and in every folder that contains the run.
     """
     candidates = [[store.path] for store in known_stores]
     run = run_folder(checkpoint)
@@ -52,7 +52,7 @@ def find_training_stores(
         if all(map(is_store, paths)):
             try:
                 group = StoreGroup([SequenceStore(path) for path in paths])
-            except (ValueError, OSError):  # damaged or in an earlier format: the same as not found
+            except (ValueError, OSError):  # a store that is damaged or in an earlier format counts as not found
                 continue
             if group.fingerprint == fingerprint:
                 return group
@@ -64,7 +64,7 @@ def source_training_data(
 ) -> Iterator[TrainingData]:
     """Yield the training data of a run's source model, of the source model of that model, and so on.
 
-    The chain ends at the first model that is not found.
+    The chain ends with the first model that is not found.
 
     Args:
         config: the run's config.
@@ -83,7 +83,7 @@ def source_training_data(
 
 
 def find_source_model(config: TrainConfig, run: Path | None) -> tuple[SourceModel | None, str]:
-    """Return the model of `from=` if it still has the weights that the run began with; else None and the reason."""
+    """Return the model of `from=` if its weights are still the run's starting weights; else None and the reason."""
     if config.from_ is None:
         return None, "an exported model does not record the path of its source"
     exists = False
@@ -103,7 +103,7 @@ def read_source_model(model: Path) -> SourceModel:
     """Return the config and data fingerprint of a model, without reading the weights of a checkpoint.
 
     Raises:
-        ValueError: the model is damaged; names the file.
+        ValueError: the model is damaged; the message names the file.
     """
     if is_exported(model):
         saved = find_saved(str(model))
@@ -119,10 +119,10 @@ def read_source_model(model: Path) -> SourceModel:
 def averaged_weights_sha256(model: Path) -> str | None:
     """Return the SHA-256 of a model's averaged weights.
 
-    It is computed for an exported model, and read from the list of checksums of a checkpoint.
+    For an exported model the checksum is computed. For a checkpoint it is read from the checkpoint's list of checksums.
 
     Raises:
-        ValueError: the model is damaged; names the file.
+        ValueError: the model is damaged; the message names the file.
     """
     if is_exported(model):
         return sha256(find_saved(str(model)).weights)
@@ -138,10 +138,11 @@ def all_training_data(
     """Return the training data of the model and of its source models.
 
     Args:
-        train: path of the store of `train=`. If the stores of "this model" are not found, this store replaces them.
+        train: path of the store of `train=`. If `label` is "this model" and the model's own stores are not found, the
+            store of `train=` is used instead.
         store: the evaluated store, which may be the training data.
-        label: name of the model in messages. Unless it is "this model", `train=` may belong to another model, so it
-            counts only if its fingerprint matches.
+        label: name of the model in messages. With any other label, `train=` may belong to another model, so the store
+            of `train=` is used only if its fingerprint matches.
     """
     train_stores = [] if train is None else [SequenceStore(train)]
     known_stores = train_stores + ([] if store is None else [store])
