@@ -14,7 +14,7 @@ from protlig_dd.diffusion.score import Steer
 class Ancestral(Analytic):
     """Keeps the number of masked residues of each sequence exactly on the noise schedule. The graph must have a mask.
 
-    If L residues of a sequence are masked at the start, exactly round(L (1 - e^-sigma)) of them are masked after a step
+    If L residues of a sequence are masked at the start, exactly round(L (1 - e^-sigma)) are masked after a step
     to total noise sigma (`level.sigma_next`). With `Analytic` this number is random, with mean L (1 - e^-sigma).
 
     The amino acid of a residue is drawn from the scores of the 20 amino acids, normalised to probabilities.
