@@ -69,7 +69,7 @@ def evaluate(cfg: DictConfig) -> None:
         return  # rank 0 alone searches and writes; the other ranks need not wait for rank 0
     sources = all_training_data(config.train, store, trained)
     if compared is not None:
-        sources += all_training_data(config.train, store, compared, label="the model compared with")
+        sources += all_training_data(config.train, store, compared, label="the compared model")
     leaks = find_leaks(sequences, sources, config.near)
     console.print("\n".join(leaks.lines()))
     report = {

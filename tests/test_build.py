@@ -415,7 +415,7 @@ def test_the_error_for_missing_mmseqs_gives_the_install_command(
         (Filters(max_unknown=1.5), Split(), r"filter\.max_unknown=1\.5 must be a fraction between 0 and 1"),
         (Filters(taxa=[]), Split(), r"filter\.taxa=\[\] keeps no sequence"),
         (Filters(taxa_nodes=Path("x")), Split(), r"filter\.taxa_nodes has no effect without filter\.taxa"),
-        (Filters(min_length=9), Split(), "no sequences left of 1 records; the filters dropped 1 by min_length"),
+        (Filters(min_length=9), Split(), "no sequence is left of 1 records; the filters dropped 1 by min_length"),
     ],
 )
 def test_invalid_options_are_errors_and_leave_no_file(
@@ -536,7 +536,9 @@ def test_a_partial_folder_with_foreign_files_is_an_error_and_is_kept(tmp_path: P
     file = write_fasta(tmp_path / "a.fasta", ("a", "MKV"))
     (tmp_path / ".a.h5.partial").mkdir()
     (tmp_path / ".a.h5.partial/mine").write_text("precious")
-    with pytest.raises(ValueError, match=r"\.a\.h5\.partial is in the way and was not created by this program"):
+    with pytest.raises(
+        ValueError, match=r"\.a\.h5\.partial exists, but this program, which needs the name, did not create it"
+    ):
         build_store([file], tmp_path / "a.h5")
     assert (tmp_path / ".a.h5.partial/mine").read_text() == "precious"
     (tmp_path / ".a.h5.partial/mine").unlink()

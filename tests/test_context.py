@@ -222,7 +222,7 @@ def test_prepare_and_inspect_print_the_case(tmp_path: Path, run_python: Command)
     printed = run_python("-m", "protlig_dd.prepare", "input=a.fasta", "output=a.h5").stdout
     assert "1 sequences have upper-case and lower-case letters" in printed
     assert "data.context=lower would be an error: all amino acids of 1 sequences are lower-case letters: p1" in printed
-    assert "1 sequences equal an earlier one in all but the case of letters; only the first is kept" in printed
+    assert "1 sequences differ from an earlier one only in the case of letters; only the earlier one is kept" in printed
     shown = run_python("-m", "protlig_dd.prepare", "inspect=a.h5").stdout
     assert "\nMKVlwaAL\n" in shown
     assert "all checksums match" in shown
@@ -521,7 +521,7 @@ def test_a_run_with_context_is_evaluated_and_infilled_with_it(
     assert f"{designed:,} of {known:,} amino acids of the training split are designed" in done.stdout
     report = json.loads((tmp_path / "runs/given/report.json").read_text())
     assert (report["context"], report["residues"]) == ("lower", 20 * 12)
-    assert "240 designed residues given the lower-case ones" in done.stdout
+    assert "240 designed residues given the lower-case residues" in done.stdout
 
     (tmp_path / "test.fasta").write_text("".join(marked(record) for record in proteins[380:]))
     found = {}

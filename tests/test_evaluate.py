@@ -572,7 +572,7 @@ def test_an_unreadable_training_store_does_not_stop_an_evaluation(
     command = ["-m", "protlig_dd.evaluate", "from=runs/small", "draws=2", "masked=false", "near=false"]
     done = run_python(*command, "input=held.fasta", "output=out")
     assert done.returncode == 0, done.stderr
-    assert "its training set was not found, or cannot be read" in done.stdout
+    assert "its training set was not found or cannot be read" in done.stdout
 
 
 def test_train_is_used_for_the_compared_model_only_if_the_fingerprint_matches(
@@ -580,13 +580,13 @@ def test_train_is_used_for_the_compared_model_only_if_the_fingerprint_matches(
 ) -> None:
     trained = load_trained(str(trained_run), device="cpu", precision="fp32")
     without_store = replace(trained, saved=replace(trained.saved, path=tmp_path))  # a folder that does not name a store
-    (found,) = all_training_data(str(store.path), None, without_store, label="the model compared with")
-    assert found.model == "the model compared with"
+    (found,) = all_training_data(str(store.path), None, without_store, label="the compared model")
+    assert found.model == "the compared model"
     assert found.stores is not None
     assert found.stores.fingerprint == store.fingerprint
     # train= is now the store of another model
     other = replace(without_store, saved=replace(without_store.saved, data_fingerprint="0" * 32))
-    (found,) = all_training_data(str(store.path), None, other, label="the model compared with")
+    (found,) = all_training_data(str(store.path), None, other, label="the compared model")
     assert found.stores is None
 
 
@@ -599,7 +599,7 @@ def test_without_a_training_set_copies_are_reported_as_not_compared(
     found = leaks.find_leaks([store[0], store[1]], [source], "auto")
     assert found.lines() == [
         "proteins were not compared with the training proteins of this model: its training "
-        "set was not found, or cannot be read; give it with train=store.h5"
+        "set was not found, or cannot be read; name it with train=store.h5"
     ]
     assert (found.report()["copies"], found.report()["near"], found.cells(2)) == (None, None, ["", ""])
     lines = leaks.find_leaks([store[0], store[390]], all_training_data(str(store.path), None, unmatched), False).lines()
@@ -657,7 +657,7 @@ def test_a_single_protein_has_the_standard_error_of_its_draws(
     table = (tmp_path / "out/report.md").read_text()
     assert f"| {report['bound']:.4f} ± {report['bound_se']:.4f} |" in table
     assert f"| unigram model, NLL | {report['unigram']:.4f} |" in table
-    note = "With a single protein, the standard error of the bound is over its draws; the other errors are unknown."
+    note = "With a single protein, the standard error of the bound is that over its draws; the others are unknown."
     assert note in table
     assert "nan" not in table
 

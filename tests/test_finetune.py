@@ -361,7 +361,7 @@ def test_held_out_proteins_in_the_sources_training_data_are_counted(
     assert [model_data.stores is not None for model_data in find_source_data([])] == [True]
     (runs / "base/environment.json").unlink()  # this file names the run's store
     assert [model_data.reason for model_data in find_source_data([])] == [
-        "its training set was not found, or cannot be read"
+        "its training set was not found or cannot be read"
     ]
     assert [model_data.stores is not None for model_data in find_source_data([store])] == [True]
     shutil.rmtree(checkpoint)

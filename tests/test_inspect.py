@@ -533,7 +533,9 @@ def test_the_methods_of_a_loaded_model_call_these_functions(folder: Path) -> Non
     with pytest.raises(ValueError, match="design 0 has 513 residues; this model was trained on 1 to 512"):
         model.sample_steps([513], SamplerOptions(3))
     long = ["MKV", "M" * 513]
-    with pytest.raises(ValueError, match="sequence 2 has 513 residues, but .* at most 512; long=window averages"):
+    with pytest.raises(
+        ValueError, match="sequence 2 has 513 residues, but .* at most 512 residues; long=window averages"
+    ):
         model.embed(long)
     with pytest.raises(ValueError, match="long=windows: choose from error, window; did you mean 'window'"):
         model.embed(long, long="windows")

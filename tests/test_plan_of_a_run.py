@@ -92,7 +92,9 @@ def test_the_plan_prints_which_attention_it_counts_if_there_is_a_bias(
         config = config_of(f"model.positions={kind}", "data.max_len=60")
         print_plan(config, StoreGroup([store]), torch.device("cpu"), "fp32", 1)
         printed = " ".join(capsys.readouterr().out.split())
-        assert ("activations of attention on sdpa for proteins of 60 residues; flex keeps less" in printed) == counted
+        assert (
+            "attention's activations are those of sdpa for proteins of 60 residues; flex keeps less" in printed
+        ) == counted
 
 
 @pytest.mark.slow

@@ -327,7 +327,7 @@ def test_adaptive_weights_positions_frequencies_and_tokens() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"positions": "diet"}, "model.positions=diet has a table of positions: give its length, model.max_positions"),
+        ({"positions": "diet"}, "model.positions=diet needs model.max_positions, the length of its table"),
         ({"positions": "diet", "max_positions": 0}, "model.max_positions must be at least 1, got 0"),
         (
             {"max_positions": 30},

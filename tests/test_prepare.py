@@ -33,7 +33,7 @@ def test_prepare_and_inspect_report_the_contents_of_the_store(run_python: Comman
     assert process.returncode == 0, process.stderr
     assert "d/my.h5: 296 sequences" in process.stdout
     assert "dropped 4 by max_length, 1 by duplicates" in process.stdout
-    assert "600 lower-case letters are stored as the same amino acids" in process.stdout
+    assert "600 lower-case letters are stored like upper-case letters" in process.stdout
     n_test = len(SequenceStore(tmp_path / "d/my.h5").split("test"))
     assert 0 < n_test < 10
     few = f"the test split has only {n_test} sequences, but training evaluates on it: prepare again with a larger split"
@@ -90,7 +90,7 @@ BAD = {
     "no sequence at the end": (b">a\nMKV\n>b", ["bad.fasta: record 2 (b), line 3", "no residues"]),
     "truncated gzip": (
         gzip.compress(MANY)[:20_000],
-        ["bad.fasta", "truncated or damaged gzip, read as far as record "],
+        ["bad.fasta", "truncated or damaged gzip; the last record that was read is "],
     ),
     "corrupt gzip": (gzip.compress(MANY)[:-8] + bytes(8), ["bad.fasta", "truncated or damaged gzip", "CRC"]),
     "stop inside": (b">a\r\nMK\r\nM*V\r\n", ["bad.fasta: record 1 (a), line 3", "'*' at position 4 of 5"]),

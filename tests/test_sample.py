@@ -137,7 +137,8 @@ def test_counts_at_max_len_of_earlier_versions_are_left_out() -> None:
     )
     assert choose_lengths("empirical", 3, 0, known) == [2, 2, 2]
     with pytest.raises(
-        ValueError, match=r"no lengths to draw from \(0 training .* 95 proteins with 4 residues .*\); give lengths="
+        ValueError,
+        match=r"no training lengths to draw from \(0 training .* 95 proteins with 4 residues .*\); give lengths=",
     ):
         choose_lengths("empirical", 3, 0, lengths_of([0, 0, 0, 0, 95], None, 4))
 

@@ -233,8 +233,8 @@ def test_after_an_edit_the_network_receives_the_sigma_that_matches_the_masks() -
 @pytest.mark.parametrize(
     ("graph", "protein", "residues", "message"),
     [
-        ("absorbing", 2, {0: "A"}, "protein 2 does not exist: 2 are sampled, counted from 0"),
-        ("absorbing", -1, {0: "A"}, "protein -1 does not exist: 2 are sampled"),
+        ("absorbing", 2, {0: "A"}, "protein 2 does not exist: 2 proteins are sampled, counted from 0"),
+        ("absorbing", -1, {0: "A"}, "protein -1 does not exist: 2 proteins are sampled"),
         ("absorbing", 0, {0: "A", 9: "A"}, "position 9 of protein 0 does not exist: it has 9 residues, counted from 0"),
         ("absorbing", 0, {0: "A", 1: "a"}, "position 1 of protein 0: 'a' is not an allowed letter; choose from ACDEF"),
         ("absorbing", 0, {0: "AC"}, "'AC' is not an allowed letter"),
@@ -277,9 +277,12 @@ def test_an_edit_that_log_bias_forbids_is_an_error() -> None:
         ([(5, 20), (4, 20)], "log_bias of design 1 has shape (4, 20), but the design has 3 residues; give (3, 20)"),
         ([(5, 20), (3, 21)], "log_bias of design 1 has shape (3, 21), but the design has 3 residues; give (3, 20)"),
         ([(5, 20), (20,)], "log_bias of design 1 has shape (20,), but the design has 3 residues; give (3, 20)"),
-        ([(8, 20)], "log_bias is a list of 1 for 2 designs; give one tensor for each, or a single tensor (20,)"),
-        ([(5, 20), (2, 20), (1, 20)], "log_bias is a list of 3 for 2 designs; give one tensor for each"),
-        ([], "log_bias is a list of 0 for 2 designs; give one tensor for each"),
+        (
+            [(8, 20)],
+            "log_bias is a list of 1 tensors for 2 designs; give one tensor for each design, or a single tensor (20,)",
+        ),
+        ([(5, 20), (2, 20), (1, 20)], "log_bias is a list of 3 tensors for 2 designs; give one tensor for each design"),
+        ([], "log_bias is a list of 0 tensors for 2 designs; give one tensor for each design"),
     ],
 )
 def test_a_bias_of_other_shapes_than_its_designs_is_an_error(shapes: list[tuple[int, ...]], message: str) -> None:

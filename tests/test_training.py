@@ -151,9 +151,9 @@ def test_a_finished_run_is_reported_and_extended_only_on_request(
         longer, "trainer.max_steps was 40, now 43", "down to 0.1 of optim.lr=0.003", "run.resume=extend"
     )
     fewer = run_python(*command, "trainer.max_steps=39")
-    assert_one_line_error(fewer, "step_00000040 is beyond trainer.max_steps=39")
+    assert_one_line_error(fewer, "step_00000040: step 40 is after the last step (trainer.max_steps=39)")
     epochs = run_python(*command, "trainer.max_steps=null", "trainer.epochs=0.5", "run.resume=extend")
-    assert_one_line_error(epochs, "step_00000040 is beyond the 34 steps of trainer.epochs=0.5")
+    assert_one_line_error(epochs, "step_00000040: step 40 is after the last step (the 34 steps of trainer.epochs=0.5")
     assert (run / "report.json").read_text() == report
     assert (run / "metrics.jsonl").read_text() == metrics
     assert not (run / "reports").exists()

@@ -90,9 +90,9 @@ def check_has_case(path: Path, has_case: bool, context: Context) -> None:
     """Raise ValueError if case marks the context (`context` is not `none`) but the store does not keep the case."""
     if context != "none" and not has_case:
         raise ValueError(
-            f"{path}: data.context={context} needs the case of its residues, but the store keeps none: it was prepared "
-            "by an earlier version, or no record has both upper-case and lower-case letters; prepare it again from "
-            "FASTA with such records, or set data.context=none"
+            f"{path}: data.context={context} needs the case of the letters, but the store does not keep it, because it "
+            "was prepared by an earlier version, or no record has both upper-case and lower-case letters; prepare it "
+            "again from FASTA with such records, or set data.context=none"
         )
 
 
@@ -100,5 +100,5 @@ def nothing_to_design(name: str, context: Context, others: str = "") -> str:
     """Return the error message for a record in which all amino acids are context."""
     return (
         f"{name}: context={context} leaves nothing to design: all amino acids are {context}-case letters{others}; "
-        "remove such records, or change the case of what is to be designed"
+        "remove such records, or change the case of the residues to design"
     )

@@ -47,7 +47,7 @@ def check_designed(group: StoreGroup) -> None:
     for store in group.stores:
         found = store.manifest["case"]["only_context"][group.context]
         if count := found["sequences"]:
-            others = f", and so are those of {count - 1:,} other records" if count > 1 else ""
+            others = f" (as in {count - 1:,} other records)" if count > 1 else ""
             raise ValueError(nothing_to_design(f"{store.path}: record {found['first'][0]}", group.context, others))
 
 

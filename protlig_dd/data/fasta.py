@@ -196,7 +196,7 @@ class FastaFile:
                 raise ValueError(_too_long(f"{self.name}: record {self.records + 1}, line {line}"))
             if damage is not None:
                 raise ValueError(
-                    f"{self.name}: truncated or damaged gzip, read as far as record {self.records}: {damage}"
+                    f"{self.name}: truncated or damaged gzip; the last record that was read is {self.records}: {damage}"
                 )
             if last:
                 break

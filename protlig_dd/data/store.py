@@ -114,7 +114,7 @@ class SequenceStore:
             rows_of["case_offsets"] = self._extents["case_rows"][1]
         for name, rows in rows_of.items():
             if (size := self._extents[name][1]) != rows + 1:
-                raise ValueError(f"{self.path}: {size} {name} for {rows} sequences, expected {rows + 1}")
+                raise ValueError(f"{self.path}: {size} values of {name} for {rows} rows, expected {rows + 1}")
         self.token_counts: np.ndarray = file["token_counts"][:].reshape(len(SPLITS), VOCAB_SIZE)
         self.manifest: dict[str, Any] = json.loads(file["manifest"][:].tobytes())
         self._length = n

@@ -244,5 +244,8 @@ def _expand_bias(log_bias: Float64[Tensor, "..."], residues: int, n_states: int)
         raise ValueError("log_bias must be finite or -inf")
     forbidden = (bias == -float("inf")).all(-1)
     if bool(forbidden.any()):
-        raise ValueError(f"log_bias forbids every amino acid at residue {int(forbidden.nonzero()[0])} of the pack")
+        raise ValueError(
+            f"log_bias forbids every amino acid at residue {int(forbidden.nonzero()[0])} of the pack (counted from 0, "
+            "over all its sequences)"
+        )
     return bias

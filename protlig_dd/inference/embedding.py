@@ -105,8 +105,8 @@ def check_long(long: str, longest: int, name: str, max_len: int) -> None:
         raise ValueError(unknown_choice("long", long, choices))
     if long == "error" and longest > max_len:
         raise ValueError(
-            f"{name} has {longest} residues, but this model was trained on at most {max_len}; long=window averages "
-            "over windows of that length"
+            f"{name} has {longest} residues, but this model was trained on at most {max_len} residues; "
+            "long=window averages over windows of that length"
         )
 
 

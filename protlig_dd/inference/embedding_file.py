@@ -34,7 +34,7 @@ def ids_column(ids: list[str], output: Path) -> np.ndarray:
     longest = max(ids, key=len)
     if (size := 4 * len(longest) * len(ids)) > MAX_ID_BYTES:
         raise ValueError(
-            f"output={output}: NPZ stores every id at the length of the longest, {len(longest):,} letters "
+            f"output={output}: NPZ stores every id at the length of the longest one, {len(longest):,} letters "
             f"({longest[:20]}...), {size / 1e9:.1f} GB in total; write HDF5 instead, such as output=x.h5"
         )
     return np.array(ids)

@@ -190,9 +190,9 @@ def report_lines(report: Mapping[str, Any] | None) -> list[str]:
     # a standard error that cannot be computed, as for a single protein, is null in the report and NaN in the card
     report = {key: float("nan") if value is None else value for key, value in report.items()}
     leaks: Mapping[str, Any] = report.get("in_training") or {}
-    counted = f"residues (the first {report['max_len']} of each)"
+    counted = f"residues (at most the first {report['max_len']} of each protein)"
     if "context" in report:
-        counted = f"designed residues given the {report['context']}-case ones"
+        counted = f"designed residues given the {report['context']}-case residues"
     copied = []
     if leaks.get("copies"):
         copied = ["", f"Exact copies of training proteins of the model: {leaks['copies']}."]

@@ -83,7 +83,10 @@ def sample_designs(
     )
     if counts["skipped"]:
         skipped = counts["skipped"] / (counts["skipped"] + counts["evaluated"])
-        announce(f"{skipped:.1%} of the network's evaluations were skipped: their sequences had not changed", processes)
+        announce(
+            f"{skipped:.1%} of the network's evaluations were skipped, because their sequences had not changed",
+            processes,
+        )
     return samples
 
 

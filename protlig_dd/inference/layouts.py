@@ -283,7 +283,8 @@ def warn_about_layout(
     if config.context is not None and whole:
         names = ", ".join(records[protein][0].name for protein in whole)
         announce(
-            f"warning: context={config.context} fixes no residue, so all are redesigned: {names}", trained.processes
+            f"warning: context={config.context} fixes no residue, so all residues are redesigned: {names}",
+            trained.processes,
         )
     if not trained.graph.masks:
         announce(

@@ -64,7 +64,8 @@ def choose_lengths(lengths: str, n: int, seed: int, training_lengths: Lengths | 
             raise ValueError("this model has no record of its training lengths; give lengths=, such as 100-300")
         if not sum(training_lengths.counts):
             raise ValueError(
-                f"no lengths to draw from ({training_lengths.description}); give lengths=, such as 100-300"
+                f"there are no training lengths to draw from ({training_lengths.description}); give lengths=, such as "
+                "100-300"
             )
         return draw_lengths(training_lengths.counts, n, seed)
     low, high = parse_range(lengths, f"lengths={lengths}", ", or empirical")

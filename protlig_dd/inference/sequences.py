@@ -75,8 +75,8 @@ def check_biases(log_bias: Tensor | Sequence[Tensor] | None, lengths: Sequence[i
         return
     if len(log_bias) != len(lengths):
         raise ValueError(
-            f"log_bias is a list of {len(log_bias)} for {len(lengths)} designs; give one tensor for each, or a single "
-            f"tensor ({N_STATES},) for all"
+            f"log_bias is a list of {len(log_bias)} tensors for {len(lengths)} designs; give one tensor for each "
+            f"design, or a single tensor ({N_STATES},) for all"
         )
     for number, (bias, length) in enumerate(zip(log_bias, lengths, strict=True)):
         if tuple(bias.shape) != (length, N_STATES):

@@ -159,7 +159,9 @@ class SamplingSteps:
         if self.done == len(self):
             raise ValueError(f"all {len(self)} steps are done, so an edit has no effect; edit the sequences instead")
         if not 0 <= protein < len(self.templates):
-            raise ValueError(f"protein {protein} does not exist: {len(self.templates)} are sampled, counted from 0")
+            raise ValueError(
+                f"protein {protein} does not exist: {len(self.templates)} proteins are sampled, counted from 0"
+            )
         template, tokens = self.templates[protein], batch.tokens.clone()
         first = sum(batch.lengths[:protein]) + 1  # the token of the protein's residue 0
         for position, letter in residues.items():

@@ -245,7 +245,7 @@ def check_model(config: ModelConfig) -> None:
     if POSITIONS[config.positions].is_biased() and "attention" not in mixers:
         raise ValueError(
             f"model.positions={config.positions} adds a bias to attention scores, but model.mixers={config.mixers} has "
-            "no attention: choose other positions, or attention for at least one block"
+            "no attention: choose another model.positions, or attention for at least one block"
         )
     hidden_size, n_heads = config.hidden_size, config.n_heads
     if hidden_size % n_heads:

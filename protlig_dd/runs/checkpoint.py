@@ -18,9 +18,8 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from protlig_dd.system.distributed import busy
 from protlig_dd.system.files import free_name, sha256, sync_folder, write_atomic, writing
 
 FORMAT_VERSION = 3
@@ -177,59 +175,6 @@ def put_aside_newer(run_folder: Path, checkpoint: Path) -> list[Path]:
     return [path.rename(free_name(path.with_name(f"damaged_{path.name}"))) for path in damaged]
 
 
-class CheckpointWriter:
-    """Write checkpoints one after another in a background thread.
-
-    Training waits while the tensors are copied to the host, and before that until the previous checkpoint is written.
-
-    Raises:
-        ValueError: in `save`, `wait` or `close`, if the checkpoint that was started before could not be written. The
-            message has the reason.
-    """
-
-    def __init__(self, run_folder: Path, *, config_yaml: str, keep_last: int, keep_every: int | None) -> None:
-        self.folder = run_folder / "checkpoints"
-        self.write = partial(
-            save_checkpoint, run_folder, config_yaml=config_yaml, keep_last=keep_last, keep_every=keep_every
-        )
-        self.thread = ThreadPoolExecutor(1, "checkpoint")
-        self.pending: Future[Path] | None = None
-
-    def save(self, step: int, copy: Callable[[], Tensors], state: Mapping[str, Any], best: float | None) -> None:
-        """Wait until the previous checkpoint is written, call `copy`, and start writing the checkpoint of `step`.
-
-        Args:
-            copy: returns the checkpoint's tensors, copied to the host (see `snapshot`).
-            state, best: see `save_checkpoint`.
-        """
-        self.wait()
-        self.pending = self.thread.submit(self.write, step, copy(), state=state, best=best)
-
-    def mark_best(self, step: int, val_nll: float) -> None:
-        """Record that the checkpoint of `step`, which has been written before, has the lowest validation bound so far.
-
-        Args:
-            val_nll: this bound, in nats per residue.
-        """
-        write_best(self.folder, step, val_nll)
-
-    def wait(self) -> None:
-        """Wait until the checkpoint that `save` started last is on the disk."""
-        if self.pending is not None:
-            pending, self.pending = self.pending, None
-            try:
-                with busy(f"waits for a checkpoint to be written to {self.folder}"):
-                    pending.result()
-            except (OSError, SafetensorError) as error:
-                raise ValueError(f"{self.folder}: a checkpoint cannot be written: {error}") from error
-
-    def close(self) -> None:
-        try:
-            self.wait()
-        finally:
-            self.thread.shutdown()
-
-
 def remove_unfinished(run_folder: Path) -> None:
     """Delete the temporary folders of checkpoints that were not finished because the process was killed."""
     for folder in (run_folder / "checkpoints").glob(".step_*"):
@@ -284,7 +229,7 @@ def find_checkpoint(path: Path) -> tuple[Path, list[str]]:
     if checkpoint is None:
         errors = f" ({'; '.join(skipped)})" if skipped else ""
         raise ValueError(
-            f"{path}: neither a checkpoint, an exported model nor a run folder with a complete checkpoint{errors}"
+            f"{path}: neither a checkpoint, an exported model nor a run folder with a valid checkpoint{errors}"
         )
     return checkpoint, skipped
 

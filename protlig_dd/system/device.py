@@ -96,7 +96,7 @@ def missing_to_compile(device: torch.device) -> str | None:
         if not any(map(shutil.which, (os.environ.get("CC", "gcc"), "gcc", "clang"))):
             return "a C compiler (gcc)"
         header = Path(sysconfig.get_paths()["include"]) / "Python.h"
-        return None if header.is_file() else f"Python's headers ({header} is missing; the package python3-dev has it)"
+        return None if header.is_file() else f"Python's headers ({header} is missing; install the package python3-dev)"
     return None
 
 

@@ -107,7 +107,7 @@ def join_group(processes: Processes, device: torch.device, timeout: int, store: 
         )
     except RuntimeError as error:
         raise ValueError(
-            f"rank {processes.rank} on {host_name()} cannot connect to the others: {in_one_line(error)}; "
+            f"rank {processes.rank} on {host_name()} cannot connect to the other ranks: {in_one_line(error)}; "
             "with several hosts, set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface that connects them"
         ) from error
 

@@ -133,8 +133,8 @@ def launch_ranks(
                 text = log.read_text()  # rank 0 logs the error that ended it
                 raise RanksFailedError(0, text.strip().splitlines()[-1], text) from error
             raise ValueError(
-                f"{run_folder}: the step was not finished within trainer.stop_within={stop_within} s of {name}; "
-                "the processes were killed; the same command resumes from the last checkpoint"
+                f"{run_folder}: the step was not finished within trainer.stop_within={stop_within} s of {name}, "
+                "so the processes were killed; the same command resumes from the last checkpoint"
             ) from error
     except ChildFailedError as error:
         # the launcher stops the other ranks when one fails, and rank 0 may then have written this file

@@ -172,7 +172,9 @@ def load_start(trainer: Trainer, context: RunContext) -> range:
         trainer.evaluation_due &= control.eval_every > 0 and start.checkpoint.is_relative_to(context.folder)
         first = start.state["step"]
         if first > trainer.max_steps:
-            raise ValueError(f"{start.checkpoint} is beyond trainer.max_steps={trainer.max_steps}")
+            raise ValueError(
+                f"{start.checkpoint}: step {first} is after the last step (trainer.max_steps={trainer.max_steps})"
+            )
         announce(f"resuming from {start.checkpoint}", context.processes)
     elif start.weights is not None:
         trainer.start_from(start.weights)
@@ -196,14 +198,14 @@ def print_summary(trainer: Trainer, steps: range, store: StoreGroup, context: Ru
         with console.status(f"planning epoch {epoch}") if processes.first else contextlib.nullcontext():
             rows, left_over = len(dataset.plan(epoch).rows), dataset.tail(epoch)
         say(
-            f"epoch {epoch} of {store.name}: {rows:,} sequences; {dataset.packs_per_epoch:,} packs contain all but "
-            f"{left_over:,} of them"
+            f"epoch {epoch} of {store.name}: {rows:,} sequences; {dataset.packs_per_epoch:,} packs contain all "
+            f"except {left_over:,} of them"
         )
     if store.context != "none":
         designed, all_of_them = (counts[0, :N_STATES].sum() for counts in (designed_counts(store), store.token_counts))
         say(
             f"data.context={store.context}: {designed:,} of {all_of_them:,} amino acids of the training split are "
-            "designed; the others are given"
+            "designed; the others are context"
         )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     kernels = ", compiled (the first steps take longer)" if context.compiled else ""
@@ -221,7 +223,7 @@ def print_summary(trainer: Trainer, steps: range, store: StoreGroup, context: Ru
     name = " ".join(str(config.graph[key]) for key in ("name", "matrix") if key in config.graph)
     say(
         f"graph {name}, lambda_2 = {graph.lambda_2:.3f}; noise up to sigma = {sigma_max:.2f}, "
-        f"where the slowest mode has decayed to {math.exp(sigma_max * graph.lambda_2):.1e}"
+        f"where the slowest mode of the process has decayed to {math.exp(sigma_max * graph.lambda_2):.1e}"
     )
     if device.type == "cuda" and processes.world_size == 1 and torch.cuda.device_count() > 1:
         say(f"using one of {torch.cuda.device_count()} GPUs; trainer.devices=auto uses all of them")

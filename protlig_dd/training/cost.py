@@ -116,7 +116,9 @@ def with_available_data(config: TrainConfig) -> TrainConfig:
     missing = next((path for path in paths if path != "auto" and not Path(path).exists()), None)
     if missing is None or config.trainer.max_steps is None:
         return config
-    console.print(f"{missing} does not exist: the plan's protein lengths and epochs are those of other data")
+    console.print(
+        f"{missing} does not exist: protein lengths and epochs are estimated from other data (data.path=auto)"
+    )
     return replace(config, data=replace(config.data, path="auto", weights=None, context="none"))
 
 
@@ -192,7 +194,9 @@ def print_plan(config: TrainConfig, store: StoreGroup, device: torch.device, pre
     per_token, kept, hours = costs["flops_per_token"], costs["activation_bytes_per_token"], costs["seconds"] / 3600
     gib = {key: costs[f"{key}_bytes"] / 2**30 for key in ("state", "pack")}
     recomputed = ", recomputed in the backward pass" if config.model.checkpointing else ""
-    longest = f"activations of attention on sdpa for proteins of {config.data.max_len:,} residues; flex keeps less"
+    longest = (
+        f"attention's activations are those of sdpa for proteins of {config.data.max_len:,} residues; flex keeps less"
+    )
     rows = {
         "parameters": [f"{costs['parameters'] / 1e6:,.1f} M"],
         "data": [store.name, f"{int(store.token_counts[0].sum()):,} training tokens"],
@@ -211,7 +215,7 @@ def print_plan(config: TrainConfig, store: StoreGroup, device: torch.device, pre
         "time": [
             f"{three_digits(hours)} hours = {three_digits(hours / 24)} days on {processes} x {device}",
             f"matrix products reach {costs['peak_flops'] / 1e12:,.2f} TFLOP/s in {precision}",
-            f"assuming {MFU:.0%} of that",
+            f"the time assumes {MFU:.0%} of this rate",
         ],
         "on an H100": [
             f"{three_digits(per_token * tokens / (MFU * H100_FLOPS) / 86400)} days",

@@ -63,10 +63,10 @@ def check_extension(path: Path, config: TrainConfig) -> None:
     if schedule_finished(path, checkpoints[-1]):
         changes = " and ".join(f"{key} was {before[key]}, now {now[key]}" for key in longer)
         raise ValueError(
-            f"{path} has finished its schedule at step {step_of(checkpoints[-1])} ({changes}): its learning rate is "
-            f"down to {config.optim.min_lr_ratio:g} of optim.lr={config.optim.lr:g}, and a longer schedule would raise "
-            f"it again; set run.resume=extend to allow that, or another run.name and from={path} to fine-tune its "
-            "weights"
+            f"{path} has finished its schedule at step {step_of(checkpoints[-1])} ({changes}): its learning rate has "
+            f"decayed to {config.optim.min_lr_ratio:g} x optim.lr={config.optim.lr:g}, and a longer schedule would "
+            f"raise it again; set run.resume=extend to allow this, or another run.name and from={path} to fine-tune "
+            "its weights"
         )
 
 

@@ -92,7 +92,7 @@ def raise_bad_step(trainer: Trainer, pending: list[dict[str, Any]]) -> None:
         where = (
             f"in step {record['step']}, pack {', '.join(str(p) for p in bad) or 'unknown'} of {trainer.packs_per_step}"
         )
-        after = f"sequences {', '.join(ids)}; the weights are those before that step"
+        after = f"sequences {', '.join(ids)}; the weights are those from before this step"
         limit = trainer.config.trainer.loss_spike
         if bad or limit is None or not math.isfinite(float(record["grad_norm"])):
             raise NonFiniteLossError(f"non-finite {'loss' if bad else 'gradient'} {where}; {after}")

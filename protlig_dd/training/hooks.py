@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from protlig_dd.config.read import as_dict, as_yaml
-from protlig_dd.runs.checkpoint import CheckpointWriter, best_checkpoint
+from protlig_dd.runs.checkpoint import best_checkpoint
 from protlig_dd.runs.metrics import MetricsLog, Row
+from protlig_dd.runs.writer import CheckpointWriter
 from protlig_dd.system.terminal import announce
 from protlig_dd.training.context import RunContext
 from protlig_dd.training.trainer import Trainer

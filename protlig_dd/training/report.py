@@ -182,7 +182,7 @@ def lines_without_copies(others: dict[str, Any] | None) -> list[str]:
         others: this bound as in report.json; None if there is none.
     """
     if others is None:
-        return ["  no proteins are left, or too few for a bound"]
+        return ["  too few other proteins are left for a bound"]
     found = with_nan(others)
     return [
         f"  NLL bound            {found['nll']:.4f} ± {found['nll_se']:.4f}",
@@ -199,7 +199,7 @@ def print_report(run_folder: Path, step: int, report: dict[str, Any], data: str)
     """
     of_case, crops = "residues", f"the first {report['max_len']} of each"
     if "context" in report:
-        of_case = f"designed residues given the {report['context']}-case ones"
+        of_case = f"designed residues given the {report['context']}-case residues"
         crops = f"in crops of at most {report['max_len']} residues"
     lines = [
         "",

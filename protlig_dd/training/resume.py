@@ -98,7 +98,7 @@ def open_run_folder(
     for problem in skipped:
         console.print(f"skipped: {problem}")
     for aside in put_aside_newer(path, checkpoint) if checkpoint is not None else []:
-        console.print(f"the damaged checkpoint is now {aside} and may be deleted")
+        console.print(f"this checkpoint is now {aside}")
     state = read_state(checkpoint) if checkpoint is not None else {}
     plan_version(checkpoint, state)  # only to raise its error, because a run of an unknown version must not start
     weights = starting_weights(config) if checkpoint is None and config.from_ is not None else None
@@ -142,7 +142,7 @@ def check_not_beyond(checkpoint: Path | None, step: int, config: TrainConfig, st
         )
         setting = f"the {last} steps of trainer.epochs={control.epochs:g}"
     if step > last:
-        raise ValueError(f"{checkpoint} is beyond {setting}")
+        raise ValueError(f"{checkpoint}: step {step} is after the last step ({setting})")
 
 
 def seconds_left(path: Path, earlier: dict[str, Any]) -> float | None:

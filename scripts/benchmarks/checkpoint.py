@@ -16,7 +16,8 @@ import torch
 from protlig_dd.config.components import build_model
 from protlig_dd.config.read import read_config
 from protlig_dd.config.train import TrainConfig
-from protlig_dd.runs.checkpoint import CheckpointWriter, snapshot
+from protlig_dd.runs.checkpoint import snapshot
+from protlig_dd.runs.writer import CheckpointWriter
 from protlig_dd.training.ema import EMA
 from protlig_dd.training.optim.make import make_optimizer
 from scripts.benchmarks.tables import table

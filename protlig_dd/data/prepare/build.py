@@ -94,7 +94,7 @@ def build_store(
         if not spool.rows:
             dropped = ", ".join(f"{count:,} by {name}" for name, count in counts["dropped"].items() if count)
             raise ValueError(
-                f"{output}: no sequences left of {counts['records']:,} records; the filters dropped {dropped}"
+                f"{output}: no sequence is left of {counts['records']:,} records; the filters dropped {dropped}"
             )
         keep, repeats = kept_rows(spool, files, duplicates=filters.duplicates)
         counts["dropped"]["duplicates"] = int((~keep).sum())

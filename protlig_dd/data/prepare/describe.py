@@ -34,7 +34,7 @@ def describe(store: SequenceStore) -> None:
             f"{kept}: {pairs}{more}"
         )
     if manifest["lower_case_letters"]:
-        console.print(f"{manifest['lower_case_letters']:,} lower-case letters are stored as the same amino acids")
+        console.print(f"{manifest['lower_case_letters']:,} lower-case letters are stored like upper-case letters")
     if case := manifest.get("case"):  # missing if no record has both cases
         console.print(
             f"{case['sequences']:,} sequences have upper-case and lower-case letters; the store keeps the case, which "
@@ -48,16 +48,16 @@ def describe(store: SequenceStore) -> None:
                     + (", ..." if found["sequences"] > len(found["first"]) else "")
                 )
     if repeats := manifest.get("repeated_in_other_case"):
-        kept = "both are kept" if manifest["options"]["filters"]["duplicates"] else "only the first is kept"
-        console.print(f"warning: {repeats:,} sequences equal an earlier one in all but the case of letters; {kept}")
+        kept = "both are kept" if manifest["options"]["filters"]["duplicates"] else "only the earlier one is kept"
+        console.print(f"warning: {repeats:,} sequences differ from an earlier one only in the case of letters; {kept}")
     if found := manifest.get("nucleotide_like"):  # missing in manifests of earlier versions
         console.print(nucleotide_warning(found, manifest["records"], "the input"))
     if (check := manifest["split_check"]) is not None:
         hits = ", ".join(f"{check['hits'][name]:,} of {check['searched'][name]:,} {name}" for name in check["hits"])
         action = "moved to train" if check["on_hit"] == "move" else "dropped"
         console.print(
-            f"held-out sequences with a training sequence at >= {check['identity']:.0%} identity over "
-            f">= {check['coverage']:.0%} of either sequence: {hits}; {action}; number of searches: {check['rounds']}"
+            f"held-out sequences similar to a training sequence (>= {check['identity']:.0%} identity over >= "
+            f"{check['coverage']:.0%} of either sequence): {hits}; {action}; number of searches: {check['rounds']}"
         )
 
 

@@ -49,7 +49,9 @@ def partial_folder(output: Path) -> Iterator[Path]:
     lock = None
     while lock is None:
         if _is_foreign(folder):
-            raise ValueError(f"{folder} is in the way and was not created by this program; rename or move it")
+            raise ValueError(
+                f"{folder} exists, but this program, which needs the name, did not create it; rename or move it"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         try:
             handle = (folder / "lock").open("w")

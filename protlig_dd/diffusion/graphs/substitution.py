@@ -74,8 +74,8 @@ class SubstitutionGraph(ResidueGraph):
         i, j = np.unravel_index(np.abs(flux - flux.T).argmax(), flux.shape)
         if abs(flux[i, j] - flux[j, i]) > FLUX_TOLERANCE * flux.max():
             raise ValueError(
-                f"the rates are not reversible: in equilibrium {flux[i, j]:.6g} flows from {names[i]} to {names[j]}, "
-                f"and {flux[j, i]:.6g} back"
+                f"the rates are not reversible: in equilibrium the flux from {names[i]} to {names[j]} is "
+                f"{flux[i, j]:.6g}, and the flux back is {flux[j, i]:.6g}"
             )
         flux = (flux + flux.T) / 2 / flux.sum()
         root = np.sqrt(pi)

@@ -112,6 +112,6 @@ def find_baseline_stores(
     if context != "none":
         kept = all(item.has_case for item in stores.stores)
         stores = StoreGroup(stores.stores, context if kept else "none")
-        residues = "the designed residues of " if kept else "all residues (a store keeps no case) of "
+        residues = "the designed residues of " if kept else "all residues (not every store keeps the case) of "
     announce(f"fitting unigram and bigram models to {residues}the training split of {stores.name}", trained.processes)
     return stores

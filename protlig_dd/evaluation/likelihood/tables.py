@@ -18,12 +18,12 @@ LENGTH_BINS = (0, 50, 100, 200, 300, 400, 500, 750, 1000)  # bounds in residues;
 
 NAMES = {
     "bound": "model, NLL bound",
-    "compared": "model compared with, NLL bound",
+    "compared": "compared model, NLL bound",
     "unigram": "unigram model, NLL",
     "bigram": "bigram model, NLL",
     "oadm": "order-agnostic (OADM) NLL",
-    "evodiff": "EvoDiff's test convention, mean over all masked",
-    "masked": f"cross-entropy of {MASKED_FRACTION:.0%} masked",
+    "evodiff": "EvoDiff's test convention, mean over all masked residues",
+    "masked": f"cross-entropy of masked residues ({MASKED_FRACTION:.0%})",
 }
 
 
@@ -38,7 +38,7 @@ def report_table(report: dict[str, Any]) -> str:
             else []
         ),
         "",
-        "| | nats/residue | perplexity | to the unigram model |",
+        "| | nats/residue | perplexity | minus the unigram model |",
         "| --- | --- | --- | --- |",
     ]
     for name in COLUMNS:
@@ -77,7 +77,7 @@ def report_table(report: dict[str, Any]) -> str:
             parts = [f"an NLL bound of {format_figure(others['bound'], others['bound_se'], '.4f')}"]
             for key, to in (
                 ("bound_to_unigram", "the unigram model"),
-                ("bound_to_compared", "the model compared with"),
+                ("bound_to_compared", "the compared model"),
             ):
                 if key in others:
                     difference = format_figure(others[key], others[f"{key}_se"], "+.4f")
@@ -86,7 +86,7 @@ def report_table(report: dict[str, Any]) -> str:
     if report["sequences"] == 1:
         lines += [
             "",
-            "With a single protein, the standard error of the bound is over its draws; the other errors are unknown.",
+            "With a single protein, the standard error of the bound is that over its draws; the others are unknown.",
         ]
     return "\n".join(lines) + "\n"
 

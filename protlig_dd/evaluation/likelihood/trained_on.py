@@ -14,7 +14,7 @@ from protlig_dd.runs.checkpoint import COMPLETE, complete_checkpoints
 from protlig_dd.system.files import sha256
 from protlig_dd.system.launcher import recorded_environment
 
-NO_STORE = "its training set was not found, or cannot be read"
+NO_STORE = "its training set was not found or cannot be read"
 
 
 class TrainingData(NamedTuple):
@@ -96,7 +96,7 @@ def find_source_model(config: TrainConfig, run: Path | None) -> tuple[SourceMode
                     return read_source_model(model), ""
             except ValueError as error:
                 return None, str(error)
-    return None, "its weights have changed since the run began" if exists else f"there is no {config.from_}"
+    return None, "its weights have changed since the run began" if exists else f"{config.from_} does not exist"
 
 
 def read_source_model(model: Path) -> SourceModel:
@@ -150,6 +150,6 @@ def all_training_data(
     if own_stores is None and train_stores and label == "this model":
         own = TrainingData(f"{label}, with the training set of train=", StoreGroup(train_stores))
     else:
-        hint = "; give it with train=store.h5" if label == "this model" else ""
+        hint = "; name it with train=store.h5" if label == "this model" else ""
         own = TrainingData(label, own_stores, "" if own_stores else NO_STORE + hint)
     return [own, *source_training_data(trained.saved.config, run_folder(trained.saved.path), known_stores)]

@@ -29,8 +29,8 @@ class Diet(PositionEncoding):
         super().__init__(config)
         if config.max_positions is None:
             raise ValueError(
-                "model.positions=diet has a table of positions: give its length, model.max_positions (tokens, <bos> "
-                "and <eos> included; training sets it to data.max_len + 2)"
+                "model.positions=diet needs model.max_positions, the length of its table in tokens (<bos> and <eos> "
+                "included); training sets it to data.max_len + 2"
             )
         self.n_heads = config.n_heads
         self.queries, self.keys = (nn.Embedding(config.max_positions, config.n_heads * RANK) for _ in "qk")
