@@ -1,4 +1,4 @@
-"""Protein language models by score-entropy discrete diffusion (SEDD, arXiv 2310.16834)."""
+"""Protein language models trained by score-entropy discrete diffusion (SEDD, arXiv 2310.16834)."""
 
 import os
 import sys
@@ -26,7 +26,7 @@ if sys.argv[:1] == ["-m"] and any(argument.startswith("protlig_dd.") for argumen
     sys.excepthook = _report_missing_package  # set before a verb's imports, which run before its main()
 
 if os.environ.get("PROTLIG_TYPECHECK") == "1":
-    # Installed here, before any submodule is imported, so that spawned ranks and commands are checked too.
+    # Install the run-time checks of types before any submodule is imported: spawned ranks and commands get them too.
     from protlig_dd.system.typecheck import install
 
     install("protlig_dd")

@@ -9,7 +9,7 @@ FOLDER = Path(__file__).parent
 
 
 def verbs() -> dict[str, str]:
-    """Return {command: first line of its docstring}, read from the sources without importing them."""
+    """Return {command: first line of its module's docstring}. The modules are parsed, not imported."""
     summaries = {}
     for path in sorted([*FOLDER.glob("*.py"), *FOLDER.glob("*/__main__.py")]):
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -21,7 +21,9 @@ def verbs() -> dict[str, str]:
 
 
 def main() -> None:
-    """Print the commands. An argument is an error: name the nearest command and exit with code 1."""
+    """Print the commands. For an argument other than -h and --help, print an error that names the nearest command
+    instead, and exit with code 1.
+    """
     arguments = [argument for argument in sys.argv[1:] if argument not in ("-h", "--help")]
     if arguments:
         nearest = (difflib.get_close_matches(arguments[0], verbs(), 1) or ["VERB"])[0]

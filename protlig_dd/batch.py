@@ -43,9 +43,10 @@ def sequence_slots(tokens: int, mean_tokens: float) -> int:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """n sequences concatenated in one 1-D tensor, with the offsets and positions that attention and rotary need.
+    """n sequences concatenated in one 1-D tensor, with the offsets and positions that attention needs.
 
-    `lengths`, `max_seqlen` and `rows` are on the host, so that no kernel launch has to wait for the device.
+    `rows` has the store row of each sequence. `lengths`, `max_seqlen` and `rows` are on the host, so that no kernel
+    launch has to wait for the device.
 
     Raises:
         ValueError: fields disagree in shape, dtype or device; the message names both values.
@@ -59,7 +60,8 @@ class PackedBatch:
     positions: Int64[Tensor, " total"]
     rows: Int64[Tensor, " n"]
     context: Bool[Tensor, " total"] | None = None
-    """Residues that are given to the network, as context letters are: never noised and not in the loss. None: none."""
+    """True for tokens that are given to the network: like the letters X B Z J U O, they are never noised and not in the
+    loss. None: there are no such tokens."""
 
     def __post_init__(self) -> None:
         check_tokens(self.tokens)
@@ -94,12 +96,12 @@ class PackedBatch:
         rows: Sequence[int] | None = None,
         context: Bool[Tensor, " total"] | None = None,
     ) -> "PackedBatch":
-        """Concatenate 1-D integer tensors.
+        """Return a pack of 1-D integer tensors, one for each sequence.
 
         Args:
             sequences: n tensors of shape (length_i,), any integer dtype.
             rows: the store row of each sequence; -1 for all by default.
-            context: which tokens are given residues; None: none.
+            context: whether each token is given to the network; None: no token is.
         """
         if not sequences:
             raise ValueError("a pack needs at least one sequence")
@@ -117,7 +119,7 @@ class PackedBatch:
         rows: Sequence[int] | None = None,
         context: Bool[Tensor, " total"] | None = None,
     ) -> "PackedBatch":
-        """Return a pack of tokens (total,), of any integer dtype, that are concatenated already."""
+        """Return a pack of sequences that are concatenated already: tokens (total,) of any integer dtype."""
         lengths = tuple(lengths)
         check_not_empty(lengths)
         if rows is not None and len(rows) != len(lengths):
@@ -142,7 +144,7 @@ class PackedBatch:
     def __reduce__(self) -> tuple[object, ...]:
         """Pickle tokens as bytes, with lengths, rows and context, and rebuild the pack on the CPU.
 
-        Shared-memory segments for its tensors would cost milliseconds.
+        Otherwise a loader process would move each tensor to shared memory, which takes milliseconds.
         """
         tokens = self.tokens.numpy(force=True)
         ids = tokens.astype(np.uint8)
@@ -160,7 +162,7 @@ class PackedBatch:
 
     @property
     def targets(self) -> Int64[Tensor, " total"]:
-        """The tokens that are noised and scored: context residues are replaced by X, which is neither."""
+        """`tokens` with X in place of those in `context`. Noise and loss read these tokens and skip X."""
         return self.tokens if self.context is None else torch.where(self.context, CONTEXT, self.tokens)
 
     def unpack(self, x: Tensor) -> list[Tensor]:
@@ -225,15 +227,17 @@ class PackedBatch:
     def random_subset(
         self, candidates: Bool[Tensor, " total"], counts: Num[Tensor, " n"], u: Float64[Tensor, " total"]
     ) -> Bool[Tensor, " total"]:
-        """Choose counts[i] of the candidates in sequence i, uniformly at random: those with the smallest u.
+        """Return (total,) bool: in each sequence i, counts[i] candidates chosen uniformly at random.
+
+        The chosen candidates are those with the smallest u.
 
         Args:
-            candidates: which tokens may be chosen.
+            candidates: whether each token may be chosen.
             counts: how many to choose in each sequence, at most the number of its candidates.
             u: independent uniform draws on [0, 1).
         """
-        # Sort by sequence, within it candidates before other tokens, and candidates by u. A token's random rank is then
-        # its new position within its sequence.
+        # Sort the tokens by sequence. Within a sequence, candidates come before other tokens, in ascending order of u.
+        # The random rank of a candidate is then its new position within its sequence.
         device = u.device
         segment = self.segment_ids.to(device)
         key = 2 * segment + torch.where(candidates.to(device), u, 1.5)
@@ -242,20 +246,20 @@ class PackedBatch:
         return (rank < counts.to(device)[segment]).to(candidates.device) & candidates
 
     def with_tokens(self, tokens: Int64[Tensor, " total"]) -> "PackedBatch":
-        """Return the same batch with other tokens of the same shape, such as a noised copy. Context is kept."""
+        """Return the same batch with other tokens, such as noised ones. Tokens marked in `context` are not replaced."""
         return replace(self, tokens=tokens if self.context is None else torch.where(self.context, self.tokens, tokens))
 
     def repeated(self, times: int) -> "PackedBatch":
-        """Return the batch packed together with copies of itself."""
+        """Return a pack that contains the sequences of this pack `times` times. Its `rows` are -1."""
         context = None if self.context is None else self.context.repeat(times)
         return PackedBatch.from_flat(self.tokens.repeat(times), self.lengths * times, context=context)
 
 
 def split_lengths(lengths: Sequence[int], tokens_per_pack: int) -> list[list[int]]:
-    """Split a list of lengths, in order, into packs of at most tokens_per_pack tokens. Each has at least one sequence.
+    """Split lengths, in order, into packs of at most tokens_per_pack tokens. A longer sequence is a pack of its own.
 
     Args:
-        lengths: residues of each sequence; <bos> and <eos> are counted in addition.
+        lengths: number of residues of each sequence, without <bos> and <eos>, which count as tokens too.
     """
     packs: list[list[int]] = []
     room = 0

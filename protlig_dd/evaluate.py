@@ -1,4 +1,4 @@
-"""Bound a trained model's negative log-likelihood of held-out proteins, and compare it with simple baselines.
+"""Bound a trained model's negative log-likelihood of held-out proteins, and compare the bound with simple baselines.
 
 python -m protlig_dd.evaluate from=runs/demo input=data/my.h5 split=test output=evaluation
 python -m protlig_dd.evaluate from=runs/demo input=held.fasta train=data/my.h5 output=evaluation
@@ -105,7 +105,7 @@ def evaluate(cfg: DictConfig) -> None:
 
 
 def description_of(trained: TrainedModel) -> dict[str, Any]:
-    """Return the report's fields that identify a model, the estimator of its bound and its `data.context`."""
+    """Return the report's fields about a model: run, step, checkpoint, estimator of its bound, and `data.context`."""
     return {
         "run": trained.run,
         "step": trained.step,

@@ -20,7 +20,10 @@ from protlig_dd.system.terminal import console
 
 
 def export(cfg: DictConfig) -> None:
-    """Write the averaged weights of a run's newest checkpoint, with the files that are needed to use them."""
+    """Write a folder with a checkpoint's averaged weights and the files that are needed to use these weights.
+
+    If `from=` is a run, its newest checkpoint is exported.
+    """
     config = read_config(cfg, ExportConfig)
     to = check_free(config.to)
     if is_exported(Path(config.from_)):
@@ -30,13 +33,13 @@ def export(cfg: DictConfig) -> None:
         console.print(f"skipped: {problem}")
     with creating(to) as folder:
         write_exported(folder, load_tensors(saved.weights), describe(saved, report_of(saved.path, saved.step)))
-        load_saved(find_saved(str(folder)), torch.device("cpu"), "fp32")  # check that it loads
+        load_saved(find_saved(str(folder)), torch.device("cpu"), "fp32")  # check that the new folder loads
     digest = read_description(to)["weights_sha256"]
     console.print(f"{to}: {saved.path}, weights {digest[:12]}; add a licence to its model card, {to / CARD}")
 
 
 def report_of(checkpoint: Path, step: int) -> dict[str, Any] | None:
-    """Return the run's report on this checkpoint, or None if the run has no report on this step."""
+    """Return the run's report on this checkpoint, without samples, judges and paths; None if it does not exist."""
     run = run_folder(checkpoint)
     file = None if run is None else run / "report.json"
     report = read_json(file) if file is not None and file.is_file() else {}

@@ -99,11 +99,11 @@ class ProteinDiffusion(nn.Module):
 
     @property
     def max_len(self) -> int:
-        """Largest number of residues of a sequence that the model was trained on."""
+        """`data.max_len` of the training: longer proteins were cropped to this number of residues."""
         return int(self.description["max_len"])
 
     def forward(self, batch: PackedBatch, sigma: Tensor) -> Float[Tensor, "total 20"]:
-        """Return the logits of a pack at noise levels sigma (n,), one for each sequence."""
+        """Return the logits of a pack. `sigma` (n,) has the noise level of each sequence."""
         return self.score_fn.logits(batch, sigma)
 
     def embed(self, sequences: Sequence[str], *, layer: int = -1, long: str = "error") -> Float[Tensor, "n hidden"]:
@@ -116,8 +116,8 @@ class ProteinDiffusion(nn.Module):
                 residues that overlap by half; a residue's state is the mean over the windows that contain it).
 
         Raises:
-            ValueError: anything else than a list of sequences, an illegal letter or a protein that is too long (the
-                message names the sequence), or a layer that the network does not have.
+            ValueError: `sequences` is not a list of strings; a sequence has an illegal letter or is too long (the
+                message names the sequence); or the network does not have this layer.
         """
         return mean_embeddings(self.network, self.score_fn, sequences, layer=layer, max_len=self.max_len, long=long)
 
@@ -141,7 +141,7 @@ class ProteinDiffusion(nn.Module):
         return hooks(self.network, functions)
 
     def analysis(self) -> AbstractContextManager[None]:
-        """Run the body in evaluation mode and without gradients; see `protlig_dd.inference.inspect.analysis`."""
+        """Run a `with` body in evaluation mode and without gradients; see `protlig_dd.inference.inspect.analysis`."""
         return analysis(self)
 
     def sample_steps(
@@ -155,7 +155,8 @@ class ProteinDiffusion(nn.Module):
         """Sample step by step; see `protlig_dd.inference.steps.SamplingSteps`.
 
         Args:
-            designs: numbers of residues, or sequences with `_` at free positions; at most `max_len` residues.
+            designs: the number of residues of each design, or its sequence with `_` at free positions. A design has at
+                most `max_len` residues.
         """
         return SamplingSteps(self.score_fn, designs, options, seed=seed, log_bias=log_bias, max_len=self.max_len)
 

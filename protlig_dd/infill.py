@@ -1,4 +1,4 @@
-"""Redesign parts of proteins, or design new proteins around their motifs.
+"""Redesign parts of proteins, or design new proteins around motifs of given proteins.
 
 python -m protlig_dd.infill from=runs/demo input=partial.fasta output=designs.fasta n=10     # `_` marks free positions
 python -m protlig_dd.infill from=runs/demo input=wt.fasta output=designs.fasta free=[12-40,77]
@@ -48,7 +48,7 @@ from protlig_dd.tokenizer import MASK
 
 
 def infill(cfg: DictConfig) -> None:
-    """Sample the free residues of each input protein n times, and keep its other residues fixed."""
+    """Sample the free residues of each design and keep the other residues fixed; write FASTA and two tables."""
     config = read_config(cfg, InfillConfig)
     output = check_free(config.output)
     table = check_free(config.map or str(output.with_suffix(".map.csv")))

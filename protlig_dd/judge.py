@@ -1,4 +1,4 @@
-"""Judge generated proteins: compare them with natural held-out proteins and with shuffled ones.
+"""Judge generated proteins: compare them with natural held-out proteins and with shuffled proteins.
 
 python -m protlig_dd.judge samples=designs.fasta natural=data/my.h5 output=judged
 python -m protlig_dd.judge samples=designs.fasta natural=held.fasta train=data/my.h5 hmm=Pfam-A.hmm output=judged
@@ -66,7 +66,7 @@ def judge(cfg: DictConfig) -> None:
     found = verdicts(rows, len(controls.length_reference), why_lengths_are_not_judged(Path(config.samples), samples))
     table = markdown(rows) + "\n" + "".join(f"- {verdict}\n" for verdict in found)
     table += "\nNatural proteins have the samples' lengths; in rows about lengths they are drawn at random.\n"
-    if train is not None:  # name it: the samples' model may have been trained on another set
+    if train is not None:  # name the store: the samples' model may have been trained on another store
         table += f"\nTraining proteins are those of {train.path}.\n"
     inputs = {
         "samples": config.samples,
@@ -89,7 +89,7 @@ def judge(cfg: DictConfig) -> None:
 
 
 def too_few_natural(config: JudgeConfig, n: int) -> str:
-    """Return the message for a set of n natural proteins that cannot be halved into a reference and a sample."""
+    """Return the error message for n natural proteins, where n is below 4: half of them are needed as the reference."""
     needed = f"has {n} sequences but needs at least 4, half of them as the reference"
     if not is_store(Path(config.natural)):
         return f"{config.natural} {needed}"
@@ -99,7 +99,7 @@ def too_few_natural(config: JudgeConfig, n: int) -> str:
 
 
 def read(config: JudgeConfig, path: str) -> tuple[list[str], list[np.ndarray]]:
-    """Return the ids and the residues of proteins, without <bos> and <eos>."""
+    """Return the ids of the proteins in a file, and their residues as token ids, without <bos> and <eos>."""
     _, ids, tokens = read_sequences(Path(path), config.split, None, 0)
     return ids, [sequence[1:-1] for sequence in tokens]
 

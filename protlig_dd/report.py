@@ -48,7 +48,7 @@ def find_runs(wanted: Any) -> list[Path]:
             `?`, `[...]`), or a list of these.
 
     Raises:
-        ValueError: `wanted` is of another type, or an entry selects no run; the message names it.
+        ValueError: `wanted` is of another type, or an entry selects no run; the message names the entry.
     """
     entries = [str(wanted)] if isinstance(wanted, str | int | float) else wanted
     if not isinstance(entries, list) or not all(isinstance(entry, str | int | float) for entry in entries):
@@ -73,7 +73,7 @@ def find_runs(wanted: Any) -> list[Path]:
 
 
 def runs_in(folder: Path, levels: int = 2) -> list[Path]:
-    """Return the folder if it is a run folder, else the run folders in the levels below it."""
+    """Return [folder] if it is a run folder, else the run folders in up to `levels` levels of folders below it."""
     if (folder / CONFIG).is_file():
         return [folder]
     found = []

@@ -10,8 +10,8 @@ AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
 CONTEXT_LETTERS = "XBZJUO"  # unknown, Asx, Glx, Xle, selenocysteine, pyrrolysine
 N_STATES = len(AMINO_ACIDS)
 MASK = N_STATES
-LETTERS = AMINO_ACIDS + "_" + CONTEXT_LETTERS  # `_` stands for <mask> in decoded text; encode rejects it
-CONTEXT = MASK + 1  # X; it stands for every residue that is context where only noised residues count
+LETTERS = AMINO_ACIDS + "_" + CONTEXT_LETTERS  # `_` stands for <mask> in decoded text; `encode` rejects `_`
+CONTEXT = MASK + 1  # the id of X, which also replaces given tokens in PackedBatch.targets
 BOS, EOS, PAD = 27, 28, 29
 VOCAB_SIZE = 30
 
@@ -24,9 +24,9 @@ _DECODE = np.frombuffer(LETTERS.encode(), dtype=np.uint8)
 
 
 class ProteinTokenizer:
-    """Convert proteins to token ids and back. The 26 upper-case IUPAC letters come back unchanged.
+    """Convert proteins to token ids and back.
 
-    A trailing `*` (stop) is dropped.
+    Decoding restores each of the 26 upper-case IUPAC letters. A trailing `*` (stop) is dropped.
     """
 
     vocab_size = VOCAB_SIZE

@@ -41,7 +41,7 @@ LONGEST_NAME = 200
 
 
 def run_verb(verb: Callable[[DictConfig], None], config_name: str, schema: type, *, rank0_only: bool = False) -> None:
-    """Compose `config_name` with the command line's overrides, run the verb, and exit with its code.
+    """Compose `config_name` with the command line's overrides, run the verb, and exit with an exit code as above.
 
     Args:
         schema: the config's dataclass; its keys are suggested for a misspelt key.
@@ -67,7 +67,7 @@ def run_verb(verb: Callable[[DictConfig], None], config_name: str, schema: type,
         cause = error.args[0] if isinstance(error, VerbEnded) else error
         message, code = message_and_code(cause, schema)
         if isinstance(cause, Stopped):
-            for number in SIGNALS:  # schedulers repeat their signals; these must not change the exit code
+            for number in SIGNALS:  # schedulers repeat signals; a repeated signal must not change the code
                 signal.signal(number, signal.SIG_IGN)
             # torchrun takes any code except 0 for a failure; stopped.json in the run folder records the stop
             code = 0 if processes.launch is not None else code
@@ -91,13 +91,13 @@ def run_verb(verb: Callable[[DictConfig], None], config_name: str, schema: type,
 def compose_and_run(task: "Task", config_name: str) -> None:
     """Compose the config and run the task; for a sweep, run it for each job.
 
-    `hydra.main` composes every config twice; the first time only shows whether the command is a sweep. A plain command
-    (see `is_plain`) is composed once here, and `hydra.main` handles every other command.
+    `hydra.main` composes every config twice; the first composition only shows whether the command is a sweep. The
+    config of a plain command (see `is_plain`) is composed once here; `hydra.main` handles every other command.
     """
     cfg, arguments = None, get_args_parser().parse_args()
     if is_plain(arguments):
         with (
-            contextlib.suppress(HydraException),  # hydra.main below raises it again, unless the config is a sweep
+            contextlib.suppress(HydraException),  # for errors, hydra.main below composes and raises again
             hydra.initialize_config_dir(arguments.config_path or str(config_folder()), version_base="1.3"),
         ):
             name = arguments.config_name or config_name
@@ -108,7 +108,7 @@ def compose_and_run(task: "Task", config_name: str) -> None:
             del cfg["hydra"]
         task(cfg)
         return
-    # the shipped configs are always on the search path: a user's own config may build on their groups
+    # the shipped configs are always on the search path: a user's own config may use the groups in them
     hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name)(task)()
 
 
@@ -126,7 +126,7 @@ def is_plain(arguments: argparse.Namespace) -> bool:
 
 
 class Task:
-    """The function that Hydra runs for each job, in this process or in a launcher's job, which receives it pickled.
+    """The function that Hydra runs for each job: in this process, or in a job of a Hydra launcher, after unpickling.
 
     Args:
         arguments: the command line's arguments.
@@ -137,11 +137,11 @@ class Task:
         self, verb: Callable[[DictConfig], None], schema: type, arguments: list[str], rank0_only: bool = False
     ) -> None:
         self.verb, self.schema, self.arguments, self.rank0_only = verb, schema, arguments, rank0_only
-        self.__name__ = "task"  # Hydra reads it
+        self.__name__ = "task"  # Hydra reads this attribute
         OmegaConf.register_new_resolver("swept", partial(swept_name, arguments=arguments), replace=True)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # the constructor runs again in the job, as the job needs the resolver too
+        # unpickling calls the constructor, because the launcher's job needs the resolver too
         return Task, (self.verb, self.schema, self.arguments, self.rank0_only)
 
     def __call__(self, cfg: DictConfig) -> None:
@@ -157,12 +157,12 @@ class Task:
             if not in_launcher_job:
                 raise VerbEnded(error) from error
             if isinstance(error, Stopped) and error.reason == "SIGUSR2" and callable(requeue):
-                requeue(signal.SIGUSR2, None)  # submitit's handler: it queues the job again and ends this process
+                requeue(signal.SIGUSR2, None)  # submitit's handler, which queues the job again and ends this process
             raise JobFailedError(*message_and_code(error, self.schema)) from error
 
 
 class JobFailedError(Exception):
-    """A launcher's job has failed; the arguments are its error line and its exit code."""
+    """A job of a Hydra launcher has failed; the arguments are the job's error line and its exit code."""
 
 
 class VerbEnded(BaseException):
@@ -201,7 +201,7 @@ def quoted(argument: str) -> str:
 
 
 def print_help_if_requested(config_name: str) -> bool:
-    """Check the form of the arguments, and print the help for --help; return whether it was printed.
+    """Check the form of the arguments. If --help is among them, print the help. Return whether the help was printed.
 
     Raises:
         ValueError: an unknown flag, or an argument that is not key=value.
@@ -222,7 +222,7 @@ def print_help_if_requested(config_name: str) -> bool:
 
 
 def help_text(config_name: str, overrides: Sequence[str] = ()) -> str:
-    """Return the verb's description, then its config files: every key, its default and what it means.
+    """Return the verb's description and the text of its config files: every key, its default and what it means.
 
     A config group is shown with the option that the command line, the experiment or the defaults list selects.
 
@@ -253,7 +253,7 @@ def help_text(config_name: str, overrides: Sequence[str] = ()) -> str:
 
 
 def options_of_experiment(name: str | None) -> dict[str, str]:
-    """Return the options of other config groups that an experiment selects; {} for no or an unknown experiment."""
+    """Return the options of other config groups that an experiment selects; {} if `name` is None or unknown."""
     path = config_folder() / "experiment" / f"{name}.yaml"
     content = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else {}
     entries = content.get("defaults", []) if isinstance(content, dict) else []
@@ -262,13 +262,13 @@ def options_of_experiment(name: str | None) -> dict[str, str]:
 
 
 def without_hydra(text: str) -> str:
-    """Remove the defaults list, the settings for Hydra and the example command from a primary config."""
+    """Return the text of a verb's config without the defaults list, the settings for Hydra and the example command."""
     blocks = re.split(r"\n(?=\S)", text)
     return "\n".join(block for block in blocks if not block.startswith(("defaults:", "hydra:", "# python")))
 
 
 def one_line(error: BaseException, schema: type) -> str:
-    """Return an error's message in one line."""
+    """Return `error: ` and the error's message, in one line."""
     text = str(error).partition("\nConfig search path")[0]
     if "Original Traceback" in text:  # raised in a loader worker: the last line is the error
         text = text.strip().splitlines()[-1]
@@ -291,12 +291,12 @@ def one_line(error: BaseException, schema: type) -> str:
 
 
 def swept_name(task_overrides: Sequence[str], job_number: int, arguments: Sequence[str]) -> str:
-    """Name a sweep job's folder after the overrides that vary in the sweep: `optim.lr-0.001_model-tiny`."""
+    """Return the name of a sweep job's folder: the overrides that vary in the sweep, as `optim.lr-0.001_model-tiny`."""
     parser = OverridesParser.create()
     overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
     swept = {override.key_or_group for override in parser.parse_overrides(overrides) if override.is_sweep_override()}
     parts = [override for override in task_overrides if override.lstrip("+").partition("=")[0] in swept]
-    name = re.sub(r"[^\w.+-]+", "-", "_".join(parts))  # so that `from=` accepts it unquoted
+    name = re.sub(r"[^\w.+-]+", "-", "_".join(parts))  # so that `from=` accepts the folder without quotes
     if len(name) > LONGEST_NAME:
         name = f"{name[:LONGEST_NAME]}-{hashlib.blake2b(name.encode(), digest_size=4).hexdigest()}"
     return name or str(job_number)

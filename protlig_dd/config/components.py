@@ -62,7 +62,11 @@ def build_graph(spec: Mapping[str, Any]) -> Graph:
 
 
 def build_noise(spec: Mapping[str, Any], graph: Graph) -> Noise:
-    """Return a config's noise schedule; values that are null follow from the graph's `lambda_2` and `sigma_max`."""
+    """Return a config's noise schedule. Values that are null are computed from the graph.
+
+    `graph.lambda_2` is the eigenvalue of the graph's slowest mode. `graph.sigma_max` is the total noise at which 0.1%
+    of this mode is left.
+    """
     defaults = {
         "eps": math.exp(graph.sigma_max * graph.lambda_2),
         "rate": -graph.lambda_2,
@@ -112,7 +116,7 @@ def unknown_key(key: str, known: list[str]) -> str:
     return f"unknown config key {key!r}; did you mean {nearest[0]!r}?" if nearest else f"unknown config key {key!r}"
 
 
-MAX_WEIGHT = 10.0  # measured in docs/performance.md
+MAX_WEIGHT = 10.0  # docs/performance.md has the measurements of this cap
 
 
 def resolve_max_weight(spec: Mapping[str, Any], graph: Graph) -> float | None:
@@ -127,8 +131,8 @@ def graph_with_rates(spec: Mapping[str, Any], earlier: Mapping[str, Any]) -> dic
     """Return the graph's config with the rates of its matrix file, so that the run does not need the file again.
 
     Args:
-        earlier: the graph's config saved by the run that is resumed, or by the source of a fine-tune; {} if there is
-            none. If the matrix file no longer exists, the rates of `earlier` are used; all other keys must agree.
+        earlier: the graph's config saved by the run that is resumed, or by the source of a fine-tune; {} if there is no
+            such config. If the matrix file no longer exists and all other keys agree, the rates of `earlier` are used.
     """
     spec = dict(spec)
     if not isinstance(spec.get("matrix"), str) or spec.get("rates") is not None:

@@ -17,14 +17,18 @@ def _not_true_or_false(value: Any) -> Any:
 
 
 STORED = "stored"
-"""The validation context for the saved config of a run or an exported model: its values were allowed when it was saved,
-so today's limits are not checked."""
+"""Pydantic's validation context for the saved config of a run or an exported model. The values of such a config were
+allowed when it was saved, so today's limits are not checked."""
 
 
 def limited(allows: Callable[[Any], bool], words: str) -> AfterValidator:
-    """A limit on new values; its error message is `KEY WORDS, got VALUE`."""
+    """Return a validator that rejects values for which `allows` is false, except in a saved config (STORED).
 
-    def check(value: Any, info: Any) -> Any:  # a pydantic.ValidationInfo: beartype cannot check this type, hence Any
+    Args:
+        words: the part of the error message `KEY WORDS, got VALUE`, such as `must be above 0`.
+    """
+
+    def check(value: Any, info: Any) -> Any:  # info: pydantic.ValidationInfo, which beartype cannot check
         if info.context != STORED and not allows(value):
             raise ValueError(words)
         return value
@@ -90,5 +94,5 @@ def first_problem(error: ValidationError) -> str:
 
 
 def shown(values: list[Any]) -> str:
-    """Return a list as it is written on the command line."""
+    """Return the text of a list as users write it on the command line."""
     return f"[{','.join(map(str, values))}]"

@@ -1,7 +1,7 @@
 """Convert a composed config to a dataclass, and back.
 
-configs/*.yaml hold the keys, their defaults and one-line comments; train.py and verbs.py hold the types and the limits
-on values. An unknown key is an error, so a misspelt override is never ignored.
+configs/*.yaml contain the keys, their defaults and comments. train.py and verbs.py contain the types and the limits on
+values. An unknown key is an error, so a misspelt override is never ignored.
 """
 
 import inspect
@@ -33,7 +33,7 @@ def config_folder() -> Path:
 
 
 def read_config(cfg: DictConfig, schema: type[T], *, stored: bool = False) -> T:
-    """Check a composed config against its schema and return it as that dataclass.
+    """Return a composed config as an instance of its schema, a dataclass that checks the values.
 
     Args:
         stored: the config was saved with a run or an exported model; its numbers may exceed today's limits.
@@ -67,7 +67,7 @@ def elements_of(value: Any) -> list[Any]:
 
 
 def expand_home(value: Any) -> Any:
-    """Replace a leading `~` of every path in a value by the home folder; shells do not expand it after `key=`."""
+    """Return a value in which the home folder replaces a leading `~`, which shells do not expand after `key=`."""
     if isinstance(value, str):
         return str(Path(value).expanduser()) if value == "~" or value.startswith("~/") else value
     if isinstance(value, list):
@@ -78,7 +78,10 @@ def expand_home(value: Any) -> Any:
 
 
 def as_dict(config: Any) -> dict[str, Any]:
-    """Return a config with the keys of YAML and the command line: `from` instead of `from_`."""
+    """Return a config as a dictionary with the keys of YAML and the command line: `from` instead of `from_`.
+
+    Keys of `model` and `data` that were added later are left out if they have their default (see `stored_model`).
+    """
     values = {key.removesuffix("_"): value for key, value in asdict(config).items()}
     if "model" in values:
         values["model"] = stored_model(values["model"])
@@ -93,7 +96,7 @@ def as_yaml(config: Any) -> str:
 
 
 def known_keys(schema: type, prefix: str = "") -> list[str]:
-    """Return the dotted keys of a schema as they are written on the command line."""
+    """Return the keys of a schema as users write them on the command line, such as optim.lr."""
     keys: list[str] = []
     for name, kind in get_type_hints(schema).items():
         key = prefix + name.removesuffix("_")
@@ -133,7 +136,7 @@ def flatten(cfg: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def as_written(value: Any) -> str:
-    """Return a value as config files and overrides contain it, such as null, true or [a, b]."""
+    """Return the text of a value as in config files and overrides, such as null, true or [a, b]."""
     if isinstance(value, list):
         return f"[{', '.join(map(as_written, value))}]"
     if value is None:

@@ -1,4 +1,4 @@
-"""The configuration of a training run, and the checks that need no data."""
+"""The configuration of a training run, and those of its checks that need no data."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,7 +43,7 @@ OptimizerName = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "wsd"]
 OPTIMIZERS, SCHEDULES = get_args(OptimizerName), get_args(Schedule)
 CONFIG = "config.yaml"
-RESUME = ("auto", "never", "extend")  # values of run.resume; it may also be a path
+RESUME = ("auto", "never", "extend")  # values of run.resume, which may also be a path
 
 
 @dataclass(config=STRICT)
@@ -55,7 +55,7 @@ class RunConfig:
 
 @dataclass(config=STRICT)
 class DataConfig:
-    path: Annotated[Any, MAY_CHANGE]  # a store or a list of stores; a resumed run compares their fingerprints
+    path: Annotated[Any, MAY_CHANGE]  # a store or a list of stores; a resumed run compares fingerprints
     weights: list[Positive] | None
     max_len: AtLeast1
     crop: Crop
@@ -111,7 +111,7 @@ class TrainerConfig:
     epochs: Positive | None
     stop_at_step: AtLeast1 | None
     device: str
-    precision: str  # a resumed run must resolve it to the same precision as before
+    precision: str  # may change, but must resolve to the same precision when a run is resumed
     log_every: AtLeast1
     log_rows: bool
     eval_every: AtLeast0
@@ -159,7 +159,7 @@ class TrainConfig:
     parametrisation: str
     time_conditioning: Auto  # resolved to true or false in a run folder's config.yaml
     optim: OptimConfig
-    trainer: Annotated[TrainerConfig, MAY_CHANGE]  # max_steps and epochs too; they move the schedule's end
+    trainer: Annotated[TrainerConfig, MAY_CHANGE]  # max_steps and epochs may change too: this moves the schedule's end
     logger: Annotated[LoggerConfig, MAY_CHANGE]
     report: Annotated[ReportConfig, MAY_CHANGE]
     plan: Annotated[bool, MAY_CHANGE] = False
@@ -195,7 +195,7 @@ def may_change(key: str) -> bool:
 
 
 def config_in(folder: Path) -> TrainConfig:
-    """Read the config that was saved in this folder of a run or a checkpoint.
+    """Return the config that was saved in the folder of a run or a checkpoint.
 
     Raises:
         ValueError: an unknown or missing key, or a damaged file; the message names the file.
@@ -207,10 +207,10 @@ def config_in(folder: Path) -> TrainConfig:
 
 
 def recorded_config(folder: Path) -> dict[str, Any]:
-    """Read the config saved in this folder as nested dictionaries with this version's keys.
+    """Return the config saved in a folder as nested dictionaries, with this version's names of the keys.
 
     Raises:
-        ValueError: a damaged file; the message names it.
+        ValueError: a damaged file; the message names the file.
     """
     try:
         content = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
@@ -226,8 +226,8 @@ def recorded_config(folder: Path) -> dict[str, Any]:
 def all_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     """Flatten a training config to {"optim.lr": 0.001, ...}, with the defaults of the keys that it leaves out.
 
-    Files leave out keys that were added later: all of them in files of earlier versions, otherwise those at their
-    default (`stored_model`).
+    A file of an earlier version has none of the keys that were added later. A file of this version leaves out those of
+    these keys that have their default (see `stored_model`).
     """
     return {**defaults_of(TrainConfig), **flatten(values)}
 
@@ -246,7 +246,7 @@ def check_train_config(config: TrainConfig) -> None:
     """Check, before any data is read, that the values can work together.
 
     Raises:
-        ValueError: they cannot; the message names the keys.
+        ValueError: values that cannot work together; the message names their keys.
     """
     trainer = config.trainer
     check_model(config.model)
@@ -285,7 +285,7 @@ def check_train_config(config: TrainConfig) -> None:
         raise ValueError(f"from={config.from_} and run.resume={config.run.resume}: give only one of them")
     if config.from_ is None and config.from_sha256 is not None:
         raise ValueError("from_sha256 is the checksum of the weights that from= names, but from= is not given")
-    name = config.run.name  # not checked on the field, because configs of earlier versions may have other names
+    name = config.run.name  # not checked in RunConfig, because saved configs of earlier versions may have other names
     if name != Path(name).name or name in ("", ".", ".."):
         raise ValueError(f"run.name={name!r} must be a plain folder name")
     if any(character.isspace() for character in name):
