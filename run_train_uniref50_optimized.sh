@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Train on UniRef50, on all GPUs of this machine, or in one process without a GPU. The same command resumes the run.
-# Exit code 75 means that the run was stopped before its end, with a checkpoint.
+# Train on UniRef50, on all GPUs of this machine or, without a GPU, in one process. The same command resumes the run.
+# Exit code 75 means that the run was stopped before its end, after it had written a checkpoint.
 #
 #   ./run_train_uniref50_optimized.sh
 #   ./run_train_uniref50_optimized.sh model=medium run.name=medium    # with any Hydra overrides

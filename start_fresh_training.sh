@@ -2,7 +2,7 @@
 # Set up, then train from scratch, evaluate and sample. An earlier run of the same name is renamed, never deleted.
 # To resume a stopped run instead: python -m protlig_dd.training experiment=demo
 #
-#   ./start_fresh_training.sh                                  # experiment=demo: minutes on 2 CPU cores
+#   ./start_fresh_training.sh                                  # trains experiment=demo in minutes on 2 CPU cores
 #   ./start_fresh_training.sh experiment=demo optim.lr=1e-3    # with any Hydra overrides
 set -euo pipefail
 case "${1:-}" in -h | --help) sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 0 ;; esac

@@ -97,7 +97,8 @@ def compose_and_run(task: "Task", config_name: str) -> None:
     cfg, arguments = None, get_args_parser().parse_args()
     if is_plain(arguments):
         with (
-            contextlib.suppress(HydraException),  # for errors, hydra.main below composes and raises again
+            # after an error, hydra.main below composes again: it raises the error, unless the command is a sweep
+            contextlib.suppress(HydraException),
             hydra.initialize_config_dir(arguments.config_path or str(config_folder()), version_base="1.3"),
         ):
             name = arguments.config_name or config_name

@@ -67,7 +67,7 @@ def elements_of(value: Any) -> list[Any]:
 
 
 def expand_home(value: Any) -> Any:
-    """Return a value in which the home folder replaces a leading `~`, which shells do not expand after `key=`."""
+    """Replace a leading `~` of every string in a value by the home folder: shells do not expand `~` after `key=`."""
     if isinstance(value, str):
         return str(Path(value).expanduser()) if value == "~" or value.startswith("~/") else value
     if isinstance(value, list):
