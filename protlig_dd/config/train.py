@@ -226,8 +226,8 @@ def recorded_config(folder: Path) -> dict[str, Any]:
 def all_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     """Flatten a training config to {"optim.lr": 0.001, ...}, with the defaults of the keys that it leaves out.
 
-    A file of an earlier version has none of the keys that were added later. A file of this version leaves out those of
-    these keys that have their default (see `stored_model`).
+    A file of an earlier version has no key that was added after that version. A file of this version leaves out a key
+    marked ADDED_LATER if the key has its default (see `stored_model`).
     """
     return {**defaults_of(TrainConfig), **flatten(values)}
 
