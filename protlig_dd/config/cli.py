@@ -41,7 +41,7 @@ LONGEST_NAME = 200
 
 
 def run_verb(verb: Callable[[DictConfig], None], config_name: str, schema: type, *, rank0_only: bool = False) -> None:
-    """Compose `config_name` with the command line's overrides, run the verb, and exit with an exit code of the list above.
+    """Compose `config_name` with the command line's overrides, run the verb, and exit with a code of the list above.
 
     Args:
         schema: the config's dataclass; its keys are suggested for a misspelt key.
