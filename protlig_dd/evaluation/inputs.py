@@ -18,7 +18,7 @@ from protlig_dd.tokenizer import ProteinTokenizer
 
 
 class Proteins(NamedTuple):
-    """Proteins of a file."""
+    """Proteins that were read from a store or a FASTA file."""
 
     store: SequenceStore | None
     """None for FASTA."""
@@ -36,7 +36,7 @@ class Proteins(NamedTuple):
 def read_sequences(
     path: Path, split: str, most: int | None, seed: int
 ) -> tuple[SequenceStore | None, list[str], list[np.ndarray]]:
-    """Read proteins as `read_proteins` does. Return the store (None for FASTA), and the id and tokens of each."""
+    """Read proteins as `read_proteins` does. Return the store (None for FASTA), and each protein's id and tokens."""
     return read_proteins(path, split, most, seed)[:3]
 
 

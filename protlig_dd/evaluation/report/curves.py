@@ -21,7 +21,7 @@ NATS = "nats/residue"
 
 
 def labels_of(runs: Sequence[Run]) -> list[str]:
-    """Return a label for each run: the name of its folder, or the path if several runs have this name."""
+    """Return a label for each run: the name of its folder, or the path of the folder if several runs have this name."""
     counts = Counter(run.name for run in runs)
     return [run.name if counts[run.name] == 1 else str(run.folder) for run in runs]
 
@@ -30,8 +30,8 @@ def curves(runs: Sequence[Run], names: Sequence[str] | None = None) -> list[Mark
     """Return the plots of the values in metrics.jsonl.
 
     Args:
-        names: labels of the runs, for the page that compares them: noisy values are drawn smoothed only. None: the page
-            of one run, where noisy values are drawn both for each step and smoothed.
+        names: labels of the runs, for the page that compares runs. None: the page of one run. Noisy values, such as the
+            loss, are smoothed; the page of one run shows the values of each step too.
     """
 
     def raw_and_smooth(run: Run, key: str, name: str, colour: int, factor: float = 1.0) -> list[Series]:
@@ -46,7 +46,9 @@ def curves(runs: Sequence[Run], names: Sequence[str] | None = None) -> list[Mark
 
     def validation(run: Run, name: str, colour: int) -> Series:
         x, y = run.column("val_nll")
-        errors = [run.metrics[int(step)].get("val_nll_se") or 0.0 for step in x]  # null if one protein was evaluated
+        errors = [
+            run.metrics[int(step)].get("val_nll_se") or 0.0 for step in x
+        ]  # null if only one protein was evaluated
         return Series(name, x, y, colour, errors=errors)
 
     if names is None:

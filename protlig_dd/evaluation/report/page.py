@@ -1,7 +1,7 @@
-"""HTML pages of one run (bounds, curves, samples, config) and of several runs compared.
+"""The HTML page of one run (bounds, curves, samples, config), and the HTML page that compares several runs.
 
-A page is one self-contained file, built from the files in the run folder. A file may be missing: a run that was
-stopped early has no report.json yet.
+A page is one self-contained file. It is built from the files in the run folders, and any of these files except
+config.yaml may be missing. For example, a run that was stopped early has no report.json yet.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,7 @@
-"""SVG plots for the HTML pages. Curves and bars carry their values as JSON, which the page's script shows as a tooltip.
+"""SVG plots for the HTML pages.
 
-Colours are the CSS classes c0, c1, ... so that they follow the page's light and dark palettes. All names are escaped.
+Each plot with an x axis contains its values as JSON, and the page's script shows these values as a tooltip. Colours are
+the CSS classes c0, c1, ..., so that they follow the page's light and dark palettes. All names are escaped.
 """
 
 import itertools
@@ -83,7 +84,7 @@ def thin(x: Sequence[float], y: Sequence[float], most: int = MAX_POINTS) -> tupl
 
 
 def smooth(y: Sequence[float], span: float) -> list[float]:
-    """Return the exponential moving average of `y` over about `span` points; the weights at each point sum to 1."""
+    """Return the exponential moving average of `y` over about `span` points, with weights that sum to 1 at each point."""
     keep, total, weight, means = 1 - 1 / max(1.0, span), 0.0, 0.0, []
     for value in y:
         total, weight = keep * total + value, keep * weight + 1
@@ -159,7 +160,7 @@ def plot(
 
 
 def dot_plot(title: str, unit: str, rows: Sequence[Estimate]) -> Markup:
-    """Return a figure with one estimate per row, with bars of two standard errors to each side."""
+    """Return a figure with one estimate per row. Bars extend two standard errors to each side of an estimate."""
     bars = [2 * row.error if math.isfinite(row.error) else 0.0 for row in rows]
     low, high = range_of([row.value + sign * bar for row, bar in zip(rows, bars, strict=True) for sign in (-1, 1)])
     low, high = low - 0.06 * (high - low), high + 0.06 * (high - low)
@@ -187,8 +188,8 @@ def draw_series(series: Series, x: Sequence[float], y: Sequence[float], bottom: 
     """Draw one series.
 
     Args:
-        x, y: positions of its points, in SVG user units.
-        bottom: position of the x axis.
+        x, y: positions of the points of the series, in SVG user units.
+        bottom: vertical position of the x axis.
     """
     colour = series.colour % COLOURS
     dashed = " dashed" if series.colour >= COLOURS else ""
@@ -211,9 +212,10 @@ def draw_series(series: Series, x: Sequence[float], y: Sequence[float], bottom: 
 
 
 def y_extremes(series: Series) -> list[float]:
-    """Return values that the y axis must include: the ends of all error bars, which may have the length 0.
+    """Return the values that the y axis must include.
 
-    For a faint series they are the 2% and 98% quantiles.
+    For a faint series they are the 2% and 98% quantiles. For any other series they are the ends of all error bars. A
+    point without an error bar counts as a bar of length 0.
     """
     if series.style == "faint":
         return np.quantile(series.y, [0.02, 0.98]).tolist()

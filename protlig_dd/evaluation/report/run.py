@@ -45,7 +45,7 @@ class Run:
         return max(self.metrics, default=0)
 
     def column(self, key: str) -> tuple[list[float], list[float]]:
-        """Return the steps at which a key has a finite value, and these values."""
+        """Return the steps at which a key of metrics.jsonl has a finite value, and the values at these steps."""
         points = [(step, row[key]) for step, row in sorted(self.metrics.items()) if row.get(key) is not None]
         return [float(step) for step, _ in points], [float(value) for _, value in points]
 
@@ -53,7 +53,7 @@ class Run:
     def bounds(self) -> tuple[str, dict[str, Any]]:
         """Return the name of the protein set, and the bounds on it.
 
-        They come from the report, or from the last validation if there is no report yet.
+        The bounds come from the report, or from the last validation if there is no report yet.
         """
         if self.report:
             return f"{self.report['split']} set", with_nan(self.report)
@@ -68,7 +68,7 @@ def read_run(folder: Path) -> Run:
     """Read a run folder.
 
     Raises:
-        ValueError: it is not a run folder, or a file in it is malformed.
+        ValueError: `folder` is not a run folder, or one of its files is malformed.
     """
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{folder}: not a run folder; expected {CONFIG} in it")
@@ -76,7 +76,7 @@ def read_run(folder: Path) -> Run:
     rows = judges.get("rows", [])
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "name" in row for row in rows):
         raise ValueError(f"{folder / 'judges.json'}: each of its rows must be an object with name, {', '.join(SETS)}")
-    verdicts = judges.get("verdicts", [])  # earlier versions wrote none
+    verdicts = judges.get("verdicts", [])  # earlier versions wrote no verdicts
     if not isinstance(verdicts, list) or not all(
         isinstance(verdict, dict) and {"group", "told"} <= verdict.keys() for verdict in verdicts
     ):
@@ -95,7 +95,7 @@ def read_run(folder: Path) -> Run:
 
 
 def nats_of_proteins(run: Run) -> list[tuple[str, int, float]]:
-    """Return (id, residues, bound in nats) of each protein in the report; [] if there is no report.
+    """Return (id, residues, bound in nats) of each protein in report.csv; [] if there is no report.
 
     Raises:
         ValueError: report.csv is malformed.

@@ -27,9 +27,10 @@ CLASS_OF = {letter: name for name, letters in RESIDUE_CLASSES for letter in lett
 
 
 def paired(run_nats: list[tuple[str, int, float]], first: list[tuple[str, int, float]]) -> list[str]:
-    """Return two table cells: the run's bound minus the first run's in nats/residue, and the standard error.
+    """Return two table cells: the run's bound minus the first run's bound in nats/residue, and its standard error.
 
-    The cells are empty for the first run itself, and if the two runs were evaluated on different proteins.
+    The cells are empty for the first run itself. They are also empty if one of the two runs has no bounds of single
+    proteins, or if the two runs were evaluated on different proteins.
 
     Args:
         run_nats, first: results of `nats_of_proteins` for the run and for the first run.
@@ -66,10 +67,10 @@ def headline(run: Run, protein_set: str, bounds: dict[str, Any]) -> list[tuple[s
 
 
 def bounds_section(protein_set: str, bounds: dict[str, Any], data: str | None) -> dict[str, Any] | None:
-    """Return a plot and a table of the model's bound and of the baselines.
+    """Return a plot and a table of the model's bound and of the baselines' NLL; None without `bounds`.
 
     Args:
-        bounds: the model's figures and, for each baseline, `NAME_nll` and `NAME_nll_se`.
+        bounds: the model's figures, and for each baseline its NLL `NAME_nll` and the standard error `NAME_nll_se`.
         data: path of the training data.
     """
     if not bounds:
@@ -106,10 +107,10 @@ def plus_minus(error: float) -> str:
 
 
 def judges_section(run: Run) -> dict[str, Any] | None:
-    """Return the comparison of samples with natural proteins, from judges.json or else from the report.
+    """Return the comparison of samples with natural proteins, from judges.json or else from report.json.
 
-    Without judges.json, the report's other figures of its samples are added. With it they are left out, because
-    judges.json may be about other samples.
+    If there is no judges.json, other figures from report.json about the run's samples are added. If there is, these
+    figures are left out, because judges.json may be about samples other than the run's. None if there are no figures.
     """
 
     def figure(row: dict[str, Any], column: str) -> str:
@@ -156,7 +157,10 @@ def format_cell(value: Any) -> str:
 
 
 def protein(record: FastaRecord) -> dict[str, Any]:
-    """Return one sample for the page. A line is (position of its first residue, [(residue class, residues), ...])."""
+    """Return one sample for the page.
+
+    A line of its sequence is (1-based position of the first residue, [(residue class, residues), ...]).
+    """
     sequence = record.sequence
     lines = []
     for start in range(0, len(sequence), LINE):

@@ -1,1 +1,1 @@
-"""Compare generated proteins with natural ones."""
+"""Compare generated proteins with natural proteins, and score redesigned proteins."""

@@ -34,11 +34,11 @@ def import_optional(package: str, extra: str, wanted: str) -> Any:
 
 
 Judge = Callable[[Sequence[str], Callable[[], None]], list[float]]
-"""(proteins, callback after each protein) -> one value for each protein."""
+"""(proteins, callback to call once per protein, for progress) -> one value for each protein."""
 
 
 def pfam_hits(hmms: Path) -> Judge:
-    """Return a judge: 1 if a protein has a significant hit to any profile HMM of the file, else 0.
+    """Return a judge that gives 1 to a protein with a significant hit to any profile HMM of the file, else 0.
 
     Args:
         hmms: file of profile HMMs in HMMER's format, such as Pfam-A.hmm.
@@ -80,7 +80,7 @@ def pfam_hits(hmms: Path) -> Judge:
 
 
 def pseudo_perplexity(logits_of: Callable[[Tensor], Tensor], tokens: Tensor, mask: int, places: range) -> float:
-    """Return exp of the mean cross-entropy of the residues, each masked alone (Salazar et al., arXiv 1910.14659).
+    """Return exp of the mean cross-entropy of the residues, masked one at a time (Salazar et al., arXiv 1910.14659).
 
     Args:
         logits_of: (copies, length) tokens -> (copies, length, vocabulary) logits.
@@ -99,7 +99,7 @@ def pseudo_perplexity(logits_of: Callable[[Tensor], Tensor], tokens: Tensor, mas
 
 
 def esm2_pseudo_perplexities(name: str, device: str) -> Judge:
-    """Return a judge: the pseudo-perplexity of a protein by ESM-2 (doi 10.1126/science.ade2574).
+    """Return a judge that computes the pseudo-perplexity of a protein with ESM-2 (doi 10.1126/science.ade2574).
 
     Args:
         name: the model, such as facebook/esm2_t12_35M_UR50D.
@@ -123,7 +123,9 @@ def esm2_pseudo_perplexities(name: str, device: str) -> Judge:
 
 
 def esmfold_plddts(name: str, device: str) -> Judge:
-    """Return a judge: ESMFold's pLDDT of a protein, 0 to 100, mean over its atoms (doi 10.1126/science.ade2574).
+    """Return a judge that computes the pLDDT (0 to 100) of a protein with ESMFold (doi 10.1126/science.ade2574).
+
+    The pLDDT is the mean over the atoms of the protein.
 
     Args:
         name: the model, such as facebook/esmfold_v1.
@@ -163,7 +165,7 @@ Summary = Callable[[Sequence[float], Sequence[str]], Figure]
 
 
 def outside_judges(config: JudgeConfig) -> Iterator[tuple[str, tuple[Judge, Summary]]]:
-    """Load the judges that the config names; yield (row name, (judge, summary)) for each."""
+    """Load the judges that the config requests. Yield (row name, (judge, summary)) for each judge."""
     if config.hmm is not None:
         yield "with a hit to the HMMs", (pfam_hits(Path(config.hmm)), lambda values, _: share(values))
     if config.esm2 is not None:

@@ -1,8 +1,9 @@
-"""Score redesigned proteins: upper bounds on -log p of the free residues given the fixed ones.
+"""Score redesigned proteins: upper bounds on -log p of the free residues given the fixed residues.
 
-Each draw masks k of the m free residues, with k uniform on 1..m, and weights the sum of their cross-entropies by m / k.
-This is the exact-count estimator of protlig_dd.diffusion.exact_count, except that fixed residues are never masked. All
-designs of one protein share their masks, so their scores differ only because their residues differ.
+Each draw masks k of the m free residues, with k uniform on 1..m. The sum of the cross-entropies of the masked residues
+is multiplied by m / k. This is the exact-count estimator of protlig_dd.diffusion.exact_count, except that fixed
+residues are never masked. All designs of one protein use the same random numbers for their masks. So designs with the
+same free positions get the same masks, and their scores differ only because their residues differ.
 """
 
 from collections.abc import Sequence
@@ -27,27 +28,30 @@ MAX_DRAWS = 1 << 20
 
 
 class Redesign(NamedTuple):
-    """A design, or its input, and which of its residues were free."""
+    """A design or the input of designs, and which of its residues are free in the designs."""
 
     name: str
     ids: np.ndarray
-    """(length,) amino acids and context letters."""
+    """(length,) token ids of amino acids and context letters."""
     free: np.ndarray
-    """(length,) bool: amino acids that were free."""
+    """(length,) bool: True at free positions."""
     protein: int
-    """Index of the input protein; all designs of one protein share their masks."""
+    """Index of the input protein. Designs with the same index use the same random numbers for their masks."""
 
 
 @torch.no_grad()
 def free_draws(score_fn: ScoreFn, designs: Sequence[Redesign], work: Work, *, draws: int, seed: int) -> np.ndarray:
-    """Return (draws, designs) nats whose sum over draws bounds -log p of the free residues given the fixed ones.
+    """Return (draws, designs) nats whose sum over draws bounds -log p of the free residues given the fixed residues.
 
-    The masks of draw k depend only on (seed, "free residues", protein, k).
+    The random numbers for the masks of draw k depend only on (seed, "free residues", protein, k).
     """
     levels = strata(draws)
 
     def masks(design: Redesign, k: int) -> tuple[int, torch.Tensor]:
-        """Return how many free residues draw k masks, and a random number for each: the lowest are masked."""
+        """Return the number of residues that draw k masks, and a random number for each free residue.
+
+        The free residues with the lowest random numbers are masked.
+        """
         m, (low, high, _) = int(design.free.sum()), levels[k]
         generator = keyed_generator(seed, "free residues", design.protein * MAX_DRAWS + k, CPU)
         position, order = float(uniform_draws(1, generator)), uniform_draws(m, generator)
@@ -57,7 +61,8 @@ def free_draws(score_fn: ScoreFn, designs: Sequence[Redesign], work: Work, *, dr
         pack = [designs[i] for i in keys]
         tokens = [torch.tensor([BOS, *design.ids.tolist(), EOS]) for design in pack]
         free_T = torch.cat([torch.tensor([False, *design.free.tolist(), False]) for design in pack])
-        # a network that was trained with context receives the sigma of the masked fraction of the free residues
+        # sigma matches the masked fraction of all residues, or of the free residues if the network was trained with
+        # context
         batch = PackedBatch.pack(tokens, context=~free_T if score_fn.trained_with_context else None)
         on_device, m_n, nats_kn = batch.to(score_fn.device), sum_by_sequence(free_T, batch).clamp(min=1), []
         for k, (_, _, weight) in enumerate(levels):
@@ -87,11 +92,11 @@ class FreeNLL(NamedTuple):
 
 
 def free_nll(draws_kn: np.ndarray, designs: Sequence[Redesign], inputs: Sequence[int | None]) -> list[FreeNLL]:
-    """Return the scores of each design from its draws, alone and relative to its input.
+    """Return, for each design, its bound and its score relative to its input, with standard errors.
 
     Args:
-        draws_kn: result of `free_draws`.
-        inputs: for each design, the index of its input in `designs`; None if the input is not there.
+        draws_kn: (draws, designs) nats from `free_draws`.
+        inputs: for each design, the index of its input in `designs`; None if `designs` does not contain the input.
     """
     nats, errors = draws_kn.sum(0), errors_of(draws_kn)
     scores = []
@@ -112,7 +117,7 @@ def errors_of(draws_kn: np.ndarray) -> np.ndarray:
 def mutations(ids: np.ndarray, wild_type: np.ndarray) -> str:
     """Return the mutations of a design relative to its input, such as A24P:D30N.
 
-    Positions that are masked in the input are left out.
+    Positions that have no residue in the input (`_`) are left out.
     """
     decode = ProteinTokenizer().decode
     return ":".join(
@@ -122,7 +127,7 @@ def mutations(ids: np.ndarray, wild_type: np.ndarray) -> str:
 
 
 def designs_csv(rows: Sequence[tuple[Redesign, str, FreeNLL | None]]) -> str:
-    """Return a CSV table with a row for each (design or input, mutations, scores); unknown scores are empty cells."""
+    """Return CSV with a row for each (design or input, its mutations, its scores). Unknown scores are empty cells."""
     table = []
     for design, changes, scores in rows:
         cells = ["" if np.isnan(value) else value for value in scores] if scores is not None else [""] * 4
@@ -131,7 +136,7 @@ def designs_csv(rows: Sequence[tuple[Redesign, str, FreeNLL | None]]) -> str:
 
 
 def inputs_of(records: Sequence[Protein], designs: Sequence[Design]) -> list[Redesign]:
-    """Return, as Redesigns, the inputs that have an amino acid at every free position of their designs."""
+    """Return a Redesign for each input that has an amino acid at every free position of its designs."""
     free = {design.protein: design.template == MASK for design in designs}
     return [
         Redesign(record.id, ids, free[k], k)
@@ -141,7 +146,7 @@ def inputs_of(records: Sequence[Protein], designs: Sequence[Design]) -> list[Red
 
 
 def best_of(designs: Sequence[Redesign], scores: Sequence[FreeNLL | None], best: int) -> list[int]:
-    """Return the indices of the `best` designs of each protein with the lowest bounds, in ascending order of bound."""
+    """Return, for each protein, the indices of the `best` designs with the lowest bounds, lowest bound first."""
     of_protein: dict[int, list[int]] = {}
     for i, design in enumerate(designs):
         of_protein.setdefault(design.protein, []).append(i)

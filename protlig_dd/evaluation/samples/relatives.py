@@ -17,9 +17,9 @@ NAN = float("nan")
 
 
 def find_train(config: JudgeConfig, mmseqs: bool) -> SequenceStore | None:
-    """Return the store whose training split is searched: `train`, or else `natural` if it is a store.
+    """Return the store whose training split is searched for relatives: `train=`, or else `natural=` if it is a store.
 
-    Returns None, and prints why, if nothing can be searched.
+    If no store can be searched, print the reason and return None.
     """
     path = config.train or (config.natural if is_store(Path(config.natural)) else None)
     if path is None:
@@ -37,10 +37,15 @@ def find_train(config: JudgeConfig, mmseqs: bool) -> SequenceStore | None:
 def relatives(
     sets: Sequence[Sequence[np.ndarray]], train: SequenceStore | None, scratch: Path, rows: Rows
 ) -> dict[str, Sequence[float]]:
-    """Add the rows of MMseqs2 to `rows`: similar proteins within each set and in the training split of `train`.
+    """Find similar proteins with MMseqs2, and add the statistics to `rows`.
+
+    The similar proteins are found within each set and, unless `train` is None, in the training split of `train`.
+
+    Args:
+        sets: the SETS; the first is the samples.
 
     Returns:
-        The values of each sample by column name.
+        {column name: one value for each sample}.
     """
     clusters_row = f"clusters at {IDENTITY:.0%} identity, per protein"
     same_cluster_row = f"with another of the set at >= {IDENTITY:.0%} identity"

@@ -16,14 +16,14 @@ from protlig_dd.tokenizer import N_STATES
 
 Sequences = Sequence[np.ndarray]
 
-# a low-complexity window: its residues, and its highest entropy in bits, as in SEG (Wootton and Federhen 1993)
+# low-complexity window: number of residues, maximum entropy in bits; as in SEG (Wootton and Federhen 1993)
 WINDOW, MAX_ENTROPY = 12, 2.2
-# a tandem repeat: the most residues per unit, the fewest copies, and the fewest residues in all
+# tandem repeat: maximum number of residues per unit, minimum number of copies, minimum number of residues in all
 MAX_UNIT, MIN_COPIES, MIN_RESIDUES = 10, 3, 6
 
 
 class Figure(NamedTuple):
-    """A value with its standard error or its confidence interval; NaN for what is unknown."""
+    """A value with a standard error or a confidence interval. Unknown fields are NaN."""
 
     value: float
     error: float = math.nan
@@ -39,7 +39,8 @@ def shuffled(sequences: Sequences, generator: np.random.Generator) -> list[np.nd
 
 
 def kmers(sequences: Sequences, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the code of every k-mer of amino acids, 0 to 20^k - 1, and the index of its sequence; both (k-mers,)."""
+    """Return two arrays (k-mers,): the code (0 to 20^k - 1) of every k-mer of amino acids, and the index of the sequence
+    that contains the k-mer."""
     codes, owners = [], []
     for i, sequence in enumerate(sequences):
         if len(sequence) < k:
@@ -56,11 +57,12 @@ def kmers(sequences: Sequences, k: int) -> tuple[np.ndarray, np.ndarray]:
 def kmer_divergence(
     sequences: Sequences, reference: Sequences, k: int, *, bootstrap: int, generator: np.random.Generator
 ) -> Figure:
-    """Return the Jensen-Shannon divergence of the pooled k-mer frequencies in nats, and its standard error.
+    """Return the Jensen-Shannon divergence between the k-mer frequencies of two sets in nats, with its standard error.
 
-    The error comes from a bootstrap over `sequences`; it is too large where the divergence is mostly noise. The
-    divergence is biased upwards by about (20^k - 1) / (8 n) for each of the two sets of n k-mers. The divergence of
-    another set of natural proteins shows how large this bias is.
+    The frequencies are pooled over the sequences of each set. The error comes from a bootstrap over `sequences`. It is
+    too large if the divergence is mostly noise. A set with n k-mers biases the divergence upwards by about
+    (20^k - 1) / (8 n), and the biases of the two sets add up. To see how large this bias is, compute the divergence of
+    another set of natural proteins.
 
     Args:
         bootstrap: number of bootstrap draws.
@@ -82,9 +84,9 @@ def kmer_divergence(
 
 
 def low_complexity(sequence: np.ndarray) -> np.ndarray:
-    """Return a (length,) mask of residues in low-complexity windows.
+    """Return (length,) bool: True for residues in low-complexity windows.
 
-    Such a window consists of WINDOW amino acids whose composition has an entropy of at most MAX_ENTROPY bits.
+    A low-complexity window consists of WINDOW amino acids whose composition has an entropy of at most MAX_ENTROPY bits.
     """
     inside = np.zeros(len(sequence), bool)
     if len(sequence) < WINDOW:
@@ -102,7 +104,7 @@ def low_complexity(sequence: np.ndarray) -> np.ndarray:
 
 
 def tandem_repeats(sequence: np.ndarray) -> np.ndarray:
-    """Return a (length,) mask of residues in tandem repeats.
+    """Return (length,) bool: True for residues in tandem repeats.
 
     A tandem repeat is a unit of 1 to 10 residues, repeated at least 3 times in a row, with at least 6 residues in all.
     """
@@ -110,20 +112,20 @@ def tandem_repeats(sequence: np.ndarray) -> np.ndarray:
     for unit in range(1, min(MAX_UNIT, len(sequence) - 1) + 1):
         repeats = (sequence[unit:] == sequence[:-unit]) & (sequence[unit:] < N_STATES)
         edges = np.flatnonzero(np.diff(np.concatenate([[False], repeats, [False]])))
-        for first, last in zip(edges[::2], edges[1::2], strict=True):  # residues first .. last + unit - 1 repeat
+        for first, last in zip(edges[::2], edges[1::2], strict=True):  # repeat: first .. last + unit - 1
             if last - first + unit >= max(MIN_COPIES * unit, MIN_RESIDUES):
                 inside[first : last + unit] = True
     return inside
 
 
 def share_of_residues(flags: Sequence[np.ndarray]) -> Figure:
-    """Return the fraction of all residues that are flagged, and its standard error over sequences (ratio estimator)."""
+    """Return the fraction of all residues that are flagged, with its standard error over sequences (`per_residue`)."""
     hits, lengths = [flag.sum() for flag in flags], [len(flag) for flag in flags]
     return Figure(*per_residue(np.array(hits), np.array(lengths)))
 
 
 def share(flags: Sequence[float] | np.ndarray) -> Figure:
-    """Return the fraction of sequences that are flagged, with Wilson's interval, which is valid near 0 and 1 too."""
+    """Return the fraction of sequences that are flagged, with Wilson's 95% interval, which is valid near 0 and 1 too."""
     from scipy.stats import binomtest  # imported here, as it takes a second
 
     hits, n = round(float(np.sum(flags))), len(flags)
@@ -132,7 +134,7 @@ def share(flags: Sequence[float] | np.ndarray) -> Figure:
 
 
 def unique_share(sequences: Sequences) -> float:
-    """Return the number of different sequences / the number of sequences: 0.5 if each occurs twice."""
+    """Return the number of different sequences divided by the number of sequences: 0.5 if each sequence occurs twice."""
     return len({sequence.tobytes() for sequence in sequences}) / len(sequences)
 
 
@@ -151,9 +153,9 @@ def mean_figure(values: Sequence[float]) -> Figure:
 
 
 def perplexity(values: Sequence[float], lengths: Sequence[int]) -> Figure:
-    """Return the perplexity of a set, exp of the mean -log p over all its residues, with its standard error.
+    """Return the perplexity of a set of sequences, with its standard error.
 
-    This is not the mean of the sequences' perplexities.
+    The perplexity is exp of the mean of -log p over all residues of the set, not the mean of the sequences' perplexities.
 
     Args:
         values: perplexity of each sequence.
@@ -166,7 +168,7 @@ def perplexity(values: Sequence[float], lengths: Sequence[int]) -> Figure:
 SETS = ("samples", "natural", "shuffled")
 
 Rows = dict[str, list[Figure]]
-"""A Figure for each of the SETS, by the name of the row."""
+"""{name of a row: a Figure for each of the SETS}."""
 
 
 class Controls(NamedTuple):
@@ -176,15 +178,16 @@ class Controls(NamedTuple):
     """The SETS, each with the same number of proteins, because divergences and uniqueness depend on this number. The
     natural proteins match the lengths of the samples as closely as possible."""
     length_sets: list[Sequences]
-    """The SETS for the rows about lengths, whose natural proteins are drawn at random."""
+    """The SETS for the rows about lengths. Here the natural proteins are drawn at random, without matching lengths. They
+    also stand for the shuffled proteins, because shuffling keeps lengths."""
     reference: Sequences
-    """The natural proteins that are not in `sets`; divergences are computed to them."""
+    """The natural proteins that are not in `sets`. Divergences are between one of the SETS and these proteins."""
     length_reference: Sequences
     """The natural proteins that are not in `length_sets`."""
 
 
 def with_controls(samples: Sequences, pool: Sequences, seed: int) -> Controls:
-    """Choose natural proteins to compare the samples with, and shuffle a copy of them.
+    """Choose the natural proteins with which the samples are compared, and shuffle a copy of them.
 
     Args:
         samples: generated proteins.
@@ -213,7 +216,7 @@ def with_controls(samples: Sequences, pool: Sequences, seed: int) -> Controls:
 def match_lengths(wanted: Sequence[int], available: Sequence[int], generator: np.random.Generator) -> list[int]:
     """Return the index of an available length for each wanted length.
 
-    In random order, each wanted length takes the nearest available length that is not taken yet.
+    The wanted lengths are processed in random order. Each gets the nearest available length that is not taken yet.
     """
     left = sorted((length, index) for index, length in enumerate(available))
     matched = [0] * len(wanted)
@@ -225,10 +228,11 @@ def match_lengths(wanted: Sequence[int], available: Sequence[int], generator: np
 
 
 Judge = Callable[[Sequences], Figure]
+"""A statistic: proteins of a set -> Figure of the set."""
 
 
 def cheap_judges(controls: Controls, *, bootstrap: int, seed: int) -> dict[str, tuple[Judge, list[Sequences]]]:
-    """Return {row name: (judge, the sets that it judges)} for the judges that need only the sequences.
+    """Return {row name: (judge, the sets to judge)} for the judges that need no other programs or models.
 
     Args:
         bootstrap: number of bootstrap draws for the standard errors of divergences.
@@ -285,7 +289,10 @@ def for_json(rows: Rows) -> list[dict[str, str | float | None]]:
 
 
 def format_figure(figure: Figure) -> str:
-    """Format a figure, rounded to the second digit of its error if it has one; NaN gives an empty string."""
+    """Format a figure; NaN gives an empty string.
+
+    The value is rounded to the second significant digit of its standard error, or of a quarter of its interval.
+    """
     value, error, low, high = figure
     if math.isnan(value):
         return ""

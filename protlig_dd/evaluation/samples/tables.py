@@ -18,7 +18,7 @@ def per_sequence(ids: Sequence[str], samples: list[np.ndarray], columns: dict[st
     """Return a CSV table with a row for each sample.
 
     Args:
-        columns: further columns by name, one value for each sample.
+        columns: further columns, {name: (samples,) values}.
     """
     first_index: dict[bytes, int] = {}
     rows = []

@@ -1,19 +1,22 @@
-"""Verdicts on the rows that judges produced: one sentence for each group of rows, with advice.
+"""Verdicts on the comparison of samples with natural proteins: one sentence with advice for each group of statistics.
 
-A row yields the difference between samples and natural proteins with its 95% interval, and a limit: the difference
-between shuffled and natural proteins. The verdict on the row is:
+The comparison is a table that `judge` writes. Each of its rows has one statistic of the samples, of natural proteins
+and of shuffled proteins. A verdict on a row uses two numbers. One is the difference between the samples and the natural
+proteins, with its 95% interval. The other is a limit: the absolute difference between the shuffled and the natural
+proteins. The verdict on the row is:
 
 - *worse*: the interval excludes 0, on the side that is bad for this row;
 - *as natural*: not worse, and the interval stays below the limit on each side that is bad for this row;
 - *cannot tell*: otherwise, because there are too few samples.
 
-A group is worse if any of its rows is worse, else as natural if any row is. The intervals are widened (Bonferroni) so
-that all intervals of a group contain their true values with a probability of 95%. Student's t has one degree of
-freedom less than there are samples.
+A group is *worse* if any of its rows is worse. Otherwise it is *as natural* if any of its rows is as natural. The
+intervals are widened (Bonferroni), so that all intervals of a group together contain their true values with a
+probability of at least 95%. Fractions of proteins have Newcombe's intervals. All other intervals are those of Student's
+t with n - 1 degrees of freedom for n samples.
 
-Shuffling does not change every row, so two limits have another definition. For fractions of proteins the limit is at
-least 0.1. Lengths are as natural if their Kolmogorov-Smirnov distance plus its critical value is below 0.2. The
-composition has the limit 0, so it can be worse but never as natural.
+Shuffling does not change some statistics, so the limit has exceptions. For fractions of proteins the limit is at least
+0.1. Lengths are as natural if their Kolmogorov-Smirnov distance plus the critical value of this distance is below 0.2.
+The limit of the composition is 0, so the composition can be worse but never as natural.
 
 The verdicts make two approximations. Limits are treated as exact. The fractions of different sequences and of clusters
 are treated as fractions of independent proteins.
@@ -34,7 +37,7 @@ from protlig_dd.evaluation.samples.statistics import Figure, Rows, share
 from protlig_dd.tokenizer import N_STATES
 
 LEVEL = 0.95
-FRACTION_LIMIT, LENGTH_LIMIT = 0.1, 0.2  # limits where shuffling changes nothing
+FRACTION_LIMIT, LENGTH_LIMIT = 0.1, 0.2  # minimum limit of fractions of proteins, and limit of lengths
 NORMAL = NormalDist()
 NATURAL, WORSE, UNKNOWN = "as natural", "worse", "cannot tell"
 
@@ -49,19 +52,21 @@ class Kind(NamedTuple):
     """How to judge one kind of row."""
 
     prefix: str
-    """Prefix of the names of these rows."""
+    """Prefix of the names of the rows of this kind."""
     group: str
+    """Group of rows that get one verdict together."""
     bad: str
     """Which deviation from natural proteins is bad: `more`, `less` or `either`."""
     if_more: str = ""
     if_less: str = ""
-    """Advice if the value of the samples is higher than that of natural proteins, or lower."""
+    """Advice if the samples' value is higher (`if_more`) or lower (`if_less`) than the natural proteins' value."""
     k: int = 0
-    """For a divergence, the length of its k-mers; else 0. Divergences of few k-mers are biased upwards."""
+    """For a divergence of k-mer frequencies, the length k; else 0. If there are few k-mers, a divergence is biased upwards,
+    and its interval is widened."""
     is_fraction: bool = False
     """Whether the value is a fraction of the proteins."""
     averaged_over: str = ""
-    """If the value is a mean over some of the proteins: prefix of the row that gives the fraction of these proteins."""
+    """If the value is a mean over only some of the proteins: prefix of the name of the row with their fraction."""
 
 
 KINDS = (
@@ -90,7 +95,7 @@ class Verdict(NamedTuple):
     verdict: str
     """`as natural`, `worse`, `cannot tell`, or `not judged`."""
     told: str
-    """The sentence: the verdict, the rows that it follows from, and advice."""
+    """A sentence with the verdict, the rows that determine the verdict, and advice."""
 
     def __str__(self) -> str:
         return f"{self.group}: {self.told}"
@@ -101,12 +106,17 @@ class Difference(NamedTuple):
 
     low: float
     high: float
-    """Ends of its interval."""
+    """Ends of the interval of the difference."""
     limit: float
-    """Distance of the shuffled from the natural proteins, or another limit; 0 if there is none."""
+    """Absolute difference between the shuffled and the natural proteins (for fractions at least FRACTION_LIMIT). 0 if the
+    row has no value for shuffled proteins."""
 
     def verdict(self, bad: str) -> str:
-        """Return the verdict on a row in which `more`, `less` or `either` is bad."""
+        """Return the verdict on the row.
+
+        Args:
+            bad: which deviation from natural proteins is bad, see `Kind.bad`.
+        """
         more, less = self.low > 0 and bad != "less", self.high < 0 and bad != "more"
         if more or less:
             return WORSE
@@ -119,8 +129,8 @@ def verdicts(rows: Rows, n_reference: int, lengths_not_judged: str | None = None
 
     Args:
         rows: rows of `cheap_judges` and of any other judges.
-        n_reference: number of natural proteins that lengths are compared with.
-        lengths_not_judged: reason why the lengths of the samples say nothing about the model, if there is one.
+        n_reference: number of natural proteins with which the lengths of the samples are compared.
+        lengths_not_judged: reason why the lengths of the samples say nothing about the model. None: they are judged.
     """
     n = round(rows["proteins"][0].value)
     matched = "the natural proteins were chosen to match the samples in number and, as closely as possible, in length"
@@ -165,9 +175,9 @@ def too_few(n: int, needed: int) -> str:
 
 
 def samples_needed(row: Difference, n: int) -> int:
-    """Return the number of samples with which the interval would be as wide as the limit.
+    """Return the number of samples that would make the width of the interval equal to the limit.
 
-    The result is at least 1.5 n and at most 4 n, because the limit itself is uncertain.
+    The result is at least 1.5 n and at most 4 n, because the limit is uncertain too.
     """
     half = (row.high - row.low) / 2
     times = (2 * half / row.limit) ** 2 if row.limit and math.isfinite(half) else 4.0
@@ -189,9 +199,9 @@ def verdict_on_lengths(distance: float, n: int, n_reference: int, lengths_not_ju
         return Verdict("lengths", WORSE, f"worse; try {advice}")
     if distance + critical < LENGTH_LIMIT:
         return Verdict("lengths", NATURAL, NATURAL)
-    # the critical distance of n samples and m natural proteins is half of LENGTH_LIMIT if n m / (n + m) equals size
+    # with n samples and m natural proteins, the critical distance is LENGTH_LIMIT / 2 if n m / (n + m) equals `size`
     size = (2 * critical / LENGTH_LIMIT) ** 2 * n * n_reference / (n + n_reference)
-    return Verdict("lengths", UNKNOWN, too_few(n, math.ceil(2 * size)))  # n = m gives n = 2 size
+    return Verdict("lengths", UNKNOWN, too_few(n, math.ceil(2 * size)))  # if m = n, this needs n = 2 size
 
 
 def difference(kind: Kind, rows: Rows, name: str, level: float) -> Difference:
@@ -201,7 +211,7 @@ def difference(kind: Kind, rows: Rows, name: str, level: float) -> Difference:
     n = round(rows["proteins"][0].value)
     samples, natural, shuffled = rows[name]
     more, limit = samples.value - natural.value, abs(shuffled.value - natural.value)
-    if kind.averaged_over:  # the mean is over fewer proteins: take their number in the set with fewer
+    if kind.averaged_over:  # the mean is over fewer proteins: use the smaller number of samples and natural
         (fractions,) = (row for other, row in rows.items() if other.startswith(kind.averaged_over))
         n = round(n * min(fractions[0].value, fractions[1].value))
     times = float(t.ppf((1 + level) / 2, n - 1)) if n > 1 else math.nan
@@ -214,14 +224,14 @@ def difference(kind: Kind, rows: Rows, name: str, level: float) -> Difference:
         return Difference(more - lower, more + upper, max(FRACTION_LIMIT, limit))
     errors = [figure.error or max(samples.error, natural.error) for figure in (samples, natural)]
     half = times * math.hypot(*errors)
-    if kind.k:  # the upward bias of the two divergences differs by about this much
+    if kind.k:  # the biases of the samples' and the natural proteins' divergence differ by about this much
         counts = [rows["residues"][column].value for column in (0, 1)]
         half += (N_STATES**kind.k - 1) / 8 * abs(1 / counts[0] - 1 / counts[1])
     return Difference(more - half, more + half, 0.0 if math.isnan(limit) else limit)
 
 
 def fraction_interval(figure: Figure, n: int) -> tuple[float, float]:
-    """Return the 95% interval of a fraction of n proteins, computed here if the figure has none."""
+    """Return the 95% interval of a fraction of n proteins. If the figure has no interval, compute Wilson's interval."""
     if math.isnan(figure.low):
         figure = share(np.arange(n) < round(figure.value * n))
     return figure.low, figure.high
@@ -230,8 +240,8 @@ def fraction_interval(figure: Figure, n: int) -> tuple[float, float]:
 def why_lengths_are_not_judged(path: Path, samples: Sequence[np.ndarray]) -> str | None:
     """Return the reason why the lengths of samples say nothing about the model, or None.
 
-    The reason is that the user chose the lengths, which the FASTA headers of `sample` and `infill` record, or that all
-    lengths are equal.
+    There are two possible reasons. The user chose the lengths, according to the FASTA headers that `sample` and `infill`
+    write. Or all lengths are equal.
     """
     headers = [] if is_store(path) else [f" {record.description} " for record in read_fasta(path)]
     requested = {match[1] if (match := re.search(r" (lengths=\S+) ", header)) else None for header in headers}

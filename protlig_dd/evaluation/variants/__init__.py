@@ -1,1 +1,1 @@
-"""Effects of mutations."""
+"""Predict the effects of mutations."""

@@ -1,6 +1,6 @@
-"""Assays of protein variants in ProteinGym's file format: reading them and evaluating predictions.
+"""Read assays of protein variants in ProteinGym's file format, and evaluate predictions against them.
 
-`A24P:D30N` changes residue 24 (from 1) of the target from A to P and residue 30 from D to N.
+The mutant `A24P:D30N` changes residue 24 (counted from 1) of the target from A to P and residue 30 from D to N.
 """
 
 import math
@@ -17,7 +17,7 @@ from protlig_dd.evaluation.variants.mutants import AS_THE_TARGET, Numbering, Var
 from protlig_dd.system.tables import csv_lines
 from protlig_dd.tokenizer import N_STATES
 
-CLINICAL = {"BENIGN": "1", "PATHOGENIC": "0"}  # DMS_score_bin in ProteinGym's clinical files
+CLINICAL = {"BENIGN": "1", "PATHOGENIC": "0"}  # labels for the words in DMS_score_bin of ProteinGym's clinical files
 NO_WORDS: Mapping[str, str] = {}
 
 
@@ -33,13 +33,14 @@ class Assay:
     measured: np.ndarray
     """(rows,) DMS_score; NaN where it is missing."""
     fit: np.ndarray
-    """(rows,) DMS_score_bin; without that column, 1 where DMS_score is above its median, else 0. NaN if missing."""
+    """(rows,) DMS_score_bin. If the file lacks this column: 1 where DMS_score is above its median, else 0. A missing
+    value is NaN."""
     bad: Sequence[str] = ()
     """Error messages of the rows that were skipped."""
 
     @property
     def most_changed(self) -> int:
-        """The largest number of substitutions in a row."""
+        """The maximum number of substitutions in one row."""
         return max(len(variant.substitutions) for variant in self.variants)
 
     @property
@@ -68,7 +69,8 @@ def read_target(file_or_sequence: str) -> np.ndarray:
     """Return the token ids (length,) of a wild type, read from a FASTA file with one record or from a bare sequence.
 
     Raises:
-        ValueError: neither a file nor a sequence, several records, or an illegal letter.
+        ValueError: the argument is neither a file nor a sequence of letters, the file does not have exactly one record,
+            or a letter is illegal.
     """
     path = Path(file_or_sequence)
     if 0 < len(file_or_sequence) < 256 and path.exists():
@@ -88,7 +90,8 @@ def read_assay(
 
     Args:
         numbering: how the positions in `mutant` are numbered.
-        skip_bad: skip invalid rows and collect their messages in `Assay.bad`, instead of raising at the first.
+        skip_bad: skip invalid rows and collect their error messages in `Assay.bad`. If False, the first invalid row is
+            an error.
 
     Raises:
         ValueError: the file is missing, has no rows, or has neither a column `mutant` nor `mutated_sequence`; a mutant
@@ -123,10 +126,12 @@ def read_assay(
 
 
 def read_measurements(header: list[str], rows: list[tuple[str, list[str]]]) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return DMS_score, and the binary labels (1: fit) or None without such a column; NaN where a value is missing.
+    """Return the column DMS_score and the binary labels (1: fit), with NaN where a value is missing.
+
+    The labels are None if the file has no column of labels (DMS_bin_score or DMS_score_bin).
 
     Raises:
-        ValueError: a score is not a number, or a label is not 0 or 1; names the row.
+        ValueError: a score is not a number, or a label is not 0 or 1. The message names the row.
     """
     binary = "DMS_bin_score" if "DMS_bin_score" in header else "DMS_score_bin"
     measured, labels = read_numbers(header, rows, "DMS_score"), read_numbers(header, rows, binary, CLINICAL)
@@ -137,7 +142,7 @@ def read_measurements(header: list[str], rows: list[tuple[str, list[str]]]) -> t
 
 
 def read_csv(path: Path) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """Return the header, and the rows with their file and line (for error messages); empty lines are skipped."""
+    """Return the header, and (file and line for error messages, cells) of each row. Empty lines are skipped."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     lines = csv_lines(path)
@@ -156,10 +161,10 @@ def read_csv(path: Path) -> tuple[list[str], list[tuple[str, list[str]]]]:
 def read_numbers(
     header: list[str], lines: Sequence[tuple[str, list[str]]], column: str, words: Mapping[str, str] = NO_WORDS
 ) -> np.ndarray:
-    """Return a column as (rows,) float64; NaN if the cell is empty, NA or NaN, or the column does not exist.
+    """Return a column as (rows,) float64. Cells that are empty, NA or NaN give NaN; so does a column that is missing.
 
     Args:
-        words: upper-case words that stand for numbers.
+        words: the number (as text) that each upper-case word stands for.
     """
     values = np.full(len(lines), np.nan)
     if column in header:

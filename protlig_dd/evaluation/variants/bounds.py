@@ -19,32 +19,36 @@ from protlig_dd.system.random import keyed_generator
 from protlig_dd.tokenizer import PAD
 
 CPU = torch.device("cpu")
-GAP = PAD  # in place of a residue that the variant lacks; no graph noises it
+GAP = PAD  # stands for a residue that the variant lacks; no graph adds noise to <pad>
 
 
 class Columns(NamedTuple):
-    """Alignment of a variant's window to the wild type's, so that both get the same noise."""
+    """Alignment of the tokens of a variant's window with the tokens of the wild type's window.
+
+    Aligned tokens get the same noise.
+    """
 
     aligned: Tensor
-    """(tokens of the wild type's window,): the variant's aligned token, or GAP."""
+    """For each token of the wild type's window, the aligned token of the variant, or GAP if there is none."""
     inserted: Tensor
-    """The variant's tokens that are aligned with no token of the wild type."""
+    """The variant's tokens that are not aligned with any token of the wild type."""
     order: Tensor
     """For each of the variant's tokens, its index in the concatenation of `aligned` and `inserted`."""
 
     def join(self, aligned: Tensor, inserted: Tensor) -> Tensor:
-        """Return the values of the variant's tokens, in the variant's order."""
+        """Return the values of the variant's tokens in order, taken from values for `aligned` and for `inserted`."""
         return torch.cat([aligned, inserted])[self.order]
 
 
 def columns_of(target: np.ndarray, piece: Piece) -> Columns:
-    """Align a variant with the wild type.
+    """Align the window of a variant with the window of the wild type.
 
-    Substitutions align position by position. In an indel's block, the residues of wild type and variant align from the
-    start of the block until the shorter of the two ends.
+    Without an indel, the tokens are aligned position by position. An indel replaces a block of the wild type's
+    residues; all tokens outside the block are aligned. The residues of the block and the new residues are aligned one
+    by one from the start of the block. The surplus residues of the longer of the two are not aligned.
     """
     aligned = torch.from_numpy(window_tokens(target, piece.start, piece.stop))
-    shift = (piece.start == 0) - piece.start  # from a position in the protein to an index in the window
+    shift = (piece.start == 0) - piece.start  # index in the window minus position in the protein
     index = torch.arange(len(aligned))
     for site, residue in piece.change.substitutions:
         aligned[site + shift] = residue
@@ -64,9 +68,10 @@ def bound_differences(
 ) -> np.ndarray:
     """Return draws of (NLL bound of the wild type, scaled to the variant's length) - (NLL bound of the variant).
 
-    In draw k the wild type and all variants share the time (or the fraction of masked residues), and the noise at each
-    residue of a window. Draws 2 i and 2 i + 1 are antithetic: they use u and 1 - u for the time and, with the exact
-    count, for the choice of masked residues too.
+    In draw k the wild type and all variants share the time (with the exact count: the fraction of masked residues).
+    They also share the random numbers for the noise of each aligned token. Draws 2 i and 2 i + 1 are antithetic: they
+    use u and 1 - u for the time. With the exact count they use u and 1 - u for the fraction, and also for the choice
+    of the masked residues.
 
     Returns:
         (draws, pieces) float64, nats.
@@ -106,14 +111,17 @@ def antithetic_uniforms(draws: int, generator: torch.Generator) -> list[float]:
 
 
 def column_streams(seed: int, draw: int) -> tuple[torch.Generator, torch.Generator]:
-    """Return the generators for aligned and for inserted tokens; on the CPU, so that all devices get the same draws."""
+    """Return a generator for the aligned tokens, and a generator for the inserted tokens.
+
+    The generators are on the CPU, so that all devices get the same draws.
+    """
     return keyed_generator(seed, "variants, columns", draw, CPU), keyed_generator(seed, "variants, inserted", draw, CPU)
 
 
 def exact_count_draw(
     score_fn: ScoreFn, batch: PackedBatch, columns: Sequence[Columns], u: float, k: int, seed: int
 ) -> Tensor:
-    """Return draw k of the exact-count bound, (total,) nats, with floor(u L) + 1 masked residues of L."""
+    """Return draw k of the exact-count bound, (total,) nats, which masks floor(u L) + 1 of a sequence's L residues."""
     graph, device = score_fn.graph, score_fn.device
     drawn = []
     for each in columns:
@@ -132,13 +140,13 @@ def integral_draw(
 ) -> Tensor:
     """Return draw k of the integral bound, (total,) nats, at time t_min + (1 - t_min) u.
 
-    It includes the reconstruction and prior terms.
+    The draw includes the reconstruction term and the prior term of the bound.
     """
     graph, noise, device, n = score_fn.graph, score_fn.noise, score_fn.device, len(columns)
     streams = [column_streams(seed, k) for _ in columns]
 
     def noised(sigma: Tensor) -> Tensor:
-        """Return x_t at total noise sigma."""
+        """Return x_t of the pack at total noise sigma."""
         parts = []
         for each, (aligned, inserted) in zip(columns, streams, strict=True):
             xt = graph.sample_transition(each.aligned, sigma.expand(len(each.aligned)), aligned)

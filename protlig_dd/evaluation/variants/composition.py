@@ -19,8 +19,8 @@ class Background(NamedTuple):
 
     Args:
         logs: (20,) log frequencies.
-        name: the reference set, by fingerprint; does not depend on the path of the store.
-        label: the reference set as printed, by path.
+        name: name of the reference set with the fingerprint of the store; does not depend on the store's path.
+        label: name of the reference set for printed lines, with the store's path.
     """
 
     logs: np.ndarray
@@ -29,7 +29,7 @@ class Background(NamedTuple):
 
 
 def background(trained: TrainedModel) -> Background:
-    """Return the frequencies of the model's training split, or those of Swiss-Prot if its store is not found."""
+    """Return the frequencies of the model's training split, or of Swiss-Prot if the model's store is not found."""
     stores = find_training_stores([], trained.saved.path, trained.saved.data_fingerprint)
     if stores is None:
         name = "UniProtKB/Swiss-Prot"
@@ -41,7 +41,7 @@ def background(trained: TrainedModel) -> Background:
 def composition_scores(variants: Sequence[Variant], target: np.ndarray, logs: np.ndarray) -> np.ndarray:
     """Return the sum over substitutions of log f(mutant) - log f(wild type), (variants,), nats.
 
-    NaN for insertions and deletions, which have no such score.
+    The score of an insertion or deletion is NaN, because this sum is not defined for it.
 
     Args:
         target: (length,) ids of the wild type.
@@ -59,15 +59,15 @@ def composition_scores(variants: Sequence[Variant], target: np.ndarray, logs: np
 def compare_with_composition(assay: Assay, scores: np.ndarray, baseline: np.ndarray, label: str) -> dict[str, Any]:
     """Compare the model's scores with the composition baseline.
 
-    All figures are over the rows that have a baseline. If other rows exist, the metrics of the model's scores over the
-    rows with a baseline are included too.
+    All figures are over the rows with a baseline score, which are the rows without an insertion or deletion. If the
+    assay has other rows, the metrics of the model's scores over the rows with a baseline score are included too.
 
     Args:
-        label: the reference set of the frequencies, as printed.
+        label: name of the reference set, see `Background.label`.
 
     Returns:
-        The rank correlation of scores and baseline, and how well the baseline and score - baseline agree with the
-        measurements.
+        The rank correlation between the scores and the baseline, the metrics of the baseline against the measurements,
+        and the metrics of score - baseline against the measurements.
     """
     known = ~np.isnan(baseline)
     measured, fit = assay.measured[known], assay.fit[known]
@@ -111,7 +111,7 @@ def composition_line(report: Mapping[str, Any]) -> str:
 
 
 def aggregate_composition(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return ProteinGym's averages of the baseline's metrics."""
+    """Return ProteinGym's averages (see `aggregate`) of the baseline's metrics."""
     baselines = [
         {**result, **{name: result["composition"][name] for name in METRICS}, "by_depth": None} for result in results
     ]

@@ -1,6 +1,7 @@
 """Fitness scores of protein variants: log p(variant) - log p(wild type), nats; higher is fitter.
 
-A protein longer than the model's training length is scored in windows of that length around the changes.
+A protein longer than the model's training length (`max_len`) is scored in windows of at most that length around the
+changes.
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,8 @@ class Scores:
     nats: np.ndarray
     """(variants,) float64."""
     standard_error: np.ndarray | None
-    """(variants,) Monte Carlo error over the draws of the bound; None for strategies without draws."""
+    """(variants,) Monte Carlo standard error of scores by the bound. It is NaN for a variant that is scored without
+    draws. None if all variants are scored without draws."""
 
 
 def score_variants(
@@ -38,7 +40,9 @@ def score_variants(
     draws: int,
     seed: int,
 ) -> Scores:
-    """Score the variants of one protein, split over the ranks; every rank returns all scores. The wild type scores 0.
+    """Score the variants of one protein. The wild type scores 0.
+
+    The ranks share the work, and every rank returns all scores.
 
     Args:
         target: (length,) ids of the wild type.
@@ -48,17 +52,17 @@ def score_variants(
               masked at once (Meier et al. 2021, "Language models enable zero-shot prediction of the effects of
               mutations on protein function", doi 10.1101/2021.07.09.450648);
             - site_marginals: the same sum, with one site masked at a time and the wild type's residues elsewhere;
-            - wildtype_marginals: the same sum, from the unmasked wild type (same paper);
+            - wildtype_marginals: the same sum, with the unmasked wild type as input (also Meier et al. 2021);
             - ratio: sum over the changed sites of the substitution's log-score, with the wild type as input, at the
               schedule's smallest noise. For a single substitution this is log(p(variant) / p(wild type))
               (arXiv 2310.16834, sec. 3.1);
-            - bound: the bound on -log p of the wild type minus that of the variant, with the same noise for both.
-              If the variant is d residues longer (d < 0: shorter), d times the wild type's bound per residue is
-              added. The bound is on log p given the length, so each extra residue costs about 3 nats, and without this
-              term every longer variant would score lower. The score is then the variant's length times (the wild
-              type's bound per residue minus the variant's).
+            - bound: the bound on -log p of the wild type minus the bound on -log p of the variant, with the same noise
+              for both. If the variant has d more residues than the wild type (d < 0: fewer), d times the wild type's
+              bound per residue is added. Without this term every longer variant would score lower: the bound is for
+              p given the length, so it grows by about 3 nats with each extra residue. With the term, the score equals
+              the variant's length times (the wild type's bound per residue minus the variant's bound per residue).
         max_len: the longest window that the model can score, in residues.
-        draws, seed: for the bound; `draws` must be even and at least 4.
+        draws, seed: number of Monte Carlo draws of the bound, even and at least 4, and their seed.
 
     Raises:
         ValueError: an indel too long for a window, an invalid number of draws, or a score that is not finite.
@@ -87,11 +91,11 @@ def score_each(
 ) -> Scores:
     """Score each variant by its own strategy.
 
-    All strategies estimate log p(variant) - log p(wild type) in nats, so their scores can share a column. The
-    standard error is NaN for variants that are scored without draws, and None if all variants are.
+    All strategies estimate log p(variant) - log p(wild type) in nats, so their scores can be in one
+    column.
 
     Args:
-        strategies: one for each variant.
+        strategies: the strategy of each variant.
         settings: max_len, draws and seed; the other arguments and the errors are those of `score_variants`.
     """
     n = len(assay.variants)
@@ -117,12 +121,15 @@ def average_draws(nats_kn: np.ndarray) -> Scores:
 
 
 Context = tuple[int, int, tuple[int, ...]]
-"""start and stop of a window of the wild type, and its masked sites."""
+"""Start and stop of a window of the wild type, and the positions in the protein that are masked in this window."""
 
 
 @torch.no_grad()
 def marginals(score_fn: ScoreFn, target: np.ndarray, pieces: Sequence[Piece], work: Work, strategy: str) -> np.ndarray:
-    """Return the scores of the pieces, (pieces,) float64, with one network evaluation per distinct context."""
+    """Return the scores of the pieces, (pieces,) float64, by any strategy except the bound.
+
+    Pieces with the same context, that is the same window and masks, share one evaluation of the network.
+    """
     contexts: dict[Context, list[int]] = {}
     for i, piece in enumerate(pieces):
         masked = () if strategy in UNMASKED else tuple(site for site, _ in piece.change.substitutions)

@@ -28,7 +28,7 @@ from protlig_dd.system.terminal import ProgressBar, announce
 def score_folder(config: VariantsConfig) -> None:
     """Score each assay separately, so that an interrupted command keeps finished assays; then average over them."""
     folder = Path(config.assay or "")
-    if not folder.exists():  # assay=null gives the current folder, which exists: see the next check
+    if not folder.exists():  # assay=null gives the current folder, which exists; the next check rejects it
         raise ValueError(f"assay={config.assay} does not exist")
     if config.assay is None or not folder.is_dir():
         raise ValueError(f"assay={config.assay} is not a folder; reference= needs a folder of CSV files")
@@ -62,7 +62,7 @@ def score_folder(config: VariantsConfig) -> None:
         finished = len(references) - len(remaining)
         announce(f"{output}: {finished} of {len(references)} assays are scored already", trained.processes)
     with ProgressBar("reading", len(remaining), shown=trained.processes.first) as bar:
-        for each in remaining:  # check all assays before the first is scored
+        for each in remaining:  # check all assays before any of them is scored
             check_assay(trained, config, read_checked(each.path, each.target, config, each.numbering), each.target)
             bar.advance()
     for each in remaining:

@@ -15,7 +15,7 @@ MAX_ROWS = 20  # at most this many rows in the picture
 def heat_map(assay: Assay, target: np.ndarray, scores: np.ndarray) -> np.ndarray | None:
     """Return the scores of the single substitutions, (length, 20), or None if the assay has none.
 
-    The wild type's residues have 0; substitutions that were not scored have NaN.
+    The entries of the wild type's residues are 0. The entries of substitutions that were not scored are NaN.
     """
     table = np.full((len(target), N_STATES), np.nan)
     for variant, score in zip(assay.variants, scores, strict=True):
@@ -29,7 +29,7 @@ def heat_map(assay: Assay, target: np.ndarray, scores: np.ndarray) -> np.ndarray
 
 
 def to_csv(table: np.ndarray, target: np.ndarray) -> str:
-    """Return CSV with a line for each position, from 1; cells that were not scored are empty."""
+    """Return CSV with a line for each position, counted from 1. Cells of substitutions without a score are empty."""
     letters = ProteinTokenizer().decode(target)
     rows = [
         [position, letter, *("" if np.isnan(score) else f"{score:.6f}" for score in row)]
@@ -39,9 +39,10 @@ def to_csv(table: np.ndarray, target: np.ndarray) -> str:
 
 
 def to_png(table: np.ndarray, target: np.ndarray, title: str) -> bytes:
-    """Return a PNG: white is as fit as the wild type, red less fit, blue fitter, grey not scored.
+    """Return the heat map as a PNG. Dots mark the wild type's residues.
 
-    It shows the first MAX_ROWS blocks of ROW positions that have scores. Dots mark the wild type's residues.
+    White means as fit as the wild type, red less fit, blue fitter, and grey not scored. Each row of the picture shows a
+    block of ROW positions. Blocks without scores are left out, and at most MAX_ROWS blocks are shown, from the first.
     """
     from matplotlib.figure import Figure  # imported here because most commands draw no picture
 

@@ -3,11 +3,12 @@
     spearman     Spearman's rank correlation with the measurements
     auc          probability that a fit variant scores above an unfit one
     mcc          Matthews correlation of the fitness label with "score at least the median"
-    ndcg         normalised discounted cumulative gain of the 10% with the highest scores; a variant's gain is its
-                 measurement scaled to 0..1, divided by log2(rank + 1)
-    top_recall   fraction of the 10% with the highest measurements that is in the 10% with the highest scores
+    ndcg         normalised discounted cumulative gain of the 10% of the variants with the highest scores; a variant's
+                 gain is its measurement scaled to 0..1, divided by log2(rank + 1)
+    top_recall   of the 10% of the variants with the highest measurements, the fraction that is also among the 10% with
+                 the highest scores
 
-A metric is None if there are too few variants or no measurements.
+A metric is None if it is not defined, for example for too few variants or without measurements.
 """
 
 import math
@@ -24,7 +25,7 @@ Metrics = dict[str, float | None]
 
 
 def metrics_of(scores: np.ndarray, measured: np.ndarray, fit: np.ndarray, high: np.ndarray) -> Metrics:
-    """Return all metrics, each over the rows that have the values it needs.
+    """Return all metrics. Each metric is computed over the rows that have the measurement or label that it needs.
 
     Args:
         scores: (rows,).
@@ -60,7 +61,7 @@ def judge(scores: np.ndarray, measured: np.ndarray, fit: np.ndarray, changed: Se
 
 
 def spearman(scores: np.ndarray, measured: np.ndarray) -> float | None:
-    """Spearman's rank correlation over the measured rows; None if either variable is constant."""
+    """Return Spearman's rank correlation over the measured rows; None if scores or measurements are all equal."""
     known = ~np.isnan(measured)
     if not known.any() or np.ptp(scores[known]) == 0 or np.ptp(measured[known]) == 0:
         return None
@@ -70,7 +71,7 @@ def spearman(scores: np.ndarray, measured: np.ndarray) -> float | None:
 
 
 def auc(scores: np.ndarray, fit: np.ndarray) -> float | None:
-    """Area under the ROC curve, with ties counted as a half; None unless both labels occur."""
+    """Return the area under the ROC curve, with ties counted as a half; None unless both labels occur."""
     positive, negative = fit == 1, fit == 0
     if not positive.any() or not negative.any():
         return None
@@ -81,7 +82,7 @@ def auc(scores: np.ndarray, fit: np.ndarray) -> float | None:
 
 
 def matthews(high: np.ndarray, fit: np.ndarray) -> float | None:
-    """Matthews correlation coefficient; 0 if `high` is constant (sklearn's convention), None if `fit` is constant."""
+    """Return the Matthews correlation; 0 if `high` is constant (sklearn's convention), None if `fit` is constant."""
     known = ~np.isnan(fit)
     predicted, true = high[known].astype(float), fit[known]
     if not known.any() or np.ptp(true) == 0:
@@ -90,7 +91,7 @@ def matthews(high: np.ndarray, fit: np.ndarray) -> float | None:
 
 
 def ndcg(scores: np.ndarray, measured: np.ndarray) -> float | None:
-    """Normalised discounted cumulative gain of the 10% with the highest scores."""
+    """Return the normalised discounted cumulative gain of the 10% of the rows with the highest scores."""
     top = len(scores) // 10
     if not top or np.ptp(measured) == 0:
         return None
@@ -102,7 +103,10 @@ def ndcg(scores: np.ndarray, measured: np.ndarray) -> float | None:
 
 
 def top_recall(scores: np.ndarray, measured: np.ndarray) -> float | None:
-    """Fraction of the top 10% of the measurements that is in the top 10% of the scores, ties included."""
+    """Return the fraction of the rows in the top 10% by measurement that are also in the top 10% by score.
+
+    Rows that tie with the lowest value of the top 10% belong to the top 10%.
+    """
     if not len(scores) or np.ptp(measured) == 0:
         return None
     best, selected = (values >= np.percentile(values, 90) for values in (measured, scores))
@@ -110,12 +114,15 @@ def top_recall(scores: np.ndarray, measured: np.ndarray) -> float | None:
 
 
 def aggregate(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return ProteinGym's averages: over a protein's assays within each type, over a type's proteins, over types.
+    """Return ProteinGym's averages of the metrics.
+
+    Within each type of assay, the metrics are averaged over the assays of each protein, then over proteins. The overall
+    average is over the types.
 
     Args:
-        results: for each assay: UniProt_ID, coarse_selection_type and METRICS (None is left out of averages).
-            Optionally MSA_Neff_L_category and taxon, for averages by their values (over the assays of a protein, then
-            over proteins), and by_depth, see `depth_averages`.
+        results: for each assay: UniProt_ID, coarse_selection_type (the type) and METRICS. Metrics that are None are
+            left out of averages. Optional keys are MSA_Neff_L_category and taxon, for separate averages over the assays
+            with each value (over the assays of each protein, then over proteins), and by_depth, see `depth_averages`.
     """
     by_type = {kind: averages(group) for kind, group in group_by(results, "coarse_selection_type").items()}
     overall = {metric: mean(values[metric] for values in by_type.values()) for metric in METRICS}
@@ -131,7 +138,7 @@ def aggregate(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def group_by(results: Iterable[Mapping[str, Any]], key: str) -> dict[str, list[Mapping[str, Any]]]:
-    """Return the results by the value of a key, in alphabetical order."""
+    """Return {value: results with this value of the key}, with the values in alphabetical order."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
         groups.setdefault(str(result[key]), []).append(result)
@@ -148,7 +155,7 @@ def averages(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def depth_averages(results: Sequence[Mapping[str, Any]], depth: str) -> dict[str, Any]:
-    """Return the metrics at one depth, averaged over the assays of each protein and type, then over those pairs."""
+    """Return the metrics at one depth, averaged over the assays of each (protein, type), then over these pairs."""
     pairs = group_by(
         [
             {**result["by_depth"][depth], "pair": f"{result['UniProt_ID']} {result['coarse_selection_type']}"}

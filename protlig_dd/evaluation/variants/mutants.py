@@ -12,15 +12,20 @@ WILD_TYPES = ("WT", "WILDTYPE", "WILD-TYPE", "P.=", "P.(=)")
 
 
 class Indel(NamedTuple):
-    """Replacement of residues start..stop of the wild type (from 0, `stop` excluded) by `ids`, of another length."""
+    """Replacement of residues start..stop of the wild type (from 0, `stop` excluded) by another number of residues."""
 
     start: int
     stop: int
     ids: tuple[int, ...]
+    """Token ids of the new residues."""
 
 
 class Variant(NamedTuple):
-    """Differences from the wild type: substitutions in order of position, or one block that spans all differences."""
+    """Differences from the wild type.
+
+    If the variant is as long as the wild type, they are substitutions in order of position. Otherwise they are one
+    indel, which spans all differences.
+    """
 
     substitutions: tuple[tuple[int, int], ...] = ()
     """(position from 0, amino-acid id)."""
@@ -31,9 +36,9 @@ class Numbering(NamedTuple):
     """Numbering of the positions in an assay's `mutant` column."""
 
     offset: int = 0
-    """Subtracted from each position; with 100, M101A changes the target's first residue."""
+    """Number that is subtracted from each position. With 100, M101A changes the target's first residue."""
     note: str = ""
-    """Appended to error messages about a position."""
+    """Text that is appended to error messages about a position."""
 
     def __str__(self) -> str:
         return f" (offset={self.offset}{self.note})" if self.offset or self.note else ""
@@ -61,8 +66,9 @@ def read_variant(
     """Parse one row of an assay.
 
     Args:
-        mutant: upper case; may repeat `sequence`, as in ProteinGym's indel files.
-        sequence: the mutated sequence, upper case.
+        mutant: the cell of the column `mutant`, in upper case. It may be empty, or repeat `sequence` as in ProteinGym's
+            indel files.
+        sequence: the cell of the column `mutated_sequence`, in upper case; may be empty.
         where: file and line, for error messages.
     """
     if not mutant and not sequence:
@@ -163,5 +169,5 @@ def compare(sequence: np.ndarray, target: np.ndarray, where: str) -> Variant:
 
 
 def count_leading(same: np.ndarray) -> int:
-    """Return the number of true values before the first false one."""
+    """Return the number of true values before the first false value."""
     return len(same) if same.all() else int(same.argmin())

@@ -14,7 +14,7 @@ REFERENCE = ("DMS_id", "target_seq")
 BREAKDOWNS = (
     "MSA_Neff_L_category",
     "taxon",
-)  # optional columns; results are also averaged over the assays that share a value
+)  # optional columns; results are also averaged over the assays with the same value in such a column
 
 
 class Reference(NamedTuple):
@@ -24,20 +24,20 @@ class Reference(NamedTuple):
     path: Path
     target: np.ndarray
     protein: str
-    """UniProt_ID."""
+    """The column UniProt_ID; DMS_id if it is empty or missing."""
     type: str
-    """coarse_selection_type."""
+    """The column coarse_selection_type; `Clinical` if it is empty or missing."""
     more: dict[str, str]
-    """The non-empty BREAKDOWNS columns."""
+    """Values of the BREAKDOWNS columns that are not empty, by column name."""
     numbering: Numbering = AS_THE_TARGET
 
 
 def read_reference(path: Path, folder: Path) -> list[Reference]:
-    """Return the assays whose CSV files are in the folder, with their rows of ProteinGym's reference file.
+    """Return the assays of ProteinGym's reference file (`path`) whose CSV files are in the folder.
 
     Raises:
-        ValueError: a missing column, a repeated assay, a CSV file without a row in the reference file, a folder
-            without CSV files, or an illegal letter in a target.
+        ValueError: the reference file lacks a column, lists an assay twice, has an invalid DMS_id, or has no row for a
+            CSV file of the folder; the folder has no CSV files; or a target has an illegal letter.
     """
     files = {
         file.name for file in folder.glob("*.csv") if file.name[0] != "." and file.resolve() != path.resolve()
@@ -58,7 +58,7 @@ def read_reference(path: Path, folder: Path) -> list[Reference]:
             raise ValueError(f"{where}: DMS_id {name} occurs twice")
         target = encode(cells["target_seq"].upper(), f"{where}, target_seq")
         more = {key: cells[key].capitalize() for key in BREAKDOWNS if cells.get(key)}
-        # clinical reference files have neither column; each of their assays is a separate protein
+        # clinical reference files have neither of these columns; each of their assays is a separate protein
         protein, kind = cells.get("UniProt_ID") or name, cells.get("coarse_selection_type") or "Clinical"
         numbering = numbering_of(cells, where, path)
         found[file] = Reference(name, folder / file, target, protein, kind, more, numbering)
@@ -75,8 +75,8 @@ def numbering_of(cells: Mapping[str, str], where: str, path: Path) -> Numbering:
     In ProteinGym's assays position 1 is the first residue of target_seq. A reference file may have a column start_idx:
     the position of the target's first residue. The published files do not have it, but ProteinGym's ESM script reads
     it, and so does this function. The column raw_mut_offset is about the raw files from which ProteinGym made its
-    assays: position p of an assay is position p - raw_mut_offset of its raw file. This function does not apply it; an
-    error message about a letter that does not match mentions it.
+    assays: position p of an assay is position p - raw_mut_offset of its raw file. This function does not apply
+    raw_mut_offset, but error messages about a position mention it.
     """
     start, raw = cells.get("start_idx", ""), cells.get("raw_mut_offset", "")
     if start:

@@ -1,4 +1,4 @@
-"""Score an assay of variants and write its files."""
+"""Score an assay of variants and write the output files."""
 
 import json
 import math
@@ -29,7 +29,7 @@ from protlig_dd.system.terminal import announce
 from protlig_dd.tokenizer import ProteinTokenizer
 
 SHOWN = 3  # number of skipped rows whose messages are printed
-ENOUGH = 10  # measured variants that a strategy needs for separate metrics
+ENOUGH = 10  # minimum number of measured variants of each strategy for separate metrics
 
 
 def numbering_for(config: VariantsConfig, default: Numbering) -> Numbering:
@@ -64,7 +64,10 @@ def warn_of_context(trained: TrainedModel) -> None:
 
 
 def check_distinct_outputs(outputs: list[Path]) -> None:
-    """Raise if two outputs would be the same file, as for the DMS_ids A and A_heatmap, or for a DMS_id summary."""
+    """Raise if two outputs would be the same file.
+
+    This happens for the DMS_ids `A` and `A_heatmap` (A_heatmap.csv), or for a DMS_id `summary` (summary.csv).
+    """
     taken: dict[Path, str] = {}
     for output in outputs:
         for path in output_files(output).values():
@@ -74,13 +77,14 @@ def check_distinct_outputs(outputs: list[Path]) -> None:
 
 
 def earlier_summary(output: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the summary that an earlier command wrote for this assay, or None if it wrote none or was interrupted.
+    """Return the summary of this assay if an earlier `variants` command has completed the assay, else None.
 
     Raises:
-        ValueError: files that this command did not write, or wrote with another model, assay or settings.
+        ValueError: output files exist that were not written by `variants`, or that were written by an earlier version
+            or with another model, assay or settings.
     """
     files = output_files(output)
-    path = files["summary"]  # written first: if it exists, the other files are from the same command
+    path = files["summary"]  # the summary is written first: if it exists, the other files belong to it
     if not path.exists():
         for other in files.values():
             check_free(str(other))
@@ -102,14 +106,14 @@ def earlier_summary(output: Path, settings: dict[str, Any]) -> dict[str, Any] | 
 
 
 def settings_of(trained: TrainedModel, config: VariantsConfig) -> dict[str, Any]:
-    """Return the settings that the scores of every assay depend on, for the summary."""
+    """Return the entries of the summary for the model and the settings, which are the same for every assay."""
     model = {"run": trained.run, "step": trained.step, "weights_sha256": sha256(trained.saved.weights)}
     options = {"wanted": config.strategy, "draws": config.draws, "seed": config.seed, "column": config.column}
     return {**model, "precision": trained.precision, **options, "bad_rows": config.bad_rows}
 
 
 def assay_settings(path: Path | None, target: np.ndarray, offset: int) -> dict[str, Any]:
-    """Return the settings that are specific to one assay, for the summary."""
+    """Return the entries of the summary that are specific to one assay."""
     sequence = ProteinTokenizer().decode(target)
     return {"offset": offset, "assay_sha256": None if path is None else sha256(path), "target": sequence}
 
@@ -201,10 +205,13 @@ def judge_by_strategy(assay: Assay, scores: Scores, names: dict[str, np.ndarray]
 
 
 def scored_rows(assay: Assay, strategies: list[str], scores: Scores, baseline: np.ndarray, column: str) -> str:
-    """Return the assay's rows as CSV with columns added for the score and its strategy, error and baseline difference.
+    """Return the assay's rows as CSV, with additional columns about the score.
+
+    The columns are the score, the strategy, the standard error (unless no score has one), and the score minus the
+    composition score.
 
     Args:
-        baseline: (rows,) composition scores; where NaN, the difference is left empty.
+        baseline: (rows,) composition scores. If one is NaN, the cell of the difference is empty.
     """
     columns = {column: format_cells(scores.nats), f"{column}_strategy": strategies}
     if scores.standard_error is not None:
@@ -216,7 +223,7 @@ def scored_rows(assay: Assay, strategies: list[str], scores: Scores, baseline: n
 
 
 def format_cells(values: np.ndarray) -> list[str]:
-    """Return the values with six decimals, empty for NaN."""
+    """Return the values as text with six decimals; an empty string for NaN."""
     return ["" if math.isnan(value) else f"{value:.6f}" for value in values.tolist()]
 
 

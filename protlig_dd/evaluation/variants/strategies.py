@@ -1,4 +1,4 @@
-"""Strategies for scoring variants, and the choice of one for a model and an assay."""
+"""Strategies for scoring variants, and the choice of a strategy for each variant of an assay."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ import numpy as np
 from protlig_dd.diffusion.graphs.base import Graph
 from protlig_dd.evaluation.variants.assays import Assay
 
-REQUESTED = "as requested"  # the reason printed for an explicit strategy
+REQUESTED = "as requested"  # the reason that is printed if the user set strategy=
 UNMASKED = ("wildtype_marginals", "ratio")  # the network reads the unmasked wild type
 ONE_BY_ONE = (*UNMASKED, "site_marginals")  # each site is scored separately
 
@@ -25,7 +25,8 @@ def choose_strategies(requested: str, graph: Graph, assay: Assay) -> tuple[list[
     `auto` scores substitutions by the graph's default strategy, and insertions and deletions by the bound.
 
     Raises:
-        ValueError: a strategy that this graph does not support, or that cannot score insertions and deletions.
+        ValueError: the graph does not support the strategy, or the strategy cannot score the insertions and deletions
+            of the assay.
     """
     available, first = strategies_of(graph), assay.first_indel
     if requested not in ("auto", *available):

@@ -14,12 +14,12 @@ from protlig_dd.tokenizer import BOS, EOS
 
 
 class Piece(NamedTuple):
-    """The part of a variant that one window of the wild type contains.
+    """The changes of a variant that are scored together, and the window of the wild type in which they are scored.
 
     Args:
         variant: index of the variant in the assay.
-        start, stop: residues of the window, from 0, `stop` excluded.
-        change: the changes inside the window.
+        start, stop: first residue of the window and first residue after it, counted from 0 in the wild type.
+        change: the changes that are scored. At all other positions the window has the wild type's residues.
     """
 
     variant: int
@@ -29,16 +29,18 @@ class Piece(NamedTuple):
 
 
 def pieces_of(assay: Assay, length: int, max_len: int, strategy: str) -> list[Piece]:
-    """Return the windows in which a model with this `max_len` scores each variant of a protein of `length` residues.
+    """Return the pieces in which a model with this `max_len` scores the variants of a protein of `length` residues.
 
-    A window is centred on the changes and moved inwards at the ends of the protein. Substitutions too far apart for
-    one window are scored in several (`groups_of`) and the scores are summed; in each window, the sites of the other
-    windows keep the wild type's residues. Strategies that score each site separately use one window per site. For
-    strategies without masks, windows start at multiples of a quarter of the window length, so that many sites share a
-    window.
+    An insertion or deletion is one piece. If the strategy scores each site separately, each substitution is one piece.
+    Otherwise all substitutions of a variant are one piece, unless they are too far apart for one window: then they are
+    divided among several pieces (`groups_of`). A variant's score is the sum of the scores of its pieces.
+
+    Each window is centred on the changes of its piece, and moved inwards at the ends of the protein. For strategies
+    without masks, the start of a window is rounded to a multiple of a quarter of `max_len`. Pieces with nearby sites
+    then often have the same window, and the network evaluates this window only once.
 
     Raises:
-        ValueError: an insertion or deletion too long for a window; names the row and the lengths.
+        ValueError: an insertion or deletion is too long for a window. The message names the row and the lengths.
     """
     pieces = []
     grid = max(1, max_len // 4) if strategy in UNMASKED else 1
@@ -50,7 +52,8 @@ def pieces_of(assay: Assay, length: int, max_len: int, strategy: str) -> list[Pi
                     f"{where}: {len(ids)} residues replace {stop - start}, which does not fit into a window of "
                     f"{max_len} residues, the most that this model was trained on"
                 )
-            size = max_len - max(0, length_change(variant))  # so that the variant's window fits as well
+            # a longer variant's window has more residues than the wild type's, and must have at most max_len too
+            size = max_len - max(0, length_change(variant))
             pieces.append(Piece(number, *window_around(start, stop, length, size), variant))
         sites = [site for site, _ in variant.substitutions]
         if strategy in ONE_BY_ONE:
@@ -64,31 +67,36 @@ def pieces_of(assay: Assay, length: int, max_len: int, strategy: str) -> list[Pi
 
 
 def groups_of(sites: Sequence[int], length: int, max_len: int) -> list[tuple[int, int]]:
-    """Partition the sites into groups that share a window; return indices (first, last) into `sites`, `last` excluded.
+    """Partition the sites into groups, each of which fits into one window.
 
-    The partition has the fewest windows possible. Among those, it maximises the smallest margin (distance from a
-    site to the edge of its window), then the second smallest, and so on. Every prefix of an optimal partition is
-    optimal too, so dynamic programming over the sites finds it.
+    The partition has as few groups as possible. Among the partitions with this number of groups, it maximises the
+    smallest `margin` of a group, then the second smallest margin, and so on. If the last group is removed from an
+    optimal partition, the rest is an optimal partition of the remaining sites. So dynamic programming over the sites
+    finds an optimal partition.
 
     Args:
         sites: positions in ascending order, without repeats; may be empty.
+
+    Returns:
+        For each group, its bounds (first, last) as indices into `sites`, `last` excluded.
     """
     if not sites or sites[-1] - sites[0] < max_len:
         return [(0, len(sites))] if sites else []
-    # for each prefix of the sites: number of windows, their margins in ascending order, start of the last group
+    # best partition of each prefix of the sites: number of groups, their margins in ascending order, and the `first` of
+    # the last group
     best: list[tuple[int, list[int], int]] = [(0, [], 0)]
     for last in range(1, len(sites) + 1):
-        lowest = bisect_right(sites, sites[last - 1] - max_len)  # first site that fits into a window with the last
+        lowest = bisect_right(sites, sites[last - 1] - max_len)  # sites lowest .. last - 1 fit into one window
         windows, margins, begin = best[lowest][0] + 1, list[int](), lowest
         for first in range(lowest, last):
-            if best[first][0] + 1 > windows:  # the number of windows never decreases with more sites
+            if best[first][0] + 1 > windows:  # more sites never need fewer windows
                 break
             others = best[first][1]
             if margins and others and others[0] < margins[0]:
-                continue  # worse, whatever the margin of the last group
+                continue  # the groups before the last already make the smallest margin too small
             last_margin = margin(sites[first], sites[last - 1], length, max_len)
             if margins and last_margin < margins[0]:
-                continue  # worse already, without sorting
+                continue  # the last group makes the smallest margin too small
             if (candidate := sorted([*others, last_margin])) > margins:
                 margins, begin = candidate, first
         best.append((windows, margins, begin))
@@ -100,23 +108,24 @@ def groups_of(sites: Sequence[int], length: int, max_len: int) -> list[tuple[int
 
 
 def margin(first: int, last: int, length: int, max_len: int) -> int:
-    """Residues between the sites first..last and the nearer edge of their window.
+    """Return the number of residues between the sites first..last and the nearer edge of the window around them.
 
-    The ends of the protein do not count as edges.
+    `last` is included. An end of the protein does not count as an edge; without any edge the result is `length`.
     """
     start, stop = window_around(first, last + 1, length, max_len)
     return min(first - start if start else length, stop - 1 - last if stop < length else length)
 
 
 def length_change(change: Variant) -> int:
-    """Length of the variant minus that of the wild type."""
+    """Return the length of the variant minus the length of the wild type."""
     return len(change.indel.ids) - (change.indel.stop - change.indel.start) if change.indel else 0
 
 
 def window_around(first: int, last: int, length: int, size: int, grid: int = 1) -> tuple[int, int]:
-    """Return start and stop of `size` residues (or the whole protein, if shorter) centred on first..last - 1.
+    """Return start and stop (excluded) of a window of `size` residues that is centred on residues first..last - 1.
 
-    The start is rounded to a multiple of `grid` and moved inwards at the ends of the protein.
+    The start is rounded to the nearest multiple of `grid`. At the ends of the protein, the window is moved inwards. If
+    the protein has fewer than `size` residues, the window is the whole protein.
     """
     size = min(size, length)
     nearest = ((first + last - size) // 2 + grid // 2) // grid * grid
@@ -125,5 +134,8 @@ def window_around(first: int, last: int, length: int, size: int, grid: int = 1) 
 
 
 def window_tokens(target: np.ndarray, start: int, stop: int) -> np.ndarray:
-    """Token ids of a window, with <bos> and <eos> only at the ends of the protein, as in training crops."""
+    """Return the token ids of a window of the protein `target`.
+
+    As in training crops, <bos> and <eos> are included only if the window reaches that end of the protein.
+    """
     return window(np.concatenate([[BOS], target, [EOS]]), start, stop - start).astype(np.int64)
