@@ -31,7 +31,7 @@ def curves(runs: Sequence[Run], names: Sequence[str] | None = None) -> list[Mark
 
     Args:
         names: labels of the runs, for the page that compares runs. None: the page of one run. Noisy values, such as the
-            loss, are smoothed; the page of one run shows the values of each step too.
+            loss, are smoothed. The page of one run shows them before smoothing too.
     """
 
     def raw_and_smooth(run: Run, key: str, name: str, colour: int, factor: float = 1.0) -> list[Series]:

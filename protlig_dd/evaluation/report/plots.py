@@ -1,7 +1,7 @@
 """SVG plots for the HTML pages.
 
-Each plot with an x axis contains its values as JSON, and the page's script shows these values as a tooltip. Colours are
-the CSS classes c0, c1, ..., so that they follow the page's light and dark palettes. All names are escaped.
+Each plot except a dot plot contains its values as JSON, and the page's script shows these values as a tooltip. Colours
+are the CSS classes c0, c1, ..., so that they follow the page's light and dark palettes. All names are escaped.
 """
 
 import itertools
@@ -84,7 +84,7 @@ def thin(x: Sequence[float], y: Sequence[float], most: int = MAX_POINTS) -> tupl
 
 
 def smooth(y: Sequence[float], span: float) -> list[float]:
-    """Return the exponential moving average of `y` over about `span` points, with weights that sum to 1 at each point."""
+    """Return the exponential moving average of `y` over about `span` points; the weights at each point sum to 1."""
     keep, total, weight, means = 1 - 1 / max(1.0, span), 0.0, 0.0, []
     for value in y:
         total, weight = keep * total + value, keep * weight + 1

@@ -39,8 +39,10 @@ def shuffled(sequences: Sequences, generator: np.random.Generator) -> list[np.nd
 
 
 def kmers(sequences: Sequences, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return two arrays (k-mers,): the code (0 to 20^k - 1) of every k-mer of amino acids, and the index of the sequence
-    that contains the k-mer."""
+    """Return the code (0 to 20^k - 1) of every k-mer of amino acids, and the index of the sequence that contains it.
+
+    Both are arrays (k-mers,).
+    """
     codes, owners = [], []
     for i, sequence in enumerate(sequences):
         if len(sequence) < k:
@@ -125,7 +127,7 @@ def share_of_residues(flags: Sequence[np.ndarray]) -> Figure:
 
 
 def share(flags: Sequence[float] | np.ndarray) -> Figure:
-    """Return the fraction of sequences that are flagged, with Wilson's 95% interval, which is valid near 0 and 1 too."""
+    """Return the fraction of sequences that are flagged, with Wilson's 95% interval (valid near 0 and 1 too)."""
     from scipy.stats import binomtest  # imported here, as it takes a second
 
     hits, n = round(float(np.sum(flags))), len(flags)
@@ -134,7 +136,7 @@ def share(flags: Sequence[float] | np.ndarray) -> Figure:
 
 
 def unique_share(sequences: Sequences) -> float:
-    """Return the number of different sequences divided by the number of sequences: 0.5 if each sequence occurs twice."""
+    """Return the number of different sequences divided by the number of sequences: 0.5 if each occurs twice."""
     return len({sequence.tobytes() for sequence in sequences}) / len(sequences)
 
 
@@ -155,7 +157,8 @@ def mean_figure(values: Sequence[float]) -> Figure:
 def perplexity(values: Sequence[float], lengths: Sequence[int]) -> Figure:
     """Return the perplexity of a set of sequences, with its standard error.
 
-    The perplexity is exp of the mean of -log p over all residues of the set, not the mean of the sequences' perplexities.
+    The perplexity is exp of the mean of -log p over all residues of the set. It is not the mean of the sequences'
+    perplexities.
 
     Args:
         values: perplexity of each sequence.
@@ -178,8 +181,8 @@ class Controls(NamedTuple):
     """The SETS, each with the same number of proteins, because divergences and uniqueness depend on this number. The
     natural proteins match the lengths of the samples as closely as possible."""
     length_sets: list[Sequences]
-    """The SETS for the rows about lengths. Here the natural proteins are drawn at random, without matching lengths. They
-    also stand for the shuffled proteins, because shuffling keeps lengths."""
+    """The SETS for the rows about lengths. Here the natural proteins are drawn at random, so their lengths do not match
+    those of the samples. They also stand for the shuffled proteins, because shuffling keeps lengths."""
     reference: Sequences
     """The natural proteins that are not in `sets`. Divergences are between one of the SETS and these proteins."""
     length_reference: Sequences

@@ -1,18 +1,18 @@
 """Verdicts on the comparison of samples with natural proteins: one sentence with advice for each group of statistics.
 
-The comparison is a table that `judge` writes. Each of its rows has one statistic of the samples, of natural proteins
-and of shuffled proteins. A verdict on a row uses two numbers. One is the difference between the samples and the natural
-proteins, with its 95% interval. The other is a limit: the absolute difference between the shuffled and the natural
-proteins. The verdict on the row is:
+The comparison is a table, which `judge` and the report of a run contain. Each row of the table has one statistic: its
+value for the samples, for natural proteins and for shuffled proteins. The difference of a row is the value of the
+samples minus the value of the natural proteins, with a 95% interval. The limit of a row is the absolute difference
+between the values of the shuffled and the natural proteins. The verdict on a row is:
 
-- *worse*: the interval excludes 0, on the side that is bad for this row;
+- *worse*: the interval excludes 0, and lies on a side of 0 that is bad for this row;
 - *as natural*: not worse, and the interval stays below the limit on each side that is bad for this row;
 - *cannot tell*: otherwise, because there are too few samples.
 
 A group is *worse* if any of its rows is worse. Otherwise it is *as natural* if any of its rows is as natural. The
 intervals are widened (Bonferroni), so that all intervals of a group together contain their true values with a
-probability of at least 95%. Fractions of proteins have Newcombe's intervals. All other intervals are those of Student's
-t with n - 1 degrees of freedom for n samples.
+probability of at least 95%. Differences between fractions of proteins have Newcombe's intervals. All other intervals
+are those of Student's t with n - 1 degrees of freedom for n samples.
 
 Shuffling does not change some statistics, so the limit has exceptions. For fractions of proteins the limit is at least
 0.1. Lengths are as natural if their Kolmogorov-Smirnov distance plus the critical value of this distance is below 0.2.
@@ -61,8 +61,8 @@ class Kind(NamedTuple):
     if_less: str = ""
     """Advice if the samples' value is higher (`if_more`) or lower (`if_less`) than the natural proteins' value."""
     k: int = 0
-    """For a divergence of k-mer frequencies, the length k; else 0. If there are few k-mers, a divergence is biased upwards,
-    and its interval is widened."""
+    """For a divergence of k-mer frequencies, the length k; else 0. Divergences are biased upwards if there are few
+    k-mers, so their intervals are widened."""
     is_fraction: bool = False
     """Whether the value is a fraction of the proteins."""
     averaged_over: str = ""
@@ -108,8 +108,8 @@ class Difference(NamedTuple):
     high: float
     """Ends of the interval of the difference."""
     limit: float
-    """Absolute difference between the shuffled and the natural proteins (for fractions at least FRACTION_LIMIT). 0 if the
-    row has no value for shuffled proteins."""
+    """Absolute difference between the shuffled and the natural proteins; for fractions at least FRACTION_LIMIT. It is 0
+    if this difference is unknown."""
 
     def verdict(self, bad: str) -> str:
         """Return the verdict on the row.
@@ -240,8 +240,8 @@ def fraction_interval(figure: Figure, n: int) -> tuple[float, float]:
 def why_lengths_are_not_judged(path: Path, samples: Sequence[np.ndarray]) -> str | None:
     """Return the reason why the lengths of samples say nothing about the model, or None.
 
-    There are two possible reasons. The user chose the lengths, according to the FASTA headers that `sample` and `infill`
-    write. Or all lengths are equal.
+    There are two possible reasons: the FASTA headers of `sample` or `infill` record that the user chose the lengths, or
+    all lengths are equal.
     """
     headers = [] if is_store(path) else [f" {record.description} " for record in read_fasta(path)]
     requested = {match[1] if (match := re.search(r" (lengths=\S+) ", header)) else None for header in headers}
