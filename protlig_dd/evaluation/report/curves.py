@@ -46,9 +46,7 @@ def curves(runs: Sequence[Run], names: Sequence[str] | None = None) -> list[Mark
 
     def validation(run: Run, name: str, colour: int) -> Series:
         x, y = run.column("val_nll")
-        errors = [
-            run.metrics[int(step)].get("val_nll_se") or 0.0 for step in x
-        ]  # null if only one protein was evaluated
+        errors = [run.metrics[int(step)].get("val_nll_se") or 0.0 for step in x]  # null if one protein was evaluated
         return Series(name, x, y, colour, errors=errors)
 
     if names is None:

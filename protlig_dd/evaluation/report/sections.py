@@ -29,8 +29,8 @@ CLASS_OF = {letter: name for name, letters in RESIDUE_CLASSES for letter in lett
 def paired(run_nats: list[tuple[str, int, float]], first: list[tuple[str, int, float]]) -> list[str]:
     """Return two table cells: the run's bound minus the first run's bound in nats/residue, and its standard error.
 
-    The cells are empty for the first run itself. They are also empty if one of the two runs has no bounds of single
-    proteins, or if the two runs were evaluated on different proteins.
+    The cells are empty for the first run itself. They are also empty if one of the two runs has no bounds per
+    protein, or if the two runs were evaluated on different proteins.
 
     Args:
         run_nats, first: results of `nats_of_proteins` for the run and for the first run.
@@ -109,8 +109,8 @@ def plus_minus(error: float) -> str:
 def judges_section(run: Run) -> dict[str, Any] | None:
     """Return the comparison of samples with natural proteins, from judges.json or else from report.json.
 
-    If there is no judges.json, other figures from report.json about the run's samples are added. If there is, these
-    figures are left out, because judges.json may be about samples other than the run's. None if there are no figures.
+    Without judges.json, other figures from report.json about the run's samples are added. With judges.json they are
+    left out, because judges.json may be about samples other than the run's. None if there are no figures.
     """
 
     def figure(row: dict[str, Any], column: str) -> str:

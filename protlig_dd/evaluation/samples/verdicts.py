@@ -9,10 +9,10 @@ between the values of the shuffled and the natural proteins. The verdict on a ro
 - *as natural*: not worse, and the interval stays below the limit on each side that is bad for this row;
 - *cannot tell*: otherwise, because there are too few samples.
 
-A group is *worse* if any of its rows is worse. Otherwise it is *as natural* if any of its rows is as natural. The
-intervals are widened (Bonferroni), so that all intervals of a group together contain their true values with a
-probability of at least 95%. Differences between fractions of proteins have Newcombe's intervals. All other intervals
-are those of Student's t with n - 1 degrees of freedom for n samples.
+A group is *worse* if any of its rows is worse. Otherwise it is *as natural* if any of its rows is as natural, else
+*cannot tell*. The intervals are widened (Bonferroni), so that all intervals of a group together contain their true
+values with a probability of at least 95%. Differences between fractions of proteins have Newcombe's intervals. All
+other intervals are those of Student's t with n - 1 degrees of freedom for n samples.
 
 Shuffling does not change some statistics, so the limit has exceptions. For fractions of proteins the limit is at least
 0.1. Lengths are as natural if their Kolmogorov-Smirnov distance plus the critical value of this distance is below 0.2.
@@ -211,7 +211,7 @@ def difference(kind: Kind, rows: Rows, name: str, level: float) -> Difference:
     n = round(rows["proteins"][0].value)
     samples, natural, shuffled = rows[name]
     more, limit = samples.value - natural.value, abs(shuffled.value - natural.value)
-    if kind.averaged_over:  # the mean is over fewer proteins: use the smaller number of samples and natural
+    if kind.averaged_over:  # the mean is over fewer proteins: take their number in the smaller of the two sets
         (fractions,) = (row for other, row in rows.items() if other.startswith(kind.averaged_over))
         n = round(n * min(fractions[0].value, fractions[1].value))
     times = float(t.ppf((1 + level) / 2, n - 1)) if n > 1 else math.nan
@@ -240,7 +240,7 @@ def fraction_interval(figure: Figure, n: int) -> tuple[float, float]:
 def why_lengths_are_not_judged(path: Path, samples: Sequence[np.ndarray]) -> str | None:
     """Return the reason why the lengths of samples say nothing about the model, or None.
 
-    There are two possible reasons: the FASTA headers of `sample` or `infill` record that the user chose the lengths, or
+    There are two possible reasons: the FASTA headers show that the user chose the lengths (in `sample` or `infill`), or
     all lengths are equal.
     """
     headers = [] if is_store(path) else [f" {record.description} " for record in read_fasta(path)]

@@ -19,7 +19,7 @@ class Background(NamedTuple):
 
     Args:
         logs: (20,) log frequencies.
-        name: name of the reference set with the fingerprint of the store; does not depend on the store's path.
+        name: name of the reference set, with the fingerprint of the store instead of its path.
         label: name of the reference set for printed lines, with the store's path.
     """
 

@@ -54,7 +54,7 @@ def score_variants(
             - site_marginals: the same sum, with one site masked at a time and the wild type's residues elsewhere;
             - wildtype_marginals: the same sum, with the unmasked wild type as input (also Meier et al. 2021);
             - ratio: sum over the changed sites of the substitution's log-score, with the wild type as input, at the
-              schedule's smallest noise. For a single substitution this is log(p(variant) / p(wild type))
+              schedule's smallest noise. For a single substitution this estimates log(p(variant) / p(wild type))
               (arXiv 2310.16834, sec. 3.1);
             - bound: the bound on -log p of the wild type minus the bound on -log p of the variant, with the same noise
               for both. If the variant has d more residues than the wild type (d < 0: fewer), d times the wild type's
@@ -91,8 +91,7 @@ def score_each(
 ) -> Scores:
     """Score each variant by its own strategy.
 
-    All strategies estimate log p(variant) - log p(wild type) in nats, so their scores can be in one
-    column.
+    All strategies estimate log p(variant) - log p(wild type) in nats, so their scores can be in one column.
 
     Args:
         strategies: the strategy of each variant.

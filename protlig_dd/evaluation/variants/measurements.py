@@ -105,7 +105,7 @@ def ndcg(scores: np.ndarray, measured: np.ndarray) -> float | None:
 def top_recall(scores: np.ndarray, measured: np.ndarray) -> float | None:
     """Return the fraction of the rows in the top 10% by measurement that are also in the top 10% by score.
 
-    Rows that tie with the lowest value of the top 10% belong to the top 10%.
+    The top 10% are the rows at or above the 90th percentile, so with ties there may be more of them.
     """
     if not len(scores) or np.ptp(measured) == 0:
         return None

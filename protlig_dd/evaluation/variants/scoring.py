@@ -193,7 +193,7 @@ def score_assay(
 
 
 def judge_by_strategy(assay: Assay, scores: Scores, names: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
-    """Return the metrics of each strategy's rows; empty if a strategy has fewer than ENOUGH measured rows."""
+    """Return the metrics of each strategy's rows; empty if any strategy has fewer than ENOUGH measured rows."""
     parts = {name: assay.subset(rows) for name, rows in names.items()}
     if any(max((~np.isnan(known)).sum() for known in (part.measured, part.fit)) < ENOUGH for part in parts.values()):
         return {}
