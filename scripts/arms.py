@@ -1,12 +1,14 @@
 """Train the arms of an experiment and compare their validation bounds after the same number of training tokens.
 
-An arm is a set of config overrides. Each arm is trained once for each size and seed.
+An arm is a set of config overrides. Each arm is trained once for each model size and seed. The baseline is SEDD's
+objective and network. There are two rounds:
 
-    python -m scripts.arms screen --data data/swissprot.h5        every arm, short runs, one seed
-    python -m scripts.arms finalists --data data/swissprot.h5     the best and the baseline, 4 times as long, two seeds
+    python -m scripts.arms screen --data data/swissprot.h5        every arm in SCREEN, with one seed
+    python -m scripts.arms finalists --data data/swissprot.h5     the arms in FINALISTS, with two seeds and 4 times as
+                                                                  many tokens: some of the best, and the baseline
 
-A run's name contains a hash of its overrides. Finished runs are not trained again, so an interrupted command can be
-repeated to resume. Prints a Markdown table and adds the results to runs/<round>.json.
+A run's name contains a hash of its overrides. Finished runs are not trained again. To resume an interrupted command,
+repeat it. Prints a Markdown table and adds the results to runs/screen.json or runs/finalists.json.
 """
 
 import argparse
@@ -56,7 +58,10 @@ def learning_rates(name: str, arm: list[str], *lrs: float) -> dict[str, list[str
 
 
 def one_change(lr: float) -> dict[str, list[str]]:
-    """Return arms that differ from time-free x0 with QK-norm and Muon in one setting each."""
+    """Return arms that each change one thing in BOTH, with this learning rate.
+
+    BOTH is the x0 parametrisation without time conditioning (time-free), with QK-norm and Muon.
+    """
     base = [*BOTH, f"optim.lr={lr}"]
     changes = {
         "cosine noise": ["noise=cosine"],
@@ -98,12 +103,20 @@ FINALISTS = {
 
 
 def overrides(arm: Sequence[str], size: str, *, data: Path, residues: float, tokens: int, seed: int) -> list[str]:
-    """Return the overrides for a run of an arm over `residues` tokens, with `tokens` in a step."""
+    """Return the config overrides of a run that trains an arm.
+
+    Args:
+        arm: overrides. In `data.tokens_per_pack=HALF`, HALF stands for half of `tokens`. In `optim.ema_decay=EMA:f`,
+            EMA:f stands for the decay that averages over the fraction f of the run's steps.
+        size: a key of SIZES.
+        residues: number of training tokens in the whole run.
+        tokens: number of tokens in a step.
+    """
     if "data.tokens_per_pack=HALF" in arm:
         tokens //= 2
     steps = round(residues / tokens)
     values: dict[str, str] = {}
-    for override in arm:  # the last value of a key counts; Hydra rejects two values for one key
+    for override in arm:  # Hydra rejects a repeated key, so pass only its last value
         key, _, value = override.partition("=")
         values[key] = value
     if (horizon := values.get("optim.ema_decay", "")).startswith("EMA:"):
@@ -129,10 +142,15 @@ def overrides(arm: Sequence[str], size: str, *, data: Path, residues: float, tok
 
 
 def train(name: str, arguments: list[str], threads: int, base: Path = Path()) -> dict[str, Any]:
-    """Train the run unless it is finished; return its report and the nats of each held-out sequence.
+    """Train a run unless it is finished, and return its results, or {"error": message} if training failed.
+
+    The results are those of report.json, the number of training tokens, the peak memory, and the bound in nats and the
+    length of each validation sequence.
 
     Args:
-        base: an existing folder; the run is in base/runs/name.
+        arguments: config overrides.
+        threads: number of CPU threads.
+        base: an existing folder; the run is written to base/runs/name.
     """
     folder = base / "runs" / name
     if not (folder / "report.json").exists():
@@ -155,7 +173,7 @@ def train(name: str, arguments: list[str], threads: int, base: Path = Path()) ->
 
 
 def paired(row: dict[str, Any], other: dict[str, Any]) -> str:
-    """Return the paired difference of two bounds, sequence by sequence, with its standard error."""
+    """Return the bound of `row` minus that of `other` in nats/residue, with the standard error of paired sequences."""
     difference, error = per_residue(np.array(row["nats"]) - np.array(other["nats"]), np.array(row["lengths"]))
     return f"{difference:+.4f} ± {error:.4f}"
 
@@ -163,15 +181,15 @@ def paired(row: dict[str, Any], other: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("round", choices=["screen", "finalists"])
-    parser.add_argument("--data", type=Path, required=True, help="a store written by prepare")
+    parser.add_argument("--data", type=Path, required=True, help="a store written by `python -m protlig_dd.prepare`")
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--tokens", type=int, default=16384, help="tokens in a step")
-    parser.add_argument("--residues", type=float, default=20e6, help="training tokens of a screening run")
+    parser.add_argument("--residues", type=float, default=20e6, help="training tokens of a run; finalists get 4 times as many")
     parser.add_argument("--jobs", type=int, default=1, help="runs trained at the same time")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of each run")
     parser.add_argument("--only", nargs="+", default=[], help="names of the arms to train; default: all")
     parser.add_argument("--against", help="the arm to compare with; default: the best SEDD arm")
-    parser.add_argument("--seeds", type=int, help="seeds of each arm; default: 1 for screen, 2 for finalists")
+    parser.add_argument("--seeds", type=int, help="number of seeds of each arm; default: 1 for screen, 2 for finalists")
     arguments = parser.parse_args()
     final = arguments.round == "finalists"
     arms, residues = (FINALISTS, 4 * arguments.residues) if final else (SCREEN, arguments.residues)
@@ -216,7 +234,11 @@ def main() -> None:
 
 
 def print_table(found: list[dict[str, Any]], against: str | None) -> None:
-    """Print each arm's bound, and its difference to the best SEDD arm of its size and seed, or to the arm `against`."""
+    """Print a Markdown table with the bound of each run and the difference to the bound of a reference run.
+
+    The reference is the run of the arm `against` with the same size and seed. If `against` is None, it is the run with
+    the lowest bound among the SEDD arms of this size and seed.
+    """
     reference = "the best SEDD arm" if against is None else f"'{against}'"
     print(f"\n| model | arm | seed | M residues seen | NLL bound | difference to unigram | difference to {reference} |")
     print("| --- | --- | --- | --- | --- | --- | --- |")

@@ -30,14 +30,14 @@ from statistics import mean, median
 
 DEBIAN_INPUT = Path("/usr/share/doc/mmseqs2/example-data/DB.fasta.gz")
 LETTERS = set("ACDEFGHIKLMNPQRSTVWYXBZJUO")
-CHECKS = (("validation", "train"), ("test", "train"), ("test", "validation"))  # hits are dropped from the first
-HELD_OUT, LARGEST = 0.05, 0.01  # fractions of all sequences: a held-out split, the largest component in it
+CHECKS = (("validation", "train"), ("test", "train"), ("test", "validation"))  # sequences with a hit are dropped from the first
+HELD_OUT, LARGEST = 0.05, 0.01  # fractions of all sequences: in a held-out split, in its largest component
 CLUSTER = ["--min-seq-id", "0.5", "-c", "0.8", "--cov-mode", "1"]
 SEARCH = ["-s", "7.5", "-e", "1e-3", "--alignment-mode", "3"]  # mode 3 computes identities exactly
 
 
 def read_fasta(path: Path) -> list[tuple[str, str]]:
-    """Return (header, sequence) of each record; if a record is invalid, exit with a message that names it."""
+    """Return (header, sequence) of each record. If a record is invalid, exit with a message that names the record."""
     try:
         with gzip.open(path, "rt", encoding="ascii") as lines:
             before, *blocks = f"\n{lines.read()}".split("\n>")
@@ -60,7 +60,7 @@ def read_fasta(path: Path) -> list[tuple[str, str]]:
 
 
 class Mmseqs:
-    """Run the mmseqs binary in a scratch folder, with record numbers in place of headers."""
+    """Runs the mmseqs binary in a scratch folder. Its files have record numbers in place of headers."""
 
     def __init__(self, scratch: str, records: list[tuple[str, str]]) -> None:
         self.scratch, self.records = Path(scratch), records
@@ -77,7 +77,7 @@ class Mmseqs:
         return name
 
     def hits(self, queries: set[int], targets: set[int]) -> list[tuple[int, int, float]]:
-        """Return (query, target, identity) of all hits of a search; --max-seqs allows a hit to every target."""
+        """Return (query, target, identity) of all hits of a search. --max-seqs allows each query to hit every target."""
         files = [self.write("queries", queries), self.write("targets", targets), "hits", "tmp"]
         columns = ["--format-output", "query,target,fident", "--max-seqs", str(len(targets) + 1)]
         rows = self.call("easy-search", *files, *SEARCH, *columns, result="hits")
@@ -101,7 +101,7 @@ def find_components(members: set[int], hits: list[tuple[int, int, float]]) -> di
 
 
 def verify(splits: dict[str, set[int]], mmseqs: Mmseqs) -> list[str]:
-    """Step 4: drop held-out sequences with hits from `splits`, in place, and return a Markdown table of the hits."""
+    """Do step 4: remove the held-out sequences that have hits, in place, and return a Markdown table of the hits."""
     table = ["| pairs with a hit (sequences dropped) |", "|:--|", *(f"| {a} and {b} |" for a, b in CHECKS)]
     found = -1
     while found:

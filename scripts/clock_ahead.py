@@ -1,4 +1,7 @@
-"""Run `python -m protlig_dd.training` with a clock one hour ahead, for scripts/host_trials.py."""
+"""Run protlig_dd.training as the main module, with a `time.time()` that is one hour ahead of the true time.
+
+The trial `clocks` of scripts/host_trials.py runs this module instead of protlig_dd.training on one of two hosts.
+"""
 
 import runpy
 import time

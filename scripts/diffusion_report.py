@@ -1,10 +1,12 @@
-"""Measure what docs/diffusion.md and docs/likelihood.md report, and print it as Markdown tables.
+"""Measure the samplers, graphs and likelihood estimators, and print the tables of docs/diffusion.md and likelihood.md.
 
 Run from the repository root, in the project's environment:
 
-    python -m scripts.diffusion_report samplers     # error of the samplers on enumerated toys (minutes)
-    python -m scripts.diffusion_report graphs       # held-out bounds of the demo with each graph (7 to 10 minutes each)
-    python -m scripts.diffusion_report likelihood --run runs/graph_absorbing    # variance of the estimators (minutes)
+    python -m scripts.diffusion_report samplers     # samples of toy distributions against the exact ones (minutes)
+    python -m scripts.diffusion_report graphs       # test-set bounds of the demo with each graph (7 to 10 minutes each)
+    python -m scripts.diffusion_report likelihood --run runs/graph_absorbing    # variance of its bound (minutes)
+
+A bound is an upper bound on the negative log-likelihood of proteins, in nats per residue.
 """
 
 import argparse
@@ -47,7 +49,11 @@ RUNS = {
 
 
 def samplers(chains: int, steps: list[int]) -> None:
-    """Print the total variation between samples and the toys' distributions, also for infilling with one fixed site."""
+    """Print the total variation distance between the samples of toy distributions and the exact distributions.
+
+    A toy is a random distribution over SITES residues with STATES states each, and its scores are exact. The rows
+    `infilled` fix the first residue and compare the second with its exact conditional distribution.
+    """
     toy_of = {name: brute_force.random_toy(name, n=STATES, sites=SITES, seed=2) for name in NOISES}
     rows: list[tuple[str, list[float]]] = []
     negative: dict[tuple[str, str, int], float] = {}
@@ -101,7 +107,11 @@ def samplers(chains: int, steps: list[int]) -> None:
 
 
 def graphs(steps: int | None) -> None:
-    """Train the demo with each graph and print the held-out bounds."""
+    """Train the demo with each graph, and print the bounds on the test set.
+
+    Args:
+        steps: number of training steps; None for the demo's.
+    """
     rows = []
     for name, overrides in RUNS.items():
         command = ["experiment=demo", f"run.name=graph_{name}", *overrides]
@@ -124,7 +134,15 @@ def graphs(steps: int | None) -> None:
 
 
 def likelihood(run: Path, proteins: int, repeats: int) -> None:
-    """Print the variance per network evaluation of the estimators of a trained model's bound."""
+    """Compare the estimators of a trained model's bound: print variance times number of network evaluations.
+
+    The variance is that of one protein's bound in nats per residue, averaged over the proteins.
+
+    Args:
+        run: a run folder or a checkpoint.
+        proteins: number of test proteins.
+        repeats: number of estimates of each protein's bound, each with another seed.
+    """
     checkpoint, _ = find_checkpoint(run)
     config = read_config(OmegaConf.load(checkpoint / "config.yaml"), TrainConfig)  # type: ignore[arg-type]
     graph = build_graph(config.graph)
@@ -138,7 +156,7 @@ def likelihood(run: Path, proteins: int, repeats: int) -> None:
     batches: list[PackedBatch] = [packs[i] for i in range(len(packs))]
     time_free = not config.time_conditioning
     noises = {"the run's noise": noise}
-    if time_free:  # the bound is the same integral for every schedule
+    if time_free:  # without time conditioning the bound is the same integral for every noise schedule
         noises = {"log-linear": LogLinearNoise(), "cosine": CosineNoise()}
     estimators: list[tuple[str, str, Noise]] = [
         (f"integral, {name}", "integral", noise) for name, noise in noises.items()
@@ -196,12 +214,12 @@ def table(columns: list[str], rows: list[list[str]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("samplers", help="error of the samplers on enumerated toys")
+    command = commands.add_parser("samplers", help="compare samples of toy distributions with the exact ones")
     command.add_argument("--chains", type=int, default=50_000)
     command.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20, 50, 100, 300])
-    command = commands.add_parser("graphs", help="held-out bounds of the demo with each graph, in runs/graph_*")
-    command.add_argument("--steps", type=int, help="fewer training steps, to try the script")
-    command = commands.add_parser("likelihood", help="variance of the likelihood estimators")
+    command = commands.add_parser("graphs", help="train the demo with each graph, in runs/graph_*; print the bounds")
+    command.add_argument("--steps", type=int, help="number of training steps; default: those of the demo")
+    command = commands.add_parser("likelihood", help="print the variance of the estimators of the bound")
     command.add_argument("--run", type=Path, required=True, help="a run on the bundled proteins, or its checkpoint")
     command.add_argument("--proteins", type=int, default=20)
     command.add_argument("--repeats", type=int, default=16)

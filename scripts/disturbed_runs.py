@@ -1,4 +1,7 @@
-"""Small runs, ways to disturb them, and their comparison with undisturbed runs."""
+"""Start small training runs, disturb them, and compare their results with those of undisturbed runs.
+
+scripts/fault_campaign.py and scripts/host_trials.py use these functions.
+"""
 
 import json
 import os
@@ -45,7 +48,7 @@ RANKS = {1: (), 2: TWO}
 
 @dataclass
 class Tally:
-    """Number of trials of a fault, and number of trials that the run survived without loss."""
+    """Counts the trials of a fault, and the trials that the run survived, which means that nothing was lost."""
 
     fault: str
     tried: int = 0
@@ -58,7 +61,7 @@ class Tally:
 
 
 class Process(Protocol):
-    """The methods of subprocess.Popen that the campaign uses."""
+    """The part of subprocess.Popen that is needed here. The tests pass processes that are not subprocess.Popen."""
 
     pid: int
     returncode: int | None
@@ -69,7 +72,7 @@ class Process(Protocol):
 
 
 def start_python(arguments: list[str], folder: Path) -> Process:
-    """Start `python ARGUMENTS` in a new process group, so that left-over children can be found and ended."""
+    """Start `python ARGUMENTS` in a folder and in a new process group, which also contains the child processes."""
     return subprocess.Popen(
         [sys.executable, *arguments],
         cwd=folder,
@@ -82,11 +85,13 @@ def start_python(arguments: list[str], folder: Path) -> Process:
 
 
 class Campaign:
-    """Trains and disturbs runs in `folder` on the bundled proteins. A run has 120 steps, or 20 in a short campaign.
+    """Trains runs on the bundled proteins, and disturbs them. A run has 120 steps, or 20 in a short campaign.
 
     Args:
+        folder: for the runs and their data.
+        short: whether to train fewer steps and to repeat each fault fewer times.
         seed: for the random numbers that decide when a fault occurs and which rank is killed.
-        start_process: starts `python ARGUMENTS` in a folder.
+        start_process: function of (ARGUMENTS, folder) that starts `python ARGUMENTS` in this working folder.
     """
 
     def __init__(
@@ -104,13 +109,13 @@ class Campaign:
         return self.start_process(["-m", "protlig_dd.training", *overrides], self.folder)
 
     def attempt(self, name: str, *options: str) -> tuple[int, str, str]:
-        """Run until the process ends; return its exit code, stdout and last line on stderr."""
+        """Train a run until its process ends; return the exit code, stdout and the last line of stderr."""
         process = self.start(name, *options)
         out, errors = process.communicate(timeout=600)
         return process.returncode, out, (errors.strip().splitlines() or [""])[-1]
 
     def finish(self, name: str, *options: str) -> str:
-        """Run until the process ends and return its stdout.
+        """Train a run until its process ends, and return the stdout.
 
         Raises:
             RuntimeError: the exit code is not 0.
@@ -124,7 +129,7 @@ class Campaign:
         return self.folder / "runs" / name
 
     def undisturbed(self, ranks: int) -> str:
-        """Return the name of the undisturbed run with this many processes; train it on the first call."""
+        """Return the name of the undisturbed run with `ranks` processes. The first call trains this run."""
         name = f"undisturbed{ranks}"
         if name not in self.seconds:
             began = time.monotonic()
@@ -133,7 +138,10 @@ class Campaign:
         return name
 
     def matches_undisturbed(self, name: str, ranks: int = 1) -> bool:
-        """Whether the run ended bit-identical to the undisturbed run and read the same sequences in every step."""
+        """Whether a run reached its last step bit-identical to the undisturbed run, with equal sequences in every step.
+
+        Weights, averaged weights and optimizer state of the newest valid checkpoints are compared.
+        """
         reference = self.undisturbed(ranks)
         first, second = (newest_valid_checkpoint(self.run(run))[0] for run in (name, reference))
         if first is None or second is None or step_of(first) != self.steps:
@@ -147,7 +155,7 @@ class Campaign:
         return rows_of(self.run(name)) == rows_of(self.run(reference))
 
     def wait_for_checkpoint(self, name: str, process: Process) -> None:
-        """Wait until the run has written another checkpoint, or has ended."""
+        """Wait until a run has written a new checkpoint, or its process has ended."""
         known = set(self.run(name).glob(f"checkpoints/*/{COMPLETE}"))
         while process.poll() is None and not set(self.run(name).glob(f"checkpoints/*/{COMPLETE}")) - known:
             time.sleep(0.01)
@@ -155,8 +163,9 @@ class Campaign:
     def disturbances(self, times: int, name: str, tally: Tally) -> Iterator[str]:
         """Yield, for each of `times` disturbances, the name of the run to disturb.
 
-        A run is disturbed until it is finished, but at most 8 times, and is then compared with the undisturbed run.
-        All its disturbances count as survived if it ended identical to the undisturbed run.
+        The caller launches the run, disturbs it, and then requests the next name. The same name is repeated until the
+        run is finished, but at most 8 times. Then the run is trained to its end without a disturbance and compared with
+        the undisturbed run. If they are identical, all disturbances of this run count as survived in `tally`.
         """
         number = waiting = 0
         with ProgressBar(tally.fault, times) as bar:
@@ -173,7 +182,7 @@ class Campaign:
 
 
 def rows_of(run: Path) -> dict[int, list[int]]:
-    """Return the rows read in each step; a repeated step replaces the earlier one."""
+    """Return {step: rows of the store that were read}. If a step was repeated, its last execution counts."""
     lines = (run / "rows.jsonl").read_text().splitlines()
     return {row["step"]: row["rows"] for row in map(json.loads, lines)}
 
@@ -191,15 +200,15 @@ def kill(process: Process, number: signal.Signals) -> None:
 
 
 def ranks_of(launcher: Process) -> list[int]:
-    """Return the process ids of a launcher's ranks, oldest first."""
+    """Return the process ids of the ranks that `launcher` has started, oldest first."""
     return children_of(launcher, "-f", "spawn_main")
 
 
 def children_of(process: Process, *filters: str) -> list[int]:
-    """Return the ids of a process' children, oldest first.
+    """Return the ids of a process's children, oldest first.
 
     Args:
-        filters: arguments of pgrep that select children.
+        filters: arguments of pgrep, to return only matching children.
     """
     found = subprocess.run(["pgrep", "-P", str(process.pid), *filters], capture_output=True, text=True, check=False)
     return [int(line) for line in found.stdout.split()]
@@ -217,11 +226,11 @@ def flip(file: Path) -> None:
 
 @contextmanager
 def mounted(folder: Path, megabytes: int, *options: str) -> Iterator[None]:
-    """Mount a small disk in a new folder; unmount it at the end of the block."""
+    """Mount a tmpfs of this size in a new folder, as a small disk; unmount it at the end of the block."""
     folder.mkdir(parents=True)
     mount_options = ",".join([f"size={megabytes}m", *options])
     subprocess.run(["mount", "-t", "tmpfs", "-o", mount_options, "none", str(folder)], check=True)
     try:
         yield
     finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)  # lazily, because a run may still use it
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)  # lazily, because a run may still use the disk

@@ -1,13 +1,13 @@
-"""Test runs under real faults: killed and hanging processes, signals, damaged checkpoints and full disks.
+"""Check that training runs survive real faults: killed and hanging processes, signals, damaged files, full disks.
 
-    python -m scripts.fault_campaign            the campaign of docs/reliability.md, half an hour on 2 cores
-    python -m scripts.fault_campaign --short    each fault once or twice, a few minutes
-    python -m scripts.fault_campaign damage     damaged checkpoints only
+    python -m scripts.fault_campaign            all faults, as in docs/reliability.md (half an hour on 2 cores)
+    python -m scripts.fault_campaign --short    all faults, with shorter runs and fewer trials (a few minutes)
+    python -m scripts.fault_campaign damage     only the fault `damage`: damaged checkpoints
 
 Small runs are disturbed, relaunched until they finish, and compared with undisturbed runs. Weights, averaged weights
-and optimizer state must be bit-identical, and every step must have read the same sequences. Prints Markdown; the exit
-code is 1 if anything was lost. Small disks are tmpfs mounts in a private mount namespace, which needs root or user
-namespaces.
+and optimizer state must be bit-identical, and every step must have read the same sequences. Prints a Markdown table;
+the exit code is 1 if a run did not survive a fault, or if a fault was never tried. The script mounts small disks (tmpfs)
+in a private mount namespace, which needs root or the right to create user namespaces.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from scripts.disturbed_runs import (
 
 
 def kill_trainer(campaign: Campaign) -> Tally:
-    """SIGKILL at random moments, and every third time while a checkpoint is being written."""
+    """Send SIGKILL to the trainer: every third time while it writes a checkpoint, otherwise at a random moment."""
     tally = Tally("SIGKILL of the trainer")
     writing, took = 0, campaign.seconds[campaign.undisturbed(1)]
     for name in campaign.disturbances(campaign.kills, "kill", tally):
@@ -58,7 +58,7 @@ def kill_trainer(campaign: Campaign) -> Tally:
 
 
 def kill_rank(campaign: Campaign) -> Tally:
-    """SIGKILL of one of two ranks; the launcher restarts both."""
+    """Send SIGKILL to one of two ranks, after a new checkpoint; the launcher restarts both ranks."""
     tally = Tally("SIGKILL of one of two ranks, with trainer.max_restarts")
     restarts = 5
     for number, first in enumerate(range(0, campaign.others, restarts)):
@@ -78,7 +78,10 @@ def kill_rank(campaign: Campaign) -> Tally:
 
 
 def terminate(campaign: Campaign) -> Tally:
-    """SIGTERM to a single process and to the launcher of two ranks: expects a checkpoint and exit code 75."""
+    """Send SIGTERM to a run in one process and to the launcher of a run with two ranks, and resume both runs.
+
+    A run survives if it stops with exit code 75 each time and in the end is bit-identical to the undisturbed run.
+    """
     tally = Tally("SIGTERM")
     slowest = 0.0
     for ranks, options in RANKS.items():
@@ -99,7 +102,7 @@ def terminate(campaign: Campaign) -> Tally:
 
 
 def stop_rank(campaign: Campaign) -> Tally:
-    """SIGSTOP of a rank for longer than the others wait."""
+    """Stop one of two ranks with SIGSTOP for longer than the other rank waits (trainer.timeout)."""
     tally = Tally("SIGSTOP of one of two ranks for longer than trainer.timeout")
     process = campaign.start("hung", *TWO, "trainer.timeout=10")
     campaign.wait_for_checkpoint("hung", process)
@@ -113,7 +116,7 @@ def stop_rank(campaign: Campaign) -> Tally:
 
 
 def damage(campaign: Campaign) -> Tally:
-    """Damage the newest checkpoint: truncate a file, flip a bit in it, or delete it."""
+    """Damage one file of the newest checkpoint: truncate the file, flip a bit of it, or delete it."""
     tally = Tally("newest checkpoint damaged: each file truncated, with a flipped bit, or deleted")
     tally.notes = "resumes from the previous checkpoint and prints the damage"
     campaign.finish("stopped", f"trainer.stop_at_step={campaign.steps // 2}")
@@ -136,7 +139,7 @@ def damage(campaign: Campaign) -> Tally:
 
 
 def full_disk(campaign: Campaign) -> Tally:
-    """The disk is full while a checkpoint is written; the run resumes once there is space."""
+    """Fill the disk before a run writes a checkpoint; then free the space and resume the run."""
     tally = Tally("disk full while a checkpoint is written", notes="exit code 1; the previous checkpoint is intact")
     disk = campaign.run("full")
     with mounted(disk, 64):
@@ -167,7 +170,7 @@ def two_runs(campaign: Campaign) -> Tally:
     )
     first = campaign.start("shared")
     campaign.wait_for_checkpoint("shared", first)
-    first.send_signal(signal.SIGSTOP)  # so that it does not finish before the second run has started
+    first.send_signal(signal.SIGSTOP)  # so that the first run does not finish before the second has started
     code, _, errors = campaign.attempt("shared")
     first.send_signal(signal.SIGCONT)
     first.communicate(timeout=600)
@@ -189,7 +192,10 @@ FAULTS: dict[str, Callable[[Campaign], Tally]] = {
 
 
 def enter_namespace() -> None:
-    """Re-execute this program in a private mount namespace, where it may mount disks that vanish when it ends."""
+    """Run this program again in a private mount namespace, unless it runs in one already.
+
+    There the program may mount disks, and the kernel removes the mounts when the program ends.
+    """
     if os.environ.get("PROTLIG_NAMESPACE") != str(os.getpid()):
         rights = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
         os.environ["PROTLIG_NAMESPACE"] = str(os.getpid())  # exec keeps the process id
@@ -201,8 +207,8 @@ def enter_namespace() -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("faults", nargs="*", metavar="FAULT", help=f"choose from {', '.join(FAULTS)}; default: all")
-    parser.add_argument("--short", action="store_true", help="each fault once or twice")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments")
+    parser.add_argument("--short", action="store_true", help="shorter runs, and at most 3 trials of each fault")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments and of the ranks to kill")
     parser.add_argument("--folder", type=Path, default=Path(), help="folder for scratch files, about 100 MB")
     arguments = parser.parse_args()
     if unknown := set(arguments.faults) - FAULTS.keys():

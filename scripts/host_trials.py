@@ -1,11 +1,11 @@
-"""Test runs on two simulated hosts that disagree or lose their connection.
+"""Train on two simulated hosts that have different settings or lose their connection, and check the results.
 
-    python -m scripts.host_trials             the table of docs/multinode.md, a few minutes; needs root and iproute2
-    python -m scripts.host_trials cut-long    one trial only
+    python -m scripts.host_trials             run all trials of docs/multinode.md (a few minutes)
+    python -m scripts.host_trials cut-long    run only the trial cut-long
 
-The hosts are network namespaces, and torchrun starts the ranks as in scripts/slurm/train.sbatch. Each host has its own
-name, address, /etc/hosts and mounts; both share the same folders. Prints Markdown; the exit code is 1 if a trial did
-not give the expected result.
+Needs root and iproute2. scripts/hosts.py simulates the hosts on this machine; both hosts see the same folders. torchrun
+starts the ranks as in scripts/slurm/train.sbatch. Prints a Markdown table; the exit code is 1 if a trial did not give
+the expected result.
 """
 
 import argparse
@@ -29,12 +29,12 @@ STEPS = 100
 IDENTICAL = "bit-identical to one process"
 RESTARTED = f"both restart from the last checkpoint; {IDENTICAL}"
 FILE_NAMED = "its error names the file; the other host's error names host and file"
-EXIT_WITHIN = 60  # seconds after trainer.timeout within which every host must end
+EXIT_WITHIN = 60  # seconds that a failing launch may take in addition to the `timeout` of `Trials.fail`
 
 
 @dataclass
 class Trial:
-    """A fault, its expected result, and the deviations found."""
+    """A fault, its expected result, and the deviations from this result that were found."""
 
     fault: str
     expected: str
@@ -47,11 +47,12 @@ class Trial:
 
 
 class Trials:
-    """Runs of 100 steps on two hosts.
+    """Train runs of 100 steps on two hosts, and compare them with a run in one process.
 
     Args:
-        folder: for the runs, shared by the hosts.
-        start_here: starts `python ARGUMENTS` outside the hosts, for the run in one process that trials are compared to.
+        folder: for all runs; both hosts use it.
+        start_here: function of (ARGUMENTS, folder) that starts `python ARGUMENTS` outside the simulated hosts, in this
+            working folder. It starts the run in one process.
     """
 
     def __init__(self, folder: Path, hosts: Sequence[Host], start_here: Callable[[list[str], Path], Process]) -> None:
@@ -75,6 +76,7 @@ class Trials:
         restarts: int = 0,
         nodes: str = "2",
     ) -> Process:
+        """Start torchrun on one host, with one rank."""
         arguments = [
             "-m",
             "torch.distributed.run",
@@ -97,7 +99,7 @@ class Trials:
         return host.start(arguments, self.folder)
 
     def agents(self, name: str, *overrides: str, restarts: int = 0, other: Sequence[str] = ()) -> list[Process]:
-        """Start torchrun on both hosts.
+        """Start torchrun on both hosts, with one rank each, and return both processes.
 
         Args:
             other: additional overrides for the second host only.
@@ -110,7 +112,10 @@ class Trials:
         ]
 
     def finish(self, trial: Trial, name: str, agents: Sequence[Process]) -> list[str]:
-        """Wait for a run that should finish, compare it with the run in one process, and return each host's output."""
+        """Wait for a run that should finish, and return the stdout and stderr of each host as one text.
+
+        Check that the exit codes are 0 and that the run is bit-identical to the run in one process.
+        """
         outputs = ["\n".join(process.communicate(timeout=300)) for process in agents]
         codes = [process.returncode for process in agents]
         last_lines = [text.strip().splitlines()[-1:] for text in outputs]
@@ -119,9 +124,10 @@ class Trials:
         return outputs
 
     def fail(self, trial: Trial, agents: Sequence[Process], *parts: str, timeout: int = 20) -> list[str]:
-        """Wait for a launch that should fail on both hosts, and return each host's error.
+        """Wait for a launch that should fail on both hosts, and return the error message of each host.
 
-        The errors should appear in time, be short and contain all `parts`.
+        Check that both hosts exit with code 1 in less than `timeout` + EXIT_WITHIN seconds, and that each message has
+        at most 10 lines, contains all `parts` and does not contain a message of gloo.
         """
         began, messages = time.monotonic(), []
         for host, process in zip(self.hosts, agents, strict=True):
@@ -216,6 +222,7 @@ class Trials:
         return trial
 
     def cut(self, name: str, agents: Sequence[Process], seconds: float) -> None:
+        """Wait until a run has logged step 10, then disconnect the second host from the network for `seconds`."""
         self.wait_for_step(name, 10, agents)
         self.hosts[1].unplug()
         time.sleep(seconds)
@@ -261,7 +268,7 @@ class Trials:
         while children_of(agents[0]) and time.monotonic() < until:
             time.sleep(0.05)
         trial.check(not children_of(agents[0]), "the other host's process does not stop")
-        agents[0].send_signal(signal.SIGKILL)  # torchrun ignores other signals while it waits for the other host
+        agents[0].send_signal(signal.SIGKILL)  # while torchrun waits for the other host, only SIGKILL ends it
         agents[0].communicate(timeout=60)
         file = self.folder / "runs/terminated/stopped.json"
         stopped = json.loads(file.read_text()) if file.is_file() else {}

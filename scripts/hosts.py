@@ -1,4 +1,8 @@
-"""Simulated hosts: network namespaces, each with its own name, address, /etc/hosts and mounts."""
+"""Simulate hosts on one machine.
+
+A simulated host has its own network, UTS and mount namespaces (see namespaces(7)), and so its own address, host name,
+mounts and /etc/hosts.
+"""
 
 import os
 import shutil
@@ -15,16 +19,18 @@ from scripts.disturbed_runs import Process
 NAMES = ("host-a", "host-b")
 NETWORK = "10.77.0"
 ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # as in scripts/slurm/train.sbatch
+# the command after this prefix runs in new network, UTS and mount namespaces
 APART = ("unshare", "--net", "--uts", "--mount")
 
 
 @dataclass
 class Host:
-    """A network namespace with its own host name.
+    """A simulated host.
 
     Args:
-        holder: a process in the namespace; the namespace ends with it.
-        start: starts `python ARGUMENTS` in the namespace and in a given folder, in a new process group.
+        holder: id of a process on the host. The host's namespaces exist at least as long as this process.
+        start: function of (ARGUMENTS, folder) that starts `python ARGUMENTS` on the host, with this working folder and
+            in a new process group.
     """
 
     name: str
@@ -49,14 +55,19 @@ class Host:
         self.run("ip", "link", "set", "eth0", "up")
 
     def set_hosts_file(self, names: dict[str, str], folder: Path) -> None:
-        """Replace /etc/hosts of this host by {name: address}."""
+        """Set the names that this host can resolve, by mounting a new file over its /etc/hosts.
+
+        Args:
+            names: {name: address}.
+            folder: for the new file.
+        """
         file = folder / f"hosts.{self.name}"
         file.write_text("".join(f"{address} {name}\n" for name, address in names.items()))
         self.run("mount", "--bind", str(file), "/etc/hosts")
 
 
 def missing_requirements() -> str | None:
-    """Return what this machine lacks for network namespaces: programs or rights. None if it lacks nothing."""
+    """Return the programs or the right that this machine lacks for simulated hosts, or None if it lacks nothing."""
     if missing := [name for name in ("ip", "nsenter", "unshare", "mount") if shutil.which(name) is None]:
         return f"{', '.join(missing)} (iproute2, util-linux)"
     attempt = [*APART, "ip", "link", "add", "try", "type", "bridge"]
@@ -66,7 +77,7 @@ def missing_requirements() -> str | None:
 
 @contextmanager
 def two_hosts() -> Iterator[list[Host]]:
-    """Yield two hosts in one network; they end with the block."""
+    """Start two simulated hosts in one network, yield them, and kill their holders at the end of the block."""
     holders = [subprocess.Popen([*APART, "sleep", "infinity"]) for _ in (*NAMES, "switch")]
     try:
         *pids, switch = [wait_until_apart(holder.pid) for holder in holders]
@@ -80,10 +91,10 @@ def two_hosts() -> Iterator[list[Host]]:
 
 
 def join_hosts(hosts: Sequence[Host], switch: int) -> None:
-    """Connect hosts to one network.
+    """Connect hosts to one network, and set their host names and addresses.
 
     Args:
-        switch: a process in another network namespace, which becomes the switch between the hosts.
+        switch: id of a process in another network namespace. This namespace becomes the switch between the hosts.
     """
     inside = ["nsenter", f"--target={switch}", "--net", "ip", "link"]
     subprocess.run([*inside, "add", "bridge", "type", "bridge"], check=True)
@@ -104,7 +115,11 @@ def addresses() -> dict[str, str]:
 
 
 def wait_until_apart(holder: int) -> int:
-    """Wait until a process started with `APART` is in its own network namespace; return its id."""
+    """Wait until a process that was started with `APART` has left this process's network namespace.
+
+    Args:
+        holder: id of that process, which is also returned.
+    """
     current = Path("/proc/self/ns/net").readlink()
     while Path(f"/proc/{holder}/ns/net").readlink() == current:
         time.sleep(0.01)

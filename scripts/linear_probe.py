@@ -1,12 +1,13 @@
-"""Predict a property given by FASTA headers with a linear model on embeddings and on amino-acid composition.
+"""Predict a property of proteins from their embeddings and from their amino-acid composition, with a linear model.
 
     python -m protlig_dd.embed from=runs/demo input=fit.fasta output=fit.h5
     python -m protlig_dd.embed from=runs/demo input=test.fasta output=test.h5
     python -m scripts.linear_probe 'OS=.*virus' --fit fit.h5 fit.fasta --test test.h5 test.fasta
 
-Proteins whose header matches the pattern are positive. The model is ridge regression on the labels -1 and +1, with
-features standardised by the fit set and the penalty chosen on the fit set by leave-one-out errors. Prints Markdown: the
-area under the ROC curve on the test set, with its standard error (Hanley and McNeil, Radiology 143:29, 1982).
+Proteins whose FASTA header matches the pattern are positive. The model is ridge regression on the labels -1 and +1. The
+features are standardised with the mean and the standard deviation of the fit set. The penalty has the smallest
+leave-one-out error on the fit set. Prints a Markdown table with the area under the ROC curve on the test set and its
+standard error (Hanley and McNeil, Radiology 143:29, 1982).
 """
 
 import argparse
@@ -27,7 +28,8 @@ def read_set(embeddings: Path, fasta: Path, pattern: str) -> tuple[dict[str, np.
     """Return features {name: (n, d)} and labels (n,) of the proteins of a FASTA file.
 
     Raises:
-        ValueError: the embeddings are of other proteins or per residue; the pattern is invalid; all labels are equal.
+        ValueError: the embeddings are not those of these proteins, or have one row per residue; the pattern is invalid;
+            all labels are equal.
     """
     records = list(read_fasta(fasta))
     with h5py.File(embeddings) as file:
@@ -59,7 +61,7 @@ def fit_ridge(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, float]:
     residual / (1 - h_ii) (Golub, Heath and Wahba, Technometrics 21:215, 1979).
 
     Args:
-        x, y: (n, d) and (n,), with zero mean.
+        x, y: features (n, d) and labels (n,); the mean of each column of x and of y is zero.
     """
     u, s, vt = np.linalg.svd(x, full_matrices=False)
 
@@ -82,7 +84,7 @@ def area(scores: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
 
 
 def probe(fit: np.ndarray, fit_labels: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, float]:
-    """Return the scores (n,) of the test set, and the penalty."""
+    """Fit ridge regression to the fit set. Return the scores (n,) of the test set and the chosen penalty."""
     mean, scale = fit.mean(0), fit.std(0)
     scale = np.where(scale > 0, scale, 1)
     y = np.where(fit_labels, 1.0, -1.0)

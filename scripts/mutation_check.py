@@ -1,12 +1,13 @@
 """Plant faults in the code, one at a time, and check that a test fails each time.
 
-    python -m scripts.mutation_check                    every mutation of scripts/mutations/*.toml
-    python -m scripts.mutation_check --folder data model  the mutations of some folders of the package
-    python -m scripts.mutation_check --draw 10          ten random mutations, different ones each day
+    python -m scripts.mutation_check                      every mutation of scripts/mutations/*.toml
+    python -m scripts.mutation_check --folder data model  the mutations in protlig_dd/data and protlig_dd/model
+    python -m scripts.mutation_check --draw 10            ten random mutations, different ones each day
 
-The faults are planted in copies of the checkout, so the checkout itself is not changed. Results are saved in a file and
-reused while the code, the tests and the mutation are unchanged, so an interrupted check can be repeated to resume.
-Prints two Markdown tables; the exit code is 1 if a mutation survives, and 2 if one cannot be tested.
+A mutation is a planted fault. It survives if no test fails. The faults are planted in copies of the checkout, so the
+checkout itself is not changed. Results are saved in a file and reused while the code, the tests and the mutation are
+unchanged. To resume an interrupted check, repeat the command. Prints two Markdown tables; the exit code is 1 if a
+mutation survives, and 2 if a mutation cannot be tested.
 """
 
 import argparse
@@ -38,7 +39,7 @@ from tests.warm import Server, start_server
 ROOT = Path(__file__).resolve().parents[1]
 LISTS = ROOT / "scripts/mutations"
 FOLDERS = ("config", "data", "diffusion", "evaluation", "inference", "model", "runs", "system", "training", "top")
-# the files that verdicts depend on, and that are copied
+# the files and folders to copy; a saved result is reused only while they are unchanged (mutation lists may change)
 TESTED = ("protlig_dd", "configs", "scripts", "tests", "docs", "README.md", "pyproject.toml", "constraints.txt")
 TIMEOUT = 600  # seconds for the tests of one mutation
 SURVIVED = "**none**"
@@ -46,7 +47,10 @@ SURVIVED = "**none**"
 
 @dataclass(frozen=True)
 class Mutation:
-    """A fault: replace `old`, which occurs once in `file`, by `new`; `tests` are the arguments of pytest."""
+    """A fault, described by `what`: in `file`, `new` replaces `old`, which occurs exactly once.
+
+    `tests` are the arguments of pytest that select the tests to run.
+    """
 
     what: str
     file: str
@@ -56,7 +60,7 @@ class Mutation:
 
     @property
     def folder(self) -> str:
-        """The folder of the package; `top` for files directly in it, and for scripts."""
+        """The folder of protlig_dd that contains the file; `top` for files directly in protlig_dd or outside it."""
         package, *folders, _ = Path(self.file).parts
         return folders[0] if package == "protlig_dd" and folders else "top"
 
@@ -90,10 +94,15 @@ def read_mutations(path: Path) -> list[Mutation]:
 
 
 def check(mutations: Sequence[Mutation], results: Path, jobs: int) -> dict[Mutation, str]:
-    """Return the first failing test of each mutation, or SURVIVED. Append each verdict to `results` once it is known.
+    """Return the verdict on each mutation: the first test that fails, or SURVIVED.
+
+    Args:
+        results: file with the saved verdicts. Each new verdict is appended to the file immediately.
+        jobs: number of mutations tested at the same time.
 
     Raises:
-        ValueError: the file of results is damaged; or some mutations could not be tested, raised after all others are.
+        ValueError: the file of results is damaged, or some mutations cannot be tested. In the second case all other
+            mutations have been tested before.
     """
     state = digest_of_checkout()
     keys = {mutation: hashlib.sha256(f"{state}{asdict(mutation)}".encode()).hexdigest() for mutation in mutations}
@@ -104,7 +113,7 @@ def check(mutations: Sequence[Mutation], results: Path, jobs: int) -> dict[Mutat
         tempfile.TemporaryDirectory(prefix="mutation_check.") as folder,
         results.open("a") as file,
         cancelled_at_exit(ThreadPoolExecutor(jobs)) as pool,
-        warm_server(remaining) as server,  # closes before the pool does: this ends the tests that the pool waits for
+        warm_server(remaining) as server,  # closed before the pool, to end the tests that the pool waits for
         ProgressBar("mutations", len(mutations), len(mutations) - len(remaining)) as bar,
     ):
         copies = queue.Queue[Path]()
@@ -135,7 +144,7 @@ def check(mutations: Sequence[Mutation], results: Path, jobs: int) -> dict[Mutat
 
 
 def read_results(path: Path) -> dict[str, str]:
-    """Return the saved verdicts by key; drop a partial last line, left by a kill."""
+    """Return {key: verdict} of a file of results, after removing a partial last line that a killed check left."""
     if not path.exists():
         return {}
     drop_partial_line(path)
@@ -148,7 +157,10 @@ def read_results(path: Path) -> dict[str, str]:
 
 
 def digest_of_checkout() -> str:
-    """Return the SHA-256 of the names and contents of the files that verdicts depend on, without the mutation lists."""
+    """Return the SHA-256 of the Python version and of the names and contents of the files in TESTED.
+
+    The mutation lists and bytecode files are left out.
+    """
     digest = hashlib.sha256(sys.version.encode())
     for folder in TESTED:
         for path in sorted((ROOT / folder).rglob("*") if (ROOT / folder).is_dir() else [ROOT / folder]):
@@ -158,7 +170,10 @@ def digest_of_checkout() -> str:
 
 
 def copy_checkout(folder: Path) -> Path:
-    """Copy the checkout into `folder`, beside a separate temporary folder `tmp`, where epoch plans are cached."""
+    """Copy TESTED to folder/checkout, and return the copy's path.
+
+    Also create folder/tmp, the temporary folder of the tests that run in the copy (epoch plans are cached there).
+    """
     (folder / "tmp").mkdir(parents=True)
     copy = folder / "checkout"
     copy.mkdir()
@@ -172,7 +187,7 @@ def copy_checkout(folder: Path) -> Path:
 
 @contextmanager
 def cancelled_at_exit(pool: ThreadPoolExecutor) -> Iterator[ThreadPoolExecutor]:
-    """Cancel waiting jobs when the block ends, for example by Ctrl-C."""
+    """Yield the pool; when the block ends, for example by Ctrl-C, cancel the jobs that have not started."""
     try:
         yield pool
     finally:
@@ -181,7 +196,10 @@ def cancelled_at_exit(pool: ThreadPoolExecutor) -> Iterator[ThreadPoolExecutor]:
 
 @contextmanager
 def warm_server(mutations: Sequence[Mutation]) -> Iterator[Server | None]:
-    """Start an interpreter that has imported torch, to fork the tests from it. Yield None if there are no mutations."""
+    """Yield a server that forks an interpreter which has imported torch, or None if there are no mutations.
+
+    The forks run the tests.
+    """
     server = start_server() if mutations else None
     try:
         yield server
@@ -191,10 +209,10 @@ def warm_server(mutations: Sequence[Mutation]) -> Iterator[Server | None]:
 
 
 def verdict(mutation: Mutation, copy: Path, server: Server | None) -> str:
-    """Return the first test that fails on the copy with this mutation and passes without it, or SURVIVED.
+    """Plant a mutation in the copy, and return the first test that fails, or SURVIVED if none fails.
 
     Raises:
-        ValueError: pytest found no test or timed out, or the failing test also fails without the mutation.
+        ValueError: pytest found no test or timed out, or the test that fails also fails without the mutation.
     """
     file = copy / mutation.file
     source = file.read_text()
@@ -233,7 +251,10 @@ def run_tests(arguments: Sequence[str], copy: Path, server: Server | None) -> tu
 
 
 def by_folder(found: dict[Mutation, str]) -> list[str]:
-    """Return a Markdown table: the number of mutations of each folder that tests detected, and the test files."""
+    """Return a Markdown table with one row for each folder.
+
+    A row has the number of mutations, the number that tests detected, and the files of these tests.
+    """
     total = Counter(mutation.folder for mutation in found)
     killed = Counter(mutation.folder for mutation, test in found.items() if test != SURVIVED)
     rows = ["| folder | mutations | killed | by tests in |", "| --- | ---: | ---: | --- |"]
@@ -257,13 +278,13 @@ def count(text: str) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--list", type=Path, nargs="+", help="TOML files of mutations; default: all of scripts/mutations/"
+        "--list", type=Path, nargs="+", help="TOML files of mutations; default: all in scripts/mutations/"
     )
     parser.add_argument(
         "--folder",
         nargs="+",
         choices=FOLDERS,
-        help="folders of the package, `top` for the files directly in it; default: all",
+        help="test only mutations in these folders of protlig_dd; `top`: all other files; default: all",
     )
     parser.add_argument(
         "--draw", type=count, metavar="N", help="test N random mutations, chosen by the date; default: all"
@@ -278,13 +299,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         type=Path,
         default=Path("mutations.jsonl"),
         metavar="FILE",
-        help="saved results, which are reused; default: %(default)s in the current folder",
+        help="file to save results in and to reuse them from; default: %(default)s in the current folder",
     )
     parser.add_argument(
         "--jobs",
         type=count,
         default=os.cpu_count() or 1,
-        help="mutations tested at the same time; default: %(default)s",
+        help="number of mutations tested at the same time; default: %(default)s",
     )
     options = parser.parse_args(arguments)
     try:

@@ -1,4 +1,4 @@
-"""The pictures of the README and the docs: a report page, a heat map of variant scores, and a map of attention.
+"""Write the pictures of the README and the docs: a report page, a heat map of substitution scores, an attention map.
 
     ./start_fresh_training.sh            # trains runs/demo
     python -m scripts.pictures           # writes report.png, heatmap.png and attention.png in docs/pictures
@@ -26,12 +26,12 @@ from protlig_dd.inference.model import load_trained
 PICTURES = ("report", "heatmap", "attention")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WINDOW = (1100, 1500)  # CSS pixels: the top of the page
-SHORTEST, LONGEST = 60, 100  # residues: one row of the heat map
-LARGEST = 300_000  # bytes of a picture
+SHORTEST, LONGEST = 60, 100  # residues; the heat map of such a protein has one row
+LARGEST = 300_000  # maximum size of a picture in bytes
 
 
 def screenshot(browser: str, page: Path, picture: Path) -> None:
-    """Write the top of an HTML page as PNG.
+    """Write the top of an HTML page, WINDOW pixels, to `picture` as a PNG.
 
     Raises:
         subprocess.CalledProcessError: the browser fails.
@@ -49,10 +49,10 @@ def held_out_protein() -> FastaRecord:
 
 
 def heat_map(run: Path, picture: Path) -> None:
-    """Score every substitution of a held-out protein, and keep only the picture.
+    """Score every single substitution of a held-out protein, and write the heat map to `picture`.
 
     Raises:
-        subprocess.CalledProcessError: `python -m protlig_dd.variants` fails; it has printed why.
+        subprocess.CalledProcessError: `python -m protlig_dd.variants` fails; that command has printed the reason.
     """
     record = held_out_protein()
     with tempfile.TemporaryDirectory(prefix="pictures.") as folder:
@@ -64,10 +64,12 @@ def heat_map(run: Path, picture: Path) -> None:
 
 
 def attention_map(run: Path, picture: Path) -> None:
-    """Write the mean attention of all blocks and heads in a held-out protein, corrected like a contact map.
+    """Write a picture of the attention weights in a held-out protein, averaged over all blocks and heads.
+
+    The average is corrected like a contact map (see contact_map).
 
     Raises:
-        ValueError: the run has no sound checkpoint, or a block without attention.
+        ValueError: the run has no valid checkpoint, or its network has a block without attention.
     """
     record = held_out_protein()
     trained = load_trained(str(run), device="cpu", precision="fp32")
@@ -92,8 +94,8 @@ def shrink(picture: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", type=Path, default=Path("runs/demo"), help="run folder (default: runs/demo)")
-    parser.add_argument("--output", type=Path, default=Path("docs/pictures"), help="folder (default: docs/pictures)")
-    parser.add_argument("--only", choices=PICTURES, nargs="+", default=PICTURES, help="pictures to make (default: all)")
+    parser.add_argument("--output", type=Path, default=Path("docs/pictures"), help="output folder (default: docs/pictures)")
+    parser.add_argument("--only", choices=PICTURES, nargs="+", default=PICTURES, help="pictures to write (default: all)")
     arguments = parser.parse_args()
     page = arguments.run / "report.html"
     if "report" in arguments.only and not page.is_file():
