@@ -3,12 +3,12 @@
 An arm is a set of config overrides. Each arm is trained once for each model size and seed. The baseline is SEDD's
 objective and network. There are two rounds:
 
-    python -m scripts.arms screen --data data/swissprot.h5        every arm in SCREEN, with one seed
-    python -m scripts.arms finalists --data data/swissprot.h5     the arms in FINALISTS, with two seeds and 4 times as
-                                                                  many tokens: some of the best, and the baseline
+    python -m scripts.arms screen --data data/swissprot.h5        all arms, with one seed
+    python -m scripts.arms finalists --data data/swissprot.h5     the best arms and the baseline, with two seeds
 
-A run's name contains a hash of its overrides. Finished runs are not trained again. To resume an interrupted command,
-repeat it. Prints a Markdown table and adds the results to runs/screen.json or runs/finalists.json.
+Finalists are trained on 4 times as many tokens. A run's name contains a hash of its overrides. Finished runs are not
+trained again. To resume an interrupted command, run the same command again. Prints a Markdown table and adds the
+results to runs/screen.json or runs/finalists.json.
 """
 
 import argparse
@@ -173,7 +173,10 @@ def train(name: str, arguments: list[str], threads: int, base: Path = Path()) ->
 
 
 def paired(row: dict[str, Any], other: dict[str, Any]) -> str:
-    """Return the bound of `row` minus that of `other` in nats/residue, with the standard error of paired sequences."""
+    """Return the bound of `row` minus the bound of `other` in nats/residue, with its standard error, as text.
+
+    The two runs are compared sequence by sequence.
+    """
     difference, error = per_residue(np.array(row["nats"]) - np.array(other["nats"]), np.array(row["lengths"]))
     return f"{difference:+.4f} ± {error:.4f}"
 
@@ -184,7 +187,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="a store written by `python -m protlig_dd.prepare`")
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--tokens", type=int, default=16384, help="tokens in a step")
-    parser.add_argument("--residues", type=float, default=20e6, help="training tokens of a run; finalists get 4 times as many")
+    parser.add_argument("--residues", type=float, default=20e6, help="training tokens of a screen run")
     parser.add_argument("--jobs", type=int, default=1, help="runs trained at the same time")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of each run")
     parser.add_argument("--only", nargs="+", default=[], help="names of the arms to train; default: all")

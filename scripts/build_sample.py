@@ -30,8 +30,10 @@ from statistics import mean, median
 
 DEBIAN_INPUT = Path("/usr/share/doc/mmseqs2/example-data/DB.fasta.gz")
 LETTERS = set("ACDEFGHIKLMNPQRSTVWYXBZJUO")
-CHECKS = (("validation", "train"), ("test", "train"), ("test", "validation"))  # sequences with a hit are dropped from the first
-HELD_OUT, LARGEST = 0.05, 0.01  # fractions of all sequences: in a held-out split, in its largest component
+# splits to search against each other; sequences with a hit are dropped from the first split of a pair
+CHECKS = (("validation", "train"), ("test", "train"), ("test", "validation"))
+# fractions of all sequences: size of a held-out split, and maximum size of a component in a held-out split
+HELD_OUT, LARGEST = 0.05, 0.01
 CLUSTER = ["--min-seq-id", "0.5", "-c", "0.8", "--cov-mode", "1"]
 SEARCH = ["-s", "7.5", "-e", "1e-3", "--alignment-mode", "3"]  # mode 3 computes identities exactly
 
@@ -77,7 +79,7 @@ class Mmseqs:
         return name
 
     def hits(self, queries: set[int], targets: set[int]) -> list[tuple[int, int, float]]:
-        """Return (query, target, identity) of all hits of a search. --max-seqs allows each query to hit every target."""
+        """Return (query, target, identity) of all hits of a search. --max-seqs allows hits to every target."""
         files = [self.write("queries", queries), self.write("targets", targets), "hits", "tmp"]
         columns = ["--format-output", "query,target,fident", "--max-seqs", str(len(targets) + 1)]
         rows = self.call("easy-search", *files, *SEARCH, *columns, result="hits")

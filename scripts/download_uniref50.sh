@@ -5,9 +5,9 @@
 #
 # A broken connection is resumed automatically. To resume a stopped download, run the same command again.
 # uniref50.fasta.gz.release, next to the file, records the release's number, size, MD5 and address. A partial download
-# of another release, a wrong size or a wrong MD5 is an error; nothing is deleted.
+# of another release, a wrong size or a wrong MD5 is an error; no file is deleted.
 #
-# UNIREF_URL sets another folder: a mirror, or UniProt's folder of UniRef90 with UNIREF_NAME=uniref90.fasta.gz.
+# UNIREF_URL sets the address of another folder, such as a mirror. For UniRef90, also set UNIREF_NAME=uniref90.fasta.gz.
 # UNIREF_WAIT sets the seconds between attempts (default 5).
 set -euo pipefail
 case " $* " in *" -h "* | *" --help "*) sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;; esac
@@ -23,7 +23,7 @@ name=${UNIREF_NAME:-uniref50.fasta.gz}
 folder=${1:-data}
 final=$folder/$name part=$folder/$name.part
 mkdir -p "$folder"
-exec 9< "$folder" # locked, so that a second download into this folder fails
+exec 9< "$folder" # the next line locks the folder, so that a second download into the folder fails
 ! command -v flock > /dev/null || flock -n 9 || fail "another download into $folder is running"
 
 metalink=$(curl -fsSL --retry 3 "$url/RELEASE.metalink") || fail "cannot read $url/RELEASE.metalink"
@@ -43,7 +43,7 @@ size=$(sed -n 's/^size=//p' <<< "$release")
 md5=$(sed -n 's/^md5=//p' <<< "$release")
 release+=$'\n'"url=$url/$name"
 
-same_release() { # FILE: fail unless the downloaded FILE is of this release
+same_release() { # fail unless the downloaded file $1 is of this release
     local had
     had=$(cat "$1.release" 2> /dev/null) || fail "$1 exists, but $1.release does not; move $1 aside and start again"
     [ "$(head -n 3 <<< "$had")" = "$(head -n 3 <<< "$release")" ] ||
@@ -78,7 +78,8 @@ done
 echo "checking the MD5 of $size bytes"
 found=$("$python" -c 'import hashlib, sys; print(hashlib.file_digest(open(sys.argv[1], "rb"), "md5").hexdigest())' "$part")
 [ "$found" = "$md5" ] || fail "$part has MD5 $found, release $number has $md5; move it aside and start again"
-cp "$part.release" "$final.release" # in this order, a kill between two lines leaves a state that the next start accepts
+# the next two lines are in this order so that, after a kill between them, the next run of this script accepts the files
+cp "$part.release" "$final.release"
 mv "$part" "$final"
 rm -f "$part.release"
 echo "$final: release $number"

@@ -6,8 +6,8 @@
 
 Small runs are disturbed, relaunched until they finish, and compared with undisturbed runs. Weights, averaged weights
 and optimizer state must be bit-identical, and every step must have read the same sequences. Prints a Markdown table;
-the exit code is 1 if a run did not survive a fault, or if a fault was never tried. The script mounts small disks (tmpfs)
-in a private mount namespace, which needs root or the right to create user namespaces.
+the exit code is 1 if a run did not survive a fault, or if a fault was never tried. The script mounts small disks in a
+private mount namespace (as tmpfs), which needs root or the right to create user namespaces.
 """
 
 import argparse

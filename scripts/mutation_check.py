@@ -6,8 +6,8 @@
 
 A mutation is a planted fault. It survives if no test fails. The faults are planted in copies of the checkout, so the
 checkout itself is not changed. Results are saved in a file and reused while the code, the tests and the mutation are
-unchanged. To resume an interrupted check, repeat the command. Prints two Markdown tables; the exit code is 1 if a
-mutation survives, and 2 if a mutation cannot be tested.
+unchanged. To resume an interrupted check, run the same command again. Prints two Markdown tables; the exit code is 1 if
+a mutation survives, and 2 if a mutation cannot be tested.
 """
 
 import argparse

@@ -94,8 +94,8 @@ def shrink(picture: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", type=Path, default=Path("runs/demo"), help="run folder (default: runs/demo)")
-    parser.add_argument("--output", type=Path, default=Path("docs/pictures"), help="output folder (default: docs/pictures)")
-    parser.add_argument("--only", choices=PICTURES, nargs="+", default=PICTURES, help="pictures to write (default: all)")
+    parser.add_argument("--output", type=Path, default=Path("docs/pictures"), help="folder (default: docs/pictures)")
+    parser.add_argument("--only", choices=PICTURES, nargs="+", default=PICTURES, help="pictures to make (default: all)")
     arguments = parser.parse_args()
     page = arguments.run / "report.html"
     if "report" in arguments.only and not page.is_file():

@@ -56,12 +56,12 @@ if ! "$venv/bin/python" -m pip --version > /dev/null 2>&1; then
 fi
 compile=--compile
 if [ -n "$extras" ] && [ -z "${PYTHONDONTWRITEBYTECODE:-}" ]; then
-    compile=--no-compile # compiling all modules takes a third of the installation time, and the tests import only some of them
+    compile=--no-compile # compiling takes a third of the installation time, and the tests import only some modules
 fi
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check $compile -c constraints.txt -e ".$extras"
-if [ $compile = --no-compile ]; then # the tests' processes import these at the same time, and each would compile them
+if [ $compile = --no-compile ]; then # compile now, because otherwise each test process would compile the same modules
     site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
     "$venv/bin/python" -m compileall -qq -j 0 -x 'packages/.*/tests?/' \
-        "$site"/{torch,sympy,scipy,numpy,matplotlib} || true # one file of torch needs a newer Python
+        "$site"/{torch,sympy,scipy,numpy,matplotlib} || true # one file of torch does not compile without a newer Python
 fi
 echo "$want $extras" > "$stamp"
