@@ -144,8 +144,8 @@ def overrides(arm: Sequence[str], size: str, *, data: Path, residues: float, tok
 def train(name: str, arguments: list[str], threads: int, base: Path = Path()) -> dict[str, Any]:
     """Train a run unless it is finished, and return its results, or {"error": message} if training failed.
 
-    The results are those of report.json, the number of training tokens, the peak memory, and the bound in nats and the
-    length of each validation sequence.
+    The results are those of report.json, the number of residues seen in training, the peak memory, and the bound in
+    nats and the length of each validation sequence.
 
     Args:
         arguments: config overrides.
@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="a store written by `python -m protlig_dd.prepare`")
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--tokens", type=int, default=16384, help="tokens in a step")
-    parser.add_argument("--residues", type=float, default=20e6, help="training tokens of a screen run")
+    parser.add_argument("--residues", type=float, default=20e6, help="training tokens of a run in the round `screen`")
     parser.add_argument("--jobs", type=int, default=1, help="runs trained at the same time")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of each run")
     parser.add_argument("--only", nargs="+", default=[], help="names of the arms to train; default: all")

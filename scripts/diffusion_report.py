@@ -1,10 +1,10 @@
-"""Measure the samplers, graphs and likelihood estimators, and print the tables of docs/diffusion.md and likelihood.md.
+"""Measure the samplers, graphs and likelihood estimators, and print tables of docs/diffusion.md and likelihood.md.
 
 Run from the repository root, in the project's environment:
 
     python -m scripts.diffusion_report samplers     # samples of toy distributions against the exact ones (minutes)
     python -m scripts.diffusion_report graphs       # test-set bounds of the demo with each graph (7 to 10 minutes each)
-    python -m scripts.diffusion_report likelihood --run runs/graph_absorbing    # variance of its bound (minutes)
+    python -m scripts.diffusion_report likelihood --run runs/graph_absorbing    # variance of the run's bound (minutes)
 
 A bound is an upper bound on the negative log-likelihood of proteins, in nats per residue.
 """
@@ -218,7 +218,9 @@ def main() -> None:
     command.add_argument("--chains", type=int, default=50_000)
     command.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20, 50, 100, 300])
     command = commands.add_parser("graphs", help="train the demo with each graph, in runs/graph_*; print the bounds")
-    command.add_argument("--steps", type=int, help="number of training steps; default: those of the demo")
+    command.add_argument(
+        "--steps", type=int, help="number of training steps, for a quick try; default: those of the demo"
+    )
     command = commands.add_parser("likelihood", help="print the variance of the estimators of the bound")
     command.add_argument("--run", type=Path, required=True, help="a run on the bundled proteins, or its checkpoint")
     command.add_argument("--proteins", type=int, default=20)

@@ -48,7 +48,7 @@ RANKS = {1: (), 2: TWO}
 
 @dataclass
 class Tally:
-    """Counts the trials of a fault, and the trials that the run survived, which means that nothing was lost."""
+    """Counts the trials of a fault, and how many of them the run survived. A run survives if nothing is lost."""
 
     fault: str
     tried: int = 0

@@ -78,7 +78,7 @@ done
 echo "checking the MD5 of $size bytes"
 found=$("$python" -c 'import hashlib, sys; print(hashlib.file_digest(open(sys.argv[1], "rb"), "md5").hexdigest())' "$part")
 [ "$found" = "$md5" ] || fail "$part has MD5 $found, release $number has $md5; move it aside and start again"
-# the next two lines are in this order so that, after a kill between them, the next run of this script accepts the files
+# after a kill between two of the next three lines, the next run of this script accepts the files
 cp "$part.release" "$final.release"
 mv "$part" "$final"
 rm -f "$part.release"

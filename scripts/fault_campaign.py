@@ -80,7 +80,7 @@ def kill_rank(campaign: Campaign) -> Tally:
 def terminate(campaign: Campaign) -> Tally:
     """Send SIGTERM to a run in one process and to the launcher of a run with two ranks, and resume both runs.
 
-    A run survives if it stops with exit code 75 each time and in the end is bit-identical to the undisturbed run.
+    A run survives a trial if it stops with exit code 75 and in the end is bit-identical to the undisturbed run.
     """
     tally = Tally("SIGTERM")
     slowest = 0.0

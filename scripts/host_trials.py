@@ -1,4 +1,4 @@
-"""Train on two simulated hosts that have different settings or lose their connection, and check the results.
+"""Train on two simulated hosts that differ (settings, data, clocks) or lose their connection; check the results.
 
     python -m scripts.host_trials             run all trials of docs/multinode.md (a few minutes)
     python -m scripts.host_trials cut-long    run only the trial cut-long

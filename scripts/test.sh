@@ -3,7 +3,7 @@
 #
 #   scripts/test.sh                   all tests except those marked `system` (Slurm, MMseqs2, browser, g++) or `campaign`
 #   scripts/test.sh -m "not slow"     the quick tests, to run after each edit
-#   scripts/test.sh --all             every test, as in .ci/run; scripts/setup.sh --dev --system installs their programs
+#   scripts/test.sh --all             every test, as in .ci/run; scripts/setup.sh --dev --system installs the programs
 #   scripts/test.sh [arguments]       other arguments are passed to pytest, as in scripts/test.sh tests/test_noise.py -x
 set -euo pipefail
 case " $* " in *" -h "* | *" --help "*) sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;; esac

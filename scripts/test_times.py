@@ -1,9 +1,11 @@
-"""Print what each group of tests checks and how long it takes, as in the table of docs/testing.md.
+"""Print what each group of tests checks and how long the group takes, as in the table of docs/testing.md.
 
-scripts/test.sh --junitxml=times.xml
-scripts/test.sh -m "system or campaign" --hypothesis-profile=thorough --junitxml=rest.xml
-python -m scripts.test_times times.xml rest.xml           the groups, as a Markdown table
-python -m scripts.test_times times.xml --slowest 20
+    scripts/test.sh --junitxml=times.xml
+    scripts/test.sh -m "system or campaign" --hypothesis-profile=thorough --junitxml=rest.xml
+    python -m scripts.test_times times.xml rest.xml           a Markdown table with a row for each group
+    python -m scripts.test_times times.xml --slowest 20       the 20 slowest tests
+
+The first two commands run the tests and write the XML files.
 """
 
 import argparse
@@ -25,27 +27,28 @@ class Group(NamedTuple):
     checks: str
     files: tuple[str, ...]
     tests: tuple[str, ...] = ()
-    """Prefixes of test names, for single tests of a file whose other tests are in another group."""
+    """Prefixes of test names. They are set if other tests of the same files belong to another group."""
 
 
 GROUPS = (
     Group(
         "Slurm",
-        "a real Slurm requeues a job at its time limit and when preempted; the run ends bit-identical to an "
+        "a real Slurm requeues a job at its time limit and after preemption; the run ends bit-identical to an "
         "undisturbed run",
         ("test_clusters",),
         ("test_a_slurm_job",),
     ),
     Group(
         "browser",
-        "pages in Chromium at two widths, light and dark: overflow, contrast, hover and network requests",
+        "in Chromium, at two widths, in light and dark mode: pages do not overflow, texts have enough contrast, values "
+        "appear under the pointer, and nothing is fetched from the network",
         ("test_report_page",),
         ("test_pages_in_a_browser",),
     ),
     Group(
         "MMseqs2",
         "the bundled splits share no homologs; `split.check=mmseqs` removes held-out proteins that resemble training "
-        "proteins; judge finds relatives of samples",
+        "proteins; `judge` finds training proteins that resemble samples",
         ("test_build", "test_judge", "test_readme"),
         (
             "test_bundled_held_out",
@@ -56,7 +59,7 @@ GROUPS = (
     ),
     Group(
         "compiler",
-        "a compiled run has the losses of an eager run, and compiles once for packs of all sizes",
+        "a compiled run has the same losses as an eager run, and compiles only once for packs of all sizes",
         ("test_training",),
         ("test_a_compiled_run",),
     ),
@@ -68,12 +71,12 @@ GROUPS = (
     ),
     Group(
         "README commands",
-        "every command of the README, in order, in a copy of the repository with an empty HOME",
+        "every command of the README works; the commands run in order, in a copy of the repository with an empty HOME",
         ("test_readme",),
     ),
     Group(
         "maths",
-        "graphs, noise, scores, losses, bounds and samplers against brute force and exact models",
+        "graphs, noise, scores, losses, bounds and samplers agree with brute force and exact models",
         ("test_graph", "test_noise", "test_rates", "test_score", "test_loss", "test_likelihood", "test_sampling"),
     ),
     Group(
@@ -84,24 +87,27 @@ GROUPS = (
     ),
     Group(
         "mixers",
-        "test-time training equals gradient steps in float64; each block can have its own mixer; earlier configs "
-        "with one mixer are still read",
+        "the mixers of test-time training compute the same as plain gradient steps in float64; each block can have its "
+        "own mixer; earlier configs with one mixer for all blocks are still read",
         ("test_mixers", "test_ttt"),
     ),
     Group(
         "kinds of networks",
-        "position encodings by their formulas and on every backend; every kind is trained, exported and used",
+        "position encodings follow their formulas on every backend; networks of every kind can be trained, exported "
+        "and used",
         ("test_positions", "test_kinds_of_networks"),
     ),
     Group(
         "data",
-        "FASTA to store: every fault is a one-line error, any flipped bit is detected, a kill leaves no partial store",
+        "from FASTA to store: every wrong input is a one-line error, any flipped bit of a store is detected, a kill "
+        "leaves no partial store",
         ("test_fasta", "test_encode", "test_tokenizer", "test_build", "test_store", "test_prepare", "test_download"),
     ),
     Group(
         "training and resume",
-        "stop + resume is bit-identical to an undisturbed run; a run does not resume with another config, "
-        "other data or other weights; optimizers; a model can be trained from the installed package alone",
+        "a run that was stopped and resumed ends bit-identical to an undisturbed run; a run does not resume with "
+        "another config, other data or other weights; optimizers follow their formulas; a model can be trained from "
+        "the installed package alone",
         (
             "test_training",
             "test_trainer",
@@ -115,8 +121,8 @@ GROUPS = (
     ),
     Group(
         "faults and DDP",
-        "signals, time limits, lost ranks and loaders, damaged checkpoints; 1, 2 and 4 processes "
-        "give the same run; ranks whose configs or stores differ are rejected",
+        "signals and time limits stop a run with a checkpoint; errors name lost ranks and loaders; damaged checkpoints "
+        "are skipped; 1, 2 and 4 processes give the same run; ranks whose configs or stores differ are rejected",
         ("test_faults", "test_meeting"),
     ),
     Group(
@@ -127,12 +133,13 @@ GROUPS = (
     ),
     Group(
         "schedulers",
-        "submitit, PBS and the Slurm launcher's config",
+        "jobs of submitit and PBS continue after their time limit; Hydra composes the config of the Slurm launcher",
         ("test_clusters",),
     ),
     Group(
         "using a model",
-        "sample, infill, evaluate, judge, variants, embed, linear probe, export and hub, a look inside a model",
+        "the commands `sample`, `infill`, `evaluate`, `judge`, `variants`, `embed` and `export`; the linear probe; a "
+        "model can be pushed to a hub and pulled; attention maps, hooks and single sampling steps in Python",
         (
             "test_sample",
             "test_infill",
@@ -148,29 +155,31 @@ GROUPS = (
     ),
     Group(
         "report page",
-        "the page shows the contents of the run's files, and escapes them",
+        "the page shows the contents of the run's files, and escapes HTML in them",
         ("test_report_page", "test_metrics"),
     ),
     Group(
         "configs and command line",
-        "every config composes, every wrong config is a one-line error; help, exit codes, output errors",
+        "every config composes; every wrong config is a one-line error; help explains every key; a run that cannot "
+        "print continues; an error names a file that cannot be written",
         ("test_configs", "test_environment", "test_output", "test_warm"),
     ),
     Group(
         "scripts and docs",
-        "benchmarks print the tables of the docs; a fault planted in the code makes a test fail; set-up",
+        "benchmarks print the tables of the docs; `mutation_check` plants a fault in the code and names the test "
+        "that fails; a second run of `scripts/setup.sh` does nothing unless a requirement has changed",
         ("test_scripts", "test_architecture", "test_setup", "test_testing"),
     ),
     Group(
         "earlier versions",
-        "seeded runs give the figures in the golden record, bit for bit on the machine that made it; files of earlier "
-        "versions can be read, and their runs resumed",
+        "seeded runs give the figures that an earlier version recorded, bit for bit on the machine of the record; "
+        "files of earlier versions can be read, and their runs can be resumed",
         ("test_golden",),
     ),
     Group(
         "structure",
-        "which modules may import which; annotated shapes are enforced; runs with and without "
-        "PROTLIG_TYPECHECK=1 do not share bytecode",
+        "modules import only lower layers; wrong shapes are errors with PROTLIG_TYPECHECK=1; runs with and without "
+        "this variable do not share bytecode",
         ("test_layering", "test_typecheck"),
     ),
 )
@@ -189,7 +198,7 @@ def group_of(file: str, test: str) -> Group:
 
 
 def read_times(path: Path) -> list[tuple[str, str, float]]:
-    """Return file, test and seconds (including set-up and tear-down) of each test that ran, from JUnit XML."""
+    """Read JUnit XML, and return (file, test, seconds) of each test that ran. Seconds include set-up and tear-down."""
     found = []
     for case in ElementTree.parse(path).iter("testcase"):
         if case.find("skipped") is None:
