@@ -1,4 +1,6 @@
-"""Print the bound of 23 training proteins of a store, computed as one of several processes (for test_faults).
+"""Print the NLL bound of 23 training proteins of a store.
+
+The process is one of several that compute the bound together. test_faults.py starts them:
 
 python -m tests.bound_on_rank STORE RENDEZVOUS RANK WORLD_SIZE
 """
@@ -20,7 +22,7 @@ from tests.conftest import make_model
 
 
 def main(path: str, rendezvous: str, rank: int, world_size: int) -> None:
-    """Join the other processes through the file `rendezvous`, and print the summary of all proteins."""
+    """Join the other processes through the file `rendezvous`, and print the bound's summary over all proteins."""
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
     store, graph = SequenceStore(path), Absorbing(20)
     dataset = PackDataset(store, store.split("train")[:23], max_len=60, tokens_per_pack=130, seed=None)

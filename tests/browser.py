@@ -12,7 +12,7 @@ from typing import Any
 
 
 class Browser:
-    """One tab.
+    """One tab of a running Chromium.
 
     `problems` collects errors and warnings of the console and errors of scripts. `requests` collects every requested
     URL.
@@ -77,7 +77,7 @@ class Browser:
         return json.loads(message)
 
     def note(self, event: dict[str, Any]) -> None:
-        """Record what an event reports."""
+        """Record an event in `loaded`, `requests` or `problems`. Other events are ignored."""
         method, parameters = event.get("method"), event.get("params", {})
         if method == "Page.loadEventFired":
             self.loaded = True
@@ -93,7 +93,7 @@ class Browser:
 
 @contextlib.contextmanager
 def chromium(profile: Path) -> Iterator[Browser]:
-    """Start a browser with an empty profile; it ends with the block."""
+    """Start Chromium with the profile folder `profile`, and yield a tab. Chromium ends with the `with` block."""
     (commands_in, commands), (answers, answers_out) = os.pipe(), os.pipe()
     flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe"]
     # Chromium expects the protocol's pipes as descriptors 3 and 4

@@ -1,7 +1,8 @@
-"""An independent reference for the diffusion: dense float64 matrices and enumeration.
+"""An independent reference for the diffusion, computed with dense float64 matrices and by enumeration of all states.
 
-It uses none of the formulas of protlig_dd.diffusion. A toy is a joint distribution p0 over a few sites with a few
-states each. The absorbing state is the last index.
+It does not use the formulas of protlig_dd.diffusion. A toy is a joint distribution p0 over a few sites with n states
+each. S is the number of states of a noised site. It is n, or n + 1 for the absorbing graph, whose last state is the
+mask.
 """
 
 import functools
@@ -14,7 +15,10 @@ from torch import Tensor
 
 
 def rate_matrix(graph: str, n: int) -> Tensor:
-    """Return the (S, S) rates in the row convention; `substitution` is a random reversible matrix with mean rate 1."""
+    """Return the rates Q of shape (S, S). Q[i, j] is the rate i -> j, and rows sum to 0.
+
+    For `substitution` Q is a random reversible matrix with mean rate 1.
+    """
     if graph == "substitution":
         generator = torch.Generator().manual_seed(n)
         pi = torch.rand(n, generator=generator, dtype=torch.float64) + 0.2
@@ -46,10 +50,13 @@ def equilibrium(graph: str, n: int) -> Tensor:
 
 
 def score_entropy(graph: str, n: int, sigma: float, log_score: Tensor, xt: int, x0: int) -> tuple[float, float]:
-    """Return sum_{y != x} Q[y, x] ( s_y - r_y log s_y + K(r_y) ) with r_y = P[x0, y] / P[x0, x].
+    """Return the score entropy of one token, and the largest absolute value of its terms.
 
-    Also return the largest absolute term of the sum, because float32 errors are proportional to it. log_score has n
-    entries.
+    With x = `xt` the score entropy is sum_{y != x} Q[y, x] (s_y - r_y log s_y + K(r_y)). Here r_y = P[x0, y] / P[x0, x]
+    and K(r) = r (log r - 1). float32 errors are proportional to the largest term.
+
+    Args:
+        log_score: log s_y for each of the n states y.
     """
     rates, p = rate_matrix(graph, n)[:, xt].tolist(), transition(graph, n, sigma)[x0].tolist()
     log_s = log_score.tolist()
@@ -65,26 +72,33 @@ def score_entropy(graph: str, n: int, sigma: float, log_score: Tensor, xt: int, 
 
 @dataclass
 class Toy:
-    """A joint distribution over `sites` sites of `n` states; its marginals, scores and posteriors by enumeration."""
+    """A joint distribution p0 over `sites` sites with `n` states each.
+
+    The methods compute marginals, scores and posteriors by enumeration.
+    """
 
     graph: str
     n: int
     sites: int
     p0: Tensor
-    """(n,) * sites, sums to 1."""
+    """The probability of each combination of states, of shape (n,) * sites. It sums to 1."""
 
     def marginal(self, sigma: float) -> Tensor:
-        """Return p_t, of shape (S,) * sites: P applied to every site."""
+        """Return p_t, the distribution of x_t at total noise `sigma`, of shape (S,) * sites.
+
+        It is p0 with P(sigma) applied to every site.
+        """
         p = transition(self.graph, self.n, sigma)[: self.n]
         out = self.p0
-        for _ in range(self.sites):  # contract the first axis, append the noised one
+        for _ in range(self.sites):  # sum over the first axis, x0 at one site, and append the axis of x_t
             out = torch.tensordot(out, p, dims=([0], [0]))
         return out
 
     def log_score(self, xt: Tensor, sigma: float) -> Tensor:
-        """Return the exact log p_t(x with site l set to y) / p_t(x), of shape (batch, sites, n), for states x = `xt`.
+        """Return the exact log-scores log(p_t(x') / p_t(x)) of x = `xt`, of shape (batch, sites, n).
 
-        It is 0 where y is the state of x at the site, and for every y at an unmasked site of the absorbing graph.
+        x' is x with one site set to the state y. The log-score is 0 if y is the state of x at this site, and at
+        unmasked sites of the absorbing graph.
         """
         log_p = self.marginal(sigma).log()
         changed = xt[:, None, None, :].repeat(1, self.sites, self.n, 1)  # (batch, site, y, sites)
@@ -107,7 +121,7 @@ class Toy:
 
 
 def prior(graph: str, n: int, sigma_max: float) -> Tensor:
-    """Return the distribution (S,) from which sampling starts, at the noise sigma_max."""
+    """Return the distribution of shape (S,) from which sampling starts, at the total noise `sigma_max`."""
     if graph != "absorbing":
         return equilibrium(graph, n)
     out = torch.full((n + 1,), math.exp(-sigma_max) / n, dtype=torch.float64)

@@ -46,7 +46,7 @@ from .warm import READ_BY_LIBRARIES, Process, Server, start_server
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# .ci/run uses `thorough` (scripts/test.sh --all)
+# `scripts/test.sh --all`, which .ci/run calls, selects the profile `thorough`
 settings.register_profile("thorough", max_examples=60, deadline=None, derandomize=True, print_blob=True)
 settings.register_profile("project", settings.get_profile("thorough"), max_examples=20)
 settings.load_profile("project")
@@ -75,7 +75,10 @@ def proteins() -> list[FastaRecord]:
 
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
-    """Return a function that fills a folder once and returns its path. Test processes share it: do not change it."""
+    """Return a function that fills a folder once and returns the folder's path.
+
+    All test processes share the folder, so tests must not change it.
+    """
     base = tmp_path_factory.getbasetemp()
     root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
@@ -102,7 +105,7 @@ def store(proteins: list[FastaRecord], made_once: MadeOnce) -> SequenceStore:
 
 
 def make_store(path: Path, proteins: list[FastaRecord], *, train: int, held_out: int) -> None:
-    """Build a store of the first proteins: `train` to train on, and `held_out` each for validation and testing."""
+    """Build a store of the first `proteins`: `train` to train on, then `held_out` each for validation and testing."""
     records, inputs = iter(proteins), {}
     for split in SPLITS:
         inputs[split] = path.with_name(f"{split}.fasta")
@@ -112,7 +115,11 @@ def make_store(path: Path, proteins: list[FastaRecord], *, train: int, held_out:
 
 
 def marked(record: FastaRecord, designed: int = 12) -> str:
-    """Return the record as FASTA in lower case, except for `designed` residues in its first half."""
+    """Return the record as FASTA. Its residues are lower case, except for `designed` consecutive ones.
+
+    A third of the lower-case residues are before the upper-case residues. A protein with at most `designed` residues is
+    all upper case.
+    """
     start = max(0, len(record.sequence) - designed) // 3
     middle, end = record.sequence[start : start + designed], record.sequence[start + designed :]
     return f">{record.id} {record.description}\n{record.sequence[:start].lower()}{middle}{end.lower()}\n"
@@ -120,7 +127,7 @@ def marked(record: FastaRecord, designed: int = 12) -> str:
 
 @pytest.fixture(scope="session")
 def marked_store(proteins: list[FastaRecord], made_once: MadeOnce) -> SequenceStore:
-    """The proteins of `store` in lower case, except for 12 residues of each."""
+    """A store with the proteins and splits of `store`. In each protein, all residues except 12 are lower case."""
 
     def fill(folder: Path) -> None:
         rows, inputs = iter(proteins), {split: folder / f"{split}.fasta" for split in SPLITS}
@@ -152,7 +159,7 @@ TRAINED = [
 
 @pytest.fixture(scope="session")
 def trained_run(store: SequenceStore, python: Command, made_once: MadeOnce) -> Path:
-    """The folder of a run of 40 steps on `store`, for the verbs that use a model."""
+    """The folder of a run of 40 steps on `store`, for tests of the commands that use a model."""
 
     def fill(folder: Path) -> None:
         process = python("-m", "protlig_dd.training", *TRAINED, f"data.path={store.path}", cwd=folder)
@@ -162,9 +169,11 @@ def trained_run(store: SequenceStore, python: Command, made_once: MadeOnce) -> P
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Return the number of test processes: one per core, and one more with --all, but at most 4.
+    """Return the number of test processes.
 
-    The additional process is useful because tests of schedulers and hanging ranks, which --all includes, mostly wait.
+    PYTEST_XDIST_AUTO_NUM_WORKERS is used if it is set. Otherwise the number is one per core, plus one with `--all`, but
+    at most 4. The additional process is useful because `--all` includes tests of schedulers and of hanging ranks, which
+    mostly wait.
     """
     requested = os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS")
     return (
@@ -182,14 +191,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def graph_of(name: str, n: int) -> Graph:
-    """Return the graph `absorbing`, `uniform`, or `substitution` with the rates of brute_force."""
+    """Return a graph of n states: `absorbing`, `uniform` or `substitution`.
+
+    `substitution` has the rates of `brute_force.rate_matrix`.
+    """
     if name == "substitution":
         return SubstitutionGraph(brute_force.rate_matrix(name, n).numpy())
     return {"absorbing": Absorbing, "uniform": Uniform}[name](n)
 
 
 def exact_score_fn(toy: brute_force.Toy, parametrisation: str = "log_score") -> ScoreFn:
-    """Return a ScoreFn with the toy's exact scores, for sequences of `toy.sites` residues, <bos> and <eos> optional."""
+    """Return a ScoreFn with the exact scores of the toy.
+
+    Its sequences have `toy.sites` residues, either all with <bos> and <eos> or all without.
+    """
     graph = graph_of(toy.graph, toy.n)
     states = torch.cartesian_prod(*[torch.arange(toy.n + (toy.graph == "absorbing"))] * toy.sites).view(-1, toy.sites)
     # the states of a sequence are the digits of its row number in `states`
@@ -197,7 +212,7 @@ def exact_score_fn(toy: brute_force.Toy, parametrisation: str = "log_score") -> 
 
     @functools.lru_cache(maxsize=4096)
     def table(sigma: float) -> torch.Tensor:
-        """Return logits (states, sites, n)."""
+        """Return the logits that give the exact scores at total noise `sigma`, of shape (states, sites, n)."""
         if parametrisation == "x0":
             return toy.posterior(states, sigma).log()
         flat = states.reshape(-1)
@@ -233,7 +248,7 @@ SMALL_MODEL: dict[str, Any] = {
 
 
 def composed(*overrides: str, name: str = "train") -> DictConfig:
-    """Compose a shipped config with overrides, like a command line."""
+    """Compose the shipped config `name` with overrides, as a command line does."""
     with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
         return hydra.compose(name, list(overrides))
 
@@ -245,7 +260,10 @@ def train_config(*overrides: str) -> TrainConfig:
 
 
 def make_model(*, dropout: float = 0.0, seed: int = 0, **options: Any) -> DiT:
-    """Return a small DiT. All weights are random, even those that are initially zero, so that every path matters."""
+    """Return a small DiT. All weights are random, even those that a new model sets to zero.
+
+    So every part of the network affects the output.
+    """
     torch.manual_seed(seed)
     timed = options.pop("time_conditioning", True)
     config = ModelConfig(**{**SMALL_MODEL, "dropout": dropout, **options})
@@ -264,7 +282,10 @@ SERVER = pytest.StashKey[Server]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Start the interpreter from which all test processes fork, and restore SIGHUP."""
+    """Restore the default action of SIGHUP. If there are several test processes, start the `libraries` interpreter.
+
+    All test processes then run commands in forks of this interpreter.
+    """
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, processes inherit an ignored SIGHUP, but tests send it
     if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
         config.stash[SERVER] = start_server()
@@ -283,7 +304,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def libraries(request: pytest.FixtureRequest) -> Iterator[Server]:
-    """The interpreter that has imported the libraries. Its forks import the package as a new interpreter does."""
+    """The interpreter that has imported only the libraries. Its forks import the package, as a new interpreter does."""
     shared = getattr(request.config, "workerinput", {}).get("server")
     server = Server(READ_BY_LIBRARIES, os.environ, shared) if shared else start_server()
     yield server
@@ -292,10 +313,10 @@ def libraries(request: pytest.FixtureRequest) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def warm(libraries: Server) -> Iterator[Server]:
-    """The interpreter that has imported the package too. Its forks do not import it again."""
+    """The interpreter that has imported the libraries and the package. Its forks do not import them again."""
     server = libraries.import_package(ROOT, os.environ)
     try:
-        server.connect().close()  # wait for its imports, as its executable does not
+        server.connect().close()  # wait until the imports have finished; the server's `executable` does not wait
         yield server
     finally:
         server.close()
@@ -303,15 +324,15 @@ def warm(libraries: Server) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def python(warm: Server, libraries: Server) -> Command:
-    """Run `python ARGUMENTS` in a folder.
+    """Return a function that runs `python ARGUMENTS` in the folder `cwd` and returns the completed process.
 
     A module (`-m`) and the processes that it starts run in forks of an interpreter that has imported the package
     (tests/warm.py).
 
-    A program (`-c`), or a module with `new=True`, imports the package itself and starts new interpreters. It runs in a
-    fork of an interpreter that has imported only the libraries, or in a new interpreter if `environment` sets a
-    variable that libraries read at import. Use `-c` or `new=True` to test effects of the import, and variables that
-    the package reads at import.
+    A program (`-c`), or a module with `new=True`, imports the package itself, and the Python processes that it starts
+    are new interpreters. It runs in a fork of an interpreter that has imported only the libraries. If `environment`
+    sets a variable that libraries read at import, it runs in a new interpreter. Use `-c` or `new=True` to test effects
+    of the import, and variables that the package reads at import.
     """
 
     def run(*arguments: str, cwd: Path, new: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -329,7 +350,7 @@ def python(warm: Server, libraries: Server) -> Command:
 
 @pytest.fixture
 def run_python(python: Command, tmp_path: Path) -> Command:
-    """Like `python`, but `cwd` is the test's empty folder by default."""
+    """Return a function like that of `python`, which by default runs in `tmp_path`, the test's temporary folder."""
 
     def run(*arguments: str, cwd: Path = tmp_path, **options: Any) -> subprocess.CompletedProcess[str]:
         return python(*arguments, cwd=cwd, **options)
@@ -339,7 +360,10 @@ def run_python(python: Command, tmp_path: Path) -> Command:
 
 @pytest.fixture
 def start(warm: Server, libraries: Server, tmp_path: Path) -> Iterator[Start]:
-    """Like `run_python`, but do not wait. The process has a new session, and is killed if it outlives the test."""
+    """Return a function that starts `python ARGUMENTS` and returns the process without waiting for its end.
+
+    The process has a session of its own. If it has not ended when the test ends, its process group is killed.
+    """
     started: list[Process] = []
 
     def start_process(*arguments: str, new: bool = False, cwd: Path = tmp_path) -> Process:
@@ -359,17 +383,17 @@ def start(warm: Server, libraries: Server, tmp_path: Path) -> Iterator[Start]:
 
 @pytest.fixture
 def spawned_in_forks(warm: Server) -> Iterator[None]:
-    """Processes that the test itself spawns run in forks."""
+    """Let the processes that a test spawns with multiprocessing run in forks of `warm`."""
     multiprocessing.set_executable(str(warm.executable))
     yield
     multiprocessing.set_executable(sys.executable)
 
 
-RESUMES = "; the same command resumes the run, unless it sets run.fresh=true"  # end of the message of a stopped run
+RESUMES = "; the same command resumes the run, unless it sets run.fresh=true"  # the message of a stopped run ends so
 
 
 def assert_one_line_error(process: subprocess.CompletedProcess[str], *parts: str) -> None:
-    """Check for exit code 1 and one line on stderr that contains the parts."""
+    """Check that the exit code is 1 and stderr is one line, which starts with `error: ` and contains all `parts`."""
     assert process.returncode == 1, process.stdout + process.stderr
     lines = process.stderr.strip().splitlines()
     assert len(lines) == 1, process.stderr
@@ -393,7 +417,10 @@ def free_port() -> int:
 
 
 def node_of_two() -> list[str]:
-    """Return Python's arguments that start torchrun on one of two nodes. They connect over the loopback interface."""
+    """Return the arguments of `python` that start torchrun on one of two nodes.
+
+    The two nodes connect over the loopback interface.
+    """
     return [
         "-m",
         "torch.distributed.run",
@@ -406,12 +433,12 @@ def node_of_two() -> list[str]:
 
 
 def require_program(name: str) -> None:
-    """If a system program is not installed, skip the test, or fail it with PROTLIG_REQUIRE_SYSTEM=1."""
+    """Skip the test if a system program is not installed. With PROTLIG_REQUIRE_SYSTEM=1 the test fails instead."""
     require(shutil.which(name) is not None, f"{name} is not installed (scripts/setup.sh --system)")
 
 
 def require(available: bool, message: str) -> None:
-    """If a requirement is not available, skip the test, or fail it with PROTLIG_REQUIRE_SYSTEM=1."""
+    """Skip the test if a requirement is not available. With PROTLIG_REQUIRE_SYSTEM=1 the test fails instead."""
     if not available and os.environ.get("PROTLIG_REQUIRE_SYSTEM") == "1":
         pytest.fail(message)
     if not available:
@@ -420,9 +447,11 @@ def require(available: bool, message: str) -> None:
 
 @contextlib.contextmanager
 def raises_value_error(message: str) -> Iterator[None]:
-    """Expect a ValueError whose message matches. With PROTLIG_TYPECHECK=1 jaxtyping may reject the shape first.
+    """Expect a ValueError in which the regular expression `message` is found.
 
-    test_typecheck.py repeats these tests without PROTLIG_TYPECHECK, so that both errors are tested.
+    With PROTLIG_TYPECHECK=1 an error of jaxtyping is accepted too, because jaxtyping may reject an argument first.
+    test_typecheck.py runs all tests that use this function again with PROTLIG_TYPECHECK=0, so that both errors are
+    tested.
     """
     checked = os.environ.get("PROTLIG_TYPECHECK") == "1"
     with pytest.raises((ValueError, TypeCheckError) if checked else ValueError) as error:

@@ -1,4 +1,6 @@
-"""Push a model to a hub or pull one, in a separate process because huggingface_hub reads its settings on import.
+"""Push a model to a hub, or pull a model.
+
+Tests run this module in a separate process, because huggingface_hub reads its settings on import:
 
 python -m tests.hub_client push FOLDER REPOSITORY
 python -m tests.hub_client pull REPOSITORY FOLDER

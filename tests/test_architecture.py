@@ -1,4 +1,7 @@
-"""The driver that measures the kinds of networks: what it trains, resumes, records and prints."""
+"""Tests of `python -m scripts.architecture`, which compares kinds of networks: what it trains, records and prints.
+
+A kind of network is called an arm. The arms differ in the position encoding, the mixers, the MLP or tied weights.
+"""
 
 import json
 import re
@@ -47,7 +50,10 @@ def few(tmp_path_factory: pytest.TempPathFactory, proteins: list[FastaRecord]) -
 
 @pytest.fixture
 def trainings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Train a small network in this process; return the list of the runs that were trained, with an entry for each."""
+    """Let the command train small networks in this process. Return the names of the trained runs.
+
+    The list grows by one entry for each training.
+    """
     names: list[str] = []
 
     def train(name: str, arguments: list[str], threads: int, base: Path) -> dict[str, Any]:
@@ -66,7 +72,10 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def drive(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Drive:
-    """Run the command in this process with a budget of two steps; return its exit code."""
+    """Return a function that runs a part of the command in this process and returns the exit code.
+
+    The function passes `--steps 2` to every part except `tables` and `robustness`.
+    """
 
     def run(part: str, *options: str) -> int:
         budget = () if part in ("tables", "robustness") else ("--steps", "2")
@@ -88,7 +97,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def table_rows(text: str) -> list[list[str]]:
-    """Return the cells of the printed table rows, without heading and rule."""
+    """Return the cells of the printed table rows, without the heading and the line of dashes below the heading."""
     lines = [line for line in text.splitlines() if line.startswith("|")]
     return [line.strip("| ").split(" | ") for line in lines[2:]]
 
@@ -129,7 +138,7 @@ def test_an_interrupted_command_resumes_and_trains_no_run_twice(
     assert drive(*command) == 130
     assert [(row["arm"], row["seed"]) for row in rows_of(tmp_path)] == [("rope", 0)]
     with (tmp_path / "results.jsonl").open("a") as file:
-        file.write('{"part": "bounds", "arm"')  # a partial line, left by a kill
+        file.write('{"part": "bounds", "arm"')  # a partial line, as a killed process leaves it
     monkeypatch.setattr(runs, "train", train)
     capsys.readouterr()
     assert drive(*command) == 0
@@ -258,8 +267,10 @@ def test_the_tables_contain_means_over_seeds_and_paired_differences(capsys: pyte
     print_tables(rows)
     text = capsys.readouterr().out
     assert text.startswith("\n```\ndo bounds\n```\n\n7 steps; 2 test proteins, 40 residues; nats/residue\n")
-    # t5: means 20, 68, so 88 / 40; residuals -2 and 2, error sqrt(2 * 8) / 40. Difference: -10, -18; residuals -3, 3.
-    # rope: means 110/3, 302/3, so 412/120; residuals 7/3 and -7/3.
+    # t5: over the seeds the two proteins have mean nats of 20 and 68, so the bound is 88 / 40. The residuals are -2 and
+    # 2, so the standard error is sqrt(2 * 8) / 40. The mean differences to rope with the same seeds are -10 and -18,
+    # with residuals -3 and 3.
+    # rope: the mean nats are 110/3 and 302/3, so the bound is 412/120. The residuals are 7/3 and -7/3.
     assert table_rows(text)[:2] == [
         [BASELINE_LABEL, "1,234", "3", "3.4333 ± 0.1167", "", "1.7000", "2.50"],
         ["`positions=t5`", "1,234", "2", "2.2000 ± 0.1000", "-0.7000 ± 0.1500", "0.4000", "1.50"],

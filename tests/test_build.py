@@ -43,7 +43,10 @@ def write_fasta(path: Path, *records: tuple[str, str]) -> Path:
 
 
 def test_a_hit_is_near_if_the_alignment_covers_either_sequence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """MMseqs2's columns are query, identity, and coverage of query and target. The best hit of a query is first."""
+    """The columns of MMseqs2's output are query, identity, coverage of the query, and coverage of the target.
+
+    The best hit of each query comes first.
+    """
     lines = ["0 0.95 0.9 0.3", "1 0.95 0.3 0.9", "2 0.95 0.79 0.79", "3 0.49 1 1", "4 0.5 0.8 0", "5 0.9 0.1 0.1",
             "5 0.6 0.9 0.9", "6 0.9 0.9 0.9", "6 0.2 0.1 0.1"]  # fmt: skip
     monkeypatch.setattr(mmseqs, "_search", lambda *arguments: [line.split() for line in lines])
@@ -77,7 +80,7 @@ def test_building_in_pieces_of_any_size_gives_the_same_store(
 ) -> None:
     file = write_fasta(tmp_path / "a.fasta", *((r.id, r.sequence) for p in (proteins, proteins[:90]) for r in p))
     text = file.read_text()
-    for i, record in enumerate(proteins[:90]):  # the second copies get other ids
+    for i, record in enumerate(proteins[:90]):  # the second copies of the first 90 proteins get other ids
         start = text.rindex(f">{record.id}\n")
         text = f"{text[:start]}>copy{i}\n{text[start + len(record.id) + 2 :]}"
     file.write_text(text)
@@ -227,7 +230,10 @@ def test_repeated_rows_are_found(values: list[int]) -> None:
 
 
 def test_sequences_that_share_half_a_hash_are_not_duplicates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The low halves of hashes are compared too. If the hashes of ids collide, the ids are compared."""
+    """Two sequences are duplicates only if both halves of their hashes are equal.
+
+    If the hashes of two ids collide, the ids themselves are compared.
+    """
 
     def colliding_sequences(encoded: EncodedBlock) -> np.ndarray:
         digests = original(encoded)
@@ -331,7 +337,7 @@ def test_bundled_held_out_proteins_have_no_homolog_in_training(tmp_path: Path) -
 
 
 def mutated(sequence: str, fraction: float, seed: int) -> str:
-    """Return the sequence with this fraction of its residues replaced by random ones."""
+    """Return the sequence with the fraction `fraction` of its residues replaced by random residues."""
     rng = np.random.default_rng(seed)
     letters = np.array(list(sequence))
     positions = rng.permutation(len(letters))[: round(fraction * len(letters))]
@@ -341,7 +347,10 @@ def mutated(sequence: str, fraction: float, seed: int) -> str:
 
 @pytest.fixture
 def families(tmp_path: Path, proteins: list[FastaRecord]) -> dict[str, Path]:
-    """Training and held-out proteins. Some held-out proteins are similar to a training or another held-out protein."""
+    """A FASTA file for each split.
+
+    Some held-out proteins are similar to a training protein or to another held-out protein.
+    """
     parents = [record.sequence for record in proteins if 150 < len(record.sequence) < 400][:20]
     apart = [record.sequence for record in proteins if 150 < len(record.sequence) < 400][20:30]
     near, near_again, far, half = (mutated(parents[i], fraction, i) for i, fraction in enumerate((0.2, 0.3, 0.9, 0.2)))
@@ -507,7 +516,7 @@ def bundled_store_size(folder: Path) -> int:
 def test_a_folder_that_another_process_has_just_locked_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another process may lock the folder and begin to write just before its files are listed."""
+    """Another process may lock the folder and begin to write just before this process lists the folder's files."""
     folder, original = tmp_path / ".x.h5.partial", Path.iterdir
     folder.mkdir()
     locks = []

@@ -1,4 +1,7 @@
-"""Runs under schedulers: a real Slurm on loopback, submitit's local executor, and PBS commands replaced by scripts."""
+"""Tests of runs under schedulers: a real Slurm on this machine, submitit's local executor, and PBS.
+
+Scripts replace the commands of PBS.
+"""
 
 import contextlib
 import json
@@ -31,12 +34,15 @@ LONG = (*LONG, "trainer.eval_max_sequences=4", "data.tokens_per_pack=400", "data
 
 @pytest.fixture(autouse=True)
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Turn off type checks, which take half of the time to start a process. Other tests run the same code with them."""
+    """Turn off type checks, which take half of the time to start a process.
+
+    Other tests run the same code with type checks.
+    """
     monkeypatch.setenv("PROTLIG_TYPECHECK", "0")
 
 
 def last_step(run: Path) -> int:
-    """Return the last step in metrics.jsonl, whose last line may be incomplete."""
+    """Return the last step in metrics.jsonl, or 0 if there is none. The file's last line may be incomplete."""
     file = run / "metrics.jsonl"
     steps = re.findall(r'"step": (\d+),', file.read_text()) if file.is_file() else []
     return int(steps[-1]) if steps else 0
@@ -72,7 +78,7 @@ PartitionName=high Nodes=n1,n2 PriorityTier=10 PreemptMode=OFF
 
 @pytest.fixture
 def slurm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The folder of a Slurm with two nodes on this machine. Jobs of the partition `high` preempt those of `low`."""
+    """The folder of a Slurm that runs two nodes on this machine. Jobs of the partition `high` preempt those of `low`."""
     require_program("slurmctld")
     require(os.geteuid() == 0, "starting Slurm needs root")
     folder = Path(tempfile.mkdtemp(prefix="slurm", dir="/tmp"))  # a socket's path must be short
@@ -133,7 +139,7 @@ def forks_in_jobs(warm: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Give Slurm jobs an environment whose python runs modules in forks."""
     monkeypatch.setenv("PROTLIG_VENV", str(warm.executable.parent))
     monkeypatch.setenv("PYTHON_EXEC", str(warm.executable))
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")  # n1, the name from scontrol, does not resolve
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")  # the node name n1, which scontrol prints, cannot be resolved
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")  # both nodes are this machine
     (warm.executable.parent / "bin").mkdir(exist_ok=True)
     python = warm.executable.parent / "bin/python"
@@ -173,7 +179,7 @@ def test_a_slurm_job_is_requeued_at_its_time_limit_and_when_preempted(
     start_now(job)
     wait_for(lambda: state_of(job)[0] not in ("PENDING", "RUNNING", "COMPLETING"))
     assert state_of(job) == ("COMPLETED", 2), (tmp_path / "out").read_text()
-    assert not (tmp_path / "runs/try.1").exists()  # run.fresh=true only applies to the first start
+    assert not (tmp_path / "runs/try.1").exists()  # run.fresh=true only applies to the job's first start
     train(run_python, store, "undisturbed", *LONG, "trainer.devices=2")
     assert_bit_identical(run, tmp_path / "runs/undisturbed")
     bounds = [
@@ -228,8 +234,9 @@ def test_a_slurm_job_whose_nodes_lost_contact_is_requeued(
     os.kill(int(first), signal.SIGTERM)
     wait_for((tmp_path / "runs/lost/stopped.json").is_file)
     time.sleep(1)
-    with contextlib.suppress(ProcessLookupError):  # the second may have ended when it lost the first one's store
-        os.kill(int(second), signal.SIGKILL)  # otherwise it waits five minutes for the first
+    # the second torchrun may have ended already, because it lost the connection to the first
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(int(second), signal.SIGKILL)  # otherwise the second torchrun waits five minutes for the first
     wait_for(lambda: state_of(job) == ("PENDING", 1))
     assert (
         "the nodes lost contact and stopped with a checkpoint; the job is queued again"
@@ -240,7 +247,7 @@ def test_a_slurm_job_whose_nodes_lost_contact_is_requeued(
 def test_a_submitit_sweep_continues_after_its_time_limit(
     run_python: Command, start: Start, store: SequenceStore, tmp_path: Path
 ) -> None:
-    """submitit sends SIGUSR2 to a job at its time limit, and restarts it."""
+    """submitit sends SIGUSR2 to a job at the job's time limit, and then restarts the job."""
     fewer = ("trainer.max_steps=100", "trainer.eval_every=0")
     swept = ["-m", "protlig_dd.training", "-m", *overrides_for(store, "swept", *LONG, *fewer), "optim.lr=3e-4,1e-3"]
     sweep = start(*swept, "hydra/launcher=submitit_local")

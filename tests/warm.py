@@ -1,8 +1,9 @@
 """Start `python -m MODULE` in milliseconds, as a fork of an interpreter that has imported the modules already.
 
 A fork is a separate process: it has its own folder, environment, output, signals and exit code, and does not affect
-other tests. It saves the import of torch, Hydra and scipy, which takes most of a command's time. There are two
-interpreters to fork from. One has imported the libraries; the other, a fork of the first, the package too.
+other tests. A fork saves the import of torch, Hydra and scipy, which takes most of a command's time. There are two
+interpreters to fork from. The first has imported the libraries. The second is a fork of the first, and has imported
+the package too.
 
     libraries = start_server()
     warm = libraries.import_package(ROOT, os.environ)
@@ -11,10 +12,10 @@ interpreters to fork from. One has imported the libraries; the other, a fork of 
     process.send_signal(signal.SIGTERM)
     output, errors = process.communicate(timeout=60)
 
-The first runs this file as `python warm.py libraries SOCKET NAME ...`. It ends when its standard input closes, at the
-latest when the process that started it ends. The second ends with the process that called `import_package`. With
-PYTHON_EXEC=warm.executable in a command's environment, the processes that the command starts are forks too: modules
-started by torchrun or with sys.executable, and processes spawned by multiprocessing.
+The first interpreter runs this file as `python warm.py libraries SOCKET NAME ...`. It ends when its standard input
+closes, and so at the latest when the process that started it ends. The second interpreter ends with the process that
+called `import_package`. With PYTHON_EXEC=warm.executable in a command's environment, the processes that the command
+starts are forks too: modules started by torchrun or with sys.executable, and processes spawned by multiprocessing.
 """
 
 import atexit
@@ -46,15 +47,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-# Variables that libraries read at import, so that setting them for a fork would have no effect.
+# Environment variables that libraries read at import. Setting them for a fork would have no effect.
 READ_BY_LIBRARIES = ("TORCH_LOGS", "TORCH_COMPILE_DISABLE", "MPLCONFIGDIR")
 # READ_BY_LIBRARIES, and variables that the package reads at import. The package also reads PROTLIG_TYPECHECK at import.
 # That variable is not in the list: a fork has shape checks if the tests have them, and setting the variable for a fork
 # affects only the new interpreters that the fork starts.
 READ_BY_PACKAGE = (*READ_BY_LIBRARIES, "PYTHONPATH")
-# Commands use one thread unless they set more, and waiting threads do not keep a core busy.
+# Forks use one thread unless their environment sets OMP_NUM_THREADS, and waiting threads do not keep a core busy.
 THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-# Libraries that the package imports, some of them only when they are used. torch's optimizers import torch._dynamo.
+# Libraries that the package imports, at once or when it first needs them. torch's optimizers import torch._dynamo.
 LIBRARIES = (
     "Bio.Align.substitution_matrices",
     "beartype",
@@ -77,7 +78,7 @@ LIBRARIES = (
     "xxhash",
 )
 
-# A `python` that runs modules, programs and spawned processes in forks.
+# Script that replaces `python`: it runs modules, programs (-c) and processes spawned by multiprocessing in forks.
 EXECUTABLE = """#!/bin/sh
 [ "$1" = -u ] && shift
 case "$*" in
@@ -95,7 +96,8 @@ def start_server(
     """Start an interpreter that imports the libraries, but not the package.
 
     Args:
-        inside: a command that replaces itself with the command in its arguments, like unshare.
+        inside: a command, such as unshare, that replaces itself with the command in its last arguments. The interpreter
+            is started by this command.
     """
     server = Server(READ_BY_LIBRARIES, env)
     server.process = subprocess.Popen(
@@ -110,7 +112,9 @@ def start_server(
 
 
 class Server:
-    """An interpreter that forks. Its `executable` is a `python` that runs modules in forks.
+    """An interpreter that runs commands in forks of itself.
+
+    `executable` is a script that replaces `python`. It runs modules and programs in forks of this interpreter.
 
     Args:
         read: variables that the interpreter has read at import. A fork cannot change them.
@@ -129,7 +133,10 @@ class Server:
         self.process: subprocess.Popen[bytes] | Process | None = None
 
     def import_package(self, root: Path, env: Mapping[str, str]) -> "Server":
-        """Start a fork that also imports the package in the folder `root`. It ends with this process."""
+        """Start a fork that imports the package in the folder `root`, and return this fork as a new server.
+
+        The fork ends when the present process ends.
+        """
         server = Server(READ_BY_PACKAGE, env)
         arguments = ["-m", "tests.warm", "package", server.address]
         server.process = self.start(arguments, cwd=root, env=dict(env) | THREADS)
@@ -170,7 +177,7 @@ class Server:
         """Connect to the server, after waiting for its imports to finish.
 
         Raises:
-            RuntimeError: the server has ended. The message has its traceback if it wrote one.
+            RuntimeError: the server has ended. The message contains the server's traceback if the server wrote one.
         """
         deadline, failure = time.monotonic() + seconds, Path(f"{self.address}.failed")
         while True:
@@ -190,14 +197,14 @@ class Server:
 
     def close(self) -> None:
         if self.process is not None:
-            with contextlib.suppress(RuntimeError):  # the server that forked it has ended already
+            with contextlib.suppress(RuntimeError):  # the server that forked this process has ended already
                 self.process.kill()
                 self.process.communicate()
         self.folder.cleanup()
 
 
 class Process:
-    """The methods of subprocess.Popen that the tests use. Output goes to files."""
+    """A command in a fork, with the methods of subprocess.Popen that the tests use. Its output goes to files."""
 
     def __init__(self, connection: socket.socket, outputs: tuple[Any, Any], arguments: list[str]) -> None:
         self.connection, self.args = connection, arguments
@@ -235,7 +242,7 @@ class Process:
 
     def send_signal(self, number: signal.Signals) -> None:
         if self.poll() is None:
-            with contextlib.suppress(ProcessLookupError):  # it has just ended
+            with contextlib.suppress(ProcessLookupError):  # the process has just ended
                 os.kill(self.pid, number)
 
     def kill(self) -> None:
@@ -243,14 +250,14 @@ class Process:
 
 
 def send_request(connection: socket.socket, request: dict[str, Any], files: dict[int, int]) -> None:
-    """Request a fork in which this process's file descriptor `files[n]` is descriptor n."""
+    """Request a fork whose file descriptor n is this process's file descriptor `files[n]`."""
     message = json.dumps(request | {"files": list(files)}).encode()
     socket.send_fds(connection, [len(message).to_bytes(8, "big")], list(files.values()))
     connection.sendall(message)
 
 
 def run_command(address: str, arguments: list[str]) -> NoReturn:
-    """Run `python ARGUMENTS` in a fork with this process's environment and open files, and exit like the fork.
+    """Run `python ARGUMENTS` in a fork with this process's environment and open files. Exit with the fork's exit code.
 
     If this process is killed, so is the fork.
     """
@@ -276,7 +283,7 @@ def is_inheritable(file: int) -> bool:
 
 
 def exit_with(code: int) -> NoReturn:
-    """End this process with the exit code or, if the code is negative, by that signal."""
+    """End this process with the exit code. If the code is negative, end it by the signal -code."""
     if code < 0:
         if -code != signal.SIGKILL:
             signal.signal(-code, signal.SIG_DFL)
@@ -290,7 +297,10 @@ def import_libraries(names: Sequence[str]) -> None:
 
 
 def import_package() -> None:
-    """Import all subpackages of the package but not the verbs, and load Hydra's plugins and its parser's tables."""
+    """Import the subpackages of the package, but not the modules that are run as commands.
+
+    Also load Hydra's plugins and the tables of its parser.
+    """
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.plugins import Plugins
@@ -310,15 +320,16 @@ def import_package() -> None:
 
 
 def serve(address: str, until: TextIO | None = None) -> None:
-    """Fork for each connection, and send the fork's process id and, later, its exit code.
+    """Fork once for each connection. Send the fork's process id at once, and its exit code when the fork ends.
 
-    A fork whose connection closes is killed, as no process waits for it any more.
+    A fork whose connection closes is killed, because no process waits for this fork any more.
 
     Args:
-        until: a file; the server ends when it can be read or is closed.
+        until: a file. The server ends when this file has data or is closed.
     """
     for finalizer in weakref.finalize._registry:  # type: ignore[attr-defined]
-        finalizer.atexit = False  # skip the libraries' thousands; finalizers that a command adds still run at its end
+        # skip the libraries' thousands of finalizers; finalizers that a command adds still run when the command ends
+        finalizer.atexit = False
     gc.collect()
     gc.freeze()  # the collector writes to every object that it visits, which would copy memory pages in a fork
     wakeup, wakeup_writer = os.pipe()
@@ -397,7 +408,7 @@ def run_as_python(request: dict[str, Any], files: dict[int, int]) -> NoReturn:
     if request["new_session"]:
         os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    # to numbers from 1000, which dup2 does not overwrite
+    # move the files to descriptors from 1000, which dup2 does not overwrite
     moved = {n: fcntl.fcntl(file, fcntl.F_DUPFD, 1000) for n, file in files.items()}
     for file in files.values():
         os.close(file)
@@ -417,7 +428,7 @@ def run_as_python(request: dict[str, Any], files: dict[int, int]) -> NoReturn:
     sys.pycache_prefix = os.environ.get("PYTHONPYCACHEPREFIX") or None
     sys.executable = os.environ.get("PYTHON_EXEC", sys.executable)
     multiprocessing.set_executable(sys.executable)
-    # torch's launcher often inspects its stack; without this entry it would search all modules for runpy each time
+    # torch's launcher often inspects its stack; without this entry it would search all modules for runpy's file each time
     inspect.modulesbyfile[inspect.getabsfile(runpy.run_module)] = "runpy"
     code = 0
     try:
@@ -432,7 +443,7 @@ def run_as_python(request: dict[str, Any], files: dict[int, int]) -> NoReturn:
     except BaseException:
         traceback.print_exc()
         code = 1
-    # as an interpreter does before it exits
+    # what an interpreter does before it exits
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     sys.stdout.flush()
@@ -441,7 +452,7 @@ def run_as_python(request: dict[str, Any], files: dict[int, int]) -> NoReturn:
 
 
 def run_main(arguments: list[str]) -> None:
-    """Run `-m MODULE ...` or `-c PROGRAM ...`. Ignore options before `-c`, which multiprocessing adds."""
+    """Run `-m MODULE ...` or `-c PROGRAM ...`. Ignore the options that multiprocessing adds before `-c`."""
     if arguments[0] == "-m":
         sys.argv = ["-m", *arguments[2:]]
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
@@ -453,7 +464,7 @@ def run_main(arguments: list[str]) -> None:
 
 
 def import_and_serve(address: str, imports: Callable[[], None], until: TextIO | None = None) -> None:
-    """Import and serve; if that fails, write the traceback to a file beside the socket."""
+    """Call `imports`, then `serve`. If either fails, write the traceback to a file beside the socket."""
     try:
         imports()
         serve(address, until)

@@ -1,13 +1,13 @@
-"""Record the results of seeded runs, so that a later version can be compared with this one bit by bit.
+"""Record the results of seeded runs, so that later versions can be compared with this version bit by bit.
 
     python -m tests.golden.make FOLDER
 
 FOLDER must be empty. At the end the paths of a file and a folder are printed: copy both into tests/golden.
 
 All results come from the public commands, in float32 on one thread. `record.json` has, for each of three small
-models, the training losses, the bounds on the NLL of proteins, the samples and the infilled designs, and checksums of
-the weights, the variant scores and the embeddings. `files/` has a store, a run that was stopped half-way and an
-exported model. Later versions must be able to read all three, and to resume the run.
+models, the training losses, the bounds on the NLL of proteins, the samples and the infilled designs. It also has
+checksums of the weights, of the variant scores and of the embeddings. `files/` has a store, a run that was stopped
+half-way and an exported model. Later versions must be able to read all three, and to resume the run.
 """
 
 import hashlib
@@ -68,7 +68,7 @@ USE = ["device=cpu", "precision=fp32", f"seed={SEED}"]
 
 
 def machine() -> dict[str, str]:
-    """Return what the bits of a float32 result depend on: the kind of machine and the versions of libraries."""
+    """Return the kind of machine and the versions of libraries, because the bits of float32 results depend on them."""
     lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines() if platform.system() == "Linux" else []
     cpu = dict(line.replace("\t", "").split(": ", 1) for line in lines if ": " in line)
     kinds = [flag for flag in cpu.get("flags", "").split() if flag.startswith(("avx", "amx", "fma"))]
@@ -169,13 +169,13 @@ def record(command: Command, folder: Path, model: str) -> dict[str, Any]:
 
 
 def make_files(command: Command, folder: Path) -> None:
-    """Train a run that stops half-way, and export it."""
+    """Train a run that stops half-way, and export its model."""
     run(command, folder, "training", *SMALLER, "data.path=store.h5", f"trainer.stop_at_step={STEPS // 2}")
     run(command, folder, "export", "from=runs/stopped", "to=exported")
 
 
 def continued(command: Command, folder: Path) -> dict[str, Any]:
-    """Continue the run of `make_files`; return all its losses, and samples of the exported model."""
+    """Resume the run of `make_files`. Return the losses of all its steps, and samples of the exported model."""
     run(command, folder, "training", *SMALLER, "data.path=store.h5")
     rows = [json.loads(line) for line in (folder / "runs/stopped/metrics.jsonl").read_text().splitlines()]
     run(command, folder, "sample", *USE, "from=exported", "output=of_exported.fasta", "n=4", "lengths=40", "steps=8")
@@ -186,14 +186,14 @@ def continued(command: Command, folder: Path) -> dict[str, Any]:
 
 
 def run(command: Command, folder: Path, verb: str, *arguments: str) -> None:
-    """Run one verb; raise a RuntimeError with its stderr if it fails."""
+    """Run `python -m protlig_dd.VERB`. Raise a RuntimeError with the stderr of the command if it fails."""
     done = command("-m", f"protlig_dd.{verb}", *arguments, cwd=folder)
     if done.returncode:
         raise RuntimeError(f"{verb} {' '.join(arguments)}: {done.stderr}")
 
 
 def tensors_sha256(path: Path) -> str:
-    """Return the SHA-256 of a safetensors file's names and values."""
+    """Return the SHA-256 of the names and values of all tensors in a safetensors file."""
     tensors = load_file(path)
     return sha256(b"".join(name.encode() + tensors[name].tobytes() for name in sorted(tensors)))
 
