@@ -330,9 +330,9 @@ def python(warm: Server, libraries: Server) -> Command:
     (tests/warm.py).
 
     A program (`-c`), or a module with `new=True`, imports the package itself, and the Python processes that it starts
-    are new interpreters. It runs in a fork of an interpreter that has imported only the libraries. If `environment`
-    sets a variable that libraries read at import, it runs in a new interpreter. Use `-c` or `new=True` to test effects
-    of the import, and variables that the package reads at import.
+    are new interpreters. The command itself runs in a fork of an interpreter that has imported only the libraries. If
+    `environment` sets a variable that libraries read at import, the command itself runs in a new interpreter too. Use
+    `-c` or `new=True` to test effects of the import, and variables that the package reads at import.
     """
 
     def run(*arguments: str, cwd: Path, new: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -78,7 +78,7 @@ PartitionName=high Nodes=n1,n2 PriorityTier=10 PreemptMode=OFF
 
 @pytest.fixture
 def slurm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The folder of a Slurm that runs two nodes on this machine. Jobs of the partition `high` preempt those of `low`."""
+    """The folder of a Slurm that runs two nodes on this machine. Jobs in partition `high` preempt those in `low`."""
     require_program("slurmctld")
     require(os.geteuid() == 0, "starting Slurm needs root")
     folder = Path(tempfile.mkdtemp(prefix="slurm", dir="/tmp"))  # a socket's path must be short

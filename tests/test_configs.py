@@ -1,4 +1,7 @@
-"""The shipped configs compose, match the schema and state the right model sizes; also tests of the command line."""
+"""Tests of the shipped configs and of the command line.
+
+The configs compose, match the schema and state the right model sizes.
+"""
 
 import re
 from pathlib import Path
@@ -152,9 +155,10 @@ def test_presets_have_the_size_that_they_state(preset: str, millions: float) -> 
 
 @pytest.mark.parametrize("recipe", options("experiment"))
 def test_stop_within_is_long_enough_for_the_checkpoint_of_a_recipe(recipe: str) -> None:
-    """`stop_within` is more than twice the time to write the recipe's checkpoint.
+    """`stop_within` is more than twice the time that is needed to write the recipe's checkpoint.
 
-    This time is scaled from the medium model's in docs/reliability.md (2 CPU cores, Muon: 12 bytes per parameter).
+    This time is estimated from the table in docs/reliability.md, which has the time of the medium model on 2 CPU cores.
+    It is assumed to be proportional to the size of the checkpoint, which is 12 bytes per parameter with Muon.
     """
     table = (ROOT / "docs/reliability.md").read_text()
     (row,) = re.findall(r"^\| medium, 149 M \| ([\d,]+) \| [\d.]+ \| [\d.]+ \| ([\d.]+) \|", table, re.MULTILINE)
@@ -175,7 +179,10 @@ def test_changed_keys_name_both_values_and_leave_out_keys_that_may_change() -> N
 
 
 def test_a_change_of_a_key_that_a_file_leaves_out_is_shown_with_its_default(tmp_path: Path) -> None:
-    """Earlier versions do not have the key, and this version leaves it out at its default, so that they can read it."""
+    """Configs of earlier versions do not contain the key.
+
+    This version leaves the key out if the key has its default value, so that earlier versions can read the config.
+    """
     others = {
         "model.positions": "t5",
         "model.mixers": "ttt_linear",
@@ -201,7 +208,7 @@ def test_a_change_of_a_key_that_a_file_leaves_out_is_shown_with_its_default(tmp_
         (of_earlier_version[group] if group else of_earlier_version).pop(name, None)
         assert changed_keys(of_earlier_version, as_dict(other)) == [f"{key}: {defaults[key]} -> {value}"]
         assert changed_keys(of_earlier_version, as_dict(plain)) == []
-    assert all_settings({"trainer": {"epochs": 2}})["trainer.compile"] == "auto"  # earlier versions do not have it
+    assert all_settings({"trainer": {"epochs": 2}})["trainer.compile"] == "auto"  # earlier versions do not have the key
 
 
 def test_the_config_of_a_run_is_read_without_the_limits_on_new_values(tmp_path: Path) -> None:
@@ -446,9 +453,9 @@ def test_a_missing_path_is_reported_as_missing(
 
 
 def test_every_from_key_names_the_same_three_sources() -> None:
-    """The key's comment lists the sources, and --help prints it.
+    """The key's comment lists the sources, and --help prints this comment.
 
-    `export` is left out: it cannot export an exported model.
+    `export` is left out, because an exported model cannot be exported again.
     """
     found = [path for path in (ROOT / "configs").glob("*.yaml") if re.search("^from:", path.read_text(), re.MULTILINE)]
     assert len(found) == 7

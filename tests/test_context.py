@@ -1,4 +1,7 @@
-"""Context: residues that are given to the network, never noised and not in the loss, marked by the case of letters."""
+"""Tests of context: residues that the network reads, but that are never noised and not in the loss.
+
+The case of letters marks the context residues. All other residues are called designed.
+"""
 
 import gzip
 import itertools
@@ -84,7 +87,10 @@ def build(tmp_path: Path, sequences: list[str], name: str = "mixed") -> Sequence
 def test_a_store_of_one_case_is_the_store_of_its_upper_case_letters(
     tmp_path: Path, proteins: list[FastaRecord]
 ) -> None:
-    """It has none of the columns and manifest entries of the case, whichever case it is, and the same contents."""
+    """If no record has letters of both cases, the store does not keep the case.
+
+    Its contents are then the same for any case, and the columns and manifest entries for the case are absent.
+    """
     upper = build(tmp_path, [record.sequence for record in proteins], "upper")
     lower = build(tmp_path, [record.sequence.lower() for record in proteins], "lower")
     each = build(tmp_path, [r.sequence.lower() if i % 2 else r.sequence for i, r in enumerate(proteins)], "each")
@@ -93,7 +99,8 @@ def test_a_store_of_one_case_is_the_store_of_its_upper_case_letters(
         assert names == {"tokens", "offsets", "headers", "header_offsets", "split", "token_counts", "manifest"}
         columns = {name: file[name][:].tobytes() for name in names - {"manifest"}}
     ordered = ("tokens", "offsets", "headers", "header_offsets", "split", "token_counts")
-    text = " ".join(f"{name}={upper.checksums[name]}" for name in ordered)  # as before stores could keep the case
+    # the fingerprint is computed as before stores could keep the case
+    text = " ".join(f"{name}={upper.checksums[name]}" for name in ordered)
     assert upper.fingerprint == xxhash.xxh3_128_hexdigest(text.encode())
     for store in (lower, each):
         assert not store.has_case
@@ -189,7 +196,7 @@ def test_records_that_differ_only_in_case_are_duplicates_and_are_counted(tmp_pat
     sequences = ["MKVLWAAL", "mkvlWAAL", "MKVLwaal", "ACDEFGHI", "ACDEFGHI", "acdefghi"]
     path = write(tmp_path / "a.fasta", sequences)
     store = build_store([path], tmp_path / "a.h5")
-    assert [store.id(row) for row in range(len(store))] == ["p0", "p3"]  # the first of each, with its case
+    assert [store.id(row) for row in range(len(store))] == ["p0", "p3"]  # the first record of each sequence
     assert not store.has_case
     assert store.manifest["dropped"]["duplicates"] == 4
     assert store.manifest["repeated_in_other_case"] == 3
@@ -336,7 +343,10 @@ def test_context_is_unchanged_in_x_t_and_has_no_gradient(name: str, marked_store
 
 
 def test_the_loss_is_that_of_context_letters_with_another_input(marked_store: SequenceStore) -> None:
-    """With X for the context residues the noise and the weights are the same; a network that ignores its input too."""
+    """If X replaces the context residues, the noise and the loss weights stay the same.
+
+    The network of this test ignores its input, so the loss must stay the same too.
+    """
     group = StoreGroup([marked_store], "lower")
     batch = PackDataset(group, group.split("train"), max_len=60, tokens_per_pack=500, seed=0)[0]
     score_fn = ScoreFn(lambda noised, sigma: torch.zeros(len(noised.tokens), 20), Absorbing(), LogLinearNoise(), "x0")
@@ -348,14 +358,17 @@ def test_the_loss_is_that_of_context_letters_with_another_input(marked_store: Se
 
 
 def conditional(toy: brute_force.Toy, context: dict[int, int]) -> brute_force.Toy:
-    """Return the toy of the other sites given these states of the context sites."""
+    """Return the toy of the designed sites, given `context`, the states of the context sites: {site: state}."""
     index = tuple(context.get(site, slice(None)) for site in range(toy.sites))
     return brute_force.Toy(toy.graph, toy.n, toy.sites - len(context), toy.p0[index] / toy.p0[index].sum())
 
 
 @pytest.mark.parametrize("sites", [{1: 2}, {0: 1, 3: 0}])
 def test_the_exact_count_given_context_is_the_conditional_likelihood(sites: dict[int, int]) -> None:
-    """With the exact posterior, the average over all counts k and all masks of k residues is -log p(rest | context)."""
+    """The nats, averaged over all numbers k and all sets of k masked residues, are -log p(designed sites | context).
+
+    The network has the exact posterior.
+    """
     toy = brute_force.random_toy("absorbing", n=3, sites=4)
     score_fn = exact_score_fn(toy, "x0")
     free = [site for site in range(4) if site not in sites]
@@ -373,7 +386,7 @@ def test_the_exact_count_given_context_is_the_conditional_likelihood(sites: dict
 
 @pytest.mark.parametrize("name", GRAPHS)
 def test_the_integral_given_context_is_the_conditional_likelihood_to_a_millionth(name: str) -> None:
-    """Enumerate all x_t of the designed sites, with the exact scores given the clean context; sites are shuffled."""
+    """Enumerate all x_t of the designed sites 0 and 2. The scores are exact, given the clean context at site 1."""
     toy, sites = brute_force.random_toy(name, n=3, sites=3), {1: 2}
     rest, graph = conditional(toy, sites), graph_of(name, 3)
     noise, xt = exact_noise(graph), all_states(graph, 2)
@@ -386,7 +399,7 @@ def test_the_integral_given_context_is_the_conditional_likelihood_to_a_millionth
         def network(given: PackedBatch, sigma: Tensor) -> Tensor:
             tokens = given.tokens.view(-1, 3)
             assert bool((tokens[:, 1] == 2).all())  # the network reads the clean context
-            scores = torch.full((len(tokens), 3, 3), 7.0, dtype=torch.float64)  # at the context it does not matter
+            scores = torch.full((len(tokens), 3, 3), 7.0, dtype=torch.float64)  # scores at the context have no effect
             scores[:, [0, 2]] = rest.log_score(tokens[:, [0, 2]], float(sigma[0]))
             return scores.view(-1, 3)
 
@@ -410,7 +423,10 @@ def test_the_integral_given_context_is_the_conditional_likelihood_to_a_millionth
 def test_the_bound_given_context_agrees_with_that_of_infilled_residues(
     conditioned: bool, marked_store: SequenceStore
 ) -> None:
-    """`free_draws` draws its masks itself. A model trained with context gets the sigma of its free residues."""
+    """`free_draws` and `nll_bound` draw different masks, so the two bounds agree up to a few standard errors.
+
+    A model that was trained with context receives the sigma of the masked fraction of the free residues.
+    """
     group = StoreGroup([marked_store], "lower")
     rows = [row for row in group.split("train").tolist() if 60 < group.lengths[row] < 120][:12]
     tokens, contexts = [marked_store[row] for row in rows], [context_of(group, row) for row in rows]
@@ -535,7 +551,7 @@ def test_a_run_with_context_is_evaluated_and_infilled_with_it(
     assert {key: found["fasta"][key] for key in ("bound", "unigram", "bigram", "residues")} == {
         key: found["store"][key] for key in ("bound", "unigram", "bigram", "residues")
     }
-    # one upper-case record drawn from a file that has marks: context=auto does not depend on the draw
+    # only one of the two records has both cases; context=auto must not depend on which record is drawn
     (tmp_path / "few.fasta").write_text(f">plain\n{'ACDEFGHIKL' * 4}\n" + marked(proteins[380]))
     drawn = [read_proteins(tmp_path / "few.fasta", "test", 1, seed) for seed in range(8)]
     assert {found.ids[0] for found in drawn} == {"plain", proteins[380].id}
@@ -551,7 +567,7 @@ def test_a_run_with_context_is_evaluated_and_infilled_with_it(
     assert scanned.returncode == 0, scanned.stderr
     assert "warning: this model was trained to design parts of proteins given the lower-case residues" in scanned.stdout
 
-    # a run whose report is about other residues of the same proteins is not paired
+    # the page does not pair runs whose reports are about different residues of the same proteins
     shutil.copytree(tmp_path / "runs/given", tmp_path / "runs/other")
     pages = []
     for context in ("lower", "upper"):

@@ -63,8 +63,8 @@ def test_a_pack_gives_the_logits_and_gradients_of_its_sequences_one_at_a_time(
 def logits_by_formulas(model: DiT, tokens: torch.Tensor, sigma: float) -> torch.Tensor:
     """Return the logits of one sequence, computed from the named weights by the formulas of the papers.
 
-    These are adaLN of DiT (arXiv 2212.09748) with SEDD's sinusoids of sigma, the rotary encoding of RoFormer (arXiv
-    2104.09864) as products of complex numbers, and pre-norm residual blocks.
+    The formulas are adaLN of DiT (arXiv 2212.09748) with SEDD's sinusoids of sigma, the rotary encoding of RoFormer
+    (arXiv 2104.09864) as products of complex numbers, and pre-norm residual blocks.
     """
     w = {name: parameter.detach().double() for name, parameter in model.named_parameters()}
     width, heads, length = model.embedding.embedding_dim, model.blocks[0].mixer.n_heads, len(tokens)
@@ -91,7 +91,10 @@ def logits_by_formulas(model: DiT, tokens: torch.Tensor, sigma: float) -> torch.
         cond = silu(linear("sigma_embedding.mlp.2", hidden))
 
     def modulations(name: str, number: int) -> list[torch.Tensor | float]:
-        """Return shift, scale and gate of attention, then of the MLP; 0, 0 and 1 without time conditioning."""
+        """Return the first `number` of: shift, scale and gate of attention, shift, scale and gate of the MLP.
+
+        Without time conditioning shift and scale are 0, and the gate is 1. The head has only shift and scale.
+        """
         if cond is None:
             return [0.0, 0.0, 1.0, 0.0, 0.0, 1.0][:number]
         return list(linear(f"{name}.adaln", cond).chunk(number))
@@ -210,7 +213,7 @@ def test_invalid_model_dimensions_are_rejected(dimensions: dict[str, int], messa
 def test_the_whole_model_runs_on_fake_cuda_tensors(backend: str, dtype: torch.dtype, mixer: str) -> None:
     """Check shapes, dtypes and devices of the CUDA path without a GPU: every tensor must be on CUDA."""
     with FakeTensorMode(), torch.no_grad():
-        # build on the fake CPU and move by hand: initialisers, Module.to and autocast need a CUDA build of torch
+        # initialisers, Module.to and autocast need a CUDA build of torch, so build on the fake CPU and move by hand
         options = {"hidden_size": 64, "dropout": 0.1, "mixers": ["attention", mixer]}
         model = DiT(ModelConfig(**SMALL_MODEL | options), backend)
         for module in model.modules():
@@ -229,7 +232,7 @@ def test_the_whole_model_runs_on_fake_cuda_tensors(backend: str, dtype: torch.dt
 
 
 class TensorDevices(TorchDispatchMode):
-    """Record the kinds of device of all results."""
+    """Record in `found` the device types of all tensors that operations return."""
 
     def __init__(self) -> None:
         super().__init__()

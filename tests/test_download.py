@@ -1,4 +1,4 @@
-"""scripts/download_uniref50.sh with a local server that interrupts downloads."""
+"""Tests of scripts/download_uniref50.sh with a local server that interrupts downloads."""
 
 import contextlib
 import gzip
@@ -163,11 +163,13 @@ def test_a_download_killed_while_it_renames_its_files_is_completed(server: Serve
     assert download(server, tmp_path)[0] == 0
     folder = tmp_path / "d"
     record = (folder / f"{NAME}.release").read_text()
-    (folder / NAME).rename(folder / f"{NAME}.part")  # killed after it copied the record, before it renamed the file
+    # as if the download was killed after it copied the .release file, and before it renamed the downloaded file
+    (folder / NAME).rename(folder / f"{NAME}.part")
     (folder / f"{NAME}.part.release").write_text(record)
     assert download(server, tmp_path)[0] == 0
     assert names(folder) == [NAME, f"{NAME}.release"]
-    (folder / f"{NAME}.part.release").write_text(record)  # killed before it deleted this file
+    # as if the download was killed just before it deleted this file
+    (folder / f"{NAME}.part.release").write_text(record)
     assert download(server, tmp_path)[0] == 0
     assert len(server.requested_ranges) == 1
 

@@ -1,4 +1,7 @@
-"""Embeddings: windows and means against direct computation, any packing, both formats, several ranks, bad input."""
+"""Tests of embeddings: windows of long proteins and means are compared with direct computation.
+
+Packing and the number of ranks do not change the embeddings. Both file formats and bad input are tested too.
+"""
 
 import functools
 import itertools
@@ -35,7 +38,7 @@ LAYERS = 2
 
 @functools.cache
 def network(kind: str) -> tuple:
-    """Return a model and its score function. `kind` is `time-free`, or `conditioned` (on time)."""
+    """Return a model and its score function. `kind` is `time-free`, or `conditioned` for time conditioning."""
     graph: Graph = Absorbing() if kind == "time-free" else Uniform()
     model = make_model(time_conditioning=kind != "time-free", n_blocks=LAYERS, norm="rms").eval()
     return model, ScoreFn(model, graph, LogLinearNoise(), "x0", kind != "time-free")
@@ -137,12 +140,12 @@ def test_the_windows_of_a_very_long_protein_are_computed_in_packs(monkeypatch: p
     assert torch.allclose(whole[0], parts[0], atol=1e-5)
     seen.clear()
     embed(model, score_fn, encoded("MKVLAWGCDE" * 1200), layer=1, max_len=400)
-    assert len(seen) == 2  # 24,000 tokens with the default tokens_per_pack
+    assert len(seen) == 2  # the windows have 23,602 tokens, more than one pack of the default tokens_per_pack
     assert max(seen) <= 16_384
 
 
 def test_very_long_ids_fit_in_hdf5_and_are_an_error_in_npz(tmp_path: Path) -> None:
-    """HDF5 stores each id at its length; NPZ stores every id at the length of the longest."""
+    """HDF5 stores each id at its own length. NPZ stores every id at the length of the longest id."""
     ids = ["x" * 300_000, *(f"p{i}" for i in range(2000))]
     assert sum(map(len, ids_column(ids, tmp_path / "x.h5"))) == sum(map(len, ids))
     with pytest.raises(
@@ -166,7 +169,7 @@ def test_the_embed_command_writes_both_formats_on_any_number_of_ranks(
 ) -> None:
     train(run_python, store, "small", "trainer.max_steps=2", "trainer.device=cpu", "trainer.precision=fp32")
     sequences = {f"p/{i}": ProteinTokenizer().decode(store[i])[:150] for i in range(12)}
-    sequences["p/200"] = "MKVLA" * 40  # the longest that the model was trained on
+    sequences["p/200"] = "MKVLA" * 40  # 200 residues, the maximum without long=window
     text = "".join(f">{id_} kept out of the ids\n{sequence.lower()}\n" for id_, sequence in sequences.items())
     (tmp_path / "some.fasta").write_text(text)
     (tmp_path / "long.fasta").write_text(text + f">giant\n{'MKV' * 150}\n")

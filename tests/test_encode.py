@@ -15,7 +15,7 @@ SEQUENCES = st.lists(st.text(AMINO_ACIDS + CONTEXT_LETTERS, min_size=1, max_size
 
 
 def block_of(*bodies: bytes, ids: Sequence[bytes] = ()) -> FastaBlock:
-    """Return a block of these records, numbered as in the middle of a file."""
+    """Return a block of records with these bodies, as in the middle of a file: from record 11, line 101."""
     names = ids or [b"p%d" % i for i in range(len(bodies))]
     records = [b">%s\n%s\n" % (name, body.removesuffix(b"\n")) for name, body in zip(names, bodies, strict=True)]
     file = FastaFile("-")
@@ -39,7 +39,7 @@ def test_a_block_is_encoded_as_the_tokenizer_encodes_each_sequence(
 
 
 def test_hashes_never_change() -> None:
-    """Splits depend on the hashes of ids, and the search for duplicates on the hashes of sequences."""
+    """Splits depend on the hashes of ids. The search for duplicates depends on the hashes of sequences."""
     encoded = encode_block(block_of(b"MKV", b"mkv", b"MKVA"))
     assert encoded.id_hashes.tolist() == [xxhash.xxh3_64_intdigest(b"p%d" % i, ID_SEED) for i in range(3)]
     assert encoded.id_hashes[0] == 10300873757441738782

@@ -129,7 +129,7 @@ LARGE = f"import subprocess, sys; full = b'x' * (1 << 30); subprocess.run([sys.e
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not record the peak of one program")
 def test_the_peak_memory_of_a_process_does_not_contain_that_of_its_parent() -> None:
-    """The peak of `getrusage` does: a program inherits it from the one that started it."""
+    """The peak of `getrusage` does contain it, because a program inherits the peak of the program that started it."""
     alone, of_large_parent = (
         int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
         for code in (PEAK, LARGE)

@@ -1,4 +1,7 @@
-"""`python -m protlig_dd.evaluate`: its figures, compared with sums computed here, and its kinds of input."""
+"""Tests of `python -m protlig_dd.evaluate`: its figures and its kinds of input.
+
+The figures are compared with sums that are computed here.
+"""
 
 import csv
 import json
@@ -86,7 +89,7 @@ def test_the_nats_of_the_tokens_sum_to_the_bound() -> None:
 
 
 def test_masked_cross_entropy_is_the_sum_over_masked_residues() -> None:
-    """The logits depend on the position only, so a masked residue has the same cost whatever else is masked."""
+    """The logits depend on the position only, so the cost of a masked residue does not depend on the other residues."""
     tokens = torch.tensor([BOS, 3, 21, 5, 7, 0, 11, 2, EOS])
     batch, table = (
         PackedBatch.pack([tokens, tokens[:5]]),
@@ -111,7 +114,10 @@ def test_masked_cross_entropy_is_the_sum_over_masked_residues() -> None:
 
 
 def test_pooled_nats_are_the_weighted_sum_over_masked_residues() -> None:
-    """EvoDiff (analysis/sequence_perp.py) divides nats of masked residues by their number, without a factor L / k."""
+    """EvoDiff (analysis/sequence_perp.py) divides the nats of masked residues by the number of masked residues.
+
+    Unlike the exact-count bound, EvoDiff does not multiply the nats by L / k (residues / masked residues).
+    """
     tokens = torch.tensor([BOS, 3, 21, 5, 7, 0, 11, 2, EOS])
     batch = PackedBatch.pack([tokens, tokens[:5]])
     table = torch.randn(30, 20, generator=torch.Generator().manual_seed(1))
@@ -140,7 +146,10 @@ def test_pooled_nats_are_the_weighted_sum_over_masked_residues() -> None:
 
 
 def test_pooled_nats_equal_those_of_an_enumerated_model() -> None:
-    """A draw masks one of two sites, which is scored given the other, or both, which are scored independently."""
+    """A draw masks one or both of the two sites.
+
+    A single masked site is scored given the other site. Two masked sites are scored independently.
+    """
     toy, x0, copies = brute_force.random_toy("absorbing", n=3, sites=2), (2, 1), 400
     batch = PackedBatch.pack([torch.tensor(x0)] * copies)
     bound = nll_bound(
@@ -225,7 +234,10 @@ def test_the_order_agnostic_bound_differs_only_for_a_time_conditioned_model(
     ],
 )
 def test_the_draws_of_a_protein_depend_only_on_the_set_and_the_seed(graph: Graph, noise: Noise, estimator: str) -> None:
-    """A protein's masks and times do not depend on the packs or the order. Its bound only changes by rounding."""
+    """The masks and times of a protein do not depend on the packs or on the order of the proteins.
+
+    So its bound only changes by rounding.
+    """
     score_fn = ScoreFn(make_model(), graph, noise, "x0", time_conditioning=True)
     proteins = [random_batch([length], seed=length).tokens for length in (9, 30, 4)]
 
@@ -272,7 +284,7 @@ def test_the_positions_of_the_draws_are_stratified_over_the_set() -> None:
 def test_evaluate_and_the_report_page_have_the_same_figures(
     trained_run: Path, store: SequenceStore, tmp_path: Path, run_python: Command
 ) -> None:
-    """The run used packs of 1,200 tokens, this evaluation uses 5,000."""
+    """The report page was computed with packs of 1,200 tokens. This evaluation uses packs of 5,000 tokens."""
     command = [
         "-m",
         "protlig_dd.evaluate",
@@ -327,7 +339,7 @@ def test_two_models_are_compared_protein_by_protein(
         expected = ratio_and_error(values, residues)
         assert (report[name], report[f"{name}_se"]) == pytest.approx(expected, abs=1e-6)
     difference, error = ratio_and_error(nats - compared_nats, residues)
-    assert difference < 0  # 40 steps against 20
+    assert difference < 0  # 40 training steps give a lower bound than 20
     models = f"small, step 40, minus small, step 20 ({start})"
     line = f"{models}, paired difference: {difference:+.4f} ± {error:.4f} nats/residue"
     assert line in table
@@ -353,7 +365,7 @@ def test_a_letter_that_only_one_protein_contains_has_no_standard_error() -> None
 
 
 def ratio_and_error(nats: np.ndarray, count: np.ndarray) -> tuple[float, float]:
-    """Return the ratio of the totals, and its standard error over proteins."""
+    """Return total nats / total count, and the standard error of this ratio over proteins."""
     n, ratio = len(nats), nats.sum() / count.sum()
     residuals = nats - ratio * count
     return ratio, math.sqrt((residuals**2).sum() * n / (n - 1)) / count.sum()
@@ -492,7 +504,10 @@ def test_baselines_are_fitted_to_the_training_set_of_the_model(
 
 
 def test_find_copies_agrees_with_a_set_of_sequences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Most proteins have 1 to 13 residues. The twins differ from training proteins only in the two end residues."""
+    """Most proteins have 1 to 13 residues.
+
+    The proteins `twins` differ from training proteins only in the first and the last residue.
+    """
     monkeypatch.setattr(leaks, "ROWS_AT_ONCE", 7)
     generator = np.random.default_rng(0)
     text = ["".join(generator.choice(list("ACDX"), generator.integers(1, 14))) for _ in range(300)]
@@ -513,7 +528,7 @@ def test_training_proteins_are_counted_and_left_out_of_a_second_bound(
     trained_run: Path, store: SequenceStore, tmp_path: Path, run_python: Command
 ) -> None:
     decode = ProteinTokenizer().decode
-    # only the first 300 residues of this protein are scored, but all are compared with the training set
+    # only the first 300 residues of this protein are scored, but its whole sequence is compared with the training set
     long = next(i for i in store.split("train") if store.lengths[i] > 300)
     short = [i for i in store.split("test") if store.lengths[i] <= 300][:3]
     chosen = [0, 1, long, *short]
@@ -550,7 +565,10 @@ def test_training_proteins_are_counted_and_left_out_of_a_second_bound(
 def test_proteins_without_residues_do_not_stop_an_evaluation(
     trained_run: Path, store: SequenceStore, tmp_path: Path, run_python: Command
 ) -> None:
-    """The only protein with residues is a copy of a training protein, so none is left for the bound without copies."""
+    """Two of the three proteins have no known residue. The other is a copy of a training protein.
+
+    So no protein is left for the bound without copies.
+    """
     text = f">copy\n{ProteinTokenizer().decode(store[0])}\n>x\nXXX\n>y\nXXXX\n"
     (tmp_path / "held.fasta").write_text(text)
     command = ["-m", "protlig_dd.evaluate", f"from={trained_run}", "draws=2", "masked=false", "near=false"]

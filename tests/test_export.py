@@ -41,7 +41,7 @@ KINDS = {
 
 
 def rank(number: int) -> dict[str, str]:
-    """Environment variables that torchrun sets for one of two processes."""
+    """Return the environment variables that torchrun sets for rank `number` of two ranks."""
     return {"RANK": str(number), "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}
 
 
@@ -319,7 +319,10 @@ COMMIT = hashlib.sha1(b"one").hexdigest()
 
 @contextlib.contextmanager
 def hub_server() -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Serve the part of a hub's HTTP interface that an upload and a download use; yield its address and files."""
+    """Serve the part of a hub's HTTP interface that an upload and a download use.
+
+    Yield the server's address, and its files by name.
+    """
     files: dict[str, bytes] = {}
 
     class Handler(http.server.BaseHTTPRequestHandler):

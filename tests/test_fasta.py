@@ -94,7 +94,7 @@ MDIAIHHPWI*
 @pytest.mark.parametrize("first", ["", ">whole\nMKV\n"])
 @pytest.mark.parametrize("zipped", [False, True])
 def test_pir_is_rejected_with_a_command_that_converts_it(tmp_path: Path, first: str, zipped: bool) -> None:
-    """If PIR were read as FASTA, the first protein would begin with the letters of its description."""
+    """If PIR were read as FASTA, the sequences would begin with the letters of their descriptions."""
     text = (first + PIR).encode()
     (tmp_path / "x.pir").write_bytes(gzip.compress(text) if zipped else text)
     line = 3 if first else 1
@@ -104,7 +104,7 @@ def test_pir_is_rejected_with_a_command_that_converts_it(tmp_path: Path, first: 
     command = re.search(r'Bio\.SeqIO\.convert\("(.*?)", "(.*?)", "(.*?)", "(.*?)"\)', str(error.value))
     assert command is not None
     (tmp_path / command[1]).write_text(PIR)
-    with (tmp_path / command[1]).open() as file:  # Biopython would not close it
+    with (tmp_path / command[1]).open() as file:  # given a path, Biopython would not close the file
         Bio.SeqIO.convert(file, command[2], tmp_path / command[3], command[4])
     records = list(read_fasta(tmp_path / "out.fasta"))
     assert [record.id for record in records] == ["CRAB_ANAPL", "CRAB_BOVIN"]

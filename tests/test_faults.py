@@ -1,4 +1,7 @@
-"""Stopped and disturbed runs: signals, time limits, lost processes, damaged checkpoints, checkpoints of other runs."""
+"""Tests of stopped and disturbed runs.
+
+They cover signals, time limits, lost processes, damaged checkpoints and checkpoints of other runs.
+"""
 
 import json
 import math
@@ -79,12 +82,12 @@ def test_the_first_signal_counts_and_later_ones_are_ignored() -> None:
         try:
             os.kill(os.getpid(), signal.SIGTERM)
         finally:
-            for number in (signal.SIGTERM, signal.SIGUSR1):  # they may arrive while a checkpoint is written
+            for number in (signal.SIGTERM, signal.SIGUSR1):  # such signals may arrive while a checkpoint is written
                 os.kill(os.getpid(), number)
                 passed.append(number)
     assert passed == [signal.SIGTERM, signal.SIGUSR1]
     with pytest.raises(Stopped, match="SIGINT"), StopRequests(insist=False) as stop, stop.deferred():
-        # as sent by a launcher that is interrupted twice
+        # a launcher that is interrupted twice sends these signals
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
             os.kill(os.getpid(), number)
         assert requested_reasons(stop)[0] == "SIGINT"
@@ -146,7 +149,7 @@ def test_a_file_system_without_locks_gives_one_warning_for_each_folder(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """NFS and Lustre may be mounted without locks. The test locks a run's folder, builds a store and plans an epoch."""
+    """NFS and Lustre may be mounted without locks. This test locks a run's folder, builds a store and plans packs."""
 
     def fail(*arguments: object) -> None:
         raise OSError(number, os.strerror(number))
@@ -216,7 +219,10 @@ def stop_after_checkpoint(process: Process, run: Path, number: signal.Signals) -
 @pytest.mark.slow
 @pytest.mark.system
 def test_processes_on_one_machine_need_no_resolvable_host_name(store: SequenceStore, tmp_path: Path) -> None:
-    """Run with an unknown host name in a UTS namespace. A fork would keep the host name of its server."""
+    """Train in a UTS namespace with an unknown host name.
+
+    The run starts in a new interpreter, because a fork of a server would have the server's host name.
+    """
     require(may_mount(), "setting another host name needs root")
     options = overrides_for(store, "nameless", "trainer.max_steps=2", "trainer.devices=2", "optim.packs_per_step=2")
     command = " ".join([sys.executable, *TRAINING, *options, "trainer.timeout=60"])
@@ -367,7 +373,10 @@ def test_agents_that_receive_sigterm_one_after_the_other_both_stop(
 def train_with_time_limit(
     run_python: Command, overrides: Sequence[str], until: Callable[[str], object]
 ) -> subprocess.CompletedProcess[str]:
-    """Train with a time limit of 2 s. Double it until `until(stderr)` is true, because slow machines need longer."""
+    """Train with a time limit of 2 s, and return the completed process.
+
+    Until `until(stderr)` is true, repeat with twice the limit, up to 128 s, because slow machines need longer.
+    """
     for seconds in (2, 4, 8, 16, 32, 64, 128):
         process = run_python(*TRAINING, *overrides, f"trainer.max_time={seconds}s")
         assert process.returncode == 75, process.stderr
@@ -431,7 +440,7 @@ def test_a_time_limit_ends_a_run_with_a_checkpoint_and_exit_code_75(
 def test_the_error_for_a_lost_loader_process_names_step_rank_and_sequences(
     store: SequenceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: Start
 ) -> None:
-    # torch may raise this error at any moment; if a type check were running, it would report a wrong type instead
+    # torch may raise this error at any moment; during a type check, the check would report a wrong type instead
     monkeypatch.setenv("PROTLIG_TYPECHECK", "0")
     process = start(*TRAINING, *overrides_for(store, "loader", *OFTEN, "data.workers=1"), new=True)
     wait_for(lambda: complete_checkpoints(tmp_path / "runs/loader"))
@@ -453,7 +462,7 @@ def test_the_error_for_a_lost_loader_process_names_step_rank_and_sequences(
 def test_a_signal_to_the_process_group_does_not_stop_the_loaders(
     store: SequenceStore, tmp_path: Path, start: Start
 ) -> None:
-    """Ctrl-C in a terminal, and schedulers, send the signal to every process of the run."""
+    """A scheduler, or Ctrl-C in a terminal, sends the signal to every process of the run."""
     process = start(*TRAINING, *overrides_for(store, "group", *OFTEN, "data.workers=1"))
     wait_for(lambda: complete_checkpoints(tmp_path / "runs/group"))
     os.killpg(process.pid, signal.SIGTERM)
@@ -619,7 +628,7 @@ def test_two_torchrun_agents_train_one_run(
     warm: Server,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """torchrun runs two nodes, which connect over the loopback interface."""
+    """Each agent stands for a node. The two agents run on this machine and connect over the loopback interface."""
     agent = [*node_of_two(), *TRAINING]
     more = ("trainer.max_steps=6", "report.samples=5")
     arguments = overrides_for(store, "nodes", *more)
@@ -631,7 +640,7 @@ def test_two_torchrun_agents_train_one_run(
     train(run_python, store, "node", *more)
     assert read_rows(tmp_path / "runs/nodes") == read_rows(tmp_path / "runs/node")
     designs = [tmp_path / f"runs/{name}/samples/step_00000006.fasta" for name in ("nodes", "node")]
-    assert len(designs[0].read_text().split(">")) == 6  # the 5 samples of both ranks
+    assert len(designs[0].read_text().split(">")) == 6  # the two ranks write 5 samples together
     assert (
         designs[0].read_text().split()
         == designs[1].read_text().replace(">node_", ">nodes_").replace("run=node ", "run=nodes ").split()
@@ -657,7 +666,11 @@ def test_evaluation_is_the_same_on_any_number_of_processes(store: SequenceStore,
 
 @pytest.fixture
 def in_forks(start: Start) -> Callable[[list[str], Path], Process]:
-    """Start the campaign's runs in forks. Ranks that hang need new interpreters, as SIGSTOP does not reach a fork."""
+    """Return a function that starts the campaign's runs in forks.
+
+    Ranks that a fault stops with SIGSTOP need new interpreters. With forks, SIGSTOP would only stop the process that
+    waits for the rank's fork.
+    """
 
     def start_in(arguments: list[str], folder: Path) -> Process:
         hangs = any(argument.startswith("trainer.timeout=") for argument in arguments)
@@ -666,7 +679,7 @@ def in_forks(start: Start) -> Callable[[list[str], Path], Process]:
     return start_in
 
 
-TRIED = {"kill": 3, "kill-rank": 2, "terminate": 2, "damage": 2}  # trials of each fault; 1 for the others
+TRIED = {"kill": 3, "kill-rank": 2, "terminate": 2, "damage": 2}  # trials of a fault; other faults have one trial
 
 
 @pytest.mark.slow

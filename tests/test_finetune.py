@@ -1,4 +1,8 @@
-"""Fine-tuning: settings taken from the source, the loss of the first step, resuming, copies and errors."""
+"""Tests of fine-tuning. The run or exported model that `from=` names is called the source.
+
+They cover the settings that are taken from the source, the loss of the first step, resuming, copies of training
+proteins, and errors.
+"""
 
 import csv
 import functools
@@ -86,9 +90,9 @@ Resolve = Callable[..., tuple[TrainConfig, str]]
 
 @pytest.fixture
 def resolve_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Resolve:
-    """Return a function that resolves a run with an experiment and a source, and returns what it prints.
+    """Return a function that resolves the config of a run with an experiment and a source.
 
-    It also searches for the experiment in the test's folder.
+    The function returns the config and the printed text. It also searches for the experiment in the test's folder.
     """
     monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
 
@@ -132,7 +136,7 @@ def test_settings_of_an_experiment_are_used_or_reported_as_ignored(
 def test_newer_settings_of_an_experiment_are_reported_as_ignored_with_their_defaults(
     trained_run: Path, tmp_path: Path, resolve_experiment: Resolve
 ) -> None:
-    """Configs leave out these keys at their default, in the source or in the experiment."""
+    """A config leaves out a newer key that has its default value. The source or the experiment may leave out the key."""
     (tmp_path / "experiment").mkdir()
     newer = {"positions": "diet", "mixers": "ttt_linear", "max_positions": 400, "tie_weights": True}
     (tmp_path / "experiment/newer.yaml").write_text(
@@ -167,7 +171,7 @@ def test_newer_settings_of_an_experiment_are_reported_as_ignored_with_their_defa
     assert "max_positions" not in out  # null keeps the value of the source
     assert resolve_experiment(source, "newer")[1] == resolve_experiment(source, "unset")[1] == ""
     config, out = resolve_experiment(source, "context")
-    assert (config.data.context, out) == ("lower", "")  # data is not the source's
+    assert (config.data.context, out) == ("lower", "")  # the keys of `data` are not taken from the source
 
 
 def test_a_graph_from_a_matrix_file_matches_without_the_file(tmp_path: Path) -> None:
@@ -213,7 +217,7 @@ def made_runs(store: SequenceStore, python: Command, made_once: MadeOnce) -> Pat
 
 @pytest.fixture
 def runs(made_runs: Path, tmp_path: Path) -> Path:
-    """A copy of the folder of `made_runs`, which the test may change."""
+    """A copy of the `runs` folder of `made_runs`. The test may change the copy."""
     return shutil.copytree(made_runs / "runs", tmp_path / "runs")
 
 
@@ -222,7 +226,7 @@ Tune = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def tune(run_python: Command, store: SequenceStore, runs: Path) -> Tune:
-    """Return a function that fine-tunes `base` with the options of `family` and its arguments."""
+    """Return a function that fine-tunes `base` with the options of `family`, followed by the function's arguments."""
 
     def run(*more: str) -> subprocess.CompletedProcess[str]:
         return run_python("-m", "protlig_dd.training", *FAMILY, f"data.path={store.path}", "run.name=family", *more)
@@ -268,7 +272,7 @@ def loss_before_training(run: Path, config: TrainConfig, store: SequenceStore) -
 
 @pytest.mark.slow
 def test_a_fine_tuned_run_resumes_without_its_source(runs: Path, tune: Tune) -> None:
-    """The run's folder is enough, and the result is bit-identical to that of an uninterrupted run."""
+    """The fine-tuned run's own folder is enough. The run's result is bit-identical to that of an uninterrupted run."""
     whole = tune("run.name=whole")
     assert whole.returncode == 0, whole.stderr
     (runs / "base").rename(runs / "moved")
@@ -295,7 +299,10 @@ def test_a_fine_tuned_run_can_be_fine_tuned_again(runs: Path, tune: Tune) -> Non
 def test_held_out_proteins_in_the_sources_training_data_are_counted(
     runs: Path, run_python: Command, store: SequenceStore, tmp_path: Path
 ) -> None:
-    """The run counts them at its start and in its report. `evaluate` finds the source's store through `from=`."""
+    """The run counts these proteins when it starts, and in its report.
+
+    `evaluate` finds the source's store through the run's `from`.
+    """
     decode = ProteinTokenizer().decode
     test = store.split("test")
     chosen = {"train": test[:12], "validation": [*range(5), *test[12:14]], "test": [*range(5, 8), *test[14:18]]}

@@ -428,7 +428,7 @@ def run_as_python(request: dict[str, Any], files: dict[int, int]) -> NoReturn:
     sys.pycache_prefix = os.environ.get("PYTHONPYCACHEPREFIX") or None
     sys.executable = os.environ.get("PYTHON_EXEC", sys.executable)
     multiprocessing.set_executable(sys.executable)
-    # torch's launcher often inspects its stack; without this entry it would search all modules for runpy's file each time
+    # torch's launcher often inspects its stack; without this entry it would search all modules for runpy every time
     inspect.modulesbyfile[inspect.getabsfile(runpy.run_module)] = "runpy"
     code = 0
     try:
