@@ -136,7 +136,7 @@ def test_settings_of_an_experiment_are_used_or_reported_as_ignored(
 def test_newer_settings_of_an_experiment_are_reported_as_ignored_with_their_defaults(
     trained_run: Path, tmp_path: Path, resolve_experiment: Resolve
 ) -> None:
-    """A config leaves out a newer key that has its default value. Both the source and the experiment may leave it out."""
+    """A config leaves out a newer key with the default value. The source or the experiment may leave out the key."""
     (tmp_path / "experiment").mkdir()
     newer = {"positions": "diet", "mixers": "ttt_linear", "max_positions": 400, "tie_weights": True}
     (tmp_path / "experiment/newer.yaml").write_text(
