@@ -1,4 +1,7 @@
-"""Seeded runs reproduce the record of an earlier version, whose files can be read (see tests/golden/make.py)."""
+"""Compare seeded runs with the results that an earlier version recorded, and read the files that it wrote.
+
+tests/golden/make.py records the results and writes the files.
+"""
 
 import json
 import shutil
@@ -21,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A copy of the files of the earlier version, and the proteins that they were made from."""
+    """A copy of the files of the earlier version, and the proteins that these files were made from."""
     shutil.copytree(GOLDEN / "files", tmp_path, dirs_exist_ok=True)
     make.write_proteins(tmp_path)
     return tmp_path
@@ -30,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("model", make.MODELS)
 def test_seeded_runs_reproduce_the_record(model: str, folder: Path, python: Command) -> None:
     found, expected = make.record(python, folder, model), RECORD["models"][model]
-    if SAME_MACHINE:  # other machines add numbers in another order
+    if SAME_MACHINE:  # sums are rounded differently on other machines
         assert found == expected
     assert found["losses"][:5] == pytest.approx(expected["losses"][:5], rel=1e-3)
     for fasta in found["samples"].values():
@@ -45,7 +48,7 @@ def test_files_of_an_earlier_version_are_read_and_continued(folder: Path, python
         assert found == expected
     before = make.STEPS // 2
     assert len(found["losses"]) == make.STEPS
-    assert found["losses"][:before] == expected["losses"][:before]  # not computed again
+    assert found["losses"][:before] == expected["losses"][:before]  # losses before the stop are not computed again
     assert found["losses"][before : before + 5] == pytest.approx(expected["losses"][before : before + 5], rel=1e-3)
     assert [len(line) for line in found["samples"] if not line.startswith(">")] == [40] * 4
 

@@ -25,7 +25,11 @@ def state_count(name: str, n: int) -> int:
 
 
 def masked_score(name: str, n: int, xt: torch.Tensor, seed: int) -> torch.Tensor:
-    """Return random log-scores. Like those of score functions, they are 0 at x_t (absorbing: for unmasked tokens)."""
+    """Return random log-scores.
+
+    As in score functions, the log-score of x_t itself is 0. On the absorbing graph all log-scores of unmasked tokens
+    are 0.
+    """
     log_score = torch.randn(len(xt), n, generator=torch.Generator().manual_seed(seed))
     if name == "absorbing":
         return torch.where((xt == n)[:, None], log_score, 0.0)
@@ -33,7 +37,7 @@ def masked_score(name: str, n: int, xt: torch.Tensor, seed: int) -> torch.Tensor
 
 
 def pairs_of(name: str, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return all pairs (x0, x_t) with a positive probability."""
+    """Return x0 and x_t of all pairs in which x_t has a positive probability given x0."""
     x0 = torch.arange(n).repeat_interleave(state_count(name, n))
     xt = torch.arange(state_count(name, n)).repeat(n)
     possible = (x0 == xt) | (xt == n) if name == "absorbing" else x0 >= 0
@@ -43,7 +47,10 @@ def pairs_of(name: str, n: int) -> tuple[torch.Tensor, torch.Tensor]:
 def reference(
     name: str, n: int, sigma: float, log_score: torch.Tensor, xt: torch.Tensor, x0: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the loss of each pair by brute force, and the largest absolute term of its sum."""
+    """Return the loss of each pair (x0, x_t) by brute force.
+
+    Also return the largest absolute term of the sum that gives the loss; rounding errors are proportional to it.
+    """
     rows = [
         brute_force.score_entropy(name, n, sigma, log_score[i].double(), int(xt[i]), int(x0[i])) for i in range(len(x0))
     ]
@@ -87,7 +94,11 @@ def test_score_entropy_is_never_negative_and_zero_at_the_true_ratios(name: str, 
 def test_transitions_have_the_probabilities_of_the_matrix_exponential(
     name: str, n: int, sigma: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Replace the random draws by a grid, which ends at twice the probability of moving."""
+    """Replace the uniform draws by a grid on [0, grid_end].
+
+    The end of the grid is twice the probability of leaving the state, so small probabilities are resolved. Draws above
+    the end of the grid keep the state.
+    """
     points, expected = 400_000, brute_force.transition(name, n, sigma)[2]
     grid_end = min(1.0, 2 * float(1 - expected[2]))
     grid = (torch.arange(points, dtype=torch.float64) + 0.5) / points * grid_end
@@ -139,9 +150,9 @@ def test_prior_samples_and_prior_kl_equal_brute_force(name: str, n: int, sigma: 
 @pytest.mark.parametrize("sigma", SIGMAS)
 @pytest.mark.parametrize("share", [1e-3, 0.3, 1.0])
 def test_reverse_steps_equal_the_dense_formulas(name: str, n: int, sigma: float, share: float) -> None:
-    """The analytic step is [s^T exp(-delta Q)]_z P(delta)[z, x], the Euler step onehot(x) + delta s_z Q[z, x].
+    """The analytic step is [s^T exp(-delta Q)]_z P(delta)[z, x]. The Euler step is onehot(x) + delta s_z Q[z, x].
 
-    The scores are float32, the probabilities float64.
+    The scores are float32, and the probabilities are float64.
     """
     graph, delta = graph_of(name, n), share * min(sigma, graph_of(name, n).sigma_max)
     toy = brute_force.random_toy(name, n, sites=2, seed=3)
@@ -205,7 +216,7 @@ def test_the_posterior_of_x0_gives_the_scores(name: str, n: int, sigma: float) -
         xt = xt[(xt == n).any(1)]
     graph, flat = graph_of(name, n), xt.reshape(-1)
     q = toy.posterior(xt, sigma).reshape(-1, n)
-    logits = q.log() + 0.7  # a constant does not change a softmax
+    logits = q.log() + 0.7  # adding a constant to the logits does not change their softmax
     expected = toy.log_score(xt, sigma).reshape(-1, n)
     sigma_T = torch.full((len(flat),), sigma, dtype=torch.float64)
     found = graph.log_score_from_x0(logits, flat, sigma_T)
@@ -226,7 +237,7 @@ def test_zero_logits_give_the_exact_score_at_large_sigma(name: str) -> None:
     xt = torch.tensor([[0, 3], [2, 2]]) if name != "absorbing" else torch.tensor([[4, 4]])
     flat, sigma_T = xt.reshape(-1), torch.full((xt.numel(),), sigma)
     found = graph.log_score(torch.zeros(len(flat), 4), flat, sigma_T).double()
-    if name == "absorbing":  # zero logits are the uniform distribution over the amino acids
+    if name == "absorbing":  # zero logits predict a uniform distribution over the amino acids
         assert torch.allclose(found, torch.tensor(-math.log(math.expm1(sigma)) - math.log(4)).double(), rtol=1e-6)
     else:
         assert torch.allclose(found, toy.log_score(xt, sigma).reshape(-1, 4), atol=1e-5)
@@ -309,7 +320,10 @@ def test_categorical_is_the_inverse_cdf(weights: list[float], u: float) -> None:
 
 
 def test_rare_events_keep_their_probability() -> None:
-    """An event of probability 1e-9 is drawn for exactly the u in its interval, which float32 cannot resolve."""
+    """An event of probability 1e-9 is drawn exactly if u is in the interval of this event.
+
+    The interval is so short that float32 cannot resolve it.
+    """
     probs = torch.tensor([[1 - 1e-9, 1e-9]], dtype=torch.float64)
     edges = torch.tensor([1 - 1.001e-9, 1 - 0.999e-9, 1 - 1e-12], dtype=torch.float64)
     assert categorical(probs.expand(3, 2), edges).tolist() == [0, 1, 1]
@@ -326,7 +340,7 @@ def test_the_loss_of_the_uniform_graph_is_finite_at_large_sigma() -> None:
     xt, x0 = torch.tensor([0, 1]), torch.zeros(2, dtype=torch.int64)
     loss = graph.score_entropy(torch.zeros(2, 20), torch.full((2,), 80.0), xt, x0)
     assert torch.isfinite(loss).all()
-    assert loss.abs().max() < 1e-6  # all ratios are 1
+    assert loss.abs().max() < 1e-6  # all probability ratios are 1
 
 
 def test_negative_probabilities_are_clamped_and_flagged() -> None:

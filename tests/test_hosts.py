@@ -19,10 +19,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.system]
 
 @pytest.fixture(scope="module")
 def trials(tmp_path_factory: pytest.TempPathFactory, warm: Server) -> Iterator[Trials]:
-    """Two connected hosts.
+    """Two simulated hosts that are connected by a switch.
 
-    On each host, commands run in forks of a waiting interpreter. A sleeping process holds the namespace of the switch
-    between the hosts.
+    On each host, commands run in forks of an interpreter that waits there. The switch is in a network namespace of its
+    own, which exists as long as the process `sleep infinity` runs in it.
     """
     if missing := missing_requirements():
         pytest.skip(f"this machine lacks {missing}")

@@ -93,7 +93,8 @@ def test_a_contig_places_motifs_between_new_residues() -> None:
     assert map_csv([Design("d", 0, layout, design, 0)]).splitlines()[1:] == [
         "d,1,2,true,,", "d,3,5,false,A,3", "d,6,7,false,B,9", "d,8,8,true,,",
     ]  # fmt: skip
-    adjacent = draw_layout("A1-3/B4-6/1", None, np.random.default_rng(0))  # consecutive numbers, but two proteins
+    # the residue numbers are consecutive, but they are of two proteins
+    adjacent = draw_layout("A1-3/B4-6/1", None, np.random.default_rng(0))
     assert map_csv([Design("d", 0, adjacent, build_template(BOTH, adjacent), 0)]).splitlines()[1:] == [
         "d,1,3,false,A,1", "d,4,6,false,B,4", "d,7,7,true,,",
     ]  # fmt: skip
@@ -108,10 +109,12 @@ def test_a_contig_that_allows_new_residues_has_at_least_one() -> None:
 
     seen = layouts("0-2/A1-5/0-2", n=2000)
     assert set(seen) == {"_" * a + "ACDEF" + "_" * b for a in range(3) for b in range(3) if a + b}
-    assert sum((count - 250) ** 2 / 250 for count in seen.values()) < 26  # chi square of 7 degrees of freedom
+    # chi-square statistic with 7 degrees of freedom
+    assert sum((count - 250) ** 2 / 250 for count in seen.values()) < 26
     assert layouts("0-1") == {"_": 200}
     assert set(layouts("0-2/A1-5/0-2", "1-6")) == {"_ACDEF", "ACDEF_"}
-    assert layouts("A1-5") == layouts("0-2/A1-5/0-2", "5") == {"ACDEF": 200}  # allowed, since the input may contain `_`
+    # a contig without new residues is allowed, because the input may contain `_`
+    assert layouts("A1-5") == layouts("0-2/A1-5/0-2", "5") == {"ACDEF": 200}
 
 
 def test_the_map_is_valid_csv_for_any_record_name() -> None:
@@ -228,7 +231,7 @@ def test_fixed_residues_are_kept_and_free_positions_are_filled(
     assert alone.returncode == 0, alone.stderr
     few = {record.id: record for record in read_fasta(tmp_path / "one.fasta")}
     assert set(few) == {"wt_1", "holes_1"}
-    for record in records:  # the header includes the bound
+    for record in records:  # the header contains the bound, so the bound is compared too
         if record.id in few:
             assert (record.sequence, record.description) == (few[record.id].sequence, few[record.id].description)
 
@@ -284,7 +287,7 @@ def test_two_letters_in_a_contig_are_two_records(
         run_in_process(tmp_path, monkeypatch, trained_run, records, f"contig={contig}", "n=2", "free_draws=1")
         found = {record.id: (record.sequence[:4], record.sequence[6:]) for record in read_fasta(Path("out.fasta"))}
         assert found == expected
-        # with a contig the input has no row
+        # with contig= the table has no row for the input
         assert [row["name"] for row in read_csv(Path("out.csv"))] == list(expected)
         for path in ("out.fasta", "out.csv", "out.map.csv"):
             Path(path).unlink()
@@ -332,14 +335,18 @@ def test_the_table_gives_the_mutations_and_scores_of_each_design(
         if row["score"]:
             by_residue = 7 * (float(rows[0]["nll_free"]) - float(row["nll_free"]))
             assert float(row["score"]) == pytest.approx(by_residue, abs=2e-5)
-    for group in (rows[1:5], rows[5:]):  # best first
+    for group in (rows[1:5], rows[5:]):  # each group is sorted, the best design first
         values = [float(row["nll_free"]) for row in group]
         assert values == sorted(values)
 
 
 @pytest.mark.parametrize("conditioned", [False, True])
 def test_the_nll_of_free_residues_is_the_average_over_their_masks(conditioned: bool) -> None:
-    """Average over all masks: k is uniform on 1..m, and all masks of k of the m free residues are equally likely."""
+    """Compare with an exact average over all masks.
+
+    The number k of masked residues is uniform on 1..m, where m is the number of free residues. All masks of k residues
+    are equally likely.
+    """
     model = make_model(time_conditioning=conditioned).eval()
     score_fn = ScoreFn(model, Absorbing(), LogLinearNoise(), "x0", time_conditioning=conditioned)
     free = np.zeros(10, bool)
@@ -376,7 +383,7 @@ def test_the_nll_of_free_residues_is_the_average_over_their_masks(conditioned: b
 
 @pytest.mark.slow
 def test_two_seeds_rank_the_redesigns_of_a_loop_similarly(trained_run: Path, store: SequenceStore) -> None:
-    """The number of draws is the default."""
+    """The number of draws is the default value of free_draws."""
     trained = load_trained(str(trained_run), device="cpu", precision="fp32")
     protein = next(store[row][1:-1] for row in store.split("test") if 60 < len(store[row]) < 130)
     template = protein.copy()
@@ -495,7 +502,7 @@ def test_a_file_that_appears_while_sampling_is_kept(
 def test_a_run_name_with_spaces_gives_ids_without_spaces(
     trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Earlier versions accepted such names."""
+    """Earlier versions accepted run names with spaces."""
 
     def load_spaced(*args: Any, **options: Any) -> TrainedModel:
         trained = load_trained(*args, **options)

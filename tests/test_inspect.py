@@ -1,4 +1,4 @@
-"""A look inside a model: attention weights, hooks on every path, training modes, maps and the docs' examples."""
+"""Tests of model inspection: attention weights, hooks, evaluation mode, contact maps and the examples in the docs."""
 
 import contextlib
 import json
@@ -92,7 +92,7 @@ def sequences(proteins: list[FastaRecord]) -> list[str]:
 
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_the_weights_and_the_values_give_the_output_of_the_kernel(kind: str, sequences: list[str]) -> None:
-    """The kernel is recorded in another run of the network, in which nothing is inspected."""
+    """The inputs and outputs of the kernel are recorded in a separate forward pass, in which nothing is inspected."""
     score_fn = score_fn_of(sharpened(make_model(**NETWORKS[kind])))
     for sequence, weights in zip(sequences, attention(score_fn, sequences, max_len=200), strict=True):
         with spied_kernel() as calls, torch.no_grad():
@@ -134,7 +134,10 @@ def test_with_bf16_the_weights_follow_in_float32_from_the_rounded_queries_keys_a
 
 
 def test_a_bias_in_appended_columns_gives_the_same_weights() -> None:
-    """The CUDA kernels receive the bias of diet as columns of the queries and keys. The scale is that of head_dim."""
+    """The CUDA kernels receive the bias of diet as columns that are appended to the queries and keys.
+
+    Scores are still divided by the square root of head_dim, which does not include the appended columns.
+    """
     torch.manual_seed(0)
     qkv, table = torch.randn(9, 3, 4, 8), torch.randn(2, 20, 4, 5)
     bias = ProductBias(*table)
@@ -238,7 +241,10 @@ TWICE = ("qkv", "rate", "gate", "inner", "ttt_out")
 @pytest.mark.parametrize("grad", [False, True], ids=["", "grad"])
 @pytest.mark.parametrize("path", PATHS)
 def test_hooks_run_on_every_path_of_the_network_in_evaluation(path: str, grad: bool, sequences: list[str]) -> None:
-    """Each module runs once, but test-time training reads each sequence in both directions with the same modules."""
+    """In a forward pass a module runs once, or twice if it belongs to test-time training.
+
+    Test-time training reads each sequence in both directions with the same modules.
+    """
     model = make_model(**PATHS[path])
     if path == "compiled":
         model.compile_blocks(dynamic=True)
@@ -266,7 +272,10 @@ def test_hooks_run_on_every_path_of_the_network_in_evaluation(path: str, grad: b
 @pytest.mark.parametrize("mixer", MIXERS)
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_a_name_is_accepted_exactly_if_a_forward_pass_calls_its_module(positions: str, mixer: str) -> None:
-    """Weights that the network reads without a call, such as tables of positions, would never run a hook."""
+    """The network reads some weights, such as tables of positions, without a call of their module.
+
+    A hook on such a module would never run.
+    """
     options = {**NETWORKS[f"positions={positions}"], "mixers": ["attention", mixer]}
     for others in ({}, {"norm": "rms", "qk_norm": True, "tie_weights": True, "time_conditioning": False}):
         model, called = make_model(**options, **others).eval(), set[str]()
@@ -284,7 +293,7 @@ def test_a_name_is_accepted_exactly_if_a_forward_pass_calls_its_module(positions
 def test_in_test_time_training_the_second_call_of_a_module_is_on_reversed_sequences(sequences: list[str]) -> None:
     """docs/inspect.md describes the order of the tokens, and the shape of the output of the inner model."""
     model, found = make_model(mixers="ttt_linear", n_blocks=1), dict[str, list[Tensor]]()
-    with torch.no_grad():  # the second direction then reads the block's input, not the sum with the first direction
+    with torch.no_grad():  # the second direction then reads the mixer's input, without the output of the first
         model.blocks[0].directions.forward_alpha.zero_()
     tokens = [torch.from_numpy(ProteinTokenizer().encode(sequence)) for sequence in sequences[:2]]
     batch = PackedBatch.pack(tokens)
@@ -416,7 +425,7 @@ def test_analysis_restores_the_mode_of_every_module() -> None:
     model = make_model(dropout=0.5)
     model.eval()
     model.blocks[1].train()
-    model.blocks[0].mlp.up.train()  # its block is in evaluation mode
+    model.blocks[0].mlp.up.train()  # blocks.0, which contains this module, is in evaluation mode
     model.head.out.train()
     mixers = [block.mixer for block in model.blocks]
     modules = [*model.modules(), *mixers]
@@ -450,7 +459,7 @@ def test_the_contact_map_is_the_mean_over_heads_minus_the_product_of_averages(se
     expected = a - np.outer(a.mean(0), a.mean(0)) / a.mean()
     assert np.abs(contacts.numpy() - expected).max() < 1e-7
     assert torch.equal(contacts, contacts.T)
-    assert contacts.sum(0).abs().max() < 1e-6  # what a position has in common with all others is removed
+    assert contacts.sum(0).abs().max() < 1e-6  # the correction removes what a position has in common with all others
 
 
 def test_a_contact_map_of_one_head_needs_no_other_dimensions() -> None:
@@ -491,7 +500,7 @@ def test_the_picture_has_the_sequence_beside_the_map(tmp_path: Path, sequences: 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with models/demo, an exported model with random weights and the demo's kinds of parts."""
+    """Return a folder with models/demo, an exported model with random weights. Its norms are those of `model=tiny`."""
     folder = tmp_path_factory.mktemp("inspect")
     description = json.loads((ROOT / "tests/golden/files/exported" / EXPORTED[1]).read_text())
     options = {"hidden_size": 32, "n_heads": 8, "n_blocks": 2, "cond_dim": 16, "norm": "rms", "qk_norm": True}
@@ -503,7 +512,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_examples_in_the_docs_run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The blocks of docs/inspect.md run one after the other, with the assertions that they contain."""
+    """Run the Python blocks of docs/inspect.md one after the other, with the assertions that they contain."""
     shutil.copytree(folder / "models", tmp_path / "models")
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "docs/inspect.md").read_text()

@@ -1,4 +1,4 @@
-"""`python -m protlig_dd.judge`; its statistics are checked against direct counts."""
+"""`python -m protlig_dd.judge`: its statistics are compared with direct counts."""
 
 import csv
 import itertools
@@ -210,7 +210,10 @@ def test_there_are_as_many_controls_as_samples_and_none_is_in_the_reference() ->
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=12), st.lists(st.integers(1, 60), max_size=20))
 def test_each_sample_gets_the_natural_protein_nearest_in_length(wanted: list[int], pool: list[int]) -> None:
-    """Only proteins not taken by an earlier sample are available. If every length is available, all match exactly."""
+    """The samples choose in random order, each from the proteins that no earlier sample has taken.
+
+    If the pool contains all lengths of the samples, every sample gets a protein of exactly its length.
+    """
     generator = np.random.default_rng(0)
     available = [*pool, *wanted]
     matched = match_lengths(wanted, available, generator)
@@ -233,7 +236,8 @@ def test_controls_depend_on_the_seed_and_are_shuffled_separately() -> None:
         (_, natural, mixed), reference = controls.sets, controls.reference
         drawn[seed] = [int(protein[0] % 100) for protein in [*natural, *reference]]
         assert sorted(drawn[seed]) == list(range(40))
-        assert len(set(drawn[seed][:20]) & set(range(20))) < 16  # not in the pool's order, which may be meaningful
+        # drawn at random: the first 20 of the pool may not be typical
+        assert len(set(drawn[seed][:20]) & set(range(20))) < 16
         for protein, shuffle in zip(natural, mixed, strict=True):
             assert sorted(shuffle) == protein.tolist()
             assert shuffle.tolist() != protein.tolist()
@@ -241,10 +245,10 @@ def test_controls_depend_on_the_seed_and_are_shuffled_separately() -> None:
 
 
 def test_every_row_has_the_value_that_its_name_says() -> None:
-    """Each value is computed in another way than by the judge.
+    """The test computes each value in another way than `judge`.
 
-    Low complexity is the exception: only its name is checked here, and another test checks its residues. All fractions
-    of the set differ, so that swapped rows are detected.
+    Low complexity is the exception: this test checks only the name of its row, and another test checks its residues.
+    The fractions in this set are all different, so that swapped rows are detected.
     """
     texts = ("ACDEFGHIKLMNPQRSTVWY" * 2, "AAAAAAAAAAAACDEF", "ACACACWYWYKLMN", "ACDAAA", "ACDAAA")
     samples = [ids_of(text) for text in texts]
@@ -271,7 +275,7 @@ def test_every_row_has_the_value_that_its_name_says() -> None:
     for name, value in exact.items():
         assert rows[name][0] == pytest.approx(value), name
     flags = [low_complexity(sample).tolist() for sample in samples]
-    assert sum(map(sum, flags)) not in (0, 18)  # 18 residues are in tandem repeats; equal fractions could be swapped
+    assert sum(map(sum, flags)) not in (0, 18)  # not the 18 of tandem repeats, so that swapped rows are detected
     assert rows["residues in low complexity"][0] == pytest.approx(sum(map(sum, flags)) / 82)
     for k, name in ((1, "composition"), (2, "2-mers"), (3, "3-mers")):
         counts = [
@@ -466,7 +470,7 @@ def test_the_output_folder_reports_relatives_and_families(
     copies = [decode(store[row]) for row in store.split("train")[:4]]
     letters = np.random.default_rng(0)
     noise = ["".join(letters.choice(list("ACDEFGHIKLMNPQRSTVWY"), 120)) for _ in range(4)]
-    texts = [*copies, *noise, "A" * 60, noise[0]]  # two of the ten are identical
+    texts = [*copies, *noise, "A" * 60, noise[0]]  # two of the ten samples are identical
     (tmp_path / "samples.fasta").write_text("".join(f">s{i}\n{text}\n" for i, text in enumerate(texts)))
     command = ["-m", "protlig_dd.judge", "samples=samples.fasta", f"natural={store.path}", f"hmm={hmm}"]
     done = run_python(*command, "output=out", "bootstrap=20")
@@ -562,7 +566,7 @@ def test_without_mmseqs_the_other_rows_are_written(store: SequenceStore, tmp_pat
 
 
 def test_a_single_sample_is_judged(store: SequenceStore, tmp_path: Path, run_python: Command) -> None:
-    """Figures whose standard error needs several samples are reported without it."""
+    """A value whose standard error needs several samples is reported without a standard error."""
     (tmp_path / "one.fasta").write_text(f">one\n{ProteinTokenizer().decode(store[0])}\n")
     done = run_python(
         "-m", "protlig_dd.judge", "samples=one.fasta", f"natural={store.path}", "mmseqs=false", "bootstrap=5"
@@ -618,12 +622,13 @@ def test_a_split_with_too_few_proteins_is_named(
 
 
 def verdicts_of(samples: list[np.ndarray], pool: list[np.ndarray], requested: str | None = None) -> dict[str, Verdict]:
-    """Return the verdict on each group."""
+    """Return the verdict on each group of rows."""
     controls = with_controls(samples, pool, seed=0)
     cheap = cheap_judges(controls, bootstrap=10, seed=0)
     rows = {name: [judge(proteins) for proteins in sets] for name, (judge, sets) in cheap.items()}
     first, *found = verdicts(rows, len(controls.length_reference), requested)
-    assert (first.group, first.verdict) == ("proteins and residues", "not judged")  # natural proteins match the samples
+    # natural proteins are chosen to match
+    assert (first.group, first.verdict) == ("proteins and residues", "not judged")
     return {verdict.group: verdict for verdict in found}
 
 
@@ -643,7 +648,7 @@ def test_natural_proteins_are_judged_as_natural(bundled: list[np.ndarray]) -> No
 
 @pytest.mark.slow
 def test_shuffled_and_single_letter_proteins_are_judged_worse(bundled: list[np.ndarray]) -> None:
-    """The sentence names the rows that are worse, and what to try."""
+    """The sentence of a verdict names the rows that are worse, and suggests what to try."""
     mixed = verdicts_of(shuffled(bundled[:400], np.random.default_rng(0)), bundled[1000:1800])
     assert mixed["repeats"].verdict == mixed["composition and words"].verdict == "worse"
     assert mixed["lengths"].verdict == mixed["variety"].verdict == "as natural"
@@ -669,14 +674,14 @@ def test_few_samples_get_the_verdict_cannot_tell(bundled: list[np.ndarray], n: i
 
 def test_lengths_are_as_natural_only_if_the_whole_interval_is_below_the_limit() -> None:
     assert verdict_on_lengths(0.02, 1000, 1000, None).verdict == "as natural"  # the interval ends at 0.08
-    assert verdict_on_lengths(0.19, 100, 100, None).verdict == "cannot tell"  # it ends at 0.38
+    assert verdict_on_lengths(0.19, 100, 100, None).verdict == "cannot tell"  # the interval ends at 0.38
     assert verdict_on_lengths(0.10, 100, 100, None).verdict == "cannot tell"
     assert verdict_on_lengths(0.10, 1000, 1000, None).verdict == "worse"
 
 
 @pytest.mark.parametrize(("hits", "verdict"), [(0.02, "cannot tell"), (0.5, "worse")])
 def test_the_identity_of_few_hits_gives_no_verdict(hits: float, verdict: str) -> None:
-    """Of 100 samples, 2 or 50 have hits, so the error of their identity has 1 or 49 degrees of freedom."""
+    """2 or 50 of the 100 samples have hits, so the error of their mean identity has 1 or 49 degrees of freedom."""
     rows = {
         "proteins": [Figure(100.0)] * 3,
         "length, Kolmogorov-Smirnov distance": [Figure(0.05)] * 3,
@@ -699,15 +704,16 @@ def test_the_identity_of_few_hits_gives_no_verdict(hits: float, verdict: str) ->
             Figure(0.02, 0.01),
             "cannot tell",
             "",
-        ),  # the interval is as wide as the limit
-        (Figure(0.10, 0.01), Figure(0.11, 0.01), Figure(0.11, 0.01), "cannot tell", ""),  # shuffling changes nothing
+        ),  # the interval extends beyond the limit
+        # shuffling has no effect: the limit is 0
+        (Figure(0.10, 0.01), Figure(0.11, 0.01), Figure(0.11, 0.01), "cannot tell", ""),
         (
             Figure(0.00, 0.00),
             Figure(0.02, 0.008),
             Figure(0.00, 0.00),
             "cannot tell",
             "",
-        ),  # nothing was observed, so an error of 0 is not meaningful
+        ),  # no sample has low complexity, so the standard error of 0 has no meaning
         (Figure(0.10), Figure(0.11), Figure(0.02), "cannot tell", ""),
     ],
 )
@@ -746,7 +752,7 @@ def test_a_deviation_is_worse_only_on_the_bad_side_of_its_row(
         "length, Kolmogorov-Smirnov distance": [Figure(0.5)] * 3,
         name: [share([1.0] * round(200 * p) + [0.0] * round(200 * (1 - p))) for p in (samples, natural, 0.0)],
     }
-    if name == "share of different sequences":  # this row has no error, and shuffling changes nothing
+    if name == "share of different sequences":  # this row has no standard error, and shuffling does not change it
         rows[name] = [Figure(samples), Figure(natural), Figure(natural)]
     _, lengths, found = verdicts(rows, 400)
     assert (found.verdict, lengths.verdict) == (verdict, "worse")

@@ -1,4 +1,4 @@
-"""Every position encoding, with tied weights and each feed-forward kind, from training to every use of the model."""
+"""Train networks of every kind (position encoding, tied weights, feed-forward layer) and use them in every way."""
 
 from collections.abc import Callable
 from dataclasses import replace

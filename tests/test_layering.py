@@ -11,8 +11,8 @@ from .conftest import ROOT
 PACKAGE = ROOT / "protlig_dd"
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
 
-# Folders and modules of the package, from the lowest layer to the highest. Each may import itself and all of the lower
-# layers, but nothing else of its own layer. Other files, such as the verbs, are above all layers.
+# Folders and modules of the package, from the lowest layer to the highest. Each of them may import itself and all parts
+# of lower layers, but no other part of its own layer. Other files, such as the verbs, are above all layers.
 LAYERS = (
     ("system", "tokenizer"),
     ("batch",),
@@ -23,7 +23,7 @@ LAYERS = (
     ("training",),
 )
 LAYER_OF = {part: layer for layer, parts in enumerate(LAYERS) for part in parts}
-LONGEST, MEDIAN = 350, 150  # lines of a file
+LONGEST, MEDIAN = 350, 150  # limits on the number of lines of a file, and on the median over the files
 MOST_PARAMETERS = 8
 
 

@@ -66,7 +66,7 @@ def test_with_exact_scores_the_bound_is_the_likelihood(name: str, estimator: str
 
 
 class UnconvertedScores(ScoreFn):
-    """A ScoreFn whose model returns log-scores. They are returned in the model's precision."""
+    """A ScoreFn that returns the log-scores of its model unchanged, in the model's precision."""
 
     def __call__(self, batch: PackedBatch, sigma: Tensor) -> Tensor:
         return self.model(batch, sigma)
@@ -101,7 +101,7 @@ def quadrature_nodes(noise: LogLinearNoise) -> list[tuple[Tensor, float]]:
 def exact_bound(
     toy: brute_force.Toy, scores: Scores, x0: tuple[int, ...], noise: LogLinearNoise | None = None
 ) -> float:
-    """Return `nll_bound` of x0 for these scores in float64, with enumeration and quadrature instead of draws."""
+    """Return, in float64, the bound on x0 that `nll_bound` estimates. Enumeration and quadrature replace the draws."""
     graph = graph_of(toy.graph, toy.n)
     noise, xt = noise or exact_noise(graph), all_states(graph, toy.sites)
     clean = torch.tensor(x0).expand_as(xt)
@@ -113,7 +113,7 @@ def exact_bound(
     score_fn = UnconvertedScores(network, graph, noise, "log_score")
 
     def probability(sigma: float) -> Tensor:
-        """Return the probability of each x_t."""
+        """Return the probability of each x_t given x0."""
         return brute_force.transition(toy.graph, toy.n, sigma)[clean, xt].prod(1)
 
     total = 0.0
@@ -127,7 +127,7 @@ def exact_bound(
 
 
 def sampled_distribution(toy: brute_force.Toy, scores: Scores) -> Tensor:
-    """Return the distribution, (n,) * sites, that the model with these scores samples with infinitely many steps.
+    """Return the distribution that a model with these scores samples in infinitely many steps, as a (n, ..., n) tensor.
 
     Start from the prior, integrate the master equation of the reverse process (rates Q[z, x] s_z), and denoise.
     """
@@ -174,8 +174,8 @@ def test_with_exact_scores_the_bound_is_the_likelihood_to_a_millionth(name: str,
 def test_with_wrong_scores_the_bound_is_above_the_models_negative_log_likelihood(name: str) -> None:
     """Scores with a random error in every state do not belong to any distribution.
 
-    Each sequence's bound is above its -log p under the model that samples with these scores. The average bound is
-    above the entropy by at least the divergence from that model.
+    Each sequence's bound is above its -log p under the model that samples with these scores. The average bound exceeds
+    the entropy of the toy by more than the toy's Kullback-Leibler divergence from that model.
     """
     toy = brute_force.random_toy(name)
     graph = graph_of(name, toy.n)
@@ -185,7 +185,7 @@ def test_with_wrong_scores_the_bound_is_above_the_models_negative_log_likelihood
         exact = toy.log_score(xt, sigma)
         return torch.where(exact == 0, 0.0, exact + 0.5 * math.exp(-sigma) * noise[tuple(xt.T)])
 
-    # exact scores sample the toy itself
+    # sampling with exact scores gives the distribution of the toy
     assert torch.allclose(sampled_distribution(toy, toy.log_score), toy.p0, rtol=1e-5)
     model_p = sampled_distribution(toy, wrong)
     assert float(model_p.sum()) == pytest.approx(1, abs=1e-6)
@@ -195,11 +195,14 @@ def test_with_wrong_scores_the_bound_is_above_the_models_negative_log_likelihood
     assert (bound > -model_p.log()).all()
     entropy, cross = (-float((toy.p0 * p.log()).sum()) for p in (toy.p0, model_p))
     assert float((toy.p0 * bound).sum()) > cross > entropy + 1e-3
-    assert ((bound + model_p.log()) < 1).all()  # above, but by less than 1 nat
+    assert ((bound + model_p.log()) < 1).all()  # the bound exceeds -log p by less than 1 nat
 
 
 def test_exact_count_is_the_average_over_decoding_orders() -> None:
-    """A time-free network decodes in a random order. Its -log p is below the average of -log p over the orders."""
+    """A network without time conditioning decodes in a random order.
+
+    The bound is the average of -log p over the orders, which is above -log of the average p.
+    """
     logits = torch.randn(4, 4, 2, 3, generator=torch.Generator().manual_seed(3))
     log_q = logits.double().log_softmax(-1)
 
@@ -242,7 +245,7 @@ def test_zero_logits_have_a_bound_of_log_20_per_residue() -> None:
     integral = nll_bound(score_fn, batch, generator=torch.Generator().manual_seed(0), draws=16)
     nll, error = per_residue(integral.nats.numpy(), integral.residues.numpy())
     assert abs(nll - math.log(20)) < 4 * error
-    for i in range(40):  # the sequences' own standard errors have the right size too
+    for i in range(40):  # the standard error of each sequence has the right size too
         assert abs(float(integral.nats[i]) - 50 * math.log(20)) < 6 * float(integral.standard_error[i])
 
 
@@ -251,9 +254,9 @@ def test_zero_logits_have_a_bound_of_log_20_per_residue() -> None:
     "graph", [Absorbing(), Uniform(), make_substitution_graph("BLOSUM62")], ids=["absorbing", "uniform", "blosum62"]
 )
 def test_the_bound_contains_prior_integral_and_reconstruction(graph: Graph) -> None:
-    """With eps = t_min = 0.1 all three terms are large, and their sum for zero logits is still -log pi.
+    """With eps = t_min = 0.1 all three terms of the bound are large, and for zero logits their sum is still -log pi.
 
-    Zero logits predict the equilibrium pi, which is uniform or that of the substitution matrix.
+    Zero logits predict the equilibrium distribution pi: uniform, or the equilibrium of the substitution matrix.
     """
     noise, batch = LogLinearNoise(eps=0.1, t_min=0.1), random_batch([80] * 40)
     pi = graph.pi if isinstance(graph, SubstitutionGraph) else torch.full((20,), 0.05).double()
@@ -267,7 +270,10 @@ def test_the_bound_contains_prior_integral_and_reconstruction(graph: Graph) -> N
 
 @pytest.mark.parametrize("matrix", ["BLOSUM62", "PAM30"])
 def test_the_bound_contains_errors_at_high_noise(matrix: str) -> None:
-    """Scores of a wrong equilibrium are equally bad at every noise level. The draws must reach sigma_max."""
+    """Scores of a wrong equilibrium distribution are equally wrong at every noise level.
+
+    The bound contains their error at high noise only if the draws reach sigma_max.
+    """
     graph = make_substitution_graph(matrix)
     noise = build_noise({"name": "loglinear", "eps": None, "rate": None, "t_min": 1e-3}, graph)
     v = torch.randn(20, generator=torch.Generator().manual_seed(0)) / 2
@@ -362,7 +368,7 @@ def test_the_corpus_average_is_total_nats_over_total_residues(n: int, seed: int)
 
 
 def test_the_standard_error_covers_the_population_average() -> None:
-    """For 400 random corpora, the average is within 1.96 standard errors of the population's in about 95% of cases."""
+    """In about 95% of 400 random corpora, the average is within 1.96 standard errors of the population's average."""
     rng = np.random.default_rng(0)
     hits = 0
     for _ in range(400):
@@ -420,7 +426,8 @@ def test_strata_are_narrow_where_few_residues_are_masked() -> None:
 def test_an_odd_draw_is_left_out_of_the_standard_error() -> None:
     nats = torch.tensor([[1.0, 5.0], [2.0, 5.0], [7.0, 0.0], [4.0, 0.0], [99.0, 9.0]], dtype=torch.float64)
     weighted = nats * torch.tensor([weight for *_, weight in strata(5)], dtype=torch.float64)[:, None]
-    # two strata of widths 1/4 and 3/4, without the last draw; each contributes half the difference of its draws
+    # the last draw is left out, and each of the two strata, of widths 1/4 and 3/4, contributes its width times half the
+    # difference of its two draws
     expected = math.sqrt((0.25 * (1 - 2) / 2) ** 2 + (0.75 * (7 - 4) / 2) ** 2)
     assert error_of_pairs(weighted).tolist() == pytest.approx([expected, 0])
 
@@ -467,7 +474,10 @@ def test_one_draw_has_no_standard_error() -> None:
 
 
 def test_the_numbers_of_masks_are_stratified_over_the_batch() -> None:
-    """In one draw, 50 sequences of 50 residues have 1 to 50 masks, each number once, and sigma matches the fraction."""
+    """In one draw, 50 sequences of 50 residues have 1 to 50 masks, each number once.
+
+    Each sigma matches the masked fraction of its sequence.
+    """
     mask_counts: list[int] = []
 
     def network(batch: PackedBatch, sigma: torch.Tensor) -> torch.Tensor:

@@ -40,7 +40,7 @@ def test_an_epoch_has_no_sequence_twice_and_leaves_out_only_its_tail(store: Sequ
         assert len(tail) == dataset.tail(epoch)
         tail_tokens = clipped_tokens(store.lengths[tail], dataset.max_len).sum()
         all_tokens = clipped_tokens(store.lengths[dataset.rows], dataset.max_len).sum()
-        assert tail_tokens < 0.15 * all_tokens  # the budget here is small: 7 sequences a pack
+        assert tail_tokens < 0.15 * all_tokens  # large, as the budget is small: about 7 sequences a pack
 
 
 def test_the_plan_is_a_pure_function_of_seed_and_index(store: SequenceStore) -> None:
@@ -93,10 +93,10 @@ def test_proteins_of_one_length_get_new_crops_in_each_pack_and_epoch(tmp_path: P
         starts[seed] = [
             store[int(pack.rows)].tobytes()[1:-1].find(crop) for pack, crop in zip(packs, tokens, strict=True)
         ]
-        assert len(set(starts[seed])) > 15  # of 101 possible starts, in 3 epochs
+        assert len(set(starts[seed])) > 15  # of 101 possible starts; the packs are from 3 epochs
     assert starts[1] != starts[2]
     dataset = make_dataset(store, max_len=399, budget=401)
-    # both the first and the last crop occur
+    # each protein has two crops, and both occur
     assert {int(dataset[pack].tokens[0]) == BOS for pack in range(30)} == {True, False}
 
 
@@ -192,7 +192,7 @@ def first_tokens(dataset: PackDataset) -> list[list[int]]:
 
 
 def is_marked_random(array: np.ndarray) -> bool | None:
-    """Whether this mapped array is marked for random reads (MADV_RANDOM); None if the system does not show it."""
+    """Whether this memory-mapped array is marked for random reads (MADV_RANDOM); None if the system cannot show it."""
     address, inside = array.__array_interface__["data"][0], False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
@@ -210,7 +210,7 @@ def reads_at_random(dataset: PackDataset) -> list[bool]:
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_only_training_reads_at_random(store: SequenceStore, method: str, spawned_in_forks: None) -> None:
-    """Sequential readers keep the system's read-ahead, even in the same process and for the same store."""
+    """Sequential readers keep the system's read-ahead, even if the same process also trains on the same store."""
     training = make_dataset(store)
     shown = is_marked_random(store.tokens) is not None
     assert reads_at_random(training) == ([True, False] if shown else [None, None])

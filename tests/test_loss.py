@@ -36,7 +36,11 @@ def test_the_loss_is_the_weighted_sum_of_its_parts(graph: Graph, noise: Noise) -
 
 
 def test_the_loss_of_a_time_free_x0_network_is_weighted_cross_entropy() -> None:
-    """With log-linear noise kappa dsigma = 1/t (1 - eps cancels), so the loss is masked cross-entropy divided by t."""
+    """With log-linear noise the loss is the cross-entropy of masked residues, divided by t.
+
+    The weight of a masked residue is kappa dsigma, where kappa = 1 / (e^sigma - 1) and dsigma is the derivative of
+    sigma. With log-linear noise it is 1/t, because the factor 1 - eps cancels.
+    """
     graph, noise, batch = Absorbing(), LogLinearNoise(), random_batch([40, 25])
     model = make_model()
     score_fn = ScoreFn(model, graph, noise, "x0", time_conditioning=False)
@@ -51,7 +55,7 @@ def test_the_loss_of_a_time_free_x0_network_is_weighted_cross_entropy() -> None:
 
 
 def test_the_loss_of_a_curriculum_is_the_integral_up_to_its_cap() -> None:
-    """With zero logits the integrand is log 20 per residue at every t, so the integral is (cap - t_min) log 20."""
+    """With zero logits the integrand is log 20 per residue at all t <= cap, so the integral is (cap - t_min) log 20."""
     graph, noise, batch = Absorbing(), LogLinearNoise(), random_batch([60] * 400)
     score_fn = ScoreFn(lambda batch, sigma: torch.zeros(len(batch.tokens), 20), graph, noise, "x0")
     for cap in (0.1, 0.6, 1.0):

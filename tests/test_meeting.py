@@ -31,10 +31,12 @@ Outcome = Exception | list[str]
 
 @pytest.fixture
 def meet(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[Outcome]]]:
-    """Return a function that runs one meeting of ranks with the given facts, as if each rank had a host of its own.
+    """Return a function that runs one meeting of ranks, as if each rank had a host of its own.
 
-    The function returns, for each rank, its exception or the hosts that it has learned.
-    A rank with the facts None does not start. A rank with an exception raises it before the meeting.
+    The arguments are the facts of each rank: the config, data and versions that must be equal on all ranks. A rank
+    whose argument is None does not start. A rank whose argument is an exception raises this exception before the
+    meeting. The function returns a list with an entry for each rank that started: the exception that the rank raised,
+    or the hosts of all ranks.
     """
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setattr(module, "loopback_address", lambda: None)
@@ -68,7 +70,10 @@ def test_ranks_with_equal_facts_learn_the_hosts_of_all_ranks(meet: Callable[...,
 
 
 def test_ranks_compare_a_key_at_its_default_with_another_value() -> None:
-    """Files leave out newer keys at their default, but a message that ranks differ shows both values."""
+    """A config file leaves out newer keys that have their default value.
+
+    The message about ranks with different configs still shows both values of such a key.
+    """
     resolved = Resolved("cpu", "fp32", "sdpa", False, 2, "a.h5", "0")
     default, other = (
         facts_to_compare(train_config(*overrides), resolved)
@@ -116,7 +121,7 @@ def test_all_ranks_report_a_rank_that_failed_before_the_meeting(meet: Callable[.
 def test_rank_0_ends_after_the_others_have_read_its_error(
     meet: Callable[..., list[Outcome]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a run with separate processes, the store ends with rank 0."""
+    """The store closes when the process of rank 0 ends, and the other ranks read the error from this store."""
     mark_as_read, ended = Meeting._mark_as_read, []
 
     def mark_slowly(meeting: Meeting) -> None:
@@ -138,7 +143,10 @@ def test_rank_0_ends_after_the_others_have_read_its_error(
 
 
 def test_restarts_and_requeued_jobs_continue_the_earlier_launch() -> None:
-    """So do launches after a change in the number of hosts. An unrelated launch with the same id does not."""
+    """A launch after a change in the number of hosts also continues the earlier launch.
+
+    An unrelated launch with the same id does not continue it.
+    """
 
     def continued(
         launch: str | None, earlier: dict[str, Any], *, restart: int = 0, agents: str = "a 1", **slurm: Any
@@ -153,7 +161,7 @@ def test_restarts_and_requeued_jobs_continue_the_earlier_launch() -> None:
     assert continued("none", {"launch": "none"}, agents="c 3")
     assert not continued("x", {"launch": "x"})
     assert not continued("x", {"launch": "y"}, restart=1, agents="a 7")
-    assert not continued(None, {"launch": None}, agents="a 7")  # two commands of one shell
+    assert not continued(None, {"launch": None}, agents="a 7")  # two launches from one shell, both without an id
     assert not continued("x", {}, restart=1)
     assert continued("y", {"launch": "x", "job": "4"}, job="4", requeues=1)
     assert not continued("y", {"launch": "x", "job": "4"}, job="4")
@@ -227,7 +235,7 @@ def test_a_host_name_that_resolves_to_loopback_is_an_error(
         assert str(error).startswith("host-0: other hosts cannot reach the address of its own name (127.0.1.1)")
     read = Meeting._read
     monkeypatch.setattr(Meeting, "_read", lambda *arguments: dict(reversed(read(*arguments).items())))
-    for error in meet({}, {}):  # whichever note was read first
+    for error in meet({}, {}):  # the order in which the notes of the ranks are read does not matter
         assert str(error).startswith("host-0: ")
     monkeypatch.setattr(socket, "gethostname", lambda: "localhost")
     assert loopback_address() == "127.0.0.1" or loopback_address() == "::1"
@@ -259,7 +267,7 @@ def test_a_slow_disk_is_not_reported_as_a_lost_rank(run_python: Command, store: 
     slow += "def save_slowly(*args, **kwargs):\n    time.sleep(7)\n    return save(*args, **kwargs)\n"
     slow += "checkpoint.save_checkpoint = save_slowly\n"
     slow += "if __name__ == '__main__':\n    runpy.run_module('protlig_dd.training', run_name='__main__')\n"
-    (tmp_path / "slow.py").write_text(slow)  # each rank imports it too, because it is __main__
+    (tmp_path / "slow.py").write_text(slow)  # each rank imports this file too, because it is the main module
     overrides = overrides_for(store, "disk", "trainer.max_steps=5", "trainer.devices=2", "trainer.checkpoint_every=1")
     process = run_python("-m", "slow", *overrides, "trainer.timeout=3")
     assert_one_line_error(process, "rank 0 on ", "waits for a checkpoint to be written to runs/disk", "trainer.timeout")

@@ -163,7 +163,7 @@ def test_the_model_card_lists_the_kinds_of_parts_that_are_not_the_default(option
     description = json.loads((GOLDEN / "exported/config.json").read_text())
     shipped = {"norm": "rms", "qk_norm": True}
     model = asdict(ModelConfig(**{**SMALL_MODEL, **shipped, **options}))
-    for written in (model, stored_model(model)):  # with and without the newer keys at their default
+    for written in (model, stored_model(model)):  # with and without newer keys that have their default value
         assert f"\n| network | {line} |\n" in model_card(description | {"model": written})
     config = config_of("model=tiny").model
     assert all(getattr(config, key) == value for key, value in DEFAULT_KINDS.items())  # the defaults of configs/model

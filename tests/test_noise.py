@@ -40,7 +40,7 @@ def test_dsigma_is_the_derivative_of_sigma(noise: Noise) -> None:
     (derivative,) = torch.autograd.grad(sigma.sum(), t)
     assert torch.allclose(dsigma, derivative, rtol=1e-12, atol=0)
     assert (sigma.diff() > 0).all()
-    # float32 stays within rounding of float64, at both ends
+    # at both ends of [t_min, 1], float32 differs from float64 only by rounding
     sigma32, dsigma32 = noise(t.detach().float())
     assert sigma32.dtype == torch.float32
     expected, dexpected = noise(t.detach().float().double())
@@ -71,7 +71,7 @@ def test_noise_of_a_slow_graph_reaches_sigma_max_without_a_jump_at_t_1(matrix: s
     ("noise", "second_moment"), [(CosineNoise(1e-9), 4.04), (LogLinearNoise(1e-9), 6.91)], ids=describe
 )
 def test_the_loss_weights_have_the_documented_second_moment(noise: Noise, second_moment: float) -> None:
-    """The values are in the docstring of CosineNoise.
+    """The expected values are those in the docstring of CosineNoise.
 
     A masked residue has the weight dsigma / (e^sigma - 1), and a residue is masked with probability 1 - e^-sigma.
     """
@@ -87,7 +87,7 @@ def test_times_are_stratified(n: int, t_min: float, seed: int) -> None:
     assert t_min <= float(t.min())
     assert float(t.max()) <= 1
     strata = ((t.sort().values.double() - t_min) / (1 - t_min) * n + 1e-4).floor()
-    assert (strata - torch.arange(n)).abs().max() <= 1  # one in each stratum, up to rounding at its ends
+    assert (strata - torch.arange(n)).abs().max() <= 1  # each stratum has one time, up to rounding at its ends
     assert (t.sort().values.diff() - (1 - t_min) / n).abs().max() < 1e-5 if n > 1 else True
 
 

@@ -128,7 +128,7 @@ def test_muon_orthogonalises_the_inner_matrix_of_each_head_and_adamw_updates_gat
         parameter.grad = torch.randn_like(parameter)
     optimizer.param_groups[0]["weight_decay"] = 0.0
     optimizer.step()
-    # each of the 4 heads has a matrix of 8 x 8, whose update has singular values near 0.2 lr sqrt(8)
+    # each of the 4 heads has a matrix of 8 x 8; the singular values of its update are close to 0.2 lr sqrt(8)
     updates = torch.linalg.svdvals(matrix.matrices.detach() - before) / (0.2 * 1e-2 * math.sqrt(8))
     assert updates.shape == (4, 8)
     assert 0.5 < updates.min() < updates.max() < 1.3

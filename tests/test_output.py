@@ -59,7 +59,7 @@ def test_a_character_that_the_locale_lacks_is_replaced(monkeypatch: pytest.Monke
 def test_the_permissions_of_written_files_follow_the_umask(
     trained_run: Path, tmp_path: Path, run_python: Command
 ) -> None:
-    """Check all files that these verbs write, including an export's tensors."""
+    """Check all files that the verbs below write, including the tensors of an exported model."""
     for mask, mode in ((0o077, 0o600), (0o002, 0o664))[: None if thorough() else 1]:
         folder = tmp_path / f"{mask:o}"
         folder.mkdir()
@@ -134,7 +134,7 @@ def test_a_file_that_cannot_be_written_is_named(
         ["device=cpu", "precision=fp32"] if verb in ("sample", "infill", "evaluate", "variants", "embed") else []
     )
     if verb == "training":
-        steps = 2 if limit > 6000 else 30  # for a checkpoint at the end, or for enough rows in metrics.jsonl
+        steps = 2 if limit > 6000 else 30  # until the checkpoint at the end, or until metrics.jsonl reaches the limit
         overrides = overrides_for(store, "out", f"trainer.max_steps={steps}", "trainer.log_every=1", "report.samples=0")
         overrides.append("logger.tensorboard=false")
     code = LIMITED.replace("(SIZE, SIZE)", f"({limit}, {limit})").replace("VERB", f"protlig_dd.{verb}")

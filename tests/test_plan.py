@@ -54,7 +54,7 @@ def test_packs_contain_whole_sequences_within_the_budget_and_close_only_when_ful
     packs = [tokens[a:b] for a, b in itertools.pairwise(starts.tolist())]
     assert all(pack and sum(pack) <= budget for pack in packs)
     assert all(sum(pack) + following[0] > budget for pack, following in itertools.pairwise(packs))
-    # this lower bound makes a fixed number of packs per epoch possible
+    # this lower bound on the number of packs makes it possible to fix the number of packs per epoch
     assert sum(tokens) // budget <= len(packs)
 
 
@@ -104,7 +104,7 @@ def test_a_mixture_reads_its_longest_store_once_an_epoch_and_the_others_evenly(
         assert max(row_counts) - min(row_counts) <= 1
         if number == longest:
             assert set(row_counts) == {count}
-        # the number of tokens that the group's weight gives, except for one sequence at the boundary
+        # the group has the number of tokens that its weight requests, up to one sequence
         tokens = int(np.array(row_counts) @ clipped_tokens(lengths[group], max_len))
         assert abs(tokens - count * wanted[number]) <= max_len + 1
     # every epoch fills at least the number of packs that packs_in_epoch returns
@@ -116,7 +116,7 @@ def test_a_mixture_reads_its_longest_store_once_an_epoch_and_the_others_evenly(
 
 @given(st.integers(1, 30), st.integers(1, 3), st.lists(st.floats(0.2, 3), min_size=3, max_size=3))
 def test_an_epoch_fills_at_least_the_announced_number_of_packs(max_len: int, most: int, weights: list[float]) -> None:
-    """All sequences are as long as a crop and packs are small, so leaving out one sequence may cost a pack."""
+    """All sequences have the maximum length and packs are small, so without one sequence a pack could be missing."""
     groups, budget = [[max_len] * 20, [max_len] * 15, [max_len] * 25], most * (max_len + 2)
     rows, lengths = group_rows(groups)
     totals = [total_tokens(lengths, group, max_len) for group in rows]
@@ -130,20 +130,20 @@ def test_epochs_passes_and_stores_are_shuffled_independently() -> None:
     first, second = epochs(groups, None, 30, 1, 2)
     assert first.tolist() != second.tolist()
     assert first.tolist() != epochs(groups, None, 30, 2, 1)[0].tolist()
-    # the second store is read one and a half times an epoch
+    # the second store is read one and a half times per epoch, so half of its rows are read twice
     twice = [
         {row for row, n in Counter(rows.tolist()).items() if n == 2} for rows in epochs(groups, [2.0, 3.0], 30, 1, 4)
     ]
     assert [len(rows) for rows in twice] == [25] * 4
-    assert twice[0] | twice[1] == set(range(50, 100))  # one pass: the rows read twice in epoch 0 and those in epoch 1
-    assert twice[0] not in (twice[2], twice[3])  # the next pass has another order
+    assert twice[0] | twice[1] == set(range(50, 100))  # epoch 1 reads the other half twice
+    assert twice[0] not in (twice[2], twice[3])  # later epochs have other halves
 
 
 KEYS = st.lists(st.integers(0, 2**40), min_size=1, max_size=3)
 
 
 def test_the_orders_of_plan_version_2_never_change() -> None:
-    """Otherwise resumed runs would read their data in another order."""
+    """If an order changed, resumed runs would read their data in another order than before."""
     assert shuffled(np.arange(10, dtype=np.uint32), [7, 1, 0], 2).tolist() == [1, 3, 2, 7, 8, 4, 5, 9, 0, 6]
     assert shuffled(np.arange(10), [7, 1, 1], 2).tolist() == [9, 8, 2, 6, 7, 4, 1, 5, 0, 3]
     assert random_below(np.array([1, 2, 10, 1000, 10**6]), [7, 2, 0], 2).tolist() == [0, 1, 0, 570, 439288]
@@ -168,11 +168,12 @@ def test_every_row_is_equally_likely_at_every_position() -> None:
     orders = np.array([shuffled(np.arange(n), [0, epoch], 2) for epoch in range(times)])
     rows = np.arange(n)
     counts = np.array([(orders == row).sum(0) for row in rows])  # (row, position)
-    # n^2 counts with fixed row and column sums: (n - 1)^2 degrees of freedom
+    # the row and column sums of the n^2 counts are fixed, so (n - 1)^2 degrees of freedom remain
     assert chi2.sf(((counts - times / n) ** 2 / (times / n)).sum(), (n - 1) ** 2) > 0.001
     after = np.zeros((n, n))
     np.add.at(after, (orders[:, :-1].ravel(), orders[:, 1:].ravel()), 1)
-    after, expected = after[~np.eye(n, dtype=bool)], times / n  # n - 1 adjacent positions, n (n - 1) pairs
+    # each order has n - 1 pairs of neighbours, and there are n (n - 1) possible pairs
+    after, expected = after[~np.eye(n, dtype=bool)], times / n
     assert chi2.sf(((after - expected) ** 2 / expected).sum(), n * (n - 1) - 1) > 0.001
     numbers = random_below(np.full(6000, 6), [5, 1], 2)
     assert chisquare(np.bincount(numbers, minlength=6)).pvalue > 0.001
@@ -180,9 +181,9 @@ def test_every_row_is_equally_likely_at_every_position() -> None:
 
 
 class OtherGenerator(np.random.Generator):
-    """numpy's generator after an upgrade that changed its streams."""
+    """A stand-in for numpy's generator after an upgrade of numpy that changes the random streams."""
 
-    def shuffle(self, x: Any, axis: int = 0) -> None:  # `permutation` calls it too
+    def shuffle(self, x: Any, axis: int = 0) -> None:  # `permutation` calls this method too
         super().shuffle(x, axis)
         x[:] = x[::-1].copy()
 
@@ -258,7 +259,7 @@ def test_a_plan_is_made_by_another_process_if_the_first_died(tmp_path: Path) -> 
     process.start()
     while not list(plan_folder().glob("race-0.*")):
         time.sleep(0.01)
-    assert shared_plan("race", 0, small_plan, wait=False) is None  # the first process is making it
+    assert shared_plan("race", 0, small_plan, wait=False) is None  # the first process is still making the plan
     process.kill()
     process.join()
     shared = shared_plan("race", 0, small_plan)
@@ -278,7 +279,7 @@ def test_a_process_forked_while_a_plan_is_made_does_not_keep_the_lock() -> None:
     while not list(plan_folder().glob("fork-1.*")):
         time.sleep(0.01)
     worker = multiprocessing.get_context("fork").Process(target=shared_plan, args=("fork", 2, small_plan))
-    worker.start()  # it inherits the lock's file descriptor and requests the lock itself
+    worker.start()  # the worker inherits the file descriptor of the lock and requests the lock itself
     worker.join(timeout=30)
     thread.join(timeout=30)
     assert worker.exitcode == 0

@@ -50,7 +50,7 @@ def test_fake_tensors_give_the_saved_bytes_of_real_tensors(precision: str, check
 
 
 def test_activations_of_mixed_blocks_are_the_sum_over_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("protlig_dd.training.cost.TOKENS", 32)  # two chunks
+    monkeypatch.setattr("protlig_dd.training.cost.TOKENS", 32)  # as many tokens as two chunks of ttt_linear
     config = config_of("model.n_blocks=3", "model.mixers=[attention,attention,ttt_linear]")
     model = build_model(config.model, "sdpa", time_conditioning=False)
     plain = activation_bytes(config, "fp32")
@@ -60,7 +60,8 @@ def test_activations_of_mixed_blocks_are_the_sum_over_the_blocks(monkeypatch: py
         for n in (1, 2)
     )
     checkpointed = activation_bytes(replace(config, model=replace(config.model, checkpointing=True)), "fp32")
-    # the backward pass recomputes the block of ttt_linear, which keeps more than one of attention
+    # A block of ttt_linear keeps more bytes than a block of attention. With checkpointing the backward pass recomputes
+    # the block of ttt_linear, so the bytes of this block are part of the estimate.
     assert two - attention < plain - two < checkpointed < plain
 
 
@@ -69,7 +70,10 @@ def test_activations_of_mixed_blocks_are_the_sum_over_the_blocks(monkeypatch: py
 def test_activations_with_a_bias_are_those_of_a_pack_of_the_longest_proteins(
     kind: str, mixers: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The bias and the attention weights grow with the square of the length, so packs of short proteins keep less."""
+    """A pack of short proteins keeps less than a pack of the longest proteins.
+
+    The reason is that the bias and the attention weights grow with the square of the length.
+    """
     monkeypatch.setattr("protlig_dd.training.cost.TOKENS", 32)
     options = [f"model.positions={kind}", f"model.mixers={mixers}", f"model.n_blocks={mixers.count(',') + 1}"]
     options += ["model.hidden_size=16", "model.n_heads=4", "model.cond_dim=8"]
@@ -101,7 +105,7 @@ def test_the_plan_prints_which_attention_it_counts_if_there_is_a_bias(
 @pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_activations_are_linear_in_tokens_and_depth(mlp: str, precision: str) -> None:
-    """The estimate counts fake tensors in small networks. It is compared with real tensors in a deeper network."""
+    """Compare the estimate with real tensors in a deep network. The estimate counts fake tensors in small networks."""
     config = config_of("model.n_blocks=5", f"model.mlp={mlp}")
     model = build_model(config.model, "sdpa", time_conditioning=False)
     for tokens in (250, 1000):

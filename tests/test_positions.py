@@ -41,7 +41,7 @@ from protlig_dd.model.positions.t5 import bucket_of
 from .conftest import SMALL_MODEL, make_model, raises_value_error, random_batch
 from .test_plan_of_a_run import saved_bytes
 
-LONGEST = 160  # tokens; longer than diet_rel's clip
+LONGEST = 160  # maximum number of tokens of a sequence, more than the largest offset of diet_rel
 KINDS = sorted(POSITIONS)
 MIXER_LISTS = [
     "attention",
@@ -54,12 +54,12 @@ BIASED = [name for name in KINDS if "torch_varlen" not in POSITIONS[name].backen
 
 
 def options_of(kind: str, **options: Any) -> dict[str, Any]:
-    """Return the keys of `model` that choose this kind."""
+    """Return the keys of `model` that choose this kind of position encoding."""
     return {"positions": kind, **({"max_positions": LONGEST} if POSITIONS[kind].limited else {}), **options}
 
 
 def model_of(kind: str, mixers: str | list[str]) -> DiT:
-    """Return a network with these mixers."""
+    """Return a network with this kind of position encoding and these mixers."""
     n_blocks = 2 if isinstance(mixers, str) else len(mixers)
     return make_model(**options_of(kind, mixers=mixers, n_blocks=n_blocks))
 
@@ -74,7 +74,7 @@ def encoding_of(kind: str, **options: Any) -> PositionEncoding:
 
 
 def prepared(encoding: PositionEncoding, batch: PackedBatch, backend: str) -> ScoreInputs | None:
-    """Return the inputs of the second of two blocks with attention."""
+    """Return what the encoding adds to the attention scores of the second of two blocks, which both have attention."""
     return prepare_scores(encoding, batch, backend, [True, True], torch.float32)[1]
 
 
@@ -118,7 +118,7 @@ BATCH = random_batch([7, 1, 30, 14])
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("kind", BIASED)
 def test_attention_adds_the_bias_of_the_formula_in_sdpa_and_flex(kind: str) -> None:
-    """flex runs uncompiled here. The flash kernels need a GPU and are tested below."""
+    """The backend flex runs uncompiled here. Another test, which needs a GPU, covers the flash kernels."""
     encoding = encoding_of(kind, hidden_size=64)
     expected = attention_by_formula(QKV, BATCH, kind, encoding)
     scores = prepared(encoding, BATCH, "sdpa")
@@ -219,7 +219,7 @@ def test_diet_rel_has_a_table_for_each_block_with_attention_named_after_the_bloc
 
 
 class RecordsDevices(FakeTensorMode):
-    """Records the devices of the tensors that operations return."""
+    """A mode of fake tensors that records the devices of the tensors that operations return."""
 
     devices: set[str]
 
@@ -241,7 +241,7 @@ def test_no_tensor_of_a_network_on_cuda_is_on_the_cpu(kind: str, backend: str, m
     dtype = torch.float32 if backend == "sdpa" else torch.bfloat16
     with RecordsDevices() as mode, torch.no_grad():
         mode.devices = set()
-        # build on the fake CPU and move by hand: initialisers and Module.to need a CUDA build of torch
+        # build on the fake CPU and move each tensor: on CUDA, initialisers and Module.to need a CUDA build of torch
         config = ModelConfig(**SMALL_MODEL | options_of(kind, hidden_size=64, tie_weights=True))
         model = DiT(config, backend)
         for module in model.modules():
@@ -481,7 +481,7 @@ def test_on_sdpa_all_blocks_read_the_same_copy_of_a_bias_that_they_share(
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor) -> torch.Tensor:
         assert attn_mask.dtype == q.dtype
-        read.append(attn_mask)  # keeps it, so that its memory is not used again
+        read.append(attn_mask)  # keeps the matrix, so that its memory is not reused
         return plain(q, k, v, attn_mask=attn_mask)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
@@ -489,7 +489,7 @@ def test_on_sdpa_all_blocks_read_the_same_copy_of_a_bias_that_they_share(
         model(random_batch([20, 9, 20]), torch.ones(3))
     pointers = [matrix.data_ptr() for matrix in read]
     assert pointers == pointers[:3] * 3
-    # sequences of equal length share it too, if it needs no gradient
+    # sequences of equal length also share a bias that needs no gradient
     assert len(set(pointers)) == (2 if kind == "alibi" else 3)
 
 
@@ -500,10 +500,10 @@ def test_a_further_block_keeps_no_copy_of_the_bias_for_the_backward_pass(precisi
         for kind in ("none", "alibi", "t5", "diet")
     }
     number = 2 if precision == "bf16" else 4
-    bias = number * 4 * (130**2 + 70**2)  # bytes: 4 heads
+    bias = number * 4 * (130**2 + 70**2)  # bytes, for 4 heads
     for kind, (one, two, three) in kept.items():
         more = [b - a for a, b in zip(kept["none"], (one, two, three), strict=True)]
-        # with a bias that needs a gradient, torch keeps the attention weights on the CPU, in bf16 twice
+        # if the bias needs a gradient, torch on the CPU keeps the attention weights, as float32 even under bf16
         weights = 0 if kind in ("none", "alibi") else bias * 4 // number
         assert three - two == two - one
         assert weights <= more[1] - more[0] < weights + bias // 2
@@ -559,7 +559,10 @@ def test_flex_is_not_compiled_anew_for_every_shape_of_a_pack(monkeypatch: pytest
 def test_one_process_can_compile_flex_for_several_networks_and_modes_of_gradients(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """torch's default limit is lowered from 8 variants to 2. On the CPU the modes differ without a backward pass."""
+    """The limit on compiled variants is lowered from torch's default, 8, to 2.
+
+    On the CPU the two modes of gradients give different variants even without a backward pass.
+    """
     torch._dynamo.reset()
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))

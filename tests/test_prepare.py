@@ -41,7 +41,7 @@ def test_prepare_and_inspect_report_the_contents_of_the_store(run_python: Comman
     assert "the validation split" not in process.stdout
     assert 30 < len(SequenceStore(tmp_path / "d/my.h5").split("validation")) < 90
     assert sorted(path.name for path in (tmp_path / "d").iterdir()) == ["my.h5", "my.h5.manifest.json"]
-    # the reported numbers, counted again in the input
+    # count the reported numbers again in the input
     lengths = {f"p{i}": i + 12 for i in range(296)}
     store = SequenceStore(tmp_path / "d/my.h5")
     kept = {name: [lengths[store.id(row)] for row in store.split(name)] for name in SPLITS}
@@ -65,7 +65,8 @@ def test_prepare_and_inspect_report_the_contents_of_the_store(run_python: Comman
     manifest.write_text(
         manifest.read_text().replace('"created": "20', '"created": "1999').replace('print": "', 'print": "x')
     )
-    assert "1999" not in run_python(*PREPARE, "inspect=d/my.h5").stdout  # this manifest is of another store
+    # the fingerprint in this manifest is of another store
+    assert "1999" not in run_python(*PREPARE, "inspect=d/my.h5").stdout
     content = bytearray((tmp_path / "d/my.h5").read_bytes())
     content[3000] ^= 1
     (tmp_path / "d/my.h5").write_bytes(content)
@@ -116,7 +117,7 @@ def test_bad_fasta_is_a_one_line_error_and_leaves_no_file(run_python: Command, t
 
 
 def test_unusual_but_valid_fasta_is_read(run_python: Command, tmp_path: Path) -> None:
-    """CRLF, lower case, a stop at the end, blank lines, one record of 40,000 residues, no newline at the end."""
+    """The file has CRLF, lower case, a final stop, blank lines, a record of 40,000 residues, and no final newline."""
     (tmp_path / "odd.fasta").write_bytes(b"\r\n>a b\r\nmKv\r\nAA*\r\n\r\n>titin\r\n" + b"MKVLA" * 8000)
     process = run_python(*PREPARE, "input=odd.fasta", "output=odd.h5")
     assert process.returncode == 0, process.stderr
@@ -127,7 +128,7 @@ def test_unusual_but_valid_fasta_is_read(run_python: Command, tmp_path: Path) ->
 
 
 def test_sequences_that_two_splits_share_are_counted(run_python: Command, tmp_path: Path) -> None:
-    """They are counted in any order of the splits, in upper and lower case, and whether or not duplicates are kept."""
+    """The count does not depend on the order of the splits, on upper and lower case, or on filter.duplicates."""
     files = {
         "train": ">t1 x\nMKVA\n>t2\nMKVC\n>t3\nMKVD\n>t4\nMKVE\n>t5\nMKVF\n>t6\nMKVF\n",
         "validation": ">v1\nMKVW\n>v2\nMKVY\n",
@@ -195,7 +196,10 @@ def test_wrong_arguments_are_one_line_errors(run_python: Command, tmp_path: Path
 
 @pytest.fixture
 def big_fasta(tmp_path: Path, made_once: MadeOnce, proteins: list[FastaRecord]) -> Path:
-    """About 25 MB of real proteins: 130 copies, each rotated by some residues and with other ids."""
+    """About 25 MB of real proteins: 130 copies of each protein.
+
+    The copies have different ids and are rotated by different numbers of residues.
+    """
 
     def fill(folder: Path) -> None:
         with (folder / "big.fasta").open("w") as file:
@@ -268,7 +272,7 @@ def test_a_second_process_cannot_write_the_same_output(tmp_path: Path, big_fasta
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [1, 12, 20])  # MB: reached in the first block, in the spool, in the store
+@pytest.mark.parametrize("size", [1, 12, 20])  # MB, reached while writing the first block, the spool or the store
 def test_a_file_size_limit_is_a_one_line_error_and_leaves_no_file(
     tmp_path: Path, big_fasta: Path, size: int, run_python: Command
 ) -> None:
@@ -281,7 +285,7 @@ def test_a_file_size_limit_is_a_one_line_error_and_leaves_no_file(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """Return a function that mounts a tmpfs of `size` megabytes. Mounting needs root."""
+    """Return a function that mounts a tmpfs of `size` megabytes and returns its folder. Mounting needs root."""
     mounted: list[Path] = []
 
     def mount(size: int) -> Path:

@@ -26,7 +26,7 @@ def test_blosum62_rates_have_the_odds_of_its_scores() -> None:
     assert scores[AMINO_ACIDS.index("A"), AMINO_ACIDS.index("S")] == 1
     graph = make_substitution_graph("BLOSUM62")
     pi = graph.pi.numpy()
-    # not exactly the background frequencies, because scores are rounded
+    # pi is not exactly the background frequencies, because the scores are rounded
     assert np.abs(pi - SWISS_PROT / SWISS_PROT.sum()).max() < 0.01
     # the rates are proportional to P - I, and P has the odds J_ij / (f_i f_j) = 2^(S_ij / 2) / Z
     p = substitution_rates("BLOSUM62")

@@ -81,14 +81,14 @@ def copied(trained: Path, tmp_path: Path) -> Callable[[str], Path]:
 
 
 def paired_cells(page: str) -> list[list[str]]:
-    """Return the columns "bound − first run" and its error, with a row for each run."""
+    """Return the cells of "bound − first run" and of its standard error, a pair for each run."""
     table = page[page.index(">bound − first run<") :]
     rows = re.findall(r"<tr>(<t[hd].*?)</tr>", table[: table.index("</table>")], re.DOTALL)
     return [re.findall(r"<td.*?>(.*?)</td>", row)[3:5] for row in rows]
 
 
 def judges_json(*rows: dict[str, Any]) -> dict[str, Any]:
-    """Return contents as `judge` writes them to judges.json."""
+    """Return the contents of a judges.json with these rows, as `judge` writes the file."""
     return {"samples": "designs.fasta", "natural": "held.fasta", "train": None, "seed": 0, "rows": list(rows)}
 
 
@@ -134,7 +134,7 @@ def test_the_figures_of_the_page_equal_those_recomputed_from_the_runs_files(trai
     )
 
     def written(nats: np.ndarray, sign: str = "") -> list[str]:
-        """Return the ratio and its standard error over proteins, as a page writes them."""
+        """Return the nats per residue and their standard error over proteins, as the page prints them."""
         ratio, n = nats.sum() / residues.sum(), len(nats)
         error = math.sqrt(((nats - ratio * residues) ** 2).sum() * n / (n - 1)) / residues.sum()
         return [f"{ratio:{sign}.4f}".replace("-", "−"), f"{error:.4f}"]
@@ -222,7 +222,7 @@ def test_both_trackers_record_scalars_samples_and_histograms(trained: Path) -> N
     assert [event.step for event in events.Histograms("weights/blocks.1")] == [8, 16, 20]
     norms = events.Histograms("grad_norm/of_each_parameter")
     assert [event.step for event in norms] == [8, 16, 20]
-    for event in norms:  # their squares sum to the squared norm of the whole gradient
+    for event in norms:  # the squared norms of all parts sum to that of the gradient
         assert event.histogram_value.sum_squares == pytest.approx(run.metrics[event.step]["grad_norm"] ** 2, rel=1e-4)
     (lengths,) = events.Histograms("samples/length")
     assert (lengths.step, lengths.histogram_value.num) == (20, 14)
@@ -234,7 +234,7 @@ def test_both_trackers_record_scalars_samples_and_histograms(trained: Path) -> N
 
     history = offline_history(trained)
     assert {row["_step"]: row["loss"] for row in history if "loss" in row} == pytest.approx(
-        {step: run.metrics[step]["loss"] for step in range(11, 21)}  # the second attempt
+        {step: run.metrics[step]["loss"] for step in range(11, 21)}  # only the second attempt logs to wandb
     )
     last = {key: value for row in history for key, value in row.items()}
     assert last["samples/amino_acid.values"] == [pooled.count(letter) for letter in AMINO_ACIDS]
@@ -332,7 +332,8 @@ def test_one_held_out_protein_is_enough_and_an_extended_run_keeps_the_step_of_it
     page = (folder / "report.html").read_text()
     assert "step 4, averaged weights" in page
     assert "This run has completed 6 of 8 steps. Its report (the bound and the samples) is from step 4." in page
-    assert '<td class="number">4</td><td class="number">1</td>' in comparison_page([run])  # step, proteins
+    # the columns step and proteins
+    assert '<td class="number">4</td><td class="number">1</td>' in comparison_page([run])
     (folder / "report.json").unlink()
     page = run_page(read_run(folder))  # the bounds of the last validation are used instead
     assert f"± ? {NATS}" in page
@@ -447,7 +448,8 @@ def test_the_verb_rebuilds_and_compares_pages_and_rejects_damaged_files(
     monkeypatch.chdir(first.parents[1])
     config = (second / "config.yaml").read_text()
     config = config.replace("lr: 0.003", "lr: 0.5").replace("model:\n", "model:\n  positions: t5\n")
-    (second / "config.yaml").write_text(config.replace("  compile: auto\n", ""))  # as earlier versions wrote it
+    # earlier versions did not write this key
+    (second / "config.yaml").write_text(config.replace("  compile: auto\n", ""))
     for _ in range(2):  # the run's own page may be replaced
         assert run_report("runs=[runs/first]") == 0
         assert capsys.readouterr().out == "runs/first/report.html: first\n"
@@ -731,7 +733,7 @@ def axis(ticks: list[tuple[str, str]]) -> Callable[[str], float]:
     positions = [float(position) for position, _ in ticks]
     values = [float(text.replace("−", "-").rstrip("kMG")) * units.get(text[-1], 1.0) for _, text in ticks]
     slope, start = np.polyfit(positions, values, 1)
-    assert np.allclose(np.polyval([slope, start], positions), values, atol=abs(slope) * 0.2)  # positions have 1 decimal
+    assert np.allclose(np.polyval([slope, start], positions), values, atol=abs(slope) * 0.2)  # positions are rounded
     return lambda position: float(slope * float(position) + start)
 
 
@@ -771,7 +773,7 @@ def test_points_and_their_bars_match_both_axes(style: str) -> None:
     if style == "line":
         (path,) = re.findall(r'class="c0 line" d="M([^"]+)"', drawing)
         points += [tuple(point.split()) for point in path.split("L")]
-    assert len(points) == 2 * len(x)  # each point has a dot on its bar, and a dot or a corner of the curve
+    assert len(points) == 2 * len(x)  # each point has a dot on its bar, and either a dot or a corner of the curve
     for (position, height), step, value in zip(points, x * 2, y * 2, strict=True):
         assert x_at(position) == pytest.approx(step, abs=2)
         assert y_at(height) == pytest.approx(value, abs=2e-3)

@@ -111,7 +111,7 @@ def test_lengths_must_be_given_if_the_checkpoint_has_no_record_of_them() -> None
 
 
 def test_cropped_proteins_are_left_out_of_the_empirical_lengths(store: SequenceStore) -> None:
-    """The model was trained on crops of 200 residues, but a protein of 800 residues does not count as one of 200."""
+    """The model was trained on crops of 200 residues, but a protein of 800 residues is not counted with length 200."""
     group, max_len = StoreGroup([store]), 200
     lengths = [int(store.lengths[row]) for row in store.split("train")]
     counts, cropped = length_counts(group, max_len)
@@ -146,7 +146,7 @@ def test_counts_at_max_len_of_earlier_versions_are_left_out() -> None:
 def assert_bounds_are_those_of_the_model(
     records: Sequence[FastaRecord], run: Path, *, numbers: Sequence[int], seed: int, draws: int
 ) -> None:
-    """Compare nll and nll_se of each header, in nats per residue, with the bound of that protein computed alone."""
+    """Compare nll and nll_se in each header (nats per residue) with the bound of that protein, computed alone."""
     trained = load_trained(str(run), device="cpu", precision="fp32")
     for number, record in zip(numbers, records, strict=True):
         batch = PackedBatch.pack([torch.from_numpy(ProteinTokenizer().encode(record.sequence).astype(np.int64))])
@@ -185,7 +185,7 @@ def test_headers_give_the_bound_of_each_protein_on_any_number_of_ranks(
     done = run_python(*launcher, *command, "output=two.fasta", "n=7")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "two.fasta").read_text() == (tmp_path / "one.fasta").read_text()
-    for lengths in ("301", "1-301"):  # a range may draw its end
+    for lengths in ("301", "1-301"):  # the upper end of a range may be drawn
         assert_one_line_error(
             run_python(*command, "output=long.fasta", f"lengths={lengths}", "n=1"),
             f"lengths={lengths}: the longest protein has 301 residues; this model was trained on 1 to 300",

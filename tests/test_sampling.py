@@ -101,7 +101,7 @@ def test_samples_from_exact_scores_have_the_exact_distribution(
 def test_euler_and_analytic_samples_are_equal_for_absorbing_and_loglinear(parametrisation: str) -> None:
     noise = LogLinearNoise(eps=0.1, t_min=0.1)
     score_fn = ScoreFn(make_model(), Absorbing(), noise, parametrisation)
-    if parametrisation == "log_score":  # exact scores, because both predictors would clamp random ones
+    if parametrisation == "log_score":  # exact scores; random scores give negative probabilities, which are clamped
         score_fn = replace(exact_score_fn(brute_force.random_toy("absorbing", n=20, sites=2, seed=3)), noise=noise)
     lengths = [2] * 400 if parametrisation == "log_score" else [300, 100]
     euler, analytic = (sampled(score_fn, lengths, 7, name, seeded(0)) for name in ("euler", "analytic"))
@@ -112,7 +112,7 @@ def test_a_forbidden_residue_of_the_prior_is_redrawn_by_the_network() -> None:
     """The network predicts only tryptophan; lysine is allowed too, but appears only where the prior has drawn it."""
     logits = torch.where(torch.arange(20) == LETTERS.index("W"), 50.0, 0.0)
     bias = torch.full((20,), -torch.inf).scatter(0, torch.tensor([LETTERS.index(a) for a in "WK"]), 0.0)
-    noise = LogLinearNoise(eps=0.5)  # half of the residues are not masked at t = 1; 1 in 20 of those is lysine
+    noise = LogLinearNoise(eps=0.5)  # half of the residues are unmasked at t = 1, and 1 in 20 of these is lysine
     score_fn = ScoreFn(lambda batch, sigma: logits.expand(len(batch.tokens), -1), Absorbing(), noise, "x0")
     (ids,) = sampled(score_fn, [4000], 5, "analytic", seeded(0), log_bias=bias)
     assert set(np.unique(ids)) == {LETTERS.index("W"), LETTERS.index("K")}
@@ -122,8 +122,9 @@ def test_a_forbidden_residue_of_the_prior_is_redrawn_by_the_network() -> None:
 @pytest.mark.parametrize("predictor", ["analytic", "euler"])
 @pytest.mark.parametrize("conditioned", [False, True])
 def test_a_time_free_model_samples_every_residue_with_the_network(predictor: str, conditioned: bool) -> None:
-    """The bound of such a model is that of a decoder that starts from masks only. A time-conditioned model starts from
-    the prior at t = 1, which has unmasked residues.
+    """The bound of a time-free model is that of a decoder that starts from masks only, so sampling does the same.
+
+    A time-conditioned model starts from the prior at t = 1, which has unmasked residues.
     """
     logits = torch.where(torch.arange(20) == LETTERS.index("W"), 50.0, 0.0)
     score_fn = ScoreFn(
@@ -168,7 +169,7 @@ def test_samples_are_amino_acids_of_the_requested_lengths(name: str, predictor: 
 
 @pytest.mark.parametrize(("name", "predictor"), SAMPLERS)
 def test_a_sampled_sequence_does_not_depend_on_its_pack(name: str, predictor: str) -> None:
-    """Nor does it depend on the number of sequences or on the others: sequence i of 8 equals sequence i of 5."""
+    """A sequence depends neither on the number of sequences nor on the other sequences: number i of 8 equals i of 5."""
     score_fn = ScoreFn(make_model(), graph_of(name, 20), LogLinearNoise(), "x0")
 
     def draw(n: int, tokens_per_pack: int, lengths: str) -> list[list[int]]:
@@ -232,7 +233,7 @@ def test_a_time_free_network_does_not_evaluate_unchanged_sequences_again(
     plain = draw_samples()
     assert plain[0] == cached[0]
     assert plain[1]["skipped"] == 0
-    assert 3 + 3 <= cached[1]["evaluated"] <= 3 + 17  # each residue is unmasked once
+    assert 3 + 3 <= cached[1]["evaluated"] <= 3 + 17  # a new evaluation needs a new unmasked residue, and there are 17
 
 
 def independent_toy(n: int, graph: str = "absorbing") -> brute_force.Toy:
@@ -314,7 +315,7 @@ def test_a_bias_tilts_independent_positions_exactly(name: str, predictor: str, p
 def test_a_forbidden_residue_is_never_sampled(name: str, steps: int) -> None:
     graph = graph_of(name, 20)
     bias = torch.zeros(20)
-    bias[1] = -torch.inf  # cysteine
+    bias[1] = -torch.inf  # cysteine is forbidden
     noise = LogLinearNoise(0.2, 1e-3)  # a fifth of the residues are not noised at t = 1
     for predictor in ("analytic", "euler") + (("ancestral",) if name == "absorbing" else ()):
         for options in ({}, {"temperature": 0.5, "top_p": 0.9}):
@@ -333,7 +334,7 @@ BLOSUM62 = make_substitution_graph("BLOSUM62")
 def test_no_score_changes_by_more_than_the_bias(
     graph: Graph, parametrisation: str, sigma: float, size: float, seed: int
 ) -> None:
-    """This holds for random logits too, at noise levels where the x0 distribution that they imply is meaningless."""
+    """The limit holds even for random logits at noise levels where they do not imply a valid distribution of x0."""
     logits, bias = (torch.randn(30, 20, generator=seeded(seed + i), dtype=torch.float64) for i in range(2))
     bias = size * (bias - bias.amin(-1, keepdim=True)) / (bias.amax(-1, keepdim=True) - bias.amin(-1, keepdim=True))
     xt = torch.full((30,), 20) if isinstance(graph, Absorbing) else torch.arange(30) % 20
@@ -410,7 +411,10 @@ def test_projected_residues_are_kept() -> None:
 
 
 def infilled(name: str, chains: int, steps: int, parametrisation: str = "log_score") -> tuple[np.ndarray, np.ndarray]:
-    """Fix the first of two sites of a toy; return counts of the second site's states and their exact distribution."""
+    """Fix the first of two sites of a toy, and sample the second.
+
+    Return how often each state of the second site was sampled, and the exact distribution of these states.
+    """
     toy = brute_force.random_toy(name, n=3, sites=2, seed=2)
 
     def project(tokens: torch.Tensor) -> torch.Tensor:

@@ -76,10 +76,12 @@ def test_sigma_only_scales_the_scores_of_a_time_free_network() -> None:
 
 @pytest.mark.parametrize("parametrisation", ["log_score", "x0"])
 def test_zero_logits_on_the_absorbing_graph_have_a_loss_of_log_20_per_residue(parametrisation: str) -> None:
-    """Zero logits predict a uniform distribution, s = kappa / 20, so each masked residue has the loss kappa log 20.
+    """Zero logits predict a uniform distribution, so each masked residue has the loss kappa log 20.
 
-    For log-linear noise dsigma kappa = 1/t, and a residue is masked with probability (1 - eps) t. The expected loss is
-    therefore (1 - t_min)(1 - eps) log 20 nats per residue. With stratified times, 20 batches are enough to estimate it.
+    Here kappa = 1 / (e^sigma - 1), and the scores are kappa / 20. The loss at time t is weighted with dsigma, the
+    derivative of sigma. For log-linear noise dsigma kappa = 1/t, and a residue is masked with probability (1 - eps) t.
+    The expected loss is therefore (1 - t_min)(1 - eps) log 20 nats per residue. With stratified times, 20 batches are
+    enough to estimate it.
     """
     noise, graph = LogLinearNoise(), Absorbing()
     batch = random_batch([60] * 500)
@@ -107,7 +109,10 @@ def test_zero_logits_on_the_absorbing_graph_have_a_loss_of_log_20_per_residue(pa
 
 @pytest.mark.parametrize("graph", [Uniform(), BLOSUM62], ids=["uniform", "blosum62"])
 def test_zero_logits_on_other_graphs_have_the_loss_of_the_equilibrium(graph: Graph) -> None:
-    """Zero logits give the stationary process's scores, so the loss over [low, high] is the decrease of KL(P || pi)."""
+    """Zero logits give the scores of the equilibrium pi.
+
+    The loss, integrated over sigma in [low, high], is therefore the decrease of KL(P || pi).
+    """
     x0 = torch.arange(20).repeat_interleave(20)
     xt = torch.arange(20).repeat(20)
     log_score = graph.log_score(torch.zeros(400, 20, dtype=torch.float64), xt, torch.ones(400))

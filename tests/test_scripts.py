@@ -121,7 +121,7 @@ def test_every_mutation_matches_the_source_and_names_existing_test_files() -> No
     assert len({mutation.what for mutation in mutations}) == len(mutations) >= 110
     for mutation in mutations:
         assert mutation.old != mutation.new
-        assert mutation.folder in FOLDERS, mutation.what  # mutations of other folders would never be checked
+        assert mutation.folder in FOLDERS, mutation.what  # mutations in other folders would never be checked
         files = [word for word in mutation.tests.split() if word.startswith("tests/")]
         assert all((ROOT / file).is_file() for file in files), mutation.what
         if " -k " in mutation.tests:  # a renamed test would no longer be selected
@@ -254,7 +254,7 @@ def test_the_benchmark_compares_the_mixers_at_each_length(
 
 
 def test_concatenated_blocks_are_the_token_stream_cut_at_fixed_lengths() -> None:
-    """As in SEDD, there is no <pad>, and a protein attends to other proteins in its block."""
+    """As in SEDD, blocks contain no <pad>, and a protein attends to the other proteins in its block."""
     generator = torch.Generator().manual_seed(0)
     proteins = [torch.randint(0, 20, (length,), generator=generator) for length in (9, 4, 30, 7, 11, 5)]
     packs = [PackedBatch.pack(proteins[:2]), PackedBatch.pack(proteins[2:5]), PackedBatch.pack(proteins[5:])]
@@ -263,10 +263,11 @@ def test_concatenated_blocks_are_the_token_stream_cut_at_fixed_lengths() -> None
     stream = torch.cat(proteins)
     assert torch.equal(torch.cat([batch.tokens for batch in found]), stream[: 16 * len(found)])
     assert not any((batch.tokens == PAD).any() for batch in found)
-    # token 8, the last of the first protein and the first of block 1, attends to block 1 only
+    # token 8 is the last of the first protein and the first of block 1; it attends to block 1 only
     model = make_model()
     logits = model(found[0], torch.ones(2))[8]
-    for position, attended in ((12, True), (3, False)):  # another protein in this block; the same protein in block 0
+    # 12: another protein in block 1; 3: the same protein in block 0
+    for position, attended in ((12, True), (3, False)):
         changed = found[0].tokens.clone()
         changed[position] = (changed[position] + 1) % 20
         changed_logits = model(PackedBatch.from_flat(changed, found[0].lengths), torch.ones(2))[8]

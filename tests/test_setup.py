@@ -42,7 +42,7 @@ def test_a_second_set_up_does_nothing_until_a_requirement_changes(
     _, installed, compiled = calls.read_text().splitlines()
     assert installed.endswith("--no-compile -c constraints.txt -e .[dev,esm,hmm,hub,slurm,wandb]")
     assert "compileall" in compiled
-    assert run_setup(checkout, PYTHON=sys.executable).returncode == 0  # dev includes what training needs
+    assert run_setup(checkout, PYTHON=sys.executable).returncode == 0  # --dev has installed what training needs
     assert len(calls.read_text().splitlines()) == 3
     with (checkout / "constraints.txt").open("a") as file:
         file.write("six==1.17.0\n")

@@ -72,7 +72,7 @@ def test_the_last_step_has_the_sequences_of_sampling_in_one_call(
 
 @pytest.mark.parametrize(("graph", "predictor"), PAIRS)
 def test_sampling_in_several_packs_gives_the_sequences_of_the_steps(graph: str, predictor: str) -> None:
-    """The network's outputs may differ by rounding, so another seed could give another residue."""
+    """The outputs of the network may differ by rounding between packs, so with other seeds a residue could differ."""
     score_fn, lengths, options = score_fn_of(graph), [12, 30, 7, 19], SamplerOptions(4, predictor)
     in_packs, _ = generate(score_fn, lengths, options, Work(32), seed=3)
     steps = sampling_steps(score_fn, lengths, options, seed=3)
@@ -163,7 +163,7 @@ def test_edits_stay_and_masked_residues_are_sampled_again(predictor: str) -> Non
     final = steps.sequences
     assert "_" not in final[0] + final[1]
     assert final[1] == unedited[1]
-    if predictor != "ancestral":  # its fixed number of masks couples the positions of a protein
+    if predictor != "ancestral":  # a fixed number of masks per step couples the positions of a protein
         others = [i for i in range(40) if i not in known[:3]]
         assert [final[0][i] for i in others] == [unedited[0][i] for i in others]
 
@@ -192,7 +192,10 @@ def test_without_a_mask_an_edit_is_where_the_next_step_starts(graph: str) -> Non
 
 @pytest.mark.parametrize("timed", [False, True])
 def test_residues_that_the_caller_sets_condition_the_others_exactly(timed: bool) -> None:
-    """The first of two sites of an exact model is set between the steps; the second follows p(second | first)."""
+    """The test sets the first of two sites of an exact model between the steps.
+
+    The second site then follows the distribution p(second | first).
+    """
     toy, chains = brute_force.random_toy("absorbing", n=20, sites=2, seed=2), 1200
     exact = exact_score_fn(toy, "x0")
 
@@ -286,7 +289,7 @@ def test_an_edit_that_log_bias_forbids_is_an_error() -> None:
     ],
 )
 def test_a_bias_of_other_shapes_than_its_designs_is_an_error(shapes: list[tuple[int, ...]], message: str) -> None:
-    """Also if all the rows together are as many as the residues of the pack."""
+    """The shapes are an error even if the total number of rows equals the number of residues in the pack."""
     bias = [torch.zeros(shape) for shape in shapes]
     with pytest.raises(ValueError, match=re.escape(message)):
         sampling_steps(score_fn_of("absorbing"), ["M___V", 3], SamplerOptions(3), log_bias=bias)
@@ -295,7 +298,7 @@ def test_a_bias_of_other_shapes_than_its_designs_is_an_error(shapes: list[tuple[
 
 
 def test_each_design_is_sampled_with_the_rows_of_its_bias() -> None:
-    """Each position allows one amino acid, so the sequences are those of the biases."""
+    """The bias of each position allows a single amino acid, so the biases determine the sequences."""
     wanted = ["MKVLA", "WYF"]
     bias = []
     for sequence in wanted:

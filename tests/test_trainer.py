@@ -71,7 +71,7 @@ def make_trainer(store: SequenceStore, optimizer: str, device: torch.device, *, 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_step_uses_the_gradient_of_all_its_packs(store: SequenceStore, optimizer: str) -> None:
-    """Compare three steps with their formulas: loss per residue of both packs, clipping, learning rate and average."""
+    """Compare three steps with formulas: loss per residue of both packs, clipping, learning rate, averaged weights."""
     trainer = make_trainer(store, optimizer, torch.device("cpu"), fast=False)
     model = copy.deepcopy(trainer.model)
     score_fn = trainer.objective.score_fn(model)
@@ -117,7 +117,8 @@ def test_a_loss_that_is_not_finite_or_a_spike_freezes_the_weights(store: Sequenc
     trainer = make_trainer(store, "adamw", torch.device("cpu"), fast=False)
     usual = torch.tensor(2.0)
     assert not trainer.freeze_if_bad(0, usual, torch.tensor(1.0))
-    assert not trainer.freeze_if_bad(SPIKE_STEPS - 1, torch.tensor(100.0), torch.tensor(1.0))  # too early for a spike
+    # early losses are never spikes
+    assert not trainer.freeze_if_bad(SPIKE_STEPS - 1, torch.tensor(100.0), torch.tensor(1.0))
     expected = 2.0 + (100.0 - 2.0) / SPIKE_STEPS
     assert float(trainer.usual_loss) == pytest.approx(expected)
     assert not trainer.freeze_if_bad(SPIKE_STEPS, torch.tensor(2.99 * expected), torch.tensor(1.0))
@@ -137,7 +138,7 @@ def test_a_loss_that_is_not_finite_or_a_spike_freezes_the_weights(store: Sequenc
 @pytest.mark.parametrize("fast", [False, True])
 def test_the_step_never_waits_for_a_gpu(store: SequenceStore, optimizer: str, fast: bool) -> None:
     trainer = make_trainer(store, optimizer, torch.device("cuda"), fast=fast)
-    # otherwise padding and CUDA graphs would not be tested
+    # padding and CUDA graphs are used only for packs that fit
     assert all(trainer.dataset[i].fits(SHAPE) for i in range(4))
     packs = (trainer.dataset[i].pin_memory() for i in count())
     trainer.step(0, packs, [])  # the first step creates the optimizer state

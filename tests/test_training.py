@@ -139,7 +139,7 @@ def test_a_finished_run_is_reported_and_extended_only_on_request(
     last = run / "checkpoints/step_00000040"
     assert finished_step(run) == 40
     shutil.copytree(last, last.with_name("step_00000041"))
-    assert finished_step(run) is None  # the run has continued
+    assert finished_step(run) is None  # a newer checkpoint: the run has continued
     shutil.rmtree(last.with_name("step_00000041"))
     (run / "report.html").unlink()  # as after a kill before the page was written
     again = run_python(*command)
@@ -201,7 +201,7 @@ def test_a_decayed_schedule_is_extended_only_with_resume_extend(
 
 @pytest.mark.parametrize("file", ["state.json", "config.yaml"])
 def test_a_damaged_checkpoint_is_not_read_before_its_checksums(trained_run: Path, tmp_path: Path, file: str) -> None:
-    """Resuming with the same config must reach the code that falls back to the previous checkpoint."""
+    """Checks before resuming must not fail, because resuming itself falls back to the previous checkpoint."""
     run = tmp_path / "small"
     shutil.copytree(trained_run, run)
     (run / "report.json").unlink()
@@ -220,7 +220,8 @@ def test_a_run_whose_length_was_increased_is_not_finished(trained_run: Path, tmp
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text.replace("max_steps: 40", "max_steps: 50"))
     assert finished_step(run) is None
-    check_extension(run, read_config(composed(*TRAINED, "trainer.max_steps=50"), TrainConfig))  # the recorded length
+    # 50 is the recorded length
+    check_extension(run, read_config(composed(*TRAINED, "trainer.max_steps=50"), TrainConfig))
     with pytest.raises(ValueError, match="max_steps was 50, now 60"):
         check_extension(run, read_config(composed(*TRAINED, "trainer.max_steps=60"), TrainConfig))
     by_epochs = text.replace("max_steps: 40", "max_steps: null").replace("epochs: null", "epochs: 2.0")
@@ -230,13 +231,13 @@ def test_a_run_whose_length_was_increased_is_not_finished(trained_run: Path, tmp
     assert finished_step(run) == 40
     state = json.loads((last / "state.json").read_text())
     assert state["max_steps"] == 40
-    (last / "state.json").write_text(json.dumps(state | {"max_steps": 80}))  # stopped half way
+    (last / "state.json").write_text(json.dumps(state | {"max_steps": 80}))  # as if the run had stopped half way
     assert finished_step(run) is None
     check_extension(run, read_config(composed(*TRAINED, "trainer.max_steps=null", "trainer.epochs=3"), TrainConfig))
 
 
 def test_a_kill_while_a_report_is_moved_aside_leaves_a_complete_copy(trained_run: Path, tmp_path: Path) -> None:
-    """Whichever copy is interrupted, the run folder still has all files."""
+    """Whichever file is being copied at the kill, the run folder still has all files of the report."""
     names = {"report.csv", "report.html", "report.json"}
     for copied in range(3):
         run = tmp_path / str(copied)
@@ -384,7 +385,7 @@ def test_a_run_is_not_resumed_with_another_config_or_other_data(
     copy = tmp_path / "elsewhere.h5"
     copy.write_bytes(store.path.read_bytes())
     out = train(run_python, store, "same", "trainer.max_steps=4", f"data.path={copy}", "run.resume=extend")
-    assert "resuming from" in out  # the same data under another name
+    assert "resuming from" in out  # the same data under another name are accepted
     environment = tmp_path / "runs/same/environment.json"
     record = json.loads(environment.read_text())
     environment.write_text("{")
@@ -480,7 +481,8 @@ def test_a_trained_model_beats_the_untrained_model_in_its_report(
     assert (tmp_path / "mkw.fasta").read_text().splitlines()[1::2] == ["MKW", "MKW"]
     evaluations = re.search(r"([\d.]+)% of the network's evaluations were skipped", process.stdout)
     assert evaluations is not None
-    assert 100 * (1 - 8 / 82) - 0.1 < float(evaluations[1]) < 100  # at most 2 x (1 + 3) of 2 x 41 are needed
+    # at most 2 x (1 + 3) of the 2 x 41 evaluations are needed
+    assert 100 * (1 - 8 / 82) - 0.1 < float(evaluations[1]) < 100
     other = run_python("-m", "protlig_dd.sample", *steered[:1], "output=t.fasta", "log_bias=bias.csv", "lengths=5")
     assert_one_line_error(
         other, "bias.csv has 3 rows but protein 1 has 5 residues; the file needs one row per residue, so set lengths=3"
@@ -594,7 +596,7 @@ def test_a_config_outside_the_package_extends_the_shipped_groups(
     )
     assert process.returncode == 0, process.stdout + process.stderr
     assert "lr: 0.007" in (tmp_path / "runs/mine/config.yaml").read_text()
-    (tmp_path / "work").mkdir()  # searched after the current folder
+    (tmp_path / "work").mkdir()  # --work_dir is searched after the current folder
     (tmp_path / "mine.yaml").unlink()
     for folder, name in (("work", "there"), ("", "here")):
         (tmp_path / folder / "mine.yaml").write_text(f"defaults: [train, _self_]\noptim: {{schedule: {name}}}\n")
@@ -690,10 +692,13 @@ def test_the_report_agrees_with_values_recomputed_from_its_rows_and_samples(
 def test_a_compiled_run_has_the_losses_of_an_eager_one(
     run_python: Command, store: SequenceStore, tmp_path: Path, mixer: str
 ) -> None:
-    """Packs of many sizes, and an evaluation between them, compile once. Shape checks interfere and are off."""
+    """The network is compiled once for packs of many sizes and an evaluation between them.
+
+    Shape checks are off, because they interfere with compilation.
+    """
     require_program("g++")
     losses = []
-    # a low learning rate: Muon amplifies the rounding of gradients, which are close to 0 in the first steps
+    # the learning rate is low, because Muon amplifies the rounding of gradients that are close to 0 in the first steps
     more = ["trainer.max_steps=6", "trainer.eval_every=3", "model.n_blocks=1", "optim.lr=1e-4", f"model.mixers={mixer}"]
     train(run_python, store, "eager", *more)
     process = run_python(

@@ -27,7 +27,7 @@ def random_parameters(module: torch.nn.Module, std: float = 0.5) -> None:
 def one_step_at_a_time(
     inner: InnerModel, head: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eta: torch.Tensor
 ) -> torch.Tensor:
-    """Return the output of one head for one sequence: a gradient step per chunk, then the updated model on q.
+    """Return the output of one head for one sequence: for each chunk, a gradient step, then the updated model on q.
 
     Args:
         q, k, v: (tokens, width).
@@ -60,7 +60,7 @@ def one_step_at_a_time(
 
 @pytest.mark.parametrize("kind", [InnerLinear, InnerMLP])
 def test_the_dual_form_and_its_gradients_equal_those_of_gradient_steps(kind: type[InnerModel]) -> None:
-    """Three chunks of one sequence beside two of another, in float64."""
+    """The input is three chunks of one sequence and two chunks of another, in float64."""
     inner, generator = kind(2, 8).double(), torch.Generator().manual_seed(0)
     random_parameters(inner)
     q, k, v = torch.randn(3, 5, 2, CHUNK, 8, dtype=torch.float64, generator=generator)
@@ -80,7 +80,7 @@ def test_the_dual_form_and_its_gradients_equal_those_of_gradient_steps(kind: typ
 
 
 def by_formulas(mixer: TTT, x: torch.Tensor) -> torch.Tensor:
-    """Return the mixer's output for one sequence without positions, one gradient step at a time."""
+    """Return the mixer's output for one sequence, without position encoding, computed one gradient step at a time."""
     w = dict(mixer.named_parameters())
     heads, width = mixer.n_heads, mixer.hidden_size // mixer.n_heads
     base = {"ttt_linear": 1.0, "ttt_mlp": 0.1}[next(name for name, kind in MIXERS.items() if type(mixer) is kind)]

@@ -45,7 +45,7 @@ def test_invalid_values_are_rejected_without_the_variable_too(run_python: Comman
 
 
 VERBS = ("embed", "evaluate", "export", "infill", "judge", "prepare", "report", "sample", "variants", "training")
-# print the help of each verb as `python -m` does, and whether the functions of its module are checked
+# for each verb, print its help as `python -m` does, and print whether the functions of its module are checked
 START_ALL = """
 import runpy, sys
 for verb in sys.argv[1:]:
@@ -98,4 +98,4 @@ def test_checks_do_not_change_the_bytecode_of_other_packages(package: Path, tmp_
         check=True,
         env=environment | {"PYTHONPATH": f"{package}:{tmp_path / 'site'}", "PROTLIG_TYPECHECK": "1"},
     )
-    assert {path.name.count(".") for path in folder.rglob("*.pyc")} == {2}  # name.cpython-311.pyc
+    assert {path.name.count(".") for path in folder.rglob("*.pyc")} == {2}  # two dots, as in name.cpython-311.pyc

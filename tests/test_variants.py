@@ -130,7 +130,7 @@ def test_every_random_draw_follows_from_the_seed() -> None:
 
 
 def test_residues_are_counted_without_letters_that_are_not_amino_acids() -> None:
-    """An X of the wild type counts neither in the masked fraction nor in the length that an indel changes."""
+    """An X in the wild type is counted neither in the masked fraction nor in the length that an indel changes."""
     target, sigmas = ids("MKTXYXIAK"), []
 
     def network(batch: PackedBatch, sigma: torch.Tensor) -> torch.Tensor:
@@ -391,7 +391,10 @@ def test_windows_contain_their_sites_and_are_as_large_as_possible(
 
 
 def partitions(n: int) -> list[list[tuple[int, int]]]:
-    """Return all partitions of n sites in a row into groups of neighbours, as (first, last), `last` excluded."""
+    """Return all partitions of n consecutive sites into groups of neighbours.
+
+    A group is (first, last); `last` is excluded.
+    """
     cuts = itertools.product((False, True), repeat=n - 1)
     boundaries = [[0, *(i + 1 for i, cut in enumerate(pattern) if cut), n] for pattern in cuts]
     return [list(itertools.pairwise(ends)) for ends in boundaries]
@@ -401,7 +404,9 @@ def partitions(n: int) -> list[list[tuple[int, int]]]:
 def test_sites_share_windows_by_the_best_partition(length: int, max_len: int, data: st.DataObject) -> None:
     """The best partition has the fewest windows.
 
-    Of the partitions with the fewest windows it has the largest margins; the smallest margins are compared first.
+    Of the partitions with the fewest windows it has the largest margins; the smallest margins are compared first. The
+    margin of a window is its number of residues before its first or after its last site, whichever is smaller. An end
+    of the protein is not an edge.
     """
     sites = sorted(data.draw(st.sets(st.integers(0, length - 1), min_size=1, max_size=8)))
     shown = min(length, max_len)
@@ -425,13 +430,13 @@ def test_distant_sites_share_a_window_with_the_nearer_neighbour() -> None:
     distant = Variant(((4999, 0), (5399, 9), (5599, 19)))
     pieces = in_windows(assay_of(distant), 512, 7000, "masked_marginals")
     assert [[site for site, _ in piece.change.substitutions] for piece in pieces] == [[4999], [5399, 5599]]
-    assert groups_of([0, 7, 12], 30, 10) == [(0, 1), (1, 3)]  # the end of the protein does not count as an edge
+    assert groups_of([0, 7, 12], 30, 10) == [(0, 1), (1, 3)]  # an end of the protein is not an edge
     assert groups_of([], 22, 5) == []
 
 
 @given(st.integers(1, 200), st.integers(1, 40))
 def test_strategies_without_masks_use_few_windows(length: int, max_len: int) -> None:
-    """On each side, a site has at least a quarter of a window, or all residues up to the end of the protein."""
+    """On each side of a site, its window has at least max_len // 4 residues, or all up to the end of the protein."""
     every = Variant(tuple((site, 0) for site in range(length)))
     pieces = in_windows(assay_of(every), max_len, length, "ratio")
     assert [piece.change.substitutions for piece in pieces] == [(substitution,) for substitution in every.substitutions]
@@ -446,7 +451,10 @@ def test_strategies_without_masks_use_few_windows(length: int, max_len: int) -> 
 def test_windows_of_indels_contain_the_same_part_of_both_proteins(
     length: int, max_len: int, data: st.DataObject
 ) -> None:
-    """A window contains the whole block, and as many other residues as fit. A block that fills a window is an error."""
+    """A window contains all residues that are deleted or inserted, and as many other residues as fit.
+
+    An indel that leaves no space for other residues is an error.
+    """
     start, stop = sorted(data.draw(st.tuples(*[st.integers(0, length)] * 2)))
     new = data.draw(st.lists(st.integers(0, 19), max_size=25).filter(lambda new: len(new) != stop - start))
     change = len(new) - (stop - start)
@@ -626,7 +634,7 @@ def test_masked_marginals_of_an_exact_model_are_the_true_ratios_for_single_subst
 
 
 def test_with_all_masks_enumerated_the_bound_of_an_exact_model_is_the_likelihood() -> None:
-    """The bound averages over one masked residue, at either site, and two masked residues, with equal weights."""
+    """The bound averages two cases with equal weights: one masked residue, at either site, and two masked residues."""
     toy, score_fn = toy_scores("absorbing", "x0")
     for pair in itertools.product(range(3), repeat=2):
         batch = PackedBatch.pack([torch.tensor([BOS, *pair, EOS])])
@@ -642,7 +650,10 @@ def test_with_all_masks_enumerated_the_bound_of_an_exact_model_is_the_likelihood
     ("name", "parametrisation"), [("absorbing", "x0"), ("uniform", "log_score"), ("substitution", "x0")]
 )
 def test_the_bound_of_an_exact_model_is_the_true_difference(name: str, parametrisation: str) -> None:
-    """They agree up to the standard error, and up to a few hundredths of a nat that the ends of the noise range add."""
+    """The two differences agree up to the standard error and the error of the finite noise range.
+
+    The finite noise range adds a few hundredths of a nat.
+    """
     toy, score_fn = toy_scores(name, parametrisation)
     if name == "absorbing":
         score_fn = without_time(score_fn)
@@ -694,7 +705,10 @@ class RecordingNetwork:
 
 
 def test_antithetic_draws_mask_complementary_residues() -> None:
-    """Two antithetic draws mask 7 and 16 of the 22 residues, or 1 and 22: every residue, and one residue twice."""
+    """Two antithetic draws mask 7 and 16 of the 22 residues, or 1 and 22.
+
+    Together they mask every residue, and one residue twice.
+    """
     network = RecordingNetwork()
     score_fn = ScoreFn(network, Absorbing(), NOISE, "x0", False)
     columns = [columns_of(TARGET, Piece(0, 0, 22, Variant()))]
@@ -793,7 +807,8 @@ def test_wild_type_and_variants_get_the_same_noise(name: str) -> None:
         columns = [columns_of(TARGET, Piece(0, 0, 22, variant)) for variant in (Variant(), change)]
         batch = PackedBatch.pack([each.join(each.aligned, each.inserted) for each in columns])
         draw(score_fn, batch, columns, 0.4, 3, 7)
-        assert len(network.inputs) == (4 if timed else 2)  # timed: for the integral and for the last denoising step
+        # a time-conditioned network is called for the integral and for the last denoising step
+        assert len(network.inputs) == (4 if timed else 2)
         for wild, variant in zip(network.inputs[0::2], network.inputs[1::2], strict=True):
             differ = sum(int(wild[i] != variant[j]) for i, j in pairs)
             if timed:
@@ -864,7 +879,7 @@ def test_the_other_metrics_match_their_definitions(pairs: list[tuple[int, int]])
         assert ndcg(scores, measured) is top_recall(scores, measured) is None
         return
     top = len(pairs) // 10
-    ranking = sorted(range(len(pairs)), key=lambda i: -scores[i])[:top]  # ties: the earlier row first
+    ranking = sorted(range(len(pairs)), key=lambda i: -scores[i])[:top]  # of equal scores, the earlier row is first
     gain = [(value - measured.min()) / (measured.max() - measured.min()) for value in measured]
     ideal = sorted(gain, reverse=True)[:top]
     found, best = (
@@ -935,7 +950,7 @@ def test_assays_are_averaged_as_in_proteingym() -> None:
 
 
 def test_clinical_files_of_proteingym_are_judged_by_their_labels(tmp_path: Path) -> None:
-    """They have no UniProt_ID and no type, and their labels are words."""
+    """Clinical files have no UniProt_ID and no type, and their labels are words."""
     folder, reference = tmp_path / "clinical", tmp_path / "reference.csv"
     folder.mkdir()
     (folder / "NP_1.1.csv").write_text(
@@ -1065,7 +1080,7 @@ def test_composition_scores_are_sums_of_log_ratios() -> None:
 
 
 def test_the_baseline_is_judged_over_the_rows_without_indels() -> None:
-    """The model's scores are judged over the same rows too, for comparison."""
+    """The scores of the model are judged over the same rows, so that both can be compared."""
     generator = np.random.default_rng(0)
     variants = [Variant(((i % 9, i % 7),)) for i in range(30)] + [Variant(indel=Indel(3, 4, ()))] * 10
     baseline = composition_scores(variants, TARGET, np.log(SWISS_PROT))
@@ -1270,7 +1285,7 @@ def test_an_interrupted_folder_of_assays_is_resumed(run: Callable[..., str], sto
 
 @pytest.mark.slow
 def test_each_variant_is_scored_by_its_own_strategy(run: Callable[..., str], target: str) -> None:
-    """Metrics over variants of two strategies are also given for each strategy."""
+    """If the variants have two strategies, the summary also has the metrics of each strategy."""
     sites = [i for i, letter in enumerate(target) if letter in AMINO_ACIDS][:24]
     sequences = [target[:i] + ("K" if target[i] == "W" else "W") + target[i + 1 :] for i in sites[:12]]
     sequences += [target[:i] + target[i + 1 :] for i in sites[::2]]

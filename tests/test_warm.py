@@ -73,7 +73,7 @@ def test_a_fork_is_a_separate_process(
     assert process.pid != os.getpid()
     assert process.poll() is None
     assert os.getsid(process.pid) == process.pid  # `start` creates a session
-    assert run_python(*probe, "nothing").returncode == 0  # while the other fork runs
+    assert run_python(*probe, "nothing").returncode == 0  # this fork runs while the other fork waits
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGTERM
@@ -124,7 +124,7 @@ def test_a_command_that_a_fork_cannot_run_is_an_error(warm: Server, libraries: S
 
 
 def test_a_fork_of_the_libraries_imports_the_package_itself(libraries: Server, tmp_path: Path) -> None:
-    """The fork's environment decides on the shape checks and on the folder that the package is imported from."""
+    """The environment of the fork sets the shape checks and the folder from which the package is imported."""
     program = "import sys; print('torch' in sys.modules, 'protlig_dd' in sys.modules);"
     program += "import protlig_dd.batch; print(hasattr(protlig_dd.batch.PackedBatch.pack, '__wrapped__'))"
     for checked in ("0", "1"):
@@ -171,7 +171,7 @@ def is_running(pid: str) -> bool:
 
 def test_a_server_that_cannot_start_reports_the_error(tmp_path: Path) -> None:
     server = start_server(libraries=["no_such_library"])
-    other_client = Server((), {}, server.address)  # as in a test process that did not start the server
+    other_client = Server((), {}, server.address)  # a client that did not start the server, as in other test processes
     for client in (server, other_client, server):
         with pytest.raises(RuntimeError, match=r"the interpreter that forks has ended: [\s\S]*No module named"):
             client.run(["-m", "probe"], cwd=tmp_path, env=os.environ)
