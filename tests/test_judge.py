@@ -236,7 +236,7 @@ def test_controls_depend_on_the_seed_and_are_shuffled_separately() -> None:
         (_, natural, mixed), reference = controls.sets, controls.reference
         drawn[seed] = [int(protein[0] % 100) for protein in [*natural, *reference]]
         assert sorted(drawn[seed]) == list(range(40))
-        # drawn at random: the first 20 of the pool may not be typical
+        # natural proteins are drawn at random, because the order of the pool may have a meaning
         assert len(set(drawn[seed][:20]) & set(range(20))) < 16
         for protein, shuffle in zip(natural, mixed, strict=True):
             assert sorted(shuffle) == protein.tolist()
@@ -275,7 +275,8 @@ def test_every_row_has_the_value_that_its_name_says() -> None:
     for name, value in exact.items():
         assert rows[name][0] == pytest.approx(value), name
     flags = [low_complexity(sample).tolist() for sample in samples]
-    assert sum(map(sum, flags)) not in (0, 18)  # not the 18 of tandem repeats, so that swapped rows are detected
+    # 18 residues are in tandem repeats: with the same number here, swapped rows would not be detected
+    assert sum(map(sum, flags)) not in (0, 18)
     assert rows["residues in low complexity"][0] == pytest.approx(sum(map(sum, flags)) / 82)
     for k, name in ((1, "composition"), (2, "2-mers"), (3, "3-mers")):
         counts = [
@@ -627,7 +628,7 @@ def verdicts_of(samples: list[np.ndarray], pool: list[np.ndarray], requested: st
     cheap = cheap_judges(controls, bootstrap=10, seed=0)
     rows = {name: [judge(proteins) for proteins in sets] for name, (judge, sets) in cheap.items()}
     first, *found = verdicts(rows, len(controls.length_reference), requested)
-    # natural proteins are chosen to match
+    # natural proteins are chosen to match the samples in number and length, so these rows are not judged
     assert (first.group, first.verdict) == ("proteins and residues", "not judged")
     return {verdict.group: verdict for verdict in found}
 

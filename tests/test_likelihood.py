@@ -426,8 +426,8 @@ def test_strata_are_narrow_where_few_residues_are_masked() -> None:
 def test_an_odd_draw_is_left_out_of_the_standard_error() -> None:
     nats = torch.tensor([[1.0, 5.0], [2.0, 5.0], [7.0, 0.0], [4.0, 0.0], [99.0, 9.0]], dtype=torch.float64)
     weighted = nats * torch.tensor([weight for *_, weight in strata(5)], dtype=torch.float64)[:, None]
-    # the last draw is left out, and each of the two strata, of widths 1/4 and 3/4, contributes its width times half the
-    # difference of its two draws
+    # The last draw is left out. Two strata of widths 1/4 and 3/4 remain. Each contributes its width times half the
+    # difference of its two draws.
     expected = math.sqrt((0.25 * (1 - 2) / 2) ** 2 + (0.75 * (7 - 4) / 2) ** 2)
     assert error_of_pairs(weighted).tolist() == pytest.approx([expected, 0])
 

@@ -40,7 +40,8 @@ def test_an_epoch_has_no_sequence_twice_and_leaves_out_only_its_tail(store: Sequ
         assert len(tail) == dataset.tail(epoch)
         tail_tokens = clipped_tokens(store.lengths[tail], dataset.max_len).sum()
         all_tokens = clipped_tokens(store.lengths[dataset.rows], dataset.max_len).sum()
-        assert tail_tokens < 0.15 * all_tokens  # large, as the budget is small: about 7 sequences a pack
+        # the tail is large here, because the budget is small: about 7 sequences per pack
+        assert tail_tokens < 0.15 * all_tokens
 
 
 def test_the_plan_is_a_pure_function_of_seed_and_index(store: SequenceStore) -> None:

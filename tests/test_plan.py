@@ -136,7 +136,7 @@ def test_epochs_passes_and_stores_are_shuffled_independently() -> None:
     ]
     assert [len(rows) for rows in twice] == [25] * 4
     assert twice[0] | twice[1] == set(range(50, 100))  # epoch 1 reads the other half twice
-    assert twice[0] not in (twice[2], twice[3])  # later epochs have other halves
+    assert twice[0] not in (twice[2], twice[3])  # epochs 2 and 3 divide the rows in another way
 
 
 KEYS = st.lists(st.integers(0, 2**40), min_size=1, max_size=3)

@@ -561,7 +561,7 @@ def test_one_process_can_compile_flex_for_several_networks_and_modes_of_gradient
 ) -> None:
     """The limit on compiled variants is lowered from torch's default, 8, to 2.
 
-    On the CPU the two modes of gradients give different variants even without a backward pass.
+    On the CPU the modes with and without gradients give different variants even without a backward pass.
     """
     torch._dynamo.reset()
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)

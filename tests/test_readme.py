@@ -1,8 +1,8 @@
 """Run the README's commands and Python blocks as a new user would: in a copy of the repository, with an empty HOME.
 
 The commands are shortened to seconds: the overrides of SHORT are appended, and UniRef50 is downloaded from a server on
-loopback that serves the bundled proteins. `./scripts/test.sh` is not run, because it would run this test. The
-set-up finds an existing environment; test_setup.py tests how an environment is created.
+loopback that serves the bundled proteins. `./scripts/test.sh` is not run, because it would run this test. The set-up
+finds an existing environment; test_setup.py tests how an environment is created.
 """
 
 import itertools

@@ -222,7 +222,8 @@ def test_both_trackers_record_scalars_samples_and_histograms(trained: Path) -> N
     assert [event.step for event in events.Histograms("weights/blocks.1")] == [8, 16, 20]
     norms = events.Histograms("grad_norm/of_each_parameter")
     assert [event.step for event in norms] == [8, 16, 20]
-    for event in norms:  # the squared norms of all parts sum to that of the gradient
+    # the squared gradient norms of the parameters sum to the squared norm of the whole gradient
+    for event in norms:
         assert event.histogram_value.sum_squares == pytest.approx(run.metrics[event.step]["grad_norm"] ** 2, rel=1e-4)
     (lengths,) = events.Histograms("samples/length")
     assert (lengths.step, lengths.histogram_value.num) == (20, 14)
@@ -448,7 +449,7 @@ def test_the_verb_rebuilds_and_compares_pages_and_rejects_damaged_files(
     monkeypatch.chdir(first.parents[1])
     config = (second / "config.yaml").read_text()
     config = config.replace("lr: 0.003", "lr: 0.5").replace("model:\n", "model:\n  positions: t5\n")
-    # earlier versions did not write this key
+    # earlier versions did not write the key trainer.compile
     (second / "config.yaml").write_text(config.replace("  compile: auto\n", ""))
     for _ in range(2):  # the run's own page may be replaced
         assert run_report("runs=[runs/first]") == 0

@@ -233,7 +233,7 @@ def test_a_time_free_network_does_not_evaluate_unchanged_sequences_again(
     plain = draw_samples()
     assert plain[0] == cached[0]
     assert plain[1]["skipped"] == 0
-    assert 3 + 3 <= cached[1]["evaluated"] <= 3 + 17  # a new evaluation needs a new unmasked residue, and there are 17
+    assert 3 + 3 <= cached[1]["evaluated"] <= 3 + 17  # an evaluation needs a newly unmasked residue; there are 17
 
 
 def independent_toy(n: int, graph: str = "absorbing") -> brute_force.Toy:
@@ -334,7 +334,7 @@ BLOSUM62 = make_substitution_graph("BLOSUM62")
 def test_no_score_changes_by_more_than_the_bias(
     graph: Graph, parametrisation: str, sigma: float, size: float, seed: int
 ) -> None:
-    """The limit holds even for random logits at noise levels where they do not imply a valid distribution of x0."""
+    """The limit also holds for random logits, even at noise levels where they imply no meaningful distribution of x0."""
     logits, bias = (torch.randn(30, 20, generator=seeded(seed + i), dtype=torch.float64) for i in range(2))
     bias = size * (bias - bias.amin(-1, keepdim=True)) / (bias.amax(-1, keepdim=True) - bias.amin(-1, keepdim=True))
     xt = torch.full((30,), 20) if isinstance(graph, Absorbing) else torch.arange(30) % 20

@@ -266,7 +266,7 @@ def test_concatenated_blocks_are_the_token_stream_cut_at_fixed_lengths() -> None
     # token 8 is the last of the first protein and the first of block 1; it attends to block 1 only
     model = make_model()
     logits = model(found[0], torch.ones(2))[8]
-    # 12: another protein in block 1; 3: the same protein in block 0
+    # position 12 is in another protein of block 1, position 3 in the same protein but in block 0
     for position, attended in ((12, True), (3, False)):
         changed = found[0].tokens.clone()
         changed[position] = (changed[position] + 1) % 20

@@ -47,7 +47,7 @@ def test_a_locked_store_can_be_read(store: SequenceStore, tmp_path: Path) -> Non
     path = tmp_path / "copy.h5"
     shutil.copy(store.path, path)
     with path.open("rb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # like a writing process; a file system without locks has the same effect
+        fcntl.flock(file, fcntl.LOCK_EX)  # like a process that writes, or a file system without locks
         with pytest.raises(OSError, match="lock"), h5py.File(path, "r", locking=True):
             pass
         assert SequenceStore(path)[0].tolist() == store[0].tolist()

@@ -117,7 +117,7 @@ def test_a_loss_that_is_not_finite_or_a_spike_freezes_the_weights(store: Sequenc
     trainer = make_trainer(store, "adamw", torch.device("cpu"), fast=False)
     usual = torch.tensor(2.0)
     assert not trainer.freeze_if_bad(0, usual, torch.tensor(1.0))
-    # early losses are never spikes
+    # before step SPIKE_STEPS no loss counts as a spike
     assert not trainer.freeze_if_bad(SPIKE_STEPS - 1, torch.tensor(100.0), torch.tensor(1.0))
     expected = 2.0 + (100.0 - 2.0) / SPIKE_STEPS
     assert float(trainer.usual_loss) == pytest.approx(expected)
