@@ -334,7 +334,10 @@ BLOSUM62 = make_substitution_graph("BLOSUM62")
 def test_no_score_changes_by_more_than_the_bias(
     graph: Graph, parametrisation: str, sigma: float, size: float, seed: int
 ) -> None:
-    """The limit also holds for random logits, even at noise levels where they imply no meaningful distribution of x0."""
+    """The limit also holds for random logits.
+
+    At some of the noise levels, random logits imply no meaningful distribution of x0.
+    """
     logits, bias = (torch.randn(30, 20, generator=seeded(seed + i), dtype=torch.float64) for i in range(2))
     bias = size * (bias - bias.amin(-1, keepdim=True)) / (bias.amax(-1, keepdim=True) - bias.amin(-1, keepdim=True))
     xt = torch.full((30,), 20) if isinstance(graph, Absorbing) else torch.arange(30) % 20
