@@ -56,7 +56,7 @@ def evaluate(cfg: DictConfig) -> None:
     n_cropped = sum(len(tokens) - 2 > max_len for tokens in sequences)
     if n_cropped:
         models = "this model was" if compared is None else "both models were"
-        message = f"{n_cropped} proteins have more than {max_len} residues, the most that {models} trained on"
+        message = f"{n_cropped} proteins have more than {max_len} residues, the maximum length that {models} trained on"
         first = f"only the first {max_len} residues of each are scored"
         most = f"each is cropped to the {max_len} consecutive residues with the largest number of residues to score"
         announce(f"{message}: {first if context == 'none' else most}", trained.processes)

@@ -89,6 +89,8 @@ class ProteinDiffusion(nn.Module):
             ValueError: neither a folder nor a model on the hub has this name, the folder is not an exported model,
                 huggingface_hub is not installed, or a file is damaged or not written by protlig_dd.
         """
+        if not isinstance(name, str | Path) or not str(name):
+            raise ValueError(f"from_pretrained takes the name of a folder or of a model on the hub, got {name!r:.40}")
         folder = Path(name)
         if not folder.is_dir():
             folder = download(str(name), revision)
@@ -113,7 +115,7 @@ class ProteinDiffusion(nn.Module):
             sequences: letters in either case.
             layer: 0 is the embedding, k is after k blocks, -1 is after the last block and the final norm.
             long: what to do with proteins of more than `max_len` residues, `error` or `window` (windows of `max_len`
-                residues that overlap by half; a residue's state is the mean over the windows that contain it).
+                residues that overlap by at least half; a residue's state is the mean over the windows that contain it).
 
         Raises:
             ValueError: `sequences` is not a list of strings; a sequence has an illegal letter or is too long (the

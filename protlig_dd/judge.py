@@ -40,7 +40,9 @@ def judge(cfg: DictConfig) -> None:
     others = dict(outside_judges(config))
     chosen = subsample(np.arange(len(samples)), len(pool) // 2, config.seed)
     if len(chosen) < len(samples):
-        console.print(f"{len(chosen)} of {len(samples)} samples are judged: half as many as there are natural proteins")
+        console.print(
+            f"only {len(chosen)} of {len(samples)} samples are judged: each sample needs two natural proteins"
+        )
         ids, samples = [ids[i] for i in chosen], [samples[i] for i in chosen]
     controls = with_controls(samples, pool, config.seed)
     sets = controls.sets
@@ -65,7 +67,7 @@ def judge(cfg: DictConfig) -> None:
         columns[name] = values[0]
     found = verdicts(rows, len(controls.length_reference), why_lengths_are_not_judged(Path(config.samples), samples))
     table = markdown(rows) + "\n" + "".join(f"- {verdict}\n" for verdict in found)
-    table += "\nNatural proteins have the samples' lengths; in rows about lengths they are drawn at random.\n"
+    table += "\nNatural proteins have nearly the samples' lengths; in rows about lengths they are drawn at random.\n"
     if train is not None:  # name the store: the samples' model may have been trained on another store
         table += f"\nTraining proteins are those of {train.path}.\n"
     inputs = {

@@ -51,7 +51,7 @@ def prepare(cfg: DictConfig) -> None:
     for name, counts in store.manifest["splits"].items():
         if name != "train" and counts["sequences"] < FEW:
             remedy = (
-                f"name a {name} file" + (" with more" if counts["sequences"] else "")
+                f"name a {name} file" + (" with more sequences" if counts["sequences"] else "")
                 if isinstance(config.input, dict)
                 else f"prepare again with a larger split.{name}_fraction"
             )

@@ -40,6 +40,7 @@ from protlig_dd.diffusion.noise import LogLinearNoise
 from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.model.config import ModelConfig
 from protlig_dd.model.dit import DiT
+from protlig_dd.model.positions import POSITIONS
 
 from . import brute_force
 from .warm import READ_BY_LIBRARIES, Process, Server, start_server
@@ -266,6 +267,8 @@ def make_model(*, dropout: float = 0.0, seed: int = 0, **options: Any) -> DiT:
     """
     torch.manual_seed(seed)
     timed = options.pop("time_conditioning", True)
+    if getattr(POSITIONS.get(options.get("positions", "rope")), "scaled", False):
+        options.setdefault("sinusoid_scale", 0.02)
     config = ModelConfig(**{**SMALL_MODEL, "dropout": dropout, **options})
     model = DiT(config, config.attention_backend, time_conditioning=timed)
     for parameter in model.parameters():

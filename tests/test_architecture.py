@@ -229,6 +229,15 @@ def test_the_robustness_table_counts_every_use_of_every_protein(
     assert all(len(row["families"]) == 10 for row in rows_of(tmp_path))
 
 
+def test_a_table_without_the_baseline_prints_why_it_has_no_differences(capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"part": "bounds", "command": "c", "arm": "alibi", "seed": 0, "step": 2, "parameters": 9, "nll": 2.9}
+    row |= {"nats": [29.0, 58.0], "lengths": [10, 20], "peak_memory_gib": 0.5}
+    print_tables([row])
+    assert "the baseline was not measured; --only rope measures it" in capsys.readouterr().out
+    print_tables([row, row | {"arm": "rope"}])
+    assert "not measured" not in capsys.readouterr().out
+
+
 def test_the_chosen_proteins_are_two_of_each_of_ten_families() -> None:
     proteins = chosen_proteins()
     families = [family(protein) for protein in proteins]

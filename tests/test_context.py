@@ -164,7 +164,7 @@ def test_the_case_of_every_residue_of_a_mixed_store_is_kept(
 def test_a_row_with_fewer_bits_of_case_than_residues_is_an_error(tmp_path: Path) -> None:
     store = build_store([write(tmp_path / "a.fasta", ["ACDEFGHIKlmn"])], tmp_path / "a.h5")
     assert store.lower_case(0) is not None
-    with raises_value_error("row 0: 2 bytes of case_bits for 17 residues, expected 3"):
+    with raises_value_error("h5, row 0: 2 bytes of case_bits for 17 residues, expected 3"):
         store._case.lower_case(0, 17)
 
 
@@ -565,7 +565,15 @@ def test_a_run_with_context_is_evaluated_and_infilled_with_it(
     keys = ("target=MKTAYIAKQR", "output=scan.csv", "device=cpu")
     scanned = run_python("-m", "protlig_dd.variants", "from=shared", *keys)
     assert scanned.returncode == 0, scanned.stderr
-    assert "warning: this model was trained to design parts of proteins given the lower-case residues" in scanned.stdout
+    warning = "warning: this model was trained to design parts of proteins given the lower-case residues"
+    assert warning in scanned.stdout
+    (tmp_path / "assays").mkdir()
+    (tmp_path / "assays/a.csv").write_text("mutant,DMS_score\nM1A,0.5\nK2V,0.1\n")
+    (tmp_path / "reference.csv").write_text("DMS_id,target_seq,DMS_filename\na,MKTAYIAKQR,a.csv\n")
+    keys = ("variants=assays", "reference=reference.csv", "output=scored", "device=cpu")
+    scored = run_python("-m", "protlig_dd.variants", "from=shared", *keys)
+    assert scored.returncode == 0, scored.stderr
+    assert warning in scored.stdout
 
     # the page does not pair runs whose reports are about different residues of the same proteins
     shutil.copytree(tmp_path / "runs/given", tmp_path / "runs/other")
@@ -577,6 +585,11 @@ def test_a_run_with_context_is_evaluated_and_infilled_with_it(
         assert done.returncode == 0, done.stderr
         pages.append((tmp_path / f"{context}.html").read_text())
     assert [">0.0000<" in page for page in pages] == [True, False]
+    assert ["The bounds are of different residues: those of runs with data.context" in page for page in pages] == [
+        False,
+        True,
+    ]
+    assert "lower case as context" in pages[0]
 
     verb = ["-m", "protlig_dd.evaluate", "from=runs/given", f"input={store.path}", "device=cpu", "near=false"]
     assert "has no record with both" in run_python(*verb, "output=plain", "draws=1", "masked=false").stdout
@@ -609,6 +622,8 @@ def test_a_run_with_context_is_evaluated_and_infilled_with_it(
     (tmp_path / "forgotten.fasta").write_text(f">forgotten\n{records[0].sequence.upper()}\n")
     options = ("context=lower", "n=1", "steps=2", "free_draws=0")
     whole = run_python(*verb[:3], "input=forgotten.fasta", "output=w.fasta", "device=cpu", *options)
-    assert re.search(r"warning: context=lower fixes no residue, so all are redesigned: .*forgotten", whole.stdout)
+    assert re.search(
+        r"warning: context=lower fixes no residue, so all residues are redesigned: .*forgotten", whole.stdout
+    )
     both = run_python(*verb[:-2], "output=e.fasta", "context=lower", "free=1-3")
     assert_one_line_error(both, "give only one of fixed=, free=, context= and contig=")

@@ -265,7 +265,7 @@ def test_a_mixer_with_weights_that_the_block_cannot_register_is_rejected(monkeyp
         monkeypatch.setitem(MIXERS, name, kind)
     with pytest.raises(ValueError, match="direct: gain must belong to a child module of the mixer"):
         DiT(ModelConfig(**SMALL_MODEL, mixers="direct"), "sdpa")
-    with pytest.raises(ValueError, match="WithMLP: the block already has a part called mlp; rename the mixer's part"):
+    with pytest.raises(ValueError, match="mixer mlp: the block already has a part called mlp; rename the mixer's part"):
         DiT(ModelConfig(**SMALL_MODEL, mixers="mlp"), "sdpa")
     model = DiT(ModelConfig(**SMALL_MODEL, mixers="dropout"), "sdpa").eval()
     assert not any(part.training for block in model.blocks for part in block.mixer.modules())

@@ -320,8 +320,8 @@ def test_two_models_are_compared_protein_by_protein(
     done = run_python(*command, f"compare={start}", "output=out")
     assert done.returncode == 0, done.stderr
     assert (
-        f"none of 20 proteins is an exact copy of a training protein of this model ({store.path}) or the model"
-        f" compared with ({store.path})" in done.stdout
+        f"none of 20 proteins is an exact copy of a training protein of this model ({store.path}) or the compared "
+        f"model ({store.path})" in done.stdout
     )
     report, table = json.loads((tmp_path / "out/report.json").read_text()), (tmp_path / "out/report.md").read_text()
     rows = list(csv.DictReader((tmp_path / "out/per_sequence.csv").read_text().splitlines()))
@@ -617,7 +617,7 @@ def test_without_a_training_set_copies_are_reported_as_not_compared(
     found = leaks.find_leaks([store[0], store[1]], [source], "auto")
     assert found.lines() == [
         "proteins were not compared with the training proteins of this model: its training "
-        "set was not found, or cannot be read; name it with train=store.h5"
+        "set was not found or cannot be read; name it with train=store.h5"
     ]
     assert (found.report()["copies"], found.report()["near"], found.cells(2)) == (None, None, ["", ""])
     lines = leaks.find_leaks([store[0], store[390]], all_training_data(str(store.path), None, unmatched), False).lines()

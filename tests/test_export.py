@@ -116,7 +116,10 @@ def test_an_export_computes_the_same_as_its_checkpoint(
     residues = sum(int(row["residues"]) for row in rows)
     bound = sum(float(row["nll_nats"]) for row in rows) / residues
     assert f"| {bound:.4f} ± " in card
-    assert f"On {len(rows)} proteins of the test split, {residues:,} residues (the first 200 of each)" in card
+    assert (
+        f"On {len(rows)} proteins of the test split, {residues:,} residues (at most the first 200 of each protein)"
+        in card
+    )
     assert "| network | 2 blocks, width 32, 4 heads |" in card
     assert "| steps | 6, seed 0; averaged weights |" in card
     assert "# license: " in card

@@ -394,7 +394,7 @@ def test_the_time_limit_interrupts_evaluations_and_reports(
     in_evaluation = f"stopped by max_time after step 2 of 4{RESUMES}\n"
     process = train_with_time_limit(run_python, evaluated, lambda errors: errors == in_evaluation)
     assert process.stderr == in_evaluation
-    in_report = f"stopped by max_time before training began or after it ended{RESUMES}\n"
+    in_report = f"stopped by max_time outside the training steps (before the first or after the last){RESUMES}\n"
     run = tmp_path / "runs/long"
     last = run / "checkpoints/step_00000004"
     # without evaluations, but with the report
@@ -540,7 +540,7 @@ def test_a_run_can_resume_from_another_runs_checkpoint(
         run_python, store, "branch", "trainer.max_steps=9", "run.resume=extend"
     )
     other = run_python(*TRAINING, *overrides_for(store, "other", branch, "optim.lr=1"))
-    assert_one_line_error(other, "step_00000004 was made with another config (optim.lr: 0.003 -> 1.0)")
+    assert_one_line_error(other, "step_00000004 was written with another config (optim.lr: 0.003 -> 1.0)")
     missing = run_python(*TRAINING, *overrides_for(store, "other", "run.resume=runs/nothing"))
     assert_one_line_error(missing, "run.resume=runs/nothing does not exist; choose from auto, never, extend, or give")
 

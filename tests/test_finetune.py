@@ -121,11 +121,11 @@ def test_settings_of_an_experiment_are_used_or_reported_as_ignored(
 
     config, out = resolved("uniref50_35m")
     assert (config.model.hidden_size, config.model.n_blocks, config.optim.packs_per_step) == (32, 2, 16)
-    assert "its config groups: model.hidden_size=512 (32 in the source), model.n_heads=8 (2 in the source)" in out
-    assert "model.n_blocks=11 (2 in the source)" in out
+    assert "its config groups: model.hidden_size=32 (not 512), model.n_heads=2 (not 8)" in out
+    assert "model.n_blocks=2 (not 11)" in out
     config, out = resolved("mine")
     assert (config.model.dropout, config.noise["curriculum"], config.model.n_heads) == (0.25, 9, 2)
-    assert "its config groups: model.hidden_size=256 (32 in the source), model.n_heads=4 (2 in the source)" in out
+    assert "its config groups: model.hidden_size=32 (not 256), model.n_heads=2 (not 4)" in out
     assert "dropout" not in out
     config, out = resolved("mine", "model.dropout=0.3")
     assert config.model.dropout == 0.3
@@ -154,22 +154,30 @@ def test_newer_settings_of_an_experiment_are_reported_as_ignored_with_their_defa
     config, out = resolve_experiment(trained_run, "newer")
     assert {key: getattr(config.model, key) for key in newer} != newer
     for message in (
-        "model.positions=diet (rope in the source)",
-        "model.mixers=ttt_linear (attention in the source)",
-        "model.max_positions=400 (null in the source)",
-        "model.tie_weights=true (false in the source)",
+        "model.positions=rope (not diet)",
+        "model.mixers=attention (not ttt_linear)",
+        "model.max_positions=null (not 400)",
+        "model.tie_weights=false (not true)",
     ):
         assert message in out
     config, out = resolve_experiment(source, "demo")
     assert {key: getattr(config.model, key) for key in newer} == newer
     for message in (
-        "model.positions=rope (diet in the source)",
-        "model.mixers=attention (ttt_linear in the source)",
-        "model.tie_weights=false (true in the source)",
+        "model.positions=diet (not rope)",
+        "model.mixers=ttt_linear (not attention)",
+        "model.tie_weights=true (not false)",
     ):
         assert message in out
     assert "max_positions" not in out  # null keeps the value of the source
     assert resolve_experiment(source, "newer")[1] == resolve_experiment(source, "unset")[1] == ""
+    for file in source.rglob("config.yaml"):
+        file.write_text(file.read_text().replace("data:\n", "data:\n  context: upper\n"))
+    for file in source.rglob("complete.json"):
+        file.write_text(json.dumps({name: sha256(file.parent / name) for name in json.loads(file.read_text())}))
+    config, out = resolve_experiment(source, "unset")
+    expected = "warning: the source was trained with data.context=upper, but this run has data.context=none"
+    assert config.data.context == "none"
+    assert expected in out
     config, out = resolve_experiment(source, "context")
     assert (config.data.context, out) == ("lower", "")  # the keys of `data` are not taken from the source
 
@@ -376,7 +384,7 @@ def test_held_out_proteins_in_the_sources_training_data_are_counted(
         "its weights have changed since the run began"
     ]
     (runs / "base").rename(runs / "moved")
-    assert [model_data.reason for model_data in find_source_data([])] == ["there is no runs/base"]
+    assert [model_data.reason for model_data in find_source_data([])] == ["runs/base does not exist"]
     (unknown,) = source_training_data(replace(run.saved.config, from_=None), None, [])
     assert (unknown.model, unknown.reason) == (
         "the source model",

@@ -181,14 +181,18 @@ def test_a_block_without_attention_is_an_error_only_if_it_is_chosen(sequences: l
         ({"heads": 3}, r"heads is a list of numbers, such as \[0, -1\], got 3"),
         ({"blocks": ["0"]}, "blocks is a list of whole numbers, got '0'"),
         ({"heads": [1.0]}, "heads is a list of whole numbers, got 1.0"),
-        ({"t": 1.5}, r"t must lie in \[0.001, 1\], got 1.5"),
+        ({"t": 1.5}, r"t must be a number in \[0.001, 1\], got 1.5"),
         ({"sequences": "MKV"}, "attention takes a list of sequences, got 'MKV'"),
         ({"sequences": []}, "attention takes a list of sequences"),
-        ({"sequences": ["MKV", "M1"]}, "sequence 2: illegal character '1' at position 2"),
+        ({"blocks": np.array(0)}, "blocks is a list of numbers, such as .*, got 0"),
+        ({"t": "0.5"}, r"t must be a number in \[0.001, 1\], got '0.5'"),
+        ({"t": True}, r"t must be a number in \[0.001, 1\], got True"),
+        ({"sequences": ["M\u00df"]}, "illegal character '\u00df' at position 2 of 2"),
+        ({"sequences": ["MKV", "M1"]}, r"sequences\[1\]: illegal character '1' at position 2"),
         ({"sequences": 5}, "attention takes a list of sequences, got 5"),
-        ({"sequences": ["MKV", 5]}, "sequence 2: a sequence is a string of letters, got 5"),
-        ({"sequences": ["M" * 21]}, "sequence 1 has 21 residues; this model was trained on 1 to 20"),
-        ({"sequences": ["M_V"], "graph": "uniform"}, "sequence 1 has `_`, but the graph uniform has no mask"),
+        ({"sequences": ["MKV", 5]}, r"sequences\[1\]: a sequence is a string of letters, got 5"),
+        ({"sequences": ["M" * 21]}, r"sequences\[0\] has 21 residues; this model was trained on 1 to 20"),
+        ({"sequences": ["M_V"], "graph": "uniform"}, r"sequences\[0\] has `_`, but the graph uniform has no mask"),
     ],
 )
 def test_invalid_arguments_of_attention_are_errors(options: dict[str, Any], message: str) -> None:
@@ -360,6 +364,10 @@ def test_hooks_are_removed_when_the_body_ends_or_raises() -> None:
         ("blocks.2.qkv", "'blocks.2.qkv' is not a module of this network; blocks has blocks.0 to blocks.1"),
         ("blocks", "'blocks' is never called itself, so a hook would not run; blocks has blocks.0 to blocks.1"),
         (
+            "positions",
+            "'positions' is never called itself, so a hook would not run: it has no weights, and the network",
+        ),
+        (
             "blocks.0.qvk",
             "'blocks.0.qvk' is not a module of this network; blocks.0 has blocks.0.adaln, blocks.0.attention_norm, ",
         ),
@@ -392,7 +400,7 @@ def test_the_names_at_a_place_summarise_numbered_modules() -> None:
 )
 def test_weights_that_are_read_without_a_call_cannot_be_hooked(options: dict[str, Any], name: str) -> None:
     model = make_model(**options).eval()
-    message = f"'{name}' is never called itself, so a hook would not run: the network reads its weights; read them as"
+    message = f"'{name}' is never called itself, so a hook would not run: the network reads its weights; see"
     with pytest.raises(ValueError, match=re.escape(message)), hooks(model, {name: print}):
         pytest.fail("the body must not run")
     assert list(model.get_submodule(name).parameters())
@@ -463,7 +471,7 @@ def test_the_contact_map_is_the_mean_over_heads_minus_the_product_of_averages(se
 
 
 def test_a_contact_map_of_one_head_needs_no_other_dimensions() -> None:
-    weights = torch.rand(2, 3, 9, 9)
+    weights = torch.rand(2, 3, 9, 9).softmax(-1)
     assert torch.equal(contact_map(weights[1, 2]), contact_map(weights[1:, 2:]))
 
 
@@ -474,6 +482,19 @@ def test_a_contact_map_of_one_head_needs_no_other_dimensions() -> None:
 def test_a_contact_map_of_anything_but_one_protein_is_an_error(weights: Any, found: str) -> None:
     with raises_value_error(rf"contact_map takes the weights of one protein, a tensor \(.*\), got {found}"):
         contact_map(weights)
+
+
+@pytest.mark.parametrize("part", ["residues", "no block", "not a number"])
+def test_a_contact_map_needs_rows_that_sum_to_one(part: str) -> None:
+    weights = torch.rand(2, 3, 9, 9).softmax(-1)
+    changed = {"residues": weights[..., 1:-1, 1:-1], "no block": weights[:0], "not a number": weights * torch.nan}
+    with pytest.raises(ValueError, match="attention weights, whose rows sum to 1; give the weights of all tokens"):
+        contact_map(changed[part])
+
+
+def test_a_picture_needs_a_square_map_of_its_sequence() -> None:
+    with raises_value_error(r"the map has shape \(5, 7\), but the sequence has 5 residues"):
+        to_png(torch.rand(5, 7), "MKVLA", "title")
 
 
 def test_a_product_of_averages_alone_is_corrected_to_zero() -> None:
@@ -493,7 +514,7 @@ def test_the_picture_has_the_sequence_beside_the_map(tmp_path: Path, sequences: 
     with Image.open(tmp_path / "map.png") as image:
         assert (image.format, image.size) == ("PNG", (950, 850))
         assert len(image.convert("RGB").getcolors(1 << 20) or []) > 20
-    with pytest.raises(ValueError, match="the map has 20 residues but the sequence has 3"):
+    with pytest.raises(ValueError, match=r"the map has shape \(20, 20\), but the sequence has 3 residues"):
         to_png(contacts, "MKV", "title")
     assert to_png(torch.rand(140, 140), "A" * 140, "long").startswith(b"\x89PNG")
 
@@ -539,16 +560,23 @@ def test_the_methods_of_a_loaded_model_call_these_functions(folder: Path) -> Non
     assert torch.equal(found[0], model.network.hidden_states(pack("MKV"), torch.zeros(1), 1))
     steps = model.sample_steps([9, "MK__V"], SamplerOptions(3), seed=4)
     assert [len(sequence) for sequence in steps.finish()] == [9, 5]
-    with pytest.raises(ValueError, match="design 0 has 513 residues; this model was trained on 1 to 512"):
+    with pytest.raises(ValueError, match=r"designs\[0\] has 513 residues; this model was trained on 1 to 512"):
         model.sample_steps([513], SamplerOptions(3))
     long = ["MKV", "M" * 513]
     with pytest.raises(
-        ValueError, match="sequence 2 has 513 residues, but .* at most 512 residues; long=window averages"
+        ValueError, match=r"sequences\[1\] has 513 residues, but .* at most 512 residues; long=window averages"
     ):
         model.embed(long)
     with pytest.raises(ValueError, match="long=windows: choose from error, window; did you mean 'window'"):
         model.embed(long, long="windows")
     assert model.embed(long, long="window").shape == (2, 32)
+    for layer in (1.0, "1", True):
+        with raises_value_error(f"layer is a whole number, got {layer!r}"):
+            model.embed(["MKV"], layer=layer)
+    with pytest.raises(ValueError, match=r"sequences\[0\]: illegal character '\u017f' at position 2 of 2"):
+        model.embed(["M\u017f"])
+    with raises_value_error("from_pretrained takes the name of a folder or of a model on the hub, got None"):
+        ProteinDiffusion.from_pretrained(None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="head 8 does not exist"):
         model.attention(["MKV"], heads=[8])
     with pytest.raises(ValueError, match="the network has .*blocks.0 to blocks.1"), model.hooks({"block.0": print}):

@@ -204,7 +204,7 @@ def test_there_are_as_many_controls_as_samples_and_none_is_in_the_reference() ->
         assert all(len(protein) == 50 + protein[0] for protein in [*natural, *mixed, *reference])  # not cropped
         # every protein of the pool consists of a single letter, so shuffling does not change it
         assert [protein.tolist() for protein in mixed] == [protein.tolist() for protein in natural]
-    with pytest.raises(ValueError, match="20 natural proteins; 11 samples need 22, half of them as reference"):
+    with pytest.raises(ValueError, match="20 natural proteins are too few: 11 samples need 22, half as the reference"):
         with_controls([np.zeros(30)] * 11, pool, seed=3)
 
 
@@ -534,7 +534,7 @@ def test_without_mmseqs_the_other_rows_are_written(store: SequenceStore, tmp_pat
     done = run_python(*command, "mmseqs=false", f"train={store.path}")
     assert done.returncode == 0, done.stderr
     assert "MMseqs2 is not used, so relatives and clusters are not searched for" in done.stdout
-    assert "4 of 8 samples are judged: half as many as there are natural proteins" in done.stdout
+    assert "4 of 8 samples are judged: each sample needs two natural proteins" in done.stdout
     names = [row["name"] for row in json.loads((tmp_path / "judged/judges.json").read_text())["rows"]]
     assert len(names) == 12
     assert json.loads((tmp_path / "judged/judges.json").read_text())["train"] is None  # no training set was searched

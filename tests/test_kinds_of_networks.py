@@ -32,6 +32,7 @@ from protlig_dd.training.trainer import make_model
 from protlig_dd.variants import score
 
 from .conftest import composed, random_batch
+from .conftest import make_model as small_model
 from .test_plan_of_a_run import saved_bytes
 
 KINDS = list(POSITIONS)
@@ -133,9 +134,24 @@ def test_a_table_of_positions_is_as_long_as_the_longest_training_sequence(store:
     assert larger.model.max_positions == 100
     short = config_of(store, "model.positions=diet", "model.max_positions=41")
     with pytest.raises(
-        ValueError, match="=41 is less than the 42 tokens of .* at most 39, or model.max_positions to at least 42"
+        ValueError, match="=41 is less than the 42 tokens of .* at most 39 or model.max_positions to at least 42"
     ):
         resolve(short, Path("none"))
+
+
+def test_a_new_run_records_the_factor_of_its_sinusoids_and_a_fine_tune_keeps_it(store: SequenceStore) -> None:
+    source = resolve(config_of(store, "model.positions=sinusoidal", "model.sinusoid_scale=0.5"), Path("none"))
+    new = resolve(config_of(store, "model.positions=sinusoidal"), Path("none"))
+    assert (source.model.sinusoid_scale, new.model.sinusoid_scale) == (0.5, 0.02)
+    assert as_dict(new)["model"]["sinusoid_scale"] == 0.02
+    assert with_source_model(config_of(store, "from=a"), source, {"from"}).model == source.model
+    assert "sinusoid_scale" not in as_dict(resolve(config_of(store), Path("none")))["model"]
+
+
+def test_progress_lines_name_the_kinds_of_the_networks_parts() -> None:
+    mixed = small_model(n_blocks=3, mixers=["attention", "ttt_linear", "attention"], tie_weights=True, mlp="swiglu")
+    assert mixed.kinds == "positions rope, mixers 2 x attention (sdpa) + 1 x ttt_linear, mlp swiglu, tied weights"
+    assert small_model(mixers="ttt_mlp").kinds == "positions rope, mixers ttt_mlp, mlp gelu"
 
 
 def test_newer_keys_at_their_default_are_not_written_and_need_not_be_read(store: SequenceStore) -> None:

@@ -232,7 +232,7 @@ def test_a_host_name_that_resolves_to_loopback_is_an_error(
 ) -> None:
     monkeypatch.setattr(module, "loopback_address", lambda: "127.0.1.1")
     for error in meet({}, {}):
-        assert str(error).startswith("host-0: other hosts cannot reach the address of its own name (127.0.1.1)")
+        assert str(error).startswith("host-0: its name stands for 127.0.1.1, which other hosts cannot reach")
     read = Meeting._read
     monkeypatch.setattr(Meeting, "_read", lambda *arguments: dict(reversed(read(*arguments).items())))
     for error in meet({}, {}):  # the order in which the notes of the ranks are read does not matter

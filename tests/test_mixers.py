@@ -144,7 +144,7 @@ def test_a_mixed_network_is_exported_and_loaded(tmp_path: Path) -> None:
     assert torch.equal(loaded(batch, sigma), SCORE.logits(batch, sigma))
     assert find_saved(str(tmp_path / "mixed")).config.model.mixers == MIXED
     card = (tmp_path / "mixed/README.md").read_text()
-    assert "| network | 3 blocks, width 32, 4 heads; mixers ttt_linear, attention, ttt_mlp |" in card
+    assert "| network | 3 blocks, width 32, 4 heads; mixers [ttt_linear, attention, ttt_mlp] |" in card
 
 
 @pytest.mark.parametrize(

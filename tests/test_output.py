@@ -37,7 +37,7 @@ def test_a_run_that_cannot_print_continues(
         env=os.environ | {"PYTHON_EXEC": str(warm.executable)},
     )
     assert process.returncode == 0, process.stderr
-    assert process.stderr == f"stdout cannot be written ({reason}): continuing without it\n"
+    assert process.stderr == f"stdout cannot be written ({reason}): the command continues without it\n"
     assert (tmp_path / "runs/silent/report.json").is_file()
     assert complete_checkpoints(tmp_path / "runs/silent")[-1].name == "step_00000025"
 

@@ -179,14 +179,16 @@ def test_ranks_of_torchrun_print_the_plan_once_and_train_nothing(
 
 
 @pytest.mark.slow
-def test_a_recipe_can_be_planned_before_its_data_exist(run_python: Command, tmp_path: Path) -> None:
+def test_a_recipe_can_be_planned_on_other_data_before_its_own_exist(run_python: Command, tmp_path: Path) -> None:
     command = ("-m", "protlig_dd.training", "experiment=uniref50_35m", "plan=true")
     process = run_python(*command)
     assert process.returncode == 0, process.stderr
     first, second, *_ = process.stdout.splitlines()
-    assert first.startswith("data/uniref50.h5 does not exist: the plan's protein lengths")
+    assert first.startswith("data/uniref50.h5 does not exist: protein lengths and epochs are")
     assert second.startswith("data: the bundled sample of 7,371 proteins")
     assert "on an H100  0.19 days" in process.stdout  # as in docs/scaling.md
+    assert "network     positions rope, mixers attention (auto), mlp gelu" in process.stdout
+    assert "warning" not in process.stdout  # of the number of sequences, which are not those of the run
     assert not (tmp_path / "runs").exists()
     epochs = run_python(*command, "trainer.max_steps=null", "trainer.epochs=2")
     assert_one_line_error(epochs, "data/uniref50.h5: no such")

@@ -55,7 +55,9 @@ BIASED = [name for name in KINDS if "torch_varlen" not in POSITIONS[name].backen
 
 def options_of(kind: str, **options: Any) -> dict[str, Any]:
     """Return the keys of `model` that choose this kind of position encoding."""
-    return {"positions": kind, **({"max_positions": LONGEST} if POSITIONS[kind].limited else {}), **options}
+    needed: dict[str, Any] = {"max_positions": LONGEST} if POSITIONS[kind].limited else {}
+    needed |= {"sinusoid_scale": EMBEDDING_STD} if POSITIONS[kind].scaled else {}
+    return {"positions": kind, **needed, **options}
 
 
 def model_of(kind: str, mixers: str | list[str]) -> DiT:
@@ -303,8 +305,9 @@ def test_alibi_has_the_slopes_of_the_paper() -> None:
 def test_adaptive_equals_sinusoidal_before_training() -> None:
     batch = random_batch([40, 9])
     embedded = torch.randn(49, 32, generator=torch.Generator().manual_seed(1))
-    config = ModelConfig(**SMALL_MODEL)
-    plain, adaptive = (POSITIONS[kind](config) for kind in ("sinusoidal", "adaptive"))
+    plain, adaptive = (
+        POSITIONS[kind](ModelConfig(**SMALL_MODEL | options_of(kind))) for kind in ("sinusoidal", "adaptive")
+    )
     assert torch.equal(adaptive.add(embedded, batch), plain.add(embedded, batch))
     added = (plain.add(embedded, batch) - embedded).double() / EMBEDDING_STD
     for token, (i, k) in itertools.product((0, 17, 39, 43), enumerate(range(0, 32, 2))):
@@ -334,6 +337,8 @@ def test_adaptive_weights_positions_frequencies_and_tokens() -> None:
             "max_positions=30 has no effect with model.positions=rope, .*set model.positions to diet",
         ),
         ({"positions": "sinusoidal", "hidden_size": 33, "n_heads": 3}, "hidden_size must be even, got 33"),
+        ({"positions": "adaptive", "sinusoid_scale": None}, "model.positions=adaptive needs model.sinusoid_scale, the"),
+        ({"sinusoid_scale": 0.02}, "model.sinusoid_scale=0.02 has no effect with model.positions=rope"),
         ({"positions": "rope", "hidden_size": 33, "n_heads": 3}, "gives head_dim 11: .* must be even, got 11"),
         ({"positions": "rpe"}, "model.positions=rpe: choose from rope, .*, none; did you mean 'rope'?"),
         ({"mlp": "geglue"}, "model.mlp=geglue: choose from gelu, .*; did you mean 'geglu'?"),

@@ -169,8 +169,8 @@ def test_sequences_that_two_splits_share_are_counted(run_python: Command, tmp_pa
     ("options", "parts"),
     [
         (["input={train: short.fasta, test: long.fasta}", "filter.min_length=3"],
-         ["none of the 2 records of short.fasta is left (of all 3 records, the filters dropped 2 by min_length)"]),
-        (["input={test: long.fasta, train: same.fasta}"], ["1 records of same.fasta is left", "1 by duplicates"]),
+         ["no record of short.fasta, which has 2, passed the filters (of all 3 records, the filters dropped 2 by min"]),
+        (["input={test: long.fasta, train: same.fasta}"], ["no record of same.fasta, which has 1,", "1 by duplicates"]),
         (["input=long.fasta", "split.test_fraction=0.9999"],
          ["split.validation_fraction and split.test_fraction hold out every sequence; lower them"]),
     ],

@@ -276,10 +276,10 @@ def test_an_edit_that_log_bias_forbids_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
-        ([(3, 20), (5, 20)], "log_bias of design 0 has shape (3, 20), but the design has 5 residues; give (5, 20)"),
-        ([(5, 20), (4, 20)], "log_bias of design 1 has shape (4, 20), but the design has 3 residues; give (3, 20)"),
-        ([(5, 20), (3, 21)], "log_bias of design 1 has shape (3, 21), but the design has 3 residues; give (3, 20)"),
-        ([(5, 20), (20,)], "log_bias of design 1 has shape (20,), but the design has 3 residues; give (3, 20)"),
+        ([(3, 20), (5, 20)], "log_bias[0] has shape (3, 20), but designs[0] has 5 residues; give (5, 20)"),
+        ([(5, 20), (4, 20)], "log_bias[1] has shape (4, 20), but designs[1] has 3 residues; give (3, 20)"),
+        ([(5, 20), (3, 21)], "log_bias[1] has shape (3, 21), but designs[1] has 3 residues; give (3, 20)"),
+        ([(5, 20), (20,)], "log_bias[1] has shape (20,), but designs[1] has 3 residues; give (3, 20)"),
         (
             [(8, 20)],
             "log_bias is a list of 1 tensors for 2 designs; give one tensor for each design, or a single tensor (20,)",
@@ -295,6 +295,25 @@ def test_a_bias_of_other_shapes_than_its_designs_is_an_error(shapes: list[tuple[
         sampling_steps(score_fn_of("absorbing"), ["M___V", 3], SamplerOptions(3), log_bias=bias)
     with pytest.raises(ValueError, match=re.escape(message)):
         generate(score_fn_of("absorbing"), [5, 3], SamplerOptions(3), Work(1000), seed=0, log_bias=bias)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 2.5}, "steps is a whole number, got 2.5"),
+        ({"steps": True}, "steps is a whole number, got True"),
+        ({"steps": 3, "temperature": "1"}, "temperature is a number, got '1'"),
+    ],
+)
+def test_sampler_options_of_other_types_are_errors(options: Any, message: str) -> None:
+    with raises_value_error(message):
+        sampling_steps(score_fn_of("absorbing"), [4], SamplerOptions(**options))
+
+
+@pytest.mark.parametrize("bias", [{"C": -1e9}, "A", [0.0] * 20])
+def test_a_bias_that_is_not_a_tensor_is_an_error(bias: Any) -> None:
+    with raises_value_error(r"log_bias is a tensor \(20,\) or a list of tensors, for the amino acids ACDEF"):
+        sampling_steps(score_fn_of("absorbing"), [5, 3], SamplerOptions(3), log_bias=bias)
 
 
 def test_each_design_is_sampled_with_the_rows_of_its_bias() -> None:
@@ -323,17 +342,18 @@ def test_an_edit_after_the_last_step_is_an_error() -> None:
         ("M__", SamplerOptions(3), "sample_steps takes a list of lengths and sequences, got 'M__'"),
         (60, SamplerOptions(3), "sample_steps takes a list of lengths and sequences, got 60"),
         ({60: 1}, SamplerOptions(3), "sample_steps takes a list of lengths and sequences, got {60: 1}"),
-        ([4, 0], SamplerOptions(3), "design 1 has 0 residues; this model was trained on 1 to 200"),
-        ([4, 201], SamplerOptions(3), "design 1 has 201 residues; this model was trained on 1 to 200"),
-        (["_" * 201], SamplerOptions(3), "design 0 has 201 residues; this model was trained on 1 to 200"),
-        ([60.5], SamplerOptions(3), "design 0: give a number of residues, or a sequence with `_` .*, got 60.5"),
-        (["M_", "MKX"], SamplerOptions(3), "design 1 has no free position, so there is nothing to sample"),
-        (["M1"], SamplerOptions(3), "design 0: illegal character '1' at position 2 of 2"),
+        ([4, 0], SamplerOptions(3), r"designs\[1\] has 0 residues; this model was trained on 1 to 200"),
+        ([4, 201], SamplerOptions(3), r"designs\[1\] has 201 residues; this model was trained on 1 to 200"),
+        (["_" * 201], SamplerOptions(3), r"designs\[0\] has 201 residues; this model was trained on 1 to 200"),
+        ([60.5], SamplerOptions(3), r"designs\[0\]: give a number of residues, or a sequence with `_` .*, got 60.5"),
+        (["M_", "MKX"], SamplerOptions(3), r"designs\[1\] has no free position, so there is nothing to sample"),
+        (["M1"], SamplerOptions(3), r"designs\[0\]: illegal character '1' at position 2 of 2"),
+        ([4], {"steps": 4}, r"the options of a sampler are SamplerOptions\(steps, ...\), got {'steps': 4}"),
         ([4], SamplerOptions(0), "sampling needs at least 1 step, got 0"),
         ([4], SamplerOptions(3, "ancestral"), "predictor=ancestral is for the absorbing graph"),
     ],
 )
-def test_impossible_designs_and_options_are_errors(designs: Any, options: SamplerOptions, message: str) -> None:
+def test_impossible_designs_and_options_are_errors(designs: Any, options: Any, message: str) -> None:
     score_fn = ScoreFn(make_model(), make_substitution_graph("BLOSUM62"), LogLinearNoise(), "x0")
     with raises_value_error(message):
         sampling_steps(score_fn, designs, options)

@@ -319,7 +319,9 @@ def test_ctrl_c_exits_with_130_and_the_run_can_be_resumed(
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "\nSIGINT: finishing the step, then writing a checkpoint; Ctrl-C again stops at once" in output
+    assert (
+        "\nSIGINT: finishing the steps that have begun, then writing a checkpoint; Ctrl-C again stops at once" in output
+    )
     assert re.fullmatch(rf"stopped by SIGINT after step \d+ of 3000{RESUMES}", errors.strip().splitlines()[-1])
     reached = int(complete_checkpoints(tmp_path / "runs/stopped")[-1].name.split("_")[1])
     out = train(run_python, store, "stopped", f"trainer.max_steps={reached + 2}", "trainer.checkpoint_every=2")

@@ -463,7 +463,7 @@ def test_windows_of_indels_contain_the_same_part_of_both_proteins(
     assay = assay_of(Variant(indel=Indel(start, stop, tuple(new))))
     if max(length, length + change) > max_len and max(stop - start, len(new)) >= max_len:
         with pytest.raises(
-            ValueError, match=f"row 0: {len(new)} residues replace {stop - start}, which does not fit into a wi"
+            ValueError, match=f"row 0: {len(new)} residues replace {stop - start}; such a change does not fit into a wi"
         ):
             in_windows(assay, max_len, length)
         return
@@ -504,7 +504,8 @@ def test_strategies_are_those_of_the_graph() -> None:
     assert choose_strategies("bound", Uniform(), both) == (["bound"] * 3, "as requested")
     assert choose_strategies("wildtype_marginals", Absorbing(), single)[0] == ["wildtype_marginals"]
     with pytest.raises(
-        ValueError, match="strategy=masked_marginals needs another graph than uniform; choose from auto, ratio, bound"
+        ValueError,
+        match="strategy=masked_marginals is not available for graph=uniform; choose from auto, ratio, bound",
     ):
         choose_strategies("masked_marginals", Uniform(), single)
     with pytest.raises(
@@ -513,7 +514,7 @@ def test_strategies_are_those_of_the_graph() -> None:
         choose_strategies("ratio", Absorbing(), single)
     with pytest.raises(
         ValueError,
-        match="row 0: 0 residues replace 1, but strategy=ratio needs equal lengths; use auto or bound",
+        match="row 0: 0 residues replace 1, but strategy=ratio scores substitutions only; use auto or bound",
     ):
         choose_strategies("ratio", Uniform(), indel)
 
@@ -1033,7 +1034,7 @@ def test_the_reference_file_sets_how_assays_are_numbered(tmp_path: Path) -> None
     (tmp_path / "dms/B.csv").write_text("mutant\nK1A\n")
     with pytest.raises(
         ValueError,
-        match=r"K1A has K at position 1 \(offset=0; raw_mut_offset=25 in .*reference.csv is for the raw file",
+        match=r"K1A has K at position 1 \(offset=0; raw_mut_offset=25 in .*reference.csv applies to the raw file only",
     ):
         read_entry(1)
     reference.write_text(f"{head}\nA,{WILD},first,\nB,{WILD},,25\n")
@@ -1363,7 +1364,7 @@ def test_invalid_settings_are_errors_that_write_nothing(
         ("target is required", ["output=x.csv"]),
         ("draws must be an even number of at least 4, got 5", ["target=wt.fasta", "output=x.csv", "draws=5"]),
         (
-            "strategy=ratio needs another graph than absorbing; choose from auto, masked_marginals",
+            "strategy=ratio is not available for graph= absorbing; choose from auto, masked_marginals",
             ["target=wt.fasta", "output=x.csv", "strategy=ratio"],
         ),
     ):

@@ -61,7 +61,7 @@ def run_verb(verb: Callable[[DictConfig], None], config_name: str, schema: type,
         if not print_help_if_requested(config_name):
             compose_and_run(Task(verb, schema, sys.argv[1:], rank0_only), config_name)
     except KeyboardInterrupt as interrupt:
-        print_to_stderr(f"interrupted{interrupt}", processes)
+        print_to_stderr(str(interrupt) or "interrupted", processes)
         code = 130
     except (Exception, VerbEnded, Stopped) as error:
         cause = error.args[0] if isinstance(error, VerbEnded) else error

@@ -110,7 +110,7 @@ def unknown_key(key: str, known: list[str]) -> str:
     if key in known:  # a valid key of another component or command
         component, dot, _ = key.partition(".")
         if dot:
-            return f"the chosen {component} has no {key}; another {component} has it"
+            return f"the chosen {component} has no key {key}; another {component} has this key"
         return f"this command has no {key!r}"
     nearest = difflib.get_close_matches(key, known, n=1)
     return f"unknown config key {key!r}; did you mean {nearest[0]!r}?" if nearest else f"unknown config key {key!r}"

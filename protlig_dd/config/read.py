@@ -135,14 +135,5 @@ def flatten(cfg: Any, prefix: str = "") -> dict[str, Any]:
     return {key: value for part in parts for key, value in part.items()}
 
 
-def as_written(value: Any) -> str:
-    """Return the text of a value as in config files and overrides, such as null, true or [a, b]."""
-    if isinstance(value, list):
-        return f"[{', '.join(map(as_written, value))}]"
-    if value is None:
-        return "null"
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
 def shorten(text: str) -> str:
     return text if len(text) <= 80 else f"{text[:80]}..."

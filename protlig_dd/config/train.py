@@ -169,7 +169,7 @@ class TrainConfig:
     @field_validator("model", mode="before")
     @classmethod
     def _has_numbers(cls, model: Any) -> Any:
-        for key in ("hidden_size", "n_heads", "n_blocks", "cond_dim", "dropout", "max_positions"):
+        for key in ("hidden_size", "n_heads", "n_blocks", "cond_dim", "dropout", "max_positions", "sinusoid_scale"):
             if isinstance(model, dict) and isinstance(model.get(key), bool):
                 raise ValueError(f"model.{key}={model[key]}; give a number")
         return model
@@ -253,17 +253,17 @@ def check_train_config(config: TrainConfig) -> None:
     check_pack_sizes(config.data.max_len, config.data.tokens_per_pack)
     limit, tokens = config.model.max_positions, config.data.max_len + 2
     if limit is not None and limit < tokens:
-        remedy = f"set data.max_len to at most {limit - 2}"
-        if config.from_ is None:
-            remedy += f", or model.max_positions to at least {tokens}"
-        else:
-            remedy += "; the table of a fine-tuned model has the length of its source's"
+        shorter = [f"data.max_len to at most {limit - 2}"] if limit > 2 else []
+        longer = [f"model.max_positions to at least {tokens}"] if config.from_ is None else []
+        remedy = f"set {' or '.join(shorter + longer)}"
+        if config.from_ is not None:
+            remedy += "; a fine-tuned model keeps model.max_positions of the model that it starts from"
         raise ValueError(
             f"model.max_positions={limit} is less than the {tokens} tokens of data.max_len={config.data.max_len} "
             f"residues with <bos> and <eos>: {remedy}"
         )
     if config.data.path is None:
-        raise ValueError("data.path=None: give a store, a list of stores [a.h5,b.h5], or auto")
+        raise ValueError("data.path=null: give a store, a list of stores [a.h5,b.h5], or auto")
     if config.data.weights is not None:
         check_weights(config.data.weights, len(config.data.path) if isinstance(config.data.path, list) else 1)
     graph = build_graph(config.graph)

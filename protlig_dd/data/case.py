@@ -34,6 +34,8 @@ class CaseIndex(NamedTuple):
     offsets: np.ndarray
     """(m + 1,)"""
     bits: np.ndarray
+    path: Path
+    """The store, for error messages."""
 
     def lower_case(self, row: int, residues: int) -> np.ndarray | None:
         """Return which residues of a row are lower-case letters: (residues,) bool, or None if none is.
@@ -49,7 +51,7 @@ class CaseIndex(NamedTuple):
             return np.ones(residues, bool)
         if end - start != (expected := -(-residues // 8)):
             raise ValueError(
-                f"row {row}: {end - start} bytes of case_bits for {residues} residues, expected {expected}"
+                f"{self.path}, row {row}: {end - start} bytes of case_bits for {residues} residues, expected {expected}"
             )
         return np.unpackbits(self.bits[start:end], count=residues).view(bool)
 

@@ -232,7 +232,8 @@ class SequenceStore:
 
     @cached_property
     def _case(self) -> CaseIndex:
-        return CaseIndex(*(self._map(name) for name in ("case_rows", "case_offsets", "case_bits")))
+        rows, offsets, bits = (self._map(name) for name in ("case_rows", "case_offsets", "case_bits"))
+        return CaseIndex(rows, offsets, bits, self.path)
 
     @cached_property
     def _headers(self) -> np.ndarray:

@@ -6,6 +6,7 @@ tokens from one noise level to the next lower level.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import numpy as np
@@ -191,6 +192,12 @@ def sigma_of_masks(
 
 def check_sampler(graph: Graph, options: SamplerOptions) -> None:
     """Raise a ValueError unless the options are valid and the graph supports the predictor."""
+    if not isinstance(options, SamplerOptions):
+        raise ValueError(f"the options of a sampler are SamplerOptions(steps, ...), got {options!r:.40}")
+    for name in ("steps", "temperature", "top_p"):
+        kind, expected = (Integral, "whole number") if name == "steps" else (Real, "number")
+        if not isinstance(value := getattr(options, name), kind) or isinstance(value, bool):
+            raise ValueError(f"{name} is a {expected}, got {value!r:.40}")
     if options.predictor not in SAMPLERS:
         raise ValueError(f"unknown predictor {options.predictor!r}; choose from {', '.join(SAMPLERS)}")
     if SAMPLERS[options.predictor].needs_masks and not graph.masks:

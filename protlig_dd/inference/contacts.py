@@ -7,6 +7,7 @@ from io import BytesIO
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -24,12 +25,18 @@ def contact_map(weights: Float[Tensor, "*chosen tokens tokens"]) -> Float[Tensor
         weights: one tensor of the list that `attention` returns, or a part of the tensor, such as one head.
 
     Raises:
-        ValueError: `weights` is not a tensor (..., tokens, tokens) with at least three tokens.
+        ValueError: `weights` is not a tensor (..., tokens, tokens) with at least three tokens, or its rows do not
+            sum to 1.
     """
     shape = tuple(weights.shape) if isinstance(weights, Tensor) else None
     if shape is None or len(shape) < 2 or shape[-1] != shape[-2] or shape[-1] < 3:
         found = type(weights).__name__ if shape is None else f"shape {shape}"
         raise ValueError(f"contact_map takes the weights of one protein, a tensor (..., tokens, tokens), got {found}")
+    if not torch.allclose(weights.double().sum(-1), torch.ones(()).double(), atol=1e-2) or not weights.numel():
+        raise ValueError(
+            "contact_map takes attention weights, whose rows sum to 1; give the weights of all tokens, <bos> and <eos> "
+            "included, of at least one block and head"
+        )
     mean = weights.double().reshape(-1, *shape[-2:]).mean(0)[1:-1, 1:-1]
     return average_product_correction((mean + mean.T) / 2).to(weights.dtype)
 
@@ -55,9 +62,9 @@ def to_png(contacts: Float[Tensor, "residues residues"], sequence: str, title: s
     from matplotlib.figure import Figure  # imported here because most commands draw no picture
 
     length = len(sequence)
-    if len(contacts) != length:
-        raise ValueError(f"the map has {len(contacts)} residues but the sequence has {length}")
-    shown = contacts.double().numpy().copy()
+    shown = np.array(contacts.tolist(), dtype=np.float64)
+    if shown.shape != (length, length):
+        raise ValueError(f"the map has shape {shown.shape}, but the sequence has {length} residues")
     np.fill_diagonal(shown, np.nan)
     limit = float(np.nanquantile(np.abs(shown), 0.99)) if length > 1 else 1.0
     figure = Figure(figsize=(9.5, 8.5), layout="constrained")

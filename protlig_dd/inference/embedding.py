@@ -14,7 +14,7 @@ from torch import Tensor
 from protlig_dd.batch import PackedBatch, split_lengths
 from protlig_dd.data.crops import window, window_starts
 from protlig_dd.diffusion.score import ScoreFn
-from protlig_dd.inference.sequences import check_letters, check_list
+from protlig_dd.inference.sequences import check_letters, check_list, check_whole
 from protlig_dd.model.config import unknown_choice
 from protlig_dd.model.dit import DiT
 from protlig_dd.tokenizer import BOS, ProteinTokenizer
@@ -31,6 +31,7 @@ def resolve_layer(layer: int, n_blocks: int) -> int:
     Raises:
         ValueError: the network does not have this layer.
     """
+    check_whole(layer, "layer is a whole number")
     if not -n_blocks - 1 <= layer <= n_blocks:
         raise ValueError(f"layer={layer}: this model has layers 0 (the embedding) to {n_blocks}; -1 is the last")
     return layer if layer >= 0 else n_blocks + 1 + layer
@@ -126,9 +127,9 @@ def mean_embeddings(
     check_list(sequences, "embed takes a list of sequences")
     chosen = resolve_layer(layer, len(network.blocks))
     encode, tokens = ProteinTokenizer().encode, list[np.ndarray]()
-    for i, sequence in enumerate(sequences, start=1):
-        check_letters(sequence, f"sequence {i}")
-        tokens.append(encode(sequence.upper(), f"sequence {i}"))
-        check_long(long, len(tokens[-1]) - 2, f"sequence {i}", max_len)
+    for i, sequence in enumerate(sequences):
+        check_letters(sequence, f"sequences[{i}]")
+        tokens.append(encode(sequence.upper(), f"sequences[{i}]"))
+        check_long(long, len(tokens[-1]) - 2, f"sequences[{i}]", max_len)
     means = [embed(network, score_fn, [protein], layer=chosen, max_len=max_len)[0].mean(0) for protein in tokens]
     return torch.stack(means)

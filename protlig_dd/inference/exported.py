@@ -20,7 +20,7 @@ from torch import Tensor
 
 from protlig_dd.model.config import stored_model
 from protlig_dd.system.files import sha256
-from protlig_dd.system.tables import as_json
+from protlig_dd.system.tables import as_json, as_written
 from protlig_dd.tokenizer import BOS, EOS, LETTERS, MASK, N_STATES, PAD
 
 FORMAT, FORMAT_VERSION = "protlig_dd", 1
@@ -167,14 +167,8 @@ def model_card(description: Mapping[str, Any]) -> str:
 def kinds_of_parts(model: Mapping[str, Any]) -> str:
     """Return the parts of the network whose kind is not the default, as in `; positions t5; tie_weights true`."""
     kinds = {key: model.get(key, default) for key, default in DEFAULT_KINDS.items()}
-    named = [f"; {key} {kind_as_text(kind)}" for key, kind in kinds.items() if kind != DEFAULT_KINDS[key]]
+    named = [f"; {key} {as_written(kind)}" for key, kind in kinds.items() if kind != DEFAULT_KINDS[key]]
     return "".join(named)
-
-
-def kind_as_text(kind: str | bool | list[str]) -> str:
-    if isinstance(kind, bool):
-        return "true" if kind else "false"
-    return kind if isinstance(kind, str) else ", ".join(kind)
 
 
 def context_in(training: Mapping[str, Any]) -> str | None:

@@ -1,7 +1,7 @@
 """Read or replace the outputs of a network's modules by name (docs/inspect.md). This module does not use Hydra."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
@@ -85,7 +85,7 @@ def called_modules(network: DiT) -> dict[str, nn.Module]:
     }
 
 
-def unknown_module(network: DiT, name: object, called: Iterable[str]) -> str:
+def unknown_module(network: DiT, name: object, called: Collection[str]) -> str:
     """Return an error message for a name that cannot be hooked.
 
     The message lists names that can be hooked in the same part of the network, or explains how to read a weight.
@@ -100,14 +100,16 @@ def unknown_module(network: DiT, name: object, called: Iterable[str]) -> str:
     if name in modules:
         problem = "is never called itself, so a hook would not run"
         if not any(other.startswith(f"{name}.") for other in called):
-            return f"{name!r} {problem}: the network reads its weights; read them as network.get_submodule({name!r})"
+            if not any(weight.startswith(f"{name}.") for weight in weights):
+                return f"{name!r} {problem}: it has no weights, and the network calls its methods"
+            return f"{name!r} {problem}: the network reads its weights; see network.get_submodule({name!r})"
     place = str(name)
     while place and not any(other.startswith(f"{place}.") for other in called):
         place = place.rpartition(".")[0]
     return f"{name!r} {problem}; {place or 'the network'} has {', '.join(parts_of(place, called))}"
 
 
-def parts_of(place: str, names: Iterable[str]) -> list[str]:
+def parts_of(place: str, names: Collection[str]) -> list[str]:
     """Return the outermost of the names inside the module `place`, or inside the network if `place` is empty.
 
     Numbered modules are summarised, as in `blocks.0 to blocks.11`.

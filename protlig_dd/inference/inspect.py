@@ -5,7 +5,9 @@ The methods of `protlig_dd.hub.ProteinDiffusion` call these functions (docs/insp
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from numbers import Real
 
+import numpy as np
 import torch
 from jaxtyping import Float, Float32
 from torch import Tensor, nn
@@ -59,7 +61,7 @@ def attention(
     mixers = {number: attention_of(network, number) for number in dict.fromkeys(chosen)}
     chosen_heads = choose("head", heads, min(mixer.n_heads for mixer in mixers.values()))
     check_list(sequences, "attention takes a list of sequences")
-    packs = [pack_of(score_fn, text, f"sequence {i}", max_len) for i, text in enumerate(sequences, start=1)]
+    packs = [pack_of(score_fn, text, f"sequences[{i}]", max_len) for i, text in enumerate(sequences)]
     return [
         torch.stack([weights[number] for number in chosen])
         for pack in packs
@@ -152,6 +154,7 @@ def choose(part: str, numbers: Sequence[int] | None, n: int) -> list[int]:
     """Return the selected blocks or heads as numbers from 0. Negative numbers count from the end; None selects all."""
     if numbers is None:
         return list(range(n))
+    numbers = numbers.tolist() if isinstance(numbers, Tensor | np.ndarray) else numbers
     check_list(numbers, f"{part}s is a list of numbers, such as [0, -1]")
     for number in numbers:
         check_whole(number, f"{part}s is a list of whole numbers")
@@ -172,8 +175,8 @@ def pack_of(score_fn: ScoreFn, sequence: str, name: str, max_len: int) -> Packed
 def sigma_of(score_fn: ScoreFn, batch: PackedBatch, t: float | None) -> Float32[Tensor, " n"]:
     """Return the total noise sigma that the network receives for each sequence; `t` is described in `attention`."""
     noise, graph = score_fn.noise, score_fn.graph
-    if t is not None and not noise.t_min <= t <= 1:
-        raise ValueError(f"t must lie in [{noise.t_min:g}, 1], got {t:g}")
+    if t is not None and (not isinstance(t, Real) or isinstance(t, bool) or not noise.t_min <= t <= 1):
+        raise ValueError(f"t must be a number in [{noise.t_min:g}, 1], got {t!r:.40}")
     if t is None and graph.masks:
         lowest, highest = noise(torch.tensor([noise.t_min, 1.0], dtype=torch.float64))[0].tolist()
         counted_T = batch.tokens == graph.mask if score_fn.trained_with_context else None  # as in sampling

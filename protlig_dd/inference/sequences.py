@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from protlig_dd.tokenizer import BOS, EOS, MASK, N_STATES, ProteinTokenizer
+from protlig_dd.tokenizer import AMINO_ACIDS, BOS, EOS, MASK, N_STATES, ProteinTokenizer
 
 FREE = "_"
 
@@ -18,7 +18,8 @@ def check_list(items: Sequence[object], expected: str) -> None:
     Args:
         expected: the start of the message, such as `embed takes a list of sequences`.
     """
-    if isinstance(items, str | Mapping) or not hasattr(items, "__getitem__") or not hasattr(items, "__len__"):
+    listed = hasattr(items, "__getitem__") and hasattr(items, "__len__")
+    if isinstance(items, str | Mapping) or not listed or getattr(items, "ndim", None) == 0:
         raise ValueError(f"{expected}, got {items!r:.40}")
     if not len(items):
         raise ValueError(f"{expected}, got {items!r:.40}, which is empty")
@@ -56,9 +57,15 @@ def encode_with_free(sequence: str, name: str) -> np.ndarray:
 
 
 def check_letters(sequence: object, name: str) -> None:
-    """Raise a ValueError unless the sequence is a string."""
+    """Raise a ValueError unless the sequence is a string of ASCII characters.
+
+    `upper` would turn some other characters into letters, such as a sharp s into SS.
+    """
     if not isinstance(sequence, str):
         raise ValueError(f"{name}: a sequence is a string of letters, got {sequence!r:.40}")
+    for position, character in enumerate(sequence, start=1):
+        if not character.isascii():
+            raise ValueError(f"{name}: illegal character {character!r} at position {position} of {len(sequence)}")
 
 
 def check_biases(log_bias: Tensor | Sequence[Tensor] | None, lengths: Sequence[int]) -> None:
@@ -73,6 +80,11 @@ def check_biases(log_bias: Tensor | Sequence[Tensor] | None, lengths: Sequence[i
     """
     if log_bias is None or isinstance(log_bias, Tensor):
         return
+    if isinstance(log_bias, str | Mapping) or not all(isinstance(bias, Tensor) for bias in log_bias):
+        raise ValueError(
+            f"log_bias is a tensor ({N_STATES},) or a list of tensors, for the amino acids {AMINO_ACIDS}, "
+            f"got {log_bias!r:.40}"
+        )
     if len(log_bias) != len(lengths):
         raise ValueError(
             f"log_bias is a list of {len(log_bias)} tensors for {len(lengths)} designs; give one tensor for each "
@@ -81,7 +93,7 @@ def check_biases(log_bias: Tensor | Sequence[Tensor] | None, lengths: Sequence[i
     for number, (bias, length) in enumerate(zip(log_bias, lengths, strict=True)):
         if tuple(bias.shape) != (length, N_STATES):
             raise ValueError(
-                f"log_bias of design {number} has shape {tuple(bias.shape)}, but the design has {length} residues; "
+                f"log_bias[{number}] has shape {tuple(bias.shape)}, but designs[{number}] has {length} residues; "
                 f"give ({length}, {N_STATES})"
             )
 

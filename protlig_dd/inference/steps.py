@@ -97,7 +97,8 @@ class SamplingSteps:
         max_len: int,
     ) -> None:
         check_list(designs, "sample_steps takes a list of lengths and sequences")
-        self.templates = [template_of(design, f"design {i}", max_len) for i, design in enumerate(designs)]
+        check_whole(seed, "seed is a whole number")
+        self.templates = [template_of(design, f"designs[{i}]", max_len) for i, design in enumerate(designs)]
         lengths = [len(template) for template in self.templates]
         check_biases(log_bias, lengths)
         self.reverse = ReverseSteps(

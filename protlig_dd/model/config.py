@@ -30,6 +30,7 @@ class ModelConfig:
     mixers: Annotated[Any, ADDED_LATER] = "attention"  # one name for all blocks, or a list of one name per block
     max_positions: Annotated[int | None, ADDED_LATER] = None
     tie_weights: Annotated[bool, ADDED_LATER] = False
+    sinusoid_scale: Annotated[float | None, ADDED_LATER] = None
 
     def __post_init__(self) -> None:
         if isinstance(self.mixers, tuple):

@@ -243,8 +243,9 @@ def check_model(config: ModelConfig) -> None:
             raise ValueError(unknown_choice(f"model.{name}", choice, choices))
     mixers = mixers_of_blocks(config)
     if POSITIONS[config.positions].is_biased() and "attention" not in mixers:
+        mixers_text = f"[{', '.join(mixers)}]" if isinstance(config.mixers, list) else config.mixers
         raise ValueError(
-            f"model.positions={config.positions} adds a bias to attention scores, but model.mixers={config.mixers} has "
+            f"model.positions={config.positions} adds a bias to attention scores, but model.mixers={mixers_text} has "
             "no attention: choose another model.positions, or attention for at least one block"
         )
     hidden_size, n_heads = config.hidden_size, config.n_heads
@@ -258,6 +259,12 @@ def check_model(config: ModelConfig) -> None:
         raise ValueError(
             f"model.max_positions={config.max_positions} has no effect with model.positions={config.positions}, which "
             f"has no limit; set it to null, or set model.positions to {' or '.join(limited)}"
+        )
+    if config.sinusoid_scale is not None and not POSITIONS[config.positions].scaled:
+        scaled = [name for name, kind in POSITIONS.items() if kind.scaled]
+        raise ValueError(
+            f"model.sinusoid_scale={config.sinusoid_scale:g} has no effect with model.positions={config.positions}; "
+            f"set it to null, or set model.positions to {' or '.join(scaled)}"
         )
     with torch.device("meta"):  # uses no memory and draws no random numbers
         POSITIONS[config.positions](config)

@@ -46,7 +46,11 @@ class TolerantStream:
         os.dup2(null_device, self.stream.fileno())
         os.close(null_device)
         if name == "stdout":
-            print(f"stdout cannot be written ({error.strerror}): continuing without it", file=sys.stderr, flush=True)
+            print(
+                f"stdout cannot be written ({error.strerror}): the command continues without it",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def tolerate_output_errors() -> None:

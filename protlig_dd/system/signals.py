@@ -42,7 +42,9 @@ def handled_signals() -> set[signal.Signals]:
 class Stopped(BaseException):
     """The run has stopped on request. It is not an Exception, so that nothing handles it as a failure."""
 
-    def __init__(self, reason: str, when: str = "before training began or after it ended") -> None:
+    def __init__(
+        self, reason: str, when: str = "outside the training steps (before the first or after the last)"
+    ) -> None:
         super().__init__(f"stopped by {reason} {when}")
         self.reason, self.when = reason, when
 
@@ -87,7 +89,10 @@ class StopRequests:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         reason = "max_time" if number == signal.SIGALRM else signal.Signals(number).name
         if self.insist and reason == "SIGINT" and reason in self.noted:
-            raise KeyboardInterrupt("; the same command resumes from the last checkpoint")
+            raise KeyboardInterrupt(
+                "interrupted; the same command resumes from the last checkpoint, if there is one, unless it sets "
+                "run.fresh=true"
+            )
         is_stopping = bool(self.noted)
         self.noted.add(reason)
         if is_stopping:

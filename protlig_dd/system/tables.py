@@ -57,3 +57,14 @@ def read_json(path: Path, keys: Sequence[str] = ()) -> dict[str, Any]:
         expected = f"a JSON object with {', '.join(keys)}" if keys else "a JSON object"
         raise ValueError(f"{path}: damaged, or not written by protlig_dd; expected {expected}")
     return content
+
+
+def as_written(value: Any) -> str:
+    """Return a value as config files and overrides contain it, such as null, true or [a, b]."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(as_written, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {as_written(item)}' for key, item in value.items())}}}"
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -16,6 +16,7 @@ from protlig_dd.config.components import build_model
 from protlig_dd.config.train import TrainConfig
 from protlig_dd.data.loader import PackDataset
 from protlig_dd.data.store import StoreGroup
+from protlig_dd.model.dit import kinds_of
 from protlig_dd.model.mixers import mixers_of_blocks
 from protlig_dd.model.positions import POSITIONS
 from protlig_dd.system.device import matmul_peak
@@ -187,8 +188,20 @@ def three_digits(x: float) -> str:
     return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
-def print_plan(config: TrainConfig, store: StoreGroup, device: torch.device, precision: str, processes: int) -> None:
-    """Print the estimates of `plan` as a table."""
+def print_plan(
+    config: TrainConfig,
+    store: StoreGroup,
+    device: torch.device,
+    precision: str,
+    processes: int,
+    *,
+    own_data: bool = True,
+) -> None:
+    """Print the estimates of `plan` as a table.
+
+    Args:
+        own_data: whether `store` has the data of the run. If not, no warning about its number of sequences is printed.
+    """
     costs = plan(config, store, device, precision, processes)
     tokens = costs["steps"] * costs["step_tokens"]
     per_token, kept, hours = costs["flops_per_token"], costs["activation_bytes_per_token"], costs["seconds"] / 3600
@@ -198,6 +211,7 @@ def print_plan(config: TrainConfig, store: StoreGroup, device: torch.device, pre
         f"attention's activations are those of sdpa for proteins of {config.data.max_len:,} residues; flex keeps less"
     )
     rows = {
+        "network": [kinds_of(config.model, config.model.attention_backend)],
         "parameters": [f"{costs['parameters'] / 1e6:,.1f} M"],
         "data": [store.name, f"{int(store.token_counts[0].sum()):,} training tokens"],
         "step": [
@@ -223,5 +237,6 @@ def print_plan(config: TrainConfig, store: StoreGroup, device: torch.device, pre
         ],
     }
     console.print("\n".join(f"{name:<11} {'; '.join(parts)}" for name, parts in rows.items()))
-    if warning := warning_of_epochs(costs["epochs"], costs["sequences"]):
+    warning = warning_of_epochs(costs["epochs"], costs["sequences"])
+    if warning and own_data:
         console.print(warning)

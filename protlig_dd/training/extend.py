@@ -9,7 +9,7 @@ from protlig_dd.config.train import TrainConfig, all_settings, recorded_config
 from protlig_dd.evaluation.report.run import PAGE
 from protlig_dd.runs.checkpoint import complete_checkpoints, step_of
 from protlig_dd.system.files import creating, free_name
-from protlig_dd.system.tables import read_json
+from protlig_dd.system.tables import as_written, read_json
 
 
 def finished_step(path: Path) -> int | None:
@@ -61,7 +61,7 @@ def check_extension(path: Path, config: TrainConfig) -> None:
     if not longer or not checkpoints or level or config.run.resume == "extend":
         return  # before the newest checkpoint is read: if it is damaged, the run resumes from an earlier checkpoint
     if schedule_finished(path, checkpoints[-1]):
-        changes = " and ".join(f"{key} was {before[key]}, now {now[key]}" for key in longer)
+        changes = " and ".join(f"{key} was {as_written(before[key])}, now {as_written(now[key])}" for key in longer)
         raise ValueError(
             f"{path} has finished its schedule at step {step_of(checkpoints[-1])} ({changes}): its learning rate has "
             f"decayed to {config.optim.min_lr_ratio:g} x optim.lr={config.optim.lr:g}, and a longer schedule would "

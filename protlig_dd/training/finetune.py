@@ -11,12 +11,13 @@ from omegaconf import OmegaConf
 
 from protlig_dd.config.components import TRAINING_NOISE, graph_with_rates
 from protlig_dd.config.fields import marked
-from protlig_dd.config.read import as_dict, as_written, flatten, shorten
+from protlig_dd.config.read import as_dict, flatten, shorten
 from protlig_dd.config.train import TrainConfig, all_settings, config_in
 from protlig_dd.inference.model import find_saved
 from protlig_dd.model.config import COMPUTE_ONLY, TUNABLE, ModelConfig
 from protlig_dd.system.distributed import processes_from_environment
 from protlig_dd.system.files import sha256
+from protlig_dd.system.tables import as_written
 from protlig_dd.system.terminal import announce
 from protlig_dd.training.resume import has_steps
 
@@ -108,15 +109,21 @@ def resolve_source_model(config: TrainConfig, path: Path) -> TrainConfig:
     resolved = with_source_model(config, source, named | (experiment_keys & FREE_KEYS))
     before, after = all_settings(as_dict(config)), all_settings(as_dict(resolved))
     ignored = [
-        f"{key}={shorten(as_written(value))} ({shorten(as_written(after.get(key)))} in the source)"
+        f"{key}={shorten(as_written(after.get(key)))} (not {shorten(as_written(value))})"
         for key, value in before.items()
         if (key in experiment_keys or key.partition(".")[0] in experiment_keys) and value != after.get(key)
         if not (key.startswith("model.") and value is None)  # null keeps the source's value
     ]
     if ignored:
         announce(
-            f"from={config.from_}: the source's settings replace those of the experiment and of its config groups: "
+            f"from={config.from_}: these settings are the source's, not those of the experiment and its config groups: "
             f"{', '.join(ignored)}",
+            processes_from_environment(),
+        )
+    if source.data.context != "none" == config.data.context:
+        announce(
+            f"warning: the source was trained with data.context={source.data.context}, but this run has "
+            "data.context=none, so it trains on all residues",
             processes_from_environment(),
         )
     return replace(resolved, from_sha256=checksum)

@@ -21,7 +21,7 @@ from protlig_dd.data.prepare.bundled import bundled_store
 from protlig_dd.data.store import SequenceStore, StoreGroup
 from protlig_dd.evaluation.report.page import write_run_page
 from protlig_dd.evaluation.report.run import PAGE
-from protlig_dd.model.mixers.attention import check_positions, resolve_attention_backend
+from protlig_dd.model.mixers.attention import check_backend, resolve_attention_backend
 from protlig_dd.runs.metrics import import_wandb
 from protlig_dd.system.device import missing_to_compile, resolve_compile, resolve_device, resolve_precision
 from protlig_dd.system.distributed import (
@@ -104,15 +104,15 @@ def print_cost(config: TrainConfig) -> None:
     """On rank 0, print the estimated FLOPs, memory and time of a run.
 
     Raises:
-        ValueError: the chosen attention backend cannot compute the chosen position encoding on any machine.
+        ValueError: the chosen attention backend is unknown, or cannot compute this network on any machine.
     """
     processes, devices = processes_from_environment(), count_processes(config)
     if not processes.first:
         return
-    check_positions(config.model.attention_backend, config.model.positions)
-    device, config = resolve_device(config.trainer.device), with_available_data(config)
-    store = open_data(config.data, processes)
-    print_plan(config, store, device, resolve_precision(config.trainer.precision, device), devices)
+    check_backend(config.model.attention_backend, config.model.head_dim, config.model.positions)
+    device, available = resolve_device(config.trainer.device), with_available_data(config)
+    store, precision = open_data(available.data, processes), resolve_precision(config.trainer.precision, device)
+    print_plan(available, store, device, precision, devices, own_data=available is config)
 
 
 def rank_entry(train_rank: TrainRank, config: TrainConfig, path: Path, deadline: Deadline) -> None:
@@ -152,7 +152,7 @@ def opened_run(
     with contextlib.ExitStack() as stack:
         patience = PATIENCE if processes.world_size > 1 else 0.0
         insist = processes.launch is None
-        notice = "finishing the step, then writing a checkpoint"
+        notice = "finishing the steps that have begun, then writing a checkpoint"
         notice += "; Ctrl-C again stops at once, without a checkpoint" if insist else ""
         stop = StopRequests(insist=insist, notice=notice if processes.first else None, patience=patience)
         stack.enter_context(stop)
@@ -187,7 +187,7 @@ def opened_run(
             log = folder.path / "logs" / f"rank_{processes.rank}.log"
             if not processes.first and processes.local_rank == 0:
                 name = f"rank {processes.rank} of {processes.world_size} on {meeting.host}"
-                print(f"{name}: its output goes to {log}; rank 0 prints the progress of the run", flush=True)
+                print(f"{name} writes its output to {log}; rank 0 prints the progress of the run", flush=True)
             run_on_all_ranks(lambda: None if processes.first else stack.enter_context(redirected_to(log)))
             left = folder.seconds_left
             context = RunContext(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from protlig_dd.config.components import build_graph, graph_with_rates
 from protlig_dd.config.train import TrainConfig, check_train_config
+from protlig_dd.model.layers import EMBEDDING_STD
 from protlig_dd.model.positions import POSITIONS
 from protlig_dd.training.finetune import resolve_source_model
 from protlig_dd.training.resume import graph_of_run
@@ -17,6 +18,8 @@ def resolve(config: TrainConfig, path: Path) -> TrainConfig:
     - The graph's config gets the rates of its matrix file, if it has one.
     - `model.max_positions`, if null, becomes the largest number of tokens in a sequence, for position encodings that
       have a limit.
+    - `model.sinusoid_scale`, if null, becomes the standard deviation of the initial embeddings, for position encodings
+      that add sinusoids.
     - `time_conditioning`, if auto, becomes true or false.
 
     This function writes nothing and does not change the given config. A training run changes only `run.fresh` and
@@ -36,6 +39,8 @@ def resolve(config: TrainConfig, path: Path) -> TrainConfig:
     if kind is not None and kind.limited and config.model.max_positions is None:
         tokens = config.data.max_len + 2  # <bos> and <eos>
         config = replace(config, model=replace(config.model, max_positions=tokens))
+    if kind is not None and kind.scaled and config.model.sinusoid_scale is None and config.from_ is None:
+        config = replace(config, model=replace(config.model, sinusoid_scale=EMBEDDING_STD))
     check_train_config(config)
     if config.time_conditioning == "auto":
         time_free = build_graph(config.graph).time_free_with(config.parametrisation)

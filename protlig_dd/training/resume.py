@@ -24,7 +24,7 @@ from protlig_dd.system.device import describe_environment
 from protlig_dd.system.files import free_name, locked, sha256, write_atomic
 from protlig_dd.system.meeting import Meeting
 from protlig_dd.system.signals import STOPPED
-from protlig_dd.system.tables import as_json
+from protlig_dd.system.tables import as_json, as_written
 from protlig_dd.system.terminal import console
 from protlig_dd.training.context import Resolved, RunFolder, Start
 from protlig_dd.training.extend import changes_length_or_report, check_extension, finished_step, put_report_aside
@@ -210,11 +210,11 @@ def check_same_data(checkpoint: Path, config: TrainConfig, resolved: Resolved) -
     """
     changed = changed_keys(recorded_config(checkpoint), as_dict(config))
     if changed:
-        raise ValueError(f"{checkpoint} was made with another config ({'; '.join(changed)})")
+        raise ValueError(f"{checkpoint} was written with another config ({'; '.join(changed)})")
     found = read_state(checkpoint)["data_fingerprint"]
     if found != resolved.data_fingerprint:
         raise ValueError(
-            f"{checkpoint} was made with other data: data_fingerprint was {found}, now {resolved.data_fingerprint}"
+            f"{checkpoint} was written with other data: data_fingerprint was {found}, now {resolved.data_fingerprint}"
         )
 
 
@@ -248,9 +248,8 @@ def print_changes(path: Path, config: TrainConfig, resolved: Resolved, earlier: 
     before, now = (all_settings(values) for values in (recorded_config(path), as_dict(config)))
     for key in ("trainer.max_steps", "trainer.epochs"):
         if before[key] != now[key]:
-            console.print(
-                f"{key} was {before[key]}, now {now[key]}: the learning rate follows the new schedule from here"
-            )
+            change = f"{key} was {as_written(before[key])}, now {as_written(now[key])}"
+            console.print(f"{change}: the learning rate follows the new schedule from here")
     for key in ("device", "attention_backend", "compiled", "world_size", "data_path"):
         if earlier[key] != getattr(resolved, key):
             console.print(f"{key} was {earlier[key]}, now {getattr(resolved, key)}")

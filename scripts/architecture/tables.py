@@ -71,8 +71,15 @@ def difference_cell(rows: Sequence[Row], baseline: Sequence[Row]) -> str:
     return paired(*(mean_over_seeds([row for row in arm if row["seed"] in seeds]) for arm in (rows, baseline)))
 
 
+def print_missing_baseline(valid: Arms) -> None:
+    """Print a line if there are rows, but none of the baseline."""
+    if valid and BASELINE not in valid:
+        print(f"No differences, because the baseline was not measured; --only {BASELINE} measures it.\n")
+
+
 def bounds_table(rows: Sequence[Row]) -> None:
     valid = by_arm([row for row in rows if "error" not in row])
+    print_missing_baseline(valid)
     cells = []
     for arm, seeds in valid.items():
         bounds = [row["nll"] for row in seeds]
@@ -115,6 +122,7 @@ def speed_table(rows: Sequence[Row]) -> None:
 
 def lengths_table(rows: Sequence[Row]) -> None:
     valid = by_arm([row for row in rows if "error" not in row])
+    print_missing_baseline(valid)
     columns: list[str] = ["network"]
     cells: list[list[str]] = []
     for (row,) in list(valid.values())[:1]:

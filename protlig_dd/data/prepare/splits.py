@@ -52,7 +52,7 @@ def empty_training_split(output: Path, file: FastaFile | None, counts: Mapping[s
     if file is None:
         reason = f"split.validation_fraction and split.test_fraction hold out every sequence; lower them ({dropped})"
     else:
-        reason = f"none of the {file.records:,} records of {file.name} is left ({dropped})"
+        reason = f"no record of {file.name}, which has {file.records:,}, passed the filters ({dropped})"
     return ValueError(f"{output}: the train split is empty: {reason}")
 
 

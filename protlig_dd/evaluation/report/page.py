@@ -4,11 +4,11 @@ A page is one self-contained file. It is built from the files in the run folders
 config.yaml may be missing. For example, a run that was stopped early has no report.json yet.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from protlig_dd.config.read import as_written, defaults_of, flatten
+from protlig_dd.config.read import defaults_of, flatten
 from protlig_dd.config.train import TrainConfig
 from protlig_dd.evaluation.report.curves import NATS, curves, labels_of, shapes
 from protlig_dd.evaluation.report.plots import Estimate, dot_plot
@@ -25,6 +25,7 @@ from protlig_dd.evaluation.report.sections import (
 )
 from protlig_dd.runs.metrics import with_nan
 from protlig_dd.system.files import write_atomic
+from protlig_dd.system.tables import as_written
 
 MAX_PROTEINS = 12
 
@@ -117,7 +118,7 @@ def comparison_page(runs: Sequence[Run]) -> str:
     rows = [
         [
             name,
-            protein_set,
+            protein_set + (f", {bounds['context']} case as context" if "context" in bounds else ""),
             *with_error(bounds, "nll"),
             *paired(run_nats, nats[0]),
             *with_error(bounds, "unigram_nll"),
@@ -145,20 +146,16 @@ def comparison_page(runs: Sequence[Run]) -> str:
     return render(
         title="Comparison of runs" if len(runs) > 1 else runs[0].name,
         subtitle=", ".join(names),
-        notices=[
-            "The runs were evaluated on different proteins: compare each bound with the unigram model of the same run."
-        ]
-        if len(protein_sets) > 1
-        else [],
+        notices=notices_of_comparison(protein_sets, {bounds.get("context") for _, bounds in all_bounds if bounds}),
         bounds={
             "plot": dot_plot("Bound", NATS, estimates),
             "head": head,
             "rows": rows,
             "wide": True,
-            "note": "Nats per residue, averaged weights. Lower is better. "
+            "note": "Bounds are in nats per residue, with averaged weights. Lower is better. "
             "Bars extend two standard errors to each side. "
             "The difference to the first run is paired, protein by protein, so it is more precise than the bars "
-            "suggest. It is blank for a run that was evaluated on other proteins or designed residues. "
+            "suggest. It is blank for a run that was evaluated on other proteins or with another data.context. "
             "Each unigram model has the amino-acid frequencies of its run's training split: "
             + "; ".join(
                 f"{name}: {run.environment.get('data_path', 'unknown')}" for name, run in zip(names, runs, strict=True)
@@ -170,6 +167,21 @@ def comparison_page(runs: Sequence[Run]) -> str:
         curves=curves(runs, names),
         differing={"head": ["key", *names], "rows": differing_keys([defaults | run.config for run in runs])},
     )
+
+
+def notices_of_comparison(protein_sets: Collection[object], contexts: Collection[str | None]) -> list[str]:
+    """Return what a reader must know about bounds that cannot be compared with each other."""
+    notices = []
+    if len(contexts) > 1:
+        notices.append(
+            "The bounds are of different residues: those of runs with data.context are per designed residue, given the "
+            "context, and cannot be compared with the bounds of whole proteins."
+        )
+    elif len(protein_sets) > 1:
+        notices.append(
+            "The runs were evaluated on different proteins: compare each bound with the unigram model of the same run."
+        )
+    return notices
 
 
 def render(**content: Any) -> str:

@@ -8,11 +8,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from protlig_dd.config.read import as_written, flatten
+from protlig_dd.config.read import flatten
 from protlig_dd.data.fasta import FastaRecord, read_fasta
 from protlig_dd.evaluation.samples.statistics import SETS
 from protlig_dd.runs.metrics import read_metrics, with_nan
-from protlig_dd.system.tables import read_json
+from protlig_dd.system.tables import as_written, read_json
 
 PAGE, CONFIG, METRICS = "report.html", "config.yaml", "metrics.jsonl"
 BOUNDS = ("nll", "unigram_nll", "difference")

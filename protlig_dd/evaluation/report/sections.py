@@ -132,7 +132,7 @@ def judges_section(run: Run) -> dict[str, Any] | None:
     rows = [[row["name"], *(figure(row, column) for column in SETS)] for row in judged]
     named = (
         ("composition, KL divergence to the training split in nats", "composition_kl"),
-        ("the same for samples of the untrained network", "untrained_composition_kl"),
+        ("composition, KL divergence, samples of the untrained network", "untrained_composition_kl"),
         ("fraction of residue draws with a negative probability, clamped to 0", "clamped_draws"),
     )
     if not run.judges:

@@ -23,7 +23,7 @@ def find_train(config: JudgeConfig, mmseqs: bool) -> SequenceStore | None:
     """
     path = config.train or (config.natural if is_store(Path(config.natural)) else None)
     if path is None:
-        console.print("no training set to search for relatives; set train=store.h5")
+        console.print("there is no training set in which to search for relatives of the samples; set train=store.h5")
         return None
     store = SequenceStore(path)
     if not len(store.split("train")):

@@ -88,7 +88,6 @@ def numbering_of(cells: Mapping[str, str], where: str, path: Path) -> Numbering:
             raise ValueError(f"{where}: start_idx must be a whole number, got {start!r}")
         return Numbering(int(offset), f", from start_idx={start} in {path}")
     if raw:
-        return Numbering(
-            0, f"; raw_mut_offset={raw} in {path} is for the raw file; to score the raw file, set offset=-{raw}"
-        )
+        raw_file = f"raw_mut_offset={raw} in {path} applies to the raw file only"
+        return Numbering(0, f"; {raw_file}; to score the raw file, set offset to minus this number")
     return AS_THE_TARGET

@@ -149,9 +149,9 @@ def score_assay(
         shown = f"the first {SHOWN}: " if len(assay.bad) > SHOWN else ""
         announce(f"{len(assay.bad)} invalid rows skipped, {shown}{' | '.join(assay.bad[:SHOWN])}", trained.processes)
     if repeated := len(assay.variants) - len(set(assay.variants)):
-        lines.append(f"{repeated} of them repeat the protein of an earlier row and get the same score")
+        lines.append(f"{repeated} rows repeat the protein of an earlier row and get its score")
     if assay.first_indel is not None:
-        lines.append("indels are compared in nats per residue, because each added residue costs about 3 nats")
+        lines.append("scores of indels are corrected for the change of length, because each residue costs about 3 nats")
     announce(f"{description}: {'; '.join(lines)}", trained.processes)
     scores = score_each(
         trained.score_fn,
@@ -186,8 +186,8 @@ def score_assay(
     announce(composition_line(results["composition"]), trained.processes)
     if len(names) > 1 and any(metrics[name] is not None for name in METRICS):
         separate = [f"{name} alone: {metrics_line(values)}" for name, values in by_strategy.items()]
-        few = f"too few measurements for separate metrics (fewer than {ENOUGH} of one strategy)"
-        line = f"these metrics mix scores by {' and '.join(names)}; {'; '.join(separate) or few}"
+        few = f"no separate metrics, because one strategy has fewer than {ENOUGH} measurements"
+        line = f"these metrics are over scores by {' and '.join(names)}; {'; '.join(separate) or few}"
         announce(f"{output}: {line}", trained.processes)
     return summary
 

@@ -31,7 +31,7 @@ def choose_strategies(requested: str, graph: Graph, assay: Assay) -> tuple[list[
     available, first = strategies_of(graph), assay.first_indel
     if requested not in ("auto", *available):
         raise ValueError(
-            f"strategy={requested} needs another graph than {graph.name}; choose from auto, {', '.join(available)}"
+            f"strategy={requested} is not available for graph={graph.name}; choose from auto, {', '.join(available)}"
         )
     if requested == "auto":
         why = f"the graph is {graph.name}" if first is None else "there are insertions or deletions"
@@ -41,7 +41,7 @@ def choose_strategies(requested: str, graph: Graph, assay: Assay) -> tuple[list[
         assert indel is not None
         raise ValueError(
             f"{assay.where[first]}: {len(indel.ids)} residues replace {indel.stop - indel.start}, "
-            f"but strategy={requested} needs equal lengths; use auto or bound"
+            f"but strategy={requested} scores substitutions only; use auto or bound"
         )
     return [requested] * len(assay.variants), REQUESTED
 

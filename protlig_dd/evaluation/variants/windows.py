@@ -49,8 +49,8 @@ def pieces_of(assay: Assay, length: int, max_len: int, strategy: str) -> list[Pi
             start, stop, ids = variant.indel
             if max(length, length + length_change(variant)) > max_len and max(stop - start, len(ids)) >= max_len:
                 raise ValueError(
-                    f"{where}: {len(ids)} residues replace {stop - start}, which does not fit into a window of "
-                    f"{max_len} residues, the most that this model was trained on"
+                    f"{where}: {len(ids)} residues replace {stop - start}; such a change does not fit into a window of "
+                    f"{max_len} residues, the maximum length of this model"
                 )
             # a longer variant's window has more residues than the wild type's, and must have at most max_len too
             size = max_len - max(0, length_change(variant))

@@ -141,13 +141,25 @@ def head_dim_problem(backend: str, head_dim: int, columns: int) -> str | None:
 
 
 def check_positions(backend: str, positions: str) -> None:
-    """Raise a ValueError if the attention backend cannot compute this position encoding."""
-    able = POSITIONS[positions].backends
-    if backend in _BACKENDS and backend not in able:
+    """Raise a ValueError if the attention backend is unknown, or cannot compute this position encoding."""
+    if backend not in _BACKENDS:
+        raise ValueError(f"unknown attention backend {backend!r}; choose from auto, {', '.join(_BACKENDS)}")
+    able = POSITIONS[positions].backends if positions in POSITIONS else _BACKENDS  # DiT reports an unknown encoding
+    if backend not in able:
         raise ValueError(
             f"model.attention_backend={backend} cannot add the bias of model.positions={positions} to the scores; "
             f"use {', '.join(able)} or auto"
         )
+
+
+def check_backend(name: str, head_dim: int, positions: str) -> None:
+    """Raise a ValueError if no machine can compute a network with this backend. `auto` is always accepted."""
+    if name == "auto":
+        return
+    check_positions(name, positions)
+    columns = POSITIONS[positions].columns if positions in POSITIONS else 0
+    if name != "sdpa" and (problem := head_dim_problem(name, head_dim, columns)):
+        raise ValueError(f"model.attention_backend={name} {problem}; use sdpa or auto")
 
 
 def flash_supports(head_dim: int) -> bool:
@@ -190,10 +202,7 @@ def resolve_attention_backend(
         candidates = [backend for backend in kind.backends if backend != "flex" or "torch_varlen" not in kind.backends]
         runs = (backend for backend in candidates if not backend_problem(backend, device, precision, head_dim, kind))
         return next(runs)
-    if name not in _BACKENDS:
-        raise ValueError(f"unknown attention backend {name!r}; choose from auto, {', '.join(_BACKENDS)}")
-    if positions in POSITIONS:
-        check_positions(name, positions)
+    check_positions(name, positions)
     if problem := backend_problem(name, device, precision, head_dim, kind):
         raise ValueError(f"model.attention_backend={name}{problem}")
     return name

@@ -6,16 +6,15 @@ from torch import Tensor, nn
 
 from protlig_dd.batch import PackedBatch
 from protlig_dd.model.config import ModelConfig
-from protlig_dd.model.layers import EMBEDDING_STD
 from protlig_dd.model.positions.sinusoidal import Sinusoidal, sinusoids
 from protlig_dd.tokenizer import VOCAB_SIZE
 
 
 class Adaptive(Sinusoidal):
-    """Adds EMBEDDING_STD g_token g_k sin(s i / 10000^(2 k / D)) to the embedding, and the same with the cosine.
+    """Adds c g_token g_k sin(s i / 10000^(2 k / D)) to the embedding, and the same with the cosine.
 
     The factor s of the position i, the gain g_k of each frequency and the gain g_token of each token id are learned.
-    All of them start at 1.
+    All of them start at 1. The factor c is `model.sinusoid_scale`, as in `Sinusoidal`.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -29,4 +28,4 @@ class Adaptive(Sinusoidal):
         """Return the embeddings plus the weighted sinusoids of each token's position."""
         sin, cos = sinusoids(batch.positions.float() * self.position_scale, self.hidden_size)
         waves_TH = torch.stack([sin * self.frequency_gain, cos * self.frequency_gain], dim=-1).flatten(1)
-        return x + EMBEDDING_STD * (self.token_gain(batch.tokens) * waves_TH).to(x.dtype)
+        return x + self.scale * (self.token_gain(batch.tokens) * waves_TH).to(x.dtype)

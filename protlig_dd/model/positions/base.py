@@ -25,6 +25,8 @@ class PositionEncoding(nn.Module):
     """The attention backends that can compute this kind."""
     limited: ClassVar[bool] = False
     """Whether sequences may have at most model.max_positions tokens. Otherwise they may have any length."""
+    scaled: ClassVar[bool] = False
+    """Whether this kind multiplies sinusoids by model.sinusoid_scale."""
     columns: ClassVar[int] = 0
     """Number of dimensions that are appended to each head of q, k and v for a kernel that does not accept a bias."""
 

@@ -15,10 +15,17 @@ BASE = 10000.0
 class Sinusoidal(PositionEncoding):
     """Adds sinusoids of the position i to the embedding, whose width is D.
 
-    Dimension 2 k receives EMBEDDING_STD sin(i / 10000^(2 k / D)), and dimension 2 k + 1 the cosine. EMBEDDING_STD is
-    also the standard deviation of the initial embeddings. So embeddings and sinusoids have the same proportions as in
-    arXiv 1706.03762 (section 3.4), which multiplies the embeddings by sqrt(D) instead.
+    Dimension 2 k receives c sin(i / 10000^(2 k / D)), and dimension 2 k + 1 the cosine. The factor c is
+    `model.sinusoid_scale`. A new run sets it to the standard deviation of the initial embeddings, so embeddings and
+    sinusoids have the same proportions as in arXiv 1706.03762 (section 3.4), which multiplies the embeddings by sqrt(D)
+    instead.
+
+    Raises:
+        ValueError: an odd hidden_size, or no sinusoid_scale. Configs of the first versions with this encoding do not
+            contain the factor that their networks were trained with.
     """
+
+    scaled = True
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
@@ -27,12 +34,17 @@ class Sinusoidal(PositionEncoding):
                 f"model.positions={config.positions} pairs sines with cosines, so model.hidden_size must be even, got "
                 f"{config.hidden_size}"
             )
-        self.hidden_size = config.hidden_size
+        if config.sinusoid_scale is None:
+            raise ValueError(
+                f"model.positions={config.positions} needs model.sinusoid_scale, the factor of the sinusoids; a new "
+                f"run sets it to {EMBEDDING_STD:g}, and a network without this key must be trained again"
+            )
+        self.hidden_size, self.scale = config.hidden_size, config.sinusoid_scale
 
     def add(self, x: Float[Tensor, "total hidden"], batch: PackedBatch) -> Float[Tensor, "total hidden"]:
         """Return the embeddings plus the sinusoids of each token's position."""
         sin, cos = sinusoids(batch.positions.float(), self.hidden_size)
-        return x + EMBEDDING_STD * torch.stack([sin, cos], dim=-1).flatten(1).to(x.dtype)
+        return x + self.scale * torch.stack([sin, cos], dim=-1).flatten(1).to(x.dtype)
 
 
 def sinusoids(
