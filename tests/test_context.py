@@ -570,7 +570,7 @@ def test_a_run_with_context_is_evaluated_and_infilled_with_it(
     (tmp_path / "assays").mkdir()
     (tmp_path / "assays/a.csv").write_text("mutant,DMS_score\nM1A,0.5\nK2V,0.1\n")
     (tmp_path / "reference.csv").write_text("DMS_id,target_seq,DMS_filename\na,MKTAYIAKQR,a.csv\n")
-    keys = ("variants=assays", "reference=reference.csv", "output=scored", "device=cpu")
+    keys = ("assay=assays", "reference=reference.csv", "output=scored", "device=cpu")
     scored = run_python("-m", "protlig_dd.variants", "from=shared", *keys)
     assert scored.returncode == 0, scored.stderr
     assert warning in scored.stdout
