@@ -330,7 +330,7 @@ def test_processes_that_do_not_stop_in_time_are_killed_with_an_error(
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
-    message = r"error: runs/hung: the step was not finished within trainer\.stop_within=2 s of SIGTERM; .*checkpoint\n"
+    message = r"error: runs/hung: the step was not finished within trainer\.stop_within=2 s of SIGTERM, .*checkpoint\n"
     assert re.fullmatch(message, errors), errors
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
 

@@ -232,7 +232,7 @@ def test_a_host_name_that_resolves_to_loopback_is_an_error(
 ) -> None:
     monkeypatch.setattr(module, "loopback_address", lambda: "127.0.1.1")
     for error in meet({}, {}):
-        assert str(error).startswith("host-0: its name stands for 127.0.1.1, which other hosts cannot reach")
+        assert str(error).startswith("host-0: other hosts cannot reach the address of its own name (127.0.1.1)")
     read = Meeting._read
     monkeypatch.setattr(Meeting, "_read", lambda *arguments: dict(reversed(read(*arguments).items())))
     for error in meet({}, {}):  # the order in which the notes of the ranks are read does not matter
@@ -262,10 +262,10 @@ def test_agents_with_different_commands_exit_with_an_error_and_do_not_train(
 
 @pytest.mark.slow
 def test_a_slow_disk_is_not_reported_as_a_lost_rank(run_python: Command, store: SequenceStore, tmp_path: Path) -> None:
-    slow = "import runpy\nimport time\nimport protlig_dd.runs.checkpoint as checkpoint\n"
-    slow += "save = checkpoint.save_checkpoint\n"
+    slow = "import runpy\nimport time\nimport protlig_dd.runs.writer as writer\n"
+    slow += "save = writer.save_checkpoint\n"
     slow += "def save_slowly(*args, **kwargs):\n    time.sleep(7)\n    return save(*args, **kwargs)\n"
-    slow += "checkpoint.save_checkpoint = save_slowly\n"
+    slow += "writer.save_checkpoint = save_slowly\n"
     slow += "if __name__ == '__main__':\n    runpy.run_module('protlig_dd.training', run_name='__main__')\n"
     (tmp_path / "slow.py").write_text(slow)  # each rank imports this file too, because it is the main module
     overrides = overrides_for(store, "disk", "trainer.max_steps=5", "trainer.devices=2", "trainer.checkpoint_every=1")

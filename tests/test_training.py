@@ -148,7 +148,7 @@ def test_a_finished_run_is_reported_and_extended_only_on_request(
     assert (run / "report.html").read_text() == run_page(read_run(run))
     longer = run_python(*command, "trainer.max_steps=43")
     assert_one_line_error(
-        longer, "trainer.max_steps was 40, now 43", "down to 0.1 of optim.lr=0.003", "run.resume=extend"
+        longer, "trainer.max_steps was 40, now 43", "decayed to 0.1 x optim.lr=0.003", "run.resume=extend"
     )
     fewer = run_python(*command, "trainer.max_steps=39")
     assert_one_line_error(fewer, "step_00000040: step 40 is after the last step (trainer.max_steps=39)")
@@ -192,7 +192,7 @@ def test_a_decayed_schedule_is_extended_only_with_resume_extend(
 ) -> None:
     config = read_config(composed(*TRAINED, *changes), TrainConfig)
     if is_error:
-        with pytest.raises(ValueError, match=r"step 40 \(.*learning rate is down to 0.1 of optim.lr"):
+        with pytest.raises(ValueError, match=r"step 40 \(.*learning rate has decayed to 0.1 x optim.lr"):
             check_extension(trained_run, config)
     else:
         check_extension(trained_run, config)

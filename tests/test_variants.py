@@ -1364,7 +1364,7 @@ def test_invalid_settings_are_errors_that_write_nothing(
         ("target is required", ["output=x.csv"]),
         ("draws must be an even number of at least 4, got 5", ["target=wt.fasta", "output=x.csv", "draws=5"]),
         (
-            "strategy=ratio is not available for graph= absorbing; choose from auto, masked_marginals",
+            "strategy=ratio is not available for graph=absorbing; choose from auto, masked_marginals",
             ["target=wt.fasta", "output=x.csv", "strategy=ratio"],
         ),
     ):

@@ -110,7 +110,7 @@ class Meeting:
         if unreachable and len(set(self.hosts)) > 1:
             host, address = next(iter(unreachable.items()))
             raise ValueError(
-                f"{host}: its name stands for {address}, which other hosts cannot reach; on each host export "
+                f"{host}: other hosts cannot reach the address of its own name ({address}); on each host export "
                 "GLOO_SOCKET_IFNAME=INTERFACE, the interface that connects the hosts (`ip -brief address` lists them)"
             )
         self._agreed = True
