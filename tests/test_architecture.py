@@ -178,7 +178,7 @@ def test_a_failed_arm_is_recorded_and_tried_again_and_the_others_are_trained(
     assert "seed 0 failed" not in capsys.readouterr().out
 
 
-def test_each_run_is_a_process_and_its_failure_is_that_of_its_arm(
+def test_each_run_is_a_separate_process_whose_failure_is_recorded_for_its_arm(
     run_python: Command, few: Path, tmp_path: Path
 ) -> None:
     command = ("-m", "scripts.architecture", "bounds", "--only", "rope", "--seeds", "1", "--data", str(few))
@@ -295,7 +295,7 @@ def test_a_range_of_lengths_without_proteins_is_an_error(
     assert trainings == []
 
 
-def test_a_row_of_the_results_that_is_measured_again_replaces_the_earlier(tmp_path: Path) -> None:
+def test_a_repeated_measurement_replaces_the_earlier_row_of_the_results(tmp_path: Path) -> None:
     file = tmp_path / "new/results.jsonl"
     assert results.read(file) == {}
     first = {"part": "speed", "command": "c", "arm": "all", "seed": 0, "rows": [1]}

@@ -37,7 +37,7 @@ def test_unpack_undoes_pack(lengths: list[int]) -> None:
         assert torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs
 
 
-def test_rows_stay_on_the_host_and_default_to_minus_one() -> None:
+def test_store_rows_of_a_pack_stay_on_the_cpu_and_are_minus_one_by_default() -> None:
     batch = PackedBatch.pack([torch.tensor([1, 2])], rows=[7]).to("meta")
     assert batch.tokens.device.type == "meta"
     assert batch.rows.tolist() == [7]
@@ -58,7 +58,7 @@ def test_rows_stay_on_the_host_and_default_to_minus_one() -> None:
         ({"positions": torch.zeros(5, dtype=torch.int64, device="meta")}, "positions is on meta but tokens is on cpu"),
     ],
 )
-def test_fields_that_disagree_are_errors(changes: dict[str, Any], message: str) -> None:
+def test_a_pack_with_inconsistent_fields_is_an_error(changes: dict[str, Any], message: str) -> None:
     with raises_value_error(message):
         dataclasses.replace(random_batch([2, 3]), **changes)
 

@@ -42,7 +42,9 @@ def write_fasta(path: Path, *records: tuple[str, str]) -> Path:
     return path
 
 
-def test_a_hit_is_near_if_the_alignment_covers_either_sequence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_hit_counts_as_similar_if_the_alignment_covers_either_sequence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """The columns of MMseqs2's output are query, identity, coverage of the query, and coverage of the target.
 
     The best hit of each query comes first.

@@ -84,9 +84,7 @@ def build(tmp_path: Path, sequences: list[str], name: str = "mixed") -> Sequence
 # ---- the store
 
 
-def test_a_store_of_one_case_is_the_store_of_its_upper_case_letters(
-    tmp_path: Path, proteins: list[FastaRecord]
-) -> None:
+def test_a_store_without_mixed_case_records_keeps_no_case(tmp_path: Path, proteins: list[FastaRecord]) -> None:
     """If no record has letters of both cases, the store does not keep the case.
 
     Its contents are then the same for any case, and the columns and manifest entries for the case are absent.
@@ -342,7 +340,7 @@ def test_context_is_unchanged_in_x_t_and_has_no_gradient(name: str, marked_store
     assert all(torch.equal(tokens.view(-1, len(designed))[:, ~designed][0], batch.tokens[~designed]) for tokens in seen)
 
 
-def test_the_loss_is_that_of_context_letters_with_another_input(marked_store: SequenceStore) -> None:
+def test_replacing_context_residues_by_x_changes_only_the_network_input(marked_store: SequenceStore) -> None:
     """If X replaces the context residues, the noise and the loss weights stay the same.
 
     The network of this test ignores its input, so the loss must stay the same too.
@@ -470,7 +468,7 @@ def test_baselines_are_fitted_to_designed_residues_and_score_only_them(marked_st
     )
 
 
-def test_old_configs_have_no_context_and_a_changed_context_is_named() -> None:
+def test_configs_without_data_context_mean_none_and_a_changed_context_is_named() -> None:
     config = train_config()
     assert config.data.context == "none"
     plain, given = as_dict(config), as_dict(train_config("data.context=lower"))

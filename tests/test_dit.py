@@ -287,7 +287,7 @@ def test_tied_weights_are_rows_of_the_embedding_and_are_stored_once() -> None:
 
 
 @pytest.mark.parametrize("mlp", ["geglu", "swiglu"])
-def test_gated_kinds_have_as_many_weights_as_gelu(mlp: str) -> None:
+def test_gated_mlps_have_as_many_weights_as_gelu(mlp: str) -> None:
     gated, plain = (
         sum(p.numel() for p in make_model(mlp=kind, hidden_size=96).blocks.parameters() if p.ndim == 2)
         for kind in (mlp, "gelu")

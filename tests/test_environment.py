@@ -75,7 +75,7 @@ def test_compile_auto_is_false_on_a_gpu_machine_that_cannot_compile(
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_peak_is_the_rate_of_the_fastest_product_after_the_first(
+def test_matmul_peak_is_the_rate_of_the_fastest_product_except_the_first(
     precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # the deadline is at 0 + 5 + 0.1 s; the products take 0.1 s (the first, which does not count), 1 s, 2 s and 0.5 s

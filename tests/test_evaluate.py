@@ -145,7 +145,7 @@ def test_pooled_nats_are_the_weighted_sum_over_masked_residues() -> None:
     assert [int((pack[: len(tokens)] == 20).sum()) for pack in noised_packs[:2]] == [1, 1]
 
 
-def test_pooled_nats_equal_those_of_an_enumerated_model() -> None:
+def test_evodiff_pooled_nats_equal_an_enumeration() -> None:
     """A draw masks one or both of the two sites.
 
     A single masked site is scored given the other site. Two masked sites are scored independently.
@@ -164,7 +164,7 @@ def test_pooled_nats_equal_those_of_an_enumerated_model() -> None:
     assert abs(float(bound.pooled_nats.mean()) - expected) < 4 * error < 0.2
 
 
-def test_a_crop_has_the_first_residues_and_no_eos() -> None:
+def test_a_crop_shorter_than_the_protein_has_no_eos() -> None:
     assert ProteinTokenizer().decode(window(encode("ACDEF"), 0, 3)) == "ACD"
     assert window(encode("ACDEF"), 0, 3).tolist()[-1] == 2
     assert window(encode("ACDEF"), 0, 5).tolist() == encode("ACDEF").tolist()
@@ -562,7 +562,7 @@ def test_training_proteins_are_counted_and_left_out_of_a_second_bound(
     assert line in done.stdout
 
 
-def test_proteins_without_residues_do_not_stop_an_evaluation(
+def test_proteins_without_known_residues_do_not_stop_an_evaluation(
     trained_run: Path, store: SequenceStore, tmp_path: Path, run_python: Command
 ) -> None:
     """Two of the three proteins have no known residue. The other is a copy of a training protein.

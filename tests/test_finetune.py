@@ -133,7 +133,7 @@ def test_settings_of_an_experiment_are_used_or_reported_as_ignored(
     assert (config.model.hidden_size, config.optim.lr, out) == (32, 0.5, "")
 
 
-def test_newer_settings_of_an_experiment_are_reported_as_ignored_with_their_defaults(
+def test_ignored_experiment_settings_are_reported_even_if_a_config_leaves_out_the_key(
     trained_run: Path, tmp_path: Path, resolve_experiment: Resolve
 ) -> None:
     """A config leaves out a newer key with the default value. The source or the experiment may leave out the key."""

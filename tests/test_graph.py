@@ -293,7 +293,7 @@ def test_absorbing_euler_and_analytic_steps_coincide_for_loglinear_noise() -> No
     assert torch.allclose(analytic, euler, atol=1e-12)
 
 
-def test_the_last_step_never_leaves_a_mask() -> None:
+def test_after_the_last_step_no_residue_is_masked() -> None:
     log_score = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
     probs = Absorbing().denoise_probs(log_score, torch.tensor([20, 20, 3]), torch.full((3,), 1e-3))
     assert probs[:, 20].abs().max() == 0

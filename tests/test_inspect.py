@@ -107,7 +107,7 @@ def test_the_weights_and_the_values_give_the_output_of_the_kernel(kind: str, seq
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
-def test_with_bf16_the_weights_follow_in_float32_from_the_rounded_queries_keys_and_biases(
+def test_with_bf16_the_attention_weights_are_computed_in_float32_from_rounded_inputs(
     positions: str, sequences: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The inputs of torch's kernel are recorded. The tables of positions are large, so that their rounding matters."""
@@ -335,7 +335,7 @@ def test_a_hook_may_replace_an_output(sequences: list[str]) -> None:
         (3, "the hook on blocks.0 returned int; return a tensor or None"),
     ],
 )
-def test_a_replacement_of_another_kind_is_an_error(returned: Any, message: str) -> None:
+def test_a_hook_must_return_a_tensor_of_the_same_shape_and_dtype(returned: Any, message: str) -> None:
     model = make_model().eval()
     with hooks(model, {"blocks.0": lambda output: returned}), pytest.raises(ValueError, match=message):
         model(pack("MKV"), torch.ones(1))
@@ -376,14 +376,14 @@ def test_hooks_are_removed_when_the_body_ends_or_raises() -> None:
         (0, "0 is not a module of this network; the network has embedding, "),
     ],
 )
-def test_a_name_that_cannot_be_hooked_lists_those_at_its_place(name: Any, message: str) -> None:
+def test_the_error_for_a_name_that_cannot_be_hooked_lists_the_names_beside_it(name: Any, message: str) -> None:
     model = make_model().eval()
     with raises_value_error(re.escape(message)), hooks(model, {"blocks.0": print, name: print}):
         pytest.fail("the body must not run")
     assert n_hooks(model) == 0
 
 
-def test_the_names_at_a_place_summarise_numbered_modules() -> None:
+def test_lists_of_module_names_shorten_numbered_modules_to_a_range() -> None:
     names = [f"blocks.{i}{part}" for i in range(12) for part in ("", ".qkv", ".mlp", ".mlp.up")]
     assert parts_of("", ["embedding", *names, "head"]) == ["embedding", "blocks.0 to blocks.11", "head"]
     assert parts_of("blocks.3", names) == ["blocks.3.qkv", "blocks.3.mlp"]
@@ -413,7 +413,7 @@ def test_weights_that_are_read_without_a_call_cannot_be_hooked(options: dict[str
         ([print], r"hooks takes a mapping of module names to functions, got \[<built-in function print>\]"),
     ],
 )
-def test_hooks_that_are_not_functions_by_name_are_errors(functions: Any, message: str) -> None:
+def test_hooks_must_map_module_names_to_functions(functions: Any, message: str) -> None:
     model = make_model().eval()
     with raises_value_error(message), hooks(model, functions):
         pytest.fail("the body must not run")
@@ -470,7 +470,7 @@ def test_the_contact_map_is_the_mean_over_heads_minus_the_product_of_averages(se
     assert contacts.sum(0).abs().max() < 1e-6  # the correction removes what a position has in common with all others
 
 
-def test_a_contact_map_of_one_head_needs_no_other_dimensions() -> None:
+def test_a_contact_map_accepts_the_weights_of_a_single_head() -> None:
     weights = torch.rand(2, 3, 9, 9).softmax(-1)
     assert torch.equal(contact_map(weights[1, 2]), contact_map(weights[1:, 2:]))
 

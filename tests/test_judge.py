@@ -75,7 +75,7 @@ def test_kmers_match_a_direct_count(sequences: list[str], k: int) -> None:
     assert found == expected
 
 
-def test_the_divergence_is_that_of_jensen_and_shannon() -> None:
+def test_the_divergence_equals_the_jensen_shannon_divergence() -> None:
     p, q = {"A": 3 / 4, "C": 1 / 4}, {"A": 1 / 3, "D": 2 / 3}
     m = {letter: (p.get(letter, 0) + q.get(letter, 0)) / 2 for letter in "ACD"}
     by_hand = sum(x * math.log(x / m[letter]) for letter, x in [*p.items(), *q.items()]) / 2

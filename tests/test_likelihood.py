@@ -198,7 +198,7 @@ def test_with_wrong_scores_the_bound_is_above_the_models_negative_log_likelihood
     assert ((bound + model_p.log()) < 1).all()  # the bound exceeds -log p by less than 1 nat
 
 
-def test_exact_count_is_the_average_over_decoding_orders() -> None:
+def test_the_exact_count_bound_is_the_average_over_decoding_orders() -> None:
     """A network without time conditioning decodes in a random order.
 
     The bound is the average of -log p over the orders, which is above -log of the average p.
@@ -404,7 +404,7 @@ def test_a_proteins_standard_error_is_the_standard_deviation_of_its_bounds(
     assert float(((nats - nats.mean()).abs() < 1.96 * errors).double().mean()) > covered
 
 
-def test_strata_are_narrow_where_few_residues_are_masked() -> None:
+def test_strata_of_times_are_narrower_where_fewer_residues_are_masked() -> None:
     assert strata(8) == [
         (low, high, (high - low) / 2)
         for low, high in ((0, 1 / 16), (1 / 16, 1 / 4), (1 / 4, 9 / 16), (9 / 16, 1))

@@ -69,7 +69,7 @@ def test_ranks_with_equal_facts_learn_the_hosts_of_all_ranks(meet: Callable[...,
     assert meet(*[{"optim.lr": 0.1, "optim.betas": [0.9, 0.99]}] * 3) == [["host-0", "host-1", "host-2"]] * 3
 
 
-def test_ranks_compare_a_key_at_its_default_with_another_value() -> None:
+def test_differing_ranks_show_both_values_of_a_key_even_if_one_is_the_default() -> None:
     """A config file leaves out newer keys that have their default value.
 
     The message about ranks with different configs still shows both values of such a key.

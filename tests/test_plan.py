@@ -125,7 +125,7 @@ def test_an_epoch_fills_at_least_the_announced_number_of_packs(max_len: int, mos
         assert len(make_plan(order, lengths, max_len=max_len, tokens_per_pack=budget).starts) - 1 >= packs
 
 
-def test_epochs_passes_and_stores_are_shuffled_independently() -> None:
+def test_every_epoch_and_every_pass_over_a_store_has_another_order() -> None:
     groups = [[9] * 50, [9] * 50]
     first, second = epochs(groups, None, 30, 1, 2)
     assert first.tolist() != second.tolist()

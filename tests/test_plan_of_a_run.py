@@ -67,7 +67,7 @@ def test_activations_of_mixed_blocks_are_the_sum_over_the_blocks(monkeypatch: py
 
 @pytest.mark.parametrize("mixers", ["[attention,attention]", "[ttt_linear,attention]"])
 @pytest.mark.parametrize("kind", [kind for kind, encoding in POSITIONS.items() if encoding.is_biased()])
-def test_activations_with_a_bias_are_those_of_a_pack_of_the_longest_proteins(
+def test_the_estimate_of_activations_with_a_bias_assumes_proteins_of_maximum_length(
     kind: str, mixers: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A pack of short proteins keeps less than a pack of the longest proteins.

@@ -499,7 +499,7 @@ def test_on_sdpa_all_blocks_read_the_same_copy_of_a_bias_that_they_share(
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_a_further_block_keeps_no_copy_of_the_bias_for_the_backward_pass(precision: str) -> None:
+def test_blocks_share_one_copy_of_the_bias_in_the_backward_pass(precision: str) -> None:
     kept = {
         kind: [saved_bytes(make_model(**options_of(kind, n_blocks=n)), [130, 70], precision) for n in (1, 2, 3)]
         for kind in ("none", "alibi", "t5", "diet")

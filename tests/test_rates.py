@@ -19,7 +19,7 @@ def write_matrix(path: Path, values: np.ndarray, letters: str = AMINO_ACIDS, com
     return str(path)
 
 
-def test_blosum62_rates_have_the_odds_of_its_scores() -> None:
+def test_the_rates_of_blosum62_give_the_odds_that_its_scores_encode() -> None:
     """Compare the process with the joint distribution of aligned residues that the scores encode."""
     scores, _ = read_matrix("BLOSUM62")
     assert scores[AMINO_ACIDS.index("W"), AMINO_ACIDS.index("W")] == 11

@@ -169,7 +169,7 @@ def test_edits_stay_and_masked_residues_are_sampled_again(predictor: str) -> Non
 
 
 @pytest.mark.parametrize("graph", ["uniform", "substitution"])
-def test_without_a_mask_an_edit_is_where_the_next_step_starts(graph: str) -> None:
+def test_on_graphs_without_a_mask_the_next_step_starts_from_the_edited_sequence(graph: str) -> None:
     seen: list[list[int]] = []
     model = make_model().eval()
 

@@ -200,7 +200,9 @@ def test_a_decayed_schedule_is_extended_only_with_resume_extend(
 
 
 @pytest.mark.parametrize("file", ["state.json", "config.yaml"])
-def test_a_damaged_checkpoint_is_not_read_before_its_checksums(trained_run: Path, tmp_path: Path, file: str) -> None:
+def test_checks_before_resuming_do_not_fail_on_a_damaged_checkpoint(
+    trained_run: Path, tmp_path: Path, file: str
+) -> None:
     """Checks before resuming must not fail, because resuming itself falls back to the previous checkpoint."""
     run = tmp_path / "small"
     shutil.copytree(trained_run, run)

@@ -359,7 +359,7 @@ def test_a_target_is_a_file_or_a_sequence(tmp_path: Path) -> None:
 
 
 @given(st.text("ACDX", max_size=8), st.text("ACD", max_size=5), st.text("ACD", max_size=5), st.text("ACD", max_size=8))
-def test_a_variant_is_rebuilt_from_its_columns(left: str, old: str, new: str, right: str) -> None:
+def test_the_differences_found_by_compare_rebuild_the_variant(left: str, old: str, new: str, right: str) -> None:
     """The differences that `compare` returns, applied to the wild type, give the variant."""
     wild, variant = ids("M" + left + old + right), ids("M" + left + new + right)
     found = compare(variant, wild, "row")
@@ -435,7 +435,7 @@ def test_distant_sites_share_a_window_with_the_nearer_neighbour() -> None:
 
 
 @given(st.integers(1, 200), st.integers(1, 40))
-def test_strategies_without_masks_use_few_windows(length: int, max_len: int) -> None:
+def test_strategies_without_masks_let_neighbouring_sites_share_windows(length: int, max_len: int) -> None:
     """On each side of a site, its window has at least max_len // 4 residues, or all up to the end of the protein."""
     every = Variant(tuple((site, 0) for site in range(length)))
     pieces = in_windows(assay_of(every), max_len, length, "ratio")
@@ -494,7 +494,7 @@ def test_an_indel_is_scored_in_one_window() -> None:
 # strategies
 
 
-def test_strategies_are_those_of_the_graph() -> None:
+def test_each_graph_accepts_only_its_own_scoring_strategies() -> None:
     single, indel = assay_of(Variant(((0, 0),))), assay_of(Variant(indel=Indel(0, 1, ())))
     both = assay_of(*single.variants, *indel.variants, Variant())
     assert choose_strategies("auto", Absorbing(), single) == (["masked_marginals"], "the graph is absorbing")
@@ -1080,7 +1080,7 @@ def test_composition_scores_are_sums_of_log_ratios() -> None:
     assert math.isnan(found[2])
 
 
-def test_the_baseline_is_judged_over_the_rows_without_indels() -> None:
+def test_the_composition_baseline_is_compared_only_on_rows_without_indels() -> None:
     """The scores of the model are judged over the same rows, so that both can be compared."""
     generator = np.random.default_rng(0)
     variants = [Variant(((i % 9, i % 7),)) for i in range(30)] + [Variant(indel=Indel(3, 4, ()))] * 10

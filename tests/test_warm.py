@@ -123,7 +123,7 @@ def test_a_command_that_a_fork_cannot_run_is_an_error(warm: Server, libraries: S
         warm.run(["probe.py"], cwd=tmp_path, env=os.environ)
 
 
-def test_a_fork_of_the_libraries_imports_the_package_itself(libraries: Server, tmp_path: Path) -> None:
+def test_a_fork_of_the_libraries_interpreter_imports_the_package_anew(libraries: Server, tmp_path: Path) -> None:
     """The environment of the fork sets the shape checks and the folder from which the package is imported."""
     program = "import sys; print('torch' in sys.modules, 'protlig_dd' in sys.modules);"
     program += "import protlig_dd.batch; print(hasattr(protlig_dd.batch.PackedBatch.pack, '__wrapped__'))"
