@@ -583,11 +583,11 @@ def test_a_run_with_context_is_evaluated_and_infilled_with_it(
         assert done.returncode == 0, done.stderr
         pages.append((tmp_path / f"{context}.html").read_text())
     assert [">0.0000<" in page for page in pages] == [True, False]
-    assert ["The bounds are of different residues: those of runs with data.context" in page for page in pages] == [
+    assert ["The runs differ in data.context, so their bounds count different residues" in page for page in pages] == [
         False,
         True,
     ]
-    assert "lower case as context" in pages[0]
+    assert "given the lower-case residues" in pages[0]
 
     verb = ["-m", "protlig_dd.evaluate", "from=runs/given", f"input={store.path}", "device=cpu", "near=false"]
     assert "has no record with both" in run_python(*verb, "output=plain", "draws=1", "masked=false").stdout

@@ -134,7 +134,7 @@ class SequenceStore:
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """(n,) int32 residues of each sequence."""
+        """Number of residues of each sequence, (n,) int32."""
         lengths = np.empty(len(self), np.int32)
         for start in range(0, len(self), COPY_BYTES):
             lengths[start : start + COPY_BYTES] = np.diff(self.offsets[start : start + COPY_BYTES + 1])
@@ -207,7 +207,7 @@ class SequenceStore:
         offset, size = self._extents[name]
         mapped = np.memmap(self.path, mode="r", dtype=COLUMNS[name], offset=offset, shape=(size,))
         if at_random and hasattr(mmap, "MADV_RANDOM"):
-            with contextlib.suppress(OSError):  # the advice only saves reads; the data are the same without it
+            with contextlib.suppress(OSError):  # madvise only avoids needless reads from the disk
                 mapped._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
         return np.asarray(mapped)  # slicing a plain array takes a tenth of the time of slicing a memmap
 
@@ -248,10 +248,11 @@ class StoreGroup:
     """One or several stores with joint row numbers: the rows of the first store, then those of the second, and so on.
 
     Args:
-        context: the case that marks residues as context, or `none` (see case.py).
+        context: `lower` if lower-case letters are context, `upper` if upper-case letters are, or `none` (see case.py).
 
     Raises:
-        ValueError: two stores with the same contents, or a store that does not keep the case that marks the context.
+        ValueError: two stores have the same contents, or `context` is not `none` and a store does not keep the case of
+            its letters.
     """
 
     def __init__(self, stores: Sequence[SequenceStore], context: Context = "none") -> None:
@@ -286,7 +287,7 @@ class StoreGroup:
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """(n,) int32 residues of each sequence."""
+        """Number of residues of each sequence, (n,) int32."""
         parts = [store.lengths for store in self.stores]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 

@@ -75,7 +75,7 @@ class Analytic:
     `integral`, the residues at the start are drawn from the prior.
 
     Args:
-        batch: sequences `<bos> residues <eos>`, of which only the lengths are used.
+        batch: sequences `<bos> residues <eos>`. Each residue must have the id of an amino acid; any amino acid will do.
         bias: (R, V), added to the log-probability of each of the V amino acids at each of the R residues. -inf forbids
             an amino acid.
     """
@@ -100,7 +100,8 @@ class Analytic:
         if self.score_fn.estimator == "exact_count":
             return torch.full((sum(self.draws.lengths),), self.graph.mask, device=self.draws.device)
         start_R = self.draws(lambda n, generator: self.graph.sample_limit(n, generator, sigma))
-        if self.bias is not None and self.graph.masks:  # mask forbidden residues, as no step would change them
+        # steps of a graph with masks change only masked residues, so a forbidden amino acid would stay until the last step
+        if self.bias is not None and self.graph.masks:
             start_R = torch.where(is_forbidden(start_R, self.bias), self.graph.mask, start_R)
         return start_R
 
@@ -112,7 +113,7 @@ class Analytic:
         Raises:
             ValueError: the network's scores are not finite.
         """
-        # True for each residue that may change; context letters such as X never change
+        # False for context letters, such as X, which never change; True for amino acids and masks
         moving_R = xt[self.free_T] < self.graph.n_reverse_states
         moving_T = self.free_T.masked_scatter(self.free_T, moving_R)
         bias = None if self.bias is None else self.bias[moving_R]

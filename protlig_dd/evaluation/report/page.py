@@ -118,7 +118,7 @@ def comparison_page(runs: Sequence[Run]) -> str:
     rows = [
         [
             name,
-            protein_set + (f", {bounds['context']} case as context" if "context" in bounds else ""),
+            protein_set + (f", given the {bounds['context']}-case residues" if "context" in bounds else ""),
             *with_error(bounds, "nll"),
             *paired(run_nats, nats[0]),
             *with_error(bounds, "unigram_nll"),
@@ -152,7 +152,7 @@ def comparison_page(runs: Sequence[Run]) -> str:
             "head": head,
             "rows": rows,
             "wide": True,
-            "note": "Bounds are in nats per residue, with averaged weights. Lower is better. "
+            "note": "Bounds are in nats per residue, with the moving average of the weights. Lower is better. "
             "Bars extend two standard errors to each side. "
             "The difference to the first run is paired, protein by protein, so it is more precise than the bars "
             "suggest. It is blank for a run that was evaluated on other proteins or with another data.context. "
@@ -174,8 +174,8 @@ def notices_of_comparison(protein_sets: Collection[object], contexts: Collection
     notices = []
     if len(contexts) > 1:
         notices.append(
-            "The bounds are of different residues: those of runs with data.context are per designed residue, given the "
-            "context, and cannot be compared with the bounds of whole proteins."
+            "The runs differ in data.context, so their bounds count different residues and cannot be compared. With lower or "
+            "upper, a bound counts only the residues that are not context; with none, it counts all residues."
         )
     elif len(protein_sets) > 1:
         notices.append(

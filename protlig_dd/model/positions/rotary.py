@@ -1,8 +1,8 @@
 """Rotary position embedding (RoFormer, arXiv 2104.09864) in plain torch.
 
 Dimension j < d/2 and dimension j + d/2 form a pair, which is rotated by the angle position * base^(-2 j / d). The
-tables of cosines and sines are float32 and must have exactly qkv's length. A table of another length is an error; it is
-never tiled or cut.
+float32 tables of cosines and sines that are applied to the queries and keys must have exactly one row for each token of
+the pack. Another number of rows is an error; tables are never tiled or cut.
 """
 
 from typing import Any
