@@ -128,7 +128,7 @@ def test_time_limits_are_parsed_and_stop_a_run() -> None:
 def test_the_number_of_processes_is_auto_or_at_least_1() -> None:
     assert count_devices("auto", "cpu") == 1
     assert count_devices(3, "cpu") == 3
-    for wrong in (0, "all", 1.5, None):
+    for wrong in (0, "all", 1.5, None, True):
         with pytest.raises(ValueError, match=f"trainer.devices={wrong}: must be auto or a number of at least 1"):
             count_devices(wrong, "cpu")
 

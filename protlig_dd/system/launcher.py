@@ -32,7 +32,7 @@ def count_devices(requested: Any, device: str) -> int:
     gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
     if requested == "auto":
         return max(1, gpus)
-    if not isinstance(requested, int) or requested < 1:
+    if not isinstance(requested, int) or isinstance(requested, bool) or requested < 1:
         raise ValueError(f"trainer.devices={requested}: must be auto or a number of at least 1")
     if gpus and requested > gpus:
         raise ValueError(f"trainer.devices={requested}, but there are {gpus} GPUs")

@@ -64,7 +64,7 @@ def growth(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         f"{base['hidden_size']} x {base['n_blocks']}, fp32, eager, cpu; each row changes one setting\n"
     )
     table(
-        ["setting", "value", "ms", "us per token", "GiB beyond the weights", "KiB per token"],
+        ["setting", "value", "ms", "us per token", "GiB beyond weights and gradients", "KiB per token"],
         [
             [
                 row["what"],

@@ -100,7 +100,7 @@ class Analytic:
         if self.score_fn.estimator == "exact_count":
             return torch.full((sum(self.draws.lengths),), self.graph.mask, device=self.draws.device)
         start_R = self.draws(lambda n, generator: self.graph.sample_limit(n, generator, sigma))
-        # steps of a graph with masks change only masked residues, so a forbidden amino acid would stay until the last step
+        # with masks, steps change only masked residues, so a forbidden amino acid would stay until the last step
         if self.bias is not None and self.graph.masks:
             start_R = torch.where(is_forbidden(start_R, self.bias), self.graph.mask, start_R)
         return start_R
