@@ -43,7 +43,7 @@ def designed_crops(targets: np.ndarray, max_len: int, *, first: bool) -> np.ndar
         targets: tokens `<bos> residues <eos>` of a protein longer than max_len, with X in place of context residues
             (see `targets_of` in case.py).
         first: whether to return only one start, that of the crop with the largest number of designed residues. If
-            several crops have this number, the first of them is taken; if every residue is designed, the start is 0.
+            several crops have this number, the first of them is taken. So if every residue is designed, the start is 0.
     """
     before = np.append(0, np.cumsum(targets[1:-1] < N_STATES))
     counts = before[max_len:] - before[:-max_len]

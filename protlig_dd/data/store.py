@@ -154,7 +154,7 @@ class SequenceStore:
         return id_of(self.header(row))
 
     def split(self, name: str) -> np.ndarray:
-        """Return the (n,) int64 rows of one split, ascending."""
+        """Return the row numbers of one split, ascending, as a 1-D int64 array."""
         return np.concatenate(list(self.split_blocks(name)))
 
     def split_blocks(self, name: str) -> Iterator[np.ndarray]:

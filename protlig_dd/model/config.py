@@ -6,7 +6,9 @@ from dataclasses import dataclass, fields
 from typing import Annotated, Any, get_args, get_type_hints
 
 COMPUTE_ONLY = "affects how the network is computed, not which function it computes"
-ADDED_LATER = "omitted from a file if it has its default, so that versions without this key can read the file"
+ADDED_LATER = (
+    "left out of files if its value is the default, so that earlier versions of the program can read the files"
+)
 TUNABLE = "may be changed when the network is fine-tuned"
 NORMS = ("layer", "rms")
 MLPS = ("gelu", "geglu", "swiglu", "relu2")

@@ -54,7 +54,7 @@ class Draws:
         self.lengths, self.generator, self.device = lengths, generator, device
 
     def __call__(self, draw: Callable[[int, torch.Generator], Tensor]) -> Tensor:
-        """Return the results of draw(length, generator) for all sequences, concatenated to one value per residue (R,).
+        """Call draw(length, generator) for each sequence, and return the concatenated results (R,), one per residue.
 
         With a single generator, `draw` is called once, with the total number of residues.
         """
@@ -75,7 +75,8 @@ class Analytic:
     `integral`, the residues at the start are drawn from the prior.
 
     Args:
-        batch: sequences `<bos> residues <eos>`. Each residue must have the id of an amino acid; any amino acid will do.
+        batch: sequences `<bos> residues <eos>` of the lengths to sample. The residues are placeholders, which have the
+            id of any amino acid.
         bias: (R, V), added to the log-probability of each of the V amino acids at each of the R residues. -inf forbids
             an amino acid.
     """
@@ -100,7 +101,8 @@ class Analytic:
         if self.score_fn.estimator == "exact_count":
             return torch.full((sum(self.draws.lengths),), self.graph.mask, device=self.draws.device)
         start_R = self.draws(lambda n, generator: self.graph.sample_limit(n, generator, sigma))
-        # with masks, steps change only masked residues, so a forbidden amino acid would stay until the last step
+        # With masks, steps change only masked residues. A forbidden amino acid would stay until the last step, and an
+        # amino acid drawn without the network would then replace it. So mask it now.
         if self.bias is not None and self.graph.masks:
             start_R = torch.where(is_forbidden(start_R, self.bias), self.graph.mask, start_R)
         return start_R
@@ -113,7 +115,7 @@ class Analytic:
         Raises:
             ValueError: the network's scores are not finite.
         """
-        # False for context letters, such as X, which never change; True for amino acids and masks
+        # moving_R: whether the step may change a residue. It never changes context letters, such as X.
         moving_R = xt[self.free_T] < self.graph.n_reverse_states
         moving_T = self.free_T.masked_scatter(self.free_T, moving_R)
         bias = None if self.bias is None else self.bias[moving_R]
@@ -145,9 +147,9 @@ def apply_steering(
 ) -> Float64[Tensor, "T V"]:
     """Multiply q, the distribution of x0 at each residue, by exp(bias), sharpen q, and return log q.
 
-    See `SamplerOptions` for temperature and top_p. Each residue is steered on its own. If residues depend on each
-    other, the samples follow the steered distribution of whole sequences only approximately (see docs/diffusion.md,
-    Steering).
+    See `SamplerOptions` for temperature and top_p. Each residue is steered on its own. Sampling with a bias aims at a
+    distribution of whole sequences, proportional to p(x0) exp(sum of the biases of x0). It reaches this distribution
+    exactly only if residues are independent (see docs/diffusion.md, Steering).
     """
     if bias is not None:
         log_q = log_q + bias

@@ -1,4 +1,4 @@
-"""Compute figures of a run's report: NLL bounds of held-out proteins, the unigram NLL, and training statistics."""
+"""Compute the numbers of a run's report: NLL bounds of held-out proteins, the unigram NLL, and training statistics."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -69,8 +69,8 @@ def held_out_bound(
     Args:
         dataset: unshuffled (seed None). If the dataset's stores have context, the bound is on the NLL of the designed
             residues (all residues that are not context) given the context. A sequence longer than max_len is cropped to
-            its first max_len residues or, if it has context residues, to the first of the crops with the most designed
-            residues.
+            its first max_len residues. If it has context residues, it is cropped to the max_len residues with the
+            largest number of designed residues instead (if several crops have this number, to the first of them).
         unigram: (20,) amino-acid frequencies.
     """
     log_unigram = torch.from_numpy(np.log(unigram))
@@ -135,7 +135,7 @@ def composition_kl(samples: list[np.ndarray], frequencies: np.ndarray) -> float:
 def length_counts(store: StoreGroup, max_len: int) -> tuple[list[int], int]:
     """Return how many training sequences have 0, 1, ..., max_len residues, and how many have more.
 
-    The model reads only parts of longer sequences, so they are not counted as proteins of max_len residues.
+    A longer sequence is not counted as one of max_len residues, because the model reads only a part of it.
     """
     rows, counts = store.split("train"), np.zeros(max_len + 1, np.int64)
     for start in range(0, len(rows), ROWS_AT_ONCE):

@@ -175,7 +175,7 @@ def notices_of_comparison(protein_sets: Collection[object], contexts: Collection
     if len(contexts) > 1:
         notices.append(
             "The runs differ in data.context, so their bounds count different residues and cannot be compared. With "
-            "lower or upper, a bound counts only the residues that are not context; with none, it counts all residues."
+            "data.context=lower or upper, a bound counts only the residues that are not context."
         )
     elif len(protein_sets) > 1:
         notices.append(

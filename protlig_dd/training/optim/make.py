@@ -11,11 +11,12 @@ from protlig_dd.training.optim.muon import Muon
 def make_optimizer(model: nn.Module, optim: OptimConfig, precision: str) -> torch.optim.Optimizer:
     """Return fused AdamW for all parameters, or Muon for the matrices of the blocks and fused AdamW for the others.
 
-    AdamW also updates the matrices of adaLN and of HeadGates in the blocks. Weight decay acts on matrices only, not on
-    norms, biases or embeddings.
+    There is one exception: AdamW, not Muon, updates the matrices of adaLN and of HeadGates in the blocks. Weight decay
+    acts on matrices only, not on norms, biases or embeddings.
 
-    The optimizer's step reads the device flag `optimizer.found_inf` and changes no weight if the flag is 1. The trainer
-    uses the flag to freeze the weights at the first bad step without waiting for the device.
+    The optimizer's step reads the flag `optimizer.found_inf` on the device, and changes no weight if the flag is 1. The
+    trainer sets the flag after a loss or gradient that is not finite, or a spike of the loss. From then on the weights
+    stay unchanged, although the host notices this only later.
 
     Args:
         precision: bf16 | fp32, the precision in which Muon orthogonalises.
