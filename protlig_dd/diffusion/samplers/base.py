@@ -42,7 +42,7 @@ class Level(NamedTuple):
     sigma: float
     """Total noise before the step."""
     sigma_next: float
-    """Total noise after the step; 0 for the last step, after which no residue is masked."""
+    """Total noise after the step. It is 0 for the last step, the denoising step, which leaves no residue masked."""
     euler_step: float
     """Length of an Euler step: the step in t times the derivative d sigma / d t."""
 
@@ -75,8 +75,8 @@ class Analytic:
     `integral`, the residues at the start are drawn from the prior.
 
     Args:
-        batch: sequences `<bos> residues <eos>` of the lengths to sample. The residues are placeholders, which have the
-            id of any amino acid.
+        batch: sequences `<bos> residues <eos>` of the lengths to sample. Each residue is a placeholder: its token may
+            be any amino acid, because the sampler uses it only to find where the residues are.
         bias: (R, V), added to the log-probability of each of the V amino acids at each of the R residues. -inf forbids
             an amino acid.
     """
@@ -101,8 +101,9 @@ class Analytic:
         if self.score_fn.estimator == "exact_count":
             return torch.full((sum(self.draws.lengths),), self.graph.mask, device=self.draws.device)
         start_R = self.draws(lambda n, generator: self.graph.sample_limit(n, generator, sigma))
-        # With masks, steps change only masked residues. A forbidden amino acid would stay until the last step, and an
-        # amino acid drawn without the network would then replace it. So mask it now.
+        # If the graph has a mask, steps change only masked residues. So a forbidden amino acid drawn here would stay
+        # until the denoising step, which would replace it by a random allowed one, ignoring the network. It is masked
+        # instead.
         if self.bias is not None and self.graph.masks:
             start_R = torch.where(is_forbidden(start_R, self.bias), self.graph.mask, start_R)
         return start_R
@@ -115,7 +116,7 @@ class Analytic:
         Raises:
             ValueError: the network's scores are not finite.
         """
-        # moving_R: whether the step may change a residue. It never changes context letters, such as X.
+        # moving_R: whether the step may change a residue. False for the letters XBZJUO, which the caller may have set
         moving_R = xt[self.free_T] < self.graph.n_reverse_states
         moving_T = self.free_T.masked_scatter(self.free_T, moving_R)
         bias = None if self.bias is None else self.bias[moving_R]

@@ -69,8 +69,8 @@ def held_out_bound(
     Args:
         dataset: unshuffled (seed None). If the dataset's stores have context, the bound is on the NLL of the designed
             residues (all residues that are not context) given the context. A sequence longer than max_len is cropped to
-            its first max_len residues. If it has context residues, it is cropped to the max_len residues with the
-            largest number of designed residues instead (if several crops have this number, to the first of them).
+            max_len consecutive residues. Without context residues, these are the first max_len. With context residues,
+            they are the crop with the most designed residues; of several such crops, the first.
         unigram: (20,) amino-acid frequencies.
     """
     log_unigram = torch.from_numpy(np.log(unigram))
@@ -148,7 +148,7 @@ def training_statistics(store: StoreGroup, max_len: int) -> dict[str, Any]:
     """Return statistics of the training sequences, for comparison with the samples.
 
     The statistics are the frequency of each amino acid, a histogram of the lengths up to max_len in bins of
-    `length_bin` residues, and the number of longer sequences, which training crops.
+    `length_bin` residues, and the number of longer sequences. Training reads only a crop of each of these.
     """
     counts, cropped = length_counts(store, max_len)
     width = -(-len(counts) // LENGTH_BINS)

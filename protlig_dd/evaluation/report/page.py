@@ -152,11 +152,11 @@ def comparison_page(runs: Sequence[Run]) -> str:
             "head": head,
             "rows": rows,
             "wide": True,
-            "note": "Bounds are in nats per residue, with the moving average of the weights. Lower is better. "
-            "Bars extend two standard errors to each side. "
+            "note": "Bounds are in nats per residue, computed with the moving average of the network's weights. "
+            "Lower is better. Bars extend two standard errors to each side. "
             "The difference to the first run is paired, protein by protein, so it is more precise than the bars "
             "suggest. It is blank for a run that was evaluated on other proteins or with another data.context. "
-            "Each unigram model has the amino-acid frequencies of its run's training split: "
+            "Each unigram model has the amino-acid frequencies of its run's training split. Data of the runs: "
             + "; ".join(
                 f"{name}: {run.environment.get('data_path', 'unknown')}" for name, run in zip(names, runs, strict=True)
             )

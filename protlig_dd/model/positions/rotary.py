@@ -25,7 +25,7 @@ class Rotary(PositionEncoding):
             check_head_dim(config.head_dim)
         except ValueError as error:
             sizes = f"model.hidden_size={config.hidden_size} / model.n_heads={config.n_heads}"
-            other = "or choose an encoding without rotation, such as model.positions=alibi"
+            other = "choose sizes with an even head_dim, or an encoding without rotation, such as model.positions=alibi"
             raise ValueError(f"{sizes} gives head_dim {config.head_dim}: {error}; {other}") from error
 
     def tables(self, batch: PackedBatch) -> tuple[Tensor, ...]:
