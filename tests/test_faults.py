@@ -35,6 +35,7 @@ from protlig_dd.runs.metrics import read_metrics
 from protlig_dd.system.files import NO_LOCKS, locked
 from protlig_dd.system.launcher import RanksFailedError, count_devices
 from protlig_dd.system.signals import REASONS, SIGNALS, Stopped, StopRequests, handled_signals, seconds_of
+from protlig_dd.training import failures
 from scripts.disturbed_runs import Campaign, flip, ranks_of, truncate
 from scripts.fault_campaign import FAULTS
 
@@ -131,6 +132,18 @@ def test_the_number_of_processes_is_auto_or_at_least_1() -> None:
     for wrong in (0, "all", 1.5, None, True):
         with pytest.raises(ValueError, match=f"trainer.devices={wrong}: must be auto or a number of at least 1"):
             count_devices(wrong, "cpu")
+
+
+def test_a_host_that_receives_the_signal_a_moment_later_is_not_named_as_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(failures, "gather_objects", lambda own: [("first", True), own])
+    received: set[str] = set()
+    timer = threading.Timer(0.2, received.add, ["SIGTERM"])
+    timer.start()
+    assert failures.describe_stopped_hosts("SIGTERM", received) == ""
+    monkeypatch.setattr(failures, "SIGNAL_DELAY", 0.1)
+    assert failures.describe_stopped_hosts("SIGUSR1", received).startswith("; only first was told to stop")
 
 
 def test_a_locked_folder_rejects_other_processes(tmp_path: Path, run_python: Command) -> None:

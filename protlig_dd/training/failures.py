@@ -2,12 +2,15 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence, Set
 from typing import Any
 
 from protlig_dd.data.loader import PackDataset
 from protlig_dd.system.distributed import gather_objects, host_name, lost_ranks_named
 from protlig_dd.training.trainer import Trainer
+
+SIGNAL_DELAY = 2.0  # seconds
 
 
 class NonFiniteLossError(ValueError):
@@ -22,15 +25,20 @@ class LoaderDiedError(ValueError):
     """A process that loads packs died, for example because it was killed for lack of memory."""
 
 
-def describe_stopped_hosts(signalled: bool) -> str:
+def describe_stopped_hosts(reason: str, received: Set[str]) -> str:
     """Return a text that names the hosts on which a rank received the signal to stop.
 
-    The text is "" if a rank received the signal on every host or on no host.
+    The text is "" if a rank received the signal on every host or on no host. A signal reaches the hosts of a job at
+    slightly different times, so a rank that has not received it yet waits up to SIGNAL_DELAY seconds for it.
 
     Args:
-        signalled: whether this rank received the signal.
+        reason: name of the signal.
+        received: names of the signals that this rank has received; the signal's handler adds to it during the wait.
     """
-    ranks = gather_objects((host_name(), signalled))
+    deadline = time.monotonic() + SIGNAL_DELAY
+    while reason not in received and time.monotonic() < deadline:
+        time.sleep(0.01)
+    ranks = gather_objects((host_name(), reason in received))
     hosts, stopped = {host for host, _ in ranks}, {host for host, signalled in ranks if signalled}
     if not stopped or stopped == hosts:
         return ""

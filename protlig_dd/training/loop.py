@@ -79,9 +79,10 @@ def fit(trainer: Trainer, steps: range, hooks: Hooks, context: RunContext) -> No
                     new_best = hooks.evaluate(done)
                 except Stopped as stopped:
                     stopping = stopped.reason
-            signalled = stopping is not None and any(record["stop_requests"]) and stopping.startswith("SIG")
-            # the ranks exchange this before rank 0 writes the checkpoint, because writing may take long
-            hosts = describe_stopped_hosts(stopping in stop.noted) if signalled else ""
+            hosts = ""
+            if stopping is not None and stopping.startswith("SIG") and any(record["stop_requests"]):
+                # the ranks exchange this before rank 0 writes the checkpoint, because writing may take long
+                hosts = describe_stopped_hosts(stopping, stop.noted)
             if saving or stopping or new_best is not None:
                 hooks.save(done, new_best)
             if stopping:
