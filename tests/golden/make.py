@@ -5,7 +5,7 @@
 FOLDER must be empty. At the end the paths of a file and a folder are printed: copy both into tests/golden.
 
 All results come from the public commands, in float32 on one thread. `record.json` has, for each of three small
-models, the training losses, the bounds on the NLL of proteins, the samples and the infilled designs. It also has
+models, the training losses, the samples, the infilled designs, and bounds on the NLL of proteins. It also has
 checksums of the weights, of the variant scores and of the embeddings. `files/` has a store, a run that was stopped
 half-way and an exported model. Later versions must be able to read all three, and to resume the run.
 """

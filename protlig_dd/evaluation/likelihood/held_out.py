@@ -69,8 +69,8 @@ def held_out_bound(
     Args:
         dataset: unshuffled (seed None). If the dataset's stores have context, the bound is on the NLL of the designed
             residues (all residues that are not context) given the context. A sequence longer than max_len is cropped to
-            max_len consecutive residues. Without context residues, these are the first max_len. With context residues,
-            they are the crop with the most designed residues; of several such crops, the first.
+            max_len consecutive residues. If the sequence has no context residues, the crop is its first max_len
+            residues. Otherwise it is the crop with the most designed residues, the first of several such crops.
         unigram: (20,) amino-acid frequencies.
     """
     log_unigram = torch.from_numpy(np.log(unigram))
@@ -135,7 +135,8 @@ def composition_kl(samples: list[np.ndarray], frequencies: np.ndarray) -> float:
 def length_counts(store: StoreGroup, max_len: int) -> tuple[list[int], int]:
     """Return how many training sequences have 0, 1, ..., max_len residues, and how many have more.
 
-    A longer sequence is not counted as one of max_len residues, because the model reads only a part of it.
+    Longer sequences are counted separately, not under max_len, because a crop of max_len residues is not a whole
+    protein.
     """
     rows, counts = store.split("train"), np.zeros(max_len + 1, np.int64)
     for start in range(0, len(rows), ROWS_AT_ONCE):
@@ -148,7 +149,7 @@ def training_statistics(store: StoreGroup, max_len: int) -> dict[str, Any]:
     """Return statistics of the training sequences, for comparison with the samples.
 
     The statistics are the frequency of each amino acid, a histogram of the lengths up to max_len in bins of
-    `length_bin` residues, and the number of longer sequences. Training reads only a crop of each of these.
+    `length_bin` residues, and the number of longer sequences. Training reads only a crop of each longer sequence.
     """
     counts, cropped = length_counts(store, max_len)
     width = -(-len(counts) // LENGTH_BINS)

@@ -15,8 +15,8 @@ def make_optimizer(model: nn.Module, optim: OptimConfig, precision: str) -> torc
     acts on matrices only, not on norms, biases or embeddings.
 
     The optimizer's step reads the flag `optimizer.found_inf` on the device, and changes no weight if the flag is 1. The
-    trainer sets the flag after a loss or gradient that is not finite, or a spike of the loss, and never resets it. So
-    the weights do not change in the further steps that the host starts before it reads the flag.
+    trainer sets the flag after a loss or gradient that is not finite, or a spike of the loss, and never resets it. The
+    host reads the flag later and may start more steps before that. These steps do not change the weights either.
 
     Args:
         precision: bf16 | fp32, the precision in which Muon orthogonalises.
