@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float, Float32
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from protlig_dd.batch import PackedBatch
 from protlig_dd.config.components import load_model
 from protlig_dd.diffusion.samplers.base import SamplerOptions
+from protlig_dd.inference.download import download, hugging_face
 from protlig_dd.inference.embedding import mean_embeddings
 from protlig_dd.inference.exported import (
     CARD,
@@ -93,7 +93,7 @@ class ProteinDiffusion(nn.Module):
             raise ValueError(f"from_pretrained takes the name of a folder or of a model on the hub, got {name!r:.40}")
         folder = Path(name)
         if not folder.is_dir():
-            folder = download(str(name), revision)
+            folder = download(str(name), revision, EXPORTED)
         if not is_exported(folder):
             raise ValueError(f"{folder}: not an exported model; `python -m protlig_dd.export` writes one from a run")
         resolved = resolve_device(device)
@@ -183,24 +183,3 @@ class ProteinDiffusion(nn.Module):
             folder = Path(parent) / "model"
             self.save_pretrained(folder)
             return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message=message))
-
-
-def download(name: str, revision: str | None) -> Path:
-    """Download the exported files of a model on the hub, and return their folder in the hub's cache."""
-    try:
-        hub = hugging_face()
-    except ValueError as error:
-        raise ValueError(f"{name} is not a local folder, and {error}") from error
-    try:
-        return Path(hub.snapshot_download(name, revision=revision, allow_patterns=list(EXPORTED)))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{name} is not a local folder, and was not found on the hub: {reason}") from error
-
-
-def hugging_face() -> Any:
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise ValueError("huggingface_hub is not installed: pip install 'protlig_dd[hub]'") from error
-    return huggingface_hub

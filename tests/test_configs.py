@@ -189,6 +189,11 @@ def test_a_change_of_a_key_that_a_file_leaves_out_is_shown_with_its_default(tmp_
         "model.max_positions": 700,
         "model.tie_weights": True,
         "model.sinusoid_scale": 0.5,
+        "model.attention_bias": True,
+        "model.norm_eps": 0.01,
+        "model.rotary_frequencies": [1.0, 0.5],
+        "model.head": "lm",
+        "model.token_dropout": True,
         "data.context": "lower",
         "from": "runs/a",
         "from_sha256": "0" * 64,
@@ -371,7 +376,19 @@ def test_the_package_lists_its_verbs(run_python: Command) -> None:
     assert done.returncode == 0, done.stderr
     listed = [line.split()[0] for line in done.stdout.splitlines()[2:]]
     assert listed == sorted(
-        ["embed", "evaluate", "export", "infill", "judge", "prepare", "report", "sample", "training", "variants"]
+        [
+            "convert",
+            "embed",
+            "evaluate",
+            "export",
+            "infill",
+            "judge",
+            "prepare",
+            "report",
+            "sample",
+            "training",
+            "variants",
+        ]
     )
     assert "judge      Judge generated proteins: compare them with natural held-out proteins" in done.stdout
     for verb, suggestion in (("evalute", "evaluate"), ("sample", "sample"), ("nothing-like-it", "VERB")):
@@ -456,12 +473,12 @@ def test_a_missing_path_is_reported_as_missing(
 def test_every_from_key_names_the_same_three_sources() -> None:
     """The key's comment lists the sources, and --help prints this comment.
 
-    `export` is left out, because an exported model cannot be exported again.
+    `export` is left out, because an exported model cannot be exported again. `convert` reads models of others.
     """
     found = [path for path in (ROOT / "configs").glob("*.yaml") if re.search("^from:", path.read_text(), re.MULTILINE)]
-    assert len(found) == 7
+    assert len(found) == 8
     for path in found:
-        if path.stem == "export":
+        if path.stem in ("convert", "export"):
             continue
         (line,) = re.findall(r"^from:.*", path.read_text(), re.MULTILINE)
         assert re.search(r"a run( folder \(its newest checkpoint\))?, a checkpoint or an exported model", line), path

@@ -169,7 +169,17 @@ class TrainConfig:
     @field_validator("model", mode="before")
     @classmethod
     def _has_numbers(cls, model: Any) -> Any:
-        for key in ("hidden_size", "n_heads", "n_blocks", "cond_dim", "dropout", "max_positions", "sinusoid_scale"):
+        numbers = (
+            "hidden_size",
+            "n_heads",
+            "n_blocks",
+            "cond_dim",
+            "dropout",
+            "max_positions",
+            "sinusoid_scale",
+            "norm_eps",
+        )
+        for key in numbers:
             if isinstance(model, dict) and isinstance(model.get(key), bool):
                 raise ValueError(f"model.{key}={model[key]}; give a number")
         return model

@@ -166,3 +166,10 @@ class ReportPageConfig:
 class ExportConfig:
     from_: str
     to: str
+
+
+@dataclass(config=STRICT)
+class ConvertConfig:
+    from_: str
+    to: str
+    revision: str | None

@@ -33,6 +33,9 @@ DEFAULT_KINDS = {
     "norm": "rms",
     "qk_norm": True,
     "tie_weights": False,
+    "attention_bias": False,
+    "head": "linear",
+    "token_dropout": False,
 }
 """The kinds of a network's parts in configs/model/*.yaml. The model card lists only parts of another kind."""
 
@@ -136,9 +139,7 @@ def model_card(description: Mapping[str, Any]) -> str:
         f"{'with' if description['time_conditioning'] else 'without'} time conditioning |",
         f"| noise | {description['noise']['name']} |",
         *([f"| context | {case}-case residues are given (data.context) |"] if (case := context_in(training)) else []),
-        f"| trained on | proteins of up to {description['max_len']} residues; data {description['data_fingerprint']} |",
-        *([f"| fine-tuned from | {origin} |"] if (origin := description.get("fine_tuned_from")) else []),
-        f"| steps | {description['step']}, seed {training['seed']}; averaged weights |",
+        *origin_lines(description),
         f"| weights, SHA-256 | {description['weights_sha256']} |",
         f"| made by | protlig_dd {description['protlig_dd']} |",
         "",
@@ -162,6 +163,24 @@ def model_card(description: Mapping[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def origin_lines(description: Mapping[str, Any]) -> list[str]:
+    """Return the lines of the model card's table that say where the weights come from."""
+    if (source := description.get("converted_from")) is not None:
+        commit = f", commit {source['commit']}" if source["commit"] else ""
+        files = "; ".join(f"{name} {checksum}" for name, checksum in source["sha256"].items())
+        return [
+            f"| converted from | {source['name']}{commit}; its licence applies to these weights |",
+            f"| files of the source, SHA-256 | {files} |",
+            f"| longest protein | {description['max_len']} residues |",
+        ]
+    origin = description.get("fine_tuned_from")
+    return [
+        f"| trained on | proteins of up to {description['max_len']} residues; data {description['data_fingerprint']} |",
+        *([f"| fine-tuned from | {origin} |"] if origin else []),
+        f"| steps | {description['step']}, seed {description['training']['seed']}; averaged weights |",
+    ]
 
 
 def kinds_of_parts(model: Mapping[str, Any]) -> str:

@@ -47,7 +47,7 @@ class Block(nn.Module):
             # layer, which could at first learn only the unigram distribution (docs/decisions.md)
             nn.init.ones_(self.adaln.bias.view(6, hidden_size)[2])
             nn.init.ones_(self.adaln.bias.view(6, hidden_size)[5])
-        self.attention_norm = make_norm(config.norm, hidden_size, modulated=time_conditioning)
+        self.attention_norm = make_norm(config.norm, hidden_size, config.norm_eps, modulated=time_conditioning)
         mixer = MIXERS[mixer_name](config, backend)
         check_mixer(mixer, hidden_size)
         # register the mixer's parts directly, so that checkpoints keep the names blocks.N.qkv, ...
@@ -55,7 +55,7 @@ class Block(nn.Module):
             self.add_module(name, part)
         # not registered as submodules: the mixer's parts are registered already, and all blocks share `positions`
         self.__dict__.update(mixer=mixer, positions=positions)
-        self.mlp_norm = make_norm(config.norm, hidden_size, modulated=time_conditioning)
+        self.mlp_norm = make_norm(config.norm, hidden_size, config.norm_eps, modulated=time_conditioning)
         self.mlp = MLP(hidden_size, config.mlp)
 
     def train(self, mode: bool = True) -> "Block":

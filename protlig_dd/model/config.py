@@ -11,7 +11,8 @@ ADDED_LATER = (
 )
 TUNABLE = "may be changed when the network is fine-tuned"
 NORMS = ("layer", "rms")
-MLPS = ("gelu", "geglu", "swiglu", "relu2")
+MLPS = ("gelu", "gelu_erf", "geglu", "swiglu", "relu2")
+HEADS = ("linear", "lm")
 
 
 @dataclass
@@ -33,6 +34,11 @@ class ModelConfig:
     max_positions: Annotated[int | None, ADDED_LATER] = None
     tie_weights: Annotated[bool, ADDED_LATER] = False
     sinusoid_scale: Annotated[float | None, ADDED_LATER] = None
+    attention_bias: Annotated[bool, ADDED_LATER] = False
+    norm_eps: Annotated[float | None, ADDED_LATER] = None
+    rotary_frequencies: Annotated[list[float] | None, ADDED_LATER] = None
+    head: Annotated[str, ADDED_LATER] = "linear"
+    token_dropout: Annotated[bool, ADDED_LATER] = False
 
     def __post_init__(self) -> None:
         if isinstance(self.mixers, tuple):

@@ -21,14 +21,16 @@ from torch.utils.checkpoint import checkpoint
 from protlig_dd.batch import PackedBatch, StaticShape, check_tokens
 from protlig_dd.model.block import Block
 from protlig_dd.model.conditioning import SigmaEmbedding
-from protlig_dd.model.config import MLPS, NORMS, ModelConfig, unknown_choice
+from protlig_dd.model.config import HEADS, MLPS, NORMS, ModelConfig, unknown_choice
 from protlig_dd.model.cuda_graph import capture
 from protlig_dd.model.layers import EMBEDDING_STD, Head
 from protlig_dd.model.mixers import MIXERS, mixers_of_blocks
 from protlig_dd.model.mixers.attention import GRAPHABLE
 from protlig_dd.model.mixers.scores import prepare_scores
 from protlig_dd.model.positions import POSITIONS
-from protlig_dd.tokenizer import N_STATES, PAD, VOCAB_SIZE
+from protlig_dd.tokenizer import MASK, N_STATES, PAD, VOCAB_SIZE
+
+TRAINED_MASK_RATIO = 0.15 * 0.8  # ESM-2 chose 15% of the tokens for its loss and replaced 80% of these by <mask>
 
 
 class DiT(nn.Module):
@@ -52,6 +54,7 @@ class DiT(nn.Module):
         super().__init__()
         check_model(config)
         self.attention_backend, self.checkpointing = attention_backend, config.checkpointing
+        self.token_dropout = config.token_dropout
         self.kinds = kinds_of(config, attention_backend)
         self.shape: StaticShape | None = None
         self.graphed: Callable[..., Tensor] | None = None
@@ -65,7 +68,9 @@ class DiT(nn.Module):
         self.attends = [number in config.attention_blocks for number in range(config.n_blocks)]
         self.uncapturable = sorted({name for name in mixers_of_blocks(config) if not MIXERS[name].capturable})
         cond_dim = config.cond_dim if time_conditioning else None
-        self.head = Head(config.hidden_size, cond_dim, config.norm, tied=config.tie_weights)
+        self.head = Head(
+            config.hidden_size, cond_dim, config.norm, config.norm_eps, kind=config.head, tied=config.tie_weights
+        )
         nn.init.normal_(self.embedding.weight, std=EMBEDDING_STD)
         linear = {name: part.weight.numel() for name, part in self.named_modules() if isinstance(part, nn.Linear)}
         self.weights_per_sequence = sum(n for name, n in linear.items() if "adaln" in name or "sigma" in name)
@@ -119,7 +124,10 @@ class DiT(nn.Module):
             self.positions, batch, self.attention_backend, self.attends[:n_blocks], self.compute_dtype()
         )
         cond_nC = None if self.sigma_embedding is None else self.sigma_embedding(sigma)
-        x_TH = self.positions.add(self.embedding(batch.tokens), batch)
+        x_TH = self.embedding(batch.tokens)
+        if self.token_dropout:
+            x_TH = drop_masked(x_TH, batch)
+        x_TH = self.positions.add(x_TH, batch)
         # `scores` has n_blocks entries, so the loop ends after the first n_blocks blocks
         for block, block_scores in zip(self.blocks, scores, strict=False):
             if self.checkpointing and torch.is_grad_enabled():
@@ -209,6 +217,20 @@ class DiT(nn.Module):
         return 2 * (products + sum(block.mixer.flops(lengths) for block in blocks))
 
 
+def drop_masked(x_TH: Float[Tensor, "total hidden"], batch: PackedBatch) -> Float[Tensor, "total hidden"]:
+    """Return the embeddings with those of <mask> set to zero, and the others of a protein scaled by 0.88 / (1 - r).
+
+    r is the fraction of the protein's tokens, <bos> and <eos> included, that are <mask>. ESM-2 was trained with 12% of
+    the tokens masked, so the sum of a protein's embeddings stays near its value in that training (the token dropout of
+    ESM's source code and of transformers' EsmEmbeddings). A crop of which all tokens are <mask> gets zeros.
+    """
+    masked_T, tokens_n = batch.tokens == MASK, batch.cu_seqlens.diff()
+    masked_n = torch.zeros_like(tokens_n).index_add_(0, batch.segment_ids, masked_T.to(tokens_n.dtype))
+    scale_n = (1 - TRAINED_MASK_RATIO) * tokens_n / (tokens_n - masked_n).clamp(min=1)
+    scale_T = scale_n.index_select(0, batch.segment_ids).masked_fill(masked_T, 0)
+    return x_TH * scale_T.to(x_TH.dtype).unsqueeze(1)
+
+
 def kinds_of(config: ModelConfig, attention_backend: str) -> str:
     """Return a description of the kinds of the network's parts, for progress lines."""
     counts = Counter(mixers_of_blocks(config))
@@ -216,8 +238,13 @@ def kinds_of(config: ModelConfig, attention_backend: str) -> str:
         (f"{n} x " if len(counts) > 1 else "") + (f"attention ({attention_backend})" if name == "attention" else name)
         for name, n in counts.items()
     )
-    tied = ", tied weights" if config.tie_weights else ""
-    return f"positions {config.positions}, mixers {mixers}, mlp {config.mlp}{tied}"
+    options = {
+        "tied weights": config.tie_weights,
+        "lm head": config.head == "lm",
+        "token dropout": config.token_dropout,
+    }
+    others = "".join(f", {name}" for name, chosen in options.items() if chosen)
+    return f"positions {config.positions}, mixers {mixers}, mlp {config.mlp}{others}"
 
 
 def check_model(config: ModelConfig) -> None:
@@ -237,6 +264,7 @@ def check_model(config: ModelConfig) -> None:
     for name, choice, choices in (
         ("norm", config.norm, NORMS),
         ("mlp", config.mlp, MLPS),
+        ("head", config.head, HEADS),
         ("positions", config.positions, POSITIONS),
     ):
         if choice not in choices:
@@ -266,5 +294,17 @@ def check_model(config: ModelConfig) -> None:
             f"model.sinusoid_scale={config.sinusoid_scale:g} has no effect with model.positions={config.positions}; "
             f"set it to null, or set model.positions to {' or '.join(scaled)}"
         )
+    if config.rotary_frequencies is not None and config.positions != "rope":
+        raise ValueError(
+            f"model.rotary_frequencies has no effect with model.positions={config.positions}; set it to null, or set "
+            "model.positions to rope"
+        )
+    if config.attention_bias and "attention" not in mixers:
+        raise ValueError(
+            f"model.attention_bias=true has no effect with model.mixers={config.mixers}, which has no attention; "
+            "set it to false"
+        )
+    if config.norm_eps is not None and not config.norm_eps > 0:
+        raise ValueError(f"model.norm_eps must be above 0, got {config.norm_eps}")
     with torch.device("meta"):  # uses no memory and draws no random numbers
         POSITIONS[config.positions](config)

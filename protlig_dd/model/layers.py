@@ -11,7 +11,7 @@ from protlig_dd.tokenizer import N_STATES
 MLP_RATIO = 4
 GATED = ("geglu", "swiglu")
 EMBEDDING_STD = 0.02
-RMS_EPS = 1e-6
+RMS_EPS, LAYER_EPS = 1e-6, 1e-5
 
 
 class StackedLinear(nn.Linear):
@@ -20,8 +20,8 @@ class StackedLinear(nn.Linear):
     Muon orthogonalises the matrix of each layer separately.
     """
 
-    def __init__(self, in_features: int, out_features: int, *, stacked: int) -> None:
-        super().__init__(in_features, stacked * out_features, bias=False)
+    def __init__(self, in_features: int, out_features: int, *, stacked: int, bias: bool = False) -> None:
+        super().__init__(in_features, stacked * out_features, bias=bias)
         self.stacked = stacked
 
 
@@ -57,7 +57,8 @@ class MLP(nn.Module):
     that all kinds have about equally many weights.
 
     Args:
-        kind: gelu | geglu | swiglu | relu2 (squared ReLU).
+        kind: gelu (its tanh approximation) | gelu_erf (exact GELU, as in ESM-2) | geglu | swiglu | relu2 (squared
+            ReLU).
     """
 
     def __init__(self, hidden_size: int, kind: str) -> None:
@@ -72,6 +73,8 @@ class MLP(nn.Module):
         x = self.up(x)
         if self.kind == "gelu":
             x = F.gelu(x, approximate="tanh")
+        elif self.kind == "gelu_erf":
+            x = F.gelu(x)
         elif self.kind == "relu2":
             x = F.relu(x).square()
         else:
@@ -84,13 +87,20 @@ class Head(nn.Module):
     """Final adaLN and the projection to the logits of the 20 amino acids.
 
     Args:
+        kind: linear | lm. The head `lm` is that of BERT and ESM-2: a dense layer, an exact GELU and a norm come before
+            the projection.
         tied: whether the output projection uses the amino acids' rows of the input embedding instead of its own matrix.
     """
 
-    def __init__(self, hidden_size: int, cond_dim: int | None, norm: str, *, tied: bool) -> None:
+    def __init__(
+        self, hidden_size: int, cond_dim: int | None, norm: str, eps: float | None = None, *, kind: str, tied: bool
+    ) -> None:
         super().__init__()
         self.adaln = None if cond_dim is None else zero_linear(cond_dim, 2 * hidden_size)
-        self.norm = make_norm(norm, hidden_size, modulated=cond_dim is not None)
+        self.norm = make_norm(norm, hidden_size, eps, modulated=cond_dim is not None)
+        lm = kind == "lm"
+        self.dense = nn.Linear(hidden_size, hidden_size) if lm else None
+        self.dense_norm = make_norm(norm, hidden_size, eps, modulated=False) if lm else None
         self.out: nn.Module = TiedOutput(hidden_size) if tied else zero_linear(hidden_size, N_STATES)
 
     def forward(
@@ -100,7 +110,10 @@ class Head(nn.Module):
         segment_ids: Int64[Tensor, " total"],
         embedding_VH: Float[Tensor, "vocabulary hidden"],
     ) -> Float[Tensor, "total 20"]:
-        x_TH = self.normed(x_TH, cond_nC, segment_ids).to(embedding_VH.dtype)
+        x_TH = self.normed(x_TH, cond_nC, segment_ids)
+        if self.dense is not None and self.dense_norm is not None:
+            x_TH = self.dense_norm(F.gelu(self.dense(x_TH)))
+        x_TH = x_TH.to(embedding_VH.dtype)
         # compute the logits in full precision: exp() of bf16 logits is off by 0.2%
         with torch.autocast(x_TH.device.type, enabled=False):
             return self.out(x_TH, embedding_VH) if isinstance(self.out, TiedOutput) else self.out(x_TH)
@@ -111,7 +124,7 @@ class Head(nn.Module):
         cond_nC: Float[Tensor, "n cond_dim"] | None,
         segment_ids: Int64[Tensor, " total"],
     ) -> Float[Tensor, "total hidden"]:
-        """Return the input of the output projection, after the final norm and its modulation."""
+        """Return the hidden states after the final norm and its modulation, before the head's dense layer, if any."""
         x_TH = self.norm(x_TH)
         if self.adaln is None:
             return x_TH
@@ -138,12 +151,17 @@ class TiedOutput(nn.Module):
         return F.linear(x * (self.gain / EMBEDDING_STD), embedding_VH.narrow(0, 0, N_STATES), self.bias)
 
 
-def make_norm(kind: str, width: int, *, modulated: bool = True) -> nn.Module:
+def make_norm(kind: str, width: int, eps: float | None = None, *, modulated: bool = True) -> nn.Module:
     """Return a norm with a learned gain: RMSNorm for `rms`, otherwise LayerNorm.
 
     LayerNorm also has a learned bias, unless adaLN supplies the shift (`modulated`).
+
+    Args:
+        eps: added to the mean square or the variance; None for RMS_EPS and LAYER_EPS.
     """
-    return RMSNorm(width, eps=RMS_EPS) if kind == "rms" else nn.LayerNorm(width, bias=not modulated)
+    if kind == "rms":
+        return RMSNorm(width, eps=RMS_EPS if eps is None else eps)
+    return nn.LayerNorm(width, eps=LAYER_EPS if eps is None else eps, bias=not modulated)
 
 
 class RMSNorm(nn.RMSNorm):

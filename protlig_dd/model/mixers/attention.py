@@ -37,9 +37,9 @@ class Attention(Mixer):
         super().__init__(config, backend)
         check_positions(backend, config.positions)
         self.n_heads, self.backend = config.n_heads, backend
-        self.qkv = StackedLinear(config.hidden_size, config.hidden_size, stacked=3)
+        self.qkv = StackedLinear(config.hidden_size, config.hidden_size, stacked=3, bias=config.attention_bias)
         self.q_norm, self.k_norm = (make_norm("rms", config.head_dim) if config.qk_norm else None for _ in "qk")
-        self.attention_out = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.attention_out = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
 
     def project(
         self, x: Float[Tensor, "total hidden"], positions: PositionEncoding, *tables: Tensor

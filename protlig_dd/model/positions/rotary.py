@@ -27,10 +27,23 @@ class Rotary(PositionEncoding):
             sizes = f"model.hidden_size={config.hidden_size} / model.n_heads={config.n_heads}"
             other = "choose sizes with an even head_dim, or an encoding without rotation, such as model.positions=alibi"
             raise ValueError(f"{sizes} gives head_dim {config.head_dim}: {error}; {other}") from error
+        frequencies = config.rotary_frequencies
+        if frequencies is not None and len(frequencies) != config.head_dim // 2:
+            raise ValueError(
+                f"model.rotary_frequencies has {len(frequencies)} frequencies, but head_dim {config.head_dim} has "
+                f"{config.head_dim // 2} pairs of dimensions"
+            )
+        # a buffer, because copying a list to a GPU at each forward pass would make the host wait
+        self.frequencies: Tensor | None
+        self.register_buffer(
+            "frequencies", None if frequencies is None else torch.tensor(frequencies), persistent=False
+        )
 
     def tables(self, batch: PackedBatch) -> tuple[Tensor, ...]:
         """Return cos and sin for each token, each (1, total, 1, 1, head_dim) float32."""
-        cos, sin = rotary_cos_sin(batch.max_seqlen, self.head_dim, device=batch.tokens.device)
+        cos, sin = rotary_cos_sin(
+            batch.max_seqlen, self.head_dim, frequencies=self.frequencies, device=batch.tokens.device
+        )
         return gather_rotary(cos, sin, batch)
 
     def rotate(
@@ -47,18 +60,30 @@ def check_head_dim(head_dim: int) -> None:
 
 
 def rotary_cos_sin(
-    seq_len: int, head_dim: int, base: float = 10000.0, device: torch.device | str = "cpu"
+    seq_len: int,
+    head_dim: int,
+    base: float = 10000.0,
+    *,
+    frequencies: Tensor | None = None,
+    device: torch.device | str = "cpu",
 ) -> tuple[Float32[Tensor, "1 {seq_len} 1 1 {head_dim}"], Float32[Tensor, "1 {seq_len} 1 1 {head_dim}"]]:
     """Return cos and sin of the angles at positions 0 .. seq_len - 1, each (1, seq_len, 1, 1, head_dim) float32.
 
+    Args:
+        frequencies: (head_dim / 2,), the angle per position of each pair of dimensions, in radians; None for
+            base^(-2 j / head_dim).
+
     Raises:
-        ValueError: an odd head_dim, or a seq_len below 1.
+        ValueError: an odd head_dim, another number of frequencies, or a seq_len below 1.
     """
     check_head_dim(head_dim)
     if seq_len < 1:
         raise ValueError(f"rotary tables need a seq_len of at least 1, got {seq_len}")
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-    angle = torch.outer(torch.arange(seq_len, dtype=torch.float32, device=device), base**-exponent)
+    if frequencies is None:
+        frequencies = base ** -(torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+    if tuple(frequencies.shape) != (head_dim // 2,):
+        raise ValueError(f"head_dim {head_dim} needs {head_dim // 2} frequencies, got {tuple(frequencies.shape)}")
+    angle = torch.outer(torch.arange(seq_len, dtype=torch.float32, device=device), frequencies.float())
     angle = torch.cat([angle, angle], dim=-1).view(1, seq_len, 1, 1, head_dim)
     return angle.cos(), angle.sin()
 

@@ -1,0 +1,52 @@
+"""Download a model from the Hugging Face Hub."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    """Download files of a model on the hub, and return their folder in the hub's cache.
+
+    The folder is named after the commit. Without a network, files that are in the cache already are used.
+
+    Args:
+        name: the model's name on the hub, owner/name.
+        revision: branch, tag or commit; None for the default branch.
+        patterns: names of the files, with `*` for any text.
+
+    Raises:
+        ValueError: `name` is neither a local folder nor a model that can be downloaded; the message has the reason and
+            what to do.
+    """
+    try:
+        hub = hugging_face()
+    except ValueError as error:
+        raise ValueError(f"{name} is not a local folder, and {error}") from error
+    try:
+        return Path(hub.snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+    except hub.errors.GatedRepoError as error:
+        reason = f"https://huggingface.co/{name} is gated: accept its terms on this page, then run `hf auth login`"
+        raise ValueError(f"{name} is not a local folder, and cannot be downloaded: {reason}") from error
+    except hub.errors.RevisionNotFoundError as error:
+        raise ValueError(
+            f"{name} has no revision {revision!r} on the hub; revision= takes a branch, tag or commit"
+        ) from error
+    except hub.errors.LocalEntryNotFoundError as error:
+        raise ValueError(
+            f"{name} is not a local folder, and the hub cannot be reached; on a machine with a network, run "
+            f"`hf download {name} --local-dir FOLDER`, then copy FOLDER to this machine and give its path"
+        ) from error
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{name} is not a local folder, and was not found on the hub: {reason}") from error
+
+
+def hugging_face() -> Any:
+    """Import and return huggingface_hub, which is an optional package."""
+    try:
+        import huggingface_hub
+        import huggingface_hub.errors
+    except ImportError as error:
+        raise ValueError("huggingface_hub is not installed: pip install 'protlig_dd[hub]'") from error
+    return huggingface_hub
