@@ -1,4 +1,4 @@
-"""Tests of `python -m scripts.architecture`, which compares kinds of networks: what it trains, records and prints.
+"""Tests of the runs, records and tables of `python -m scripts.architecture`, which compares kinds of networks.
 
 A kind of network is called an arm. The arms differ in the position encoding, the mixers, the MLP or tied weights.
 """
@@ -276,10 +276,10 @@ def test_the_tables_contain_means_over_seeds_and_paired_differences(capsys: pyte
     print_tables(rows)
     text = capsys.readouterr().out
     assert text.startswith("\n```\ndo bounds\n```\n\n7 steps; 2 test proteins, 40 residues; nats/residue\n")
-    # t5: over the seeds the two proteins have mean nats of 20 and 68, so the bound is 88 / 40. The residuals are -2 and
-    # 2, so the standard error is sqrt(2 * 8) / 40. The mean differences to rope with the same seeds are -10 and -18,
-    # with residuals -3 and 3.
-    # rope: the mean nats are 110/3 and 302/3, so the bound is 412/120. The residuals are 7/3 and -7/3.
+    # The nats of a protein are averaged over the seeds. A residual is nats - bound * length.
+    # t5: the nats are 20 and 68, so the bound is 88 / 40. The residuals are -2 and 2, so the standard error is
+    # sqrt(2 * 8) / 40. The differences t5 - rope over seeds 0 and 1 are -10 and -18, with residuals -3 and 3.
+    # rope: the nats are 110/3 and 302/3, so the bound is 412/120. The residuals are 7/3 and -7/3.
     assert table_rows(text)[:2] == [
         [BASELINE_LABEL, "1,234", "3", "3.4333 ± 0.1167", "", "1.7000", "2.50"],
         ["`positions=t5`", "1,234", "2", "2.2000 ± 0.1000", "-0.7000 ± 0.1500", "0.4000", "1.50"],

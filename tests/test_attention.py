@@ -20,7 +20,7 @@ from .conftest import raises_value_error, random_batch
 
 
 def reference(qkv: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-    """Return softmax(q k^T / sqrt d) v from one (total, total) score matrix, masked between sequences."""
+    """Return softmax(q k^T / sqrt d) v. Scores between tokens of different sequences are masked with -inf."""
     q, k, v = qkv.double().permute(1, 2, 0, 3)
     scores = q @ k.transpose(-1, -2) / qkv.shape[-1] ** 0.5
     same_sequence = batch.segment_ids[:, None] == batch.segment_ids[None, :]
@@ -85,7 +85,7 @@ def test_shapes_are_checked_before_every_backend(backend: str, shape: tuple[int,
 def test_devices_and_cu_seqlens_are_checked_before_every_backend(backend: str) -> None:
     with raises_value_error("qkv is on meta but cu_seqlens is on cpu"):
         varlen_attention(torch.zeros(8, 3, 2, 16, device="meta"), BATCH, backend)
-    # PackedBatch rejects wrong cu_seqlens when it is created, but they are checked again before the kernel
+    # a pack with wrong cu_seqlens cannot be created, so set them afterwards; the check must find them too
     broken = dataclasses.replace(BATCH)
     object.__setattr__(broken, "cu_seqlens", BATCH.cu_seqlens.long())
     with raises_value_error(r"cu_seqlens must be \(3,\) torch.int32, got \(3,\) torch.int64"):

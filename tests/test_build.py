@@ -278,7 +278,7 @@ def test_hashed_splits_have_the_requested_fractions_and_never_change() -> None:
         assert abs((splits == code).mean() - fraction) < 0.01
     assert np.array_equal(hashed_splits(hashes[:100], Split(0.1, 0.05)), splits[:100])
     assert set(hashed_splits(hashes, Split(0.0, 0.0))) == {0}
-    # an id keeps its split in all later versions
+    # an id keeps its split in all later versions of protlig_dd
     assert hashed_splits(hashes_of(["UniRef50_A0A009", "P31007", "a"]), Split(0.4, 0.3)).tolist() == [1, 0, 0]
 
 
@@ -328,7 +328,10 @@ def test_the_bundled_store_is_built_once(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.system
 def test_bundled_held_out_proteins_have_no_homolog_in_training(tmp_path: Path) -> None:
-    """Search validation and test against train, and test against validation: no hit at E < 1e-3 at any identity."""
+    """Search validation and test against train, and test against validation.
+
+    No pair of proteins may have E < 1e-3, whatever its sequence identity.
+    """
     require_program("mmseqs")
     train, validation, test = (SAMPLE_FOLDER / f"{split}.fasta.gz" for split in SPLITS)
     for *held_out, target in ((validation, test, train), (test, validation)):
@@ -339,7 +342,7 @@ def test_bundled_held_out_proteins_have_no_homolog_in_training(tmp_path: Path) -
 
 
 def mutated(sequence: str, fraction: float, seed: int) -> str:
-    """Return the sequence with the fraction `fraction` of its residues replaced by random residues."""
+    """Replace a fraction of the residues by random residues."""
     rng = np.random.default_rng(seed)
     letters = np.array(list(sequence))
     positions = rng.permutation(len(letters))[: round(fraction * len(letters))]
@@ -363,7 +366,7 @@ def families(tmp_path: Path, proteins: list[FastaRecord]) -> dict[str, Path]:
             ("near", near),
             ("far", far),
             ("other", apart[0]),
-            # the alignment covers all of the training protein, but less than half of the held-out protein
+            # similar: the alignment covers all of a training protein, but less than half of this protein
             ("longer", half + apart[1] + apart[2]),
         ),
         "test": write_fasta(
@@ -371,7 +374,7 @@ def families(tmp_path: Path, proteins: list[FastaRecord]) -> dict[str, Path]:
             ("near_again", near_again),
             # similar to `near`, but not to a training protein
             ("cousin", mutated(near, 0.4, 9)),
-            # contains half of a training protein: the alignment covers less than 80% of either sequence
+            # not similar: contains half of a training protein; the alignment covers less than 80% of each protein
             ("partly", parents[5][: len(parents[5]) // 2] + apart[3][:200]),
             ("other_too", apart[4]),
         ),

@@ -140,7 +140,7 @@ def test_incomplete_and_damaged_checkpoints_are_not_used(tmp_path: Path) -> None
 def test_checksums_are_computed_from_memory_and_not_from_the_written_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Otherwise a file that is damaged on its way to the disk would match its checksum."""
+    """A checksum of the written file would match even if the file was damaged on its way to the disk."""
     path, _, _ = save(tmp_path, 1)
     sums = json.loads((path / COMPLETE).read_text())
     assert list(sums) == sorted(FILES)

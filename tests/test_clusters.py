@@ -78,13 +78,13 @@ PartitionName=high Nodes=n1,n2 PriorityTier=10 PreemptMode=OFF
 
 @pytest.fixture
 def slurm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The folder of a Slurm that runs two nodes on this machine. Jobs in partition `high` preempt those in `low`."""
+    """The folder of a Slurm cluster with two nodes on this machine. Jobs in partition `high` preempt those in `low`."""
     require_program("slurmctld")
     require(os.geteuid() == 0, "starting Slurm needs root")
     folder = Path(tempfile.mkdtemp(prefix="slurm", dir="/tmp"))  # a socket's path must be short
     (folder / "state").mkdir()
     conf = folder / "slurm.conf"
-    # the launch script derives a job's port from its id, so ids must differ from those of another Slurm
+    # the launch script derives a job's port from the job's id, so two clusters on a machine need different job ids
     conf.write_text(SLURM_CONF.format(host=socket.gethostname(), ports=[free_port() for _ in range(3)], folder=folder))
     monkeypatch.setenv("SLURM_CONF", str(conf))
     subprocess.run(["mungekey", "--create", f"--keyfile={folder}/munge.key"], check=True)
@@ -128,7 +128,8 @@ def state_of(job: str) -> tuple[str, int]:
 def start_now(job: str) -> None:
     """Let Slurm start a queued job now instead of after two minutes.
 
-    Wait first: slurmd rejects a job that it ended in the same second, because it considers the credential revoked.
+    Wait 2 s first: slurmd rejects a job that restarts in the second in which the job ended, because slurmd considers
+    the job's credential revoked.
     """
     time.sleep(2)
     slurm_output("scontrol", "update", f"jobid={job}", "starttime=now")
@@ -136,7 +137,7 @@ def start_now(job: str) -> None:
 
 @pytest.fixture
 def forks_in_jobs(warm: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give Slurm jobs an environment whose python runs modules in forks."""
+    """Give Slurm jobs a virtual environment whose python runs modules in forks of the interpreter `warm`."""
     monkeypatch.setenv("PROTLIG_VENV", str(warm.executable.parent))
     monkeypatch.setenv("PYTHON_EXEC", str(warm.executable))
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")  # the node name n1, which scontrol prints, cannot be resolved
@@ -151,7 +152,7 @@ def forks_in_jobs(warm: Server, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_slurm_job_is_requeued_at_its_time_limit_and_when_preempted(
     slurm: Path, store: SequenceStore, tmp_path: Path, forks_in_jobs: None, run_python: Command
 ) -> None:
-    """A job on two nodes receives the signal that Slurm sends before the limit. Then another job preempts it."""
+    """A job on two nodes receives the signal that Slurm sends before the time limit. Then another job preempts it."""
     script = str(ROOT / "scripts/slurm/train.sbatch")
     small = ["--gpus-per-node=0", "--cpus-per-task=1", "--output=out"]
     overrides = overrides_for(store, "given", *LONG, "run.fresh=true")

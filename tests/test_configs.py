@@ -157,8 +157,8 @@ def test_presets_have_the_size_that_they_state(preset: str, millions: float) -> 
 def test_stop_within_is_long_enough_for_the_checkpoint_of_a_recipe(recipe: str) -> None:
     """`stop_within` is more than twice the time that is needed to write the recipe's checkpoint.
 
-    This time is estimated from the table in docs/reliability.md, which has the time of the medium model on 2 CPU cores.
-    It is assumed to be proportional to the size of the checkpoint, which is 12 bytes per parameter with Muon.
+    A table in docs/reliability.md has this time for the medium model on 2 CPU cores. The time is assumed to be
+    proportional to the size of the checkpoint, which is 12 bytes per parameter with Muon.
     """
     table = (ROOT / "docs/reliability.md").read_text()
     (row,) = re.findall(r"^\| medium, 149 M \| ([\d,]+) \| [\d.]+ \| [\d.]+ \| ([\d.]+) \|", table, re.MULTILINE)
@@ -179,9 +179,9 @@ def test_changed_keys_name_both_values_and_leave_out_keys_that_may_change() -> N
 
 
 def test_a_change_of_a_key_that_a_file_leaves_out_is_shown_with_its_default(tmp_path: Path) -> None:
-    """Configs of earlier versions do not contain the key.
+    """Configs of earlier versions do not contain newer keys.
 
-    This version leaves the key out if the key has its default value, so that earlier versions can read the config.
+    This version leaves out a newer key that has its default value, so that earlier versions can read the config.
     """
     others = {
         "model.positions": "t5",
@@ -199,7 +199,7 @@ def test_a_change_of_a_key_that_a_file_leaves_out_is_shown_with_its_default(tmp_
         "from_sha256": "0" * 64,
     }
     defaults = {key: value for key, value in defaults_of(TrainConfig).items() if not may_change(key)}
-    assert defaults.keys() == others.keys()  # also for keys that are added later
+    assert defaults.keys() == others.keys()  # a key that is added later must be added to `others`
     plain = read_config(composed("model=tiny"), TrainConfig)
     for key, value in others.items():
         other = read_config(composed("model=tiny", f"{key}={value}"), TrainConfig)

@@ -87,7 +87,8 @@ def build(tmp_path: Path, sequences: list[str], name: str = "mixed") -> Sequence
 def test_a_store_without_mixed_case_records_keeps_no_case(tmp_path: Path, proteins: list[FastaRecord]) -> None:
     """If no record has letters of both cases, the store does not keep the case.
 
-    Its contents are then the same for any case, and the columns and manifest entries for the case are absent.
+    Upper-case and lower-case records then give the same contents. The columns and manifest entries for the case are
+    absent.
     """
     upper = build(tmp_path, [record.sequence for record in proteins], "upper")
     lower = build(tmp_path, [record.sequence.lower() for record in proteins], "lower")
@@ -97,7 +98,7 @@ def test_a_store_without_mixed_case_records_keeps_no_case(tmp_path: Path, protei
         assert names == {"tokens", "offsets", "headers", "header_offsets", "split", "token_counts", "manifest"}
         columns = {name: file[name][:].tobytes() for name in names - {"manifest"}}
     ordered = ("tokens", "offsets", "headers", "header_offsets", "split", "token_counts")
-    # the fingerprint is computed as before stores could keep the case
+    # the fingerprint is the same as in earlier versions, whose stores could not keep the case
     text = " ".join(f"{name}={upper.checksums[name]}" for name in ordered)
     assert upper.fingerprint == xxhash.xxh3_128_hexdigest(text.encode())
     for store in (lower, each):
@@ -356,7 +357,11 @@ def test_replacing_context_residues_by_x_changes_only_the_network_input(marked_s
 
 
 def conditional(toy: brute_force.Toy, context: dict[int, int]) -> brute_force.Toy:
-    """Return the toy of the designed sites, given `context`, the states of the context sites: {site: state}."""
+    """Return the distribution of the designed sites given the context sites.
+
+    Args:
+        context: the state of each context site, {site: state}.
+    """
     index = tuple(context.get(site, slice(None)) for site in range(toy.sites))
     return brute_force.Toy(toy.graph, toy.n, toy.sites - len(context), toy.p0[index] / toy.p0[index].sum())
 
@@ -365,7 +370,7 @@ def conditional(toy: brute_force.Toy, context: dict[int, int]) -> brute_force.To
 def test_the_exact_count_given_context_is_the_conditional_likelihood(sites: dict[int, int]) -> None:
     """The nats, averaged over all numbers k and all sets of k masked residues, are -log p(designed sites | context).
 
-    The network has the exact posterior.
+    The network returns the exact posterior of x0.
     """
     toy = brute_force.random_toy("absorbing", n=3, sites=4)
     score_fn = exact_score_fn(toy, "x0")
@@ -423,7 +428,7 @@ def test_the_bound_given_context_agrees_with_that_of_infilled_residues(
 ) -> None:
     """`free_draws` and `nll_bound` draw different masks, so the two bounds agree up to a few standard errors.
 
-    A model that was trained with context receives the sigma of the masked fraction of the free residues.
+    With trained_with_context=True, sigma matches the masked fraction of the designed residues, not of all residues.
     """
     group = StoreGroup([marked_store], "lower")
     rows = [row for row in group.split("train").tolist() if 60 < group.lengths[row] < 120][:12]

@@ -211,9 +211,10 @@ def test_invalid_model_dimensions_are_rejected(dimensions: dict[str, int], messa
     ("backend", "dtype"), [("sdpa", torch.float32), ("sdpa", torch.bfloat16), ("torch_varlen", torch.bfloat16)]
 )
 def test_the_whole_model_runs_on_fake_cuda_tensors(backend: str, dtype: torch.dtype, mixer: str) -> None:
-    """Check shapes, dtypes and devices of the CUDA path without a GPU: every tensor must be on CUDA."""
+    """Check shapes, dtypes and devices of the CUDA path without a GPU: every fake tensor must be on CUDA."""
     with FakeTensorMode(), torch.no_grad():
-        # initialisers, Module.to and autocast need a CUDA build of torch, so build on the fake CPU and move by hand
+        # initialisers, Module.to and autocast need a CUDA build of torch, so build the model on the fake CPU, and move
+        # its parameters one by one
         options = {"hidden_size": 64, "dropout": 0.1, "mixers": ["attention", mixer]}
         model = DiT(ModelConfig(**SMALL_MODEL | options), backend)
         for module in model.modules():
@@ -279,7 +280,7 @@ def test_tied_weights_are_rows_of_the_embedding_and_are_stored_once() -> None:
     assert {name: tuple(tensor.shape) for name, tensor in tied.state_dict().items()} == shapes | {
         "head.out.gain": (32,)
     }
-    # the input has only A: the rows of other residues get their gradient from the output alone
+    # all residues of the input are A, so the other rows of the embedding have a gradient only if the head uses them
     batch = PackedBatch.pack([torch.zeros(9, dtype=torch.int64)])
     for model, rows in ((tied, 20), (untied, 1)):
         F.cross_entropy(model(batch, torch.ones(1)), batch.tokens + 1).backward()
@@ -299,7 +300,7 @@ def test_gated_mlps_have_as_many_weights_as_gelu(mlp: str) -> None:
 def test_flops_equal_the_count_of_torch(mixer: str) -> None:
     model, lengths = MIXED[mixer], [7, 40, 16, 12]
     batch, sigma = random_batch(lengths), torch.ones(4)
-    # torch does not count the CPU's fused attention kernel
+    # torch does not count the FLOPs of the CPU's fused attention kernel, so use the unfused one
     with FlopCounterMode(display=False) as forward, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model(batch, sigma)
     assert model.flops(lengths) == forward.get_total_flops()

@@ -168,7 +168,7 @@ def test_a_download_killed_while_it_renames_its_files_is_completed(server: Serve
     (folder / f"{NAME}.part.release").write_text(record)
     assert download(server, tmp_path)[0] == 0
     assert names(folder) == [NAME, f"{NAME}.release"]
-    # as if the download was killed just before it deleted this file
+    # as if the download was killed just before it deleted the .part.release file
     (folder / f"{NAME}.part.release").write_text(record)
     assert download(server, tmp_path)[0] == 0
     assert len(server.requested_ranges) == 1

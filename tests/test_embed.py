@@ -1,6 +1,7 @@
-"""Tests of embeddings: windows of long proteins and means are compared with direct computation.
+"""Tests of embeddings.
 
-Packing and the number of ranks do not change the embeddings. Both file formats and bad input are tested too.
+The windows of long proteins, and the means over windows and over residues, are compared with direct computation.
+Packing and the number of ranks must not change the embeddings. Both file formats and bad input are tested too.
 """
 
 import functools

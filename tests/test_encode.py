@@ -15,7 +15,7 @@ SEQUENCES = st.lists(st.text(AMINO_ACIDS + CONTEXT_LETTERS, min_size=1, max_size
 
 
 def block_of(*bodies: bytes, ids: Sequence[bytes] = ()) -> FastaBlock:
-    """Return a block of records with these bodies, as in the middle of a file: from record 11, line 101."""
+    """Return a block of records with these bodies. The block begins with record 11 of a file, on line 101."""
     names = ids or [b"p%d" % i for i in range(len(bodies))]
     records = [b">%s\n%s\n" % (name, body.removesuffix(b"\n")) for name, body in zip(names, bodies, strict=True)]
     file = FastaFile("-")
@@ -88,7 +88,7 @@ def test_the_error_names_the_line_of_the_illegal_character(tmp_path: Path) -> No
 
 @given(st.lists(st.text("ACGTUNacgtunKW", min_size=1, max_size=150), min_size=1, max_size=9))
 def test_dna_and_rna_are_counted(sequences: list[str]) -> None:
-    """A sequence counts if at least 90% of its first 100 letters are nucleotides, and it has at least 20 letters."""
+    """A sequence counts if it has at least 20 letters, and at least 90% of its first 100 letters are nucleotides."""
     expected = 0
     for sequence in sequences:
         start = sequence.upper()[:100]

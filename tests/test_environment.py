@@ -42,7 +42,7 @@ def test_explicit_devices_must_exist(name: str, message: str, monkeypatch: pytes
 
 
 def test_a_single_process_sets_its_current_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA graphs are captured on the current device, even if the tensors are on another device."""
+    """CUDA graphs are captured on the current GPU, so it must be the GPU of the tensors."""
     chosen: list[torch.device] = []
     monkeypatch.setattr("torch.cuda.set_device", chosen.append)
     join_group(Processes(0, 1, 0), torch.device("cuda:1"), 1, None)
@@ -78,7 +78,8 @@ def test_compile_auto_is_false_on_a_gpu_machine_that_cannot_compile(
 def test_matmul_peak_is_the_rate_of_the_fastest_product_except_the_first(
     precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # the deadline is at 0 + 5 + 0.1 s; the products take 0.1 s (the first, which does not count), 1 s, 2 s and 0.5 s
+    # The first product takes 0.1 s and does not count. The next products take 1 s, 2 s and 0.5 s. At 9 s the deadline,
+    # 0.1 s + 5 s, has passed.
     ticks = iter([0.0, 0.0, 0.1, 1.0, 2.0, 2.0, 4.0, 4.0, 5.0, 5.5, 9.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(ticks))
     assert matmul_peak(torch.device("cpu"), precision, seconds=5.0, size=64) == 2 * 64**3 / 0.5
@@ -129,7 +130,7 @@ LARGE = f"import subprocess, sys; full = b'x' * (1 << 30); subprocess.run([sys.e
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not record the peak of one program")
 def test_the_peak_memory_of_a_process_does_not_contain_that_of_its_parent() -> None:
-    """The peak of `getrusage` does contain it, because a program inherits the peak of the program that started it."""
+    """The peak of `getrusage` contains that of the parent, because a program inherits the peak of its parent."""
     alone, of_large_parent = (
         int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
         for code in (PEAK, LARGE)
@@ -139,5 +140,5 @@ def test_the_peak_memory_of_a_process_does_not_contain_that_of_its_parent() -> N
 
 def test_peak_memory_grows_with_what_a_process_holds() -> None:
     before = peak_memory(torch.device("cpu"))
-    held = torch.ones(before // 4 + (1 << 24))  # more bytes than the peak
+    held = torch.ones(before // 4 + (1 << 24))  # 64 MiB more than the peak so far
     assert peak_memory(torch.device("cpu")) > before + held.nbytes - (1 << 24) - before

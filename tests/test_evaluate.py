@@ -236,7 +236,7 @@ def test_the_order_agnostic_bound_differs_only_for_a_time_conditioned_model(
 def test_the_draws_of_a_protein_depend_only_on_the_set_and_the_seed(graph: Graph, noise: Noise, estimator: str) -> None:
     """The masks and times of a protein do not depend on the packs or on the order of the proteins.
 
-    So its bound only changes by rounding.
+    So the bound of a protein only changes by rounding.
     """
     score_fn = ScoreFn(make_model(), graph, noise, "x0", time_conditioning=True)
     proteins = [random_batch([length], seed=length).tokens for length in (9, 30, 4)]
@@ -567,7 +567,7 @@ def test_proteins_without_known_residues_do_not_stop_an_evaluation(
 ) -> None:
     """Two of the three proteins have no known residue. The other is a copy of a training protein.
 
-    So no protein is left for the bound without copies.
+    So no protein is left for the second bound, which leaves out copies.
     """
     text = f">copy\n{ProteinTokenizer().decode(store[0])}\n>x\nXXX\n>y\nXXXX\n"
     (tmp_path / "held.fasta").write_text(text)
@@ -597,12 +597,13 @@ def test_train_is_used_for_the_compared_model_only_if_the_fingerprint_matches(
     trained_run: Path, store: SequenceStore, tmp_path: Path
 ) -> None:
     trained = load_trained(str(trained_run), device="cpu", precision="fp32")
-    without_store = replace(trained, saved=replace(trained.saved, path=tmp_path))  # a folder that does not name a store
+    # a model in tmp_path, outside any run, does not name its training store
+    without_store = replace(trained, saved=replace(trained.saved, path=tmp_path))
     (found,) = all_training_data(str(store.path), None, without_store, label="the compared model")
     assert found.model == "the compared model"
     assert found.stores is not None
     assert found.stores.fingerprint == store.fingerprint
-    # train= is now the store of another model
+    # this model was trained on another store than that of train=
     other = replace(without_store, saved=replace(without_store.saved, data_fingerprint="0" * 32))
     (found,) = all_training_data(str(store.path), None, other, label="the compared model")
     assert found.stores is None

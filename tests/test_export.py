@@ -1,4 +1,7 @@
-"""Exported models: bit-identical logits, use in place of a run, loading without Hydra, damaged files, and a hub."""
+"""Tests of exported models.
+
+They cover bit-identical logits, use in place of a run, loading without Hydra, damaged files, and a hub.
+"""
 
 import base64
 import contextlib
@@ -208,7 +211,7 @@ except ValueError as error:
 @pytest.mark.parametrize("exported", KINDS if thorough() else ["named"], indirect=True)
 def test_an_export_loads_with_torch_and_safetensors_alone(exported: Path, tmp_path: Path, run_python: Command) -> None:
     model = exported / "models/base"
-    process = subprocess.run(  # not in a fork, whose imported modules would not be blocked
+    process = subprocess.run(  # in a new interpreter: a fork has imported the blocked modules already
         [sys.executable, "-c", BLOCKED, str(model), "vectors.safetensors", "copy"],
         cwd=tmp_path,
         capture_output=True,

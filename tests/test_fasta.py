@@ -50,7 +50,7 @@ def test_line_ends_of_any_system_give_the_same_records(
     text = "".join(line + end for line, end in zip(lines, itertools.cycle(ends), strict=False))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fasta, "PIECE_BYTES", piece)
-        patch.setattr(fasta, "BLOCK_BYTES", 2 * piece + 8)  # the first block must show the file type
+        patch.setattr(fasta, "BLOCK_BYTES", 2 * piece + 8)  # the first block must be long enough to show the file type
         patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbf" * marked + text.encode())))
         found = [(record.id, record.description, record.sequence) for record in read_fasta("-")]
     assert found == [(f"r{i}", "a b" * described, "".join(body)) for i, (body, described) in enumerate(records)]
@@ -140,7 +140,7 @@ def test_any_flipped_bit_in_gzip_is_an_error_or_changes_no_record(tmp_path: Path
         else:
             assert found == expected, f"bit {bit}"
     assert all(message.startswith(f"{path}: ") for message in messages)
-    assert len(messages) > 0.9 * 8 * len(content)  # the other bits are in the header: time and system
+    assert len(messages) > 0.9 * 8 * len(content)  # the other bits are in gzip's header: its time and system
 
 
 def test_plain_and_gzipped_records_are_read_from_stdin(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +181,7 @@ def test_blocks_of_any_size_give_the_same_records_and_line_numbers(
     assert found == expected
 
 
-# mtime=0: parallel test processes must generate the same parameters
+# parallel test processes must generate the same parameters, so gzip must not store the time (mtime=0)
 ZIPPED, ZIPPED_MANY, ZIPPED_NOTHING = (gzip.compress(TEXT.encode() * times, mtime=0) for times in (1, 5000, 0))
 
 

@@ -234,7 +234,7 @@ def stop_after_checkpoint(process: Process, run: Path, number: signal.Signals) -
 def test_processes_on_one_machine_need_no_resolvable_host_name(store: SequenceStore, tmp_path: Path) -> None:
     """Train in a UTS namespace with an unknown host name.
 
-    The run starts in a new interpreter, because a fork of a server would have the server's host name.
+    The run starts in a new interpreter, because a fork of the interpreter `warm` would have the host name of `warm`.
     """
     require(may_mount(), "setting another host name needs root")
     options = overrides_for(store, "nameless", "trainer.max_steps=2", "trainer.devices=2", "optim.packs_per_step=2")
@@ -287,11 +287,11 @@ OFTEN = ("trainer.checkpoint_every=4", "trainer.max_steps=3000")
 def test_under_torchrun_a_stop_is_not_a_failure_and_leaves_a_marker(
     store: SequenceStore, tmp_path: Path, start: Start
 ) -> None:
-    """torchrun would report every nonzero exit code of a rank as a failure."""
+    """Stopped ranks exit with 0, because torchrun would report any other exit code as a failure."""
     code, errors = stop_after_checkpoint(
         start(*torchrun(2, overrides_for(store, "under", *OFTEN))), tmp_path / "runs/under", signal.SIGTERM
     )
-    assert code != 0  # torchrun's exit code, the same as for a failure
+    assert code != 0  # torchrun itself exits with a nonzero code, as after a failure
     assert "stopped by SIGTERM after step" in errors
     marker = json.loads((tmp_path / "runs/under/stopped.json").read_text())
     assert marker["reason"] == "SIGTERM"
@@ -453,7 +453,7 @@ def test_a_time_limit_ends_a_run_with_a_checkpoint_and_exit_code_75(
 def test_the_error_for_a_lost_loader_process_names_step_rank_and_sequences(
     store: SequenceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: Start
 ) -> None:
-    # torch may raise this error at any moment; during a type check, the check would report a wrong type instead
+    # torch may raise the error of a dead loader during a type check, which would then report a wrong type
     monkeypatch.setenv("PROTLIG_TYPECHECK", "0")
     process = start(*TRAINING, *overrides_for(store, "loader", *OFTEN, "data.workers=1"), new=True)
     wait_for(lambda: complete_checkpoints(tmp_path / "runs/loader"))
@@ -623,7 +623,7 @@ def test_a_bug_in_all_ranks_prints_one_traceback(run_python: Command, store: Seq
     broken = "import runpy\nimport protlig_dd.training.loop as loop\n"
     broken += "def metrics_rows(*_):\n    return {}['not there']\nloop.metrics_rows = metrics_rows\n"
     broken += "if __name__ == '__main__':\n    runpy.run_module('protlig_dd.training', run_name='__main__')\n"
-    (tmp_path / "broken.py").write_text(broken)  # each rank imports this file too, because it is __main__
+    (tmp_path / "broken.py").write_text(broken)  # each rank imports the launcher's __main__, which is this file
     overrides = overrides_for(store, "bug", "trainer.max_steps=5", "trainer.devices=2")
     process = run_python("-m", "broken", *overrides)
     assert process.returncode == 1
@@ -679,10 +679,9 @@ def test_evaluation_is_the_same_on_any_number_of_processes(store: SequenceStore,
 
 @pytest.fixture
 def in_forks(start: Start) -> Callable[[list[str], Path], Process]:
-    """Return a function that starts the campaign's runs in forks.
+    """Return a function that starts the campaign's runs in forks, or in new interpreters if the fault uses SIGSTOP.
 
-    Ranks that a fault stops with SIGSTOP need new interpreters. With forks, SIGSTOP would only stop the process that
-    waits for the rank's fork.
+    With forks, SIGSTOP would only stop the process that waits for the rank's fork.
     """
 
     def start_in(arguments: list[str], folder: Path) -> Process:

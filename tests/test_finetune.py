@@ -1,6 +1,6 @@
 """Tests of fine-tuning. The run or exported model that `from=` names is called the source.
 
-They cover the settings that are taken from the source, the loss of the first step, resuming, copies of training
+The tests cover the settings that are taken from the source, the loss of the first step, resuming, copies of training
 proteins, and errors.
 """
 
@@ -92,7 +92,7 @@ Resolve = Callable[..., tuple[TrainConfig, str]]
 def resolve_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Resolve:
     """Return a function that resolves the config of a run with an experiment and a source.
 
-    The function returns the config and the printed text. It also searches for the experiment in the test's folder.
+    The function returns the config and the printed text. The experiment may be a file in the test's folder.
     """
     monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
 
@@ -136,7 +136,10 @@ def test_settings_of_an_experiment_are_used_or_reported_as_ignored(
 def test_ignored_experiment_settings_are_reported_even_if_a_config_leaves_out_the_key(
     trained_run: Path, tmp_path: Path, resolve_experiment: Resolve
 ) -> None:
-    """A config leaves out a newer key with the default value. The source or the experiment may leave out the key."""
+    """A config leaves out a newer key that has its default value.
+
+    The config of the source or that of the experiment may leave out the key.
+    """
     (tmp_path / "experiment").mkdir()
     newer = {"positions": "diet", "mixers": "ttt_linear", "max_positions": 400, "tie_weights": True}
     (tmp_path / "experiment/newer.yaml").write_text(
@@ -264,7 +267,7 @@ def test_the_first_step_uses_the_sources_averaged_weights(made_runs: Path, store
 
 
 def loss_before_training(run: Path, config: TrainConfig, store: SequenceStore) -> float:
-    """Return the loss of the run's averaged weights on the packs and noise of the config's first step."""
+    """Return the loss of `run`'s averaged weights, with the packs and the noise of the first step under `config`."""
     source = load_trained(str(run), device="cpu", precision="fp32")
     packs = PackDataset(store, store.split("train"), max_len=150, tokens_per_pack=800, seed=5)
     losses, residues = [], 0

@@ -1,4 +1,4 @@
-"""Compare seeded runs with the results that an earlier version recorded, and read the files that it wrote.
+"""Compare seeded runs with the results of an earlier version, and read the files that the earlier version wrote.
 
 tests/golden/make.py records the results and writes the files.
 """

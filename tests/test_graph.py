@@ -150,8 +150,9 @@ def test_prior_samples_and_prior_kl_equal_brute_force(name: str, n: int, sigma: 
 @pytest.mark.parametrize("sigma", SIGMAS)
 @pytest.mark.parametrize("share", [1e-3, 0.3, 1.0])
 def test_reverse_steps_equal_the_dense_formulas(name: str, n: int, sigma: float, share: float) -> None:
-    """The analytic step is [s^T exp(-delta Q)]_z P(delta)[z, x]. The Euler step is onehot(x) + delta s_z Q[z, x].
+    """After an analytic step from state x, state z has the probability [s^T exp(-delta Q)]_z P(delta)[z, x].
 
+    After an Euler step, a state z other than x has the probability delta s_z Q[z, x]. Here s_z is the score of state z.
     The scores are float32, and the probabilities are float64.
     """
     graph, delta = graph_of(name, n), share * min(sigma, graph_of(name, n).sigma_max)
@@ -185,7 +186,10 @@ def test_reverse_steps_equal_the_dense_formulas(name: str, n: int, sigma: float,
 @pytest.mark.parametrize("sigma", [*SIGMAS, 40.0])
 @pytest.mark.parametrize("share", [0.0, 0.4, 0.999])
 def test_the_posterior_step_equals_bayes_rule(name: str, n: int, sigma: float, share: float) -> None:
-    """The posterior is proportional to the sum over x0 of q(x0) P(sigma_next)[x0, z] P(sigma - sigma_next)[z, x_t]."""
+    """The probability of state z after the step from x_t is proportional to a sum over x0.
+
+    The terms are q(x0) P(sigma_next)[x0, z] P(sigma - sigma_next)[z, x_t], where q is the given distribution of x0.
+    """
     sigma_next = share * sigma
     xt = torch.arange(state_count(name, n))
     if name == "absorbing":
@@ -209,7 +213,7 @@ def test_the_posterior_step_equals_bayes_rule(name: str, n: int, sigma: float, s
 @pytest.mark.parametrize("n", [4, 20])
 @pytest.mark.parametrize("sigma", [1e-5, 1e-3, 0.3, 2.0, 6.9])
 def test_the_posterior_of_x0_gives_the_scores(name: str, n: int, sigma: float) -> None:
-    """log_score_from_x0 turns p(x0 | the other tokens) into the score, and x0_probs inverts it."""
+    """log_score_from_x0 turns p(x0 | the other tokens) into the score, and x0_probs is its inverse."""
     toy = brute_force.random_toy(name, n=n, sites=2, seed=5)
     xt = torch.cartesian_prod(*[torch.arange(state_count(name, n))] * 2)
     if name == "absorbing":

@@ -21,8 +21,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.system]
 def trials(tmp_path_factory: pytest.TempPathFactory, warm: Server) -> Iterator[Trials]:
     """Two simulated hosts that are connected by a switch.
 
-    On each host, commands run in forks of an interpreter that waits there. The switch is in a network namespace of its
-    own, which exists as long as the process `sleep infinity` runs in it.
+    On each host, commands run in forks of an interpreter that waits on that host. The switch has its own network
+    namespace, which exists as long as the process `sleep infinity` runs in this namespace.
     """
     if missing := missing_requirements():
         pytest.skip(f"this machine lacks {missing}")
