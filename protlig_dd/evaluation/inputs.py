@@ -26,8 +26,8 @@ class Proteins(NamedTuple):
     sequences: list[np.ndarray]
     """The tokens `<bos> residues <eos>` of each protein."""
     lower_case: list[np.ndarray | None]
-    """For each protein, (residues,) bool, which residues are lower-case letters. None if no residue is, or if the store
-    does not keep the case of letters."""
+    """For each protein, (residues,) bool: True for lower-case letters. None if the protein has no lower-case letter, or
+    if the store does not keep the case of letters."""
     has_case: bool
     """For FASTA: whether any record of the file has both upper-case and lower-case letters, even if that record is not
     among the selected ones. For a store: whether it keeps the case of its records."""
@@ -78,7 +78,7 @@ def is_store(path: Path) -> bool:
 
 
 def subsample(rows: np.ndarray, most: int | None, seed: int) -> np.ndarray:
-    """Return at most `most` of these ascending rows, chosen at random with `seed`; all rows if `most` is None."""
+    """Return at most `most` of the ascending `rows`, chosen at random with `seed`; all rows if `most` is None."""
     return rows if most is None else random_subset(rows, most, seed)
 
 

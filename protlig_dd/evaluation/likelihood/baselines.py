@@ -25,7 +25,7 @@ class Baselines:
     unigram: np.ndarray
     """(20,)"""
     bigram: np.ndarray
-    """(30, 20): a row for each previous token; the rows of context letters equal the unigram model."""
+    """(30, 20): a row for each previous token. The rows of the letters X, B, Z, J, U and O equal the unigram model."""
     sequences: int
 
     def nats(self, tokens: np.ndarray, is_context: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -40,7 +40,7 @@ class Baselines:
         inside = targets_of(tokens, is_context) < N_STATES
         unigram, bigram = np.zeros(len(tokens)), np.zeros(len(tokens))
         unigram[inside] = -self.unigram[tokens[inside]]
-        # the residue before the first token of a crop is unknown, like X, whose row equals the unigram model
+        # a crop may begin inside a protein: the token before it is then unknown, so the row of X is used for it
         before = np.append(CONTEXT, tokens[:-1])
         bigram[inside] = -self.bigram[before[inside], tokens[inside]]
         return unigram, bigram
@@ -63,7 +63,7 @@ def fit_baselines(sequences: Iterable[np.ndarray], contexts: Iterable[np.ndarray
         n += 1
     counts = pairs.sum(0) + 1
     unigram = counts / counts.sum()
-    pairs[N_STATES : VOCAB_SIZE - 3] = 0  # rows of the mask and of the context letters
+    pairs[N_STATES : VOCAB_SIZE - 3] = 0  # rows of the mask and of the letters X, B, Z, J, U and O
     bigram = (pairs + PSEUDO_COUNTS * unigram) / (pairs.sum(1, keepdims=True) + PSEUDO_COUNTS)
     return Baselines(np.log(unigram), np.log(bigram), n)
 
@@ -93,8 +93,8 @@ def find_baseline_stores(
     Args:
         train: path of the store to use (`train=`). None: the stores that the model was trained on.
         store: the evaluated store, which the model may have been trained on.
-        context: the case of residues that are context. If a store does not keep the case, the baselines are fitted to
-            all residues, and a message reports this.
+        context: the case that marks residues as context, or none. If a store does not keep the case, the baselines are
+            fitted to all residues, and a message reports this.
     """
     candidates = [] if store is None else [store]
     stores = (

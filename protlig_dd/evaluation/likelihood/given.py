@@ -1,4 +1,4 @@
-"""Find out which residues of evaluated proteins are context, which is given to the model and not scored."""
+"""Find the context residues of evaluated proteins. Context residues are given to the model and not scored."""
 
 from protlig_dd.data.case import Context, context_tokens, has_only_context, nothing_to_design, targets_of
 from protlig_dd.data.crops import designed_crops, window

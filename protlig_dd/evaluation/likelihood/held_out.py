@@ -70,7 +70,8 @@ def held_out_bound(
         dataset: unshuffled (seed None). If the dataset's stores have context, the bound is on the NLL of the designed
             residues (all residues that are not context) given the context. A sequence longer than max_len is cropped to
             max_len consecutive residues. If the sequence has no context residues, the crop is its first max_len
-            residues. Otherwise it is the crop with the most designed residues, the first of several such crops.
+            residues. Otherwise it is the crop with the most designed residues. If several crops have the most, the
+            first of them is used.
         unigram: (20,) amino-acid frequencies.
     """
     log_unigram = torch.from_numpy(np.log(unigram))

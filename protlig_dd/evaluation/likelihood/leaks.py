@@ -14,7 +14,7 @@ from protlig_dd.evaluation.inputs import numbered_fasta
 from protlig_dd.evaluation.likelihood.trained_on import TrainingData
 from protlig_dd.tokenizer import N_STATES
 
-# number of tokens in the middle of a protein; before whole rows are read, these tokens are compared as a 64-bit number
+# a training row is read in full only if its middle WINDOW tokens, as one 64-bit number, match an evaluated protein
 WINDOW = 8
 ROWS_AT_ONCE = 1 << 18
 MAX_RESIDUES = 20_000_000  # near=auto searches at most this many training residues: a few minutes on two cores
@@ -85,7 +85,7 @@ class Leaks:
         return messages
 
     def report(self) -> dict[str, Any]:
-        """Return the counts for JSON. A count is None if the search for such proteins was not made."""
+        """Return the counts for JSON. A count is None if such proteins were not searched for."""
         return {
             "copies": int(self.copied.sum()) if self.copies else None,
             "near": None if self.near is None else int(self.near.sum()),

@@ -23,6 +23,8 @@ from protlig_dd.system.random import protein_keys, stratified_positions
 from protlig_dd.tokenizer import N_STATES
 
 MASKED_FRACTION = 0.15
+# keys of `Scored.nats`: the model's bound, the bound of the model of compare=, the baselines, and other measures of the
+# model (OADM, EvoDiff's test convention, cross-entropy of a masked MASKED_FRACTION of the residues)
 COLUMNS = ("bound", "compared", "unigram", "bigram", "oadm", "evodiff", "masked")
 
 
@@ -32,7 +34,7 @@ class Given(NamedTuple):
     tokens: np.ndarray
     """(length,)"""
     is_context: np.ndarray | None
-    """(length,) bool: which tokens are context residues, which are given to the model and not scored. None: there is no
+    """(length,) bool: True for context residues. These are given to the model and not scored. None: there is no
     context."""
 
 
@@ -153,7 +155,7 @@ def summary(scored: Sequence[Scored]) -> dict[str, Any]:
             continue
         count = np.array([protein.masked.get(name, protein.residues) for protein in scored])
         figures[name], figures[f"{name}_se"] = per_residue(column(scored, name), count)
-        if len(scored) == 1 and name == "bound":  # one protein has no spread: use the error of the draws
+        if len(scored) == 1 and name == "bound":  # no variation between proteins: use the Monte Carlo error
             figures["bound_se"] = scored[0].bound_se / scored[0].residues
         figures[f"{name}_perplexity"] = float(np.exp(figures[name]))
     for name, other in (("bound", "unigram"), ("compared", "unigram"), ("bigram", "unigram"), ("bound", "compared")):

@@ -40,7 +40,7 @@ def find_training_stores(
 ) -> StoreGroup | None:
     """Return the stores with the fingerprint of a model's training data; None if they are not found.
 
-    The known stores are tried one at a time. Then the stores that the checkpoint's run recorded are tried together.
+    Each of `known_stores` is tried alone. Then the stores that the checkpoint's run recorded are tried together.
     Recorded paths may be relative to the folder in which the run was launched, so they are looked up in the current
     folder and in every folder that contains the run.
     """
@@ -138,11 +138,11 @@ def all_training_data(
     """Return the training data of the model and of its source models.
 
     Args:
-        train: path of the store of `train=`. If `label` is "this model" and the model's own stores are not found, the
-            store of `train=` is used instead.
+        train: path of the store that the user set with `train=`, if any. It is used if its fingerprint is that of the
+            model's training data. With the label "this model", it is also used if the model's stores are not found.
         store: the evaluated store, which may be the training data.
-        label: name of the model in messages. With any other label, `train=` may belong to another model, so the store
-            of `train=` is used only if its fingerprint matches.
+        label: name of the model in messages. With a label other than "this model", `train=` may be the training data of
+            another model, so its fingerprint must match.
     """
     train_stores = [] if train is None else [SequenceStore(train)]
     known_stores = train_stores + ([] if store is None else [store])

@@ -11,7 +11,7 @@ from protlig_dd.evaluation.report.run import Run
 from protlig_dd.tokenizer import AMINO_ACIDS
 
 SMOOTHED = 12.0  # a smoothed curve is a moving average over about this many points
-CURVES = (  # key of metrics.jsonl, title, unit, factor
+CURVES = (  # key of metrics.jsonl, title, unit, factor that converts the value to the unit
     ("lr", "Learning rate", "", 1.0),
     ("residues_per_s", "Speed", "residues/s", 1.0),
     ("grad_norm", "Gradient norm", "", 1.0),
@@ -29,9 +29,10 @@ def labels_of(runs: Sequence[Run]) -> list[str]:
 def curves(runs: Sequence[Run], names: Sequence[str] | None = None) -> list[Markup]:
     """Return the plots of the values in metrics.jsonl.
 
+    Noisy values, such as the loss, are smoothed. The page of one run also shows the values before smoothing.
+
     Args:
-        names: labels of the runs, for the page that compares runs. None: the page of one run. Noisy values, such as the
-            loss, are smoothed. The page of one run shows them before smoothing too.
+        names: labels of the runs, for the page that compares runs. None: the page of one run.
     """
 
     def raw_and_smooth(run: Run, key: str, name: str, colour: int, factor: float = 1.0) -> list[Series]:
@@ -46,12 +47,12 @@ def curves(runs: Sequence[Run], names: Sequence[str] | None = None) -> list[Mark
 
     def validation(run: Run, name: str, colour: int) -> Series:
         x, y = run.column("val_nll")
-        errors = [run.metrics[int(step)].get("val_nll_se") or 0.0 for step in x]  # null if one protein was evaluated
+        errors = [run.metrics[int(step)].get("val_nll_se") or 0.0 for step in x]  # val_nll_se is null for one protein
         return Series(name, x, y, colour, errors=errors)
 
     if names is None:
         (run,) = runs
-        # a loss with capped weights is not a bound, so its label must say so
+        # a loss with capped weights is not a bound, so its label must mention the cap
         loss = "loss, weights capped, " if has_capped_weights(run) else "loss, "
         plots = [
             plot(
@@ -79,7 +80,7 @@ def curves(runs: Sequence[Run], names: Sequence[str] | None = None) -> list[Mark
 
 
 def has_capped_weights(run: Run) -> bool:
-    """Whether noise.max_weight caps the weights of the training loss, so that it differs from the bound."""
+    """Whether noise.max_weight caps the weights of the training loss, so that the loss differs from the bound."""
     max_weight = run.config.get("noise.max_weight")
     return max_weight is not None and (max_weight != "auto" or run.config.get("graph.name") == "absorbing")
 

@@ -170,7 +170,7 @@ def comparison_page(runs: Sequence[Run]) -> str:
 
 
 def notices_of_comparison(protein_sets: Collection[object], contexts: Collection[str | None]) -> list[str]:
-    """Return what a reader must know about bounds that cannot be compared with each other."""
+    """Return the notices for the reader if the bounds of the runs cannot be compared with each other; else []."""
     notices = []
     if len(contexts) > 1:
         notices.append(

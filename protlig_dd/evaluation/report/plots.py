@@ -1,7 +1,7 @@
 """SVG plots for the HTML pages.
 
 Each plot except a dot plot contains its values as JSON, and the page's script shows these values as a tooltip. Colours
-are the CSS classes c0, c1, ..., so that they follow the page's light and dark palettes. All names are escaped.
+are the CSS classes c0, c1, ..., so that they follow the page's light and dark palettes. All names are HTML-escaped.
 """
 
 import itertools

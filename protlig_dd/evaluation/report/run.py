@@ -16,7 +16,7 @@ from protlig_dd.system.tables import as_written, read_json
 
 PAGE, CONFIG, METRICS = "report.html", "config.yaml", "metrics.jsonl"
 BOUNDS = ("nll", "unigram_nll", "difference")
-REQUIRED_KEYS = {  # every version of these files has these keys
+REQUIRED_KEYS = {  # every version of protlig_dd writes these keys
     "report.json": ("split", "step", "sequences", "residues", *BOUNDS, *(f"{key}_se" for key in BOUNDS)),
     "judges.json": ("samples", "natural", "rows"),
 }

@@ -27,10 +27,10 @@ CLASS_OF = {letter: name for name, letters in RESIDUE_CLASSES for letter in lett
 
 
 def paired(run_nats: list[tuple[str, int, float]], first: list[tuple[str, int, float]]) -> list[str]:
-    """Return two table cells: the run's bound minus the first run's bound in nats/residue, and its standard error.
+    """Return two table cells: the run's bound minus the first run's bound, and the standard error of this difference.
 
-    The cells are empty for the first run itself. They are also empty if one of the two runs has no bounds per
-    protein, or if the two runs were evaluated on different proteins.
+    Both are in nats/residue. The cells are empty for the first run itself. They are also empty if one of the two runs
+    has no bounds per protein, or if the two runs were evaluated on different proteins.
 
     Args:
         run_nats, first: results of `nats_of_proteins` for the run and for the first run.
@@ -70,7 +70,8 @@ def bounds_section(protein_set: str, bounds: dict[str, Any], data: str | None) -
     """Return a plot and a table of the model's bound and of the baselines' NLL; None without `bounds`.
 
     Args:
-        bounds: the model's figures, and for each baseline its NLL `NAME_nll` and the standard error `NAME_nll_se`.
+        bounds: figures from `Run.bounds`: those of the model (`nll`, `nll_se`, ...), and for each baseline NAME its NLL
+            `NAME_nll` with the standard error `NAME_nll_se`.
         data: path of the training data.
     """
     if not bounds:
@@ -107,10 +108,11 @@ def plus_minus(error: float) -> str:
 
 
 def judges_section(run: Run) -> dict[str, Any] | None:
-    """Return the comparison of samples with natural proteins, from judges.json or else from report.json.
+    """Return the comparison of samples with natural proteins; None if there are no figures.
 
-    Without judges.json, other figures from report.json about the run's samples are added. With judges.json they are
-    left out, because judges.json may be about samples other than the run's. None if there are no figures.
+    The comparison is in judges.json if this file exists, else in report.json. In the second case, the section also has
+    the other figures of report.json about the run's samples. In the first case it does not, because judges.json may be
+    about other samples.
     """
 
     def figure(row: dict[str, Any], column: str) -> str:
@@ -157,9 +159,9 @@ def format_cell(value: Any) -> str:
 
 
 def protein(record: FastaRecord) -> dict[str, Any]:
-    """Return one sample for the page.
+    """Return the values with which the page's template shows one sample.
 
-    A line of its sequence is (1-based position of the first residue, [(residue class, residues), ...]).
+    Each of its `lines` is (1-based position of the first residue, [(residue class, residues), ...]).
     """
     sequence = record.sequence
     lines = []

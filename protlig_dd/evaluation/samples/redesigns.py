@@ -1,9 +1,10 @@
 """Score redesigned proteins: upper bounds on -log p of the free residues given the fixed residues.
 
-Each draw masks k of the m free residues, with k uniform on 1..m. The sum of the cross-entropies of the masked residues
-is multiplied by m / k. This is the exact-count estimator of protlig_dd.diffusion.exact_count, except that fixed
-residues are never masked. All designs of one protein use the same random numbers for their masks. So designs with the
-same free positions get the same masks, and their scores differ only because their residues differ.
+The free residues are redesigned; the fixed residues are kept from the input protein. Each draw masks k of the m free
+residues, with k uniform on 1..m. The sum of the cross-entropies of the masked residues is multiplied by m / k. This is
+the exact-count estimator of protlig_dd.diffusion.exact_count, except that fixed residues are never masked. All designs
+of one protein use the same random numbers for their masks. So designs with the same free positions get the same masks,
+and their scores differ only because their residues differ.
 """
 
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ MAX_DRAWS = 1 << 20
 
 
 class Redesign(NamedTuple):
-    """A design or the input of designs, and which of its residues are free in the designs."""
+    """A design, or the input protein of designs, and which of its residues are free in the designs."""
 
     name: str
     ids: np.ndarray
@@ -43,7 +44,7 @@ class Redesign(NamedTuple):
 def free_draws(score_fn: ScoreFn, designs: Sequence[Redesign], work: Work, *, draws: int, seed: int) -> np.ndarray:
     """Return (draws, designs) nats whose sum over draws bounds -log p of the free residues given the fixed residues.
 
-    The random numbers for the masks of draw k depend only on (seed, "free residues", protein, k).
+    The random numbers for the masks of draw k depend only on the seed, `Redesign.protein` and k.
     """
     levels = strata(draws)
 

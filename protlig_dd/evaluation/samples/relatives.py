@@ -17,9 +17,10 @@ NAN = float("nan")
 
 
 def find_train(config: JudgeConfig, mmseqs: bool) -> SequenceStore | None:
-    """Return the store whose training split is searched for relatives: `train=`, or else `natural=` if it is a store.
+    """Return the store whose training split is searched for relatives (similar proteins) of the samples.
 
-    If no store can be searched, print the reason and return None.
+    It is the store of `train=`, or else that of `natural=` if `natural=` is a store. If no store can be searched, print
+    the reason and return None.
     """
     path = config.train or (config.natural if is_store(Path(config.natural)) else None)
     if path is None:
@@ -42,7 +43,7 @@ def relatives(
     The similar proteins are found within each set and, unless `train` is None, in the training split of `train`.
 
     Args:
-        sets: the SETS; the first is the samples.
+        sets: the proteins of each of the SETS, of which the first is the samples.
 
     Returns:
         {column name: one value for each sample}.

@@ -1,7 +1,7 @@
 """Sequence statistics that distinguish generated proteins from natural ones.
 
-A sequence is a (length,) uint8 array of ids: 0..19 are the amino acids, higher ids are context letters. No k-mer,
-low-complexity window or tandem repeat contains a context letter.
+A sequence is a (length,) uint8 array of ids: 0..19 are the amino acids, higher ids are the context letters XBZJUO. No
+k-mer, low-complexity window or tandem repeat contains a context letter.
 """
 
 import bisect
@@ -61,8 +61,8 @@ def kmer_divergence(
 ) -> Figure:
     """Return the Jensen-Shannon divergence between the k-mer frequencies of two sets in nats, with its standard error.
 
-    The frequencies are pooled over the sequences of each set. The error comes from a bootstrap over `sequences`. It is
-    too large if the divergence is mostly noise. A set with n k-mers biases the divergence upwards by about
+    The frequencies are pooled over the sequences of each set. The error comes from a bootstrap over `sequences`. This
+    error is too large if the divergence is mostly noise. A set with n k-mers biases the divergence upwards by about
     (20^k - 1) / (8 n), and the biases of the two sets add up. To see how large this bias is, compute the divergence of
     another set of natural proteins.
 
@@ -294,7 +294,7 @@ def for_json(rows: Rows) -> list[dict[str, str | float | None]]:
 def format_figure(figure: Figure) -> str:
     """Format a figure; NaN gives an empty string.
 
-    The value is rounded to the second significant digit of its standard error, or of a quarter of its interval.
+    The value is rounded to the second significant digit of its standard error, or of a quarter of the interval width.
     """
     value, error, low, high = figure
     if math.isnan(value):

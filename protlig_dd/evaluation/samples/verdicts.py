@@ -108,8 +108,8 @@ class Difference(NamedTuple):
     high: float
     """Ends of the interval of the difference."""
     limit: float
-    """Absolute difference between the shuffled and the natural proteins; for fractions at least FRACTION_LIMIT. It is 0
-    if this difference is unknown."""
+    """Absolute difference between the values of the shuffled and the natural proteins; for fractions at least
+    FRACTION_LIMIT. It is 0 if one of these values is unknown."""
 
     def verdict(self, bad: str) -> str:
         """Return the verdict on the row.
@@ -130,7 +130,7 @@ def verdicts(rows: Rows, n_reference: int, lengths_not_judged: str | None = None
     Args:
         rows: rows of `cheap_judges` and of any other judges.
         n_reference: number of natural proteins with which the lengths of the samples are compared.
-        lengths_not_judged: reason why the lengths of the samples say nothing about the model. None: they are judged.
+        lengths_not_judged: reason why the lengths of the samples say nothing about the model. None: lengths are judged.
     """
     n = round(rows["proteins"][0].value)
     matched = "the natural proteins were chosen to match the samples in number and, as closely as possible, in length"
@@ -211,7 +211,7 @@ def difference(kind: Kind, rows: Rows, name: str, level: float) -> Difference:
     n = round(rows["proteins"][0].value)
     samples, natural, shuffled = rows[name]
     more, limit = samples.value - natural.value, abs(shuffled.value - natural.value)
-    if kind.averaged_over:  # the mean is over fewer proteins: take their number in the smaller of the two sets
+    if kind.averaged_over:  # n is the number of proteins in the mean: samples or natural proteins, whichever are fewer
         (fractions,) = (row for other, row in rows.items() if other.startswith(kind.averaged_over))
         n = round(n * min(fractions[0].value, fractions[1].value))
     times = float(t.ppf((1 + level) / 2, n - 1)) if n > 1 else math.nan
@@ -224,7 +224,7 @@ def difference(kind: Kind, rows: Rows, name: str, level: float) -> Difference:
         return Difference(more - lower, more + upper, max(FRACTION_LIMIT, limit))
     errors = [figure.error or max(samples.error, natural.error) for figure in (samples, natural)]
     half = times * math.hypot(*errors)
-    if kind.k:  # the biases of the samples' and the natural proteins' divergence differ by about this much
+    if kind.k:  # add the difference between the biases of the two divergences (see `kmer_divergence`)
         counts = [rows["residues"][column].value for column in (0, 1)]
         half += (N_STATES**kind.k - 1) / 8 * abs(1 / counts[0] - 1 / counts[1])
     return Difference(more - half, more + half, 0.0 if math.isnan(limit) else limit)

@@ -1,6 +1,7 @@
 """Read assays of protein variants in ProteinGym's file format, and evaluate predictions against them.
 
-The mutant `A24P:D30N` changes residue 24 (counted from 1) of the target from A to P and residue 30 from D to N.
+The target of an assay is its wild type. The mutant `A24P:D30N` changes residue 24 (counted from 1) of the target from A
+to P, and residue 30 from D to N.
 """
 
 import math
@@ -33,8 +34,8 @@ class Assay:
     measured: np.ndarray
     """(rows,) DMS_score; NaN where it is missing."""
     fit: np.ndarray
-    """(rows,) DMS_score_bin. If the file lacks this column: 1 where DMS_score is above its median, else 0. A missing
-    value is NaN."""
+    """(rows,) the column DMS_bin_score or DMS_score_bin: 1 for a fit variant, 0 for an unfit one. If the file has
+    neither column: 1 where DMS_score is above its median, else 0. A missing value is NaN."""
     bad: Sequence[str] = ()
     """Error messages of the rows that were skipped."""
 
@@ -49,7 +50,7 @@ class Assay:
         return next((i for i, variant in enumerate(self.variants) if variant.indel), None)
 
     def subset(self, rows: np.ndarray) -> "Assay":
-        """Return an assay with these rows only and without the messages in `bad`."""
+        """Return an assay with only the rows at these indices, and without the messages in `bad`."""
         selected = rows.tolist()
         return Assay(
             self.header,

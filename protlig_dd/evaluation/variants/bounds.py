@@ -36,7 +36,10 @@ class Columns(NamedTuple):
     """For each of the variant's tokens, its index in the concatenation of `aligned` and `inserted`."""
 
     def join(self, aligned: Tensor, inserted: Tensor) -> Tensor:
-        """Return the values of the variant's tokens in order, taken from values for `aligned` and for `inserted`."""
+        """Merge values of the `aligned` tokens and values of the `inserted` tokens into the variant's order of tokens.
+
+        The values of gaps are dropped.
+        """
         return torch.cat([aligned, inserted])[self.order]
 
 
@@ -45,7 +48,7 @@ def columns_of(target: np.ndarray, piece: Piece) -> Columns:
 
     Without an indel, the tokens are aligned position by position. An indel replaces a block of the wild type's
     residues; all tokens outside the block are aligned. The residues of the block and the new residues are aligned one
-    by one from the start of the block. The surplus residues of the longer of the two are not aligned.
+    by one from the start of the block. If there are more of one kind than of the other, the surplus is not aligned.
     """
     aligned = torch.from_numpy(window_tokens(target, piece.start, piece.stop))
     shift = (piece.start == 0) - piece.start  # index in the window minus position in the protein
@@ -68,10 +71,10 @@ def bound_differences(
 ) -> np.ndarray:
     """Return draws of (NLL bound of the wild type, scaled to the variant's length) - (NLL bound of the variant).
 
-    In draw k the wild type and all variants share the time (with the exact count: the fraction of masked residues).
-    They also share the random numbers for the noise of each aligned token. Draws 2 i and 2 i + 1 are antithetic: they
-    use u and 1 - u for the time. With the exact count they use u and 1 - u for the fraction, and also for the choice
-    of the masked residues.
+    In each draw, the wild type and all variants share the time or, with the exact-count estimator, the fraction of
+    masked residues. They also share the random numbers for the noise of each aligned token. Draws 2 i and 2 i + 1 are
+    antithetic: they use u and 1 - u for the time or the fraction. With the exact-count estimator, they also use u and
+    1 - u for the choice of the masked residues.
 
     Returns:
         (draws, pieces) float64, nats.
@@ -121,7 +124,10 @@ def column_streams(seed: int, draw: int) -> tuple[torch.Generator, torch.Generat
 def exact_count_draw(
     score_fn: ScoreFn, batch: PackedBatch, columns: Sequence[Columns], u: float, k: int, seed: int
 ) -> Tensor:
-    """Return draw k of the exact-count bound, (total,) nats, which masks floor(u L) + 1 of a sequence's L residues."""
+    """Return draw k of the exact-count bound: nats of each token of the pack, (total,).
+
+    The draw masks floor(u L) + 1 of the L residues of each sequence.
+    """
     graph, device = score_fn.graph, score_fn.device
     drawn = []
     for each in columns:
@@ -138,7 +144,7 @@ def exact_count_draw(
 def integral_draw(
     score_fn: ScoreFn, batch: PackedBatch, columns: Sequence[Columns], u: float, k: int, seed: int
 ) -> Tensor:
-    """Return draw k of the integral bound, (total,) nats, at time t_min + (1 - t_min) u.
+    """Return draw k of the integral bound, at time t_min + (1 - t_min) u: nats of each token of the pack, (total,).
 
     The draw includes the reconstruction term and the prior term of the bound.
     """

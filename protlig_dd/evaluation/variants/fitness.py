@@ -25,8 +25,8 @@ class Scores:
     nats: np.ndarray
     """(variants,) float64."""
     standard_error: np.ndarray | None
-    """(variants,) Monte Carlo standard error of scores by the bound. It is NaN for a variant that is scored without
-    draws. None if all variants are scored without draws."""
+    """(variants,) Monte Carlo standard error of the scores by the strategy `bound`. It is NaN for variants scored by
+    other strategies, which need no random draws. None if no variant is scored by `bound`."""
 
 
 def score_variants(
@@ -48,9 +48,9 @@ def score_variants(
         target: (length,) ids of the wild type.
         strategy: one of `strategies_of(graph)`:
 
-            - masked_marginals: sum over the changed sites of log p(variant) - log p(wild type), with all changed sites
-              masked at once (Meier et al. 2021, "Language models enable zero-shot prediction of the effects of
-              mutations on protein function", doi 10.1101/2021.07.09.450648);
+            - masked_marginals: sum over the changed sites of log p(variant's residue) - log p(wild type's residue),
+              with all changed sites masked at once (Meier et al. 2021, "Language models enable zero-shot prediction of
+              the effects of mutations on protein function", doi 10.1101/2021.07.09.450648);
             - site_marginals: the same sum, with one site masked at a time and the wild type's residues elsewhere;
             - wildtype_marginals: the same sum, with the unmasked wild type as input (also Meier et al. 2021);
             - ratio: sum over the changed sites of the substitution's log-score, with the wild type as input, at the
@@ -125,9 +125,10 @@ Context = tuple[int, int, tuple[int, ...]]
 
 @torch.no_grad()
 def marginals(score_fn: ScoreFn, target: np.ndarray, pieces: Sequence[Piece], work: Work, strategy: str) -> np.ndarray:
-    """Return the scores of the pieces, (pieces,) float64, by any strategy except the bound.
+    """Return the scores of the pieces, (pieces,) float64, by any strategy except `bound`.
 
-    Pieces with the same context, that is the same window and masks, share one evaluation of the network.
+    A piece has the changes of a variant that are scored together in one window. Pieces with the same context, that is
+    the same window and masks, share one evaluation of the network.
     """
     contexts: dict[Context, list[int]] = {}
     for i, piece in enumerate(pieces):

@@ -26,9 +26,12 @@ from protlig_dd.system.terminal import ProgressBar, announce
 
 
 def score_folder(config: VariantsConfig) -> None:
-    """Score each assay separately, so that an interrupted command keeps finished assays; then average over them."""
+    """Score the assays of a folder one after the other, and write the averages of their metrics.
+
+    The scores of an assay are written as soon as it is finished, so an interrupted command keeps the finished assays.
+    """
     folder = Path(config.assay or "")
-    if not folder.exists():  # assay=null gives the current folder, which exists; the next check rejects it
+    if not folder.exists():  # assay=null becomes the current folder and passes; the next check rejects it
         raise ValueError(f"assay={config.assay} does not exist")
     if config.assay is None or not folder.is_dir():
         raise ValueError(f"assay={config.assay} is not a folder; reference= needs a folder of CSV files")

@@ -13,7 +13,7 @@ MAX_ROWS = 20  # at most this many rows in the picture
 
 
 def heat_map(assay: Assay, target: np.ndarray, scores: np.ndarray) -> np.ndarray | None:
-    """Return the scores of the single substitutions, (length, 20), or None if the assay has none.
+    """Return the scores of the single substitutions, (length, 20), or None if the assay has no such variant.
 
     The entries of the wild type's residues are 0. The entries of substitutions that were not scored are NaN.
     """
@@ -42,7 +42,7 @@ def to_png(table: np.ndarray, target: np.ndarray, title: str) -> bytes:
     """Return the heat map as a PNG. Dots mark the wild type's residues.
 
     White means as fit as the wild type, red less fit, blue fitter, and grey not scored. Each row of the picture shows a
-    block of ROW positions. Blocks without scores are left out, and at most MAX_ROWS blocks are shown, from the first.
+    block of ROW positions. Blocks without scores are left out. The first MAX_ROWS of the other blocks are shown.
     """
     from matplotlib.figure import Figure  # imported here because most commands draw no picture
 

@@ -31,7 +31,7 @@ def metrics_of(scores: np.ndarray, measured: np.ndarray, fit: np.ndarray, high: 
         scores: (rows,).
         measured: (rows,); NaN if missing.
         fit: (rows,) 1 or 0; NaN if missing.
-        high: (rows,) whether the score is at least the median over the whole assay.
+        high: (rows,) whether the score is at least the median score of all rows of the assay that have a label.
     """
     known = ~np.isnan(measured)
     known_scores, known_measured = scores[known], measured[known]
@@ -121,8 +121,9 @@ def aggregate(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     Args:
         results: for each assay: UniProt_ID, coarse_selection_type (the type) and METRICS. Metrics that are None are
-            left out of averages. Optional keys are MSA_Neff_L_category and taxon, for separate averages over the assays
-            with each value (over the assays of each protein, then over proteins), and by_depth, see `depth_averages`.
+            left out of averages. Optional keys are MSA_Neff_L_category, taxon and by_depth (see `judge`). For each
+            value of MSA_Neff_L_category and of taxon, the assays with this value are averaged like those of a type. The
+            metrics in by_depth are averaged by `depth_averages`.
     """
     by_type = {kind: averages(group) for kind, group in group_by(results, "coarse_selection_type").items()}
     overall = {metric: mean(values[metric] for values in by_type.values()) for metric in METRICS}
@@ -155,7 +156,11 @@ def averages(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def depth_averages(results: Sequence[Mapping[str, Any]], depth: str) -> dict[str, Any]:
-    """Return the metrics at one depth, averaged over the assays of each (protein, type), then over these pairs."""
+    """Return the metrics at one depth, averaged over the assays of each (protein, type), then over these pairs.
+
+    Args:
+        depth: the number of substitutions, one of DEPTHS. Each of `results` has metrics at this depth.
+    """
     pairs = group_by(
         [
             {**result["by_depth"][depth], "pair": f"{result['UniProt_ID']} {result['coarse_selection_type']}"}

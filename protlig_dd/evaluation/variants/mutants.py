@@ -12,7 +12,7 @@ WILD_TYPES = ("WT", "WILDTYPE", "WILD-TYPE", "P.=", "P.(=)")
 
 
 class Indel(NamedTuple):
-    """Replacement of residues start..stop of the wild type (from 0, `stop` excluded) by another number of residues."""
+    """Residues start..stop of the wild type (from 0, `stop` excluded), which are replaced by more or fewer residues."""
 
     start: int
     stop: int

@@ -41,7 +41,7 @@ def read_reference(path: Path, folder: Path) -> list[Reference]:
     """
     files = {
         file.name for file in folder.glob("*.csv") if file.name[0] != "." and file.resolve() != path.resolve()
-    }  # macOS leaves ._A.csv beside A.csv
+    }  # hidden files are skipped, because macOS leaves ._A.csv beside A.csv
     header, lines = read_csv(path)
     missing = [name for name in REFERENCE if name not in header]
     if missing:
@@ -58,7 +58,7 @@ def read_reference(path: Path, folder: Path) -> list[Reference]:
             raise ValueError(f"{where}: DMS_id {name} occurs twice")
         target = encode(cells["target_seq"].upper(), f"{where}, target_seq")
         more = {key: cells[key].capitalize() for key in BREAKDOWNS if cells.get(key)}
-        # clinical reference files have neither of these columns; each of their assays is a separate protein
+        # clinical reference files have neither UniProt_ID nor coarse_selection_type: each assay is a separate protein
         protein, kind = cells.get("UniProt_ID") or name, cells.get("coarse_selection_type") or "Clinical"
         numbering = numbering_of(cells, where, path)
         found[file] = Reference(name, folder / file, target, protein, kind, more, numbering)

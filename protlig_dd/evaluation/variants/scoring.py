@@ -29,7 +29,7 @@ from protlig_dd.system.terminal import announce
 from protlig_dd.tokenizer import ProteinTokenizer
 
 SHOWN = 3  # number of skipped rows whose messages are printed
-ENOUGH = 10  # minimum number of measured variants of each strategy for separate metrics
+ENOUGH = 10  # with fewer measured variants, metrics are reported with a warning, and not by strategy
 
 
 def numbering_for(config: VariantsConfig, default: Numbering) -> Numbering:
@@ -54,7 +54,7 @@ def check_assay(trained: TrainedModel, config: VariantsConfig, assay: Assay, tar
 
 
 def warn_of_context(trained: TrainedModel) -> None:
-    """Print a warning if the model was trained on parts of proteins (`data.context`)."""
+    """Print a warning if the model was trained with `data.context`: to predict some residues given the others."""
     if trained.context != "none":
         announce(
             f"warning: this model was trained to design parts of proteins given the {trained.context}-case residues; "

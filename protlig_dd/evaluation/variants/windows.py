@@ -52,7 +52,7 @@ def pieces_of(assay: Assay, length: int, max_len: int, strategy: str) -> list[Pi
                     f"{where}: {len(ids)} residues replace {stop - start}; such a change does not fit into a window of "
                     f"{max_len} residues, the maximum length of this model"
                 )
-            # a longer variant's window has more residues than the wild type's, and must have at most max_len too
+            # the window of a longer variant has more residues than that of the wild type, but also at most max_len
             size = max_len - max(0, length_change(variant))
             pieces.append(Piece(number, *window_around(start, stop, length, size), variant))
         sites = [site for site, _ in variant.substitutions]
@@ -70,9 +70,9 @@ def groups_of(sites: Sequence[int], length: int, max_len: int) -> list[tuple[int
     """Partition the sites into groups, each of which fits into one window.
 
     The partition has as few groups as possible. Among the partitions with this number of groups, it maximises the
-    smallest `margin` of a group, then the second smallest margin, and so on. If the last group is removed from an
-    optimal partition, the rest is an optimal partition of the remaining sites. So dynamic programming over the sites
-    finds an optimal partition.
+    smallest `margin` of a group (the residues between its sites and the edge of its window), then the second smallest
+    margin, and so on. If the last group is removed from an optimal partition, the rest is an optimal partition of the
+    remaining sites. So dynamic programming over the sites finds an optimal partition.
 
     Args:
         sites: positions in ascending order, without repeats; may be empty.
@@ -89,14 +89,14 @@ def groups_of(sites: Sequence[int], length: int, max_len: int) -> list[tuple[int
         lowest = bisect_right(sites, sites[last - 1] - max_len)  # sites lowest .. last - 1 fit into one window
         windows, margins, begin = best[lowest][0] + 1, list[int](), lowest
         for first in range(lowest, last):
-            if best[first][0] + 1 > windows:  # more sites never need fewer windows
+            if best[first][0] + 1 > windows:  # for a larger `first`, the number of windows is never smaller
                 break
             others = best[first][1]
             if margins and others and others[0] < margins[0]:
-                continue  # the groups before the last already make the smallest margin too small
+                continue  # an earlier group has a smaller margin than every group of the best partition so far
             last_margin = margin(sites[first], sites[last - 1], length, max_len)
             if margins and last_margin < margins[0]:
-                continue  # the last group makes the smallest margin too small
+                continue  # the last group has a smaller margin than every group of the best partition so far
             if (candidate := sorted([*others, last_margin])) > margins:
                 margins, begin = candidate, first
         best.append((windows, margins, begin))
