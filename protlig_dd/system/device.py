@@ -118,7 +118,7 @@ def matmul_peak(device: torch.device, precision: str, seconds: float = 0.1, size
             torch.accelerator.synchronize(device)
         return time.perf_counter() - start
 
-    deadline = time.perf_counter() + seconds + timed()  # the first product also loads the library
+    deadline = time.perf_counter() + seconds + timed()  # not counted: the first product, which loads the library
     fastest = min(timed(), timed())
     while time.perf_counter() < deadline:
         fastest = min(fastest, timed())

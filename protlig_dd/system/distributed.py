@@ -81,13 +81,13 @@ def join_group(processes: Processes, device: torch.device, timeout: int, store: 
 
     Args:
         timeout: seconds that a rank waits for the other ranks before it raises an error.
-        store: the Meeting's store, through which the ranks find one another.
+        store: the store of the Meeting (see meeting.py), through which the ranks find one another.
 
     Raises:
         ValueError: the ranks cannot connect; the message names host and rank.
     """
     if device.type == "cuda":
-        # a single process needs it too, because CUDA graphs and new streams use the current device
+        # a single process needs a current device too, because CUDA graphs and new streams use the current device
         torch.cuda.set_device(device)
     if processes.world_size == 1 or dist.is_initialized():
         return
@@ -136,7 +136,7 @@ def post_status(what: str) -> None:
 
 
 def statuses_of_others() -> list[str]:
-    """Return the statuses of other ranks that the store returns within 5 seconds.
+    """Return the posted statuses of the other ranks. After 5 seconds, return those that the store has returned so far.
 
     The store does not answer if the process that serves it (rank 0 or torchrun) is gone, or if the network is cut.
     """
@@ -203,7 +203,7 @@ def lost_ranks_named(where: str, limit: str = "trainer.timeout") -> Iterator[Non
 
     Args:
         where: the step and this rank, for the message.
-        limit: how long a rank waits for the other ranks, for the message: a config key or a duration.
+        limit: how long a rank waits for the other ranks, as a config key or a duration; for the message.
 
     Raises:
         RankLostError: the message includes the statuses that other ranks have posted, if any.

@@ -22,7 +22,8 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a used-up 
 def writing(path: Path) -> Iterator[None]:
     """Replace an error about a full disk that is raised inside the block with an OSError that names `path`.
 
-    The original error may name no file or a temporary file, or its type may be one of HDF5 or safetensors.
+    The original error may name no file or only a temporary file, or its type may come from HDF5 or safetensors.
+    An error about a file outside the folder of `path` is raised unchanged.
 
     Raises:
         OSError: with an errno of DISK_FULL and `path` as its filename.
@@ -72,7 +73,7 @@ def write_new(path: Path, text: str) -> None:
 
 
 def write_folder(path: Path, files: Mapping[str, str]) -> None:
-    """Write a new folder of text files. Either all files appear in it at once, or none.
+    """Write a new folder of text files. Either all files appear in the folder at once, or none.
 
     Raises:
         ValueError: `path` exists.
@@ -108,9 +109,9 @@ def creating(path: Path) -> Iterator[Path]:
 def move_to_new_name(written: Path, path: Path) -> None:
     """Move a file or folder to a new name. Raise FileExistsError if the name exists, even if it was just created.
 
-    Renaming a file would replace an existing file, but creating a hard link fails if the name exists. To move a folder,
-    first create an empty folder with the new name, which also fails if the name exists. The rename then replaces the
-    empty folder.
+    A file gets the new name as a hard link, because creating a link fails if the name exists, whereas a rename would
+    replace the existing file. For a folder, an empty folder with the new name is created first, which also fails if the
+    name exists. The rename then replaces the empty folder.
     """
     if written.is_dir():
         path.mkdir()

@@ -24,7 +24,7 @@ def count_devices(requested: Any, device: str) -> int:
     """Return the number of processes to start on this machine.
 
     Args:
-        requested: a number, or `auto` for one process per GPU (1 without GPUs).
+        requested: a number, or `auto` for one process per GPU (one process if there is no GPU).
 
     Raises:
         ValueError: `requested` is neither `auto` nor a number of at least 1, or it exceeds the number of GPUs.
@@ -82,8 +82,8 @@ def launch_ranks(
             this time, the launcher kills the remaining processes with SIGKILL.
         timeout: seconds that the launcher waits for an answer from torch's rendezvous store. If it is below 60, the
             launcher waits 60 seconds.
-        run_folder: the run's folder. Rank 0 writes environment.json to it when it opens the run, and stopped.json (the
-            constant STOPPED) if the run is stopped on request.
+        run_folder: the run's folder. When rank 0 opens the run, it writes environment.json there. If the run is stopped
+            on request, rank 0 writes stopped.json (the constant STOPPED) there.
 
     Raises:
         RanksFailedError: a process failed.
@@ -137,7 +137,7 @@ def launch_ranks(
                 "so the processes were killed; the same command resumes from the last checkpoint"
             ) from error
     except ChildFailedError as error:
-        # the launcher stops the other ranks when one fails, and rank 0 may then have written this file
+        # if one rank fails, the launcher stops the other ranks, and rank 0 may then have written stopped.json
         (run_folder / STOPPED).unlink(missing_ok=True)
         raise first_failure(error.failures) from error
     finally:

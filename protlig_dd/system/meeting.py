@@ -42,8 +42,8 @@ class RankMissingError(ValueError):
 class Meeting:
     """The comparison of all ranks of one launch before they start. A single rank compares nothing.
 
-    Use a Meeting as a context manager. It then posts an exception that is raised before the ranks have agreed, so that
-    the other ranks raise too instead of waiting for this rank.
+    Call `agree` inside the Meeting's `with` block. If this rank raises an exception in the block before it calls
+    `agree`, the exception is posted to the store, so that the other ranks raise too instead of waiting for this rank.
 
     Args:
         processes: the rank of this process, and how torchrun launched the process.
@@ -56,7 +56,7 @@ class Meeting:
         self.agents = [launcher_name()]
         """The name of each rank's launcher; until all ranks have arrived, only the name of this rank's launcher."""
         self.restart = processes.restart
-        """The highest of the launchers' restart counts, which differ if a host joined later: its count starts at 0."""
+        """The highest restart count of all launchers. The counts differ if a host joined later and started at 0."""
         self.store: Store | None = None
         self._arrived = self._agreed = False
 
@@ -71,7 +71,7 @@ class Meeting:
                 self._connect(self._wait_limit())
                 self._post({"failed": in_one_line(error)})
                 self._mark_as_read()
-            if self.store is not None and not isinstance(error, RankLostError):  # other ranks need not read this error
+            if self.store is not None and not isinstance(error, RankLostError):  # no other rank reads a RankLostError
                 late = self._agreed or isinstance(error, RankMissingError)
                 seconds = READ_WITHIN if late else self._wait_limit()
                 self._wait_for_others("heard" if self._agreed else "read", seconds)
@@ -116,7 +116,7 @@ class Meeting:
         self._agreed = True
 
     def _differences(self, facts: list[dict[str, Any]]) -> list[str]:
-        """Return a text for each difference from rank 0, which names the first rank that has this difference."""
+        """Return a text for each value that differs from rank 0's value. It names the first rank that has the value."""
         found: dict[tuple[str, str], str] = {}
         for rank, other in enumerate(facts):
             for key in sorted({*facts[0], *other}):
@@ -156,7 +156,7 @@ class Meeting:
             wait_for_workers=False,
             multi_tenant=True,
         )
-        # torchrun's store outlives a restart, and still has the keys that ranks set before the restart
+        # torchrun's store keeps its keys across a restart, so each restart needs its own prefix
         self.store = PrefixStore(f"meeting {processes.restart}" if torchrun_serves else "meeting", store)
 
     def _wait_for_store(self, address: str, port: int, timeout: int | float) -> None:
@@ -191,7 +191,7 @@ class Meeting:
         self.store.set(f"rank {self.processes.rank}", json.dumps({"host": self.host} | note))
 
     def _read(self, timeout: int | float) -> dict[int, dict[str, Any]]:
-        """Return the notes that all ranks have posted, by rank. If a rank has failed, return the notes posted so far.
+        """Return the note (facts or failure) that each rank has posted, by rank. After a failure, notes may be missing.
 
         Raises:
             RankMissingError: a rank does not arrive in time.
@@ -223,10 +223,14 @@ class Meeting:
     def _wait_for_others(self, mark: str, seconds: float) -> None:
         """On rank 0, wait at most `seconds` until all other ranks have set this mark.
 
-        A store that rank 0 serves closes when rank 0 exits.
+        Rank 0 must not exit earlier, because a store that rank 0 serves closes when rank 0 exits.
+
+        Args:
+            mark: `read`: the rank has read the notes, or has posted its failure. `heard`: see
+                `distributed.acknowledge`.
         """
         assert self.store is not None
-        # if all ranks are on one host, their launcher reports the error
+        # after `agree`, rank 0 waits only if there are several hosts; on a single host, the launcher reports the error
         if self.processes.first and (mark == "read" or len(set(self.hosts)) > 1):
             keys = [f"{mark} {rank}" for rank in range(1, self.processes.world_size)]
             self.store.wait(keys, timedelta(seconds=seconds))
@@ -249,8 +253,8 @@ def meeting_of(processes: Processes) -> Meeting:
 def loopback_address() -> str | None:
     """Return the address that this host's own name resolves to if it is a loopback address, else None.
 
-    gloo listens at the address of the name, and other hosts cannot reach a loopback address. The result is "no address"
-    if the name cannot be resolved, and None if GLOO_SOCKET_IFNAME sets the interface.
+    gloo listens at the address of this name, and other hosts cannot reach a loopback address. The result is "no
+    address" if the name cannot be resolved, and None if GLOO_SOCKET_IFNAME sets the interface.
 
     Source: torch/csrc/distributed/c10d/ProcessGroupGloo.cpp, createDefaultDevice.
     """

@@ -26,9 +26,9 @@ def keyed_generator(seed: int, purpose: str, index: int, device: torch.device) -
 
 
 def protein_keys(sequences: Iterable[np.ndarray]) -> UInt64[np.ndarray, " n"]:
-    """Return a number for each token sequence, which keys the protein's random draws.
+    """Return a number for each protein (token sequence). The number keys the random draws of this protein.
 
-    The number depends on the sequence's tokens and on how many equal sequences precede it.
+    It depends on the protein's tokens and on how many equal sequences precede the protein.
     """
     import xxhash  # imported here because loading a model in Python must not need it
 
@@ -42,11 +42,14 @@ def protein_keys(sequences: Iterable[np.ndarray]) -> UInt64[np.ndarray, " n"]:
 
 
 def stratified_positions(keys: UInt64[np.ndarray, " n"], draws: int, seed: int) -> Float64[torch.Tensor, "draws n"]:
-    """Return the position, on [0, 1), of each draw of each protein within the draw's stratum.
+    """Return a position on [0, 1) for each Monte-Carlo draw of each protein.
 
-    The positions are themselves stratified over the n proteins: in each draw, each of n equal parts of [0, 1) contains
-    the position of one protein. The positions depend on which proteins there are, but not on their order or on how they
-    are packed.
+    A likelihood bound takes each of its draws from one stratum (part) of the noise levels. The position is where in
+    the stratum the draw lies: 0 is the start of the stratum, 1 is its end.
+
+    In each draw, the positions of the n proteins are distributed evenly: each of n equal parts of [0, 1) contains the
+    position of one protein. The positions depend on the set of proteins, but not on the order or the packing of the
+    proteins.
 
     Args:
         keys: the `protein_keys` of the n proteins.

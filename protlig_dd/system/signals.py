@@ -40,7 +40,7 @@ def handled_signals() -> set[signal.Signals]:
 
 
 class Stopped(BaseException):
-    """The run has stopped on request. It is not an Exception, so that nothing handles it as a failure."""
+    """The run has stopped on request. Not a subclass of Exception, so that `except Exception` does not catch it."""
 
     def __init__(
         self, reason: str, when: str = "outside the training steps (before the first or after the last)"
@@ -64,8 +64,8 @@ class StopRequests:
             launchers repeat signals.
         notice: text printed with the first signal that is recorded inside `deferred()`; None prints nothing.
         patience: seconds to wait before an error inside `immediate()` is raised again. If another rank receives its
-            signal first and exits, a call that waits for the other rank fails in this process. During the wait, this
-            process's own signal can arrive and raise Stopped.
+            signal first and exits, a call that waits for that rank fails in this process. During these seconds, this
+            process's own signal can arrive and raise Stopped instead of the error.
     """
 
     def __init__(self, *, insist: bool = True, notice: str | None = None, patience: float = 0.0) -> None:
@@ -105,7 +105,7 @@ class StopRequests:
                 os.write(1, f"\n{reason}: {self.notice}\n".encode())
 
     def set_deadline(self, deadline: float | None) -> None:
-        """Request a stop for max_time when time.monotonic() reaches `deadline`, or immediately if it already has.
+        """Request a stop (reason: max_time) when time.monotonic() reaches `deadline`, or immediately if it already has.
 
         If `deadline` is None, there is no time limit.
         """
@@ -119,7 +119,7 @@ class StopRequests:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Record signals inside the block instead of raising Stopped. At the end of the block, raise it if any came."""
+        """Only record signals inside the block. After the block, raise Stopped if a signal was recorded."""
         with self._switched(True):
             yield
         self._raise_noted()

@@ -10,7 +10,7 @@ from typing import Any
 
 
 def csv_lines(path: Path) -> list[tuple[str, list[str]]]:
-    """Return (name of the line for error messages, its cells) for each line. Empty lines are left out.
+    """Return (name, cells) for each line that is not empty. The name identifies the line in error messages.
 
     Raises:
         ValueError: the file is not CSV in UTF-8 (a byte-order mark is allowed); the message names the file.
@@ -60,7 +60,7 @@ def read_json(path: Path, keys: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def as_written(value: Any) -> str:
-    """Return a value as config files and overrides contain it, such as null, true or [a, b]."""
+    """Return a value in the notation of config files and overrides, such as null, true or [a, b]."""
     if isinstance(value, list):
         return f"[{', '.join(map(as_written, value))}]"
     if isinstance(value, dict):

@@ -26,7 +26,13 @@ def announce(message: str, processes: Processes) -> None:
 
 
 class ProgressBar:
-    """A progress bar: live on a terminal, elsewhere a plain line after each `1 / lines` of the total."""
+    """A live progress bar on a terminal. If the output is not a terminal, plain lines are printed instead.
+
+    Args:
+        total: number of steps.
+        done: number of steps that were done before.
+        lines: a plain line is printed each time that another `1 / lines` of the total is done.
+    """
 
     def __init__(self, description: str, total: int, done: int = 0, *, shown: bool = True, lines: int = 10) -> None:
         self.total, self.done, self.description = total, done, description
@@ -73,7 +79,7 @@ class ProgressBar:
 class ByteBar(ProgressBar):
     """A progress bar of bytes.
 
-    If the total is unknown (None), a terminal shows the bytes so far; elsewhere, a plain line is printed for each GiB.
+    If the total is unknown (None), a terminal shows only the bytes so far. Plain lines are then printed once per GiB.
     """
 
     def __init__(self, description: str, total: int | None) -> None:

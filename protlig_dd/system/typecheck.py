@@ -1,12 +1,16 @@
 """Check every call of a function in this package against the function's jaxtyping annotations.
 
-jaxtyping's import hook rewrites a module before the module is compiled. While the hook executes a module, the hook
-changes the name under which Python stores bytecode. The module of a command, however, is executed by `python -m`, which
-takes the bytecode from the loader's `get_code`. With the hook alone, the instrumented bytecode of every command was
-therefore stored under the ordinary name, and a later run without the hook loaded this bytecode
-(patrick-kidger/jaxtyping#329). The hook alone also compiles every package again that a module imports.
+jaxtyping's import hook instruments a module: it adds the checks to the source before Python compiles it. While the hook
+executes the module, it also changes the names of bytecode files, so that the instrumented bytecode does not replace the
+ordinary bytecode. The hook alone has two faults:
 
-The loader below uses a separate name for modules and for commands, and only for this package.
+- For the module of a command, `python -m` does not call the hook's `exec_module`, so the names are not changed. The
+  instrumented bytecode of this module is stored under the ordinary name, and a later run without the hook loads it
+  (patrick-kidger/jaxtyping#329).
+- The changed names also apply to all packages that the module imports, so these packages are compiled again.
+
+The loader below therefore always stores instrumented bytecode under a separate name, also for the module of a command.
+The bytecode of other packages keeps its ordinary name.
 """
 
 import sys
