@@ -27,7 +27,7 @@ from protlig_dd.training.optim.schedule import count_steps
 MANY_EPOCHS = 100  # more epochs give a warning; UniRef50 models train for a few epochs
 MFU = 0.4  # assumed FLOP/s of training, as a fraction of the FLOP/s of matrix products alone
 H100_FLOPS = 989e12  # dense bf16
-TOKENS = 128  # size of the smaller of the two packs in which activations proportional to the tokens are counted
+TOKENS = 128  # size of the smaller of two packs; activations are counted in both (see `activation_bytes`)
 
 
 def activation_bytes(config: TrainConfig, precision: str) -> float:
@@ -38,19 +38,19 @@ def activation_bytes(config: TrainConfig, precision: str) -> float:
     much. With activation checkpointing, the backward pass recomputes one block at a time. The result then also includes
     the tensors of one recomputed block, the one that keeps the most.
 
-    If the position encoding adds a bias to the attention scores, sdpa keeps numbers for each pair of tokens. Attention
-    is then counted in packs of the longest proteins that training reads. The bytes of all other blocks are proportional
-    to the number of tokens.
+    If the position encoding adds a bias to the attention scores, sdpa keeps numbers for each pair of tokens. The
+    tensors of attention blocks are then counted in packs of the longest proteins that training reads. Other blocks are
+    counted in small packs, because their bytes are proportional to the number of tokens.
     """
     mixers = mixers_of_blocks(config.model)
-    # attention comes first, because a network without attention cannot have a bias of the attention scores
+    # the first block is attention if there is any: a position encoding with a bias needs attention in the network
     first = "attention" if "attention" in mixers else mixers[0]
     others = Counter(mixers) - Counter([first])
     longest, biased = config.data.max_len + 2, has_bias(config)
 
     @cache
     def bytes_per_token(mixers: tuple[str, ...], checkpointing: bool, of_longest: bool) -> float:
-        # the two longest proteins get different lengths, because sequences of equal length share some tensors
+        # the second protein is one token shorter, because sequences of equal length share some tensors
         small, large = ([longest], [longest, longest - 1]) if of_longest else ([TOKENS], [2 * TOKENS])
         # the difference of the two packs excludes the bf16 copies of the weights, which do not grow with the pack
         kept = [kept_bytes(config, precision, [*mixers], checkpointing, lengths) for lengths in (small, large)]

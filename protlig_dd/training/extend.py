@@ -31,7 +31,7 @@ def schedule_finished(path: Path, checkpoint: Path) -> bool:
     """Whether the learning-rate schedule of the run has ended at this checkpoint."""
     step, config = step_of(checkpoint), recorded_config(checkpoint)
     max_steps = read_json(checkpoint / "state.json").get("max_steps", config["trainer"]["max_steps"])
-    if max_steps is None:  # a run with trainer.epochs, by an earlier version that did not record its steps
+    if max_steps is None:  # a run with trainer.epochs; earlier versions did not record its length in steps
         return bool(read_json(path / "report.json").get("step") == step)
     return bool(step >= max_steps)
 
@@ -59,7 +59,7 @@ def check_extension(path: Path, config: TrainConfig) -> None:
     level = config.optim.min_lr_ratio == 1 or (config.optim.schedule == "wsd" and config.optim.decay_share == 0)
     checkpoints = complete_checkpoints(path)
     if not longer or not checkpoints or level or config.run.resume == "extend":
-        return  # before the newest checkpoint is read: if it is damaged, the run resumes from an earlier checkpoint
+        return  # without reading the newest checkpoint; if it is damaged, the run may still resume from an earlier one
     if schedule_finished(path, checkpoints[-1]):
         changes = " and ".join(f"{key} was {as_written(before[key])}, now {as_written(now[key])}" for key in longer)
         raise ValueError(

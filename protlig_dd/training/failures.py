@@ -10,7 +10,7 @@ from protlig_dd.data.loader import PackDataset
 from protlig_dd.system.distributed import gather_objects, host_name, lost_ranks_named
 from protlig_dd.training.trainer import Trainer
 
-SIGNAL_DELAY = 2.0  # seconds
+SIGNAL_DELAY = 2.0  # seconds that a rank waits for a signal that another host may have received already
 
 
 class NonFiniteLossError(ValueError):
@@ -28,7 +28,7 @@ class LoaderDiedError(ValueError):
 def describe_stopped_hosts(reason: str, received: Set[str]) -> str:
     """Return a text that names the hosts on which a rank received the signal to stop.
 
-    The text is "" if a rank received the signal on every host or on no host. A signal reaches the hosts of a job at
+    The text is "" if every host has such a rank, or if no host has one. A signal reaches the hosts of a job at
     slightly different times, so a rank that has not received it yet waits up to SIGNAL_DELAY seconds for it.
 
     Args:
@@ -53,7 +53,7 @@ def explain_lost_processes(trainer: Trainer) -> Iterator[None]:
     """Replace torch's error about a lost loader process or a lost rank by an error with a message of one line.
 
     Raises:
-        LoaderDiedError: a loader process died. The message names the step, this rank and the sequences that it needs.
+        LoaderDiedError: a loader process died. The message names the step, this rank and the sequences in its packs.
         RankLostError: another rank is gone or does not answer. The message names the step and this rank.
         RuntimeError: any other RuntimeError is raised unchanged.
     """
@@ -81,8 +81,8 @@ def ids_of_packs(dataset: PackDataset, packs: Sequence[int]) -> list[str]:
 def raise_bad_step(trainer: Trainer, pending: list[dict[str, Any]]) -> None:
     """Raise an error if there is a bad step among the steps since metrics were last written.
 
-    A step is bad if its loss or gradient is not finite, or if its loss exceeds trainer.loss_spike times its running
-    mean. The error is about the first bad step.
+    A step is bad if its loss or gradient is not finite, or if its loss exceeds trainer.loss_spike times the running
+    mean of the loss. The error is about the first bad step.
 
     Args:
         pending: the records of these steps.

@@ -1,4 +1,4 @@
-"""Copy settings from the source model of a run, the model whose weights it starts from (`from=`)."""
+"""Copy settings from the source model of a run: the model of `from=`, whose weights the run starts from."""
 
 from collections.abc import Collection
 from dataclasses import asdict, replace
@@ -42,7 +42,8 @@ def with_source_model(config: TrainConfig, source: TrainConfig, named: Collectio
             message has the keys and both values.
     """
     mine, theirs = as_dict(config), as_dict(source)
-    # as_dict omits some keys at their default, but the command line may set them; null keeps the source's value
+    # as_dict omits some keys at their default, but the command line may set them. A key set to null takes
+    # the source's value
     mine["model"], theirs["model"] = asdict(config.model), asdict(source.model)
     kept = {key for key, value in mine["model"].items() if value is None}
     mine["model"] |= {key: theirs["model"][key] for key in kept}
@@ -97,7 +98,7 @@ def resolve_source_model(config: TrainConfig, path: Path) -> TrainConfig:
     named = {override.key_or_group for override in overrides}
     experiment_keys = keys_set_by_experiment()
     recorded = None
-    if has_steps(path) and not config.run.fresh:  # the source itself may have been changed or deleted since then
+    if has_steps(path) and not config.run.fresh:  # the source may since have changed or been deleted
         recorded = config_in(path)
     if recorded is not None and recorded.from_ == config.from_:
         source, checksum = recorded, recorded.from_sha256
@@ -112,7 +113,7 @@ def resolve_source_model(config: TrainConfig, path: Path) -> TrainConfig:
         f"{key}={shorten(as_written(after.get(key)))} (not {shorten(as_written(value))})"
         for key, value in before.items()
         if (key in experiment_keys or key.partition(".")[0] in experiment_keys) and value != after.get(key)
-        if not (key.startswith("model.") and value is None)  # null keeps the source's value
+        if not (key.startswith("model.") and value is None)  # null stands for the source's value
     ]
     if ignored:
         announce(
@@ -130,7 +131,7 @@ def resolve_source_model(config: TrainConfig, path: Path) -> TrainConfig:
 
 
 def keys_set_by_experiment() -> set[str]:
-    """Return the config keys and groups that the chosen experiment sets, or that experiments it builds on set."""
+    """Return the config keys and groups that the chosen experiment, or an experiment in its `defaults`, sets."""
     runtime = HydraConfig.get().runtime
     folders = [Path(source.path) / "experiment" for source in runtime.config_sources if source.schema == "file"]
 

@@ -24,7 +24,7 @@ def find_held_out_leaks(
     stores, or with a store whose duplicates `prepare` did not remove.
 
     Args:
-        held_rows: {split: rows of `store`}.
+        held_rows: {split: rows of the held-out proteins in `store`}.
 
     Returns:
         {split: Leaks}.
@@ -51,8 +51,8 @@ def find_held_out_leaks(
 def leak_report(leaks: Leaks, rows: np.ndarray, held: HeldOut) -> dict[str, Any]:
     """Return the report's entry about held-out proteins that are in the training data.
 
-    Its key `others` has the bound over the proteins that are not in the training data. It is None if no protein is in
-    the training data, or if too few proteins are left for a bound.
+    The entry's key `others` has the bound over the proteins that are not in the training data. The bound is None if no
+    protein is in the training data, or if too few proteins are left for a bound.
 
     Args:
         rows: store rows of the proteins in `leaks`. `held` may contain only some of these proteins.

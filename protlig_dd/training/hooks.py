@@ -33,7 +33,7 @@ class Hooks:
     ) -> None:
         self.trainer, self.validate, self.state, self.context = trainer, validate, state, context
         self.best = best_checkpoint(context.folder)[1]
-        """The lowest validation bound so far, in nats per residue; infinity before the first."""
+        """The lowest validation bound so far, in nats per residue; infinity if there is no bound yet."""
         self.metrics: MetricsLog | None = None
         self.writer: CheckpointWriter | None = None
         if context.processes.first:
@@ -63,7 +63,7 @@ class Hooks:
             yield
 
     def log(self, rows: list[Row]) -> None:
-        """Append rows to metrics.jsonl and the trackers."""
+        """Append rows to metrics.jsonl and to the trackers (TensorBoard and Weights & Biases)."""
         if self.metrics is not None:
             self.metrics.write(rows)
 

@@ -51,7 +51,7 @@ from protlig_dd.training.cost import print_plan, with_available_data
 from protlig_dd.training.resume import is_continued, move_aside, open_run_folder, seconds_left, shares_launcher
 
 UNIREF50 = Path("data/uniref50.h5")
-PATIENCE = 10.0  # when all ranks are sent a signal, the seconds that it may take to reach each of them
+PATIENCE = 10.0  # seconds within which a signal that is sent to all ranks reaches each of them
 
 Deadline = float | None
 """Value of time.monotonic() at which the run stops; None for no limit."""
@@ -124,8 +124,8 @@ def rank_entry(train_rank: TrainRank, config: TrainConfig, path: Path, deadline:
             train_rank(config, path, deadline)
         code = 0
     except Stopped:  # not a failure: stopped.json in the run folder records the stop
-        # Torch would wait until the launcher has read the return value. A launcher that has forwarded a signal never
-        # reads it.
+        # Torch would wait until the launcher has read the return value, but a launcher that has forwarded a signal
+        # never reads it. So this process exits after at most one second.
         code = 0
         leave = threading.Timer(1, exit_without_cleanup, [code])
         leave.daemon = True
@@ -216,7 +216,9 @@ def opened_run(
 
 
 def resolve_machine(config: TrainConfig, processes: Processes) -> tuple[Resolved, torch.device]:
-    """Return the device, precision and kernels of this process. `data_path` and `data_fingerprint` are still empty.
+    """Return the device, precision and kernels of this process.
+
+    In the returned `Resolved`, `data_path` and `data_fingerprint` are still empty.
 
     Raises:
         ValueError: this machine does not support the requested device, precision or kernel, or wandb is requested but
@@ -248,7 +250,7 @@ def config_and_time_left(
 
     If this launch continues an earlier launch in the same folder, it must neither move the run aside nor reject it.
     `run.fresh` is then false, and `run.resume=never` becomes `auto`. A restart by the same launcher has only the time
-    that the earlier launch had left.
+    that is left of the earlier launch's time limit.
     """
     left, earlier = None if deadline is None else deadline - time.monotonic(), recorded_environment(path)
     if not is_continued(earlier, meeting):
@@ -260,7 +262,7 @@ def config_and_time_left(
 
 
 def announce_finished(folder: RunFolder, processes: Processes) -> None:
-    """Print that the run has already finished. Write its report page if it is missing after a kill."""
+    """Print that the run has already finished. Write its report page if the page is missing, as after a kill."""
     if processes.first and not (folder.path / PAGE).is_file():
         write_run_page(folder.path)
     announce(
@@ -310,7 +312,7 @@ def open_data(data: DataConfig, processes: Processes) -> StoreGroup:
     """Open the stores of `data.path`. `auto` is data/uniref50.h5 if it exists, else the bundled sample.
 
     Raises:
-        ValueError: a store cannot be read, it does not contain the letter case that marks `data.context`, or one of its
+        ValueError: a store cannot be read, it does not keep the letter case that `data.context` needs, or one of its
             records has only context residues.
     """
     path = data.path

@@ -22,14 +22,16 @@ from protlig_dd.training.trainer import Trainer
 
 
 def fit(trainer: Trainer, steps: range, hooks: Hooks, context: RunContext) -> None:
-    """Run these training steps (counted from 0). If the checkpoint's evaluation is still due, it runs first.
+    """Run these training steps (counted from 0).
+
+    If an evaluation of the model from which the steps start is still due, it runs first.
 
     Raises:
         NonFiniteLossError, LossSpikeError: a step is bad. The message names the step, the pack and its sequence ids. No
             checkpoint is written after that step.
         LoaderDiedError, RankLostError: a loader process or another rank is lost. The message names the step and rank.
-        Stopped: a stop was requested. The step in progress is finished and its checkpoint is written before this is
-            raised. Only during the evaluation before the first step, it is raised immediately.
+        Stopped: a stop was requested. The step in progress is finished and its checkpoint is written before Stopped
+            is raised. A stop during the evaluation before the first step raises Stopped immediately.
     """
     device, processes, stop, control = context.device, context.processes, context.stop, trainer.config.trainer
     peak = float(all_reduce_sum(torch.tensor(matmul_peak(device, context.precision), dtype=torch.float64)))
@@ -81,7 +83,7 @@ def fit(trainer: Trainer, steps: range, hooks: Hooks, context: RunContext) -> No
                     stopping = stopped.reason
             hosts = ""
             if stopping is not None and stopping.startswith("SIG") and any(record["stop_requests"]):
-                # the ranks exchange this before rank 0 writes the checkpoint, because writing may take long
+                # exchanged between the ranks before rank 0 writes the checkpoint, because writing may take long
                 hosts = describe_stopped_hosts(stopping, stop.noted)
             if saving or stopping or new_best is not None:
                 hooks.save(done, new_best)

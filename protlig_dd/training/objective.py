@@ -41,7 +41,7 @@ class Objective:
         """Return the loss in nats, summed over the residues of a pack.
 
         Args:
-            step: the training step, counted from 0. A curriculum depends on it.
+            step: the training step, counted from 0. A curriculum sets the largest noise time of each step.
         """
         t_max = curriculum_t_max(step, self.curriculum_steps, self.noise.t_min)
         return score_entropy_loss(score_fn, batch, generator, t_max, self.max_weight)[0]

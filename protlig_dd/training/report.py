@@ -179,7 +179,7 @@ def lines_without_copies(others: dict[str, Any] | None) -> list[str]:
     """Return the lines to print about the bound over the proteins that are not in the model's training data.
 
     Args:
-        others: this bound as in report.json; None if there is none.
+        others: this bound as in report.json; None if there is no bound.
     """
     if others is None:
         return ["  too few other proteins are left for a bound"]

@@ -12,7 +12,7 @@ from protlig_dd.training.resume import graph_of_run
 
 
 def resolve(config: TrainConfig, path: Path) -> TrainConfig:
-    """Return the config with the values filled in that follow from other settings.
+    """Return the config, completed by the values that follow from other settings.
 
     - The network, graph, noise, parametrisation and time conditioning are those of the model of `from=`, if it is set.
     - The graph's config gets the rates of its matrix file, if it has one.

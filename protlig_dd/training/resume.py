@@ -184,7 +184,7 @@ def is_continued(earlier: dict[str, Any], meeting: Meeting) -> bool:
     """
     processes = meeting.processes
     same_launch = processes.launch is not None and earlier.get("launch") == processes.launch
-    restarted = meeting.restart > 0 and processes.launch != "none"  # torchrun's default id, shared by all launches
+    restarted = meeting.restart > 0 and processes.launch != "none"  # "none" is the default id of every torchrun
     requeued = processes.job is not None and earlier.get("job") == processes.job
     return (same_launch and (restarted or shares_launcher(earlier, meeting))) or (
         requeued and earlier["requeues"] < processes.requeues

@@ -72,13 +72,14 @@ def parse_arguments() -> argparse.Namespace:
         "--config",
         type=Path,
         required=True,
-        help="path of the main config, relative to the current folder or to --work_dir; it may use the shipped groups",
+        help="path of the main config, relative to the current folder or to --work_dir; "
+        "it may use the config groups of protlig_dd",
     )
     parser.add_argument(
         "--datafile", help="store written by `python -m protlig_dd.prepare` (default: the config's data.path)"
     )
     parser.add_argument(
-        "--fresh", action="store_true", help="move an existing run of this name aside and start from step 0"
+        "--fresh", action="store_true", help="move an existing run with the same run.name aside and start from step 0"
     )
     parser.add_argument("--device", help="auto | cpu | cuda | cuda:1 | mps (default: the config's)")
     parser.add_argument("--seed", type=int, help="seed of all random numbers (default: the config's)")

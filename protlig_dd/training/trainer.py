@@ -51,7 +51,7 @@ class Trainer:
         self.optimizer.found_inf = self.frozen  # type: ignore[attr-defined]
         self.usual_loss = torch.zeros((), device=self.device)
         self.residues_seen = self.current_step = 0
-        self.evaluation_due = False  # whether the model still has to be evaluated after the last step
+        self.evaluation_due = False  # whether the model still has to be evaluated after the most recent step
 
     def step(self, step: int, packs: Iterator[PackedBatch], stop_requests: list[int]) -> dict[str, Any]:
         """Make one optimizer step. Nothing in this method waits for the device.
@@ -169,7 +169,7 @@ class Trainer:
         """Load a checkpoint, to continue from it.
 
         Args:
-            state: the checkpoint's state.json. `read_state`, which returns it, has also verified the checkpoint.
+            state: the checkpoint's state.json, from `read_state`, which also verifies the checkpoint.
         """
         self.start_from(checkpoint / "ema.safetensors")
         load_weights(checkpoint / "model.safetensors", self.model)

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-# Coefficients of the polynomial that is iterated on the singular values: the steepest slope at zero with which the
-# iteration brings singular values to between 0.7 and 1.2 (kellerjordan.github.io/posts/muon).
+# Coefficients a, b, c of the polynomial a x + b x^3 + c x^5 that is applied repeatedly to each singular value x. They
+# have the steepest slope at zero for which the results end between 0.7 and 1.2 (kellerjordan.github.io/posts/muon).
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 ADAMW_RMS = 0.2  # usual RMS of AdamW updates; Muon's updates are scaled to it (arXiv 2502.16982, section 2.2)
