@@ -26,7 +26,7 @@ if sys.argv[:1] == ["-m"] and any(argument.startswith("protlig_dd.") for argumen
     sys.excepthook = _report_missing_package  # set before a verb's imports, which run before its main()
 
 if os.environ.get("PROTLIG_TYPECHECK") == "1":
-    # Install the run-time checks of types before any submodule is imported: spawned ranks and commands get them too.
+    # Install the run-time type checks before any submodule is imported. Spawned ranks and commands install them too.
     from protlig_dd.system.typecheck import install
 
     install("protlig_dd")

@@ -21,8 +21,8 @@ def verbs() -> dict[str, str]:
 
 
 def main() -> None:
-    """Print the commands. For an argument other than -h and --help, print an error that names the nearest command
-    instead, and exit with code 1.
+    """Print the commands. If there is an argument other than -h and --help, print an error instead, which names the
+    nearest command, and exit with code 1.
     """
     arguments = [argument for argument in sys.argv[1:] if argument not in ("-h", "--help")]
     if arguments:

@@ -45,8 +45,8 @@ def sequence_slots(tokens: int, mean_tokens: float) -> int:
 class PackedBatch:
     """n sequences concatenated in one 1-D tensor, with the offsets and positions that attention needs.
 
-    `rows` has the store row of each sequence. `lengths`, `max_seqlen` and `rows` are on the host, so that no kernel
-    launch has to wait for the device.
+    `rows` has the row of each sequence in the data store. `lengths`, `max_seqlen` and `rows` are on the host, so that
+    no kernel launch has to wait for the device.
 
     Raises:
         ValueError: fields disagree in shape, dtype or device; the message names both values.
@@ -60,8 +60,8 @@ class PackedBatch:
     positions: Int64[Tensor, " total"]
     rows: Int64[Tensor, " n"]
     context: Bool[Tensor, " total"] | None = None
-    """True for tokens that are given to the network: like the letters X B Z J U O, they are never noised and not in the
-    loss. None: there are no such tokens."""
+    """True for context tokens. The network reads them, but they are never noised and not in the loss. The letters
+    X B Z J U O are treated in the same way without being marked here. None: there are no context tokens."""
 
     def __post_init__(self) -> None:
         check_tokens(self.tokens)
@@ -100,8 +100,8 @@ class PackedBatch:
 
         Args:
             sequences: n tensors of shape (length_i,), any integer dtype.
-            rows: the store row of each sequence; -1 for all by default.
-            context: whether each token is given to the network; None: no token is.
+            rows: the row of each sequence in the data store; -1 for all sequences by default.
+            context: whether each token is context; None: no token is.
         """
         if not sequences:
             raise ValueError("a pack needs at least one sequence")
@@ -162,7 +162,7 @@ class PackedBatch:
 
     @property
     def targets(self) -> Int64[Tensor, " total"]:
-        """`tokens` with X in place of those in `context`. Noise and loss read these tokens and skip X."""
+        """`tokens`, with X in place of each context token. Noise and loss read these targets, and skip X."""
         return self.tokens if self.context is None else torch.where(self.context, CONTEXT, self.tokens)
 
     def unpack(self, x: Tensor) -> list[Tensor]:
@@ -227,7 +227,7 @@ class PackedBatch:
     def random_subset(
         self, candidates: Bool[Tensor, " total"], counts: Num[Tensor, " n"], u: Float64[Tensor, " total"]
     ) -> Bool[Tensor, " total"]:
-        """Return (total,) bool: in each sequence i, counts[i] candidates chosen uniformly at random.
+        """Return (total,) bool: True for counts[i] candidates of each sequence i, chosen uniformly at random.
 
         The chosen candidates are those with the smallest u.
 
@@ -236,8 +236,8 @@ class PackedBatch:
             counts: how many to choose in each sequence, at most the number of its candidates.
             u: independent uniform draws on [0, 1).
         """
-        # Sort the tokens by sequence. Within a sequence, candidates come before other tokens, in ascending order of u.
-        # The random rank of a candidate is then its new position within its sequence.
+        # Sort the tokens by sequence. Within a sequence, candidates come first, in ascending order of u, and other
+        # tokens after them. The random rank of a candidate is then its new position within its sequence.
         device = u.device
         segment = self.segment_ids.to(device)
         key = 2 * segment + torch.where(candidates.to(device), u, 1.5)

@@ -56,7 +56,7 @@ def embed_proteins(cfg: DictConfig) -> None:
         with creating(output) as file:
             write(file, shape, blocks, columns, notes)
     else:
-        for _ in blocks:  # iterating computes this rank's packs; rank 0 writes them
+        for _ in blocks:  # iterating computes this rank's packs; rank 0 writes the results
             pass
     announce(f"{output}: {len(ids)} proteins, {config.pooling}, {shape[0]} x {shape[1]} float32", trained.processes)
 

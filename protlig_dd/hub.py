@@ -6,7 +6,7 @@
     vectors = model.embed(["MKTAYIAKQR", "MSHHWGYG"])                # (2, hidden)
 
 Loading from the hub and `push_to_hub` need huggingface_hub: pip install 'protlig_dd[hub]'. The weights are safetensors
-and the config is JSON, so loading a model never runs code from it.
+and the config is JSON, so loading a model never runs code from its files.
 """
 
 import tempfile

@@ -102,7 +102,7 @@ def infill(cfg: DictConfig) -> None:
         input_index = {protein_input.protein: len(redesigns) + i for i, protein_input in enumerate(inputs)}
         nlls = list(free_nll(draws, candidates, [input_index.get(candidate.protein) for candidate in candidates]))
     kept = best_of(redesigns, nlls, config.best) if config.best is not None else range(len(redesigns))
-    # the sort is stable, so each input comes before its designs
+    # the inputs are listed first and the sort is stable, so each input comes before its designs
     rows = sorted([*range(len(redesigns), len(candidates)), *kept], key=lambda i: candidates[i].protein)
     changes = ["" if config.contig else mutations(candidates[i].ids, records[candidates[i].protein][1]) for i in rows]
     scored = designs_csv([(candidates[i], changed, nlls[i]) for i, changed in zip(rows, changes, strict=True)])

@@ -28,7 +28,7 @@ from protlig_dd.tokenizer import ProteinTokenizer
 
 
 def judge(cfg: DictConfig) -> None:
-    """Read the sets of proteins, compute the figures of every available judge, and write a folder of tables."""
+    """Read the sets of proteins, compute the statistics of every available judge, and write a folder of tables."""
     config = read_config(cfg, JudgeConfig)
     output = check_free(config.output)
     mmseqs = find_mmseqs(config.mmseqs)

@@ -21,7 +21,7 @@ from protlig_dd.data.prepare.splits import Split
 from protlig_dd.data.store import SequenceStore
 from protlig_dd.system.terminal import ByteBar, console
 
-FEW = 10  # warn of a held-out split with fewer sequences: their mean has a large standard error
+FEW = 10  # warn if a held-out split has fewer sequences: a mean over so few has a large standard error
 
 
 def prepare(cfg: DictConfig) -> None:

@@ -11,7 +11,7 @@ CONTEXT_LETTERS = "XBZJUO"  # unknown, Asx, Glx, Xle, selenocysteine, pyrrolysin
 N_STATES = len(AMINO_ACIDS)
 MASK = N_STATES
 LETTERS = AMINO_ACIDS + "_" + CONTEXT_LETTERS  # `_` stands for <mask> in decoded text; `encode` rejects `_`
-CONTEXT = MASK + 1  # the id of X, which also replaces given tokens in PackedBatch.targets
+CONTEXT = MASK + 1  # the id of X, which also replaces context tokens in PackedBatch.targets
 BOS, EOS, PAD = 27, 28, 29
 VOCAB_SIZE = 30
 
@@ -42,7 +42,7 @@ class ProteinTokenizer:
             uint8 array of residues + 2 ids.
 
         Raises:
-            ValueError: an empty sequence, or a character that is not one of these letters. The message names the
+            ValueError: an empty sequence, or a character that is not an upper-case IUPAC letter. The message names the
                 protein, the 1-based position and the character.
         """
         residues = sequence.removesuffix("*")

@@ -41,7 +41,7 @@ LONGEST_NAME = 200
 
 
 def run_verb(verb: Callable[[DictConfig], None], config_name: str, schema: type, *, rank0_only: bool = False) -> None:
-    """Compose `config_name` with the command line's overrides, run the verb, and exit with a code of the list above.
+    """Compose `config_name` with the command line's overrides, run the verb, and exit with one of the exit codes above.
 
     Args:
         schema: the config's dataclass; its keys are suggested for a misspelt key.
@@ -109,7 +109,7 @@ def compose_and_run(task: "Task", config_name: str) -> None:
             del cfg["hydra"]
         task(cfg)
         return
-    # the shipped configs are always on the search path: a user's own config may use the groups in them
+    # the shipped configs are always on the search path, so that a user's own config can use their groups
     hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name)(task)()
 
 
@@ -127,7 +127,7 @@ def is_plain(arguments: argparse.Namespace) -> bool:
 
 
 class Task:
-    """The function that Hydra runs for each job: in this process, or in a job of a Hydra launcher, after unpickling.
+    """The function that Hydra runs for each job: in this process or, after unpickling, in a job of a Hydra launcher.
 
     Args:
         arguments: the command line's arguments.
@@ -254,7 +254,7 @@ def help_text(config_name: str, overrides: Sequence[str] = ()) -> str:
 
 
 def options_of_experiment(name: str | None) -> dict[str, str]:
-    """Return the options of other config groups that an experiment selects; {} if `name` is None or unknown."""
+    """Return {group: option} for the config groups that an experiment sets; {} if `name` is None or unknown."""
     path = config_folder() / "experiment" / f"{name}.yaml"
     content = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else {}
     entries = content.get("defaults", []) if isinstance(content, dict) else []

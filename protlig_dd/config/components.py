@@ -39,7 +39,7 @@ def load_model(
     device: torch.device,
     precision: str,
 ) -> ScoreFn:
-    """Return a config's network in evaluation mode, with weights from a safetensors file, as a score function.
+    """Return the score function of a config: its network in evaluation mode, with weights from a safetensors file.
 
     Args:
         precision: bf16 | fp32, the precision of the network's forward pass.
@@ -131,8 +131,9 @@ def graph_with_rates(spec: Mapping[str, Any], earlier: Mapping[str, Any]) -> dic
     """Return the graph's config with the rates of its matrix file, so that the run does not need the file again.
 
     Args:
-        earlier: the graph's config saved by the run that is resumed, or by the source of a fine-tune; {} if there is no
-            such config. If the matrix file no longer exists and all other keys agree, the rates of `earlier` are used.
+        earlier: the graph's saved config, of the run that is resumed or of the model that fine-tuning starts from; {}
+            if there is no such config. If the matrix file no longer exists, and all keys except `rates` have the same
+            values in `spec` and `earlier`, the rates of `earlier` are used.
     """
     spec = dict(spec)
     if not isinstance(spec.get("matrix"), str) or spec.get("rates") is not None:

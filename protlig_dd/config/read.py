@@ -80,7 +80,7 @@ def expand_home(value: Any) -> Any:
 def as_dict(config: Any) -> dict[str, Any]:
     """Return a config as a dictionary with the keys of YAML and the command line: `from` instead of `from_`.
 
-    Keys of `model` and `data` that were added later are left out if they have their default (see `stored_model`).
+    Keys of `model` and `data` that are marked ADDED_LATER are left out if they have their default (see `stored_model`).
     """
     values = {key.removesuffix("_"): value for key, value in asdict(config).items()}
     if "model" in values:

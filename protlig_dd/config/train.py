@@ -1,4 +1,4 @@
-"""The configuration of a training run, and those of its checks that need no data."""
+"""The configuration of a training run, and the checks of its values that need no data."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,7 +55,7 @@ class RunConfig:
 
 @dataclass(config=STRICT)
 class DataConfig:
-    path: Annotated[Any, MAY_CHANGE]  # a store or a list of stores; a resumed run compares fingerprints
+    path: Annotated[Any, MAY_CHANGE]  # one or several stores; a resumed run compares their fingerprints, not paths
     weights: list[Positive] | None
     max_len: AtLeast1
     crop: Crop
@@ -295,7 +295,7 @@ def check_train_config(config: TrainConfig) -> None:
         raise ValueError(f"from={config.from_} and run.resume={config.run.resume}: give only one of them")
     if config.from_ is None and config.from_sha256 is not None:
         raise ValueError("from_sha256 is the checksum of the weights that from= names, but from= is not given")
-    name = config.run.name  # not checked in RunConfig, because saved configs of earlier versions may have other names
+    name = config.run.name  # not checked in RunConfig, because configs of earlier versions may break these rules
     if name != Path(name).name or name in ("", ".", ".."):
         raise ValueError(f"run.name={name!r} must be a plain folder name")
     if any(character.isspace() for character in name):

@@ -1,4 +1,4 @@
-"""The configurations of the verbs that use a model or data."""
+"""The configurations of all verbs (commands `python -m protlig_dd.VERB`) except training, which has train.py."""
 
 from typing import Any, Literal
 

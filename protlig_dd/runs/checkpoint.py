@@ -96,7 +96,7 @@ def save_checkpoint(
             with writing(final / name):
                 sums[name] = write_tensors(named, temporary / name, mode)
         sync_folder(temporary)
-        if final.exists():  # an incomplete or damaged checkpoint, or one from before a resume from an earlier step
+        if final.exists():  # incomplete, damaged, or written before the run was resumed from an earlier step
             _remove(final)
         temporary.replace(final)
     except BaseException:
@@ -165,9 +165,9 @@ def best_checkpoint(run_folder: Path) -> tuple[int | None, float]:
 
 
 def put_aside_newer(run_folder: Path, checkpoint: Path) -> list[Path]:
-    """Rename the checkpoints of all steps after that of `checkpoint`, so that `keep_last` does not count them.
+    """Rename the checkpoints of steps later than that of `checkpoint`, so that `keep_last` does not count them.
 
-    `checkpoint` is the run's newest valid checkpoint. So no checkpoint of a later step is valid.
+    `checkpoint` is the run's newest valid checkpoint, so the renamed checkpoints are not valid.
 
     Returns: the new paths of the renamed checkpoints.
     """

@@ -15,10 +15,11 @@ from protlig_dd.system.distributed import busy
 class CheckpointWriter:
     """Write checkpoints one after another in a background thread.
 
-    Training waits while the tensors are copied to the host, and before that until the previous checkpoint is written.
+    Training waits only in `save`: first until the previous checkpoint is written, then while the tensors are copied to
+    the host.
 
     Raises:
-        ValueError: in `save`, `wait` or `close`, if the checkpoint that was started before could not be written. The
+        ValueError: in `save`, `wait` or `close`, if the last checkpoint that `save` started could not be written. The
             message has the reason.
     """
 
