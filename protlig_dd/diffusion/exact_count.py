@@ -23,29 +23,30 @@ def exact_count_draws(
     in_strata: Sequence[Stratum],
     generator: Generators,
 ) -> tuple[Float64[Tensor, " total_of_copies"], Bool[Tensor, " total_of_copies"]]:
-    """Return the contributions to the exact-count bound of one draw per sequence in each stratum.
+    """Take one draw per sequence in each stratum, and return what the draws contribute to the exact-count bound.
 
-    A draw masks a random set of a sequence's residues. The network evaluates all draws together.
+    A draw masks a random set of a sequence's residues. A stratum is a range of the masked fraction (see strata.py). The
+    network evaluates all draws together.
 
     Args:
         copies: the sequences of `batch`, repeated once per stratum, as one pack.
 
     Returns:
-        For each token of each draw, its contribution to the bound in nats, and whether it was masked.
+        For each token of each draw, the token's contribution to the bound in nats, and whether the token was masked.
     """
     residue_T = batch.targets < score_fn.graph.n_states
     length_n = sum_by_sequence(residue_T, batch).clamp(min=1)
     drawn = []
     for stratum in in_strata:
         u_n = points_in_stratum(*stratum, len(batch.lengths), generator).to(length_n)
-        count_n = ((u_n * length_n).floor() + 1).clamp(max=length_n)  # uniform on 1..L
+        count_n = ((u_n * length_n).floor() + 1).clamp(max=length_n)  # uniform on 1..L if u is uniform on [0, 1)
         drawn.append(batch.random_subset(residue_T, count_n, uniform_per_token(batch, generator)))
     masked_T = torch.cat(drawn)
     return masked_nats(score_fn, copies, masked_T), masked_T
 
 
 def masked_nats(score_fn: ScoreFn, batch: PackedBatch, masked: Bool[Tensor, " total"]) -> Float64[Tensor, " total"]:
-    """Return each token's contribution to the exact-count bound, in nats, when the residues `masked` are masked.
+    """Return each token's contribution to the exact-count bound, in nats, for a draw that masks the tokens in `masked`.
 
     If k >= 1 of a sequence's L residues are masked, a masked residue contributes L / k times its cross-entropy. Other
     tokens contribute 0.
@@ -66,7 +67,10 @@ def cross_entropies(score_fn: ScoreFn, batch: PackedBatch, masked: Bool[Tensor, 
 
 
 def masked_sigma(noise: Noise, fraction: Float64[Tensor, " n"]) -> Float32[Tensor, " n"]:
-    """Return the total noise sigma at which the masked fraction 1 - e^-sigma is `fraction`; at most sigma at t = 1."""
+    """Return the total noise sigma at which the masked fraction 1 - e^-sigma is `fraction`.
+
+    The result is limited to the schedule's sigma at t = 1.
+    """
     last_sigma = noise(torch.ones(1))[0].to(fraction.device)
     return torch.minimum(-torch.log1p(-fraction.float()), last_sigma)  # a fraction of 1 would give infinity
 
@@ -82,8 +86,9 @@ def masked_cross_entropy(
 ) -> tuple[Float64[Tensor, " total"], Int64[Tensor, " n"]]:
     """Mask random residues, and return -log p of these residues given the unmasked tokens. This is not a likelihood.
 
-    Masked language models are measured in a similar way (ESM-2, doi 10.1126/science.ade2574, with 15%). There, some of
-    the chosen residues are kept or replaced by another amino acid. Here, all chosen residues are masked.
+    Masked language models are measured in a similar way (ESM-2, doi 10.1126/science.ade2574, on 15% of the
+    residues). There, some of the chosen residues are kept or replaced by another amino acid. Here, all chosen residues
+    are masked.
 
     Args:
         fraction: fraction of each sequence's residues that a draw masks. The number of masked residues is rounded, and

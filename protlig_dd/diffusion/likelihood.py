@@ -8,13 +8,13 @@ The sum runs over the positions l of the residues. The estimator that computes t
 
 For the absorbing graph the same bound can be computed from k masked residues out of L (estimator `exact_count`): k is
 uniform on 1..L, the masked set is uniform, and L/k times the sum of the masked residues' cross-entropies is averaged.
-This estimator has a far lower variance. It covers all t, so there is no prior term and no reconstruction term. A
+This estimator has a far lower variance. It covers all t, so the second and the third term above are not needed. A
 time-conditioned network receives the sigma that matches the masked fraction, 1 - e^-sigma = k/L. The bound then holds
 for a decoder that uses the same sigma.
 
 Context letters (X B Z J U O), <bos> and <eos> are given to the network and are not scored. The same holds for residues
-that a pack marks as context (`PackedBatch.context`). L and k then count only the residues that are not context, and the
-bound is on -log p of these residues given the context.
+that a pack marks as context (`PackedBatch.context`). L and k count only the residues that are scored, and the bound is
+on -log p of these residues given the context.
 """
 
 from collections.abc import Sequence
@@ -87,12 +87,13 @@ def nll_bound(
     Args:
         generator: one generator for all sequences, or a source of randomness for each sequence. With one generator,
             the draws of different sequences are also distributed evenly within each stratum.
-        draws: number of Monte-Carlo draws per sequence, two in each stratum of t (or k), see `strata`.
+        draws: number of Monte-Carlo draws per sequence, two in each stratum (see `strata`). A stratum is a range of t
+            or, for `exact_count`, of the masked fraction k / L.
         estimator: `integral` is valid for every graph. `exact_count` is valid for the absorbing graph only, and bounds
             the NLL of a decoder that normalises the scores of masked tokens (with the parametrisation `x0` these scores
             are normalised already). None: `score_fn.estimator`.
         tokens_at_once: maximum number of tokens in one evaluation of the network. As many draws as fit are evaluated
-            together, but at least one draw.
+            together, but at least one draw. With 0, the default, each draw is evaluated on its own.
 
     Raises:
         ValueError: an unknown estimator, exact_count with another graph, or draws below 1.
@@ -154,7 +155,7 @@ def _transition(batch: PackedBatch, graph: Graph, sigma_T: Sigma, generator: Gen
     if isinstance(generator, torch.Generator):
         return graph.sample_transition(batch.targets, sigma_T, generator)
     device = generator[0].device
-    # copied together: copying each sequence separately would wait for the device each time
+    # copy the whole pack at once: separate copies of the sequences would each wait for the device
     parts = zip(batch.unpack(batch.targets.to(device)), batch.unpack(sigma_T.to(device)), generator, strict=True)
     return torch.cat([graph.sample_transition(*part) for part in parts]).to(batch.tokens.device)
 
@@ -166,9 +167,10 @@ def _integral_draws(
     in_strata: Sequence[Stratum],
     generator: Generators,
 ) -> Float64[Tensor, " total_of_copies"]:
-    """Return the contributions of one draw per stratum to the integral and to the last denoising step.
+    """Take one draw per sequence in each stratum, and return what the draws contribute to the bound.
 
-    The network evaluates all draws together.
+    The contribution of a draw is the sum of two terms: the integral and the last denoising step. The prior term is not
+    included. The network evaluates all draws together.
 
     Args:
         copies: the sequences of `batch`, repeated once per stratum, as one pack.

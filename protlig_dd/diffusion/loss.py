@@ -20,18 +20,18 @@ def score_entropy_loss(
 
         sum over residues of (t_max - t_min) dsigma(t) sum_{y != x_t} Q[y, x_t] (s_y - r_y log s_y + K(r_y))
 
-    with dsigma = d sigma / d t, the scores s_y, r_y = P[x0, y] / P[x0, x_t] and K(a) = a (log a - 1). The mean of the
-    estimate over draws is the likelihood bound's integral over [t_min, t_max] (arXiv 2310.16834, eq. 13).
+    with dsigma = d sigma / d t, the graph's rates Q and transition probabilities P = exp(sigma(t) Q), the scores s_y,
+    r_y = P[x0, y] / P[x0, x_t] and K(a) = a (log a - 1). The mean of the estimate over draws is the likelihood bound's
+    integral over [t_min, t_max] (arXiv 2310.16834, eq. 13).
 
     Args:
-        batch: clean sequences x0. Its context residues are given to the network without noise and are not
-            in the loss.
+        batch: clean sequences x0. Context residues are given to the network without noise and are not in the loss.
         generator: source of all random draws, on the batch's device (on the CPU for MPS).
         t_max: the largest time; 1 unless a curriculum limits it. With a curriculum, the loss is the integral up to
             t_max only.
-        max_weight: the largest allowed weight (t_max - t_min) dsigma / (e^sigma - 1). With the absorbing graph this is
-            the factor of a masked residue's cross-entropy. If max_weight is set, the loss is not the
-            bound.
+        max_weight: the largest allowed weight (t_max - t_min) dsigma / (e^sigma - 1); larger weights are reduced to it.
+            With the absorbing graph this weight is the factor of a masked residue's cross-entropy. If max_weight is
+            set, the loss is not the bound. None: no limit.
 
     Returns:
         loss_sum: nats, summed over the pack; differentiable.

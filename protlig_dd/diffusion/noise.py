@@ -3,10 +3,11 @@
 sigma and dsigma are exact formulas, evaluated in the precision of t. `t_min` belongs to the schedule, so that training,
 evaluation and sampling use the same range.
 
-The log-linear and the cosine schedule prescribe exp(-rate sigma), the remaining fraction of the data. With
-rate = |lambda_2|, the decay rate of the graph's slowest mode, a fraction eps of that mode remains at t = 1, and dsigma
-is below pi / 2 / (rate eps). With rate = 1 a slow graph would need a very small eps, and much of its noise would be
-added between the last float32 number below t = 1 and t = 1.
+The log-linear and the cosine schedule prescribe exp(-rate sigma), which falls from 1 at t = 0 to eps at t = 1. `rate`
+should be |lambda_2|, the decay rate of the graph's slowest mode (see graphs/base.py). Then exp(-rate sigma) is the
+remaining fraction of this mode, and dsigma is below pi / 2 / (rate eps) at every t. With rate = 1, a graph with a small
+|lambda_2| would need a very small eps, and much of the noise would be added between the largest float32 number below 1
+and t = 1.
 """
 
 import math
@@ -33,7 +34,7 @@ class LogLinearNoise:
         self.eps, self.t_min, self.rate = eps, t_min, rate
 
     def __call__(self, t: Float[Tensor, "*n"]) -> tuple[Float[Tensor, "*n"], Float[Tensor, "*n"]]:
-        kept = (1 - t) + self.eps * t  # = exp(-rate sigma), without the cancellation near t = 1
+        kept = (1 - t) + self.eps * t  # = exp(-rate sigma); 1 - (1 - eps) t would lose digits near t = 1
         # log1p is accurate for small t, where `kept` has lost digits; log(kept) is accurate near t = 1
         sigma = torch.where(t < 0.5, -torch.log1p(-(1 - self.eps) * t), -torch.log(kept))
         return sigma / self.rate, (1 - self.eps) / kept / self.rate
@@ -42,14 +43,14 @@ class LogLinearNoise:
 class CosineNoise:
     """1 - exp(-rate sigma(t)) = (1 - eps) (1 - cos(pi t / 2)).
 
-    The noise grows slowly near t = 0, where a noised residue has the largest weight in the loss. The remaining fraction
-    of the data falls as a cosine. (MaskGIT's schedule, arXiv 2202.04200, is the mirror image: its masked fraction rises
-    as a sine.)
+    The noise grows slowly near t = 0, where a noised residue has the largest weight in the loss. exp(-rate sigma), the
+    remaining fraction of the data, falls as a cosine. (MaskGIT's schedule, arXiv 2202.04200, is the mirror image: its
+    masked fraction rises as a sine.)
 
-    For the absorbing graph the loss weight of a masked residue is m' / m with m = 1 - exp(-sigma) and m' = d m / d t.
-    The second moment of this weight, the integral of m'^2 / m over t, is 4.04 for eps -> 0. The minimum over all
-    schedules is 4, reached by m = t^2 (Cauchy-Schwarz applied to the derivative of sqrt(m)). For the log-linear
-    schedule the second moment is log(1 / t_min) = 6.9.
+    For the absorbing graph the loss weight of a masked residue is m' / m with m = 1 - exp(-sigma) and m' = d m / d t. A
+    residue is masked with probability m, so the second moment of this weight is the integral of m (m' / m)^2 over t. It
+    is 4.04 for eps -> 0. The minimum over all schedules is 4, reached by m = t^2 (Cauchy-Schwarz applied to the
+    derivative of sqrt(m)). For the log-linear schedule the second moment is log(1 / t_min) = 6.9.
 
     Args:
         eps: exp(-rate sigma) at t = 1.
@@ -65,8 +66,8 @@ class CosineNoise:
 
     def __call__(self, t: Float[Tensor, "*n"]) -> tuple[Float[Tensor, "*n"], Float[Tensor, "*n"]]:
         half_pi = math.pi / 2
-        moved = 2 * (1 - self.eps) * torch.sin(half_pi * t / 2) ** 2  # = 1 - kept, without the cancellation near t = 0
-        kept = self.eps + (1 - self.eps) * torch.sin(half_pi * (1 - t))  # without the cancellation near t = 1
+        moved = 2 * (1 - self.eps) * torch.sin(half_pi * t / 2) ** 2  # = 1 - kept, but keeps its digits near t = 0
+        kept = self.eps + (1 - self.eps) * torch.sin(half_pi * (1 - t))  # keeps its digits near t = 1
         sigma = torch.where(t < 0.5, -torch.log1p(-moved), -torch.log(kept))
         return sigma / self.rate, (1 - self.eps) * half_pi * torch.sin(half_pi * t) / kept / self.rate
 
@@ -114,7 +115,7 @@ def stratified_times(
 
 
 def curriculum_t_max(step: int, steps: int, t_min: float) -> float:
-    """Return the largest t of a training step (counted from 0). This t grows linearly to 1 at step `steps` - 1."""
+    """Return the upper limit of t in training step `step` (from 0), which grows linearly to 1 at step `steps` - 1."""
     return 1.0 if step + 1 >= steps else t_min + (1 - t_min) * (step + 1) / steps
 
 

@@ -56,7 +56,7 @@ def categorical(probs_TS: Float64[Tensor, "T S"], u: Float64[Tensor, " T"]) -> I
         u: uniform on [0, 1), float64.
     """
     cdf = probs_TS.cumsum(-1)
-    cdf = cdf / cdf[:, -1:]  # exactly 1 from the last positive state on, so above every u
+    cdf = cdf / cdf[:, -1:]  # exactly 1 from the last state of positive probability on, so above every u
     return (cdf <= u[:, None]).sum(-1)
 
 

@@ -47,8 +47,8 @@ def sample(
             sequence is token 1. The function is called before the first step and after every step. Fixing residues in
             this way is exact for the absorbing graph and an approximation for the other graphs (docs/diffusion.md).
             With the absorbing graph and `project`, the network receives for each sequence the sigma that matches the
-            masked fraction of the sequence's residues. If the network was trained with context, this is the masked
-            fraction of the free residues only.
+            masked fraction of the sequence's residues: 1 - e^-sigma is this fraction. If the network was trained with
+            context, only the free residues count in the fraction.
         log_bias: nats added to the log-probability of each of the V amino acids. The shape is (V,), to add the same
             values at all residues, or (sum of lengths, V), with a row for each residue but none for <bos> and <eos>.
             The model is steered towards the distribution proportional to p(x0) exp(sum of log_bias over the residues
@@ -64,7 +64,7 @@ def sample(
 
     Raises:
         ValueError: a predictor that is unknown or not supported by the graph, fewer than one step, a length below 1, a
-            temperature or top_p out of range, a log_bias of another shape or one that forbids all amino acids of a
+            temperature or top_p out of range, a log_bias that has a wrong shape or forbids all amino acids of a
             residue, or a network output that is not finite.
     """
     steps = ReverseSteps(score_fn, lengths, options, generator, project, log_bias=log_bias, counts=counts)
@@ -159,7 +159,7 @@ class ReverseSteps:
         """Replace the pack's tokens, from which the next step starts. `project` is applied to the new tokens.
 
         With the absorbing graph, all later steps give the network the sigma that matches each sequence's masked
-        fraction, as with `project`, because this fraction no longer follows the schedule.
+        fraction (see `sigma_of_masks`), because this fraction no longer follows the schedule.
 
         Args:
             tokens: (total,), with <bos> and <eos>.
@@ -177,7 +177,9 @@ class ReverseSteps:
 def sigma_of_masks(
     batch: PackedBatch, graph: Graph, lowest: float, highest: float, *, counted_T: Bool[Tensor, " total"] | None = None
 ) -> Float64[Tensor, " n"]:
-    """Return the sigma that matches each sequence's fraction of masked residues, clamped to [lowest, highest].
+    """Return for each sequence the sigma at which 1 - e^-sigma is the sequence's fraction of masked residues.
+
+    Each sigma is clamped to [lowest, highest].
 
     Fixed residues are never masked, so the schedule's sigma would be too high for sequences that have fixed residues.
 

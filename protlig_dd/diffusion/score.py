@@ -19,7 +19,7 @@ Network = Callable[[PackedBatch, Tensor], Tensor]
 """(batch with tokens x_t, sigma (n,) float32) -> logits (total, 20)."""
 
 Steer = Callable[[Tensor], Tensor]
-"""log q (T, V) -> a changed log q, where q is the distribution of x0 at each position given x_t at all others.
+"""log q (T, V) -> a changed log q. q is the distribution of x0 at each position, given x_t at all other positions.
 
 The result need not be normalised: each token's row may have any constant added.
 """
@@ -41,8 +41,8 @@ class ScoreFn:
             float32, and all later computations are at least as precise, because sums of exponentials in bf16 have
             errors of 0.2%.
         trained_with_context: whether training gave some residues to the network as context, which is never masked
-            (`PackedBatch.context`). If so, the sigma that matches a masked fraction is computed from the masked
-            fraction of the residues that are not context.
+            (`PackedBatch.context`). If so, the masked fraction from which sigma is computed does not count context
+            residues (see `sigma_of_masks`).
 
     Raises:
         ValueError: an unknown parametrisation, or time_conditioning=False where it is not valid.
@@ -93,9 +93,9 @@ class ScoreFn:
 
         With the parametrisation x0, q is the softmax of the logits. With the parametrisation log_score, q is the
         distribution that the network's log-scores imply. Computing this q undoes all the noise, which amplifies errors.
-        With `steer` the result is therefore not the log-scores of the steered q, but the network's log-scores plus a
-        difference: the log-scores of q after steering minus the log-scores of q before steering. A small change of q
-        then causes only a small change of the scores.
+        For log_score with `steer`, the result is therefore not the log-scores of the steered q, but the network's
+        log-scores plus a difference: the log-scores of q after steering minus the log-scores of q before steering. A
+        small change of q then causes only a small change of the scores.
         """
         if self.parametrisation == "x0":
             log_q = logits if steer is None else steer(logits.log_softmax(-1))
@@ -113,7 +113,8 @@ class ScoreFn:
         """Return the probabilities (T, S) of each token's state after a step from total noise `sigma` to `sigma_next`.
 
         With the parametrisation x0 the step is the exact posterior, otherwise Tweedie's analytic step. With
-        sigma_next = 0 no token stays masked. Rows are unnormalised; inconsistent scores can give negative entries.
+        sigma_next = 0 no token stays masked. Rows are unnormalised. Entries can be negative if the network's scores are
+        not those of any distribution.
         """
         if self.parametrisation == "x0":
             log_q = logits if steer is None else steer(logits.log_softmax(-1))

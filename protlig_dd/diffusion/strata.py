@@ -21,10 +21,10 @@ Stratum = tuple[float, float, Tensor | None]
 def strata(draws: int, warp: Callable[[np.ndarray], np.ndarray] = np.square) -> list[tuple[float, float, float]]:
     """Return the stratum of each draw, and the draw's weight in the mean.
 
-    There are draws // 2 strata of u in [0, 1] with two draws each. If the number of draws is odd, the last draw may be
-    anywhere on [0, 1). The standard deviation of a draw that masks a fraction u of the residues is roughly proportional
-    to 1 / sqrt(u). Strata that end at the squares of evenly spaced numbers (the default `warp`) have equal integrals of
-    this standard deviation (Neyman's allocation; Cochran, Sampling Techniques, 1977, sec. 5.5).
+    [0, 1] is divided into draws // 2 strata with two draws each. If the number of draws is odd, the last draw may be
+    anywhere on [0, 1). The default `warp` is for draws that mask a fraction u of the residues: their standard deviation
+    is roughly proportional to 1 / sqrt(u). Strata that end at the squares of evenly spaced numbers have equal integrals
+    of this standard deviation over u (Neyman's allocation; Cochran, Sampling Techniques, 1977, sec. 5.5).
 
     Args:
         warp: maps evenly spaced numbers on [0, 1] to the ends of the strata.
@@ -42,8 +42,9 @@ def time_warp(graph: Graph, noise: Noise) -> Callable[[np.ndarray], np.ndarray]:
     """Return the `warp` of `strata` for times on [t_min, 1], scaled to [0, 1].
 
     The strata end at times at which the square root of u is evenly spaced, where u = 1 - exp(lambda_2 sigma) is roughly
-    the fraction of residues that the noise has changed by time t. A geometric schedule already gives every order of
-    magnitude of the noise the same range of times, so the strata of this schedule have equal widths.
+    the fraction of residues that the noise has changed by time t (for lambda_2 see graphs/base.py). A geometric
+    schedule already gives every order of magnitude of the noise the same range of times, so the strata of this schedule
+    have equal widths.
     """
     if isinstance(noise, GeometricNoise):
         return lambda even: even

@@ -137,9 +137,9 @@ class ResidueGraph(Graph):
     def x0_probs(self, log_score: Float[Tensor, "T V"], xt: Tokens, sigma: Sigma) -> Float64[Tensor, "T V"]:
         """Return q, the distribution of x0 at each position, as implied by the scores.
 
-        q is conditional on the tokens of x_t at all other positions. It is the solution of q P = s, where s is the
-        vector of the scores, normalised after negative entries are set to 0. Solving this equation amplifies errors of
-        the scores by up to exp(sigma |lambda|), where lambda is the most negative eigenvalue of Q.
+        q is conditional on the tokens of x_t at all other positions. It solves q P = s, where s is the vector of the
+        scores. Negative entries of the solution are set to 0, and the solution is normalised. Solving this equation
+        amplifies errors of the scores by up to exp(sigma |lambda|), where lambda is the most negative eigenvalue of Q.
         """
         return clamp_negative(self._propagate(to_float64(log_score).exp(), -to_float64(sigma)))[0]
 

@@ -26,7 +26,7 @@ def substitution_rates(matrix: str, kind: str = "log_odds", scale: float | None 
 
     Log-odds scores S and the background frequencies f of Swiss-Prot give the joint distribution J, with J_ij
     proportional to f_i f_j 2^(scale S_ij). Its marginals pi give the conditional distribution P_ij = J_ij / pi_i. Q is
-    proportional to P - I. It is reversible, because S and therefore J are symmetric. The diagonal and the overall
+    proportional to P - I. Q is reversible, because S and therefore J are symmetric. The diagonal and the overall
     factor of the result have no meaning: `SubstitutionGraph` sets the diagonal and scales the rates.
 
     Args:

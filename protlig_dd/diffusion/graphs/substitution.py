@@ -87,7 +87,7 @@ class SubstitutionGraph(ResidueGraph):
                 f"the rates mix too slowly: lambda_2 = {self.lambda_2:.3g} must be at most {MAX_LAMBDA_2} "
                 f"(at {MAX_LAMBDA_2}, mixing takes a total noise of {math.log(MIXED) / MAX_LAMBDA_2:.0f})"
             )
-        # slightly increased, so that in spite of rounding at most MIXED of the slowest mode remains at sigma_max
+        # slightly increased, so that in spite of rounding the slowest mode has fallen to at most MIXED at sigma_max
         self.sigma_max = math.log(MIXED) / self.lambda_2 * (1 + 1e-6)
         self.n_states = self.n_reverse_states = n
         eigenvalues[-1] = 0.0  # exactly 0, so that P's rows sum to 1 at any sigma
@@ -102,7 +102,7 @@ class SubstitutionGraph(ResidueGraph):
         self._on_device = {CPU: spectrum}
 
     def transition_probs(self, x0: Tokens, sigma: Sigma) -> Float64[Tensor, "T V"]:
-        """Return P(sigma)[x0, .] in float64. For a context id, the row is that of state 0."""
+        """Return P(sigma)[x0, .] in float64. A context id gets the row of state 0, which callers ignore."""
         sigma = to_float64(sigma)
         x0 = torch.where(x0 < self.n_states, x0, 0).to(sigma.device)
         return self._propagate(one_hot(x0, self.n_states).double(), sigma).clamp(min=TINY)

@@ -13,9 +13,9 @@ from protlig_dd.tokenizer import N_STATES
 
 
 class Uniform(ResidueGraph):
-    """Every residue changes at rate 1 to a uniformly drawn amino acid (SEDD, arXiv 2310.16834, eq. 16).
+    """Every residue is replaced at rate 1 by a uniformly drawn amino acid (SEDD, arXiv 2310.16834, eq. 16).
 
-    With N amino acids Q[i, j] = 1/N for i != j, and Q[i, i] = 1/N - 1.
+    The drawn amino acid may equal the old one. With N amino acids, Q[i, j] = 1/N for i != j, and Q[i, i] = 1/N - 1.
     """
 
     name = "uniform"

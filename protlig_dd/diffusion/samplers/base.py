@@ -101,9 +101,9 @@ class Analytic:
         if self.score_fn.estimator == "exact_count":
             return torch.full((sum(self.draws.lengths),), self.graph.mask, device=self.draws.device)
         start_R = self.draws(lambda n, generator: self.graph.sample_limit(n, generator, sigma))
-        # If the graph has a mask, steps change only masked residues. So a forbidden amino acid drawn here would stay
-        # until the denoising step, which would replace it by a random allowed one, whatever the network
-        # returns. So mask forbidden amino acids now.
+        # Mask forbidden amino acids now. If the graph has a mask, steps change only masked residues. A forbidden amino
+        # acid would therefore stay until the denoising step, which would replace it by a random allowed amino acid,
+        # whatever the network returns.
         if self.bias is not None and self.graph.masks:
             start_R = torch.where(is_forbidden(start_R, self.bias), self.graph.mask, start_R)
         return start_R
@@ -116,7 +116,7 @@ class Analytic:
         Raises:
             ValueError: the network's scores are not finite.
         """
-        # moving_R: True where the step can change the residue, False where the caller put a letter of XBZJUO into xt
+        # moving_R: False where the caller put a context letter (XBZJUO) into xt, which the step must not change
         moving_R = xt[self.free_T] < self.graph.n_reverse_states
         moving_T = self.free_T.masked_scatter(self.free_T, moving_R)
         bias = None if self.bias is None else self.bias[moving_R]

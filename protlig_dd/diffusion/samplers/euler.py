@@ -9,7 +9,7 @@ from protlig_dd.diffusion.score import Steer
 
 
 class Euler(Analytic):
-    """Euler steps, which are accurate to first order in the step in t. The last step is analytic."""
+    """Euler steps, which are accurate to first order in the length of the step. The last step is analytic."""
 
     def reverse_probs(
         self, logits: Float64[Tensor, "T V"], xt: Int64[Tensor, " T"], level: Level, steer: Steer | None
