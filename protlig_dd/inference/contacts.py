@@ -1,4 +1,4 @@
-"""Average attention weights into a map of residue pairs, correct the map like a contact map, and draw it.
+"""Average attention weights into a map of residue pairs, correct it as is usual for contact maps, and draw it.
 
 This module does not use Hydra.
 """
@@ -11,15 +11,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-LETTERS_SHOWN = 130  # maximum length of a sequence whose letters are shown along the axes; longer ones have numbers
+LETTERS_SHOWN = 130  # maximum length of a sequence whose letters are shown along the axes; others have only numbers
 
 
 def contact_map(weights: Float[Tensor, "*chosen tokens tokens"]) -> Float[Tensor, "residues residues"]:
     """Return the mean of attention weights over blocks and heads, symmetrised and corrected, (residues, residues).
 
     <bos> and <eos> are left out. The correction is `average_product_correction`. Rao et al. 2020 (doi
-    10.1101/2020.12.15.422761) correct each head and fit the heads' weights on known structures. Here all heads have the
-    same weight, so no structures are needed.
+    10.1101/2020.12.15.422761) correct the map of each head, and fit a weight for each head on known structures. Here
+    all heads have the same weight, so no structures are needed.
 
     Args:
         weights: one tensor of the list that `attention` returns, or a part of the tensor, such as one head.
@@ -44,8 +44,8 @@ def contact_map(weights: Float[Tensor, "*chosen tokens tokens"]) -> Float[Tensor
 def average_product_correction(a: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     """Return a_ij - a_i a_j / a, where a_i, a_j and a are the sums of row i, of column j and of all entries.
 
-    This correction removes what a position has in common with all other positions (APC, Dunn et al. 2008, doi
-    10.1093/bioinformatics/btm604).
+    This correction removes from each entry what the averages of its row and its column predict (APC, Dunn et al. 2008,
+    doi 10.1093/bioinformatics/btm604).
     """
     return a - a.sum(1, keepdim=True) * a.sum(0, keepdim=True) / a.sum()
 
@@ -53,8 +53,9 @@ def average_product_correction(a: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
 def to_png(contacts: Float[Tensor, "residues residues"], sequence: str, title: str) -> bytes:
     """Return a PNG of a contact map with the sequence along both axes.
 
-    Positive entries (attention above the product of averages) are red, negative entries are blue, and the diagonal is
-    grey. The scale ends at the 99th percentile of the off-diagonal entries' absolute values.
+    Positive entries (attention above the product that `average_product_correction` subtracts) are red. Negative entries
+    are blue, and the diagonal is grey. The scale ends at the 99th percentile of the off-diagonal entries' absolute
+    values.
 
     Raises:
         ValueError: the sequence does not have the map's length.

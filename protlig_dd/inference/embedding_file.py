@@ -128,5 +128,5 @@ def write_npz(
 ) -> None:
     embeddings = np.empty(shape, np.float32)
     fill(embeddings, blocks)
-    with path.open("wb") as file:  # savez would add a suffix to a file name
+    with path.open("wb") as file:  # given a path that does not end in .npz, savez would add .npz
         np.savez(file, embeddings=embeddings, **columns, **notes)  # type: ignore[arg-type]

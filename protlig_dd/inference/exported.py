@@ -37,7 +37,7 @@ DEFAULT_KINDS = {
     "head": "linear",
     "token_dropout": False,
 }
-"""The kinds of a network's parts in configs/model/*.yaml. The model card lists only parts of another kind."""
+"""The kind of each part of the networks in configs/model/*.yaml. The model card lists only parts of another kind."""
 
 
 def is_exported(folder: Path) -> bool:
@@ -48,8 +48,8 @@ def read_description(folder: Path) -> dict[str, Any]:
     """Return the content of an exported model's config.json, after checking the vocabulary and the weights' checksum.
 
     Raises:
-        ValueError: a file is missing or damaged, or has another format version or vocabulary. The message
-            names the file.
+        ValueError: a file is missing or damaged, or its format version or vocabulary is not that of this version of
+            protlig_dd. The message names the file.
     """
     file = folder / DESCRIPTION
     description = read_json(file)
@@ -101,14 +101,14 @@ def write_exported(
     (folder / DESCRIPTION).write_text(as_json(description))
     (folder / VOCABULARY).write_text(as_json(vocabulary()))
     (folder / CARD).write_text(card or model_card(description))
-    # safetensors writes files that only their owner can read
+    # safetensors writes files that only their owner can read; give the weights the permissions of the card
     (folder / WEIGHTS).chmod(stat.S_IMODE((folder / CARD).stat().st_mode))
 
 
 def vocabulary() -> dict[str, Any]:
     """Return the content of vocabulary.json: the token ids by letter or name, and the number of diffused states.
 
-    The diffused states have the first n_states ids.
+    The diffused states are the amino acids, with the ids 0 to n_states - 1.
     """
     ids = {letter: i for i, letter in enumerate(LETTERS) if i != MASK}
     return {"n_states": N_STATES, "ids": ids | {"<mask>": MASK, "<bos>": BOS, "<eos>": EOS, "<pad>": PAD}}
@@ -117,7 +117,7 @@ def vocabulary() -> dict[str, Any]:
 def model_card(description: Mapping[str, Any]) -> str:
     """Return the text of README.md: what the model is, its evaluation and how to load it.
 
-    The user has to choose a licence.
+    The text contains no licence: the user has to choose one.
     """
     model, training = description["model"], description["training"]
     kinds = kinds_of_parts(model)
@@ -191,7 +191,7 @@ def kinds_of_parts(model: Mapping[str, Any]) -> str:
 
 
 def context_in(training: Mapping[str, Any]) -> str | None:
-    """Return the case of the residues that were given to the network as context in training; None without context."""
+    """Return the letter case of residues that training gave to the network as context; None without context."""
     context = training["data"].get("context")
     return None if context == "none" else context
 

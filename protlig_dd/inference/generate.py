@@ -156,7 +156,7 @@ def generate(
     The random draws of a sequence are keyed by (seed, "sample", the sequence's number) and made on the CPU.
 
     Args:
-        work: the size of the packs and the processes that share them.
+        work: the size of the packs, and the ranks that share the packs.
         log_bias: nats for each amino acid (see `sample`): (20,) for all positions of all sequences, or one tensor
             (length_i, 20) for each sequence.
         numbers: the number of each sequence, which keys its draws; 0, 1, 2, ... by default.

@@ -74,7 +74,7 @@ def called_modules(network: DiT) -> dict[str, nn.Module]:
     """
     uncalled = set[nn.Module]()
     if network.positions.is_biased():
-        uncalled |= set(network.positions.modules())  # `bias` reads their weights
+        uncalled |= set(network.positions.modules())  # `positions.bias` reads their weights without calling them
     for block in network.blocks:
         if isinstance(block, Block) and isinstance(block.mixer, TTT):
             uncalled.add(block.mixer.heads_norm)  # TTT computes this norm itself, in the dtype of its state

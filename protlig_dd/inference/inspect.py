@@ -37,24 +37,25 @@ def attention(
     """Return the attention weights of each protein, on the CPU.
 
     Entry [b, h, i, j] is the weight with which token i reads token j in head heads[h] of block blocks[b]. The tokens
-    are `<bos> residues <eos>`, so a protein of L residues has L + 2 tokens and residue k is token k + 1. Each row sums
-    to 1. The weights are computed in float32 from the queries, keys and bias that the attention kernel receives. Inputs
-    that the kernel receives in a lower precision are rounded to that precision first. The network runs in evaluation
-    mode on one protein at a time, up to the last selected block. The weights of a protein take 4 (L + 2)^2 bytes per
-    block and head.
+    are `<bos> residues <eos>`, so a protein of L residues has L + 2 tokens, and residue k (from 0) is token k + 1.
+    Each row sums to 1. The weights are computed in float32 from the queries, keys and bias that the attention kernel
+    receives. Inputs that the kernel receives in a lower precision are rounded to that precision first. The network runs
+    in evaluation mode on one protein at a time, up to the last selected block. The weights of a protein take
+    4 (L + 2)^2 bytes per block and head.
 
     Args:
         sequences: letters in either case; `_` is a masked residue (only for graphs with a mask).
         blocks, heads: numbers from 0, in the order that the result is to have; -1 is the last block or head. None
             selects all.
-        t: noise level, from the noise schedule's t_min to 1, that a network with time conditioning receives. None: the
-            level that matches the protein's fraction of masked residues, as in sampling; for graphs without a mask,
-            t_min.
+        t: time, from the noise schedule's t_min to 1, that sets the noise level for a network with time conditioning.
+            None: the level that matches the protein's fraction of masked residues, as in sampling; for graphs without a
+            mask, the level at t_min.
         max_len: largest number of residues that the model was trained on.
 
     Raises:
         ValueError: a block or head that the network does not have; a block whose mixer is not attention; a single
-            string, no sequence, an illegal letter or `_` without a mask; a protein longer than max_len; t out of range.
+            string, no sequence, an illegal letter, or `_` if the graph has no mask; a protein longer than max_len; t
+            out of range.
     """
     network = network_of(score_fn)
     chosen = choose("block", blocks, len(network.blocks))
@@ -123,14 +124,15 @@ def attention_weights(
 
     Args:
         projected: the queries, keys and values that the block's mixer has computed (`Mixer.project`).
-        scores: the position encoding's bias of the scores; None if the kernel needs only q, k and v.
+        scores: the position encoding's bias of the attention scores, in the form that the kernel takes; None if the
+            kernel needs only q, k and v.
         rounded: whether the kernel receives the bias in the dtype of the queries, as sdpa does.
     """
     head_dim, bias = projected.shape[-1], None
     if scores is not None and scores.columns is not None:
         projected = with_columns(projected, scores.columns)
     elif scores is not None and scores.bias is not None:
-        # computed under the network's autocast, as is the bias for the kernel
+        # the bias is computed under the network's autocast, like the bias that the kernel receives
         bias = scores.bias.matrix(len(projected)) if scores.matrices is None else scores.matrices[0]
         bias = bias[list(heads)].to(projected.dtype if rounded else torch.float32).float()
     q, k, _ = projected[:, :, list(heads)].float().unbind(1)
@@ -186,12 +188,12 @@ def sigma_of(score_fn: ScoreFn, batch: PackedBatch, t: float | None) -> Float32[
 
 @contextmanager
 def analysis(model: nn.Module) -> Iterator[None]:
-    """Run the body in evaluation mode and without gradients.
+    """Run the body of the `with` statement with the model in evaluation mode and without gradients.
 
     Each module's training mode is restored afterwards, even if the body raises or the modules' modes differ.
     """
     modules = list(model.modules())
-    modules += [module.mixer for module in modules if isinstance(module, Block)]  # not registered as submodules
+    modules += [module.mixer for module in modules if isinstance(module, Block)]  # a block does not register its mixer
     modes = [module.training for module in modules]
     try:
         model.eval()

@@ -107,7 +107,7 @@ def designs_of_contig(config: InfillConfig, records: Sequence[Protein]) -> list[
 
 
 def contig_stretches(contig: str) -> dict[str, list[tuple[int, int]]]:
-    """Return a contig's stretches of the input as (first, last) residues, in a list for each letter of the contig."""
+    """Return the stretches of input proteins in a contig: letter of the protein -> list of (first, last) residues."""
     stretches: dict[str, list[tuple[int, int]]] = {}
     for part in contig.split("/"):
         if part[:1].isalpha():
@@ -136,8 +136,8 @@ def mask_free_positions(
 ) -> np.ndarray:
     """Return the ids with MASK at free positions.
 
-    Positions with `_` are free. So are the positions in `free`, those outside `fixed`, and those that `context` does
-    not fix.
+    A position is free if it has `_`, if `free` contains it, if `fixed` is given and does not contain it, or if
+    `context` is given and does not fix it.
 
     Args:
         context: the case of the letters that are fixed, `lower` or `upper`; letters of the other case are free.
@@ -208,7 +208,7 @@ def draw_layout(contig: str, lengths: str | None, generator: np.random.Generator
         sizes = draw_sizes(ranges, low, high, generator)
     else:
         sizes = []
-        while sum(sizes) < low:  # draw again if no residue is new, as in at most half of the draws
+        while sum(sizes) < low:  # draw again if all new stretches are empty (in at most half of the draws)
             sizes = [int(generator.integers(a, b, endpoint=True)) for a, b in ranges]
     return [Segment(size, start, letter) for size, start, letter in zip(sizes, starts, letters, strict=True) if size]
 
@@ -262,7 +262,7 @@ def map_csv(designs: Sequence[Design]) -> str:
             [np.arange(s.length) + (s.start or 0) if s.start else np.zeros(s.length, int) for s in layout]
         )
         source = np.repeat([s.letter or "" for s in layout], [s.length for s in layout])
-        # a new row begins where free turns to fixed or back, or the input or its numbering changes
+        # a new row begins where free and fixed residues meet, the input changes or its residues are not consecutive
         steps = (np.diff(template == MASK) != 0) | ((np.diff(origin) != 1) & ((origin[1:] > 0) | (origin[:-1] > 0)))
         steps |= source[1:] != source[:-1]
         bounds = [0, *(np.flatnonzero(steps) + 1).tolist(), len(template)]
@@ -277,7 +277,7 @@ def warn_about_layout(
 ) -> None:
     """Print a warning for each layout that a user may not intend, and for graphs where infilling is an approximation.
 
-    These layouts are records in which `context=` fixes no residue, and contigs that reorder or repeat residues.
+    A user may not intend that `context=` fixes no residue of a record, or that a contig reorders or repeats residues.
     """
     whole = dict.fromkeys(design.protein for design in designs if (design.template == MASK).all())
     if config.context is not None and whole:

@@ -14,7 +14,7 @@ class Lengths(NamedTuple):
     counts: list[int]
     """counts[n] is the number of proteins with n residues. Proteins that were cropped in training are not counted."""
     description: str
-    """For messages: how many proteins there are, and how many were left out."""
+    """A text for messages: how many proteins `counts` contains, and how many proteins were left out."""
 
 
 def lengths_of(counts: list[int] | None, cropped: int | None, max_len: int) -> Lengths | None:

@@ -34,7 +34,7 @@ MODEL_KEYS = ("model", "graph", "noise", "parametrisation", "time_conditioning")
 
 @dataclass(frozen=True)
 class SavedModel:
-    """Averaged weights on disk, and the config and record that were saved with them."""
+    """Averaged weights (EMA) on disk, with the config and the facts about the training that were saved with them."""
 
     path: Path
     """A checkpoint or an exported model."""
@@ -48,7 +48,7 @@ class SavedModel:
     having max_len residues."""
     data_fingerprint: str
     skipped: list[str]
-    """The error of each newer checkpoint of the same run; such a checkpoint is not valid."""
+    """The error message of each newer checkpoint of the same run that is not valid."""
 
 
 def find_saved(path: str) -> SavedModel:
@@ -91,7 +91,7 @@ def find_saved(path: str) -> SavedModel:
 
 
 def run_folder(checkpoint: Path) -> Path | None:
-    """Return the run folder that contains a checkpoint, after resolving links; None if the checkpoint is not in one."""
+    """Return the run folder that contains a checkpoint, after resolving links; None if no run folder contains it."""
     folder = checkpoint.resolve().parent
     return folder.parent if folder.name == "checkpoints" else None
 
@@ -114,10 +114,10 @@ def describe(saved: SavedModel, report: dict[str, Any] | None) -> dict[str, Any]
     """Return the content of an exported model's config.json, without local paths and without the logger's settings.
 
     Args:
-        report: the run's report of these weights, if it has one.
+        report: the run's evaluation report on these weights; None if the run has none.
     """
     config, graph = saved.config, dict(saved.config.graph)
-    if (matrix := graph.get("matrix")) is not None:  # store rates, so that loading needs neither file nor Biopython
+    if (matrix := graph.get("matrix")) is not None:  # store rates: loading then needs neither file nor Biopython
         if graph["rates"] is None:
             graph["rates"] = substitution_rates(matrix, graph["kind"], graph["scale"]).tolist()
         graph["matrix"] = Path(matrix).name
@@ -150,8 +150,8 @@ def config_from_description(description: dict[str, Any], file: Path) -> TrainCon
     """Return the run's config from a description that `describe` returned.
 
     Raises:
-        ValueError: `describe` cannot have returned the description, or the description has an interpolation, which
-            could read values outside the file.
+        ValueError: `describe` cannot have returned the description, or the description has an interpolation
+            (`${...}`), which could read values outside the file.
     """
     try:
         parts = {**description["training"], **{key: description[key] for key in MODEL_KEYS}}
@@ -164,7 +164,7 @@ def config_from_description(description: dict[str, Any], file: Path) -> TrainCon
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A network in evaluation mode with averaged weights, and the record that was saved with the weights."""
+    """A network in evaluation mode with averaged weights, and the saved model that contains these weights."""
 
     saved: SavedModel
     score_fn: ScoreFn
@@ -204,7 +204,7 @@ class TrainedModel:
 
     @property
     def context(self) -> Context:
-        """The case of the residues that were given as context in training, or `none` (`data.context`)."""
+        """The letter case of the residues that were given as context in training, or `none` (`data.context`)."""
         return self.saved.config.data.context
 
     @property

@@ -59,7 +59,7 @@ def encode_with_free(sequence: str, name: str) -> np.ndarray:
 def check_letters(sequence: object, name: str) -> None:
     """Raise a ValueError unless the sequence is a string of ASCII characters.
 
-    `upper` would turn some other characters into letters, such as a sharp s into SS.
+    `upper` would turn some non-ASCII characters into legal letters, such as a sharp s into SS.
     """
     if not isinstance(sequence, str):
         raise ValueError(f"{name}: a sequence is a string of letters, got {sequence!r:.40}")

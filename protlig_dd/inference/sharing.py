@@ -25,7 +25,7 @@ def share(
     processes: Processes,
     ticks: int = 1,
 ) -> dict[Any, Any]:
-    """Call `score` for every pack, each on one rank, and return all results on every rank.
+    """Distribute the packs over the ranks, call `score` for each pack, and return all results on every rank.
 
     Args:
         score: (a pack, the progress bar's tick) -> {key: result}.
@@ -41,7 +41,7 @@ def share(
 
 @dataclass(frozen=True)
 class Work:
-    """How sequences are packed and shared among the ranks."""
+    """How work on sequences is split into packs and shared among the ranks."""
 
     tokens_per_pack: int
     description: str = "variants"
@@ -50,7 +50,7 @@ class Work:
     def share(
         self, lengths: Sequence[int], score: Callable[[range, Tick], dict[Any, Any]], ticks: int = 1
     ) -> dict[Any, Any]:
-        """Split the sequences into packs and call `share` on the packs. A pack is a range of sequence indices.
+        """Split the sequences into packs and call the function `share`. A pack is a range of sequence indices.
 
         Args:
             lengths: number of residues of each sequence.

@@ -83,7 +83,7 @@ class SamplingSteps:
 
     Raises:
         ValueError: no design, an illegal letter, a design without free positions or with more than max_len residues, a
-            bias of another shape than its design, or invalid options (see `sample`).
+            bias whose shape does not match its design, or invalid options (see `sample`).
     """
 
     def __init__(
@@ -164,7 +164,7 @@ class SamplingSteps:
                 f"protein {protein} does not exist: {len(self.templates)} proteins are sampled, counted from 0"
             )
         template, tokens = self.templates[protein], batch.tokens.clone()
-        first = sum(batch.lengths[:protein]) + 1  # the token of the protein's residue 0
+        first = sum(batch.lengths[:protein]) + 1  # index in `tokens` of the protein's residue 0
         for position, letter in residues.items():
             check_whole(position, f"protein {protein}: a position is a whole number from 0")
             where = f"position {position} of protein {protein}"
