@@ -6,9 +6,9 @@ objective and network. There are two rounds:
     python -m scripts.arms screen --data data/swissprot.h5        all arms, with one seed
     python -m scripts.arms finalists --data data/swissprot.h5     the best arms and the baseline, with two seeds
 
-Finalists are trained on 4 times as many tokens. A run's name contains a hash of its overrides. Finished runs are not
-trained again. To resume an interrupted command, run the same command again. Prints a Markdown table and adds the
-results to runs/screen.json or runs/finalists.json.
+Finalists are trained on 4 times as many tokens as the arms in the round `screen`. A run's name contains a hash of its
+overrides. Finished runs are not trained again. To resume an interrupted command, run the same command again. Prints a
+Markdown table and adds the results to runs/screen.json or runs/finalists.json.
 """
 
 import argparse
@@ -144,8 +144,8 @@ def overrides(arm: Sequence[str], size: str, *, data: Path, residues: float, tok
 def train(name: str, arguments: list[str], threads: int, base: Path = Path()) -> dict[str, Any]:
     """Train a run unless it is finished, and return its results, or {"error": message} if training failed.
 
-    The results are those of report.json, the number of residues seen in training, the peak memory, and the bound in
-    nats and the length of each validation sequence.
+    The results are those of report.json, the number of residues seen in training, the peak memory, and for each
+    evaluated sequence its bound in nats and its length.
 
     Args:
         arguments: config overrides.
@@ -239,8 +239,8 @@ def main() -> None:
 def print_table(found: list[dict[str, Any]], against: str | None) -> None:
     """Print a Markdown table with the bound of each run and the difference to the bound of a reference run.
 
-    The reference is the run of the arm `against` with the same size and seed. If `against` is None, it is the run with
-    the lowest bound among the SEDD arms of this size and seed.
+    The reference has the same model size and seed as the run. It is the run of the arm `against`. If `against` is None,
+    it is the run of the SEDD arm with the lowest bound.
     """
     reference = "the best SEDD arm" if against is None else f"'{against}'"
     print(f"\n| model | arm | seed | M residues seen | NLL bound | difference to unigram | difference to {reference} |")

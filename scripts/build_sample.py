@@ -62,7 +62,7 @@ def read_fasta(path: Path) -> list[tuple[str, str]]:
 
 
 class Mmseqs:
-    """Runs the mmseqs binary in a scratch folder. Its files have record numbers in place of headers."""
+    """Runs the mmseqs binary in a scratch folder. In the files for mmseqs, record numbers replace the headers."""
 
     def __init__(self, scratch: str, records: list[tuple[str, str]]) -> None:
         self.scratch, self.records = Path(scratch), records

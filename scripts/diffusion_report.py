@@ -136,7 +136,7 @@ def graphs(steps: int | None) -> None:
 def likelihood(run: Path, proteins: int, repeats: int) -> None:
     """Compare the estimators of a trained model's bound: print variance times number of network evaluations.
 
-    The variance is that of one protein's bound in nats per residue, averaged over the proteins.
+    The variance of a protein's bound in nats per residue is computed over the repeats, and averaged over the proteins.
 
     Args:
         run: a run folder or a checkpoint.

@@ -48,7 +48,10 @@ RANKS = {1: (), 2: TWO}
 
 @dataclass
 class Tally:
-    """Counts the trials of a fault, and how many of them the run survived. A run survives if nothing is lost."""
+    """Counts the trials of a fault, and how many of them a run survived.
+
+    A run survives a trial if it ends as expected, in most trials bit-identical to the undisturbed run.
+    """
 
     fault: str
     tried: int = 0
@@ -138,9 +141,10 @@ class Campaign:
         return name
 
     def matches_undisturbed(self, name: str, ranks: int = 1) -> bool:
-        """Whether a run reached its last step bit-identical to the undisturbed run, with equal sequences in every step.
+        """Whether a run has reached its last step and is bit-identical to the undisturbed run there.
 
-        Weights, averaged weights and optimizer state of the newest valid checkpoints are compared.
+        The run must also have read the same sequences in every step. Weights, averaged weights and optimizer state of
+        the newest valid checkpoints are compared.
         """
         reference = self.undisturbed(ranks)
         first, second = (newest_valid_checkpoint(self.run(run))[0] for run in (name, reference))
@@ -182,7 +186,7 @@ class Campaign:
 
 
 def rows_of(run: Path) -> dict[int, list[int]]:
-    """Return {step: rows of the store that were read}. If a step was repeated, its last execution counts."""
+    """Return {step: rows of the store that the step read}. If a step was repeated, its last execution counts."""
     lines = (run / "rows.jsonl").read_text().splitlines()
     return {row["step"]: row["rows"] for row in map(json.loads, lines)}
 

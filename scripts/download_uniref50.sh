@@ -4,8 +4,8 @@
 #   scripts/download_uniref50.sh [FOLDER]      writes FOLDER/uniref50.fasta.gz; the default FOLDER is data
 #
 # A broken connection is resumed automatically. To resume a stopped download, run the same command again.
-# uniref50.fasta.gz.release, next to the file, records the release's number, size, MD5 and address. A partial download
-# of another release, a wrong size or a wrong MD5 is an error; no file is deleted.
+# uniref50.fasta.gz.release, next to the file, records the release, and the file's size, MD5 and address. A partial
+# download of another release, a wrong size or a wrong MD5 is an error; no file is deleted.
 #
 # UNIREF_URL sets the address of another folder, such as a mirror. For UniRef90, also set UNIREF_NAME=uniref90.fasta.gz.
 # UNIREF_WAIT sets the seconds between attempts (default 5).
@@ -43,7 +43,7 @@ size=$(sed -n 's/^size=//p' <<< "$release")
 md5=$(sed -n 's/^md5=//p' <<< "$release")
 release+=$'\n'"url=$url/$name"
 
-same_release() { # fail unless the downloaded file $1 is of this release
+same_release() { # fail unless the downloaded file $1 is of the release on the server
     local had
     had=$(cat "$1.release" 2> /dev/null) || fail "$1 exists, but $1.release does not; move $1 aside and start again"
     [ "$(head -n 3 <<< "$had")" = "$(head -n 3 <<< "$release")" ] ||
@@ -78,7 +78,7 @@ done
 echo "checking the MD5 of $size bytes"
 found=$("$python" -c 'import hashlib, sys; print(hashlib.file_digest(open(sys.argv[1], "rb"), "md5").hexdigest())' "$part")
 [ "$found" = "$md5" ] || fail "$part has MD5 $found, release $number has $md5; move it aside and start again"
-# after a kill between two of the next three lines, the next run of this script accepts the files
+# in this order: if the script is killed between two of these three lines, its next run still accepts the files
 cp "$part.release" "$final.release"
 mv "$part" "$final"
 rm -f "$part.release"

@@ -6,8 +6,8 @@
 
 Small runs are disturbed, relaunched until they finish, and compared with undisturbed runs. Weights, averaged weights
 and optimizer state must be bit-identical, and every step must have read the same sequences. Prints a Markdown table;
-the exit code is 1 if a run did not survive a fault, or if a fault was never tried. The script mounts small disks in a
-private mount namespace (as tmpfs), which needs root or the right to create user namespaces.
+the exit code is 1 if a run did not survive a fault, or if a fault was never tried. The script mounts small disks
+(tmpfs) in a private mount namespace, which needs root or the right to create user namespaces.
 """
 
 import argparse
@@ -198,7 +198,7 @@ def enter_namespace() -> None:
     """
     if os.environ.get("PROTLIG_NAMESPACE") != str(os.getpid()):
         rights = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
-        os.environ["PROTLIG_NAMESPACE"] = str(os.getpid())  # exec keeps the process id
+        os.environ["PROTLIG_NAMESPACE"] = str(os.getpid())  # exec keeps the id, so the new program finds its own id
         os.execvp(
             "unshare", ["unshare", "--mount", *rights, sys.executable, "-m", "scripts.fault_campaign", *sys.argv[1:]]
         )

@@ -51,8 +51,8 @@ class Trials:
 
     Args:
         folder: for all runs; both hosts use it.
-        start_here: function of (ARGUMENTS, folder) that starts `python ARGUMENTS` outside the simulated hosts, in this
-            working folder. It starts the run in one process.
+        start_here: function that starts the run in one process, outside the simulated hosts. start_here(ARGUMENTS,
+            folder) starts `python ARGUMENTS` in this working folder.
     """
 
     def __init__(self, folder: Path, hosts: Sequence[Host], start_here: Callable[[list[str], Path], Process]) -> None:
@@ -76,7 +76,7 @@ class Trials:
         restarts: int = 0,
         nodes: str = "2",
     ) -> Process:
-        """Start torchrun on one host, with one rank."""
+        """Start an agent, which is a torchrun, on one host. It starts one rank."""
         arguments = [
             "-m",
             "torch.distributed.run",
@@ -99,7 +99,7 @@ class Trials:
         return host.start(arguments, self.folder)
 
     def agents(self, name: str, *overrides: str, restarts: int = 0, other: Sequence[str] = ()) -> list[Process]:
-        """Start torchrun on both hosts, with one rank each, and return both processes.
+        """Start an agent on both hosts, with one rank each, and return both agents.
 
         Args:
             other: additional overrides for the second host only.
@@ -112,7 +112,7 @@ class Trials:
         ]
 
     def finish(self, trial: Trial, name: str, agents: Sequence[Process]) -> list[str]:
-        """Wait for a run that should finish, and return the stdout and stderr of each host as one text.
+        """Wait for a run that should finish, and return one text for each host: its stdout and stderr.
 
         Check that the exit codes are 0 and that the run is bit-identical to the run in one process.
         """

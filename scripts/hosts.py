@@ -115,10 +115,10 @@ def addresses() -> dict[str, str]:
 
 
 def wait_until_apart(holder: int) -> int:
-    """Wait until a process that was started with `APART` has left this process's network namespace.
+    """Wait until a process that was started with `APART` has left the caller's network namespace. Return its id.
 
     Args:
-        holder: id of that process, which is also returned.
+        holder: id of the started process.
     """
     current = Path("/proc/self/ns/net").readlink()
     while Path(f"/proc/{holder}/ns/net").readlink() == current:

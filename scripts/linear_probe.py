@@ -58,7 +58,7 @@ def fit_ridge(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, float]:
     """Return the ridge weights (d,) and the penalty with the smallest leave-one-out squared error.
 
     With x = U S V^T the fitted values are U S^2/(S^2 + penalty) U^T y. The leave-one-out error of sample i is its
-    residual / (1 - h_ii) (Golub, Heath and Wahba, Technometrics 21:215, 1979).
+    residual / (1 - h_i), where h_i is its leverage (Golub, Heath and Wahba, Technometrics 21:215, 1979).
 
     Args:
         x, y: features (n, d) and labels (n,); the mean of each column of x and of y is zero.
@@ -67,7 +67,7 @@ def fit_ridge(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, float]:
 
     def leave_one_out_error(penalty: float) -> float:
         shrunk = u * (s**2 / (s**2 + penalty))
-        leverage = (shrunk * u).sum(1) + 1 / len(y)  # 1 / n is the leverage of the mean
+        leverage = (shrunk * u).sum(1) + 1 / len(y)  # 1 / n is the leverage of the mean of y (intercept)
         return float((((y - shrunk @ (u.T @ y)) / (1 - leverage)) ** 2).mean())
 
     penalty = min(PENALTIES, key=leave_one_out_error)

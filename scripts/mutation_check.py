@@ -47,7 +47,7 @@ SURVIVED = "**none**"
 
 @dataclass(frozen=True)
 class Mutation:
-    """A fault, described by `what`: in `file`, `new` replaces `old`, which occurs exactly once.
+    """A fault. `what` describes it. It is planted by replacing `old`, which occurs exactly once in `file`, with `new`.
 
     `tests` are the arguments of pytest that select the tests to run.
     """
@@ -113,7 +113,7 @@ def check(mutations: Sequence[Mutation], results: Path, jobs: int) -> dict[Mutat
         tempfile.TemporaryDirectory(prefix="mutation_check.") as folder,
         results.open("a") as file,
         cancelled_at_exit(ThreadPoolExecutor(jobs)) as pool,
-        warm_server(remaining) as server,  # closed before the pool, to end the tests that the pool waits for
+        warm_server(remaining) as server,  # closed before the pool; this ends the tests for which the pool waits
         ProgressBar("mutations", len(mutations), len(mutations) - len(remaining)) as bar,
     ):
         copies = queue.Queue[Path]()

@@ -25,13 +25,13 @@ from protlig_dd.inference.model import load_trained
 
 PICTURES = ("report", "heatmap", "attention")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-WINDOW = (1100, 1500)  # CSS pixels: the top of the page
+WINDOW = (1100, 1500)  # width and height of the screenshot in CSS pixels; it shows the top of the page
 SHORTEST, LONGEST = 60, 100  # residues; the heat map of such a protein has one row
 LARGEST = 300_000  # maximum size of a picture in bytes
 
 
 def screenshot(browser: str, page: Path, picture: Path) -> None:
-    """Write the top of an HTML page, WINDOW pixels, to `picture` as a PNG.
+    """Write a PNG of the top of an HTML page to `picture`. WINDOW is the size of the PNG.
 
     Raises:
         subprocess.CalledProcessError: the browser fails.
@@ -66,7 +66,7 @@ def heat_map(run: Path, picture: Path) -> None:
 def attention_map(run: Path, picture: Path) -> None:
     """Write a picture of the attention weights in a held-out protein, averaged over all blocks and heads.
 
-    The average is corrected like a contact map (see contact_map).
+    The average gets the average-product correction of contact maps (APC, see contact_map).
 
     Raises:
         ValueError: the run has no valid checkpoint, or its network has a block without attention.

@@ -59,7 +59,7 @@ if [ -n "$extras" ] && [ -z "${PYTHONDONTWRITEBYTECODE:-}" ]; then
     compile=--no-compile # compiling takes a third of the installation time, and the tests import only some modules
 fi
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check $compile -c constraints.txt -e ".$extras"
-if [ $compile = --no-compile ]; then # compile now, because otherwise each test process would compile the same modules
+if [ $compile = --no-compile ]; then # compile five packages now, or each test process would compile their modules
     site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
     "$venv/bin/python" -m compileall -qq -j 0 -x 'packages/.*/tests?/' \
         "$site"/{torch,sympy,scipy,numpy,matplotlib} || true # one file of torch does not compile without a newer Python

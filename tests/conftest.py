@@ -116,10 +116,10 @@ def make_store(path: Path, proteins: list[FastaRecord], *, train: int, held_out:
 
 
 def marked(record: FastaRecord, designed: int = 12) -> str:
-    """Return the record as FASTA. Its residues are lower case, except for `designed` consecutive ones.
+    """Return the record as FASTA, with `designed` consecutive residues in upper case and the others in lower case.
 
-    A third of the lower-case residues are before the upper-case residues. A protein with at most `designed` residues is
-    all upper case.
+    Lower-case letters can mark context, which a model reads but does not design. A third of the lower-case residues are
+    before the upper-case residues. A protein with at most `designed` residues is all upper case.
     """
     start = max(0, len(record.sequence) - designed) // 3
     middle, end = record.sequence[start : start + designed], record.sequence[start + designed :]
@@ -202,18 +202,18 @@ def graph_of(name: str, n: int) -> Graph:
 
 
 def exact_score_fn(toy: brute_force.Toy, parametrisation: str = "log_score") -> ScoreFn:
-    """Return a ScoreFn with the exact scores of the toy.
+    """Return a ScoreFn with the exact scores of a toy distribution.
 
-    Its sequences have `toy.sites` residues, either all with <bos> and <eos> or all without.
+    It takes sequences of `toy.sites` residues. In a batch, either all sequences have <bos> and <eos>, or none has.
     """
     graph = graph_of(toy.graph, toy.n)
     states = torch.cartesian_prod(*[torch.arange(toy.n + (toy.graph == "absorbing"))] * toy.sites).view(-1, toy.sites)
-    # the states of a sequence are the digits of its row number in `states`
+    # the states of a sequence are the digits of its row number in `states`; `weights` has the values of the digits
     weights = (int(states.max()) + 1) ** torch.arange(toy.sites - 1, -1, -1)
 
     @functools.lru_cache(maxsize=4096)
     def table(sigma: float) -> torch.Tensor:
-        """Return the logits that give the exact scores at total noise `sigma`, of shape (states, sites, n)."""
+        """Return logits (states, sites, n) that give the exact scores at total noise `sigma`."""
         if parametrisation == "x0":
             return toy.posterior(states, sigma).log()
         flat = states.reshape(-1)
@@ -285,9 +285,9 @@ SERVER = pytest.StashKey[Server]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Restore the default action of SIGHUP. If there are several test processes, start the `libraries` interpreter.
+    """Restore the default action of SIGHUP. If there are several test processes, start an interpreter for all of them.
 
-    All test processes then run commands in forks of this interpreter.
+    This is the interpreter of the fixture `libraries`. All test processes then run commands in its forks.
     """
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, processes inherit an ignored SIGHUP, but tests send it
     if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
@@ -332,10 +332,10 @@ def python(warm: Server, libraries: Server) -> Command:
     A module (`-m`) and the processes that it starts run in forks of an interpreter that has imported the package
     (tests/warm.py).
 
-    A program (`-c`), or a module with `new=True`, imports the package itself, and the Python processes that it starts
-    are new interpreters. The command itself runs in a fork of an interpreter that has imported only the libraries. If
-    `environment` sets a variable that libraries read at import, the command itself runs in a new interpreter too. Use
-    `-c` or `new=True` to test effects of the import, and variables that the package reads at import.
+    A program (`-c`), or a module with `new=True`, imports the package itself: it runs in a fork of an interpreter that
+    has imported only the libraries. The Python processes that it starts are new interpreters. If `environment` sets a
+    variable that libraries read at import, the program or module itself runs in a new interpreter too. Use `-c` or
+    `new=True` to test effects of the import, and variables that the package reads at import.
     """
 
     def run(*arguments: str, cwd: Path, new: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -392,7 +392,7 @@ def spawned_in_forks(warm: Server) -> Iterator[None]:
     multiprocessing.set_executable(sys.executable)
 
 
-RESUMES = "; the same command resumes the run, unless it sets run.fresh=true"  # the message of a stopped run ends so
+RESUMES = "; the same command resumes the run, unless it sets run.fresh=true"  # end of a stopped run's message
 
 
 def assert_one_line_error(process: subprocess.CompletedProcess[str], *parts: str) -> None:

@@ -49,9 +49,9 @@ from typing import Any, NoReturn, TextIO
 
 # Environment variables that libraries read at import. Setting them for a fork would have no effect.
 READ_BY_LIBRARIES = ("TORCH_LOGS", "TORCH_COMPILE_DISABLE", "MPLCONFIGDIR")
-# READ_BY_LIBRARIES, and variables that the package reads at import. The package also reads PROTLIG_TYPECHECK at import.
-# That variable is not in the list: a fork has shape checks if the tests have them, and setting the variable for a fork
-# affects only the new interpreters that the fork starts.
+# READ_BY_LIBRARIES, and variables that take effect when the package is imported. PROTLIG_TYPECHECK does too, but is not
+# in the list, so that a command may set it: its fork has shape checks if the tests have them, and the variable affects
+# only the new interpreters that the fork starts.
 READ_BY_PACKAGE = (*READ_BY_LIBRARIES, "PYTHONPATH")
 # Forks use one thread unless their environment sets OMP_NUM_THREADS, and waiting threads do not keep a core busy.
 THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
@@ -96,8 +96,8 @@ def start_server(
     """Start an interpreter that imports the libraries, but not the package.
 
     Args:
-        inside: a command, such as unshare, that replaces itself with the command in its last arguments. The interpreter
-            is started by this command.
+        inside: a command that starts the interpreter, such as `unshare --net`. It must replace itself with the command
+            in its last arguments, which starts the interpreter.
     """
     server = Server(READ_BY_LIBRARIES, env)
     server.process = subprocess.Popen(
@@ -117,8 +117,8 @@ class Server:
     `executable` is a script that replaces `python`. It runs modules and programs in forks of this interpreter.
 
     Args:
-        read: variables that the interpreter has read at import. A fork cannot change them.
-        env: the environment in which the interpreter has read them.
+        read: environment variables that the interpreter has read at import. A fork cannot change them.
+        env: the environment in which the interpreter has read these variables.
         address: the server's socket, if another process has started the server.
     """
 
@@ -283,7 +283,7 @@ def is_inheritable(file: int) -> bool:
 
 
 def exit_with(code: int) -> NoReturn:
-    """End this process with the exit code. If the code is negative, end it by the signal -code."""
+    """End this process with the exit code. If the code is negative, end it by signal number -code."""
     if code < 0:
         if -code != signal.SIGKILL:
             signal.signal(-code, signal.SIG_DFL)
@@ -388,7 +388,7 @@ def fork(connection: socket.socket, forks: dict[int, socket.socket], server_file
         for file in (*server_files, connection.detach(), *(other.detach() for other in forks.values())):
             os.close(file)
         run_as_python(request, dict(zip(request["files"], descriptors, strict=True)))
-    for descriptor in descriptors:  # a pipe ends when every process that can write to it has closed it
+    for descriptor in descriptors:  # else pipes would not end: a pipe ends when all writers have closed it
         os.close(descriptor)
     forks[pid] = connection
     with contextlib.suppress(ConnectionError):
@@ -408,7 +408,7 @@ def run_as_python(request: dict[str, Any], files: dict[int, int]) -> NoReturn:
     if request["new_session"]:
         os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    # move the files to descriptors from 1000, which dup2 does not overwrite
+    # first move the files to descriptors of at least 1000, because dup2 below overwrites the lower ones
     moved = {n: fcntl.fcntl(file, fcntl.F_DUPFD, 1000) for n, file in files.items()}
     for file in files.values():
         os.close(file)

@@ -6,9 +6,9 @@
     python -m scripts.architecture robustness   forward pass, sampling and infilling of real proteins
     python -m scripts.architecture tables       print all tables again
 
-A kind of network is called an arm. `bounds` and `lengths` train with the demo's budget, which takes minutes for each
-run. `robustness` uses the networks that `bounds` has trained. By default it trains missing networks for a few steps
-only, so run `bounds` first.
+A kind of network is called an arm. By default `bounds` and `lengths` train each arm for as many steps as
+experiment=demo (the demo), which takes minutes for each run. `robustness` uses the networks that `bounds` has trained,
+so run `bounds` first. By default, missing networks are trained for a few steps only.
 
 The result of each finished run is appended to the results file, and the run is not trained again. So repeat an
 interrupted command to resume it. The results file also records failed runs. If a run failed, the exit code is 1, and
@@ -37,14 +37,14 @@ PARTS: dict[str, Callable[[argparse.Namespace], bool]] = {
     "lengths": lengths,
     "robustness": robustness,
 }
-SELECTING = ("part", "results", "folder", "only", "seeds", "threads")  # options that do not change what a row measures
+SELECTING = ("part", "results", "folder", "only", "seeds", "threads")  # these options do not change a row's results
 
 
 def parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--folder", type=Path, default=Path("runs/architecture"), help="the runs are in FOLDER/runs")
-    shared.add_argument("--results", type=Path, help="results file; default: results.jsonl in the folder")
+    shared.add_argument("--results", type=Path, help="results file; default: FOLDER/results.jsonl")
     trained = argparse.ArgumentParser(add_help=False, parents=[shared])
     trained.add_argument("--steps", type=int, help="training steps; default: the demo's")
     trained.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of a training run")
@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     part.add_argument("--tokens", type=int, default=4096, help="maximum number of tokens per step")
     part.add_argument("--steps", type=int, default=3, help="steps of each arm in each round")
     part.add_argument("--warmup", type=int, default=2, help="steps of each arm before the first round")
-    part.add_argument("--repeats", type=int, default=9, help="rounds, each of all arms; the table has medians")
+    part.add_argument("--repeats", type=int, default=9, help="rounds; a round measures all arms, the table has medians")
     part.add_argument("--device", default="auto")
     part.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"])
     select_arms(part, list(ARMS))
@@ -67,13 +67,13 @@ def parser() -> argparse.ArgumentParser:
         "lengths", parents=[trained], help=f"train with data.max_len={MAX_LEN}; NLL bounds of longer proteins too"
     )
     part.add_argument("--draws", type=int, default=8, help="noise draws per protein")
-    part.add_argument("--proteins", type=int, help="maximum number in each range of lengths; default: all")
+    part.add_argument("--proteins", type=int, help="maximum number of proteins per length range; default: all")
     select_arms(part, ENCODINGS)
     part = parts.add_parser(
         "robustness",
         parents=[trained],
         help="forward pass, sampling and infilling of 20 real proteins, with the networks of `bounds`; missing "
-        f"networks are trained for --steps, by default {FEW}",
+        f"networks are trained for --steps steps, by default {FEW}",
     )
     part.add_argument("--sampling-steps", type=int, default=16)
     select_arms(part, ENCODINGS)
@@ -84,8 +84,8 @@ def parser() -> argparse.ArgumentParser:
 def select_arms(part: argparse.ArgumentParser, default: list[str]) -> None:
     """Add the options that choose the proteins and the kinds of networks.
 
-    Each part gets its own copy of these options, because `default` differs between parts: argparse would apply a
-    default set for an option of a shared parent parser to all parts.
+    Each part gets its own copy of these options, because `default` differs between parts. If the parts shared the
+    options through a parent parser, a default set for one part would apply to all parts.
     """
     part.add_argument("--data", type=Path, help="a store written by prepare; default: the bundled proteins")
     names = f"choose from {', '.join(ARMS)}; default: {'all' if default == list(ARMS) else 'the position encodings'}"
@@ -93,7 +93,7 @@ def select_arms(part: argparse.ArgumentParser, default: list[str]) -> None:
 
 
 def command_of(arguments: argparse.Namespace, defaults: argparse.Namespace) -> str:
-    """Return the command without the options in SELECTING, and without options that have their default."""
+    """Return the command without the options in SELECTING and without options set to their default."""
     words = ["python -m scripts.architecture", arguments.part]
     for name, value in vars(arguments).items():
         if name not in SELECTING and value != getattr(defaults, name):

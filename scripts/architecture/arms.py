@@ -10,7 +10,7 @@ from protlig_dd.model.positions import POSITIONS
 BASELINE = "rope"
 NETWORK = {"positions": "rope", "mixers": "attention", "mlp": "gelu", "tie_weights": "false"}
 BLOCKS = 2  # number of blocks of the demo's network
-WARMUP = 15  # training steps for each warm-up step, as in the demo
+WARMUP = 15  # there is one warm-up step for every 15 training steps, as in the demo
 
 
 def alternating(n_blocks: int) -> str:
@@ -40,7 +40,7 @@ def label(arm: str) -> str:
 
 
 def model_overrides(arm: str, n_blocks: int = BLOCKS) -> list[str]:
-    """Return overrides that set every key in NETWORK to the arm's value, also where the baseline has this value."""
+    """Return overrides for all keys in NETWORK, including the keys in which the arm is equal to the baseline."""
     kinds = NETWORK | ARMS[arm]
     if kinds["mixers"].startswith("["):
         kinds["mixers"] = alternating(n_blocks)
@@ -48,7 +48,7 @@ def model_overrides(arm: str, n_blocks: int = BLOCKS) -> list[str]:
 
 
 def overrides(arm: str, *, seed: int, data: Path, steps: int | None, options: Sequence[str] = ()) -> list[str]:
-    """Return the overrides of a run with the demo's network and budget, without evaluations during training.
+    """Return the overrides of experiment=demo that train the arm, without evaluations during training.
 
     Args:
         data: a store, as an absolute path.

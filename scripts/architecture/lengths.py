@@ -1,6 +1,6 @@
 """NLL bounds of held-out proteins by length, for networks that were trained on short proteins.
 
-The proteins have up to four times as many residues as the proteins in training.
+The held-out proteins have up to four times as many residues as the proteins in training, which are cropped.
 """
 
 import argparse
@@ -22,7 +22,8 @@ RANGES = ((0, 256), (256, 512), (512, 1024))  # residues: more than the first nu
 def lengths(arguments: argparse.Namespace) -> bool:
     """Train each kind of network on proteins cropped to MAX_LEN residues, and compute bounds for held-out proteins.
 
-    The held-out proteins are not cropped. They are grouped by length (RANGES), up to four times MAX_LEN.
+    The held-out proteins are not cropped. They are grouped by length (RANGES); proteins longer than the last range are
+    left out.
     """
     store = store_of(arguments)
     rows = np.concatenate([store.split(split) for split in ("validation", "test")])

@@ -1,4 +1,7 @@
-"""Train a run for each arm and seed, only once, and measure each run as soon as it is trained."""
+"""Train a run for each arm (kind of network) and seed, and measure each run as soon as it is trained.
+
+A run that has results is not trained again.
+"""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -12,7 +15,7 @@ from scripts.architecture import results
 from scripts.architecture.arms import BASELINE, overrides, run_name
 from scripts.arms import train
 
-REPORT = ["report.draws=2", "report.max_sequences=2"]  # small, because only the report's `step` is read
+REPORT = ["report.draws=2", "report.max_sequences=2"]  # a small report, because only its `step` is read
 
 
 class Job(NamedTuple):
@@ -57,8 +60,8 @@ def measure(
     """Train the runs whose results are not in the results file, and append a row for each.
 
     Args:
-        finish: (job, report of the run) -> the columns that the part adds to the run's row. A ValueError from `finish`
-            is recorded as a failure of the run, like a failed training.
+        finish: function of (job, report of the run) that returns the run's measurements, to add to its row. A
+            ValueError from `finish` is recorded as a failure of the run, like a failed training.
 
     Returns:
         Whether all `jobs` have results. Results of earlier commands count. Runs that failed in an earlier command are

@@ -49,7 +49,7 @@ def failures(rows: Sequence[Row], columns: int) -> list[list[str]]:
 
 
 def mean_over_seeds(rows: Sequence[Row]) -> Row:
-    """Return each protein's nats, averaged over the rows (one row for each seed), and each protein's length."""
+    """Return each protein's bound in nats, averaged over the rows (one row a seed), and each protein's length."""
     if any(row["lengths"] != rows[0]["lengths"] for row in rows):
         raise ValueError(f"the seeds of {rows[0]['arm']} were evaluated on different proteins")
     return {"nats": np.mean([row["nats"] for row in rows], axis=0), "lengths": rows[0]["lengths"]}

@@ -74,7 +74,7 @@ def measured(code: str, folder: Path) -> dict[str, Any]:
             memory in bytes (`peak`).
     """
     began, before = time.perf_counter(), os.times()
-    # read VmHWM, because a process inherits ru_maxrss from a parent with more memory
+    # VmHWM is the peak memory of the process; ru_maxrss can be that of the parent, because a new process inherits it
     code += "\nprint(open('/proc/self/status').read().partition('VmHWM:')[2].split()[0])"
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -179,7 +179,7 @@ def plan_once(lengths: np.ndarray, step: int) -> None:
     group = StoreGroup([OnlyLengths(lengths)])
     rows_of_split, last = np.arange(len(lengths), dtype=np.uint32), step * PACKS_PER_STEP + PACKS_PER_STEP - 1
     times = {}
-    for name in ("seconds", "mapped"):  # `mapped` maps the plan file that `seconds` wrote
+    for name in ("seconds", "mapped"):  # the first plan is computed and written to a file; the second maps the file
         began = time.perf_counter()
         dataset = PackDataset(group, rows_of_split, max_len=MAX_LEN, tokens_per_pack=BUDGET, seed=0)
         dataset.plan_ahead = False
@@ -234,7 +234,10 @@ def plan(folder: Path, store: SequenceStore, sequences: int) -> None:
 
 
 def load(store: SequenceStore, folder: Path, seconds: float, steps: int) -> float:
-    """Print the residues/s of a loader with one worker and of training. Return the loader's best rate."""
+    """Print the residues/s of training and, for two pack sizes, of a loader with one worker.
+
+    Return the loader's best rate.
+    """
     with store.path.open("rb") as file:
         while file.read(1 << 26):
             pass
@@ -322,7 +325,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fasta", type=Path, default=SAMPLE_FOLDER / "train.fasta.gz", help="proteins to repeat")
     parser.add_argument("--gigabytes", type=float, default=1.1, help="size of the FASTA file to write")
-    parser.add_argument("--sequences", type=int, default=UNIREF50_CLUSTERS, help="number of sequences in the epoch")
+    parser.add_argument("--sequences", type=int, default=UNIREF50_CLUSTERS, help="sequences in the planned epoch")
     parser.add_argument("--repeats", type=int, default=3, help="runs of `prepare` on each file")
     parser.add_argument("--seconds", type=float, default=15, help="seconds for which the loader is measured")
     parser.add_argument("--steps", type=int, default=40, help="steps of the training run")

@@ -83,7 +83,8 @@ def growth(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def step_cost(spec: dict[str, Any], rank: int, folder: str) -> tuple[float, float]:
     """Return the median time of a forward and backward pass in milliseconds, and its memory in GiB.
 
-    The memory is how much the passes raise the process's peak memory, which already includes weights and gradients.
+    The memory is the increase of the process's peak memory during the passes. Weights and gradients are not in it,
+    because they are allocated before.
 
     Args:
         folder: an empty folder through which the ranks connect.

@@ -119,7 +119,8 @@ def rates(
     Each round measures all variants, and each ratio compares two variants within one round.
 
     Args:
-        arguments: has `warmup`, `repeats` (number of rounds) and `steps` (of each variant in each round).
+        arguments: has `warmup` (steps of each variant before the first round), `repeats` (number of rounds) and `steps`
+            (of each variant in each round).
     """
     for variant in variants:
         variant.first_s = timed(variant, 1, device)
@@ -158,9 +159,9 @@ def rates(
 
 
 def profiled(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Print the fraction of a training step's time that each operator takes, without the operators that it calls.
+    """Print the fraction of a training step's time that each operator takes.
 
-    The step is eager, and trains on a pack.
+    The time of an operator does not include the operators that it calls. The step is eager, and trains on a pack.
     """
     device = resolve_device(arguments.device)
     precision, store = resolve_precision(arguments.precision, device), open_store(arguments.fasta, arguments.folder)

@@ -16,7 +16,7 @@ def table(columns: list[str], rows: list[list[str]]) -> None:
 def open_store(fasta: Path | None, folder: Path) -> StoreGroup:
     """Return the store of `fasta`, or the store of the bundled proteins if `fasta` is None.
 
-    A store of `fasta` that does not exist in `folder` is built.
+    If the store of `fasta` is not in `folder` yet, it is built there.
     """
     if fasta is None:
         return StoreGroup([SequenceStore(bundled_store().path)])

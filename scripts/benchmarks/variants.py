@@ -58,7 +58,7 @@ TRAINED = (
     "trainer.max_steps=1000000",
     "seed=0",
 )
-LOADED = 100  # packs for each variant; at max_len 512 their padding ratio is within 2% of the full data set's
+LOADED = 100  # batches for each variant; at max_len 512 their padding ratio is within 2% of the full data set's
 
 
 class RectangleDiT(DiT):
@@ -101,9 +101,10 @@ def rectangles(packs: Iterator[PackedBatch], sequences: int, length: int) -> Ite
 
 
 def blocks(packs: Iterator[PackedBatch], rows: int, length: int) -> Iterator[PackedBatch]:
-    """Join the tokens of the packs into one stream, cut into blocks of `length` tokens. Yield `rows` blocks at a time.
+    """Join the tokens of the packs into one stream, and cut it into blocks of `length` tokens.
 
-    SEDD cuts its texts this way. A block can contain several proteins, which attend to each other.
+    Yield `rows` blocks at a time. SEDD cuts its texts this way. A block can contain several proteins, which attend to
+    each other.
     """
     left = torch.empty(0, dtype=torch.int64)
     for pack in packs:
@@ -121,7 +122,7 @@ class Variant:
     residues: float
     """Mean number of amino acids in a step's batch, without special tokens such as <pad>."""
     flops: float
-    """Mean FLOPs of a step's matrix products, without those of the padding that GPUs append to a pack."""
+    """Mean FLOPs of a step's matrix products. The padding of packs for compiled networks on GPUs does not count."""
     slots: int
     """Number of tokens in a step's batch, including <pad>. For packs: the token budget, even if packs have fewer."""
     first_s: float = 0.0
@@ -146,11 +147,11 @@ def make_variant(
     """Return a variant with a network and a trainer of its own. All variants of a setup read the same packs.
 
     Args:
-        baseline: padded | concatenated, for batches of as many rows of max_len + 2 tokens as fit in `setup.tokens`;
-            None for packs.
+        baseline: padded | concatenated; None for packs. A batch of a baseline has rows of max_len + 2 tokens, as many
+            as fit in `setup.tokens`.
         compiled: whether the network is compiled. On a GPU, packs are then also padded to a fixed shape, and CUDA
-            graphs are used if backend and mixers support them.
-        options: fields of ModelConfig, time_conditioning and optimizer.
+            graphs are used if the attention backend and the mixers support them.
+        options: fields of ModelConfig, and also `time_conditioning` and `optimizer`.
     """
     time_conditioning, optimizer = options.pop("time_conditioning", True), options.pop("optimizer", "adamw")
     network = ModelConfig(**{**NETWORK, **setup.sizes, **options})
