@@ -1,7 +1,7 @@
 """The case of letters, which can mark residues as context.
 
 Context residues are given to the network. They are never noised and not in the loss. All other amino acids are
-designed.
+designed, that is, noised in training and generated in sampling.
 
 A store keeps the case of its records only if at least one record has both upper-case and lower-case letters. It then
 has these datasets, where m is the number of records that have a lower-case letter:
@@ -89,7 +89,7 @@ def has_only_context(tokens: np.ndarray, is_context: np.ndarray | None) -> bool:
 
 
 def check_has_case(path: Path, has_case: bool, context: Context) -> None:
-    """Raise ValueError if case marks the context (`context` is not `none`) but the store does not keep the case."""
+    """Raise ValueError if `context` is `lower` or `upper` but the store does not keep the case of its letters."""
     if context != "none" and not has_case:
         raise ValueError(
             f"{path}: data.context={context} needs the case of the letters, but the store does not keep it, because it "

@@ -1,4 +1,4 @@
-"""Find the context of sequences in stores: residues that the network is given, marked by their case (see case.py)."""
+"""Find which residues of a sequence are context, that is, given to the network. Their case marks them (see case.py)."""
 
 from collections.abc import Sequence
 from typing import SupportsIndex
@@ -13,7 +13,10 @@ from protlig_dd.data.store import StoreGroup
 
 
 def context_of(group: StoreGroup, row: SupportsIndex) -> np.ndarray | None:
-    """Return which tokens of a row (`<bos> residues <eos>`) are context, or None (see `context_tokens`)."""
+    """Return which tokens of a row (`<bos> residues <eos>`) are context, (residues + 2,) bool.
+
+    If no token is context, the result is None or an array in which every value is False.
+    """
     if group.context == "none":
         return None
     store, store_row = group.find(row)

@@ -64,7 +64,7 @@ def window_starts(residues: int, max_len: int) -> list[int]:
 
 
 def window(tokens: np.ndarray, start: int, max_len: int) -> np.ndarray:
-    """Return `<bos> residues <eos>` cropped to at most `max_len` residues, beginning with residue `start`."""
+    """Return `<bos> residues <eos>` cropped to at most `max_len` residues, beginning with residue `start` (from 0)."""
     residues = len(tokens) - 2
     first, end = crop_bounds(residues, start, min(max_len, residues - start))
     return tokens[first:end]

@@ -1,7 +1,7 @@
 """Random choices that a resumed run must repeat: orders, subsets and crop positions.
 
 The random numbers of a choice depend only on its key (a sequence of integers) and on the version of the method. A run
-keeps the version it was started with:
+keeps the version it was started with. The versions are:
 
     1   methods of numpy's Generator, whose random numbers may change in a new numpy release (NEP 19)
     2   raw words of PCG64 seeded by SeedSequence; numpy guarantees that these words never change
@@ -13,18 +13,18 @@ import numpy as np
 
 VERSIONS = (1, 2)
 NEWEST = VERSIONS[-1]
-ROWS_AT_ONCE = 1 << 20  # random words are drawn in blocks of this many rows
+ROWS_AT_ONCE = 1 << 20  # random words are drawn for this many rows at a time
 ROWS_PER_SORT = 1 << 25  # approximate number of rows sorted at once; sorting takes 16 bytes of memory per row
 
 
 def shuffled(rows: np.ndarray, key: Sequence[int], version: int = NEWEST) -> np.ndarray:
     """Return the given (n,) rows in random order.
 
-    Version 2 gives each row a random 64-bit word and sorts the words. The low bits of each word are replaced by the
-    row's index, with as many bits as the largest index needs. So no two words are equal, and every sorting algorithm
-    gives the same order. Two rows whose remaining high bits agree keep their given order. One shuffle of 70 million
-    rows (37 high bits) has about 18,000 such pairs; one shuffle of a million rows has 0.03 on average. The rows of such
-    a pair are adjacent, at a random position; only the order within the pair is not random.
+    Version 2 draws a random 64-bit word for each row, replaces the word's b low bits by the row's index in `rows`, and
+    sorts the words. Here b is the number of bits of the largest index. No two words are equal, so every sorting
+    algorithm gives the same order. Two rows whose 64 - b high bits agree keep their given order. One shuffle of 70
+    million rows (37 high bits) has about 18,000 such pairs; one shuffle of a million rows has 0.03 on average. In the
+    result, the rows of such a pair are adjacent, at a random position; only the order within the pair is not random.
     """
     if version == 1:
         return np.random.default_rng(key).permutation(rows)
@@ -33,7 +33,7 @@ def shuffled(rows: np.ndarray, key: Sequence[int], version: int = NEWEST) -> np.
     number_mask = np.uint64((1 << number_bits) - 1)
     parts_bits = max(0, number_bits - ROWS_PER_SORT.bit_length() + 1)
     order, done = np.empty_like(rows), 0
-    for part in range(1 << parts_bits):  # saves memory: each part sorts the words whose highest bits equal `part`
+    for part in range(1 << parts_bits):  # saves memory: a part sorts only the words whose highest bits equal `part`
         stream, blocks = random_words(key), [np.empty(0, np.uint64)]
         for first in range(0, n, ROWS_AT_ONCE):
             word = stream.random_raw(min(ROWS_AT_ONCE, n - first))
@@ -52,7 +52,7 @@ def shuffled(rows: np.ndarray, key: Sequence[int], version: int = NEWEST) -> np.
 
 
 def random_subset(rows: np.ndarray, size: int, seed: int, version: int = NEWEST) -> np.ndarray:
-    """Return `size` of the ascending rows, chosen at random, in ascending order; all rows if there are fewer."""
+    """Return `size` of the rows, chosen at random, ascending like `rows`; all rows if there are at most `size`."""
     return rows if len(rows) <= size else np.sort(shuffled(rows, [seed, size], version)[:size])
 
 

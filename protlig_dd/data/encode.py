@@ -47,7 +47,10 @@ class EncodedBlock(NamedTuple):
     """(total,) bool: which tokens were lower-case letters; None if no letter of the block was lower-case."""
 
     def select(self, keep: np.ndarray) -> "EncodedBlock":
-        """Return the records for which `keep` (n,) is True, with the counts of the whole block."""
+        """Return the records for which `keep` (n,) is True.
+
+        The counts `lower_case` and `nucleotides` remain those of the whole block.
+        """
         if keep.all():
             return self
         sequences = list(itertools.compress(self.sequences, keep.tolist()))
@@ -71,7 +74,7 @@ class EncodedBlock(NamedTuple):
 def encode_block(block: FastaBlock) -> EncodedBlock:
     """Encode a block's records. White space and one trailing `*` per record are dropped.
 
-    Lower-case letters get the tokens of upper-case letters; `is_lower` records which letters they were.
+    Lower-case letters get the tokens of upper-case letters; `is_lower` records which letters were lower-case.
 
     Raises:
         ValueError: a record has no residues, or contains a character that is not a letter. The message names the file,

@@ -32,7 +32,7 @@ OTHER_FORMATS = {  # first bytes of files that are not FASTA
 }
 PIR_CODES = {b"P1", b"F1", b"DL", b"DC", b"RL", b"RC", b"N1", b"N3", b"XX"}  # molecule types in PIR's `>P1;id`
 BLOCK_BYTES = 1 << 18  # small enough that the slices of a block stay in the processor's cache
-PIECE_BYTES = 1 << 16  # up to this many bytes before the damage in a gzip file may be lost
+PIECE_BYTES = 1 << 16  # if a gzip file is damaged, up to this many bytes before the damage may be lost
 LONGEST_RECORD = 16 << 20  # bytes; the longest known protein has some 45,000 residues
 WHITESPACE = b" \t\r\n\v\f"
 NEWLINE, SIGN, SEMICOLON = b"\n>;"
@@ -67,7 +67,7 @@ class Header(NamedTuple):
     rep_id: str | None
 
 
-# The description matches as much as possible: if a protein name itself contains `n=2 Tax=`, the last such fields count.
+# The description (d) matches as much as possible: if a protein name contains `n=2 Tax=`, the last such fields count.
 _UNIREF = re.compile(r"(?:(?P<d>.*) )?n=(?P<n>\d+) Tax=(?P<tax>.*?)(?: TaxID=(?P<id>\d+|N/A))?(?: RepID=(?P<rep>\S+))?")
 _UNIPROT = re.compile(r"(?:(?P<d>.*) )?OS=(?P<tax>.*?) OX=(?P<id>\d+)(?: .*)?")
 

@@ -43,9 +43,9 @@ class PackDataset(Dataset[PackedBatch]):
         seed: a number for training, which shuffles the rows for every epoch. None for evaluation, which packs every row
             exactly once in the given order and always crops as with crop=start.
         crop: how training crops a sequence longer than max_len. random: a new random crop in each epoch; start: the
-            first max_len residues. Sequences with context are cropped differently: random chooses among the crops that
-            contain a designed residue (an amino acid outside the context), and start is the crop with the largest
-            number of designed residues (if several crops have this number, the first of them).
+            first max_len residues. Sequences with context are cropped differently. random chooses among the crops that
+            contain a designed residue (an amino acid outside the context). start takes the crop with the most designed
+            residues, and the first such crop if there are several.
         weights: one number per store, proportional to the tokens that an epoch reads from the store; None reads every
             store once per epoch.
         version: version of the method of random choices (see draws.py); a run keeps the version it was started with.
@@ -133,7 +133,8 @@ class PackDataset(Dataset[PackedBatch]):
         contexts = None
         if self.group.context != "none":
             contexts = [context_of(self.group, row) for row in rows.tolist()]
-        # choices[k]: residues at which the crop of sequence cut[k] of this pack may begin, if this sequence has context
+        # cut: indices of the pack's sequences to crop. choices[k], only for a sequence with context: the residues at
+        # which the crop of sequence cut[k] may begin
         choices: dict[int, np.ndarray] = {}
         for k, i in enumerate(cut.tolist()):
             if contexts is not None and (is_context := contexts[i]) is not None:
@@ -155,10 +156,10 @@ class PackDataset(Dataset[PackedBatch]):
         return PackedBatch.from_flat(torch.from_numpy(flat), lengths, rows.tolist(), context_T)
 
     def plan(self, epoch: int) -> Plan:
-        """Return the plan of one epoch, which says which sequences are in which pack.
+        """Return the plan of one epoch: which sequences are in which pack.
 
-        The most recently returned plan is cached. If the plan of another epoch is requested, a background thread also
-        makes the plan of the epoch that follows.
+        The most recently returned plan is cached. For a plan that is not cached, a background thread also makes the
+        plan of `epoch + 1`, unless `plan_ahead` is False.
         """
         if self._planned is None or self._planned[0] != epoch:
             plan = shared_plan(self.key, epoch, lambda: self._make_plan(epoch))
@@ -178,7 +179,7 @@ class PackDataset(Dataset[PackedBatch]):
         try:
             shared_plan(self.key, epoch, lambda: self._make_plan(epoch), wait=False)
         except ValueError:
-            return  # `plan` makes this plan again when it is needed, and raises the error then
+            return  # when this plan is needed, `plan` tries to make it again and raises the error
 
     def forget_plans(self) -> None:
         """Remove this dataset's plans from the temporary folder."""
@@ -240,13 +241,13 @@ def end_workers(packs: Iterator[PackedBatch]) -> None:
     Without this call, the workers run until the last reference to the iterator is gone. An exception's traceback may
     keep such a reference, and Python would then wait at exit for the workers, which ignore SIGTERM.
     """
-    shut_down = getattr(packs, "_shutdown_workers", None)  # torch has no public method; without workers it is None
+    shut_down = getattr(packs, "_shutdown_workers", None)  # torch has no public method; None without workers
     if shut_down is not None:
         shut_down()
 
 
 def ignore_signals(worker: int) -> None:
-    """Ignore Ctrl-C and the scheduler's signals in a worker, which receives them too. The trainer stops the workers."""
+    """Make a worker ignore Ctrl-C and the scheduler's signals. The trainer receives them too and stops the workers."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
 

@@ -43,12 +43,12 @@ def find_mmseqs(wanted: object, key: str = "mmseqs") -> bool:
 
 
 class Hit(NamedTuple):
-    """How similar the best target of a query is, and whether any target is similar."""
+    """The identity of a query with its best target, and whether the query has a near target."""
 
     identity: float
-    """Fraction of aligned residues that are identical in the query and its best target, 0 to 1."""
+    """Fraction of aligned residues that are identical in the query and its best target (MMseqs2's first), 0 to 1."""
     near: bool
-    """Whether the query and any target have identity >= IDENTITY over >= COVERAGE of the query or of the target."""
+    """Whether any target is aligned with identity >= IDENTITY over >= COVERAGE of the query or of the target."""
 
 
 def best_hits(queries: Path, targets: Path, scratch: Path) -> dict[int, Hit]:
@@ -93,8 +93,8 @@ def clusters_of(sequences: Path, scratch: Path, *, identity: float, coverage: fl
 def queries_with_hits(queries: Path, targets: Path, scratch: Path) -> np.ndarray:
     """Return the ids of the queries that are similar to a target, ascending.
 
-    A query is similar to a target if the two have E <= E_VALUE and identity >= IDENTITY, over >= COVERAGE of the query
-    or of the target.
+    A query is similar to a target if their alignment has E <= E_VALUE and identity >= IDENTITY, and covers >= COVERAGE
+    of the query or of the target.
 
     Args:
         queries, targets: FASTA files whose ids are integers.

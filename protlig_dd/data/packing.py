@@ -4,22 +4,23 @@ For given data and settings, a plan depends only on (seed, epoch). The processes
 plan_cache.py). The method of random choices has a version number. A resumed run uses the version that it was started
 with (see draws.py).
 
-For each epoch, the rows are shuffled and packs are filled with the shuffled sequences. A pack closes when the next
-sequence would exceed the budget, the maximum number of tokens of a pack. If the shuffled sequences have 5, 6, 4 and 1
-tokens and the budget is 12, the packs are [5, 6] and [4, 1].
+For each epoch, the rows are shuffled and packs are filled with the shuffled sequences. The budget is the maximum number
+of tokens of a pack. A pack closes when the next sequence does not fit into its budget. If the shuffled sequences have
+5, 6, 4 and 1 tokens and the budget is 12, the packs are [5, 6] and [4, 1].
 
-Every epoch has the same number of packs, floor(tokens of an epoch / budget); see packs_in_epoch for mixed stores. Pack
-g of the whole run is therefore in epoch g // packs_per_epoch, and a run can start at any step at the cost of planning
-one epoch. No pack exceeds the budget, so every shuffle fills at least this number of packs. The sequences that remain
-after these packs are the epoch's tail. They differ from epoch to epoch.
+Every epoch has the same number of packs, packs_per_epoch. It is floor(tokens of an epoch / budget), or slightly less
+for mixed stores (see packs_in_epoch). Pack g of the whole run is therefore in epoch g // packs_per_epoch, and a run can
+start at any step at the cost of planning one epoch. No pack exceeds the budget, so every shuffle fills at least
+packs_per_epoch packs. The sequences after these packs are the epoch's tail, which is not read. The tail differs from
+epoch to epoch.
 
-Stores can be mixed with weights. The weight w_s is proportional to the number of tokens that an epoch reads from store
-s. A pass over a store reads each of its sequences once. With weights, an epoch is one pass over the store with the
-largest (tokens of s) / w_s. Every other store s is shuffled again for each pass, and its passes, one after another,
-form an endless stream of tokens. The store's quota q_s is its number of tokens per epoch: epoch e takes the sequences
-that begin at tokens e q_s .. (e + 1) q_s - 1 of the stream. Each sequence of the stream is thus in exactly one epoch.
-If sequences in tails are counted as read, the numbers of times that two sequences of a store have been read differ by
-at most one. Without weights, an epoch is one pass over every store.
+A pass over a store reads each of its sequences once. Without weights, an epoch is one pass over every store. With
+weights, store s contributes its quota q_s of tokens to each epoch, and q_s is proportional to the store's weight w_s.
+The quotas are scaled so that an epoch is one pass over the store with the largest (tokens of s) / w_s. Every other
+store is shuffled again for each pass, and its passes, one after another, form an endless stream of tokens. Epoch e
+takes the sequences that begin at tokens e q_s .. (e + 1) q_s - 1 of the stream, so each sequence of the stream is in
+exactly one epoch. After each epoch, all sequences of a store have been read equally often, or some of them once more
+than the others (if sequences in tails count as read).
 """
 
 from collections.abc import Iterable, Sequence
@@ -37,11 +38,15 @@ class Plan(NamedTuple):
     rows: np.ndarray
     """(n,) row numbers of the epoch's sequences, in the order of the packs; the tail is at the end."""
     starts: np.ndarray
-    """(n_packs + 1,) pack i has rows[starts[i]:starts[i + 1]]. The tail fills the packs from packs_per_epoch on."""
+    """(n_packs + 1,) pack i has rows[starts[i]:starts[i + 1]]. The packs i >= packs_per_epoch are the tail."""
 
 
 def clipped_tokens(residues: np.ndarray, max_len: int) -> np.ndarray:
-    """Return (n,), the number of tokens of each sequence. A sequence longer than max_len counts as its largest crop."""
+    """Return (n,), the number of tokens of each sequence.
+
+    A sequence longer than max_len counts max_len + 1 tokens, the most that its crop can have: max_len residues and
+    either `<bos>` or `<eos>`.
+    """
     return np.where(residues <= max_len, residues + 2, max_len + 1)
 
 
@@ -70,8 +75,8 @@ def token_quotas(totals: Sequence[int], weights: Sequence[float] | None) -> list
 def packs_in_epoch(totals: Sequence[int], quotas: Sequence[int], tokens_per_pack: int, max_len: int) -> int:
     """Return the number of packs that every epoch is guaranteed to fill.
 
-    If a store's quota is not exactly one pass, a sequence may lie across the boundary of two epochs. It belongs to the
-    earlier epoch, so that the later epoch may get fewer tokens than the quota, by at most the tokens of one sequence.
+    If a store's quota is not exactly one pass, a sequence may lie across the boundary of two epochs. Such a sequence
+    belongs to the earlier epoch. The later epoch may then get fewer tokens than the quota, by less than one sequence.
     """
     cut = sum(quota != total for total, quota in zip(totals, quotas, strict=True))
     return (sum(quotas) - cut * (max_len + 2)) // tokens_per_pack

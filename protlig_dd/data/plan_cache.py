@@ -70,7 +70,7 @@ def shared_plan(key: str, epoch: int, make: Callable[[], Plan], *, wait: bool = 
                     finally:
                         shutil.rmtree(partial, ignore_errors=True)
                 finally:
-                    # Closing is not enough: a process forked meanwhile shares the open file and would keep the lock.
+                    # unlock, as closing is not enough: a process forked meanwhile has the file open and keeps the lock
                     with contextlib.suppress(OSError):
                         fcntl.flock(lock, fcntl.LOCK_UN)
     except OSError as error:

@@ -168,7 +168,7 @@ class SequenceStore:
     def lower_case(self, row: SupportsIndex) -> np.ndarray | None:
         """Return which residues of a row were lower-case letters, (residues,) bool.
 
-        The result is None if no residue was, or if the store does not keep the case.
+        The result is None if no residue was a lower-case letter, or if the store does not keep the case.
         """
         row = self._row(row)
         return self._case.lower_case(row, int(self.offsets[row + 1] - self.offsets[row]) - 2) if self.has_case else None
@@ -207,7 +207,7 @@ class SequenceStore:
         offset, size = self._extents[name]
         mapped = np.memmap(self.path, mode="r", dtype=COLUMNS[name], offset=offset, shape=(size,))
         if at_random and hasattr(mmap, "MADV_RANDOM"):
-            with contextlib.suppress(OSError):  # madvise only avoids needless reads from the disk
+            with contextlib.suppress(OSError):  # harmless: madvise only avoids needless reads from the disk
                 mapped._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
         return np.asarray(mapped)  # slicing a plain array takes a tenth of the time of slicing a memmap
 
@@ -318,7 +318,7 @@ class StoreGroup:
         The offset is the index in the tokens of the row's store.
 
         Args:
-            tokens: the token array of each store, if the caller has mapped them separately; None: `store.tokens`.
+            tokens: the token array of each store, if the caller has mapped them separately; None uses `store.tokens`.
 
         Raises:
             ValueError: the store is damaged: the offsets of a row are invalid, or its tokens do not begin with <bos> or
@@ -345,6 +345,6 @@ class StoreGroup:
 
 
 def fingerprint_of(checksums: dict[str, str]) -> str:
-    """Return a hash of the contents of a store (all datasets except the manifest), computed from their checksums."""
+    """Return a hash of the checksums of all datasets except the manifest. It identifies the contents of a store."""
     parts = [f"{name}={checksums[name]}" for name in COLUMNS if name != "manifest" and name in checksums]
     return xxhash.xxh3_128_hexdigest(" ".join(parts).encode())

@@ -65,7 +65,7 @@ def build_store(
     if output.exists():
         if partial_path(output).exists():
             with contextlib.suppress(OutputExistsError), partial_folder(output):
-                pass  # removes the files of a process that was killed just after it finished the output
+                pass  # partial_folder removes the files of a process that was killed after it finished the output
         raise output_exists(output)
     named = dict(inputs) if isinstance(inputs, Mapping) else {}
     for name in named:

@@ -16,7 +16,7 @@ FOLD = ~np.uint8(LOWER)
 
 
 def spool_case(spool: Spool, encoded: EncodedBlock) -> np.ndarray:
-    """Append the case columns of the records that have a lower-case letter.
+    """Append the columns `case_*` of the records that have a lower-case letter to the spool.
 
     Return the tokens; LOWER is added to the tokens of lower-case letters.
     """
@@ -35,12 +35,13 @@ def spool_case(spool: Spool, encoded: EncodedBlock) -> np.ndarray:
 
 
 def repeats_in_other_case(spool: Spool, repeats: np.ndarray) -> int:
-    """Count the repeated sequences whose case differs from that of the first row with the sequence.
+    """Count the repeated sequences in which other letters are lower-case than in the first row with the same sequence.
 
     The count is 0 if no record in the spool has both upper-case and lower-case letters.
 
     Args:
-        repeats: (k, 2) row numbers: a row whose sequence occurs in an earlier row, and the first row with the sequence.
+        repeats: (k, 2) row numbers. Column 0 has the rows whose sequence occurs in an earlier row, and column 1 the
+            first row with this sequence.
     """
     rows = spool.load("case_row")
     if not len(rows) or not len(repeats) or not (spool.load("case_letters") < spool.load("length")[rows] - 2).any():
@@ -105,7 +106,10 @@ class KeptCase:
             found["first"] += [id_of_row(self.spool, row) for row in shown]
 
     def columns(self) -> dict[str, tuple[int, Any]]:
-        """Return {name: (size, blocks)} of the store's case columns, which must be written after the tokens."""
+        """Return {name: (size, blocks)} of the store's case columns.
+
+        They must be written after the tokens, because `count` is called while the tokens are written.
+        """
         return {
             "case_rows": (len(self.rows), [np.cumsum(self.keep)[self.rows] - 1]),
             "case_offsets": (len(self.rows) + 1, [np.append(0, np.cumsum(self.bytes, dtype=np.int64))]),

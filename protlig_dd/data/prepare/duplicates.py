@@ -20,7 +20,8 @@ def kept_rows(spool: Spool, files: Sequence[FastaFile], *, duplicates: bool) -> 
 
     Returns:
         keep: (rows,) bool, whether each row is kept.
-        repeats: (k, 2) row numbers: a row whose sequence occurs in an earlier row, and the first row with the sequence.
+        repeats: (k, 2) row numbers. Column 0 has the rows whose sequence occurs in an earlier row, and column 1 the
+            first row with this sequence.
 
     Raises:
         ValueError: an id occurs twice. The message names both records.
@@ -43,10 +44,13 @@ def kept_rows(spool: Spool, files: Sequence[FastaFile], *, duplicates: bool) -> 
 
 
 def shared_sequences(spool: Spool, splits: np.ndarray, repeats: np.ndarray) -> list[dict[str, Any]]:
-    """Count the repeated sequences of each split that first occur in another split, and give the ids of examples.
+    """Count, for each pair of splits, the sequences of one split whose first occurrence is in the other split.
+
+    Return the counts that are not zero, each with the ids of up to SHOWN_IDS examples.
 
     Args:
-        repeats: (k, 2) row numbers: a row whose sequence occurs in an earlier row, and the first row with the sequence.
+        repeats: (k, 2) row numbers. Column 0 has the rows whose sequence occurs in an earlier row, and column 1 the
+            first row with this sequence.
     """
     repeats = repeats[np.argsort(repeats[:, 0])]
     shared = []

@@ -18,7 +18,7 @@ class Filters:
     min_length: int = 1
     max_length: int | None = None
     max_unknown: float = 1.0
-    """Largest allowed fraction of the letters X, B, Z, J, U and O, which are not among the 20 amino acids."""
+    """Largest allowed fraction of residues outside the 20 amino acids (letters X, B, Z, J, U and O)."""
     fragments: bool = True
     """False drops sequences whose header contains `(Fragment`."""
     taxa: Sequence[int] | None = None

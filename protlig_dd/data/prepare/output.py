@@ -73,7 +73,7 @@ def partial_folder(output: Path) -> Iterator[Path]:
         yield folder
     finally:
         _clear(folder)
-        # remove the lock last: without it, remaining files would count as foreign
+        # remove the lock last, because files in a folder without a lock count as foreign
         (folder / "lock").unlink()
         with contextlib.suppress(OSError):  # the next writer may already use the folder
             folder.rmdir()
@@ -84,7 +84,8 @@ def _is_foreign(folder: Path) -> bool:
     """Whether the folder contains files but no lock.
 
     Other processes of this program may use the folder meanwhile. They create the lock before any files and remove it
-    after all files. So if files were found but the lock is missing, check that the files are still there.
+    after all files. So if the lock is missing, such a process may have removed the files after this function listed
+    them. Files that still exist are foreign.
     """
     try:
         files = [path for path in folder.iterdir() if path.name != "lock"]

@@ -19,8 +19,8 @@ TRAIN, VALIDATION, TEST = range(3)
 class Split:
     """Options of the splits.
 
-    Unless the inputs name the split of each file, a seeded hash of a sequence's id and the two fractions determine the
-    sequence's split.
+    If the inputs do not name the split of each file, the split of a sequence is determined by the two fractions and a
+    seeded hash of the sequence's id.
     """
 
     validation_fraction: float = 0.0

@@ -45,7 +45,7 @@ def write_store(
                 code: count_tokens(select_rows(block, lengths[first:end], row_splits == code))
                 for code in (VALIDATION, TEST, dropped)
             }
-            # training tokens are counted by subtraction: the training rows, most of the block, need not be copied
+            # count training tokens by subtraction, so that the training rows (most of the block) are not copied
             token_counts[TRAIN] += count_tokens(block) - sum(counts.values())
             token_counts[VALIDATION] += counts[VALIDATION]
             token_counts[TEST] += counts[TEST]
@@ -84,8 +84,8 @@ def write_columns(
     """Write a store's datasets.
 
     Args:
-        columns: {name: (size, consecutive blocks of values)} of every dataset but the manifest. Datasets are written in
-            this order.
+        columns: {name: (size, consecutive blocks of values)} of every dataset except the manifest. Datasets are
+            written in this order.
         manifest: returns the manifest; called after the columns have been written.
     """
     checksums: dict[str, str] = {}
@@ -134,7 +134,7 @@ def _describe_splits(
 ) -> dict[str, Any]:
     """Return each split's numbers of sequences, residues and letters, and its histogram of lengths.
 
-    Each bin of the histogram has LENGTH_BIN lengths.
+    Each bin of the histogram is LENGTH_BIN residues wide.
     """
     described = {}
     for code, name in enumerate(SPLITS):
