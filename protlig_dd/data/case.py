@@ -7,10 +7,10 @@ A store keeps the case of its records only if at least one record has both upper
 has these datasets, where m is the number of records that have a lower-case letter:
 
     case_rows     (m,) int64      rows of the records that have a lower-case letter, ascending
-    case_offsets  (m + 1,) int64  the bits of row case_rows[j] are case_bits[case_offsets[j]:case_offsets[j + 1]]
+    case_offsets  (m + 1,) int64  the bytes of row case_rows[j] are case_bits[case_offsets[j]:case_offsets[j + 1]]
     case_bits     (b,) uint8      one bit per residue: 1 for a lower-case letter. The first residue of a record is the
                                   highest bit of its first byte. The last byte of a record is filled up with zeros.
-                                  A record with only lower-case letters has no bytes.
+                                  A record with only lower-case letters has no bytes, as all its bits would be 1.
     case_counts   (90,) int64     how often each token id occurs in lower case in each split: a (3, 30) array of
                                   splits and token ids, flattened row by row
 """

@@ -68,8 +68,8 @@ def unknown_choice(key: str, value: object, choices: Iterable[str]) -> str:
 def stored_model(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keys of `model` and their values as files store them.
 
-    A key that was added later is left out if it has its default, so that earlier versions of the program can read the
-    file.
+    A key that is marked ADDED_LATER is left out if it has its default, so that earlier versions of the program can read
+    the file.
 
     Args:
         values: the keys of `model` and their values. Files of earlier versions may have `mixer`, the mixer of all

@@ -13,7 +13,7 @@ from protlig_dd.batch import PackedBatch
 class NetworkOnTensors(nn.Module):
     """Computes a network from a pack's tensors only, as CUDA graphs require.
 
-    The pack's values on the host, such as `lengths`, are those of `geometry`.
+    All other values of the pack, such as `lengths` on the host, are taken from `geometry`.
 
     Args:
         model: the module whose parameters get gradients.
@@ -44,7 +44,7 @@ def capture(
 ) -> Callable[..., Tensor]:
     """Record the forward and backward pass for packs of the shape of `blank`.
 
-    The gradients of the model's parameters then have fixed memory, into which each backward pass accumulates.
+    Afterwards, the gradients of the model's parameters stay in fixed memory, and each backward pass adds to them.
 
     Args:
         model, network: see NetworkOnTensors.

@@ -180,8 +180,9 @@ class DiT(nn.Module):
     def capture(self, autocast: torch.dtype | None) -> None:
         """Record the forward and backward pass for packs of the shape set by `pad_packs`, as two CUDA graphs.
 
-        A replay costs the host one launch instead of a thousand. Gradients then have fixed memory and accumulate:
-        between steps they must be set to zero, not to None (`zero_grad(set_to_none=False)`).
+        A replay of a graph costs the host one launch instead of a thousand. After this call, the gradients stay in
+        fixed memory, and each backward pass adds to them. Between steps they must be set to zero, not to None
+        (`zero_grad(set_to_none=False)`).
 
         Args:
             autocast: dtype in which the network computes; None for the dtype of its weights.
@@ -306,5 +307,5 @@ def check_model(config: ModelConfig) -> None:
         )
     if config.norm_eps is not None and not config.norm_eps > 0:
         raise ValueError(f"model.norm_eps must be above 0, got {config.norm_eps}")
-    with torch.device("meta"):  # uses no memory and draws no random numbers
+    with torch.device("meta"):  # runs the encoding's own checks; uses no memory and draws no random numbers
         POSITIONS[config.positions](config)

@@ -1,4 +1,4 @@
-"""Operations with a hand-written backward pass, because torch's own is slower."""
+"""Operations whose backward pass is written by hand, because torch's backward pass for them is slower."""
 
 from collections.abc import Sequence
 from typing import Any

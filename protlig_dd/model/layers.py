@@ -45,7 +45,8 @@ class HeadMatrices(nn.Module):
 class HeadGates(nn.Linear):
     """Computes one number for each head and token.
 
-    The rows of the weight belong to different heads, so AdamW updates the weight even in a run with Muon.
+    Each row of the weight belongs to one head, so Muon must not orthogonalise the weight as one matrix. AdamW updates
+    it even in a run with Muon.
     """
 
 

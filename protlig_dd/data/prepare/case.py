@@ -16,7 +16,7 @@ FOLD = ~np.uint8(LOWER)
 
 
 def spool_case(spool: Spool, encoded: EncodedBlock) -> np.ndarray:
-    """Append the columns `case_*` of the records that have a lower-case letter to the spool.
+    """Append to the spool the columns `case_*` of the records that have a lower-case letter.
 
     Return the tokens; LOWER is added to the tokens of lower-case letters.
     """

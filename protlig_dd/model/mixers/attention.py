@@ -123,7 +123,7 @@ def check_attention_input(qkv: Tensor, batch: PackedBatch, backend: str, scores:
 
 
 def head_dim_problem(backend: str, head_dim: int, columns: int) -> str | None:
-    """Return None if this CUDA backend supports the head_dim, else the reason (text to follow the backend's name).
+    """Return None if this CUDA backend supports the head_dim, else the reason, worded to follow the backend's name.
 
     Args:
         columns: dimensions that the position encoding appends to each head.
@@ -153,7 +153,7 @@ def check_positions(backend: str, positions: str) -> None:
 
 
 def check_backend(name: str, head_dim: int, positions: str) -> None:
-    """Raise a ValueError if no machine can compute a network with this backend. `auto` is always accepted."""
+    """Raise a ValueError if this backend cannot compute the network on any machine. `auto` is always accepted."""
     if name == "auto":
         return
     check_positions(name, positions)
@@ -211,7 +211,7 @@ def resolve_attention_backend(
 def backend_problem(
     backend: str, device: torch.device, precision: str, head_dim: int, kind: type[PositionEncoding]
 ) -> str | None:
-    """Return None if a backend can run here, else the reason (text to follow the backend's name)."""
+    """Return None if a backend can run here, else the reason, worded to follow the backend's name."""
     if backend == "sdpa":
         return None
     if backend == "flash_attn" and not has_flash_attn():
@@ -246,7 +246,7 @@ def _torch_varlen(qkv: Tensor, batch: PackedBatch, scores: ScoreInputs | None) -
     head_dim, columns = qkv.shape[-1], None if scores is None else scores.columns
     q, k, v = with_columns(qkv, columns).unbind(1)
     cu_seqlens, longest = batch.cu_seqlens, batch.max_seqlen
-    scale = None if columns is None else head_dim**-0.5  # default: the inverse root of the enlarged head_dim
+    scale = None if columns is None else head_dim**-0.5  # the default would use the enlarged head_dim
     out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scale)
     assert isinstance(out, Tensor)
     return out if columns is None else out.narrow(-1, 0, head_dim)

@@ -51,7 +51,7 @@ class Mixer(nn.Module, ABC):
 
         Args:
             tables: the tables of `positions` for this pack.
-            scores: the bias of attention scores; mixers without attention ignore it.
+            scores: the bias and mask of attention scores; mixers without attention ignore them.
         """
 
     @abstractmethod
@@ -61,8 +61,8 @@ class Mixer(nn.Module, ABC):
     def flops(self, lengths: Sequence[int]) -> int:
         """Return the multiply-adds of `mix` over sequences of these lengths (tokens).
 
-        Linear layers are not included unless `mix` applies them more than once per token: `DiT.flops` counts each
-        linear layer once per token.
+        `DiT.flops` already counts each linear layer once per token. If `mix` applies a linear layer more than once per
+        token, include every time except the first.
         """
         return 0
 

@@ -1,20 +1,21 @@
-"""The inner models of test-time training (arXiv 2407.04620), trained on the tokens of a sequence while it is read.
+"""The inner models of test-time training (arXiv 2407.04620), trained on a sequence while the mixer reads it.
 
-Each head has a model f, whose weights are the head's state. Each chunk updates the state by one step of gradient
-descent on 1/2 sum_j eta_j || LN(f(k_j)) - (v_j - k_j) ||^2, where j runs over the chunk's tokens and eta_j is the
-learning rate of token j. The updated model is applied to the chunk's queries: the output is q + LN(f(q)). All gradients
-of a chunk are taken at the state before the chunk.
+Each head has a model f, whose weights are the head's state. A sequence is read in chunks of 16 tokens. Each chunk
+updates the state by one step of gradient descent on 1/2 sum_j eta_j || LN(f(k_j)) - (v_j - k_j) ||^2, where j runs over
+the chunk's tokens and eta_j is the learning rate of token j. All gradients of a chunk are taken at the state before the
+chunk. Then the updated model is applied to the chunk's queries: the output is q + LN(f(q)).
 
 The dual form computes the output without the updated weights. If f is linear, z_j = f(k_j) = k_j W + b, and G_j is the
 gradient of 1/2 || LN(z_j) - (v_j - k_j) ||^2 with respect to z_j, then the updated f maps a query q to
 
     q (W - sum_j eta_j k_j^T G_j) + b - sum_j eta_j G_j = q W + b - sum_j (q . k_j + 1) eta_j G_j,
 
-so the outputs of a chunk need the state before the chunk only in one matrix product, with [k; q].
+so a chunk's outputs need the state before the chunk in only one matrix product, [k; q] W + b.
 
-Shapes: (chunks, heads, 16, width). The chunks of a pack are ordered by their number c within the sequence. Step c
-computes chunk c of each sequence that is long enough: these chunks are adjacent, and `counts[c]` is their number.
-Within a step, longer sequences are first, so the sequences of the next step have the first rows of the state.
+Tensors have the shape (chunks, heads, 16, width). Chunk c of a sequence has its tokens 16 c .. 16 c + 15. The chunks of
+a pack are ordered by c. Step c computes chunk c of each sequence that has a chunk c. These chunks are adjacent, and
+`counts[c]` is their number. Within a step, longer sequences come first. So the sequences that have a chunk in the next
+step are the first rows of the state.
 """
 
 from abc import ABC, abstractmethod
@@ -55,11 +56,11 @@ class InnerModel(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, q: ByHead, k: ByHead, v: ByHead, eta: Rates, counts: Sequence[int]) -> ByHead:
-        """Return q + LN(f(q)), where f has the state after each token's chunk.
+        """Return q + LN(f(q)) for each token, where the weights of f are the state after the token's chunk.
 
         Args:
-            eta: the learning rate of each token; 0 for the unused slots in the last chunk of a sequence.
-            counts: entry c is the number of sequences that have a chunk c, so it never increases.
+            eta: the learning rate of each token; 0 for the unfilled slots in the last chunk of a sequence.
+            counts: entry c is the number of sequences that have a chunk c, so the entries never increase.
         """
 
     @abstractmethod
@@ -142,7 +143,7 @@ class InnerMLP(InnerModel):
             h_k, h_q = (kq @ w1 + b1).split(CHUNK, dim=-2)
             x_k = F.gelu(h_k, approximate="tanh")
             step_2 = self.gradients(x_k @ w2 + b2, target, rate)
-            # the steps of both layers use the weights before the chunk
+            # step_1 and step_2 both use the weights before the chunk
             step_1 = torch.ops.aten.gelu_backward(step_2 @ w2.mT, h_k, approximate="tanh")
             x_q = F.gelu(h_q - similarity @ step_1, approximate="tanh")
             outputs.append(x_q @ w2 + b2 - (x_q @ x_k.mT + 1) @ step_2)
@@ -165,7 +166,7 @@ def first_state(learned: Float[Tensor, "heads rows columns"], n: int) -> Float[T
 
 
 def first(x: Tensor, n: int) -> Tensor:
-    """Return the first n rows. If x has n rows, return x itself: the gradient of a slice would be a copy."""
+    """Return the first n rows. If x has n rows, return x itself: the backward pass of a slice would make a copy."""
     return x if len(x) == n else x.narrow(0, 0, n)
 
 
@@ -174,7 +175,8 @@ def chunk_steps(
 ) -> list[tuple[Tensor, Tensor, Tensor, int]]:
     """Return a tuple for each step: [k; q], the targets v - k, the rates, and how many sequences have another chunk.
 
-    The tensors are split once: a slice for each step would allocate a gradient of the full size in the backward pass.
+    Each tensor is split once, because in the backward pass a slice for each step would allocate a gradient of the full
+    size.
     """
     sizes = list(counts)
     parts = (x.split(sizes) for x in (torch.cat([k, q], dim=-2), v - k, eta))

@@ -36,11 +36,11 @@ def compiled() -> Callable[..., Tensor]:
     """Return flex_attention, compiled by torch.
 
     torch compiles a variant of the function at the first call, and another variant whenever the number of heads, the
-    head_dim, the dtype, the kind of bias or the gradient mode differs. When the shape of the pack differs, torch
-    compiles only one more variant. All networks of a process share the variants.
+    head_dim, the dtype, the kind of bias or the gradient mode differs. For all further shapes of packs, torch compiles
+    only one more variant. All networks of a process share the variants.
 
     With `fullgraph`, torch raises an error where it would otherwise continue with the uncompiled function, which stores
-    all scores of the pack. One such case is more than `recompile_limit` variants (8 by default in torch).
+    all scores of the pack. One such case is more than `recompile_limit` variants (256 here, by default 8).
     """
     return torch.compile(flex_attention, fullgraph=True, **VARIANTS)
 
@@ -58,8 +58,8 @@ def document_mask(batch: PackedBatch) -> BlockMask:
     """Return the mask that lets each query attend to the keys of its own sequence only.
 
     The mask consists of blocks of 128 queries and 128 keys. In each row of blocks, the blocks to compute are adjacent.
-    The bounds of the sequences give the first and the last of them. So the (total, total) mask is never computed, and
-    the host does not wait for the device.
+    The bounds of the sequences give the first and the last of these blocks. So the (total, total) mask is never
+    computed, and the host does not wait for the device.
     """
     segment_ids, cu_seqlens, total = batch.segment_ids, batch.cu_seqlens, len(batch.tokens)
     starts = torch.arange(0, total, BLOCK, device=segment_ids.device)

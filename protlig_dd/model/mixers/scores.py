@@ -24,7 +24,7 @@ class ScoreInputs:
     bias: ScoreBias | None
     matrices: tuple[Tensor, ...] | None = None
     """sdpa: the bias of each sequence, (heads, length_i, length_i) in the dtype of q. None if blocks have different
-    biases; each block then computes its own."""
+    biases; each block then computes its own matrices."""
     columns: Float[Tensor, "total 3 heads rank"] | None = None
     """Other backends: the columns to append to q, k and v for a ProductBias."""
     block_mask: "BlockMask | None" = None
@@ -72,7 +72,7 @@ def matrices_of(bias: ScoreBias, batch: PackedBatch, dtype: torch.dtype) -> tupl
     """Return the bias of each sequence that has tokens.
 
     Sequences of equal length share a matrix, unless the matrix needs a gradient. Autograd would sum the gradients of a
-    shared matrix over the sequences in `dtype`, before it converts the sum to the dtype of the parameters.
+    shared matrix in `dtype`, which may be less precise than the dtype of the parameters.
     """
     matrices: list[Tensor] = []
     shared: dict[int, Tensor] = {}
@@ -85,7 +85,7 @@ def matrices_of(bias: ScoreBias, batch: PackedBatch, dtype: torch.dtype) -> tupl
 
 
 def scores_problem(scores: ScoreInputs | None, backend: str) -> str | None:
-    """Return None if a backend can use these inputs, else the reason (text to follow the backend's name).
+    """Return None if a backend can use these inputs, else the reason, worded to follow the backend's name.
 
     Inputs from `prepare_scores` for the same backend are always valid. From invalid inputs, the backend would compute
     wrong attention.

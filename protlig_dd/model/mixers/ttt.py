@@ -5,8 +5,8 @@
     h      = x + tanh(alpha_f) TTT(x)
     mixed  = tanh(alpha_f) TTT(x) + tanh(alpha_b) flip(TTT(flip(h)))
 
-q and k are L2-normalised, then rotated by the position encoding. `flip` reverses each sequence of the pack. The time is
-linear in the number of tokens.
+q and k are L2-normalised, then rotated by the position encoding. alpha_f and alpha_b are learned gates of the two
+directions. `flip` reverses each sequence of the pack. The time is linear in the number of tokens.
 """
 
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ class Directions(nn.Module):
 
 
 class TTT(Mixer):
-    """A bidirectional test-time training layer; both directions have the same weights.
+    """A bidirectional test-time training layer; both directions have the same weights, except alpha.
 
     The inner model's state is reset at the start of each sequence. The state is float32, or float64 if x is float64.
     """
@@ -132,14 +132,14 @@ class TTTMLP(TTT):
 
 
 class Chunks(NamedTuple):
-    """The division of a pack's tokens into chunks. Each chunk has tokens of one sequence only.
+    """The division of a pack's tokens into chunks. Each chunk has 16 slots for tokens of one sequence.
 
-    Chunks are ordered by their number within the sequence, then by the length of the sequence, longest first.
+    The last chunk of a sequence may have unfilled slots. Chunks are ordered by their number within the sequence, then
+    by the length of the sequence, longest first.
     """
 
     token: Int64[Tensor, " slots"]
-    """The index of the token in each of the chunks * 16 slots. Unfilled slots have the index of their sequence's last
-    token."""
+    """The index in the pack of each slot's token. Unfilled slots have the index of their sequence's last token."""
     filled: Bool[Tensor, " slots"]
     slot: Int64[Tensor, " total"]
     """The slot of each token."""
@@ -148,7 +148,7 @@ class Chunks(NamedTuple):
 
 
 def chunks_of(batch: PackedBatch) -> Chunks:
-    """Divide each sequence into chunks. The tensors are computed on the pack's device, and the host does not wait."""
+    """Divide each sequence into chunks. The pack's device computes the tensors, and the host does not wait for it."""
     device, lengths = batch.tokens.device, np.array(batch.lengths)
     counts = (lengths > np.arange(0, lengths.max(), CHUNK)[:, None]).sum(1).tolist()
     begin_n, length_n = starts_of(batch), batch.cu_seqlens.diff().long()

@@ -13,8 +13,9 @@ from protlig_dd.tokenizer import VOCAB_SIZE
 class Adaptive(Sinusoidal):
     """Adds c g_token g_k sin(s i / 10000^(2 k / D)) to the embedding, and the same with the cosine.
 
-    The factor s of the position i, the gain g_k of each frequency and the gain g_token of each token id are learned.
-    All of them start at 1. The factor c is `model.sinusoid_scale`, as in `Sinusoidal`.
+    Here i is the position and D the width of the embedding. The factor s of the position, the gain g_k of each
+    frequency and the gain g_token of each token id are learned. All of them start at 1. The factor c is
+    `model.sinusoid_scale`, as in `Sinusoidal`.
     """
 
     def __init__(self, config: ModelConfig) -> None:

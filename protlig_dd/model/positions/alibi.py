@@ -29,8 +29,8 @@ class Alibi(PositionEncoding):
 def slopes_of(n_heads: int) -> list[float]:
     """Return the slopes m_h = 2^(-8 h / n_heads), h = 1..n_heads, if n_heads is a power of two.
 
-    Otherwise return the slopes of the next lower power of two, followed by every other slope of the next higher one,
-    as in the paper's code.
+    Otherwise return the slopes of the next lower power of two, followed by every other slope of the next higher one
+    until there are n_heads slopes, as in the paper's code.
     """
     lower = 1 << (n_heads.bit_length() - 1)
     slopes = [2 ** (-8 * head / lower) for head in range(1, lower + 1)]

@@ -44,7 +44,7 @@ class OffsetBias(ScoreBias):
 
 @dataclass(frozen=True)
 class ProductBias(ScoreBias):
-    """The bias q_i . k_j, where q_i and k_j are rows of two tables.
+    """The bias q_i . k_j of query i and key j, where q_i and k_j are rows of two tables for positions i and j.
 
     A kernel that does not accept a bias still adds this bias if the rows are appended to the queries and keys.
 

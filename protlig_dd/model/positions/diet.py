@@ -48,5 +48,5 @@ class Diet(PositionEncoding):
         return (ProductBias(*(table.weight.view(-1, self.n_heads, RANK) for table in (self.queries, self.keys))),)
 
     def flops(self, lengths: Sequence[int]) -> int:
-        """Return the multiply-adds of the bias itself. A kernel with appended columns computes more."""
+        """Return the multiply-adds of the bias itself. A kernel that reads it from appended columns computes more."""
         return self.n_heads * RANK * sum(length**2 for length in lengths)

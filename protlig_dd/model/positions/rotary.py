@@ -1,8 +1,8 @@
 """Rotary position embedding (RoFormer, arXiv 2104.09864) in plain torch.
 
-Dimension j < d/2 and dimension j + d/2 form a pair, which is rotated by the angle position * base^(-2 j / d). The
-float32 tables of cosines and sines that are applied to the queries and keys must have exactly one row for each token of
-the pack. Another number of rows is an error; tables are never tiled or cut.
+Let d be head_dim. Dimensions j < d/2 and j + d/2 form a pair, which is rotated by the angle position * base^(-2 j / d).
+The float32 tables of cosines and sines that are applied to the queries and keys must have exactly one row for each
+token of the pack. Another number of rows is an error; tables are never tiled or cut.
 """
 
 from typing import Any

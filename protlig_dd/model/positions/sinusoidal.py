@@ -15,14 +15,14 @@ BASE = 10000.0
 class Sinusoidal(PositionEncoding):
     """Adds sinusoids of the position i to the embedding, whose width is D.
 
-    Dimension 2 k receives c sin(i / 10000^(2 k / D)), and dimension 2 k + 1 the cosine. The factor c is
-    `model.sinusoid_scale`. A new run sets it to the standard deviation of the initial embeddings, so embeddings and
-    sinusoids have the same proportions as in arXiv 1706.03762 (section 3.4), which multiplies the embeddings by sqrt(D)
-    instead.
+    Dimension 2 k receives c sin(i / 10000^(2 k / D)), and dimension 2 k + 1 the same with the cosine. The factor c is
+    `model.sinusoid_scale`. A new run sets c to the standard deviation of the initial embeddings. The embeddings and
+    sinusoids then have the same proportions as in arXiv 1706.03762 (section 3.4), where c is 1 and the embeddings are
+    multiplied by sqrt(D).
 
     Raises:
         ValueError: an odd hidden_size, or no sinusoid_scale. Configs of the first versions with this encoding do not
-            contain the factor that their networks were trained with.
+            contain the scale that their networks were trained with.
     """
 
     scaled = True
