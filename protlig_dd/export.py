@@ -14,7 +14,6 @@ from protlig_dd.config.read import read_config
 from protlig_dd.config.verbs import ExportConfig
 from protlig_dd.inference.exported import CARD, is_exported, read_description, read_json, write_exported
 from protlig_dd.inference.model import describe, find_saved, load_saved, run_folder
-from protlig_dd.runs.checkpoint import load_tensors
 from protlig_dd.system.files import check_free, creating
 from protlig_dd.system.terminal import console
 
@@ -22,6 +21,7 @@ from protlig_dd.system.terminal import console
 def export(cfg: DictConfig) -> None:
     """Write a folder with a checkpoint's averaged weights and the files that are needed to use these weights.
 
+    Adapters are merged with the weights that they extend.
     If `from=` is a run, its newest checkpoint is exported.
     """
     config = read_config(cfg, ExportConfig)
@@ -32,7 +32,7 @@ def export(cfg: DictConfig) -> None:
     for problem in saved.skipped:
         console.print(f"skipped: {problem}")
     with creating(to) as folder:
-        write_exported(folder, load_tensors(saved.weights), describe(saved, report_of(saved.path, saved.step)))
+        write_exported(folder, saved.tensors(), describe(saved, report_of(saved.path, saved.step)))
         load_saved(find_saved(str(folder)), torch.device("cpu"), "fp32")  # check that the new folder loads
     digest = read_description(to)["weights_sha256"]
     console.print(f"{to}: {saved.path}, weights {digest[:12]}; add a licence to its model card, {to / CARD}")

@@ -20,7 +20,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
 from protlig_dd.batch import PackedBatch
-from protlig_dd.config.components import load_model
+from protlig_dd.config.components import build_score_fn
 from protlig_dd.diffusion.samplers.base import SamplerOptions
 from protlig_dd.inference.download import download, hugging_face
 from protlig_dd.inference.embedding import mean_embeddings
@@ -39,6 +39,7 @@ from protlig_dd.inference.inspect import analysis, attention
 from protlig_dd.inference.steps import SamplingSteps
 from protlig_dd.model.config import ModelConfig
 from protlig_dd.model.dit import DiT
+from protlig_dd.runs.checkpoint import load_weights
 from protlig_dd.system.device import resolve_device, resolve_precision
 from protlig_dd.system.files import creating
 
@@ -54,8 +55,7 @@ class ProteinDiffusion(nn.Module):
         self.description = read_description(folder)
         self.card = (folder / CARD).read_text()
         try:
-            score_fn = load_model(
-                folder / WEIGHTS,
+            score_fn = build_score_fn(
                 model=ModelConfig(**self.description["model"]),
                 graph=self.description["graph"],
                 noise=self.description["noise"],
@@ -70,6 +70,7 @@ class ProteinDiffusion(nn.Module):
             raise ValueError(f"{folder / DESCRIPTION}: damaged, or not written by protlig_dd ({error!r})") from error
         network = self.score_fn.model
         assert isinstance(network, DiT)
+        load_weights(folder / WEIGHTS, network)
         self.network, self.noise = network, self.score_fn.noise
         self.eval()
 

@@ -23,17 +23,14 @@ import torch
 from omegaconf import OmegaConf
 
 from protlig_dd.batch import PackedBatch
-from protlig_dd.config.components import build_graph, build_model, build_noise
-from protlig_dd.config.read import read_config
-from protlig_dd.config.train import TrainConfig
+from protlig_dd.config.components import build_graph
 from protlig_dd.data.loader import PackDataset
 from protlig_dd.data.prepare.bundled import bundled_store
 from protlig_dd.diffusion.likelihood import nll_bound
 from protlig_dd.diffusion.noise import CosineNoise, LogLinearNoise, Noise
 from protlig_dd.diffusion.samplers.base import SamplerOptions
 from protlig_dd.diffusion.sampling import sample
-from protlig_dd.diffusion.score import ScoreFn
-from protlig_dd.runs.checkpoint import find_checkpoint, load_weights
+from protlig_dd.inference.model import find_saved, load_saved
 from protlig_dd.system.terminal import ProgressBar
 from tests import brute_force
 from tests.conftest import exact_score_fn
@@ -143,13 +140,9 @@ def likelihood(run: Path, proteins: int, repeats: int) -> None:
         proteins: number of test proteins.
         repeats: number of estimates of each protein's bound, each with another seed.
     """
-    checkpoint, _ = find_checkpoint(run)
-    config = read_config(OmegaConf.load(checkpoint / "config.yaml"), TrainConfig)  # type: ignore[arg-type]
-    graph = build_graph(config.graph)
-    model = build_model(config.model, "sdpa", config.time_conditioning).eval()
-    load_weights(checkpoint / "ema.safetensors", model)
-    noise = build_noise(config.noise, graph)
-    score_fn = ScoreFn(model, graph, noise, config.parametrisation, time_conditioning=config.time_conditioning)
+    saved = find_saved(str(run))
+    score_fn, config = load_saved(saved, torch.device("cpu"), "fp32"), saved.config
+    noise = score_fn.noise
     store, data = bundled_store(), config.data
     rows = store.split("test")[:proteins]
     packs = PackDataset(store, rows, seed=None, max_len=data.max_len, tokens_per_pack=data.tokens_per_pack)
@@ -192,7 +185,7 @@ def likelihood(run: Path, proteins: int, repeats: int) -> None:
                     f"{variance * evaluations:.5f}",
                 ]
             )
-    print(f"\n{checkpoint}: {len(residues)} test proteins, {repeats} repeats; nats/residue of a protein\n")
+    print(f"\n{saved.path}: {len(residues)} test proteins, {repeats} repeats; nats/residue of a protein\n")
     table(
         [
             "estimator",

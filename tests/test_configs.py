@@ -194,6 +194,10 @@ def test_a_change_of_a_key_that_a_file_leaves_out_is_shown_with_its_default(tmp_
         "model.rotary_frequencies": [1.0, 0.5],
         "model.head": "lm",
         "model.token_dropout": True,
+        "model.lora.rank": 4,
+        "model.lora.alpha": 8.0,
+        "model.lora.layers": ["mlp"],
+        "model.lora.others": True,
         "data.context": "lower",
         "from": "runs/a",
         "from_sha256": "0" * 64,
@@ -210,8 +214,8 @@ def test_a_change_of_a_key_that_a_file_leaves_out_is_shown_with_its_default(tmp_
             (tmp_path / "config.yaml").write_text(as_yaml(before))
             assert changed_keys(recorded_config(tmp_path), as_dict(now)) == [message]
         of_earlier_version = as_dict(plain)
-        group, _, name = key.rpartition(".")
-        (of_earlier_version[group] if group else of_earlier_version).pop(name, None)
+        group, _, name = key.partition(".")
+        (of_earlier_version[group] if name else of_earlier_version).pop(name.partition(".")[0] or group, None)
         assert changed_keys(of_earlier_version, as_dict(other)) == [f"{key}: {defaults[key]} -> {value}"]
         assert changed_keys(of_earlier_version, as_dict(plain)) == []
     assert all_settings({"trainer": {"epochs": 2}})["trainer.compile"] == "auto"  # earlier versions do not have the key

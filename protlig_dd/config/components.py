@@ -20,16 +20,15 @@ from protlig_dd.diffusion.noise import NOISES, Noise
 from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.model.config import ModelConfig
 from protlig_dd.model.dit import DiT
+from protlig_dd.model.lora import add_adapters
 from protlig_dd.model.mixers.attention import resolve_attention_backend
-from protlig_dd.runs.checkpoint import load_weights
 
 T = TypeVar("T")
 
 TRAINING_NOISE = ("curriculum", "max_weight")  # keys of `noise` that only the training loss reads
 
 
-def load_model(
-    weights: Path,
+def build_score_fn(
     *,
     model: ModelConfig,
     graph: Mapping[str, Any],
@@ -39,20 +38,19 @@ def load_model(
     device: torch.device,
     precision: str,
 ) -> ScoreFn:
-    """Return the score function of a config: its network in evaluation mode, with weights from a safetensors file.
+    """Return the score function of a config: its network in evaluation mode, with initial weights.
 
     Args:
         precision: bf16 | fp32, the precision of the network's forward pass.
 
     Raises:
-        ValueError: an unknown component or option, or weights that do not fit.
+        ValueError: an unknown component or option.
     """
     head_dim = model.hidden_size // model.n_heads
     backend = resolve_attention_backend("auto", device, precision, head_dim, model.positions)
     process = build_graph(graph)
     with device:
         network = build_model(model, backend, time_conditioning).eval()
-    load_weights(weights, network)
     autocast = torch.bfloat16 if precision == "bf16" else None
     return ScoreFn(network, process, build_noise(noise, process), parametrisation, time_conditioning, autocast)
 
@@ -79,8 +77,15 @@ def build_noise(spec: Mapping[str, Any], graph: Graph) -> Noise:
 
 
 def build_model(config: ModelConfig, attention_backend: str, time_conditioning: bool) -> DiT:
-    """Return a config's network with the given attention backend, which must not be `auto`."""
-    return DiT(config, attention_backend, time_conditioning=time_conditioning)
+    """Return a config's network, with its adapters if it has any.
+
+    Args:
+        attention_backend: a resolved backend, not `auto`.
+    """
+    model = DiT(config, attention_backend, time_conditioning=time_conditioning)
+    if config.lora.rank is not None:
+        add_adapters(model, config.lora)
+    return model
 
 
 def build(kind: str, registry: Mapping[str, Callable[..., T]], spec: Mapping[str, Any]) -> T:

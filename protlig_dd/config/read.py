@@ -121,6 +121,8 @@ def defaults_of(schema: type, prefix: str = "") -> dict[str, Any]:
             defaults |= defaults_of(kind, f"{key}.")
         elif field.default is not MISSING:
             defaults[key] = field.default
+        elif field.default_factory is not MISSING:
+            defaults[key] = field.default_factory()
     return defaults
 
 

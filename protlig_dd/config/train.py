@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
+import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import field_validator
 from pydantic.dataclasses import dataclass
 from yaml import YAMLError
 
-from protlig_dd.config.components import build_graph, build_noise
+from protlig_dd.config.components import build_graph, build_model, build_noise
 from protlig_dd.config.fields import (
     MAY_CHANGE,
     STORED,
@@ -37,6 +38,7 @@ from protlig_dd.diffusion.sampling import check_sampler
 from protlig_dd.diffusion.score import check_parametrisation
 from protlig_dd.model.config import ADDED_LATER, COMPUTE_ONLY, ModelConfig, stored_model
 from protlig_dd.model.dit import check_model
+from protlig_dd.model.lora import check_lora
 from protlig_dd.system.signals import seconds_of
 
 OptimizerName = Literal["adamw", "muon"]
@@ -77,7 +79,7 @@ class DataConfig:
 @dataclass(config=STRICT)
 class OptimConfig:
     name: OptimizerName
-    lr: Positive
+    lr: NotNegative  # 0 leaves the weights unchanged
     min_lr_ratio: Fraction
     warmup_steps: AtLeast0
     betas: list[Number]
@@ -178,10 +180,13 @@ class TrainConfig:
             "max_positions",
             "sinusoid_scale",
             "norm_eps",
+            "lora.rank",
+            "lora.alpha",
         )
+        values = flatten(model) if isinstance(model, dict) else {}
         for key in numbers:
-            if isinstance(model, dict) and isinstance(model.get(key), bool):
-                raise ValueError(f"model.{key}={model[key]}; give a number")
+            if isinstance(values.get(key), bool):
+                raise ValueError(f"model.{key}={values[key]}; give a number")
         return model
 
     @field_validator("noise")
@@ -252,6 +257,18 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def check_adapters(config: TrainConfig) -> None:
+    """Raise a ValueError if the adapters' settings cannot work together, with the network or without `from=`."""
+    lora = config.model.lora
+    check_lora(lora)
+    if lora.rank is None:
+        return
+    if config.from_ is None:
+        raise ValueError(f"model.lora.rank={lora.rank}: adapters extend a trained model; give from=")
+    with torch.device("meta"):  # compares the rank with the shapes; uses no memory and draws no random numbers
+        build_model(config.model, "sdpa", config.time_conditioning is not False)
+
+
 def check_train_config(config: TrainConfig) -> None:
     """Check, before any data is read, that the values can work together.
 
@@ -260,6 +277,7 @@ def check_train_config(config: TrainConfig) -> None:
     """
     trainer = config.trainer
     check_model(config.model)
+    check_adapters(config)
     check_pack_sizes(config.data.max_len, config.data.tokens_per_pack)
     limit, tokens = config.model.max_positions, config.data.max_len + 2
     if limit is not None and limit < tokens:

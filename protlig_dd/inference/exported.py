@@ -18,7 +18,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from protlig_dd.model.config import stored_model
+from protlig_dd.model.config import LoraConfig, stored_model
 from protlig_dd.system.files import sha256
 from protlig_dd.system.tables import as_json, as_written
 from protlig_dd.tokenizer import BOS, EOS, LETTERS, MASK, N_STATES, PAD
@@ -175,10 +175,11 @@ def origin_lines(description: Mapping[str, Any]) -> list[str]:
             f"| files of the source, SHA-256 | {files} |",
             f"| longest protein | {description['max_len']} residues |",
         ]
-    origin = description.get("fine_tuned_from")
+    origin, lora = description.get("fine_tuned_from"), description.get("lora")
+    adapters = "" if lora is None else f" by {LoraConfig(**lora).description}, merged with the other weights"
     return [
         f"| trained on | proteins of up to {description['max_len']} residues; data {description['data_fingerprint']} |",
-        *([f"| fine-tuned from | {origin} |"] if origin else []),
+        *([f"| fine-tuned from | {origin}{adapters} |"] if origin else []),
         f"| steps | {description['step']}, seed {description['training']['seed']}; averaged weights |",
     ]
 

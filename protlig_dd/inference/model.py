@@ -1,29 +1,35 @@
 """Load a trained model from a run folder, a checkpoint or an exported model."""
 
+import hashlib
 import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import save as serialize
+from torch import Tensor
 
 from protlig_dd import __version__
-from protlig_dd.config.components import load_model
+from protlig_dd.config.components import build_score_fn
 from protlig_dd.config.read import as_dict, read_config
 from protlig_dd.config.train import LoggerConfig, RunConfig, TrainConfig, config_in
 from protlig_dd.data.case import Context
 from protlig_dd.diffusion.graphs.base import Graph
 from protlig_dd.diffusion.graphs.rates import substitution_rates
 from protlig_dd.diffusion.score import ScoreFn
+from protlig_dd.inference.adapters import BASE, Adapters, check_base
 from protlig_dd.inference.exported import DESCRIPTION, FORMAT, FORMAT_VERSION, WEIGHTS, is_exported, read_description
 from protlig_dd.inference.lengths import Lengths, lengths_of
 from protlig_dd.inference.sequences import check_trained_length
+from protlig_dd.model.config import LoraConfig
 from protlig_dd.model.dit import DiT
-from protlig_dd.runs.checkpoint import find_checkpoint, read_state
+from protlig_dd.runs.checkpoint import copy_tensors, find_checkpoint, load_tensors, read_state
 from protlig_dd.system.device import resolve_device, resolve_precision
 from protlig_dd.system.distributed import Processes, join_group, processes_from_environment
+from protlig_dd.system.files import sha256
 from protlig_dd.system.meeting import meeting_of
 from protlig_dd.system.terminal import announce
 
@@ -39,7 +45,9 @@ class SavedModel:
     path: Path
     """A checkpoint or an exported model."""
     weights: Path
+    """The file of the weights. If the run has adapters, the file has only the trained parameters; use `tensors`."""
     config: TrainConfig
+    """The config of the run. Its network has no adapters, because they are merged with the other weights."""
     step: int
     length_counts: list[int] | None
     """length_counts[n] is the number of training sequences with n residues."""
@@ -49,6 +57,20 @@ class SavedModel:
     data_fingerprint: str
     skipped: list[str]
     """The error message of each newer checkpoint of the same run that is not valid."""
+    adapters: Adapters | None = None
+    """The adapters of the run; None for a run without adapters and for an exported model."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the averaged weights by name, on the CPU. Adapters are merged with the weights they were added to."""
+        return load_tensors(self.weights) if self.adapters is None else self.adapters.merged(self.weights)
+
+    def content(self) -> bytes:
+        """Return the averaged weights as a safetensors file; for a run with adapters, the file that `export` writes."""
+        return self.weights.read_bytes() if self.adapters is None else serialize(self.tensors())
+
+    def weights_sha256(self) -> str:
+        """Return the SHA-256 of `content` in hexadecimal."""
+        return sha256(self.weights) if self.adapters is None else hashlib.sha256(self.content()).hexdigest()
 
 
 def find_saved(path: str) -> SavedModel:
@@ -77,17 +99,38 @@ def find_saved(path: str) -> SavedModel:
         except KeyError as error:
             raise ValueError(f"{folder / DESCRIPTION}: damaged, or not written by protlig_dd ({error!r})") from error
     checkpoint, skipped = find_checkpoint(folder)
-    state = read_state(checkpoint)
+    state, config = read_state(checkpoint), config_in(checkpoint)
     return SavedModel(
         path=checkpoint,
         weights=checkpoint / "ema.safetensors",
-        config=config_in(checkpoint),
+        config=replace(config, model=replace(config.model, lora=LoraConfig())),
         step=state["step"],
         length_counts=state.get("length_counts"),
         cropped_sequences=state.get("cropped_sequences"),
         data_fingerprint=state["data_fingerprint"],
         skipped=skipped,
+        adapters=find_adapters(checkpoint, config),
     )
+
+
+def find_adapters(checkpoint: Path, config: TrainConfig) -> Adapters | None:
+    """Return the adapters of a checkpoint with this config; None if it has none.
+
+    Raises:
+        ValueError: the run folder's copy of the weights that the adapters extend is missing or damaged.
+    """
+    if config.model.lora.rank is None:
+        return None
+    folder = run_folder(checkpoint)
+    base = None if folder is None else folder / BASE
+    if base is None or not base.is_file():
+        raise ValueError(
+            f"{checkpoint} contains only adapters (model.lora.rank={config.model.lora.rank}), and {BASE} of its run is "
+            "needed too: keep the checkpoint in its run folder, or use the model that `python -m protlig_dd.export` "
+            "writes, in which the adapters are merged"
+        )
+    check_base(base, config.from_sha256)
+    return Adapters(base, config.model, config.time_conditioning)
 
 
 def run_folder(checkpoint: Path) -> Path | None:
@@ -97,8 +140,8 @@ def run_folder(checkpoint: Path) -> Path | None:
 
 
 def load_saved(saved: SavedModel, device: torch.device, precision: str) -> ScoreFn:
-    score_fn = load_model(
-        saved.weights,
+    """Return the score function of a saved model, with its averaged weights."""
+    score_fn = build_score_fn(
         model=saved.config.model,
         graph=saved.config.graph,
         noise=saved.config.noise,
@@ -107,6 +150,8 @@ def load_saved(saved: SavedModel, device: torch.device, precision: str) -> Score
         device=device,
         precision=precision,
     )
+    assert isinstance(score_fn.model, DiT)
+    copy_tensors(saved.weights, saved.tensors(), score_fn.model.state_dict())
     return replace(score_fn, trained_with_context=saved.config.data.context != "none")
 
 
@@ -141,6 +186,7 @@ def describe(saved: SavedModel, report: dict[str, Any] | None) -> dict[str, Any]
         "cropped_sequences": saved.cropped_sequences,
         "data_fingerprint": saved.data_fingerprint,
         "fine_tuned_from": Path(config.from_).name if config.from_ else None,
+        **({} if saved.adapters is None else {"lora": asdict(saved.adapters.model.lora)}),
         "report": report,
         "training": parts,
     }

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Annotated, Any, get_args, get_type_hints
 
 COMPUTE_ONLY = "affects how the network is computed, not which function it computes"
@@ -10,9 +10,35 @@ ADDED_LATER = (
     "left out of files if its value is the default, so that earlier versions of the program can read the files"
 )
 TUNABLE = "may be changed when the network is fine-tuned"
+OF_THE_RUN = "belongs to a run, not to its network: fine-tuning never takes it from the source model"
 NORMS = ("layer", "rms")
 MLPS = ("gelu", "gelu_erf", "geglu", "swiglu", "relu2")
 HEADS = ("linear", "lm")
+ADAPTED = ("attention", "mlp")  # the choices of model.lora.layers
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """The keys of `model.lora`, which are documented in configs/model/*.yaml."""
+
+    rank: int | None = None
+    alpha: float | None = None
+    layers: list[str] = field(default_factory=lambda: list(ADAPTED))
+    others: bool = False
+
+    @property
+    def scale(self) -> float:
+        """The factor alpha / rank of the adapters' products B A."""
+        assert self.rank is not None
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    @property
+    def description(self) -> str:
+        """What a run with adapters trains, as in `LoRA rank 16 in attention, mlp`."""
+        alpha = "" if self.alpha is None else f" (alpha {self.alpha:g})"
+        layers = [f"in {', '.join(self.layers)}"] if self.layers else []
+        others = ["the embedding and the output head"] if self.others else []
+        return f"LoRA rank {self.rank}{alpha} {' and '.join(layers + others)}"
 
 
 @dataclass
@@ -39,6 +65,7 @@ class ModelConfig:
     rotary_frequencies: Annotated[list[float] | None, ADDED_LATER] = None
     head: Annotated[str, ADDED_LATER] = "linear"
     token_dropout: Annotated[bool, ADDED_LATER] = False
+    lora: Annotated[LoraConfig, ADDED_LATER, OF_THE_RUN] = LoraConfig()
 
     def __post_init__(self) -> None:
         if isinstance(self.mixers, tuple):
@@ -86,4 +113,5 @@ def without_added_defaults(values: Mapping[str, Any], schema: Any) -> dict[str, 
     """
     hints = get_type_hints(schema, include_extras=True)
     later = {field.name: field.default for field in fields(schema) if ADDED_LATER in get_args(hints[field.name])}
+    later |= {key: asdict(value) for key, value in later.items() if is_dataclass(value) and not isinstance(value, type)}
     return {key: value for key, value in values.items() if key not in later or value != later[key]}

@@ -44,7 +44,8 @@ def capture(
 ) -> Callable[..., Tensor]:
     """Record the forward and backward pass for packs of the shape of `blank`.
 
-    Afterwards, the gradients of the model's parameters stay in fixed memory, and each backward pass adds to them.
+    Afterwards, the gradients of the model's trained parameters stay in fixed memory, and each backward pass adds to
+    them.
 
     Args:
         model, network: see NetworkOnTensors.
@@ -59,6 +60,6 @@ def capture(
     with torch.autocast(sigma.device.type, dtype=autocast, enabled=autocast is not None, cache_enabled=False):
         recorded: Any = torch.cuda.make_graphed_callables(graphed, inputs)
     for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     replay: Callable[..., Tensor] = recorded
     return replay

@@ -77,6 +77,7 @@ class DiT(nn.Module):
         self.weights_per_token = sum(linear.values()) - self.weights_per_sequence
         if config.tie_weights:
             self.weights_per_token += N_STATES * config.hidden_size
+        self.frozen_per_token = 0  # weights per token without a gradient; set by `add_adapters`
 
     def forward(self, batch: PackedBatch, sigma: Float32[Tensor, " n"]) -> Float[Tensor, "total 20"]:
         """Return the logits (total, 20) of a pack at noise levels sigma (n,), one per sequence."""
@@ -210,12 +211,21 @@ class DiT(nn.Module):
     def flops(self, lengths: Sequence[int]) -> int:
         """Return the FLOPs of the matrix products in one forward pass over sequences of these lengths (tokens).
 
-        A multiply-add counts as two FLOPs. The backward pass takes twice as many (arXiv 2204.02311, appendix B).
+        A multiply-add counts as two FLOPs.
         """
         blocks = cast(Iterable[Block], self.blocks)
         products = self.weights_per_token * sum(lengths) + self.weights_per_sequence * len(lengths)
         products += self.positions.flops(lengths)
         return 2 * (products + sum(block.mixer.flops(lengths) for block in blocks))
+
+    def training_flops(self, lengths: Sequence[int]) -> int:
+        """Return the FLOPs of the matrix products in one forward and backward pass over sequences of these lengths.
+
+        The backward pass takes twice as many FLOPs as the forward pass (arXiv 2204.02311, appendix B), less those for
+        the gradients of linear layers that adapters leave frozen. The products of the adapters' own matrices are not
+        counted: there are rank / (tokens of the pack) times as many as in the forward pass.
+        """
+        return 3 * self.flops(lengths) - 2 * self.frozen_per_token * sum(lengths)
 
 
 def drop_masked(x_TH: Float[Tensor, "total hidden"], batch: PackedBatch) -> Float[Tensor, "total hidden"]:

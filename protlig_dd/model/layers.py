@@ -14,7 +14,23 @@ EMBEDDING_STD = 0.02
 RMS_EPS, LAYER_EPS = 1e-6, 1e-5
 
 
-class StackedLinear(nn.Linear):
+class Linear(nn.Linear):
+    """A linear layer of a block. It may have a low-rank adapter, which changes its weight (see lora.py)."""
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = True) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        self.adapter: nn.Module | None = None
+
+    def merged(self) -> Float[Tensor, "rows columns"]:
+        """Return the weight that `forward` uses: with an adapter, the sum of the weight and the adapter's product."""
+        merged: Tensor = self.weight if self.adapter is None else self.adapter(self.weight)
+        return merged
+
+    def forward(self, x: Float[Tensor, "... columns"]) -> Float[Tensor, "... rows"]:
+        return F.linear(x, self.merged(), self.bias)
+
+
+class StackedLinear(Linear):
     """Several linear layers with the same input, computed as one matrix product.
 
     Muon orthogonalises the matrix of each layer separately.
@@ -67,8 +83,8 @@ class MLP(nn.Module):
         self.kind = kind
         gated = kind in GATED
         inner = 8 * round(2 * MLP_RATIO * hidden_size / 3 / 8) if gated else MLP_RATIO * hidden_size
-        self.up = nn.Linear(hidden_size, 2 * inner if gated else inner)
-        self.down = nn.Linear(inner, hidden_size)
+        self.up = Linear(hidden_size, 2 * inner if gated else inner)
+        self.down = Linear(inner, hidden_size)
 
     def forward(self, x: Float[Tensor, "total hidden"]) -> Float[Tensor, "total hidden"]:
         x = self.up(x)

@@ -36,17 +36,23 @@ FILES = {"model.safetensors", "ema.safetensors", "optimizer.safetensors", "confi
 Tensors = dict[str, dict[str, Tensor]]
 
 
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that training changes, by name: all of them, unless the model has adapters."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 def snapshot(model: nn.Module, ema: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> Tensors:
     """Copy a checkpoint's tensors to the host, so that training can continue while the checkpoint is written.
 
     Returns: {file stem: {name: tensor}}, with the stems model, ema and optimizer.
     """
+    trained = trained_parameters(model)
     state = {
         f"{name}/{field}": value
-        for name, parameter in model.named_parameters()
+        for name, parameter in trained.items()
         for field, value in optimizer.state[parameter].items()
     }
-    parts: dict[str, Mapping[str, Tensor]] = {"model": model.state_dict(), "ema": ema, "optimizer": state}
+    parts: dict[str, Mapping[str, Tensor]] = {"model": trained, "ema": ema, "optimizer": state}
     return {
         stem: {name: tensor.detach().contiguous().to("cpu", copy=True) for name, tensor in tensors.items()}
         for stem, tensors in parts.items()
@@ -266,15 +272,29 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def load_weights(file: Path, model: nn.Module) -> None:
-    """Load a safetensors file of weights into a model. The tensors' names and shapes must be those of the model.
+    """Load a safetensors file with all weights of a model into the model; see `copy_tensors`."""
+    load_into(model.state_dict(), file)
+
+
+def load_into(targets: Mapping[str, Tensor], file: Path) -> None:
+    """Load a safetensors file into tensors of a model, by name; see `copy_tensors`."""
+    copy_tensors(file, load_tensors(file), targets)
+
+
+def copy_tensors(file: Path, loaded: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> None:
+    """Copy the values of loaded tensors into tensors of a model. Names and shapes must be the same.
+
+    Args:
+        file: the file that `loaded` comes from, for the message.
 
     Raises:
-        ValueError: the file cannot be read, or a tensor is missing, is not part of the model or has another shape. The
-            message names the tensor and its shapes.
+        ValueError: a tensor is missing, is not part of the model or has another shape. The message names the file, the
+            tensor and its shapes.
     """
-    loaded = load_tensors(file)
-    check_same_tensors(file, model.state_dict(), loaded)
-    model.load_state_dict(loaded, strict=True)
+    check_same_tensors(file, targets, loaded)
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(loaded[name])
 
 
 def load_tensors(file: Path) -> dict[str, Tensor]:
@@ -299,17 +319,17 @@ def check_same_tensors(file: Path, expected: Mapping[str, Tensor], loaded: Mappi
 
 
 def load_optimizer(file: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Load the optimizer's state of every parameter from a safetensors file, by parameter name.
+    """Load the optimizer's state of every trained parameter from a safetensors file, by parameter name.
 
     Raises:
         ValueError: the file cannot be read, a parameter of the model has no state in it, or the file has the state of a
-            parameter that the model does not have.
+            parameter that the model does not train.
     """
     by_parameter: dict[str, dict[str, Tensor]] = {}
     for key, tensor in load_tensors(file).items():
         name, _, field = key.rpartition("/")
         by_parameter.setdefault(name, {})[field] = tensor
-    for name, parameter in model.named_parameters():
+    for name, parameter in trained_parameters(model).items():
         if name not in by_parameter:
             raise ValueError(f"{file}: no optimizer state for {name}")
         optimizer.state[parameter] = {

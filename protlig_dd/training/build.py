@@ -21,12 +21,13 @@ from protlig_dd.evaluation.likelihood.held_out import designed_frequencies, held
 from protlig_dd.evaluation.report.page import write_run_page
 from protlig_dd.model.dit import DiT
 from protlig_dd.model.mixers.attention import GRAPHABLE
+from protlig_dd.runs.checkpoint import trained_parameters
 from protlig_dd.runs.metrics import Row
 from protlig_dd.system.distributed import busy
 from protlig_dd.system.terminal import announce, console
 from protlig_dd.tokenizer import N_STATES
 from protlig_dd.training.context import RunContext
-from protlig_dd.training.cost import warning_of_epochs
+from protlig_dd.training.cost import three_digits, warning_of_epochs
 from protlig_dd.training.held_out import find_held_out_leaks
 from protlig_dd.training.hooks import Hooks
 from protlig_dd.training.launch import Deadline, launch, opened_run, print_cost
@@ -167,7 +168,7 @@ def load_start(trainer: Trainer, context: RunContext) -> range:
     """
     start, control, first = context.start, trainer.config.trainer, 0
     if start.checkpoint is not None:
-        trainer.load(start.checkpoint, start.state)
+        trainer.load(start.checkpoint, start.state, start.weights)
         # a checkpoint of another run (run.resume=FOLDER) is not evaluated in this run
         trainer.evaluation_due &= control.eval_every > 0 and start.checkpoint.is_relative_to(context.folder)
         first = start.state["step"]
@@ -217,6 +218,10 @@ def print_summary(trainer: Trainer, steps: range, store: StoreGroup, context: Ru
         f"{optim.packs_per_step} x {config.data.tokens_per_pack} tokens = "
         f"{epochs:,.2f} epochs"
     )
+    if (lora := config.model.lora).rank is not None:
+        trained = sum(parameter.numel() for parameter in trained_parameters(model).values())
+        share = f"{three_digits(trained / 1e6)} M of {three_digits(parameters / 1e6)} M parameters"
+        say(f"{share} are trained ({lora.description})")
     if warning := warning_of_epochs(epochs, len(dataset.rows)):
         say(warning)
     graph, sigma_max = trainer.objective.graph, float(trainer.objective.noise(torch.ones(1))[0])

@@ -35,7 +35,8 @@ class Start:
     state: dict[str, Any] = field(default_factory=dict)
     """The contents of the checkpoint's state.json; {} without a checkpoint."""
     weights: Path | None = None
-    """The file with the weights of the `from=` model. None without `from=`, or if there is a checkpoint."""
+    """The file with the weights of the `from=` model. None without `from=`, or if there is a checkpoint and its run has
+    no adapters."""
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,15 @@ from protlig_dd.config.components import build_model
 from protlig_dd.config.train import TrainConfig
 from protlig_dd.data.loader import PackDataset
 from protlig_dd.data.store import StoreGroup
-from protlig_dd.model.dit import kinds_of
+from protlig_dd.model.dit import DiT, kinds_of
+from protlig_dd.model.lora import merged_numbers
 from protlig_dd.model.mixers import mixers_of_blocks
 from protlig_dd.model.positions import POSITIONS
+from protlig_dd.runs.checkpoint import trained_parameters
 from protlig_dd.system.device import matmul_peak
 from protlig_dd.system.terminal import console
 from protlig_dd.training.optim.make import make_optimizer
+from protlig_dd.training.optim.muon import Muon
 from protlig_dd.training.optim.schedule import count_steps
 
 MANY_EPOCHS = 100  # more epochs give a warning; UniRef50 models train for a few epochs
@@ -107,6 +110,19 @@ def kept_bytes(
     return sum(size for storage, size in kept.items() if storage not in weights)
 
 
+def kept_weight_bytes(model: DiT, precision: str) -> int:
+    """Return the bytes of weights that the forward pass computes and the backward pass needs again.
+
+    With bf16 these are the bf16 copies of the weights in matrix products. With float32 they are the sums of weights and
+    adapters; activation checkpointing computes the sums again, one block at a time.
+    """
+    summed = merged_numbers(model)
+    if precision == "bf16":
+        repeated = summed - merged_numbers(model, once=True)
+        return 2 * (model.weights_per_token + model.weights_per_sequence + repeated)
+    return 4 * summed // (len(model.blocks) if model.checkpointing else 1)
+
+
 def with_available_data(config: TrainConfig) -> TrainConfig:
     """Return the config. If its data do not exist yet, print a message and return it with `data.path=auto`.
 
@@ -146,26 +162,26 @@ def plan(
         model = build_model(config.model, "sdpa", config.time_conditioning)
         optimizer = make_optimizer(model, replace(optim, weight_decay=0.0), "fp32")
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    muon_parameters = sum(p.numel() for p in optimizer.param_groups[0]["params"]) if optim.name == "muon" else 0
+    trained = sum(parameter.numel() for parameter in trained_parameters(model).values())
+    by_muon = sum(p.numel() for p in optimizer.param_groups[0]["params"]) if isinstance(optimizer, Muon) else 0
     rows = np.sort(np.random.default_rng(0).choice(train, min(100_000, len(train)), replace=False))
     tokens = np.minimum(store.lengths[rows], data.max_len).astype(np.int64) + 2
-    flops = 3 * model.flops(tokens.tolist()) / int(tokens.sum())
+    flops = model.training_flops(tokens.tolist()) / int(tokens.sum())
     per_token = activation_bytes(config, precision)
     step_tokens, steps = optim.packs_per_step * data.tokens_per_pack, count_steps(config, dataset)
     peak = matmul_peak(device, precision) if peak is None else peak
     devices = processes if device.type == "cuda" else 1  # processes on a CPU share its cores
     return {
         "parameters": parameters,
+        "trained_parameters": trained,
         "flops_per_token": flops,
         "step_tokens": step_tokens,
         "sequences": len(dataset.rows),
         "steps": steps,
         "epochs": steps * optim.packs_per_step / dataset.packs_per_epoch,
-        # in float32: weights, gradients, averaged weights, and the optimizer's state (AdamW keeps two numbers for each
-        # weight that it updates, Muon one). With bf16, matrix products also keep bf16 copies of their weights for the
-        # backward pass.
-        "state_bytes": 4 * (5 * parameters - muon_parameters)
-        + (2 * (model.weights_per_token + model.weights_per_sequence) if precision == "bf16" else 0),
+        # in float32: weights, and for those that are trained also gradients, averages and the optimizer's state (AdamW
+        # keeps two numbers for each weight that it updates, Muon one)
+        "state_bytes": 4 * (parameters + 4 * trained - by_muon) + kept_weight_bytes(model, precision),
         "activation_bytes_per_token": per_token,
         "pack_bytes": per_token * data.tokens_per_pack,
         "peak_flops": peak,
@@ -210,9 +226,13 @@ def print_plan(
     longest = (
         f"attention's activations are those of sdpa for proteins of {config.data.max_len:,} residues; flex keeps less"
     )
+    trained = f"{three_digits(costs['trained_parameters'] / 1e6)} M are trained ({config.model.lora.description})"
     rows = {
         "network": [kinds_of(config.model, config.model.attention_backend)],
-        "parameters": [f"{costs['parameters'] / 1e6:,.1f} M"],
+        "parameters": [
+            f"{costs['parameters'] / 1e6:,.1f} M",
+            *([trained] if config.model.lora.rank is not None else []),
+        ],
         "data": [store.name, f"{int(store.token_counts[0].sum()):,} training tokens"],
         "step": [
             f"{config.optim.packs_per_step} packs x {config.data.tokens_per_pack:,} = {costs['step_tokens']:,} tokens",

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from protlig_dd.runs.checkpoint import trained_parameters
+
 HORIZON = 0.05  # fraction of the run that the average covers with ema_decay=auto
 
 
@@ -15,7 +17,9 @@ def resolve_decay(configured: float | str, max_steps: int) -> float:
 
 
 class EMA:
-    """Moving average, updated after every step: weights <- decay * weights + (1 - decay) * parameters.
+    """Moving average of the trained parameters, updated after every step.
+
+    weights <- decay * weights + (1 - decay) * parameters.
 
     The decay warms up as min(decay, (1 + step) / (10 + step)), so that the initial weights do not dominate the average
     of a short run.
@@ -23,7 +27,12 @@ class EMA:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.weights: dict[str, Tensor] = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self.weights: dict[str, Tensor]
+        self.restart(model)
+
+    def restart(self, model: nn.Module) -> None:
+        """Start the average from the current parameters."""
+        self.weights = {name: p.detach().clone() for name, p in trained_parameters(model).items()}
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
@@ -34,7 +43,7 @@ class EMA:
 
     @contextmanager
     def swapped_in(self, model: nn.Module) -> Iterator[None]:
-        """Exchange the model's weights for the averaged weights inside this context, without copying them."""
+        """Exchange the trained parameters for their averages inside this context, without copying them."""
         self._swap(model)
         try:
             yield
@@ -42,5 +51,5 @@ class EMA:
             self._swap(model)
 
     def _swap(self, model: nn.Module) -> None:
-        for name, parameter in model.named_parameters():
+        for name, parameter in trained_parameters(model).items():
             parameter.data, self.weights[name] = self.weights[name], parameter.data

@@ -56,7 +56,8 @@ def check_extension(path: Path, config: TrainConfig) -> None:
         for key in now
         if before[key] != now[key] and (before[key] is None or now[key] is None or before[key] < now[key])
     ]
-    level = config.optim.min_lr_ratio == 1 or (config.optim.schedule == "wsd" and config.optim.decay_share == 0)
+    optim = config.optim
+    level = optim.lr == 0 or optim.min_lr_ratio == 1 or (optim.schedule == "wsd" and optim.decay_share == 0)
     checkpoints = complete_checkpoints(path)
     if not longer or not checkpoints or level or config.run.resume == "extend":
         return  # without reading the newest checkpoint; if it is damaged, the run may still resume from an earlier one

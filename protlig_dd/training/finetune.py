@@ -14,24 +14,23 @@ from protlig_dd.config.fields import marked
 from protlig_dd.config.read import as_dict, flatten, shorten
 from protlig_dd.config.train import TrainConfig, all_settings, config_in
 from protlig_dd.inference.model import find_saved
-from protlig_dd.model.config import COMPUTE_ONLY, TUNABLE, ModelConfig
+from protlig_dd.model.config import COMPUTE_ONLY, OF_THE_RUN, TUNABLE, ModelConfig
 from protlig_dd.system.distributed import processes_from_environment
-from protlig_dd.system.files import sha256
 from protlig_dd.system.tables import as_written
 from protlig_dd.system.terminal import announce
 from protlig_dd.training.resume import has_steps
 
 FREE = {"model": marked(ModelConfig, TUNABLE), "noise": TRAINING_NOISE, "graph": ()}
 FREE_KEYS = {f"{section}.{key}" for section, keys in FREE.items() for key in keys}
-THIS_MACHINE = marked(ModelConfig, COMPUTE_ONLY)
+OWN = [*marked(ModelConfig, COMPUTE_ONLY), *marked(ModelConfig, OF_THE_RUN)]
 
 
 def with_source_model(config: TrainConfig, source: TrainConfig, named: Collection[str]) -> TrainConfig:
     """Return the config with the network, graph, noise, parametrisation and time conditioning of the source model.
 
     Two kinds of settings may differ from those of the source. FREE_KEYS (dropout, and the noise settings that only the
-    training loss uses) keep the value of `config` if they are in `named`. THIS_MACHINE (settings that affect only how
-    the network is computed) always keep the value of `config`.
+    training loss uses) keep the value of `config` if they are in `named`. OWN (settings that affect only how the
+    network is computed, and the adapters) always keep the value of `config`.
 
     Args:
         source: config of the source model.
@@ -61,7 +60,7 @@ def with_source_model(config: TrainConfig, source: TrainConfig, named: Collectio
             if section in named or f"{section}.{key}" in named:
                 if key in free:
                     theirs[section][key] = value
-                elif key not in THIS_MACHINE:
+                elif key not in OWN:
                     compare(f"{section}.{key}", value, theirs[section].get(key))
     for key in ("parametrisation", "time_conditioning"):
         if key in named and mine[key] != "auto":
@@ -71,10 +70,10 @@ def with_source_model(config: TrainConfig, source: TrainConfig, named: Collectio
             f"from={config.from_} does not match the command line ({'; '.join(conflicts)}); "
             "omit these settings to use those of the source"
         )
-    machine = {key: mine["model"][key] for key in THIS_MACHINE}
+    own = {key: getattr(config.model, key) for key in OWN}
     return replace(
         config,
-        model=ModelConfig(**{**theirs["model"], **machine}),
+        model=ModelConfig(**{**theirs["model"], **own}),
         graph=theirs["graph"],
         noise=theirs["noise"],
         parametrisation=theirs["parametrisation"],
@@ -104,7 +103,7 @@ def resolve_source_model(config: TrainConfig, path: Path) -> TrainConfig:
         source, checksum = recorded, recorded.from_sha256
     else:
         saved = find_saved(str(config.from_))
-        source, checksum = saved.config, sha256(saved.weights)
+        source, checksum = saved.config, saved.weights_sha256()
     if config.from_sha256 not in (None, checksum):
         raise ValueError(f"from={config.from_} has weights of SHA-256 {checksum}, not from_sha256={config.from_sha256}")
     resolved = with_source_model(config, source, named | (experiment_keys & FREE_KEYS))

@@ -28,6 +28,7 @@ from protlig_dd.evaluation.samples.verdicts import verdicts
 from protlig_dd.inference.generate import Origin, designs_fasta, generate
 from protlig_dd.inference.lengths import draw_lengths, lengths_of
 from protlig_dd.inference.sharing import Work
+from protlig_dd.model.lora import base_weights
 from protlig_dd.runs.metrics import MetricsLog, with_nan, without_nan
 from protlig_dd.system.distributed import busy
 from protlig_dd.system.files import write_atomic
@@ -79,7 +80,7 @@ def report_run(
     if store.context != "none":
         report["context"] = store.context
     if context.processes.first:
-        parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+        parameters = sum(parameter.numel() for parameter in base_weights(trainer.model).values())
         report |= {"parameters": parameters, "training": training_statistics(store, config.data.max_len)}
         report["in_training"] = leak_report(leaks[split], packs.held_out[split], held)
     if config.report.samples:

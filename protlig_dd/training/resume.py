@@ -1,5 +1,6 @@
 """Create, reopen or reject a run folder."""
 
+import hashlib
 import json
 import tempfile
 from pathlib import Path
@@ -11,6 +12,7 @@ from protlig_dd.config.read import as_dict, as_yaml
 from protlig_dd.config.train import CONFIG, RESUME, TrainConfig, all_settings, changed_keys, recorded_config
 from protlig_dd.data.loader import PackDataset
 from protlig_dd.data.store import StoreGroup
+from protlig_dd.inference.adapters import BASE, check_base
 from protlig_dd.inference.model import find_saved
 from protlig_dd.runs.checkpoint import (
     complete_checkpoints,
@@ -21,7 +23,7 @@ from protlig_dd.runs.checkpoint import (
     remove_unfinished,
 )
 from protlig_dd.system.device import describe_environment
-from protlig_dd.system.files import free_name, locked, sha256, write_atomic
+from protlig_dd.system.files import free_name, locked, sha256, write_atomic, write_atomic_bytes
 from protlig_dd.system.meeting import Meeting
 from protlig_dd.system.signals import STOPPED
 from protlig_dd.system.tables import as_json, as_written
@@ -32,23 +34,44 @@ from protlig_dd.training.optim.schedule import count_steps
 from protlig_dd.training.packs import plan_version
 
 
-def starting_weights(config: TrainConfig) -> Path:
-    """Return the path of the weights that `from=` names.
+def starting_weights(config: TrainConfig, path: Path, *, resumed: bool) -> Path:
+    """Return the path of the weights that the run starts from, those of the model of `from=`.
+
+    If the run has adapters, these weights are also part of every later launch, so the run folder gets a copy. It gets a
+    copy too if the model of `from=` has adapters, because then no other file has the merged weights.
+
+    Args:
+        path: the run folder.
+        resumed: the run continues from a checkpoint of its own, so the run folder must have the copy.
 
     Raises:
-        ValueError: the run started from other weights, or the model of `from=` does not exist. In the first case the
-            message has both checksums.
+        ValueError: the run started from other weights, the model of `from=` does not exist, or the run folder's copy is
+            missing or damaged. In the first case the message has both checksums.
     """
+    base = path / BASE
+    if resumed:
+        if not base.is_file():
+            raise ValueError(
+                f"{base} is missing, but checkpoints of a run with adapters contain only the trained parameters; "
+                f"restore this file: the weights of from={config.from_}, SHA-256 {config.from_sha256}"
+            )
+        check_base(base, config.from_sha256)
+        return base
     saved = find_saved(str(config.from_))
     for problem in saved.skipped:
         console.print(f"skipped: {problem}")
-    if (found := sha256(saved.weights)) != config.from_sha256:
+    copied = config.model.lora.rank is not None or saved.adapters is not None
+    content = saved.content() if copied else b""
+    found = hashlib.sha256(content).hexdigest() if copied else sha256(saved.weights)
+    if found != config.from_sha256:
         raise ValueError(
             f"{saved.path}: its weights have SHA-256 {found[:12]}, but this run started from weights with SHA-256 "
             f"{str(config.from_sha256)[:12]}; set run.fresh=true to move the run aside and start from the new weights"
         )
+    if copied:
+        write_atomic_bytes(base, content)
     console.print(f"starting from the averaged weights of {saved.path}")
-    return saved.weights
+    return base if copied else saved.weights
 
 
 def graph_of_run(path: Path) -> dict[str, Any]:
@@ -101,7 +124,9 @@ def open_run_folder(
         console.print(f"this checkpoint is now {aside}")
     state = read_state(checkpoint) if checkpoint is not None else {}
     plan_version(checkpoint, state)  # only to raise its error, because a run of an unknown version must not start
-    weights = starting_weights(config) if checkpoint is None and config.from_ is not None else None
+    weights, adapters = None, config.model.lora.rank is not None
+    if config.from_ is not None and (checkpoint is None or adapters):
+        weights = starting_weights(config, path, resumed=checkpoint is not None)
     if state:
         check_not_beyond(checkpoint, state["step"], config, store)
     if started:

@@ -16,7 +16,8 @@ from protlig_dd.config.components import build_model
 from protlig_dd.config.train import TrainConfig
 from protlig_dd.data.loader import PackDataset
 from protlig_dd.model.dit import DiT
-from protlig_dd.runs.checkpoint import Tensors, load_optimizer, load_weights, snapshot
+from protlig_dd.model.lora import base_weights
+from protlig_dd.runs.checkpoint import Tensors, load_into, load_optimizer, snapshot, trained_parameters
 from protlig_dd.system.distributed import all_reduce_sum
 from protlig_dd.system.random import keyed_generator, random_key
 from protlig_dd.tokenizer import N_STATES
@@ -70,7 +71,7 @@ class Trainer:
         batches = [next(packs) for _ in mine]
         waited = time.perf_counter() - since
         residues = sum(count_residues(batch) for batch in batches)
-        flops = sum(self.model.flops(batch.lengths) for batch in batches)
+        flops = sum(self.model.training_flops(batch.lengths) for batch in batches)
         residues, flops, *stop_requests = all_reduce_sum(torch.tensor([residues, flops, *stop_requests])).tolist()
         pack_loss = torch.zeros(self.packs_per_step, device=self.device)
         for pack, batch in zip(mine, batches, strict=True):
@@ -103,7 +104,7 @@ class Trainer:
             "lr": lr,
             "residues": residues,
             "rows": rows,
-            "flops": 3 * flops,
+            "flops": flops,
             "waited": waited,
             "stop_requests": stop_requests,
             "bad": bad,
@@ -161,18 +162,25 @@ class Trainer:
         }
 
     def start_from(self, weights: Path) -> None:
-        """Load a model's averaged weights. The moving average of the weights starts from them too."""
-        load_weights(weights, self.model)
-        self.ema.weights = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        """Load the source model's averaged weights. The moving average of the weights starts from them too.
 
-    def load(self, checkpoint: Path, state: dict[str, Any]) -> None:
+        If the network has adapters, these weights are loaded beside the adapters, which are unchanged.
+        """
+        load_into(base_weights(self.model), weights)
+        self.ema.restart(self.model)
+
+    def load(self, checkpoint: Path, state: dict[str, Any], base: Path | None = None) -> None:
         """Load a checkpoint, to continue from it.
 
         Args:
             state: the checkpoint's state.json, from `read_state`, which also verifies the checkpoint.
+            base: the weights that the adapters extend; None without adapters.
         """
-        self.start_from(checkpoint / "ema.safetensors")
-        load_weights(checkpoint / "model.safetensors", self.model)
+        if base is not None:
+            load_into(base_weights(self.model), base)
+        load_into(trained_parameters(self.model), checkpoint / "ema.safetensors")
+        self.ema.restart(self.model)
+        load_into(trained_parameters(self.model), checkpoint / "model.safetensors")
         load_optimizer(checkpoint / "optimizer.safetensors", self.model, self.optimizer)
         self.residues_seen = state["residues_seen"]
         self.usual_loss.fill_(state["usual_loss"])

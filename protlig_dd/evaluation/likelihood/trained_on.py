@@ -11,7 +11,6 @@ from protlig_dd.evaluation.inputs import is_store
 from protlig_dd.inference.exported import is_exported
 from protlig_dd.inference.model import TrainedModel, find_saved, run_folder
 from protlig_dd.runs.checkpoint import COMPLETE, complete_checkpoints
-from protlig_dd.system.files import sha256
 from protlig_dd.system.launcher import recorded_environment
 
 NO_STORE = "its training set was not found or cannot be read"
@@ -119,13 +118,14 @@ def read_source_model(model: Path) -> SourceModel:
 def averaged_weights_sha256(model: Path) -> str | None:
     """Return the SHA-256 of a model's averaged weights.
 
-    For an exported model the checksum is computed. For a checkpoint it is read from the checkpoint's list of checksums.
+    For an exported model and a checkpoint with adapters the checksum is computed. For any other checkpoint it is read
+    from the checkpoint's list of checksums.
 
     Raises:
         ValueError: the model is damaged; the message names the file.
     """
-    if is_exported(model):
-        return sha256(find_saved(str(model)).weights)
+    if is_exported(model) or config_in(model).model.lora.rank is not None:
+        return find_saved(str(model)).weights_sha256()
     try:
         return str(json.loads((model / COMPLETE).read_text())["ema.safetensors"])
     except (ValueError, KeyError, TypeError) as error:

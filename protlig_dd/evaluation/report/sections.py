@@ -62,6 +62,8 @@ def headline(run: Run, protein_set: str, bounds: dict[str, Any]) -> list[tuple[s
         boxes.append(("Speed", f"{np.median(rates):,.0f}", "residues/s, median"))
     if "parameters" in run.report:
         shape = f"{run.config['model.n_blocks']} blocks of width {run.config['model.hidden_size']}"
+        if (rank := run.config.get("model.lora.rank")) is not None:
+            shape += f", fine-tuned by LoRA of rank {rank}"
         boxes.append(("Parameters", f"{run.report['parameters'] / 1e6:,.1f} M", shape))
     return boxes
 

@@ -107,7 +107,7 @@ def earlier_summary(output: Path, settings: dict[str, Any]) -> dict[str, Any] | 
 
 def settings_of(trained: TrainedModel, config: VariantsConfig) -> dict[str, Any]:
     """Return the entries of the summary for the model and the settings, which are the same for every assay."""
-    model = {"run": trained.run, "step": trained.step, "weights_sha256": sha256(trained.saved.weights)}
+    model = {"run": trained.run, "step": trained.step, "weights_sha256": trained.saved.weights_sha256()}
     options = {"wanted": config.strategy, "draws": config.draws, "seed": config.seed, "column": config.column}
     return {**model, "precision": trained.precision, **options, "bad_rows": config.bad_rows}
 

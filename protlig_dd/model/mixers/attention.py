@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from protlig_dd.batch import PackedBatch
 from protlig_dd.model.config import ModelConfig
-from protlig_dd.model.layers import StackedLinear, make_norm
+from protlig_dd.model.layers import Linear, StackedLinear, make_norm
 from protlig_dd.model.mixers.base import Mixer
 from protlig_dd.model.mixers.scores import ScoreInputs, matrices_of, scores_problem, with_columns
 from protlig_dd.model.positions import POSITIONS
@@ -39,7 +39,7 @@ class Attention(Mixer):
         self.n_heads, self.backend = config.n_heads, backend
         self.qkv = StackedLinear(config.hidden_size, config.hidden_size, stacked=3, bias=config.attention_bias)
         self.q_norm, self.k_norm = (make_norm("rms", config.head_dim) if config.qk_norm else None for _ in "qk")
-        self.attention_out = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
+        self.attention_out = Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
 
     def project(
         self, x: Float[Tensor, "total hidden"], positions: PositionEncoding, *tables: Tensor

@@ -17,7 +17,7 @@ class Mixer(nn.Module, ABC):
     A mixer has three steps (`project`, `mix`, `out`), because torch.compile fuses `project` and `out` with the
     block's norms and residual connections. To add a kind, write a subclass in a file of its own and add its name to
     MIXERS. Its weights must belong to child modules: the block registers the child modules, and checkpoints name
-    them `blocks.N.NAME`.
+    them `blocks.N.NAME`. Linear layers that fine-tuning may adapt are of the class `Linear` (protlig_dd.model.layers).
 
     Args:
         backend: the resolved attention backend.
@@ -25,6 +25,8 @@ class Mixer(nn.Module, ABC):
 
     capturable = True
     """Whether CUDA graphs can record `mix`. They cannot if `mix` reads the lengths of a pack on the host."""
+    passes = 1
+    """How often the mixer applies each of its linear layers to a token."""
 
     def __init__(self, config: ModelConfig, backend: str) -> None:
         super().__init__()

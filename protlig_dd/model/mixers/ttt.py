@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from protlig_dd.batch import PackedBatch
 from protlig_dd.model.config import ModelConfig
-from protlig_dd.model.layers import HeadGates, StackedLinear
+from protlig_dd.model.layers import HeadGates, Linear, StackedLinear
 from protlig_dd.model.mixers.base import Mixer
 from protlig_dd.model.mixers.fast_weights import CHUNK, INITIAL_STD, NORM_EPS, InnerLinear, InnerMLP, InnerModel
 from protlig_dd.model.mixers.scores import ScoreInputs
@@ -47,6 +47,7 @@ class TTT(Mixer):
 
     inner_model: type[InnerModel]
     capturable = False
+    passes = 2
 
     def __init__(self, config: ModelConfig, backend: str) -> None:
         super().__init__(config, backend)
@@ -57,8 +58,8 @@ class TTT(Mixer):
         nn.init.zeros_(self.rate.bias)
         self.inner = self.inner_model(config.n_heads, config.head_dim)
         self.heads_norm = nn.LayerNorm(hidden_size, eps=NORM_EPS)
-        self.gate = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.ttt_out = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.gate = Linear(hidden_size, hidden_size, bias=False)
+        self.ttt_out = Linear(hidden_size, hidden_size, bias=False)
         self.directions = Directions(hidden_size)
 
     def project(
