@@ -60,7 +60,7 @@ GROUPS = (
     Group(
         "compiler",
         "a compiled run has the same losses as an eager run, and compiles only once for packs of all sizes",
-        ("test_training",),
+        ("test_training", "test_lora"),
         ("test_a_compiled_run",),
     ),
     Group(
@@ -118,6 +118,12 @@ GROUPS = (
             "test_plan_of_a_run",
             "test_context",
         ),
+    ),
+    Group(
+        "adapters",
+        "low-rank adapters follow their formula; runs train them and nothing else, resume bit for bit, and are used, "
+        "exported and fine-tuned as merged models; the plan counts what they cost",
+        ("test_lora",),
     ),
     Group(
         "faults and DDP",

@@ -57,7 +57,7 @@ SOURCE = replace(config_of("model=tiny", "model.dropout=0.2", "noise.max_weight=
 def test_the_network_and_the_diffusion_process_are_taken_from_the_source() -> None:
     config = config_of("from=runs/a", "optim.lr=0.5", "data.max_len=77", "model.checkpointing=true")
     found = with_source_model(config, SOURCE, {"from", "optim.lr", "data.max_len", "model.checkpointing"})
-    expected = flatten(asdict(config)) | {f"model.{key}": value for key, value in vars(SOURCE.model).items()}
+    expected = flatten(asdict(config)) | flatten(asdict(SOURCE.model), "model")
     expected |= {"model.checkpointing": True, "noise.max_weight": 3, "time_conditioning": False}
     assert flatten(asdict(found)) == expected
     free = config_of("from=runs/a", "model.dropout=0.1", "noise.curriculum=9", "time_conditioning=auto", "model=tiny")

@@ -54,8 +54,18 @@ from protlig_dd.training.optim.make import make_optimizer
 from protlig_dd.training.resolve import resolve
 from protlig_dd.training.trainer import make_model
 from protlig_dd.variants import score
+from scripts import lora
 
-from .conftest import Command, MadeOnce, assert_one_line_error, composed, random_batch, require_program, train_config
+from .conftest import (
+    ROOT,
+    Command,
+    MadeOnce,
+    assert_one_line_error,
+    composed,
+    random_batch,
+    require_program,
+    train_config,
+)
 from .conftest import make_model as random_model
 from .esm import random_esm
 from .test_optim import OPTIM
@@ -381,7 +391,9 @@ def test_a_run_trains_adapters_and_every_command_uses_the_merged_model(
     for file in ("evaluation/per_sequence.csv", "infilled.fasta", "samples.fasta"):
         assert (tmp_path / "of_run" / file).read_text() == (tmp_path / "of_export" / file).read_text()
     # the export does not name the training data, so the column of the composition differs
-    tables = [csv.DictReader((tmp_path / f"of_{name}/variants.csv").open()) for name in ("run", "export")]
+    tables = [
+        csv.DictReader((tmp_path / f"of_{name}/variants.csv").read_text().splitlines()) for name in ("run", "export")
+    ]
     assert len({tuple(row["score"] for row in table) for table in tables}) == 1
     vectors = [np.load(tmp_path / f"of_{name}/vectors.npz")["embeddings"] for name in ("run", "export")]
     assert np.array_equal(*vectors)
@@ -600,3 +612,60 @@ def test_a_compiled_run_with_adapters_has_the_losses_of_an_eager_one(
         losses.append([row["loss"] for row in rows if "loss" in row])
     assert len(losses[0]) == 4
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+# --- scripts/lora.py --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_family_of_the_script_is_connected_and_its_source_never_saw_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lora, "DATA", tmp_path)
+    numbers = lora.write_data()
+    assert (numbers["family_train"], numbers["family_held_out"], numbers["left out"]) == (32, 17, 37)  # as in the docs
+    sets = {name: list(read_fasta(lora.fasta(name))) for name in ("family_train", "family_held_out", "source_train")}
+    train, held_out, others = ([(record.id, lora.words_of(record)) for record in sets[name]] for name in sets)
+    family = train + held_out
+    assert len({name for name, _ in family}) == 49
+    for name, words in family:
+        assert any(len(words & of_other) >= 7 for other, of_other in family if other != name)
+    assert not any(len(words & of_member) >= 7 for _, words in others for _, of_member in family)
+    named = [
+        record for record in (*sets["family_train"], *sets["family_held_out"]) if "ATP-binding" in record.description
+    ]
+    assert len(named) > 40
+    assert SequenceStore(tmp_path / "family.h5").split("validation").size == 17
+
+
+@pytest.mark.slow
+def test_the_script_prints_the_table_of_the_docs(
+    python: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands = []
+
+    def command(verb: str, *arguments: str) -> None:
+        commands.append(verb)
+        process = python("-m", f"protlig_dd.{verb}", *arguments, cwd=tmp_path)
+        assert process.returncode == 0, process.stderr
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(lora, "command", command)
+    monkeypatch.setattr(lora, "COMMON", [*lora.COMMON, "model.hidden_size=32", "model.n_heads=2", "model.n_blocks=1"])
+    monkeypatch.setattr(lora, "ARMS", {name: lora.ARMS[name] for name in ("all weights", "LoRA, rank 4")})
+    lora.compare(2, 2, [1e-3])
+    first = capsys.readouterr().out
+    heading, rule, source, *rows = [line for line in first.splitlines() if line.startswith("|")]
+    text = (ROOT / "docs/finetuning.md").read_text()
+    assert f"{heading}\n{rule}\n" in text
+    for name in lora.ARMS:
+        assert f"| {name} | 0.001 |" in text
+    assert [row.count("|") for row in (rule, source, *rows)] == [10] * 4
+    run = tmp_path / "runs/lora_LoRA_rank_4_2_2_0.001"
+    of_lora = [cell.strip() for cell in rows[1].split("|")][1:-1]
+    trained = sum(tensor.numel() for tensor in load_file(complete_checkpoints(run)[0] / "ema.safetensors").values())
+    assert of_lora[:2] + of_lora[4:5] == ["LoRA, rank 4", "0.001", f"{trained:,}"]
+    assert commands == ["training", *["training", "evaluate"] * 2]
+    lora.compare(2, 2, [1e-3])
+    assert commands == ["training", *["training", "evaluate"] * 2]  # finished runs are not trained again
+    assert capsys.readouterr().out == first
