@@ -213,7 +213,7 @@ def test_a_slurm_job_that_is_cancelled_or_fails_is_not_requeued(
         ended[name] = state_of(job)
         out = (tmp_path / f"out-{job}").read_text()
     assert ended == {"cancelled": ("CANCELLED", 0), "wrong": ("FAILED", 0)}
-    assert "error: optim.lr must be above 0, got -1" in out
+    assert "error: optim.lr must be at least 0, got -1" in out
     wait_for(lambda: complete_checkpoints(tmp_path / "runs/cancelled"))
 
 
