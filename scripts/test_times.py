@@ -154,6 +154,12 @@ GROUPS = (
         ),
     ),
     Group(
+        "pretrained models",
+        "a converted ESM-2 has the logits, gradients, embeddings and mutation scores that transformers computes; a "
+        "source that is not ESM-2 is a one-line error that names the difference",
+        ("test_convert",),
+    ),
+    Group(
         "report page",
         "the page shows the contents of the run's files, and escapes HTML in them",
         ("test_report_page", "test_metrics"),

@@ -327,7 +327,8 @@ COMMIT = hashlib.sha1(b"one").hexdigest()
 def hub_server() -> Iterator[tuple[str, dict[str, bytes]]]:
     """Serve the part of a hub's HTTP interface that an upload and a download use.
 
-    Yield the server's address, and its files by name.
+    The revision `missing` does not exist, and the model someone/gated is gated. Yield the server's address, and its
+    files by name.
     """
     files: dict[str, bytes] = {}
 
@@ -360,7 +361,19 @@ def hub_server() -> Iterator[tuple[str, dict[str, bytes]]]:
                 }
             self.answer(json.dumps(found).encode(), Content_Type="application/json")
 
+        def fail(self, code: int, reason: str) -> None:
+            self.send_response(code)
+            self.send_header("X-Error-Code", reason)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
         def do_GET(self) -> None:
+            if self.path.startswith("/api/models/someone/gated"):
+                self.fail(403, "GatedRepo")
+                return
+            if "/revision/missing" in self.path or "/tree/missing" in self.path:
+                self.fail(404, "RevisionNotFound")
+                return
             _, slash, name = self.path.partition(f"/{REPOSITORY}/resolve/{COMMIT}/")
             if slash:
                 etag = hashlib.sha256(files[name]).hexdigest()

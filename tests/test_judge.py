@@ -511,7 +511,8 @@ def test_the_output_folder_reports_relatives_and_families(
         "families",
     ]
     notes = [
-        "Natural proteins have nearly the samples' lengths; in rows about lengths they are drawn at random.",
+        "The natural proteins are chosen to have nearly the samples' lengths; in rows about lengths they are "
+        "chosen at random.",
         f"Training proteins are those of {store.path}.",
     ]
     assert table.splitlines()[2 + len(rows) :] == ["", *sentences, "", notes[0], "", notes[1]]

@@ -285,7 +285,9 @@ def test_invalid_sizes_weights_and_crops_are_errors(store: SequenceStore, two_st
         check_pack_sizes(512, 512)
     with pytest.raises(ValueError, match=r"data\.max_len must be at least 1 residue, got 0"):
         check_pack_sizes(0, 512)
-    with pytest.raises(ValueError, match=r"\d+ tokens an epoch, less than one pack of data.tokens_per_pack=90000000"):
+    with pytest.raises(
+        ValueError, match=r"\d+ tokens per epoch, too few for one pack of data.tokens_per_pack=90000000"
+    ):
         make_dataset(store, budget=90_000_000)
     rows, sizes = two_stores.split("train"), {"max_len": 300, "tokens_per_pack": 2000}
     with pytest.raises(ValueError, match=r"data\.weights has 1 weights for 2 stores"):

@@ -60,7 +60,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     if isinstance(description.get("model"), dict):
         description["model"] = stored_model(description["model"])
     if read_json(folder / VOCABULARY) != vocabulary():
-        raise ValueError(f"{folder / VOCABULARY}: token ids differ from this version's")
+        raise ValueError(f"{folder / VOCABULARY}: token ids differ from those of this version of protlig_dd")
     weights = folder / WEIGHTS
     if not weights.is_file():
         raise ValueError(f"{weights}: no such file")

@@ -78,7 +78,7 @@ def sample_designs(
     )
     announce(
         f"{len(samples)} proteins, {np.mean(lengths):.0f} residues on average; "
-        f"{counts['clamped'] / counts['draws']:.2%} of draws clamped",
+        f"{counts['clamped'] / counts['draws']:.2%} of draws had a negative probability, which was set to 0",
         processes,
     )
     if counts["skipped"]:

@@ -50,7 +50,8 @@ def partial_folder(output: Path) -> Iterator[Path]:
     while lock is None:
         if _is_foreign(folder):
             raise ValueError(
-                f"{folder} exists, but this program, which needs the name, did not create it; rename or move it"
+                f"{folder} exists and was not created by this program, which needs this name for temporary files; "
+                "rename or move it"
             )
         folder.mkdir(parents=True, exist_ok=True)
         try:

@@ -34,7 +34,11 @@ def resolve_context(requested: str, trained: TrainedModel, proteins: Proteins, p
         return "none"
     context: Context = "lower" if requested == "lower" else "upper" if requested == "upper" else "none"
     if context != "none" and not proteins.has_case:
-        kept = "keeps no case; prepare it again from FASTA records" if proteins.store is not None else "has no record"
+        kept = (
+            "does not keep the case of letters; prepare it again from FASTA records"
+            if proteins.store is not None
+            else "has no record"
+        )
         raise ValueError(f"context={context}: {path} {kept} with both upper-case and lower-case letters")
     return context
 
