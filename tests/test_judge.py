@@ -248,7 +248,7 @@ def test_every_row_has_the_value_that_its_name_says() -> None:
     """The test computes each value in another way than `judge`.
 
     Low complexity is the exception: this test checks only the name of its row, and another test checks its residues.
-    The fractions in this set are all different, so that swapped rows are detected.
+    The fractions of these samples are all different, so that swapped rows are detected.
     """
     texts = ("ACDEFGHIKLMNPQRSTVWY" * 2, "AAAAAAAAAAAACDEF", "ACACACWYWYKLMN", "ACDAAA", "ACDAAA")
     samples = [ids_of(text) for text in texts]
@@ -275,7 +275,7 @@ def test_every_row_has_the_value_that_its_name_says() -> None:
     for name, value in exact.items():
         assert rows[name][0] == pytest.approx(value), name
     flags = [low_complexity(sample).tolist() for sample in samples]
-    # 18 residues are in tandem repeats: with the same number here, swapped rows would not be detected
+    # 18 residues are in tandem repeats; if 18 also had low complexity, swapped rows would not be detected
     assert sum(map(sum, flags)) not in (0, 18)
     assert rows["residues in low complexity"][0] == pytest.approx(sum(map(sum, flags)) / 82)
     for k, name in ((1, "composition"), (2, "2-mers"), (3, "3-mers")):
@@ -707,7 +707,7 @@ def test_the_identity_of_few_hits_gives_no_verdict(hits: float, verdict: str) ->
             "cannot tell",
             "",
         ),  # the interval extends beyond the limit
-        # shuffling has no effect: the limit is 0
+        # the shuffled value equals the natural value, so the limit is 0
         (Figure(0.10, 0.01), Figure(0.11, 0.01), Figure(0.11, 0.01), "cannot tell", ""),
         (
             Figure(0.00, 0.00),

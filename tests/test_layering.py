@@ -11,8 +11,8 @@ from .conftest import ROOT
 PACKAGE = ROOT / "protlig_dd"
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
 
-# Folders and modules of the package, from the lowest layer to the highest. Each of them may import itself and all parts
-# of lower layers, but no other part of its own layer. Other files, such as the verbs, are above all layers.
+# Folders and modules of the package, from the lowest layer to the highest. Each of them may import itself and all lower
+# layers, but nothing else in its own layer. Other files, such as sample.py, are above all layers.
 LAYERS = (
     ("system", "tokenizer"),
     ("batch",),

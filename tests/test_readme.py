@@ -172,7 +172,7 @@ def test_the_commands_with_mmseqs_work(checkout: Path, shell: Shell) -> None:
 def test_one_command_installs_the_cpu_wheel() -> None:
     """The command is not run, because PyTorch's index may be unreachable.
 
-    The pin allows 2.13.0 and 2.13.0+cpu, and pip prefers the latter.
+    The version of torch in constraints.txt allows 2.13.0 and 2.13.0+cpu, and pip prefers the latter.
     """
     (line,) = (command for command in readme_commands() if "PIP_" in command)
     assert re.fullmatch(r"PIP_EXTRA_INDEX_URL=https://download\.pytorch\.org/whl/cpu scripts/setup\.sh", line)

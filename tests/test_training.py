@@ -215,14 +215,14 @@ def test_checks_before_resuming_do_not_fail_on_a_damaged_checkpoint(
 def test_a_run_whose_length_was_increased_is_not_finished(trained_run: Path, tmp_path: Path) -> None:
     """Earlier versions wrote the new length to config.yaml and could be killed before their next checkpoint.
 
-    The second part of the test is a run with epochs.
+    The second part of the test is a run whose length is given in epochs.
     """
     run = tmp_path / "small"
     shutil.copytree(trained_run, run)
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text.replace("max_steps: 40", "max_steps: 50"))
     assert finished_step(run) is None
-    # 50 is the recorded length
+    # config.yaml now has 50 steps, so 50 is no extension
     check_extension(run, read_config(composed(*TRAINED, "trainer.max_steps=50"), TrainConfig))
     with pytest.raises(ValueError, match="max_steps was 50, now 60"):
         check_extension(run, read_config(composed(*TRAINED, "trainer.max_steps=60"), TrainConfig))
@@ -275,7 +275,7 @@ def set_plan_version(run_folder: Path, version: int | None) -> None:
 def test_a_resumed_run_keeps_the_plan_version_of_its_checkpoint(
     run_python: Command, store: SequenceStore, tmp_path: Path
 ) -> None:
-    """Resume from a checkpoint older than plan versions, then again from the step-5 checkpoint of the resumed run."""
+    """Resume from a checkpoint without a plan version, then again from the step-5 checkpoint of the resumed run."""
     steps, runs = ("trainer.max_steps=8", "trainer.checkpoint_every=5"), tmp_path / "runs"
     train(run_python, store, "whole", *steps, "trainer.stop_at_step=2")
     set_plan_version(runs / "whole", None)
@@ -632,7 +632,7 @@ def test_the_wheel_trains_in_an_empty_folder(run_python: Command, store: Sequenc
         capture_output=True,
     )
     (wheel,) = (tmp_path / "dist").glob("*.whl")
-    assert wheel.name == f"protlig_dd-{__version__}-py3-none-any.whl"  # the name in model cards
+    assert wheel.name == f"protlig_dd-{__version__}-py3-none-any.whl"  # model cards contain this file name
     site, empty = tmp_path / "site", tmp_path / "empty"
     subprocess.run([sys.executable, "-m", "zipfile", "-e", str(wheel), str(site)], check=True)
     empty.mkdir()

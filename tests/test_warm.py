@@ -1,4 +1,7 @@
-"""Forks of the warm interpreters behave like new interpreters, and each verb imports all that it needs."""
+"""Forks of the warm interpreters behave like new interpreters, and each command imports all that it needs.
+
+Warm interpreters have imported the libraries, or the libraries and the package, already (tests/warm.py).
+"""
 
 import os
 import signal
