@@ -32,7 +32,7 @@ def sample_proteins(cfg: DictConfig) -> None:
     if trained.context != "none":
         announce(
             f"warning: this model was trained with data.context={trained.context} ({trained.context}-case residues are "
-            "given, the others are predicted), but sample designs whole proteins; use infill with "
+            "given, the others are predicted), but the command `sample` writes whole proteins; use `infill` with "
             f"context={trained.context}",
             trained.processes,
         )

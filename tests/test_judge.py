@@ -204,7 +204,7 @@ def test_there_are_as_many_controls_as_samples_and_none_is_in_the_reference() ->
         assert all(len(protein) == 50 + protein[0] for protein in [*natural, *mixed, *reference])  # not cropped
         # every protein of the pool consists of a single letter, so shuffling does not change it
         assert [protein.tolist() for protein in mixed] == [protein.tolist() for protein in natural]
-    with pytest.raises(ValueError, match="20 natural proteins are too few: 11 samples need 22, half as the reference"):
+    with pytest.raises(ValueError, match="20 natural proteins are too few: 11 samples need 22, of which 11 are"):
         with_controls([np.zeros(30)] * 11, pool, seed=3)
 
 

@@ -269,7 +269,7 @@ def test_the_bound_contains_prior_integral_and_reconstruction(graph: Graph) -> N
 
 
 @pytest.mark.parametrize("matrix", ["BLOSUM62", "PAM30"])
-def test_the_bound_contains_errors_at_high_noise(matrix: str) -> None:
+def test_the_bound_includes_the_error_of_the_scores_at_high_noise(matrix: str) -> None:
     """Scores of a wrong equilibrium distribution are equally wrong at every noise level.
 
     The bound contains their error at high noise only if sigma is drawn up to sigma_max.

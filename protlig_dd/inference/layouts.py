@@ -208,7 +208,7 @@ def draw_layout(contig: str, lengths: str | None, generator: np.random.Generator
         sizes = draw_sizes(ranges, low, high, generator)
     else:
         sizes = []
-        while sum(sizes) < low:  # draw again if all new stretches are empty (in at most half of the draws)
+        while sum(sizes) < low:  # draw again if all new stretches are empty; the probability is at most 1/2
             sizes = [int(generator.integers(a, b, endpoint=True)) for a, b in ranges]
     return [Segment(size, start, letter) for size, start, letter in zip(sizes, starts, letters, strict=True) if size]
 
@@ -275,9 +275,9 @@ def map_csv(designs: Sequence[Design]) -> str:
 def warn_about_layout(
     config: InfillConfig, trained: TrainedModel, records: Sequence[Protein], designs: Sequence[Design]
 ) -> None:
-    """Print a warning for each layout that a user may not intend, and for graphs where infilling is an approximation.
+    """Print a warning for each layout that may be a mistake, and for graphs where infilling is an approximation.
 
-    A user may not intend that `context=` fixes no residue of a record, or that a contig reorders or repeats residues.
+    Such layouts are a record of which `context=` fixes no residue, and a contig that reorders or repeats residues.
     """
     whole = dict.fromkeys(design.protein for design in designs if (design.template == MASK).all())
     if config.context is not None and whole:
