@@ -485,7 +485,8 @@ def test_a_trained_model_beats_the_untrained_model_in_its_report(
     assert (tmp_path / "mkw.fasta").read_text().splitlines()[1::2] == ["MKW", "MKW"]
     evaluations = re.search(r"([\d.]+)% of the network's evaluations were skipped", process.stdout)
     assert evaluations is not None
-    # at most 2 x (1 + 3) of the 2 x 41 evaluations are needed
+    # each of the 2 proteins has 41 evaluations, one per step and one for the denoising step; at most 4 are needed: the
+    # first, and one after the change of each of the 3 residues
     assert 100 * (1 - 8 / 82) - 0.1 < float(evaluations[1]) < 100
     other = run_python("-m", "protlig_dd.sample", *steered[:1], "output=t.fasta", "log_bias=bias.csv", "lengths=5")
     assert_one_line_error(
@@ -541,8 +542,8 @@ def test_the_classic_launch_flags_start_the_same_training(
 ) -> None:
     """Run the classic launch line with overrides that shorten a step.
 
-    With --all the network is so large that the command warns that it is slow on a CPU. The network of full size is not
-    trained: plan=true counts its parameters.
+    With `scripts/test.sh --all`, this network is so wide that training warns that it is slow on a CPU. The network of
+    full size is not trained: plan=true counts its parameters.
     """
     narrow = ["model.n_blocks=1", f"model.hidden_size={1024 if thorough() else 64}", "model.n_heads=2"]
     command = [

@@ -44,7 +44,19 @@ def test_invalid_values_are_rejected_without_the_variable_too(run_python: Comman
     assert "passed" in process.stdout
 
 
-VERBS = ("embed", "evaluate", "export", "infill", "judge", "prepare", "report", "sample", "variants", "training")
+VERBS = (
+    "convert",
+    "embed",
+    "evaluate",
+    "export",
+    "infill",
+    "judge",
+    "prepare",
+    "report",
+    "sample",
+    "variants",
+    "training",
+)
 # for each command, print its help as `python -m` does, and print whether the functions of its module are checked
 START_ALL = """
 import runpy, sys

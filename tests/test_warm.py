@@ -16,6 +16,7 @@ import pytest
 from protlig_dd.data.store import SequenceStore
 
 from .conftest import ROOT, Command, Start, thorough, wait_for
+from .esm import random_esm
 from .test_training import overrides_for
 from .warm import Server, start_server
 
@@ -205,6 +206,7 @@ VERBS: dict[str, Callable[[Path, Path], list[str]]] = {
     "variants": lambda run, store: [f"from={run}", "target=one.fasta", "output=out.csv"],
     "embed": lambda run, store: [f"from={run}", "input=in.fasta", "output=out.npz"],
     "export": lambda run, store: [f"from={run}", "to=out"],
+    "convert": lambda run, store: ["from=esm", "to=out"],
     "report": lambda run, store: [f"runs=[{run},{run}]", "output=out"],
 }
 
@@ -217,6 +219,8 @@ def test_each_verb_imports_all_that_it_needs(
     """By default only imports of the package's modules are tested. With --all, imports of libraries are tested too."""
     (tmp_path / "in.fasta").write_text("".join(f">p{i}\nMKV{'ACDE'[i % 4] * (i + 1)}\n" for i in range(8)))
     (tmp_path / "one.fasta").write_text(">p\nMKVA\n")
+    if verb == "convert":
+        random_esm(tmp_path / "esm")
     command = ["-m", f"protlig_dd.{verb}", *VERBS[verb](trained_run, store.path)]
     if thorough():
         process = subprocess.run(
