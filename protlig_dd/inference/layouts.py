@@ -277,7 +277,8 @@ def warn_about_layout(
 ) -> None:
     """Print a warning for each layout that may be a mistake, and for graphs where infilling is an approximation.
 
-    A layout may be a mistake if `context=` fixes no residue of the record, or if the contig reorders or repeats residues.
+    A layout may be a mistake if `context=` fixes no residue of the record, or if the contig reorders or repeats
+    residues.
     """
     whole = dict.fromkeys(design.protein for design in designs if (design.template == MASK).all())
     if config.context is not None and whole:
