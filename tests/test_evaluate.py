@@ -648,7 +648,7 @@ def test_similar_training_proteins_are_found_with_mmseqs(
     assert found.cells(3) == ["copy", "near", "no"]
     assert (
         "warning: 1 more of 3 proteins are similar to a training protein "
-        "(>= 50% identity over >= 80% of either sequence)" in found.lines()
+        "(>= 50% identity over >= 80% of at least one of the two sequences)" in found.lines()
     )
 
 

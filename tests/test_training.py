@@ -129,7 +129,7 @@ def test_stop_and_resume_is_bit_identical_to_an_undisturbed_run(
     assert_bit_identical(tmp_path / "runs/whole", tmp_path / "runs/killed")
 
 
-def test_a_finished_run_is_reported_and_extended_only_on_request(
+def test_a_finished_run_names_its_report_and_trains_further_only_if_it_is_extended(
     trained_run: Path, store: SequenceStore, run_python: Command, tmp_path: Path
 ) -> None:
     run = tmp_path / "runs/small"
@@ -540,10 +540,10 @@ def test_other_graphs_parametrisations_and_noises_train_too(
 def test_the_classic_launch_flags_start_the_same_training(
     run_python: Command, store: SequenceStore, tmp_path: Path
 ) -> None:
-    """Run the classic launch line with overrides that shorten a step.
+    """Run the classic launch line with model=tiny, then with a network of one narrow block.
 
-    With `scripts/test.sh --all`, this network is so wide that training warns that it is slow on a CPU. The network of
-    full size is not trained: plan=true counts its parameters.
+    With `scripts/test.sh --all`, this block has 1,024 channels, so that training warns that the model is slow on a CPU.
+    The network of full size is not trained: plan=true counts its parameters.
     """
     narrow = ["model.n_blocks=1", f"model.hidden_size={1024 if thorough() else 64}", "model.n_heads=2"]
     command = [

@@ -62,7 +62,8 @@ def designs_of_positions(config: InfillConfig, records: Sequence[Protein]) -> li
             if config.context is not None:
                 raise ValueError(
                     f"{record.name} has no free position: all its letters are {config.context}-case, and "
-                    f"context={config.context} keeps those; write the residues to design in the other case"
+                    f"context={config.context} keeps {config.context}-case letters; write the residues to redesign in "
+                    "the other letter case"
                 )
             raise ValueError(
                 f"{record.name} has no free position: mark positions with `_`, or give free=, fixed=, context= or "
