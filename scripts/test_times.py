@@ -138,8 +138,9 @@ GROUPS = (
     ),
     Group(
         "using a model",
-        "the commands `sample`, `infill`, `evaluate`, `judge`, `variants`, `embed` and `export`; the linear probe; a "
-        "model can be pushed to a hub and pulled; attention maps, hooks and single sampling steps in Python",
+        "the commands `sample`, `infill`, `evaluate`, `score`, `judge`, `variants`, `embed` and `export`; their figures "
+        "in Python; the linear probe; a model can be pushed to a hub and pulled; attention maps, hooks and single sampling "
+        "steps in Python",
         (
             "test_sample",
             "test_infill",
@@ -147,6 +148,8 @@ GROUPS = (
             "test_judge",
             "test_variants",
             "test_embed",
+            "test_score_verb",
+            "test_python",
             "test_inspect",
             "test_steps",
             "test_linear_probe",

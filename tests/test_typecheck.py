@@ -54,10 +54,11 @@ VERBS = (
     "prepare",
     "report",
     "sample",
+    "score",
     "variants",
     "training",
 )
-# for each command, print its help as `python -m` does, and print whether the functions of its module are checked
+# for each verb, print its help as `python -m` does, and print whether the functions of its module are checked
 START_ALL = """
 import runpy, sys
 for verb in sys.argv[1:]:

@@ -203,6 +203,7 @@ VERBS: dict[str, Callable[[Path, Path], list[str]]] = {
     "infill": lambda run, store: [f"from={run}", "input=in.fasta", "free=[2]", "n=1", "steps=2", "output=out"],
     "evaluate": lambda run, store: [f"from={run}", f"input={store}", "draws=1", "max_sequences=2", "output=out"],
     "judge": lambda run, store: ["samples=in.fasta", f"natural={store}", "mmseqs=false", "bootstrap=2", "output=out"],
+    "score": lambda run, store: [f"from={run}", "input=in.fasta", "output=out.csv"],
     "variants": lambda run, store: [f"from={run}", "target=one.fasta", "output=out.csv"],
     "embed": lambda run, store: [f"from={run}", "input=in.fasta", "output=out.npz"],
     "export": lambda run, store: [f"from={run}", "to=out"],

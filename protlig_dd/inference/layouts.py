@@ -69,9 +69,25 @@ def designs_of_positions(config: InfillConfig, records: Sequence[Protein]) -> li
                 f"{record.name} has no free position: mark positions with `_`, or give free=, fixed=, context= or "
                 "contig="
             )
-        layout = [Segment(len(template), 1)]
-        designs += [Design(f"{record.id}_{i + 1}", k, layout, template, k * MAX_DESIGNS + i) for i in range(config.n)]
+        designs += designs_of_template(record.id, k, template, config.n)
     return designs
+
+
+def designs_of_template(name: str, protein: int, template: np.ndarray, n: int) -> list[Design]:
+    """Return n designs with the same template.
+
+    Args:
+        name: the first part of the designs' names.
+        protein: index of the input protein.
+    """
+    layout = [Segment(len(template), 1)]
+    return [Design(f"{name}_{i + 1}", protein, layout, template, protein * MAX_DESIGNS + i) for i in range(n)]
+
+
+def check_number_of_designs(n: int) -> None:
+    """Raise a ValueError if one protein has too many designs."""
+    if n > MAX_DESIGNS:
+        raise ValueError(f"n must be at most {MAX_DESIGNS}, got {n}")
 
 
 def designs_of_contig(config: InfillConfig, records: Sequence[Protein]) -> list[Design]:
