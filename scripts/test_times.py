@@ -138,9 +138,9 @@ GROUPS = (
     ),
     Group(
         "using a model",
-        "the commands `sample`, `infill`, `evaluate`, `score`, `judge`, `variants`, `embed` and `export`; their figures "
-        "in Python; the linear probe; a model can be pushed to a hub and pulled; attention maps, hooks and single sampling "
-        "steps in Python",
+        "the commands `sample`, `infill`, `evaluate`, `score`, `judge`, `variants`, `embed` and `export`; their "
+        "figures in Python; the linear probe; a model can be pushed to a hub and pulled; attention maps, hooks and "
+        "single sampling steps in Python",
         (
             "test_sample",
             "test_infill",
