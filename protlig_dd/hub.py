@@ -4,9 +4,13 @@
 
     model = ProteinDiffusion.from_pretrained("models/demo")          # written by python -m protlig_dd.export
     vectors = model.embed(["MKTAYIAKQR", "MSHHWGYG"])                # (2, hidden)
+    scores = model.nll(["MKTAYIAKQR", "MSHHWGYG"])                   # bounds and standard errors, nats/residue
+
+docs/python.md and docs/inspect.md show all methods.
 
 Loading from the hub and `push_to_hub` need huggingface_hub: pip install 'protlig_dd[hub]'. The weights are safetensors
-and the config is JSON, so loading a model never runs code from its files.
+and the config is JSON, so loading a model never runs code from its files. Methods that share code with commands import
+this code when they are called, because loading a model must not need Hydra or HDF5.
 """
 
 import tempfile
@@ -194,7 +198,7 @@ class ProteinDiffusion(nn.Module):
     ) -> list[str]:
         """Return the n proteins that `protlig_dd.sample` samples with these values; configs/sample.yaml explains them.
 
-        See `protlig_dd.inference.designs.lengths_to_sample` for `lengths`, and `LogBias` there.
+        See `lengths_to_sample` in `protlig_dd.inference.designs`, and `LogBias` in `protlig_dd.inference.sequences`.
         """
         from protlig_dd.inference import designs
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from protlig_dd.batch import TOKENS_PER_PACK, PackedBatch
+from protlig_dd.convert import convert
 from protlig_dd.data.fasta import FastaRecord, read_fasta
 from protlig_dd.diffusion.numerics import clamp_negative
 from protlig_dd.hub import ProteinDiffusion
@@ -24,6 +25,7 @@ from protlig_dd.tokenizer import AMINO_ACIDS, BOS, EOS, MASK, ProteinTokenizer
 from protlig_dd.variants import score as score_variants
 
 from .conftest import ROOT, composed, raises_value_error
+from .esm import esm_logits, random_esm
 from .exported import KINDS, write_random
 
 PROTEIN = "MKTAYIAKQRQISFVKSHFSRQ"
@@ -41,7 +43,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.fixture
-def model(folder: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[ProteinDiffusion]:
+def model(folder: Path) -> Iterator[ProteinDiffusion]:
     """The model of `folder` in training mode. A method must restore this mode, although it computes without dropout."""
     model = ProteinDiffusion.from_pretrained(folder / "models/demo", device="cpu")
     yield model.train()
@@ -109,6 +111,22 @@ def test_the_profile_agrees_with_site_marginals(model: ProteinDiffusion, monkeyp
         assert float(mutant - wild) == pytest.approx(float(row["score"]), abs=1e-5)
     monkeypatch.setattr("protlig_dd.hub.TOKENS_PER_PACK", 30)  # two copies at once
     torch.testing.assert_close(model.pssm(wild_type), profile, atol=1e-5, rtol=0)
+
+
+def test_profiles_of_a_converted_esm2_are_those_of_transformers(folder: Path) -> None:
+    source = random_esm(folder / "esm")
+    convert(composed("from=esm", "to=models/esm", name="convert"))
+    model = ProteinDiffusion.from_pretrained("models/esm", device="cpu")
+    masked = [f"{PROTEIN[:i]}_{PROTEIN[i + 1 :]}" for i in range(len(PROTEIN))]
+    with torch.no_grad():
+        rows = [logits[i + 1].double().log_softmax(-1) for i, logits in enumerate(esm_logits(source, masked))]
+        (clean,) = esm_logits(source, [PROTEIN])
+    torch.testing.assert_close(model.pssm(PROTEIN), torch.stack(rows), atol=1e-5, rtol=0)
+    torch.testing.assert_close(model.logits(PROTEIN), clean[1:-1].log_softmax(-1), atol=1e-5, rtol=0)
+    expected = -torch.stack(rows).gather(1, ids(PROTEIN)[:, None]).mean()
+    assert float(model.pseudo_nll([PROTEIN])) == pytest.approx(float(expected), abs=1e-5)
+    with pytest.raises(ValueError, match="this model has no record of its training lengths; give lengths="):
+        model.sample(1)
 
 
 @pytest.mark.parametrize("folder", KINDS, indirect=True)
