@@ -273,7 +273,7 @@ def test_the_config_of_a_run_is_read_without_the_limits_on_new_values(tmp_path: 
         (["logger.wandb_mode=of"], ["logger.wandb_mode=of", "online, offline"]),
         (["report.split=dev"], ["report.split=dev", "train, validation, test"]),
         (["run.name=../elsewhere"], ["run.name", "plain folder name"]),
-        (["run.name=my run"], ["run.name='my run'", "without white space"]),
+        (["run.name=my run"], ["run.name='my run'", "must not contain white space"]),
     ],
 )
 def test_a_wrong_config_is_a_one_line_error_before_data_are_read(
