@@ -9,8 +9,11 @@
 docs/python.md and docs/inspect.md show all methods.
 
 Loading from the hub and `push_to_hub` need huggingface_hub: pip install 'protlig_dd[hub]'. The weights are safetensors
-and the config is JSON, so loading a model never runs code from its files. Methods that share code with commands import
-this code when they are called, because loading a model must not need Hydra or HDF5.
+and the config is JSON, so loading a model never runs code from its files. An exported folder also contains code for
+Hugging Face transformers. protlig_dd writes and uploads this code, but neither downloads nor runs it.
+
+Methods that share code with commands import this code when they are called, because loading a model must not need Hydra
+or HDF5.
 """
 
 import tempfile
@@ -29,12 +32,12 @@ from protlig_dd.config.components import load_model
 from protlig_dd.diffusion.likelihood import BoundsPerResidue
 from protlig_dd.diffusion.samplers.base import SamplerOptions
 from protlig_dd.evaluation.variants.mutants import MutantScores
-from protlig_dd.inference.download import download, hugging_face
+from protlig_dd.inference.download import check_name, download, hugging_face
 from protlig_dd.inference.embedding import mean_embeddings
 from protlig_dd.inference.exported import (
     CARD,
     DESCRIPTION,
-    EXPORTED,
+    READ,
     WEIGHTS,
     context_in,
     is_exported,
@@ -103,7 +106,7 @@ class ProteinDiffusion(nn.Module):
             raise ValueError(f"from_pretrained takes the name of a folder or of a model on the hub, got {name!r:.40}")
         folder = Path(name)
         if not folder.is_dir():
-            folder = download(str(name), revision, EXPORTED)
+            folder = download(str(name), revision, READ)
         if not is_exported(folder):
             raise ValueError(f"{folder}: not an exported model; `python -m protlig_dd.export` writes one from a run")
         resolved = resolve_device(device)
@@ -290,15 +293,29 @@ class ProteinDiffusion(nn.Module):
         with creating(Path(folder)) as temporary:
             write_exported(temporary, self.network.state_dict(), self.description, self.card)
 
-    def push_to_hub(self, name: str, *, private: bool = True, message: str = "A protlig_dd model") -> str:
+    def push_to_hub(
+        self, name: str, *, private: bool = True, message: str = "A protlig_dd model", dry_run: bool = False
+    ) -> str:
         """Upload the files of `save_pretrained`, and no others, to owner/name on the hub; return the commit's URL.
 
         Args:
             private: whether a new repository is private; an existing repository keeps its setting.
+            dry_run: write the files to a temporary folder and return a list of them with their sizes, instead of the
+                URL. Nothing is uploaded, and no network is needed.
+
+        Raises:
+            ValueError: huggingface_hub is not installed, or `name` is not a valid name.
         """
-        api = hugging_face().HfApi()
-        api.create_repo(name, private=private, exist_ok=True)
+        hub = hugging_face()
+        check_name(hub, name)
         with tempfile.TemporaryDirectory() as parent:
             folder = Path(parent) / "model"
             self.save_pretrained(folder)
+            if dry_run:
+                sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+                visibility = "private" if private else "public"
+                heading = f"{name} ({visibility} if it is new): {len(sizes)} files, {sum(sizes.values()):,} bytes"
+                return "\n".join([heading, *(f"  {file}: {size:,} bytes" for file, size in sizes.items())])
+            api = hub.HfApi()
+            api.create_repo(name, private=private, exist_ok=True)
             return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message=message))
