@@ -13,7 +13,7 @@ from protlig_dd.config.cli import run_verb
 from protlig_dd.config.read import read_config
 from protlig_dd.config.verbs import ExportConfig
 from protlig_dd.inference.exported import CARD, is_exported, read_description, read_json, write_exported
-from protlig_dd.inference.layers_protlig_dd import unsupported
+from protlig_dd.inference.for_transformers import unsupported
 from protlig_dd.inference.model import describe, find_saved, load_saved, run_folder
 from protlig_dd.runs.checkpoint import load_tensors
 from protlig_dd.system.files import check_free, creating

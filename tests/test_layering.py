@@ -22,10 +22,9 @@ LAYERS = (
     ("evaluation",),
     ("training",),
 )
-# exported models contain a copy of this file and of the file that it imports, so its import is relative
-COPIED = PACKAGE / "inference/modeling_protlig_dd.py"
 LAYER_OF = {part: layer for layer, parts in enumerate(LAYERS) for part in parts}
 LONGEST, MEDIAN = 350, 150  # limits on the number of lines of a file, and on the median over the files
+COPIED = "protlig_dd.inference.modeling_protlig_dd"  # longer: exported models contain a copy, which must be one file
 MOST_PARAMETERS = 8
 
 
@@ -38,7 +37,7 @@ def imports_of(path: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
-            assert node.level == 0 or path == COPIED, f"{path}: relative import"
+            assert node.level == 0, f"{path}: relative import"
             found |= {f"{node.module}.{alias.name}" for alias in node.names if node.module == "protlig_dd"}
             found.add(node.module or "")
         elif isinstance(node, ast.Import):
@@ -67,7 +66,7 @@ def test_lower_layers_do_not_read_configs() -> None:
 
 def test_files_are_short() -> None:
     lines = {name: len(path.read_text().splitlines()) for name, path in MODULES.items()}
-    assert {name: count for name, count in lines.items() if count > LONGEST} == {}
+    assert {name: count for name, count in lines.items() if count > LONGEST and name != COPIED} == {}
     counts = sorted(lines.values())
     assert counts[len(counts) // 2] < MEDIAN
 

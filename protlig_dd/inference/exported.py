@@ -8,11 +8,11 @@
 
 protlig_dd reads these files. It runs no code from the folder. Reading needs neither Hydra nor HDF5.
 
-Hugging Face transformers reads the weights, config.json and four other files. They are written unless transformers
-cannot compute the network (see for_transformers.py). It runs the two files of code if trust_remote_code=True.
+Hugging Face transformers reads the weights, config.json and three other files. They are written unless transformers
+cannot compute the network (see for_transformers.py).
 
-    modeling_protlig_dd.py, layers_protlig_dd.py    the network
-    tokenizer.json, tokenizer_config.json           the tokenizer
+    modeling_protlig_dd.py                   the network; transformers runs this code if trust_remote_code=True
+    tokenizer.json, tokenizer_config.json    the tokenizer
 """
 
 import json
@@ -188,7 +188,7 @@ def transformers_lines(description: Mapping[str, Any]) -> list[str]:
         return []
     sigma = ", sigma=torch.tensor([0.5])" if description["time_conditioning"] else ""
     return [
-        "Hugging Face transformers (4.40 or later) does not need protlig_dd: it runs the code in this folder.",
+        "Hugging Face transformers (4.48 or later) does not need protlig_dd: it runs the code in this folder.",
         "",
         "```python",
         *(["import torch"] if sigma else []),

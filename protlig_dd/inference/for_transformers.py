@@ -1,6 +1,6 @@
-"""The files with which Hugging Face transformers loads an exported model: two files of code, and a tokenizer.
+"""The files with which Hugging Face transformers loads an exported model: a file of code, and a tokenizer.
 
-protlig_dd writes these files, but never reads or runs the copies in an exported model.
+protlig_dd writes these files, but never reads or runs those of an exported model.
 """
 
 from collections.abc import Mapping
@@ -10,20 +10,37 @@ from typing import Any
 import torch
 
 from protlig_dd.config.components import build_graph, build_noise
-from protlig_dd.inference.layers_protlig_dd import unsupported
 from protlig_dd.system.tables import as_json
 from protlig_dd.tokenizer import BOS, EOS, MASK, PAD
 
 MODELING = "modeling_protlig_dd"
-CODE = (f"{MODELING}.py", "layers_protlig_dd.py")
-TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
-FILES = (*CODE, TOKENIZER, TOKENIZER_CONFIG)
+CODE, TOKENIZER, TOKENIZER_CONFIG = f"{MODELING}.py", "tokenizer.json", "tokenizer_config.json"
+FILES = (CODE, TOKENIZER, TOKENIZER_CONFIG)
 CLASSES = {
     "AutoConfig": "ProteinDiffusionConfig",
     "AutoModel": "ProteinDiffusionModel",
     "AutoModelForMaskedLM": "ProteinDiffusionForMaskedLM",
 }
+SUPPORTED = {
+    "positions": ("rope", "sinusoidal", "none"),
+    "mixers": ("attention",),
+    "norm": ("layer", "rms"),
+    "mlp": ("gelu", "gelu_erf", "geglu", "swiglu", "relu2"),
+    "head": ("linear", "lm"),
+}
+"""The kinds of parts that modeling_protlig_dd.py can compute. The first is the default of a missing key."""
+
 SPECIAL = {"<mask>": MASK, "<bos>": BOS, "<eos>": EOS, "<pad>": PAD}
+
+
+def unsupported(model: Mapping[str, Any]) -> str | None:
+    """Return the part of a network that transformers cannot compute, as `model.positions=t5`; None if there is none.
+
+    Args:
+        model: the key `model` of config.json.
+    """
+    kinds = {key: model.get(key, choices[0]) for key, choices in SUPPORTED.items()}
+    return next((f"model.{key}={kind}" for key, kind in kinds.items() if kind not in SUPPORTED[key]), None)
 
 
 def keys_for_transformers(description: Mapping[str, Any]) -> dict[str, Any]:
@@ -52,8 +69,7 @@ def write_for_transformers(folder: Path, description: Mapping[str, Any], ids: Ma
     """
     if unsupported(description["model"]):
         return
-    for name in CODE:
-        (folder / name).write_text((Path(__file__).parent / name).read_text())
+    (folder / CODE).write_text((Path(__file__).parent / CODE).read_text())
     (folder / TOKENIZER).write_text(as_json(tokenizer(ids)))
     (folder / TOKENIZER_CONFIG).write_text(as_json(tokenizer_config(description["max_len"])))
 
