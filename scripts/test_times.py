@@ -163,6 +163,12 @@ GROUPS = (
         ("test_convert",),
     ),
     Group(
+        "transformers",
+        "exported models have the same logits, hidden states, gradients and token ids in transformers 5 and in version "
+        "4; every weight is loaded; wrong inputs and weights are errors",
+        ("test_transformers",),
+    ),
+    Group(
         "report page",
         "the page shows the contents of the run's files, and escapes HTML in them",
         ("test_report_page", "test_metrics"),

@@ -62,6 +62,7 @@ def hugging_face() -> Any:
     try:
         import huggingface_hub
         import huggingface_hub.errors
+        import huggingface_hub.utils
     except ImportError as error:
         raise ValueError("huggingface_hub is not installed: pip install 'protlig_dd[hub]'") from error
     return huggingface_hub
