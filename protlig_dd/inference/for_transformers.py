@@ -24,7 +24,7 @@ CLASSES = {
 SUPPORTED = {
     "positions": ("rope", "sinusoidal", "none"),
     "mixers": ("attention",),
-    "norm": ("layer", "rms"),
+    "norm": ("rms", "layer"),
     "mlp": ("gelu", "gelu_erf", "geglu", "swiglu", "relu2"),
     "head": ("linear", "lm"),
 }
