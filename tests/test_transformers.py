@@ -278,8 +278,10 @@ def test_weights_tuned_in_transformers_can_be_used_in_protlig_dd(model: Path, tm
         torch.testing.assert_close(network(batch, torch.zeros(2)), logits[:, :20], rtol=1e-5, atol=1e-5)
 
 
-@only_default
-def test_the_loss_is_the_mean_cross_entropy_of_amino_acids(model: Path) -> None:
+@pytest.mark.parametrize("parametrisation", ["x0", "log_score"])
+def test_the_loss_is_the_mean_cross_entropy_of_amino_acids(parametrisation: str, tmp_path: Path) -> None:
+    """With the absorbing graph, logits of both parametrisations are log-probabilities up to a constant."""
+    model = exported(tmp_path / "model", f"parametrisation={parametrisation}", "graph=absorbing")
     masked_lm, inputs = load(AutoModelForMaskedLM, model), inputs_of(model, ["MKTXY_IA", "MS"])
     labels = torch.where(inputs["attention_mask"].bool(), inputs["input_ids"], -100)
     output = masked_lm(**inputs, labels=labels)
@@ -348,7 +350,7 @@ def test_a_network_with_time_conditioning_needs_sigma(model: Path) -> None:
     with pytest.raises(ValueError, match=rf"sigma has shape \(1,\): give {expected}"):
         masked_lm(ids, sigma=torch.ones(1))
     with pytest.raises(
-        ValueError, match=r"labels: the logits of this network are scores \(parametrisation=log_score\)"
+        ValueError, match=r"the logits of this network are scores \(parametrisation=log_score, graph=uniform\)"
     ):
         masked_lm(ids, sigma=torch.ones(2), labels=ids)
     low, high = masked_lm.config.sigma_range

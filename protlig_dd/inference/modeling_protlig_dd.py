@@ -32,16 +32,16 @@ Rotation = tuple[Tensor, Tensor] | None
 class ProteinDiffusionConfig(PretrainedConfig):
     """The content of an exported model's config.json, and the names that transformers uses for the network's sizes.
 
-    The network reads the keys `model` (sizes, and kinds of its parts), `time_conditioning`, `parametrisation` and
-    `sigma_range`. The checksum and the report of the exported weights are left out, because weights that transformers
-    saves may be others.
+    The network reads the keys `model` (sizes, and kinds of its parts), `graph`, `time_conditioning`, `parametrisation`
+    and `sigma_range`. The checksum and the report of the exported weights are left out, because weights that
+    transformers saves may be others.
     """
 
     model_type = "protlig_dd"
 
     def __init__(self, **keys: Any) -> None:
         keys = {key: value for key, value in keys.items() if key not in ("weights_sha256", "report")}
-        network = {"model": {}, "time_conditioning": False, "parametrisation": "x0", "sigma_range": None}
+        network = {"model": {}, "graph": {}, "time_conditioning": False, "parametrisation": "x0", "sigma_range": None}
         ids = {"vocab_size": VOCAB_SIZE, "bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
         # transformers must not tie weights: with model.tie_weights, Head itself uses the embedding
         super().__init__(**{**network, **ids, "tie_word_embeddings": False, **keys})
@@ -175,8 +175,8 @@ class ProteinDiffusionForMaskedLM(ProteinDiffusionModel):
     ) -> Any:
         """Return the logits of the whole vocabulary, (n, L, V), as `logits`.
 
-        The first 20 are the network's logits of the amino acids. The other ten are NOT_PREDICTED, so the softmax is a
-        distribution of the amino acids.
+        The first 20 are the network's logits of the amino acids. The other ten are NOT_PREDICTED, so a softmax gives
+        their tokens the probability 0.
 
         Args:
             input_ids, attention_mask, sigma, output_hidden_states, return_dict: see `ProteinDiffusionModel.forward`.
@@ -186,10 +186,11 @@ class ProteinDiffusionForMaskedLM(ProteinDiffusionModel):
         Raises:
             ValueError: see `ProteinDiffusionModel.forward`; or labels for a network whose logits are log-scores.
         """
-        if labels is not None and self.config.parametrisation != "x0":
+        graph, parametrisation = self.config.graph.get("name"), self.config.parametrisation
+        if labels is not None and parametrisation != "x0" and graph != "absorbing":
             raise ValueError(
-                f"labels: the logits of this network are scores (parametrisation={self.config.parametrisation}), not "
-                "log-probabilities, so they have no cross-entropy; train it with protlig_dd"
+                f"labels: the logits of this network are scores (parametrisation={parametrisation}, graph={graph}), "
+                "not log-probabilities, so they have no cross-entropy; train it with protlig_dd"
             )
         output = super().forward(input_ids, attention_mask, sigma, output_hidden_states, True)
         logits, loss = self.head(output.last_hidden_state, self.embedding.weight), None
