@@ -112,7 +112,7 @@ def test_a_verb_without_the_environment_prints_how_to_create_it(tmp_path: Path) 
     overview = run("-m", "protlig_dd")  # needs no packages
     assert overview.returncode == 0, overview.stderr
     verbs = re.findall(r"^([a-z]+) +[A-Z]", overview.stdout, re.MULTILINE)
-    assert len(verbs) == 11
+    assert len(verbs) == 12
     for verb in (*verbs, "training.run_train_uniref50_optimized"):
         for typecheck in "01":
             process = run("-m", f"protlig_dd.{verb}", "--help", PROTLIG_TYPECHECK=typecheck)
