@@ -337,8 +337,8 @@ COMMIT = hashlib.sha1(b"one").hexdigest()
 def hub_server() -> Iterator[tuple[str, dict[str, bytes]]]:
     """Serve the part of a hub's HTTP interface that an upload and a download use.
 
-    The revision `missing` does not exist, and the model someone/gated is gated. Yield the server's address, and its
-    files by name.
+    Every model has the same files, except that someone/gated is gated. The revision `missing` does not exist. Yield the
+    server's address, and its files by name.
     """
     files: dict[str, bytes] = {}
 
@@ -384,7 +384,7 @@ def hub_server() -> Iterator[tuple[str, dict[str, bytes]]]:
             if "/revision/missing" in self.path or "/tree/missing" in self.path:
                 self.fail(404, "RevisionNotFound")
                 return
-            _, slash, name = self.path.partition(f"/{REPOSITORY}/resolve/{COMMIT}/")
+            _, slash, name = self.path.partition(f"/resolve/{COMMIT}/")
             if slash:
                 if name not in files:
                     self.fail(404, "EntryNotFound")
