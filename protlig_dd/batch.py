@@ -21,6 +21,8 @@ from torch import Tensor
 
 from protlig_dd.tokenizer import CONTEXT, PAD
 
+TOKENS_PER_PACK = 16_384  # default of the commands that use a model (configs/sample.yaml and others)
+
 
 class StaticShape(NamedTuple):
     """The fixed shape that packs are padded to: tokens, sequences, and the length of the longest sequence."""

@@ -16,7 +16,7 @@ from protlig_dd.config.verbs import EvaluateConfig
 from protlig_dd.data.mmseqs import find_mmseqs
 from protlig_dd.evaluation.inputs import read_proteins
 from protlig_dd.evaluation.likelihood.baselines import baselines_of, find_baseline_stores
-from protlig_dd.evaluation.likelihood.given import given_proteins, resolve_context
+from protlig_dd.evaluation.likelihood.given import given_proteins, message_of_crops, resolve_context
 from protlig_dd.evaluation.likelihood.leaks import find_leaks
 from protlig_dd.evaluation.likelihood.scoring import in_training, score, summary
 from protlig_dd.evaluation.likelihood.tables import length_csv, letter_csv, report_table, sequence_csv
@@ -56,10 +56,7 @@ def evaluate(cfg: DictConfig) -> None:
     n_cropped = sum(len(tokens) - 2 > max_len for tokens in sequences)
     if n_cropped:
         models = "this model was" if compared is None else "both models were"
-        message = f"{n_cropped} proteins have more than {max_len} residues, the maximum length that {models} trained on"
-        first = f"only the first {max_len} residues of each are scored"
-        most = f"each is cropped to the {max_len} consecutive residues with the largest number of residues to score"
-        announce(f"{message}: {first if context == 'none' else most}", trained.processes)
+        announce(message_of_crops(n_cropped, max_len, context, models), trained.processes)
     scored = score(trained, given, config, baselines)
     if compared is not None:
         other_scored = score(compared, given, config, None, bound_only=True)

@@ -1,4 +1,4 @@
-"""Export a trained model as a folder to share: safetensors, JSON and a model card; no pickle, no code.
+"""Export a trained model as a folder to share: safetensors, JSON, a model card and code for transformers; no pickle.
 
 python -m protlig_dd.export from=runs/demo to=models/demo
 """
@@ -13,6 +13,7 @@ from protlig_dd.config.cli import run_verb
 from protlig_dd.config.read import read_config
 from protlig_dd.config.verbs import ExportConfig
 from protlig_dd.inference.exported import CARD, is_exported, read_description, read_json, write_exported
+from protlig_dd.inference.for_transformers import unsupported
 from protlig_dd.inference.model import describe, find_saved, load_saved, run_folder
 from protlig_dd.system.files import check_free, creating
 from protlig_dd.system.terminal import console
@@ -34,8 +35,11 @@ def export(cfg: DictConfig) -> None:
     with creating(to) as folder:
         write_exported(folder, saved.tensors(), describe(saved, report_of(saved.path, saved.step)))
         load_saved(find_saved(str(folder)), torch.device("cpu"), "fp32")  # check that the new folder loads
-    digest = read_description(to)["weights_sha256"]
+    description = read_description(to)
+    digest = description["weights_sha256"]
     console.print(f"{to}: {saved.path}, weights {digest[:12]}; add a licence to its model card, {to / CARD}")
+    if part := unsupported(description["model"]):
+        console.print(f"transformers cannot load this model: {part}; use ProteinDiffusion (protlig_dd.hub)")
 
 
 def report_of(checkpoint: Path, step: int) -> dict[str, Any] | None:

@@ -32,7 +32,7 @@ from protlig_dd.evaluation.samples.redesigns import (
 )
 from protlig_dd.inference.generate import describe_designs, options_of, sample_designs
 from protlig_dd.inference.layouts import (
-    MAX_DESIGNS,
+    check_number_of_designs,
     designs_of_contig,
     designs_of_positions,
     map_csv,
@@ -56,8 +56,7 @@ def infill(cfg: DictConfig) -> None:
     for path, other_path in itertools.combinations((output, table, scores), 2):
         if path.resolve() == other_path.resolve():
             raise ValueError(f"map={config.map}, output={config.output}: {path} would be written twice")
-    if config.n > MAX_DESIGNS:
-        raise ValueError(f"n must be at most {MAX_DESIGNS}, got {config.n}")
+    check_number_of_designs(config.n)
     if config.best is not None and config.best > config.n:
         raise ValueError(f"best={config.best} must be at most n={config.n}")
     if sum(value is not None for value in (config.fixed, config.free, config.context, config.contig)) > 1:

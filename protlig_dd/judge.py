@@ -67,7 +67,10 @@ def judge(cfg: DictConfig) -> None:
         columns[name] = values[0]
     found = verdicts(rows, len(controls.length_reference), why_lengths_are_not_judged(Path(config.samples), samples))
     table = markdown(rows) + "\n" + "".join(f"- {verdict}\n" for verdict in found)
-    table += "\nNatural proteins have nearly the samples' lengths; in rows about lengths they are drawn at random.\n"
+    table += (
+        "\nThe natural proteins are chosen to have nearly the samples' lengths; "
+        "in rows about lengths they are chosen at random.\n"
+    )
     if train is not None:  # name the store: the samples' model may have been trained on another store
         table += f"\nTraining proteins are those of {train.path}.\n"
     inputs = {

@@ -31,8 +31,9 @@ def sample_proteins(cfg: DictConfig) -> None:
     trained.check_length(longest_of(config.lengths, lengths), f"lengths={config.lengths}: the longest protein")
     if trained.context != "none":
         announce(
-            "warning: the samples are whole proteins, but this model was trained to design parts of proteins given the "
-            f"{trained.context}-case residues; use infill with context={trained.context}",
+            f"warning: this model was trained with data.context={trained.context} ({trained.context}-case residues are "
+            "given, the others are predicted), but the command `sample` writes whole proteins; use `infill` with "
+            f"context={trained.context}",
             trained.processes,
         )
     samples = sample_designs(trained, config, lengths=lengths, log_bias=read_log_bias(config.log_bias, lengths))

@@ -168,11 +168,12 @@ Clustering kept {len(kept):,} of {len(records):,} proteins. They form {len(sizes
 {sum(size > limit for size in sizes)} have more than {limit} sequences, and the largest has {sizes[-1]:,}.
 
 Clustering alone would leak: of {len(out)} representatives held out at random, {any_hit} have a hit among
-the others, and {close} have a hit with at least 50% identity over the aligned region."""
+the other representatives, and {close} have a hit with at least 50% identity over the aligned region."""
     debian = subprocess.getoutput("dpkg-query -Wf '${Version}' mmseqs2-examples 2>/dev/null || echo ?")
     readme = f"""# Protein sample
 
 Real proteins for tests and short training runs. `mmseqs` finds no homologs between the splits.
+Step 2 below explains the components of the first table, and step 4 the hits and rounds of the second.
 
 {facts}
 
@@ -182,9 +183,8 @@ mmseqs2-examples {debian}, SHA-256 `{sha256(args.input.read_bytes()).hexdigest()
 **Licence.** UniProt, by the UniProt Consortium (https://www.uniprot.org), under CC BY 4.0
 (https://creativecommons.org/licenses/by/4.0/). Changes: a subset, split, sorted by id and wrapped.
 
-**Made by** `python scripts/build_sample.py --seed {args.seed}` with mmseqs
-{subprocess.getoutput("mmseqs version")}: `easy-cluster {" ".join(CLUSTER)}` in step 1,
-`easy-search {" ".join(SEARCH)}` in steps 2 and 4.
+**Made by** `python scripts/build_sample.py --seed {args.seed}` with mmseqs {subprocess.getoutput("mmseqs version")}:
+`easy-cluster {" ".join(CLUSTER)}` in step 1, `easy-search {" ".join(SEARCH)}` in steps 2 and 4.
 
 {__doc__[__doc__.index("1. ") :]}"""
     args.output.mkdir(parents=True, exist_ok=True)

@@ -165,7 +165,7 @@ class Trials:
         }
         trial = Trial(
             f"different overrides on one host: {', '.join(f'`{key}`' for key in keys)}",
-            "both exit with an error that names key, values, hosts and ranks",
+            "both exit with an error that names the key, both values, the hosts and the ranks",
         )
         for key, value in keys.items():
             self.fail(trial, self.agents("differ", other=[f"{key}={value}"]), f"{key} is", f"and {value} for", *NAMES)

@@ -40,7 +40,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LISTS = ROOT / "scripts/mutations"
 FOLDERS = ("config", "data", "diffusion", "evaluation", "inference", "model", "runs", "system", "training", "top")
 # the files and folders to copy; a saved result is reused only while they are unchanged (mutation lists may change)
-TESTED = ("protlig_dd", "configs", "scripts", "tests", "docs", "README.md", "pyproject.toml", "constraints.txt")
+TESTED = ("protlig_dd", "configs", "scripts", "tests", "docs", "README.md", "pyproject.toml")
+TESTED += ("constraints.txt", "constraints-transformers4.txt")
 TIMEOUT = 600  # seconds for the tests of one mutation
 SURVIVED = "**none**"
 

@@ -2,7 +2,7 @@
 # Set up .venv with the pinned dependencies. A second run does nothing unless the dependencies have changed.
 #
 #   scripts/setup.sh            install what training and sampling need
-#   scripts/setup.sh --dev      also install what the tests need
+#   scripts/setup.sh --dev      also install what the tests need, and transformers 4 in .venv-transformers4
 #   scripts/setup.sh --system   also install (as root, on Debian) the system programs that some tests use
 #
 # PROTLIG_VENV sets another folder for the environment, PYTHON another interpreter (3.11 or newer).
@@ -32,10 +32,30 @@ if [ "$system" = yes ]; then
     fi
 fi
 
+# Install transformers 4 in a folder of its own, without the packages that $venv already has. A test puts this folder in
+# front of the others on Python's path. If the packages cannot be downloaded, the test is skipped.
+install_transformers4() {
+    local folder="$venv-transformers4" want
+    want=$(cksum < constraints-transformers4.txt)
+    if [ "$(cat "$folder/.protlig_setup" 2> /dev/null)" = "$want" ]; then
+        return
+    fi
+    rm -rf "$folder"
+    mkdir -p "$folder"
+    if "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --retries 1 --no-compile --no-deps \
+        --target "$folder" -r constraints-transformers4.txt; then
+        echo "$want" > "$folder/.protlig_setup"
+    else
+        rm -rf "$folder"
+        echo "transformers 4 cannot be installed; the test of exported models with it will be skipped" >&2
+    fi
+}
+
 stamp="$venv/.protlig_setup"
 want=$(cat pyproject.toml constraints.txt | cksum; pwd)
 have=$(cat "$stamp" 2> /dev/null || true)
 if [ -x "$venv/bin/python" ] && { [ "$have" = "$want [dev,esm,hmm,hub,slurm,wandb]" ] || [ "$have" = "$want $extras" ]; }; then
+    [ -z "$extras" ] || install_transformers4
     exit 0
 fi
 
@@ -65,3 +85,4 @@ if [ $compile = --no-compile ]; then # compile five packages now, or each test p
         "$site"/{torch,sympy,scipy,numpy,matplotlib} || true # one file of torch does not compile without a newer Python
 fi
 echo "$want $extras" > "$stamp"
+[ -z "$extras" ] || install_transformers4

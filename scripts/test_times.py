@@ -144,8 +144,9 @@ GROUPS = (
     ),
     Group(
         "using a model",
-        "the commands `sample`, `infill`, `evaluate`, `judge`, `variants`, `embed` and `export`; the linear probe; a "
-        "model can be pushed to a hub and pulled; attention maps, hooks and single sampling steps in Python",
+        "the commands `sample`, `infill`, `evaluate`, `score`, `judge`, `variants`, `embed` and `export`; their "
+        "figures in Python; the linear probe; a model can be pushed to a hub and pulled; attention maps, hooks and "
+        "single sampling steps in Python",
         (
             "test_sample",
             "test_infill",
@@ -153,11 +154,25 @@ GROUPS = (
             "test_judge",
             "test_variants",
             "test_embed",
+            "test_score_verb",
+            "test_python",
             "test_inspect",
             "test_steps",
             "test_linear_probe",
             "test_export",
         ),
+    ),
+    Group(
+        "pretrained models",
+        "a converted ESM-2 has the logits, gradients, embeddings and mutation scores that transformers computes; a "
+        "source that is not ESM-2 is a one-line error that names the difference",
+        ("test_convert",),
+    ),
+    Group(
+        "transformers",
+        "exported models have the same logits, hidden states, gradients and token ids in transformers 5 and in version "
+        "4; every weight is loaded; wrong inputs and weights are errors",
+        ("test_transformers",),
     ),
     Group(
         "report page",

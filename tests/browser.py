@@ -14,8 +14,8 @@ from typing import Any
 class Browser:
     """One tab of a running Chromium.
 
-    `problems` collects errors and warnings of the console and errors of scripts. `requests` collects every requested
-    URL.
+    `problems` collects errors and warnings in the console, and uncaught errors of scripts. `requests` collects every
+    requested URL.
 
     Args:
         commands: file descriptor to write commands to.
@@ -77,7 +77,7 @@ class Browser:
         return json.loads(message)
 
     def note(self, event: dict[str, Any]) -> None:
-        """Record an event in `loaded`, `requests` or `problems`. Other events are ignored."""
+        """Record a loaded page, a request, an error or a warning. All other events are ignored."""
         method, parameters = event.get("method"), event.get("params", {})
         if method == "Page.loadEventFired":
             self.loaded = True

@@ -1,8 +1,8 @@
 """An independent reference for the diffusion, computed with dense float64 matrices and by enumeration of all states.
 
 It does not use the formulas of protlig_dd.diffusion. A toy is a joint distribution p0 over a few sites with n states
-each. S is the number of states of a noised site. It is n, or n + 1 for the absorbing graph, whose last state is the
-mask.
+each. S, the number of states of a noised site, is n + 1 for the absorbing graph, whose last state is the mask, and n
+for the other graphs.
 """
 
 import functools
@@ -52,8 +52,9 @@ def equilibrium(graph: str, n: int) -> Tensor:
 def score_entropy(graph: str, n: int, sigma: float, log_score: Tensor, xt: int, x0: int) -> tuple[float, float]:
     """Return the score entropy of one token, and the largest absolute value of its terms.
 
-    With x = `xt` the score entropy is sum_{y != x} Q[y, x] (s_y - r_y log s_y + K(r_y)). Here r_y = P[x0, y] / P[x0, x]
-    and K(r) = r (log r - 1). float32 errors are proportional to the largest term.
+    With x = `xt` the score entropy is sum_{y != x} Q[y, x] (s_y - r_y log s_y + K(r_y)), where
+    P = exp(sigma Q), r_y = P[x0, y] / P[x0, x] and K(r) = r (log r - 1). The rounding error in float32 is proportional
+    to the largest term.
 
     Args:
         log_score: log s_y for each of the n states y.
@@ -90,7 +91,7 @@ class Toy:
         """
         p = transition(self.graph, self.n, sigma)[: self.n]
         out = self.p0
-        for _ in range(self.sites):  # sum over the first axis, x0 at one site, and append the axis of x_t
+        for _ in range(self.sites):  # sum over the first axis (x0 of one site), and append the axis of its x_t
             out = torch.tensordot(out, p, dims=([0], [0]))
         return out
 

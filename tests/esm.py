@@ -55,8 +55,10 @@ def esm_ids(sequences: list[str]) -> tuple[Tensor, Tensor]:
 
 
 def esm_logits(model: transformers.EsmForMaskedLM, sequences: list[str]) -> list[Tensor]:
-    """Return transformers' logits of the 20 amino acids for each sequence, (residues + 2, 20)."""
-    ids, mask = esm_ids(sequences)
-    logits = model(ids, attention_mask=mask).logits
+    """Return transformers' logits of the 20 amino acids for each sequence, (residues + 2, 20).
+
+    Each sequence is computed alone, because the token dropout of transformers 4.57 counts the padding of a batch as
+    residues: a protein with masks then has other logits in a batch than alone.
+    """
     columns = [ESM_TOKENS.index(letter) for letter in AMINO_ACIDS]
-    return [row[: len(sequence) + 2, columns] for row, sequence in zip(logits, sequences, strict=True)]
+    return [model(esm_ids([sequence])[0]).logits[0, :, columns] for sequence in sequences]

@@ -43,6 +43,7 @@ from protlig_dd.config.verbs import (
     PrepareConfig,
     ReportPageConfig,
     SampleConfig,
+    ScoreConfig,
     VariantsConfig,
 )
 from protlig_dd.data.store import SequenceStore
@@ -70,6 +71,7 @@ def test_every_option_of_every_group_is_valid() -> None:
     read_config(composed("from=runs/demo", "input=a.fasta", name="evaluate"), EvaluateConfig)
     read_config(composed("samples=a.fasta", "natural=b.fasta", name="judge"), JudgeConfig)
     read_config(composed("from=runs/demo", "input=a.fasta", name="embed"), EmbedConfig)
+    read_config(composed("from=runs/demo", name="score"), ScoreConfig)
     read_config(composed("from=runs/demo", "to=models/demo", name="export"), ExportConfig)
     read_config(composed("from=runs/demo", name="variants"), VariantsConfig)
 
@@ -275,7 +277,7 @@ def test_the_config_of_a_run_is_read_without_the_limits_on_new_values(tmp_path: 
         (["logger.wandb_mode=of"], ["logger.wandb_mode=of", "online, offline"]),
         (["report.split=dev"], ["report.split=dev", "train, validation, test"]),
         (["run.name=../elsewhere"], ["run.name", "plain folder name"]),
-        (["run.name=my run"], ["run.name='my run'", "without white space"]),
+        (["run.name=my run"], ["run.name='my run'", "must not contain white space"]),
     ],
 )
 def test_a_wrong_config_is_a_one_line_error_before_data_are_read(
@@ -390,6 +392,7 @@ def test_the_package_lists_its_verbs(run_python: Command) -> None:
             "prepare",
             "report",
             "sample",
+            "score",
             "training",
             "variants",
         ]
@@ -409,6 +412,7 @@ def test_every_verb_that_reads_proteins_warns_of_dna(trained_run: Path, tmp_path
         ("prepare", "output=a.h5", "split.validation_fraction=0", "split.test_fraction=0"),
         ("embed", source, "output=b.h5"),
         ("evaluate", source, "output=c", "draws=1"),
+        ("score", source, "output=c.csv", "draws=1", "pseudo=false"),
         ("infill", source, "output=d.fasta", "free=2", "n=1", "steps=2", "free_draws=0"),
     ):
         done = run_python("-m", f"protlig_dd.{verb}", "input=dna.fasta", *more)
@@ -429,6 +433,8 @@ MISSING: list[tuple[str, tuple[str, ...]]] = [
     ("evaluate", (*MODEL, "input=two.fasta")),
     ("evaluate", ("from=RUN", "input=nowhere", "output=out")),
     ("evaluate", ("from=RUN", "input=two.fasta", "train=nowhere", "output=out")),
+    ("score", ("from=nowhere", "input=two.fasta", "output=out.csv")),
+    ("score", ("from=RUN", "input=nowhere", "output=out.csv")),
     ("embed", ("from=nowhere", "input=two.fasta", "output=out.h5")),
     ("embed", ("from=RUN", "input=nowhere", "output=out.h5")),
     ("variants", ("from=nowhere", "target=one.fasta", "output=out.csv")),
@@ -480,7 +486,7 @@ def test_every_from_key_names_the_same_three_sources() -> None:
     `export` is left out, because an exported model cannot be exported again. `convert` reads models of others.
     """
     found = [path for path in (ROOT / "configs").glob("*.yaml") if re.search("^from:", path.read_text(), re.MULTILINE)]
-    assert len(found) == 8
+    assert len(found) == 9
     for path in found:
         if path.stem in ("convert", "export"):
             continue

@@ -563,20 +563,20 @@ def test_a_run_with_context_is_evaluated_and_infilled_with_it(
     assert run_python("-m", "protlig_dd.export", "from=runs/given", "to=shared").returncode == 0
     assert ProteinDiffusion.from_pretrained(tmp_path / "shared", device="cpu").score_fn.trained_with_context
     sampled = run_python("-m", "protlig_dd.sample", "from=shared", "output=s.fasta", "n=1", "steps=2", "nll_draws=0")
-    assert "warning: the samples are whole proteins, but this model was trained to design parts" in sampled.stdout
+    given = "warning: this model was trained with data.context=lower (lower-case residues are given, the others are"
+    assert given in sampled.stdout
 
     keys = ("target=MKTAYIAKQR", "output=scan.csv", "device=cpu")
     scanned = run_python("-m", "protlig_dd.variants", "from=shared", *keys)
     assert scanned.returncode == 0, scanned.stderr
-    warning = "warning: this model was trained to design parts of proteins given the lower-case residues"
-    assert warning in scanned.stdout
+    assert given in scanned.stdout
     (tmp_path / "assays").mkdir()
     (tmp_path / "assays/a.csv").write_text("mutant,DMS_score\nM1A,0.5\nK2V,0.1\n")
     (tmp_path / "reference.csv").write_text("DMS_id,target_seq,DMS_filename\na,MKTAYIAKQR,a.csv\n")
     keys = ("assay=assays", "reference=reference.csv", "output=scored", "device=cpu")
     scored = run_python("-m", "protlig_dd.variants", "from=shared", *keys)
     assert scored.returncode == 0, scored.stderr
-    assert warning in scored.stdout
+    assert given in scored.stdout
 
     # the page does not pair runs whose reports are about different residues of the same proteins
     shutil.copytree(tmp_path / "runs/given", tmp_path / "runs/other")
@@ -597,7 +597,7 @@ def test_a_run_with_context_is_evaluated_and_infilled_with_it(
     verb = ["-m", "protlig_dd.evaluate", "from=runs/given", f"input={store.path}", "device=cpu", "near=false"]
     assert "has no record with both" in run_python(*verb, "output=plain", "draws=1", "masked=false").stdout
     refused = run_python(*verb, "output=again", "context=lower")
-    assert_one_line_error(refused, "context=lower", str(store.path), "keeps no case")
+    assert_one_line_error(refused, "context=lower", str(store.path), "does not keep the case")
 
     changed = run_python(*training, f"data.path={marked_store.path}", "data.context=none", "trainer.max_steps=5")
     assert_one_line_error(changed, "data.context: lower -> none")

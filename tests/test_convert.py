@@ -1,5 +1,6 @@
 """Conversion of ESM-2 and DPLM: equality with transformers, and models that cannot be converted."""
 
+import csv
 import json
 import re
 from collections.abc import Callable
@@ -10,19 +11,25 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from omegaconf import DictConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from protlig_dd.batch import PackedBatch
 from protlig_dd.convert import convert
-from protlig_dd.data.fasta import FastaRecord
+from protlig_dd.data.fasta import FastaRecord, read_fasta
+from protlig_dd.evaluate import evaluate
 from protlig_dd.hub import ProteinDiffusion
 from protlig_dd.inference.esm import ESM_VOCABULARY, EsmSource, esm_token_ids, translate
+from protlig_dd.infill import infill
 from protlig_dd.model.dit import DiT
+from protlig_dd.sample import sample_proteins
 from protlig_dd.tokenizer import LETTERS, MASK, ProteinTokenizer
+from protlig_dd.variants import score
 
 from .conftest import Command, assert_one_line_error, composed, raises_value_error
 from .esm import AMINO_ACIDS, ESM_TOKENS, esm_ids, esm_logits, random_esm
+from .test_export import COMMIT, REPOSITORY, hub_server
 
 SIZES: dict[str, dict[str, Any]] = {
     "small": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
@@ -131,6 +138,68 @@ def test_embeddings_of_a_converted_model_are_the_last_hidden_states_of_transform
         torch.testing.assert_close(vector, state[1 : len(sequence) + 1].mean(0), rtol=1e-5, atol=1e-5)
 
 
+def use(verb: Callable[[DictConfig], None], name: str, *overrides: str) -> None:
+    verb(composed(*overrides, "device=cpu", "precision=fp32", name=name))
+
+
+def test_mutation_scores_of_a_converted_model_equal_those_of_the_public_esm_script(
+    proteins: list[FastaRecord], tmp_path: Path
+) -> None:
+    """The script is examples/variant-prediction/predict.py of github.com/facebookresearch/esm.
+
+    It masks one position at a time (masked-marginals) or none (wt-marginals), and subtracts the log-probability of the
+    wild type's residue from that of the mutant's. Both are taken over all 33 tokens, which cancels in the difference.
+    """
+    source, folder = converted(tmp_path)
+    target = proteins[0].sequence[:40]
+    ids, mask = esm_ids([target])
+    masked = ids.repeat(len(target), 1)
+    masked[range(len(target)), range(1, len(target) + 1)] = ESM_TOKENS.index("<mask>")
+    with torch.no_grad():
+        unmasked = source(ids, attention_mask=mask).logits[0, 1:-1].log_softmax(-1)
+        one_masked = source(masked).logits[range(len(target)), range(1, len(target) + 1)].log_softmax(-1)
+    for strategy, log_p in (("masked_marginals", one_masked), ("wildtype_marginals", unmasked)):
+        file = tmp_path / f"{strategy}.csv"
+        use(score, "variants", f"from={folder}", f"target={target}", f"strategy={strategy}", f"output={file}")
+        with file.open() as handle:
+            rows = list(csv.DictReader(handle))
+        assert len(rows) == 19 * len(target)
+        for row in rows:
+            wild, position, mutant = row["mutant"][0], int(row["mutant"][1:-1]) - 1, row["mutant"][-1]
+            expected = log_p[position, ESM_TOKENS.index(mutant)] - log_p[position, ESM_TOKENS.index(wild)]
+            assert float(row["score"]) == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_the_exact_count_bound_of_a_converted_model_equals_one_computed_with_transformers(tmp_path: Path) -> None:
+    """A protein of two residues has three sets of masked residues, so its bound can be computed exactly."""
+    source, folder = converted(tmp_path)
+    (tmp_path / "two.fasta").write_text(">two\nMK\n")
+    with torch.no_grad():
+        logits = esm_logits(source, ["_K", "M_", "__"])
+    first, second, both = (row.log_softmax(-1) for row in logits)
+    m, k = AMINO_ACIDS.index("M"), AMINO_ACIDS.index("K")
+    # one or two of the L = 2 residues are masked, with probability 1/2 each; a set of k has the weight L / k
+    one_masked = -(2 * first[1, m] + 2 * second[2, k]) / 2
+    expected = float((one_masked - both[1, m] - both[2, k]) / 2)
+    found = ["near=false", "draws=2000", "masked=false", f"output={tmp_path}/evaluation"]
+    use(evaluate, "evaluate", f"from={folder}", f"input={tmp_path}/two.fasta", *found)
+    report = json.loads((tmp_path / "evaluation/report.json").read_text())
+    assert report["bound"] == pytest.approx(expected / 2, abs=5 * report["bound_se"])
+
+
+def test_samples_and_designs_of_a_converted_model_have_their_fixed_residues_and_lengths(
+    proteins: list[FastaRecord], tmp_path: Path
+) -> None:
+    _, folder = converted(tmp_path)
+    start = proteins[0].sequence[:30]
+    (tmp_path / "partial.fasta").write_text(f">a\n{start[:10]}__________{start[20:]}\n")
+    use(sample_proteins, "sample", f"from={folder}", "n=2", "lengths=25", "steps=5", f"output={tmp_path}/s.fasta")
+    use(infill, "infill", f"from={folder}", f"input={tmp_path}/partial.fasta", "steps=5", f"output={tmp_path}/i.fasta")
+    assert [len(record.sequence) for record in read_fasta(tmp_path / "s.fasta")] == [25, 25]
+    for record in read_fasta(tmp_path / "i.fasta"):
+        assert (record.sequence[:10], record.sequence[20:]) == (start[:10], start[20:])
+
+
 def test_every_token_but_j_has_its_name_in_esm() -> None:
     assert list(ESM_VOCABULARY) == ESM_TOKENS
     names = [ESM_TOKENS[i] for i in esm_token_ids()]
@@ -141,9 +210,11 @@ def test_every_token_but_j_has_its_name_in_esm() -> None:
 def test_stored_rotary_frequencies_are_kept(proteins: list[FastaRecord], tmp_path: Path) -> None:
     """ESM-2's frequencies have been rounded to float16, in older files once per block."""
     source = random_esm(tmp_path / "source")
-    rounded = source.esm.rotary_embeddings.inv_freq.half().float()
-    assert not torch.equal(rounded, source.esm.rotary_embeddings.inv_freq)
-    source.esm.rotary_embeddings.inv_freq.copy_(rounded)
+    frequencies = [buffer for name, buffer in source.named_buffers() if name.endswith("rotary_embeddings.inv_freq")]
+    rounded = frequencies[0].half().float()
+    for buffer in frequencies:  # one in transformers 5, one per block in version 4
+        assert not torch.equal(rounded, buffer)
+        buffer.copy_(rounded)
     file = tmp_path / "source/model.safetensors"
     weights = {name: tensor for name, tensor in load_file(file).items() if "inv_freq" not in name}
     names = [f"esm.encoder.layer.{block}.attention.self.rotary_embeddings.inv_freq" for block in range(2)]
@@ -306,5 +377,43 @@ def test_convert_names_bad_arguments_in_one_line(tmp_path: Path, run_python: Com
     )
     process = run_python("-m", "protlig_dd.convert", "from=source", "to=model")
     assert process.returncode == 0, process.stderr
+    assert "for proteins of up to 1022 residues" in process.stdout
     process = run_python("-m", "protlig_dd.convert", "from=model", "to=other")
     assert_one_line_error(process, "model is a model of protlig_dd already")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pickled", [False, True])
+def test_a_model_is_downloaded_from_a_hub_and_its_commit_recorded(
+    pickled: bool, tmp_path: Path, run_python: Command
+) -> None:
+    source = random_esm(tmp_path / "source")
+    if pickled:
+        torch.save(source.state_dict(), tmp_path / "source/pytorch_model.bin")
+        (tmp_path / "source/model.safetensors").unlink()
+    environment = {
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
+    verb = ("-m", "protlig_dd.convert")
+    with hub_server() as (address, files):
+        files |= {path.name: path.read_bytes() for path in (tmp_path / "source").iterdir()}
+        files["modeling_evil.py"] = b"raise SystemExit"
+        files["optimizer.bin" if pickled else "pytorch_model.bin"] = b"not needed"
+        process = run_python(*verb, f"from={REPOSITORY}", "to=model", HF_ENDPOINT=address, **environment)
+        assert process.returncode == 0, process.stderr
+        process = run_python(
+            *verb, f"from={REPOSITORY}", "to=other", "revision=missing", HF_ENDPOINT=address, **environment
+        )
+        assert_one_line_error(process, f"{REPOSITORY} has no revision 'missing' on the hub")
+        process = run_python(*verb, "from=someone/gated", "to=other", HF_ENDPOINT=address, **environment)
+        assert_one_line_error(process, "someone/gated is gated: accept its terms on this page, then run `hf auth")
+    origin = json.loads((tmp_path / "model/config.json").read_text())["converted_from"]
+    assert (origin["name"], origin["commit"]) == (REPOSITORY, COMMIT)
+    assert f"converted from | {REPOSITORY}, commit {COMMIT}" in (tmp_path / "model/README.md").read_text()
+    downloaded = {path.name for path in (tmp_path / "home").rglob("*") if path.is_symlink() or path.is_file()}
+    assert not {"modeling_evil.py", "optimizer.bin", "pytorch_model.bin" if not pickled else ""} & downloaded
+    read_and_convert(tmp_path / "source", tmp_path / "local")
+    assert (tmp_path / "local/model.safetensors").read_bytes() == (tmp_path / "model/model.safetensors").read_bytes()

@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from protlig_dd.batch import PackedBatch, StaticShape
 from protlig_dd.model.config import ModelConfig
-from protlig_dd.model.dit import DiT
+from protlig_dd.model.dit import DiT, drop_masked
 from protlig_dd.model.kernels import per_token
-from protlig_dd.model.layers import RMSNorm
+from protlig_dd.model.layers import MLP, RMSNorm, make_norm
 from protlig_dd.model.mixers import MIXERS
 from protlig_dd.model.mixers.attention import Attention
+from protlig_dd.model.rotary import rotary_cos_sin
+from protlig_dd.tokenizer import MASK
 
 from .conftest import SMALL_MODEL, make_model, raises_value_error, random_batch
 
@@ -29,6 +32,14 @@ OPTIONS = [
     {"mlp": "swiglu", "qk_norm": True},
     {"mlp": "geglu", "tie_weights": True},
     {"checkpointing": True},
+    {
+        "mlp": "gelu_erf",
+        "attention_bias": True,
+        "head": "lm",
+        "tie_weights": True,
+        "token_dropout": True,
+        "norm_eps": 0.1,
+    },
 ]
 VARIANTS = [make_model(**options) for options in OPTIONS]
 MIXED = {name: make_model(mixers=["attention", name], qk_norm=True) for name in MIXERS}
@@ -75,11 +86,15 @@ def logits_by_formulas(model: DiT, tokens: torch.Tensor, sigma: float) -> torch.
 
     def norm(name: str, x: torch.Tensor, rms: bool) -> torch.Tensor:
         centred = x if rms else x - x.mean(-1, keepdim=True)
-        scaled = centred / (centred.square().mean(-1, keepdim=True) + (1e-6 if rms else 1e-5)).sqrt()
+        eps = 1e-6 if rms else model.head.norm.eps
+        scaled = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
         return scaled * w[f"{name}.weight"] + w.get(f"{name}.bias", 0.0)
 
     def gelu(x: torch.Tensor) -> torch.Tensor:
         return 0.5 * x * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3)))
+
+    def exact_gelu(x: torch.Tensor) -> torch.Tensor:
+        return 0.5 * x * (1 + torch.erf(x / 2**0.5))
 
     def silu(x: torch.Tensor) -> torch.Tensor:
         return x / (1 + torch.exp(-x))
@@ -99,7 +114,7 @@ def logits_by_formulas(model: DiT, tokens: torch.Tensor, sigma: float) -> torch.
             return [0.0, 0.0, 1.0, 0.0, 0.0, 1.0][:number]
         return list(linear(f"{name}.adaln", cond).chunk(number))
 
-    x = w["embedding.weight"][tokens]
+    x = w["embedding.weight"][tokens] * (0.88 if model.token_dropout else 1.0)  # no token is masked
     frequencies = torch.tensor([10000 ** (-j / half) for j in range(half)], dtype=torch.float64)
     rotation = torch.exp(1j * torch.arange(length, dtype=torch.float64)[:, None] * frequencies)[:, None]
     for i, block in enumerate(model.blocks):
@@ -119,10 +134,12 @@ def logits_by_formulas(model: DiT, tokens: torch.Tensor, sigma: float) -> torch.
             gate = silu if block.mlp.kind == "swiglu" else gelu
             h = gate(h[:, : h.shape[1] // 2]) * h[:, h.shape[1] // 2 :]
         else:
-            h = gelu(h) if block.mlp.kind == "gelu" else h.clamp(min=0) ** 2
+            h = {"gelu": gelu, "gelu_erf": exact_gelu, "relu2": lambda z: z.clamp(min=0) ** 2}[block.mlp.kind](h)
         x = x + gate_m * linear(f"{name}.mlp.down", h)
     shift, scale = modulations("head", 2)
     x = norm("head.norm", x, isinstance(model.head.norm, RMSNorm)) * (1 + scale) + shift
+    if "head.dense.weight" in w:
+        x = norm("head.dense_norm", exact_gelu(linear("head.dense", x)), isinstance(model.head.norm, RMSNorm))
     if "head.out.gain" in w:
         return w["head.out.gain"] * x / 0.02 @ w["embedding.weight"][:20].T + w["head.out.bias"]
     return linear("head.out", x)
@@ -419,3 +436,66 @@ def test_a_cuda_graph_of_padded_packs_gives_the_gradients_of_unpadded_packs(comp
         found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     plain, graphed = found
     assert (plain - graphed).norm() < 0.02 * plain.norm()
+
+
+def test_token_dropout_zeroes_masks_and_scales_each_protein_by_its_unmasked_fraction() -> None:
+    batch = random_batch([6, 5, 4])
+    tokens = batch.tokens.clone()
+    tokens[1:4] = MASK  # 3 of 6
+    tokens[11:15] = MASK  # all
+    batch = batch.with_tokens(tokens)
+    x = torch.randn(15, 8, generator=torch.Generator().manual_seed(0))
+    found = drop_masked(x, batch)
+    assert not found[1:4].any()
+    assert not found[11:15].any()
+    torch.testing.assert_close(found[[0, 4, 5]], x[[0, 4, 5]] * 0.88 / 0.5)
+    torch.testing.assert_close(found[6:11], x[6:11] * 0.88)
+
+
+@pytest.mark.parametrize("options", [{"head": "lm"}, {"head": "lm", "tie_weights": True}, {"attention_bias": True}])
+def test_the_options_of_esm2_leave_an_untrained_network_with_zero_logits(options: dict[str, Any]) -> None:
+    network, batch = DiT(ModelConfig(**{**SMALL_MODEL, **options}), "sdpa"), random_batch([7, 4])
+    assert not network(batch, torch.full((2,), 0.5)).any()
+
+
+def test_gelu_erf_is_the_exact_gelu() -> None:
+    layer, x = MLP(16, "gelu_erf").double(), torch.randn(5, 16, dtype=torch.float64)
+    up = layer.up(x)
+    expected = layer.down(up * 0.5 * (1 + torch.erf(up / 2**0.5)))
+    torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_norm_eps_is_added_to_the_variance(norm: str) -> None:
+    x = torch.randn(3, 8, dtype=torch.float64)
+    centred = x - x.mean(-1, keepdim=True) if norm == "layer" else x
+    expected = centred / (centred.square().mean(-1, keepdim=True) + 0.5).sqrt()
+    torch.testing.assert_close(make_norm(norm, 8, 0.5).double()(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"head": "lmm"}, r"model.head=lmm: choose from linear, lm; did you mean 'lm'\?"),
+        ({"rotary_frequencies": [1.0]}, "model.rotary_frequencies has 1 frequencies, but head_dim 8 has 4 pairs"),
+        ({"rotary_frequencies": [1.0], "positions": "none"}, "model.rotary_frequencies has no effect with model.pos"),
+        (
+            {"attention_bias": True, "mixers": "ttt_linear"},
+            "model.attention_bias=true has no effect with model.mixers=",
+        ),
+        ({"norm_eps": 0.0}, "model.norm_eps must be above 0, got 0.0"),
+    ],
+)
+def test_an_option_of_esm2_that_does_not_fit_is_an_error(options: dict[str, Any], message: str) -> None:
+    with raises_value_error(message):
+        make_model(**options)
+
+
+def test_given_rotary_frequencies_are_the_angles_per_position() -> None:
+    frequencies = torch.tensor([0.5, 0.25])
+    cos, sin = rotary_cos_sin(4, 4, frequencies=frequencies)
+    angle = torch.outer(torch.arange(4.0), frequencies)
+    torch.testing.assert_close(cos.squeeze()[:, :2], angle.cos())
+    torch.testing.assert_close(sin.squeeze()[:, 2:], angle.sin())
+    with pytest.raises(ValueError, match=r"head_dim 4 needs 2 frequencies, got \(3,\)"):
+        rotary_cos_sin(4, 4, frequencies=torch.ones(3))

@@ -648,7 +648,7 @@ def test_similar_training_proteins_are_found_with_mmseqs(
     assert found.cells(3) == ["copy", "near", "no"]
     assert (
         "warning: 1 more of 3 proteins are similar to a training protein "
-        "(>= 50% identity over >= 80% of either sequence)" in found.lines()
+        "(>= 50% identity over >= 80% of at least one of the two sequences)" in found.lines()
     )
 
 
@@ -676,7 +676,7 @@ def test_a_single_protein_has_the_standard_error_of_its_draws(
     table = (tmp_path / "out/report.md").read_text()
     assert f"| {report['bound']:.4f} ± {report['bound_se']:.4f} |" in table
     assert f"| unigram model, NLL | {report['unigram']:.4f} |" in table
-    note = "With a single protein, the standard error of the bound is that over its draws; the others are unknown."
+    note = "With a single protein, the standard error of the bound is its Monte Carlo error, and all other"
     assert note in table
     assert "nan" not in table
 

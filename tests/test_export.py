@@ -25,13 +25,14 @@ from Bio.Align import substitution_matrices
 from safetensors.torch import save_file
 
 from protlig_dd import __version__
+from protlig_dd.batch import PackedBatch
 from protlig_dd.data.store import SequenceStore
 from protlig_dd.hub import ProteinDiffusion
 from protlig_dd.inference.exported import EXPORTED, WEIGHTS
 from protlig_dd.inference.model import find_saved, load_trained
 from protlig_dd.runs.checkpoint import complete_checkpoints, load_tensors
 from protlig_dd.system.files import sha256
-from protlig_dd.tokenizer import AMINO_ACIDS
+from protlig_dd.tokenizer import AMINO_ACIDS, ProteinTokenizer
 
 from .conftest import ROOT, Command, MadeOnce, assert_one_line_error, random_batch, thorough
 from .test_training import TINY, train
@@ -318,6 +319,15 @@ def test_damaged_and_foreign_exports_are_rejected(exported: Path, tmp_path: Path
         ProteinDiffusion.from_pretrained(exported / "runs", device="cpu")
 
 
+AUTO_MODEL = """
+import sys
+from safetensors.torch import save_file
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+model = AutoModelForMaskedLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+inputs = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)("MKTAYIAK", return_tensors="pt")
+assert "protlig_dd" not in sys.modules
+save_file({"logits": model(**inputs).logits.detach()}, sys.argv[2])
+"""
 REPOSITORY = "someone/proteins"
 CLIENT = ("-m", "tests.hub_client")
 COMMIT = hashlib.sha1(b"one").hexdigest()
@@ -327,7 +337,8 @@ COMMIT = hashlib.sha1(b"one").hexdigest()
 def hub_server() -> Iterator[tuple[str, dict[str, bytes]]]:
     """Serve the part of a hub's HTTP interface that an upload and a download use.
 
-    Yield the server's address, and its files by name.
+    Every model has the same files, except that someone/gated is gated. The revision `missing` does not exist. Yield the
+    server's address, and its files by name.
     """
     files: dict[str, bytes] = {}
 
@@ -360,9 +371,24 @@ def hub_server() -> Iterator[tuple[str, dict[str, bytes]]]:
                 }
             self.answer(json.dumps(found).encode(), Content_Type="application/json")
 
+        def fail(self, code: int, reason: str) -> None:
+            self.send_response(code)
+            self.send_header("X-Error-Code", reason)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
         def do_GET(self) -> None:
-            _, slash, name = self.path.partition(f"/{REPOSITORY}/resolve/{COMMIT}/")
+            if self.path.startswith("/api/models/someone/gated"):
+                self.fail(403, "GatedRepo")
+                return
+            if "/revision/missing" in self.path or "/tree/missing" in self.path:
+                self.fail(404, "RevisionNotFound")
+                return
+            _, slash, name = self.path.partition(f"/resolve/{COMMIT}/")
             if slash:
+                if name not in files:
+                    self.fail(404, "EntryNotFound")
+                    return
                 etag = hashlib.sha256(files[name]).hexdigest()
                 self.answer(files[name], ETag=f'"{etag}"', X_Repo_Commit=COMMIT)
                 return
@@ -405,13 +431,21 @@ def test_a_model_pushed_to_a_hub_is_pulled_unchanged(exported: Path, tmp_path: P
         assert process.returncode == 0, process.stderr
         assert process.stdout.strip().endswith(f"{REPOSITORY}/commit/{COMMIT}")
         assert files == {name: (model / name).read_bytes() for name in EXPORTED}
+        other = environment | {"HF_HOME": str(tmp_path / "other")}
+        process = run_python("-c", AUTO_MODEL, REPOSITORY, "logits.safetensors", HF_ENDPOINT=address, **other)
+        assert process.returncode == 0, process.stderr
         files["pytorch_model.bin"] = b"somebody else's pickle"
         process = run_python(*CLIENT, "pull", REPOSITORY, "back", HF_ENDPOINT=address, **environment)
         assert process.returncode == 0, process.stderr
     assert {path.name: path.read_bytes() for path in (tmp_path / "back").iterdir()} == {
         name: (model / name).read_bytes() for name in EXPORTED
     }
-    assert not list((tmp_path / "home").rglob("*.bin"))
+    assert not [*(tmp_path / "home").rglob("*.bin"), *(tmp_path / "home").rglob("*.py")]
+    network = ProteinDiffusion.from_pretrained(model, device="cpu").network
+    batch = PackedBatch.pack([torch.from_numpy(ProteinTokenizer().encode("MKTAYIAK"))])
+    with torch.no_grad():
+        logits = load_tensors(tmp_path / "logits.safetensors")["logits"][0, :, :20]
+        torch.testing.assert_close(logits, network(batch, torch.zeros(1)), rtol=1e-5, atol=1e-5)
     offline = {"HF_HUB_OFFLINE": "1", **environment}
     process = run_python(*CLIENT, "pull", REPOSITORY, "cached", **offline)
     assert process.returncode == 0, process.stderr
@@ -422,3 +456,30 @@ def test_a_model_pushed_to_a_hub_is_pulled_unchanged(exported: Path, tmp_path: P
     assert_one_line_error(
         run_python(*CLIENT, "pull", "no/such/folder", "x", **offline), "no/such/folder is not a local folder"
     )
+
+
+@pytest.mark.parametrize("exported", ["absorbing"], indirect=True)
+def test_a_dry_run_lists_what_would_be_uploaded_and_uses_no_network(
+    exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = ProteinDiffusion.from_pretrained(exported / "models/base", device="cpu")
+
+    def no_network(*arguments: object, **options: object) -> None:
+        raise AssertionError("a dry run must not use the network")
+
+    monkeypatch.setattr("huggingface_hub.HfApi", no_network)
+    for private in (True, False):
+        listed = model.push_to_hub(REPOSITORY, private=private, dry_run=True).splitlines()
+        sizes = {name: (exported / "models/base" / name).stat().st_size for name in EXPORTED}
+        kind = "private" if private else "public"
+        assert listed[0] == f"{REPOSITORY} ({kind} if it is new): {len(sizes)} files, {sum(sizes.values()):,} bytes"
+        assert listed[1:] == [f"  {name}: {sizes[name]:,} bytes" for name in sorted(sizes)]
+    for dry_run in (True, False):
+        with pytest.raises(
+            ValueError, match="'proteins' lacks the owner: give the name of a model on the hub as owner"
+        ):
+            model.push_to_hub("proteins", dry_run=dry_run)
+        with pytest.raises(
+            ValueError, match="'some one/x' cannot be the name of a model on the hub, owner/name: Repo id"
+        ):
+            model.push_to_hub("some one/x", dry_run=dry_run)

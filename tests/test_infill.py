@@ -93,7 +93,7 @@ def test_a_contig_places_motifs_between_new_residues() -> None:
     assert map_csv([Design("d", 0, layout, design, 0)]).splitlines()[1:] == [
         "d,1,2,true,,", "d,3,5,false,A,3", "d,6,7,false,B,9", "d,8,8,true,,",
     ]  # fmt: skip
-    # the residue numbers are consecutive, but they are of two proteins
+    # A1-3 and B4-6 have consecutive residue numbers, but belong to two proteins
     adjacent = draw_layout("A1-3/B4-6/1", None, np.random.default_rng(0))
     assert map_csv([Design("d", 0, adjacent, build_template(BOTH, adjacent), 0)]).splitlines()[1:] == [
         "d,1,3,false,A,1", "d,4,6,false,B,4", "d,7,7,true,,",
@@ -113,7 +113,7 @@ def test_a_contig_that_allows_new_residues_has_at_least_one() -> None:
     assert sum((count - 250) ** 2 / 250 for count in seen.values()) < 26
     assert layouts("0-1") == {"_": 200}
     assert set(layouts("0-2/A1-5/0-2", "1-6")) == {"_ACDEF", "ACDEF_"}
-    # a contig without new residues is allowed, because the input may contain `_`
+    # a contig without new residues is allowed, because positions that are `_` in the input are free
     assert layouts("A1-5") == layouts("0-2/A1-5/0-2", "5") == {"ACDEF": 200}
 
 
@@ -305,7 +305,7 @@ def test_two_letters_in_a_contig_are_two_records(
 def test_the_table_gives_the_mutations_and_scores_of_each_design(
     trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first row is the input. A position that is `_` in the input is not a mutation."""
+    """The first row is the input, unless it contains `_`. A position that is `_` in the input is not a mutation."""
     wild = RECORD.sequence * 3
     records = {"wt": wild, "holes": f"AC__D{RECORD.sequence}"}
     run_in_process(tmp_path, monkeypatch, trained_run, records, "free=[3-9]", "n=6", "best=4", "free_draws=6")
@@ -383,7 +383,7 @@ def test_the_nll_of_free_residues_is_the_average_over_their_masks(conditioned: b
 
 @pytest.mark.slow
 def test_two_seeds_rank_the_redesigns_of_a_loop_similarly(trained_run: Path, store: SequenceStore) -> None:
-    """The number of draws is the default value of free_draws."""
+    """The scores use the default number of random masks, `free_draws`."""
     trained = load_trained(str(trained_run), device="cpu", precision="fp32")
     protein = next(store[row][1:-1] for row in store.split("test") if 60 < len(store[row]) < 130)
     template = protein.copy()

@@ -297,7 +297,7 @@ def test_a_name_is_accepted_exactly_if_a_forward_pass_calls_its_module(positions
 def test_in_test_time_training_the_second_call_of_a_module_is_on_reversed_sequences(sequences: list[str]) -> None:
     """docs/inspect.md describes the order of the tokens, and the shape of the output of the inner model."""
     model, found = make_model(mixers="ttt_linear", n_blocks=1), dict[str, list[Tensor]]()
-    with torch.no_grad():  # the second direction then reads the mixer's input, without the output of the first
+    with torch.no_grad():  # without the output of the first direction, the second direction reads the mixer's input
         model.blocks[0].directions.forward_alpha.zero_()
     tokens = [torch.from_numpy(ProteinTokenizer().encode(sequence)) for sequence in sequences[:2]]
     batch = PackedBatch.pack(tokens)
@@ -521,7 +521,7 @@ def test_the_picture_has_the_sequence_beside_the_map(tmp_path: Path, sequences: 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with models/demo, an exported model with random weights. Its norms are those of `model=tiny`."""
+    """Return a folder with models/demo, an exported model with random weights and the norms of `model=tiny`."""
     folder = tmp_path_factory.mktemp("inspect")
     description = json.loads((ROOT / "tests/golden/files/exported" / EXPORTED[1]).read_text())
     options = {"hidden_size": 32, "n_heads": 8, "n_blocks": 2, "cond_dim": 16, "norm": "rms", "qk_norm": True}

@@ -204,7 +204,7 @@ def test_there_are_as_many_controls_as_samples_and_none_is_in_the_reference() ->
         assert all(len(protein) == 50 + protein[0] for protein in [*natural, *mixed, *reference])  # not cropped
         # every protein of the pool consists of a single letter, so shuffling does not change it
         assert [protein.tolist() for protein in mixed] == [protein.tolist() for protein in natural]
-    with pytest.raises(ValueError, match="20 natural proteins are too few: 11 samples need 22, half as the reference"):
+    with pytest.raises(ValueError, match="20 natural proteins are too few: 11 samples need 22, of which 11 are"):
         with_controls([np.zeros(30)] * 11, pool, seed=3)
 
 
@@ -248,7 +248,7 @@ def test_every_row_has_the_value_that_its_name_says() -> None:
     """The test computes each value in another way than `judge`.
 
     Low complexity is the exception: this test checks only the name of its row, and another test checks its residues.
-    The fractions in this set are all different, so that swapped rows are detected.
+    The fractions of these samples are all different, so that swapped rows are detected.
     """
     texts = ("ACDEFGHIKLMNPQRSTVWY" * 2, "AAAAAAAAAAAACDEF", "ACACACWYWYKLMN", "ACDAAA", "ACDAAA")
     samples = [ids_of(text) for text in texts]
@@ -275,7 +275,7 @@ def test_every_row_has_the_value_that_its_name_says() -> None:
     for name, value in exact.items():
         assert rows[name][0] == pytest.approx(value), name
     flags = [low_complexity(sample).tolist() for sample in samples]
-    # 18 residues are in tandem repeats: with the same number here, swapped rows would not be detected
+    # 18 residues are in tandem repeats; if 18 also had low complexity, swapped rows would not be detected
     assert sum(map(sum, flags)) not in (0, 18)
     assert rows["residues in low complexity"][0] == pytest.approx(sum(map(sum, flags)) / 82)
     for k, name in ((1, "composition"), (2, "2-mers"), (3, "3-mers")):
@@ -511,7 +511,8 @@ def test_the_output_folder_reports_relatives_and_families(
         "families",
     ]
     notes = [
-        "Natural proteins have nearly the samples' lengths; in rows about lengths they are drawn at random.",
+        "The natural proteins are chosen to have nearly the samples' lengths; in rows about lengths they are "
+        "chosen at random.",
         f"Training proteins are those of {store.path}.",
     ]
     assert table.splitlines()[2 + len(rows) :] == ["", *sentences, "", notes[0], "", notes[1]]
@@ -706,7 +707,7 @@ def test_the_identity_of_few_hits_gives_no_verdict(hits: float, verdict: str) ->
             "cannot tell",
             "",
         ),  # the interval extends beyond the limit
-        # shuffling has no effect: the limit is 0
+        # the shuffled value equals the natural value, so the limit is 0
         (Figure(0.10, 0.01), Figure(0.11, 0.01), Figure(0.11, 0.01), "cannot tell", ""),
         (
             Figure(0.00, 0.00),

@@ -11,8 +11,8 @@ from .conftest import ROOT
 PACKAGE = ROOT / "protlig_dd"
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
 
-# Folders and modules of the package, from the lowest layer to the highest. Each of them may import itself and all parts
-# of lower layers, but no other part of its own layer. Other files, such as the verbs, are above all layers.
+# Folders and modules of the package, from the lowest layer to the highest. Each of them may import itself and all lower
+# layers, but nothing else in its own layer. Other files, such as sample.py, are above all layers.
 LAYERS = (
     ("system", "tokenizer"),
     ("batch",),
@@ -24,6 +24,7 @@ LAYERS = (
 )
 LAYER_OF = {part: layer for layer, parts in enumerate(LAYERS) for part in parts}
 LONGEST, MEDIAN = 350, 150  # limits on the number of lines of a file, and on the median over the files
+COPIED = "protlig_dd.inference.modeling_protlig_dd"  # longer: exported models contain a copy, which must be one file
 MOST_PARAMETERS = 8
 
 
@@ -65,7 +66,7 @@ def test_lower_layers_do_not_read_configs() -> None:
 
 def test_files_are_short() -> None:
     lines = {name: len(path.read_text().splitlines()) for name, path in MODULES.items()}
-    assert {name: count for name, count in lines.items() if count > LONGEST} == {}
+    assert {name: count for name, count in lines.items() if count > LONGEST and name != COPIED} == {}
     counts = sorted(lines.values())
     assert counts[len(counts) // 2] < MEDIAN
 

@@ -175,7 +175,7 @@ def test_with_wrong_scores_the_bound_is_above_the_models_negative_log_likelihood
     """Scores with a random error in every state do not belong to any distribution.
 
     Each sequence's bound is above its -log p under the model that samples with these scores. The average bound exceeds
-    the entropy of the toy by more than the toy's Kullback-Leibler divergence from that model.
+    the entropy of the toy's p0 by more than KL(p0 || model).
     """
     toy = brute_force.random_toy(name)
     graph = graph_of(name, toy.n)
@@ -201,7 +201,7 @@ def test_with_wrong_scores_the_bound_is_above_the_models_negative_log_likelihood
 def test_the_exact_count_bound_is_the_average_over_decoding_orders() -> None:
     """A network without time conditioning decodes in a random order.
 
-    The bound is the average of -log p over the orders, which is above -log of the average p.
+    The bound is the average of -log p over the orders. By Jensen's inequality it is above -log of the average of p.
     """
     logits = torch.randn(4, 4, 2, 3, generator=torch.Generator().manual_seed(3))
     log_q = logits.double().log_softmax(-1)
@@ -245,7 +245,7 @@ def test_zero_logits_have_a_bound_of_log_20_per_residue() -> None:
     integral = nll_bound(score_fn, batch, generator=torch.Generator().manual_seed(0), draws=16)
     nll, error = per_residue(integral.nats.numpy(), integral.residues.numpy())
     assert abs(nll - math.log(20)) < 4 * error
-    for i in range(40):  # the standard error of each sequence has the right size too
+    for i in range(40):  # the standard error of each single sequence is large enough too
         assert abs(float(integral.nats[i]) - 50 * math.log(20)) < 6 * float(integral.standard_error[i])
 
 
@@ -269,10 +269,10 @@ def test_the_bound_contains_prior_integral_and_reconstruction(graph: Graph) -> N
 
 
 @pytest.mark.parametrize("matrix", ["BLOSUM62", "PAM30"])
-def test_the_bound_contains_errors_at_high_noise(matrix: str) -> None:
+def test_the_bound_includes_the_error_of_the_scores_at_high_noise(matrix: str) -> None:
     """Scores of a wrong equilibrium distribution are equally wrong at every noise level.
 
-    The bound contains their error at high noise only if the draws reach sigma_max.
+    The bound contains their error at high noise only if sigma is drawn up to sigma_max.
     """
     graph = make_substitution_graph(matrix)
     noise = build_noise({"name": "loglinear", "eps": None, "rate": None, "t_min": 1e-3}, graph)
@@ -385,7 +385,7 @@ def test_the_standard_error_covers_the_population_average() -> None:
 def test_a_proteins_standard_error_is_the_standard_deviation_of_its_bounds(
     estimator: str, draws: int, covered: float, trained_run: Path, store: SequenceStore
 ) -> None:
-    """Compute one protein's bound many times. The trained network predicts some residues better than others."""
+    """Compute one protein's bound many times. With a trained network the bound depends on which residues are noised."""
     trained = load_trained(str(trained_run), device="cpu", precision="fp32")
     tokens = next(store[row] for row in store.split("test") if 60 < len(store[row]) < 130)[:62]
     times, margin = (4, 0.12) if thorough() else (2, 0.25)

@@ -40,7 +40,7 @@ def test_an_epoch_has_no_sequence_twice_and_leaves_out_few_at_its_end(store: Seq
         assert len(tail) == dataset.tail(epoch)
         tail_tokens = clipped_tokens(store.lengths[tail], dataset.max_len).sum()
         all_tokens = clipped_tokens(store.lengths[dataset.rows], dataset.max_len).sum()
-        # the tail is large here, because the budget is small: about 7 sequences per pack
+        # the tail (what the epoch leaves out) is large here, because the budget is small: about 7 sequences per pack
         assert tail_tokens < 0.15 * all_tokens
 
 
@@ -88,7 +88,7 @@ def test_proteins_of_one_length_get_new_crops_in_each_pack_and_epoch(tmp_path: P
     store = SequenceStore(tmp_path / "long.h5")
     starts = {}
     for seed in (1, 2):
-        dataset = make_dataset(store, seed=seed, budget=302)  # one protein a pack
+        dataset = make_dataset(store, seed=seed, budget=302)  # one protein per pack
         packs = [dataset[pack] for pack in range(30)]
         tokens = [pack.tokens[pack.tokens < 20].numpy().astype(np.uint8).tobytes() for pack in packs]
         starts[seed] = [
@@ -97,7 +97,7 @@ def test_proteins_of_one_length_get_new_crops_in_each_pack_and_epoch(tmp_path: P
         assert len(set(starts[seed])) > 15  # of 101 possible starts; the packs are from 3 epochs
     assert starts[1] != starts[2]
     dataset = make_dataset(store, max_len=399, budget=401)
-    # each protein has two crops, and both occur
+    # each protein has two possible crops, and both occur
     assert {int(dataset[pack].tokens[0]) == BOS for pack in range(30)} == {True, False}
 
 
@@ -285,7 +285,9 @@ def test_invalid_sizes_weights_and_crops_are_errors(store: SequenceStore, two_st
         check_pack_sizes(512, 512)
     with pytest.raises(ValueError, match=r"data\.max_len must be at least 1 residue, got 0"):
         check_pack_sizes(0, 512)
-    with pytest.raises(ValueError, match=r"\d+ tokens an epoch, less than one pack of data.tokens_per_pack=90000000"):
+    with pytest.raises(
+        ValueError, match=r"\d+ tokens per epoch, too few for one pack of data.tokens_per_pack=90000000"
+    ):
         make_dataset(store, budget=90_000_000)
     rows, sizes = two_stores.split("train"), {"max_len": 300, "tokens_per_pack": 2000}
     with pytest.raises(ValueError, match=r"data\.weights has 1 weights for 2 stores"):

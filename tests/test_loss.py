@@ -39,7 +39,7 @@ def test_the_loss_of_a_time_free_x0_network_is_weighted_cross_entropy() -> None:
     """With log-linear noise the loss is the cross-entropy of masked residues, divided by t.
 
     The weight of a masked residue is kappa dsigma, where kappa = 1 / (e^sigma - 1) and dsigma is the derivative of
-    sigma. With log-linear noise it is 1/t, because the factor 1 - eps cancels.
+    sigma. With log-linear noise this weight is 1/t, because the factor 1 - eps cancels.
     """
     graph, noise, batch = Absorbing(), LogLinearNoise(), random_batch([40, 25])
     model = make_model()
@@ -55,7 +55,10 @@ def test_the_loss_of_a_time_free_x0_network_is_weighted_cross_entropy() -> None:
 
 
 def test_the_loss_of_a_curriculum_is_the_integral_up_to_its_cap() -> None:
-    """With zero logits the integrand is log 20 per residue at all t <= cap, so the integral is (cap - t_min) log 20."""
+    """A curriculum draws times t up to a cap, which grows during training.
+
+    With zero logits the integrand is log 20 per residue at all t <= cap, so the integral is (cap - t_min) log 20.
+    """
     graph, noise, batch = Absorbing(), LogLinearNoise(), random_batch([60] * 400)
     score_fn = ScoreFn(lambda batch, sigma: torch.zeros(len(batch.tokens), 20), graph, noise, "x0")
     for cap in (0.1, 0.6, 1.0):

@@ -1,6 +1,6 @@
-"""The meeting of ranks at the start of a run.
+"""The meeting, in which all ranks of a run compare their configs, data and versions before they start.
 
-In most tests the ranks are threads of one process, which communicate through torch's store.
+In most tests the ranks are threads of one process. They communicate through a store of torch.distributed.
 """
 
 import os

@@ -1,4 +1,7 @@
-"""`model.mixers`: one mixer for all blocks or one for each, in configs of all versions and in each use of a model."""
+"""`model.mixers` (attention or test-time training): one mixer for all blocks, or one for each block.
+
+The tests cover configs of all versions and each use of a model.
+"""
 
 import json
 import shutil

@@ -59,7 +59,7 @@ def test_a_character_that_the_locale_lacks_is_replaced(monkeypatch: pytest.Monke
 def test_the_permissions_of_written_files_follow_the_umask(
     trained_run: Path, tmp_path: Path, run_python: Command
 ) -> None:
-    """Check all files that the verbs below write, including the tensors of an exported model."""
+    """Check all files that the commands below write, including the tensors of an exported model."""
     for mask, mode in ((0o077, 0o600), (0o002, 0o664))[: None if thorough() else 1]:
         folder = tmp_path / f"{mask:o}"
         folder.mkdir()

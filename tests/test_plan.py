@@ -48,7 +48,7 @@ def test_packs_contain_whole_sequences_within_the_budget_and_close_only_when_ful
     tokens: list[int], budget: int, sizes: list[int]
 ) -> None:
     cuts = [cut for cut in itertools.accumulate(itertools.islice(itertools.cycle(sizes), 200)) if cut < len(tokens)]
-    starts = pack_starts(np.split(np.array(tokens), cuts), budget)  # for any division of the order into blocks
+    starts = pack_starts(np.split(np.array(tokens), cuts), budget)  # the order may be divided into blocks of any sizes
     assert starts[0] == 0
     assert starts[-1] == len(tokens)
     packs = [tokens[a:b] for a, b in itertools.pairwise(starts.tolist())]
@@ -104,7 +104,7 @@ def test_a_mixture_reads_its_longest_store_once_an_epoch_and_the_others_evenly(
         assert max(row_counts) - min(row_counts) <= 1
         if number == longest:
             assert set(row_counts) == {count}
-        # the group has the number of tokens that its weight requests, up to one sequence
+        # the store is read for as many tokens as its weight requests, to within one sequence
         tokens = int(np.array(row_counts) @ clipped_tokens(lengths[group], max_len))
         assert abs(tokens - count * wanted[number]) <= max_len + 1
     # every epoch fills at least the number of packs that packs_in_epoch returns
@@ -116,7 +116,7 @@ def test_a_mixture_reads_its_longest_store_once_an_epoch_and_the_others_evenly(
 
 @given(st.integers(1, 30), st.integers(1, 3), st.lists(st.floats(0.2, 3), min_size=3, max_size=3))
 def test_an_epoch_fills_at_least_the_announced_number_of_packs(max_len: int, most: int, weights: list[float]) -> None:
-    """All sequences have the maximum length and packs are small, so without one sequence a pack could be missing."""
+    """All sequences have the maximum length and packs are small, so an epoch with one sequence less may lose a pack."""
     groups, budget = [[max_len] * 20, [max_len] * 15, [max_len] * 25], most * (max_len + 2)
     rows, lengths = group_rows(groups)
     totals = [total_tokens(lengths, group, max_len) for group in rows]

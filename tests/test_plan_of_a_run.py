@@ -24,7 +24,10 @@ def config_of(*overrides: str) -> TrainConfig:
 
 
 def saved_bytes(model: nn.Module, lengths: list[int], precision: str) -> int:
-    """Return the bytes of real tensors that a forward pass over these lengths saves, without the float32 weights."""
+    """Return the bytes that a forward pass with real tensors saves for the backward pass, without the float32 weights.
+
+    The pack has sequences of these lengths.
+    """
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved: dict[int, int] = {}
 
@@ -61,7 +64,7 @@ def test_activations_of_mixed_blocks_are_the_sum_over_the_blocks(monkeypatch: py
     )
     checkpointed = activation_bytes(replace(config, model=replace(config.model, checkpointing=True)), "fp32")
     # A block of ttt_linear keeps more bytes than a block of attention. With checkpointing the backward pass recomputes
-    # the block of ttt_linear, so the bytes of this block are part of the estimate.
+    # one block at a time, and the estimate includes the bytes of the block that keeps the most: ttt_linear.
     assert two - attention < plain - two < checkpointed < plain
 
 
@@ -188,7 +191,7 @@ def test_a_recipe_can_be_planned_on_other_data_before_its_own_exist(run_python: 
     assert second.startswith("data: the bundled sample of 7,371 proteins")
     assert "on an H100  0.19 days" in process.stdout  # as in docs/scaling.md
     assert "network     positions rope, mixers attention (auto), mlp gelu" in process.stdout
-    assert "warning" not in process.stdout  # of the number of sequences, which are not those of the run
+    assert "warning" not in process.stdout  # many epochs of the sample give no warning: it is not the run's data
     assert not (tmp_path / "runs").exists()
     epochs = run_python(*command, "trainer.max_steps=null", "trainer.epochs=2")
     assert_one_line_error(epochs, "data/uniref50.h5: no such")

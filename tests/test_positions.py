@@ -81,7 +81,7 @@ def prepared(encoding: PositionEncoding, batch: PackedBatch, backend: str) -> Sc
 
 
 def bias_by_formula(kind: str, encoding: PositionEncoding, block: int, length: int) -> torch.Tensor | None:
-    """Return the bias (heads, length, length) of a block, entry by entry; None for a kind without one."""
+    """Return the bias (heads, length, length) of a block, computed entry by entry; None for a kind without a bias."""
     w = {name: parameter.detach().double() for name, parameter in encoding.named_parameters()}
     heads, bias = 4, torch.zeros(4, length, length, dtype=torch.float64)
     for h, i, j in itertools.product(range(heads), range(length), range(length)):

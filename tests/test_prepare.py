@@ -65,7 +65,7 @@ def test_prepare_and_inspect_report_the_contents_of_the_store(run_python: Comman
     manifest.write_text(
         manifest.read_text().replace('"created": "20', '"created": "1999').replace('print": "', 'print": "x')
     )
-    # the fingerprint in this manifest is of another store
+    # the manifest file now has the fingerprint of another store, so it is ignored
     assert "1999" not in run_python(*PREPARE, "inspect=d/my.h5").stdout
     content = bytearray((tmp_path / "d/my.h5").read_bytes())
     content[3000] ^= 1
@@ -117,7 +117,7 @@ def test_bad_fasta_is_a_one_line_error_and_leaves_no_file(run_python: Command, t
 
 
 def test_unusual_but_valid_fasta_is_read(run_python: Command, tmp_path: Path) -> None:
-    """The file has CRLF, lower case, a final stop, blank lines, a record of 40,000 residues, and no final newline."""
+    """The file has CRLF, lower case, a final `*`, blank lines, a record of 40,000 residues, and no final newline."""
     (tmp_path / "odd.fasta").write_bytes(b"\r\n>a b\r\nmKv\r\nAA*\r\n\r\n>titin\r\n" + b"MKVLA" * 8000)
     process = run_python(*PREPARE, "input=odd.fasta", "output=odd.h5")
     assert process.returncode == 0, process.stderr
@@ -272,7 +272,7 @@ def test_a_second_process_cannot_write_the_same_output(tmp_path: Path, big_fasta
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [1, 12, 20])  # MB, reached while writing the first block, the spool or the store
+@pytest.mark.parametrize("size", [1, 12, 20])  # MB, reached in writing the first block, a temporary file or the store
 def test_a_file_size_limit_is_a_one_line_error_and_leaves_no_file(
     tmp_path: Path, big_fasta: Path, size: int, run_python: Command
 ) -> None:

@@ -28,7 +28,8 @@ def test_the_rates_of_blosum62_give_the_odds_that_its_scores_encode() -> None:
     pi = graph.pi.numpy()
     # pi is not exactly the background frequencies, because the scores are rounded
     assert np.abs(pi - SWISS_PROT / SWISS_PROT.sum()).max() < 0.01
-    # the rates are proportional to P - I, and P has the odds J_ij / (f_i f_j) = 2^(S_ij / 2) / Z
+    # The rates are proportional to P - I, where P_ij = J_ij / pi_i. J is the joint distribution of aligned residues:
+    # J_ij / (f_i f_j) = 2^(S_ij / 2) / Z, with the background frequencies f, the scores S and a constant Z.
     p = substitution_rates("BLOSUM62")
     odds = p / pi
     i, j = AMINO_ACIDS.index("L"), AMINO_ACIDS.index("I")

@@ -22,7 +22,9 @@ from protlig_dd.data.fasta import read_fasta
 from protlig_dd.data.prepare.bundled import SAMPLE_FOLDER
 
 from .conftest import ROOT, require_program
+from .esm import random_esm
 from .test_download import serving
+from .test_export import hub_server
 from .warm import READ_BY_LIBRARIES, Server
 
 Shell = Callable[..., str]
@@ -43,8 +45,9 @@ SHORT = {
 WITH_MMSEQS = "checked.h5"  # the store that the README builds with MMseqs2
 
 
-def readme_commands() -> list[str]:
-    blocks = re.findall(r"```(bash|python)\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+def commands_of(page: str) -> list[str]:
+    """Return the commands of a page's bash blocks, and its Python blocks as commands."""
+    blocks = re.findall(r"```(bash|python)\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
     return [
         command
         for language, block in blocks
@@ -67,6 +70,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     wild_type = next(r.sequence for r in read_fasta(SAMPLE_FOLDER / "test.fasta.gz") if 60 <= len(r.sequence) <= 90)
     (folder / "wt.fasta").write_text(f">wt\n{wild_type}\n")
     (folder / "partial.fasta").write_text(f">partial\n{wild_type[:20]}{'_' * 12}{wild_type[32:]}\n")
+    random_esm(folder / "downloads/esm2")
     return folder
 
 
@@ -128,17 +132,25 @@ exec {server.executable} "$@"
     server.close()
 
 
+@pytest.fixture
+def hub(checkout: Path) -> Iterator[dict[str, str]]:
+    """Serve a random ESM-2 under every name on a hub; yield the environment variables with which it is downloaded."""
+    with hub_server() as (address, files):
+        files |= {path.name: path.read_bytes() for path in (checkout / "downloads/esm2").iterdir()}
+        yield {"HF_ENDPOINT": address, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+
 @pytest.mark.slow
-def test_the_commands_work_in_order(checkout: Path, shell: Shell) -> None:
+def test_the_commands_work_in_order(checkout: Path, shell: Shell, hub: dict[str, str]) -> None:
     require_program("curl")
-    commands = [command for command in readme_commands() if WITH_MMSEQS not in command]
+    commands = [command for command in commands_of("README.md") if WITH_MMSEQS not in command]
     assert len(commands) >= 12
     assert any("from_pretrained" in command for command in commands)
     outputs = {}
     with serving((SAMPLE_FOLDER / "train.fasta.gz").read_bytes()) as server:
         for command in commands:
             if command not in ("./scripts/test.sh", "source .venv/bin/activate") and "PIP_" not in command:
-                outputs[command] = shell(command, UNIREF_URL=server.url)
+                outputs[command] = shell(command, UNIREF_URL=server.url, **hub)
     demo = outputs["./start_fresh_training.sh"]
     assert "run folder             runs/demo" in demo
     assert "NLL bound" in demo
@@ -161,10 +173,22 @@ def test_the_commands_work_in_order(checkout: Path, shell: Shell) -> None:
 
 
 @pytest.mark.slow
+def test_the_commands_of_the_page_on_pretrained_models_work(checkout: Path, shell: Shell, hub: dict[str, str]) -> None:
+    shutil.rmtree(checkout / "models", ignore_errors=True)  # the README's commands may have converted a model too
+    commands = commands_of("docs/pretrained.md")
+    assert len(commands) >= 8
+    for command in commands:
+        shell(command, **hub)
+    for name in ("esm2_35m", "esm2_local"):
+        assert (checkout / f"models/{name}/model.safetensors").is_file()
+    assert len(list(read_fasta(checkout / "esm2_samples.fasta"))) == 5
+
+
+@pytest.mark.slow
 @pytest.mark.system
 def test_the_commands_with_mmseqs_work(checkout: Path, shell: Shell) -> None:
     require_program("mmseqs")
-    prepare, inspect = (command for command in readme_commands() if WITH_MMSEQS in command)
+    prepare, inspect = (command for command in commands_of("README.md") if WITH_MMSEQS in command)
     assert "held-out sequences similar to a training sequence (>= " in shell(prepare)
     assert "all checksums match" in shell(inspect)
 
@@ -172,9 +196,9 @@ def test_the_commands_with_mmseqs_work(checkout: Path, shell: Shell) -> None:
 def test_one_command_installs_the_cpu_wheel() -> None:
     """The command is not run, because PyTorch's index may be unreachable.
 
-    The pin allows 2.13.0 and 2.13.0+cpu, and pip prefers the latter.
+    The version of torch in constraints.txt allows 2.13.0 and 2.13.0+cpu, and pip prefers the latter.
     """
-    (line,) = (command for command in readme_commands() if "PIP_" in command)
+    (line,) = (command for command in commands_of("README.md") if "PIP_" in command)
     assert re.fullmatch(r"PIP_EXTRA_INDEX_URL=https://download\.pytorch\.org/whl/cpu scripts/setup\.sh", line)
     (pin,) = re.findall(r"^torch(==\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert SpecifierSet(pin).contains(Version(pin[2:] + "+cpu"))

@@ -81,7 +81,7 @@ def copied(trained: Path, tmp_path: Path) -> Callable[[str], Path]:
 
 
 def paired_cells(page: str) -> list[list[str]]:
-    """Return the cells of "bound − first run" and of its standard error, a pair for each run."""
+    """Return, for each run, the cell of "bound − first run" and the cell of its standard error."""
     table = page[page.index(">bound − first run<") :]
     rows = re.findall(r"<tr>(<t[hd].*?)</tr>", table[: table.index("</table>")], re.DOTALL)
     return [re.findall(r"<td.*?>(.*?)</td>", row)[3:5] for row in rows]
@@ -416,7 +416,7 @@ def test_every_plot_has_a_title_and_the_page_fetches_nothing(trained: Path) -> N
 
 
 def run_report(*arguments: str) -> int:
-    """Return the exit code of the verb."""
+    """Return the exit code of the command `report`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["protlig_dd.report", *arguments])
         patch.setenv("HYDRA_FULL_ERROR", "0")
@@ -520,7 +520,7 @@ def test_the_verb_rebuilds_and_compares_pages_and_rejects_damaged_files(
 def test_runs_may_be_a_sweeps_folder_or_a_pattern(
     copied: Callable[[str], Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The runs are one level below a sweep's folder, and two levels below the folder of Hydra's multirun."""
+    """The runs are one level below a sweep's folder, and two levels below a date's folder of Hydra's multirun."""
     runs = [
         copied(name)
         for name in (

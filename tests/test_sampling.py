@@ -122,7 +122,7 @@ def test_a_forbidden_residue_of_the_prior_is_redrawn_by_the_network() -> None:
 @pytest.mark.parametrize("predictor", ["analytic", "euler"])
 @pytest.mark.parametrize("conditioned", [False, True])
 def test_a_time_free_model_samples_every_residue_with_the_network(predictor: str, conditioned: bool) -> None:
-    """The bound of a time-free model is that of a decoder that starts from masks only, so sampling does the same.
+    """Sampling a model without time conditioning starts from masks only, as the bound of the model assumes.
 
     A time-conditioned model starts from the prior at t = 1, which has unmasked residues.
     """
@@ -169,7 +169,7 @@ def test_samples_are_amino_acids_of_the_requested_lengths(name: str, predictor: 
 
 @pytest.mark.parametrize(("name", "predictor"), SAMPLERS)
 def test_a_sampled_sequence_does_not_depend_on_its_pack(name: str, predictor: str) -> None:
-    """A sequence depends neither on the number of sequences nor on the other sequences: number i of 8 equals i of 5."""
+    """Sequence i is the same among 8 sequences as among 5. It depends neither on the others nor on their number."""
     score_fn = ScoreFn(make_model(), graph_of(name, 20), LogLinearNoise(), "x0")
 
     def draw(n: int, tokens_per_pack: int, lengths: str) -> list[list[int]]:
@@ -233,7 +233,8 @@ def test_a_time_free_network_does_not_evaluate_unchanged_sequences_again(
     plain = draw_samples()
     assert plain[0] == cached[0]
     assert plain[1]["skipped"] == 0
-    assert 3 + 3 <= cached[1]["evaluated"] <= 3 + 17  # an evaluation needs a newly unmasked residue; there are 17
+    # after the first evaluation of each of the 3 sequences, an evaluation needs a newly unmasked residue; there are 17
+    assert 3 + 3 <= cached[1]["evaluated"] <= 3 + 17
 
 
 def independent_toy(n: int, graph: str = "absorbing") -> brute_force.Toy:
@@ -334,10 +335,7 @@ BLOSUM62 = make_substitution_graph("BLOSUM62")
 def test_no_score_changes_by_more_than_the_bias(
     graph: Graph, parametrisation: str, sigma: float, size: float, seed: int
 ) -> None:
-    """The limit also holds for random logits.
-
-    At some of the noise levels, random logits imply no meaningful distribution of x0.
-    """
+    """The limit also holds at noise levels at which random logits do not imply a meaningful distribution of x0."""
     logits, bias = (torch.randn(30, 20, generator=seeded(seed + i), dtype=torch.float64) for i in range(2))
     bias = size * (bias - bias.amin(-1, keepdim=True)) / (bias.amax(-1, keepdim=True) - bias.amin(-1, keepdim=True))
     xt = torch.full((30,), 20) if isinstance(graph, Absorbing) else torch.arange(30) % 20

@@ -19,7 +19,7 @@ def run_setup(folder: Path, *arguments: str, **environment: str) -> subprocess.C
 def checkout(tmp_path: Path) -> Path:
     """The files that set-up reads, with a stand-in interpreter that records pip's arguments."""
     (tmp_path / "scripts").mkdir()
-    for name in ("scripts/setup.sh", "pyproject.toml", "constraints.txt"):
+    for name in ("scripts/setup.sh", "pyproject.toml", "constraints.txt", "constraints-transformers4.txt"):
         shutil.copy(ROOT / name, tmp_path / name)
     venv = tmp_path / ".venv/bin"
     venv.mkdir(parents=True)
@@ -39,15 +39,36 @@ def test_a_second_set_up_does_nothing_until_a_requirement_changes(
     assert "--compile -c constraints.txt -e ." in calls.read_text()
     monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
     assert run_setup(checkout, "--dev", PYTHON=sys.executable).returncode == 0
-    _, installed, compiled = calls.read_text().splitlines()
+    _, installed, compiled, version_4 = calls.read_text().splitlines()
     assert installed.endswith("--no-compile -c constraints.txt -e .[dev,esm,hmm,hub,slurm,wandb]")
     assert "compileall" in compiled
-    assert run_setup(checkout, PYTHON=sys.executable).returncode == 0  # --dev has installed what training needs
-    assert len(calls.read_text().splitlines()) == 3
+    assert version_4.endswith("--no-deps --target .venv-transformers4 -r constraints-transformers4.txt")
+    for arguments in ((), ("--dev",)):  # --dev has installed what training needs
+        assert run_setup(checkout, *arguments, PYTHON=sys.executable).returncode == 0
+    assert len(calls.read_text().splitlines()) == 4
     with (checkout / "constraints.txt").open("a") as file:
         file.write("six==1.17.0\n")
     assert run_setup(checkout, "--dev", PYTHON=sys.executable).returncode == 0
-    assert len(calls.read_text().splitlines()) == 5
+    assert len(calls.read_text().splitlines()) == 6
+    with (checkout / "constraints-transformers4.txt").open("a") as file:
+        file.write("six==1.17.0\n")
+    assert run_setup(checkout, "--dev", PYTHON=sys.executable).returncode == 0
+    assert len(calls.read_text().splitlines()) == 7
+
+
+def test_set_up_succeeds_if_transformers_4_cannot_be_installed(checkout: Path) -> None:
+    assert run_setup(checkout, "--dev", PYTHON=sys.executable).returncode == 0
+    python, stamp = checkout / ".venv/bin/python", checkout / ".venv-transformers4/.protlig_setup"
+    works = python.read_text()
+    python.write_text(works.replace("#!/bin/sh\n", '#!/bin/sh\ncase "$*" in *transformers4*) exit 1 ;; esac\n'))
+    stamp.write_text("of other versions")
+    process = run_setup(checkout, "--dev", PYTHON=sys.executable)
+    assert process.returncode == 0
+    assert process.stderr == "transformers 4 cannot be installed; the test of exported models with it will be skipped\n"
+    assert not stamp.parent.exists()
+    python.write_text(works)
+    assert run_setup(checkout, "--dev", PYTHON=sys.executable).returncode == 0
+    assert stamp.is_file()
 
 
 def test_a_failed_install_is_not_recorded_as_done(checkout: Path) -> None:
@@ -91,7 +112,7 @@ def test_a_verb_without_the_environment_prints_how_to_create_it(tmp_path: Path) 
     overview = run("-m", "protlig_dd")  # needs no packages
     assert overview.returncode == 0, overview.stderr
     verbs = re.findall(r"^([a-z]+) +[A-Z]", overview.stdout, re.MULTILINE)
-    assert len(verbs) == 10
+    assert len(verbs) == 12
     for verb in (*verbs, "training.run_train_uniref50_optimized"):
         for typecheck in "01":
             process = run("-m", f"protlig_dd.{verb}", "--help", PROTLIG_TYPECHECK=typecheck)

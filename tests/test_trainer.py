@@ -138,7 +138,7 @@ def test_a_loss_that_is_not_finite_or_a_spike_freezes_the_weights(store: Sequenc
 @pytest.mark.parametrize("fast", [False, True])
 def test_the_step_never_waits_for_a_gpu(store: SequenceStore, optimizer: str, fast: bool) -> None:
     trainer = make_trainer(store, optimizer, torch.device("cuda"), fast=fast)
-    # padding and CUDA graphs are used only for packs that fit
+    # padding and CUDA graphs are used only for packs that fit into SHAPE
     assert all(trainer.dataset[i].fits(SHAPE) for i in range(4))
     packs = (trainer.dataset[i].pin_memory() for i in count())
     trainer.step(0, packs, [])  # the first step creates the optimizer state

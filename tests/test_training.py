@@ -129,7 +129,7 @@ def test_stop_and_resume_is_bit_identical_to_an_undisturbed_run(
     assert_bit_identical(tmp_path / "runs/whole", tmp_path / "runs/killed")
 
 
-def test_a_finished_run_is_reported_and_extended_only_on_request(
+def test_a_finished_run_names_its_report_and_trains_further_only_if_it_is_extended(
     trained_run: Path, store: SequenceStore, run_python: Command, tmp_path: Path
 ) -> None:
     run = tmp_path / "runs/small"
@@ -215,14 +215,14 @@ def test_checks_before_resuming_do_not_fail_on_a_damaged_checkpoint(
 def test_a_run_whose_length_was_increased_is_not_finished(trained_run: Path, tmp_path: Path) -> None:
     """Earlier versions wrote the new length to config.yaml and could be killed before their next checkpoint.
 
-    The second part of the test is a run with epochs.
+    The second part of the test is a run whose length is given in epochs.
     """
     run = tmp_path / "small"
     shutil.copytree(trained_run, run)
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text.replace("max_steps: 40", "max_steps: 50"))
     assert finished_step(run) is None
-    # 50 is the recorded length
+    # config.yaml now has 50 steps, so 50 is no extension
     check_extension(run, read_config(composed(*TRAINED, "trainer.max_steps=50"), TrainConfig))
     with pytest.raises(ValueError, match="max_steps was 50, now 60"):
         check_extension(run, read_config(composed(*TRAINED, "trainer.max_steps=60"), TrainConfig))
@@ -275,7 +275,7 @@ def set_plan_version(run_folder: Path, version: int | None) -> None:
 def test_a_resumed_run_keeps_the_plan_version_of_its_checkpoint(
     run_python: Command, store: SequenceStore, tmp_path: Path
 ) -> None:
-    """Resume from a checkpoint older than plan versions, then again from the step-5 checkpoint of the resumed run."""
+    """Resume from a checkpoint without a plan version, then again from the step-5 checkpoint of the resumed run."""
     steps, runs = ("trainer.max_steps=8", "trainer.checkpoint_every=5"), tmp_path / "runs"
     train(run_python, store, "whole", *steps, "trainer.stop_at_step=2")
     set_plan_version(runs / "whole", None)
@@ -485,7 +485,8 @@ def test_a_trained_model_beats_the_untrained_model_in_its_report(
     assert (tmp_path / "mkw.fasta").read_text().splitlines()[1::2] == ["MKW", "MKW"]
     evaluations = re.search(r"([\d.]+)% of the network's evaluations were skipped", process.stdout)
     assert evaluations is not None
-    # at most 2 x (1 + 3) of the 2 x 41 evaluations are needed
+    # each of the 2 proteins has 41 evaluations, one per step and one for the denoising step; at most 4 are needed: the
+    # first, and one after the change of each of the 3 residues
     assert 100 * (1 - 8 / 82) - 0.1 < float(evaluations[1]) < 100
     other = run_python("-m", "protlig_dd.sample", *steered[:1], "output=t.fasta", "log_bias=bias.csv", "lengths=5")
     assert_one_line_error(
@@ -539,10 +540,10 @@ def test_other_graphs_parametrisations_and_noises_train_too(
 def test_the_classic_launch_flags_start_the_same_training(
     run_python: Command, store: SequenceStore, tmp_path: Path
 ) -> None:
-    """Run the classic launch line with overrides that shorten a step.
+    """Run the classic launch line with model=tiny, then with a network of one narrow block.
 
-    With --all the network is so large that the command warns that it is slow on a CPU. The network of full size is not
-    trained: plan=true counts its parameters.
+    With `scripts/test.sh --all`, this block has 1,024 channels, so that training warns that the model is slow on a CPU.
+    The network of full size is not trained: plan=true counts its parameters.
     """
     narrow = ["model.n_blocks=1", f"model.hidden_size={1024 if thorough() else 64}", "model.n_heads=2"]
     command = [
@@ -632,7 +633,7 @@ def test_the_wheel_trains_in_an_empty_folder(run_python: Command, store: Sequenc
         capture_output=True,
     )
     (wheel,) = (tmp_path / "dist").glob("*.whl")
-    assert wheel.name == f"protlig_dd-{__version__}-py3-none-any.whl"  # the name in model cards
+    assert wheel.name == f"protlig_dd-{__version__}-py3-none-any.whl"  # model cards contain this file name
     site, empty = tmp_path / "site", tmp_path / "empty"
     subprocess.run([sys.executable, "-m", "zipfile", "-e", str(wheel), str(site)], check=True)
     empty.mkdir()

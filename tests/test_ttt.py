@@ -27,7 +27,9 @@ def random_parameters(module: torch.nn.Module, std: float = 0.5) -> None:
 def one_step_at_a_time(
     inner: InnerModel, head: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eta: torch.Tensor
 ) -> torch.Tensor:
-    """Return the output of one head for one sequence: for each chunk, a gradient step, then the updated model on q.
+    """Return the output of one head for one sequence.
+
+    For each chunk of 16 tokens, take a gradient step on the weights of the inner model, then apply the model to q.
 
     Args:
         q, k, v: (tokens, width).
@@ -134,7 +136,7 @@ def test_every_token_has_its_own_slot_in_a_chunk_of_its_sequence(lengths: list[i
     assert torch.equal(chunks.token[chunks.slot], torch.arange(total))
     assert torch.equal(chunks.slot.sort().values, chunks.filled.nonzero()[:, 0])
     assert (batch.segment_ids[chunks.token].view(-1, 16).diff(dim=1) == 0).all()
-    in_order = [torch.arange(n) for n in chunks.counts]  # row r of step c is the r-th longest sequence
+    in_order = [torch.arange(n) for n in chunks.counts]  # step c: chunk c of each sequence, longest first
     longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     expected = torch.tensor([longest_first[r] for rows in in_order for r in rows.tolist()])
     assert torch.equal(batch.segment_ids[chunks.token].view(-1, 16)[:, 0], expected)

@@ -44,7 +44,20 @@ def test_invalid_values_are_rejected_without_the_variable_too(run_python: Comman
     assert "passed" in process.stdout
 
 
-VERBS = ("embed", "evaluate", "export", "infill", "judge", "prepare", "report", "sample", "variants", "training")
+VERBS = (
+    "convert",
+    "embed",
+    "evaluate",
+    "export",
+    "infill",
+    "judge",
+    "prepare",
+    "report",
+    "sample",
+    "score",
+    "variants",
+    "training",
+)
 # for each verb, print its help as `python -m` does, and print whether the functions of its module are checked
 START_ALL = """
 import runpy, sys
@@ -68,7 +81,7 @@ def package(tmp_path: Path) -> Path:
 def test_checked_and_plain_runs_do_not_share_bytecode(
     order: tuple[str, str], package: Path, run_python: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every verb starts with or without checks, as requested, whatever ran before it in this checkout."""
+    """Every command starts with or without checks, as requested, whatever ran before it in this checkout."""
     for name in ("PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX"):
         monkeypatch.delenv(name, raising=False)
     for checked in order:

@@ -402,11 +402,11 @@ def partitions(n: int) -> list[list[tuple[int, int]]]:
 
 @given(st.integers(1, 60), st.integers(1, 12), st.data())
 def test_sites_share_windows_by_the_best_partition(length: int, max_len: int, data: st.DataObject) -> None:
-    """The best partition has the fewest windows.
+    """The best partition of the sites into windows has the fewest windows.
 
     Of the partitions with the fewest windows it has the largest margins; the smallest margins are compared first. The
-    margin of a window is its number of residues before its first or after its last site, whichever is smaller. An end
-    of the protein is not an edge.
+    margin of a window is its number of residues before its first or after its last site, whichever is smaller. A side
+    on which the window reaches the end of the protein does not count.
     """
     sites = sorted(data.draw(st.sets(st.integers(0, length - 1), min_size=1, max_size=8)))
     shown = min(length, max_len)
@@ -430,7 +430,7 @@ def test_distant_sites_share_a_window_with_the_nearer_neighbour() -> None:
     distant = Variant(((4999, 0), (5399, 9), (5599, 19)))
     pieces = in_windows(assay_of(distant), 512, 7000, "masked_marginals")
     assert [[site for site, _ in piece.change.substitutions] for piece in pieces] == [[4999], [5399, 5599]]
-    assert groups_of([0, 7, 12], 30, 10) == [(0, 1), (1, 3)]  # an end of the protein is not an edge
+    assert groups_of([0, 7, 12], 30, 10) == [(0, 1), (1, 3)]  # the end of the protein does not limit a margin
     assert groups_of([], 22, 5) == []
 
 
@@ -651,9 +651,9 @@ def test_with_all_masks_enumerated_the_bound_of_an_exact_model_is_the_likelihood
     ("name", "parametrisation"), [("absorbing", "x0"), ("uniform", "log_score"), ("substitution", "x0")]
 )
 def test_the_bound_of_an_exact_model_is_the_true_difference(name: str, parametrisation: str) -> None:
-    """The two differences agree up to the standard error and the error of the finite noise range.
+    """The difference of two bounds equals the difference of log p, up to the standard error and a systematic error.
 
-    The finite noise range adds a few hundredths of a nat.
+    The systematic error, a few hundredths of a nat, comes from the finite noise range.
     """
     toy, score_fn = toy_scores(name, parametrisation)
     if name == "absorbing":
@@ -680,7 +680,7 @@ def test_the_bound_of_an_exact_model_is_the_true_difference(name: str, parametri
 def without_time(score_fn: ScoreFn) -> ScoreFn:
     """Return the exact score function without time conditioning.
 
-    The posterior does not depend on the noise, but the toy's table needs a sigma above 0.
+    The exact posterior is the same at every sigma, but its computation needs a sigma above 0.
     """
     exact = score_fn.model
     return ScoreFn(
@@ -733,7 +733,7 @@ def test_averages_and_standard_errors_of_draws_match_values_by_hand() -> None:
 
 @pytest.mark.parametrize("name", ["uniform", "substitution"])
 def test_with_all_noise_enumerated_the_integral_is_the_bound(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Enumerate every x_t with every x at t_min, and integrate over u by quadrature.
+    """Enumerate all pairs of sequences noised to t and to t_min, and integrate over u, which sets t, by quadrature.
 
     The noise range is chosen so that all three terms of the bound matter.
     """
@@ -796,7 +796,7 @@ def test_a_model_of_residue_frequencies_gives_indels_no_score_for_their_length(m
 def test_wild_type_and_variants_get_the_same_noise(name: str) -> None:
     """Every residue that the variant shares with the wild type is noised in the same way, for indels too."""
     network, timed = RecordingNetwork(), name != "absorbing"
-    noise = LogLinearNoise(t_min=0.3) if timed else NOISE  # large enough that the last denoising step has noise too
+    noise = LogLinearNoise(t_min=0.3) if timed else NOISE  # with a large t_min, the last denoising step has noise too
     score_fn = ScoreFn(network, graph_of(name, 20), noise, "x0", timed)
     draw = integral_draw if timed else exact_count_draw
     for change, pairs in (

@@ -1,4 +1,7 @@
-"""Forks of the warm interpreters behave like new interpreters, and each verb imports all that it needs."""
+"""Forks of the warm interpreters behave like new interpreters, and each command imports all that it needs.
+
+Warm interpreters have imported the libraries, or the libraries and the package, already (tests/warm.py).
+"""
 
 import os
 import signal
@@ -13,6 +16,7 @@ import pytest
 from protlig_dd.data.store import SequenceStore
 
 from .conftest import ROOT, Command, Start, thorough, wait_for
+from .esm import random_esm
 from .test_training import overrides_for
 from .warm import Server, start_server
 
@@ -199,9 +203,11 @@ VERBS: dict[str, Callable[[Path, Path], list[str]]] = {
     "infill": lambda run, store: [f"from={run}", "input=in.fasta", "free=[2]", "n=1", "steps=2", "output=out"],
     "evaluate": lambda run, store: [f"from={run}", f"input={store}", "draws=1", "max_sequences=2", "output=out"],
     "judge": lambda run, store: ["samples=in.fasta", f"natural={store}", "mmseqs=false", "bootstrap=2", "output=out"],
+    "score": lambda run, store: [f"from={run}", "input=in.fasta", "output=out.csv"],
     "variants": lambda run, store: [f"from={run}", "target=one.fasta", "output=out.csv"],
     "embed": lambda run, store: [f"from={run}", "input=in.fasta", "output=out.npz"],
     "export": lambda run, store: [f"from={run}", "to=out"],
+    "convert": lambda run, store: ["from=esm", "to=out"],
     "report": lambda run, store: [f"runs=[{run},{run}]", "output=out"],
 }
 
@@ -214,6 +220,8 @@ def test_each_verb_imports_all_that_it_needs(
     """By default only imports of the package's modules are tested. With --all, imports of libraries are tested too."""
     (tmp_path / "in.fasta").write_text("".join(f">p{i}\nMKV{'ACDE'[i % 4] * (i + 1)}\n" for i in range(8)))
     (tmp_path / "one.fasta").write_text(">p\nMKVA\n")
+    if verb == "convert":
+        random_esm(tmp_path / "esm")
     command = ["-m", f"protlig_dd.{verb}", *VERBS[verb](trained_run, store.path)]
     if thorough():
         process = subprocess.run(

@@ -299,7 +299,8 @@ def import_libraries(names: Sequence[str]) -> None:
 def import_package() -> None:
     """Import the subpackages of the package, but not the modules that are run as commands.
 
-    Also load Hydra's plugins and the tables of its parser.
+    The code for transformers is not imported either, because no command needs it. Load Hydra's plugins and the tables
+    of its parser.
     """
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
@@ -311,7 +312,7 @@ def import_package() -> None:
         if module.ispkg:
             package = importlib.import_module(module.name)
             for inner in pkgutil.walk_packages(package.__path__, f"{module.name}."):
-                if not inner.name.endswith((".__main__", ".run_train_uniref50_optimized")):
+                if not inner.name.endswith((".__main__", ".run_train_uniref50_optimized", ".modeling_protlig_dd")):
                     importlib.import_module(inner.name)
     Plugins.instance()
     with initialize_config_dir(str(Path.cwd() / "configs"), version_base="1.3"):

@@ -317,4 +317,4 @@ def check_train_config(config: TrainConfig) -> None:
     if name != Path(name).name or name in ("", ".", ".."):
         raise ValueError(f"run.name={name!r} must be a plain folder name")
     if any(character.isspace() for character in name):
-        raise ValueError(f"run.name={name!r} must be without white space, because samples are named after the run")
+        raise ValueError(f"run.name={name!r} must not contain white space, because the names of samples begin with it")

@@ -141,6 +141,21 @@ class EvaluateConfig:
 
 
 @dataclass(config=STRICT)
+class ScoreConfig:
+    from_: str
+    input: str | None
+    sequence: str | None
+    output: str | None
+    context: Literal["auto", "none", "lower", "upper"]
+    pseudo: Auto
+    draws: AtLeast1
+    seed: AtLeast0
+    device: str
+    precision: str
+    tokens_per_pack: AtLeast1
+
+
+@dataclass(config=STRICT)
 class JudgeConfig:
     samples: str
     natural: str

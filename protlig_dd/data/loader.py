@@ -95,8 +95,9 @@ class PackDataset(Dataset[PackedBatch]):
         self.packs_per_epoch = packs_in_epoch(self._totals, self._quotas, tokens_per_pack, max_len)
         if self.packs_per_epoch <= 0:
             raise ValueError(
-                f"{group.name}: the training split has {sum(self._quotas)} tokens an epoch, less than one pack of "
-                f"data.tokens_per_pack={tokens_per_pack}; lower data.tokens_per_pack and, if need be, data.max_len"
+                f"{group.name}: the training split has {sum(self._quotas)} tokens per epoch, too few for one pack of "
+                f"data.tokens_per_pack={tokens_per_pack}; lower data.tokens_per_pack, and data.max_len if it is then "
+                "too large"
             )
         rows_digest = xxhash.xxh3_128_hexdigest(self.rows.data)
         parts = [version, group.fingerprint, rows_digest, max_len, tokens_per_pack, seed, self._quotas]

@@ -75,6 +75,11 @@ def masked_sigma(noise: Noise, fraction: Float64[Tensor, " n"]) -> Float32[Tenso
     return torch.minimum(-torch.log1p(-fraction.float()), last_sigma)  # a fraction of 1 would give infinity
 
 
+def scheduled_sigma(noise: Noise, fraction: Float64[Tensor, " n"]) -> Float32[Tensor, " n"]:
+    """Return the sigma of `masked_sigma`, limited to the schedule's sigmas at t_min and at t = 1."""
+    return masked_sigma(noise, fraction).clamp(min=float(noise(torch.tensor(noise.t_min, dtype=torch.float64))[0]))
+
+
 @torch.no_grad()
 def masked_cross_entropy(
     score_fn: ScoreFn,

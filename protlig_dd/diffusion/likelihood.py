@@ -19,6 +19,7 @@ on -log p of these residues given the context.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -58,6 +59,27 @@ class NLLBound:
     averaged over draws; 0 for the estimator `integral`."""
     pooled: Float64[Tensor, " n"]
     """Number of masked residues in a draw, averaged over draws; 0 for the estimator `integral`."""
+
+
+class BoundsPerResidue(NamedTuple):
+    """Upper bounds on the NLL of n proteins, on the CPU."""
+
+    bound: Float64[Tensor, " n"]
+    """In nats per scored residue."""
+    standard_error: Float64[Tensor, " n"]
+    """Monte Carlo standard error of `bound` over the draws; NaN for a single draw."""
+    residues: Int64[Tensor, " n"]
+    """Number of scored residues: amino acids that are not context."""
+
+    @property
+    def perplexity(self) -> Float64[Tensor, " n"]:
+        """Return exp(bound)."""
+        return self.bound.exp()
+
+    @property
+    def perplexity_standard_error(self) -> Float64[Tensor, " n"]:
+        """Return perplexity x standard_error, by propagation of the error of `bound`."""
+        return self.perplexity * self.standard_error
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,18 @@ class ScoreFn:
         with torch.autocast(sigma.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             return self.model(batch, network_sigma).float()
 
+    def x0_log_probs(self, logits: Float[Tensor, "T V"], xt: Tokens, sigma: Sigma) -> Float[Tensor, "T V"]:
+        """Return log q. q is the distribution of x0 at each position, given the tokens of x_t at all other positions.
+
+        With the parametrisation x0 or the absorbing graph, q is the softmax of the logits. With log_score and a graph
+        without a mask, q is the distribution that the log-scores imply (`Graph.x0_probs`). The absorbing graph has no
+        loss at unmasked positions, so training does not fit q there.
+        """
+        if self.parametrisation == "x0" or self.graph.masks:
+            return logits.log_softmax(-1)
+        log_score = self.graph.log_score(logits, xt, sigma)
+        return self.graph.x0_probs(log_score, xt, sigma).clamp(min=MIN_PROBABILITY).log()
+
     def log_score(
         self, logits: Float[Tensor, "T V"], xt: Tokens, sigma: Sigma, steer: Steer | None = None
     ) -> Float[Tensor, "T V"]:

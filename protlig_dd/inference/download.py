@@ -1,4 +1,4 @@
-"""Download a model from the Hugging Face Hub."""
+"""Download a model from the Hugging Face Hub, and check the name of a model."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,11 +42,27 @@ def download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
         raise ValueError(f"{name} is not a local folder, and was not found on the hub: {reason}") from error
 
 
+def check_name(hub: Any, name: str) -> None:
+    """Raise a ValueError unless a model on the hub could have this name.
+
+    Args:
+        hub: the module that `hugging_face` returns.
+    """
+    try:
+        hub.utils.validate_repo_id(name)
+    except hub.errors.HFValidationError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{name!r:.100} cannot be the name of a model on the hub, owner/name: {reason}") from error
+    if "/" not in name:
+        raise ValueError(f"{name!r} lacks the owner: give the name of a model on the hub as owner/name")
+
+
 def hugging_face() -> Any:
     """Import and return huggingface_hub, which is an optional package."""
     try:
         import huggingface_hub
         import huggingface_hub.errors
+        import huggingface_hub.utils
     except ImportError as error:
         raise ValueError("huggingface_hub is not installed: pip install 'protlig_dd[hub]'") from error
     return huggingface_hub

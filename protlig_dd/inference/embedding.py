@@ -11,15 +11,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from protlig_dd.batch import PackedBatch, split_lengths
+from protlig_dd.batch import TOKENS_PER_PACK, PackedBatch, split_lengths
 from protlig_dd.data.crops import window, window_starts
 from protlig_dd.diffusion.score import ScoreFn
-from protlig_dd.inference.sequences import check_letters, check_list, check_whole
+from protlig_dd.inference.sequences import check_list, check_whole, encode_whole
 from protlig_dd.model.config import unknown_choice
 from protlig_dd.model.dit import DiT
-from protlig_dd.tokenizer import BOS, ProteinTokenizer
-
-TOKENS_PER_PACK = 16_384  # as in configs/embed.yaml
+from protlig_dd.tokenizer import BOS
 
 
 def resolve_layer(layer: int, n_blocks: int) -> int:
@@ -126,10 +124,9 @@ def mean_embeddings(
     """
     check_list(sequences, "embed takes a list of sequences")
     chosen = resolve_layer(layer, len(network.blocks))
-    encode, tokens = ProteinTokenizer().encode, list[np.ndarray]()
+    tokens = list[np.ndarray]()
     for i, sequence in enumerate(sequences):
-        check_letters(sequence, f"sequences[{i}]")
-        tokens.append(encode(sequence.upper(), f"sequences[{i}]"))
+        tokens.append(encode_whole(sequence, f"sequences[{i}]"))
         check_long(long, len(tokens[-1]) - 2, f"sequences[{i}]", max_len)
     means = [embed(network, score_fn, [protein], layer=chosen, max_len=max_len)[0].mean(0) for protein in tokens]
     return torch.stack(means)

@@ -1,4 +1,4 @@
-"""An exported model: a folder with everything needed to use the model, and nothing that can run code.
+"""An exported model: a folder with everything needed to use the model.
 
     model.safetensors    the averaged weights
     config.json          network, graph, noise, parametrisation; lengths of the training proteins; the run's name, step,
@@ -6,7 +6,13 @@
     vocabulary.json      token ids
     README.md            the model card
 
-Reading an exported model needs neither Hydra nor HDF5.
+protlig_dd reads these files. It runs no code from the folder. Reading needs neither Hydra nor HDF5.
+
+Hugging Face transformers reads the weights, config.json and three other files. They are written unless transformers
+cannot compute the network (see for_transformers.py).
+
+    modeling_protlig_dd.py                   the network; transformers runs this code if trust_remote_code=True
+    tokenizer.json, tokenizer_config.json    the tokenizer
 """
 
 import json
@@ -18,6 +24,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from protlig_dd.inference import for_transformers
 from protlig_dd.model.config import LoraConfig, stored_model
 from protlig_dd.system.files import sha256
 from protlig_dd.system.tables import as_json, as_written
@@ -25,7 +32,9 @@ from protlig_dd.tokenizer import BOS, EOS, LETTERS, MASK, N_STATES, PAD
 
 FORMAT, FORMAT_VERSION = "protlig_dd", 1
 WEIGHTS, DESCRIPTION, VOCABULARY, CARD = "model.safetensors", "config.json", "vocabulary.json", "README.md"
-EXPORTED = (WEIGHTS, DESCRIPTION, VOCABULARY, CARD)
+READ = (WEIGHTS, DESCRIPTION, VOCABULARY, CARD)
+"""The files that protlig_dd reads."""
+EXPORTED = (*READ, *for_transformers.FILES)
 DEFAULT_KINDS = {
     "mixers": "attention",
     "positions": "rope",
@@ -59,8 +68,13 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{file} has format {version}; this version of protlig_dd reads only format {FORMAT_VERSION}")
     if isinstance(description.get("model"), dict):
         description["model"] = stored_model(description["model"])
+    if not (folder / VOCABULARY).is_file() and "transformers_version" in description:
+        raise ValueError(
+            f"{folder}: saved by transformers, and protlig_dd reads only models that it has written itself; load the "
+            "weights into the exported model that they were made from (docs/sharing.md)"
+        )
     if read_json(folder / VOCABULARY) != vocabulary():
-        raise ValueError(f"{folder / VOCABULARY}: token ids differ from this version's")
+        raise ValueError(f"{folder / VOCABULARY}: token ids differ from those of this version of protlig_dd")
     weights = folder / WEIGHTS
     if not weights.is_file():
         raise ValueError(f"{weights}: no such file")
@@ -83,9 +97,9 @@ def read_json(file: Path) -> dict[str, Any]:
 def write_exported(
     folder: Path, weights: Mapping[str, Tensor], description: Mapping[str, Any], card: str | None = None
 ) -> None:
-    """Write weights, description, vocabulary and model card to a new folder.
+    """Write weights, description, vocabulary, model card and the files for transformers to a new folder.
 
-    The checksum of the weights is added to the description.
+    The checksum of the weights and the keys for transformers are added to the description.
 
     Args:
         description: the content of config.json, with or without the checksum of the weights. If it has the checksum of
@@ -97,10 +111,12 @@ def write_exported(
     found = sha256(folder / WEIGHTS)
     if description.get("weights_sha256", found) != found:
         description, card = {**description, "report": None}, None
-    description = {**description, "weights_sha256": found}
+    keys = for_transformers.keys_for_transformers(description)
+    description = {**description, "weights_sha256": found, **keys}
     (folder / DESCRIPTION).write_text(as_json(description))
     (folder / VOCABULARY).write_text(as_json(vocabulary()))
     (folder / CARD).write_text(card or model_card(description))
+    for_transformers.write_for_transformers(folder, description, vocabulary()["ids"])
     # safetensors writes files that only their owner can read; give the weights the permissions of the card
     (folder / WEIGHTS).chmod(stat.S_IMODE((folder / CARD).stat().st_mode))
 
@@ -161,8 +177,30 @@ def model_card(description: Mapping[str, Any]) -> str:
         "",
         "Or pass `from=FOLDER` to a protlig_dd command, for example `sample`, `embed` or `training` (to fine-tune it).",
         "",
+        *transformers_lines(description),
     ]
     return "\n".join(lines)
+
+
+def transformers_lines(description: Mapping[str, Any]) -> list[str]:
+    """Return the lines of the model card about transformers; [] if transformers cannot load the model."""
+    if "auto_map" not in description:
+        return []
+    sigma = ", sigma=torch.tensor([0.5])" if description["time_conditioning"] else ""
+    return [
+        "Hugging Face transformers (4.48 or later) does not need protlig_dd: it runs the code in this folder.",
+        "",
+        "```python",
+        *(["import torch"] if sigma else []),
+        "from transformers import AutoModelForMaskedLM, AutoTokenizer",
+        "",
+        'name = "this folder, or owner/name on the Hugging Face Hub"',
+        "tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)",
+        "model = AutoModelForMaskedLM.from_pretrained(name, trust_remote_code=True)",
+        f'logits = model(**tokenizer("MKT<mask>YIAK", return_tensors="pt"){sigma}).logits  # (1, tokens, 30)',
+        "```",
+        "",
+    ]
 
 
 def origin_lines(description: Mapping[str, Any]) -> list[str]:

@@ -18,9 +18,8 @@ from protlig_dd.diffusion.sampling import sample
 from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.inference.model import TrainedModel
 from protlig_dd.inference.sequences import check_biases, fix_residues
-from protlig_dd.inference.sharing import Tick, Work, share
+from protlig_dd.inference.sharing import Tick, Work, gather, share
 from protlig_dd.inference.steering import Steering, describe_steering
-from protlig_dd.system.distributed import gather_objects
 from protlig_dd.system.random import keyed_generator
 from protlig_dd.system.terminal import announce
 from protlig_dd.tokenizer import BOS, EOS, ProteinTokenizer
@@ -78,7 +77,7 @@ def sample_designs(
     )
     announce(
         f"{len(samples)} proteins, {np.mean(lengths):.0f} residues on average; "
-        f"{counts['clamped'] / counts['draws']:.2%} of draws clamped",
+        f"{counts['clamped'] / counts['draws']:.2%} of draws had a negative probability, which was set to 0",
         processes,
     )
     if counts["skipped"]:
@@ -189,7 +188,7 @@ def generate(
         return dict(zip(indices, sampled, strict=True))
 
     samples = work.share(lengths, sample_pack, ticks=options.steps + 1)
-    counts = sum(gather_objects(counts), Counter())
+    counts = sum(gather(counts, work.processes), Counter())
     return [samples[i] for i in range(len(lengths))], counts
 
 

@@ -62,15 +62,32 @@ def designs_of_positions(config: InfillConfig, records: Sequence[Protein]) -> li
             if config.context is not None:
                 raise ValueError(
                     f"{record.name} has no free position: all its letters are {config.context}-case, and "
-                    f"context={config.context} keeps those; write the residues to design in the other case"
+                    f"context={config.context} keeps {config.context}-case letters; write the residues to redesign in "
+                    "the other letter case"
                 )
             raise ValueError(
                 f"{record.name} has no free position: mark positions with `_`, or give free=, fixed=, context= or "
                 "contig="
             )
-        layout = [Segment(len(template), 1)]
-        designs += [Design(f"{record.id}_{i + 1}", k, layout, template, k * MAX_DESIGNS + i) for i in range(config.n)]
+        designs += designs_of_template(record.id, k, template, config.n)
     return designs
+
+
+def designs_of_template(name: str, protein: int, template: np.ndarray, n: int) -> list[Design]:
+    """Return n designs with the same template.
+
+    Args:
+        name: the first part of the designs' names.
+        protein: index of the input protein.
+    """
+    layout = [Segment(len(template), 1)]
+    return [Design(f"{name}_{i + 1}", protein, layout, template, protein * MAX_DESIGNS + i) for i in range(n)]
+
+
+def check_number_of_designs(n: int) -> None:
+    """Raise a ValueError if one protein has too many designs."""
+    if n > MAX_DESIGNS:
+        raise ValueError(f"n must be at most {MAX_DESIGNS}, got {n}")
 
 
 def designs_of_contig(config: InfillConfig, records: Sequence[Protein]) -> list[Design]:
@@ -208,7 +225,7 @@ def draw_layout(contig: str, lengths: str | None, generator: np.random.Generator
         sizes = draw_sizes(ranges, low, high, generator)
     else:
         sizes = []
-        while sum(sizes) < low:  # draw again if all new stretches are empty (in at most half of the draws)
+        while sum(sizes) < low:  # draw again if all new stretches are empty; the probability is at most 1/2
             sizes = [int(generator.integers(a, b, endpoint=True)) for a, b in ranges]
     return [Segment(size, start, letter) for size, start, letter in zip(sizes, starts, letters, strict=True) if size]
 
@@ -275,9 +292,10 @@ def map_csv(designs: Sequence[Design]) -> str:
 def warn_about_layout(
     config: InfillConfig, trained: TrainedModel, records: Sequence[Protein], designs: Sequence[Design]
 ) -> None:
-    """Print a warning for each layout that a user may not intend, and for graphs where infilling is an approximation.
+    """Print a warning for each layout that may be a mistake, and for graphs where infilling is an approximation.
 
-    A user may not intend that `context=` fixes no residue of a record, or that a contig reorders or repeats residues.
+    A layout may be a mistake if `context=` fixes no residue of the record, or if the contig reorders or repeats
+    residues.
     """
     whole = dict.fromkeys(design.protein for design in designs if (design.template == MASK).all())
     if config.context is not None and whole:

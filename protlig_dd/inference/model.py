@@ -268,7 +268,8 @@ def load_trained(path: str, *, device: str, precision: str) -> TrainedModel:
 
     Raises:
         ValueError: there is no valid model at this path, this machine does not have the device or precision, the
-            weights do not fit the config that was saved with them, or the ranks differ or cannot connect.
+            weights do not fit the config that was saved with them, or the ranks have different arguments, models,
+            devices, precisions or versions, or cannot connect.
     """
     saved = find_saved(path)
     processes = processes_from_environment()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,6 +11,11 @@ from torch import Tensor
 from protlig_dd.tokenizer import AMINO_ACIDS, BOS, EOS, MASK, N_STATES, ProteinTokenizer
 
 FREE = "_"
+
+LogBias = Mapping[str, float] | str | Path | Tensor | Sequence[Tensor] | None
+"""Nats that are added to the log-probabilities of amino acids in sampling, in one of these forms: a mapping such as
+{"C": -inf}; a CSV file (see `read_log_bias`); a tensor (20,) for all positions; a tensor (length, 20) for proteins of
+this length; or a list with one tensor (length_i, 20) for each protein."""
 
 
 def check_list(items: Sequence[object], expected: str) -> None:
@@ -35,6 +41,17 @@ def check_trained_length(residues: int, name: str, max_len: int) -> None:
     """Raise a ValueError if a protein is empty, or longer than the model was trained on."""
     if not 1 <= residues <= max_len:
         raise ValueError(f"{name} has {residues} residues; this model was trained on 1 to {max_len}")
+
+
+def encode_whole(sequence: str, name: str) -> np.ndarray:
+    """Return the ids of `<bos> residues <eos>`, (length + 2,) uint8. Lower-case letters are read as upper-case.
+
+    Raises:
+        ValueError: not a string, an empty sequence or an illegal letter. The message names the sequence and the
+            position.
+    """
+    check_letters(sequence, name)
+    return ProteinTokenizer().encode(sequence.upper(), name)
 
 
 def encode_with_free(sequence: str, name: str) -> np.ndarray:

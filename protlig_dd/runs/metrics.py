@@ -150,7 +150,8 @@ def read_metrics(path: Path) -> dict[int, dict[str, Any]]:
     because the process was killed.
 
     Raises:
-        ValueError: any other line is not a row. The message names the file and the line.
+        ValueError: a complete line (one that ends with a newline) cannot be read as a row. The message names the file
+            and the line.
     """
     rows: dict[int, dict[str, Any]] = {}
     for number, line in enumerate(path.read_text().rpartition("\n")[0].splitlines(), 1):

@@ -110,8 +110,9 @@ def draw_samples(trainer: Trainer, store: StoreGroup, context: RunContext) -> Sa
     announce(f"sample lengths are drawn from {lengths.description}", processes)
     if store.context != "none":
         announce(
-            "warning: the report's samples are whole proteins, but this model was trained to design parts of proteins "
-            f"given the {store.context}-case residues; sample it with infill and context={store.context}",
+            f"warning: this model is trained with data.context={store.context} ({store.context}-case residues are "
+            "given, the others are predicted), but the report's samples are whole proteins; use infill with "
+            f"context={store.context}",
             processes,
         )
     sample_lengths = draw_lengths(lengths.counts, options.samples, config.seed)
@@ -183,7 +184,7 @@ def lines_without_copies(others: dict[str, Any] | None) -> list[str]:
         others: this bound as in report.json; None if there is no bound.
     """
     if others is None:
-        return ["  too few other proteins are left for a bound"]
+        return ["  too few proteins are left for a bound"]
     found = with_nan(others)
     return [
         f"  NLL bound            {found['nll']:.4f} ± {found['nll_se']:.4f}",

@@ -18,7 +18,7 @@ from scripts.architecture.runs import REPORT, Job, job, measure
 
 FAMILIES, MEMBERS = 10, 2
 LONGEST = 512  # residues, as in the demo
-FEW = 10  # training steps of a model that `bounds` has not trained
+FEW = 10  # default training steps of a network that `scripts.architecture bounds` has not trained
 CHECKS = ("forward", "sampling", "infilling")
 
 

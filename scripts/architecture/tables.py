@@ -98,7 +98,7 @@ def bounds_table(rows: Sequence[Row]) -> None:
         proteins, residues = len(seeds[0]["lengths"]), sum(seeds[0]["lengths"])
         print(f"{seeds[0]['step']:,} steps; {proteins:,} test proteins, {residues:,} residues; nats/residue\n")
     columns = ["network", "parameters", "seeds", "NLL bound, mean over seeds", "paired difference to the baseline"]
-    columns += ["largest - smallest bound of a seed", "peak memory of the process, GiB"]
+    columns += ["range of the bound over seeds", "peak memory of the process, GiB"]
     table(columns, cells + failures(rows, len(columns)))
 
 

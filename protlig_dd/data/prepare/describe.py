@@ -57,7 +57,8 @@ def describe(store: SequenceStore) -> None:
         action = "moved to train" if check["on_hit"] == "move" else "dropped"
         console.print(
             f"held-out sequences similar to a training sequence (>= {check['identity']:.0%} identity over >= "
-            f"{check['coverage']:.0%} of either sequence): {hits}; {action}; number of searches: {check['rounds']}"
+            f"{check['coverage']:.0%} of at least one of the two sequences): {hits}; {action}; "
+            f"number of searches: {check['rounds']}"
         )
 
 

@@ -50,7 +50,8 @@ def partial_folder(output: Path) -> Iterator[Path]:
     while lock is None:
         if _is_foreign(folder):
             raise ValueError(
-                f"{folder} exists, but this program, which needs the name, did not create it; rename or move it"
+                f"{folder} exists and was not created by this program, which needs this name for temporary files; "
+                "rename or move it"
             )
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -84,8 +85,8 @@ def _is_foreign(folder: Path) -> bool:
     """Whether the folder contains files but no lock.
 
     Other processes of this program may use the folder meanwhile. They create the lock before any files and remove it
-    after all files. So if the lock is missing, such a process may have removed the files after this function listed
-    them. Files that still exist are foreign.
+    after all files. So if the lock is missing, such a process has removed all its files, perhaps after this function
+    listed them. Listed files that still exist are therefore foreign.
     """
     try:
         files = [path for path in folder.iterdir() if path.name != "lock"]

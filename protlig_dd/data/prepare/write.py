@@ -26,7 +26,11 @@ def write_store(
     source: dict[str, Any],
     on_bytes: Callable[[int], None],
 ) -> None:
-    """Write a store of the kept rows. The manifest is `source` plus statistics of the splits and of the case."""
+    """Write a store of the kept rows.
+
+    The manifest is `source` plus statistics of the splits. If the store keeps the case of letters, the manifest also
+    has statistics of upper-case and lower-case letters.
+    """
     lengths, header_lengths = spool.load("length"), spool.load("header_length")
     token_counts = np.zeros((len(SPLITS), VOCAB_SIZE), dtype=np.int64)
 

@@ -38,9 +38,10 @@ class Absorbing(Graph):
         return torch.where(x0 < self.n_states, torch.exp(-sigma) * math.log(self.n_states), 0.0)
 
     def log_score(self, logits: Float[Tensor, "T V"], xt: Tokens, sigma: Sigma) -> Float[Tensor, "T V"]:
-        """Return the log-scores logits + log(kappa / n_states) with kappa = 1 / (e^sigma - 1); 0 for unmasked tokens.
+        """Return the log-scores of masked tokens, and 0 for unmasked tokens.
 
-        This is SEDD's scaling by sigma: zero logits give the uniform guess s_y = kappa / n_states.
+        log s_y = logits_y + log(kappa / n_states), with kappa = 1 / (e^sigma - 1). This is SEDD's scaling by sigma:
+        zero logits give the uniform guess s_y = kappa / n_states.
         """
         scaled = logits - (log_expm1(sigma) + math.log(self.n_states))[:, None]
         return torch.where((xt == self.mask)[:, None], scaled, 0.0)

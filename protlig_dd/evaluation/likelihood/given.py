@@ -34,9 +34,25 @@ def resolve_context(requested: str, trained: TrainedModel, proteins: Proteins, p
         return "none"
     context: Context = "lower" if requested == "lower" else "upper" if requested == "upper" else "none"
     if context != "none" and not proteins.has_case:
-        kept = "keeps no case; prepare it again from FASTA records" if proteins.store is not None else "has no record"
+        kept = (
+            "does not keep the case of letters; prepare it again from FASTA records"
+            if proteins.store is not None
+            else "has no record"
+        )
         raise ValueError(f"context={context}: {path} {kept} with both upper-case and lower-case letters")
     return context
+
+
+def message_of_crops(cropped: int, max_len: int, context: Context, models: str = "this model was") -> str:
+    """Return a message that reports how many proteins are cropped, and how.
+
+    Args:
+        models: the subject and the auxiliary verb of `this model was trained on`.
+    """
+    message = f"{cropped} proteins have more than {max_len} residues, the maximum length that {models} trained on"
+    first = f"only the first {max_len} residues of each are scored"
+    most = f"each is cropped to the {max_len} consecutive residues with the largest number of residues to score"
+    return f"{message}: {first if context == 'none' else most}"
 
 
 def given_proteins(proteins: Proteins, context: Context, max_len: int) -> list[Given]:

@@ -19,7 +19,7 @@ WINDOW = 8
 ROWS_AT_ONCE = 1 << 18
 MAX_RESIDUES = 20_000_000  # near=auto searches at most this many training residues: a few minutes on two cores
 MIN_PROTEINS = 2  # smallest number of proteins for which a standard error exists
-SIMILARITY = f">= {IDENTITY:.0%} identity over >= {COVERAGE:.0%} of either sequence"
+SIMILARITY = f">= {IDENTITY:.0%} identity over >= {COVERAGE:.0%} of at least one of the two sequences"
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,8 @@ def report_table(report: dict[str, Any]) -> str:
     if report["sequences"] == 1:
         lines += [
             "",
-            "With a single protein, the standard error of the bound is that over its draws; the others are unknown.",
+            "With a single protein, the standard error of the bound is its Monte Carlo error, and all other standard "
+            "errors are unknown.",
         ]
     return "\n".join(lines) + "\n"
 

@@ -49,7 +49,7 @@ def free_draws(score_fn: ScoreFn, designs: Sequence[Redesign], work: Work, *, dr
     levels = strata(draws)
 
     def masks(design: Redesign, k: int) -> tuple[int, torch.Tensor]:
-        """Return the number of residues that draw k masks, and a random number for each free residue.
+        """Return how many free residues are masked in draw number k, and a random number for each free residue.
 
         The free residues with the lowest random numbers are masked.
         """
@@ -62,8 +62,8 @@ def free_draws(score_fn: ScoreFn, designs: Sequence[Redesign], work: Work, *, dr
         pack = [designs[i] for i in keys]
         tokens = [torch.tensor([BOS, *design.ids.tolist(), EOS]) for design in pack]
         free_T = torch.cat([torch.tensor([False, *design.free.tolist(), False]) for design in pack])
-        # sigma matches the masked fraction of all residues, or of the free residues if the network was trained with
-        # context
+        # cross_entropies computes sigma from the masked fraction of the residues that are not context. If the network
+        # was trained with context, the fixed residues are context; otherwise no residue is.
         batch = PackedBatch.pack(tokens, context=~free_T if score_fn.trained_with_context else None)
         on_device, m_n, nats_kn = batch.to(score_fn.device), sum_by_sequence(free_T, batch).clamp(min=1), []
         for k, (_, _, weight) in enumerate(levels):
@@ -147,7 +147,7 @@ def inputs_of(records: Sequence[Protein], designs: Sequence[Design]) -> list[Red
 
 
 def best_of(designs: Sequence[Redesign], scores: Sequence[FreeNLL | None], best: int) -> list[int]:
-    """Return, for each protein, the indices of the `best` designs with the lowest bounds, lowest bound first."""
+    """Return the indices of the designs to keep: for each protein the `best` designs of lowest bound, lowest first."""
     of_protein: dict[int, list[int]] = {}
     for i, design in enumerate(designs):
         of_protein.setdefault(design.protein, []).append(i)

@@ -201,7 +201,10 @@ def with_controls(samples: Sequences, pool: Sequences, seed: int) -> Controls:
     """
     n = len(samples)
     if len(pool) < 2 * n:
-        raise ValueError(f"{len(pool)} natural proteins are too few: {n} samples need {2 * n}, half as the reference")
+        raise ValueError(
+            f"{len(pool)} natural proteins are too few: {n} samples need {2 * n}, of which {n} are compared with the "
+            f"samples and {n} are the reference"
+        )
     generator = np.random.default_rng([seed, 1])
     order = generator.permutation(len(pool)).tolist()
     matched = match_lengths([len(ids) for ids in samples], [len(pool[i]) for i in order], generator)

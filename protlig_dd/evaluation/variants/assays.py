@@ -15,6 +15,7 @@ import numpy as np
 from protlig_dd.data.fasta import read_fasta
 from protlig_dd.evaluation.variants.measurements import judge
 from protlig_dd.evaluation.variants.mutants import AS_THE_TARGET, Numbering, Variant, encode, name_of, read_variant
+from protlig_dd.inference.sequences import check_list
 from protlig_dd.system.tables import csv_lines
 from protlig_dd.tokenizer import N_STATES
 
@@ -189,6 +190,26 @@ def above_median(measured: np.ndarray) -> np.ndarray:
     if np.isnan(measured).all():
         return measured
     return np.where(np.isnan(measured), np.nan, measured > np.nanmedian(measured))
+
+
+def assay_of(mutants: Sequence[str], target: np.ndarray, numbering: Numbering = AS_THE_TARGET) -> Assay:
+    """Return an assay without measurements from mutants such as `A24P:D30N`, as in the column `mutant`.
+
+    Raises:
+        ValueError: not a list of strings, or a mutant is malformed, out of range or does not match the target. The
+            message names the mutant by its index in `mutations`.
+    """
+    check_list(mutants, "mutations is a list such as ['A24P', 'A24P:D30N']")
+    where = [f"mutations[{i}]" for i in range(len(mutants))]
+    for name, mutant in zip(where, mutants, strict=True):
+        if not isinstance(mutant, str):
+            raise ValueError(f"{name}: a mutation is a string such as A24P, got {mutant!r:.40}")
+    variants = [
+        read_variant(mutant.strip().upper(), "", target, name, numbering)
+        for name, mutant in zip(where, mutants, strict=True)
+    ]
+    missing = np.full(len(variants), np.nan)
+    return Assay(["mutant"], [[mutant] for mutant in mutants], variants, where, missing, missing)
 
 
 def all_substitutions(target: np.ndarray) -> Assay:

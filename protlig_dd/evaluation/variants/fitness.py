@@ -11,13 +11,15 @@ import numpy as np
 import torch
 
 from protlig_dd.batch import PackedBatch
-from protlig_dd.diffusion.exact_count import masked_sigma
+from protlig_dd.diffusion.exact_count import scheduled_sigma
 from protlig_dd.diffusion.score import ScoreFn
-from protlig_dd.evaluation.variants.assays import Assay
+from protlig_dd.evaluation.variants.assays import Assay, all_substitutions, assay_of
 from protlig_dd.evaluation.variants.bounds import bound_differences
-from protlig_dd.evaluation.variants.strategies import UNMASKED, rows_by_strategy
+from protlig_dd.evaluation.variants.mutants import MutantScores, Numbering
+from protlig_dd.evaluation.variants.strategies import UNMASKED, choose_strategies, rows_by_strategy
 from protlig_dd.evaluation.variants.windows import Piece, pieces_of, window_tokens
-from protlig_dd.inference.sharing import Tick, Work
+from protlig_dd.inference.sequences import check_whole, encode_whole
+from protlig_dd.inference.sharing import QUIET, Tick, Work
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,37 @@ def score_each(
     return Scores(nats, None if np.isnan(errors).all() else errors)
 
 
+def score_mutants(
+    score_fn: ScoreFn,
+    target: str,
+    mutations: Sequence[str] | None,
+    *,
+    strategy: str,
+    offset: int,
+    **settings: int,
+) -> MutantScores:
+    """Score mutants of a protein as `protlig_dd.variants` does.
+
+    Args:
+        target: the wild type, letters in either case.
+        mutations: see `assay_of`; None: every single substitution.
+        strategy: see `choose_strategies`.
+        offset: number to subtract from the positions in `mutations`: with 100, M101A changes residue 1.
+        settings: max_len, draws and seed, as in `score_variants`.
+
+    Raises:
+        ValueError: an illegal letter, an invalid mutation, or an error of `choose_strategies` or `score_variants`.
+    """
+    for name, value in {"offset": offset, **settings}.items():
+        check_whole(value, f"{name} is a whole number")
+    ids = encode_whole(target, "target")[1:-1]
+    assay = all_substitutions(ids) if mutations is None else assay_of(mutations, ids, Numbering(offset))
+    strategies, _ = choose_strategies(strategy, score_fn.graph, assay)
+    scores = score_each(score_fn, ids, assay, QUIET, strategies=strategies, **settings)
+    error = None if scores.standard_error is None else torch.from_numpy(scores.standard_error)
+    return MutantScores([row[0] for row in assay.rows], torch.from_numpy(scores.nats), error)
+
+
 def average_draws(nats_kn: np.ndarray) -> Scores:
     """Return the means over draws, with standard errors from the antithetic pairs of draws 2 i and 2 i + 1.
 
@@ -136,7 +169,6 @@ def marginals(score_fn: ScoreFn, target: np.ndarray, pieces: Sequence[Piece], wo
         contexts.setdefault((piece.start, piece.stop, masked), []).append(i)
     n_states, noise, device = score_fn.graph.n_states, score_fn.noise, score_fn.device
     contexts_in_order = list(contexts)
-    min_sigma = float(noise(torch.tensor(noise.t_min, dtype=torch.float64))[0])
 
     def score(indices: range, tick: Tick) -> dict[int, float]:
         keys = contexts_in_order[indices.start : indices.stop]
@@ -147,7 +179,7 @@ def marginals(score_fn: ScoreFn, target: np.ndarray, pieces: Sequence[Piece], wo
             tokens.append(ids)
             masked_fractions.append(len(masked) / max(1, int((target[start:stop] < n_states).sum())))
         batch = PackedBatch.pack(tokens).to(device)
-        sigma = masked_sigma(noise, torch.tensor(masked_fractions, dtype=torch.float64)).clamp(min=min_sigma).to(device)
+        sigma = scheduled_sigma(noise, torch.tensor(masked_fractions, dtype=torch.float64)).to(device)
         values = score_fn.logits(batch, sigma) if strategy == "wildtype_marginals" else score_fn(batch, sigma)
         for key, values_TV in zip(keys, batch.unpack(values.cpu().double()), strict=True):
             table = values_TV[1 if key[0] == 0 else 0 :].numpy()  # drop <bos>

@@ -4,6 +4,8 @@ import re
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float64
+from torch import Tensor
 
 from protlig_dd.tokenizer import AMINO_ACIDS, N_STATES, ProteinTokenizer
 
@@ -45,6 +47,18 @@ class Numbering(NamedTuple):
 
 
 AS_THE_TARGET = Numbering()
+
+
+class MutantScores(NamedTuple):
+    """Scores of mutants of one protein, in the order of `mutants`, on the CPU."""
+
+    mutants: list[str]
+    """Names such as A24P or A24P:D30N."""
+    scores: Float64[Tensor, " n"]
+    """log p(mutant) - log p(wild type), nats; higher is fitter."""
+    standard_error: Float64[Tensor, " n"] | None
+    """Monte Carlo standard error of the scores by the strategy `bound`, NaN for other strategies; None if no mutant is
+    scored by `bound`."""
 
 
 def encode(sequence: str, name: str) -> np.ndarray:

@@ -57,8 +57,8 @@ def warn_of_context(trained: TrainedModel) -> None:
     """Print a warning if the model was trained with `data.context`: to predict some residues given the others."""
     if trained.context != "none":
         announce(
-            f"warning: this model was trained to design parts of proteins given the {trained.context}-case residues; "
-            "variants are scored as if the model had been trained on whole proteins",
+            f"warning: this model was trained with data.context={trained.context} ({trained.context}-case residues are "
+            "given, the others are predicted); variants are scored as if it had been trained on whole proteins",
             trained.processes,
         )
 
@@ -95,7 +95,7 @@ def earlier_summary(output: Path, settings: dict[str, Any]) -> dict[str, Any] | 
         earlier = None
     if isinstance(earlier, dict) and "weights_sha256" in earlier and (lacking := settings.keys() - earlier.keys()):
         raise ValueError(
-            f"{path} was written by an earlier version, without {', '.join(sorted(lacking))}; give another output"
+            f"{path} was written by an earlier version and lacks {', '.join(sorted(lacking))}; give another output"
         )
     if not isinstance(earlier, dict) or not {*METRICS, *settings} <= earlier.keys():
         raise ValueError(f"{path} was not written by this command; give another output or move the file")

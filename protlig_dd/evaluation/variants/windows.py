@@ -52,7 +52,8 @@ def pieces_of(assay: Assay, length: int, max_len: int, strategy: str) -> list[Pi
                     f"{where}: {len(ids)} residues replace {stop - start}; such a change does not fit into a window of "
                     f"{max_len} residues, the maximum length of this model"
                 )
-            # the window of a longer variant has more residues than that of the wild type, but also at most max_len
+            # if the change adds residues, the wild type's window is smaller than max_len by their number, so that the
+            # variant's window has at most max_len residues too
             size = max_len - max(0, length_change(variant))
             pieces.append(Piece(number, *window_around(start, stop, length, size), variant))
         sites = [site for site, _ in variant.substitutions]

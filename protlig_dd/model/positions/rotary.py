@@ -80,7 +80,8 @@ def rotary_cos_sin(
     if seq_len < 1:
         raise ValueError(f"rotary tables need a seq_len of at least 1, got {seq_len}")
     if frequencies is None:
-        frequencies = base ** -(torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+        exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+        frequencies = base**-exponent
     if tuple(frequencies.shape) != (head_dim // 2,):
         raise ValueError(f"head_dim {head_dim} needs {head_dim // 2} frequencies, got {tuple(frequencies.shape)}")
     angle = torch.outer(torch.arange(seq_len, dtype=torch.float32, device=device), frequencies.float())

@@ -20,7 +20,7 @@ class Muon(torch.optim.Optimizer):
 
     The update is that of torch.optim.Muon with adjust_lr_fn="match_rms_adamw", with three differences: matrices of the
     same shape are processed together, matrices that are stacked in one parameter (such as a fused qkv) are
-    orthogonalised separately, and the weights can be frozen.
+    orthogonalised separately, and a step changes no weight if the flag `found_inf` is 1.
 
     Args:
         hidden: maps each parameter that Muon updates to the number of matrices stacked along its rows.
