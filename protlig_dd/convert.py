@@ -25,6 +25,9 @@ from protlig_dd.system.terminal import console
 def convert(cfg: DictConfig) -> None:
     """Write an exported model with the weights of a model in the format of transformers' EsmForMaskedLM."""
     config = read_config(cfg, ConvertConfig)
+    for key, value in (("from", config.from_), ("to", config.to)):
+        if not value:
+            raise ValueError(f"{key} is empty; give a folder or, as from=, a name on the hub")
     to, folder = check_free(config.to), Path(config.from_)
     if is_exported(folder) and (folder / "vocabulary.json").is_file():
         raise ValueError(
@@ -49,15 +52,15 @@ def convert(cfg: DictConfig) -> None:
         cropped_sequences=None,
         data_fingerprint="",
         skipped=[],
+        converted_from={
+            "name": config.from_ if downloaded else name,
+            "revision": config.revision,
+            "commit": folder.name if downloaded else None,
+            "sha256": source.sha256,
+        },
     )
-    origin = {
-        "name": config.from_ if downloaded else name,
-        "revision": config.revision,
-        "commit": folder.name if downloaded else None,
-        "sha256": source.sha256,
-    }
     with creating(to) as temporary:
-        write_exported(temporary, weights, describe(saved, None) | {"converted_from": origin})
+        write_exported(temporary, weights, describe(saved, None))
         load_saved(find_saved(str(temporary)), torch.device("cpu"), "fp32")  # check that the new folder loads
     parameters, model = sum(tensor.numel() for tensor in weights.values()), saved.config.model
     console.print(

@@ -55,7 +55,7 @@ class ProteinTokenizer:
             position = int(illegal[0])
             raise ValueError(
                 f"{name}: illegal character {residues[position]!r} at position {position + 1} of {len(residues)}; "
-                f"allowed are the upper-case letters {AMINO_ACIDS + CONTEXT_LETTERS}"
+                f"allowed are the letters {AMINO_ACIDS + CONTEXT_LETTERS}"
             )
         tokens = np.empty(len(ids) + 2, dtype=np.uint8)
         tokens[0], tokens[1:-1], tokens[-1] = BOS, ids, EOS

@@ -18,7 +18,9 @@ from torch import Tensor
 from protlig_dd.batch import PackedBatch
 from protlig_dd.convert import convert
 from protlig_dd.data.fasta import FastaRecord, read_fasta
+from protlig_dd.data.store import SequenceStore
 from protlig_dd.evaluate import evaluate
+from protlig_dd.export import export
 from protlig_dd.hub import ProteinDiffusion
 from protlig_dd.inference.esm import ESM_VOCABULARY, EsmSource, esm_token_ids, translate
 from protlig_dd.infill import infill
@@ -30,6 +32,7 @@ from protlig_dd.variants import score
 from .conftest import Command, assert_one_line_error, composed, raises_value_error
 from .esm import AMINO_ACIDS, ESM_TOKENS, esm_ids, esm_logits, random_esm
 from .test_export import COMMIT, REPOSITORY, hub_server
+from .test_kinds_of_networks import SMALL
 
 SIZES: dict[str, dict[str, Any]] = {
     "small": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
@@ -344,7 +347,19 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 40),
         "model.safetensors: cannot be read (",
     ),
-    "no config": (lambda folder: (folder / "config.json").unlink(), "config.json: cannot be read ("),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "source: no config.json in it"),
+    "an adapter of peft": (
+        lambda folder: (folder / "config.json").rename(folder / "adapter_config.json"),
+        "source: no config.json in it, but an adapter of peft; merge it with its model first",
+    ),
+    "a pointer of Git LFS": (
+        lambda folder: (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid x\n"),
+        "model.safetensors is a pointer of Git LFS, not the weights; run `git lfs pull`",
+    ),
+    "no head": (
+        lambda folder: edit_weights(folder, lambda w: [w.pop(name) for name in list(w) if name.startswith("lm_head")]),
+        "the weights have no lm_head; a model without it (EsmModel) cannot predict residues",
+    ),
 }
 
 
@@ -380,6 +395,59 @@ def test_convert_names_bad_arguments_in_one_line(tmp_path: Path, run_python: Com
     assert "for proteins of up to 1022 residues" in process.stdout
     process = run_python("-m", "protlig_dd.convert", "from=model", "to=other")
     assert_one_line_error(process, "model is a model of protlig_dd already")
+    process = run_python("-m", "protlig_dd.score", "from=source", "sequence=MKTAY")
+    assert_one_line_error(process, "source is a model of transformers with the architecture of ESM-2; convert it first")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("FOLDER/none", "FOLDER/none: no such folder"),
+        ("./none", "./none: no such folder"),
+        ("FOLDER/file", "FOLDER/file is a file; give the folder that contains it"),
+        (
+            "esm2_t12_35M_UR50D",
+            "'esm2_t12_35M_UR50D' is neither a local folder nor the name of a model on the hub, owner/",
+        ),
+        (
+            "https://huggingface.co/a/b",
+            "'https://huggingface.co/a/b' is neither a local folder nor the name of a model",
+        ),
+        ("", "from is empty; give a folder or, as from=, a name on the hub"),
+        ("FOLDER", "FOLDER: no config.json in it"),
+    ],
+)
+def test_a_source_that_is_neither_a_folder_nor_a_name_is_an_error(name: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    here = str(tmp_path)
+    with raises_value_error(re.escape(message.replace("FOLDER", here))):
+        convert(composed(f"from='{name.replace('FOLDER', here)}'", f"to={tmp_path}/model", name="convert"))
+
+
+@pytest.mark.slow
+def test_a_model_fine_tuned_from_a_converted_one_records_its_origin(
+    store: SequenceStore, tmp_path: Path, run_python: Command
+) -> None:
+    _, folder = converted(tmp_path)
+    keys = [key for key in SMALL if not key.startswith("model.")]
+    process = run_python("-m", "protlig_dd.training", *keys, "from=model", f"data.path={store.path}")
+    assert process.returncode == 0, process.stderr
+    assert "data.max_len=40 is less than the source's 1022: the fine-tuned model is for proteins" in process.stdout
+    export(composed(f"from={tmp_path}/runs/demo", f"to={tmp_path}/exported", name="export"))
+    origins = [
+        json.loads((path / "config.json").read_text())["converted_from"] for path in (folder, tmp_path / "exported")
+    ]
+    assert origins[0] == origins[1]
+    (checksum,) = origins[0]["sha256"].values()
+    card = (tmp_path / "exported/README.md").read_text()
+    assert "| derived from | source; its licence applies to these weights |" in card
+    assert checksum in card
+    assert "| fine-tuned from | model |" in card
+    assert "A protein language model by score-entropy discrete diffusion" in card
+    converted_card = (folder / "README.md").read_text()
+    assert "a masked language model, converted for protlig_dd" in converted_card
+    assert "This model has not been measured." in converted_card
+    assert "noise" not in converted_card
 
 
 @pytest.mark.slow

@@ -113,7 +113,7 @@ def test_an_export_computes_the_same_as_its_checkpoint(
     for name, key, sign in (
         ("bound on the negative log-likelihood", "nll", ""),
         ("unigram model", "unigram_nll", ""),
-        ("paired difference", "difference", "+"),
+        ("difference to the unigram model, paired", "difference", "+"),
     ):
         assert f"| {name} | {report[key]:{sign}.4f} ± {report[f'{key}_se']:.4f} |" in card
     rows = list(csv.DictReader((run / "report.csv").read_text().splitlines()))

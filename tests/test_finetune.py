@@ -339,7 +339,7 @@ def test_held_out_proteins_in_the_sources_training_data_are_counted(
     assert printed.splitlines()[:3] == [
         f"  NLL bound            {found['others']['nll']:.4f} ± {found['others']['nll_se']:.4f}",
         f"  unigram NLL          {found['others']['unigram_nll']:.4f} ± {found['others']['unigram_nll_se']:.4f}",
-        f"  paired difference    {found['others']['difference']:+.4f} ± {found['others']['difference_se']:.4f}",
+        f"  bound - unigram NLL  {found['others']['difference']:+.4f} ± {found['others']['difference_se']:.4f}",
     ]
 
     assert "none of 7 test proteins is an exact copy of a training protein of this run (family.h5)\n" in process.stdout
@@ -347,7 +347,8 @@ def test_held_out_proteins_in_the_sources_training_data_are_counted(
     assert sentence in (runs / "leaky/report.html").read_text()
     exported = report_of(find_saved(str(runs / "leaky")).path, 1)
     others = found["others"]
-    clean = f"{others['nll']:.4f} ± {others['nll_se']:.4f}, and the paired difference is {others['difference']:+.4f}"
+    difference = f"the paired difference to the unigram model is {others['difference']:+.4f}"
+    clean = f"{others['nll']:.4f} ± {others['nll_se']:.4f}, and {difference}"
     assert report_lines(exported)[-1].startswith("Exact copies of training proteins of the model: 3. Over the other ")
     assert f" proteins the bound is {clean}" in report_lines(exported)[-1]
     assert store.path.name not in json.dumps(exported)  # no paths of this machine

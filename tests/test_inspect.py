@@ -182,7 +182,7 @@ def test_a_block_without_attention_is_an_error_only_if_it_is_chosen(sequences: l
         ({"blocks": ["0"]}, "blocks is a list of whole numbers, got '0'"),
         ({"heads": [1.0]}, "heads is a list of whole numbers, got 1.0"),
         ({"t": 1.5}, r"t must be a number in \[0.001, 1\], got 1.5"),
-        ({"sequences": "MKV"}, "attention takes a list of sequences, got 'MKV'"),
+        ({"sequences": "MKV"}, "attention takes a list of sequences, got the string 'MKV'"),
         ({"sequences": []}, "attention takes a list of sequences"),
         ({"blocks": np.array(0)}, "blocks is a list of numbers, such as .*, got 0"),
         ({"t": "0.5"}, r"t must be a number in \[0.001, 1\], got '0.5'"),

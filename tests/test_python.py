@@ -248,7 +248,7 @@ def test_methods_print_nothing_and_do_not_wait_for_other_processes(
 def test_invalid_arguments_are_errors_that_name_them(model: ProteinDiffusion) -> None:
     long = "M" * 81
     cases: list[tuple[str, tuple[Any, ...], dict[str, Any], str]] = [
-        ("nll", (PROTEIN,), {}, "nll takes a list of sequences, got 'MKTA"),
+        ("nll", (PROTEIN,), {}, "nll takes a list of sequences, got the string 'MKTA"),
         ("nll", ([],), {}, "nll takes a list of sequences, .* is empty"),
         ("nll", (["MKV", "MK1"],), {}, r"sequences\[1\]: illegal character '1' at position 3 of 3"),
         ("nll", (["MKV", "MK_"],), {}, r"sequences\[1\]: illegal character '_' at position 3 of 3"),
@@ -276,7 +276,7 @@ def test_invalid_arguments_are_errors_that_name_them(model: ProteinDiffusion) ->
         ("sample", (2,), {"lengths": 5, "log_bias": {"Z": 1}}, "log_bias: 'Z' is not one of the amino acids"),
         ("sample", (2,), {"lengths": 5, "log_bias": torch.zeros(4, 20)}, r"log_bias\[0\] has shape \(4, 20\)"),
         ("sample", (2,), {"lengths": 5, "log_bias": 1}, "log_bias is a mapping such as"),
-        ("infill", ("MK_",), {}, "infill takes a list of sequences with `_` at free positions, got 'MK_'"),
+        ("infill", ("MK_",), {}, "infill takes a list of sequences with `_` at free positions, got the string 'MK_'"),
         ("infill", ([5],), {}, r"sequences\[0\]: a sequence is a string of letters, got 5"),
         ("infill", (["MK_", "MK"],), {}, r"sequences\[1\] has no free position, so there is nothing to sample"),
         ("infill", ([long[:-1] + "__"],), {}, r"sequences\[0\] has 82 residues"),
@@ -291,7 +291,7 @@ def test_invalid_arguments_are_errors_that_name_them(model: ProteinDiffusion) ->
             r"mutations\[0\]: A1M has A at position 1, but the target has M; set offset=",
         ),
         ("variants", ("MKV", ["M1A", "K9A"]), {}, r"mutations\[1\]: K9A is at position 9, outside the target's"),
-        ("variants", ("MKV", "M1A"), {}, "mutations is a list such as .*, got 'M1A'"),
+        ("variants", ("MKV", "M1A"), {}, "mutations is a list such as .*, got the string 'M1A'"),
         ("variants", ("MKV", [1]), {}, r"mutations\[0\]: a mutation is a string such as A24P, got 1"),
         ("variants", ("MKV",), {"strategy": "ratio"}, "strategy=ratio is not available for graph=absorbing"),
         ("variants", ("MKV",), {"strategy": "bound", "draws": 3}, "draws must be even and at least 4, got 3"),

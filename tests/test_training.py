@@ -684,7 +684,7 @@ def test_the_report_agrees_with_values_recomputed_from_its_rows_and_samples(
     for line in (
         f"NLL bound            {printed['nll']}",
         f"unigram NLL          {printed['unigram_nll']}, of the training split of some.h5",
-        f"paired difference    {printed['difference']}",
+        f"bound - unigram NLL  {printed['difference']}",
         f"samples              {divergence:.4f}",
         f"test set, {len(rows)} proteins, {counts.sum():,} residues (the first 300 of each)",
     ):

@@ -1,5 +1,6 @@
 """Download a model from the Hugging Face Hub, and check the name of a model."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ def download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
         ValueError: `name` is neither a local folder nor a model that can be downloaded; the message has the reason and
             what to do.
     """
+    check_not_a_path(name)
     try:
         hub = hugging_face()
     except ValueError as error:
@@ -35,11 +37,23 @@ def download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
     except hub.errors.LocalEntryNotFoundError as error:
         raise ValueError(
             f"{name} is not a local folder, and the hub cannot be reached; on a machine with a network, run "
-            f"`hf download {name} --local-dir FOLDER`, then copy FOLDER to this machine and give its path"
+            f"`hf download {name} --local-dir FOLDER`, then copy FOLDER to this machine and give its path (a gated "
+            "model also needs `hf auth login`)"
         ) from error
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{name} is not a local folder, and was not found on the hub: {reason}") from error
+
+
+def check_not_a_path(name: str) -> None:
+    """Raise a ValueError if `name` is a path of this machine, or cannot name a model on the hub (owner/name)."""
+    path = Path(name)
+    if path.is_file():
+        raise ValueError(f"{name} is a file; give the folder that contains it")
+    if path.is_absolute() or name.startswith((".", "~")) or (len(path.parts) > 1 and Path(path.parts[0]).is_dir()):
+        raise ValueError(f"{name}: no such folder")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise ValueError(f"{name!r} is neither a local folder nor the name of a model on the hub, owner/name")
 
 
 def check_name(hub: Any, name: str) -> None:

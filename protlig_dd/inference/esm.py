@@ -5,6 +5,7 @@ absorbing diffusion. Both predict the residues at masked positions and do not re
 networks of the absorbing graph with the parametrisation x0 and without time conditioning.
 """
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ FILES = ("config.json", "vocab.txt", "*.safetensors", "*.safetensors.index.json"
 PICKLES = ("pytorch_model*.bin", "pytorch_model*.bin.index.json")
 """Files of weights without safetensors. They are read with weights_only=True, which does not run code from them."""
 
+LFS = b"version https://git-lfs"  # how a file begins that Git LFS has not downloaded
+ADAPTER = ", but an adapter of peft; merge it with its model first (merge_and_unload), and save the merged model"
 EXTRA_POSITIONS = 4  # positions of ESM-2's embedding table besides the residues: 2 unused ones, <cls> and <eos>
 IGNORED = ("esm.contact_head.", "esm.embeddings.position_embeddings.", "esm.embeddings.position_ids", "esm.pooler.")
 """First parts of the names of tensors that do not change the logits."""
@@ -73,6 +76,10 @@ def read_esm(folder: Path) -> EsmSource:
             message names the file.
     """
     file = folder / "config.json"
+    if not file.is_file():
+        raise ValueError(
+            f"{folder}: no config.json in it{ADAPTER if (folder / 'adapter_config.json').is_file() else ''}"
+        )
     config = read_json(file)
     check_architecture(config, file)
     check_tokens(folder, config)
@@ -173,6 +180,9 @@ def load_file_of_weights(file: Path) -> dict[str, Tensor]:
             return load_file(file)
         content = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError), file.open("rb") as content:
+            if content.read(len(LFS)) == LFS:
+                raise ValueError(f"{file} is a pointer of Git LFS, not the weights; run `git lfs pull`") from error
         raise ValueError(f"{file}: cannot be read ({error})") from error
     except Exception as error:  # torch.load raises many types for a damaged file, or one that would run code
         raise ValueError(f"{file}: cannot be read as a file of tensors ({str(error).splitlines()[0]})") from error
@@ -239,6 +249,10 @@ def translate(source: EsmSource) -> dict[str, Tensor]:
     Raises:
         ValueError: a tensor is missing, is not part of the architecture, or contradicts config.json.
     """
+    if not any(name.startswith("lm_head.") for name in source.weights):
+        raise ValueError(
+            f"{source.folder}: the weights have no lm_head; a model without it (EsmModel) cannot predict residues"
+        )
     found = {renamed(name): tensor for name, tensor in source.weights.items() if not name.startswith(IGNORED)}
     used = {name for name in found if name.endswith("rotary_embeddings.inv_freq")}
     tokens, width = len(ESM_VOCABULARY), source.config["hidden_size"]

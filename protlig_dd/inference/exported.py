@@ -62,6 +62,11 @@ def read_description(folder: Path) -> dict[str, Any]:
     """
     file = folder / DESCRIPTION
     description = read_json(file)
+    if description.get("format") != FORMAT and description.get("model_type") == "esm":
+        raise ValueError(
+            f"{folder} is a model of transformers with the architecture of ESM-2; convert it first: "
+            f"python -m protlig_dd.convert from={folder} to=FOLDER"
+        )
     if description.get("format") != FORMAT:
         raise ValueError(f"{file}: not a model that protlig_dd has exported")
     if (version := description.get("format_version")) != FORMAT_VERSION:
@@ -146,14 +151,16 @@ def model_card(description: Mapping[str, Any]) -> str:
         "---",
         f"# {description['run']}",
         "",
-        "A protein language model by score-entropy discrete diffusion (SEDD, arXiv 2310.16834).",
+        "ESM-2 or a model with its architecture, a masked language model, converted for protlig_dd."
+        if converted(description)
+        else "A protein language model by score-entropy discrete diffusion (SEDD, arXiv 2310.16834).",
         "",
         "| | |",
         "| --- | --- |",
         f"| network | {model['n_blocks']} blocks, width {model['hidden_size']}, {model['n_heads']} heads{kinds} |",
         f"| graph | {graph}, {description['parametrisation']}, "
         f"{'with' if description['time_conditioning'] else 'without'} time conditioning |",
-        f"| noise | {description['noise']['name']} |",
+        *([] if converted(description) else [f"| noise | {description['noise']['name']} |"]),
         *([f"| context | {case}-case residues are given (data.context) |"] if (case := context_in(training)) else []),
         *origin_lines(description),
         f"| weights, SHA-256 | {description['weights_sha256']} |",
@@ -161,7 +168,7 @@ def model_card(description: Mapping[str, Any]) -> str:
         "",
         "## Measured",
         "",
-        *report_lines(description["report"]),
+        *(["This model has not been measured."] if converted(description) else report_lines(description["report"])),
         "",
         "## Use",
         "",
@@ -203,19 +210,28 @@ def transformers_lines(description: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def converted(description: Mapping[str, Any]) -> bool:
+    """Whether the weights were converted from another project's model and have not been trained since."""
+    return description.get("converted_from") is not None and not description.get("fine_tuned_from")
+
+
 def origin_lines(description: Mapping[str, Any]) -> list[str]:
     """Return the lines of the model card's table that say where the weights come from."""
+    lines = []
     if (source := description.get("converted_from")) is not None:
         commit = f", commit {source['commit']}" if source["commit"] else ""
         files = "; ".join(f"{name} {checksum}" for name, checksum in source["sha256"].items())
-        return [
-            f"| converted from | {source['name']}{commit}; its licence applies to these weights |",
+        how = "converted from" if converted(description) else "derived from"
+        lines = [
+            f"| {how} | {source['name']}{commit}; its licence applies to these weights |",
             f"| files of the source, SHA-256 | {files} |",
-            f"| longest protein | {description['max_len']} residues |",
         ]
+    if converted(description):
+        return [*lines, f"| longest protein | {description['max_len']} residues |"]
     origin, lora = description.get("fine_tuned_from"), description.get("lora")
     adapters = "" if lora is None else f" by {LoraConfig(**lora).description}, merged with the other weights"
     return [
+        *lines,
         f"| trained on | proteins of up to {description['max_len']} residues; data {description['data_fingerprint']} |",
         *([f"| fine-tuned from | {origin}{adapters} |"] if origin else []),
         f"| steps | {description['step']}, seed {description['training']['seed']}; averaged weights |",
@@ -252,8 +268,8 @@ def report_lines(report: Mapping[str, Any] | None) -> list[str]:
             others = {key: float("nan") if value is None else value for key, value in others.items()}
             copied[1] += (
                 f" Over the other {others['sequences']} proteins the bound is {others['nll']:.4f} ± "
-                f"{others['nll_se']:.4f}, and the paired difference is {others['difference']:+.4f} ± "
-                f"{others['difference_se']:.4f}."
+                f"{others['nll_se']:.4f}, and the paired difference to the unigram model is "
+                f"{others['difference']:+.4f} ± {others['difference_se']:.4f}."
             )
     return [
         f"On {report['sequences']} proteins of the {report['split']} split, {report['residues']:,} {counted}, "
@@ -264,6 +280,6 @@ def report_lines(report: Mapping[str, Any] | None) -> list[str]:
         "| --- | --- |",
         f"| bound on the negative log-likelihood | {report['nll']:.4f} ± {report['nll_se']:.4f} |",
         f"| unigram model | {report['unigram_nll']:.4f} ± {report['unigram_nll_se']:.4f} |",
-        f"| paired difference | {report['difference']:+.4f} ± {report['difference_se']:.4f} |",
+        f"| difference to the unigram model, paired | {report['difference']:+.4f} ± {report['difference_se']:.4f} |",
         *copied,
     ]

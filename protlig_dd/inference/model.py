@@ -57,6 +57,8 @@ class SavedModel:
     data_fingerprint: str
     skipped: list[str]
     """The error message of each newer checkpoint of the same run that is not valid."""
+    converted_from: dict[str, Any] | None = None
+    """Origin of a converted model: name, commit, SHA-256 of its files. Models fine-tuned from it keep this record."""
     adapters: Adapters | None = None
     """The adapters of the run; None for a run without adapters and for an exported model."""
 
@@ -95,6 +97,7 @@ def find_saved(path: str) -> SavedModel:
                 cropped_sequences=description.get("cropped_sequences"),
                 data_fingerprint=description["data_fingerprint"],
                 skipped=[],
+                converted_from=description.get("converted_from"),
             )
         except KeyError as error:
             raise ValueError(f"{folder / DESCRIPTION}: damaged, or not written by protlig_dd ({error!r})") from error
@@ -109,6 +112,7 @@ def find_saved(path: str) -> SavedModel:
         cropped_sequences=state.get("cropped_sequences"),
         data_fingerprint=state["data_fingerprint"],
         skipped=skipped,
+        converted_from=state.get("converted_from"),
         adapters=find_adapters(checkpoint, config),
     )
 
@@ -186,6 +190,7 @@ def describe(saved: SavedModel, report: dict[str, Any] | None) -> dict[str, Any]
         "cropped_sequences": saved.cropped_sequences,
         "data_fingerprint": saved.data_fingerprint,
         "fine_tuned_from": Path(config.from_).name if config.from_ else None,
+        **({} if saved.converted_from is None else {"converted_from": saved.converted_from}),
         **({} if saved.adapters is None else {"lora": asdict(saved.adapters.model.lora)}),
         "report": report,
         "training": parts,

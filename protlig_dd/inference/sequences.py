@@ -25,7 +25,9 @@ def check_list(items: Sequence[object], expected: str) -> None:
         expected: the start of the message, such as `embed takes a list of sequences`.
     """
     listed = hasattr(items, "__getitem__") and hasattr(items, "__len__")
-    if isinstance(items, str | Mapping) or not listed or getattr(items, "ndim", None) == 0:
+    if isinstance(items, str):
+        raise ValueError(f"{expected}, got the string {items[:20]!r}; write it in brackets, as a list")
+    if isinstance(items, Mapping) or not listed or getattr(items, "ndim", None) == 0:
         raise ValueError(f"{expected}, got {items!r:.40}")
     if not len(items):
         raise ValueError(f"{expected}, got {items!r:.40}, which is empty")

@@ -228,7 +228,10 @@ def find_checkpoint(path: Path) -> tuple[Path, list[str]]:
             The message has the error of each checkpoint in the run folder.
     """
     if not path.exists():
-        raise ValueError(f"{path} does not exist; give a run folder, a checkpoint or an exported model")
+        raise ValueError(
+            f"{path} does not exist; give a run folder, a checkpoint or an exported model, such as "
+            "`python -m protlig_dd.convert` writes for ESM-2 and DPLM"
+        )
     if (path / COMPLETE).is_file():
         return path, []
     checkpoint, skipped = newest_valid_checkpoint(path)

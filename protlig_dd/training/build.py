@@ -106,7 +106,7 @@ def train(config: TrainConfig, store: StoreGroup, context: RunContext) -> None:
         return {f"val_{key}": value for key, value in held.summary().items() if key != "estimator"}
 
     unfinished = bool(steps) or trainer.evaluation_due
-    hooks = Hooks(trainer, validate, kept_in_checkpoints(trainer, store) if unfinished else {}, context)
+    hooks = Hooks(trainer, validate, kept_in_checkpoints(trainer, store, context) if unfinished else {}, context)
     with hooks.closing_log():
         with hooks.finishing_checkpoints():
             if unfinished:
@@ -126,15 +126,17 @@ def train(config: TrainConfig, store: StoreGroup, context: RunContext) -> None:
             write_run_page(context.folder)
 
 
-def kept_in_checkpoints(trainer: Trainer, store: StoreGroup) -> dict[str, Any]:
+def kept_in_checkpoints(trainer: Trainer, store: StoreGroup, context: RunContext) -> dict[str, Any]:
     """Return the entries of a checkpoint's state.json that do not come from the trainer."""
     counts, cropped = length_counts(store, trainer.config.data.max_len)
+    origin = context.start.converted_from
     return {
         "data_fingerprint": store.fingerprint,
         "plan_version": trainer.dataset.version,
         "max_steps": trainer.max_steps,
         "length_counts": counts,
         "cropped_sequences": cropped,
+        **({} if origin is None else {"converted_from": origin}),
     }
 
 

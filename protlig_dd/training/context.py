@@ -37,6 +37,8 @@ class Start:
     weights: Path | None = None
     """The file with the weights of the `from=` model. None without `from=`, or if there is a checkpoint and its run has
     no adapters."""
+    converted_from: dict[str, Any] | None = None
+    """Where the model of `from=` was converted from; None if it was not converted."""
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,12 @@ def resolve_source_model(config: TrainConfig, path: Path) -> TrainConfig:
             f"{', '.join(ignored)}",
             processes_from_environment(),
         )
+    if config.data.max_len < source.data.max_len:
+        announce(
+            f"data.max_len={config.data.max_len} is less than the source's {source.data.max_len}: the fine-tuned model "
+            f"is for proteins of up to {config.data.max_len} residues",
+            processes_from_environment(),
+        )
     if source.data.context != "none" == config.data.context:
         announce(
             f"warning: the source was trained with data.context={source.data.context}, but this run has "

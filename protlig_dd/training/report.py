@@ -189,7 +189,7 @@ def lines_without_copies(others: dict[str, Any] | None) -> list[str]:
     return [
         f"  NLL bound            {found['nll']:.4f} ± {found['nll_se']:.4f}",
         f"  unigram NLL          {found['unigram_nll']:.4f} ± {found['unigram_nll_se']:.4f}",
-        f"  paired difference    {found['difference']:+.4f} ± {found['difference_se']:.4f}",
+        f"  bound - unigram NLL  {found['difference']:+.4f} ± {found['difference_se']:.4f}",
     ]
 
 
@@ -212,7 +212,7 @@ def print_report(run_folder: Path, step: int, report: dict[str, Any], data: str)
         f"  NLL bound            {report['nll']:.4f} ± {report['nll_se']:.4f}",
         f"  unigram NLL          {report['unigram_nll']:.4f} ± {report['unigram_nll_se']:.4f}, of the training split "
         f"of {data}",
-        f"  paired difference    {report['difference']:+.4f} ± {report['difference_se']:.4f}",
+        f"  bound - unigram NLL  {report['difference']:+.4f} ± {report['difference_se']:.4f}",
     ]
     if copies := report["in_training"]["copies"]:
         lines.append(f"{copies} of these proteins are in the model's training data; without them:")

@@ -34,8 +34,10 @@ from protlig_dd.training.optim.schedule import count_steps
 from protlig_dd.training.packs import plan_version
 
 
-def starting_weights(config: TrainConfig, path: Path, *, resumed: bool) -> Path:
-    """Return the path of the weights that the run starts from, those of the model of `from=`.
+def starting_weights(config: TrainConfig, path: Path, *, resumed: bool) -> tuple[Path, dict[str, Any] | None]:
+    """Return the path of the weights of the model of `from=`, from which the run starts, and where they came from.
+
+    The second value is `SavedModel.converted_from`; None if `resumed`, because the checkpoint records it.
 
     If the run has adapters, these weights are also part of every later launch, so the run folder gets a copy. It gets a
     copy too if the model of `from=` has adapters, because then no other file has the merged weights.
@@ -56,7 +58,7 @@ def starting_weights(config: TrainConfig, path: Path, *, resumed: bool) -> Path:
                 f"restore this file: the weights of from={config.from_}, SHA-256 {config.from_sha256}"
             )
         check_base(base, config.from_sha256)
-        return base
+        return base, None
     saved = find_saved(str(config.from_))
     for problem in saved.skipped:
         console.print(f"skipped: {problem}")
@@ -71,7 +73,7 @@ def starting_weights(config: TrainConfig, path: Path, *, resumed: bool) -> Path:
     if copied:
         write_atomic_bytes(base, content)
     console.print(f"starting from the averaged weights of {saved.path}")
-    return base if copied else saved.weights
+    return (base if copied else saved.weights), saved.converted_from
 
 
 def graph_of_run(path: Path) -> dict[str, Any]:
@@ -124,9 +126,10 @@ def open_run_folder(
         console.print(f"this checkpoint is now {aside}")
     state = read_state(checkpoint) if checkpoint is not None else {}
     plan_version(checkpoint, state)  # only to raise its error, because a run of an unknown version must not start
-    weights, adapters = None, config.model.lora.rank is not None
+    weights, origin, adapters = None, state.get("converted_from"), config.model.lora.rank is not None
     if config.from_ is not None and (checkpoint is None or adapters):
-        weights = starting_weights(config, path, resumed=checkpoint is not None)
+        weights, found = starting_weights(config, path, resumed=checkpoint is not None)
+        origin = found or origin
     if state:
         check_not_beyond(checkpoint, state["step"], config, store)
     if started:
@@ -146,7 +149,7 @@ def open_run_folder(
     }
     write_atomic(path / "environment.json", as_json(record))
     write_atomic(path / "config.yaml", as_yaml(config))  # last, because this file makes the folder a run folder
-    return RunFolder(path, config, attempt, Start(checkpoint, state, weights), left, None)
+    return RunFolder(path, config, attempt, Start(checkpoint, state, weights, origin), left, None)
 
 
 def check_not_beyond(checkpoint: Path | None, step: int, config: TrainConfig, store: StoreGroup) -> None:
