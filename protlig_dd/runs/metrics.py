@@ -70,7 +70,8 @@ class MetricsLog:
                 name=wandb_name,
                 config=None if config is None else dict(config),
                 allow_val_change=True,  # the number of steps and devices may change when a run is resumed
-                dir=folder.resolve(),  # absolute, as wandb's service may belong to a parent process in another folder
+                # absolute, because a parent process in another working directory may have started wandb's service
+                dir=folder.resolve(),
                 id=id_file.read_text(),
                 resume="allow",
                 mode=wandb_mode,

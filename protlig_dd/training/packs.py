@@ -20,7 +20,7 @@ class Packs(NamedTuple):
     validation: PackDataset | None
     """None if the run is not evaluated during training."""
     reported: PackDataset
-    """The packs for the bound in the report."""
+    """The packs from which the final report computes its bound on the negative log-likelihood."""
     held_out: dict[str, np.ndarray]
     """The proteins in `validation` and `reported`: {split: their store rows}."""
 
