@@ -36,7 +36,7 @@ def convert(cfg: DictConfig) -> None:
     downloaded = not folder.is_dir()
     if downloaded:
         folder = download(config.from_, config.revision, FILES)
-        if not any(folder.glob("*.safetensors")):
+        if not any(folder.glob("model*.safetensors")):
             folder = download(config.from_, config.revision, (*FILES, *PICKLES))
     elif config.revision is not None:
         raise ValueError(f"revision={config.revision} is for a name on the hub, but from={folder} is a local folder")

@@ -277,7 +277,9 @@ def test_a_pickle_that_runs_code_is_an_error_and_runs_nothing(tmp_path: Path) ->
     random_esm(folder)
     (folder / "model.safetensors").unlink()
     torch.save({"a": Touch(tmp_path / "touched")}, folder / "pytorch_model.bin")
-    with raises_value_error(f"{folder}/pytorch_model.bin: cannot be read as a file of tensors"):
+    with raises_value_error(
+        f"{folder}/pytorch_model.bin: damaged, or a pickle with more than tensors, which could run code"
+    ):
         read_and_convert(folder, tmp_path / "model")
     assert not (tmp_path / "touched").exists()
     assert not (tmp_path / "model").exists()
@@ -346,6 +348,24 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "damaged weights": (
         lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 40),
         "model.safetensors: cannot be read (",
+    ),
+    "no number": (
+        lambda folder: edit_config(folder, layer_norm_eps=None),
+        "config.json: layer_norm_eps=None; it must be a number",
+    ),
+    "no list of tokens": (
+        lambda folder: edit_config(folder, vocab_list=5),
+        "config.json (vocab_list): 5 is not a list of tokens",
+    ),
+    "a damaged index": (
+        lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": 5}}'),
+        "model.safetensors.index.json: damaged; weight_map must have the name of a file for each tensor",
+    ),
+    "an index that leaves the folder": (
+        lambda folder: (folder / "model.safetensors.index.json").write_text(
+            '{"weight_map": {"a": "../b.safetensors"}}'
+        ),
+        "model.safetensors.index.json: '../b.safetensors' is not the name of a file in this folder",
     ),
     "no config": (lambda folder: (folder / "config.json").unlink(), "source: no config.json in it"),
     "an adapter of peft": (

@@ -483,12 +483,22 @@ def test_norm_eps_is_added_to_the_variance(norm: str) -> None:
             {"attention_bias": True, "mixers": "ttt_linear"},
             "model.attention_bias=true has no effect with model.mixers=",
         ),
-        ({"norm_eps": 0.0}, "model.norm_eps must be above 0, got 0.0"),
+        ({"rotary_frequencies": [1.0, 1.0, 1.0, math.nan]}, "model.rotary_frequencies must be finite numbers, got"),
+        ({"norm_eps": 0.0}, "model.norm_eps must be a finite number above 0, got 0.0"),
     ],
 )
 def test_an_option_of_esm2_that_does_not_fit_is_an_error(options: dict[str, Any], message: str) -> None:
     with raises_value_error(message):
         make_model(**options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_given_rotary_frequencies_stay_in_float32_if_the_network_is_converted(dtype: torch.dtype) -> None:
+    listed = [1.0, 0.1, 0.01, 0.001]
+    network = make_model(rotary_frequencies=listed).to(dtype)
+    assert network.embedding.weight.dtype == dtype
+    assert network.positions.frequencies.dtype == torch.float32
+    torch.testing.assert_close(network.float().positions.frequencies, torch.tensor(listed), rtol=0, atol=0)
 
 
 def test_given_rotary_frequencies_are_the_angles_per_position() -> None:

@@ -89,6 +89,18 @@ def logits(model: nn.Module) -> Tensor:
     return found
 
 
+def test_the_first_matrix_of_an_adapter_starts_uniform_as_in_the_code_of_the_paper() -> None:
+    """Kaiming-uniform with a = sqrt(5), so the limit is 1 / sqrt(columns)."""
+    model = random_model()
+    add_adapters(model, LoraConfig(8))
+    for part in model.modules():
+        if isinstance(part, LowRank):
+            limit = part.a.shape[-1] ** -0.5
+            assert float(part.a.detach().abs().max()) <= limit
+            assert float(part.a.detach().std()) == pytest.approx(limit / 3**0.5, rel=0.25)
+            assert not part.b.any()
+
+
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_new_adapters_do_not_change_the_output_by_a_bit(mixer: str) -> None:
     model = random_model(mixers=["attention", mixer], qk_norm=True)
@@ -210,7 +222,7 @@ def test_muon_updates_no_part_of_a_run_with_adapters_that_also_trains_the_head()
         (["rank=40", "layers=[mlp]"], r"^model.lora.rank=40 is larger than 32, .* in blocks.0.mlp.up \(128 x 32\)$"),
         (["rank=4", "layers=[mpl]"], r"^model.lora.layers\[0\]=mpl: choose from attention, mlp; did you mean 'mlp'\?$"),
         (["rank=4", "layers=[]"], r"^model.lora.layers=\[\] and model.lora.others=false leave nothing to train"),
-        (["rank=4", "alpha=0"], r"^model.lora.alpha must be above 0, or null for alpha = rank, got 0$"),
+        (["rank=4", "alpha=0"], r"^model.lora.alpha must be a finite number above 0, or null for alpha = rank, got 0$"),
         (["alpha=4"], r"^model.lora.alpha has no effect without adapters; also give model.lora.rank$"),
         (["layers=[mlp]"], r"^model.lora.layers has no effect without adapters; also give model.lora.rank$"),
         (["others=true"], r"^model.lora.others has no effect without adapters; also give model.lora.rank$"),

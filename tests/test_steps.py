@@ -339,7 +339,7 @@ def test_an_edit_after_the_last_step_is_an_error() -> None:
     ("designs", "options", "message"),
     [
         ([], SamplerOptions(3), "sample_steps takes a list of lengths and sequences, got "),
-        ("M__", SamplerOptions(3), "sample_steps takes a list of lengths and sequences, got 'M__'"),
+        ("M__", SamplerOptions(3), "sample_steps takes a list of lengths and sequences, got the string 'M__'"),
         (60, SamplerOptions(3), "sample_steps takes a list of lengths and sequences, got 60"),
         ({60: 1}, SamplerOptions(3), "sample_steps takes a list of lengths and sequences, got {60: 1}"),
         ([4, 0], SamplerOptions(3), r"designs\[1\] has 0 residues; this model was trained on 1 to 200"),

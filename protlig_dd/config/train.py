@@ -263,6 +263,11 @@ def check_adapters(config: TrainConfig) -> None:
     check_lora(lora)
     if lora.rank is None:
         return
+    if config.run.resume not in RESUME:
+        raise ValueError(
+            f"run.resume={config.run.resume} model.lora.rank={lora.rank}: a run with adapters cannot be continued "
+            "under another name; start a new run with from="
+        )
     if config.from_ is None:
         raise ValueError(f"model.lora.rank={lora.rank}: adapters extend a trained model; give from=")
     with torch.device("meta"):  # compares the rank with the shapes; uses no memory and draws no random numbers

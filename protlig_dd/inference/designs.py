@@ -20,6 +20,7 @@ from protlig_dd.inference.sequences import (
     check_biases,
     check_letters,
     check_list,
+    check_seed,
     check_trained_length,
     check_whole,
 )
@@ -38,7 +39,7 @@ def sample_sequences(
         ValueError: an error of `read_log_bias`, `check_biases` or `sample`.
     """
     check_sampler(score_fn.graph, options)
-    check_whole(seed, "seed is a whole number")
+    check_seed(seed)
     samples, _ = generate(score_fn, lengths, options, QUIET, seed=seed, log_bias=bias_of(log_bias, lengths))
     return [ProteinTokenizer().decode(ids) for ids in samples]
 
@@ -67,7 +68,7 @@ def infill_sequences(
     check_list(sequences, f"infill takes a list of sequences with `{FREE}` at free positions")
     check_count(n)
     check_number_of_designs(n)
-    check_whole(seed, "seed is a whole number")
+    check_seed(seed)
     templates = []
     for i, sequence in enumerate(sequences):
         check_letters(sequence, f"sequences[{i}]")
@@ -102,7 +103,7 @@ def lengths_to_sample(
         ValueError: another kind of `lengths`, a list of another length than n, or a length that is not in 1..max_len.
     """
     check_count(n)
-    check_whole(seed, "seed is a whole number")
+    check_seed(seed)
     expected = "lengths is a number, a list of numbers or a text such as 100-300"
     if isinstance(lengths, Sequence) and not isinstance(lengths, str):
         check_list(lengths, expected)

@@ -28,12 +28,13 @@ ESM_VOCABULARY = (
     *("<null_1>", "<mask>"),
 )
 SPECIAL = {MASK: "<mask>", BOS: "<cls>", EOS: "<eos>", PAD: "<pad>"}
-FILES = ("config.json", "vocab.txt", "*.safetensors", "*.safetensors.index.json")
+FILES = ("config.json", "vocab.txt", "model*.safetensors", "model.safetensors.index.json")
 PICKLES = ("pytorch_model*.bin", "pytorch_model*.bin.index.json")
 """Files of weights without safetensors. They are read with weights_only=True, which does not run code from them."""
 
 LFS = b"version https://git-lfs"  # how a file begins that Git LFS has not downloaded
 ADAPTER = ", but an adapter of peft; merge it with its model first (merge_and_unload), and save the merged model"
+MAX_POSITIONS = 1026  # transformers' default
 EXTRA_POSITIONS = 4  # positions of ESM-2's embedding table besides the residues: 2 unused ones, <cls> and <eos>
 IGNORED = ("esm.contact_head.", "esm.embeddings.position_embeddings.", "esm.embeddings.position_ids", "esm.pooler.")
 """First parts of the names of tensors that do not change the logits."""
@@ -65,7 +66,7 @@ class EsmSource:
     @property
     def max_len(self) -> int:
         """Maximum number of residues per protein in the model's training."""
-        return int(self.config["max_position_embeddings"]) - EXTRA_POSITIONS
+        return int(self.config.get("max_position_embeddings", MAX_POSITIONS)) - EXTRA_POSITIONS
 
 
 def read_esm(folder: Path) -> EsmSource:
@@ -121,7 +122,10 @@ def check_architecture(config: Mapping[str, Any], file: Path) -> None:
     for key in ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size"):
         if not isinstance(config.get(key), int) or config[key] < 1:
             raise ValueError(f"{file}: {key}={config.get(key)}; it must be a whole number of at least 1")
-    positions = config.get("max_position_embeddings", 1026)
+    for key in ("layer_norm_eps", "rope_theta"):
+        if key in config and (isinstance(config[key], bool) or not isinstance(config[key], int | float)):
+            raise ValueError(f"{file}: {key}={config[key]}; it must be a number")
+    positions = config.get("max_position_embeddings", MAX_POSITIONS)
     if not isinstance(positions, int) or positions <= EXTRA_POSITIONS:
         raise ValueError(f"{file}: max_position_embeddings={positions}; it must be above {EXTRA_POSITIONS}")
     if config["intermediate_size"] != MLP_RATIO * config["hidden_size"]:
@@ -143,6 +147,8 @@ def check_tokens(folder: Path, config: Mapping[str, Any]) -> None:
     for name, tokens in listed.items():
         if tokens is None:
             continue
+        if not isinstance(tokens, list):
+            raise ValueError(f"{folder / name}: {tokens!r:.40} is not a list of tokens")
         if len(tokens) != len(ESM_VOCABULARY):
             raise ValueError(f"{folder / name}: {len(tokens)} tokens, but ESM-2 has {len(ESM_VOCABULARY)}")
         for number, (token, expected_token) in enumerate(zip(tokens, ESM_VOCABULARY, strict=True)):
@@ -158,7 +164,10 @@ def read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         index = folder / f"{stem}.{suffix}.index.json"
         if index.is_file():
-            names = sorted(set(read_json(index).get("weight_map", {}).values()))
+            files = read_json(index).get("weight_map")
+            if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+                raise ValueError(f"{index}: damaged; weight_map must have the name of a file for each tensor")
+            names = sorted(set(files.values()))
         else:
             names = [name] if (folder / (name := f"{stem}.{suffix}")).is_file() else []
         if not names:
@@ -185,7 +194,9 @@ def load_file_of_weights(file: Path) -> dict[str, Tensor]:
                 raise ValueError(f"{file} is a pointer of Git LFS, not the weights; run `git lfs pull`") from error
         raise ValueError(f"{file}: cannot be read ({error})") from error
     except Exception as error:  # torch.load raises many types for a damaged file, or one that would run code
-        raise ValueError(f"{file}: cannot be read as a file of tensors ({str(error).splitlines()[0]})") from error
+        raise ValueError(
+            f"{file}: damaged, or a pickle with more than tensors, which could run code; use a model with safetensors"
+        ) from error
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{file}: not a dictionary of tensors")
     return content

@@ -39,6 +39,13 @@ def check_whole(value: object, expected: str) -> None:
         raise ValueError(f"{expected}, got {value!r:.40}")
 
 
+def check_seed(seed: object) -> None:
+    """Raise a ValueError unless the seed is a whole number of at least 0."""
+    check_whole(seed, "seed is a whole number")
+    if int(seed) < 0:  # type: ignore[call-overload]
+        raise ValueError(f"seed must be at least 0, got {seed}")
+
+
 def check_trained_length(residues: int, name: str, max_len: int) -> None:
     """Raise a ValueError if a protein is empty, or longer than the model was trained on."""
     if not 1 <= residues <= max_len:

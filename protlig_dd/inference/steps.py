@@ -17,6 +17,7 @@ from protlig_dd.inference.sequences import (
     FREE,
     check_biases,
     check_list,
+    check_seed,
     check_trained_length,
     check_whole,
     encode_with_free,
@@ -97,7 +98,7 @@ class SamplingSteps:
         max_len: int,
     ) -> None:
         check_list(designs, "sample_steps takes a list of lengths and sequences")
-        check_whole(seed, "seed is a whole number")
+        check_seed(seed)
         self.templates = [template_of(design, f"designs[{i}]", max_len) for i, design in enumerate(designs)]
         lengths = [len(template) for template in self.templates]
         check_biases(log_bias, lengths)

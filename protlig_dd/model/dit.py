@@ -8,6 +8,7 @@ Without time conditioning sigma is ignored and each adaLN is a plain norm, as in
 Shape suffixes: T tokens of the pack, n sequences, H hidden_size, C cond_dim.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import cast
@@ -315,7 +316,7 @@ def check_model(config: ModelConfig) -> None:
             f"model.attention_bias=true has no effect with model.mixers={config.mixers}, which has no attention; "
             "set it to false"
         )
-    if config.norm_eps is not None and not config.norm_eps > 0:
-        raise ValueError(f"model.norm_eps must be above 0, got {config.norm_eps}")
+    if config.norm_eps is not None and not 0 < config.norm_eps < math.inf:
+        raise ValueError(f"model.norm_eps must be a finite number above 0, got {config.norm_eps}")
     with torch.device("meta"):  # runs the encoding's own checks; uses no memory and draws no random numbers
         POSITIONS[config.positions](config)

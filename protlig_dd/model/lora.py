@@ -51,8 +51,10 @@ def check_lora(lora: LoraConfig) -> None:
         return
     if lora.rank < 1:
         raise ValueError(f"model.lora.rank must be at least 1, or null for no adapters, got {lora.rank}")
-    if lora.alpha is not None and not lora.alpha > 0:
-        raise ValueError(f"model.lora.alpha must be above 0, or null for alpha = rank, got {lora.alpha:g}")
+    if lora.alpha is not None and not 0 < lora.alpha < math.inf:
+        raise ValueError(
+            f"model.lora.alpha must be a finite number above 0, or null for alpha = rank, got {lora.alpha:g}"
+        )
     for i, name in enumerate(lora.layers):
         if name not in ADAPTED:
             raise ValueError(unknown_choice(f"model.lora.layers[{i}]", name, ADAPTED))

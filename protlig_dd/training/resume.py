@@ -63,6 +63,8 @@ def starting_weights(config: TrainConfig, path: Path, *, resumed: bool) -> tuple
     for problem in saved.skipped:
         console.print(f"skipped: {problem}")
     copied = config.model.lora.rank is not None or saved.adapters is not None
+    if copied and base.is_file() and sha256(base) == config.from_sha256:
+        return base, saved.converted_from  # an earlier launch, which made no checkpoint, has written the copy
     content = saved.content() if copied else b""
     found = hashlib.sha256(content).hexdigest() if copied else sha256(saved.weights)
     if found != config.from_sha256:

@@ -16,7 +16,7 @@ from protlig_dd.diffusion.likelihood import BoundsPerResidue, nll_bound, protein
 from protlig_dd.diffusion.score import ScoreFn
 from protlig_dd.evaluation.likelihood.scoring import Given
 from protlig_dd.inference.profiles import masked_log_probs, site_packs
-from protlig_dd.inference.sequences import check_list, check_trained_length, check_whole, encode_whole
+from protlig_dd.inference.sequences import check_list, check_seed, check_trained_length, check_whole, encode_whole
 from protlig_dd.inference.sharing import QUIET, Tick, Work
 from protlig_dd.system.random import protein_keys, stratified_positions
 from protlig_dd.tokenizer import CONTEXT_LETTERS, N_STATES
@@ -109,6 +109,6 @@ def read_whole(sequences: Sequence[str], method: str, max_len: int) -> list[Give
 def check_draws(draws: int, seed: int) -> None:
     """Raise a ValueError unless `draws` is a whole number of at least 1 and `seed` is a whole number."""
     check_whole(draws, "draws is a whole number")
-    check_whole(seed, "seed is a whole number")
+    check_seed(seed)
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}")

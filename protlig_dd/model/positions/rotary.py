@@ -5,6 +5,8 @@ The float32 tables of cosines and sines that are applied to the queries and keys
 token of the pack. Another number of rows is an error; tables are never tiled or cut.
 """
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,11 +35,21 @@ class Rotary(PositionEncoding):
                 f"model.rotary_frequencies has {len(frequencies)} frequencies, but head_dim {config.head_dim} has "
                 f"{config.head_dim // 2} pairs of dimensions"
             )
+        if frequencies is not None and not all(map(math.isfinite, frequencies)):
+            raise ValueError(f"model.rotary_frequencies must be finite numbers, got {frequencies}")
+        self.listed = frequencies
         # a buffer, because copying a list to a GPU at each forward pass would make the host wait
         self.frequencies: Tensor | None
         self.register_buffer(
             "frequencies", None if frequencies is None else torch.tensor(frequencies), persistent=False
         )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Rotary":
+        """Move the frequencies with the network, but keep them in float32: in bf16 the angles would be wrong."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.frequencies is not None:
+            self.frequencies = torch.tensor(self.listed, device=self.frequencies.device)
+        return self
 
     def tables(self, batch: PackedBatch) -> tuple[Tensor, ...]:
         """Return cos and sin for each token, each (1, total, 1, 1, head_dim) float32."""
