@@ -490,7 +490,7 @@ def test_a_model_is_downloaded_from_a_hub_and_its_commit_recorded(
         files |= {path.name: path.read_bytes() for path in (tmp_path / "source").iterdir()}
         files["modeling_evil.py"] = b"raise SystemExit"
         files["optimizer.bin" if pickled else "pytorch_model.bin"] = b"not needed"
-        process = run_python(*verb, f"from={REPOSITORY}", "to=model", HF_ENDPOINT=address, **environment)
+        process = run_python(*verb, f"from={REPOSITORY}", "to=model", "revision=v1", HF_ENDPOINT=address, **environment)
         assert process.returncode == 0, process.stderr
         process = run_python(
             *verb, f"from={REPOSITORY}", "to=other", "revision=missing", HF_ENDPOINT=address, **environment
@@ -500,7 +500,7 @@ def test_a_model_is_downloaded_from_a_hub_and_its_commit_recorded(
         assert_one_line_error(process, "someone/gated is gated: accept its terms on this page, then run `hf auth")
     origin = json.loads((tmp_path / "model/config.json").read_text())["converted_from"]
     assert (origin["name"], origin["commit"]) == (REPOSITORY, COMMIT)
-    assert f"converted from | {REPOSITORY}, commit {COMMIT}" in (tmp_path / "model/README.md").read_text()
+    assert f"converted from | {REPOSITORY}, revision v1, commit {COMMIT}" in (tmp_path / "model/README.md").read_text()
     downloaded = {path.name for path in (tmp_path / "home").rglob("*") if path.is_symlink() or path.is_file()}
     assert not {"modeling_evil.py", "optimizer.bin", "pytorch_model.bin" if not pickled else ""} & downloaded
     read_and_convert(tmp_path / "source", tmp_path / "local")

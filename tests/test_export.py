@@ -454,7 +454,8 @@ def test_a_model_pushed_to_a_hub_is_pulled_unchanged(exported: Path, tmp_path: P
         run_python(*CLIENT, "pull", "someone/else", "x", **offline), "someone/else is not a local folder"
     )
     assert_one_line_error(
-        run_python(*CLIENT, "pull", "no/such/folder", "x", **offline), "no/such/folder is not a local folder"
+        run_python(*CLIENT, "pull", "no/such/folder", "x", **offline),
+        "'no/such/folder' is neither a local folder nor the name of a model",
     )
 
 

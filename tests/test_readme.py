@@ -78,6 +78,8 @@ def shortened(command: str) -> str:
     for part, overrides in SHORT.items():
         if part in command and "--help" not in command and "plan=true" not in command:
             fixed = ("model.",) if "from=" in command else ()  # the network is that of the source run
+            if "data.max_len=1022" in command:
+                overrides = overrides.replace("data.tokens_per_pack=600", "data.tokens_per_pack=1100")
             kept = [o for o in overrides.split() if o.split("=")[0] not in command and not o.startswith(fixed)]
             return " ".join([command, *kept])
     return command

@@ -219,7 +219,8 @@ def origin_lines(description: Mapping[str, Any]) -> list[str]:
     """Return the lines of the model card's table that say where the weights come from."""
     lines = []
     if (source := description.get("converted_from")) is not None:
-        commit = f", commit {source['commit']}" if source["commit"] else ""
+        revision = f", revision {source['revision']}" if source["revision"] else ""
+        commit = f"{revision}, commit {source['commit']}" if source["commit"] else ""
         files = "; ".join(f"{name} {checksum}" for name, checksum in source["sha256"].items())
         how = "converted from" if converted(description) else "derived from"
         lines = [

@@ -1,7 +1,6 @@
 """Speed and memory of a training step of every kind of network, measured alternately in one process."""
 
 import argparse
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -53,4 +52,4 @@ def config_of(arm: str, sizes: dict[str, int]) -> TrainConfig:
 
 def network_of(config: TrainConfig) -> dict[str, Any]:
     """Return the options of `make_variant` for the network of a config."""
-    return asdict(config.model) | {"time_conditioning": config.time_conditioning}
+    return vars(config.model) | {"time_conditioning": config.time_conditioning}
