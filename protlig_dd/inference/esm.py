@@ -6,7 +6,6 @@ networks of the absorbing graph with the parametrisation x0 and without time con
 """
 
 import contextlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from protlig_dd.inference.exported import read_json
 from protlig_dd.model.config import ModelConfig
 from protlig_dd.model.layers import EMBEDDING_STD, MLP_RATIO
 from protlig_dd.system.files import sha256
@@ -86,16 +86,6 @@ def read_esm(folder: Path) -> EsmSource:
     check_tokens(folder, config)
     weights, sums = read_weights(folder)
     return EsmSource(folder, config, weights, sums)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: cannot be read ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: not a JSON object")
-    return content
 
 
 def check_architecture(config: Mapping[str, Any], file: Path) -> None:
