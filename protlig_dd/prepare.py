@@ -20,6 +20,7 @@ from protlig_dd.data.prepare.filters import Filters
 from protlig_dd.data.prepare.splits import Split
 from protlig_dd.data.store import SequenceStore
 from protlig_dd.system.terminal import ByteBar, console
+from protlig_dd.system.workers import count_workers
 
 FEW = 10  # warn if a held-out split has fewer sequences: a mean over so few has a large standard error
 
@@ -42,7 +43,14 @@ def prepare(cfg: DictConfig) -> None:
         inputs = [str(file) for file in (config.input if isinstance(config.input, list) else [config.input])]
         split = Split(**vars(config.split))
     options = vars(config.filter) | {"taxa_nodes": Path(nodes) if (nodes := config.filter.taxa_nodes) else None}
-    store = build_store(inputs, Path(config.output), filters=Filters(**options), split=split, progress=ByteBar)
+    store = build_store(
+        inputs,
+        Path(config.output),
+        filters=Filters(**options),
+        split=split,
+        workers=count_workers(config.workers),
+        progress=ByteBar,
+    )
     describe(store)
     if config.filter.taxa is not None and nodes is None:
         console.print(

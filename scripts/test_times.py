@@ -101,7 +101,16 @@ GROUPS = (
         "data",
         "from FASTA to store: every wrong input is a one-line error, any flipped bit of a store is detected, a kill "
         "leaves no partial store",
-        ("test_fasta", "test_encode", "test_tokenizer", "test_build", "test_store", "test_prepare", "test_download"),
+        (
+            "test_fasta",
+            "test_encode",
+            "test_tokenizer",
+            "test_build",
+            "test_store",
+            "test_prepare",
+            "test_workers",
+            "test_download",
+        ),
     ),
     Group(
         "training and resume",

@@ -413,6 +413,20 @@ def wait_for(condition: Callable[[], object], seconds: float = 300) -> None:
         time.sleep(0.01)
 
 
+def children_of(pid: int) -> list[int]:
+    """Return the process ids of a process's children that are running."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [child for task in tasks for child in map(int, task.read_text().split()) if is_running(child)]
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process exists and is not a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def free_port() -> int:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))

@@ -19,14 +19,14 @@ from hypothesis import strategies as st
 from protlig_dd.data import mmseqs
 from protlig_dd.data.encode import EncodedBlock, encode_block
 from protlig_dd.data.fasta import FastaFile, FastaRecord, read_fasta
-from protlig_dd.data.prepare import build, duplicates, read, splits, spool, write
+from protlig_dd.data.prepare import build, counts, duplicates, parse, splits, spool
 from protlig_dd.data.prepare.build import build_store
 from protlig_dd.data.prepare.bundled import SAMPLE_FOLDER, bundled_store
+from protlig_dd.data.prepare.counts import count_tokens
 from protlig_dd.data.prepare.duplicates import repeated_rows
 from protlig_dd.data.prepare.filters import Filters, taxa_below
 from protlig_dd.data.prepare.output import manifest_path
 from protlig_dd.data.prepare.splits import Split, hashed_splits
-from protlig_dd.data.prepare.write import count_tokens
 from protlig_dd.data.store import SPLITS, SequenceStore
 from protlig_dd.tokenizer import LETTERS, ProteinTokenizer
 
@@ -87,7 +87,7 @@ def test_building_in_pieces_of_any_size_gives_the_same_store(
         text = f"{text[:start]}>copy{i}\n{text[start + len(record.id) + 2 :]}"
     file.write_text(text)
     whole = build_store([file], tmp_path / "whole.h5", split=Split(0.2, 0.1))
-    for module in (spool, duplicates, write):
+    for module in (spool, duplicates, counts):
         monkeypatch.setattr(module, "ROWS_AT_ONCE", rows_at_once)
     monkeypatch.setattr(spool, "COPY_BYTES", 700)
     pieces = build_store([file], tmp_path / "pieces.h5", split=Split(0.2, 0.1))
@@ -218,7 +218,7 @@ def test_taxa_include_their_descendants(tmp_path: Path) -> None:
 @given(st.lists(st.integers(0, 29), min_size=1, max_size=400))
 def test_token_counts_are_exact(tokens: list[int]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(write, "ROWS_AT_ONCE", 37)
+        patch.setattr(counts, "ROWS_AT_ONCE", 37)
         array = np.array(tokens, np.uint8)
         assert count_tokens(array).tolist() == np.bincount(array, minlength=30).tolist()
 
@@ -247,7 +247,7 @@ def test_sequences_that_share_half_a_hash_are_not_duplicates(tmp_path: Path, mon
 
     original = EncodedBlock.sequence_hashes
     monkeypatch.setattr(EncodedBlock, "sequence_hashes", colliding_sequences)
-    monkeypatch.setattr(read, "encode_block", colliding_ids)
+    monkeypatch.setattr(parse, "encode_block", colliding_ids)
     records = [(f"p{i}", "MKV" + "ACDEFGHIKL"[i % 10]) for i in range(30)]
     store = build_store([write_fasta(tmp_path / "a.fasta", *records)], tmp_path / "a.h5")
     assert [store.id(row) for row in range(len(store))] == [f"p{i}" for i in range(10)]

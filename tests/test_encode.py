@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protlig_dd.data.encode import ID_SEED, encode_block
-from protlig_dd.data.fasta import FastaBlock, FastaFile, FastaRecord
+from protlig_dd.data.fasta import FastaBlock, FastaFile, FastaRecord, FastaText, parse_text
 from protlig_dd.tokenizer import AMINO_ACIDS, CONTEXT_LETTERS, ProteinTokenizer
 
 SEQUENCES = st.lists(st.text(AMINO_ACIDS + CONTEXT_LETTERS, min_size=1, max_size=70), min_size=1, max_size=20)
@@ -18,9 +18,7 @@ def block_of(*bodies: bytes, ids: Sequence[bytes] = ()) -> FastaBlock:
     """Return a block of records with these bodies. The block begins with record 11 of a file, on line 101."""
     names = ids or [b"p%d" % i for i in range(len(bodies))]
     records = [b">%s\n%s\n" % (name, body.removesuffix(b"\n")) for name, body in zip(names, bodies, strict=True)]
-    file = FastaFile("-")
-    file.name, file.records = "a.fasta", 10
-    return file._parse(b"".join(records), 101)
+    return parse_text(FastaText("a.fasta", 11, 101, b"".join(records)))
 
 
 @given(SEQUENCES, st.sampled_from([b"\n", b"\r\n", b" \n\t"]), st.sampled_from([b"", b"*", b"*\n"]), st.booleans())

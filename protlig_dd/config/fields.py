@@ -59,6 +59,16 @@ def _true_false_auto(value: Any) -> Any:
 Auto = Annotated[Any, AfterValidator(_true_false_auto)]
 """true, false or auto"""
 
+
+def _number_or_auto(value: Any) -> Any:
+    if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise ValueError("must be auto or a whole number of at least 1")
+    return value
+
+
+NumberOrAuto = Annotated[Any, AfterValidator(_number_or_auto)]
+"""A whole number of at least 1, or auto"""
+
 MAY_CHANGE = "may change when a run is resumed"
 
 

@@ -13,6 +13,7 @@ from protlig_dd.config.fields import (
     Even,
     Fraction,
     Number,
+    NumberOrAuto,
     SplitName,
     Whole,
 )
@@ -42,6 +43,7 @@ class PrepareConfig:
     input: Any
     output: str | None
     inspect: str | None
+    workers: NumberOrAuto
     filter: FilterConfig
     split: SplitConfig
 

@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 import xxhash
+from numpy.lib.stride_tricks import sliding_window_view
 
 from protlig_dd.data.fasta import WHITESPACE, FastaBlock
-from protlig_dd.tokenizer import AMINO_ACIDS, BOS, CONTEXT_LETTERS, EOS, LETTERS
+from protlig_dd.tokenizer import AMINO_ACIDS, BOS, CONTEXT_LETTERS, EOS, LETTERS, VOCAB_SIZE
 
 LOWER = 64  # added to the token id of a lower-case letter
 # The code of a byte is the token id of its letter (plus LOWER for lower case), or _STOP (for `*`), or _ILLEGAL.
@@ -24,6 +25,7 @@ _TABLE = bytes(_CODES)
 _FOLD = bytes(code & ~LOWER for code in range(256))
 
 _BASES = bytes(LETTERS.index(letter) for letter in "ACGTUN")
+_IS_BASE = np.isin(np.arange(VOCAB_SIZE), list(_BASES))
 FEWEST_BASES = 20  # minimum length for is_nucleotide: shorter proteins may consist of these letters by chance
 
 # Never change these seeds: all hashed splits depend on ID_SEED.
@@ -92,12 +94,29 @@ def encode_block(block: FastaBlock) -> EncodedBlock:
         sequences, tokens = [sequence.translate(_FOLD) for sequence in sequences], tokens & ~np.uint8(LOWER)
     if not all(sequences):
         raise ValueError(f"{block.location(sequences.index(b''))}: no residues")
-    lengths = np.array([len(sequence) + 2 for sequence in sequences])
+    lengths = np.fromiter(map(len, sequences), np.int64, len(sequences)) + 2
     digest = xxhash.xxh3_64_digest
     digests = b"".join([digest(id_, ID_SEED) for id_ in block.ids])
     hashes = np.frombuffer(digests, ">u8").astype(np.uint64)
-    nucleotides = sum(map(is_nucleotide, sequences))
+    nucleotides = sum(is_nucleotide(sequences[i]) for i in _perhaps_nucleotides(tokens, lengths).tolist())
     return EncodedBlock(sequences, tokens, lengths, hashes, lower_case, nucleotides, is_lower if lower_case else None)
+
+
+def _perhaps_nucleotides(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Return the rows of the sequences for which is_nucleotide may be True. They include few proteins.
+
+    If the first 100 residues have at most 10 residues that are not bases, so have the first FEWEST_BASES residues.
+
+    Args:
+        tokens: (total,) every sequence as `<bos> residues <eos>`.
+        lengths: (n,) tokens of each sequence.
+    """
+    rows = np.flatnonzero(lengths >= FEWEST_BASES + 2)
+    if not len(rows):
+        return rows
+    first_residues = (np.cumsum(lengths) - lengths + 1)[rows]
+    is_base = _IS_BASE[sliding_window_view(tokens, FEWEST_BASES)[first_residues]]
+    return rows[is_base.sum(1) >= FEWEST_BASES - 10]
 
 
 def is_nucleotide(tokens: bytes) -> bool:

@@ -94,16 +94,25 @@ def parse_header(header: str) -> Header:
     return Header(id_, rest, None, None, None, None)
 
 
-class FastaBlock(NamedTuple):
-    """n whole records of a file, as bytes."""
+class FastaText(NamedTuple):
+    """Whole records of a file, as bytes that are not split into records yet."""
 
     file: str
     first_record: int
-    """Number of the block's first record in the file, counted from 1."""
+    """Number of the first of these records in the file, counted from 1."""
     first_line: int
-    """Line number of the header of the block's first record, counted from 1."""
+    """Line number of the first record's header, counted from 1."""
     text: bytes
     """The records' bytes, with every line end normalised to a newline."""
+
+
+class FastaBlock(NamedTuple):
+    """n whole records of a file. The first four fields are those of FastaText."""
+
+    file: str
+    first_record: int
+    first_line: int
+    text: bytes
     starts: list[int]
     """n + 1 offsets in `text`: each record's `>`, and the end of the last record."""
     ids: list[bytes]
@@ -128,7 +137,7 @@ class FastaBlock(NamedTuple):
 
 
 class FastaFile:
-    """One input file. Iterate over `blocks()` once; afterwards `sha256`, `size` and `records` describe what was read.
+    """One input file. Iterate over `blocks()` or `texts()` once. Then `sha256`, `size` and `records` describe the file.
 
     Args:
         path: a plain or gzipped file (recognised by its first two bytes, not by its name), or `-` for stdin.
@@ -158,15 +167,20 @@ class FastaFile:
         return self._raw.size
 
     def blocks(self) -> Iterator[FastaBlock]:
+        for text in self.texts():
+            yield parse_text(text)
+
+    def texts(self) -> Iterator[FastaText]:
+        """Yield the texts of the blocks. Only their ends are checked, so reading is much faster than parsing."""
         try:
             # unbuffered: a pipe (stdin, or the shell's <(...)) is read as data arrives
             with sys.stdin.buffer if self.path is None else self.path.open("rb", buffering=0) as source:
                 self._raw = _CountingReader(source, self.on_bytes)
-                yield from self._blocks(io.BufferedReader(self._raw, 1 << 20))
+                yield from self._texts(io.BufferedReader(self._raw, 1 << 20))
         except OSError as error:
             raise ValueError(f"{self.name}: cannot be read: {error.strerror or error}") from error
 
-    def _blocks(self, buffered: io.BufferedReader) -> Iterator[FastaBlock]:
+    def _texts(self, buffered: io.BufferedReader) -> Iterator[FastaText]:
         zipped = buffered.peek(2)[:2] == GZIP_MAGIC
         stream: io.BufferedIOBase = IGzipFile(fileobj=buffered) if zipped else buffered
         rest, held, line, started = b"", b"", 1, False
@@ -190,8 +204,12 @@ class FastaFile:
             cut = len(text) if last else text.rfind(b"\n>") + 1
             block, rest = text[:cut], text[cut:]
             if block:
-                yield self._parse(block, line)
-                line += int(np.count_nonzero(np.frombuffer(block, np.uint8) == NEWLINE))  # faster than count()
+                first_record = self.records + 1
+                letters = np.frombuffer(block, np.uint8)  # numpy counts faster than bytes.count()
+                newline = letters == NEWLINE
+                self.records += 1 + int(np.count_nonzero(newline[:-1] & (letters[1:] == SIGN)))
+                yield FastaText(self.name, first_record, line, block)
+                line += int(np.count_nonzero(newline))
             if len(rest) > LONGEST_RECORD:
                 raise ValueError(_too_long(f"{self.name}: record {self.records + 1}, line {line}"))
             if damage is not None:
@@ -203,43 +221,48 @@ class FastaFile:
         if not self.records:
             raise ValueError(f"{self.name}: empty, no FASTA records in it")
 
-    def _parse(self, text: bytes, line: int) -> FastaBlock:
-        """Split `>id ...\n...\n>id ...\n` into records and check them; `line` is the number of the first line."""
-        letters = np.frombuffer(text, np.uint8)
-        signs = np.flatnonzero(letters[1:] == SIGN) + 1
-        starts = [0, *signs[letters[signs - 1] == NEWLINE].tolist(), len(text)]
-        headers, bodies = [], []
-        for start, end in itertools.pairwise(starts):
-            header, _, body = text[start + 1 : end].partition(b"\n")
-            headers.append(header)
-            bodies.append(body)
-        ids = [header.partition(b" ")[0] for header in headers]
-        if b"\t" in text:
-            ids = [id_.partition(b"\t")[0] for id_ in ids]
-        block = FastaBlock(self.name, self.records + 1, line, text, starts, ids, headers, bodies)
-        self.records += len(ids)
-        if len(text) > LONGEST_RECORD and (np.diff(starts) > LONGEST_RECORD).any():
-            raise ValueError(_too_long(block.location(int(np.argmax(np.diff(starts) > LONGEST_RECORD)))))
-        if not all(ids):
-            i = ids.index(b"")
-            shown = ">" + headers[i].decode("utf-8", "replace")
-            raise ValueError(f"{block.location(i)}: no id in the header {shown!r}")
-        codes_end = np.array(starts[:-1]) + 3
-        for i in np.flatnonzero(letters[np.minimum(codes_end, len(text) - 1)] == SEMICOLON).tolist():
-            if ids[i][:2] in PIR_CODES and b"*" in bodies[i]:  # else PIR's description would be read as residues
-                raise ValueError(
-                    f"{block.location(i)} looks like PIR, not FASTA: its id starts with `{ids[i][:3].decode()}`, a "
-                    "line of description follows, and * ends its sequence. Convert PIR to FASTA with "
-                    'Bio.SeqIO.convert("in.pir", "pir", "out.fasta", "fasta"); if the file is FASTA, remove '
-                    f"`{ids[i][:3].decode()}` from its ids"
-                )
-        if not text.isascii():
-            for i, header in enumerate(headers):
-                try:
-                    header.decode()
-                except UnicodeDecodeError as error:
-                    raise ValueError(f"{block.location(i)}: the header is not UTF-8: {error.reason}") from error
-        return block
+
+def parse_text(whole: FastaText) -> FastaBlock:
+    """Split `>id ...\n...\n>id ...\n` into records and check them.
+
+    Raises:
+        ValueError: see FastaFile.
+    """
+    text = whole.text
+    letters = np.frombuffer(text, np.uint8)
+    signs = np.flatnonzero(letters[1:] == SIGN) + 1
+    starts = [0, *signs[letters[signs - 1] == NEWLINE].tolist(), len(text)]
+    headers, bodies = [], []
+    for start, end in itertools.pairwise(starts):
+        header, _, body = text[start + 1 : end].partition(b"\n")
+        headers.append(header)
+        bodies.append(body)
+    ids = [header.partition(b" ")[0] for header in headers]
+    if b"\t" in text:
+        ids = [id_.partition(b"\t")[0] for id_ in ids]
+    block = FastaBlock(*whole, starts, ids, headers, bodies)
+    if len(text) > LONGEST_RECORD and (np.diff(starts) > LONGEST_RECORD).any():
+        raise ValueError(_too_long(block.location(int(np.argmax(np.diff(starts) > LONGEST_RECORD)))))
+    if not all(ids):
+        i = ids.index(b"")
+        shown = ">" + headers[i].decode("utf-8", "replace")
+        raise ValueError(f"{block.location(i)}: no id in the header {shown!r}")
+    codes_end = np.array(starts[:-1]) + 3
+    for i in np.flatnonzero(letters[np.minimum(codes_end, len(text) - 1)] == SEMICOLON).tolist():
+        if ids[i][:2] in PIR_CODES and b"*" in bodies[i]:  # else PIR's description would be read as residues
+            raise ValueError(
+                f"{block.location(i)} looks like PIR, not FASTA: its id starts with `{ids[i][:3].decode()}`, a "
+                "line of description follows, and * ends its sequence. Convert PIR to FASTA with "
+                'Bio.SeqIO.convert("in.pir", "pir", "out.fasta", "fasta"); if the file is FASTA, remove '
+                f"`{ids[i][:3].decode()}` from its ids"
+            )
+    if not text.isascii():
+        for i, header in enumerate(headers):
+            try:
+                header.decode()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{block.location(i)}: the header is not UTF-8: {error.reason}") from error
+    return block
 
 
 def _line_ends(text: bytes, last: bool) -> tuple[bytes, bytes]:

@@ -35,6 +35,7 @@ from protlig_dd.data.prepare.write import write_store
 from protlig_dd.data.store import FORMAT_VERSION, SPLITS, SequenceStore
 from protlig_dd.system.files import free_name, sha256, sync_folder, write_atomic
 from protlig_dd.system.tables import as_json
+from protlig_dd.system.workers import Workers, keep_freed_memory
 
 
 def build_store(
@@ -43,6 +44,7 @@ def build_store(
     *,
     filters: Filters | None = None,
     split: Split | None = None,
+    workers: int = 1,
     progress: Callable[[str, int | None], Progress] = NoProgress,
 ) -> SequenceStore:
     """Build a new store from FASTA, and write its manifest beside it (`<output>.manifest.json`).
@@ -52,6 +54,7 @@ def build_store(
 
     Args:
         inputs: {split: file}, or files whose sequences are assigned to splits by a hash of their ids; `-` is stdin.
+        workers: number of processes that parse the input; 1 parses in this process.
         progress: called with a description and the total bytes (None if unknown); returns a progress bar.
 
     Raises:
@@ -60,6 +63,7 @@ def build_store(
     """
     filters, split, output = filters or Filters(), split or Split(), Path(output)
     began = time.time()
+    keep_freed_memory()
     if output.is_symlink():  # write the link's target, even if it does not exist yet
         output = output.resolve()
     if output.exists():
@@ -81,7 +85,7 @@ def build_store(
         raise ValueError("stdin (-) can be given only once as input")
     files = [FastaFile(path) for path in paths]
     codes: list[int | None] = [SPLITS.index(name) for name in named] if named else [None] * len(files)
-    with output_errors(output), partial_folder(output) as folder:
+    with output_errors(output), partial_folder(output) as folder, Workers(workers) as pool:
         if output.exists():  # another process has just finished the output
             raise output_exists(output)
         spool = Spool(folder)
@@ -90,7 +94,7 @@ def build_store(
             for file in files:
                 file.on_bytes = bar.advance
             with contextlib.closing(spool):
-                counts = read_inputs(files, codes, spool, filters, taxa)
+                counts = read_inputs(files, codes, spool, filters, taxa, pool)
         if not spool.rows:
             dropped = ", ".join(f"{count:,} by {name}" for name, count in counts["dropped"].items() if count)
             raise ValueError(
@@ -122,7 +126,7 @@ def build_store(
         }
         finished = folder / "store.h5"
         with progress("writing", spool.size("tokens") + spool.size("headers")) as bar:
-            write_store(finished, spool, keep, splits, source, bar.advance)
+            write_store(finished, spool, keep, splits, source, pool, bar.advance)
         with finished.open("rb") as handle:
             os.fsync(handle.fileno())
         times = {

@@ -4,34 +4,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import xxhash
 
-from protlig_dd.data.encode import LOWER, EncodedBlock
+from protlig_dd.data.encode import LOWER
 from protlig_dd.data.prepare.duplicates import SHOWN_IDS, id_of_row
 from protlig_dd.data.prepare.spool import Spool
 from protlig_dd.data.store import SPLITS
 from protlig_dd.tokenizer import N_STATES, VOCAB_SIZE
 
 FOLD = ~np.uint8(LOWER)
-
-
-def spool_case(spool: Spool, encoded: EncodedBlock) -> np.ndarray:
-    """Append to the spool the columns `case_*` of the records that have a lower-case letter.
-
-    Return the tokens; LOWER is added to the tokens of lower-case letters.
-    """
-    assert encoded.is_lower is not None
-    if encoded.is_lower.any():  # else the filters have dropped all such records
-        ends = np.cumsum(encoded.lengths)
-        starts = ends - encoded.lengths
-        letters = np.add.reduceat(encoded.is_lower, starts, dtype=np.int64)
-        rows = np.flatnonzero(letters)
-        bounds = zip(starts[rows].tolist(), ends[rows].tolist(), strict=True)
-        hashes = [xxhash.xxh3_64_intdigest(encoded.is_lower[start:end].data) for start, end in bounds]
-        spool.append(
-            0, case_row=spool.rows + rows, case_letters=letters[rows], case_hash=np.array(hashes, dtype=np.uint64)
-        )
-    return encoded.tokens | (encoded.is_lower * np.uint8(LOWER))
 
 
 def repeats_in_other_case(spool: Spool, repeats: np.ndarray) -> int:

@@ -10,6 +10,9 @@ from protlig_dd.data.encode import EncodedBlock
 from protlig_dd.data.fasta import FastaBlock, parse_header
 from protlig_dd.tokenizer import BOS, MASK
 
+# names of the filters in the manifest, in the order in which they are applied; duplicates are found at the end
+FILTERS = ("min_length", "max_length", "max_unknown", "fragments", "taxa", "duplicates")
+
 
 @dataclass(frozen=True)
 class Filters:

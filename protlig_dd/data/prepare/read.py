@@ -1,16 +1,19 @@
-"""Parse and filter FASTA, and append the records to the spool."""
+"""Read FASTA, let workers parse and filter it, and append the records to the spool."""
 
-import itertools
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 
-from protlig_dd.data.encode import encode_block
 from protlig_dd.data.fasta import FastaFile
-from protlig_dd.data.prepare.case import spool_case
-from protlig_dd.data.prepare.filters import Filters, failures
+from protlig_dd.data.prepare.filters import FILTERS, Filters
+from protlig_dd.data.prepare.parse import Batch, parse
 from protlig_dd.data.prepare.spool import Spool
+from protlig_dd.system.workers import Workers
+
+BATCH_BYTES = 4 << 20  # large enough that the time for sending a batch to a worker is small
 
 
 class Progress(Protocol):
@@ -38,6 +41,7 @@ def read_inputs(
     spool: Spool,
     filters: Filters,
     taxa: np.ndarray | None,
+    workers: Workers,
 ) -> dict[str, Any]:
     """Parse and filter every input, and append the records to the spool. Return the counts for the manifest.
 
@@ -45,38 +49,36 @@ def read_inputs(
         codes: the split of each file as an index into SPLITS; None if the sequences are split by hash.
         taxa: the TaxIDs to keep, ascending; None keeps all.
     """
-    dropped = dict.fromkeys(("min_length", "max_length", "max_unknown", "fragments", "taxa", "duplicates"), 0)
-    records = lower_case = nucleotides = 0
-    for number, (file, code) in enumerate(zip(files, codes, strict=True)):
-        for block in file.blocks():
-            encoded = encode_block(block)
-            records += len(block.ids)
-            lower_case += encoded.lower_case
-            nucleotides += encoded.nucleotides
-            keep = np.ones(len(block.ids), dtype=bool)
-            for name, failed in failures(block, encoded, filters, taxa):
-                dropped[name] += int((keep & failed).sum())
-                keep &= ~failed
-            encoded = encoded.select(keep)
-            headers = block.headers if keep.all() else list(itertools.compress(block.headers, keep.tolist()))
-            digests = encoded.sequence_hashes()
-            tokens = encoded.tokens if encoded.is_lower is None else spool_case(spool, encoded)
-            spool.append(
-                len(headers),
-                tokens=tokens,
-                headers=b"".join(headers),
-                length=encoded.lengths,
-                header_length=np.array([len(header) for header in headers], np.int32),
-                id_hash=encoded.id_hashes,
-                hash_high=digests[:, 0],
-                hash_low=digests[:, 1],
-                file=np.full(len(headers), number),
-                record=block.first_record + np.flatnonzero(keep),
-                split=np.full(len(headers), code or 0),
-            )
+    counts: Counter[str] = Counter()
+    for parsed in workers.map(partial(parse, filters, taxa), batches(files, codes)):
+        parsed.columns["case_row"] += spool.rows
+        spool.append(parsed.rows, parsed.columns)
+        counts.update(parsed.counts)
     return {
-        "records": records,
-        "lower_case_letters": lower_case,
-        "nucleotide_like": nucleotides,
-        "dropped": dropped,
+        "records": counts["records"],
+        "lower_case_letters": counts["lower_case"],
+        "nucleotide_like": counts["nucleotides"],
+        "dropped": {name: counts[name] for name in FILTERS},
     }
+
+
+def batches(files: Sequence[FastaFile], codes: Sequence[int | None]) -> Iterator[Batch]:
+    """Read the files, and yield their texts in batches of BATCH_BYTES or a little more.
+
+    Raises:
+        ValueError: an error of FastaFile. All texts before the error have been yielded.
+    """
+    for number, (file, code) in enumerate(zip(files, codes, strict=True)):
+        batch, error = Batch(number, code or 0, []), None
+        try:
+            for text in file.texts():
+                batch.texts.append(text)
+                if sum(len(text.text) for text in batch.texts) >= BATCH_BYTES:
+                    yield batch
+                    batch = Batch(number, code or 0, [])
+        except ValueError as raised:
+            error = raised
+        if batch.texts:
+            yield batch
+        if error is not None:
+            raise error

@@ -1,52 +1,37 @@
 """Temporary storage of parsed FASTA, as one file per column."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO, ClassVar
+from typing import BinaryIO
 
 import numpy as np
 
 from protlig_dd.data.encode import LOWER
-from protlig_dd.data.store import COPY_BYTES
+from protlig_dd.data.prepare.parse import COLUMNS
 from protlig_dd.tokenizer import ProteinTokenizer
 
-ROWS_AT_ONCE = 1 << 16
+ROWS_AT_ONCE, COPY_BYTES = 1 << 16, 4 << 20
 
 
 class Spool:
     """Columns stored as files in a folder. All rows are appended, then the files are closed and read back.
 
-    The column `tokens` has token ids; LOWER is added to the ids of lower-case letters (see encode.py).
+    parse.py describes the columns.
     """
-
-    COLUMNS: ClassVar = {
-        "tokens": np.uint8,
-        "headers": np.uint8,
-        "length": np.int32,
-        "header_length": np.int32,
-        "id_hash": np.uint64,
-        "hash_high": np.uint64,
-        "hash_low": np.uint64,
-        "file": np.int32,
-        "record": np.int32,
-        "split": np.uint8,
-        # these three columns have values only for the rows that have a lower-case letter (see case.py)
-        "case_row": np.int64,
-        "case_letters": np.int32,
-        "case_hash": np.uint64,
-    }
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.rows = folder, 0
-        self.files: dict[str, BinaryIO] = {name: self.path(name).open("wb") for name in self.COLUMNS}
+        self.files: dict[str, BinaryIO] = {name: self.path(name).open("wb") for name in COLUMNS}
 
     def path(self, name: str) -> Path:
         return self.folder / name
 
-    def append(self, rows: int, **columns: np.ndarray | bytes) -> None:
-        for name, values in columns.items():
-            self.files[name].write(values if isinstance(values, bytes) else values.astype(self.COLUMNS[name]).data)
+    def append(self, rows: int, columns: Mapping[str, np.ndarray]) -> None:
+        """Append the values of all columns for some rows. The values must have the types of COLUMNS."""
+        for name, dtype in COLUMNS.items():
+            assert columns[name].dtype == dtype, name
+            self.files[name].write(columns[name].data)
         self.rows += rows
 
     def close(self) -> None:
@@ -61,7 +46,7 @@ class Spool:
 
     def load(self, name: str) -> np.ndarray:
         """Return all values of a column of numbers."""
-        return np.fromfile(self.path(name), self.COLUMNS[name])
+        return np.fromfile(self.path(name), COLUMNS[name])
 
     def pieces(self, name: str, lengths: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
         """Yield (first row, end row, bytes of these rows) of `tokens` or `headers`, a few megabytes at a time.
@@ -70,18 +55,28 @@ class Spool:
         """
         buffer = np.empty(COPY_BYTES, np.uint8)
         with self.path(name).open("rb") as file:
-            for first in range(0, len(lengths), ROWS_AT_ONCE):
-                ends = np.cumsum(lengths[first : first + ROWS_AT_ONCE], dtype=np.int64)
-                start = row = 0
-                while row < len(ends):
-                    end = max(row + 1, int(np.searchsorted(ends, start + COPY_BYTES, side="right")))
-                    size = int(ends[end - 1]) - start
-                    if size > len(buffer):
-                        buffer = np.empty(size, np.uint8)
-                    if (count := file.readinto(buffer[:size].data)) != size:
-                        raise ValueError(f"{self.path(name)}: read {count} bytes, expected {size}")
-                    yield first + row, first + end, buffer[:size]
-                    row, start = end, start + size
+            for first, end, _, size in piece_bounds(lengths):
+                if size > len(buffer):
+                    buffer = np.empty(size, np.uint8)
+                if (count := file.readinto(buffer[:size].data)) != size:
+                    raise ValueError(f"{self.path(name)}: read {count} bytes, expected {size}")
+                yield first, end, buffer[:size]
+
+
+def piece_bounds(lengths: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
+    """Divide rows into pieces of at most COPY_BYTES and ROWS_AT_ONCE. A longer row is a piece of its own.
+
+    Yield (first row, end row, position of the first row's bytes, number of bytes) of each piece.
+    """
+    position = 0
+    for first in range(0, len(lengths), ROWS_AT_ONCE):
+        ends = np.cumsum(lengths[first : first + ROWS_AT_ONCE], dtype=np.int64)
+        start = row = 0
+        while row < len(ends):
+            end = max(row + 1, int(np.searchsorted(ends, start + COPY_BYTES, side="right")))
+            size = int(ends[end - 1]) - start
+            yield first + row, first + end, position, size
+            row, start, position = end, start + size, position + size
 
 
 def write_fasta(path: Path, spool: Spool, selected: np.ndarray) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import numpy as np
 import xxhash
 
 from protlig_dd.data.prepare.case import FOLD, kept_case
-from protlig_dd.data.prepare.splits import TEST, TRAIN, VALIDATION
-from protlig_dd.data.prepare.spool import ROWS_AT_ONCE, Spool, offsets_of, select_rows
+from protlig_dd.data.prepare.counts import Rows, count_rows
+from protlig_dd.data.prepare.spool import Spool, offsets_of, piece_bounds, select_rows
 from protlig_dd.data.store import COLUMNS, FORMAT_VERSION, SPLITS, fingerprint_of
+from protlig_dd.system.workers import Workers
 from protlig_dd.tokenizer import LETTERS, VOCAB_SIZE
 
 LENGTH_BIN = 50
@@ -24,6 +26,7 @@ def write_store(
     keep: np.ndarray,
     splits: np.ndarray,
     source: dict[str, Any],
+    workers: Workers,
     on_bytes: Callable[[int], None],
 ) -> None:
     """Write a store of the kept rows.
@@ -34,25 +37,24 @@ def write_store(
     lengths, header_lengths = spool.load("length"), spool.load("header_length")
     token_counts = np.zeros((len(SPLITS), VOCAB_SIZE), dtype=np.int64)
 
-    dropped = len(SPLITS)
     has_lower_case = spool.size("case_row") > 0
     case = kept_case(spool, lengths, keep) if has_lower_case else None
 
+    groups = np.where(keep, splits, np.uint8(len(SPLITS)))  # the tokens of dropped rows are counted in the last group
+
+    def rows() -> Iterator[Rows]:
+        for first, end, start, _ in piece_bounds(lengths):
+            yield Rows(spool.path("tokens"), start, lengths[first:end], groups[first:end])
+
     def tokens() -> Iterator[np.ndarray]:
+        # no workers are running if the input was small
+        counts = (workers.map if workers.started else map)(partial(count_rows, len(SPLITS) + 1), rows())
         for first, end, block in spool.pieces("tokens", lengths):
-            row_splits = np.where(keep[first:end], splits[first:end], dropped)
             if case is not None:
-                case.count(first, end, block, row_splits)
+                case.count(first, end, block, groups[first:end])
             if has_lower_case:
                 block &= FOLD
-            counts = {
-                code: count_tokens(select_rows(block, lengths[first:end], row_splits == code))
-                for code in (VALIDATION, TEST, dropped)
-            }
-            # count training tokens by subtraction, so that the training rows (most of the block) are not copied
-            token_counts[TRAIN] += count_tokens(block) - sum(counts.values())
-            token_counts[VALIDATION] += counts[VALIDATION]
-            token_counts[TEST] += counts[TEST]
+            token_counts[:] += next(counts)[: len(SPLITS)]
             on_bytes(len(block))
             yield select_rows(block, lengths[first:end], keep[first:end])
 
@@ -116,21 +118,6 @@ def write_columns(
         file.attrs["format_version"] = FORMAT_VERSION
         file.attrs["alphabet"] = np.bytes_(LETTERS)
         file.attrs["fingerprint"] = np.bytes_(fingerprint_of(checksums))
-
-
-def count_tokens(tokens: np.ndarray) -> np.ndarray:
-    """Return (30,) int64, how often each token id occurs.
-
-    Counting pairs of ids is twice as fast as np.bincount of single ids.
-    """
-    counts = np.zeros(VOCAB_SIZE, np.int64)
-    for start in range(0, len(tokens), ROWS_AT_ONCE):
-        piece = tokens[start : start + ROWS_AT_ONCE]
-        even = len(piece) // 2 * 2
-        pairs = np.bincount(piece[:even].view(np.uint16), minlength=VOCAB_SIZE << 8)[: VOCAB_SIZE << 8].reshape(-1, 256)
-        counts += pairs[:, :VOCAB_SIZE].sum(0) + pairs.sum(1)
-        counts[piece[even:]] += 1
-    return counts
 
 
 def _describe_splits(
