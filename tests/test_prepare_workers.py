@@ -118,7 +118,7 @@ def files_with(fault: bytes, text: bytes) -> Iterator[bytes]:
 def error_of(content: bytes, pool: Workers, folder: Path) -> str:
     """Return the message of the error that reading and parsing a file raises."""
     (folder / "bad.fasta").write_bytes(content)
-    batches = read.batches([FastaFile(folder / "bad.fasta")], [None])
+    batches = read.read_batches([FastaFile(folder / "bad.fasta")], [None])
     with pytest.raises(ValueError, match=r"bad\.fasta") as error:
         list(pool.map(partial(parse, Filters(), None), batches))
     return str(error.value)

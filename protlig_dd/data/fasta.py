@@ -19,6 +19,8 @@ import numpy as np
 from isal import isal_zlib
 from isal.igzip import IGzipFile  # same interface as gzip.GzipFile, three times as fast
 
+from protlig_dd.system.workers import Background
+
 GZIP_MAGIC = b"\x1f\x8b"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # UTF-8
 OTHER_FORMATS = {  # first bytes of files that are not FASTA
@@ -170,12 +172,17 @@ class FastaFile:
         for text in self.texts():
             yield parse_text(text)
 
-    def texts(self) -> Iterator[FastaText]:
-        """Yield the texts of the blocks. Only their ends are checked, so reading is much faster than parsing."""
+    def texts(self, *, hash_in_thread: bool = False) -> Iterator[FastaText]:
+        """Yield the texts of the blocks. Reading them is much faster than parsing, because only their ends are checked.
+
+        Args:
+            hash_in_thread: whether SHA-256 is computed in another thread, beside reading.
+        """
         try:
             # unbuffered: a pipe (stdin, or the shell's <(...)) is read as data arrives
-            with sys.stdin.buffer if self.path is None else self.path.open("rb", buffering=0) as source:
-                self._raw = _CountingReader(source, self.on_bytes)
+            opened = sys.stdin.buffer if self.path is None else self.path.open("rb", buffering=0)
+            with opened as source, Background(hash_in_thread) as background:
+                self._raw = _CountingReader(source, self.on_bytes, background)
                 yield from self._texts(io.BufferedReader(self._raw, 1 << 20))
         except OSError as error:
             raise ValueError(f"{self.name}: cannot be read: {error.strerror or error}") from error
@@ -291,8 +298,8 @@ def _too_long(where: str) -> str:
 class _CountingReader(io.RawIOBase):
     """A raw file that counts and hashes its bytes as they are read."""
 
-    def __init__(self, source: Any, on_bytes: Callable[[int], None] | None) -> None:
-        self.source, self.on_bytes = source, on_bytes
+    def __init__(self, source: Any, on_bytes: Callable[[int], None] | None, background: Background) -> None:
+        self.source, self.on_bytes, self.background = source, on_bytes, background
         self.digest, self.size = hashlib.sha256(), 0
 
     def readable(self) -> bool:
@@ -300,7 +307,8 @@ class _CountingReader(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         count = self.source.readinto(buffer)
-        self.digest.update(memoryview(buffer)[:count])
+        read = memoryview(buffer)[:count]
+        self.background.call(self.digest.update, bytes(read) if self.background.enabled else read)
         self.size += count
         if count and self.on_bytes is not None:
             self.on_bytes(count)

@@ -1,4 +1,4 @@
-"""Compute in worker processes that start fast and end with this process.
+"""Compute in worker processes, which start fast and end with this process, and in a thread beside the main thread.
 
 A worker is a new Python interpreter, connected to this process by two pipes. It imports only the module of the function
 that it calls. A process of multiprocessing would import the main module too. That takes seconds for a verb, which
@@ -7,6 +7,7 @@ the latest when this process ends, even if this process is killed.
 """
 
 import contextlib
+import fcntl
 import itertools
 import os
 import pickle
@@ -20,8 +21,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import Any, NoReturn
 
-FEW = 4  # `map` computes so many items in this process before it starts workers, because most inputs are small
+FEW = 8  # `map` computes so many items in this process before it starts workers, because most inputs are small
 MOST = 8  # the most workers that `auto` chooses, because one process reads and writes for all of them
+PIPE_BYTES = 1 << 20  # with Linux's default of 64 KiB, sending a large item takes many switches between the processes
 START = "import sys; sys.path[:] = sys.argv[1:]; from protlig_dd.system.workers import serve; serve()"
 
 
@@ -113,6 +115,37 @@ class Workers:
             self._idle.put(worker)
 
 
+class Background:
+    """Call functions in another thread, one after the other. Use it as a context manager.
+
+    Args:
+        enabled: False calls them in the calling thread.
+    """
+
+    def __init__(self, enabled: bool) -> None:
+        self.enabled = enabled
+        self._thread = ThreadPoolExecutor(1) if enabled else None
+        self._last: Future[None] | None = None
+
+    def __enter__(self) -> "Background":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        if self._thread is not None:
+            self._thread.shutdown()
+        if kind is None and self._last is not None:
+            self._last.result()
+
+    def call(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Wait for the previous call, raise its error if it failed, and begin to call `function(*arguments)`."""
+        if self._thread is None:
+            function(*arguments)
+            return
+        if self._last is not None:
+            self._last.result()
+        self._last = self._thread.submit(function, *arguments)
+
+
 class _Worker:
     """One worker process."""
 
@@ -126,6 +159,9 @@ class _Worker:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.requests, self.answers = self.process.stdin, self.process.stdout
+        for pipe in (self.requests, self.answers):
+            with contextlib.suppress(OSError, AttributeError):  # beyond the user's limit, or not on Linux
+                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         self.function: Callable[[Any], Any] | None = None
 
     def call(self, function: Callable[[Any], Any], item: Any) -> Any:

@@ -38,6 +38,7 @@ from protlig_dd.data.prepare.bundled import SAMPLE_FOLDER
 from protlig_dd.data.store import SequenceStore, StoreGroup
 from protlig_dd.system.files import sha256
 from protlig_dd.system.terminal import ProgressBar
+from protlig_dd.system.workers import count_workers
 from protlig_dd.training.cost import H100_FLOPS, MFU
 from scripts.benchmarks.tables import table
 from scripts.benchmarks.variants import composed
@@ -89,56 +90,67 @@ PREPARE = """
 import json, os, sys
 from pathlib import Path
 from protlig_dd.data.prepare.build import Split, build_store
-store = build_store([Path({input!r})], Path({output!r}), split=Split(0.01, 0.01))
+store = build_store([Path({input!r})], Path({output!r}), split=Split(0.01, 0.01), workers={workers})
 print(json.dumps({{"sequences": len(store), "residues": int(store.lengths.sum())}}))
 """
 
 
 def prepare(folder: Path, fasta: Path, repeats: int) -> Path:
-    """Time `prepare` on the plain and on the gzipped FASTA file, alternately. Return the path of the store."""
+    """Time `prepare` on the plain and on the gzipped FASTA file, with workers=1 and workers=auto, alternately.
+
+    Return the path of the store.
+    """
     zipped = fasta.with_suffix(".fasta.gz")
     if not zipped.exists():
         with fasta.open("rb") as source, gzip.open(zipped, "wb", compresslevel=6) as target:
             shutil.copyfileobj(source, target, 1 << 24)
-    size, found = fasta.stat().st_size, {fasta: [], zipped: []}
+    size, auto = fasta.stat().st_size, count_workers("auto")
+    numbers = {"1": 1, f"auto, {auto}": auto}
+    found: dict[tuple[Path, str], list[dict[str, Any]]] = {(file, n): [] for file in (fasta, zipped) for n in numbers}
     store = folder / "store.h5"
-    with ProgressBar("prepare", 2 * repeats) as bar:
+    with ProgressBar("prepare", len(found) * repeats) as bar:
         for _ in range(repeats):
-            for file, runs in found.items():
+            for (file, name), runs in found.items():
                 for old in folder.glob("store.h5*"):
                     old.unlink()
                 before = hashing_rate(fasta)
-                runs.append(measured(PREPARE.format(input=str(file), output=str(store)), folder))
+                code = PREPARE.format(input=str(file), output=str(store), workers=numbers[name])
+                runs.append(measured(code, folder))
                 runs[-1]["hashing"] = (before + hashing_rate(fasta)) / 2
                 bar.advance()
     rows = []
-    for (file, runs), name in zip(found.items(), ("plain", "gzipped"), strict=True):
+    for (file, name), runs in found.items():
         limit = 500e6 + 40 * runs[0]["sequences"]
         peak = max(run["peak"] for run in runs)
         rows.append(
             [
+                "plain" if file == fasta else "gzipped",
                 name,
                 f"{file.stat().st_size / 1e6:,.0f}",
                 f"{runs[0]['sequences']:,}",
                 spread([size / run["cpu"] / 1e6 for run in runs]),
                 spread([run["hashing"] / 1e6 for run in runs]),
                 f"{statistics.median(size / run['wall'] for run in runs) / 1e6:.0f}",
+                spread([alone["wall"] / run["wall"] for alone, run in zip(found[file, "1"], runs, strict=True)], 2),
                 f"{peak / 1e6:.0f}",
                 f"{limit / 1e6:.0f}",
             ]
         )
     print(
         f"\nPrepare of {size / 1e6:,.0f} MB of FASTA, median (and range) of {repeats} runs. It includes SHA-256 of the "
-        "input, which is also timed alone before and after each run, as a measure of the machine's speed\n"
+        "input, which is also timed alone before and after each run, as a measure of the machine's speed. The times of "
+        "one run with `workers=1` and one run with `workers=auto` give the speed-up\n"
     )
     table(
         [
             "input",
+            "workers",
             "MB read",
             "sequences",
             "MB of FASTA per CPU second",
             "SHA-256 alone",
             "MB per second",
+            "speed-up",
             "peak MB",
             "500 MB + 40 bytes per sequence",
         ],
@@ -154,8 +166,8 @@ def hashing_rate(file: Path) -> float:
     return file.stat().st_size / (time.process_time() - began)
 
 
-def spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.0f} ({min(values):.0f} to {max(values):.0f})"
+def spread(values: list[float], digits: int = 0) -> str:
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 class OnlyLengths(SequenceStore):

@@ -11,9 +11,9 @@ from protlig_dd.data.fasta import FastaFile
 from protlig_dd.data.prepare.filters import FILTERS, Filters
 from protlig_dd.data.prepare.parse import Batch, parse
 from protlig_dd.data.prepare.spool import Spool
-from protlig_dd.system.workers import Workers
+from protlig_dd.system.workers import Background, Workers
 
-BATCH_BYTES = 4 << 20  # large enough that the time for sending a batch to a worker is small
+BATCH_BYTES = 2 << 20  # so large that sending a batch takes little time, and so small that it stays in the caches
 
 
 class Progress(Protocol):
@@ -50,10 +50,13 @@ def read_inputs(
         taxa: the TaxIDs to keep, ascending; None keeps all.
     """
     counts: Counter[str] = Counter()
-    for parsed in workers.map(partial(parse, filters, taxa), batches(files, codes)):
-        parsed.columns["case_row"] += spool.rows
-        spool.append(parsed.rows, parsed.columns)
-        counts.update(parsed.counts)
+    # this process can keep two workers busy without threads, which would take processor time from the workers
+    threads = workers.number > 2
+    batches = read_batches(files, codes, hash_in_thread=threads)
+    with Background(threads) as writer:
+        for parsed in workers.map(partial(parse, filters, taxa), batches):
+            writer.call(spool.append, parsed.rows, parsed.columns)
+            counts.update(parsed.counts)
     return {
         "records": counts["records"],
         "lower_case_letters": counts["lower_case"],
@@ -62,7 +65,9 @@ def read_inputs(
     }
 
 
-def batches(files: Sequence[FastaFile], codes: Sequence[int | None]) -> Iterator[Batch]:
+def read_batches(
+    files: Sequence[FastaFile], codes: Sequence[int | None], *, hash_in_thread: bool = False
+) -> Iterator[Batch]:
     """Read the files, and yield their texts in batches of BATCH_BYTES or a little more.
 
     Raises:
@@ -71,7 +76,7 @@ def batches(files: Sequence[FastaFile], codes: Sequence[int | None]) -> Iterator
     for number, (file, code) in enumerate(zip(files, codes, strict=True)):
         batch, error = Batch(number, code or 0, []), None
         try:
-            for text in file.texts():
+            for text in file.texts(hash_in_thread=hash_in_thread):
                 batch.texts.append(text)
                 if sum(len(text.text) for text in batch.texts) >= BATCH_BYTES:
                     yield batch

@@ -28,7 +28,8 @@ class Spool:
         return self.folder / name
 
     def append(self, rows: int, columns: Mapping[str, np.ndarray]) -> None:
-        """Append the values of all columns for some rows. The values must have the types of COLUMNS."""
+        """Append the values of all columns for some rows. `case_row` counts from the first of these rows."""
+        columns = {**columns, "case_row": columns["case_row"] + self.rows}
         for name, dtype in COLUMNS.items():
             assert columns[name].dtype == dtype, name
             self.files[name].write(columns[name].data)
