@@ -84,7 +84,20 @@ def test_the_error_names_the_line_of_the_illegal_character(tmp_path: Path) -> No
         list(map(encode_block, blocks))
 
 
-@given(st.lists(st.text("ACGTUNacgtunKW", min_size=1, max_size=150), min_size=1, max_size=9))
+NEARLY_DNA = st.tuples(st.text("KWkw", max_size=14), st.text("ACGTUNacgtun", min_size=12, max_size=120))
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.text("ACGTUNacgtunKW", min_size=1, max_size=150),
+            NEARLY_DNA.map("".join),
+            NEARLY_DNA.map(lambda parts: parts[1] + parts[0]),
+        ),
+        min_size=1,
+        max_size=9,
+    )
+)
 def test_dna_and_rna_are_counted(sequences: list[str]) -> None:
     """A sequence counts if it has at least 20 letters, and at least 90% of its first 100 letters are nucleotides."""
     expected = 0

@@ -177,6 +177,7 @@ def test_blocks_of_any_size_give_the_same_records_and_line_numbers(
         for block in FastaFile(path).blocks():
             for i, (header, body) in enumerate(zip(block.headers, block.bodies, strict=True)):
                 line = int(block.location(i).rpartition(" ")[2])
+                assert f": record {len(found) + 1} (" in block.location(i)
                 found.append((header.decode().strip(), body.translate(None, fasta.WHITESPACE).decode(), line))
     assert found == expected
 
