@@ -108,6 +108,7 @@ GROUPS = (
             "test_build",
             "test_store",
             "test_prepare",
+            "test_prepare_workers",
             "test_workers",
             "test_download",
         ),

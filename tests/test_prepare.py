@@ -192,6 +192,9 @@ def test_wrong_arguments_are_one_line_errors(run_python: Command, tmp_path: Path
     assert_one_line_error(run_python(*PREPARE, "input=a", "b.fasta"), "'b.fasta'", "key=[a,b]")
     assert_one_line_error(run_python(*PREPARE, "input=a", "filter.taxa=5"), "filter.taxa: give a list: [a]")
     assert_one_line_error(run_python(*PREPARE, "input=a", "test_fraction=0.1"), "split.test_fraction")
+    for value in ("0", "many", "1.5", "true"):
+        message = "workers must be auto or a whole number of at least 1, got "
+        assert_one_line_error(run_python(*PREPARE, "input=a", f"workers={value}"), message)
 
 
 @pytest.fixture
