@@ -83,7 +83,7 @@ GROUPS = (
         "packing",
         "a sequence gives the same result alone and in a pack; packs and crops do not depend on the rank "
         "or worker; lengths that do not sum to the number of tokens are errors",
-        ("test_batch", "test_attention", "test_rotary", "test_dit", "test_loader", "test_plan"),
+        ("test_batch", "test_attention", "test_matmul", "test_rotary", "test_dit", "test_loader", "test_plan"),
     ),
     Group(
         "mixers",

@@ -110,7 +110,7 @@ HAS_FLASH = has_flash_attn()
 @pytest.mark.parametrize(
     ("device", "precision", "expected"),
     [
-        (CPU, "bf16", "sdpa"),
+        (CPU, "bf16", "matmul"),
         (CPU, "fp32", "sdpa"),
         (CUDA, "fp32", "sdpa"),
         (CUDA, "bf16", "flash_attn" if HAS_FLASH else "torch_varlen"),
@@ -128,6 +128,11 @@ def test_explicit_backends_that_cannot_run_are_errors(monkeypatch: pytest.Monkey
         resolve_attention_backend("torch_varlen", CUDA, "fp32", 64)
     with raises_value_error("torch_varlen runs on CUDA, but the device is cpu"):
         resolve_attention_backend("torch_varlen", CPU, "bf16", 64)
+    assert resolve_attention_backend("matmul", CPU, "bf16", 10) == "matmul"
+    with raises_value_error("attention_backend=matmul needs bf16, but the precision is fp32; use sdpa or auto"):
+        resolve_attention_backend("matmul", CPU, "fp32", 64)
+    with raises_value_error("attention_backend=matmul runs on CPU, but the device is cuda:0; use sdpa or auto"):
+        resolve_attention_backend("matmul", CUDA, "bf16", 64)
     assert resolve_attention_backend("auto", CUDA, "bf16", 10) == "sdpa"
     with raises_value_error("needs a head_dim that is a multiple of 8 and at most 256, got 10; use sdpa or auto"):
         resolve_attention_backend("torch_varlen", CUDA, "bf16", 10)

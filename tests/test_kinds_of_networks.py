@@ -118,7 +118,7 @@ def test_the_plan_counts_what_a_network_of_every_kind_costs(
     longer = replace(config.model, max_positions=config.model.max_positions and 2 * MAX_LEN)
     of_real_tensors = saved_bytes(build_model(longer, "sdpa", False), [2 * MAX_LEN], "fp32")
     assert kept_bytes(config, "fp32", ["attention"] * 2, False, [2 * MAX_LEN]) == of_real_tensors
-    monkeypatch.setattr("protlig_dd.training.cost.activation_bytes", lambda config, precision: of_real_tensors)
+    monkeypatch.setattr("protlig_dd.training.cost.activation_bytes", lambda config, precision, backend: of_real_tensors)
     found = plan(config, StoreGroup([store]), torch.device("cpu"), "fp32", 1, peak=1e12)
     model = make_model(config, torch.device("cpu"), "sdpa")
     assert found["parameters"] == sum(tensor.numel() for tensor in model.state_dict().values())

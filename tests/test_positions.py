@@ -233,7 +233,7 @@ class RecordsDevices(FakeTensorMode):
 
 def kinds_and_backends() -> Iterator[tuple[str, str]]:
     for kind in KINDS:
-        yield from ((kind, backend) for backend in POSITIONS[kind].backends if backend != "flash_attn")
+        yield from ((kind, backend) for backend in POSITIONS[kind].backends if backend not in ("flash_attn", "matmul"))
 
 
 @pytest.mark.parametrize(("kind", "backend"), list(kinds_and_backends()))
@@ -403,8 +403,11 @@ def test_auto_selects_a_backend_that_can_compute_the_kind(monkeypatch: pytest.Mo
         chosen = {kind: resolve_attention_backend("auto", CUDA, "bf16", 64, kind) for kind in KINDS}
         expected = dict.fromkeys(KINDS, varlen) | {"t5": "flex", "diet_rel": "flex", "alibi": alibi}
         assert chosen == expected
-    for device, precision in ((torch.device("cpu"), "bf16"), (CUDA, "fp32")):
+    cpu = torch.device("cpu")
+    for device, precision in ((cpu, "fp32"), (CUDA, "fp32")):
         assert {resolve_attention_backend("auto", device, precision, 64, kind) for kind in KINDS} == {"sdpa"}
+    without_bias = {kind for kind in KINDS if resolve_attention_backend("auto", cpu, "bf16", 64, kind) == "matmul"}
+    assert without_bias == {"rope", "sinusoidal", "adaptive", "none"}
     assert resolve_attention_backend("auto", CUDA, "bf16", 20) == "sdpa"  # flex is only for biases
     assert resolve_attention_backend("auto", CUDA, "bf16", 8, "t5") == "sdpa"
     assert resolve_attention_backend("auto", CUDA, "bf16", 240, "diet") == "sdpa"

@@ -108,14 +108,15 @@ class Block(nn.Module):
         segment_ids: Int64[Tensor, " total"],
     ) -> Float[Tensor, "total hidden"]:
         """Apply the mixer's output projection, then the norm and the MLP. Mixer and MLP have residual connections."""
+        # convert to x_TH's dtype explicitly: on a CPU, adding tensors of two dtypes is slower
         mixed = F.dropout(self.mixer.out(mixed), self.dropout, self.training)
         if modulation_nK is None:
-            x_TH = x_TH + mixed
-            return x_TH + F.dropout(self.mlp(self.mlp_norm(x_TH)), self.dropout, self.training)
+            x_TH = x_TH + mixed.to(x_TH.dtype)
+            return x_TH + F.dropout(self.mlp(self.mlp_norm(x_TH)), self.dropout, self.training).to(x_TH.dtype)
         gate_a, shift, scale, gate_m = per_token(modulation_nK.chunk(6, dim=-1)[2:], segment_ids)
-        x_TH = x_TH + gate_a * mixed
+        x_TH = x_TH + (gate_a * mixed).to(x_TH.dtype)
         hidden = self.mlp(modulate(self.mlp_norm(x_TH), shift, scale))
-        return x_TH + gate_m * F.dropout(hidden, self.dropout, self.training)
+        return x_TH + (gate_m * F.dropout(hidden, self.dropout, self.training)).to(x_TH.dtype)
 
 
 def check_mixer(mixer: Mixer, hidden_size: int) -> None:

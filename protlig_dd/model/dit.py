@@ -39,7 +39,7 @@ class DiT(nn.Module):
 
     Args:
         config: the network's dimensions and the kinds of its parts.
-        attention_backend: the resolved backend, flash_attn | torch_varlen | flex | sdpa.
+        attention_backend: the resolved backend, flash_attn | torch_varlen | flex | matmul | sdpa.
         time_conditioning: False builds a network that ignores sigma.
 
     The output layer, every shift and every scale start at zero, so an untrained model returns zeros. The residual gates
@@ -190,8 +190,8 @@ class DiT(nn.Module):
             autocast: dtype in which the network computes; None for the dtype of its weights.
 
         Raises:
-            ValueError: the attention backend is sdpa, which reads the sequences' lengths on the host, or flex, which
-                builds a mask for each pack; or a mixer reads the lengths on the host.
+            ValueError: the attention backend reads the sequences' lengths on the host (matmul, sdpa) or builds a mask
+                for each pack (flex); or a mixer reads the lengths on the host.
         """
         assert self.shape is not None
         if self.uncapturable:
@@ -200,7 +200,7 @@ class DiT(nn.Module):
                 "cannot be recorded as a CUDA graph; use model.mixers=attention or trainer.compile=false"
             )
         if self.attention_backend not in GRAPHABLE:
-            reason = "reads lengths on the host" if self.attention_backend == "sdpa" else "builds a mask for each pack"
+            reason = "builds a mask for each pack" if self.attention_backend == "flex" else "reads lengths on the host"
             raise ValueError(
                 f"attention backend {self.attention_backend} {reason}, so it cannot be recorded as a CUDA graph; "
                 f"use {' or '.join(GRAPHABLE)}"

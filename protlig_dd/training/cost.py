@@ -33,7 +33,7 @@ H100_FLOPS = 989e12  # dense bf16
 TOKENS = 128  # size of the smaller of two packs; activations are counted in both (see `activation_bytes`)
 
 
-def activation_bytes(config: TrainConfig, precision: str) -> float:
+def activation_bytes(config: TrainConfig, precision: str, backend: str = "sdpa") -> float:
     """Return the peak bytes of activations per token of a pack, in eager mode (compiled blocks keep less).
 
     This function counts the tensors that the forward pass keeps for the backward pass, in networks of one block and of
@@ -41,32 +41,35 @@ def activation_bytes(config: TrainConfig, precision: str) -> float:
     much. With activation checkpointing, the backward pass recomputes one block at a time. The result then also includes
     the tensors of one recomputed block, the one that keeps the most.
 
-    If the position encoding adds a bias to the attention scores, sdpa keeps numbers for each pair of tokens. The
-    tensors of attention blocks are then counted in packs of the longest proteins that training reads. Other blocks are
-    counted in small packs, because their bytes are proportional to the number of tokens.
+    If the position encoding adds a bias to the attention scores, sdpa keeps numbers for each pair of tokens, and matmul
+    always does. The tensors of attention blocks are then counted in packs of the longest proteins that training reads.
+    Other blocks are counted in small packs, because their bytes are proportional to the number of tokens.
+
+    Args:
+        backend: the attention backend, sdpa | matmul. The backends for GPUs keep what sdpa keeps without a bias.
     """
     mixers = mixers_of_blocks(config.model)
     # the first block is attention if there is any: a position encoding with a bias needs attention in the network
     first = "attention" if "attention" in mixers else mixers[0]
     others = Counter(mixers) - Counter([first])
-    longest, biased = config.data.max_len + 2, has_bias(config)
+    longest, pairs = config.data.max_len + 2, has_bias(config) or backend == "matmul"
 
     @cache
     def bytes_per_token(mixers: tuple[str, ...], checkpointing: bool, of_longest: bool) -> float:
         # the second protein is one token shorter, because sequences of equal length share some tensors
         small, large = ([longest], [longest, longest - 1]) if of_longest else ([TOKENS], [2 * TOKENS])
         # the difference of the two packs excludes the bf16 copies of the weights, which do not grow with the pack
-        kept = [kept_bytes(config, precision, [*mixers], checkpointing, lengths) for lengths in (small, large)]
+        kept = [kept_bytes(config, precision, [*mixers], checkpointing, lengths, backend) for lengths in (small, large)]
         return (kept[1] - kept[0]) / (sum(large) - sum(small))
 
     def bytes_of_block(mixer: str, checkpointing: bool) -> float:
         one, two = (
-            bytes_per_token(names, checkpointing, biased and mixer == "attention")
+            bytes_per_token(names, checkpointing, pairs and mixer == "attention")
             for names in ((first,), (first, mixer))
         )
         return two - one
 
-    total = bytes_per_token((first,), config.model.checkpointing, biased)
+    total = bytes_per_token((first,), config.model.checkpointing, pairs)
     total += sum(n * bytes_of_block(mixer, config.model.checkpointing) for mixer, n in others.items())
     if config.model.checkpointing:
         total += max(bytes_of_block(mixer, False) for mixer in {first, *others})
@@ -78,14 +81,25 @@ def has_bias(config: TrainConfig) -> bool:
     return POSITIONS[config.model.positions].is_biased()
 
 
+def counted_backend(config: TrainConfig, device: torch.device, precision: str) -> str:
+    """Return the attention backend whose activations the estimate counts: matmul if the run will use it, else sdpa."""
+    name, kind = config.model.attention_backend, POSITIONS[config.model.positions]
+    on_cpu = device.type == "cpu" and precision == "bf16" and "matmul" in kind.backends
+    return "matmul" if on_cpu and name in ("auto", "matmul") else "sdpa"
+
+
 def kept_bytes(
-    config: TrainConfig, precision: str, mixers: list[str], checkpointing: bool, lengths: Sequence[int]
+    config: TrainConfig,
+    precision: str,
+    mixers: list[str],
+    checkpointing: bool,
+    lengths: Sequence[int],
+    backend: str = "sdpa",
 ) -> int:
     """Return the bytes that a network with one block for each of these mixers keeps for its backward pass.
 
     Float32 weights are not counted. The tensors are fake: they have shapes and types, but no memory, and nothing is
-    computed. The attention backend is sdpa. If the attention scores have a bias, sdpa keeps the attention weights,
-    which flex does not keep.
+    computed. If the attention scores have a bias, sdpa keeps the attention weights, which flex does not keep.
 
     Args:
         lengths: number of tokens of each sequence in the input.
@@ -102,7 +116,7 @@ def kept_bytes(
         return x
 
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = build_model(model_config, "sdpa", config.time_conditioning).train()
+        model = build_model(model_config, backend, config.time_conditioning).train()
         weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
         autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16")
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), autocast:
@@ -167,7 +181,7 @@ def plan(
     rows = np.sort(np.random.default_rng(0).choice(train, min(100_000, len(train)), replace=False))
     tokens = np.minimum(store.lengths[rows], data.max_len).astype(np.int64) + 2
     flops = model.training_flops(tokens.tolist()) / int(tokens.sum())
-    per_token = activation_bytes(config, precision)
+    per_token = activation_bytes(config, precision, counted_backend(config, device, precision))
     step_tokens, steps = optim.packs_per_step * data.tokens_per_pack, count_steps(config, dataset)
     peak = matmul_peak(device, precision) if peak is None else peak
     devices = processes if device.type == "cuda" else 1  # processes on a CPU share its cores
@@ -212,20 +226,22 @@ def print_plan(
     processes: int,
     *,
     own_data: bool = True,
+    peak: float | None = None,
 ) -> None:
     """Print the estimates of `plan` as a table.
 
     Args:
         own_data: whether `store` has the data of the run. If not, no warning about its number of sequences is printed.
+        peak: FLOP/s of the device's matrix products; measured if None.
     """
-    costs = plan(config, store, device, precision, processes)
+    costs = plan(config, store, device, precision, processes, peak)
     tokens = costs["steps"] * costs["step_tokens"]
     per_token, kept, hours = costs["flops_per_token"], costs["activation_bytes_per_token"], costs["seconds"] / 3600
     gib = {key: costs[f"{key}_bytes"] / 2**30 for key in ("state", "pack")}
     recomputed = ", recomputed in the backward pass" if config.model.checkpointing else ""
-    longest = (
-        f"attention's activations are those of sdpa for proteins of {config.data.max_len:,} residues; flex keeps less"
-    )
+    backend = counted_backend(config, device, precision)
+    longest = f"attention's activations are those of {backend} for proteins of {config.data.max_len:,} residues"
+    longest += "; flex keeps less" if has_bias(config) else ""
     trained = f"{three_digits(costs['trained_parameters'] / 1e6)} M are trained ({config.model.lora.description})"
     rows = {
         "network": [kinds_of(config.model, config.model.attention_backend)],
@@ -244,7 +260,7 @@ def print_plan(
             f"{sum(gib.values()):,.2f} GiB per process",
             f"{gib['state']:,.2f} for weights, gradients, averages and optimizer",
             f"{gib['pack']:,.2f} for activations, {kept / 1024:,.0f} KiB per token{recomputed}",
-            *([longest] if has_bias(config) else []),
+            *([longest] if has_bias(config) or backend == "matmul" else []),
         ],
         "time": [
             f"{three_digits(hours)} hours = {three_digits(hours / 24)} days on {processes} x {device}",

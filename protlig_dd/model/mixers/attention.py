@@ -3,6 +3,7 @@
 flash_attn     the flash-attn package's varlen kernel; CUDA, bf16/fp16
 torch_varlen   torch.nn.attention.varlen, the same kernel, which torch includes; CUDA, bf16/fp16
 flex           torch's FlexAttention with a mask that separates the sequences, for any bias; CUDA, bf16/fp16
+matmul         matrix products of each sequence; CPU, bf16, no bias
 sdpa           one scaled_dot_product_attention call per sequence; any device, any float dtype, any bias, no padding
 """
 
@@ -18,6 +19,7 @@ from protlig_dd.batch import PackedBatch
 from protlig_dd.model.config import ModelConfig
 from protlig_dd.model.layers import Linear, StackedLinear, make_norm
 from protlig_dd.model.mixers.base import Mixer
+from protlig_dd.model.mixers.matmul import LONGEST, matmul_attention
 from protlig_dd.model.mixers.scores import ScoreInputs, matrices_of, scores_problem, with_columns
 from protlig_dd.model.positions import POSITIONS
 from protlig_dd.model.positions.base import PositionEncoding
@@ -79,7 +81,7 @@ def varlen_attention(
     Args:
         qkv: (total, 3, heads, head_dim), packed like `batch`.
         batch: the pack's geometry: cu_seqlens, lengths, max_seqlen.
-        backend: flash_attn | torch_varlen | flex | sdpa.
+        backend: flash_attn | torch_varlen | flex | matmul | sdpa.
         scores: the bias, from `prepare_scores`; None for no bias.
 
     Returns:
@@ -113,6 +115,12 @@ def check_attention_input(qkv: Tensor, batch: PackedBatch, backend: str, scores:
         raise ValueError(f"attention backend {backend} {problem}")
     if backend == "sdpa":
         return
+    if backend == "matmul":
+        if qkv.device.type != "cpu" or qkv.dtype != torch.bfloat16:
+            raise ValueError(
+                f"attention backend matmul needs bfloat16 on the CPU, but qkv is {qkv.dtype} on {qkv.device}; use sdpa"
+            )
+        return
     if qkv.device.type != "cuda":
         raise ValueError(f"attention backend {backend} runs on CUDA, but qkv is on {qkv.device}; use sdpa")
     if qkv.dtype not in HALF_DTYPES:
@@ -123,11 +131,13 @@ def check_attention_input(qkv: Tensor, batch: PackedBatch, backend: str, scores:
 
 
 def head_dim_problem(backend: str, head_dim: int, columns: int) -> str | None:
-    """Return None if this CUDA backend supports the head_dim, else the reason, worded to follow the backend's name.
+    """Return None if this backend supports the head_dim, else the reason, worded to follow the backend's name.
 
     Args:
         columns: dimensions that the position encoding appends to each head.
     """
+    if backend in ("matmul", "sdpa"):
+        return None
     if backend == "flex":
         return None if head_dim >= FLEX_HEAD_DIM else f"needs a head_dim of at least {FLEX_HEAD_DIM}, got {head_dim}"
     if flash_supports(head_dim + columns):
@@ -158,7 +168,7 @@ def check_backend(name: str, head_dim: int, positions: str) -> None:
         return
     check_positions(name, positions)
     columns = POSITIONS[positions].columns if positions in POSITIONS else 0
-    if name != "sdpa" and (problem := head_dim_problem(name, head_dim, columns)):
+    if problem := head_dim_problem(name, head_dim, columns):
         raise ValueError(f"model.attention_backend={name} {problem}; use sdpa or auto")
 
 
@@ -186,7 +196,7 @@ def resolve_attention_backend(
     """Choose the backend for `auto`. Return an explicit backend unchanged if it can run here.
 
     Args:
-        name: auto | flash_attn | torch_varlen | flex | sdpa.
+        name: auto | flash_attn | torch_varlen | flex | matmul | sdpa.
         precision: the resolved precision, bf16 | fp32.
         positions: the position encoding; some backends cannot add its bias to the scores.
 
@@ -196,6 +206,8 @@ def resolve_attention_backend(
     """
     kind = POSITIONS.get(positions, PositionEncoding)  # an unknown name raises an error when the network is built
     if name == "auto":
+        if device.type == "cpu" and precision == "bf16" and "matmul" in kind.backends:
+            return "matmul"
         if device.type != "cuda" or precision != "bf16":
             return "sdpa"
         # choose flex only for encodings that torch_varlen cannot compute
@@ -216,8 +228,9 @@ def backend_problem(
         return None
     if backend == "flash_attn" and not has_flash_attn():
         return f", but flash-attn is not installed: {FLASH_INSTALL}"
-    if device.type != "cuda":
-        return f" runs on CUDA, but the device is {device}; use sdpa or auto"
+    runs_on = "cpu" if backend == "matmul" else "cuda"
+    if device.type != runs_on:
+        return f" runs on {runs_on.upper()}, but the device is {device}; use sdpa or auto"
     if precision != "bf16":
         return f" needs bf16, but the precision is {precision}; use sdpa or auto"
     if problem := head_dim_problem(backend, head_dim, kind.columns):
@@ -258,6 +271,12 @@ def _flex(qkv: Tensor, batch: PackedBatch, scores: ScoreInputs | None) -> Tensor
     return flex(qkv, batch, scores)
 
 
+def _matmul(qkv: Tensor, batch: PackedBatch, scores: ScoreInputs | None) -> Tensor:
+    if batch.max_seqlen > LONGEST:
+        return _sdpa(qkv, batch, scores)
+    return matmul_attention(qkv, [length for length in batch.lengths if length])
+
+
 def _sdpa(qkv: Tensor, batch: PackedBatch, scores: ScoreInputs | None) -> Tensor:
     # one split instead of n slices: in the backward pass each slice would allocate a gradient of the full size
     parts = qkv.split([length for length in batch.lengths if length])
@@ -277,5 +296,6 @@ _BACKENDS: dict[str, Callable[[Tensor, PackedBatch, ScoreInputs | None], Tensor]
     "flash_attn": _flash_attn,
     "torch_varlen": _torch_varlen,
     "flex": _flex,
+    "matmul": _matmul,
     "sdpa": _sdpa,
 }

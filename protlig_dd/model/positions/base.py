@@ -21,7 +21,7 @@ class PositionEncoding(nn.Module):
         ValueError: dimensions that this kind cannot encode.
     """
 
-    backends: ClassVar[tuple[str, ...]] = ("flash_attn", "torch_varlen", "flex", "sdpa")
+    backends: ClassVar[tuple[str, ...]] = ("flash_attn", "torch_varlen", "flex", "matmul", "sdpa")
     """The attention backends that can compute this kind."""
     limited: ClassVar[bool] = False
     """Whether sequences may have at most model.max_positions tokens. Otherwise they may have any length."""

@@ -24,6 +24,7 @@ class Diet(PositionEncoding):
 
     limited = True
     columns = RANK
+    backends = ("flash_attn", "torch_varlen", "flex", "sdpa")
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)

@@ -17,6 +17,8 @@ from protlig_dd.batch import PackedBatch
 from protlig_dd.model.config import ModelConfig
 from protlig_dd.model.positions.base import PositionEncoding
 
+CACHED_NUMBERS = 1 << 17  # float32 numbers of a thread's second-level cache (512 KiB)
+
 
 class Rotary(PositionEncoding):
     """Rotates queries and keys by angles proportional to position, so that q k^T depends on relative positions."""
@@ -163,16 +165,25 @@ class _Rotate(torch.autograd.Function):
 
 
 def _rotated(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    if not torch.compiler.is_compiling() and qkv.device.type == "cpu":
+        return _rotated_in_parts(qkv, cos, sin)
     (cos, _), (sin, _) = cos.chunk(2, dim=-1), sin.chunk(2, dim=-1)  # both halves of a table are equal
     qk, v = qkv.split([2, 1], dim=2)
     first, second = qk.chunk(2, dim=-1)
-    if torch.compiler.is_compiling() or qkv.device.type != "cpu":  # fast if compiled or on a GPU, slow on a CPU
-        rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-        return torch.cat([rotated.to(qkv.dtype), v], dim=2)
+    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return torch.cat([rotated.to(qkv.dtype), v], dim=2)
+
+
+def _rotated_in_parts(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate some positions at a time, so that their float32 values stay in the CPU's caches."""
     out = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    out_qk, out_v = out.split([2, 1], dim=2)
-    out_first, out_second = out_qk.chunk(2, dim=-1)
-    out_first.copy_((first * cos).addcmul_(second, sin, value=-1))
-    out_second.copy_((second * cos).addcmul_(first, sin))
-    out_v.copy_(v)
+    batch, _, _, heads, head_dim = qkv.shape
+    at_once = max(1, CACHED_NUMBERS * torch.get_num_threads() // (2 * batch * heads * head_dim))
+    for part, out_part, cos_part, sin_part in zip(*(x.split(at_once, 1) for x in (qkv, out, cos, sin)), strict=True):
+        qk = part[:, :, :2].to(torch.promote_types(qkv.dtype, cos.dtype))
+        rotated = qk * cos_part
+        for half, other, sign in ((0, 1, -1), (1, 0, 1)):
+            rotated.chunk(2, -1)[half].addcmul_(qk.chunk(2, -1)[other], sin_part.chunk(2, -1)[0], value=sign)
+        out_part[:, :, :2] = rotated
+        out_part[:, :, 2] = part[:, :, 2]
     return out
