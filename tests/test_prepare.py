@@ -122,7 +122,7 @@ def test_unusual_but_valid_fasta_is_read(run_python: Command, tmp_path: Path) ->
     process = run_python(*PREPARE, "input=odd.fasta", "output=odd.h5")
     assert process.returncode == 0, process.stderr
     store = SequenceStore(tmp_path / "odd.h5")
-    assert store.lengths.tolist() == [5, 40_000]
+    assert store.lengths[:].tolist() == [5, 40_000]
     assert store.header(0) == "a b"
     assert store.manifest["lower_case_letters"] == 2
 

@@ -41,6 +41,7 @@ from protlig_dd.model.dit import check_model
 from protlig_dd.model.lora import check_lora
 from protlig_dd.system.signals import seconds_of
 
+Order = Literal["full", "blocks"]
 OptimizerName = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "wsd"]
 OPTIMIZERS, SCHEDULES = get_args(OptimizerName), get_args(Schedule)
@@ -64,6 +65,7 @@ class DataConfig:
     tokens_per_pack: AtLeast1
     workers: Annotated[AtLeast0, MAY_CHANGE]
     context: Annotated[Context, ADDED_LATER] = "none"
+    order: Annotated[Order, ADDED_LATER] = "full"
 
     @field_validator("path")
     @classmethod
@@ -298,6 +300,11 @@ def check_train_config(config: TrainConfig) -> None:
     if config.data.path is None:
         raise ValueError("data.path=null: give a store, a list of stores [a.h5,b.h5], or auto")
     if config.data.weights is not None:
+        if config.data.order == "blocks":
+            raise ValueError(
+                f"data.order=blocks reads each store once an epoch, so data.weights={config.data.weights} cannot be "
+                "set; set data.order=full or data.weights=null"
+            )
         check_weights(config.data.weights, len(config.data.path) if isinstance(config.data.path, list) else 1)
     graph = build_graph(config.graph)
     build_noise(config.noise, graph)

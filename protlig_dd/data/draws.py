@@ -8,6 +8,7 @@ keeps the version it was started with. The versions are:
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -29,9 +30,8 @@ def shuffled(rows: np.ndarray, key: Sequence[int], version: int = NEWEST) -> np.
     if version == 1:
         return np.random.default_rng(key).permutation(rows)
     n = len(rows)
-    number_bits = max(n - 1, 1).bit_length()
-    number_mask = np.uint64((1 << number_bits) - 1)
-    parts_bits = max(0, number_bits - ROWS_PER_SORT.bit_length() + 1)
+    number_mask = mask_of_numbers(n)
+    parts_bits = max(0, int(number_mask).bit_length() - ROWS_PER_SORT.bit_length() + 1)
     order, done = np.empty_like(rows), 0
     for part in range(1 << parts_bits):  # saves memory: a part sorts only the words whose highest bits equal `part`
         stream, blocks = random_words(key), [np.empty(0, np.uint64)]
@@ -51,9 +51,37 @@ def shuffled(rows: np.ndarray, key: Sequence[int], version: int = NEWEST) -> np.
     return order
 
 
-def random_subset(rows: np.ndarray, size: int, seed: int, version: int = NEWEST) -> np.ndarray:
-    """Return `size` of the rows, chosen at random, ascending like `rows`; all rows if there are at most `size`."""
-    return rows if len(rows) <= size else np.sort(shuffled(rows, [seed, size], version)[:size])
+def random_subset(rows: Any, size: int, seed: int, version: int = NEWEST) -> np.ndarray:
+    """Return `size` of the rows, chosen at random, ascending like `rows`; all rows if there are at most `size`.
+
+    Args:
+        rows: an array, or an object with a length that returns the rows at ascending positions (see rows.py).
+    """
+    return (
+        np.asarray(rows) if len(rows) <= size else rows[np.sort(first_shuffled(len(rows), size, [seed, size], version))]
+    )
+
+
+def first_shuffled(n: int, size: int, key: Sequence[int], version: int = NEWEST) -> np.ndarray:
+    """Return (size,) int64: the first numbers of `shuffled(np.arange(n))`, in any order.
+
+    Version 2 needs memory for `size` numbers only, because these are the numbers of the smallest words.
+    """
+    if version == 1:
+        return shuffled(np.arange(n), key, version)[:size]
+    stream, number_mask, kept = random_words(key), mask_of_numbers(n), np.empty(0, np.uint64)
+    for first in range(0, n, ROWS_AT_ONCE):
+        word = stream.random_raw(min(ROWS_AT_ONCE, n - first))
+        number = np.arange(first, first + len(word), dtype=np.uint64)
+        kept = np.append(kept, (word & ~number_mask) | number)
+        if len(kept) > size:
+            kept = np.partition(kept, size - 1)[:size]
+    return (kept & number_mask).view(np.int64)
+
+
+def mask_of_numbers(n: int) -> np.uint64:
+    """Return the bits that the numbers 0 .. n - 1 occupy."""
+    return np.uint64((1 << max(n - 1, 1).bit_length()) - 1)
 
 
 def random_below(limits: np.ndarray, key: Sequence[int], version: int = NEWEST) -> np.ndarray:

@@ -25,8 +25,9 @@ from protlig_dd.data.case import targets_of
 from protlig_dd.data.context import context_of, joined_context
 from protlig_dd.data.crops import check_crop, crop_bounds, designed_crops
 from protlig_dd.data.draws import NEWEST, random_below
-from protlig_dd.data.packing import Plan, epoch_rows, make_plan, packs_in_epoch, token_quotas, total_tokens
+from protlig_dd.data.packing import Plan, epoch_rows, make_plan, packs_in_epoch, token_quotas
 from protlig_dd.data.plan_cache import remove_plans, shared_plan
+from protlig_dd.data.rows import SplitRows, index_blocks
 from protlig_dd.data.store import SequenceStore, StoreGroup
 
 _CROP = 2  # second integer of the random keys of crops; packing.py uses 1 and 3
@@ -37,7 +38,8 @@ class PackDataset(Dataset[PackedBatch]):
     """Packs of the selected rows of one or several stores: `dataset[i]` is pack i of the run, counted over all epochs.
 
     Args:
-        rows: (n,) row numbers of the sequences to pack, ascending; usually the rows of one split.
+        rows: (n,) row numbers of the sequences to pack, ascending; usually the rows of one split. With `SplitRows` no
+            process keeps the rows, except the process that makes a plan while it does so.
         max_len: longer sequences are cropped to this many residues.
         tokens_per_pack: maximum number of tokens of a pack.
         seed: a number for training, which shuffles the rows for every epoch. None for evaluation, which packs every row
@@ -55,10 +57,13 @@ class PackDataset(Dataset[PackedBatch]):
             per store. In training also: a store has no rows, or the rows do not fill one pack.
     """
 
+    read_at_random = True
+    """Whether training reads the stores in random order."""
+
     def __init__(
         self,
         stores: SequenceStore | StoreGroup,
-        rows: np.ndarray,
+        rows: np.ndarray | SplitRows,
         *,
         max_len: int,
         tokens_per_pack: int,
@@ -68,40 +73,51 @@ class PackDataset(Dataset[PackedBatch]):
         version: int = NEWEST,
     ) -> None:
         group = stores if isinstance(stores, StoreGroup) else StoreGroup([stores])
-        self.group, self.rows, self.max_len = group, rows.astype(group.row_type, copy=False), max_len
+        self.group, self.max_len = group, max_len
+        self.rows = rows.astype(group.row_type, copy=False) if isinstance(rows, np.ndarray) else rows
         self.tokens_per_pack, self.seed, self.crop, self.version = tokens_per_pack, seed, crop, version
         self.plan_ahead = True
-        """Whether `plan` also makes the plan of the following epoch, in a background thread."""
+        """Whether `plan` also makes the following plan, in a background thread."""
         self._planned: tuple[int, Plan] | None = None
         self.planner: threading.Thread | None = None
         check_pack_sizes(max_len, tokens_per_pack)
         check_crop(crop)
         if weights is not None:
             check_weights(weights, len(group.stores))
-        store_rows = self._rows_by_store()
-        self._totals = [total_tokens(group.lengths, rows_of_store, max_len) for rows_of_store in store_rows]
         if seed is None:
             self._planned = 0, self._make_plan(0)
             self.packs_per_epoch = len(self._planned[1].starts) - 1
             return
+        self.blocks = index_blocks(group, self.rows, max_len)
+        self._totals = self.blocks.of_stores(self.blocks.tokens, len(group.stores))
         for store, total in zip(group.stores, self._totals, strict=True):
             if not total:
                 raise ValueError(f"{store.path} has no training sequences")
-        self.mean_tokens = min(
-            total / len(rows_of_store) for total, rows_of_store in zip(self._totals, store_rows, strict=True)
-        )
-        """Mean number of tokens per sequence after cropping; with several stores, the smallest of their means."""
         self._quotas = token_quotas(self._totals, weights)
-        self.packs_per_epoch = packs_in_epoch(self._totals, self._quotas, tokens_per_pack, max_len)
+        self.packs_per_epoch = self._count_packs()
         if self.packs_per_epoch <= 0:
             raise ValueError(
                 f"{group.name}: the training split has {sum(self._quotas)} tokens per epoch, too few for one pack of "
                 f"data.tokens_per_pack={tokens_per_pack}; lower data.tokens_per_pack, and data.max_len if it is then "
                 "too large"
             )
-        rows_digest = xxhash.xxh3_128_hexdigest(self.rows.data)
-        parts = [version, group.fingerprint, rows_digest, max_len, tokens_per_pack, seed, self._quotas]
+        parts = [version, group.fingerprint, self.blocks.digest, max_len, tokens_per_pack, seed, self._quotas]
+        parts += self._method()
         self.key = xxhash.xxh3_128_hexdigest(repr(parts).encode())
+        self.mean_tokens = self._mean_tokens()
+        """Mean number of tokens per sequence after cropping; of several stores or windows, the smallest mean."""
+
+    def _count_packs(self) -> int:
+        """Return the number of packs that every epoch is guaranteed to fill."""
+        return packs_in_epoch(self._totals, self._quotas, self.tokens_per_pack, self.max_len)
+
+    def _method(self) -> list[object]:
+        """Return what the plans of a subclass depend on, besides the data and the arguments."""
+        return []
+
+    def _mean_tokens(self) -> float:
+        counts = self.blocks.of_stores(self.blocks.rows, len(self.group.stores))
+        return min(total / count for total, count in zip(self._totals, counts, strict=True))
 
     def __getstate__(self) -> dict[str, object]:
         planned = self._planned if self.seed is None else None
@@ -115,16 +131,20 @@ class PackDataset(Dataset[PackedBatch]):
 
     @cached_property
     def tokens(self) -> list[np.ndarray]:
-        """The (total,) uint8 tokens of each store, memory-mapped by this process (in training, for random access)."""
-        if self.seed is None:
+        """The (total,) uint8 tokens of each store, memory-mapped by this process. See `read_at_random`."""
+        if self.seed is None or not self.read_at_random:
             return [store.tokens for store in self.group.stores]
         return [store.tokens_at_random() for store in self.group.stores]
 
     def pack_rows(self, pack: int) -> np.ndarray:
         """Return the (n,) int64 row numbers of the sequences in a pack. Packs are counted over all epochs."""
-        epoch, local = divmod(pack, self.packs_per_epoch)
-        rows, starts = self.plan(epoch)
+        number, local = self._find(pack)
+        rows, starts = self.plan(number)
         return rows[starts[local] : starts[local + 1]].astype(np.int64)
+
+    def _find(self, pack: int) -> tuple[int, int]:
+        """Return the number of the plan that contains a pack (here the epoch), and the number of the pack in it."""
+        return divmod(pack, self.packs_per_epoch)
 
     def __getitem__(self, pack: int) -> PackedBatch:
         rows = self.pack_rows(pack)
@@ -156,18 +176,18 @@ class PackDataset(Dataset[PackedBatch]):
         context_T = None if contexts is None else joined_context(contexts, first.tolist(), lengths)
         return PackedBatch.from_flat(torch.from_numpy(flat), lengths, rows.tolist(), context_T)
 
-    def plan(self, epoch: int) -> Plan:
-        """Return the plan of one epoch: which sequences are in which pack.
+    def plan(self, number: int) -> Plan:
+        """Return the plan of one epoch: which sequences are in which pack. The epoch's number is the plan's number.
 
         The most recently returned plan is cached. For a plan that is not cached, a background thread also makes the
-        plan of `epoch + 1`, unless `plan_ahead` is False.
+        plan `number + 1`, unless `plan_ahead` is False.
         """
-        if self._planned is None or self._planned[0] != epoch:
-            plan = shared_plan(self.key, epoch, lambda: self._make_plan(epoch))
+        if self._planned is None or self._planned[0] != number:
+            plan = shared_plan(self.key, number, lambda: self._make_plan(number))
             assert plan is not None
-            self._planned = epoch, plan
+            self._planned = number, plan
             if self.plan_ahead:
-                self.planner = threading.Thread(target=self._make_ahead, args=(epoch + 1,), daemon=True)
+                self.planner = threading.Thread(target=self._make_ahead, args=(number + 1,), daemon=True)
                 self.planner.start()
         return self._planned[1]
 
@@ -176,9 +196,16 @@ class PackDataset(Dataset[PackedBatch]):
         rows, starts = self.plan(epoch)
         return len(rows) - int(starts[self.packs_per_epoch])
 
-    def _make_ahead(self, epoch: int) -> None:
+    def description(self, epoch: int) -> str:
+        """Return the numbers of sequences and packs of an epoch, for the user. Makes the plan of the epoch."""
+        return (
+            f"{len(self.plan(epoch).rows):,} sequences; {self.packs_per_epoch:,} packs contain all except "
+            f"{self.tail(epoch):,} of them"
+        )
+
+    def _make_ahead(self, number: int) -> None:
         try:
-            shared_plan(self.key, epoch, lambda: self._make_plan(epoch), wait=False)
+            shared_plan(self.key, number, lambda: self._make_plan(number), wait=False)
         except ValueError:
             return  # when this plan is needed, `plan` tries to make it again and raises the error
 
@@ -189,14 +216,11 @@ class PackDataset(Dataset[PackedBatch]):
         if self.seed is not None:
             remove_plans(self.key)
 
-    def _rows_by_store(self) -> list[np.ndarray]:
-        return np.split(self.rows, np.searchsorted(self.rows, self.group.bases[1:]))
-
     def _make_plan(self, epoch: int) -> Plan:
-        rows, lengths = self.rows, self.group.lengths
+        rows, lengths = np.asarray(self.rows), self.group.lengths
         if self.seed is not None:
             rows = epoch_rows(
-                self._rows_by_store(),
+                np.split(rows, np.searchsorted(rows, self.group.bases[1:].astype(rows.dtype))),
                 lengths,
                 self._totals,
                 self._quotas,

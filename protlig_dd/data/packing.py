@@ -23,15 +23,17 @@ exactly one epoch. After each epoch, all sequences of a store have been read equ
 than the others (if sequences in tails count as read).
 """
 
+from array import array
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from protlig_dd.data.draws import shuffled
+from protlig_dd.data.lengths import Lengths
 
 _SHUFFLE, _PASS = 1, 3  # second integer of the random keys, one for each purpose; loader.py uses 2
-ROWS_AT_ONCE = 1 << 22
+ROWS_AT_ONCE = 1 << 20
 
 
 class Plan(NamedTuple):
@@ -50,7 +52,7 @@ def clipped_tokens(residues: np.ndarray, max_len: int) -> np.ndarray:
     return np.where(residues <= max_len, residues + 2, max_len + 1)
 
 
-def total_tokens(lengths: np.ndarray, rows: np.ndarray, max_len: int) -> int:
+def total_tokens(lengths: np.ndarray | Lengths, rows: np.ndarray, max_len: int) -> int:
     """Return the sum of `clipped_tokens` over the sequences with these row numbers.
 
     Args:
@@ -84,7 +86,7 @@ def packs_in_epoch(totals: Sequence[int], quotas: Sequence[int], tokens_per_pack
 
 def epoch_rows(
     groups: Sequence[np.ndarray],
-    lengths: np.ndarray,
+    lengths: np.ndarray | Lengths,
     totals: Sequence[int],
     quotas: Sequence[int],
     *,
@@ -111,10 +113,22 @@ def epoch_rows(
                 parts.append(rows)
                 continue
             order = shuffled(rows, [seed, _PASS, number, pass_number], version)
-            begins = np.cumsum(tokens := clipped_tokens(lengths[order], max_len), dtype=np.int64) - tokens
-            parts.append(order[slice(*np.searchsorted(begins, [first, last]))])
+            parts.append(order[slice(*sequences_before(order, lengths, [first, last], max_len))])
     all_rows = parts[0] if len(parts) == 1 else np.concatenate(parts)  # do not copy 70 million rows needlessly
     return shuffled(all_rows, [seed, _SHUFFLE, epoch], version)
+
+
+def sequences_before(
+    order: np.ndarray, lengths: np.ndarray | Lengths, tokens: Sequence[int], max_len: int
+) -> np.ndarray:
+    """Return for each of these numbers of tokens how many sequences of `order` begin before it."""
+    counts, tokens_before = np.zeros(len(tokens), np.int64), 0
+    for first in range(0, len(order), ROWS_AT_ONCE):
+        block = clipped_tokens(lengths[order[first : first + ROWS_AT_ONCE]], max_len)
+        ends = tokens_before + np.cumsum(block, dtype=np.int64)
+        counts += np.searchsorted(ends - block, tokens)
+        tokens_before = int(ends[-1])
+    return counts
 
 
 def pack_starts(token_blocks: Iterable[np.ndarray], tokens_per_pack: int) -> np.ndarray:
@@ -123,7 +137,7 @@ def pack_starts(token_blocks: Iterable[np.ndarray], tokens_per_pack: int) -> np.
     Args:
         token_blocks: arrays with the number of tokens of each sequence, in order. No number exceeds tokens_per_pack.
     """
-    starts = [0]
+    starts = array("q", [0])  # 8 bytes a pack, where a list of integers takes 40
     rows_before = tokens_before = 0  # rows and tokens of the blocks before the current one
     pack_start = 0  # tokens before the pack that is being filled
     for block in token_blocks:
@@ -138,7 +152,7 @@ def pack_starts(token_blocks: Iterable[np.ndarray], tokens_per_pack: int) -> np.
     return np.array(starts)
 
 
-def make_plan(rows: np.ndarray, lengths: np.ndarray, *, max_len: int, tokens_per_pack: int) -> Plan:
+def make_plan(rows: np.ndarray, lengths: np.ndarray | Lengths, *, max_len: int, tokens_per_pack: int) -> Plan:
     """Fill packs with the rows in the given order, and return the plan.
 
     Args:

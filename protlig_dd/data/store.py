@@ -30,6 +30,7 @@ import xxhash
 
 from protlig_dd.data.case import CASE_COLUMNS, CaseIndex, Context, check_has_case
 from protlig_dd.data.fasta import Header, id_of, parse_header
+from protlig_dd.data.lengths import Lengths
 from protlig_dd.tokenizer import BOS, EOS, LETTERS, VOCAB_SIZE
 
 FORMAT_VERSION = 2
@@ -37,6 +38,7 @@ SPLITS = ("train", "validation", "test")
 COPY_BYTES = 4 << 20
 HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 HOW_TO_BUILD = "build one from FASTA with `python -m protlig_dd.prepare input=... output=...`"
+NOT_A_STORE = (OSError, RuntimeError, KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError)
 COLUMNS = {
     "tokens": np.uint8,
     "offsets": np.int64,
@@ -71,15 +73,7 @@ class SequenceStore:
         try:
             with h5py.File(self.path, "r", locking=False) as file:  # locks fail on some network filesystems
                 self._read_layout(file)
-        except (
-            OSError,
-            RuntimeError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            UnicodeDecodeError,
-            json.JSONDecodeError,
-        ) as error:
+        except NOT_A_STORE as error:
             raise ValueError(f"{self.path}: not a readable store ({error})") from error
 
     def _read_layout(self, file: h5py.File) -> None:
@@ -132,14 +126,10 @@ class SequenceStore:
         row = self._row(row)
         return self.tokens[self.offsets[row] : self.offsets[row + 1]]
 
-    @cached_property
-    def lengths(self) -> np.ndarray:
-        """Number of residues of each sequence, (n,) int32."""
-        lengths = np.empty(len(self), np.int32)
-        for start in range(0, len(self), COPY_BYTES):
-            lengths[start : start + COPY_BYTES] = np.diff(self.offsets[start : start + COPY_BYTES + 1])
-        lengths -= 2
-        return lengths
+    @property
+    def lengths(self) -> Lengths:
+        """Number of residues of each sequence."""
+        return Lengths([self.offsets])
 
     def header(self, row: SupportsIndex) -> str:
         """Return the FASTA header of a row, without `>`."""
@@ -161,9 +151,12 @@ class SequenceStore:
         """Yield the rows of one split in blocks. This takes less memory than `split`."""
         if name not in SPLITS:
             raise ValueError(f"no split {name!r}; choose from {', '.join(SPLITS)}")
-        splits = self._map("split")
-        for start in range(0, len(splits), COPY_BYTES):
-            yield start + np.flatnonzero(splits[start : start + COPY_BYTES] == SPLITS.index(name))
+        for start in range(0, len(self), COPY_BYTES):
+            yield self.split_between(name, start, start + COPY_BYTES)
+
+    def split_between(self, name: str, first: int, end: int) -> np.ndarray:
+        """Return the rows of one split in first .. end - 1."""
+        return first + np.flatnonzero(self._splits[first:end] == SPLITS.index(name))
 
     def lower_case(self, row: SupportsIndex) -> np.ndarray | None:
         """Return which residues of a row were lower-case letters, (residues,) bool.
@@ -225,6 +218,10 @@ class SequenceStore:
         """(n + 1,) int64, memory-mapped."""
         return self._map("offsets")
 
+    @cached_property
+    def _splits(self) -> np.ndarray:
+        return self._map("split")
+
     @property
     def case_counts(self) -> np.ndarray:
         """(3, 30) int64: how often each token id occurs in lower case in each split. Only if `has_case` is True."""
@@ -285,21 +282,19 @@ class StoreGroup:
         """The integer type of row numbers: uint32 if it is large enough, else int64."""
         return np.uint32 if len(self) < 2**32 else np.int64
 
-    @cached_property
-    def lengths(self) -> np.ndarray:
-        """Number of residues of each sequence, (n,) int32."""
-        parts = [store.lengths for store in self.stores]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+    @property
+    def lengths(self) -> Lengths:
+        """Number of residues of each sequence."""
+        return Lengths([store.offsets for store in self.stores])
 
     def split(self, name: str) -> np.ndarray:
-        """Return the (n,) rows of one split, ascending, as `row_type`."""
-        return np.concatenate(
-            [
-                (rows + base).astype(self.row_type)
-                for base, store in zip(self.bases, self.stores, strict=True)
-                for rows in store.split_blocks(name)
-            ]
-        )
+        """Return the (n,) rows of one split, ascending, as `row_type`. `SplitRows` takes less memory."""
+        return np.concatenate(list(self.split_blocks(name)))
+
+    def split_blocks(self, name: str) -> Iterator[np.ndarray]:
+        """Yield the rows of one split in blocks, as `row_type`."""
+        for base, store in zip(self.bases, self.stores, strict=True):
+            yield from ((rows + base).astype(self.row_type) for rows in store.split_blocks(name))
 
     def id(self, row: SupportsIndex) -> str:
         store, store_row = self.find(row)

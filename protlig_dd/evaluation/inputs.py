@@ -10,7 +10,8 @@ from protlig_dd.data.case import lower_case_of
 from protlig_dd.data.draws import random_subset
 from protlig_dd.data.encode import is_nucleotide, nucleotide_warning
 from protlig_dd.data.fasta import read_fasta
-from protlig_dd.data.store import HDF5_MAGIC, SequenceStore
+from protlig_dd.data.rows import SplitRows
+from protlig_dd.data.store import HDF5_MAGIC, SequenceStore, StoreGroup
 from protlig_dd.system.distributed import processes_from_environment
 from protlig_dd.system.files import writing
 from protlig_dd.system.terminal import announce
@@ -51,7 +52,7 @@ def read_proteins(path: Path, split: str, most: int | None, seed: int) -> Protei
     """
     if is_store(path):
         store = SequenceStore(path)
-        rows = subsample(store.split(split), most, seed)
+        rows = subsample(SplitRows(StoreGroup([store]), split), most, seed)
         ids, sequences = [store.id(row) for row in rows], [store[row] for row in rows]
         lower_case, has_case = [store.lower_case(row) for row in rows], store.has_case
     else:
@@ -77,9 +78,9 @@ def is_store(path: Path) -> bool:
         return file.read(len(HDF5_MAGIC)) == HDF5_MAGIC
 
 
-def subsample(rows: np.ndarray, most: int | None, seed: int) -> np.ndarray:
+def subsample(rows: np.ndarray | SplitRows, most: int | None, seed: int) -> np.ndarray:
     """Return at most `most` of the ascending `rows`, chosen at random with `seed`; all rows if `most` is None."""
-    return rows if most is None else random_subset(rows, most, seed)
+    return np.asarray(rows) if most is None else random_subset(rows, most, seed)
 
 
 def numbered_fasta(path: Path, sequences: Iterable[np.ndarray]) -> Path:

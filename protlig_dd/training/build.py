@@ -199,11 +199,8 @@ def print_summary(trainer: Trainer, steps: range, store: StoreGroup, context: Ru
     if steps:
         epoch = steps.start * optim.packs_per_step // dataset.packs_per_epoch
         with console.status(f"planning epoch {epoch}") if processes.first else contextlib.nullcontext():
-            rows, left_over = len(dataset.plan(epoch).rows), dataset.tail(epoch)
-        say(
-            f"epoch {epoch} of {store.name}: {rows:,} sequences; {dataset.packs_per_epoch:,} packs contain all "
-            f"except {left_over:,} of them"
-        )
+            description = dataset.description(epoch)
+        say(f"epoch {epoch} of {store.name}: {description}")
     if store.context != "none":
         designed, all_of_them = (counts[0, :N_STATES].sum() for counts in (designed_counts(store), store.token_counts))
         say(

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from protlig_dd.batch import PackedBatch
 from protlig_dd.config.components import build_model
 from protlig_dd.config.train import TrainConfig
-from protlig_dd.data.loader import PackDataset
+from protlig_dd.data.rows import SplitRows
 from protlig_dd.data.store import StoreGroup
 from protlig_dd.model.dit import DiT, kinds_of
 from protlig_dd.model.lora import merged_numbers
@@ -26,6 +26,7 @@ from protlig_dd.system.terminal import console
 from protlig_dd.training.optim.make import make_optimizer
 from protlig_dd.training.optim.muon import Muon
 from protlig_dd.training.optim.schedule import count_steps
+from protlig_dd.training.packs import training_packs
 
 MANY_EPOCHS = 100  # more epochs give a warning; UniRef50 models train for a few epochs
 MFU = 0.4  # assumed FLOP/s of training, as a fraction of the FLOP/s of matrix products alone
@@ -167,19 +168,16 @@ def plan(
         processes: number of processes of the run.
         peak: FLOP/s of the device's matrix products; measured if None.
     """
-    data, optim = config.data, config.optim
-    train = store.split("train")
-    dataset = PackDataset(
-        store, train, seed=config.seed, max_len=data.max_len, tokens_per_pack=data.tokens_per_pack, weights=data.weights
-    )
+    data, optim, train = config.data, config.optim, SplitRows(store, "train")
+    dataset = training_packs(config, store)
     with torch.device("meta"):
         model = build_model(config.model, "sdpa", config.time_conditioning)
         optimizer = make_optimizer(model, replace(optim, weight_decay=0.0), "fp32")
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in trained_parameters(model).values())
     by_muon = sum(p.numel() for p in optimizer.param_groups[0]["params"]) if isinstance(optimizer, Muon) else 0
-    rows = np.sort(np.random.default_rng(0).choice(train, min(100_000, len(train)), replace=False))
-    tokens = np.minimum(store.lengths[rows], data.max_len).astype(np.int64) + 2
+    chosen = np.random.default_rng(0).choice(len(train), min(100_000, len(train)), replace=False)
+    tokens = np.minimum(store.lengths[train[np.sort(chosen)]], data.max_len).astype(np.int64) + 2
     flops = model.training_flops(tokens.tolist()) / int(tokens.sum())
     per_token = activation_bytes(config, precision, counted_backend(config, device, precision))
     step_tokens, steps = optim.packs_per_step * data.tokens_per_pack, count_steps(config, dataset)

@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from protlig_dd.config.train import TrainConfig
+from protlig_dd.data.blocks import BlockDataset
 from protlig_dd.data.draws import NEWEST, check_version, random_subset
 from protlig_dd.data.loader import PackDataset
+from protlig_dd.data.rows import SplitRows
 from protlig_dd.data.store import StoreGroup
 from protlig_dd.training.context import Start
 
@@ -34,7 +36,7 @@ def make_packs(config: TrainConfig, store: StoreGroup, start: Start) -> Packs:
     data, control = config.data, config.trainer
     packs_of = partial(PackDataset, store, max_len=data.max_len, tokens_per_pack=data.tokens_per_pack)
     version = plan_version(start.checkpoint, start.state)
-    training = packs_of(store.split("train"), seed=config.seed, crop=data.crop, weights=data.weights, version=version)
+    training = training_packs(config, store, version)
     held_out: dict[str, np.ndarray] = {}
 
     def unshuffled(split: str, limit: int) -> PackDataset:
@@ -44,6 +46,28 @@ def make_packs(config: TrainConfig, store: StoreGroup, start: Start) -> Packs:
 
     validation = unshuffled("validation", control.eval_max_sequences) if control.eval_every else None
     return Packs(training, validation, unshuffled(config.report.split, config.report.max_sequences), held_out)
+
+
+def training_packs(config: TrainConfig, store: StoreGroup, version: int = NEWEST) -> PackDataset:
+    """Return the packs of the training split that a config describes.
+
+    Args:
+        version: version of the random choices (see `plan_version`).
+
+    Raises:
+        ValueError: the split is empty, or its sequences do not fill one pack.
+    """
+    data, rows = config.data, SplitRows(store, "train")
+    packs_of = BlockDataset if data.order == "blocks" else partial(PackDataset, weights=data.weights)
+    return packs_of(
+        store,
+        rows,
+        max_len=data.max_len,
+        tokens_per_pack=data.tokens_per_pack,
+        seed=config.seed,
+        crop=data.crop,
+        version=version,
+    )
 
 
 def plan_version(checkpoint: Path | None, state: dict[str, Any]) -> int:
@@ -66,7 +90,7 @@ def subset(store: StoreGroup, split: str, limit: int, seed: int, version: int) -
     Raises:
         ValueError: the split is empty.
     """
-    rows = store.split(split)
+    rows = SplitRows(store, split)
     if not len(rows):
         raise ValueError(
             f"{store.name} has no {split} sequences; prepare it with a larger split.{split}_fraction or a {split} file"

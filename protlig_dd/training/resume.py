@@ -10,7 +10,6 @@ import torch
 
 from protlig_dd.config.read import as_dict, as_yaml
 from protlig_dd.config.train import CONFIG, RESUME, TrainConfig, all_settings, changed_keys, recorded_config
-from protlig_dd.data.loader import PackDataset
 from protlig_dd.data.store import StoreGroup
 from protlig_dd.inference.adapters import BASE, check_base
 from protlig_dd.inference.model import find_saved
@@ -31,7 +30,7 @@ from protlig_dd.system.terminal import console
 from protlig_dd.training.context import Resolved, RunFolder, Start
 from protlig_dd.training.extend import changes_length_or_report, check_extension, finished_step, put_report_aside
 from protlig_dd.training.optim.schedule import count_steps
-from protlig_dd.training.packs import plan_version
+from protlig_dd.training.packs import plan_version, training_packs
 
 
 def starting_weights(config: TrainConfig, path: Path, *, resumed: bool) -> tuple[Path, dict[str, Any] | None]:
@@ -156,20 +155,10 @@ def open_run_folder(
 
 def check_not_beyond(checkpoint: Path | None, step: int, config: TrainConfig, store: StoreGroup) -> None:
     """Raise a ValueError if `step`, the step of the checkpoint, is after the last step of the run."""
-    control, data = config.trainer, config.data
+    control = config.trainer
     last, setting = control.max_steps, f"trainer.max_steps={control.max_steps}"
     if last is None:
-        last = count_steps(
-            config,
-            PackDataset(
-                store,
-                store.split("train"),
-                max_len=data.max_len,
-                seed=config.seed,
-                tokens_per_pack=data.tokens_per_pack,
-                weights=data.weights,
-            ),
-        )
+        last = count_steps(config, training_packs(config, store))
         setting = f"the {last} steps of trainer.epochs={control.epochs:g}"
     if step > last:
         raise ValueError(f"{checkpoint}: step {step} is after the last step ({setting})")

@@ -8,6 +8,7 @@ import numpy as np
 
 from protlig_dd.data.case import Context, targets_of
 from protlig_dd.data.context import context_of
+from protlig_dd.data.rows import SplitRows
 from protlig_dd.data.store import SequenceStore, StoreGroup
 from protlig_dd.evaluation.likelihood.trained_on import find_training_stores
 from protlig_dd.inference.model import TrainedModel
@@ -74,11 +75,12 @@ def baselines_of(stores: StoreGroup) -> Baselines:
     Raises:
         ValueError: no training sequences.
     """
-    store_rows = [store.split("train") for store in stores.stores]
-    if not (total := sum(map(len, store_rows))):
+    if not (total := len(SplitRows(stores, "train"))):
         raise ValueError(f"{stores.name}: no training sequences")
-    stride = -(-total // MAX_SEQUENCES)
-    rows = [base + row for base, rows in zip(stores.bases, store_rows, strict=True) for row in rows[::stride]]
+    stride, rows = -(-total // MAX_SEQUENCES), list[int]()
+    for base, store in zip(stores.bases.tolist(), stores.stores, strict=True):
+        train = SplitRows(StoreGroup([store]), "train")
+        rows += (base + train[np.arange(0, len(train), stride)].astype(np.int64)).tolist()
     found = (stores.find(row) for row in rows)
     return fit_baselines((store[row] for store, row in found), (context_of(stores, row) for row in rows))
 

@@ -9,7 +9,6 @@ import torch
 from protlig_dd.batch import PackedBatch
 from protlig_dd.data.context import designed_counts
 from protlig_dd.data.loader import PackDataset
-from protlig_dd.data.packing import ROWS_AT_ONCE
 from protlig_dd.data.store import SPLITS, StoreGroup
 from protlig_dd.diffusion.likelihood import nll_bound, protein_draws
 from protlig_dd.diffusion.score import ScoreFn
@@ -139,11 +138,12 @@ def length_counts(store: StoreGroup, max_len: int) -> tuple[list[int], int]:
     Longer sequences are counted separately, not under max_len, because a crop of max_len residues is not a whole
     protein.
     """
-    rows, counts = store.split("train"), np.zeros(max_len + 1, np.int64)
-    for start in range(0, len(rows), ROWS_AT_ONCE):
-        lengths = store.lengths[rows[start : start + ROWS_AT_ONCE]]
+    counts, total = np.zeros(max_len + 1, np.int64), 0
+    for rows in store.split_blocks("train"):
+        lengths = store.lengths[rows]
         counts += np.bincount(lengths[lengths <= max_len], minlength=max_len + 1)
-    return counts.tolist(), len(rows) - int(counts.sum())
+        total += len(rows)
+    return counts.tolist(), total - int(counts.sum())
 
 
 def training_statistics(store: StoreGroup, max_len: int) -> dict[str, Any]:

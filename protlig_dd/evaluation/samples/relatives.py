@@ -27,7 +27,7 @@ def find_train(config: JudgeConfig, mmseqs: bool) -> SequenceStore | None:
         console.print("there is no training set in which to search for relatives of the samples; set train=store.h5")
         return None
     store = SequenceStore(path)
-    if not len(store.split("train")):
+    if not any(map(len, store.split_blocks("train"))):
         raise ValueError(f"{path}: no training sequences in it; set train= to a store that has a training split")
     if not mmseqs:
         console.print("MMseqs2 is not used, so relatives and clusters are not searched for")
@@ -68,7 +68,9 @@ def relatives(
             rows[same_cluster_row].append(share(not_alone))
             columns.setdefault(same_cluster_row, not_alone)
         if train is not None:
-            targets = numbered_fasta(scratch / "train", (train[row][1:-1] for row in train.split("train")))
+            targets = numbered_fasta(
+                scratch / "train", (train[row][1:-1] for rows in train.split_blocks("train") for row in rows)
+            )
             queries = numbered_fasta(scratch / "all", itertools.chain(*sets))
             hit_of_query = best_hits(queries, targets, scratch / "work")
             bar.advance(note="relatives in the training set")
