@@ -16,6 +16,7 @@ VERSIONS = (1, 2)
 NEWEST = VERSIONS[-1]
 ROWS_AT_ONCE = 1 << 20  # random words are drawn for this many rows at a time
 ROWS_PER_SORT = 1 << 25  # approximate number of rows sorted at once; sorting takes 16 bytes of memory per row
+MOST_PARTS = 8  # for more than 8 ROWS_PER_SORT rows, more are sorted at once, because every part draws all words again
 
 
 def shuffled(rows: np.ndarray, key: Sequence[int], version: int = NEWEST) -> np.ndarray:
@@ -32,6 +33,7 @@ def shuffled(rows: np.ndarray, key: Sequence[int], version: int = NEWEST) -> np.
     n = len(rows)
     number_mask = mask_of_numbers(n)
     parts_bits = max(0, int(number_mask).bit_length() - ROWS_PER_SORT.bit_length() + 1)
+    parts_bits = min(parts_bits, MOST_PARTS.bit_length() - 1)
     order, done = np.empty_like(rows), 0
     for part in range(1 << parts_bits):  # saves memory: a part sorts only the words whose highest bits equal `part`
         stream, blocks = random_words(key), [np.empty(0, np.uint64)]

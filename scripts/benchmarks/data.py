@@ -35,11 +35,14 @@ from protlig_dd.data.fasta import read_fasta
 from protlig_dd.data.loader import PackDataset, pack_loader
 from protlig_dd.data.packing import total_tokens
 from protlig_dd.data.prepare.bundled import SAMPLE_FOLDER
+from protlig_dd.data.rows import SplitRows
 from protlig_dd.data.store import SequenceStore, StoreGroup
 from protlig_dd.system.files import sha256
 from protlig_dd.system.terminal import ProgressBar
 from protlig_dd.system.workers import count_workers
 from protlig_dd.training.cost import H100_FLOPS, MFU
+from scripts.benchmarks.measure import measured
+from scripts.benchmarks.synthetic import write_store_of_lengths
 from scripts.benchmarks.tables import table
 from scripts.benchmarks.variants import composed
 
@@ -67,31 +70,12 @@ def make_fasta(proteins: Path, path: Path, size: int) -> None:
                 file.writelines(f"{sequence[i : i + 60]}\n" for i in range(0, len(sequence), 60))
 
 
-def measured(code: str, folder: Path) -> dict[str, Any]:
-    """Run Python code in a new process. The last line that the code prints must be a JSON object.
-
-    Returns:
-        The JSON object, extended by the code's wall time (`wall`) and CPU time (`cpu`) in seconds, and by its peak
-            memory in bytes (`peak`).
-    """
-    began, before = time.perf_counter(), os.times()
-    # VmHWM is the peak memory of the process; ru_maxrss can be that of the parent, because a new process inherits it
-    code += "\nprint(open('/proc/self/status').read().partition('VmHWM:')[2].split()[0])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"benchmarks.data: {done.stderr.strip().splitlines()[-1]}")
-    after = os.times()
-    values, peak = done.stdout.strip().splitlines()[-2:]
-    cpu = after.children_user + after.children_system - before.children_user - before.children_system
-    return {**json.loads(values), "wall": time.perf_counter() - began, "cpu": cpu, "peak": int(peak) * 1024}
-
-
 PREPARE = """
 import json, os, sys
 from pathlib import Path
 from protlig_dd.data.prepare.build import Split, build_store
 store = build_store([Path({input!r})], Path({output!r}), split=Split(0.01, 0.01), workers={workers})
-print(json.dumps({{"sequences": len(store), "residues": int(store.lengths.sum())}}))
+print(json.dumps({{"sequences": len(store), "residues": int(store.lengths[:].sum())}}))
 """
 
 
@@ -170,15 +154,7 @@ def spread(values: list[float], digits: int = 0) -> str:
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
-class OnlyLengths(SequenceStore):
-    """A store that has only lengths, because planning needs nothing else."""
-
-    def __init__(self, lengths: np.ndarray) -> None:
-        self.path, self.fingerprint, self.token_counts = Path("lengths"), "lengths", np.zeros(1)
-        self.lengths, self._length = lengths, len(lengths)
-
-
-def plan_once(lengths: np.ndarray, step: int) -> None:
+def plan_once(path: str, step: int) -> None:
     """Time how long it takes to find the sequences of a training step's packs, and print the results as JSON.
 
     A plan lists the sequences of every pack of an epoch. The JSON object has these keys:
@@ -188,33 +164,31 @@ def plan_once(lengths: np.ndarray, step: int) -> None:
         fill: the mean fraction of the packs' token budget that is used.
         tail: the fraction of the epoch's sequences that are left over after the last pack.
     """
-    group = StoreGroup([OnlyLengths(lengths)])
-    rows_of_split, last = np.arange(len(lengths), dtype=np.uint32), step * PACKS_PER_STEP + PACKS_PER_STEP - 1
+    group, last = StoreGroup([SequenceStore(path)]), step * PACKS_PER_STEP + PACKS_PER_STEP - 1
     times = {}
     for name in ("seconds", "mapped"):  # the first plan is computed and written to a file; the second maps the file
         began = time.perf_counter()
-        dataset = PackDataset(group, rows_of_split, max_len=MAX_LEN, tokens_per_pack=BUDGET, seed=0)
+        dataset = PackDataset(group, SplitRows(group, "train"), max_len=MAX_LEN, tokens_per_pack=BUDGET, seed=0)
         dataset.plan_ahead = False
         dataset.pack_rows(last)
         times[name] = time.perf_counter() - began
     epoch = last // len(dataset)
     rows, starts = dataset.plan(epoch)
-    fill = total_tokens(lengths, rows[: starts[len(dataset)]], MAX_LEN) / len(dataset) / BUDGET
+    fill = total_tokens(group.lengths, rows[: starts[len(dataset)]], MAX_LEN) / len(dataset) / BUDGET
     found = {"fill": fill, "tail": dataset.tail(epoch) / len(rows), "packs": len(dataset), "epoch": epoch}
     print(json.dumps(times | found))
 
 
 PLAN = """
-import numpy as np
 from scripts.benchmarks.data import plan_once
-plan_once(np.load({lengths!r}), {step})
+plan_once({path!r}, {step})
 """
 
 
 def plan(folder: Path, store: SequenceStore, sequences: int) -> None:
     """Time the planning of an epoch of `sequences` sequences, whose lengths are drawn from the store's lengths."""
-    lengths = np.random.default_rng(0).choice(store.lengths, sequences)
-    np.save(folder / "lengths.npy", lengths)
+    lengths = np.random.default_rng(0).choice(store.lengths[:], sequences)
+    write_store_of_lengths(folder / "lengths.h5", lengths, sequences)
     last = total_tokens(lengths, np.arange(sequences, dtype=np.uint32), MAX_LEN) // BUDGET // PACKS_PER_STEP
     rows = []
     os.environ["TMPDIR"] = str(folder)
@@ -223,7 +197,7 @@ def plan(folder: Path, store: SequenceStore, sequences: int) -> None:
     with ProgressBar("plan", len(steps)) as bar:
         for step in steps:
             shutil.rmtree(folder / f"protlig_dd-{os.getuid()}", ignore_errors=True)
-            found = measured(PLAN.format(lengths=str(folder / "lengths.npy"), step=step), folder)
+            found = measured(PLAN.format(path=str(folder / "lengths.h5"), step=step), folder)
             rows.append(
                 [
                     f"{step:,}",
@@ -308,7 +282,7 @@ def gpu_demand(store: SequenceStore, rate: float) -> None:
 
     The table also has the ratio of the loader's rate to the rate that one H100 needs.
     """
-    tokens = np.minimum(store.lengths, MAX_LEN).astype(np.int64)
+    tokens = np.minimum(store.lengths[:], MAX_LEN).astype(np.int64)
     attended = float((tokens**2).sum() / tokens.sum())  # tokens that a token attends to, on average
     rows = []
     for name in ("medium", "large"):
