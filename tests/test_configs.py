@@ -201,6 +201,7 @@ def test_a_change_of_a_key_that_a_file_leaves_out_is_shown_with_its_default(tmp_
         "model.lora.layers": ["mlp"],
         "model.lora.others": True,
         "data.context": "lower",
+        "data.order": "blocks",
         "from": "runs/a",
         "from_sha256": "0" * 64,
     }

@@ -84,8 +84,8 @@ def train_rank(config: TrainConfig, path: Path, deadline: Deadline) -> None:
 def train(config: TrainConfig, store: StoreGroup, context: RunContext) -> None:
     """Train on `store` from the context's starting point, and write the report after the last step."""
     packs = make_packs(config, store, context.start)
+    first = context.processes.first
     with busy("searches the training data for copies of the held-out proteins"):
-        first = context.processes.first
         leaks = find_held_out_leaks(config, store, context.folder, packs.held_out) if first else {}
     model = make_model(config, context.device, context.attention_backend)
     prepare_kernels(model, packs.training, config, context)
@@ -106,7 +106,9 @@ def train(config: TrainConfig, store: StoreGroup, context: RunContext) -> None:
         return {f"val_{key}": value for key, value in held.summary().items() if key != "estimator"}
 
     unfinished = bool(steps) or trainer.evaluation_due
-    hooks = Hooks(trainer, validate, kept_in_checkpoints(trainer, store, context) if unfinished else {}, context)
+    with busy("counts the lengths of the training proteins"):  # only rank 0 writes checkpoints
+        kept = kept_in_checkpoints(trainer, store, context) if unfinished and first else {}
+    hooks = Hooks(trainer, validate, kept, context)
     with hooks.closing_log():
         with hooks.finishing_checkpoints():
             if unfinished:

@@ -186,17 +186,17 @@ def variation(stores: dict[str, SequenceStore], step_packs: int, tokens_per_pack
                 bar.advance()
     print(
         f"\nSteps of {step_packs} packs of {tokens_per_pack:,} tokens in one epoch of {len(store):,} proteins; a block "
-        f"has {rows_module.BLOCK_ROWS} rows. The deviation is the standard deviation over the steps\n"
+        f"has {rows_module.BLOCK_ROWS} rows. A deviation is the standard deviation of the mean of a step, over the steps\n"
     )
     table(
         [
             "store",
             "`data.order`",
             "windows",
-            "mean length",
-            "deviation of a step's mean length",
+            "tokens per sequence",
+            "its deviation",
             "relative to full",
-            "deviation of its composition, relative to full",
+            "deviation of the composition, relative to full",
             "correlation of successive steps",
             "tail",
         ],
@@ -205,11 +205,12 @@ def variation(stores: dict[str, SequenceStore], step_packs: int, tokens_per_pack
 
 
 def steps_of_epoch(dataset: PackDataset, step_packs: int) -> tuple[np.ndarray, np.ndarray, float]:
-    """Return the steps' mean lengths (steps,), compositions (steps, 20), and the correlation of successive lengths."""
+    """Return the steps' mean numbers of tokens per sequence (steps,), their compositions (steps, 20), and the
+    correlation of the means of successive steps."""
     lengths, compositions = [], []
     for first in range(0, len(dataset) - step_packs + 1, step_packs):
         batches = [dataset[pack] for pack in range(first, first + step_packs)]
-        lengths.append(np.concatenate([dataset.group.lengths[batch.rows.numpy()] for batch in batches]).mean())
+        lengths.append(np.mean([length for batch in batches for length in batch.lengths]))
         counts = sum(np.bincount(batch.tokens.numpy(), minlength=N_STATES)[:N_STATES] for batch in batches)
         compositions.append(counts / counts.sum())
     means = np.array(lengths)
