@@ -5,12 +5,14 @@ from typing import Any
 
 import numpy as np
 
+ROWS_AT_ONCE = 1 << 20
+
 
 class Lengths:
     """Number of residues of each sequence: `lengths[row]`, `lengths[rows]` and `lengths[first:end]` are int32.
 
     Nothing is kept: every access subtracts values of the mapped offsets. So a process needs memory only for the rows
-    that it reads at once, and all processes of a machine share the mapped pages.
+    that it reads at once (a slice first reads all rows), and all processes of a machine share the mapped pages.
 
     Args:
         offsets: of each store, (n + 1,) int64: sequence i is tokens[offsets[i]:offsets[i + 1]], with <bos> and <eos>.
@@ -25,13 +27,25 @@ class Lengths:
         return int(self.bases[-1])
 
     def __getitem__(self, rows: Any) -> Any:
-        rows = np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows)
+        if isinstance(rows, slice):
+            return self.in_memory()[rows]
+        rows = np.asarray(rows)
         if len(self.offsets) == 1:
             return residues_of(self.offsets[0], rows)
         numbers, found = np.searchsorted(self.bases[1:], rows, side="right"), np.empty(rows.shape, np.int32)
         for number in np.unique(numbers).tolist():
             in_store = numbers == number
             found[in_store] = residues_of(self.offsets[number], rows[in_store] - self.bases[number])
+        return found
+
+    def in_memory(self) -> np.ndarray:
+        """Return all lengths, (n,) int32. Reading them in random order is faster than reading the offsets."""
+        found, done = np.empty(len(self), np.int32), 0
+        for offsets in self.offsets:
+            for first in range(0, len(offsets) - 1, ROWS_AT_ONCE):
+                block = np.diff(offsets[first : first + ROWS_AT_ONCE + 1])
+                found[done : done + len(block)] = block - 2
+                done += len(block)
         return found
 
 

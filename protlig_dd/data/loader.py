@@ -218,18 +218,20 @@ class PackDataset(Dataset[PackedBatch]):
 
     def _make_plan(self, epoch: int) -> Plan:
         rows, lengths = np.asarray(self.rows), self.group.lengths
-        if self.seed is not None:
-            rows = epoch_rows(
-                np.split(rows, np.searchsorted(rows, self.group.bases[1:].astype(rows.dtype))),
-                lengths,
-                self._totals,
-                self._quotas,
-                max_len=self.max_len,
-                seed=self.seed,
-                epoch=epoch,
-                version=self.version,
-            )
-        return make_plan(rows, lengths, max_len=self.max_len, tokens_per_pack=self.tokens_per_pack)
+        if self.seed is None:
+            return make_plan(rows, lengths, max_len=self.max_len, tokens_per_pack=self.tokens_per_pack)
+        rows = epoch_rows(
+            np.split(rows, np.searchsorted(rows, self.group.bases[1:].astype(rows.dtype))),
+            lengths,
+            self._totals,
+            self._quotas,
+            max_len=self.max_len,
+            seed=self.seed,
+            epoch=epoch,
+            version=self.version,
+        )
+        # the rows in their first order are freed by now, so the lengths do not raise the peak of memory
+        return make_plan(rows, lengths.in_memory(), max_len=self.max_len, tokens_per_pack=self.tokens_per_pack)
 
 
 class RankPacks(Sampler[int]):

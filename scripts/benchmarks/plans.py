@@ -112,7 +112,7 @@ def cost(folder: Path, lengths: np.ndarray, sizes: list[int], most_full: int) ->
                     f"{planner['first'] * times:.1f}",
                     f"{other['first'] * times:.1f}",
                     f"{other['counts'] * times:.1f}",
-                    f"{planner['own'] * times / 2**30:.2f}",
+                    f"{(other['own'] + (planner['own'] - other['own']) * times) / 2**30:.2f}",
                     f"{other['own'] / 2**30:.2f}",
                     f"{planner['plan'] * times / 1e6:,.1f}",
                     f"{round(planner['packs'] * times):,}",
@@ -186,7 +186,7 @@ def variation(stores: dict[str, SequenceStore], step_packs: int, tokens_per_pack
                 bar.advance()
     print(
         f"\nSteps of {step_packs} packs of {tokens_per_pack:,} tokens in one epoch of {len(store):,} proteins; a block "
-        f"has {rows_module.BLOCK_ROWS} rows. A deviation is the standard deviation of the mean of a step, over the steps\n"
+        f"has {rows_module.BLOCK_ROWS} rows. A deviation is the standard deviation over the steps of a step's mean\n"
     )
     table(
         [
