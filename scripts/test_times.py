@@ -86,6 +86,12 @@ GROUPS = (
         ("test_batch", "test_attention", "test_matmul", "test_rotary", "test_dit", "test_loader", "test_plan"),
     ),
     Group(
+        "order of an epoch",
+        "with data.order=blocks an epoch reads each sequence at most once, whatever the ranks, the workers and the step "
+        "at which a run starts; a rank needs no memory in proportion to the number of sequences",
+        ("test_blocks",),
+    ),
+    Group(
         "mixers",
         "the mixers of test-time training compute the same as plain gradient steps in float64; each block can have its "
         "own mixer; earlier configs with one mixer for all blocks are still read",

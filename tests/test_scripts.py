@@ -174,15 +174,35 @@ def test_the_data_benchmark_prints_the_tables_of_the_docs(run_python: Command) -
     assert process.returncode == 0, process.stderr
     printed = [line for line in process.stdout.splitlines() if line.startswith("|")]
     sections = (ROOT / "docs/scaling.md").read_text().split("\n## ")
-    sections_on_data = "\n".join(section for section in sections if not section.startswith(("Presets", "Recipes")))
+    others = ("Presets", "Recipes", *SECTIONS_ON_PLANS)
+    sections_on_data = "\n".join(section for section in sections if not section.startswith(others))
     documented = [line for line in sections_on_data.splitlines() if line.startswith("|")]
-
-    def shape(lines: list[str]) -> list[str]:
-        """Return headings and rules unchanged, and each of the remaining rows as its number of cell borders."""
-        return [line if line.startswith(("| ---", *HEADINGS)) else str(line.count("|")) for line in lines]
 
     assert shape(printed) == shape(documented)
     assert len(printed) == 4 * 2 + 4 + 3 + 2 + 2
+
+
+def shape(lines: list[str]) -> list[str]:
+    """Return headings and rules unchanged, and each of the remaining rows as its number of cell borders."""
+    return [line if line.startswith(("| ---", *HEADINGS)) else str(line.count("|")) for line in lines]
+
+
+SECTIONS_ON_PLANS = ("BFD's size", "The order of an epoch")
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_plans_prints_the_tables_of_the_docs(run_python: Command, tmp_path: Path) -> None:
+    sizes = ("--sequences", "20000", "40000", "--most-full", "30000", "--read", "80000")
+    process = run_python("-m", "scripts.benchmarks.plans", *sizes)
+    assert process.returncode == 0, process.stderr
+    printed = [line for line in process.stdout.splitlines() if line.startswith("|")]
+    sections = (ROOT / "docs/scaling.md").read_text().split("\n## ")
+    text = "\n".join(section for section in sections if section.startswith(SECTIONS_ON_PLANS))
+    documented = [line for line in text.splitlines() if line.startswith("|")]
+    assert shape(printed) == shape(documented)
+    assert len(printed) == 3 * 2 + 4 + 6 + 2
+    assert "| full | 40,000, 1.3 times the values of 30,000 |" in process.stdout
+    assert list(tmp_path.iterdir()) == []  # all scratch files are removed
 
 
 DOCUMENTED = "\n".join((ROOT / f"docs/{name}.md").read_text() for name in ("performance", "scaling"))
@@ -332,6 +352,8 @@ HEADINGS = (
     "| steps |",
     "| setting |",
     "| preset |",
+    "| `data.order` |",
+    "| store |",
 )
 
 

@@ -10,7 +10,7 @@ from /proc, so the benchmark needs Linux. data.order=full is measured for at mos
 and memory are multiplied for more. The second table compares what successive steps read, for stores that have the
 proteins in three different orders. Its blocks have 256 rows instead of 65,536, so that an epoch has many windows. The
 third table counts the reads from the disk if the store is not in the page cache. Its store repeats the proteins until
-it has four million. Prints Markdown tables.
+it has --read of them. Prints Markdown tables.
 """
 
 import argparse
@@ -43,7 +43,6 @@ from scripts.benchmarks.tables import table
 UNIREF50_CLUSTERS, BFD_SEQUENCES = 70_198_728, 2_200_000_000
 MAX_LEN, BUDGET, PACKS_PER_STEP = 1024, 32_768, 16
 VARIATION_BLOCK_ROWS = 256
-READ_PROTEINS = 4_000_000  # in the store of the third table
 DRAWN = 1 << 20  # number of lengths that a synthetic store repeats
 DATASETS = {"full": PackDataset, "blocks": BlockDataset}
 
@@ -249,10 +248,14 @@ read_once({path!r}, {order!r}, {packs})
 """
 
 
-def reads(folder: Path, store: SequenceStore) -> None:
-    """Print how often a run waits for the disk, for each order. data.order=blocks reads its first window."""
+def reads(folder: Path, store: SequenceStore, proteins: int) -> None:
+    """Print how often a run waits for the disk, for each order. data.order=blocks reads its first window.
+
+    Args:
+        store: its proteins are repeated until there are `proteins` of them.
+    """
     path, rows = folder / "cold.h5", []
-    large = repeat_store(store, path, -(-READ_PROTEINS // len(store)))
+    large = repeat_store(store, path, -(-proteins // len(store)))
     by_blocks = BlockDataset(StoreGroup([large]), large.split("train"), max_len=MAX_LEN, tokens_per_pack=BUDGET, seed=0)
     packs_of = {"full": 1000, "blocks": int(by_blocks.windows(0).ends[0])}
     del large, by_blocks  # pages that this process has mapped would stay in memory
@@ -275,6 +278,7 @@ def main() -> None:
         "--sequences", type=int, nargs="*", default=[UNIREF50_CLUSTERS, BFD_SEQUENCES], help="numbers of sequences"
     )
     parser.add_argument("--most-full", type=int, default=280_000_000, help="measure data.order=full up to this number")
+    parser.add_argument("--read", type=int, default=4_000_000, help="proteins in the store of the third table")
     parser.add_argument("--folder", type=Path, default=Path(), help="folder for scratch files; 8 bytes a sequence")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="benchmarks.") as name:
@@ -289,7 +293,7 @@ def main() -> None:
         block_rows, rows_module.BLOCK_ROWS = rows_module.BLOCK_ROWS, VARIATION_BLOCK_ROWS
         variation(stores, step_packs=4, tokens_per_pack=16_384)
         rows_module.BLOCK_ROWS = block_rows
-        reads(folder, stores["in random order"])
+        reads(folder, stores["in random order"], arguments.read)
 
 
 if __name__ == "__main__":
