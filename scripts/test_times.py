@@ -87,8 +87,8 @@ GROUPS = (
     ),
     Group(
         "order of an epoch",
-        "with data.order=blocks an epoch reads each sequence at most once, whatever the ranks, the workers and the step "
-        "at which a run starts; a rank needs no memory in proportion to the number of sequences",
+        "with data.order=blocks an epoch reads each sequence at most once, whatever the ranks, the workers and the "
+        "step at which a run starts; a rank needs no memory in proportion to the number of sequences",
         ("test_blocks",),
     ),
     Group(
