@@ -7,7 +7,7 @@ keeps the version it was started with. The versions are:
     2   raw words of PCG64 seeded by SeedSequence; numpy guarantees that these words never change
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,14 +36,9 @@ def shuffled(rows: np.ndarray, key: Sequence[int], version: int = NEWEST) -> np.
     parts_bits = min(parts_bits, MOST_PARTS.bit_length() - 1)
     order, done = np.empty_like(rows), 0
     for part in range(1 << parts_bits):  # saves memory: a part sorts only the words whose highest bits equal `part`
-        stream, blocks = random_words(key), [np.empty(0, np.uint64)]
-        for first in range(0, n, ROWS_AT_ONCE):
-            word = stream.random_raw(min(ROWS_AT_ONCE, n - first))
-            number = np.arange(first, first + len(word), dtype=np.uint64)
-            if parts_bits:
-                in_part = word >> np.uint64(64 - parts_bits) == part
-                word, number = word[in_part], number[in_part]
-            blocks.append((word & ~number_mask) | number)
+        blocks = [np.empty(0, np.uint64)]
+        for word in numbered_words(n, key):
+            blocks.append(word[word >> np.uint64(64 - parts_bits) == part] if parts_bits else word)
         words_in_order = np.concatenate(blocks)
         words_in_order.sort()
         words_in_order &= number_mask
@@ -59,9 +54,9 @@ def random_subset(rows: Any, size: int, seed: int, version: int = NEWEST) -> np.
     Args:
         rows: an array, or an object with a length that returns the rows at ascending positions (see rows.py).
     """
-    return (
-        np.asarray(rows) if len(rows) <= size else rows[np.sort(first_shuffled(len(rows), size, [seed, size], version))]
-    )
+    if len(rows) <= size:
+        return np.asarray(rows)
+    return rows[np.sort(first_shuffled(len(rows), size, [seed, size], version))]
 
 
 def first_shuffled(n: int, size: int, key: Sequence[int], version: int = NEWEST) -> np.ndarray:
@@ -71,14 +66,21 @@ def first_shuffled(n: int, size: int, key: Sequence[int], version: int = NEWEST)
     """
     if version == 1:
         return shuffled(np.arange(n), key, version)[:size]
-    stream, number_mask, kept = random_words(key), mask_of_numbers(n), np.empty(0, np.uint64)
+    kept = np.empty(0, np.uint64)
+    for word in numbered_words(n, key):
+        kept = np.append(kept, word)
+        if len(kept) > size:
+            kept = np.partition(kept, size - 1)[:size]
+    return (kept & mask_of_numbers(n)).view(np.int64)
+
+
+def numbered_words(n: int, key: Sequence[int]) -> Iterator[np.ndarray]:
+    """Yield n random words in blocks, uint64. The low bits of the word i are replaced by i (see `shuffled`)."""
+    stream, number_mask = random_words(key), mask_of_numbers(n)
     for first in range(0, n, ROWS_AT_ONCE):
         word = stream.random_raw(min(ROWS_AT_ONCE, n - first))
         number = np.arange(first, first + len(word), dtype=np.uint64)
-        kept = np.append(kept, (word & ~number_mask) | number)
-        if len(kept) > size:
-            kept = np.partition(kept, size - 1)[:size]
-    return (kept & number_mask).view(np.int64)
+        yield (word & ~number_mask) | number
 
 
 def mask_of_numbers(n: int) -> np.uint64:
