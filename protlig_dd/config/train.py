@@ -64,6 +64,7 @@ class DataConfig:
     tokens_per_pack: AtLeast1
     workers: Annotated[AtLeast0, MAY_CHANGE]
     context: Annotated[Context, ADDED_LATER] = "none"
+    members: Annotated[str | None, ADDED_LATER, MAY_CHANGE] = None  # like `path`: fingerprints are compared
 
     @field_validator("path")
     @classmethod
@@ -274,6 +275,17 @@ def check_adapters(config: TrainConfig) -> None:
         build_model(config.model, "sdpa", config.time_conditioning is not False)
 
 
+def check_members(data: DataConfig) -> None:
+    """Raise a ValueError if `data.members` is set together with several stores or with weights."""
+    if isinstance(data.path, list) and len(data.path) > 1:
+        raise ValueError(
+            f"data.members={data.members} and {len(data.path)} stores in data.path: give the one store of the clusters "
+            "in data.path"
+        )
+    if data.weights is not None:
+        raise ValueError(f"data.members={data.members} and data.weights={data.weights}: set data.weights=null")
+
+
 def check_train_config(config: TrainConfig) -> None:
     """Check, before any data is read, that the values can work together.
 
@@ -299,6 +311,8 @@ def check_train_config(config: TrainConfig) -> None:
         raise ValueError("data.path=null: give a store, a list of stores [a.h5,b.h5], or auto")
     if config.data.weights is not None:
         check_weights(config.data.weights, len(config.data.path) if isinstance(config.data.path, list) else 1)
+    if config.data.members is not None:
+        check_members(config.data)
     graph = build_graph(config.graph)
     build_noise(config.noise, graph)
     check_parametrisation(graph, config.parametrisation, time_conditioning=config.time_conditioning is not False)

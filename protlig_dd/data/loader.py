@@ -87,12 +87,8 @@ class PackDataset(Dataset[PackedBatch]):
         for store, total in zip(group.stores, self._totals, strict=True):
             if not total:
                 raise ValueError(f"{store.path} has no training sequences")
-        self.mean_tokens = min(
-            total / len(rows_of_store) for total, rows_of_store in zip(self._totals, store_rows, strict=True)
-        )
-        """Mean number of tokens per sequence after cropping; with several stores, the smallest of their means."""
         self._quotas = token_quotas(self._totals, weights)
-        self.packs_per_epoch = packs_in_epoch(self._totals, self._quotas, tokens_per_pack, max_len)
+        self.packs_per_epoch = self._count_packs()
         if self.packs_per_epoch <= 0:
             raise ValueError(
                 f"{group.name}: the training split has {sum(self._quotas)} tokens per epoch, too few for one pack of "
@@ -101,7 +97,22 @@ class PackDataset(Dataset[PackedBatch]):
             )
         rows_digest = xxhash.xxh3_128_hexdigest(self.rows.data)
         parts = [version, group.fingerprint, rows_digest, max_len, tokens_per_pack, seed, self._quotas]
+        parts += self._method()
         self.key = xxhash.xxh3_128_hexdigest(repr(parts).encode())
+        self.mean_tokens = self._mean_tokens()
+        """Mean number of tokens per sequence after cropping; with several stores, the smallest of their means."""
+
+    def _count_packs(self) -> int:
+        """Return the number of packs that every epoch is guaranteed to fill."""
+        return packs_in_epoch(self._totals, self._quotas, self.tokens_per_pack, self.max_len)
+
+    def _method(self) -> list[object]:
+        """Return what the plans of a subclass depend on, besides the data and the arguments."""
+        return []
+
+    def _mean_tokens(self) -> float:
+        counts = map(len, self._rows_by_store())
+        return min(total / count for total, count in zip(self._totals, counts, strict=True))
 
     def __getstate__(self) -> dict[str, object]:
         planned = self._planned if self.seed is None else None

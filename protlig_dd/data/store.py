@@ -37,6 +37,7 @@ SPLITS = ("train", "validation", "test")
 COPY_BYTES = 4 << 20
 HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 HOW_TO_BUILD = "build one from FASTA with `python -m protlig_dd.prepare input=... output=...`"
+NOT_A_STORE = (OSError, RuntimeError, KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError)
 COLUMNS = {
     "tokens": np.uint8,
     "offsets": np.int64,
@@ -71,15 +72,7 @@ class SequenceStore:
         try:
             with h5py.File(self.path, "r", locking=False) as file:  # locks fail on some network filesystems
                 self._read_layout(file)
-        except (
-            OSError,
-            RuntimeError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            UnicodeDecodeError,
-            json.JSONDecodeError,
-        ) as error:
+        except NOT_A_STORE as error:
             raise ValueError(f"{self.path}: not a readable store ({error})") from error
 
     def _read_layout(self, file: h5py.File) -> None:
@@ -145,6 +138,11 @@ class SequenceStore:
         """Return the FASTA header of a row, without `>`."""
         row = self._row(row)
         return self._headers[self._header_offsets[row] : self._header_offsets[row + 1]].tobytes().decode()
+
+    def headers(self, first: int, end: int) -> tuple[bytes, list[int]]:
+        """Return the joined headers of the rows first .. end - 1, in UTF-8, and the bounds of each header in them."""
+        bounds = self._header_offsets[first : end + 1]
+        return self._headers[bounds[0] : bounds[-1]].tobytes(), (bounds - bounds[0]).tolist()
 
     def fields(self, row: SupportsIndex) -> Header:
         """Return the fields of a row's header: id, description, n, tax, tax_id, rep_id."""

@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from protlig_dd.batch import PackedBatch
 from protlig_dd.config.components import build_model
 from protlig_dd.config.train import TrainConfig
-from protlig_dd.data.loader import PackDataset
+from protlig_dd.data.member_packs import MemberDataset
+from protlig_dd.data.members import ClusterGroup
 from protlig_dd.data.store import StoreGroup
 from protlig_dd.model.dit import DiT, kinds_of
 from protlig_dd.model.lora import merged_numbers
@@ -26,6 +27,7 @@ from protlig_dd.system.terminal import console
 from protlig_dd.training.optim.make import make_optimizer
 from protlig_dd.training.optim.muon import Muon
 from protlig_dd.training.optim.schedule import count_steps
+from protlig_dd.training.packs import training_packs
 
 MANY_EPOCHS = 100  # more epochs give a warning; UniRef50 models train for a few epochs
 MFU = 0.4  # assumed FLOP/s of training, as a fraction of the FLOP/s of matrix products alone
@@ -129,14 +131,15 @@ def with_available_data(config: TrainConfig) -> TrainConfig:
     The estimate can use other data instead, because it depends only on the lengths of the proteins. A config with
     trainer.epochs is returned unchanged, because its number of steps depends on the data.
     """
-    paths = config.data.path if isinstance(config.data.path, list) else [config.data.path]
+    paths = list(config.data.path) if isinstance(config.data.path, list) else [config.data.path]
+    paths += [config.data.members] if config.data.members is not None else []
     missing = next((path for path in paths if path != "auto" and not Path(path).exists()), None)
     if missing is None or config.trainer.max_steps is None:
         return config
     console.print(
         f"{missing} does not exist: protein lengths and epochs are estimated from other data (data.path=auto)"
     )
-    return replace(config, data=replace(config.data, path="auto", weights=None, context="none"))
+    return replace(config, data=replace(config.data, path="auto", weights=None, context="none", members=None))
 
 
 def plan(
@@ -155,9 +158,7 @@ def plan(
     """
     data, optim = config.data, config.optim
     train = store.split("train")
-    dataset = PackDataset(
-        store, train, seed=config.seed, max_len=data.max_len, tokens_per_pack=data.tokens_per_pack, weights=data.weights
-    )
+    dataset = training_packs(config, store)
     with torch.device("meta"):
         model = build_model(config.model, "sdpa", config.time_conditioning)
         optimizer = make_optimizer(model, replace(optim, weight_decay=0.0), "fp32")
@@ -165,7 +166,9 @@ def plan(
     trained = sum(parameter.numel() for parameter in trained_parameters(model).values())
     by_muon = sum(p.numel() for p in optimizer.param_groups[0]["params"]) if isinstance(optimizer, Muon) else 0
     rows = np.sort(np.random.default_rng(0).choice(train, min(100_000, len(train)), replace=False))
-    tokens = np.minimum(store.lengths[rows], data.max_len).astype(np.int64) + 2
+    if isinstance(dataset, MemberDataset):
+        rows = dataset.draw(rows, epoch=0)
+    tokens = np.minimum(dataset.group.lengths[rows], data.max_len).astype(np.int64) + 2
     flops = model.training_flops(tokens.tolist()) / int(tokens.sum())
     per_token = activation_bytes(config, precision)
     step_tokens, steps = optim.packs_per_step * data.tokens_per_pack, count_steps(config, dataset)
@@ -196,6 +199,17 @@ def warning_of_epochs(epochs: float, sequences: int) -> str | None:
     return (
         f"warning: {epochs:,.0f} epochs of only {sequences:,} training sequences; train on more sequences "
         "(data.path), or set fewer steps (trainer.max_steps, or trainer.epochs with trainer.max_steps=null)"
+    )
+
+
+def describe_members(group: ClusterGroup) -> str:
+    """Return a sentence about the sequences that an epoch reads in place of the clusters' representatives."""
+    sizes = group.members.sizes(group.split("train"))
+    empty, members = int((sizes == 0).sum()), group.members
+    alone = f"; {empty:,} of these clusters have no member, and their representatives are read" if empty else ""
+    return (
+        f"each epoch reads a random member of each of {len(sizes):,} training clusters, which have "
+        f"{int(sizes.sum()):,} members in {members.store.path} ({members.path}){alone}"
     )
 
 
@@ -234,6 +248,7 @@ def print_plan(
             *([trained] if config.model.lora.rank is not None else []),
         ],
         "data": [store.name, f"{int(store.token_counts[0].sum()):,} training tokens"],
+        **({"members": [describe_members(store)]} if isinstance(store, ClusterGroup) else {}),
         "step": [
             f"{config.optim.packs_per_step} packs x {config.data.tokens_per_pack:,} = {costs['step_tokens']:,} tokens",
             f"{per_token * costs['step_tokens'] / 1e12:,.2f} TFLOP",

@@ -1,5 +1,6 @@
 """The packs (batches of whole sequences) on which a run trains, and the packs on which it is evaluated."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +10,8 @@ import numpy as np
 from protlig_dd.config.train import TrainConfig
 from protlig_dd.data.draws import NEWEST, check_version, random_subset
 from protlig_dd.data.loader import PackDataset
+from protlig_dd.data.member_packs import MemberDataset
+from protlig_dd.data.members import ClusterGroup
 from protlig_dd.data.store import StoreGroup
 from protlig_dd.training.context import Start
 
@@ -34,7 +37,7 @@ def make_packs(config: TrainConfig, store: StoreGroup, start: Start) -> Packs:
     data, control = config.data, config.trainer
     packs_of = partial(PackDataset, store, max_len=data.max_len, tokens_per_pack=data.tokens_per_pack)
     version = plan_version(start.checkpoint, start.state)
-    training = packs_of(store.split("train"), seed=config.seed, crop=data.crop, weights=data.weights, version=version)
+    training = training_packs(config, store, version)
     held_out: dict[str, np.ndarray] = {}
 
     def unshuffled(split: str, limit: int) -> PackDataset:
@@ -44,6 +47,29 @@ def make_packs(config: TrainConfig, store: StoreGroup, start: Start) -> Packs:
 
     validation = unshuffled("validation", control.eval_max_sequences) if control.eval_every else None
     return Packs(training, validation, unshuffled(config.report.split, config.report.max_sequences), held_out)
+
+
+def training_packs(config: TrainConfig, store: StoreGroup, version: int = NEWEST) -> PackDataset:
+    """Return the packs of the training split that a config describes.
+
+    Args:
+        version: version of the random choices (see `plan_version`).
+
+    Raises:
+        ValueError: the split is empty, or its sequences do not fill one pack.
+    """
+    data, rows = config.data, store.split("train")
+    packs_of: Callable[..., PackDataset] = partial(PackDataset, store, weights=data.weights)
+    if isinstance(store, ClusterGroup):
+        packs_of = partial(MemberDataset, store)
+    return packs_of(
+        rows,
+        max_len=data.max_len,
+        tokens_per_pack=data.tokens_per_pack,
+        seed=config.seed,
+        crop=data.crop,
+        version=version,
+    )
 
 
 def plan_version(checkpoint: Path | None, state: dict[str, Any]) -> int:

@@ -10,7 +10,6 @@ import torch
 
 from protlig_dd.config.read import as_dict, as_yaml
 from protlig_dd.config.train import CONFIG, RESUME, TrainConfig, all_settings, changed_keys, recorded_config
-from protlig_dd.data.loader import PackDataset
 from protlig_dd.data.store import StoreGroup
 from protlig_dd.inference.adapters import BASE, check_base
 from protlig_dd.inference.model import find_saved
@@ -31,7 +30,9 @@ from protlig_dd.system.terminal import console
 from protlig_dd.training.context import Resolved, RunFolder, Start
 from protlig_dd.training.extend import changes_length_or_report, check_extension, finished_step, put_report_aside
 from protlig_dd.training.optim.schedule import count_steps
-from protlig_dd.training.packs import plan_version
+from protlig_dd.training.packs import plan_version, training_packs
+
+FINGERPRINTS = ("data_fingerprint", "members_fingerprint")  # the second is missing without data.members
 
 
 def starting_weights(config: TrainConfig, path: Path, *, resumed: bool) -> tuple[Path, dict[str, Any] | None]:
@@ -146,7 +147,7 @@ def open_run_folder(
         "job": processes.job,
         "requeues": processes.requeues,
         "seconds_left": left,
-        **vars(resolved),
+        **{key: value for key, value in vars(resolved).items() if value is not None},
         **describe_environment(torch.device(resolved.device)),
     }
     write_atomic(path / "environment.json", as_json(record))
@@ -156,20 +157,10 @@ def open_run_folder(
 
 def check_not_beyond(checkpoint: Path | None, step: int, config: TrainConfig, store: StoreGroup) -> None:
     """Raise a ValueError if `step`, the step of the checkpoint, is after the last step of the run."""
-    control, data = config.trainer, config.data
+    control = config.trainer
     last, setting = control.max_steps, f"trainer.max_steps={control.max_steps}"
     if last is None:
-        last = count_steps(
-            config,
-            PackDataset(
-                store,
-                store.split("train"),
-                max_len=data.max_len,
-                seed=config.seed,
-                tokens_per_pack=data.tokens_per_pack,
-                weights=data.weights,
-            ),
-        )
+        last = count_steps(config, training_packs(config, store))
         setting = f"the {last} steps of trainer.epochs={control.epochs:g}"
     if step > last:
         raise ValueError(f"{checkpoint}: step {step} is after the last step ({setting})")
@@ -241,11 +232,10 @@ def check_same_data(checkpoint: Path, config: TrainConfig, resolved: Resolved) -
     changed = changed_keys(recorded_config(checkpoint), as_dict(config))
     if changed:
         raise ValueError(f"{checkpoint} was written with another config ({'; '.join(changed)})")
-    found = read_state(checkpoint)["data_fingerprint"]
-    if found != resolved.data_fingerprint:
-        raise ValueError(
-            f"{checkpoint} was written with other data: data_fingerprint was {found}, now {resolved.data_fingerprint}"
-        )
+    state = read_state(checkpoint)
+    for key in FINGERPRINTS:
+        if (found := state.get(key)) != (now := getattr(resolved, key)):
+            raise ValueError(f"{checkpoint} was written with other data: {key} was {found}, now {now}")
 
 
 def check_same_run(path: Path, config: TrainConfig, resolved: Resolved) -> dict[str, Any]:
@@ -263,9 +253,9 @@ def check_same_run(path: Path, config: TrainConfig, resolved: Resolved) -> dict[
         earlier = json.loads((path / "environment.json").read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{path / 'environment.json'} cannot be read ({error}); {remedy}") from error
-    for key in ("precision", "data_fingerprint"):
-        if earlier[key] != getattr(resolved, key):
-            raise ValueError(f"{path} was started with {key} {earlier[key]}, now {getattr(resolved, key)}; {remedy}")
+    for key in ("precision", *FINGERPRINTS):
+        if (before := earlier.get(key)) != (now := getattr(resolved, key)):
+            raise ValueError(f"{path} was started with {key} {before}, now {now}; {remedy}")
     return earlier
 
 
@@ -280,6 +270,6 @@ def print_changes(path: Path, config: TrainConfig, resolved: Resolved, earlier: 
         if before[key] != now[key]:
             change = f"{key} was {as_written(before[key])}, now {as_written(now[key])}"
             console.print(f"{change}: the learning rate follows the new schedule from here")
-    for key in ("device", "attention_backend", "compiled", "world_size", "data_path"):
-        if earlier[key] != getattr(resolved, key):
-            console.print(f"{key} was {earlier[key]}, now {getattr(resolved, key)}")
+    for key in ("device", "attention_backend", "compiled", "world_size", "data_path", "members_path"):
+        if (value := earlier.get(key)) != (now := getattr(resolved, key)):
+            console.print(f"{key} was {value}, now {now}")
