@@ -231,7 +231,10 @@ class ClusterGroup(StoreGroup):
 
 
 class MembersOfSplits(SequenceStore):
-    """The store of members, in which each member has the split of its cluster. Rows without a cluster have no split."""
+    """The store of members, in which each member has the split of its cluster. Rows without a cluster have no split.
+
+    Only `split` and `split_blocks` use these splits; `token_counts` has the counts of the store's own splits.
+    """
 
     def __init__(self, group: ClusterGroup) -> None:
         super().__init__(group.members.store.path)

@@ -78,6 +78,8 @@ class SequenceStore:
     def _read_layout(self, file: h5py.File) -> None:
         attrs = dict(file.attrs)
         version = attrs.get("format_version")
+        if "members_version" in attrs:
+            raise ValueError(f"{self.path}: a file of members (data.members), not a store; {HOW_TO_BUILD}")
         if version != FORMAT_VERSION:
             raise ValueError(
                 f"{self.path} has format {version}; this version of protlig_dd reads only format {FORMAT_VERSION}"

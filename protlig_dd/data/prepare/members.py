@@ -41,7 +41,7 @@ class Ids(NamedTuple):
 
     def find(self, ids: list[bytes]) -> np.ndarray:
         """Return the row of each id, (n,) int64; -1 if no row has this id."""
-        wanted = hash_ids(ids)
+        wanted = hash_ids(without_database(ids))
         order = np.argsort(wanted)  # a search for ascending values takes less time
         ordered = wanted[order]
         places = np.searchsorted(self.hashes, ordered).clip(max=len(self.hashes) - 1)
@@ -57,12 +57,17 @@ def ids_of(store: SequenceStore, on_bytes: Callable[[int], None]) -> Ids:
         text, bounds = store.headers(first, min(first + IDS_AT_ONCE, len(store)))
         text = text.replace(b"\t", b" ")  # an id ends before the first space or tab
         ids = [text[start:end].partition(b" ")[0] for start, end in itertools.pairwise(bounds)]
-        hashes[first : first + len(ids)] = hash_ids(ids)
+        hashes[first : first + len(ids)] = hash_ids(without_database(ids))
         on_bytes(len(text))
     order = np.argsort(hashes)
     rows = order.astype(row_type(len(store)))
     del order
     return Ids(hashes[rows], rows)
+
+
+def without_database(ids: list[bytes]) -> list[bytes]:
+    """Return the ids, with only the accession of ids such as `sp|P00533|EGFR_HUMAN`, as in the tables of MMseqs2."""
+    return [id_.split(b"|")[1] if id_[:3] in (b"sp|", b"tr|") and id_.count(b"|") == 2 else id_ for id_ in ids]
 
 
 def row_type(rows: int) -> type[np.integer]:

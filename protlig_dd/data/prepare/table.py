@@ -64,11 +64,9 @@ class Table:
         stream: io.BufferedIOBase = IGzipFile(fileobj=buffered) if zipped else buffered
         rest, first, damage = b"", 1, None
         while True:
-            pieces = [rest]
-            while sum(map(len, pieces)) < BLOCK_BYTES and damage is None:
+            pieces, read = [rest], b" "
+            while read and damage is None and sum(map(len, pieces[1:])) < BLOCK_BYTES:
                 read, damage = read_block(stream)
-                if not read:
-                    break
                 pieces.append(read)
             end = not read and damage is None
             text = b"".join(pieces)
