@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from protlig_dd.config.train import config_in
+from protlig_dd.data import fasta as fasta_module
 from protlig_dd.data import members as members_module
 from protlig_dd.data.draws import random_below, shuffled
 from protlig_dd.data.fasta import FastaRecord
@@ -170,6 +171,8 @@ def test_any_table_is_joined_as_line_by_line(
     (folder / "table").write_bytes(gzip.compress(text) if zipped else text)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(table_module, "BLOCK_BYTES", block)
+        patch.setattr(fasta_module, "PIECE_BYTES", block)
+        patch.setattr(fasta_module, "BLOCK_BYTES", block)
         if conflict is not None or not expected:
             message = "a member may be in one cluster only" if expected else "none of its .* names a cluster and"
             with pytest.raises(ValueError, match=message):
@@ -473,15 +476,22 @@ def test_packs_depend_only_on_the_seed_and_their_number(families: Families, own_
 
 
 def test_the_key_of_the_plans_changes_with_the_members(families: Families, tmp_path: Path) -> None:
-    lines = gzip.decompress((families.folder / "table.tsv.gz").read_bytes()).splitlines()
-    (tmp_path / "table").write_bytes(b"\n".join(lines[1:]))
+    """In the other file, two training clusters have exchanged their members."""
+    table, (first, second) = (
+        gzip.decompress((families.folder / "table.tsv.gz").read_bytes()).decode(),
+        [id_ for id_ in list(families.of)[:TRAINED_CLUSTERS] if families.of[id_]][:2],
+    )
+    exchanged = {first: second, second: first}
+    pairs = [line.split("\t") for line in table.splitlines()]
+    lines = (f"{exchanged.get(cluster, cluster)}\t{member}\n" for cluster, member in pairs)
+    (tmp_path / "table").write_text("".join(lines))
     made = build_members(families.clusters, families.store, str(tmp_path / "table"), str(tmp_path / "a.members.h5"))
     group = ClusterGroup(families.clusters, made)
-    fewer = MemberDataset(group, group.split("train"), max_len=300, tokens_per_pack=2000, seed=1)
+    other = MemberDataset(group, group.split("train"), max_len=300, tokens_per_pack=2000, seed=1)
     plain = PackDataset(families.clusters, group.split("train"), max_len=300, tokens_per_pack=2000, seed=1)
-    keys = {dataset.key for dataset in (fewer, plain, make_dataset(families), make_dataset(families, seed=2))}
-    assert len(keys) == 4
-    assert make_dataset(families).key in keys
+    assert other.mean_tokens == make_dataset(families).mean_tokens
+    assert len({dataset.key for dataset in (other, plain, make_dataset(families), make_dataset(families, seed=2))}) == 4
+    assert make_dataset(families).key == make_dataset(families).key
 
 
 def test_members_have_the_split_of_their_cluster(families: Families) -> None:

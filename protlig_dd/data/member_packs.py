@@ -47,7 +47,7 @@ class MemberDataset(PackDataset):
         return self.members.draw(clusters, [self.seed, _MEMBER, epoch, number], self.version)
 
     def _count_packs(self) -> int:
-        expected = self.members.expected_tokens(np.asarray(self.rows), self.joint.lengths, self.max_len)
+        expected = self.members.expected_tokens(np.asarray(self.rows), self.group.lengths, self.max_len)
         self._totals = self._quotas = [expected]  # in place of the representatives' tokens
         return expected // self.tokens_per_pack
 

@@ -175,14 +175,14 @@ class Members:
         A cluster without members counts the tokens of its representative.
 
         Args:
-            lengths: number of residues of every row of `ClusterGroup.joint`.
+            lengths: number of residues of every representative.
             max_len: longer sequences are cropped to this many residues.
         """
         total = 0
         for first in range(0, len(clusters), CLUSTERS_AT_ONCE):
             block = clusters[first : first + CLUSTERS_AT_ONCE]
             rows, sizes = self.of(block)
-            ends = np.append(0, np.cumsum(clipped_tokens(lengths[len(self) + rows], max_len)))
+            ends = np.append(0, np.cumsum(clipped_tokens(self.store.lengths[rows], max_len)))
             bounds = np.append(0, np.cumsum(sizes))
             sums, filled = np.diff(ends[bounds]), sizes > 0
             total += int((sums[filled] // sizes[filled]).sum())
