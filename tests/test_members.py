@@ -517,7 +517,7 @@ def command(families: Families, name: str, *more: str) -> list[str]:
 def test_a_killed_run_resumes_bit_identically_with_other_workers(
     families: Families, run_python: Command, tmp_path: Path, start: Start
 ) -> None:
-    steps = ("trainer.max_steps=60", "trainer.checkpoint_every=5", "trainer.eval_every=30")
+    steps = ("trainer.max_steps=30", "trainer.checkpoint_every=3", "trainer.eval_every=15")
     whole = run_python(*command(families, "whole", *steps))
     assert whole.returncode == 0, whole.stdout + whole.stderr
     members = sum(len(found) for found in list(families.of.values())[:TRAINED_CLUSTERS])

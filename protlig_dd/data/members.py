@@ -5,7 +5,7 @@ writes (see prepare/members.py), lists the members of each cluster. Layout of it
 members. Every dataset is contiguous, so that it can be memory-mapped.
 
     offsets     (n + 1,) int64   the members of cluster i are rows[offsets[i]:offsets[i + 1]]
-    rows        (m,) uint32      row numbers in the store of members; int64 if that store has 2^32 rows or more
+    rows        (m,) uint32      row numbers in the store of members, ascending within a cluster
     manifest    (k,) uint8       JSON text of k bytes: the table and the counts
     attributes  members_version, fingerprint; `clusters` and `members`, the fingerprints of the two stores; `store`, the
                 path of the store of members, relative to this file's folder. Each dataset has an attribute `xxh3`, the
@@ -69,11 +69,11 @@ class Members:
         self.store_path = self.path.parent / store
         self.checksums = {name: file[name].attrs["xxh3"].decode() for name in ("offsets", "rows", "manifest")}
         self._extents: dict[str, tuple[int, int, np.dtype[Any]]] = {}  # {dataset: (byte offset, size, type)}
-        for name, kinds in (("offsets", ("int64",)), ("rows", ("uint32", "int64")), ("manifest", ("uint8",))):
+        for name, kind in (("offsets", "int64"), ("rows", "uint32"), ("manifest", "uint8")):
             dataset = file[name]
             offset = dataset.id.get_offset()
-            if str(dataset.dtype) not in kinds or offset is None or offset + dataset.nbytes > size:
-                raise ValueError(f"{self.path}: {name} is incomplete or not a contiguous array of {' or '.join(kinds)}")
+            if str(dataset.dtype) != kind or offset is None or offset + dataset.nbytes > size:
+                raise ValueError(f"{self.path}: {name} is not a contiguous array of {dataset.size} {kind}")
             self._extents[name] = offset, dataset.size, dataset.dtype
         self.manifest: dict[str, Any] = json.loads(file["manifest"][:].tobytes())
 
