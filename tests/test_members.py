@@ -1,15 +1,18 @@
 """Members of clusters: the file that lists them, the draw of each epoch, and runs that train on them."""
 
 import gzip
+import io
 import json
 import pickle
 import re
 import shutil
 import signal
 import subprocess
+import sys
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,7 +34,6 @@ from protlig_dd.data.prepare import table as table_module
 from protlig_dd.data.prepare.build import build_store
 from protlig_dd.data.prepare.members import build_members
 from protlig_dd.data.prepare.splits import Split
-from protlig_dd.data.prepare.table import Table
 from protlig_dd.data.store import SPLITS, SequenceStore
 from protlig_dd.runs.checkpoint import complete_checkpoints
 from protlig_dd.runs.metrics import read_metrics
@@ -227,8 +229,11 @@ def test_a_wrong_table_is_an_error_that_names_the_line(
     assert [path.name for path in tmp_path.iterdir()] == ["table"]
 
 
-def test_the_table_is_read_from_a_pipe(families: Families, run_python: Command, tmp_path: Path) -> None:
-    (tmp_path / "table").write_bytes((families.folder / "table.tsv.gz").read_bytes())
+def test_prepare_writes_and_inspects_a_file_of_members(
+    families: Families, run_python: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = (families.folder / "table.tsv.gz").read_bytes()
+    (tmp_path / "table").write_bytes(table)
     stores = [f"members.clusters={families.clusters.path}", f"members.store={families.store.path}"]
     done = run_python(*PREPARE, *stores, "members.table=table", "output=d/new.members.h5")
     assert done.returncode == 0, done.stderr
@@ -241,10 +246,10 @@ def test_the_table_is_read_from_a_pipe(families: Families, run_python: Command, 
     assert shown.returncode == 0, shown.stderr
     assert made.fingerprint in shown.stdout
     assert "new.members.h5: all checksums match" in shown.stdout
-    lines = [
-        line for block in Table(str(tmp_path / "table")) for line in zip(block.clusters, block.members, strict=True)
-    ]
-    assert len(lines) == made.manifest["lines"]
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(table)))
+    piped = build_members(families.clusters, families.store, "-", str(tmp_path / "piped.members.h5"))
+    assert piped.fingerprint == made.fingerprint
+    assert piped.manifest["table"] == made.manifest["table"] | {"name": "stdin"}
 
 
 @pytest.mark.slow
