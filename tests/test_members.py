@@ -507,6 +507,7 @@ def test_members_have_the_split_of_their_cluster(families: Families) -> None:
         expected = {id_ for cluster, ids in families.of.items() if split_of[cluster] == split for id_ in ids}
         assert set(found) == expected
         assert len(found) == len(expected)
+        assert pickle.loads(pickle.dumps(store)).split(split).tolist() == store.split(split).tolist()
         assert found != [families.store.id(row) for row in families.store.split(split)]  # not the store's own split
 
 

@@ -77,11 +77,8 @@ class Members:
             self._extents[name] = offset, dataset.size, dataset.dtype
         self.manifest: dict[str, Any] = json.loads(file["manifest"][:].tobytes())
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["path"])  # type: ignore[misc]
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path,)
 
     def __len__(self) -> int:
         """Return the number of clusters."""
@@ -223,11 +220,8 @@ class ClusterGroup(StoreGroup):
         self.joint = StoreGroup([clusters, members.store], context)
         """The clusters' representatives and then the members, with joint row numbers."""
 
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"members": self.members}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["stores"][0], state["members"], state["context"])  # type: ignore[misc]
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.stores[0], self.members, self.context)
 
 
 class MembersOfSplits(SequenceStore):
@@ -239,6 +233,9 @@ class MembersOfSplits(SequenceStore):
     def __init__(self, group: ClusterGroup) -> None:
         super().__init__(group.members.store.path)
         self.group = group
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.group,)
 
     def split_blocks(self, name: str) -> Iterator[np.ndarray]:
         if name not in SPLITS:

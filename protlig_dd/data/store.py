@@ -271,11 +271,8 @@ class StoreGroup:
         )
         self.token_counts = np.sum([store.token_counts for store in self.stores], axis=0)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"stores": self.stores, "context": self.context}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["stores"], state["context"])  # type: ignore[misc]
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.stores, self.context)
 
     def __len__(self) -> int:
         return int(self.bases[-1]) + len(self.stores[-1])
