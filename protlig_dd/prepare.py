@@ -1,10 +1,12 @@
-"""Convert FASTA files to a store that training reads, or describe and verify a store.
+"""Convert FASTA files to a store that training reads, list the members of clusters, or describe and verify a file.
 
 python -m protlig_dd.prepare input=my.fasta output=data/my.h5
 python -m protlig_dd.prepare input=[a.fasta,b.fasta.gz] output=data/my.h5 split.test_fraction=0.05
 python -m protlig_dd.prepare 'input={train: a.fasta, validation: b.fasta, test: c.fasta}' output=data/my.h5
 zcat *.fasta.gz | python -m protlig_dd.prepare input=- output=data/my.h5
 python -m protlig_dd.prepare inspect=data/my.h5
+python -m protlig_dd.prepare members.clusters=data/uniref50.h5 members.store=data/uniref90.h5 \\
+    members.table=members.tsv.gz output=data/uniref50-90.members.h5
 """
 
 from pathlib import Path
@@ -14,9 +16,11 @@ from omegaconf import DictConfig
 from protlig_dd.config.cli import run_verb
 from protlig_dd.config.read import read_config
 from protlig_dd.config.verbs import PrepareConfig
+from protlig_dd.data.members import Members, is_members_file
 from protlig_dd.data.prepare.build import build_store
-from protlig_dd.data.prepare.describe import describe, inspect
+from protlig_dd.data.prepare.describe import describe, describe_members, inspect, inspect_members
 from protlig_dd.data.prepare.filters import Filters
+from protlig_dd.data.prepare.members import build_members
 from protlig_dd.data.prepare.splits import Split
 from protlig_dd.data.store import SequenceStore
 from protlig_dd.system.terminal import ByteBar, console
@@ -28,10 +32,16 @@ FEW = 10  # warn if a held-out split has fewer sequences: a mean over so few has
 def prepare(cfg: DictConfig) -> None:
     """Read the inputs, filter and split them, write the store, and print its contents."""
     config = read_config(cfg, PrepareConfig)
+    if any(value is not None for value in vars(config.members).values()):
+        prepare_members(config)
+        return
     if (config.inspect is None) == (config.input is None):
         raise ValueError("give either input=... (to write a store) or inspect=... (to describe a store)")
     if config.inspect is not None:
-        inspect(SequenceStore(config.inspect))
+        if is_members_file(config.inspect):
+            inspect_members(Members(config.inspect))
+        else:
+            inspect(SequenceStore(config.inspect))
         return
     if config.output is None:
         raise ValueError("give the store to write: output=data/my.h5")
@@ -65,6 +75,20 @@ def prepare(cfg: DictConfig) -> None:
             )
             found = f"has only {counts['sequences']} sequences" if counts["sequences"] else "is empty"
             console.print(f"warning: the {name} split {found}, but training evaluates on it: {remedy}")
+
+
+def prepare_members(config: PrepareConfig) -> None:
+    """Write a file of members, and print its contents."""
+    for key, value in {**vars(config.members), "output": config.output}.items():
+        if value is None:
+            name = key if key == "output" else f"members.{key}"
+            raise ValueError(f"{name}=null: give members.clusters, members.store, members.table and output")
+    for key in ("input", "inspect"):
+        if (value := getattr(config, key)) is not None:
+            raise ValueError(f"{key}={value} and members.table={config.members.table}: give only one of them")
+    clusters, store = SequenceStore(str(config.members.clusters)), SequenceStore(str(config.members.store))
+    table, output = str(config.members.table), str(config.output)
+    describe_members(build_members(clusters, store, table, output, progress=ByteBar))
 
 
 def main() -> None:

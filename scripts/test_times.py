@@ -117,6 +117,7 @@ GROUPS = (
             "test_prepare_workers",
             "test_workers",
             "test_download",
+            "test_members",
         ),
     ),
     Group(

@@ -82,7 +82,7 @@ def test_every_key_has_a_default_and_only_listed_keys_may_change_on_resume() -> 
     assert schema <= keys
     changeable = {key for key in keys if may_change(key)}
     groups = {key for key in keys if key.startswith(("run.", "trainer.", "logger.", "report."))}
-    single = {"plan", "data.path", "data.workers", "model.attention_backend", "model.checkpointing"}
+    single = {"plan", "data.path", "data.members", "data.workers", "model.attention_backend", "model.checkpointing"}
     assert changeable == groups | single
 
 

@@ -66,6 +66,7 @@ class DataConfig:
     workers: Annotated[AtLeast0, MAY_CHANGE]
     context: Annotated[Context, ADDED_LATER] = "none"
     order: Annotated[Order, ADDED_LATER] = "full"
+    members: Annotated[str | None, ADDED_LATER, MAY_CHANGE] = None  # like `path`: fingerprints are compared
 
     @field_validator("path")
     @classmethod
@@ -276,6 +277,19 @@ def check_adapters(config: TrainConfig) -> None:
         build_model(config.model, "sdpa", config.time_conditioning is not False)
 
 
+def check_members(data: DataConfig) -> None:
+    """Raise a ValueError if `data.members` is set together with several stores, weights or an order by blocks."""
+    if isinstance(data.path, list) and len(data.path) > 1:
+        raise ValueError(
+            f"data.members={data.members} and {len(data.path)} stores in data.path: give the one store of the clusters "
+            "in data.path"
+        )
+    if data.weights is not None:
+        raise ValueError(f"data.members={data.members} and data.weights={data.weights}: set data.weights=null")
+    if data.order != "full":
+        raise ValueError(f"data.members={data.members} and data.order={data.order}: set data.order=full")
+
+
 def check_train_config(config: TrainConfig) -> None:
     """Check, before any data is read, that the values can work together.
 
@@ -306,6 +320,8 @@ def check_train_config(config: TrainConfig) -> None:
                 "set; set data.order=full or data.weights=null"
             )
         check_weights(config.data.weights, len(config.data.path) if isinstance(config.data.path, list) else 1)
+    if config.data.members is not None:
+        check_members(config.data)
     graph = build_graph(config.graph)
     build_noise(config.noise, graph)
     check_parametrisation(graph, config.parametrisation, time_conditioning=config.time_conditioning is not False)

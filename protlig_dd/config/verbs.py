@@ -39,6 +39,13 @@ class SplitConfig:
 
 
 @dataclass(config=STRICT)
+class MembersConfig:
+    clusters: str | None
+    store: str | None
+    table: str | None
+
+
+@dataclass(config=STRICT)
 class PrepareConfig:
     input: Any
     output: str | None
@@ -46,6 +53,7 @@ class PrepareConfig:
     workers: NumberOrAuto
     filter: FilterConfig
     split: SplitConfig
+    members: MembersConfig
 
 
 @dataclass(config=STRICT)

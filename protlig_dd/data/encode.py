@@ -40,7 +40,7 @@ class EncodedBlock(NamedTuple):
     lengths: np.ndarray
     """(n,) int64: tokens of each sequence, including `<bos>` and `<eos>`."""
     id_hashes: np.ndarray
-    """(n,) uint64: 64-bit XXH3 of the id's UTF-8 bytes, with the seed ID_SEED."""
+    """(n,) uint64, see `hash_ids`."""
     lower_case: int
     """Number of lower-case letters. They were encoded like upper-case letters."""
     nucleotides: int
@@ -95,11 +95,16 @@ def encode_block(block: FastaBlock) -> EncodedBlock:
     if not all(sequences):
         raise ValueError(f"{block.location(sequences.index(b''))}: no residues")
     lengths = np.fromiter(map(len, sequences), np.int64, len(sequences)) + 2
-    digest = xxhash.xxh3_64_digest
-    digests = b"".join([digest(id_, ID_SEED) for id_ in block.ids])
-    hashes = np.frombuffer(digests, ">u8").astype(np.uint64)
     nucleotides = sum(is_nucleotide(sequences[i]) for i in _perhaps_nucleotides(tokens, lengths).tolist())
-    return EncodedBlock(sequences, tokens, lengths, hashes, lower_case, nucleotides, is_lower if lower_case else None)
+    return EncodedBlock(
+        sequences, tokens, lengths, hash_ids(block.ids), lower_case, nucleotides, is_lower if lower_case else None
+    )
+
+
+def hash_ids(ids: list[bytes]) -> np.ndarray:
+    """Return the 64-bit XXH3 of each id's UTF-8 bytes, with the seed ID_SEED: (n,) uint64."""
+    digest = xxhash.xxh3_64_digest
+    return np.frombuffer(b"".join([digest(id_, ID_SEED) for id_ in ids]), ">u8").astype(np.uint64)
 
 
 def _perhaps_nucleotides(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:

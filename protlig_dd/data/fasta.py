@@ -182,7 +182,7 @@ class FastaFile:
             # unbuffered: a pipe (stdin, or the shell's <(...)) is read as data arrives
             opened = sys.stdin.buffer if self.path is None else self.path.open("rb", buffering=0)
             with opened as source, Background(hash_in_thread) as background:
-                self._raw = _CountingReader(source, self.on_bytes, background)
+                self._raw = CountingReader(source, self.on_bytes, background)
                 yield from self._texts(io.BufferedReader(self._raw, 1 << 20))
         except OSError as error:
             raise ValueError(f"{self.name}: cannot be read: {error.strerror or error}") from error
@@ -192,7 +192,7 @@ class FastaFile:
         stream: io.BufferedIOBase = IGzipFile(fileobj=buffered) if zipped else buffered
         rest, held, line, started = b"", b"", 1, False
         while True:
-            read, damage = _read(stream)
+            read, damage = read_block(stream)
             last = not read and damage is None
             chunk, held = _line_ends(held + read, last)
             text = rest + chunk
@@ -295,7 +295,7 @@ def _too_long(where: str) -> str:
     return f"{where} is longer than {LONGEST_RECORD:,} bytes, the limit for one record"
 
 
-class _CountingReader(io.RawIOBase):
+class CountingReader(io.RawIOBase):
     """A raw file that counts and hashes its bytes as they are read."""
 
     def __init__(self, source: Any, on_bytes: Callable[[int], None] | None, background: Background) -> None:
@@ -315,7 +315,7 @@ class _CountingReader(io.RawIOBase):
         return count
 
 
-def _read(stream: io.BufferedIOBase) -> tuple[bytes, Exception | None]:
+def read_block(stream: io.BufferedIOBase) -> tuple[bytes, Exception | None]:
     """Return about BLOCK_BYTES bytes (b"" at the end), and the gzip error that occurred after these bytes, or None."""
     pieces: list[bytes] = []
     size = 0

@@ -79,6 +79,8 @@ class SequenceStore:
     def _read_layout(self, file: h5py.File) -> None:
         attrs = dict(file.attrs)
         version = attrs.get("format_version")
+        if "members_version" in attrs:
+            raise ValueError(f"{self.path}: a file of members (data.members), not a store; {HOW_TO_BUILD}")
         if version != FORMAT_VERSION:
             raise ValueError(
                 f"{self.path} has format {version}; this version of protlig_dd reads only format {FORMAT_VERSION}"
@@ -135,6 +137,11 @@ class SequenceStore:
         """Return the FASTA header of a row, without `>`."""
         row = self._row(row)
         return self._headers[self._header_offsets[row] : self._header_offsets[row + 1]].tobytes().decode()
+
+    def headers(self, first: int, end: int) -> tuple[bytes, list[int]]:
+        """Return the joined headers of the rows first .. end - 1, in UTF-8, and the bounds of each header in them."""
+        bounds = self._header_offsets[first : end + 1]
+        return self._headers[bounds[0] : bounds[-1]].tobytes(), (bounds - bounds[0]).tolist()
 
     def fields(self, row: SupportsIndex) -> Header:
         """Return the fields of a row's header: id, description, n, tax, tax_id, rep_id."""
@@ -268,11 +275,8 @@ class StoreGroup:
         )
         self.token_counts = np.sum([store.token_counts for store in self.stores], axis=0)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"stores": self.stores, "context": self.context}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["stores"], state["context"])  # type: ignore[misc]
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.stores, self.context)
 
     def __len__(self) -> int:
         return int(self.bases[-1]) + len(self.stores[-1])

@@ -233,7 +233,8 @@ def origin_lines(description: Mapping[str, Any]) -> list[str]:
     adapters = "" if lora is None else f" by {LoraConfig(**lora).description}, merged with the other weights"
     return [
         *lines,
-        f"| trained on | proteins of up to {description['max_len']} residues; data {description['data_fingerprint']} |",
+        f"| trained on | proteins of up to {description['max_len']} residues; data {description['data_fingerprint']}"
+        f"{f'; members {members}' if (members := description.get('members_fingerprint')) else ''} |",
         *([f"| fine-tuned from | {origin}{adapters} |"] if origin else []),
         f"| steps | {description['step']}, seed {description['training']['seed']}; averaged weights |",
     ]

@@ -57,6 +57,8 @@ class SavedModel:
     data_fingerprint: str
     skipped: list[str]
     """The error message of each newer checkpoint of the same run that is not valid."""
+    members_fingerprint: str | None = None
+    """Fingerprint of the file of members (`data.members`) of the run; None without such a file."""
     converted_from: dict[str, Any] | None = None
     """Origin of a converted model: name, commit, SHA-256 of its files. Models fine-tuned from it keep this record."""
     adapters: Adapters | None = None
@@ -97,6 +99,7 @@ def find_saved(path: str) -> SavedModel:
                 cropped_sequences=description.get("cropped_sequences"),
                 data_fingerprint=description["data_fingerprint"],
                 skipped=[],
+                members_fingerprint=description.get("members_fingerprint"),
                 converted_from=description.get("converted_from"),
             )
         except KeyError as error:
@@ -112,6 +115,7 @@ def find_saved(path: str) -> SavedModel:
         cropped_sequences=state.get("cropped_sequences"),
         data_fingerprint=state["data_fingerprint"],
         skipped=skipped,
+        members_fingerprint=state.get("members_fingerprint"),
         converted_from=state.get("converted_from"),
         adapters=find_adapters(checkpoint, config),
     )
@@ -174,7 +178,7 @@ def describe(saved: SavedModel, report: dict[str, Any] | None) -> dict[str, Any]
         config,
         from_=None,
         run=RunConfig(name=config.run.name, fresh=False, resume="auto"),
-        data=replace(config.data, path=None),
+        data=replace(config.data, path=None, members=None),
         logger=LoggerConfig(tensorboard=False, wandb_project=None, wandb_name=None),
     )
     parts = {**as_dict(training), "graph": graph}
@@ -190,6 +194,7 @@ def describe(saved: SavedModel, report: dict[str, Any] | None) -> dict[str, Any]
         "cropped_sequences": saved.cropped_sequences,
         "data_fingerprint": saved.data_fingerprint,
         "fine_tuned_from": Path(config.from_).name if config.from_ else None,
+        **({} if saved.members_fingerprint is None else {"members_fingerprint": saved.members_fingerprint}),
         **({} if saved.converted_from is None else {"converted_from": saved.converted_from}),
         **({} if saved.adapters is None else {"lora": asdict(saved.adapters.model.lora)}),
         "report": report,

@@ -16,6 +16,7 @@ from protlig_dd.config.read import read_config
 from protlig_dd.config.train import TrainConfig
 from protlig_dd.data.context import designed_counts
 from protlig_dd.data.loader import PackDataset
+from protlig_dd.data.members import ClusterGroup
 from protlig_dd.data.store import StoreGroup
 from protlig_dd.evaluation.likelihood.held_out import designed_frequencies, held_out_bound, length_counts
 from protlig_dd.evaluation.report.page import write_run_page
@@ -27,7 +28,7 @@ from protlig_dd.system.distributed import busy
 from protlig_dd.system.terminal import announce, console
 from protlig_dd.tokenizer import N_STATES
 from protlig_dd.training.context import RunContext
-from protlig_dd.training.cost import three_digits, warning_of_epochs
+from protlig_dd.training.cost import describe_members, three_digits, warning_of_epochs
 from protlig_dd.training.held_out import find_held_out_leaks
 from protlig_dd.training.hooks import Hooks
 from protlig_dd.training.launch import Deadline, launch, opened_run, print_cost
@@ -134,6 +135,7 @@ def kept_in_checkpoints(trainer: Trainer, store: StoreGroup, context: RunContext
     origin = context.start.converted_from
     return {
         "data_fingerprint": store.fingerprint,
+        **({"members_fingerprint": store.members.fingerprint} if isinstance(store, ClusterGroup) else {}),
         "plan_version": trainer.dataset.version,
         "max_steps": trainer.max_steps,
         "length_counts": counts,
@@ -203,6 +205,8 @@ def print_summary(trainer: Trainer, steps: range, store: StoreGroup, context: Ru
         with console.status(f"planning epoch {epoch}") if processes.first else contextlib.nullcontext():
             description = dataset.description(epoch)
         say(f"epoch {epoch} of {store.name}: {description}")
+    if isinstance(store, ClusterGroup):
+        say(f"data.members: {describe_members(store)}")
     if store.context != "none":
         designed, all_of_them = (counts[0, :N_STATES].sum() for counts in (designed_counts(store), store.token_counts))
         say(

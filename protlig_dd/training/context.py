@@ -25,6 +25,9 @@ class Resolved:
     world_size: int
     data_path: str
     data_fingerprint: str
+    members_path: str | None = None
+    members_fingerprint: str | None = None
+    """Fingerprint of the file `data.members`; None without this file."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from protlig_dd.batch import PackedBatch
 from protlig_dd.config.components import build_model
 from protlig_dd.config.train import TrainConfig
-from protlig_dd.data.rows import SplitRows
+from protlig_dd.data.member_packs import MemberDataset
+from protlig_dd.data.members import ClusterGroup
 from protlig_dd.data.store import StoreGroup
 from protlig_dd.model.dit import DiT, kinds_of
 from protlig_dd.model.lora import merged_numbers
@@ -144,14 +145,15 @@ def with_available_data(config: TrainConfig) -> TrainConfig:
     The estimate can use other data instead, because it depends only on the lengths of the proteins. A config with
     trainer.epochs is returned unchanged, because its number of steps depends on the data.
     """
-    paths = config.data.path if isinstance(config.data.path, list) else [config.data.path]
+    paths = list(config.data.path) if isinstance(config.data.path, list) else [config.data.path]
+    paths += [config.data.members] if config.data.members is not None else []
     missing = next((path for path in paths if path != "auto" and not Path(path).exists()), None)
     if missing is None or config.trainer.max_steps is None:
         return config
     console.print(
         f"{missing} does not exist: protein lengths and epochs are estimated from other data (data.path=auto)"
     )
-    return replace(config, data=replace(config.data, path="auto", weights=None, context="none"))
+    return replace(config, data=replace(config.data, path="auto", weights=None, context="none", members=None))
 
 
 def plan(
@@ -168,7 +170,8 @@ def plan(
         processes: number of processes of the run.
         peak: FLOP/s of the device's matrix products; measured if None.
     """
-    data, optim, train = config.data, config.optim, SplitRows(store, "train")
+    data, optim = config.data, config.optim
+    train = store.split("train")
     dataset = training_packs(config, store)
     with torch.device("meta"):
         model = build_model(config.model, "sdpa", config.time_conditioning)
@@ -177,7 +180,10 @@ def plan(
     trained = sum(parameter.numel() for parameter in trained_parameters(model).values())
     by_muon = sum(p.numel() for p in optimizer.param_groups[0]["params"]) if isinstance(optimizer, Muon) else 0
     chosen = np.random.default_rng(0).choice(len(train), min(100_000, len(train)), replace=False)
-    tokens = np.minimum(store.lengths[train[np.sort(chosen)]], data.max_len).astype(np.int64) + 2
+    rows = train[np.sort(chosen)]
+    if isinstance(dataset, MemberDataset):
+        rows = dataset.draw(rows, epoch=0)
+    tokens = np.minimum(dataset.group.lengths[rows], data.max_len).astype(np.int64) + 2
     flops = model.training_flops(tokens.tolist()) / int(tokens.sum())
     per_token = activation_bytes(config, precision, counted_backend(config, device, precision))
     step_tokens, steps = optim.packs_per_step * data.tokens_per_pack, count_steps(config, dataset)
@@ -208,6 +214,17 @@ def warning_of_epochs(epochs: float, sequences: int) -> str | None:
     return (
         f"warning: {epochs:,.0f} epochs of only {sequences:,} training sequences; train on more sequences "
         "(data.path), or set fewer steps (trainer.max_steps, or trainer.epochs with trainer.max_steps=null)"
+    )
+
+
+def describe_members(group: ClusterGroup) -> str:
+    """Return a sentence about the sequences that an epoch reads in place of the clusters' representatives."""
+    sizes = group.members.sizes(group.split("train"))
+    empty, members = int((sizes == 0).sum()), group.members
+    alone = f"; {empty:,} of these clusters have no member, and their representatives are read" if empty else ""
+    return (
+        f"each epoch reads a random member of each of {len(sizes):,} training clusters, which have "
+        f"{int(sizes.sum()):,} members in {members.store.path} ({members.path}){alone}"
     )
 
 
@@ -248,6 +265,7 @@ def print_plan(
             *([trained] if config.model.lora.rank is not None else []),
         ],
         "data": [store.name, f"{int(store.token_counts[0].sum()):,} training tokens"],
+        **({"members": [describe_members(store)]} if isinstance(store, ClusterGroup) else {}),
         "step": [
             f"{config.optim.packs_per_step} packs x {config.data.tokens_per_pack:,} = {costs['step_tokens']:,} tokens",
             f"{per_token * costs['step_tokens'] / 1e12:,.2f} TFLOP",

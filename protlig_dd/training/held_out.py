@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from protlig_dd.config.train import TrainConfig
+from protlig_dd.data.members import ClusterGroup, MembersOfSplits
 from protlig_dd.data.store import StoreGroup
 from protlig_dd.evaluation.likelihood.held_out import HeldOut
 from protlig_dd.evaluation.likelihood.leaks import MIN_PROTEINS, Leaks, find_leaks, may_have_duplicates
@@ -21,7 +22,8 @@ def find_held_out_leaks(
     """Find and print the held-out proteins that are in the training data of this run or of its source models (`from=`).
 
     The run's own training split is searched only if the data may contain a protein twice. This is possible with several
-    stores, or with a store whose duplicates `prepare` did not remove.
+    stores, or with a store whose duplicates `prepare` did not remove. The members of the training clusters, if any, are
+    always searched.
 
     Args:
         held_rows: {split: rows of the held-out proteins in `store`}.
@@ -30,7 +32,9 @@ def find_held_out_leaks(
         {split: Leaks}.
     """
     this_run = TrainingData("this run", store)
-    source_models = list(source_training_data(config, run_folder, store.stores))
+    others = list(source_training_data(config, run_folder, store.stores))
+    if isinstance(store, ClusterGroup):
+        others.insert(0, TrainingData("this run", StoreGroup([MembersOfSplits(store)])))
     repeats, found = may_have_duplicates(store), {}
     for split, rows in held_rows.items():
         locations = store.locate(rows)
@@ -38,11 +42,11 @@ def find_held_out_leaks(
             store.stores[number].tokens[begin : begin + residues + 2]
             for number, begin, residues in zip(*(column.tolist() for column in locations), strict=True)
         ]
-        leaks = find_leaks(proteins, [this_run, *source_models] if repeats else source_models, near=None)
+        leaks = find_leaks(proteins, [this_run, *others] if repeats else others, near=None)
         if not repeats:
             trained = np.full(len(rows), split == "train")
-            leaks = replace(leaks, sources=[this_run, *source_models], copies=[trained, *leaks.copies])
-        if source_models or leaks.copied.any():
+            leaks = replace(leaks, sources=[this_run, *others], copies=[trained, *leaks.copies])
+        if others or leaks.copied.any():
             console.print("\n".join(leaks.lines(f"{split} proteins")))
         found[split] = leaks
     return found

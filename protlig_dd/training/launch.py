@@ -17,6 +17,7 @@ from protlig_dd import __version__
 from protlig_dd.config.read import as_dict
 from protlig_dd.config.train import DataConfig, TrainConfig, all_settings
 from protlig_dd.data.context import check_designed
+from protlig_dd.data.members import ClusterGroup, Members
 from protlig_dd.data.prepare.bundled import bundled_store
 from protlig_dd.data.store import SequenceStore, StoreGroup
 from protlig_dd.evaluation.report.page import write_run_page
@@ -159,6 +160,9 @@ def opened_run(
         stack.callback(leave_group)
         store = open_data(config.data, processes)
         resolved = replace(resolved, data_path=store.name, data_fingerprint=store.fingerprint)
+        if isinstance(store, ClusterGroup):
+            members = store.members
+            resolved = replace(resolved, members_path=str(members.path), members_fingerprint=members.fingerprint)
         meeting = meeting_of(processes)
         meeting.agree(facts_to_compare(config, resolved), config.trainer.timeout)
         join_group(processes, device, config.trainer.timeout, meeting.store)
@@ -301,9 +305,10 @@ def facts_to_compare(config: TrainConfig, resolved: Resolved) -> dict[str, Any]:
     settings = {
         key: value
         for key, value in all_settings(as_dict(config)).items()
-        if key != "from" and not key.startswith("data.path")
+        if key not in ("from", "data.members") and not key.startswith("data.path")
     }
-    machine = {key: value for key, value in vars(resolved).items() if key not in ("data_path", "world_size")}
+    own = ("data_path", "members_path", "world_size")
+    machine = {key: value for key, value in vars(resolved).items() if key not in own}
     versions = {"protlig_dd": __version__, "torch": str(torch.__version__)}
     return {**settings, **machine, "device": resolved.device.partition(":")[0], **versions}
 
@@ -311,9 +316,12 @@ def facts_to_compare(config: TrainConfig, resolved: Resolved) -> dict[str, Any]:
 def open_data(data: DataConfig, processes: Processes) -> StoreGroup:
     """Open the stores of `data.path`. `auto` is data/uniref50.h5 if it exists, else the bundled sample.
 
+    Returns:
+        With `data.members`, a ClusterGroup.
+
     Raises:
-        ValueError: a store cannot be read, it does not keep the letter case that `data.context` needs, or one of its
-            records has only context residues.
+        ValueError: a store or the file of members cannot be read, the file was written for other stores, a store does
+            not keep the letter case that `data.context` needs, or one of its records has only context residues.
     """
     path = data.path
     if path != "auto":
@@ -325,6 +333,10 @@ def open_data(data: DataConfig, processes: Processes) -> StoreGroup:
         stores = [bundled_store()]
         count = f"{len(stores[0]):,} proteins"
         announce(f"data: the bundled sample of {count} ({UNIREF50} has not been prepared)", processes)
-    group = StoreGroup(stores, data.context)
-    check_designed(group)
-    return group
+    if data.members is None:
+        group = StoreGroup(stores, data.context)
+        check_designed(group)
+        return group
+    clusters = ClusterGroup(stores[0], Members(data.members), data.context)
+    check_designed(clusters.joint)
+    return clusters

@@ -1,5 +1,6 @@
 """The packs (batches of whole sequences) on which a run trains, and the packs on which it is evaluated."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +11,8 @@ from protlig_dd.config.train import TrainConfig
 from protlig_dd.data.blocks import BlockDataset
 from protlig_dd.data.draws import NEWEST, check_version, random_subset
 from protlig_dd.data.loader import PackDataset
+from protlig_dd.data.member_packs import MemberDataset
+from protlig_dd.data.members import ClusterGroup
 from protlig_dd.data.rows import SplitRows
 from protlig_dd.data.store import StoreGroup
 from protlig_dd.training.context import Start
@@ -58,7 +61,11 @@ def training_packs(config: TrainConfig, store: StoreGroup, version: int = NEWEST
         ValueError: the split is empty, or its sequences do not fill one pack.
     """
     data, rows = config.data, SplitRows(store, "train")
-    packs_of = BlockDataset if data.order == "blocks" else partial(PackDataset, weights=data.weights)
+    packs_of: Callable[..., PackDataset] = partial(PackDataset, weights=data.weights)
+    if isinstance(store, ClusterGroup):
+        packs_of = MemberDataset
+    elif data.order == "blocks":
+        packs_of = BlockDataset
     return packs_of(
         store,
         rows,

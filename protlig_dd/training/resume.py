@@ -32,6 +32,8 @@ from protlig_dd.training.extend import changes_length_or_report, check_extension
 from protlig_dd.training.optim.schedule import count_steps
 from protlig_dd.training.packs import plan_version, training_packs
 
+FINGERPRINTS = ("data_fingerprint", "members_fingerprint")  # the second is missing without data.members
+
 
 def starting_weights(config: TrainConfig, path: Path, *, resumed: bool) -> tuple[Path, dict[str, Any] | None]:
     """Return the path of the weights of the model of `from=`, from which the run starts, and where they came from.
@@ -145,7 +147,7 @@ def open_run_folder(
         "job": processes.job,
         "requeues": processes.requeues,
         "seconds_left": left,
-        **vars(resolved),
+        **{key: value for key, value in vars(resolved).items() if value is not None},
         **describe_environment(torch.device(resolved.device)),
     }
     write_atomic(path / "environment.json", as_json(record))
@@ -230,11 +232,10 @@ def check_same_data(checkpoint: Path, config: TrainConfig, resolved: Resolved) -
     changed = changed_keys(recorded_config(checkpoint), as_dict(config))
     if changed:
         raise ValueError(f"{checkpoint} was written with another config ({'; '.join(changed)})")
-    found = read_state(checkpoint)["data_fingerprint"]
-    if found != resolved.data_fingerprint:
-        raise ValueError(
-            f"{checkpoint} was written with other data: data_fingerprint was {found}, now {resolved.data_fingerprint}"
-        )
+    state = read_state(checkpoint)
+    for key in FINGERPRINTS:
+        if (found := state.get(key)) != (now := getattr(resolved, key)):
+            raise ValueError(f"{checkpoint} was written with other data: {key} was {found}, now {now}")
 
 
 def check_same_run(path: Path, config: TrainConfig, resolved: Resolved) -> dict[str, Any]:
@@ -252,9 +253,9 @@ def check_same_run(path: Path, config: TrainConfig, resolved: Resolved) -> dict[
         earlier = json.loads((path / "environment.json").read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{path / 'environment.json'} cannot be read ({error}); {remedy}") from error
-    for key in ("precision", "data_fingerprint"):
-        if earlier[key] != getattr(resolved, key):
-            raise ValueError(f"{path} was started with {key} {earlier[key]}, now {getattr(resolved, key)}; {remedy}")
+    for key in ("precision", *FINGERPRINTS):
+        if (before := earlier.get(key)) != (now := getattr(resolved, key)):
+            raise ValueError(f"{path} was started with {key} {before}, now {now}; {remedy}")
     return earlier
 
 
@@ -269,6 +270,6 @@ def print_changes(path: Path, config: TrainConfig, resolved: Resolved, earlier: 
         if before[key] != now[key]:
             change = f"{key} was {as_written(before[key])}, now {as_written(now[key])}"
             console.print(f"{change}: the learning rate follows the new schedule from here")
-    for key in ("device", "attention_backend", "compiled", "world_size", "data_path"):
-        if earlier[key] != getattr(resolved, key):
-            console.print(f"{key} was {earlier[key]}, now {getattr(resolved, key)}")
+    for key in ("device", "attention_backend", "compiled", "world_size", "data_path", "members_path"):
+        if (value := earlier.get(key)) != (now := getattr(resolved, key)):
+            console.print(f"{key} was {value}, now {now}")

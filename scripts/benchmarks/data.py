@@ -33,6 +33,8 @@ from protlig_dd.config.read import read_config
 from protlig_dd.config.train import TrainConfig
 from protlig_dd.data.fasta import read_fasta
 from protlig_dd.data.loader import PackDataset, pack_loader
+from protlig_dd.data.member_packs import MemberDataset
+from protlig_dd.data.members import ClusterGroup, Members
 from protlig_dd.data.packing import total_tokens
 from protlig_dd.data.prepare.bundled import SAMPLE_FOLDER
 from protlig_dd.data.rows import SplitRows
@@ -49,6 +51,7 @@ from scripts.benchmarks.variants import composed
 UNIREF50_CLUSTERS = 70_198_728
 MAX_LEN, BUDGET, PACKS_PER_STEP = 1024, 32_768, 16
 GPUS = 8
+MEMBERS_PER_CLUSTER = 2.7  # as of UniRef90 members in UniRef50 clusters
 
 
 def make_fasta(proteins: Path, path: Path, size: int) -> None:
@@ -219,6 +222,75 @@ def plan(folder: Path, store: SequenceStore, sequences: int) -> None:
     table(["at step", "epoch", "seconds", "seconds, plan cached", "peak GiB", "packs per epoch", "fill", "tail"], rows)
 
 
+class OnlyMembers(Members):
+    """Members of clusters that are not in a file."""
+
+    def __init__(self, offsets: np.ndarray, rows: np.ndarray, store: SequenceStore, clusters: SequenceStore) -> None:
+        self.offsets, self.rows, self.store, self.path = offsets, rows, store, Path("members")
+        self.fingerprint, self.clusters_fingerprint = "members", clusters.fingerprint
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+
+def draw_once(folder: Path) -> None:
+    """Time the draw of the members of an epoch, and print the results as JSON.
+
+    The JSON object has these keys, all in seconds:
+        count: the time to count the packs of an epoch, for which a run reads the lengths of all members once.
+        draw: the time to draw a member of each cluster.
+        plan: the time to make the plan of an epoch, the draw included.
+    """
+    offsets, rows = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("offsets", "rows"))
+    clusters, store = (SequenceStore(folder / f"{name}.h5") for name in ("clusters", "members"))
+    group = ClusterGroup(clusters, OnlyMembers(offsets, rows, store, clusters))
+    began, times = time.perf_counter(), {}
+    dataset = MemberDataset(group, SplitRows(group, "train"), max_len=MAX_LEN, tokens_per_pack=BUDGET, seed=0)
+    dataset.plan_ahead = False
+    times["count"], began = time.perf_counter() - began, time.perf_counter()
+    dataset.draw(np.asarray(dataset.rows), 1)
+    times["draw"], began = time.perf_counter() - began, time.perf_counter()
+    dataset.plan(0)
+    times["plan"], tail = time.perf_counter() - began, dataset.tail(0) / len(clusters)
+    print(json.dumps(times | {"packs": len(dataset), "tail": tail}))
+
+
+DRAW = """
+from pathlib import Path
+from scripts.benchmarks.data import draw_once
+draw_once(Path({folder!r}))
+"""
+
+
+def draw(folder: Path, store: SequenceStore, clusters: int, members: int) -> None:
+    """Time the draw of an epoch. The members of a cluster are random, and the lengths are those of the store."""
+    rng = np.random.default_rng(0)
+    sizes = np.bincount(rng.integers(clusters, size=members), minlength=clusters)
+    np.save(folder / "offsets.npy", np.append(0, np.cumsum(sizes)))
+    rows = np.arange(members, dtype=np.uint32)
+    rng.shuffle(rows)
+    np.save(folder / "rows.npy", rows)
+    for name, sequences in (("clusters", clusters), ("members", members)):
+        write_store_of_lengths(folder / f"{name}.h5", store.lengths[:], sequences)
+    del sizes, rows
+    found = measured(DRAW.format(folder=str(folder)), folder)
+    print(
+        f"\nThe draw of an epoch with `data.members`: {clusters:,} clusters with {members:,} members. The lengths are "
+        "those of the store, repeated, and the members of a cluster are random\n"
+    )
+    table(
+        ["seconds to count the packs", "to draw an epoch", "to plan it, with the draw", "peak GiB", "packs", "tail"],
+        [
+            [
+                *(f"{found[name]:.1f}" for name in ("count", "draw", "plan")),
+                f"{found['peak'] / 2**30:.2f}",
+                f"{found['packs']:,}",
+                f"{found['tail']:.2%}",
+            ]
+        ],
+    )
+
+
 def load(store: SequenceStore, folder: Path, seconds: float, steps: int) -> float:
     """Print the residues/s of training and, for two pack sizes, of a loader with one worker.
 
@@ -325,6 +397,7 @@ def main() -> None:
         make_fasta(arguments.fasta, fasta, int(arguments.gigabytes * 1e9))
         store = SequenceStore(prepare(folder, fasta, arguments.repeats))
         plan(folder, store, arguments.sequences)
+        draw(folder, store, arguments.sequences, round(arguments.sequences * MEMBERS_PER_CLUSTER))
         rate = load(store, folder, arguments.seconds, arguments.steps)
         gpu_demand(store, rate)
 

@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 from protlig_dd.data.encode import nucleotide_warning
+from protlig_dd.data.members import Members
 from protlig_dd.data.prepare.output import manifest_path
 from protlig_dd.data.store import SPLITS, SequenceStore
 from protlig_dd.system.terminal import ByteBar, console
@@ -108,3 +109,40 @@ def length_plot(manifest: dict[str, Any]) -> list[str]:
         bounds = f"{i * width:>5}+    " if last else f"{i * width:>5}-{(i + 1) * width - 1:<5}"
         lines.append(f"{bounds} {count:>11,} {'█' * round(PLOT_WIDTH * count / max(counts))}")
     return lines
+
+
+def describe_members(members: Members) -> None:
+    """Print what a file of members contains, and which lines of its table were not used."""
+    found, sizes = members.manifest, members.manifest["members_per_cluster"]
+    console.print(
+        f"{members.path}: {found['clusters']:,} clusters with {found['members']:,} members; members per cluster: mean "
+        f"{sizes['mean']:,.2f}, median {sizes['median']:,.0f}, largest {sizes['max']:,}"
+    )
+    if empty := found["clusters_without_members"]:
+        console.print(f"{empty:,} clusters have no member: training reads their representatives")
+    for name, store in (("clusters", found["clusters_store"]), ("members", found["members_store"])):
+        if count := (unknown := found["unknown"][name])["lines"]:
+            console.print(
+                f"{count:,} of {found['lines']:,} lines of the table were not used, because the id of the "
+                f"{name.removesuffix('s')} is not in {store}; the first is {unknown['first']}"
+            )
+    if repeated := found["duplicate_lines"]:
+        console.print(f"{repeated:,} lines repeat an earlier line")
+
+
+def inspect_members(members: Members) -> None:
+    """Print the manifest of a file of members and a description, then verify all checksums.
+
+    Raises:
+        ValueError: the file is damaged. The message names the dataset.
+    """
+    identity = {
+        "clusters_fingerprint": members.clusters_fingerprint,
+        "members_fingerprint": members.store_fingerprint,
+        "store": str(members.store_path),
+        "fingerprint": members.fingerprint,
+    }
+    console.print_json(json.dumps(members.manifest | identity), indent=1)
+    describe_members(members)
+    members.verify()
+    console.print(f"{members.path}: all checksums match")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from protlig_dd.config.train import TrainConfig, config_in
+from protlig_dd.data.members import ClusterGroup, Members, MembersOfSplits
 from protlig_dd.data.store import SequenceStore, StoreGroup
 from protlig_dd.evaluation.inputs import is_store
 from protlig_dd.inference.exported import is_exported
@@ -32,6 +33,7 @@ class SourceModel(NamedTuple):
     path: Path
     config: TrainConfig
     data_fingerprint: str
+    members_fingerprint: str | None
 
 
 def find_training_stores(
@@ -58,6 +60,33 @@ def find_training_stores(
     return None
 
 
+def members_read(
+    model: str, checkpoint: Path, clusters: StoreGroup | None, fingerprint: str | None
+) -> list[TrainingData]:
+    """Return the members of clusters that a model was trained on, or [] if it was trained without `data.members`.
+
+    The file of members is looked up at the path that the checkpoint's run recorded (see `find_training_stores`).
+
+    Args:
+        model: name of the model in messages.
+        clusters: the model's stores, if they were found.
+        fingerprint: fingerprint of the file of members; None if the model was trained without it.
+    """
+    if fingerprint is None:
+        return []
+    run = run_folder(checkpoint)
+    if run is not None and clusters is not None:
+        recorded = str(recorded_environment(run).get("members_path", ""))
+        for path in (folder / recorded for folder in (Path(), *run.parents)):
+            try:
+                group = ClusterGroup(clusters.stores[0], Members(path))
+            except (ValueError, OSError):  # a missing or damaged file, or a file for other stores
+                continue
+            if group.members.fingerprint == fingerprint:
+                return [TrainingData(model, StoreGroup([MembersOfSplits(group)]))]
+    return [TrainingData(f"{model} (members of clusters, data.members)", None, NO_STORE)]
+
+
 def source_training_data(
     config: TrainConfig, run: Path | None, known_stores: Sequence[SequenceStore]
 ) -> Iterator[TrainingData]:
@@ -78,6 +107,7 @@ def source_training_data(
             return
         stores = find_training_stores(known_stores, source.path, source.data_fingerprint)
         yield TrainingData(name, stores, "" if stores else NO_STORE)
+        yield from members_read(name, source.path, stores, source.members_fingerprint)
         config, run = source.config, run_folder(source.path)
 
 
@@ -106,13 +136,12 @@ def read_source_model(model: Path) -> SourceModel:
     """
     if is_exported(model):
         saved = find_saved(str(model))
-        return SourceModel(saved.path, saved.config, saved.data_fingerprint)
+        return SourceModel(saved.path, saved.config, saved.data_fingerprint, saved.members_fingerprint)
     try:
-        fingerprint = json.loads((model / "state.json").read_text())["data_fingerprint"]
-        config = config_in(model)
+        state, config = json.loads((model / "state.json").read_text()), config_in(model)
+        return SourceModel(model, config, state["data_fingerprint"], state.get("members_fingerprint"))
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{model}: damaged ({error})") from error
-    return SourceModel(model, config, fingerprint)
 
 
 def averaged_weights_sha256(model: Path) -> str | None:
@@ -152,4 +181,6 @@ def all_training_data(
     else:
         hint = "; name it with train=store.h5" if label == "this model" else ""
         own = TrainingData(label, own_stores, "" if own_stores else NO_STORE + hint)
-    return [own, *source_training_data(trained.saved.config, run_folder(trained.saved.path), known_stores)]
+    saved = trained.saved
+    members = members_read(label, saved.path, own_stores, saved.members_fingerprint)
+    return [own, *members, *source_training_data(saved.config, run_folder(saved.path), known_stores)]
