@@ -9,6 +9,7 @@ import h5py
 import numpy as np
 import pytest
 
+from protlig_dd.data import lengths as lengths_module
 from protlig_dd.data import store as store_module
 from protlig_dd.data.fasta import FastaRecord
 from protlig_dd.data.prepare.build import build_store
@@ -180,8 +181,10 @@ def test_columns_read_in_blocks_of_any_size_are_complete(store: SequenceStore, m
         offsets, split = file["offsets"][:], file["split"][:]
     for size in (1, 7, len(store) - 1, len(store), 1 << 22):
         monkeypatch.setattr(store_module, "COPY_BYTES", size)
+        monkeypatch.setattr(lengths_module, "ROWS_AT_ONCE", size)
         found = SequenceStore(store.path)
-        assert found.lengths[:].tolist() == (np.diff(offsets) - 2).tolist()
+        for lengths in (found.lengths[:], found.lengths.in_memory(), found.lengths[np.arange(len(found))]):
+            assert lengths.tolist() == (np.diff(offsets) - 2).tolist()
         for number, name in enumerate(SPLITS):
             assert found.split(name).tolist() == np.flatnonzero(split == number).tolist()
 
