@@ -213,7 +213,7 @@ def test_a_member_in_two_clusters_is_an_error_that_names_the_line(families: Fami
         (b"a\nb\tc\td\n", r"line 1: expected .*, got 'a'"),
         (b"", r"table: the table is empty"),
         (b"\n\n", r"table: the table is empty"),
-        (gzip.compress(b"a\tb\n" * 99)[:-9], r"truncated or damaged gzip after line \d+"),
+        (gzip.compress(b"a\tb\n" * 99, mtime=0)[:-9], r"truncated or damaged gzip after line \d+"),
         (
             b"a\tb\n",
             r"none of its 1 lines .* clusters such as a, but .*clusters.h5 has ids such as .*; members such as b",
