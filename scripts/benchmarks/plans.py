@@ -185,7 +185,8 @@ def variation(stores: dict[str, SequenceStore], step_packs: int, tokens_per_pack
                 bar.advance()
     print(
         f"\nSteps of {step_packs} packs of {tokens_per_pack:,} tokens in {EPOCHS} epochs of {len(store):,} proteins; a "
-        f"block has {rows_module.BLOCK_ROWS} rows. A deviation is the standard deviation over the steps of a step's mean\n"
+        f"block has {rows_module.BLOCK_ROWS} rows. A deviation is the standard deviation over the steps of a "
+        "step's mean\n"
     )
     table(
         [
