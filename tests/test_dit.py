@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from protlig_dd.batch import PackedBatch, StaticShape
 from protlig_dd.model.config import ModelConfig
-from protlig_dd.model.dit import DiT, drop_masked
+from protlig_dd.model.dit import CPU_MULTIPLE, DiT, drop_masked
 from protlig_dd.model.kernels import per_token
 from protlig_dd.model.layers import MLP, RMSNorm, make_norm
 from protlig_dd.model.mixers import MIXERS
@@ -392,6 +392,23 @@ def test_padded_packs_give_the_same_logits_and_gradients(mixer: str) -> None:
     )
     with raises_value_error(message):
         model.capture(None)
+
+
+@pytest.mark.parametrize("lengths", [[7, 40, 12], [1, 3], [60, 4], [3, 126]])
+def test_bf16_packs_on_a_cpu_are_padded_in_training_without_a_change_of_the_result(lengths: list[int]) -> None:
+    model, batch, sizes = DiT(ModelConfig(**SMALL_MODEL), "matmul"), random_batch(lengths), []
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model.blocks[0].register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    sigma, found = torch.rand(len(lengths)), []
+    for training in (True, False):
+        model.train(training)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(batch, sigma)
+        assert logits.shape == (sum(lengths), 20)
+        found.append(torch.cat([g.flatten() for g in gradients(model, F.cross_entropy(logits, batch.tokens))]))
+    assert sizes == [-(-sum(lengths) // CPU_MULTIPLE) * CPU_MULTIPLE, sum(lengths)]
+    assert (found[0] - found[1]).norm() < 0.02 * found[1].norm()
 
 
 def test_without_time_conditioning_sigma_is_ignored() -> None:

@@ -31,6 +31,7 @@ from protlig_dd.model.mixers.scores import prepare_scores
 from protlig_dd.model.positions import POSITIONS
 from protlig_dd.tokenizer import MASK, N_STATES, PAD, VOCAB_SIZE
 
+CPU_MULTIPLE = 64  # tokens
 TRAINED_MASK_RATIO = 0.15 * 0.8  # ESM-2 chose 15% of the tokens for its loss and replaced 80% of these by <mask>
 
 
@@ -83,10 +84,11 @@ class DiT(nn.Module):
     def forward(self, batch: PackedBatch, sigma: Float32[Tensor, " n"]) -> Float[Tensor, "total 20"]:
         """Return the logits (total, 20) of a pack at noise levels sigma (n,), one per sequence."""
         self.check(batch, sigma)
-        if self.shape is None or not self.training or not batch.fits(self.shape):
+        shape = self.padded_shape(batch)
+        if shape is None:
             return self.network(batch, sigma)
         total, n = len(batch.tokens), len(batch.lengths)
-        batch, sigma = batch.padded_to(self.shape), F.pad(sigma, (0, self.shape.sequences - n))
+        batch, sigma = batch.padded_to(shape), F.pad(sigma, (0, shape.sequences - n))
         if self.graphed is None:
             return self.network(batch, sigma).narrow(0, 0, total)
         logits = self.graphed(batch.tokens, batch.cu_seqlens, batch.segment_ids, batch.positions, sigma)
@@ -171,6 +173,23 @@ class DiT(nn.Module):
             block.compiled = tuple(
                 torch.compile(part, dynamic=dynamic) for part in (block.before_mixing, block.after_mixing)
             )
+
+    def padded_shape(self, batch: PackedBatch) -> StaticShape | None:
+        """Return the shape to which `forward` pads a pack, or None.
+
+        In training, that is the shape of `pad_packs` if the pack fits. With the attention backend matmul (in bf16 on a
+        CPU), it is the next multiple of CPU_MULTIPLE tokens, because oneDNN compiles and keeps code for each size.
+        """
+        if not self.training:
+            return None
+        if self.shape is not None:
+            return self.shape if batch.fits(self.shape) else None
+        if self.attention_backend != "matmul":
+            return None
+        if not (missing := -len(batch.tokens) % CPU_MULTIPLE):
+            return None
+        tails = -(-missing // batch.max_seqlen)
+        return StaticShape(len(batch.tokens) + missing, len(batch.lengths) + tails, batch.max_seqlen)
 
     def pad_packs(self, shape: StaticShape) -> None:
         """From now on, pad training packs to a fixed shape. Packs that are too large for this shape are not padded.

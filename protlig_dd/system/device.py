@@ -20,6 +20,10 @@ def float64_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
+# oneDNN keeps the code that it compiled for the latest 1024 sizes of matrix products, which can take a gigabyte.
+# oneDNN reads this variable at the first product.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+
 DEPENDENCIES = ("flash-attn", "numpy", "einops", "hydra-core", "omegaconf", "biopython", "h5py", "safetensors")
 PRECISIONS = ("auto", "bf16", "fp32")
 
