@@ -30,7 +30,7 @@ from protlig_dd.data.loader import PackDataset
 from protlig_dd.data.packing import Plan, make_plan
 
 WINDOW_BLOCKS = 16
-_BLOCKS, _WINDOW = 4, 5  # second integer of the random keys; packing.py uses 1 and 3, loader.py uses 2
+_BLOCKS, _WINDOW = 4, 5  # second integer of the random keys; packing.py, loader.py and member_packs.py use others
 
 
 def count_windows(n_blocks: int) -> int:

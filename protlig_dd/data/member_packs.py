@@ -22,7 +22,7 @@ from protlig_dd.data.members import ClusterGroup
 from protlig_dd.data.packing import Plan, epoch_rows, make_plan
 from protlig_dd.data.rows import SplitRows
 
-_MEMBER = 5  # second integer of the random keys; packing.py and loader.py use 1, 2 and 3
+_MEMBER = 6  # second integer of the random keys; packing.py, loader.py and blocks.py use 1 to 5
 
 
 class MemberDataset(PackDataset):
