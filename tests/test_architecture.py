@@ -106,7 +106,7 @@ def test_the_arms_are_every_encoding_and_mlp_and_differ_from_the_baseline_in_one
     assert ENCODINGS[0] == "rope"
     assert set(ENCODINGS) == set(POSITIONS)
     assert set(ARMS) == {*POSITIONS, *MLPS, "ttt_linear", "tied"} - {"gelu"}
-    demo = read_config(composed("experiment=demo", "model.mlp=gelu"), TrainConfig)
+    demo = read_config(composed("experiment=demo"), TrainConfig)
     baseline = demo.model
     for arm in ARMS:
         config = read_config(composed(*overrides(arm, seed=1, data=few, steps=None)), TrainConfig)

@@ -147,7 +147,7 @@ def test_a_mixed_network_is_exported_and_loaded(tmp_path: Path) -> None:
     assert torch.equal(loaded(batch, sigma), SCORE.logits(batch, sigma))
     assert find_saved(str(tmp_path / "mixed")).config.model.mixers == MIXED
     card = (tmp_path / "mixed/README.md").read_text()
-    assert "| network | 3 blocks, width 32, 4 heads; mixers [ttt_linear, attention, ttt_mlp]; mlp gelu |" in card
+    assert "| network | 3 blocks, width 32, 4 heads; mixers [ttt_linear, attention, ttt_mlp] |" in card
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_a_mixed_network_is_exported_and_loaded(tmp_path: Path) -> None:
 )
 def test_the_model_card_lists_the_kinds_of_parts_that_are_not_the_default(options: dict[str, Any], line: str) -> None:
     description = json.loads((GOLDEN / "exported/config.json").read_text())
-    shipped = {"norm": "rms", "qk_norm": True, "mlp": "gelu_erf"}
+    shipped = {"norm": "rms", "qk_norm": True}
     model = asdict(ModelConfig(**{**SMALL_MODEL, **shipped, **options}))
     for written in (model, stored_model(model)):  # with and without newer keys that have their default value
         assert f"\n| network | {line} |\n" in model_card(description | {"model": written})

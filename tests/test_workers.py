@@ -97,7 +97,8 @@ def test_the_error_for_a_killed_worker_names_the_signal(number: signal.Signals) 
 def test_no_worker_survives_the_process_that_started_it(tmp_path: Path) -> None:
     """One worker waits for an item, and the other for this process to read its result."""
     code = (
-        "import itertools, sys, time; from protlig_dd.system.workers import Workers\n"
+        "import itertools, signal, sys, time; from protlig_dd.system.workers import Workers\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a test run in the background ignores SIGINT
         "with Workers(2) as pool:\n"
         "    for i, _ in enumerate(pool.map(bytes, itertools.chain([9] * 9, [2 << 20] * 4))):\n"
         "        if i == 8: print('ready', flush=True); time.sleep(600)\n"

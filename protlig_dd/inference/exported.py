@@ -38,7 +38,7 @@ EXPORTED = (*READ, *for_transformers.FILES)
 DEFAULT_KINDS = {
     "mixers": "attention",
     "positions": "rope",
-    "mlp": "gelu_erf",
+    "mlp": "gelu",
     "norm": "rms",
     "qk_norm": True,
     "tie_weights": False,

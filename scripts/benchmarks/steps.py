@@ -37,6 +37,7 @@ def throughput(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             variants.append(make(f"packed {best}, {how}", precision=best, compiled=True))
             default, name = DEFAULT_NETWORK, "the default network"
             if device.type == "cpu":
+                default, name = {**default, "mlp": "gelu_erf"}, "the default network with gelu_erf"
                 variants.append(make(f"packed {best}, eager, {name}", precision=best, **default))
             variants.append(make(f"packed {best}, {how}, {name}", precision=best, compiled=True, **default))
             found += compare(variants, arguments, device, size, max_len)

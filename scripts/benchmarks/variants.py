@@ -47,7 +47,7 @@ NETWORK: dict[str, Any] = {
     "qk_norm": False,
     "checkpointing": False,
 }
-DEFAULT_NETWORK = {"time_conditioning": False, "qk_norm": True, "norm": "rms", "mlp": "gelu_erf"}
+DEFAULT_NETWORK = {"time_conditioning": False, "qk_norm": True, "norm": "rms"}
 TRAINED = (
     "optim.lr=1e-3",
     "optim.betas=[0.9,0.99]",
