@@ -29,6 +29,16 @@ def test_queries_and_keys_equal_the_complex_reference_and_values_are_unchanged(
     assert torch.equal(out[:, :, 2], qkv[:, :, 2])
 
 
+def test_the_rotation_does_not_depend_on_how_many_positions_are_rotated_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    qkv, tables = torch.randn(2, 50, 3, 2, 8), rotary_cos_sin(50, 8)
+    together = apply_rotary_pos_emb(qkv, *tables)
+    for numbers in (1, 500):  # 1 position at a time, and 7 with each thread
+        monkeypatch.setattr("protlig_dd.model.positions.rotary.CACHED_NUMBERS", numbers)
+        assert torch.equal(apply_rotary_pos_emb(qkv, *tables), together)
+
+
 @pytest.mark.parametrize(("table", "length"), [(512, 16384), (16384, 512)])
 def test_a_table_that_is_too_long_or_too_short_is_an_error(table: int, length: int) -> None:
     qkv = torch.zeros(2, length, 3, 8, 64, device="meta")
