@@ -236,7 +236,7 @@ def test_the_rows_of_a_split_are_the_same_when_they_are_read_in_blocks(
 ) -> None:
     group = StoreGroup([store])
     for size in (1, 7, 1 << 20):
-        monkeypatch.setattr(store_module, "COPY_BYTES", size)
+        monkeypatch.setattr(store_module, "ROWS_AT_ONCE", size)
         monkeypatch.setattr(draws, "ROWS_AT_ONCE", size)
         for split in SPLITS:
             lazy, array = SplitRows(group, split), store.split(split)
@@ -264,7 +264,7 @@ def peak_bytes(call: Callable[[], object]) -> int:
 @pytest.fixture
 def large_stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[SequenceStore]:
     """Stores of 100,000 and 500,000 sequences. All sizes of buffers are small in comparison."""
-    monkeypatch.setattr(store_module, "COPY_BYTES", 1 << 12)
+    monkeypatch.setattr(store_module, "ROWS_AT_ONCE", 1 << 12)
     monkeypatch.setattr(draws, "ROWS_AT_ONCE", 1 << 12)
     monkeypatch.setattr(draws, "ROWS_PER_SORT", 1 << 12)
     monkeypatch.setattr(packing, "ROWS_AT_ONCE", 1 << 12)

@@ -11,6 +11,7 @@ from protlig_dd.system.device import (
     matmul_peak,
     missing_to_compile,
     peak_memory,
+    problem_with_compiling,
     resolve_compile,
     resolve_device,
     resolve_precision,
@@ -72,6 +73,25 @@ def test_compile_auto_is_false_on_a_gpu_machine_that_cannot_compile(
     compiler.rename(compiler.with_name("my-cc"))
     monkeypatch.setenv("CC", "my-cc")
     assert resolve_compile("auto", cuda) is True
+
+
+def test_a_compiler_that_does_not_work_is_found_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler, header, cpu = tmp_path / "c++", tmp_path / "Python.h", torch.device("cpu")
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    assert problem_with_compiling(cpu) == "torch.compile needs a C++ compiler for the CPU (g++)"
+    compiler.write_text("#!/bin/sh\nexit 1\n")
+    compiler.chmod(0o755)
+    assert str(problem_with_compiling(cpu)).startswith(f"torch.compile needs Python's headers ({header} is missing")
+    header.touch()
+    problem = str(problem_with_compiling(cpu))
+    assert problem.startswith("torch.compile fails (")
+    assert problem.endswith("); trainer.compile=true shows the whole error")
+    assert "\n" not in problem
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

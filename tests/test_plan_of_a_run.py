@@ -1,5 +1,6 @@
 """`plan=true`: the estimated cost of a config, compared with the memory and FLOPs of its training."""
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,15 @@ from protlig_dd.config.train import TrainConfig
 from protlig_dd.data.store import SequenceStore, StoreGroup
 from protlig_dd.model.mixers import MIXERS
 from protlig_dd.model.positions import POSITIONS
-from protlig_dd.training.cost import activation_bytes, kept_bytes, plan, print_plan, with_available_data
+from protlig_dd.training.cost import (
+    LONG_RUN_FLOPS,
+    activation_bytes,
+    is_worth_compiling,
+    kept_bytes,
+    plan,
+    print_plan,
+    with_available_data,
+)
 
 from .conftest import Command, assert_one_line_error, train_config
 
@@ -175,6 +184,19 @@ def test_the_plan_counts_epochs_of_cropped_sequences(store: SequenceStore) -> No
     two = plan(config, StoreGroup([store]), torch.device("cpu"), "fp32", 2)
     work, work_of_two = (estimate["seconds"] * estimate["peak_flops"] for estimate in (found, two))
     assert work == pytest.approx(work_of_two)  # two processes share this CPU
+
+
+def test_compiling_is_worthwhile_from_a_number_of_flops_on(store: SequenceStore) -> None:
+    group, tokens = StoreGroup([store]), int(store.token_counts[0].sum())
+    config = config_of("trainer.max_steps=1", "optim.packs_per_step=2", "data.tokens_per_pack=1000", "data.max_len=98")
+    model = build_model(config.model, "sdpa", time_conditioning=False)
+    per_step, per_epoch = (x * model.training_flops([100]) / 100 for x in (2000, tokens))
+    for key, flops in (("max_steps", per_step), ("epochs", per_epoch)):
+        limit = math.ceil(LONG_RUN_FLOPS / flops)
+        for number in (1, limit - 1, limit, 10 * limit):
+            lengths = {"max_steps": None, "epochs": None} | {key: number}
+            changed = replace(config, trainer=replace(config.trainer, **lengths))
+            assert is_worth_compiling(changed, group) is (number >= limit)
 
 
 @pytest.mark.parametrize(("device", "share"), [("cuda", 3), ("cpu", 1)])

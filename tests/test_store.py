@@ -9,6 +9,7 @@ import h5py
 import numpy as np
 import pytest
 
+from protlig_dd.data import datasets
 from protlig_dd.data import lengths as lengths_module
 from protlig_dd.data import store as store_module
 from protlig_dd.data.fasta import FastaRecord
@@ -132,7 +133,7 @@ def test_any_flipped_bit_is_detected_or_changes_no_contents(tmp_path: Path, prot
     fasta.write_text("".join(f">{record.id} {i}\n{record.sequence[:9]}\n" for i, record in enumerate(proteins[:6])))
     whole = build_store([fasta], tmp_path / "whole.h5")
     content, expected = bytearray(whole.path.read_bytes()), stored_values(whole)
-    extents = {name: (start, size) for name, (start, size) in whole._extents.items()}
+    extents = {name: (extent.offset, extent.size) for name, extent in whole._extents.items()}
     bits = random.Random(0).sample(range(8 * len(content)), 2000 if thorough() else 500)
     detected = undetected = 0
     for bit in bits:
@@ -157,7 +158,7 @@ def test_any_flipped_bit_is_detected_or_changes_no_contents(tmp_path: Path, prot
 )
 def test_the_error_names_the_damaged_part(tmp_path: Path, store: SequenceStore, name: str) -> None:
     content = bytearray(store.path.read_bytes())
-    start, size = store._extents[name]
+    start, size, _ = store._extents[name]
     for position in random.Random(0).sample(range(size), 3):
         content[start + position] ^= 4
     if name == "manifest":  # keep its JSON valid: invalid JSON is already an error when the store is opened
@@ -170,7 +171,7 @@ def test_the_error_names_the_damaged_part(tmp_path: Path, store: SequenceStore, 
 
 
 def test_verify_reports_every_byte_it_reads(store: SequenceStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "COPY_BYTES", 1000)
+    monkeypatch.setattr(datasets, "COPY_BYTES", 1000)
     seen: list[int] = []
     store.verify(seen.append)
     assert sum(seen) == store.nbytes > store.lengths[:].sum()
@@ -180,7 +181,7 @@ def test_columns_read_in_blocks_of_any_size_are_complete(store: SequenceStore, m
     with h5py.File(store.path) as file:
         offsets, split = file["offsets"][:], file["split"][:]
     for size in (1, 7, len(store) - 1, len(store), 1 << 22):
-        monkeypatch.setattr(store_module, "COPY_BYTES", size)
+        monkeypatch.setattr(store_module, "ROWS_AT_ONCE", size)
         monkeypatch.setattr(lengths_module, "ROWS_AT_ONCE", size)
         found = SequenceStore(store.path)
         for lengths in (found.lengths[:], found.lengths.in_memory(), found.lengths[np.arange(len(found))]):

@@ -726,6 +726,37 @@ def test_a_compiled_run_has_the_losses_of_an_eager_one(
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.system
+def test_a_long_run_on_a_cpu_is_compiled_and_resumes_bit_identically(
+    run_python: Command, store: SequenceStore, tmp_path: Path
+) -> None:
+    require_program("g++")
+
+    def train_until(name: str, step: int, **variables: str) -> str:
+        process = run_python(
+            "-m",
+            "protlig_dd.training",
+            *overrides_for(store, name, "trainer.max_steps=20000000", f"trainer.stop_at_step={step}"),
+            new=True,
+            PROTLIG_TYPECHECK="0",
+            TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"),
+            OMP_NUM_THREADS="1",
+            **variables,
+        )
+        assert process.returncode == 0, process.stderr
+        return process.stdout
+
+    for name, steps in (("whole", [6]), ("halves", [3, 6])):
+        for step in steps:
+            assert "compiled (the first steps take longer)" in train_until(name, step)
+        assert json.loads((tmp_path / f"runs/{name}/environment.json").read_text())["compiled"] is True
+    assert_bit_identical(tmp_path / "runs/halves", tmp_path / "runs/whole")
+    printed = train_until("eager", 1, PATH=str(tmp_path))
+    assert "not compiled: torch.compile needs a C++ compiler for the CPU (g++)" in printed
+    assert json.loads((tmp_path / "runs/eager/environment.json").read_text())["compiled"] is False
+
+
 def test_compiling_without_a_compiler_is_an_error(run_python: Command, store: SequenceStore, tmp_path: Path) -> None:
     process = run_python(
         "-m", "protlig_dd.training", *overrides_for(store, "none", "trainer.compile=true"), PATH=str(tmp_path)

@@ -23,12 +23,14 @@ import numpy as np
 import xxhash
 
 from protlig_dd.data.case import Context
+from protlig_dd.data.datasets import check_datasets, map_extent, read_extents
 from protlig_dd.data.draws import random_below
 from protlig_dd.data.lengths import Lengths
 from protlig_dd.data.packing import clipped_tokens
-from protlig_dd.data.store import COPY_BYTES, NOT_A_STORE, SPLITS, SequenceStore, StoreGroup
+from protlig_dd.data.store import NOT_A_STORE, ROWS_AT_ONCE, SPLITS, SequenceStore, StoreGroup
 
 FORMAT_VERSION = 1
+COLUMNS = {"offsets": np.int64, "rows": np.uint32, "manifest": np.uint8}
 CLUSTERS_AT_ONCE = 1 << 20  # changing this changes the draws of all runs
 HOW_TO_WRITE = (
     "write one with `python -m protlig_dd.prepare members.clusters=... members.store=... members.table=... output=...`"
@@ -55,7 +57,7 @@ class Members:
             raise ValueError(f"{self.path}: not a file of members ({error}); {HOW_TO_WRITE}") from error
 
     def _read_layout(self, file: h5py.File) -> None:
-        attrs, size = dict(file.attrs), self.path.stat().st_size
+        attrs = dict(file.attrs)
         if (version := attrs.get("members_version")) != FORMAT_VERSION:
             if version is None:
                 raise ValueError(f"{self.path}: not a file of members; {HOW_TO_WRITE}")
@@ -68,14 +70,7 @@ class Members:
             attrs[name].decode() for name in names
         )
         self.store_path = self.path.parent / store
-        self.checksums = {name: file[name].attrs["xxh3"].decode() for name in ("offsets", "rows", "manifest")}
-        self._extents: dict[str, tuple[int, int, np.dtype[Any]]] = {}  # {dataset: (byte offset, size, type)}
-        for name, kind in (("offsets", "int64"), ("rows", "uint32"), ("manifest", "uint8")):
-            dataset = file[name]
-            offset = dataset.id.get_offset()
-            if str(dataset.dtype) != kind or offset is None or offset + dataset.nbytes > size:
-                raise ValueError(f"{self.path}: {name} is not a contiguous array of {dataset.size} {kind}")
-            self._extents[name] = offset, dataset.size, dataset.dtype
+        self._extents, self.checksums = read_extents(file, self.path, COLUMNS)
         self.manifest: dict[str, Any] = json.loads(file["manifest"][:].tobytes())
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -83,23 +78,17 @@ class Members:
 
     def __len__(self) -> int:
         """Return the number of clusters."""
-        return self._extents["offsets"][1] - 1
-
-    def _map(self, name: str) -> np.ndarray:
-        offset, size, dtype = self._extents[name]
-        if not size:  # an empty region cannot be mapped
-            return np.empty(0, dtype)
-        return np.asarray(np.memmap(self.path, mode="r", dtype=dtype, offset=offset, shape=(size,)))
+        return self._extents["offsets"].size - 1
 
     @cached_property
     def offsets(self) -> np.ndarray:
         """(n + 1,) int64, memory-mapped."""
-        return self._map("offsets")
+        return map_extent(self.path, self._extents["offsets"])
 
     @cached_property
     def rows(self) -> np.ndarray:
         """(m,) row numbers in the store of members, grouped by cluster, memory-mapped."""
-        return self._map("rows")
+        return map_extent(self.path, self._extents["rows"])
 
     @cached_property
     def store(self) -> SequenceStore:
@@ -127,12 +116,7 @@ class Members:
         Raises:
             ValueError: a dataset does not match its checksum, or the checksums do not match the fingerprint.
         """
-        for name, checksum in self.checksums.items():
-            digest, column = xxhash.xxh3_128(), self._map(name).view(np.uint8)
-            for start in range(0, len(column), COPY_BYTES):
-                digest.update(column[start : start + COPY_BYTES].data)
-            if digest.hexdigest() != checksum:
-                raise ValueError(f"{self.path}: {name} is damaged: checksum {digest.hexdigest()}, expected {checksum}")
+        check_datasets(self.path, self._extents, self.checksums)
         if fingerprint_of(self.checksums, self.clusters_fingerprint, self.store_fingerprint) != self.fingerprint:
             raise ValueError(f"{self.path}: the fingerprint does not match the checksums")
 
@@ -244,8 +228,8 @@ class MembersOfSplits(SequenceStore):
         in_split = np.zeros(len(self), bool)
         for block in self.group.stores[0].split_blocks(name):
             in_split[self.group.members.of(block)[0]] = True
-        for start in range(0, len(self), COPY_BYTES):
-            yield start + np.flatnonzero(in_split[start : start + COPY_BYTES])
+        for start in range(0, len(self), ROWS_AT_ONCE):
+            yield start + np.flatnonzero(in_split[start : start + ROWS_AT_ONCE])
 
 
 def is_members_file(path: str) -> bool:

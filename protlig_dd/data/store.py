@@ -15,9 +15,7 @@ Layout of format version 2, for n sequences. Every dataset is contiguous, so tha
                     its bytes
 """
 
-import contextlib
 import json
-import mmap
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from operator import index
@@ -29,13 +27,14 @@ import numpy as np
 import xxhash
 
 from protlig_dd.data.case import CASE_COLUMNS, CaseIndex, Context, check_has_case
+from protlig_dd.data.datasets import check_datasets, map_extent, read_extents
 from protlig_dd.data.fasta import Header, id_of, parse_header
 from protlig_dd.data.lengths import Lengths
 from protlig_dd.tokenizer import BOS, EOS, LETTERS, VOCAB_SIZE
 
 FORMAT_VERSION = 2
 SPLITS = ("train", "validation", "test")
-COPY_BYTES = 4 << 20
+ROWS_AT_ONCE = 4 << 20
 HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 HOW_TO_BUILD = "build one from FASTA with `python -m protlig_dd.prepare input=... output=...`"
 NOT_A_STORE = (OSError, RuntimeError, KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError)
@@ -89,27 +88,15 @@ class SequenceStore:
         alphabet, self.fingerprint = (attrs[name].decode() for name in ("alphabet", "fingerprint"))
         if alphabet != LETTERS:
             raise ValueError(f"{self.path}: its alphabet is {alphabet!r}, but this version reads only {LETTERS!r}")
-        self._extents: dict[str, tuple[int, int]] = {}  # {dataset: (byte offset in the file, number of values)}
-        self.checksums: dict[str, str] = {}
-        size = self.path.stat().st_size
         self.has_case = any(name in file for name in CASE_COLUMNS)  # whether the store keeps the case of its residues
-        for name, dtype in COLUMNS.items():
-            if name in CASE_COLUMNS and not self.has_case:
-                continue
-            dataset = file[name]
-            offset = dataset.id.get_offset()
-            if dataset.dtype != dtype or dataset.ndim != 1 or offset is None or offset + dataset.nbytes > size:
-                raise ValueError(
-                    f"{self.path}: {name} is not a contiguous {np.dtype(dtype)} array of {dataset.size} values"
-                )
-            self._extents[name] = offset, dataset.size
-            self.checksums[name] = dataset.attrs["xxh3"].decode()
-        n = self._extents["split"][1]
+        columns = {name: dtype for name, dtype in COLUMNS.items() if self.has_case or name not in CASE_COLUMNS}
+        self._extents, self.checksums = read_extents(file, self.path, columns)
+        n = self._extents["split"].size
         rows_of = {"offsets": n, "header_offsets": n}
         if self.has_case:
-            rows_of["case_offsets"] = self._extents["case_rows"][1]
+            rows_of["case_offsets"] = self._extents["case_rows"].size
         for name, rows in rows_of.items():
-            if (size := self._extents[name][1]) != rows + 1:
+            if (size := self._extents[name].size) != rows + 1:
                 raise ValueError(f"{self.path}: {size} values of {name} for {rows} rows, expected {rows + 1}")
         self.token_counts: np.ndarray = file["token_counts"][:].reshape(len(SPLITS), VOCAB_SIZE)
         self.manifest: dict[str, Any] = json.loads(file["manifest"][:].tobytes())
@@ -158,8 +145,8 @@ class SequenceStore:
         """Yield the rows of one split in blocks. This takes less memory than `split`."""
         if name not in SPLITS:
             raise ValueError(f"no split {name!r}; choose from {', '.join(SPLITS)}")
-        for start in range(0, len(self), COPY_BYTES):
-            yield self.split_between(name, start, start + COPY_BYTES)
+        for start in range(0, len(self), ROWS_AT_ONCE):
+            yield self.split_between(name, start, start + ROWS_AT_ONCE)
 
     def split_between(self, name: str, first: int, end: int) -> np.ndarray:
         """Return the rows of one split in first .. end - 1."""
@@ -173,29 +160,20 @@ class SequenceStore:
         row = self._row(row)
         return self._case.lower_case(row, int(self.offsets[row + 1] - self.offsets[row]) - 2) if self.has_case else None
 
-    def verify(self, on_bytes: Callable[[int], None] | None = None) -> None:
+    def verify(self, on_bytes: Callable[[int], None] = lambda count: None) -> None:
         """Read every dataset and compare it with its checksum.
 
         Raises:
             ValueError: a dataset does not match its checksum, or the checksums do not match the fingerprint.
         """
-        for name, checksum in self.checksums.items():
-            digest = xxhash.xxh3_128()
-            column = self._map(name).view(np.uint8)
-            for start in range(0, len(column), COPY_BYTES):
-                block = column[start : start + COPY_BYTES]
-                digest.update(block.data)
-                if on_bytes is not None:
-                    on_bytes(len(block))
-            if digest.hexdigest() != checksum:
-                raise ValueError(f"{self.path}: {name} is damaged: checksum {digest.hexdigest()}, expected {checksum}")
+        check_datasets(self.path, self._extents, self.checksums, on_bytes)
         if fingerprint_of(self.checksums) != self.fingerprint:
             raise ValueError(f"{self.path}: the fingerprint does not match the checksums")
 
     @property
     def nbytes(self) -> int:
         """Total size of all datasets, in bytes."""
-        return sum(size * np.dtype(COLUMNS[name]).itemsize for name, (_, size) in self._extents.items())
+        return sum(extent.size * extent.dtype.itemsize for extent in self._extents.values())
 
     def _row(self, row: SupportsIndex) -> int:
         row = index(row)
@@ -204,12 +182,7 @@ class SequenceStore:
         return row
 
     def _map(self, name: str, *, at_random: bool = False) -> np.ndarray:
-        offset, size = self._extents[name]
-        mapped = np.memmap(self.path, mode="r", dtype=COLUMNS[name], offset=offset, shape=(size,))
-        if at_random and hasattr(mmap, "MADV_RANDOM"):
-            with contextlib.suppress(OSError):  # harmless: madvise only avoids needless reads from the disk
-                mapped._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
-        return np.asarray(mapped)  # slicing a plain array takes a tenth of the time of slicing a memmap
+        return map_extent(self.path, self._extents[name], at_random=at_random)
 
     def tokens_at_random(self) -> np.ndarray:
         """Map `tokens` again, for random access: the system then reads only needed pages, not their neighbours."""

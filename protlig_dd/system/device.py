@@ -75,7 +75,9 @@ def resolve_precision(name: str, device: torch.device) -> str:
 
 
 def resolve_compile(choice: bool | str, device: torch.device) -> bool:
-    """Whether to use torch.compile. `auto` uses it only on CUDA, and only if `missing_to_compile` returns None.
+    """Whether to use torch.compile. `auto` uses it on CUDA if `missing_to_compile` returns None.
+
+    On a CPU, `auto` depends on the length of the run (see training/cost.py), and this function returns False.
 
     Raises:
         ValueError: `choice` is true, but this machine lacks something that torch.compile needs.
@@ -90,17 +92,31 @@ def resolve_compile(choice: bool | str, device: torch.device) -> bool:
 def missing_to_compile(device: torch.device) -> str | None:
     """Return what torch.compile needs and this machine lacks; None if nothing is missing.
 
-    On a CPU, inductor compiles C++. On CUDA, Triton compiles a launcher in C that includes Python.h (Triton's
-    runtime/build.py).
+    On a CPU, inductor compiles C++, and on CUDA, Triton compiles a launcher in C. Both include Python.h (inductor's
+    codecache.py, Triton's runtime/build.py).
     """
-    if device.type == "cpu":
-        found = any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
-        return None if found else "a C++ compiler for the CPU (g++)"
-    if device.type == "cuda":
-        if not any(map(shutil.which, (os.environ.get("CC", "gcc"), "gcc", "clang"))):
-            return "a C compiler (gcc)"
-        header = Path(sysconfig.get_paths()["include"]) / "Python.h"
-        return None if header.is_file() else f"Python's headers ({header} is missing; install the package python3-dev)"
+    compilers, name = {
+        "cpu": ((os.environ.get("CXX", "g++"), "clang++"), "a C++ compiler for the CPU (g++)"),
+        "cuda": ((os.environ.get("CC", "gcc"), "gcc", "clang"), "a C compiler (gcc)"),
+    }.get(device.type, ((), ""))
+    if not name:
+        return None
+    if not any(map(shutil.which, compilers)):
+        return name
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    return None if header.is_file() else f"Python's headers ({header} is missing; install the package python3-dev)"
+
+
+def problem_with_compiling(device: torch.device) -> str | None:
+    """Compile a small function. Return None if this works, else what is missing, or the error's first line."""
+    if missing := missing_to_compile(device):
+        return f"torch.compile needs {missing}"
+    x = torch.ones(64, device=device)
+    try:
+        torch.compile(lambda x: x.sin().cumsum(0) + x)(x)
+    except Exception as error:  # torch documents no class for the errors of compilers
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        return f"torch.compile fails ({type(error).__name__}: {first_line}); trainer.compile=true shows the whole error"
     return None
 
 

@@ -32,6 +32,7 @@ from protlig_dd.training.packs import training_packs
 MANY_EPOCHS = 100  # more epochs give a warning; UniRef50 models train for a few epochs
 MFU = 0.4  # assumed FLOP/s of training, as a fraction of the FLOP/s of matrix products alone
 H100_FLOPS = 989e12  # dense bf16
+LONG_RUN_FLOPS = 2e15  # about an hour on 2 CPU cores with bf16; compiling takes half a minute and saves about a tenth
 TOKENS = 128  # size of the smaller of two packs; activations are counted in both (see `activation_bytes`)
 
 
@@ -205,6 +206,23 @@ def plan(
         "peak_flops": peak,
         "seconds": steps * step_tokens * flops / (MFU * peak * devices),
     }
+
+
+def is_worth_compiling(config: TrainConfig, store: StoreGroup) -> bool:
+    """Whether a run on a CPU takes so many FLOPs that compiling its network saves time.
+
+    The answer depends on the config and the data alone, so a resumed run computes with the same code as before.
+    """
+    with torch.device("meta"):
+        model = build_model(config.model, "sdpa", config.time_conditioning)
+    length = config.data.max_len + 2
+    tokens: float
+    if config.trainer.max_steps is not None:
+        tokens = config.trainer.max_steps * config.optim.packs_per_step * config.data.tokens_per_pack
+    else:
+        assert config.trainer.epochs is not None  # check_train_config requires exactly one of the two
+        tokens = config.trainer.epochs * int(store.token_counts[0].sum())
+    return tokens * model.training_flops([length]) / length >= LONG_RUN_FLOPS
 
 
 def warning_of_epochs(epochs: float, sequences: int) -> str | None:

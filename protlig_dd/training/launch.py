@@ -22,9 +22,8 @@ from protlig_dd.data.prepare.bundled import bundled_store
 from protlig_dd.data.store import SequenceStore, StoreGroup
 from protlig_dd.evaluation.report.page import write_run_page
 from protlig_dd.evaluation.report.run import PAGE
-from protlig_dd.model.mixers.attention import check_backend, resolve_attention_backend
-from protlig_dd.runs.metrics import import_wandb
-from protlig_dd.system.device import missing_to_compile, resolve_compile, resolve_device, resolve_precision
+from protlig_dd.model.mixers.attention import check_backend
+from protlig_dd.system.device import resolve_device, resolve_precision
 from protlig_dd.system.distributed import (
     OtherRankError,
     Processes,
@@ -49,6 +48,7 @@ from protlig_dd.system.signals import STOPPED, Stopped, StopRequests, seconds_of
 from protlig_dd.system.terminal import announce, console
 from protlig_dd.training.context import Resolved, RunContext, RunFolder
 from protlig_dd.training.cost import print_plan, with_available_data
+from protlig_dd.training.machine import compiles_on_cpu, resolve_machine
 from protlig_dd.training.resume import is_continued, move_aside, open_run_folder, seconds_left, shares_launcher
 
 UNIREF50 = Path("data/uniref50.h5")
@@ -149,6 +149,7 @@ def opened_run(
         ValueError: a problem with the machine, the data or the run folder, or a difference between the ranks.
     """
     processes = processes_from_environment()
+    count_processes(config)
     resolved, device = resolve_machine(config, processes)
     with contextlib.ExitStack() as stack:
         patience = PATIENCE if processes.world_size > 1 else 0.0
@@ -163,6 +164,8 @@ def opened_run(
         if isinstance(store, ClusterGroup):
             members = store.members
             resolved = replace(resolved, members_path=str(members.path), members_fingerprint=members.fingerprint)
+        if config.trainer.compile == "auto" and device.type == "cpu":
+            resolved = replace(resolved, compiled=compiles_on_cpu(config, store, processes))
         meeting = meeting_of(processes)
         meeting.agree(facts_to_compare(config, resolved), config.trainer.timeout)
         join_group(processes, device, config.trainer.timeout, meeting.store)
@@ -217,34 +220,6 @@ def opened_run(
             ):
                 write_atomic(path / STOPPED, json.dumps({"reason": stopped.reason, "when": stopped.when}) + "\n")
             raise
-
-
-def resolve_machine(config: TrainConfig, processes: Processes) -> tuple[Resolved, torch.device]:
-    """Return the device, precision and kernels of this process.
-
-    In the returned `Resolved`, `data_path` and `data_fingerprint` are still empty.
-
-    Raises:
-        ValueError: this machine does not support the requested device, precision or kernel, or wandb is requested but
-            not installed.
-    """
-    count_processes(config)
-    device = resolve_device(config.trainer.device, processes.local_rank)
-    if processes.world_size > 1 and device.type == "cuda" and config.trainer.device not in ("auto", "cuda"):
-        raise ValueError(
-            f"trainer.device={config.trainer.device} with {processes.world_size} processes: use auto or cuda"
-        )
-    precision = resolve_precision(config.trainer.precision, device)
-    network = config.model
-    backend = resolve_attention_backend(
-        network.attention_backend, device, precision, network.head_dim, network.positions
-    )
-    compiled = resolve_compile(config.trainer.compile, device)
-    if config.trainer.compile == "auto" and device.type == "cuda" and not compiled:
-        announce(f"not compiled: torch.compile needs {missing_to_compile(device)}", processes)
-    if config.logger.wandb_project:
-        import_wandb()
-    return Resolved(str(device), precision, backend, compiled, processes.world_size, "", ""), device
 
 
 def config_and_time_left(

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
-import xxhash
 
+from protlig_dd.data.datasets import write_dataset
 from protlig_dd.data.encode import hash_ids
-from protlig_dd.data.members import FORMAT_VERSION, Members, fingerprint_of
+from protlig_dd.data.members import COLUMNS, FORMAT_VERSION, Members, fingerprint_of
 from protlig_dd.data.prepare.output import output_errors
 from protlig_dd.data.prepare.read import NoProgress, Progress
 from protlig_dd.data.prepare.table import Table
@@ -217,8 +217,7 @@ def write_members(
     # since format 1.8, HDF5 checksums its own metadata
     with h5py.File(path, "w", libver=("v108", "v108"), locking=False) as file:
         for name, values in (("offsets", offsets), ("rows", rows), ("manifest", text)):
-            checksums[name] = xxhash.xxh3_128_hexdigest(values.data)
-            file.create_dataset(name, data=values).attrs["xxh3"] = np.bytes_(checksums[name])
+            checksums[name] = write_dataset(file, name, COLUMNS[name], len(values), [values])
         fingerprint = fingerprint_of(checksums, identity["clusters"], identity["members"])
         for name, value in {**identity, "fingerprint": fingerprint}.items():
             file.attrs[name] = np.bytes_(value.encode())

@@ -8,8 +8,8 @@ from typing import Any
 
 import h5py
 import numpy as np
-import xxhash
 
+from protlig_dd.data.datasets import write_dataset
 from protlig_dd.data.prepare.case import FOLD, kept_case
 from protlig_dd.data.prepare.counts import Rows, count_rows
 from protlig_dd.data.prepare.spool import Spool, offsets_of, piece_bounds, select_rows
@@ -94,27 +94,13 @@ def write_columns(
             written in this order.
         manifest: returns the manifest; called after the columns have been written.
     """
-    checksums: dict[str, str] = {}
-
-    def write(name: str, size: int, blocks: Iterable[np.ndarray]) -> None:
-        dataset = file.create_dataset(name, shape=(size,), dtype=COLUMNS[name])
-        digest, start = xxhash.xxh3_128(), 0
-        for block in blocks:
-            dataset[start : start + len(block)] = block
-            digest.update(block.data)
-            start += len(block)
-        if start != size:
-            raise ValueError(f"{path}: {start} values of {name}, expected {size}")
-        checksums[name] = digest.hexdigest()
-        # np.bytes_ has a fixed length; the checksums of HDF5's metadata do not cover variable-length text
-        dataset.attrs["xxh3"] = np.bytes_(checksums[name])
-
     # since format 1.8, HDF5 checksums its own metadata
     with h5py.File(path, "w", libver=("v108", "v108"), locking=False) as file:
-        for name, (size, blocks) in columns.items():
-            write(name, size, blocks)
+        checksums = {
+            name: write_dataset(file, name, COLUMNS[name], size, blocks) for name, (size, blocks) in columns.items()
+        }
         text = np.frombuffer(json.dumps(manifest()).encode(), np.uint8)
-        write("manifest", len(text), [text])
+        checksums["manifest"] = write_dataset(file, "manifest", COLUMNS["manifest"], len(text), [text])
         file.attrs["format_version"] = FORMAT_VERSION
         file.attrs["alphabet"] = np.bytes_(LETTERS)
         file.attrs["fingerprint"] = np.bytes_(fingerprint_of(checksums))
