@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from hypothesis import given
@@ -25,7 +26,8 @@ from protlig_dd.data.prepare.bundled import SAMPLE_FOLDER, bundled_store
 from protlig_dd.data.prepare.counts import count_tokens
 from protlig_dd.data.prepare.duplicates import repeated_rows
 from protlig_dd.data.prepare.filters import Filters, taxa_below
-from protlig_dd.data.prepare.output import manifest_path
+from protlig_dd.data.prepare.output import manifest_path, partial_path
+from protlig_dd.data.prepare.read import NoProgress
 from protlig_dd.data.prepare.splits import Split, hashed_splits
 from protlig_dd.data.store import SPLITS, SequenceStore
 from protlig_dd.tokenizer import LETTERS, ProteinTokenizer
@@ -119,6 +121,34 @@ def test_the_same_input_and_options_give_the_same_bytes(tmp_path: Path) -> None:
     ]
     assert stores[0].header(0) == record[0]
     assert stores[0].fields(0).tax_id == 9605
+
+
+@pytest.mark.parametrize("change", ["nothing", "dropped", "lower case"])
+def test_tokens_are_written_only_once_if_nothing_is_dropped(
+    tmp_path: Path, proteins: list[FastaRecord], change: str
+) -> None:
+    """The store is then the spool's file of tokens, and has the contents of a store that was copied."""
+    records = [(record.id, record.sequence) for record in proteins[:40]]
+    more = {"nothing": [], "dropped": [("again", records[3][1])], "lower case": []}[change]
+    given = [(records[0][0], records[0][1].lower()), *records[1:]] if change == "lower case" else records
+    fasta, output, seen = write_fasta(tmp_path / "a.fasta", *given, *more), tmp_path / "a.h5", set[int]()
+
+    class Watch(NoProgress):
+        def __init__(self, description: str, total: int | None) -> None:
+            if description == "writing":
+                seen.add((partial_path(output) / "tokens").stat().st_ino)
+
+    store = build_store([fasta], output, progress=Watch)
+    assert (output.stat().st_ino in seen) is (change == "nothing")
+    with h5py.File(output) as file:  # HDF5 itself finds the values
+        assert file["tokens"][:].tobytes() == store.tokens.tobytes()
+        assert file["headers"][:].tobytes().decode() == "".join(id_ for id_, _ in records)
+        assert json.loads(file["manifest"][:].tobytes()) == store.manifest
+    assert [decode(store[row]) for row in range(len(store))] == [sequence for _, sequence in records]
+    store.verify()
+    copied = build_store([write_fasta(tmp_path / "b.fasta", *records, ("b", records[9][1]))], tmp_path / "b.h5")
+    assert store.fingerprint == copied.fingerprint
+    assert not list(tmp_path.glob("*layout*"))
 
 
 def test_gzip_stdin_and_several_files_give_the_same_contents(tmp_path: Path, warm: Server) -> None:
@@ -255,7 +285,7 @@ def test_sequences_that_share_half_a_hash_are_not_duplicates(tmp_path: Path, mon
 
 def test_no_store_is_written_if_the_spool_lost_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def truncate_tokens(spooled: spool.Spool, *others: object, **options: object) -> np.ndarray:
-        os.truncate(spooled.path("tokens"), spooled.size("tokens") - 3)
+        os.truncate(spooled.path("tokens"), spooled.path("tokens").stat().st_size - 3)
         return original(spooled, *others, **options)
 
     original = build.kept_rows

@@ -13,10 +13,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from protlig_dd.batch import PackedBatch, StaticShape
+from protlig_dd.model import block as block_module
+from protlig_dd.model import layers
 from protlig_dd.model.config import ModelConfig
 from protlig_dd.model.dit import CPU_MULTIPLE, DiT, drop_masked
 from protlig_dd.model.kernels import per_token
-from protlig_dd.model.layers import MLP, RMSNorm, make_norm
+from protlig_dd.model.layers import MLP, RMSNorm, make_norm, modulate
 from protlig_dd.model.mixers import MIXERS
 from protlig_dd.model.mixers.attention import Attention
 from protlig_dd.model.rotary import rotary_cos_sin
@@ -416,6 +418,23 @@ def test_without_time_conditioning_sigma_is_ignored() -> None:
     model = make_model(time_conditioning=False)
     assert torch.equal(model(batch, torch.zeros(2)), model(batch, torch.tensor([1.0, 4.0])))
     assert not [name for name, _ in model.named_parameters() if "adaln" in name or "sigma" in name]
+
+
+def test_only_the_final_norm_is_modulated_in_float32_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, dtypes = make_model(), []
+
+    def recorded(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        out = modulate(x, shift, scale)
+        dtypes.append(out.dtype)
+        return out
+
+    for module in (block_module, layers):
+        monkeypatch.setattr(module, "modulate", recorded)
+    for autocast in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            model(random_batch([7, 12]), torch.ones(2))
+    blocks = [torch.bfloat16] * 2 * len(model.blocks)
+    assert dtypes == [*blocks, torch.float32] + [torch.float32] * (len(blocks) + 1)
 
 
 @pytest.mark.gpu

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from protlig_dd import __version__
+from protlig_dd.data.datasets import first_offset
 from protlig_dd.data.fasta import STDIN, FastaFile
 from protlig_dd.data.mmseqs import mmseqs_version
 from protlig_dd.data.prepare.case import repeats_in_other_case
@@ -88,7 +89,7 @@ def build_store(
     with output_errors(output), partial_folder(output) as folder, Workers(workers) as pool:
         if output.exists():  # another process has just finished the output
             raise output_exists(output)
-        spool = Spool(folder)
+        spool = Spool(folder, first_offset())
         sizes = [file.path.stat().st_size if file.path is not None and file.path.is_file() else None for file in files]
         with progress("reading", None if None in sizes else sum(size for size in sizes if size)) as bar:
             for file in files:

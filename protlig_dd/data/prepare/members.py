@@ -10,7 +10,6 @@ million clusters and 190 million members this is 5.6 GB.
 """
 
 import itertools
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 
-from protlig_dd.data.datasets import write_dataset
+from protlig_dd.data.datasets import write_datasets, write_manifest
 from protlig_dd.data.encode import hash_ids
 from protlig_dd.data.members import COLUMNS, FORMAT_VERSION, Members, fingerprint_of
 from protlig_dd.data.prepare.output import output_errors
@@ -212,13 +211,13 @@ def write_members(
     Args:
         identity: the attributes `clusters`, `members` and `store`.
     """
-    checksums: dict[str, str] = {}
-    text = np.frombuffer(json.dumps(manifest).encode(), np.uint8)
-    # since format 1.8, HDF5 checksums its own metadata
-    with h5py.File(path, "w", libver=("v108", "v108"), locking=False) as file:
-        for name, values in (("offsets", offsets), ("rows", rows), ("manifest", text)):
-            checksums[name] = write_dataset(file, name, COLUMNS[name], len(values), [values])
+
+    def finish(file: h5py.File, checksums: dict[str, str]) -> None:
+        checksums = {**checksums, "manifest": write_manifest(file, manifest)}
         fingerprint = fingerprint_of(checksums, identity["clusters"], identity["members"])
         for name, value in {**identity, "fingerprint": fingerprint}.items():
             file.attrs[name] = np.bytes_(value.encode())
         file.attrs["members_version"] = FORMAT_VERSION
+
+    columns = {"offsets": offsets, "rows": rows}
+    write_datasets(path, {name: (COLUMNS[name], len(values), [values]) for name, values in columns.items()}, finish)

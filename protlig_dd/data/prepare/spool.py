@@ -18,11 +18,17 @@ class Spool:
     """Columns stored as files in a folder. All rows are appended, then the files are closed and read back.
 
     parse.py describes the columns.
+
+    Args:
+        start: position of the first token in the file of tokens. If it is `first_offset()`, this file can become the
+            store (see write.py).
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, start: int = 0) -> None:
         self.folder, self.rows = folder, 0
+        self.starts = {"tokens": start}
         self.files: dict[str, BinaryIO] = {name: self.path(name).open("wb") for name in COLUMNS}
+        self.files["tokens"].seek(start)
 
     def path(self, name: str) -> Path:
         return self.folder / name
@@ -43,7 +49,7 @@ class Spool:
 
     def size(self, name: str) -> int:
         """Return the size of a column in bytes."""
-        return self.path(name).stat().st_size
+        return max(0, self.path(name).stat().st_size - self.starts.get(name, 0))
 
     def load(self, name: str) -> np.ndarray:
         """Return all values of a column of numbers."""
@@ -56,6 +62,7 @@ class Spool:
         """
         buffer = np.empty(COPY_BYTES, np.uint8)
         with self.path(name).open("rb") as file:
+            file.seek(self.starts.get(name, 0))
             for first, end, _, size in piece_bounds(lengths):
                 if size > len(buffer):
                     buffer = np.empty(size, np.uint8)

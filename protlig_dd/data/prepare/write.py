@@ -1,6 +1,5 @@
 """Write a store from a spool."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from protlig_dd.data.datasets import write_dataset
+from protlig_dd.data.datasets import write_datasets, write_manifest
 from protlig_dd.data.prepare.case import FOLD, kept_case
 from protlig_dd.data.prepare.counts import Rows, count_rows
 from protlig_dd.data.prepare.spool import Spool, offsets_of, piece_bounds, select_rows
@@ -31,6 +30,9 @@ def write_store(
 ) -> None:
     """Write a store of the kept rows.
 
+    If no row is dropped, and no letter is lower-case, the spool's file of tokens becomes the store. Tokens are then
+    written only once.
+
     The manifest is `source` plus statistics of the splits. If the store keeps the case of letters, the manifest also
     has statistics of upper-case and lower-case letters.
     """
@@ -44,7 +46,7 @@ def write_store(
 
     def rows() -> Iterator[Rows]:
         for first, end, start, _ in piece_bounds(lengths):
-            yield Rows(spool.path("tokens"), start, lengths[first:end], groups[first:end])
+            yield Rows(spool.path("tokens"), spool.starts["tokens"] + start, lengths[first:end], groups[first:end])
 
     def tokens() -> Iterator[np.ndarray]:
         # no workers are running if the input was small
@@ -63,10 +65,11 @@ def write_store(
             on_bytes(len(block))
             yield select_rows(block, header_lengths[first:end], keep[first:end])
 
-    n = int(keep.sum())
+    n, in_place = int(keep.sum()), bool(keep.all()) and not has_lower_case
+    file = spool.path("tokens") if in_place else path
     totals = [int(column.sum(where=keep, dtype=np.int64)) for column in (lengths, header_lengths)]
     write_columns(
-        path,
+        file,
         {
             "tokens": (totals[0], tokens()),
             "offsets": (n + 1, offsets_of(lengths, keep)),
@@ -81,11 +84,17 @@ def write_store(
             | {"splits": _describe_splits(lengths, keep, splits, token_counts), "length_bin": LENGTH_BIN}
             | (case.describe() if case is not None else {})
         ),
+        present="tokens" if in_place else None,
     )
+    file.replace(path)
 
 
 def write_columns(
-    path: Path, columns: dict[str, tuple[int, Iterable[np.ndarray]]], manifest: Callable[[], dict[str, Any]]
+    path: Path,
+    columns: dict[str, tuple[int, Iterable[np.ndarray]]],
+    manifest: Callable[[], dict[str, Any]],
+    *,
+    present: str | None = None,
 ) -> None:
     """Write a store's datasets.
 
@@ -93,17 +102,21 @@ def write_columns(
         columns: {name: (size, consecutive blocks of values)} of every dataset except the manifest. Datasets are
             written in this order.
         manifest: returns the manifest; called after the columns have been written.
+        present: the first dataset, if the file already has its values (see `write_datasets`).
     """
-    # since format 1.8, HDF5 checksums its own metadata
-    with h5py.File(path, "w", libver=("v108", "v108"), locking=False) as file:
-        checksums = {
-            name: write_dataset(file, name, COLUMNS[name], size, blocks) for name, (size, blocks) in columns.items()
-        }
-        text = np.frombuffer(json.dumps(manifest()).encode(), np.uint8)
-        checksums["manifest"] = write_dataset(file, "manifest", COLUMNS["manifest"], len(text), [text])
+
+    def finish(file: h5py.File, checksums: dict[str, str]) -> None:
+        write_manifest(file, manifest())
         file.attrs["format_version"] = FORMAT_VERSION
         file.attrs["alphabet"] = np.bytes_(LETTERS)
         file.attrs["fingerprint"] = np.bytes_(fingerprint_of(checksums))
+
+    write_datasets(
+        path,
+        {name: (COLUMNS[name], size, blocks) for name, (size, blocks) in columns.items()},
+        finish,
+        present=present,
+    )
 
 
 def _describe_splits(
