@@ -59,9 +59,10 @@ GROUPS = (
     ),
     Group(
         "compiler",
-        "a compiled run has the same losses as an eager run, and compiles only once for packs of all sizes",
+        "a compiled run has the same losses as an eager run, and compiles only once for packs of all sizes; a long run "
+        "on a CPU is compiled, and resumes bit-identically",
         ("test_training", "test_lora"),
-        ("test_a_compiled_run",),
+        ("test_a_compiled_run", "test_a_long_run_on_a_cpu"),
     ),
     Group(
         "fault campaign",

@@ -11,8 +11,6 @@ that the store is in the page cache. The loader's rate is compared with the rate
 """
 
 import argparse
-import gzip
-import itertools
 import json
 import os
 import shutil
@@ -31,7 +29,6 @@ import torch
 from protlig_dd.config.components import build_model
 from protlig_dd.config.read import read_config
 from protlig_dd.config.train import TrainConfig
-from protlig_dd.data.fasta import read_fasta
 from protlig_dd.data.loader import PackDataset, pack_loader
 from protlig_dd.data.member_packs import MemberDataset
 from protlig_dd.data.members import ClusterGroup, Members
@@ -39,11 +36,10 @@ from protlig_dd.data.packing import total_tokens
 from protlig_dd.data.prepare.bundled import SAMPLE_FOLDER
 from protlig_dd.data.rows import SplitRows
 from protlig_dd.data.store import SequenceStore, StoreGroup
-from protlig_dd.system.files import sha256
 from protlig_dd.system.terminal import ProgressBar
-from protlig_dd.system.workers import count_workers
 from protlig_dd.training.cost import H100_FLOPS, MFU
 from scripts.benchmarks.measure import measured
+from scripts.benchmarks.prepare import make_fasta, prepare
 from scripts.benchmarks.synthetic import write_store_of_lengths
 from scripts.benchmarks.tables import table
 from scripts.benchmarks.variants import composed
@@ -52,109 +48,6 @@ UNIREF50_CLUSTERS = 70_198_728
 MAX_LEN, BUDGET, PACKS_PER_STEP = 1024, 32_768, 16
 GPUS = 8
 MEMBERS_PER_CLUSTER = 2.7  # as of UniRef90 members in UniRef50 clusters
-
-
-def make_fasta(proteins: Path, path: Path, size: int) -> None:
-    """Write the proteins repeatedly, until the FASTA file `path` has at least `size` bytes.
-
-    Every repeat permutes the ids and rotates the sequences.
-    """
-    records = list(read_fasta(proteins))
-    rng = np.random.default_rng(0)
-    with path.open("w") as file, ProgressBar("writing FASTA", size >> 20) as bar:
-        for rotation in itertools.count():
-            if (written := file.tell()) >= size:
-                return
-            bar.advance((written >> 20) - bar.done)
-            for record, other in zip(records, rng.permutation(len(records)).tolist(), strict=True):
-                shift = rotation % len(record.sequence)
-                sequence = record.sequence[shift:] + record.sequence[:shift]
-                file.write(f">{records[other].id}_{rotation}\n")
-                file.writelines(f"{sequence[i : i + 60]}\n" for i in range(0, len(sequence), 60))
-
-
-PREPARE = """
-import json, os, sys
-from pathlib import Path
-from protlig_dd.data.prepare.build import Split, build_store
-store = build_store([Path({input!r})], Path({output!r}), split=Split(0.01, 0.01), workers={workers})
-print(json.dumps({{"sequences": len(store), "residues": int(store.lengths[:].sum())}}))
-"""
-
-
-def prepare(folder: Path, fasta: Path, repeats: int) -> Path:
-    """Time `prepare` on the plain and on the gzipped FASTA file, with workers=1 and workers=auto, alternately.
-
-    Return the path of the store.
-    """
-    zipped = fasta.with_suffix(".fasta.gz")
-    if not zipped.exists():
-        with fasta.open("rb") as source, gzip.open(zipped, "wb", compresslevel=6) as target:
-            shutil.copyfileobj(source, target, 1 << 24)
-    size, auto = fasta.stat().st_size, count_workers("auto")
-    numbers = {"1": 1, f"auto, {auto}": auto}
-    found: dict[tuple[Path, str], list[dict[str, Any]]] = {(file, n): [] for file in (fasta, zipped) for n in numbers}
-    store = folder / "store.h5"
-    with ProgressBar("prepare", len(found) * repeats) as bar:
-        for _ in range(repeats):
-            for (file, name), runs in found.items():
-                for old in folder.glob("store.h5*"):
-                    old.unlink()
-                before = hashing_rate(fasta)
-                code = PREPARE.format(input=str(file), output=str(store), workers=numbers[name])
-                runs.append(measured(code, folder))
-                runs[-1]["hashing"] = (before + hashing_rate(fasta)) / 2
-                bar.advance()
-    rows = []
-    for (file, name), runs in found.items():
-        limit = 500e6 + 40 * runs[0]["sequences"]
-        peak = max(run["peak"] for run in runs)
-        rows.append(
-            [
-                "plain" if file == fasta else "gzipped",
-                name,
-                f"{file.stat().st_size / 1e6:,.0f}",
-                f"{runs[0]['sequences']:,}",
-                spread([size / run["cpu"] / 1e6 for run in runs]),
-                spread([run["hashing"] / 1e6 for run in runs]),
-                f"{statistics.median(size / run['wall'] for run in runs) / 1e6:.0f}",
-                spread([alone["wall"] / run["wall"] for alone, run in zip(found[file, "1"], runs, strict=True)], 2),
-                f"{peak / 1e6:.0f}",
-                f"{limit / 1e6:.0f}",
-            ]
-        )
-    print(
-        f"\nPrepare of {size / 1e6:,.0f} MB of FASTA, median (and range) of {repeats} runs. It includes SHA-256 of the "
-        "input, which is also timed alone before and after each run, as a measure of the machine's speed. The times of "
-        "one run with `workers=1` and one run with `workers=auto` give the speed-up\n"
-    )
-    table(
-        [
-            "input",
-            "workers",
-            "MB read",
-            "sequences",
-            "MB of FASTA per CPU second",
-            "SHA-256 alone",
-            "MB per second",
-            "speed-up",
-            "peak MB",
-            "500 MB + 40 bytes per sequence",
-        ],
-        rows,
-    )
-    return store
-
-
-def hashing_rate(file: Path) -> float:
-    """Return how many bytes SHA-256 hashes per CPU second."""
-    began = time.process_time()
-    sha256(file)
-    return file.stat().st_size / (time.process_time() - began)
-
-
-def spread(values: list[float], digits: int = 0) -> str:
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def plan_once(path: str, step: int) -> None:
@@ -195,7 +88,6 @@ def plan(folder: Path, store: SequenceStore, sequences: int) -> None:
     last = total_tokens(lengths, np.arange(sequences, dtype=np.uint32), MAX_LEN) // BUDGET // PACKS_PER_STEP
     rows = []
     os.environ["TMPDIR"] = str(folder)
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     steps = (0, last // 2, 10 * last)
     with ProgressBar("plan", len(steps)) as bar:
         for step in steps:

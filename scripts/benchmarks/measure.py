@@ -22,7 +22,11 @@ def measured(code: str, folder: Path) -> dict[str, Any]:
     began, before = time.perf_counter(), os.times()
     # VmHWM is the peak memory of the process; ru_maxrss can be that of the parent, because a new process inherits it
     code += "\nprint(open('/proc/self/status').read().partition('VmHWM:')[2].split()[0])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
+    # the code may import this package from any folder
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"benchmark: {done.stderr.strip().splitlines()[-1]}")
     after = os.times()

@@ -285,7 +285,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="benchmarks.") as name:
         folder = Path(name).resolve()
         os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
         records = list(read_fasta(arguments.fasta))
         if arguments.sequences:
             lengths = np.array([len(record.sequence) for record in records])
