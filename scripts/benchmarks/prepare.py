@@ -2,7 +2,6 @@
 
 import gzip
 import itertools
-import json
 import shutil
 import statistics
 import time
@@ -12,9 +11,6 @@ from typing import Any
 import numpy as np
 
 from protlig_dd.data.fasta import read_fasta
-from protlig_dd.data.prepare.build import build_store
-from protlig_dd.data.prepare.read import NoProgress
-from protlig_dd.data.prepare.splits import Split
 from protlig_dd.system.files import sha256
 from protlig_dd.system.terminal import ProgressBar
 from protlig_dd.system.workers import count_workers
@@ -41,25 +37,8 @@ def make_fasta(proteins: Path, path: Path, size: int) -> None:
                 file.writelines(f"{sequence[i : i + 60]}\n" for i in range(0, len(sequence), 60))
 
 
-def timed_build(fasta: str, output: str, workers: int) -> None:
-    """Build a store, and print as JSON its size and the seconds of each part of the work."""
-    began, seconds = time.perf_counter(), {"reading": 0.0, "writing": 0.0}
-
-    class Timer(NoProgress):
-        def __init__(self, description: str, total: int | None) -> None:
-            self.description, self.began = description, time.perf_counter()
-
-        def __exit__(self, *exception: object) -> None:
-            seconds[self.description] += time.perf_counter() - self.began
-
-    store = build_store([fasta], Path(output), split=Split(0.01, 0.01), workers=workers, progress=Timer)
-    others = time.perf_counter() - began - sum(seconds.values())
-    size = {"sequences": len(store), "residues": int(store.lengths[:].sum())}
-    print(json.dumps({**size, **seconds, "others": others}))
-
-
 PREPARE = """
-from scripts.benchmarks.prepare import timed_build
+from scripts.benchmarks.build import timed_build
 timed_build({input!r}, {output!r}, {workers})
 """
 
