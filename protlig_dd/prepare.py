@@ -38,6 +38,8 @@ def prepare(cfg: DictConfig) -> None:
     if (config.inspect is None) == (config.input is None):
         raise ValueError("give either input=... (to write a store) or inspect=... (to describe a store)")
     if config.inspect is not None:
+        if config.output is not None:
+            raise ValueError(f"inspect={config.inspect} writes nothing: leave out output={config.output}")
         if is_members_file(config.inspect):
             inspect_members(Members(config.inspect))
         else:

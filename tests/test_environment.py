@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 import sysconfig
@@ -6,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from protlig_dd.system import device as device_module
 from protlig_dd.system.device import (
     describe_environment,
     matmul_peak,
@@ -54,6 +56,7 @@ def test_a_single_process_sets_its_current_gpu(monkeypatch: pytest.MonkeyPatch) 
 def test_compile_auto_is_false_on_a_gpu_machine_that_cannot_compile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(device_module, "CHECKS_SHAPES", False)
     cuda = torch.device("cuda:0")
     compiler = tmp_path / "bin/gcc"
     compiler.parent.mkdir()
@@ -78,20 +81,27 @@ def test_compile_auto_is_false_on_a_gpu_machine_that_cannot_compile(
 def test_a_compiler_that_does_not_work_is_found_before_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(device_module, "CHECKS_SHAPES", False)
     compiler, header, cpu = tmp_path / "c++", tmp_path / "Python.h", torch.device("cpu")
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr(sysconfig, "get_paths", lambda *arguments, **options: {"include": str(tmp_path)})
     assert problem_with_compiling(cpu) == "torch.compile needs a C++ compiler for the CPU (g++)"
-    compiler.write_text("#!/bin/sh\nexit 1\n")
+    error = "echo 'a.cpp:1: fatal error: omp.h: No such file' >&2; exit 1"
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in *--version*) echo "g++ 13" ;; *) {error} ;; esac\n')
     compiler.chmod(0o755)
     assert str(problem_with_compiling(cpu)).startswith(f"torch.compile needs Python's headers ({header} is missing")
     header.touch()
     problem = str(problem_with_compiling(cpu))
-    assert problem.startswith("torch.compile fails (")
+    assert re.match(r"torch.compile fails \(\w+: a.cpp:1: fatal error: omp.h: No such file\)", problem)
     assert problem.endswith("); trainer.compile=true shows the whole error")
     assert "\n" not in problem
+    monkeypatch.setattr(device_module, "CHECKS_SHAPES", True)
+    assert str(problem_with_compiling(cpu)).endswith("that PROTLIG_TYPECHECK=1 adds")
+    assert not resolve_compile("auto", torch.device("cuda"))
+    with pytest.raises(ValueError, match=r"trainer.compile=true: .* PROTLIG_TYPECHECK=1 adds; unset it, or use"):
+        resolve_compile(True, cpu)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -195,12 +195,13 @@ def test_a_member_in_two_clusters_is_an_error_that_names_the_line(families: Fami
     clusters, store = families.clusters, families.store
     lines = [f"{clusters.id(i)}\t{store.id(i)}" for i in range(20)]
     other = f"{clusters.id(30)}\t{store.id(7)}"
-    message = rf"{re.escape(store.id(7))} is in the cluster .*, but also in .*; a member may be in one cluster only"
+    message = rf"{re.escape(store.id(7))} is in the cluster {re.escape(clusters.id(30))}, but also in "
+    message += rf"{re.escape(clusters.id(7))}; a member may be in one cluster only"
     for block in (1, 1 << 20):  # in blocks of a line, and in one block
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(table_module, "BLOCK_BYTES", block)
             (tmp_path / "table").write_text("\n".join([*lines, "", other]))
-            with pytest.raises(ValueError, match=rf"line {22 if block == 1 else 8}: the member {message}"):
+            with pytest.raises(ValueError, match=rf"line 22: the member {message}"):
                 build_members(clusters, store, str(tmp_path / "table"), str(tmp_path / "a.h5"))
 
 
@@ -211,6 +212,7 @@ def test_a_member_in_two_clusters_is_an_error_that_names_the_line(families: Fami
         (b"a\tb\n\nc\td\te\n", r"line 3: expected .*, got 'c\\td\\te'"),
         (b"a\tb\nc\t\n", r"line 2: expected .*, got 'c\\t'"),
         (b"a\nb\tc\td\n", r"line 1: expected .*, got 'a'"),
+        (b"\t\na\tb\n", r"line 1: expected .*, got '\\t'"),
         (b"", r"table: the table is empty"),
         (b"\n\n", r"table: the table is empty"),
         (gzip.compress(b"a\tb\n" * 99, mtime=0)[:-9], r"truncated or damaged gzip after line \d+"),

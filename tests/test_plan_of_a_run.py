@@ -14,6 +14,7 @@ from protlig_dd.config.components import build_model
 from protlig_dd.config.train import TrainConfig
 from protlig_dd.data.store import SequenceStore, StoreGroup
 from protlig_dd.model.mixers import MIXERS
+from protlig_dd.model.mixers.matmul import LONGEST
 from protlig_dd.model.positions import POSITIONS
 from protlig_dd.training.cost import (
     LONG_RUN_FLOPS,
@@ -129,6 +130,14 @@ def test_the_plan_counts_the_attention_weights_that_matmul_keeps() -> None:
         weights = 2 * sum(parameter.numel() for parameter in build_model(config.model, "sdpa", False).parameters())
         assert saved - weights == pytest.approx(sum(lengths) * estimates[max_len], rel=0.05)
     assert estimates[510] > 1.1 * estimates[62]
+
+
+def test_matmul_is_counted_in_packs_of_the_longest_proteins_whose_weights_it_keeps() -> None:
+    kept = [
+        activation_bytes(config_of("model.n_blocks=1", f"data.max_len={length}"), "bf16", "matmul")
+        for length in (LONGEST - 2, LONGEST - 1, 2 * LONGEST)
+    ]
+    assert kept[0] == kept[1] == kept[2]
 
 
 @pytest.mark.slow

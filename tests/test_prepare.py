@@ -188,6 +188,7 @@ def test_an_empty_training_split_is_an_error(
 
 def test_wrong_arguments_are_one_line_errors(run_python: Command, tmp_path: Path) -> None:
     assert_one_line_error(run_python(*PREPARE), "give either input=", "inspect=")
+    assert_one_line_error(run_python(*PREPARE, "inspect=a.h5", "output=b.h5"), "leave out output=b.h5")
     assert_one_line_error(run_python(*PREPARE, "input=a"), "output=")
     assert_one_line_error(run_python(*PREPARE, "input=a", "b.fasta"), "'b.fasta'", "key=[a,b]")
     assert_one_line_error(run_python(*PREPARE, "input=a", "filter.taxa=5"), "filter.taxa: give a list: [a]")

@@ -190,6 +190,23 @@ def test_columns_read_in_blocks_of_any_size_are_complete(store: SequenceStore, m
             assert found.split(name).tolist() == np.flatnonzero(split == number).tolist()
 
 
+def test_wrong_columns_of_a_store_are_errors(tmp_path: Path) -> None:
+    def write(*blocks: np.ndarray, size: int) -> None:
+        datasets.write_datasets(tmp_path / "a.h5", {"x": (np.int64, size, blocks)}, lambda file, checksums: None)
+
+    numbers = np.arange(3)
+    with pytest.raises(ValueError, match=r"a.h5: values of x are int32, expected int64"):
+        write(numbers.astype(np.int32), size=3)
+    for size in (2, 4):
+        with pytest.raises(ValueError, match=rf"a.h5: 3 values of x, expected {size}"):
+            write(numbers, size=size)
+    with pytest.raises(ValueError, match=r"a.h5: HDF5 places x, which has 0 values, at None"):
+        write(size=0)
+    write(numbers[:1], numbers[1:], size=3)
+    with h5py.File(tmp_path / "a.h5") as file:
+        assert file["x"][:].tolist() == [0, 1, 2]
+
+
 def test_the_fingerprint_depends_on_every_column_except_the_manifest(store: SequenceStore) -> None:
     """The fingerprint identifies the contents of a store, whatever options the store was built with."""
     for name in store.checksums:

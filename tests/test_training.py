@@ -733,13 +733,13 @@ def test_a_long_run_on_a_cpu_is_compiled_and_resumes_bit_identically(
 ) -> None:
     require_program("g++")
 
-    def train_until(name: str, step: int, **variables: str) -> str:
+    def train_until(name: str, step: int, steps: int = 20_000_000, checks: str = "0", **variables: str) -> str:
         process = run_python(
             "-m",
             "protlig_dd.training",
-            *overrides_for(store, name, "trainer.max_steps=20000000", f"trainer.stop_at_step={step}"),
+            *overrides_for(store, name, f"trainer.max_steps={steps}", f"trainer.stop_at_step={step}"),
             new=True,
-            PROTLIG_TYPECHECK="0",
+            PROTLIG_TYPECHECK=checks,
             TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"),
             OMP_NUM_THREADS="1",
             **variables,
@@ -754,12 +754,21 @@ def test_a_long_run_on_a_cpu_is_compiled_and_resumes_bit_identically(
     assert_bit_identical(tmp_path / "runs/halves", tmp_path / "runs/whole")
     printed = train_until("eager", 1, PATH=str(tmp_path))
     assert "not compiled: torch.compile needs a C++ compiler for the CPU (g++)" in printed
-    assert json.loads((tmp_path / "runs/eager/environment.json").read_text())["compiled"] is False
+    assert "not compiled: torch.compile cannot compile the checks" in train_until("checked", 1, checks="1")
+    train_until("longer", 1, steps=40)
+    train_until("longer", 2)  # a run that becomes longer goes on as it began
+    for name in ("eager", "checked", "longer"):
+        assert json.loads((tmp_path / f"runs/{name}/environment.json").read_text())["compiled"] is False
 
 
 def test_compiling_without_a_compiler_is_an_error(run_python: Command, store: SequenceStore, tmp_path: Path) -> None:
     process = run_python(
-        "-m", "protlig_dd.training", *overrides_for(store, "none", "trainer.compile=true"), PATH=str(tmp_path)
+        "-m",
+        "protlig_dd.training",
+        *overrides_for(store, "none", "trainer.compile=true"),
+        new=True,
+        PATH=str(tmp_path),
+        PROTLIG_TYPECHECK="0",
     )
     assert_one_line_error(process, "trainer.compile=true", "C++ compiler", "g++")
 

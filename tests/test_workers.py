@@ -41,7 +41,8 @@ def until_error(results: Iterator[Any]) -> tuple[list[Any], str]:
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_results_are_in_the_order_of_the_items(number: int) -> None:
     with Workers(number) as pool:
-        assert list(pool.map(operator.neg, range(20))) == [-i for i in range(20)]
+        items = range(IN_THIS_PROCESS + 12)
+        assert list(pool.map(operator.neg, items)) == [-i for i in items]
         assert list(pool.map(partial(operator.add, 1), range(3))) == [1, 2, 3]
         assert pool.started == (number > 1)
 
@@ -145,6 +146,6 @@ def test_auto_counts_the_cpus_of_this_process(monkeypatch: pytest.MonkeyPatch) -
 def test_a_worker_that_cannot_be_started_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     with Workers(2) as pool:
-        results, error = until_error(pool.map(operator.neg, range(9)))
+        results, error = until_error(pool.map(operator.neg, range(IN_THIS_PROCESS + 1)))
     assert len(results) == IN_THIS_PROCESS
     assert error == "a worker process cannot be started: No such file or directory; set workers=1"

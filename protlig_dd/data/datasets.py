@@ -109,7 +109,8 @@ def write_datasets(
             read, for the checksum.
 
     Raises:
-        ValueError: the blocks of a dataset have more or fewer values than its number.
+        ValueError: a dataset has no values, because HDF5 gives no place to 0 bytes; or its blocks have another dtype,
+            or more or fewer values than its number.
     """
     layout, checksums = path.with_name(f"{path.name}.layout"), {}
     # since format 1.8, HDF5 checksums its own metadata
@@ -117,13 +118,15 @@ def write_datasets(
         h5py.File(layout, "w", libver=("v108", "v108"), locking=False) as file,
         path.open("wb" if present is None else "r+b") as target,
     ):
-        datasets = {name: _create_dataset(file, name, dtype, size) for name, (dtype, size, _) in columns.items()}
-        for name, (_, size, blocks) in columns.items():
+        datasets = {name: create_dataset(file, name, dtype, size) for name, (dtype, size, _) in columns.items()}
+        for name, (dtype, size, blocks) in columns.items():
             digest, count, offset = xxhash.xxh3_128(), 0, datasets[name].id.get_offset()
-            if name == present and offset != first_offset():
-                raise RuntimeError(f"{path}: {name} begins at {first_offset()}, but HDF5 places it at {offset}")
+            if offset is None or (name == present and offset != first_offset()):
+                raise ValueError(f"{path}: HDF5 places {name}, which has {size} values, at {offset}")
             target.seek(offset)
             for block in blocks:
+                if block.dtype != dtype:
+                    raise ValueError(f"{path}: values of {name} are {block.dtype}, expected {np.dtype(dtype)}")
                 if name != present:
                     target.write(block.data)
                 digest.update(block.data)
@@ -155,10 +158,10 @@ def write_manifest(file: h5py.File, manifest: Mapping[str, Any]) -> str:
 def first_offset() -> int:
     """Return the position of the first dataset of a file that `write_datasets` writes."""
     with h5py.File("probe", "w", libver=("v108", "v108"), driver="core", backing_store=False) as file:
-        return int(_create_dataset(file, "first", np.uint8, 1).id.get_offset())
+        return int(create_dataset(file, "first", np.uint8, 1).id.get_offset())
 
 
-def _create_dataset(file: h5py.File, name: str, dtype: Any, size: int) -> h5py.Dataset:
+def create_dataset(file: h5py.File, name: str, dtype: Any, size: int) -> h5py.Dataset:
     """Create a dataset that has a place in the file at once, and is not filled."""
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     properties.set_layout(h5py.h5d.CONTIGUOUS)

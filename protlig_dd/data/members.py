@@ -13,7 +13,6 @@ members. Every dataset is contiguous, so that it can be memory-mapped.
 """
 
 import json
-from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from protlig_dd.data.datasets import check_datasets, map_extent, read_extents
 from protlig_dd.data.draws import random_below
 from protlig_dd.data.lengths import Lengths
 from protlig_dd.data.packing import clipped_tokens
-from protlig_dd.data.store import NOT_A_STORE, ROWS_AT_ONCE, SPLITS, SequenceStore, StoreGroup
+from protlig_dd.data.store import NOT_A_STORE, SPLITS, SequenceStore, StoreGroup
 
 FORMAT_VERSION = 1
 COLUMNS = {"offsets": np.int64, "rows": np.uint32, "manifest": np.uint8}
@@ -212,7 +211,7 @@ class ClusterGroup(StoreGroup):
 class MembersOfSplits(SequenceStore):
     """The store of members, in which each member has the split of its cluster. Rows without a cluster have no split.
 
-    Only `split` and `split_blocks` use these splits; `token_counts` has the counts of the store's own splits.
+    `token_counts` has the counts of the store's own splits.
     """
 
     def __init__(self, group: ClusterGroup) -> None:
@@ -222,14 +221,13 @@ class MembersOfSplits(SequenceStore):
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.group,)
 
-    def split_blocks(self, name: str) -> Iterator[np.ndarray]:
-        if name not in SPLITS:
-            raise ValueError(f"no split {name!r}; choose from {', '.join(SPLITS)}")
-        in_split = np.zeros(len(self), bool)
-        for block in self.group.stores[0].split_blocks(name):
-            in_split[self.group.members.of(block)[0]] = True
-        for start in range(0, len(self), ROWS_AT_ONCE):
-            yield start + np.flatnonzero(in_split[start : start + ROWS_AT_ONCE])
+    @cached_property
+    def _splits(self) -> np.ndarray:
+        splits = np.full(len(self), len(SPLITS), np.uint8)
+        for code, name in enumerate(SPLITS):
+            for block in self.group.stores[0].split_blocks(name):
+                splits[self.group.members.of(block)[0]] = code
+        return splits
 
 
 def is_members_file(path: str) -> bool:

@@ -26,6 +26,8 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
 DEPENDENCIES = ("flash-attn", "numpy", "einops", "hydra-core", "omegaconf", "biopython", "h5py", "safetensors")
 PRECISIONS = ("auto", "bf16", "fp32")
+CHECKS_SHAPES = os.environ.get("PROTLIG_TYPECHECK") == "1"  # see protlig_dd/__init__.py
+UNCHECKED = "torch.compile cannot compile the checks of shapes that PROTLIG_TYPECHECK=1 adds"
 
 
 def resolve_device(name: str, local_rank: int = 0) -> torch.device:
@@ -80,10 +82,12 @@ def resolve_compile(choice: bool | str, device: torch.device) -> bool:
     On a CPU, `auto` depends on the length of the run (see training/cost.py), and this function returns False.
 
     Raises:
-        ValueError: `choice` is true, but this machine lacks something that torch.compile needs.
+        ValueError: `choice` is true, but this machine lacks something that torch.compile needs, or shapes are checked.
     """
     if choice == "auto":
-        return device.type == "cuda" and missing_to_compile(device) is None
+        return device.type == "cuda" and not CHECKS_SHAPES and missing_to_compile(device) is None
+    if choice and CHECKS_SHAPES:
+        raise ValueError(f"trainer.compile=true: {UNCHECKED}; unset it, or use trainer.compile=false")
     if choice and (missing := missing_to_compile(device)):
         raise ValueError(f"trainer.compile=true needs {missing}; install it, or use trainer.compile=false")
     return bool(choice)
@@ -107,16 +111,25 @@ def missing_to_compile(device: torch.device) -> str | None:
     return None if header.is_file() else f"Python's headers ({header} is missing; install the package python3-dev)"
 
 
+def obstacle_to_compiling(device: torch.device) -> str | None:
+    """Return why this process cannot compile, as far as this can be known without compiling; else None."""
+    if CHECKS_SHAPES:
+        return UNCHECKED
+    missing = missing_to_compile(device)
+    return f"torch.compile needs {missing}" if missing else None
+
+
 def problem_with_compiling(device: torch.device) -> str | None:
-    """Compile a small function. Return None if this works, else what is missing, or the error's first line."""
-    if missing := missing_to_compile(device):
-        return f"torch.compile needs {missing}"
+    """Compile a small function. Return None if this works, else what is missing, or the compiler's error in a line."""
+    if problem := obstacle_to_compiling(device):
+        return problem
     x = torch.ones(64, device=device)
     try:
         torch.compile(lambda x: x.sin().cumsum(0) + x)(x)
     except Exception as error:  # torch documents no class for the errors of compilers
-        first_line = (str(error).strip().splitlines() or [""])[0]
-        return f"torch.compile fails ({type(error).__name__}: {first_line}); trainer.compile=true shows the whole error"
+        lines = str(error).strip().splitlines() or [""]
+        cause = next((line.strip() for line in lines if " error: " in line), lines[0])
+        return f"torch.compile fails ({type(error).__name__}: {cause}); trainer.compile=true shows the whole error"
     return None
 
 

@@ -20,6 +20,7 @@ from protlig_dd.data.store import StoreGroup
 from protlig_dd.model.dit import DiT, kinds_of
 from protlig_dd.model.lora import merged_numbers
 from protlig_dd.model.mixers import mixers_of_blocks
+from protlig_dd.model.mixers.matmul import LONGEST
 from protlig_dd.model.positions import POSITIONS
 from protlig_dd.runs.checkpoint import trained_parameters
 from protlig_dd.system.device import matmul_peak
@@ -45,8 +46,9 @@ def activation_bytes(config: TrainConfig, precision: str, backend: str = "sdpa")
     the tensors of one recomputed block, the one that keeps the most.
 
     If the position encoding adds a bias to the attention scores, sdpa keeps numbers for each pair of tokens, and matmul
-    always does. The tensors of attention blocks are then counted in packs of the longest proteins that training reads.
-    Other blocks are counted in small packs, because their bytes are proportional to the number of tokens.
+    does up to LONGEST tokens. The tensors of attention blocks are then counted in packs of the longest such proteins
+    that training reads. Other blocks are counted in small packs, because their bytes are proportional to the number of
+    tokens.
 
     Args:
         backend: the attention backend, sdpa | matmul. The backends for GPUs keep what sdpa keeps without a bias.
@@ -55,7 +57,7 @@ def activation_bytes(config: TrainConfig, precision: str, backend: str = "sdpa")
     # the first block is attention if there is any: a position encoding with a bias needs attention in the network
     first = "attention" if "attention" in mixers else mixers[0]
     others = Counter(mixers) - Counter([first])
-    longest, pairs = config.data.max_len + 2, has_bias(config) or backend == "matmul"
+    longest, pairs = longest_counted(config, backend), has_bias(config) or backend == "matmul"
 
     @cache
     def bytes_per_token(mixers: tuple[str, ...], checkpointing: bool, of_longest: bool) -> float:
@@ -77,6 +79,12 @@ def activation_bytes(config: TrainConfig, precision: str, backend: str = "sdpa")
     if config.model.checkpointing:
         total += max(bytes_of_block(mixer, False) for mixer in {first, *others})
     return total
+
+
+def longest_counted(config: TrainConfig, backend: str) -> int:
+    """Return the tokens of the sequences in whose packs attention is counted: those that need the most memory."""
+    longest = config.data.max_len + 2
+    return min(longest, LONGEST) if backend == "matmul" else longest
 
 
 def has_bias(config: TrainConfig) -> bool:
@@ -209,10 +217,7 @@ def plan(
 
 
 def is_worth_compiling(config: TrainConfig, store: StoreGroup) -> bool:
-    """Whether a run on a CPU takes so many FLOPs that compiling its network saves time.
-
-    The answer depends on the config and the data alone, so a resumed run computes with the same code as before.
-    """
+    """Whether a run on a CPU takes so many FLOPs that compiling its network saves time."""
     with torch.device("meta"):
         model = build_model(config.model, "sdpa", config.time_conditioning)
     length = config.data.max_len + 2
@@ -273,7 +278,8 @@ def print_plan(
     gib = {key: costs[f"{key}_bytes"] / 2**30 for key in ("state", "pack")}
     recomputed = ", recomputed in the backward pass" if config.model.checkpointing else ""
     backend = counted_backend(config, device, precision)
-    longest = f"attention's activations are those of {backend} for proteins of {config.data.max_len:,} residues"
+    residues = longest_counted(config, backend) - 2
+    longest = f"attention's activations are those of {backend} for proteins of {residues:,} residues"
     longest += "; flex keeps less" if has_bias(config) else ""
     trained = f"{three_digits(costs['trained_parameters'] / 1e6)} M are trained ({config.model.lora.description})"
     rows = {

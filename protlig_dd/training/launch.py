@@ -165,7 +165,7 @@ def opened_run(
             members = store.members
             resolved = replace(resolved, members_path=str(members.path), members_fingerprint=members.fingerprint)
         if config.trainer.compile == "auto" and device.type == "cpu":
-            resolved = replace(resolved, compiled=compiles_on_cpu(config, store, processes))
+            resolved = replace(resolved, compiled=compiles_on_cpu(config, path, store, processes))
         meeting = meeting_of(processes)
         meeting.agree(facts_to_compare(config, resolved), config.trainer.timeout)
         join_group(processes, device, config.trainer.timeout, meeting.store)

@@ -1,6 +1,6 @@
 """Benchmark the orders of an epoch, data.order=full and data.order=blocks: what a plan costs, and what steps read.
 
-    python -m scripts.benchmarks.plans                                      a few minutes and 20 GB of disk space
+    python -m scripts.benchmarks.plans                                      20 minutes and 20 GB of disk space
     python -m scripts.benchmarks.plans --sequences 70198728                 without BFD's size
     python -m scripts.benchmarks.plans --fasta swissprot.fasta.gz           the lengths and orders of these proteins
 

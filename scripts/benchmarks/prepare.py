@@ -87,7 +87,8 @@ def prepare(folder: Path, fasta: Path, repeats: int) -> Path:
     print(
         f"\nPrepare of {size / 1e6:,.0f} MB of FASTA, median (and range) of {repeats} runs. It includes SHA-256 of the "
         "input, which is also timed alone before and after each run, as a measure of the machine's speed. The times of "
-        "one run with `workers=1` and one run with `workers=auto` give the speed-up\n"
+        "one run with `workers=1` and one run with `workers=auto` give a speed-up, and the column has the median of "
+        "these, not the quotient of two rows\n"
     )
     table(
         [
@@ -96,7 +97,7 @@ def prepare(folder: Path, fasta: Path, repeats: int) -> Path:
             "MB read",
             "sequences",
             "MB of FASTA per CPU second",
-            "SHA-256 alone",
+            "SHA-256 alone, MB per CPU second",
             "MB per second",
             "speed-up",
             "peak MB",

@@ -6,6 +6,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from protlig_dd.data.datasets import create_dataset
 from protlig_dd.data.prepare.write import write_columns
 from protlig_dd.data.store import COLUMNS, FORMAT_VERSION, SPLITS, SequenceStore
 from protlig_dd.tokenizer import LETTERS, VOCAB_SIZE
@@ -27,19 +28,9 @@ def write_store_of_lengths(path: Path, lengths: np.ndarray, sequences: int) -> S
         "split": sequences,  # zeros: every sequence is in the training split
         "token_counts": len(SPLITS) * VOCAB_SIZE,
     }
-    with h5py.File(path, "w", libver=("v108", "v108")) as file:
+    with h5py.File(path, "w", libver=("v108", "v108"), locking=False) as file:
         for name, size in sizes.items():
-            layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-            layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)  # gives the dataset its place in the file
-            layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-            column = h5py.h5d.create(
-                file.id,
-                name.encode(),
-                h5py.h5t.py_create(np.dtype(COLUMNS[name])),
-                h5py.h5s.create_simple((size,)),
-                layout,
-            )
-            h5py.Dataset(column).attrs["xxh3"] = np.bytes_("0" * 32)
+            create_dataset(file, name, COLUMNS[name], size).attrs["xxh3"] = np.bytes_("0" * 32)
         offsets, start = file["offsets"], 0
         for block in offset_blocks(lengths, sequences):
             offsets[start : start + len(block)] = block

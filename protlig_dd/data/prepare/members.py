@@ -176,9 +176,12 @@ def join(
         other = np.where(after == cluster, before, after)
         if ((other >= 0) & (other != cluster)).any():
             i = int(np.argmax((other >= 0) & (other != cluster)))
+            first, second, line = other[i], cluster[i], i
+            if after[i] != cluster[i]:  # both lines are in this block: report the second one
+                first, second, line = cluster[i], other[i], int(np.flatnonzero(member == member[i])[-1])
             raise ValueError(
-                f"{lines.name}, line {block.numbers[matched][i]}: the member {store.id(member[i])} is in the cluster "
-                f"{clusters.id(cluster[i])}, but also in {clusters.id(other[i])}; a member may be in one cluster only"
+                f"{lines.name}, line {block.numbers[matched][line]}: the member {store.id(member[i])} is in the "
+                f"cluster {clusters.id(second)}, but also in {clusters.id(first)}; a member may be in one cluster only"
             )
     if not counts["matched_lines"]:
         raise ValueError(no_match(lines, clusters, store, counts["lines"], unknown))

@@ -88,7 +88,7 @@ class Table:
         ids = text.replace(b"\n", b"\t").split(b"\t")[:-1]
         if len(separators) % 2 == 0 and (separators.reshape(-1, 2) == list(b"\t\n")).all() and all(ids):
             return Lines(np.arange(first, first + len(ids) // 2), ids[::2], ids[1::2])
-        lines = [(first + i, line.split(b"\t")) for i, line in enumerate(text.split(b"\n")) if line.strip()]
+        lines = [(first + i, line.split(b"\t")) for i, line in enumerate(text.split(b"\n")) if line.strip(b" ")]
         for number, fields in lines:
             if len(fields) != 2 or not all(fields):
                 shown = b"\t".join(fields)[:SHOWN_BYTES].decode("utf-8", "replace")

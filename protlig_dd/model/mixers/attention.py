@@ -226,11 +226,11 @@ def backend_problem(
     """Return None if a backend can run here, else the reason, worded to follow the backend's name."""
     if backend == "sdpa":
         return None
-    if backend == "flash_attn" and not has_flash_attn():
-        return f", but flash-attn is not installed: {FLASH_INSTALL}"
     runs_on = "cpu" if backend == "matmul" else "cuda"
     if device.type != runs_on:
         return f" runs on {runs_on.upper()}, but the device is {device}; use sdpa or auto"
+    if backend == "flash_attn" and not has_flash_attn():
+        return f", but flash-attn is not installed: {FLASH_INSTALL}"
     if precision != "bf16":
         return f" needs bf16, but the precision is {precision}; use sdpa or auto"
     if problem := head_dim_problem(backend, head_dim, kind.columns):
@@ -272,24 +272,27 @@ def _flex(qkv: Tensor, batch: PackedBatch, scores: ScoreInputs | None) -> Tensor
 
 
 def _matmul(qkv: Tensor, batch: PackedBatch, scores: ScoreInputs | None) -> Tensor:
-    if batch.max_seqlen > LONGEST:
-        return _sdpa(qkv, batch, scores)
-    return matmul_attention(qkv, [length for length in batch.lengths if length])
+    lengths = [length for length in batch.lengths if length]
+    if batch.max_seqlen <= LONGEST:
+        return matmul_attention(qkv, lengths)
+    # a sequence's own length chooses its kernel, so that its result does not depend on its neighbours
+    parts = zip(qkv.split(lengths), lengths, strict=True)
+    return torch.cat([matmul_attention(part, [n]) if n <= LONGEST else _sdpa_part(part) for part, n in parts])
+
+
+def _sdpa_part(part: Tensor, bias: Tensor | None = None) -> Tensor:
+    q, k, v = part.permute(1, 2, 0, 3).unsqueeze(1)  # each (1, heads, length, head_dim)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).squeeze(0).transpose(0, 1)
 
 
 def _sdpa(qkv: Tensor, batch: PackedBatch, scores: ScoreInputs | None) -> Tensor:
     # one split instead of n slices: in the backward pass each slice would allocate a gradient of the full size
     parts = qkv.split([length for length in batch.lengths if length])
-    heads_first = (part.permute(1, 2, 0, 3).unsqueeze(1) for part in parts)  # each (3, 1, heads, length, head_dim)
     biases: Sequence[Tensor | None] = [None] * len(parts)
     if scores is not None and scores.bias is not None:
         matrices = matrices_of(scores.bias, batch, qkv.dtype) if scores.matrices is None else scores.matrices
         biases = [matrix.to(qkv.dtype).unsqueeze(0) for matrix in matrices]  # no copy if the dtype is the same
-    attended = [
-        F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        for (q, k, v), bias in zip(heads_first, biases, strict=True)
-    ]
-    return torch.cat([part.squeeze(0).transpose(0, 1) for part in attended])
+    return torch.cat([_sdpa_part(part, bias) for part, bias in zip(parts, biases, strict=True)])
 
 
 _BACKENDS: dict[str, Callable[[Tensor, PackedBatch, ScoreInputs | None], Tensor]] = {
