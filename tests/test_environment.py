@@ -1,3 +1,4 @@
+import os
 import re
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from protlig_dd.system.device import (
 )
 from protlig_dd.system.distributed import Processes, join_group
 from protlig_dd.system.random import keyed_generator, random_key
+
+from .conftest import Command
 
 
 def test_device_auto_is_cuda_if_available_otherwise_the_cpu() -> None:
@@ -79,7 +82,7 @@ def test_compile_auto_is_false_on_a_gpu_machine_that_cannot_compile(
 
 
 def test_a_compiler_that_does_not_work_is_found_before_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_python: Command
 ) -> None:
     monkeypatch.setattr(device_module, "CHECKS_SHAPES", False)
     compiler, header, cpu = tmp_path / "c++", tmp_path / "Python.h", torch.device("cpu")
@@ -93,8 +96,19 @@ def test_a_compiler_that_does_not_work_is_found_before_training(
     compiler.chmod(0o755)
     assert str(problem_with_compiling(cpu)).startswith(f"torch.compile needs Python's headers ({header} is missing")
     header.touch()
-    problem = str(problem_with_compiling(cpu))
-    assert re.match(r"torch.compile fails \(\w+: a.cpp:1: fatal error: omp.h: No such file\)", problem)
+    # in a new process, because torch reads CXX only once, and remembers the compiler
+    code = f"""
+import sysconfig, torch
+paths = sysconfig.get_paths() | {{"include": {str(tmp_path)!r}}}
+sysconfig.get_paths = lambda *arguments, **options: paths
+from protlig_dd.system.device import problem_with_compiling
+print(problem_with_compiling(torch.device("cpu")))
+"""
+    variables = {name: os.environ[name] for name in ("CXX", "PATH", "TORCHINDUCTOR_CACHE_DIR")}
+    done = run_python("-c", code, new=True, PROTLIG_TYPECHECK="0", **variables)
+    problem = done.stdout.strip()
+    message = r"torch.compile fails \(\w+: a.cpp:1: fatal error: omp.h: No such file\)"
+    assert re.match(message, problem), done.stdout + done.stderr
     assert problem.endswith("); trainer.compile=true shows the whole error")
     assert "\n" not in problem
     monkeypatch.setattr(device_module, "CHECKS_SHAPES", True)

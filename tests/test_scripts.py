@@ -179,7 +179,7 @@ def test_the_data_benchmark_prints_the_tables_of_the_docs(run_python: Command) -
     documented = [line for line in sections_on_data.splitlines() if line.startswith("|")]
 
     assert shape(printed) == shape(documented)
-    assert len(printed) == 5 * 2 + 4 + 3 + 1 + 2 + 2
+    assert len(printed) == 6 * 2 + 4 + 4 + 3 + 1 + 2 + 2
 
 
 def shape(lines: list[str]) -> list[str]:

@@ -48,7 +48,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 # Environment variables that libraries read at import. Setting them for a fork would have no effect.
-READ_BY_LIBRARIES = ("TORCH_LOGS", "TORCH_COMPILE_DISABLE", "MPLCONFIGDIR")
+READ_BY_LIBRARIES = ("TORCH_LOGS", "TORCH_COMPILE_DISABLE", "MPLCONFIGDIR", "CXX")
 # READ_BY_LIBRARIES, and variables that take effect when the package is imported. PROTLIG_TYPECHECK does too, but is not
 # in the list, so that a command may set it: its fork has shape checks if the tests have them, and the variable affects
 # only the new interpreters that the fork starts.
